@@ -1,0 +1,172 @@
+"""From what the user named to a checkpoint on disk.
+
+Enters: a local directory, a hub id or a GGUF file. Leaves: a `Checkpoint`: the config, where each tensor lies, and the
+directory with tokenizer and generation config. Reads safetensors headers only; a GGUF file or a `.bin` checkpoint is
+first converted by transformers into an ordinary safetensors directory under `scratch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.errors import InputError, ModelError
+from lora_drop_runtime.safetensors_file import TensorRef, read_tensors
+
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
+_FINGERPRINT_VALUES = 64
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk.
+
+    Attributes:
+        name: what the user called it.
+        directory: holds config.json, the tokenizer files and the licence.
+        config: the transformers config.
+        tensors: tensor name → place in its file; files are real paths, symbolic links resolved.
+        owned: True when the files were made for this export and may be moved into the bundle.
+    """
+
+    name: str
+    directory: Path
+    config: Any
+    tensors: dict[str, TensorRef]
+    owned: bool = False
+
+    def fingerprint(self) -> str:
+        """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
+
+        SHA-256 over each tensor's name, shape and first 64 values as float32.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            ref = self.tensors[name]
+            digest.update(f"{name}{ref.shape}".encode())
+            rows = ref.rows(0, 1) if ref.shape else ref.read()
+            digest.update(np.asarray(rows, np.float32).reshape(-1)[:_FINGERPRINT_VALUES].tobytes())
+        return digest.hexdigest()
+
+
+def open_checkpoint(
+    model: str, scratch: Path, *, trust_remote_code: bool = False, log: Callable[[str], None] = print
+) -> Checkpoint:
+    """Find the model the user named.
+
+    Raises:
+        InputError: nothing there, no weights, or a weights file that is not whole.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        log(f"reading {path.name} through transformers")
+        return _converted(model, scratch, path.parent, trust_remote_code, gguf_file=path.name)
+    if path.is_file():
+        raise InputError(
+            "The model is a file, but not a GGUF file.",
+            note=f"{path} ends in {path.suffix or 'nothing'}.",
+            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+        )
+    directory = path if path.is_dir() else _snapshot(model)
+    if not (directory / "config.json").is_file():
+        raise InputError(
+            "The model directory has no config.json.",
+            note=f"{directory} was searched.",
+            hint="Give the directory that save_pretrained wrote.",
+        )
+    files = _weight_files(directory)
+    if not files and any(directory.glob("*.bin")):
+        log("converting the .bin checkpoint to safetensors")
+        return _converted(model, scratch, directory, trust_remote_code)
+    if not files:
+        raise InputError(
+            "The model directory has no weights.",
+            note=f"No *.safetensors file in {directory}.",
+            hint="Download the weights too, or convert them to safetensors.",
+        )
+    tensors = {name: ref for file in files for name, ref in read_tensors(file.resolve()).items()}
+    return Checkpoint(model, directory, _config(directory, trust_remote_code), tensors)
+
+
+def _snapshot(model: str) -> Path:
+    """The files of a hub repository, from the cache or downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise HFValidationError("it looks like a path")
+        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            "There is no such model.",
+            note=f"{model!r} is no directory here, and not a repository that the hub gave: {reason}",
+            hint="Check the spelling; offline, give a local directory or a .gguf file.",
+        ) from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, shards in order."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        single = directory / "model.safetensors"
+        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            "A shard of the checkpoint is missing.",
+            note=f"{index.name} names {len(names)} files, {missing[0]} is not in {directory}.",
+            hint="Download the rest of the checkpoint.",
+        )
+    return [directory / name for name in names]
+
+
+def _config(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(
+            "transformers cannot read the model's config.",
+            note=str(error).strip().splitlines()[0],
+            hint="A newer transformers may know it; for models with code of their own add --trust-remote-code.",
+        ) from None
+
+
+def _converted(model: str, scratch: Path, directory: Path, trust_remote_code: bool, **kwargs: Any) -> Checkpoint:
+    """Load with transformers and write an ordinary float32 safetensors directory under `scratch`."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            "transformers cannot read this checkpoint.",
+            note=str(error).strip().splitlines()[0],
+            hint="Convert it to a safetensors directory first.",
+        ) from None
+    target = scratch / "converted"
+    target.mkdir(parents=True)
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config  # the GGUF's; save_pretrained would refuse
+    loaded.config._name_or_path = ""
+    loaded.config.save_pretrained(target)
+    loaded.generation_config.save_pretrained(target)
+    save_file({name: p.detach().contiguous() for name, p in loaded.named_parameters()}, target / "model.safetensors")
+    with contextlib.suppress(ValueError, OSError, ImportError):  # without a tokenizer the bundle takes token ids
+        AutoTokenizer.from_pretrained(directory, **kwargs).save_pretrained(target)
+    return Checkpoint(model, target, _config(target, False), read_tensors(target / "model.safetensors"), True)

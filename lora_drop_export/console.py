@@ -1,0 +1,58 @@
+"""What a long command prints while it works: progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from .weights import Progress
+
+
+class Console:
+    """Writes to standard error, so that a command's result can be piped."""
+
+    def __init__(self) -> None:
+        import rich.console
+
+        self.rich = rich.console.Console(file=sys.stderr, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.rich.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """Show that something is going on, and how long it took."""
+        begin = time.perf_counter()
+        if self.rich.is_terminal:
+            with self.rich.status(what):
+                yield
+        else:
+            yield
+        self.say(f"{what}: {time.perf_counter() - begin:.1f} s")
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator[Progress]:
+        """A bar over bytes or steps; elsewhere one line at the end."""
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        begin = time.perf_counter()
+        bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(),
+            console=self.rich,
+            transient=True,
+            disable=not self.rich.is_terminal,
+        )
+        with bar:
+            task = bar.add_task(what, total=None)
+
+            def update(description: str, done: int, total: int) -> None:
+                bar.update(task, description=description, completed=done, total=total)
+
+            yield update
+        self.say(f"{what}: {time.perf_counter() - begin:.1f} s")

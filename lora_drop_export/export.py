@@ -1,0 +1,434 @@
+"""The export: from a model's name to a verified bundle.
+
+    checkpoint.py     what the user named → config and places of tensors
+    plan              ρ or a list → DropPlan                                (lora_drop_runtime.plan)
+    trace.py          config → one graph, shapes only
+    weights.py        checkpoint → weights/, once
+    surgery.py        graph + plan → refresh.onnx, lora.onnx (neutral)
+    lower_ort.py      neutral → ort/refresh.onnx, ort/lora.onnx
+    verify.py         every step against eager PyTorch
+    bundle            manifest, atomic move to --out
+
+Everything is written to a temporary sibling of `out` and moved into place at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.adapters import Matrices, read_adapter_config, read_adapters
+from lora_drop_runtime.bundle import (
+    DTYPE_BYTES,
+    MANIFEST_NAME,
+    TARGETS,
+    Bundle,
+    FileRecord,
+    Limits,
+    Manifest,
+    ModelFacts,
+    SpecialTokens,
+    record_file,
+)
+from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.plan import DropPlan, StepKind, eligible_layers, spread_layers
+
+from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from .console import Console
+from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
+from .trace import TracedModel, trace
+from .weights import resolve_tensors, store_adapters, store_weights, weights_bytes
+
+_VERSIONED = (
+    "lora-drop-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnx-graphsurgeon",
+    "onnxruntime",
+    "polygraphy",
+    "numpy",
+)
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """The options of `lora-drop-export`, see DESIGN.md section 7 and the README."""
+
+    drop_ratio: float | None = None
+    drop_layers: Sequence[int] | None = None
+    always_first: int = 3
+    always_last: int = 1
+    k: int = 3
+    surrogate: str = "residual"
+    injection: str = "block"
+    adapters: Path | None = None
+    rank: int | None = None
+    targets: tuple[str, ...] = ("ort",)
+    dtype: str | None = None
+    max_seq_len: int | None = None
+    max_prompt_len: int | None = None
+    max_batch: int = 8
+    weights: str = "copy"
+    verify: bool = True
+    force: bool = False
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.drop_ratio is not None and self.drop_layers is not None:
+            raise InputError(
+                "The drop list is given twice.",
+                note=f"--drop-ratio {self.drop_ratio} and the layers {', '.join(map(str, self.drop_layers))}.",
+                hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
+            )
+        if self.drop_ratio is not None:
+            spread_layers((), self.drop_ratio)  # the range check needs no model
+        for target in self.targets:
+            if target not in (*TARGETS, "none"):
+                raise InputError(
+                    "Unknown target.",
+                    note=f"{target!r} was given, known are {', '.join((*TARGETS, 'none'))}.",
+                    hint="Use --target ort.",
+                )
+            if target not in ("ort", "none"):
+                raise InputError(
+                    "This version cannot build engines for that target.",
+                    note=f"{target!r} was asked for, this version builds 'ort' and, as graphs only, 'none'.",
+                    hint="Use --target ort.",
+                )
+        if len(set(self.targets)) != len(self.targets) or ("none" in self.targets and len(self.targets) > 1):
+            raise InputError(
+                "The targets exclude each other.",
+                note=f"Given are {', '.join(self.targets)}.",
+                hint="Name each target once; 'none' stands alone.",
+            )
+        if self.dtype not in (None, *DTYPE_BYTES):
+            raise InputError(
+                "Unknown dtype.",
+                note=f"{self.dtype!r} was given, known are {', '.join(DTYPE_BYTES)}.",
+                hint="Use --dtype fp32.",
+            )
+        if "ort" in self.targets and self.dtype not in (None, "float32"):
+            raise InputError(
+                "The target cannot run that dtype.",
+                note=f"'ort' runs float32 on the CPU, {self.dtype} was asked for: it has no CPU kernels.",
+                hint="Use --dtype fp32, or --target none.",
+            )
+        if self.weights not in ("copy", "link"):
+            raise InputError(
+                "Unknown way to store weights.", note=f"{self.weights!r} was given.", hint="Use --weights copy."
+            )
+        for option, value in (
+            ("--max-batch", self.max_batch),
+            ("--max-seq-len", self.max_seq_len),
+            ("--max-prompt-len", self.max_prompt_len),
+            ("--threads", self.threads),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
+
+
+def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
+    """Export a model to a bundle at `out`.
+
+    Args:
+        model: a Hugging Face directory, a hub id, or a GGUF file.
+        out: the bundle's directory; must not exist unless `options.force`.
+
+    Raises:
+        InputError, PlanError, ModelError, BundleError: nothing was changed on disk.
+        VerificationError: the bundle disagrees with PyTorch; nothing is left at `out` but what was there.
+    """
+    options = options or ExportOptions()
+    console = Console()
+    out = Path(out)
+    with _staging(out, options.force) as root:
+        checkpoint = open_checkpoint(
+            model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
+        )
+        dtype = options.dtype or _default_dtype(checkpoint, options)
+        with console.phase("tracing the model"):
+            traced = trace(checkpoint.config, dtype, trust_remote_code=options.trust_remote_code)
+        bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
+        shutil.rmtree(root / "scratch", ignore_errors=True)
+        if options.verify and bundle.manifest.targets:
+            from .verify import verify
+
+            bundle = verify(bundle, console=console, threads=options.threads)
+        elif not bundle.manifest.targets:
+            console.say("graphs only: nothing was executed, so nothing was verified")
+        else:
+            console.say("not verified (--no-verify)")
+    console.say(f"done: {out}")
+    return Bundle.open(out)
+
+
+def write_bundle(
+    root: Path,
+    checkpoint: Checkpoint,
+    traced: TracedModel,
+    dtype: str,
+    options: ExportOptions,
+    console: Console,
+) -> Bundle:
+    """Everything of an export after the trace and before the verification, into `root`."""
+    limits = make_limits(checkpoint.config, options)
+    plan = make_plan(traced, options)
+    fingerprint = checkpoint.fingerprint()
+    matrices = _adapter_matrices(plan, traced, fingerprint, options)
+    refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
+    _check_disk(root, weights_bytes(refs.values(), dtype, "link" if checkpoint.owned else options.weights))
+    with console.progress("weights") as progress:
+        stored = store_weights(refs, dtype, root, options.weights, movable=checkpoint.owned, progress=progress)
+    checkpoint.config.save_pretrained(root / "weights")  # makes weights/ a model directory, for the reference
+    adapters = store_adapters(matrices, dtype, root)
+    facts = _model_facts(checkpoint, traced, dtype, fingerprint, stored)
+    manifest = Manifest(
+        model=facts,
+        plan=plan,
+        limits=limits,
+        special_tokens=_special_tokens(checkpoint),
+        versions=_versions(),
+    )
+    with console.phase("refresh.onnx and lora.onnx"):
+        refresh = refresh_from_trace(traced, plan, dtype, stored)
+        lora = lora_step_from_refresh(refresh, plan, facts.cache, adapters)
+        graphs = {StepKind.REFRESH: refresh, StepKind.LORA: lora}
+        for kind, proto in graphs.items():
+            (root / f"{kind.value}.onnx").write_bytes(proto.SerializeToString())
+    targets: dict[str, dict[str, Any]] = {}
+    if "ort" in options.targets:
+        with console.phase("lowering to ONNX Runtime"):
+            targets["ort"] = _lower_to_ort(root, graphs)
+    _copy_tokenizer(checkpoint, root / "tokenizer")
+    manifest = dataclasses.replace(manifest, targets=targets, files=_records(root))
+    (root / MANIFEST_NAME).write_text(manifest.to_json())
+    return Bundle(root, manifest)
+
+
+def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
+    """The drop plan that the options ask for, on this model."""
+    windowed = tuple(i for i, window in enumerate(traced.windows) if window)
+    eligible = eligible_layers(len(traced.windows), options.always_first, options.always_last, windowed)
+    ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
+    layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
+    rank = options.rank or 0
+    if options.adapters is not None:
+        config = read_adapter_config(options.adapters)
+        if options.rank not in (None, config.rank):
+            raise PlanError(
+                "The adapters have another rank.",
+                note=f"--rank is {options.rank}, {options.adapters} has rank {config.rank}.",
+                hint="Leave --rank out when --adapters is given.",
+            )
+        rank = config.rank
+        if options.drop_layers is None and options.drop_ratio is None and config.drop_layers is not None:
+            layers = config.drop_layers
+    return DropPlan(
+        num_layers=len(traced.windows),
+        drop_layers=layers,
+        k=options.k,
+        surrogate=options.surrogate,
+        injection=options.injection,
+        rank=rank if layers else 0,
+        always_first=options.always_first,
+        always_last=options.always_last,
+        windowed_layers=windowed,
+    )
+
+
+def make_limits(config: Any, options: ExportOptions) -> Limits:
+    """Capacities: 2048 tokens unless told otherwise, never more than the model's context."""
+    context = _context_length(config)
+    max_seq_len = options.max_seq_len or min(2048, context)
+    max_prompt_len = options.max_prompt_len or max(1, max_seq_len - 1)
+    for option, value, bound, what in (
+        ("--max-seq-len", max_seq_len, context, "the model's context"),
+        ("--max-prompt-len", max_prompt_len, max_seq_len - 1, "--max-seq-len less one new token"),
+    ):
+        if value > bound:
+            raise InputError(f"{option} is too large.", note=f"It is {value}, {what} is {bound}.", hint="Lower it.")
+    return Limits(max_seq_len, max_prompt_len, options.max_batch)
+
+
+def _context_length(config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 2048
+
+
+def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
+    """float32 on the CPU; for graphs only the dtype that most of the checkpoint has."""
+    if "none" not in options.targets:
+        return "float32"
+    size: dict[str, int] = {}
+    for ref in checkpoint.tensors.values():
+        size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
+    return TORCH_DTYPES.get(max(size, key=lambda name: size[name]), "float32")
+
+
+def _adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
+    """Fitted adapters, or zeros that leave room for some, or none."""
+    if options.adapters is not None:
+        return read_adapters(options.adapters, plan, traced.hidden_size, fingerprint)
+    width = traced.hidden_size
+    zeros = np.zeros((plan.rank, width), np.float32), np.zeros((width, plan.rank), np.float32)
+    return dict.fromkeys(plan.sites, zeros) if plan.rank else {}
+
+
+def _model_facts(
+    checkpoint: Checkpoint,
+    traced: TracedModel,
+    dtype: str,
+    fingerprint: str,
+    stored: Mapping[str, StoredTensor],
+) -> ModelFacts:
+    prefix = f"{traced.layers_prefix}."
+    layer_bytes = [0] * len(traced.windows)
+    head_bytes = 0
+    for name, tensor in stored.items():
+        if name.startswith(prefix):
+            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.size_bytes
+        elif name not in traced.embedding_only:
+            head_bytes += tensor.size_bytes
+    return ModelFacts(
+        name=checkpoint.name,
+        model_type=checkpoint.config.model_type,
+        fingerprint=fingerprint,
+        num_layers=len(traced.windows),
+        hidden_size=traced.hidden_size,
+        vocab_size=traced.vocab_size,
+        num_heads=traced.num_heads,
+        kv_heads=traced.kv_heads,
+        head_dim=traced.head_dim,
+        context_length=_context_length(checkpoint.config),
+        dtype=dtype,
+        windows=traced.windows,
+        layer_bytes=tuple(layer_bytes),
+        head_bytes=head_bytes,
+        embedding_row_bytes=traced.hidden_size * DTYPE_BYTES[dtype],
+    )
+
+
+def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
+    """End and padding tokens: the generation config's, else the model config's."""
+    from transformers import GenerationConfig
+
+    try:
+        generation: Any = GenerationConfig.from_pretrained(checkpoint.directory)
+    except OSError:
+        generation = checkpoint.config
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(checkpoint.config, "eos_token_id", None)
+    pad = getattr(generation, "pad_token_id", None)
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return SpecialTokens(eos=ids, pad=0 if pad is None or pad < 0 else pad)
+
+
+def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any]) -> dict[str, Any]:
+    import onnx_ir as ir
+
+    from .lower_ort import ort_from_neutral
+
+    (root / "ort").mkdir()
+    entry = {}
+    for kind, proto in graphs.items():
+        lowered = ort_from_neutral(ir.serde.deserialize_model(proto))
+        entry[kind.value] = f"ort/{kind.value}.onnx"
+        (root / entry[kind.value]).write_bytes(ir.serde.serialize_model(lowered).SerializeToString())
+    return entry
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    """Tokenizer as transformers sees it, generation config, chat template, licence."""
+    from transformers import AutoTokenizer
+
+    directory.mkdir()
+    for pattern in ("generation_config.json", *_LICENCE_FILES):
+        for file in checkpoint.directory.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    if not any(checkpoint.directory.glob("tokenizer*")):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _records(root: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file; a checkpoint file by its header, since reading it all would take minutes."""
+    records = {}
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
+        name = file.relative_to(root).as_posix()
+        if name != MANIFEST_NAME:
+            records[name] = record_file(
+                file, header_only=file.parent.name == "weights" and file.suffix == ".safetensors"
+            )
+    return records
+
+
+def _check_disk(root: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed_bytes + _SLACK_BYTES:
+        raise InputError(
+            "There is too little free disk space.",
+            note=f"The bundle needs {(needed_bytes + _SLACK_BYTES) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
+            hint="Free some space, choose another --out, or use --weights link.",
+        )
+
+
+@contextlib.contextmanager
+def _staging(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    if out.exists() and not force:
+        raise InputError(
+            "The output directory exists already.",
+            note=f"{out} is not touched.",
+            hint="Choose another --out, or replace it with --force.",
+        )
+    if out.exists() and not (out / MANIFEST_NAME).is_file():
+        raise InputError(
+            "The output directory is not a bundle, so --force will not replace it.",
+            note=f"{out} has no {MANIFEST_NAME}.",
+            hint="Choose another --out.",
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(
+            "The output directory cannot be made.", note=f"{out}: {error.strerror}.", hint="Choose another --out."
+        ) from None
+    try:
+        root.chmod(0o755)
+        yield root
+        if out.exists():
+            old = root.with_name(f"{root.name}.old")
+            os.rename(out, old)
+            os.rename(root, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(root, out)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,278 @@
+"""The algorithm in eager PyTorch, straight from DESIGN.md section 2.
+
+Enters: a transformers config, the bundle's weights, a plan, prompts, and the tokens and kinds of all steps. Leaves: the
+logits of every step. Because the tokens are given, layer i needs only layer i − 1: the run goes layer by layer over all
+steps, so one decoder layer's weights are in memory at a time. Knows no graph and no engine; float32 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.adapters import Matrices
+from lora_drop_runtime.errors import ModelError
+from lora_drop_runtime.plan import DropPlan, StepKind
+
+from .trace import buffer_values, decoder_layers
+
+Array = npt.NDArray[Any]
+ReadWeight = Callable[[str, tuple[int, ...]], Array]
+
+ATTENTION_NAME = "lora_drop_reference"
+
+
+@dataclass
+class _Cache:
+    """One layer's K and V per row, compact: row → [slots, Hkv, D]; and the rows' real tokens in this step."""
+
+    keys: list[Any]
+    values: list[Any]
+    new_tokens: Sequence[int] = ()
+
+
+_cache: _Cache  # of the layer that is running; the attention interface passes no user data
+
+
+@dataclass
+class Reference:
+    """Eager PyTorch under a drop plan.
+
+    Args:
+        config: transformers config.
+        plan: the drop plan.
+        matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
+        read_weight: parameter name, shape → float32 values, from the bundle.
+    """
+
+    config: Any
+    plan: DropPlan
+    matrices: Matrices
+    read_weight: ReadWeight
+    trust_remote_code: bool = False
+    _states: dict[str, Any] = field(default_factory=dict)
+
+    def run(
+        self,
+        prompts: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        kinds: Sequence[StepKind],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Teacher-forced run.
+
+        Args:
+            prompts: int64 [B, T], right-padded to T = max(lengths).
+            lengths: int64 [B].
+            tokens: int64 [N, B], appended one per decode step.
+            kinds: kind of each decode step, N of them.
+
+        Returns:
+            N + 1 arrays float32 [B, V]: after the prompts, then after each step.
+        """
+        import torch
+
+        with torch.no_grad():
+            model = self._skeleton()
+            layers = decoder_layers(model)
+            batch = len(prompts)
+            steps = [torch.tensor(prompts), *(torch.tensor(row)[:, None] for row in tokens)]
+            real = torch.tensor(lengths)
+            positions = [torch.arange(prompts.shape[1]).expand(batch, -1)]
+            positions += [(real + j)[:, None] for j in range(len(tokens))]
+            step_kinds = [StepKind.REFRESH, *kinds]
+            counts = [lengths.tolist(), *([[1] * batch] * len(tokens))]
+
+            hidden, calls = [], []
+            for ids, position in zip(steps, positions, strict=True):
+                recorded = _Recorder(layers)
+                model(input_ids=ids, position_ids=position, use_cache=False)
+                hidden.append(recorded.inputs[0])
+                calls.append(recorded.arguments)
+                recorded.restore()
+            for index, layer in enumerate(layers):
+                self._load(layer, f"{_name_of(model, layers)}.{index}")
+                hidden = self._run_layer(index, layer, hidden, calls, step_kinds, counts)
+                layer.to("meta")
+                progress(index + 1, len(layers))
+            logits = []
+            for j, (ids, position) in enumerate(zip(steps, positions, strict=True)):
+                recorded = _Recorder(layers, hidden[j])
+                out = model(input_ids=ids, position_ids=position, use_cache=False).logits  # [B, S, V]
+                recorded.restore()
+                last = torch.tensor(counts[j]) - 1
+                logits.append(out[torch.arange(batch), last].numpy().astype(np.float32))
+            return logits
+
+    def _run_layer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: list[Any],
+        calls: list[list[tuple[Any, Any]]],
+        kinds: Sequence[StepKind],
+        counts: Sequence[Sequence[int]],
+    ) -> list[Any]:
+        """One layer over all steps: in full, or by its surrogate on LoRA steps if it is dropped."""
+        import torch
+
+        global _cache
+        batch = hidden[0].shape[0]
+        _cache = _Cache([None] * batch, [None] * batch)
+        self._states = {}
+        middle: list[Any] = []  # the residual stream between the halves, of the last full run
+        hook = _between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
+        outputs = []
+        for x, call, kind, count in zip(hidden, calls, kinds, counts, strict=True):
+            if kind is StepKind.LORA and index in self.plan.drop_layers:
+                outputs.append(self._surrogate(index, x))
+                continue
+            _cache.new_tokens = count
+            args, kwargs = call[index]
+            y = layer(x, *args, **kwargs)
+            if isinstance(y, tuple):
+                y = y[0]
+            last = torch.tensor(count) - 1
+            rows = torch.arange(batch)
+            self._states = {"mlp": y[rows, last][:, None], "attn": middle[-1][rows, last][:, None]}  # [B, 1, d]
+            middle.clear()
+            outputs.append(y)
+        hook.remove()
+        return outputs
+
+    def _surrogate(self, index: int, x: Any) -> Any:
+        """`y = base + s·B·A·x`, for the block or for each half."""
+        halves = (("", "mlp"),) if self.plan.injection == "block" else ((".attn", "attn"), (".mlp", "mlp"))
+        for suffix, state in halves:
+            base = x if self.plan.surrogate == "residual" else self._states[state]
+            pair = self.matrices.get(f"{index}{suffix}")
+            x = base if pair is None else base + x @ _tensor(pair[0]).T @ _tensor(pair[1]).T
+            if self.plan.surrogate == "recurrent":
+                self._states[state] = x
+        return x
+
+    def _skeleton(self) -> Any:
+        """The model without layer weights: embeddings, final norm and head are real."""
+        import torch
+        from transformers import AttentionInterface, AutoModelForCausalLM
+
+        AttentionInterface.register(ATTENTION_NAME, _attention)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                self.config,
+                attn_implementation=ATTENTION_NAME,
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+            ).eval()
+        for name, value in buffer_values(model).items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = value
+        inside = f"{_name_of(model, decoder_layers(model))}."
+        for name, module in model.named_modules():
+            if not f"{name}.".startswith(inside):
+                self._load(module, name, recurse=False)
+        return model
+
+    def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
+        import torch
+
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            owner, _, leaf = name.rpartition(".")
+            values = self.read_weight(f"{prefix}.{name}", tuple(parameter.shape))
+            module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(_tensor(values), False)
+
+
+def _tensor(array: Array) -> Any:
+    import torch
+
+    return torch.tensor(np.asarray(array, np.float32))
+
+
+def _name_of(model: Any, wanted: Any) -> str:
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def _between_halves(layer: Any) -> Any:
+    """The module whose input is the residual stream after attention."""
+    for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    return layer
+
+
+class _Recorder:
+    """Replaces every layer by one that notes its arguments and passes the hidden states on.
+
+    With `result`, the last layer returns that instead: the model then goes on to its norm and head.
+    """
+
+    def __init__(self, layers: Any, result: Any = None) -> None:
+        self.layers = layers
+        self.inputs: list[Any] = []
+        self.arguments: list[tuple[Any, Any]] = []
+        for index, layer in enumerate(layers):
+            final = result if index == len(layers) - 1 else None
+            layer.forward = self._stand_in(final)
+
+    def _stand_in(self, result: Any) -> Callable[..., Any]:
+        def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            self.inputs.append(hidden_states)
+            self.arguments.append((args, kwargs))
+            return hidden_states if result is None else result
+
+        return forward
+
+    def restore(self) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+
+def _attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """Softmax attention of each row's real new tokens over the layer's own cache, which they join first."""
+    import torch
+
+    if attention_mask is not None:
+        raise ModelError("The model brings an attention mask of its own.")
+    batch, heads, sequence, head_dim = query.shape
+    output = torch.zeros(batch, sequence, heads, value.shape[3])
+    group = heads // key.shape[1]
+    for row, new in enumerate(_cache.new_tokens):
+        for store, tensor in ((_cache.keys, key), (_cache.values, value)):
+            added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
+            store[row] = added if store[row] is None else torch.cat([store[row], added])
+        keys = _cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
+        values = _cache.values[row].repeat_interleave(group, dim=1)
+        slots = len(keys)
+        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys)
+        scores = scores * (head_dim**-0.5 if scaling is None else scaling)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
+        seen = torch.arange(slots)[None] <= own
+        if sliding_window:
+            seen &= torch.arange(slots)[None] > own - sliding_window
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+        output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
+    return output, None
+
+
+def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:
+    """The bundle's own adapters (s already in B) from `weights/adapters.safetensors`."""
+    return {
+        site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.sites if plan.rank
+    }

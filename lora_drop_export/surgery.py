@@ -1,0 +1,349 @@
+"""The two neutral step graphs.
+
+Enters: the traced graph, a drop plan, where each weight lies, adapters. Leaves: `refresh.onnx` and `lora.onnx` as
+protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtime.graph_io. Knows no target.
+
+    refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask;
+                                state outputs for dropped layers
+    lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+from lora_drop_runtime.errors import ModelError
+from lora_drop_runtime.graph_io import CacheShape, TensorSpec, graph_io
+from lora_drop_runtime.plan import DropPlan, StepKind
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
+
+from .trace import DOMAIN, TracedModel
+
+OPSET = 24  # the first with TensorScatter
+IR_VERSION = 11
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's place in the bundle: file relative to its root, and bytes. `dtype` is a numpy/ONNX name."""
+
+    location: str
+    offset_bytes: int
+    size_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def refresh_from_trace(
+    traced: TracedModel, plan: DropPlan, dtype: str, weights: Mapping[str, StoredTensor]
+) -> onnx.ModelProto:
+    """The refresh graph of a plan. The traced graph is left as it was."""
+    model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
+    graph = model.graph
+    model.opset_imports.clear()
+    model.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+    io = graph_io(StepKind.REFRESH, plan, _cache_shape(traced, dtype), traced.hidden_size, traced.vocab_size)
+    inputs = {str(value.name): value for value in graph.inputs}
+    for spec in io.inputs:
+        if spec.name not in inputs:
+            inputs[spec.name] = _value(spec)
+    values = {value.name: value for node in graph for value in node.outputs}
+    presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
+    masks = _Masks(inputs, plan)
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
+        presents |= _expand_cache_attention(graph, node, inputs, masks)
+    if plan.has_state:
+        presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
+    if masks.nodes:
+        graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only
+    graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]
+    graph.outputs[:] = [_named(presents[spec.name], spec) for spec in io.outputs]
+    for name in traced.parameters:
+        stored = weights[name]
+        graph.initializers[name].const_value = ir.ExternalTensor(
+            stored.location,
+            stored.offset_bytes,
+            stored.size_bytes,
+            ir.DataType[_ONNX_DTYPE[stored.dtype]],
+            shape=ir.Shape(stored.shape),
+            name=name,
+        )
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    graph.name = "refresh"
+    return ir.serde.serialize_model(model)
+
+
+_ONNX_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+
+
+def _cache_shape(traced: TracedModel, dtype: str) -> CacheShape:
+    return CacheShape(traced.kv_heads, traced.head_dim, dtype)
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    return ir.Value(
+        name=spec.name,
+        shape=ir.Shape(spec.shape),
+        type=ir.TensorType(ir.DataType[_ONNX_DTYPE[spec.dtype]]),
+    )
+
+
+def _named(value: ir.Value, spec: TensorSpec) -> ir.Value:
+    value.name = spec.name
+    value.shape = ir.Shape(spec.shape)
+    value.dtype = ir.DataType[_ONNX_DTYPE[spec.dtype]]
+    return value
+
+
+@dataclass
+class _Masks:
+    """One boolean mask [B, 1, S, C] per length group and window, made when first asked for.
+
+    Token s of a row goes to slot `len + s`; it sees slot c iff `c <= len + s`, and within a window W iff also
+    `c > len + s − W`. Slots are in position order, so this is causality; what lies past the length is never seen.
+    """
+
+    inputs: Mapping[str, ir.Value]
+    plan: DropPlan
+    nodes: list[ir.Node] = field(default_factory=list)
+    made: dict[tuple[str, int], ir.Value] = field(default_factory=dict)
+
+    def length(self, layer: int) -> ir.Value:
+        return self.inputs["len_dropped" if layer in self.plan.drop_layers else "len_kept"]
+
+    def get(self, layer: int, window: int) -> ir.Value:
+        length = self.length(layer)
+        key = (str(length.name), window)
+        if key not in self.made:
+            slots = self._range(self.inputs[f"past_key.{layer}"], 2)  # [C]
+            tokens = self._range(self.inputs["input_ids"], 1)  # [S]
+            start = self._op("Unsqueeze", length, _ints([1, 2, 3]))  # [B, 1, 1, 1]
+            own = self._op("Add", start, self._op("Unsqueeze", tokens, _ints([1])))  # [B, 1, S, 1]
+            mask = self._op("LessOrEqual", slots, own)  # [B, 1, S, C]
+            if window:
+                oldest = self._op("Sub", own, _ints([window]))
+                mask = self._op("And", mask, self._op("Greater", slots, oldest))
+            self.made[key] = mask
+        return self.made[key]
+
+    def _range(self, value: ir.Value, axis: int) -> ir.Value:
+        size = self._op("Squeeze", self._op("Shape", value, start=axis, end=axis + 1))
+        return self._op("Range", _ints(0), size, _ints(1))
+
+    def _op(self, op_type: str, *inputs: ir.Value | ir.Node, **attributes: int) -> ir.Value:
+        values = []
+        for item in inputs:
+            if isinstance(item, ir.Node):
+                self.nodes.append(item)
+                item = item.outputs[0]
+            values.append(item)
+        node = ir.node(op_type, values, attributes)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+
+def _ints(value: int | list[int]) -> ir.Node:
+    return ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.int64))})
+
+
+def _expand_cache_attention(
+    graph: ir.Graph, node: ir.Node, inputs: Mapping[str, ir.Value], masks: _Masks
+) -> dict[str, ir.Value]:
+    """One CacheAttention node becomes the cache write and the attention; returns the present_* values."""
+    layer = node.attributes["layer"].as_int()
+    window = node.attributes["sliding_window"].as_int()
+    softcap = node.attributes["softcap"].as_float()
+    presents = {}
+    new = []
+    for part, tensor in zip(("key", "value"), node.inputs[1:], strict=True):
+        scatter = ir.node("TensorScatter", [inputs[f"past_{part}.{layer}"], tensor, masks.length(layer)], {"axis": 2})
+        presents[f"present_{part}.{layer}"] = scatter.outputs[0]
+        new.append(scatter)
+    query = node.inputs[0]
+    assert query is not None
+    attributes: dict[str, float] = {"scale": node.attributes["scale"].as_float()}
+    if softcap:
+        attributes["softcap"] = softcap
+    attention = ir.node(
+        "Attention",
+        [query, *(scatter.outputs[0] for scatter in new), masks.get(layer, window)],
+        attributes,
+    )  # [B, H, S, D]
+    heads_last = ir.node("Transpose", [attention.outputs[0]], {"perm": [0, 2, 1, 3]})  # [B, S, H, D]
+    for made in (attention, heads_last):
+        made.outputs[0].type = query.type
+    heads_last.outputs[0].shape = node.outputs[0].shape
+    node.outputs[0].replace_all_uses_with(heads_last.outputs[0])
+    graph.insert_after(node, [*new, attention, heads_last])
+    graph.remove(node, safe=True)
+    return presents
+
+
+def _state_outputs(
+    graph: ir.Graph, plan: DropPlan, logits_index: ir.Value, values: Mapping[str | None, ir.Value]
+) -> dict[str, ir.Value]:
+    """present_state: each surrogate's output [B, d] at the last position whose logits are asked for."""
+    last = ir.node("Gather", [logits_index, (end := _ints([-1])).outputs[0]], {"axis": 1})  # [B, 1]
+    graph.extend([end, last])
+    outputs = {}
+    for site in plan.sites:
+        layer, _, half = site.partition(".")
+        source = (
+            attention_residual(graph, values, int(layer))
+            if half == "attn"
+            else values[f"hidden_states.{int(layer) + 1}"]
+        )
+        state = ir.node("GatherND", [source, last.outputs[0]], {"batch_dims": 1})  # [B, d]
+        graph.append(state)
+        outputs[f"present_state.{site}"] = state.outputs[0]
+    return outputs
+
+
+def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], layer: int) -> ir.Value:
+    """The residual stream between a layer's halves: the Add that joins its input with its attention's output."""
+    x = values.get(f"hidden_states.{layer}")
+    y = values[f"hidden_states.{layer + 1}"]
+    for node, _ in x.uses() if x is not None else ():
+        if node.op_type == "Add" and node.outputs[0] is not y:
+            return node.outputs[0]
+    raise ModelError(
+        "The model's layers have no residual stream between attention and MLP.",
+        note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
+        hint="Use --injection block.",
+    )
+
+
+def lora_step_from_refresh(
+    refresh: onnx.ModelProto,
+    plan: DropPlan,
+    cache: CacheShape,
+    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
+) -> onnx.ModelProto:
+    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
+
+    Args:
+        refresh: the refresh graph; its external weights are neither read nor needed.
+        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
+
+    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
+    """
+    graph = gs.import_onnx(refresh)
+    tensors = graph.tensors()
+    hidden_size = tensors["hidden_states.0"].shape[2]
+    vocab_size = tensors["logits"].shape[2]
+    outputs = {tensor.name: tensor for tensor in graph.outputs}
+    for name in [name for name in outputs if name.startswith("present_state.")]:
+        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
+    for layer in plan.drop_layers:
+        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
+        if plan.injection == "block":
+            new = builder.surrogate(str(layer), x)
+        else:
+            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
+        _replace_uses(y, new)
+        tensors[f"hidden_states.{layer + 1}"] = new
+    # Case 2: one token per row, so the gather of the rows that want logits is the identity
+    for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
+        _replace_uses(node.outputs[0], node.inputs[0])
+    io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
+    outputs |= builder.states_out
+    inputs |= builder.states_in
+    inputs["input_ids"].shape = ["batch", 1]
+    graph.inputs = [inputs[spec.name] for spec in io.inputs]
+    graph.outputs = [outputs[spec.name] for spec in io.outputs]
+    outputs["logits"].shape = ["batch", 1, vocab_size]
+    graph.name = "lora"
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    proto = gs.export_onnx(graph)
+    proto.ir_version = IR_VERSION
+    return proto
+
+
+@dataclass
+class _SurrogateBuilder:
+    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (DESIGN.md, section 2)."""
+
+    graph: gs.Graph
+    plan: DropPlan
+    cache: CacheShape
+    hidden_size: int
+    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]]
+    states_in: dict[str, gs.Variable] = field(default_factory=dict)
+    states_out: dict[str, gs.Variable] = field(default_factory=dict)
+
+    def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
+        """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
+        dtype = x.dtype
+        if site not in self.adapters and self.plan.surrogate == "residual":
+            return x  # plain layer skipping: the base alone is no node at all
+        rows: list[int | str] = ["batch", self.hidden_size]
+
+        def variable(name: str, shape: list[int | str]) -> gs.Variable:
+            return gs.Variable(f"surrogate.{site}.{name}", dtype, shape)
+
+        def add(op: str, inputs: list[gs.Tensor], output: gs.Variable, **attrs: object) -> gs.Variable:
+            name = f"surrogate.{site}.{output.name.rsplit('.', 1)[1]}"
+            self.graph.nodes.append(gs.Node(op, name=name, attrs=attrs, inputs=inputs, outputs=[output]))
+            return output
+
+        base: gs.Variable | None = None
+        if self.plan.has_state:
+            base = gs.Variable(f"past_state.{site}", dtype, rows)
+            self.states_in[base.name] = base
+        result = base
+        if site in self.adapters:
+            rank = self.adapters[site][0].shape[0]
+            to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
+            x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
+            down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
+            up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
+            result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
+            if self.plan.surrogate == "recurrent":
+                result.name = f"present_state.{site}"
+                self.states_out[result.name] = result
+        assert result is not None
+        to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
+        return add("Reshape", [result, to_tokens], variable("y", ["batch", 1, self.hidden_size]))
+
+    def _weight(self, site: str, which: int) -> gs.Constant:
+        stored = self.adapters[site][which]
+        proto = onnx.TensorProto(
+            name=f"surrogate.{site}.lora_{'AB'[which]}",
+            data_type=onnx.TensorProto.DataType.Value(_ONNX_DTYPE[stored.dtype]),
+            dims=stored.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", stored.location),
+            ("offset", stored.offset_bytes),
+            ("length", stored.size_bytes),
+        ):
+            proto.external_data.add(key=key, value=str(value))
+        return gs.Constant(proto.name, LazyValues(proto))
+
+
+def _replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
+    for node in list(old.outputs):
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[index] = new
+
+
+def _ancestors(tensor: gs.Tensor, depth: int = 4) -> set[str]:
+    """Names of the tensors a tensor is made from, a few nodes back."""
+    names = {tensor.name}
+    if depth:
+        for producer in tensor.inputs:
+            for source in producer.inputs:
+                names |= _ancestors(source, depth - 1)
+    return names

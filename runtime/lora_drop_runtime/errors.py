@@ -1,0 +1,57 @@
+"""The errors a user can meet.
+
+    LoraDropError
+    ├── InputError        an option, prompt, file or request that cannot be served
+    │   ├── PlanError     a drop list, ρ, k, surrogate or adapter that does not fit the model
+    │   └── ModelError    a model with a feature the compiler does not support
+    ├── BundleError       a bundle that is missing, damaged, of another format, or cannot run here
+    └── VerificationError the compiled model and its reference disagree
+
+Commands print the message without a traceback and exit with 2 (VerificationError: 1).
+`assert` is for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class LoraDropError(Exception):
+    """Base class.
+
+    Args:
+        fact: one sentence, what is wrong.
+        note: both values, the one found and the one expected.
+        hint: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, fact: str, *, note: str = "", hint: str = "") -> None:
+        self.fact, self.note, self.hint = fact, note, hint
+        lines = [fact]
+        if note:
+            lines.append(f"Note: {note}")
+        if hint:
+            lines.append(f"Hint: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class InputError(LoraDropError):
+    """An option, prompt, file or request that cannot be served."""
+
+
+class PlanError(InputError):
+    """A drop list, ratio, window, surrogate or adapter that does not fit the model."""
+
+
+class ModelError(InputError):
+    """A model with a feature the compiler does not support; the message names it."""
+
+
+class BundleError(LoraDropError):
+    """A bundle that is missing, damaged, of another format version, or cannot run here."""
+
+
+class VerificationError(LoraDropError):
+    """The compiled model and its reference disagree."""
+
+    exit_code = 1

@@ -1,0 +1,495 @@
+"""A decoding session: the schedule, the caches and their lengths.
+
+Enters: token ids. Leaves: logits, or chosen tokens. Knows nothing of text and nothing of how an engine runs a step.
+
+Two cache groups, both compact (slot = tokens this layer has written in this row) and updated in place by both steps:
+
+    kept layers      one slot per token                          length `len_kept`
+    dropped layers   one slot per prompt token and per refresh   length `len_dropped`
+
+A LoRA step neither reads nor writes a dropped layer's cache. Policy `skip` (the paper) leaves those holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .adapters import read_adapters
+from .bundle import Bundle
+from .engine_ort import Engine, OrtEngine, Step
+from .errors import BundleError, InputError
+from .plan import PeriodicSchedule, Schedule, StepKind, count_refreshes
+from .sampling import Sampler, SamplingOptions
+
+Array = npt.NDArray[Any]
+Ids = npt.NDArray[np.int64]
+Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
+
+POLICIES = ("skip",)
+PREFILL_CHUNK = 512  # tokens of one prefill run; longer prompts go row by row, which bounds the activations
+
+
+class Session:
+    """Decodes with the step graphs of one bundle. Use as a context manager, from one thread.
+
+    `Session.open` is the way in; the constructor takes an engine, for tests and other targets.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str = "skip") -> None:
+        if policy not in POLICIES:
+            raise InputError(
+                "Unknown refresh policy.",
+                note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
+                hint=f"Use --policy {POLICIES[0]}.",
+            )
+        self.bundle = bundle
+        self.schedule = schedule
+        self.policy = policy
+        self._engine: Engine | None = engine
+        self._request: _Request | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        k: int | None = None,
+        policy: str = "skip",
+        target: str | None = None,
+        provider: str | None = None,
+        threads: int | None = None,
+    ) -> Session:
+        """Open a bundle.
+
+        Args:
+            path: the bundle's directory.
+            k: LoRA steps between two refreshes, 0 for the full schedule; the bundle's own when None.
+            policy: `skip`.
+            target: `ort`; the bundle's first when None.
+            provider: of ONNX Runtime, `cpu` when None.
+            threads: of the engine, one per physical core when None.
+
+        Raises:
+            BundleError: the bundle is damaged, or cannot run here.
+            InputError: k or policy out of range.
+        """
+        bundle = Bundle.open(path)
+        schedule = PeriodicSchedule(bundle.manifest.plan.k if k is None else k)
+        if threads is not None and threads < 1:
+            raise InputError(
+                "The number of threads must be positive.",
+                note=f"{threads} was given.",
+                hint="Leave it out for one per physical core.",
+            )
+        name, _ = bundle.target(target)
+        if name != "ort":
+            raise BundleError(
+                "This runtime has no engine for that target.",
+                note=f"The bundle offers {name!r}, this runtime executes 'ort'.",
+                hint="Export with --target ort.",
+            )
+        return cls(bundle, OrtEngine(bundle, provider=provider, threads=threads), schedule, policy)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free buffers and engine; the session cannot be used afterwards."""
+        self._request = None
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    # ── whole requests ─────────────────────────────────────────────────────────────────────────────────────
+
+    def generate(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int,
+        *,
+        k: int | None = None,
+        sampling: SamplingOptions | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> list[Ids]:
+        """Continue a batch of prompts of any lengths.
+
+        Args:
+            prompts: token ids per prompt; one flat list is one prompt.
+            max_new_tokens: upper bound per prompt.
+            k: LoRA steps between refreshes for this request; the session's when None.
+            sampling: greedy when None.
+            stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
+
+        Returns:
+            One int64 array of new tokens per prompt.
+        """
+        rows = _as_rows(prompts)
+        out: list[list[int]] = [[] for _ in rows]
+        for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
+            for row, token in enumerate(tokens):
+                if active[row]:
+                    out[row].append(int(token))
+        return [np.array(row, np.int64) for row in out]
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int] | Array,
+        max_new_tokens: int,
+        *,
+        k: int | None = None,
+        sampling: SamplingOptions | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> Generator[int, None, None]:
+        """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`."""
+        for tokens, _ in self._tokens(_as_rows(prompt_ids), max_new_tokens, k, sampling, stop_token_ids):
+            yield int(tokens[0])
+
+    def _tokens(
+        self,
+        rows: list[Ids],
+        max_new_tokens: int,
+        k: int | None,
+        sampling: SamplingOptions | None,
+        stop_token_ids: Sequence[int] | None,
+    ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
+        """Yields (token per row, whether the row is still going) for every new token."""
+        manifest = self.bundle.manifest
+        if max_new_tokens < 1:
+            raise InputError(
+                "Nothing to generate.",
+                note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
+                hint="Use for example --max-new-tokens 64.",
+            )
+        stops = manifest.special_tokens.eos if stop_token_ids is None else tuple(stop_token_ids)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        padded = np.full((len(rows), max(1, int(lengths.max(initial=0)))), manifest.special_tokens.pad, np.int64)
+        for row, ids in enumerate(rows):
+            padded[row, : len(ids)] = ids
+        sampler = Sampler(sampling or SamplingOptions(), rows)
+        logits = self.prefill(padded, lengths, max_new_tokens=max_new_tokens, k=k)
+        active = np.ones(len(rows), np.bool_)
+        for left in reversed(range(max_new_tokens)):
+            tokens = sampler.sample(logits, active)
+            active = active & ~np.isin(tokens, stops)
+            if not active.any():
+                return
+            yield tokens, active
+            if left:
+                logits = self._step(tokens, active)
+
+    # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
+
+    def prefill(
+        self,
+        input_ids: Array,
+        lengths: Array | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        k: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Begin a request: run all prompts in full and fill every cache.
+
+        Args:
+            input_ids: int64 [B, T], right-padded.
+            lengths: int64 [B], real tokens per row; T when None.
+            max_new_tokens: sizes the caches; what the bundle allows when None.
+            k: LoRA steps between refreshes for this request; the session's when None.
+
+        Returns:
+            float32 [B, V], logits at each row's last real token; valid until the next call.
+
+        Raises:
+            InputError: empty prompt, ids outside the vocabulary, or more than the bundle allows.
+        """
+        ids = np.ascontiguousarray(input_ids, np.int64)
+        if ids.ndim != 2 or not ids.size:
+            raise InputError(
+                "The prompt is empty.",
+                note=f"input_ids has shape {ids.shape}, needed is [batch, tokens].",
+                hint="Give at least one token.",
+            )
+        lens = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
+        schedule = self.schedule if k is None else PeriodicSchedule(k)
+        new_tokens = self._check_request(ids, lens, max_new_tokens)
+        if self._engine is None:
+            raise InputError("The session is closed.", hint="Open it again with Session.open.")
+        self._request = _Request.allocate(self.bundle, self._engine, lens, new_tokens, schedule)
+        return self._request.prefill(ids, lens)
+
+    @property
+    def next_step(self) -> StepKind:
+        """What the next `step` runs."""
+        request = self._running()
+        return request.schedule.kind(request.steps_done + 1)
+
+    def step(self, token_ids: Array) -> npt.NDArray[np.float32]:
+        """Run one decode step.
+
+        Args:
+            token_ids: int64 [B], the tokens to append.
+
+        Returns:
+            float32 [B, V]; valid until the next call.
+
+        Raises:
+            InputError: no prefill yet, another batch, ids outside the vocabulary, or the caches are full.
+        """
+        request = self._running()
+        ids = np.asarray(token_ids, np.int64)
+        if ids.shape != (request.batch,):
+            raise InputError(
+                "The step has another batch than the request.",
+                note=f"token_ids has shape {ids.shape}, the prefill had {request.batch} rows.",
+                hint="Give one token per row.",
+            )
+        self._check_vocabulary(ids)
+        return self._step(ids, None)
+
+    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
+        request = self._running()
+        if request.steps_done == request.max_steps:
+            raise InputError(
+                "The request's caches are full.",
+                note=f"They were sized for {request.max_steps} decode steps.",
+                hint="Call prefill with a larger max_new_tokens.",
+            )
+        return request.step(token_ids, active)
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
+        request = self._running()
+        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
+        return {
+            "kept": int(request.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
+            "dropped": int(request.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
+            "allocated": sum(buffer.nbytes for buffer in request.caches.values()),
+        }
+
+    def load_adapters(self, directory: str | Path) -> None:
+        """Replace the adapters by fitted ones of the same plan; ends the running request.
+
+        Raises:
+            PlanError: fitted for another base model, plan or rank.
+            InputError: the bundle has no room for adapters.
+        """
+        model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
+        if not plan.rank:
+            raise InputError(
+                "The bundle has no room for adapters.",
+                note="It was exported with rank 0.",
+                hint="Export with --adapters DIR, or with --rank R to load adapters later.",
+            )
+        matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
+        if self._engine is None:
+            raise InputError("The session is closed.", hint="Open it again with Session.open.")
+        self._request = None
+        self._engine.replace_adapters(matrices)
+
+    def _running(self) -> _Request:
+        if self._request is None:
+            raise InputError(
+                "There is no running request.",
+                note="step, next_step and kv_bytes come after prefill.",
+                hint="Call prefill first.",
+            )
+        return self._request
+
+    def _check_vocabulary(self, ids: Ids) -> None:
+        vocab_size = self.bundle.manifest.model.vocab_size
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+            raise InputError(
+                "A token id is outside the vocabulary.",
+                note=f"It is {wrong}, the model has ids 0 to {vocab_size - 1}.",
+                hint="Use the tokenizer of the bundle.",
+            )
+
+    def _check_request(self, ids: Ids, lengths: Ids, max_new_tokens: int | None) -> int:
+        """Refuse what does not fit; returns the number of new tokens to make room for."""
+        limits = self.bundle.manifest.limits
+        if lengths.shape != (len(ids),) or lengths.min() < 1 or lengths.max() > ids.shape[1]:
+            empty = lengths.shape == (len(ids),) and lengths.min() < 1
+            raise InputError(
+                "A prompt is empty." if empty else "The lengths do not fit the prompts.",
+                note=f"lengths is {lengths.tolist()}, input_ids has shape {ids.shape}.",
+                hint="Give each row between 1 and T tokens.",
+            )
+        if len(ids) > limits.max_batch:
+            raise InputError(
+                "The batch is larger than the bundle allows.",
+                note=f"It has {len(ids)} rows, the bundle allows {limits.max_batch}.",
+                hint="Split the batch, or export with a larger --max-batch.",
+            )
+        longest = int(lengths.max())
+        if longest > limits.max_prompt_len:
+            raise InputError(
+                "A prompt is longer than the bundle allows.",
+                note=f"It has {longest} tokens, the bundle allows {limits.max_prompt_len}.",
+                hint="Shorten it, or export with a larger --max-prompt-len.",
+            )
+        room = limits.max_seq_len - longest
+        new_tokens = room if max_new_tokens is None else max_new_tokens
+        if new_tokens > room or new_tokens < 1:
+            raise InputError(
+                "Prompt and new tokens are longer than the bundle allows.",
+                note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {limits.max_seq_len}.",
+                hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
+            )
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        self._check_vocabulary(ids[mask])
+        ids[~mask] = 0  # padding is computed and thrown away, so any valid id will do
+        return new_tokens
+
+
+@dataclass
+class _Request:
+    """The buffers and counters of one request; prepared steps are made when first needed.
+
+    `recurrent` state is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    schedule: Schedule
+    batch: int
+    max_steps: int
+    caches: dict[str, Array]
+    states: tuple[dict[str, Array], dict[str, Array]]
+    len_kept: Ids
+    len_dropped: Ids
+    input_ids: Ids
+    logits: Array
+    logits_index: Ids
+    steps_done: int = 0
+    side: int = 0
+
+    @classmethod
+    def allocate(cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule) -> _Request:
+        """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots."""
+        manifest = bundle.manifest
+        batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
+        sizes = {
+            "batch": batch,
+            "slots_kept": longest + steps,
+            "slots_dropped": longest + count_refreshes(schedule, steps),
+        }
+        io = manifest.io(StepKind.REFRESH)
+        caches = {
+            spec.name: engine.allocate(spec.sized(sizes), spec.dtype)
+            for spec in io.inputs
+            if spec.name.startswith(("past_key.", "past_value."))
+        }
+        sides = 2 if manifest.plan.updates_state else 1
+        states = [
+            {
+                spec.name.partition(".")[2]: engine.allocate(spec.sized(sizes), spec.dtype)
+                for spec in io.outputs
+                if spec.name.startswith("present_state.")
+            }
+            for _ in range(sides)
+        ]
+        model = manifest.model
+        return cls(
+            bundle=bundle,
+            engine=engine,
+            schedule=schedule,
+            batch=batch,
+            max_steps=steps,
+            caches=caches,
+            states=(states[0], states[-1]),
+            len_kept=engine.allocate((batch,), "int64"),
+            len_dropped=engine.allocate((batch,), "int64"),
+            input_ids=engine.allocate((batch, 1), "int64"),
+            logits=engine.allocate((batch, 1, model.vocab_size), model.dtype),
+            logits_index=engine.allocate((batch, 1), "int64"),
+        )
+
+    def __post_init__(self) -> None:
+        self._prepared: dict[tuple[StepKind, int], Step] = {}
+        self._ones = np.ones(self.batch, np.int64)
+
+    def prefill(self, ids: Ids, lengths: Ids) -> npt.NDArray[np.float32]:
+        """Run the prompts, in one go where they are short, else row by row in chunks."""
+        if ids.shape[1] <= PREFILL_CHUNK:
+            self.logits_index[:, 0] = lengths - 1
+            self._prepare_refresh(ids, slice(None), self.logits_index)()
+            self.len_kept[:] = self.len_dropped[:] = lengths
+        else:
+            for row, length in enumerate(lengths.tolist()):
+                for begin in range(0, length, PREFILL_CHUNK):
+                    chunk = ids[row : row + 1, begin : min(begin + PREFILL_CHUNK, length)]
+                    index = np.array([[chunk.shape[1] - 1]], np.int64)
+                    self._prepare_refresh(np.ascontiguousarray(chunk), slice(row, row + 1), index)()
+                    self.len_kept[row] += chunk.shape[1]
+                    self.len_dropped[row] += chunk.shape[1]
+        self.logits_index[:] = 0
+        self.steps_done, self.side = 0, 0
+        return self.logits[:, 0]  # [B, V]
+
+    def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
+        """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
+        kind = self.schedule.kind(self.steps_done + 1)
+        key = kind, self.side if kind is StepKind.LORA else 0
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = (
+                self._prepare_lora()
+                if kind is StepKind.LORA
+                else self._prepare_refresh(self.input_ids, slice(None), self.logits_index)
+            )
+        self.input_ids[:, 0] = token_ids
+        prepared()
+        advance = self._ones if active is None else active
+        self.len_kept += advance
+        if kind is StepKind.REFRESH:
+            self.len_dropped += advance
+            self.side = 0
+        elif self.states[0] is not self.states[1]:
+            self.side = 1 - self.side
+        self.steps_done += 1
+        return self.logits[:, 0]  # [B, V]
+
+    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
+        """A refresh over `ids` [b, S] for some rows of the batch."""
+        inputs = {
+            "input_ids": ids,
+            "len_kept": self.len_kept[rows],
+            "len_dropped": self.len_dropped[rows],
+            "logits_index": index[rows] if len(index) == self.batch else index,
+        }
+        return self._prepare(StepKind.REFRESH, inputs, rows, self.states[0])
+
+    def _prepare_lora(self) -> Step:
+        inputs = {"input_ids": self.input_ids, "len_kept": self.len_kept}
+        inputs |= {f"past_state.{site}": state for site, state in self.states[self.side].items()}
+        return self._prepare(StepKind.LORA, inputs, slice(None), self.states[1 - self.side])
+
+    def _prepare(self, kind: StepKind, inputs: dict[str, Array], rows: slice, states: dict[str, Array]) -> Step:
+        io = self.bundle.manifest.io(kind)
+        inputs = inputs | {name: cache[rows] for name, cache in self.caches.items()}
+        outputs = {"logits": self.logits[rows]}
+        outputs |= {f"present_state.{site}": state[rows] for site, state in states.items()}
+        outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
+        return self.engine.prepare(
+            kind,
+            {spec.name: inputs[spec.name] for spec in io.inputs},
+            {spec.name: outputs[spec.name] for spec in io.outputs},
+        )
+
+
+def _as_rows(prompts: Prompts) -> list[Ids]:
+    """One row per prompt; a flat list is one prompt."""
+    rows: Any = [prompts] if len(prompts) and np.ndim(prompts[0]) == 0 else prompts
+    return [np.asarray(row, np.int64).reshape(-1) for row in rows]

@@ -1,0 +1,1 @@
+"""Tests; `oracle`, `models` and `golden` are shared by them."""

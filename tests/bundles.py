@@ -1,0 +1,105 @@
+"""Small bundles for the tests: a family is traced once per process, each plan is then a matter of milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from transformers import PreTrainedModel
+
+from lora_drop_export.checkpoint import Checkpoint, open_checkpoint
+from lora_drop_export.console import Console
+from lora_drop_export.export import ExportOptions, write_bundle
+from lora_drop_export.trace import TracedModel, trace
+from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.plan import DropPlan
+from tests.models import FAMILIES
+from tests.oracle import OraclePlan
+
+PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny random model, its checkpoint directory and its trace."""
+
+    model: PreTrainedModel
+    directory: Path
+    checkpoint: Checkpoint
+    traced: TracedModel
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """Build, save and trace a family of tests.models."""
+    return traced_model(FAMILIES[name]())
+
+
+def traced_model(model: PreTrainedModel) -> Family:
+    """Save and trace any model."""
+    directory = Path(tempfile.mkdtemp(prefix="lora-drop-test-"))
+    model.save_pretrained(directory)
+    checkpoint = open_checkpoint(str(directory), directory / "scratch")
+    return Family(model, directory, checkpoint, trace(checkpoint.config, "float32"))
+
+
+def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
+    """A bundle with target ort, at `root`; options as for ExportOptions."""
+    source = family(made_from) if isinstance(made_from, str) else made_from
+    root.mkdir(parents=True)
+    options = {"max_seq_len": 128} | options
+    return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
+
+
+def save_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str | None, rank: int = 4) -> Path:
+    """Random adapters in PEFT's format, alpha = 2 · rank, big enough to matter."""
+    generator = np.random.default_rng(5)
+    names = {"": "", ".attn": "self_attn.", ".mlp": "mlp."}
+    tensors = {}
+    for site in plan.sites:
+        layer, _, half = site.partition(".")
+        prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
+        for part, shape in (("A", (rank, hidden_size)), ("B", (hidden_size, rank))):
+            values = generator.standard_normal(shape) * 0.2
+            tensors[f"{prefix}lora_{part}.weight"] = values.astype(np.float32)
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_drop": {
+            "drop_layers": list(plan.drop_layers),
+            "surrogate": plan.surrogate,
+            "injection": plan.injection,
+            "base_fingerprint": fingerprint,
+        },
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:
+    """The oracle's view of a bundle's plan; adapters are read with safetensors and peft's own scale rule."""
+    import torch
+    from safetensors.torch import load_file
+
+    plan = bundle.manifest.plan
+    matrices = None
+    if adapters is not None:
+        config = json.loads((adapters / "adapter_config.json").read_text())
+        tensors = load_file(adapters / "adapter_model.safetensors")
+        matrices = {}
+        for name, a in tensors.items():
+            if ".lora_A." in name:
+                layer, _, half = name.split(".layers.")[1].partition(".")
+                key = layer + {"l": "", "s": ".attn", "m": ".mlp"}[half[0]]
+                b = tensors[name.replace("lora_A", "lora_B")]
+                matrices[key] = (a.to(torch.float32), b.to(torch.float32), config["lora_alpha"] / config["r"])
+    return OraclePlan(plan.drop_layers, plan.surrogate, plan.injection, matrices)

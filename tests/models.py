@@ -1,0 +1,171 @@
+"""Tiny random models, one function per family: eval, fp32, eager attention, the same weights every time.
+
+All have 8 layers, hidden size 64, 131 tokens, and no stop token; `FAMILIES` maps a name to its builder.
+Weights are large enough that every layer matters and that two logits are rarely close; norm weights lie
+around 1 (so Gemma, which adds 1 to them, multiplies by about 2), biases are not zero: forgetting one shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+GEMMA2_WINDOW = 5  # positions, the token itself included; layers 0, 2, 4, 6 are windowed
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def build(model_class: type, config_class: type, seed: int, **options: Any) -> PreTrainedModel:
+    """The model with every parameter drawn from its own generator, whatever `transformers` initialises."""
+    config = config_class(**{**SIZES, **options}, attn_implementation="eager")
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith(".bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(0.2 * noise)
+    return model
+
+
+def llama(**options: Any) -> PreTrainedModel:
+    return build(LlamaForCausalLM, LlamaConfig, **{"seed": 1, "tie_word_embeddings": False, **options})
+
+
+def llama_tied() -> PreTrainedModel:
+    return llama(seed=2, tie_word_embeddings=True)
+
+
+def llama3_rope() -> PreTrainedModel:
+    return llama(
+        seed=33,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    )
+
+
+def llama_linear_rope() -> PreTrainedModel:
+    return llama(seed=4, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
+
+
+def llama_yarn() -> PreTrainedModel:
+    return llama(
+        seed=5,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    )
+
+
+def llama_mqa() -> PreTrainedModel:
+    return llama(seed=26, num_key_value_heads=1)
+
+
+def llama_mha() -> PreTrainedModel:
+    return llama(seed=7, num_key_value_heads=4)
+
+
+def llama_bias() -> PreTrainedModel:
+    return llama(seed=8, attention_bias=True, mlp_bias=True)
+
+
+def qwen2() -> PreTrainedModel:
+    """Biases on q, k and v; tied."""
+    return build(Qwen2ForCausalLM, Qwen2Config, seed=9, tie_word_embeddings=True)
+
+
+def qwen3() -> PreTrainedModel:
+    """Norms on q and k; head_dim is not hidden_size / heads."""
+    return build(Qwen3ForCausalLM, Qwen3Config, seed=20, head_dim=32, tie_word_embeddings=False)
+
+
+def mistral() -> PreTrainedModel:
+    return build(MistralForCausalLM, MistralConfig, seed=11, sliding_window=None)
+
+
+def gemma2() -> PreTrainedModel:
+    """Soft caps on scores and logits, every other layer windowed, four norms, scaled and tied embeddings."""
+    return build(
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        seed=12,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=GEMMA2_WINDOW,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=10.0,
+        tie_word_embeddings=True,
+    )
+
+
+def phi3() -> PreTrainedModel:
+    """Fused qkv and gate-up; RoPE on half of each head."""
+    return build(
+        Phi3ForCausalLM,
+        Phi3Config,
+        seed=13,
+        sliding_window=None,
+        original_max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    builder.__name__: builder
+    for builder in (
+        llama,
+        llama_tied,
+        llama3_rope,
+        llama_linear_rope,
+        llama_yarn,
+        llama_mqa,
+        llama_mha,
+        llama_bias,
+        qwen2,
+        qwen3,
+        mistral,
+        gemma2,
+        phi3,
+    )
+}

@@ -1,0 +1,193 @@
+"""The test oracle: LoRA-Drop decoding (DESIGN.md, section 2) written a second time, as naively as possible.
+
+In: an unmodified eager fp32 `transformers` model and a plan. Out: logits, one `[V]` tensor per step.
+It runs one row, one token at a time, also in the prompt: a full step per prompt token is the prefill, done
+slowly. Every token goes through the model's own `forward`, so embedding scaling, RoPE, norms and the head are
+the model's; only two things are exchanged while it runs:
+
+* each decoder layer's `forward`, so that a dropped layer's LoRA step computes the surrogate instead;
+* the attention function, so that K and V lie in plain Python lists with a position beside each entry.
+
+It knows nothing of the product: no graphs, no batches, no capacities, no padding. Policy `skip` only.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+ATTENTION_NAME = "lora_drop_oracle"
+
+
+@dataclass
+class OraclePlan:
+    """Which layers are dropped and what stands for them.
+
+    `adapters` maps "4" (injection block) or "4.attn" and "4.mlp" (attn_mlp) to `(A [r, d], B [d, r], scale)`;
+    a missing key is no adapter.
+    """
+
+    drop_layers: tuple[int, ...]
+    surrogate: str = "residual"  # residual | recurrent | anchor
+    injection: str = "block"  # block | attn_mlp
+    adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt plan, which would silently test something else."""
+        assert self.surrogate in ("residual", "recurrent", "anchor"), self.surrogate
+        assert self.injection in ("block", "attn_mlp"), self.injection
+        assert set(self.adapters or {}) <= set(self.adapter_keys()), self.adapter_keys()
+
+    def adapter_keys(self) -> list[str]:
+        """The places an adapter can take."""
+        halves = ("",) if self.injection == "block" else (".attn", ".mlp")
+        return [f"{i}{half}" for i in self.drop_layers for half in halves]
+
+
+def is_refresh(j: int, k: int) -> bool:
+    """Decode step `j` = 1, 2, … after the prefill; the count belongs to the request."""
+    return j % (k + 1) == 0
+
+
+class Row:
+    """One sequence: its caches, its states and its position."""
+
+    def __init__(self, model: PreTrainedModel, plan: OraclePlan) -> None:
+        """An empty row; the model is used, never changed for good."""
+        assert not model.training and model.dtype == torch.float32
+        self.model = model
+        self.plan = plan
+        self.position = 0  # of the next token
+        self.full = True  # whether the running step is a full one
+        # per layer: the position, K and V `[H_kv, D]` of every token it has written
+        self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in model.model.layers]
+        self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
+        self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
+
+    @torch.no_grad()
+    def step(self, token: int, full: bool) -> Tensor:
+        """Consume one token and return the logits `[V]` after it."""
+        self.full = full
+        with ExitStack() as undo:
+            undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            for i, layer in enumerate(self.model.model.layers):
+                undo.enter_context(
+                    mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward))
+                )
+                norm = norm_after_attention(layer)
+                undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
+            ids, position_ids = torch.tensor([[token]]), torch.tensor([[self.position]])
+            out = self.model(input_ids=ids, position_ids=position_ids, use_cache=False)
+        self.position += 1
+        return out.logits[0, 0]
+
+    def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
+        """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
+        if self.full or i not in self.plan.drop_layers:
+            y = own_forward(x, oracle_row=self, **kwargs)  # fills self.slots[i] and self.h[i]
+            self.y[i] = y
+            return y
+        if self.plan.injection == "block":
+            y = self.base(x, self.y[i]) + self.adapter(f"{i}", x)
+        else:
+            h = self.base(x, self.h[i]) + self.adapter(f"{i}.attn", x)
+            y = self.base(h, self.y[i]) + self.adapter(f"{i}.mlp", h)
+            if self.plan.surrogate == "recurrent":
+                self.h[i] = h
+        if self.plan.surrogate == "recurrent":
+            self.y[i] = y
+        return y
+
+    def base(self, value: Tensor, state: Tensor) -> Tensor:
+        """What the adapter's product is added to: this step's own value, or the state."""
+        return value if self.plan.surrogate == "residual" else state
+
+    def adapter(self, key: str, x: Tensor) -> Tensor:
+        """s · B A x, in the shape of x."""
+        if key not in (self.plan.adapters or {}):
+            return torch.zeros_like(x)
+        A, B, scale = self.plan.adapters[key]
+        return (scale * (B @ (A @ x[0, 0]))).reshape(x.shape)
+
+    def keep_h(self, i: int, _norm, args: tuple[Tensor]) -> None:
+        """Pre-hook of the norm after attention; a surrogate never reaches it."""
+        self.h[i] = args[0]
+
+
+def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module:
+    """The norm whose input is the post-attention residual stream `h`."""
+    # Gemma 2 has both; its post_attention_layernorm comes before the residual is added
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.pre_feedforward_layernorm
+    return layer.post_attention_layernorm
+
+
+def attention(
+    module, query, key, value, _mask, scaling, oracle_row, sliding_window=None, softcap=None, **_unused
+) -> tuple[Tensor, None]:
+    """Softmax attention of one new token over this layer's own list of slots.
+
+    query `[1, H, 1, D]`; key, value `[1, H_kv, 1, D]`, RoPE already applied; returns `[1, 1, H, D]`.
+    """
+    slots, position = oracle_row.slots[module.layer_idx], oracle_row.position
+    slots.append((position, key[0, :, 0], value[0, :, 0]))
+    visible = [slot for slot in slots if sliding_window is None or position - slot[0] < sliding_window]
+    group = query.shape[1] // key.shape[1]
+    K = torch.stack([k for _, k, _ in visible]).repeat_interleave(group, dim=1)  # [T, H, D]
+    V = torch.stack([v for _, _, v in visible]).repeat_interleave(group, dim=1)  # [T, H, D]
+    scores = (query[0, :, 0] * K).sum(-1) * scaling  # [T, H]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.softmax(dim=0)  # over the slots
+    return (weights[:, :, None] * V).sum(0)[None, None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+
+
+def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tuple[Row, Tensor]:
+    """A row after its prompt, and the logits `[V]` of the last prompt token."""
+    row = Row(model, plan)
+    for token in prompt:
+        logits = row.step(token, full=True)
+    return row, logits
+
+
+def decode_row(
+    model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int
+) -> list[Tensor]:
+    """Policy skip, one row: len(forced) + 1 logits `[V]`, after the prompt and after each forced token.
+
+    Decode step j = 1, 2, … consumes forced[j - 1]; it is a refresh iff j mod (k + 1) == 0.
+    """
+    row, logits = prefill(model, plan, prompt)
+    all_logits = [logits]
+    for j, token in enumerate(forced, start=1):
+        all_logits.append(row.step(token, full=is_refresh(j, k)))
+    return all_logits
+
+
+def greedy_row(
+    model: PreTrainedModel, plan: OraclePlan, prompt: list[int], new_tokens: int, k: int
+) -> tuple[list[int], list[Tensor]]:
+    """Greedy decoding without a stop token: `new_tokens` tokens and the logits each was chosen from."""
+    row, logits = prefill(model, plan, prompt)
+    tokens, all_logits = [int(logits.argmax())], [logits]
+    for j in range(1, new_tokens):  # N new tokens take N - 1 decode steps
+        all_logits.append(row.step(tokens[-1], full=is_refresh(j, k)))
+        tokens.append(int(all_logits[-1].argmax()))
+    return tokens, all_logits
+
+
+def run_batch(
+    model: PreTrainedModel, plan: OraclePlan, prompts: list[list[int]], forced: list[list[int]], k: int
+) -> list[list[Tensor]]:
+    """`decode_row` for one row after another: batching must change nothing."""
+    return [decode_row(model, plan, *row, k) for row in zip(prompts, forced, strict=True)]

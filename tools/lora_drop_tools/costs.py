@@ -1,0 +1,87 @@
+"""What the paper's equations predict for a bundle.
+
+Enters: a manifest, a context length. Leaves: costs per step, speed-ups, bytes of K/V. PAPER.md has the equations.
+Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, because decoding is bound by bytes.
+"""
+
+from __future__ import annotations
+
+from lora_drop_runtime.bundle import DTYPE_BYTES, Manifest
+
+
+def full_layer_macs(manifest: Manifest, context: int) -> float:
+    """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions."""
+    model = manifest.model
+    weights = sum(model.layer_bytes) / model.num_layers / DTYPE_BYTES[model.dtype]
+    return weights + 2 * model.num_heads * model.head_dim * context
+
+
+def surrogate_macs(manifest: Manifest) -> float:
+    """Eq. 6: `C_LoRA = Θ(r d)`: two products per surrogate, `2 r d` each."""
+    sites = len(manifest.plan.sites) / max(1, len(manifest.plan.drop_layers))
+    return 2 * manifest.plan.rank * manifest.model.hidden_size * sites
+
+
+def macs_speedup(manifest: Manifest, context: int, k: int) -> float:
+    """Eq. 9: `S(L) = 1 / [(1 − ρ) + ρ/(k+1) + (ρk/(k+1)) γ(L)]`, with Eq. 8's γ."""
+    rho = manifest.plan.rho_eff
+    gamma = surrogate_macs(manifest) / full_layer_macs(manifest, context)
+    return 1 / ((1 - rho) + rho / (k + 1) + rho * k / (k + 1) * gamma)
+
+
+def asymptotic_speedup(manifest: Manifest, k: int) -> float:
+    """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`."""
+    return (k + 1) / ((k + 1) - manifest.plan.rho_eff * k)
+
+
+def slow_share(k: int) -> float:
+    """Eq. 11: the share of tokens that take a refresh, `1/(k+1)`."""
+    return 1 / (k + 1)
+
+
+def quantile_is_refresh(k: int, quantile: float) -> bool:
+    """Eq. 11: whether the p-quantile of the latency is the refresh's: `1/(k+1) > 1 − p`."""
+    return slow_share(k) > 1 - quantile
+
+
+def kv_entries(manifest: Manifest, prompt: int, steps: int, k: int) -> tuple[int, int]:
+    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋`."""
+    return prompt + steps, prompt + steps // (k + 1)
+
+
+def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int) -> tuple[int, int]:
+    """Eq. 13 with the prompt's entries: bytes of valid K/V in kept and in dropped layers, one row."""
+    kept, dropped = kv_entries(manifest, prompt, steps, k)
+    plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
+    return kept * len(plan.kept_layers) * token_bytes, dropped * len(plan.drop_layers) * token_bytes
+
+
+def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
+    """Eq. 12: bytes of K/V of the full model, one row."""
+    return tokens * manifest.model.num_layers * manifest.model.token_kv_bytes
+
+
+def kv_saving(manifest: Manifest, k: int) -> float:
+    """Eq. 16: `(1 − a/n) · p · (1 − 1/w)`, w = k + 1, per generated token."""
+    return manifest.plan.rho_eff * (1 - 1 / (k + 1))
+
+
+def step_bytes(manifest: Manifest, context: int, dropped_context: int) -> tuple[int, int]:
+    """Bytes that a refresh and a LoRA step move at batch 1: weights read, valid K/V read, K/V written."""
+    model, plan = manifest.model, manifest.plan
+    outside = model.head_bytes + model.embedding_row_bytes
+    kept_weights = sum(model.layer_bytes[i] for i in plan.kept_layers)
+    kept_kv = len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
+    dropped_weights = sum(model.layer_bytes[i] for i in plan.drop_layers)
+    dropped_kv = len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
+    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * DTYPE_BYTES[model.dtype]
+    lora = outside + kept_weights + kept_kv + adapters
+    return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
+
+
+def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int) -> float:
+    """PAPER.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
+    kept, dropped = kv_entries(manifest, prompt, steps, k)
+    full, _ = step_bytes(manifest, kept, kept)
+    refresh, lora = step_bytes(manifest, kept, dropped)
+    return (k + 1) * full / (refresh + k * lora)

@@ -1,0 +1,104 @@
+"""`lora-drop inspect`: a bundle for a person to read.
+
+Enters: a bundle. Leaves: text: layers as a strip, sizes, what the paper's equations predict, the verification.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from lora_drop_runtime.bundle import Bundle, Manifest
+from lora_drop_runtime.errors import BundleError
+
+from . import costs
+
+MIB = 2**20
+
+
+def inspect(bundle: str | Path, *, check: bool = False, out: TextIO | None = None) -> Manifest:
+    """Print what a bundle is; with `check`, hash every file.
+
+    Raises:
+        BundleError: the bundle is damaged, or with `check` a file's hash is not the recorded one.
+    """
+    opened = Bundle.open(bundle)
+    print("\n".join(describe(opened)), file=out or sys.stdout)
+    if check:
+        wrong = opened.check_hashes()
+        if wrong:
+            raise BundleError(
+                "A file of the bundle has changed.",
+                note=f"{wrong[0]} does not have the recorded hash"
+                + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
+                hint="Copy the bundle again, or export the model again.",
+            )
+        print(f"all {len(opened.manifest.files)} files have their recorded hash", file=out or sys.stdout)
+    return opened.manifest
+
+
+def describe(bundle: Bundle) -> list[str]:
+    """The lines that `inspect` prints."""
+    manifest = bundle.manifest
+    model, plan, limits = manifest.model, manifest.plan, manifest.limits
+    dropped = set(plan.drop_layers)
+    strip = "".join("·" if i in dropped else "█" for i in range(plan.num_layers))
+    adapters = f"rank {plan.rank}" if plan.rank else "no adapters"
+    lines = [
+        f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
+        f"{model.num_heads}/{model.kv_heads} heads, {model.dtype})",
+        f"layers       {strip}   █ kept, · dropped on LoRA steps",
+        f"drop list    {', '.join(map(str, plan.drop_layers)) or 'none'}: {len(dropped)} of "
+        f"{len(plan.eligible_layers)} eligible, ρ {plan.rho:.2f}, ρ_eff {plan.rho_eff:.3f}",
+        f"surrogate    {plan.surrogate}, {plan.injection}, {adapters}",
+        f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh",
+        f"limits       {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}",
+        "",
+        *_sizes(manifest),
+        "",
+        *_predictions(manifest),
+        "",
+        "verification",
+    ]
+    for target in manifest.targets:
+        result = manifest.verification.get(target, {"status": "not run"})
+        detail = f", {result['steps']} steps, max abs error {result['max_abs_error']:.1e}" if "steps" in result else ""
+        lines.append(f"  {target:<11}{result['status']}{detail}")
+    if not manifest.targets:
+        lines.append("  graphs only, nothing to run")
+    return lines
+
+
+def _sizes(manifest: Manifest) -> list[str]:
+    groups: dict[str, int] = {}
+    for name, record in manifest.files.items():
+        group = name.partition("/")[0]
+        groups[group] = groups.get(group, 0) + record.size_bytes
+    return ["size on disk"] + [f"  {name:<14}{size / MIB:10.2f} MiB" for name, size in groups.items()]
+
+
+def _predictions(manifest: Manifest) -> list[str]:
+    plan, k = manifest.plan, manifest.plan.k
+    half = manifest.limits.max_seq_len // 2
+    lines = [
+        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
+        "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
+    ]
+    for prompt in sorted({min(128, half), half}):
+        kept, dropped = costs.kv_entries(manifest, prompt, prompt, k)
+        refresh, lora = costs.step_bytes(manifest, kept, dropped)
+        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k))
+        lines.append(
+            f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
+            f"{costs.speedup_ceiling(manifest, prompt, prompt, k):5.2f}×   "
+            f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
+            f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
+        )
+    p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
+    lines += [
+        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
+        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved",
+        f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
+    ]
+    return lines
