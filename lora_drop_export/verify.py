@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle import MANIFEST_NAME, TARGETS, Bundle, record_file
-from lora_drop_runtime.errors import InputError, VerificationError
+from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
 from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_runtime.session import Session
@@ -111,11 +111,20 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no ty
     def infer_impl(self, feed_dict: dict[str, Any]) -> OrderedDict[str, Any]:
         ids, lengths = feed_dict["token_ids"], feed_dict["lengths"]
         begin = time.perf_counter()
-        if not self._begun:
-            logits = self._session.prefill(ids, lengths, max_new_tokens=self._steps + 1, k=self._k)
-            self._begun = True
-        else:
-            logits = self._session.step(ids[:, 0])
+        try:
+            if not self._begun:
+                logits = self._session.prefill(ids, lengths, max_new_tokens=self._steps + 1, k=self._k)
+                self._begun = True
+            else:
+                logits = self._session.step(ids[:, 0])
+        except LoraDropError:
+            raise
+        except Exception as error:  # each engine has exceptions of its own
+            raise VerificationError(
+                f"The bundle on {self.name} cannot be executed.",
+                note=str(error).strip().splitlines()[0],
+                hint="This is a bug, or an engine older than the bundle needs.",
+            ) from error
         self.inference_time = time.perf_counter() - begin
         return OrderedDict(logits=logits.copy())
 

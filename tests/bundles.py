@@ -57,8 +57,15 @@ def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
     return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
 
 
-def save_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str | None, rank: int = 4) -> Path:
-    """Random adapters in PEFT's format, alpha = 2 · rank, big enough to matter."""
+def save_adapters(
+    directory: Path,
+    plan: DropPlan,
+    hidden_size: int,
+    fingerprint: str | None,
+    rank: int = 4,
+    matrices: dict[str, Any] | None = None,
+) -> Path:
+    """Adapters in PEFT's format: site → (A, B, scale), or random ones with scale 2 and big enough to matter."""
     generator = np.random.default_rng(5)
     names = {"": "", ".attn": "self_attn.", ".mlp": "mlp."}
     tensors = {}
@@ -67,13 +74,15 @@ def save_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
         for part, shape in (("A", (rank, hidden_size)), ("B", (hidden_size, rank))):
             values = generator.standard_normal(shape) * 0.2
+            if matrices is not None:
+                values = matrices[site]["AB".index(part)].numpy()
             tensors[f"{prefix}lora_{part}.weight"] = values.astype(np.float32)
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": 2 * rank,
+        "lora_alpha": rank * (2 if matrices is None else matrices[plan.sites[0]][2]),
         "lora_drop": {
             "drop_layers": list(plan.drop_layers),
             "surrogate": plan.surrogate,

@@ -3,7 +3,7 @@
 Exports `golden_model()` and `GOLDEN`, a list of `GoldenCase` with the expected logits of every step. This
 module does not run the algorithm: every expected number is written out, with the arithmetic that leads to it.
 
-The model: 2 layers, hidden size 2, one head of width 16, 25 tokens. Its weights make a layer arithmetic.
+The model: 2 layers, hidden size 2, one head of width 16, 25 tokens. Its weights turn a layer into arithmetic.
 
 * Each RMSNorm is the identity, exactly: eps = 2^40 swallows the mean square (below 2^16 it is under half an
   ulp) and the weight 2^20 undoes 1 / sqrt(2^40). So no root mean square may reach 256; none reaches 131.

@@ -1,0 +1,144 @@
+"""The exported graphs and the session against the oracle: tokens and logits, step by step.
+
+The oracle decodes one token and one row at a time on the unmodified transformers model; the session decodes a ragged
+batch on ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lora_drop_runtime.plan import DropPlan
+from lora_drop_runtime.session import PREFILL_CHUNK, Session
+from tests import golden, oracle
+from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters, traced_model
+from tests.models import FAMILIES
+
+TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
+WINDOWS = (0, 1, 2, 3, 5, 19)
+
+
+def new_tokens(k: int) -> int:
+    """Enough for two cycles, and for one and a bit where the window is long."""
+    return 2 * (k + 1) + 1 if k < 5 else k + 4
+
+
+def assert_same_run(session: Session, model, plan, prompts: list[list[int]], k: int) -> None:
+    """Greedy tokens of the session, then its logits step by step on those tokens, equal the oracle's."""
+    count = new_tokens(k)
+    tokens = session.generate(prompts, count, k=k, stop_token_ids=())
+    lengths = np.array([len(p) for p in prompts])
+    padded = np.zeros((len(prompts), lengths.max()), np.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    ours = [session.prefill(padded, lengths, max_new_tokens=count, k=k).copy()]
+    ours += [session.step([row[j] for row in tokens]).copy() for j in range(count - 1)]
+    for row, prompt in enumerate(prompts):
+        theirs = oracle.decode_row(model, plan, prompt, tokens[row][:-1].tolist(), k)
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            b = b.numpy()
+            error = np.abs(a[row] - b).max() / np.abs(b).max()
+            assert error < TOLERANCE, f"row {row}, step {step}: {error:.1e}"
+            second, first = np.sort(b)[-2:]
+            if first - second > 2 * TOLERANCE * np.abs(b).max():  # else a near-tie: either token is right
+                assert tokens[row][step] == b.argmax(), f"row {row}, step {step}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, tmp_path):
+    """Every family, its default plan at ρ = 0.5, batch 1 and a ragged batch, all windows."""
+    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
+    assert bundle.manifest.plan.drop_layers
+    with Session.open(bundle.root, threads=1) as session:
+        for k in WINDOWS:
+            assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
+        assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_dropped_is_generate(name, tmp_path):
+    """ρ = 0 gives exactly the tokens of transformers' own generate."""
+    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.0, k=2)
+    model = family(name).model
+    with Session.open(bundle.root, threads=1) as session:
+        ours = session.generate(PROMPTS, 12, stop_token_ids=())
+    for prompt, row in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert row.tolist() == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("drop_ratio", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_plan(surrogate, injection, drop_ratio, tmp_path):
+    """All surrogates, both injections and all ratios with random adapters, all windows, a ragged batch and one row."""
+    options = {"surrogate": surrogate, "injection": injection, "drop_ratio": drop_ratio}
+    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4)
+    adapters = None
+    if empty.manifest.plan.drop_layers:
+        model = empty.manifest.model
+        adapters = save_adapters(tmp_path / "a", empty.manifest.plan, model.hidden_size, model.fingerprint)
+    bundle = make_bundle("llama", tmp_path / "b", **options, adapters=adapters)
+    plan = oracle_plan(bundle, adapters)
+    with Session.open(bundle.root, threads=1) as session:
+        for k in WINDOWS:
+            assert_same_run(session, family("llama").model, plan, PROMPTS, k)
+        assert_same_run(session, family("llama").model, plan, PROMPTS[2:], 3)
+
+
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_no_adapters(surrogate, injection, tmp_path):
+    """Rank 0 leaves only the base: skipping for residual, reuse for the others; zero adapters do the same."""
+    for rank in (0, 3):
+        bundle = make_bundle(
+            "qwen3", tmp_path / str(rank), surrogate=surrogate, injection=injection, rank=rank, drop_ratio=0.75
+        )
+        with Session.open(bundle.root, threads=1) as session:
+            assert_same_run(session, family("qwen3").model, oracle_plan(bundle), PROMPTS, 2)
+
+
+def test_all_layers_dropped(tmp_path):
+    """No layer is always kept: LoRA steps have no cache at all."""
+    bundle = make_bundle("llama", tmp_path / "b", always_first=0, always_last=0, drop_ratio=1.0)
+    assert bundle.manifest.plan.kept_layers == ()
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+
+
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent"])
+def test_long_prompts_in_chunks(surrogate, tmp_path, monkeypatch):
+    """Prompts longer than a prefill chunk run row by row; the chunks join without a seam."""
+    monkeypatch.setattr("lora_drop_runtime.session.PREFILL_CHUNK", 4)
+    assert PREFILL_CHUNK > 4
+    prompts = [list(range(3, 16)), [5], list(range(40, 48))]
+    bundle = make_bundle("gemma2" if surrogate == "residual" else "qwen2", tmp_path / "b", surrogate=surrogate)
+    model = family(bundle.manifest.model.model_type).model
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, model, oracle_plan(bundle), prompts, 2)
+
+
+@pytest.mark.parametrize("case", golden.GOLDEN, ids=lambda case: f"{case.plan.surrogate}-{case.plan.injection}")
+def test_golden(case, tmp_path):
+    """The hand-computed cases through export and runtime."""
+    source = traced_model(golden.golden_model())
+    plan = case.plan
+    options = {
+        "drop_layers": plan.drop_layers,
+        "surrogate": plan.surrogate,
+        "injection": plan.injection,
+        "always_first": 1,
+        "always_last": 0,
+        "max_seq_len": 32,
+    }
+    drop_plan = DropPlan(2, plan.drop_layers, 2, plan.surrogate, plan.injection, 1, always_first=1, always_last=0)
+    adapters = save_adapters(tmp_path / "a", drop_plan, 2, None, 1, plan.adapters)
+    bundle = make_bundle(source, tmp_path / "b", adapters=adapters, **options)
+    with Session.open(bundle.root, k=case.k, threads=1) as session:
+        logits = [session.prefill([case.prompt], max_new_tokens=len(case.forced) + 1)[0].copy()]
+        logits += [session.step([token])[0].copy() for token in case.forced]
+    np.testing.assert_allclose(logits, np.stack(case.logits), rtol=2e-6, atol=2e-5)
