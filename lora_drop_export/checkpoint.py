@@ -29,7 +29,7 @@ class Checkpoint:
     """A model as it lies on disk.
 
     Attributes:
-        name: what the user called it.
+        name: hub id, or the own name of the directory or file.
         directory: holds config.json, the tokenizer files and the licence.
         config: the transformers config.
         tensors: tensor name → place in its file; files are real paths, symbolic links resolved.
@@ -92,7 +92,14 @@ def open_checkpoint(
             hint="Download the weights too, or convert them to safetensors.",
         )
     tensors = {name: ref for file in files for name, ref in read_tensors(file.resolve()).items()}
-    return Checkpoint(model, directory, _config(directory, trust_remote_code), tensors)
+    if not tensors:
+        raise InputError(
+            "The model directory has no weights.",
+            note=f"{files[0].name} in {directory} holds no tensor.",
+            hint="Download the weights again.",
+        )
+    name = path.resolve().name if directory is path else model
+    return Checkpoint(name, directory, _config(directory, trust_remote_code), tensors)
 
 
 def _snapshot(model: str) -> Path:
@@ -119,7 +126,14 @@ def _weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         single = directory / "model.safetensors"
         return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            "The checkpoint's index is damaged.",
+            note=f"{index} has no weight_map in JSON.",
+            hint="Download it again.",
+        ) from None
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(
@@ -169,4 +183,5 @@ def _converted(model: str, scratch: Path, directory: Path, trust_remote_code: bo
     save_file({name: p.detach().contiguous() for name, p in loaded.named_parameters()}, target / "model.safetensors")
     with contextlib.suppress(ValueError, OSError, ImportError):  # without a tokenizer the bundle takes token ids
         AutoTokenizer.from_pretrained(directory, **kwargs).save_pretrained(target)
-    return Checkpoint(model, target, _config(target, False), read_tensors(target / "model.safetensors"), True)
+    name = directory.resolve().name if "gguf_file" not in kwargs else kwargs["gguf_file"]
+    return Checkpoint(name, target, _config(target, False), read_tensors(target / "model.safetensors"), True)

@@ -80,7 +80,7 @@ def read_drop_list(path: Path) -> tuple[int, ...]:
     try:
         data = json.loads(path.read_text())
         layers = data["drop_layers"] if isinstance(data, dict) else data
-        if not all(isinstance(layer, int) for layer in layers):
+        if not all(type(layer) is int for layer in layers):
             raise TypeError
         return tuple(layers)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ class Console:
         import rich.console
 
         self.rich = rich.console.Console(file=sys.stderr, highlight=False)
+        if not self.rich.is_terminal:
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; read when tqdm is first imported
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False, soft_wrap=True)

@@ -39,7 +39,7 @@ from lora_drop_runtime.bundle import (
     record_file,
 )
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan import DropPlan, StepKind, eligible_layers, spread_layers
+from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
 
 from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from .console import Console
@@ -95,7 +95,8 @@ class ExportOptions:
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
         if self.drop_ratio is not None:
-            spread_layers((), self.drop_ratio)  # the range check needs no model
+            spread_layers((), self.drop_ratio)  # the range checks need no model
+        PeriodicSchedule(self.k)
         for target in self.targets:
             if target not in (*TARGETS, "none"):
                 raise InputError(
@@ -155,7 +156,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     options = options or ExportOptions()
     console = Console()
     out = Path(out)
-    with _staging(out, options.force) as root:
+    with _staging(out.resolve(), options.force) as root:
         checkpoint = open_checkpoint(
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
@@ -382,9 +383,8 @@ def _records(root: Path) -> dict[str, FileRecord]:
     for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
         name = file.relative_to(root).as_posix()
         if name != MANIFEST_NAME:
-            records[name] = record_file(
-                file, header_only=file.parent.name == "weights" and file.suffix == ".safetensors"
-            )
+            of_checkpoint = file.match("weights/*.safetensors") and file.name != "adapters.safetensors"
+            records[name] = record_file(file, header_only=of_checkpoint)
     return records
 
 
@@ -398,9 +398,8 @@ def _check_disk(root: Path, needed_bytes: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _staging(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+def _check_replaceable(out: Path, force: bool) -> None:
+    """Refuse what must not be replaced: anything without `force`, and with it all but a bundle."""
     if out.exists() and not force:
         raise InputError(
             "The output directory exists already.",
@@ -413,6 +412,13 @@ def _staging(out: Path, force: bool) -> Iterator[Path]:
             note=f"{out} has no {MANIFEST_NAME}.",
             hint="Choose another --out.",
         )
+
+
+@contextlib.contextmanager
+def _staging(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    _check_replaceable(out, force)
+    missing = [parent for parent in out.parents if not parent.exists()]  # the nearest first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -420,15 +426,25 @@ def _staging(out: Path, force: bool) -> Iterator[Path]:
         raise InputError(
             "The output directory cannot be made.", note=f"{out}: {error.strerror}.", hint="Choose another --out."
         ) from None
+    old = root.with_name(f"{root.name}.old")
     try:
         root.chmod(0o755)
         yield root
+        _check_replaceable(out, force)  # something may have come there in the meantime
         if out.exists():
-            old = root.with_name(f"{root.name}.old")
             os.rename(out, old)
-            os.rename(root, out)
-            shutil.rmtree(old)
+            try:
+                os.rename(root, out)
+            except BaseException:
+                os.rename(old, out)
+                raise
         else:
             os.rename(root, out)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()

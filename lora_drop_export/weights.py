@@ -25,6 +25,7 @@ from .checkpoint import TORCH_DTYPES, Checkpoint
 from .surgery import StoredTensor
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # as GPT-NeoX checkpoints have it
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 _CHUNK_BYTES = 1 << 24
 
@@ -48,7 +49,12 @@ def resolve_tensors(
         spellings = [
             spelling
             for candidate in [name, *partners.get(name, [])]
-            for spelling in (candidate, candidate.partition(".")[2], f"model.{candidate}")
+            for spelling in (
+                candidate,
+                candidate.partition(".")[2],
+                f"model.{candidate}",
+                _FORMER_NAMES.get(candidate, candidate),
+            )
         ]
         ref = next((checkpoint.tensors[s] for s in spellings if s in checkpoint.tensors), None)
         if ref is None or ref.shape != shape:
@@ -190,7 +196,7 @@ def _convert(refs: Mapping[str, TensorRef], dtype: str, path: Path, progress: Pr
 
 
 def _blocks(source: TensorRef | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
-    """The tensor's bytes in the wanted dtype, a few rows at a time."""
+    """The tensor's bytes in the wanted dtype, a few rows at a time. Raises InputError for a value that it cannot hold."""
     import ml_dtypes
 
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -198,7 +204,16 @@ def _blocks(source: TensorRef | npt.NDArray[Any], dtype: str) -> Iterator[bytes]
     rows = max(1, _CHUNK_BYTES // (4 * max(1, int(np.prod(shape[1:])))))
     for begin in range(0, shape[0], rows):
         part = source[begin : begin + rows] if isinstance(source, np.ndarray) else source.rows(begin, begin + rows)
-        yield np.ascontiguousarray(part).astype(wanted).tobytes()
+        try:
+            with np.errstate(over="raise"):
+                converted = np.ascontiguousarray(part).astype(wanted)
+        except FloatingPointError:
+            raise InputError(
+                "A weight is too large for the dtype.",
+                note=f"{getattr(source, 'name', 'An adapter')} has values that are infinite as {dtype}.",
+                hint="Use --dtype bf16 or fp32.",
+            ) from None
+        yield converted.tobytes()
 
 
 def _write_safetensors(

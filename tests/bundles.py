@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.plan import DropPlan
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
@@ -17,8 +19,6 @@ from lora_drop_export.checkpoint import Checkpoint, open_checkpoint
 from lora_drop_export.console import Console
 from lora_drop_export.export import ExportOptions, write_bundle
 from lora_drop_export.trace import TracedModel, trace
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.plan import DropPlan
 from tests.models import FAMILIES
 from tests.oracle import OraclePlan
 

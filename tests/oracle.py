@@ -78,9 +78,7 @@ class Row:
             undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
             self.model.set_attn_implementation(ATTENTION_NAME)
             for i, layer in enumerate(self.model.model.layers):
-                undo.enter_context(
-                    mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward))
-                )
+                undo.enter_context(mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward)))
                 norm = norm_after_attention(layer)
                 undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
             ids, position_ids = torch.tensor([[token]]), torch.tensor([[self.position]])
@@ -160,9 +158,7 @@ def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tupl
     return row, logits
 
 
-def decode_row(
-    model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int
-) -> list[Tensor]:
+def decode_row(model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int) -> list[Tensor]:
     """Policy skip, one row: len(forced) + 1 logits `[V]`, after the prompt and after each forced token.
 
     Decode step j = 1, 2, … consumes forced[j - 1]; it is a refresh iff j mod (k + 1) == 0.

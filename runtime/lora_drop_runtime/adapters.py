@@ -26,6 +26,7 @@ from .plan import DropPlan
 from .safetensors_file import read_tensors
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
+_UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
 
 Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
@@ -44,12 +45,21 @@ class AdapterConfig:
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
-    """The header of an adapter directory. Raises BundleError when it is none."""
+    """The header of an adapter directory. Raises BundleError when it is none, PlanError for other kinds of LoRA."""
     path = directory / "adapter_config.json"
     try:
         data: dict[str, Any] = json.loads(path.read_text())
         plan = data.get("lora_drop", {})
         layers = plan.get("drop_layers")
+        if data.get("peft_type", "LORA") != "LORA" or int(data["r"]) < 1:
+            raise ValueError
+        unknown = [name for name in _UNSUPPORTED if data.get(name)]
+        if unknown:
+            raise PlanError(
+                "The adapters use a PEFT feature that a surrogate does not have.",
+                note=f"{path} sets {unknown[0]}; the scale of every adapter is lora_alpha / r.",
+                hint="Use adapters written by: lora-drop fit",
+            )
         return AdapterConfig(
             rank=int(data["r"]),
             alpha=float(data.get("lora_alpha", data["r"])),
@@ -61,7 +71,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(
             "This is not a directory of LoRA-Drop adapters.",
-            note=f"{path} is missing or is no PEFT config with a rank.",
+            note=f"{path} is missing or is no PEFT config of type LORA with a rank.",
             hint="Make one with: lora-drop fit",
         ) from None
 

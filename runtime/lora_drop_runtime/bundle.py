@@ -114,7 +114,7 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
         try:
             data = json.loads(text)
             version = data["format_version"]
@@ -136,10 +136,10 @@ class Manifest:
                 plan=_from_dict(DropPlan, data["plan"]),
                 limits=_from_dict(Limits, data["limits"]),
                 special_tokens=_from_dict(SpecialTokens, data["special_tokens"]),
-                targets=data["targets"],
-                files={name: FileRecord(**record) for name, record in data["files"].items()},
-                versions=data["versions"],
-                verification=data["verification"],
+                targets={name: _object(entry) for name, entry in _object(data["targets"]).items()},
+                files={name: FileRecord(**_object(record)) for name, record in _object(data["files"]).items()},
+                versions=_object(data["versions"]),
+                verification=_object(data["verification"]),
             )
         except (KeyError, TypeError) as error:
             raise BundleError(
@@ -169,7 +169,7 @@ class Bundle:
                 note=f"{root} has no {MANIFEST_NAME}." if root.is_dir() else f"{root} is not a directory.",
                 hint="Make one with: lora-drop-export --model MODEL --out DIR",
             )
-        manifest = Manifest.from_json(manifest_path.read_text(), manifest_path)
+        manifest = Manifest.from_json(manifest_path.read_bytes(), manifest_path)
         for name, record in manifest.files.items():
             file = root / name
             if not file.is_file():
@@ -218,6 +218,12 @@ def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
     return FileRecord(path.stat().st_size, digest)
 
 
-def _from_dict(cls: type[Any], data: dict[str, Any]) -> Any:
+def _from_dict(cls: type[Any], data: Any) -> Any:
     """A frozen dataclass from JSON, whose lists become tuples."""
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in data.items()})
+    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in _object(data).items()})
+
+
+def _object(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise TypeError(f"{data!r} stands where a JSON object is needed")
+    return data

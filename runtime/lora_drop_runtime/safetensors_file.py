@@ -67,20 +67,16 @@ class TensorRef:
 def read_tensors(path: Path) -> dict[str, TensorRef]:
     """The tensors of one file. Raises BundleError when the file is not whole."""
     header, data_start = _read_header(path)
-    entries = json.loads(header)
     file_bytes = path.stat().st_size
     refs = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
+    for name, (dtype, shape, begin, end) in _parse_header(header, path).items():
         if data_start + end > file_bytes:
             raise BundleError(
                 "A weights file is truncated.",
                 note=f"{path} has {file_bytes} bytes, tensor {name} ends at {data_start + end}.",
                 hint="Copy or download the file again.",
             )
-        refs[name] = TensorRef(name, path, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
+        refs[name] = TensorRef(name, path, dtype, shape, data_start + begin, end - begin)
     return refs
 
 
@@ -95,9 +91,25 @@ def _read_header(path: Path) -> tuple[bytes, int]:
         length = int.from_bytes(prefix, "little")
         header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
     if len(prefix) != 8 or len(header) != length or not header.startswith(b"{"):
-        raise BundleError(
-            "A file is not a whole safetensors file.",
-            note=f"{path} announces a header of {length} bytes.",
-            hint="Copy or download the file again.",
-        )
+        raise _not_whole(path, f"announces a header of {length} bytes")
     return header, 8 + length
+
+
+def _parse_header(header: bytes, path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Name → dtype, shape, begin and end of the data."""
+    try:
+        return {
+            name: (entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError):
+        raise _not_whole(path, "has a header that does not say where its tensors lie") from None
+
+
+def _not_whole(path: Path, reason: str) -> BundleError:
+    return BundleError(
+        "A file is not a whole safetensors file.",
+        note=f"{path} {reason}.",
+        hint="Copy or download the file again.",
+    )

@@ -43,17 +43,13 @@ class Session:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str = "skip") -> None:
-        if policy not in POLICIES:
-            raise InputError(
-                "Unknown refresh policy.",
-                note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
-                hint=f"Use --policy {POLICIES[0]}.",
-            )
+        _check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
         self.policy = policy
         self._engine: Engine | None = engine
         self._request: _Request | None = None
+        self._requests_begun = 0
 
     @classmethod
     def open(
@@ -82,6 +78,7 @@ class Session:
         """
         bundle = Bundle.open(path)
         schedule = PeriodicSchedule(bundle.manifest.plan.k if k is None else k)
+        _check_policy(policy)
         if threads is not None and threads < 1:
             raise InputError(
                 "The number of threads must be positive.",
@@ -152,8 +149,16 @@ class Session:
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Generator[int, None, None]:
-        """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`."""
-        for tokens, _ in self._tokens(_as_rows(prompt_ids), max_new_tokens, k, sampling, stop_token_ids):
+        """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`.
+
+        Another request in the same session ends the stream with an InputError.
+        """
+        rows = _as_rows(prompt_ids)
+        if len(rows) > 1:
+            raise InputError(
+                "A stream continues one prompt.", note=f"{len(rows)} were given.", hint="Use generate for a batch."
+            )
+        for tokens, _ in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
             yield int(tokens[0])
 
     def _tokens(
@@ -166,12 +171,6 @@ class Session:
     ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
         """Yields (token per row, whether the row is still going) for every new token."""
         manifest = self.bundle.manifest
-        if max_new_tokens < 1:
-            raise InputError(
-                "Nothing to generate.",
-                note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
-                hint="Use for example --max-new-tokens 64.",
-            )
         stops = manifest.special_tokens.eos if stop_token_ids is None else tuple(stop_token_ids)
         lengths = np.array([len(row) for row in rows], np.int64)
         padded = np.full((len(rows), max(1, int(lengths.max(initial=0)))), manifest.special_tokens.pad, np.int64)
@@ -179,6 +178,7 @@ class Session:
             padded[row, : len(ids)] = ids
         sampler = Sampler(sampling or SamplingOptions(), rows)
         logits = self.prefill(padded, lengths, max_new_tokens=max_new_tokens, k=k)
+        number = self._requests_begun
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
             tokens = sampler.sample(logits, active)
@@ -187,6 +187,12 @@ class Session:
                 return
             yield tokens, active
             if left:
+                if self._requests_begun != number:  # the step would run on the other request's caches
+                    raise InputError(
+                        "The request of this stream is over.",
+                        note="A session holds one request, and another one has begun since.",
+                        hint="Finish a stream before the next one, or open a second session.",
+                    )
                 logits = self._step(tokens, active)
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +219,8 @@ class Session:
         Raises:
             InputError: empty prompt, ids outside the vocabulary, or more than the bundle allows.
         """
-        ids = np.ascontiguousarray(input_ids, np.int64)
+        engine = self._opened()
+        ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or not ids.size:
             raise InputError(
                 "The prompt is empty.",
@@ -223,10 +230,15 @@ class Session:
         lens = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
         schedule = self.schedule if k is None else PeriodicSchedule(k)
         new_tokens = self._check_request(ids, lens, max_new_tokens)
-        if self._engine is None:
-            raise InputError("The session is closed.", hint="Open it again with Session.open.")
-        self._request = _Request.allocate(self.bundle, self._engine, lens, new_tokens, schedule)
-        return self._request.prefill(ids, lens)
+        ids = ids[:, : lens.max()]  # the caches have no room for padding beyond the longest prompt
+        # Padding is computed and thrown away, so any valid id will do
+        ids = np.where(_token_mask(ids, lens), ids, 0)
+        self._request = None  # frees its caches; an interrupted prefill leaves no half request
+        self._requests_begun += 1
+        request = _Request.allocate(self.bundle, engine, lens, new_tokens, schedule)
+        logits = request.prefill(ids, lens)
+        self._request = request
+        return logits
 
     @property
     def next_step(self) -> StepKind:
@@ -268,8 +280,10 @@ class Session:
         return request.step(token_ids, active)
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
-        request = self._running()
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request."""
+        request = self._request
+        if request is None:
+            return {"kept": 0, "dropped": 0, "allocated": 0}
         plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
         return {
             "kept": int(request.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
@@ -284,6 +298,7 @@ class Session:
             PlanError: fitted for another base model, plan or rank.
             InputError: the bundle has no room for adapters.
         """
+        engine = self._opened()
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
         if not plan.rank:
             raise InputError(
@@ -292,16 +307,24 @@ class Session:
                 hint="Export with --adapters DIR, or with --rank R to load adapters later.",
             )
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
-        if self._engine is None:
-            raise InputError("The session is closed.", hint="Open it again with Session.open.")
         self._request = None
-        self._engine.replace_adapters(matrices)
+        engine.replace_adapters(matrices)
+
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise InputError(
+                "The session is closed.",
+                note="close was called, or its with block has ended.",
+                hint="Open it again with Session.open.",
+            )
+        return self._engine
 
     def _running(self) -> _Request:
+        self._opened()
         if self._request is None:
             raise InputError(
                 "There is no running request.",
-                note="step, next_step and kv_bytes come after prefill.",
+                note="step and next_step come after prefill.",
                 hint="Call prefill first.",
             )
         return self._request
@@ -339,6 +362,12 @@ class Session:
                 note=f"It has {longest} tokens, the bundle allows {limits.max_prompt_len}.",
                 hint="Shorten it, or export with a larger --max-prompt-len.",
             )
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(
+                "Nothing to generate.",
+                note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
+                hint="Use for example --max-new-tokens 64.",
+            )
         room = limits.max_seq_len - longest
         new_tokens = room if max_new_tokens is None else max_new_tokens
         if new_tokens > room or new_tokens < 1:
@@ -347,9 +376,7 @@ class Session:
                 note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {limits.max_seq_len}.",
                 hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
             )
-        mask = np.arange(ids.shape[1]) < lengths[:, None]
-        self._check_vocabulary(ids[mask])
-        ids[~mask] = 0  # padding is computed and thrown away, so any valid id will do
+        self._check_vocabulary(ids[_token_mask(ids, lengths)])
         return new_tokens
 
 
@@ -486,6 +513,21 @@ class _Request:
             kind,
             {spec.name: inputs[spec.name] for spec in io.inputs},
             {spec.name: outputs[spec.name] for spec in io.outputs},
+        )
+
+
+def _token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
+    """Which ids [B, T] are tokens and not padding."""
+    mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
+    return mask
+
+
+def _check_policy(policy: str) -> None:
+    if policy not in POLICIES:
+        raise InputError(
+            "Unknown refresh policy.",
+            note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
+            hint=f"Use --policy {POLICIES[0]}.",
         )
 
 

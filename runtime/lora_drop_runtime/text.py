@@ -100,9 +100,7 @@ class TextCodec:
         chat_template: Jinja source, or None for a model without one.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         self.chat_template = chat_template
@@ -245,9 +243,7 @@ def _compile_template(source: str) -> jinja2.Template:
         sort_keys: bool = False,
     ) -> str:
         # Jinja's own escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from lora_drop_runtime.plan import DropPlan
 from lora_drop_runtime.session import PREFILL_CHUNK, Session
+
 from tests import golden, oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters, traced_model
 from tests.models import FAMILIES

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.plan import StepKind
+
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
 

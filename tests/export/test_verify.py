@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-
-from lora_drop_export.console import Console
-from lora_drop_export.verify import TOLERANCES, compare, compare_logits, verify
 from lora_drop_runtime import VerificationError
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_tools.cli import main
+
+from lora_drop_export.console import Console
+from lora_drop_export.verify import TOLERANCES, compare, compare_logits, verify
 from tests.bundles import make_bundle, save_adapters
 
 

@@ -103,9 +103,7 @@ def metaspace_tokenizer() -> Tokenizer:
     layout = json.loads(tokenizer.to_str())
     layout["added_tokens"] = [token for token in layout["added_tokens"] if token["id"] < 4]
     tokenizer = Tokenizer.from_str(json.dumps(layout))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
     return tokenizer
 
 
@@ -132,9 +130,7 @@ def streamed(codec: TextCodec, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_encode_and_decode_are_transformers(
-    codec: TextCodec, reference: PreTrainedTokenizerFast, text: str
-) -> None:
+def test_encode_and_decode_are_transformers(codec: TextCodec, reference: PreTrainedTokenizerFast, text: str) -> None:
     ids = codec.encode(text)
     assert ids.dtype == np.int64
     assert ids.tolist() == reference.encode(text)

@@ -13,6 +13,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.sampling import SamplingOptions
 from lora_drop_runtime.session import POLICIES
 
+from .compare import compare
 from .generate import chat, generate
 from .inspect import inspect
 
@@ -61,14 +62,6 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    try:
-        from .compare import compare
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "The exporter's packages are not installed.",
-            note=f"{error.name} is missing; comparing needs PyTorch as the reference.",
-            hint="pip install 'lora-drop-export[export]'",
-        ) from None
     compare(
         args.bundle,
         k=args.k,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.command_line import require_export_packages
+from lora_drop_runtime.errors import InputError
 
-from lora_drop_export.console import Console
-from lora_drop_export.verify import Verification, failure, print_table
-from lora_drop_export.verify import compare as compare_bundle
+if TYPE_CHECKING:
+    from lora_drop_export.verify import Verification
 
 
 def compare(
@@ -26,14 +28,25 @@ def compare(
 
     Raises:
         VerificationError: a step disagrees.
+        InputError: the exporter's packages are not installed.
     """
+    require_export_packages("comparing needs PyTorch as the reference")
+    from lora_drop_export.console import Console
+    from lora_drop_export.verify import compare as compare_bundle
+    from lora_drop_export.verify import failure, print_table
+
     console = Console()
     result = compare_bundle(
         Bundle.open(bundle), target=target, k=k, provider=provider, threads=threads, console=console
     )
     print_table(result, console)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        try:
+            Path(json_file).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        except OSError as error:
+            raise InputError(
+                "The figures cannot be written.", note=f"{json_file}: {error.strerror}.", hint="Give another --json."
+            ) from None
     if not result.passed:
         raise failure(result)
     return result

@@ -14,7 +14,6 @@ from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
-
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.sampling import SamplingOptions
 from lora_drop_runtime.session import Session
@@ -59,7 +58,11 @@ def generate(
     with Session.open(bundle, k=k, policy=policy, target=target, provider=provider, threads=threads) as session:
         codec = TextCodec.open(session.bundle.root / "tokenizer")
         if not prompts:
-            raise InputError("There is no prompt.", hint='Give one with --prompt "…" or --prompt-file FILE.')
+            raise InputError(
+                "There is no prompt.",
+                note="None was given, at least one is needed.",
+                hint='Give one with --prompt "…" or --prompt-file FILE.',
+            )
         encoded = [
             codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt)
             for prompt in prompts

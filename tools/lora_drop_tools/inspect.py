@@ -75,7 +75,10 @@ def _sizes(manifest: Manifest) -> list[str]:
     for name, record in manifest.files.items():
         group = name.partition("/")[0]
         groups[group] = groups.get(group, 0) + record.size_bytes
-    return ["size on disk"] + [f"  {name:<14}{size / MIB:10.2f} MiB" for name, size in groups.items()]
+    return ["size on disk"] + [
+        f"  {name:<14}{size / MIB:10.1f} MiB" if size >= MIB else f"  {name:<14}{size / 1024:10.1f} KiB"
+        for name, size in groups.items()
+    ]
 
 
 def _predictions(manifest: Manifest) -> list[str]:

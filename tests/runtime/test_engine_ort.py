@@ -1,0 +1,160 @@
+"""The session on the real engine: which memory a step touches, adapters swapped, one copy of the weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from lora_drop_runtime import BundleError, InputError, PlanError, Session, StepKind
+
+from tests.bundles import PROMPTS, make_bundle, save_adapters
+
+
+def prefill(session: Session, k: int, new_tokens: int = 12) -> np.ndarray:
+    lengths = np.array([len(p) for p in PROMPTS])
+    padded = np.zeros((len(PROMPTS), lengths.max()), np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        padded[row, : len(prompt)] = prompt
+    return session.prefill(padded, lengths, max_new_tokens=new_tokens, k=k)
+
+
+def dropped_buffers(session: Session) -> list[np.ndarray]:
+    layers = session.bundle.manifest.plan.drop_layers
+    caches = session._request.caches
+    return [caches[f"past_{part}.{layer}"] for layer in layers for part in ("key", "value")]
+
+
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_lora_step_leaves_dropped_layers_alone(surrogate, tmp_path):
+    """NaN in every buffer of a dropped layer: a LoRA step gives the same logits and leaves every bit of them."""
+    bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, rank=2)
+    with Session.open(bundle.root, threads=1) as session:
+        prefill(session, k=5)
+        clean = [session.step([3, 5, 7]).copy() for _ in range(3)]
+        prefill(session, k=5)
+        for buffer in dropped_buffers(session):
+            buffer.view(np.uint32)[...] = 0x7FC0DEAD  # a NaN that is easy to know again
+        for logits in clean:
+            assert session.next_step is StepKind.LORA
+            np.testing.assert_array_equal(session.step([3, 5, 7]), logits)
+        for buffer in dropped_buffers(session):
+            assert (buffer.view(np.uint32) == 0x7FC0DEAD).all()
+
+
+def test_nothing_past_a_length_is_read(tmp_path):
+    """NaN in every slot past a row's length, before every step: the logits do not change."""
+    bundle = make_bundle("qwen3", tmp_path / "b")
+    with Session.open(bundle.root, threads=1) as session:
+        prefill(session, k=2)
+        clean = [session.step([3, 5, 7]).copy() for _ in range(8)]
+        prefill(session, k=2)
+        request = session._request
+        for logits in clean:
+            for name, buffer in request.caches.items():
+                layer = int(name.rpartition(".")[2])
+                lengths = request.len_dropped if layer in bundle.manifest.plan.drop_layers else request.len_kept
+                for row, length in enumerate(lengths):
+                    buffer[row, :, length:] = np.nan
+            np.testing.assert_array_equal(session.step([3, 5, 7]), logits)
+
+
+def test_step_writes_its_slot_only(tmp_path):
+    """A step changes exactly slot `len` of each row in each layer that it writes."""
+    bundle = make_bundle("qwen2", tmp_path / "b")
+    plan = bundle.manifest.plan
+    with Session.open(bundle.root, threads=1) as session:
+        prefill(session, k=1)
+        request = session._request
+        for _ in range(4):
+            kind = session.next_step
+            kept, dropped = request.len_kept.copy(), request.len_dropped.copy()
+            before = {name: buffer.copy() for name, buffer in request.caches.items()}
+            session.step([3, 5, 7])
+            for name, buffer in request.caches.items():
+                is_dropped = int(name.rpartition(".")[2]) in plan.drop_layers
+                changed = (buffer != before[name]).any(axis=(1, 3))  # [B, slots]
+                wanted = np.zeros_like(changed)
+                if not is_dropped or kind is StepKind.REFRESH:
+                    wanted[np.arange(3), dropped if is_dropped else kept] = True
+                np.testing.assert_array_equal(changed, wanted, err_msg=name)
+
+
+def test_load_adapters_is_exporting_with_them(tmp_path):
+    """Room for adapters, filled at run time, gives the bundle that was exported with them; and back to zero again."""
+    options = {"surrogate": "recurrent", "injection": "attn_mlp"}
+    empty = make_bundle("llama", tmp_path / "empty", rank=4, **options)
+    model, plan = empty.manifest.model, empty.manifest.plan
+    adapters = save_adapters(tmp_path / "a", plan, model.hidden_size, model.fingerprint)
+    full = make_bundle("llama", tmp_path / "full", adapters=adapters, **options)
+    with Session.open(empty.root, threads=1) as ours, Session.open(full.root, threads=1) as theirs:
+        prefill(ours, k=3)
+        without = ours.step([3, 5, 7]).copy()
+        ours.load_adapters(adapters)
+        with pytest.raises(InputError, match="no running request"):
+            ours.step([3, 5, 7])
+        for session in (ours, theirs):
+            prefill(session, k=3)
+        for _ in range(5):
+            ours_logits, theirs_logits = ours.step([3, 5, 7]), theirs.step([3, 5, 7])
+            np.testing.assert_array_equal(ours_logits, theirs_logits)
+        assert np.abs(without - theirs_logits).max() > 1e-2
+    wrong = save_adapters(tmp_path / "w", plan, model.hidden_size, "another model")
+    with Session.open(empty.root, threads=1) as session:
+        with pytest.raises(PlanError, match="another base model"):
+            session.load_adapters(wrong)
+        prefill(session, k=3)
+        np.testing.assert_array_equal(session.step([3, 5, 7]), without)
+
+
+def test_no_room_for_adapters(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", rank=0)
+    with Session.open(bundle.root) as session, pytest.raises(InputError, match="no room"):
+        session.load_adapters(tmp_path)
+
+
+def test_unknown_provider(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b")
+    for provider in ("cuda", "abacus"):
+        with pytest.raises(BundleError, match="provider is not available"):
+            Session.open(bundle.root, provider=provider)
+
+
+MEASURE = """
+import sys
+import numpy as np
+from lora_drop_runtime import Session, StepKind
+
+def pss_kib():
+    return sum(int(l.split()[1]) for l in open("/proc/self/smaps_rollup") if l.startswith("Pss:"))
+
+import onnxruntime
+before = pss_kib()
+with Session.open(sys.argv[1], threads=1) as session:
+    if sys.argv[2] == "refresh only":
+        del session._engine._sessions[StepKind.LORA]
+    session.prefill(np.array([[1, 2, 3]]), max_new_tokens=8, k=0 if sys.argv[2] == "refresh only" else 3)
+    for _ in range(6):
+        session.step(np.array([4]))
+    print(pss_kib() - before)
+"""
+
+
+def test_two_sessions_hold_one_copy_of_the_weights(tmp_path):
+    """Memory of the process after warm-up, both graphs against the refresh graph alone, on weights of 80 MB."""
+    from tests.bundles import traced_model
+    from tests.models import llama
+
+    source = traced_model(llama(hidden_size=512, intermediate_size=2048, vocab_size=8192))
+    bundle = make_bundle(source, tmp_path / "b")
+    weights_kib = (bundle.root / "weights" / "model.safetensors").stat().st_size / 1024
+    assert weights_kib > 80_000
+
+    def measure(which: str) -> int:
+        command = [sys.executable, "-c", MEASURE, str(bundle.root), which]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    one, two = measure("refresh only"), measure("both")
+    assert one > 0.9 * weights_kib
+    assert two < one + 0.1 * weights_kib, f"{two} KiB against {one} KiB"

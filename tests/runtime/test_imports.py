@@ -1,0 +1,241 @@
+"""What the packages need and export, each time in a fresh interpreter.
+
+The runtime and its commands work where none of the exporter's packages is installed; the exporter's commands then say
+which extra is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.session import Session
+from lora_drop_runtime.text import TextCodec
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.bundles import make_bundle
+
+EXPORT_ONLY = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "gguf",
+    "safetensors",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnx_graphsurgeon",
+    "polygraphy",
+    "ml_dtypes",
+    "rich",
+    "huggingface_hub",
+)
+PROMPTS = ["Hello world", "The quick"]
+
+# As if the packages were not installed: no finder finds them
+WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+BLOCKED = {blocked!r}
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+
+
+def python(code: str, *arguments: object, blocked: tuple[str, ...] = EXPORT_ONLY) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter where some packages are missing and warnings are errors."""
+    source = WITHOUT.replace("{blocked!r}", repr(blocked)) + code
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", source, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={"PYTHONIOENCODING": "utf-8", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+        cwd="/",
+        timeout=120,
+    )
+
+
+def printed(code: str, *arguments: object, blocked: tuple[str, ...] = EXPORT_ONLY) -> str:
+    done = python(code, *arguments, blocked=blocked)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle with a tokenizer that has exactly the model's 131 tokens."""
+    root = make_bundle("llama", tmp_path_factory.mktemp("imports") / "bundle", drop_ratio=0.5).root
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=131,
+        initial_alphabet=[*map(chr, range(33, 127)), "Ġ", "Ċ"],  # printable ASCII, space, newline
+        special_tokens=["<|start|>", "<|end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Hello world, the quick brown fox jumps over the lazy dog. " * 9] * 9, trainer)
+    assert tokenizer.get_vocab_size() == 131
+    tokenizer.save(str(root / "tokenizer" / "tokenizer.json"))
+    (root / "tokenizer" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    return root
+
+
+def continued(bundle: Path, prompts: list[str]) -> list[str]:
+    """The texts that the session gives here, where every package is installed."""
+    codec = TextCodec.open(bundle / "tokenizer")
+    with Session.open(bundle, threads=1) as session:
+        return [codec.decode(row) for row in session.generate([codec.encode(p) for p in prompts], 8)]
+
+
+# ── the runtime alone ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = """
+import lora_drop_runtime, sys
+before = set(sys.modules)
+import lora_drop_tools, lora_drop_tools.cli, lora_drop_export, lora_drop_export.cli
+roots = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+print(*sorted(roots - {"__main__"}))
+"""
+    found = set(printed(code, blocked=()).split())
+    assert {"lora_drop_runtime", "lora_drop_tools", "lora_drop_export", "numpy"} <= found
+    assert not found & {"onnxruntime", "tokenizers", "jinja2", *EXPORT_ONLY}
+
+
+def test_importing_the_runtime_starts_nothing() -> None:
+    code = """
+import os, sys, threading
+environment = dict(os.environ)
+import lora_drop_runtime
+assert "onnxruntime" not in sys.modules
+assert threading.active_count() == 1
+assert dict(os.environ) == environment
+print("ok")
+"""
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("ok\n", "")
+
+
+def test_generate_without_the_exporters_packages(bundle: Path) -> None:
+    code = """
+import io, json
+import lora_drop_runtime, lora_drop_tools
+from lora_drop_tools.cli import main
+out = io.StringIO()
+one = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], max_new_tokens=8, threads=1, out=out)
+batch = lora_drop_tools.generate(sys.argv[1], sys.argv[2:], max_new_tokens=8, threads=1, out=io.StringIO())
+chat = lora_drop_tools.generate(
+    sys.argv[1], [sys.argv[2]], chat=True, max_new_tokens=8, threads=1, out=io.StringIO()
+)
+lora_drop_tools.inspect(sys.argv[1], check=True, out=io.StringIO())
+with lora_drop_runtime.Session.open(sys.argv[1], threads=1) as session:
+    tokens = list(session.stream([1, 2, 3], 5))
+found = sorted({name.partition(".")[0] for name in sys.modules} & set(BLOCKED))
+texts = [completion.text for completion in one + batch + chat]
+print(json.dumps([out.getvalue(), texts, len(tokens), found]))
+"""
+    streamed, texts, count, found = json.loads(printed(code, bundle, *PROMPTS).splitlines()[-1])
+    expected = continued(bundle, PROMPTS)
+    asked = continued(bundle, [f"<|start|>{PROMPTS[0]}<|end|>"])
+    assert streamed == expected[0] + "\n"
+    assert texts == [expected[0], *expected, *asked]
+    assert all(expected)
+    assert count == 5
+    assert found == []
+
+
+def test_commands_without_the_exporters_packages(bundle: Path) -> None:
+    code = "from lora_drop_tools.cli import main\nsys.exit(main(sys.argv[1:]))"
+    done = python(code, "generate", bundle, "--prompt", PROMPTS[0], "--max-new-tokens", 8, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == continued(bundle, PROMPTS[:1])[0] + "\n"
+    assert "8 tokens in" in done.stderr
+    assert "inspect" in printed("import lora_drop_tools.cli\n" + code, "--help")
+
+
+# ── the exporter's commands ────────────────────────────────────────────────────────────────────────────────────
+
+EXPORT = "from lora_drop_export.cli import main\nsys.exit(main(sys.argv[1:]))"
+COMPARE = "from lora_drop_tools.cli import main\nsys.exit(main(sys.argv[1:]))"
+
+
+def assert_names_the_extra(done: subprocess.CompletedProcess[str], blocked: tuple[str, ...]) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    fact, note, hint = done.stderr.splitlines()
+    assert fact == "error: The exporter's packages are not installed."
+    assert note.removeprefix("Note: ").split()[0] in blocked
+    assert "is missing" in note
+    assert hint == "Hint: pip install 'lora-drop-export[export]'"
+
+
+@pytest.mark.parametrize(
+    "blocked", [EXPORT_ONLY, *((name,) for name in EXPORT_ONLY[:1] + ("transformers", "polygraphy", "rich"))], ids=len
+)
+def test_export_without_its_packages(tmp_path: Path, blocked: tuple[str, ...]) -> None:
+    """All of them, or only one, which is found out before minutes of work."""
+    out = tmp_path / "out"
+    done = python(EXPORT, "--model", tmp_path / "model", "--out", out, blocked=blocked)
+    assert_names_the_extra(done, blocked)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("blocked", [EXPORT_ONLY, ("torch",), ("transformers",), ("polygraphy",), ("rich",)], ids=len)
+def test_compare_without_its_packages(bundle: Path, blocked: tuple[str, ...]) -> None:
+    assert_names_the_extra(python(COMPARE, "compare", bundle, blocked=blocked), blocked)
+
+
+def test_help_needs_none_of_them() -> None:
+    assert "--drop-ratio" in printed(EXPORT, "--help")
+
+
+# ── public names ───────────────────────────────────────────────────────────────────────────────────────────────
+
+ALL = """
+import importlib
+package = importlib.import_module(sys.argv[1])
+for name in package.__all__:
+    value = getattr(package, name)
+    assert callable(value), f"{name} is {value!r}"
+    assert value.__name__ == name
+namespace = {}
+exec(f"from {sys.argv[1]} import *", namespace)
+assert set(package.__all__) <= set(namespace)
+assert len(package.__all__) == len(set(package.__all__))
+"""
+
+
+@pytest.mark.parametrize("package", ["lora_drop_runtime", "lora_drop_tools", "lora_drop_export"])
+@pytest.mark.parametrize("first", ["", "lora_drop_export.cli", "lora_drop_export.export", "lora_drop_tools.compare"])
+def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> None:
+    """Also when a module of the same name has been imported before: a package's attribute is then the module."""
+    printed((f"import {first}\n" if first else "") + ALL, package, blocked=())
+
+
+def test_public_names() -> None:
+    names = {
+        "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError PeriodicSchedule PlanError "
+        "SamplingOptions Schedule Session StepKind VerificationError",
+        "lora_drop_tools": "chat compare generate inspect",
+        "lora_drop_export": "ExportOptions export",
+    }
+    for package, expected in names.items():
+        assert sorted(importlib.import_module(package).__all__) == expected.split()

