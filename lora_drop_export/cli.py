@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.command_line import Parser, run_command
+from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan import INJECTIONS, SURROGATES, parse_layers
 
@@ -22,14 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
-    try:
-        from .export import ExportOptions, export
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "The exporter's packages are not installed.",
-            note=f"{error.name} is missing; the runtime alone does not need it.",
-            hint="pip install 'lora-drop-export[export]'",
-        ) from None
+    require_export_packages("the runtime alone does not need it")
+    from .compiler import ExportOptions, export
+
     if args.drop_layers is not None and args.drop_list is not None:
         raise InputError(
             "The drop list is given twice.",

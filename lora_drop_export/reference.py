@@ -1,6 +1,6 @@
 """The algorithm in eager PyTorch, straight from DESIGN.md section 2.
 
-Enters: a transformers config, the bundle's weights, a plan, prompts, and the tokens and kinds of all steps. Leaves: the
+Enters: the bundle's weights and config, a plan, prompts, and the tokens and kinds of all steps. Leaves: the
 logits of every step. Because the tokens are given, layer i needs only layer i − 1: the run goes layer by layer over all
 steps, so one decoder layer's weights are in memory at a time. Knows no graph and no engine; float32 throughout.
 """
@@ -17,10 +17,11 @@ from lora_drop_runtime.adapters import Matrices
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan import DropPlan, StepKind
 
-from .trace import buffer_values, decoder_layers
+from .checkpoint import Checkpoint
+from .trace import buffer_values, decoder_layers, tied_names
+from .weights import resolve_tensors
 
 Array = npt.NDArray[Any]
-ReadWeight = Callable[[str, tuple[int, ...]], Array]
 
 ATTENTION_NAME = "lora_drop_reference"
 
@@ -42,18 +43,16 @@ class Reference:
     """Eager PyTorch under a drop plan.
 
     Args:
-        config: transformers config.
         plan: the drop plan.
         matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
-        read_weight: parameter name, shape → float32 values, from the bundle.
+        checkpoint: the bundle's own weight files, looked up by tensor name.
     """
 
-    config: Any
+    checkpoint: Checkpoint
     plan: DropPlan
     matrices: Matrices
-    read_weight: ReadWeight
-    trust_remote_code: bool = False
     _states: dict[str, Any] = field(default_factory=dict)
+    _tied: dict[str, str] = field(default_factory=dict)
 
     def run(
         self,
@@ -163,11 +162,12 @@ class Reference:
         AttentionInterface.register(ATTENTION_NAME, _attention)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                self.config,
+                self.checkpoint.config,
                 attn_implementation=ATTENTION_NAME,
                 dtype=torch.float32,
-                trust_remote_code=self.trust_remote_code,
+                trust_remote_code=self.checkpoint.trust_remote_code,
             ).eval()
+        self._tied = tied_names(model)
         for name, value in buffer_values(model).items():
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = value
@@ -182,8 +182,9 @@ class Reference:
 
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
-            values = self.read_weight(f"{prefix}.{name}", tuple(parameter.shape))
-            module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(_tensor(values), False)
+            wanted = {f"{prefix}.{name}": tuple(parameter.shape)}
+            (ref,) = resolve_tensors(self.checkpoint, wanted, self._tied).values()
+            module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
 
 
 def _tensor(array: Array) -> Any:

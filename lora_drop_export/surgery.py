@@ -59,6 +59,9 @@ def refresh_from_trace(
     masks = _Masks(inputs, plan)
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
         presents |= _expand_cache_attention(graph, node, inputs, masks)
+    if plan.injection == "attn_mlp":
+        for layer in plan.drop_layers:
+            attention_residual(graph, values, layer)  # refuses halves that run in parallel
     if plan.has_state:
         presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
     if masks.nodes:
@@ -212,7 +215,8 @@ def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], l
     x = values.get(f"hidden_states.{layer}")
     y = values[f"hidden_states.{layer + 1}"]
     for node, _ in x.uses() if x is not None else ():
-        if node.op_type == "Add" and node.outputs[0] is not y:
+        # Read again by the MLP, not only by the next addition: else the halves run in parallel
+        if node.op_type == "Add" and node.outputs[0] is not y and len(node.outputs[0].uses()) > 1:
             return node.outputs[0]
     raise ModelError(
         "The model's layers have no residual stream between attention and MLP.",

@@ -1,6 +1,6 @@
 """One trace of the unmodified transformers model, shapes only.
 
-Enters: a checkpoint's config. Leaves: a `TracedModel`: an onnx-ir graph of the whole decoder in which
+Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`: an onnx-ir graph of the decoder where
   - each attention is one `lora_drop::CacheAttention(query, key, value)` node, heads split and RoPE applied,
     query [B, H, S, D], key and value [B, Hkv, S, D] → [B, S, H, D], attributes layer, scale, sliding_window, softcap;
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError
 
+from .checkpoint import Checkpoint
 from .fuse import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"
@@ -65,11 +66,11 @@ class _Calls:
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
-def trace(config: Any, dtype: str, *, trust_remote_code: bool = False) -> TracedModel:
-    """Trace the model that `config` describes.
+def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
+    """Trace the model that the checkpoint's config describes; its weights are not read.
 
     Args:
-        config: a transformers config of a causal language model.
+        checkpoint: of a causal language model.
         dtype: `float32`, `float16` or `bfloat16`, the dtype of weights and activations.
 
     Raises:
@@ -78,9 +79,10 @@ def trace(config: Any, dtype: str, *, trust_remote_code: bool = False) -> Traced
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    config = checkpoint.config
     _refuse_by_config(config)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        model = _build(config, getattr(torch, dtype), trust_remote_code)
+        model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
         layers = decoder_layers(model)
         _refuse_by_modules(layers)
         wrapper = _step_module(model, layers)
@@ -111,7 +113,7 @@ def trace(config: Any, dtype: str, *, trust_remote_code: bool = False) -> Traced
         head_dim=head_dim,
         layers_prefix=next(name for name, module in model.named_modules() if module is layers),
         embedding_only=_looked_up(program.model, parameters),
-        tied=_tied_names(model),
+        tied=tied_names(model),
     )
 
 
@@ -174,13 +176,17 @@ def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
         raise ModelError(
             "transformers cannot build this model as a causal language model.",
-            note=str(error).strip().splitlines()[0],
+            note=f"Model type {config.model_type!r}: {_first_line(error)}",
             hint="The model's attention must go through transformers' attention interface.",
         ) from None
     return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _calls: _Calls  # the recorder of the trace that is running; the attention interface passes no user data
@@ -303,6 +309,14 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
         wrapper(*_example_inputs())
     except IndexError:
         raise _unsupported("decoder layers that do not take the hidden states as first argument", None) from None
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a model of another shape stumbles over
+        raise ModelError(
+            "The model cannot be run step by step.",
+            note=f"Model type {wrapper.model.config.model_type!r}: {_first_line(error)}",
+            hint="Choose a decoder whose layers are attention through transformers' attention interface and MLP.",
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -324,17 +338,24 @@ def _export(wrapper: Any, calls: _Calls) -> Any:
     global _calls
     _calls = _Calls()  # the recording of the dry run stays as it is
     batch, sequence, rows = (torch.export.Dim(name) for name in ("batch", "sequence", "rows"))
-    return torch.onnx.export(
-        wrapper,
-        _example_inputs(),
-        dynamo=True,
-        opset_version=23,  # the newest for which onnxscript fuses RMSNormalization
-        input_names=["input_ids", "len_kept", "logits_index"],
-        output_names=["logits"],
-        dynamic_shapes=({0: batch, 1: sequence}, {0: batch}, {0: batch, 1: rows}),
-        optimize=False,
-        verbose=False,
-    )
+    try:
+        return torch.onnx.export(
+            wrapper,
+            _example_inputs(),
+            dynamo=True,
+            opset_version=23,  # the newest for which onnxscript fuses RMSNormalization
+            input_names=["input_ids", "len_kept", "logits_index"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch, 1: sequence}, {0: batch}, {0: batch, 1: rows}),
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:  # torch wraps what its tracer stumbles over in classes of its own
+        raise ModelError(
+            "The model cannot be traced into one graph.",
+            note=f"Model type {wrapper.model.config.model_type!r}: {_first_line(error)}",
+            hint="Choose a decoder without control flow that depends on its data.",
+        ) from error
 
 
 def buffer_values(model: Any) -> dict[str, Any]:
@@ -420,7 +441,7 @@ def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> froze
     )
 
 
-def _tied_names(model: Any) -> dict[str, str]:
+def tied_names(model: Any) -> dict[str, str]:
     first: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

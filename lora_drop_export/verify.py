@@ -33,7 +33,6 @@ from polygraphy.logger import G_LOGGER
 from .checkpoint import open_checkpoint
 from .console import Console
 from .reference import Reference, adapter_matrices
-from .weights import resolve_tensors
 
 PROMPT_TOKENS = (24, 17)  # a ragged batch
 SAMPLE_TEXT = "sample.txt"
@@ -171,7 +170,7 @@ def _input_metadata() -> TensorMetadata:
     )
 
 
-def verify(bundle: Bundle, *, console: Console, threads: int | None = None) -> Bundle:
+def verify(bundle: Bundle, *, console: Console, threads: int | None = None, trust_remote_code: bool = False) -> Bundle:
     """Verify a bundle that is being exported; writes verify.json and the manifest's entry.
 
     Raises:
@@ -179,7 +178,9 @@ def verify(bundle: Bundle, *, console: Console, threads: int | None = None) -> B
     """
     results = {}
     for target in bundle.manifest.targets:
-        results[target] = compare(bundle, target=target, console=console, threads=threads)
+        results[target] = compare(
+            bundle, target=target, console=console, threads=threads, trust_remote_code=trust_remote_code
+        )
         print_table(results[target], console)
         if not results[target].passed:
             raise failure(results[target])
@@ -203,6 +204,7 @@ def compare(
     provider: str | None = None,
     threads: int | None = None,
     console: Console | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Run a bundle's target and the reference over the same steps.
 
@@ -220,7 +222,7 @@ def compare(
     with Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads) as session, _quiet():
         runners = [
             SessionRunner(session, steps, k),
-            ReferenceRunner(_reference(bundle), feeds, kinds, console),
+            ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console),
         ]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
     tolerance = TOLERANCES[manifest.model.dtype]
@@ -307,23 +309,17 @@ def failure(result: Verification) -> VerificationError:
     )
 
 
-def _reference(bundle: Bundle) -> Reference:
+def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
     """The reference over the bundle's own weight files, looked up by tensor name."""
-    checkpoint = open_checkpoint(str(bundle.root / "weights"), bundle.root / "scratch")
-
-    def read_weight(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        (ref,) = resolve_tensors(checkpoint, {name: shape}, _TIED).values()
-        return ref.read()
-
+    checkpoint = open_checkpoint(
+        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
+    )
     plan = bundle.manifest.plan
     adapters = {}
     if plan.rank:
         path = bundle.root / "weights" / "adapters.safetensors"
         adapters = {name: ref.read() for name, ref in read_tensors(path).items()}
-    return Reference(checkpoint.config, plan, adapter_matrices(plan, adapters), read_weight)
-
-
-_TIED = {"lm_head.weight": "model.embed_tokens.weight", "embed_out.weight": "gpt_neox.embed_in.weight"}
+    return Reference(checkpoint, plan, adapter_matrices(plan, adapters))
 
 
 def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:

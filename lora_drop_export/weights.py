@@ -76,7 +76,7 @@ def resolve_tensors(
 def weights_bytes(refs: Iterable[TensorRef], dtype: str, mode: str) -> int:
     """Disk space that `store_weights` will take, in bytes; nothing for hard links."""
     refs = list(refs)
-    if _is_stored_as(refs, dtype):
+    if is_stored_as(refs, dtype):
         return 0 if mode == "link" else sum(f.stat().st_size for f in {r.file for r in refs})
     width = 4 if dtype == "float32" else 2
     return sum(int(np.prod(r.shape)) * width for r in {r.name: r for r in refs}.values())
@@ -97,7 +97,7 @@ def store_weights(
     """
     directory = root / "weights"
     directory.mkdir()
-    if not _is_stored_as(refs.values(), dtype):
+    if not is_stored_as(refs.values(), dtype):
         if mode == "link":
             raise InputError(
                 "The checkpoint's weights cannot be linked.",
@@ -170,7 +170,8 @@ def _link(source: Path, target: Path) -> None:
         ) from None
 
 
-def _is_stored_as(refs: Iterable[TensorRef], dtype: str) -> bool:
+def is_stored_as(refs: Iterable[TensorRef], dtype: str) -> bool:
+    """Whether the checkpoint already has the wanted dtype and its files are taken as they lie."""
     return all(TORCH_DTYPES[ref.dtype] == dtype for ref in refs)
 
 
@@ -196,7 +197,7 @@ def _convert(refs: Mapping[str, TensorRef], dtype: str, path: Path, progress: Pr
 
 
 def _blocks(source: TensorRef | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
-    """The tensor's bytes in the wanted dtype, a few rows at a time. Raises InputError for a value that it cannot hold."""
+    """The tensor's bytes in the wanted dtype, a few rows at a time; InputError for a value that it cannot hold."""
     import ml_dtypes
 
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import tempfile
@@ -16,8 +17,8 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
 from lora_drop_export.checkpoint import Checkpoint, open_checkpoint
+from lora_drop_export.compiler import ExportOptions, write_bundle
 from lora_drop_export.console import Console
-from lora_drop_export.export import ExportOptions, write_bundle
 from lora_drop_export.trace import TracedModel, trace
 from tests.models import FAMILIES
 from tests.oracle import OraclePlan
@@ -43,10 +44,12 @@ def family(name: str) -> Family:
 
 def traced_model(model: PreTrainedModel) -> Family:
     """Save and trace any model."""
-    directory = Path(tempfile.mkdtemp(prefix="lora-drop-test-"))
+    scratch = tempfile.TemporaryDirectory(prefix="lora-drop-test-")
+    atexit.register(scratch.cleanup)
+    directory = Path(scratch.name)
     model.save_pretrained(directory)
     checkpoint = open_checkpoint(str(directory), directory / "scratch")
-    return Family(model, directory, checkpoint, trace(checkpoint.config, "float32"))
+    return Family(model, directory, checkpoint, trace(checkpoint, "float32"))
 
 
 def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:

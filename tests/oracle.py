@@ -60,7 +60,8 @@ class Row:
 
     def __init__(self, model: PreTrainedModel, plan: OraclePlan) -> None:
         """An empty row; the model is used, never changed for good."""
-        assert not model.training and model.dtype == torch.float32
+        assert not model.training
+        assert model.dtype == torch.float32
         self.model = model
         self.plan = plan
         self.position = 0  # of the next token

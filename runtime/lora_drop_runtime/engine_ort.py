@@ -85,8 +85,15 @@ class OrtEngine:
         if replaced:
             values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in replaced.values()]
             options.add_external_initializers(list(replaced), values)
-        graph = (self._bundle.root / self._files[kind.value]).read_bytes()
-        return self._ort.InferenceSession(graph, options, providers=[self._provider])
+        path = self._bundle.root / self._files[kind.value]
+        try:
+            return self._ort.InferenceSession(path.read_bytes(), options, providers=[self._provider])
+        except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+            raise BundleError(
+                "ONNX Runtime cannot load a graph of the bundle.",
+                note=f"{path}: {str(error).strip().splitlines()[0]}",
+                hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+            ) from error
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)

@@ -47,7 +47,11 @@ class TextStream:
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
         if "" in stop:
-            raise InputError("A stop string is empty.", hint="leave it out, or give at least one character.")
+            raise InputError(
+                "A stop string is empty.",
+                note=f"Given are {', '.join(map(repr, stop))}.",
+                hint="Leave it out, or give at least one character.",
+            )
         self.stopped = False
         self._codec = codec
         self._stop = tuple(stop)

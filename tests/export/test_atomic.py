@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
     """Exports take the tiny Llama's trace, made once."""
-    monkeypatch.setattr("lora_drop_export.export.trace", lambda *_, **__: family("llama").traced)
+    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: family("llama").traced)
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def raising(error: BaseException) -> Callable[..., Any]:
 # ── exports that fail ──────────────────────────────────────────────────────────────────────────────────────────
 
 PLACES = {  # where an export may end early, from its beginning to its end
-    "opening": "lora_drop_export.export.open_checkpoint",
-    "tracing": "lora_drop_export.export.trace",
-    "weights": "lora_drop_export.export.store_weights",
-    "surgery": "lora_drop_export.export.lora_step_from_refresh",
+    "opening": "lora_drop_export.compiler.open_checkpoint",
+    "tracing": "lora_drop_export.compiler.trace",
+    "weights": "lora_drop_export.compiler.store_weights",
+    "surgery": "lora_drop_export.compiler.lora_step_from_refresh",
     "lowering": "lora_drop_export.lower_ort.ort_from_neutral",
-    "tokenizer": "lora_drop_export.export._copy_tokenizer",
-    "records": "lora_drop_export.export._records",
+    "tokenizer": "lora_drop_export.compiler._copy_tokenizer",
+    "records": "lora_drop_export.compiler._records",
     "verification": "lora_drop_export.verify.verify",
 }
 

@@ -29,7 +29,7 @@ def names(values) -> list[str]:
 @pytest.mark.parametrize("injection", ["block", "attn_mlp"])
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
 def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path):
-    """Per op type: the LoRA graph is the refresh graph less its dropped layers' nodes, plus two Gemms and an Add each."""
+    """Per op type: the refresh graph less its dropped layers' nodes, plus two Gemms and an Add each."""
     bundle = make_bundle("llama_bias", tmp_path / "b", surrogate=surrogate, injection=injection, rank=rank, k=1)
     plan = bundle.manifest.plan
     refresh, lora = load(bundle, "refresh"), load(bundle, "lora")

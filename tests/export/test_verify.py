@@ -112,7 +112,7 @@ def test_mutant_graph_fails(graph, change, good, tmp_path):
 
 
 def test_mutant_adapter_fails_nowhere_but_is_another_model(good, tmp_path):
-    """The reference computes with the bundle's own weights: other adapters are no disagreement, other logits they are."""
+    """The reference computes with the bundle's own weights, so other adapters are no disagreement."""
     root = shutil.copytree(good.root, tmp_path / "b")
     path = root / "weights" / "adapters.safetensors"
     ref = read_tensors(path)["surrogate.4.mlp.lora_B"]

@@ -175,6 +175,7 @@ def test_commands_without_the_exporters_packages(bundle: Path) -> None:
 
 EXPORT = "from lora_drop_export.cli import main\nsys.exit(main(sys.argv[1:]))"
 COMPARE = "from lora_drop_tools.cli import main\nsys.exit(main(sys.argv[1:]))"
+MISSING = {"all": EXPORT_ONLY} | {name: (name,) for name in ("torch", "transformers", "onnx", "polygraphy", "rich")}
 
 
 def assert_names_the_extra(done: subprocess.CompletedProcess[str], blocked: tuple[str, ...]) -> None:
@@ -187,9 +188,7 @@ def assert_names_the_extra(done: subprocess.CompletedProcess[str], blocked: tupl
     assert hint == "Hint: pip install 'lora-drop-export[export]'"
 
 
-@pytest.mark.parametrize(
-    "blocked", [EXPORT_ONLY, *((name,) for name in EXPORT_ONLY[:1] + ("transformers", "polygraphy", "rich"))], ids=len
-)
+@pytest.mark.parametrize("blocked", MISSING.values(), ids=MISSING.keys())
 def test_export_without_its_packages(tmp_path: Path, blocked: tuple[str, ...]) -> None:
     """All of them, or only one, which is found out before minutes of work."""
     out = tmp_path / "out"
@@ -198,7 +197,7 @@ def test_export_without_its_packages(tmp_path: Path, blocked: tuple[str, ...]) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("blocked", [EXPORT_ONLY, ("torch",), ("transformers",), ("polygraphy",), ("rich",)], ids=len)
+@pytest.mark.parametrize("blocked", MISSING.values(), ids=MISSING.keys())
 def test_compare_without_its_packages(bundle: Path, blocked: tuple[str, ...]) -> None:
     assert_names_the_extra(python(COMPARE, "compare", bundle, blocked=blocked), blocked)
 
@@ -224,7 +223,7 @@ assert len(package.__all__) == len(set(package.__all__))
 
 
 @pytest.mark.parametrize("package", ["lora_drop_runtime", "lora_drop_tools", "lora_drop_export"])
-@pytest.mark.parametrize("first", ["", "lora_drop_export.cli", "lora_drop_export.export", "lora_drop_tools.compare"])
+@pytest.mark.parametrize("first", ["", "lora_drop_export.cli", "lora_drop_export.compiler", "lora_drop_tools.compare"])
 def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> None:
     """Also when a module of the same name has been imported before: a package's attribute is then the module."""
     printed((f"import {first}\n" if first else "") + ALL, package, blocked=())

@@ -63,15 +63,17 @@ def test_model_and_plan(made: Path) -> None:
 
 
 def test_sizes_are_those_on_disk(made: Path) -> None:
-    text = described(made)
+    sizes = described(made).split("size on disk")[1].split("predicted")[0]
     for name in ("refresh.onnx", "lora.onnx", "ort", "weights", "tokenizer"):
         path = made / name
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         size_bytes = sum(file.stat().st_size for file in files)
-        printed, unit = row(text, f"  {name} ").split()[1:]
+        printed, unit = row(sizes, f"  {name} ").split()[1:]
         assert float(printed) == pytest.approx(size_bytes / {"MiB": 2**20, "KiB": 2**10}[unit], abs=0.051), name
-    weights = next(line for line in text.splitlines() if line.startswith("  weights"))
-    assert weights.split()[1:] == ["1.0", "MiB"]  # 8 layers of 30848, head and embedding of 131 · 64, one norm
+    assert row(sizes, "  weights ").split()[1:] == [
+        "1.0",
+        "MiB",
+    ]  # 8 layers of 30848, head and embedding of 131 · 64, one norm
 
 
 def test_predictions(made: Path) -> None:
@@ -113,10 +115,10 @@ def test_two_prompt_lengths_where_there_is_room(copied: Path) -> None:
 
 
 def test_verification_is_printed_as_it_went(copied: Path) -> None:
-    assert row(described(copied), "  ort  ").split(maxsplit=1)[1] == "not run"
+    assert described(copied).splitlines()[-1].split(maxsplit=1) == ["ort", "not run"]
     change(copied, verification={"ort": {"status": "passed", "steps": 10, "max_abs_error": 2.34e-6}})
-    verified = described(copied)
-    assert verified.splitlines()[-1].split(maxsplit=1)[1] == "passed, 10 steps, max abs error 2.3e-06"
+    verified = described(copied).splitlines()[-1]
+    assert verified.split(maxsplit=1) == ["ort", "passed, 10 steps, max abs error 2.3e-06"]
     change(copied, verification={"ort": {"status": "failed", "steps": 10, "max_abs_error": 0.5}})
     assert "failed, 10 steps" in described(copied)
     change(copied, targets={}, verification={})
@@ -164,14 +166,21 @@ def test_check_passes_on_a_whole_bundle(made: Path, capsys: pytest.CaptureFixtur
     assert main(["inspect", str(made), "--check"]) == 0
     out, err = capsys.readouterr()
     count = sum(file.is_file() for file in made.rglob("*")) - 1  # all but the manifest
-    assert out == described(made) + f"all {count} files have their recorded hash\n"
+    header_only = "of the checkpoint's own files only the header is recorded: weights/model.safetensors\n"
+    assert out == described(made) + f"all {count} files have their recorded hash\n" + header_only
     assert err == ""
 
 
 @pytest.mark.parametrize(
     ("name", "position"),
-    [("refresh.onnx", 100), ("lora.onnx", -1), ("ort/refresh.onnx", 0), ("ort/lora.onnx", 500)]
-    + [("weights/model.safetensors", 20), ("weights/config.json", 3)],  # the header of the checkpoint
+    [
+        ("refresh.onnx", 100),
+        ("lora.onnx", -1),
+        ("ort/refresh.onnx", 0),
+        ("ort/lora.onnx", 500),
+        ("weights/model.safetensors", 20),  # in the header
+        ("weights/config.json", 3),
+    ],
 )
 def test_check_finds_a_changed_byte(copied: Path, capsys: pytest.CaptureFixture[str], name: str, position: int) -> None:
     flip(copied / name, position)

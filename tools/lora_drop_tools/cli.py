@@ -69,6 +69,7 @@ def _compare(args: argparse.Namespace) -> None:
         provider=args.provider,
         threads=args.threads,
         json_file=args.json,
+        trust_remote_code=args.trust_remote_code,
     )
 
 
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--check", action="store_true", help="hash every file")
     command = add("compare", _compare, "Compare every step with eager PyTorch.")
     command.add_argument("--k", type=int, help="window to compare under (default: the bundle's)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every step's figures")
     _add_engine(command)
     return parser

@@ -23,6 +23,7 @@ def compare(
     provider: str | None = None,
     threads: int | None = None,
     json_file: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Compare every step of a teacher-forced run with eager PyTorch and print a table.
 
@@ -37,7 +38,13 @@ def compare(
 
     console = Console()
     result = compare_bundle(
-        Bundle.open(bundle), target=target, k=k, provider=provider, threads=threads, console=console
+        Bundle.open(bundle),
+        target=target,
+        k=k,
+        provider=provider,
+        threads=threads,
+        console=console,
+        trust_remote_code=trust_remote_code,
     )
     print_table(result, console)
     if json_file is not None:

@@ -34,7 +34,11 @@ def inspect(bundle: str | Path, *, check: bool = False, out: TextIO | None = Non
                 + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
                 hint="Copy the bundle again, or export the model again.",
             )
-        print(f"all {len(opened.manifest.files)} files have their recorded hash", file=out or sys.stdout)
+        files = opened.manifest.files
+        by_header = [name for name, record in files.items() if record.header_only]
+        print(f"all {len(files)} files have their recorded hash", file=out or sys.stdout)
+        if by_header:
+            print(f"of the checkpoint's own files only the header is recorded: {', '.join(by_header)}", file=out)
     return opened.manifest
 
 

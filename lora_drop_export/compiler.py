@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import os
 import shutil
@@ -45,7 +46,7 @@ from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from .console import Console
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
-from .weights import resolve_tensors, store_adapters, store_weights, weights_bytes
+from .weights import is_stored_as, resolve_tensors, store_adapters, store_weights, weights_bytes
 
 _VERSIONED = (
     "lora-drop-export",
@@ -162,13 +163,18 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         )
         dtype = options.dtype or _default_dtype(checkpoint, options)
         with console.phase("tracing the model"):
-            traced = trace(checkpoint.config, dtype, trust_remote_code=options.trust_remote_code)
+            traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         shutil.rmtree(root / "scratch", ignore_errors=True)
         if options.verify and bundle.manifest.targets:
             from .verify import verify
 
-            bundle = verify(bundle, console=console, threads=options.threads)
+            bundle = verify(
+                bundle,
+                console=console,
+                threads=options.threads,
+                trust_remote_code=options.trust_remote_code,
+            )
         elif not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")
         else:
@@ -191,10 +197,11 @@ def write_bundle(
     fingerprint = checkpoint.fingerprint()
     matrices = _adapter_matrices(plan, traced, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
+    as_it_lay = is_stored_as(refs.values(), dtype) and not checkpoint.owned
     _check_disk(root, weights_bytes(refs.values(), dtype, "link" if checkpoint.owned else options.weights))
     with console.progress("weights") as progress:
         stored = store_weights(refs, dtype, root, options.weights, movable=checkpoint.owned, progress=progress)
-    checkpoint.config.save_pretrained(root / "weights")  # makes weights/ a model directory, for the reference
+    _make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
     facts = _model_facts(checkpoint, traced, dtype, fingerprint, stored)
     manifest = Manifest(
@@ -215,7 +222,7 @@ def write_bundle(
         with console.phase("lowering to ONNX Runtime"):
             targets["ort"] = _lower_to_ort(root, graphs)
     _copy_tokenizer(checkpoint, root / "tokenizer")
-    manifest = dataclasses.replace(manifest, targets=targets, files=_records(root))
+    manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(root, manifest)
 
@@ -369,6 +376,14 @@ def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def _make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
+    """Config, and code if the model brings some, beside the weights, so that the reference can be built from them."""
+    checkpoint.config.save_pretrained(weights)
+    if checkpoint.trust_remote_code:
+        for file in checkpoint.directory.glob("*.py"):
+            shutil.copyfile(file, weights / file.name)
+
+
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _VERSIONED:
@@ -377,14 +392,14 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _records(root: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file; a checkpoint file by its header, since reading it all would take minutes."""
+def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
+    """Size and hash of every file; of a checkpoint taken as it lay only the headers, since it may be huge."""
     records = {}
     for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
         name = file.relative_to(root).as_posix()
         if name != MANIFEST_NAME:
             of_checkpoint = file.match("weights/*.safetensors") and file.name != "adapters.safetensors"
-            records[name] = record_file(file, header_only=of_checkpoint)
+            records[name] = record_file(file, header_only=of_checkpoint and as_it_lay)
     return records
 
 
@@ -440,6 +455,14 @@ def _staging(out: Path, force: bool) -> Iterator[Path]:
                 raise
         else:
             os.rename(root, out)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            "The disk is full.",
+            note=f"Writing beside {out} failed: {error.strerror}.",
+            hint="Free some space, or choose another --out.",
+        ) from None
     finally:
         shutil.rmtree(root, ignore_errors=True)
         if out.exists():
