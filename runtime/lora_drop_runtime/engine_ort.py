@@ -82,6 +82,8 @@ class OrtEngine:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
         # Prepacking would give each session a private copy of every weight; without it both map the same file
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # Each session has threads of its own; left spinning after a step they would take the cores from the other's
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if replaced:
             values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in replaced.values()]
             options.add_external_initializers(list(replaced), values)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from lora_drop_export.cli import main as export_main
 from lora_drop_tools.cli import main
+
+from lora_drop_export.cli import main as export_main
 from tests.models import llama
 
 CODE = """

@@ -108,6 +108,15 @@ def test_load_adapters_is_exporting_with_them(tmp_path):
         np.testing.assert_array_equal(session.step([3, 5, 7]), without)
 
 
+def test_sessions_do_not_spin_between_steps(tmp_path):
+    """Else the threads of the session that waits take the cores from the one that runs (DECISIONS.md)."""
+    bundle = make_bundle("llama", tmp_path / "b")
+    with Session.open(bundle.root) as session:
+        for ort_session in session._engine._sessions.values():
+            options = ort_session.get_session_options()
+            assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_no_room_for_adapters(tmp_path):
     bundle = make_bundle("llama", tmp_path / "b", rank=0)
     with Session.open(bundle.root) as session, pytest.raises(InputError, match="no room"):
