@@ -65,6 +65,8 @@ def report(bundle: str) -> None:
     print(
         f"  time per token  {ratio:.2f}× as fast (median of {ROUNDS} interleaved runs; the bytes allow {ceiling:.2f}×)"
     )
+    if ratio > ceiling:
+        print("                  more than the bytes allow: noise, or time that does not go with bytes")
 
 
 if __name__ == "__main__":

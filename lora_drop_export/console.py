@@ -19,6 +19,7 @@ class Console:
 
         self.rich = rich.console.Console(file=sys.stderr, highlight=False)
         if not self.rich.is_terminal:
+            self.rich.width = 100  # room for a table's headings
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; read when tqdm is first imported
 
     def say(self, text: str) -> None:
