@@ -66,7 +66,7 @@ _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """The options of `lora-drop-export`, see DESIGN.md section 7 and the README."""
+    """The options of `lora-drop-export`; the README explains them. None is the default that the command prints."""
 
     drop_ratio: float | None = None
     drop_layers: Sequence[int] | None = None

@@ -1,4 +1,4 @@
-"""The algorithm in eager PyTorch, straight from DESIGN.md section 2.
+"""The algorithm in eager PyTorch, straight from docs/algorithm.md.
 
 Enters: the bundle's weights and config, a plan, prompts, and the tokens and kinds of all steps. Leaves: the
 logits of every step. Because the tokens are given, layer i needs only layer i − 1: the run goes layer by layer over all

@@ -275,7 +275,7 @@ def lora_step_from_refresh(
 
 @dataclass
 class _SurrogateBuilder:
-    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (DESIGN.md, section 2)."""
+    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (docs/algorithm.md)."""
 
     graph: gs.Graph
     plan: DropPlan

@@ -1,4 +1,4 @@
-"""The test oracle: LoRA-Drop decoding (DESIGN.md, section 2) written a second time, as naively as possible.
+"""The test oracle: LoRA-Drop decoding (docs/algorithm.md) written a second time, as naively as possible.
 
 In: an unmodified eager fp32 `transformers` model and a plan. Out: logits, one `[V]` tensor per step.
 It runs one row, one token at a time, also in the prompt: a full step per prompt token is the prefill, done

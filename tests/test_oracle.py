@@ -213,7 +213,7 @@ def test_surrogates_and_injections_differ():
 
 
 def test_slots_per_layer():
-    """PAPER.md, KV cache: T + m entries in a kept layer, T + floor(m / (k + 1)) in a dropped one."""
+    """docs/algorithm.md, KV cache: T + m entries in a kept layer, T + floor(m / (k + 1)) in a dropped one."""
     row, _ = oracle.prefill(family("llama"), OraclePlan(DROPPED), random_tokens(5, 1))
     for j, token in enumerate(random_tokens(11, 2), start=1):
         row.step(token, full=oracle.is_refresh(j, k=3))

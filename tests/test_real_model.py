@@ -5,6 +5,7 @@ Needs the package index for the model's wheel (kept in .demo/) and for the runti
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import venv
@@ -159,6 +160,11 @@ def test_runtime_alone(exported, tmp_path):
         "from importlib.util import find_spec as f; assert not any(map(f, ['torch', 'transformers', 'onnx', 'rich']))"
     )
     subprocess.run([bin_dir / "python", "-c", absent], check=True)
+    names = (
+        "import importlib.metadata as m; print({p.parts[0] for p in m.files('lora-drop-export') if p.suffix == '.py'})"
+    )
+    top = subprocess.run([bin_dir / "python", "-c", names], check=True, capture_output=True, text=True).stdout
+    assert ast.literal_eval(top) == {"lora_drop_export", "lora_drop_runtime", "lora_drop_tools"}
     command = [bin_dir / "lora-drop", "generate", str(exported), "--prompt", PROMPTS[0], "--k", "0"]
     done = subprocess.run(
         [*command, "--max-new-tokens", "4"], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -1,7 +1,7 @@
 """The drop list and the schedule: the one place that knows which layers are dropped and when.
 
 Enters: layer counts, ρ, k, names typed by a user. Leaves: a validated `DropPlan` and the kind of each step.
-Knows nothing of graphs, weights, caches or tokens. Words and formulas: DESIGN.md, sections 1 and 2.
+Knows nothing of graphs, weights, caches or tokens. Words and formulas: docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StepKind(enum.Enum):
 
 
 class Schedule(Protocol):
-    """Chooses the kind of every decode step of a request."""
+    """Chooses the kind of every decode step of a request: a function of the step's number alone."""
 
     def kind(self, step: int) -> StepKind:
         """The kind of decode step `step`; 1 is the first step after the prefill."""
@@ -77,7 +77,7 @@ def eligible_layers(
 
 
 def spread_layers(eligible: Sequence[int], drop_ratio: float) -> tuple[int, ...]:
-    """`m = floor(ρ·|eligible| + 0.5)` layers spread evenly over the eligible ones (DESIGN.md, section 1)."""
+    """`m = floor(ρ·|eligible| + 0.5)` layers spread evenly over the eligible ones (docs/algorithm.md)."""
     if not 0.0 <= drop_ratio <= 1.0:
         raise PlanError(
             "The drop ratio must lie between 0 and 1.",

@@ -56,7 +56,7 @@ class Session:
         cls,
         path: str | Path,
         *,
-        k: int | None = None,
+        k: int | Schedule | None = None,
         policy: str = "skip",
         target: str | None = None,
         provider: str | None = None,
@@ -66,7 +66,8 @@ class Session:
 
         Args:
             path: the bundle's directory.
-            k: LoRA steps between two refreshes, 0 for the full schedule; the bundle's own when None.
+            k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
+                window when None.
             policy: `skip`.
             target: `ort`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None.
@@ -77,7 +78,7 @@ class Session:
             InputError: k or policy out of range.
         """
         bundle = Bundle.open(path)
-        schedule = PeriodicSchedule(bundle.manifest.plan.k if k is None else k)
+        schedule = _schedule(bundle.manifest.plan.k if k is None else k)
         _check_policy(policy)
         if threads is not None and threads < 1:
             raise InputError(
@@ -116,7 +117,7 @@ class Session:
         prompts: Prompts,
         max_new_tokens: int,
         *,
-        k: int | None = None,
+        k: int | Schedule | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> list[Ids]:
@@ -125,7 +126,7 @@ class Session:
         Args:
             prompts: token ids per prompt; one flat list is one prompt.
             max_new_tokens: upper bound per prompt.
-            k: LoRA steps between refreshes for this request; the session's when None.
+            k: LoRA steps between refreshes for this request, or a schedule object; the session's when None.
             sampling: greedy when None.
             stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
 
@@ -145,7 +146,7 @@ class Session:
         prompt_ids: Sequence[int] | Array,
         max_new_tokens: int,
         *,
-        k: int | None = None,
+        k: int | Schedule | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Generator[int, None, None]:
@@ -165,7 +166,7 @@ class Session:
         self,
         rows: list[Ids],
         max_new_tokens: int,
-        k: int | None,
+        k: int | Schedule | None,
         sampling: SamplingOptions | None,
         stop_token_ids: Sequence[int] | None,
     ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
@@ -203,7 +204,7 @@ class Session:
         lengths: Array | None = None,
         *,
         max_new_tokens: int | None = None,
-        k: int | None = None,
+        k: int | Schedule | None = None,
     ) -> npt.NDArray[np.float32]:
         """Begin a request: run all prompts in full and fill every cache.
 
@@ -211,7 +212,7 @@ class Session:
             input_ids: int64 [B, T], right-padded.
             lengths: int64 [B], real tokens per row; T when None.
             max_new_tokens: sizes the caches; what the bundle allows when None.
-            k: LoRA steps between refreshes for this request; the session's when None.
+            k: LoRA steps between refreshes for this request, or a schedule object; the session's when None.
 
         Returns:
             float32 [B, V], logits at each row's last real token; valid until the next call.
@@ -228,7 +229,7 @@ class Session:
                 hint="Give at least one token.",
             )
         lens = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
-        schedule = self.schedule if k is None else PeriodicSchedule(k)
+        schedule = self.schedule if k is None else _schedule(k)
         new_tokens = self._check_request(ids, lens, max_new_tokens)
         ids = ids[:, : lens.max()]  # the caches have no room for padding beyond the longest prompt
         # Padding is computed and thrown away, so any valid id will do
@@ -520,6 +521,11 @@ def _token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
     """Which ids [B, T] are tokens and not padding."""
     mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
     return mask
+
+
+def _schedule(k: int | Schedule) -> Schedule:
+    """A window as a schedule; anything with a `kind` is one already."""
+    return k if hasattr(k, "kind") else PeriodicSchedule(k)
 
 
 def _check_policy(policy: str) -> None:

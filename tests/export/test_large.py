@@ -66,10 +66,11 @@ def test_llama3_8b_shape(tmp_path):
     seconds = time.perf_counter() - begin
     assert done.returncode == 0, done.stderr
     peak_bytes = int(done.stdout.rsplit("peak_kib", 1)[1]) * 1024
-    print(f"8B shape: {seconds:.0f} s, peak {peak_bytes / 1e9:.2f} GB")
+    graph_bytes = sum((out / f"{name}.onnx").stat().st_size for name in ("refresh", "lora"))
+    print(f"8B shape: {seconds:.0f} s, peak {peak_bytes / 1e9:.2f} GB, graphs {graph_bytes / 1e6:.2f} MB")
     assert peak_bytes < 2.5e9
     assert seconds < 180
-    assert sum((out / f"{name}.onnx").stat().st_size for name in ("refresh", "lora")) < 5e6
+    assert graph_bytes < 5e6
     weights = out / "weights" / "model.safetensors"
     assert weights.stat().st_ino == (directory / "model.safetensors").stat().st_ino
     assert os.stat(weights).st_blocks * 512 < 1e6  # nobody filled the hole

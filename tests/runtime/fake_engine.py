@@ -1,7 +1,7 @@
 """An engine without a model: it keeps what a session binds and what every run sees, and does the bookkeeping of one.
 
 Enters: the session's buffers. Leaves: a list of bindings, a list of runs, and buffers written the way the step graphs
-write them (DESIGN.md, section 2), with token ids in the place of K and V:
+write them (docs/algorithm.md), with token ids in the place of K and V:
 
     caches   slot len + s of a row gets `token + 1`, so a cache reads as the tokens that its layer has seen
     states   get the number of the run that wrote them, counted from 1

@@ -1,4 +1,4 @@
-"""The drop list and the schedule against examples worked out by hand from DESIGN.md, sections 1 and 2."""
+"""The drop list and the schedule against examples worked out by hand from docs/algorithm.md."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_eligible_layers_refuse(first: int, last: int) -> None:
 
 
 def test_spread_over_32_layers() -> None:
-    """PAPER.md's example: 28 eligible layers, m = 14, every second one, ρ_eff = 0.4375."""
+    """docs/algorithm.md's example: 28 eligible layers, m = 14, every second one, ρ_eff = 0.4375."""
     layers = spread_layers(eligible_layers(32), 0.5)
     assert layers == (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
     plan = DropPlan(num_layers=32, drop_layers=layers)

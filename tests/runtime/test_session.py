@@ -1,6 +1,6 @@
 """The session on a fake engine: schedule, lengths, capacities, bindings, cancelling, refusals, and its own time.
 
-Expected values are worked out from DESIGN.md, section 2, and PAPER.md here, not with the product's functions.
+Expected values are worked out from docs/algorithm.md here, not with the product's functions.
 """
 
 from __future__ import annotations
@@ -146,6 +146,9 @@ def test_a_custom_schedule_chooses_kinds_and_sizes_the_caches() -> None:
     engine.forget()
     session.generate([5, 6], 9, k=0)
     assert engine.kinds == [REFRESH] * 9
+    session, engine = open_session(PLAN, k=1)
+    session.generate([5, 6], 9, k=Squares())  # of one request
+    assert engine.kinds[1:] == [REFRESH, LORA, LORA, REFRESH, LORA, LORA, LORA, LORA]
 
 
 # ── tokens, lengths and slots ──────────────────────────────────────────────────────────────────────────────────
@@ -502,7 +505,7 @@ def test_a_long_prompt_alone() -> None:
 
 @pytest.mark.parametrize("k", WINDOWS)
 def test_kv_bytes_is_equation_13_with_the_prompts_entries(k: int) -> None:
-    """PAPER.md: a kept layer holds T + m entries, a dropped one T + ⌊m/(k+1)⌋; each 2 h_kv d_head b bytes."""
+    """docs/algorithm.md: a kept layer holds T + m entries, a dropped one T + ⌊m/(k+1)⌋; each 2 h_kv d_head b bytes."""
     session, _ = open_session(PLAN, k=k)
     session.prefill(*padded(RAGGED), max_new_tokens=2 * (k + 1) + 2)
     entry_bytes = 2 * 2 * 4 * 4

@@ -1,4 +1,4 @@
-"""The paper's equations: PAPER.md's worked examples, and the same arithmetic written a second time."""
+"""The paper's equations: the paper's worked examples, and the same arithmetic written a second time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the paper's equations predict for a bundle.
 
-Enters: a manifest, a context length. Leaves: costs per step, speed-ups, bytes of K/V. PAPER.md has the equations.
+Enters: a manifest, a context length. Leaves: costs per step, speed-ups, bytes of K/V (docs/algorithm.md).
 Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, because decoding is bound by bytes.
 """
 
@@ -80,7 +80,7 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int) -> tuple[
 
 
 def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int) -> float:
-    """PAPER.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
+    """docs/algorithm.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
     kept, dropped = kv_entries(manifest, prompt, steps, k)
     full, _ = step_bytes(manifest, kept, kept)
     refresh, lora = step_bytes(manifest, kept, dropped)
