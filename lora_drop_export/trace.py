@@ -89,7 +89,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         calls = _dry_run(wrapper, layers)
         program = _export(wrapper, calls)
         buffers = buffer_values(model)
-    _bind_initializers(program.model, buffers)
+    _bind_initializers(program.model, buffers, stored=set(model.state_dict()))
     with _quiet():
         program.optimize()
         _name_residual_stream(program.model)
@@ -379,8 +379,8 @@ def buffer_values(model: Any) -> dict[str, Any]:
     return values
 
 
-def _bind_initializers(model: ir.Model, buffers: dict[str, Any]) -> None:
-    """Give initializers their Hugging Face names; parameters lose their fake data, buffers get their real values."""
+def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
+    """Give initializers their Hugging Face names; what a checkpoint stores loses its fake data, the rest gets values."""
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         if value.name is None or not value.name.startswith("model."):
@@ -396,6 +396,8 @@ def _bind_initializers(model: ir.Model, buffers: dict[str, Any]) -> None:
                 )
             kind = tensor.dtype if tensor is not None else ir.DataType.FLOAT
             value.const_value = ir.tensor(array.astype(kind.numpy()), name=name)
+        elif name not in stored:
+            value.const_value = ir.tensor(_constant(tensor, name), name=name)
         else:
             value.const_value = None
             if tensor is not None:
@@ -403,6 +405,19 @@ def _bind_initializers(model: ir.Model, buffers: dict[str, Any]) -> None:
         del model.graph.initializers[value.name]
         value.name = name
         model.graph.initializers[name] = value
+
+
+def _constant(tensor: Any, name: str) -> Any:
+    """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
+    raw = getattr(tensor, "raw", None)
+    real = getattr(raw, "constant", raw)
+    if real is None:
+        raise ModelError(
+            "The model makes a tensor whose value cannot be known while tracing.",
+            note=f"{name} {tuple(tensor.shape.numpy())}.",
+            hint="Use a model of a family that transformers knows.",
+        )
+    return real
 
 
 def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from lora_drop_export.cli import main as export_main
 from tests.models import llama
 
 CODE = """
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 class OwnConfig(LlamaConfig):
@@ -17,6 +18,11 @@ class OwnConfig(LlamaConfig):
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * torch.tensor(1.5)  # a constant made while the model runs
+        return out
 """
 
 
