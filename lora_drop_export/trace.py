@@ -380,7 +380,7 @@ def buffer_values(model: Any) -> dict[str, Any]:
 
 
 def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
-    """Give initializers their Hugging Face names; what a checkpoint stores loses its fake data, the rest gets values."""
+    """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         if value.name is None or not value.name.startswith("model."):
@@ -457,11 +457,15 @@ def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> froze
 
 
 def tied_names(model: Any) -> dict[str, str]:
+    """Parameters that are another one under a second name, as the config says or as the module is built."""
     first: dict[int, str] = {}
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             tied[name] = first[id(parameter)]
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and model.config.get_text_config().tie_word_embeddings:  # not on fake tensors everywhere
+        tied[first[id(head)]] = first[id(embedding)]
     return tied
 
 
