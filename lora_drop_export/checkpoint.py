@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.errors import InputError, ModelError
+from lora_drop_runtime.errors import InputError, ModelError, first_line
 from lora_drop_runtime.safetensors_file import TensorRef, read_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
@@ -114,7 +114,7 @@ def _snapshot(model: str) -> Path:
             raise HFValidationError("it looks like a path")
         return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             "There is no such model.",
             note=f"{model!r} is no directory here, and not a repository that the hub gave: {reason}",
@@ -154,7 +154,7 @@ def _config(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(
             "transformers cannot read the model's config.",
-            note=str(error).strip().splitlines()[0],
+            note=first_line(error),
             hint="A newer transformers may know it; for models with code of their own add --trust-remote-code.",
         ) from None
 
@@ -172,7 +172,7 @@ def _converted(model: str, scratch: Path, directory: Path, trust_remote_code: bo
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         raise ModelError(
             "transformers cannot read this checkpoint.",
-            note=str(error).strip().splitlines()[0],
+            note=first_line(error),
             hint="Convert it to a safetensors directory first.",
         ) from None
     target = scratch / "converted"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.errors import ModelError
+from lora_drop_runtime.errors import ModelError, first_line
 
 from .checkpoint import Checkpoint
 from .fuse import fuse_rotary_embedding
@@ -179,14 +179,10 @@ def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
         raise ModelError(
             "transformers cannot build this model as a causal language model.",
-            note=f"Model type {config.model_type!r}: {_first_line(error)}",
+            note=f"Model type {config.model_type!r}: {first_line(error)}",
             hint="The model's attention must go through transformers' attention interface.",
         ) from None
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _calls: _Calls  # the recorder of the trace that is running; the attention interface passes no user data
@@ -314,7 +310,7 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
     except Exception as error:  # whatever a model of another shape stumbles over
         raise ModelError(
             "The model cannot be run step by step.",
-            note=f"Model type {wrapper.model.config.model_type!r}: {_first_line(error)}",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
             hint="Choose a decoder whose layers are attention through transformers' attention interface and MLP.",
         ) from error
     finally:
@@ -353,7 +349,7 @@ def _export(wrapper: Any, calls: _Calls) -> Any:
     except Exception as error:  # torch wraps what its tracer stumbles over in classes of its own
         raise ModelError(
             "The model cannot be traced into one graph.",
-            note=f"Model type {wrapper.model.config.model_type!r}: {_first_line(error)}",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
             hint="Choose a decoder without control flow that depends on its data.",
         ) from error
 

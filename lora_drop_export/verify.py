@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle import MANIFEST_NAME, TARGETS, Bundle, record_file
-from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError
+from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError, first_line
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
 from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_runtime.session import Session
@@ -121,7 +121,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no ty
         except Exception as error:  # each engine has exceptions of its own
             raise VerificationError(
                 f"The bundle on {self.name} cannot be executed.",
-                note=str(error).strip().splitlines()[0],
+                note=first_line(error),
                 hint="This is a bug, or an engine older than the bundle needs.",
             ) from error
         self.inference_time = time.perf_counter() - begin

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle
-from .errors import BundleError
+from .errors import BundleError, first_line
 from .plan import StepKind
 
 Array = npt.NDArray[Any]
@@ -93,7 +93,7 @@ class OrtEngine:
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             raise BundleError(
                 "ONNX Runtime cannot load a graph of the bundle.",
-                note=f"{path}: {str(error).strip().splitlines()[0]}",
+                note=f"{path}: {first_line(error)}",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             ) from error
 

@@ -55,3 +55,8 @@ class VerificationError(LoraDropError):
     """The compiled model and its reference disagree."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line; the name of its class when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
