@@ -1,0 +1,303 @@
+/* One thread block on the CPU: block.h for a plain C++17 compiler. For tests, not for speed.
+ *
+ * Each thread is a fiber. A fiber runs until a barrier or a shuffle, and goes on once all threads that take part have
+ * arrived, so a block runs the very source that a GPU runs, on real memory. An order picks the interleaving:
+ *
+ *     0     first warp and thread first: they run ahead until a barrier holds them; copies land at the last moment
+ *     −1    last warp and thread first; copies land at once
+ *     n > 0 shuffled by a generator seeded with n, copies too
+ *
+ * A forgotten barrier thus shows as a different result under some order. Shared memory starts as NaN, a copy that
+ * nobody waited for never lands under order 0, and a barrier or shuffle that not all threads reach ends the
+ * process.
+ */
+#ifndef LORA_DROP_HOST_BLOCK_H
+#define LORA_DROP_HOST_BLOCK_H
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <vector>
+
+#define LORA_DROP_BODY inline
+
+namespace lora_drop {
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float8 {
+    uint8_t bits;
+};
+
+inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* A float with `mantissa` stored mantissa bits and exponents from 1 − bias, as its bits without the sign. */
+inline uint32_t round_to_small_float(float x, int mantissa, int bias) {
+    x = std::fabs(x);
+    if (x == 0.0f) return 0;
+    int exponent;
+    std::frexp(x, &exponent);  // x = 0.5 … 1 · 2^exponent
+    exponent = std::max(exponent - 1, 1 - bias);
+    const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(x, mantissa - exponent)));  // ties to even
+    // Units of a normal number hold the implicit bit; a carry out of the mantissa moves into the exponent by itself
+    return units + (static_cast<uint32_t>(exponent + bias - 1) << mantissa);
+}
+
+inline float small_float_value(uint32_t magnitude, int mantissa, int bias) {
+    const int exponent = static_cast<int>(magnitude >> mantissa);
+    const uint32_t fraction = magnitude & ((1u << mantissa) - 1);
+    return exponent == 0 ? std::ldexp(static_cast<float>(fraction), 1 - bias - mantissa)
+                         : std::ldexp(static_cast<float>(fraction + (1u << mantissa)), exponent - bias - mantissa);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return static_cast<float>(x); }
+inline float to_float(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+inline float to_float(Half x) {
+    const uint32_t magnitude = x.bits & 0x7fff;
+    const float y = magnitude > 0x7c00 ? NAN : magnitude == 0x7c00 ? INFINITY : small_float_value(magnitude, 10, 15);
+    return x.bits & 0x8000 ? -y : y;
+}
+inline float to_float(Float8 x) {
+    const uint32_t magnitude = x.bits & 0x7f;
+    const float y = magnitude == 0x7f ? NAN : small_float_value(magnitude, 3, 7);
+    return x.bits & 0x80 ? -y : y;
+}
+
+inline void from_float(float x, float& y) { y = x; }
+inline void from_float(float x, int8_t& y) {
+    y = static_cast<int8_t>(std::nearbyint(std::fmin(std::fmax(x, -128.0f), 127.0f)));
+}
+inline void from_float(float x, BFloat16& y) {
+    const uint32_t bits = float_bits(x);
+    y.bits = static_cast<uint16_t>(std::isnan(x) ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, Half& y) {
+    const uint32_t magnitude = std::isnan(x)                ? 0x7fff
+                               : std::fabs(x) >= 65520.0f ? 0x7c00
+                                                          : round_to_small_float(x, 10, 15);
+    y.bits = static_cast<uint16_t>(magnitude | (float_bits(x) >> 31 << 15));
+}
+inline void from_float(float x, Float8& y) {
+    const uint32_t magnitude = std::isnan(x) ? 0x7f : std::fabs(x) >= 448.0f ? 0x7e : round_to_small_float(x, 3, 7);
+    y.bits = static_cast<uint8_t>(magnitude | (float_bits(x) >> 31 << 7));
+}
+
+class HostBlock {
+public:
+    static HostBlock& get() {
+        static HostBlock block;
+        return block;
+    }
+
+    /* Runs one block to its end. Not reentrant, and for one caller at a time. */
+    void run(Index block, size_t shared_bytes, const std::function<void()>& body) {
+        block_ = block;
+        body_ = &body;
+        shared_.reset(new (std::align_val_t(256)) char[shared_bytes]);
+        memset(shared_.get(), 0xff, shared_bytes);
+        random_.seed(static_cast<unsigned>(order));
+        for (int i = 0; i < kThreads; ++i) {
+            fibers_[i].started = false;
+            fibers_[i].shuffles = 0;
+            fibers_[i].copies.clear();
+            fibers_[i].groups.clear();
+        }
+        for (int warp = 0; warp < kWarps; ++warp) {
+            ready_[warp] = live_[warp] = ~0u;
+            at_warp_[warp] = at_block_[warp] = 0;
+        }
+        for (;;) {
+            const int warp = next_warp();
+            if (warp >= 0) {
+                resume(warp * kWarp + next_lane(ready_[warp]));
+                if (at_warp_[warp] == ~0u) {
+                    ready_[warp] = at_warp_[warp];
+                    at_warp_[warp] = 0;
+                }
+            } else if (!release_block()) {
+                return;
+            }
+        }
+    }
+
+    int thread() const { return current_; }
+    Index block() const { return block_; }
+    char* shared() const { return shared_.get(); }
+
+    void meet_warp() { wait(at_warp_); }
+    void meet_block() { wait(at_block_); }
+
+    float shuffle_xor(float x, int mask) {
+        // Two slots in turn: a thread that runs ahead writes its next value where nobody reads the last one
+        const int slot = fibers_[current_].shuffles++ % 2;
+        shuffled_[slot][current_] = x;
+        meet_warp();
+        return shuffled_[slot][current_ ^ mask];
+    }
+
+    void copy(void* to, const void* from) {
+        const bool at_once = order < 0 || (order > 0 && random_() % 2 == 0);
+        if (at_once) {
+            memcpy(to, from, kCopyBytes);
+        } else {
+            fibers_[current_].copies.push_back({to, from});
+        }
+    }
+
+    void commit() {
+        Fiber& fiber = fibers_[current_];
+        fiber.groups.push_back(fiber.copies.size());
+    }
+
+    void land_all_but(size_t latest) {
+        Fiber& fiber = fibers_[current_];
+        if (fiber.groups.size() <= latest) return;
+        const size_t landing = fiber.groups[fiber.groups.size() - latest - 1];
+        for (size_t i = 0; i < landing; ++i) {
+            memcpy(fiber.copies[i].to, fiber.copies[i].from, kCopyBytes);
+        }
+        fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<ptrdiff_t>(landing));
+        fiber.groups.erase(fiber.groups.begin(), fiber.groups.end() - static_cast<ptrdiff_t>(latest));
+        for (size_t& end : fiber.groups) end -= landing;
+    }
+
+    int order = 0;
+
+private:
+    static constexpr size_t kStackBytes = 64 * 1024;
+    static constexpr size_t kCopyBytes = 16;
+    struct Copy {
+        void* to;
+        const void* from;
+    };
+    struct Fiber {
+        bool started;
+        unsigned shuffles;
+        std::vector<Copy> copies;
+        std::vector<size_t> groups;  // where each committed group ends in copies
+        ucontext_t context;
+        jmp_buf place;
+        std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    };
+    struct Free {
+        void operator()(char* p) const { operator delete[](p, std::align_val_t(256)); }
+    };
+
+    [[noreturn]] static void fail(const char* what) {
+        fprintf(stderr, "host block: %s\n", what);
+        abort();
+    }
+
+    // swapcontext would make a system call at each switch; jumping between live contexts does not
+    __attribute__((noinline)) void resume(int thread) {
+        current_ = thread;
+        ready_[thread / kWarp] &= ~(1u << thread % kWarp);
+        Fiber& fiber = fibers_[thread];
+        if (_setjmp(scheduler_) != 0) return;
+        if (fiber.started) _longjmp(fiber.place, 1);
+        fiber.started = true;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+        setcontext(&fiber.context);
+    }
+
+    static void enter() {
+        HostBlock& block = get();
+        (*block.body_)();
+        block.live_[block.current_ / kWarp] &= ~(1u << block.current_ % kWarp);
+        _longjmp(block.scheduler_, 1);
+    }
+
+    __attribute__((noinline)) void wait(uint32_t* arrived) {
+        arrived[current_ / kWarp] |= 1u << current_ % kWarp;
+        if (_setjmp(fibers_[current_].place) == 0) _longjmp(scheduler_, 1);
+    }
+
+    /* Lets all threads pass the block's barrier; false when none is left. */
+    bool release_block() {
+        bool any = false;
+        for (int warp = 0; warp < kWarps; ++warp) any |= live_[warp] != 0;
+        if (!any) return false;
+        for (int warp = 0; warp < kWarps; ++warp) {
+            if (at_block_[warp] != ~0u) fail("a barrier or shuffle that not all threads reach");
+            ready_[warp] = at_block_[warp];
+            at_block_[warp] = 0;
+        }
+        return true;
+    }
+
+    int next_warp() {
+        const int first = order > 0 ? static_cast<int>(random_() % kWarps) : 0;
+        for (int i = 0; i < kWarps; ++i) {
+            const int warp = order < 0 ? kWarps - 1 - i : (first + i) % kWarps;
+            if (ready_[warp] != 0) return warp;
+        }
+        return -1;
+    }
+
+    int next_lane(uint32_t ready) {
+        if (order < 0) return 31 - __builtin_clz(ready);
+        if (order == 0) return __builtin_ctz(ready);
+        const unsigned start = random_() % kWarp;
+        const uint32_t from = ready >> start;
+        return from != 0 ? static_cast<int>(start) + __builtin_ctz(from) : __builtin_ctz(ready);
+    }
+
+    Index block_{};
+    const std::function<void()>* body_ = nullptr;
+    std::unique_ptr<char[], Free> shared_;
+    std::minstd_rand random_;
+    Fiber fibers_[kThreads];
+    float shuffled_[2][kThreads];
+    uint32_t ready_[kWarps], live_[kWarps], at_warp_[kWarps], at_block_[kWarps];
+    int current_ = 0;
+    jmp_buf scheduler_;
+};
+
+using std::max;
+using std::min;
+
+inline int thread_index() { return HostBlock::get().thread(); }
+inline Index block_index() { return HostBlock::get().block(); }
+inline void sync_block() { HostBlock::get().meet_block(); }
+inline void sync_warp() { HostBlock::get().meet_warp(); }
+inline float shuffle_xor(float x, int mask) { return HostBlock::get().shuffle_xor(x, mask); }
+inline char* shared_memory() { return HostBlock::get().shared(); }
+
+inline void copy_async(void* shared, const void* global) { HostBlock::get().copy(shared, global); }
+inline void copy_commit() { HostBlock::get().commit(); }
+template <int kGroups>
+void copy_wait() {
+    HostBlock::get().land_all_but(kGroups);
+}
+
+}  // namespace lora_drop
+
+#endif

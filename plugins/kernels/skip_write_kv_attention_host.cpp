@@ -1,0 +1,53 @@
+/* The C interface on the CPU, for tests: pointers of the host, blocks one after another, the stream is ignored. Built by a
+ * plain C++17 compiler. Not thread-safe.
+ */
+// Its longjmp refuses to jump between stacks, which is how the fibers of host_block.h switch
+#undef _FORTIFY_SOURCE
+
+#include "skip_write_kv_attention.cuh"
+
+namespace lora_drop {
+namespace {
+
+struct HostLauncher {
+    template <class T, class KV>
+    int append(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
+        return run(grid, bytes, [&] { lora_drop::append<T, KV>(call, plan); });
+    }
+    template <class T, class KV, int kRows>
+    int attend(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
+        return run(grid, bytes, [&] { lora_drop::attend<T, KV, kRows>(call, plan); });
+    }
+    template <class T>
+    int combine(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
+        return run(grid, bytes, [&] { lora_drop::combine<T>(call, plan); });
+    }
+
+private:
+    static int run(Index grid, size_t shared_bytes, const std::function<void()>& body) {
+        // The order of blocks follows the order of threads: no block may depend on another either
+        const bool last_first = HostBlock::get().order < 0;
+        const int blocks = grid.x * grid.y * grid.z;
+        for (int i = 0; i < blocks; ++i) {
+            const int at = last_first ? blocks - 1 - i : i;
+            HostBlock::get().run({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, shared_bytes, body);
+        }
+        return 0;
+    }
+};
+
+}  // namespace
+}  // namespace lora_drop
+
+const char* lora_drop_attention_problem(const LoraDropAttention* call) { return lora_drop::problem(*call); }
+
+size_t lora_drop_workspace_bytes(const LoraDropAttention* call, int32_t multiprocessors) {
+    return lora_drop::plan_of(*call, multiprocessors).workspace_bytes;
+}
+
+int lora_drop_attention(const LoraDropAttention* call, size_t workspace_bytes, int32_t multiprocessors, void*) {
+    return lora_drop::launch(*call, workspace_bytes, multiprocessors, lora_drop::HostLauncher{});
+}
+
+/* 0, −1 or a seed; see host_block.h. */
+extern "C" void lora_drop_host_order(int order) { lora_drop::HostBlock::get().order = order; }
