@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_drop_runtime.bundle import TARGETS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan import INJECTIONS, SURROGATES, parse_layers
 
+SHARINGS = ("inputs", "constants")
+FORMS = ("native", "plugin")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -23,8 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     require_export_packages("the runtime alone does not need it")
-    from .compiler import ExportOptions, export
+    from .build_trt import COMPUTE_CAPABILITIES, BuilderOptions
+    from .compiler import ExportOptions, add_target, export
 
+    if args.add_target:
+        _refuse_what_the_bundle_fixes(args)
+    elif args.model is None:
+        raise InputError(
+            "There is no model to export.",
+            note="--model was not given, nor --add-target for an existing bundle.",
+            hint="Use --model DIR|HUB_ID|FILE.gguf.",
+        )
     if args.drop_layers is not None and args.drop_list is not None:
         raise InputError(
             "The drop list is given twice.",
@@ -34,31 +46,42 @@ def _export(arguments: Sequence[str]) -> None:
     layers = None if args.drop_layers is None else parse_layers(args.drop_layers)
     if args.drop_list is not None:
         layers = read_drop_list(args.drop_list)
-    bundle = export(
-        args.model,
-        args.out,
-        ExportOptions(
-            drop_ratio=args.drop_ratio,
-            drop_layers=layers,
-            always_first=args.always_first,
-            always_last=args.always_last,
-            k=args.k,
-            surrogate=args.surrogate,
-            injection=args.injection,
-            adapters=args.adapters,
-            rank=args.rank,
-            targets=tuple(args.target or ["ort"]),
-            dtype=DTYPES.get(args.dtype, args.dtype),
-            max_seq_len=args.max_seq_len,
-            max_prompt_len=args.max_prompt_len,
-            max_batch=args.max_batch,
-            weights=args.weights,
-            verify=not args.no_verify,
-            force=args.force,
-            threads=args.threads,
-            trust_remote_code=args.trust_remote_code,
+    options = ExportOptions(
+        drop_ratio=args.drop_ratio,
+        drop_layers=layers,
+        always_first=args.always_first,
+        always_last=args.always_last,
+        k=args.k,
+        surrogate=args.surrogate,
+        injection=args.injection,
+        adapters=args.adapters,
+        rank=args.rank,
+        targets=tuple(args.target or args.add_target or ["ort"]),
+        dtype=DTYPES.get(args.dtype, args.dtype),
+        max_seq_len=args.max_seq_len,
+        max_prompt_len=args.max_prompt_len,
+        max_batch=args.max_batch,
+        weights=args.weights,
+        weight_sharing=args.weight_sharing,
+        attention=args.attention,
+        builder=BuilderOptions(
+            workspace_mib=args.workspace_mib,
+            optimization_level=args.optimization_level,
+            hardware_compatible=args.hardware_compatible,
+            version_compatible=args.version_compatible,
+            compute_capabilities=tuple(args.compute_capability or COMPUTE_CAPABILITIES),
+            alias=not args.no_alias,
         ),
+        verify=not args.no_verify,
+        force=args.force,
+        threads=args.threads,
+        trust_remote_code=args.trust_remote_code,
     )
+    if args.add_target:
+        bundle = add_target(args.out, args.add_target, options)
+        print(f"targets: {', '.join(bundle.manifest.targets)}")
+        return
+    bundle = export(args.model, args.out, options)
     plan, limits = bundle.manifest.plan, bundle.manifest.limits
     dropped = ", ".join(map(str, plan.drop_layers)) or "none"
     print(f"dropped layers: {dropped} ({len(plan.drop_layers)} of {plan.num_layers}), k = {plan.k}")
@@ -68,6 +91,23 @@ def _export(arguments: Sequence[str]) -> None:
     )
     if bundle.manifest.targets:
         print(f'try: lora-drop generate {args.out} --prompt "The capital of Italy is"')
+
+
+_FIXED_BY_BUNDLE = (
+    *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
+    *("adapters", "rank", "target", "dtype", "max_seq_len", "max_prompt_len", "max_batch", "weights"),
+)
+
+
+def _refuse_what_the_bundle_fixes(args: argparse.Namespace) -> None:
+    for name in _FIXED_BY_BUNDLE:
+        value = getattr(args, name)
+        if value != _parser().get_default(name):
+            raise InputError(
+                "An existing bundle fixes that option.",
+                note=f"--{name.replace('_', '-')} {value} was given with --add-target.",
+                hint="Leave it out, or export the model again.",
+            )
 
 
 def read_drop_list(path: Path) -> tuple[int, ...]:
@@ -95,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-drop-export",
         description="Compile a Hugging Face causal language model into a bundle that decodes with LoRA-Drop.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR|HUB_ID|FILE.gguf", help="the model to export")
+    parser.add_argument("--model", metavar="DIR|HUB_ID|FILE.gguf", help="the model to export")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the bundle goes")
     plan = parser.add_argument_group("what is dropped")
     plan.add_argument(
@@ -131,13 +171,20 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--target",
         action="append",
-        metavar="|".join(("ort", "none")),
-        help="ort: ONNX Runtime (default); none: the neutral graphs only",
+        metavar="|".join((*TARGETS, "none")),
+        help="ort: ONNX Runtime (default); tensorrt, tensorrt-rtx: engines; none: the neutral graphs only. "
+        "May be given several times",
+    )
+    target.add_argument(
+        "--add-target",
+        action="append",
+        metavar="|".join(TARGETS),
+        help="build another target from the graphs of the bundle at --out; --model is not needed",
     )
     target.add_argument(
         "--dtype",
         metavar="|".join(DTYPES),
-        help="of weights and activations; default fp32 on the CPU, the checkpoint's for --target none",
+        help="of weights and activations; default fp32 on the CPU, else the checkpoint's",
     )
     target.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt + new tokens (default 2048 or the model's context)"
@@ -149,6 +196,33 @@ def _parser() -> argparse.ArgumentParser:
         choices=("copy", "link"),
         default="copy",
         help="copy the checkpoint's files into the bundle (default) or hard-link them",
+    )
+    target.add_argument(
+        "--weight-sharing",
+        choices=SHARINGS,
+        help="of TensorRT targets: weights as inputs of both engines, one copy on the device (default), "
+        "or as constants inside each",
+    )
+    target.add_argument(
+        "--attention",
+        choices=FORMS,
+        help="of TensorRT targets: native layers, or the SkipWriteKVAttention plugin (default with tensorrt)",
+    )
+    builder = parser.add_argument_group("how TensorRT builds")
+    builder.add_argument("--workspace-mib", type=int, metavar="MIB", help="most scratch memory of a layer")
+    builder.add_argument("--optimization-level", type=int, metavar="0…5", help="of the builder (default 3)")
+    builder.add_argument(
+        "--hardware-compatible", action="store_true", help="engines for Ampere GPUs and later (tensorrt)"
+    )
+    builder.add_argument("--version-compatible", action="store_true", help="engines for later versions of the library")
+    builder.add_argument(
+        "--no-alias", action="store_true", help="do not tell TensorRT that the plugin updates its caches in place"
+    )
+    builder.add_argument(
+        "--compute-capability",
+        action="append",
+        metavar="X.Y",
+        help="GPU generation that tensorrt-rtx builds for; may be given several times (default 8.6, 8.9 and 12.0)",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--no-verify", action="store_true", help="do not compare the bundle with PyTorch")

@@ -6,10 +6,13 @@
     weights.py        checkpoint → weights/, once
     surgery.py        graph + plan → refresh.onnx, lora.onnx (neutral)
     lower_ort.py      neutral → ort/refresh.onnx, ort/lora.onnx
+    lower_trt.py      neutral → <target>/refresh.onnx, lora.onnx and weights.json
+    build_trt.py      → <target>/refresh.engine, lora.engine
     verify.py         every step against eager PyTorch
     bundle            manifest, atomic move to --out
 
-Everything is written to a temporary sibling of `out` and moved into place at the end.
+Everything is written to a temporary sibling of `out` and moved into place at the end. `add_target` begins at the
+lowering, with the graphs of a bundle.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +36,7 @@ from lora_drop_runtime.bundle import (
     DTYPE_BYTES,
     MANIFEST_NAME,
     TARGETS,
+    VERIFY_NAME,
     Bundle,
     FileRecord,
     Limits,
@@ -40,10 +46,20 @@ from lora_drop_runtime.bundle import (
     record_file,
 )
 from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
 
+from .build_trt import (
+    PREFILL_CHUNK,
+    BuilderOptions,
+    EngineBuilder,
+    check_buildable,
+    lora_profiles,
+    refresh_profiles,
+)
 from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from .console import Console
+from .lower_trt import FORMS, SHARINGS, check_one_copy, trt_from_neutral
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
 from .weights import is_stored_as, resolve_tensors, store_adapters, store_weights, weights_bytes
@@ -61,6 +77,7 @@ _VERSIONED = (
     "numpy",
 )
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
 
 
@@ -83,6 +100,9 @@ class ExportOptions:
     max_prompt_len: int | None = None
     max_batch: int = 8
     weights: str = "copy"
+    weight_sharing: str | None = None
+    attention: str | None = None
+    builder: BuilderOptions = dataclasses.field(default_factory=BuilderOptions)
     verify: bool = True
     force: bool = False
     threads: int | None = None
@@ -105,12 +125,8 @@ class ExportOptions:
                     note=f"{target!r} was given, known are {', '.join((*TARGETS, 'none'))}.",
                     hint="Use --target ort.",
                 )
-            if target not in ("ort", "none"):
-                raise InputError(
-                    "This version cannot build engines for that target.",
-                    note=f"{target!r} was asked for, this version builds 'ort' and, as graphs only, 'none'.",
-                    hint="Use --target ort.",
-                )
+            if target in DEVICE_TARGETS:
+                check_buildable(target, self.builder)
         if len(set(self.targets)) != len(self.targets) or ("none" in self.targets and len(self.targets) > 1):
             raise InputError(
                 "The targets exclude each other.",
@@ -123,15 +139,25 @@ class ExportOptions:
                 note=f"{self.dtype!r} was given, known are {', '.join(DTYPE_BYTES)}.",
                 hint="Use --dtype fp32.",
             )
-        if "ort" in self.targets and self.dtype not in (None, "float32"):
+        if self.dtype is not None:
+            _check_runs_dtype(self.targets, self.dtype)
+        for what, chosen, known in (
+            ("way to store weights", self.weights, ("copy", "link")),
+            ("weight sharing", self.weight_sharing, (None, *SHARINGS)),
+            ("form of attention", self.attention, (None, *FORMS)),
+        ):
+            if chosen not in known:
+                names = [name for name in known if name]
+                raise InputError(
+                    f"Unknown {what}.",
+                    note=f"{chosen!r} was given, known are {' and '.join(names)}.",
+                    hint=f"Use {names[0]}.",
+                )
+        if self.attention == "plugin" and "tensorrt-rtx" in self.targets:
             raise InputError(
-                "The target cannot run that dtype.",
-                note=f"'ort' runs float32 on the CPU, {self.dtype} was asked for: it has no CPU kernels.",
-                hint="Use --dtype fp32, or --target none.",
-            )
-        if self.weights not in ("copy", "link"):
-            raise InputError(
-                "Unknown way to store weights.", note=f"{self.weights!r} was given.", hint="Use --weights copy."
+                "The target cannot run plugins.",
+                note="'tensorrt-rtx' has its native layers alone, --attention plugin was asked for.",
+                hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
             )
         for option, value in (
             ("--max-batch", self.max_batch),
@@ -141,6 +167,15 @@ class ExportOptions:
         ):
             if value is not None and value < 1:
                 raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
+
+
+def _check_runs_dtype(targets: Sequence[str], dtype: str) -> None:
+    if "ort" in targets and dtype != "float32":
+        raise InputError(
+            "The target cannot run that dtype.",
+            note=f"'ort' runs float32 on the CPU, {dtype} was asked for: it has no CPU kernels.",
+            hint="Use --dtype fp32, or --target none.",
+        )
 
 
 def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
@@ -183,6 +218,84 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     return Bundle.open(out)
 
 
+def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
+    """Add targets to a bundle, from the graphs and weights that it has.
+
+    Args:
+        out: an existing bundle.
+        targets: one that the bundle has already is built again with `options.force`.
+        options: of the build and the verification; plan, dtype and limits are the bundle's.
+
+    Raises:
+        InputError, ModelError, BundleError, VerificationError: the bundle is as it was.
+    """
+    import onnx
+
+    options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
+    bundle = Bundle.open(out)
+    root, manifest = bundle.root, bundle.manifest
+    present = [target for target in targets if target in manifest.targets]
+    if present and not options.force:
+        raise InputError(
+            "The bundle has that target already.",
+            note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
+            hint="Build it again with --force.",
+        )
+    if "none" in targets:
+        raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
+    _check_runs_dtype(targets, manifest.model.dtype)
+    console = Console()
+    graphs = {
+        kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
+        for kind in (StepKind.REFRESH, StepKind.LORA)
+    }
+    # A whole bundle is staged, whose files are hard links of this one's where the file system has them
+    with _staging(root.resolve(), force=True) as staged:
+        for name in manifest.files:
+            if not any(name.startswith(f"{target}/") for target in targets):
+                _link_or_copy(root / name, staged / name)
+        kept = {name: record for name, record in manifest.files.items() if (staged / name).exists()}
+        entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
+        for target in targets:
+            entries[target] = build_target(staged, manifest, graphs, target, options, console)
+        fresh = {
+            file.relative_to(staged).as_posix(): record_file(file)
+            for target in targets
+            for file in sorted((staged / target).iterdir())
+        }
+        results = {name: result for name, result in manifest.verification.items() if name not in targets}
+        manifest = dataclasses.replace(
+            manifest,
+            targets=entries,
+            files=kept | fresh,
+            versions=manifest.versions | _versions(),
+            verification=results,
+        )
+        (staged / MANIFEST_NAME).write_text(manifest.to_json())
+        if options.verify:
+            from .verify import verify
+
+            verify(
+                Bundle(staged, manifest),
+                targets=targets,
+                console=console,
+                threads=options.threads,
+                trust_remote_code=options.trust_remote_code,
+            )
+    console.say(f"done: {out}")
+    return Bundle.open(out)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.name == VERIFY_NAME:  # will be written to
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def write_bundle(
     root: Path,
     checkpoint: Checkpoint,
@@ -217,10 +330,11 @@ def write_bundle(
         graphs = {StepKind.REFRESH: refresh, StepKind.LORA: lora}
         for kind, proto in graphs.items():
             (root / f"{kind.value}.onnx").write_bytes(proto.SerializeToString())
-    targets: dict[str, dict[str, Any]] = {}
-    if "ort" in options.targets:
-        with console.phase("lowering to ONNX Runtime"):
-            targets["ort"] = _lower_to_ort(root, graphs)
+    targets = {
+        target: build_target(root, manifest, graphs, target, options, console)
+        for target in options.targets
+        if target != "none"
+    }
     _copy_tokenizer(checkpoint, root / "tokenizer")
     manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
@@ -280,13 +394,14 @@ def _context_length(config: Any) -> int:
 
 
 def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
-    """float32 on the CPU; for graphs only the dtype that most of the checkpoint has."""
-    if "none" not in options.targets:
+    """float32 on the CPU, else what most of the checkpoint has; engines of float32 checkpoints are bfloat16."""
+    if "ort" in options.targets:
         return "float32"
     size: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
-    return TORCH_DTYPES.get(max(size, key=lambda name: size[name]), "float32")
+    dtype = TORCH_DTYPES.get(max(size, key=lambda name: size[name]), "float32")
+    return "bfloat16" if dtype == "float32" and "none" not in options.targets else dtype
 
 
 def _adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
@@ -348,18 +463,106 @@ def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     return SpecialTokens(eos=ids, pad=0 if pad is None or pad < 0 else pad)
 
 
+def build_target(
+    root: Path,
+    manifest: Manifest,
+    graphs: Mapping[StepKind, Any],
+    target: str,
+    options: ExportOptions,
+    console: Console,
+) -> dict[str, Any]:
+    """Lower the neutral graphs, build what the target runs into `root/target`, and return its manifest entry."""
+    (root / target).mkdir()
+    if target == "ort":
+        with console.phase("lowering to ONNX Runtime"):
+            return _lower_to_ort(root, graphs)
+    return _build_engines(root, manifest, graphs, target, options, console)
+
+
 def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any]) -> dict[str, Any]:
     import onnx_ir as ir
 
     from .lower_ort import ort_from_neutral
 
-    (root / "ort").mkdir()
     entry = {}
     for kind, proto in graphs.items():
         lowered = ort_from_neutral(ir.serde.deserialize_model(proto))
         entry[kind.value] = f"ort/{kind.value}.onnx"
         (root / entry[kind.value]).write_bytes(ir.serde.serialize_model(lowered).SerializeToString())
     return entry
+
+
+def _build_engines(
+    root: Path,
+    manifest: Manifest,
+    graphs: Mapping[StepKind, Any],
+    target: str,
+    options: ExportOptions,
+    console: Console,
+) -> dict[str, Any]:
+    plan, limits = manifest.plan, manifest.limits
+    sharing = options.weight_sharing or "inputs"
+    form = options.attention or ("plugin" if target == "tensorrt" else "native")
+    slots = static_slots(plan, limits)
+    chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
+    profiles = {
+        StepKind.REFRESH: refresh_profiles(plan.k, limits.max_batch, chunk),
+        StepKind.LORA: lora_profiles(limits.max_batch),
+    }
+    entry: dict[str, Any] = {
+        "form": form,
+        "weight_sharing": sharing,
+        "slots": slots,
+        "prefill_chunk": chunk,
+        "refresh_profiles": {
+            name: [p["sequence"][0], p["sequence"][2]] for name, p in profiles[StepKind.REFRESH].items()
+        },
+        "graphs": {},
+        "engine_bytes": {},
+    }
+    builder = EngineBuilder(target, root, options.builder, console)
+    entry["version"], entry["compute_capabilities"] = builder.version, list(builder.compute_capabilities)
+    lower = functools.partial(
+        trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
+    )
+    refresh = lower(graphs[StepKind.REFRESH])
+    lora = lower(graphs[StepKind.LORA], refresh=refresh)
+    for kind, lowered in ((StepKind.REFRESH, refresh), (StepKind.LORA, lora)):
+        entry["graphs"][kind.value] = f"{target}/{kind.value}.onnx"
+        (root / entry["graphs"][kind.value]).write_bytes(lowered.proto.SerializeToString())
+        engine = builder.build(lowered.proto, profiles[kind])
+        entry[kind.value] = f"{target}/{kind.value}.engine"
+        (root / entry[kind.value]).write_bytes(engine)
+        entry["engine_bytes"][kind.value] = len(engine)
+        _report_engine(kind, len(engine), lowered.constant_bytes, target, console)
+    if sharing == "inputs":
+        weights = check_one_copy([refresh.weights, lora.weights])
+        entry["weights"] = f"{target}/weights.json"
+        (root / entry["weights"]).write_text(json.dumps({n: dataclasses.asdict(w) for n, w in weights.items()}) + "\n")
+        entry["weight_bytes"] = sum(weight.size_bytes for weight in weights.values())
+    else:
+        entry["weight_bytes"] = refresh.constant_bytes + lora.constant_bytes
+    if builder.timing_cache:
+        entry["timing_cache"] = f"{target}/timing.cache"
+        (root / entry["timing_cache"]).write_bytes(builder.timing_cache)
+    return entry
+
+
+def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
+    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k."""
+    prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
+    return {"kept": limits.max_seq_len - 1, "dropped": prompt + steps // (plan.k + 1)}
+
+
+def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
+    """An engine's size beside the weights that it holds; says so when it holds one more than once."""
+    held = f"of which {weight_bytes / 2**20:.1f} MiB are weights" if weight_bytes else "without weights"
+    console.say(f"{target}: {kind.value} engine {size_bytes / 2**20:.1f} MiB, {held}")
+    if weight_bytes and size_bytes > 1.5 * weight_bytes + _ENGINE_CODE_BYTES:
+        console.say(
+            f"warning: the {kind.value} engine is {size_bytes / weight_bytes:.1f} times its weights: profiles or "
+            "compute capabilities hold copies of their own; --weight-sharing inputs holds none"
+        )
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from .rewrite import Ops, mask_window, match_linear, replace_node
+
 MICROSOFT = "com.microsoft"
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -45,28 +47,20 @@ def ort_from_neutral(model: ir.Model) -> ir.Model:
 
 def _lower_linear(graph: ir.Graph, node: ir.Node) -> None:
     # Case 1
-    x, transposed = node.inputs
-    transpose = transposed.producer() if transposed is not None else None
-    if x is None or transpose is None or transpose.op_type != "Transpose":
+    linear = match_linear(node)
+    if linear is None:
         return
-    weight = transpose.inputs[0]
-    if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return
-    out_features, in_features = weight.shape.numpy()
-    last, inputs = node, []
-    uses = list(node.outputs[0].uses())
-    if len(uses) == 1 and uses[0].node.op_type == "Add":
-        bias = uses[0].node.inputs[1 - uses[0].idx]
-        if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
-            last, inputs = uses[0].node, [bias]
-    ops = _Ops()
+    x, weight = linear.x, linear.weight
+    out_features, in_features = linear.shape
+    ops = Ops()
     rows = ops("Reshape", x, ops.ints([-1, in_features]))  # [B·S, in]
-    product = ops("Gemm", rows, weight, *inputs, transB=1)  # [B·S, out]
+    bias = () if linear.bias is None else (linear.bias,)
+    product = ops("Gemm", rows, weight, *bias, transB=1)  # [B·S, out]
     result = ops("Reshape", product, _tokens_shape(graph, ops, x, out_features))  # [B, S, out]
-    _replace(graph, last, ops, result)
+    replace_node(graph, linear.last, ops, result)
 
 
-def _tokens_shape(graph: ir.Graph, ops: _Ops, x: ir.Value, width: int) -> ir.Value:
+def _tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
     """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
     inputs = {value.name: value for value in graph.inputs}
     if inputs["input_ids"].shape[1] == 1:  # type: ignore[index]
@@ -90,7 +84,7 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
     past_key, key, length = writes[0].inputs  # type: ignore[union-attr]
     past_value, value, _ = writes[1].inputs  # type: ignore[union-attr]
     kv_heads = int(past_key.shape[1])  # type: ignore[union-attr, index, arg-type]
-    ops = _Ops()
+    ops = Ops()
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
@@ -98,7 +92,7 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
     }
     if "softcap" in node.attributes:
         attributes["softcap"] = node.attributes["softcap"].as_float()
-    if window := lengths.window(node):
+    if window := mask_window(node):
         attributes["local_window_size"] = window
     last_slot, total = lengths.get(length)
     attention = ir.node(
@@ -122,10 +116,10 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
         if use.node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == heads * head_dim:
             use.node.outputs[0].replace_all_uses_with(merged)
     split = ops("Reshape", merged, ops.ints([0, 0, heads, head_dim]))
-    _replace(graph, heads_last, ops, split)
+    replace_node(graph, heads_last, ops, split)
 
 
-def _tokens_first(ops: _Ops, value: ir.Value | None) -> ir.Value:
+def _tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
     """[B, H, S, D] as [B, S, H·D], reusing what the heads were split from."""
     assert value is not None
     assert value.shape is not None
@@ -148,23 +142,6 @@ def _tokens_first(ops: _Ops, value: ir.Value | None) -> ir.Value:
     return ops("Reshape", tokens, ops.ints([0, 0, heads * head_dim]))
 
 
-class _Ops:
-    """Makes nodes in order; a call returns the one output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def ints(self, values: list[int]) -> ir.Value:
-        node = ir.node("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
-        self.nodes.append(node)
-        return node.outputs[0]
-
-
 class _Lengths:
     """GroupQueryAttention's two length inputs for each length group: last valid slot [B] and total, both int32."""
 
@@ -176,7 +153,7 @@ class _Lengths:
         assert length is not None
         assert length.name is not None
         if length.name not in self.made:
-            ops = _Ops()
+            ops = Ops()
             input_ids = next(i for i in self.graph.inputs if i.name == "input_ids")
             new_tokens = ops("Shape", input_ids, start=1, end=2)
             total = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
@@ -187,25 +164,3 @@ class _Lengths:
             self.graph.insert_before(self.graph[0], ops.nodes)
             self.made[length.name] = last_slot, longest
         return self.made[length.name]
-
-    def window(self, node: ir.Node) -> int:
-        """The sliding window that the mask of an Attention node was made with, 0 for none."""
-        mask = node.inputs[3].producer()  # type: ignore[union-attr]
-        if mask is None or mask.op_type != "And":
-            return 0
-        greater = mask.inputs[1].producer()  # type: ignore[union-attr]
-        oldest = greater.inputs[1].producer()  # type: ignore[union-attr]
-        size = ir.convenience.get_const_tensor(oldest.inputs[1])  # type: ignore[union-attr, arg-type]
-        assert size is not None
-        return int(size.numpy().reshape(-1)[0])
-
-
-def _replace(graph: ir.Graph, node: ir.Node, ops: _Ops, result: ir.Value) -> None:
-    """Put the new nodes in the place of `node`, whose output `result` becomes."""
-    old = node.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    if old.is_graph_output():
-        result.name, old.name = old.name, f"{old.name}.neutral"
-        graph.outputs[:] = [result if output is old else output for output in graph.outputs]
-    old.replace_all_uses_with(result)
-    graph.insert_after(node, ops.nodes)

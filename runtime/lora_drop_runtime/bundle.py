@@ -6,7 +6,8 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
     refresh.onnx  lora.onnx      neutral step graphs (graph_io.py); weights external, relative to the bundle's root
     weights/*.safetensors        the checkpoint as it lay, or converted; adapters.safetensors
     tokenizer/                   tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
-    <target>/                    what one target runs: lowered graphs or engines
+    ort/                         lowered graphs
+    tensorrt[-rtx]/              lowered graphs, the engines built from them, weights.json (`WeightInput`), timing cache
     verify.json                  the last comparison with the reference, step by step
 
 Opening checks format version, presence and sizes. A checkpoint file is recorded by size and the hash of its
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError
-from .graph_io import CacheShape, GraphIO, graph_io
+from .graph_io import DEVICE_TARGETS, CacheShape, GraphIO, graph_io
 from .plan import DropPlan, StepKind
 from .safetensors_file import header_sha256
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "lora_drop.json"
-TARGETS = ("ort", "tensorrt", "tensorrt-rtx")
+VERIFY_NAME = "verify.json"
+TARGETS = ("ort", *DEVICE_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,19 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class WeightInput:
+    """A weight that is an engine's input: the bytes of its parts (file, offset, size), one after the other."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, int, int], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for _, _, size in self.parts)
+
+
+@dataclass(frozen=True)
 class Manifest:
     model: ModelFacts
     plan: DropPlan
@@ -107,8 +122,9 @@ class Manifest:
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
-    def io(self, kind: StepKind) -> GraphIO:
-        return graph_io(kind, self.plan, self.model.cache, self.model.hidden_size, self.model.vocab_size)
+    def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
+        model = self.model
+        return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, target)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -199,6 +215,17 @@ class Bundle:
                 hint=f"Known targets are {', '.join(TARGETS)}; export with --target {TARGETS[0]}.",
             )
         return chosen, targets[chosen]
+
+    def weight_inputs(self, target: str) -> dict[str, WeightInput]:
+        """A target's table of weights that are engine inputs; empty when they lie inside the engines."""
+        name = self.target(target)[1].get("weights")
+        if name is None:
+            return {}
+        table = json.loads((self.root / name).read_bytes())
+        return {
+            key: WeightInput(entry["dtype"], tuple(entry["shape"]), tuple((f, o, n) for f, o, n in entry["parts"]))
+            for key, entry in table.items()
+        }
 
     def check_hashes(self) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle."""

@@ -14,6 +14,10 @@ The exporter declares its graphs from this table and the session binds its buffe
 `len_kept` and `len_dropped` are the valid slots of each cache group before the step, per row; the position of the
 s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are
 wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
+
+A target's lowered graphs give float32 logits whatever their dtype, and those of the TensorRT targets also
+`next_token`, the index of the largest logit. Weights that are inputs of an engine are not in this table but in the
+target's own (bundle.py).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dataclasses import dataclass
 from .plan import DropPlan, StepKind
 
 Dim = str | int
+DEVICE_TARGETS = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,10 @@ class GraphIO:
     outputs: tuple[TensorSpec, ...]
 
 
-def graph_io(kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int, vocab_size: int) -> GraphIO:
-    """The table of one step graph."""
+def graph_io(
+    kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int, vocab_size: int, target: str | None = None
+) -> GraphIO:
+    """The table of one step graph: the neutral one, or a target's."""
     refresh = kind is StepKind.REFRESH
     sequence: Dim = "sequence" if refresh else 1
     rows: Dim = "rows" if refresh else 1
@@ -64,7 +71,9 @@ def graph_io(kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int
         TensorSpec("input_ids", "int64", ("batch", sequence)),
         TensorSpec("len_kept", "int64", ("batch",)),
     ]
-    outputs = [TensorSpec("logits", cache.dtype, ("batch", rows, vocab_size))]
+    outputs = [TensorSpec("logits", "float32" if target else cache.dtype, ("batch", rows, vocab_size))]
+    if target in DEVICE_TARGETS:
+        outputs.append(TensorSpec("next_token", "int64", ("batch", rows)))
     if refresh and plan.drop_layers:
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
     if refresh:

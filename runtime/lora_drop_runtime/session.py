@@ -23,17 +23,18 @@ import numpy.typing as npt
 
 from .adapters import read_adapters
 from .bundle import Bundle
-from .engine_ort import Engine, OrtEngine, Step
+from .engine import Array, Buffer, Engine, Step
+from .engine_ort import OrtEngine
 from .errors import BundleError, InputError
+from .graph_io import DEVICE_TARGETS
 from .plan import PeriodicSchedule, Schedule, StepKind, count_refreshes
 from .sampling import Sampler, SamplingOptions
 
-Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
 POLICIES = ("skip",)
-PREFILL_CHUNK = 512  # tokens of one prefill run; longer prompts go row by row, which bounds the activations
+PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
 
 class Session:
@@ -69,12 +70,12 @@ class Session:
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
             policy: `skip`.
-            target: `ort`; the bundle's first when None.
-            provider: of ONNX Runtime, `cpu` when None.
-            threads: of the engine, one per physical core when None.
+            target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
+            provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
+            threads: of ONNX Runtime, one per physical core when None.
 
         Raises:
-            BundleError: the bundle is damaged, or cannot run here.
+            BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
             InputError: k or policy out of range.
         """
         bundle = Bundle.open(path)
@@ -87,13 +88,11 @@ class Session:
                 hint="Leave it out for one per physical core.",
             )
         name, _ = bundle.target(target)
-        if name != "ort":
-            raise BundleError(
-                "This runtime has no engine for that target.",
-                note=f"The bundle offers {name!r}, this runtime executes 'ort'.",
-                hint="Export with --target ort.",
-            )
-        return cls(bundle, OrtEngine(bundle, provider=provider, threads=threads), schedule, policy)
+        if name in DEVICE_TARGETS and provider is None:
+            from .engine_trt import TrtEngine
+
+            return cls(bundle, TrtEngine(bundle, name), schedule, policy)
+        return cls(bundle, OrtEngine(bundle, name, provider=provider, threads=threads), schedule, policy)
 
     def __enter__(self) -> Session:
         return self
@@ -177,12 +176,15 @@ class Session:
         padded = np.full((len(rows), max(1, int(lengths.max(initial=0)))), manifest.special_tokens.pad, np.int64)
         for row, ids in enumerate(rows):
             padded[row, : len(ids)] = ids
-        sampler = Sampler(sampling or SamplingOptions(), rows)
-        logits = self.prefill(padded, lengths, max_new_tokens=max_new_tokens, k=k)
+        options = sampling or SamplingOptions()
+        sampler = None
+        if not (self._opened().chooses_tokens and _is_argmax(options)):
+            sampler = Sampler(options, rows)
+        self._begin(padded, lengths, max_new_tokens, k)
         number = self._requests_begun
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
-            tokens = sampler.sample(logits, active)
+            tokens = self._running().chosen(active) if sampler is None else sampler.sample(self._logits(), active)
             active = active & ~np.isin(tokens, stops)
             if not active.any():
                 return
@@ -194,7 +196,7 @@ class Session:
                         note="A session holds one request, and another one has begun since.",
                         hint="Finish a stream before the next one, or open a second session.",
                     )
-                logits = self._step(tokens, active)
+                self._step(tokens, active)
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -220,6 +222,12 @@ class Session:
         Raises:
             InputError: empty prompt, ids outside the vocabulary, or more than the bundle allows.
         """
+        self._begin(input_ids, lengths, max_new_tokens, k)
+        return self._logits()
+
+    def _begin(
+        self, input_ids: Array, lengths: Array | None, max_new_tokens: int | None, k: int | Schedule | None
+    ) -> None:
         engine = self._opened()
         ids = np.asarray(input_ids, np.int64)
         if ids.ndim != 2 or not ids.size:
@@ -237,9 +245,8 @@ class Session:
         self._request = None  # frees its caches; an interrupted prefill leaves no half request
         self._requests_begun += 1
         request = _Request.allocate(self.bundle, engine, lens, new_tokens, schedule)
-        logits = request.prefill(ids, lens)
+        request.prefill(ids, lens)
         self._request = request
-        return logits
 
     @property
     def next_step(self) -> StepKind:
@@ -268,9 +275,10 @@ class Session:
                 hint="Give one token per row.",
             )
         self._check_vocabulary(ids)
-        return self._step(ids, None)
+        self._step(ids, None)
+        return self._logits()
 
-    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
+    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         request = self._running()
         if request.steps_done == request.max_steps:
             raise InputError(
@@ -278,7 +286,10 @@ class Session:
                 note=f"They were sized for {request.max_steps} decode steps.",
                 hint="Call prefill with a larger max_new_tokens.",
             )
-        return request.step(token_ids, active)
+        request.step(token_ids, active)
+
+    def _logits(self) -> npt.NDArray[np.float32]:
+        return self._opened().read(self._running().logits)[:, 0]  # [B, V]
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request."""
@@ -386,6 +397,7 @@ class _Request:
     """The buffers and counters of one request; prepared steps are made when first needed.
 
     `recurrent` state is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
+    `next_token` is empty where the engine does not choose.
     """
 
     bundle: Bundle
@@ -393,13 +405,14 @@ class _Request:
     schedule: Schedule
     batch: int
     max_steps: int
-    caches: dict[str, Array]
-    states: tuple[dict[str, Array], dict[str, Array]]
+    caches: dict[str, Buffer]
+    states: tuple[dict[str, Buffer], dict[str, Buffer]]
     len_kept: Ids
     len_dropped: Ids
     input_ids: Ids
-    logits: Array
+    logits: Buffer
     logits_index: Ids
+    next_token: Ids
     steps_done: int = 0
     side: int = 0
 
@@ -408,27 +421,22 @@ class _Request:
         """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots."""
         manifest = bundle.manifest
         batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
-        sizes = {
-            "batch": batch,
-            "slots_kept": longest + steps,
-            "slots_dropped": longest + count_refreshes(schedule, steps),
-        }
-        io = manifest.io(StepKind.REFRESH)
+        needed = {"slots_kept": longest + steps, "slots_dropped": longest + count_refreshes(schedule, steps)}
+        sizes = {"batch": batch, "rows": 1, **engine.slots(needed)}
+        io = manifest.io(StepKind.REFRESH, engine.target)
         caches = {
-            spec.name: engine.allocate(spec.sized(sizes), spec.dtype)
+            spec.name: engine.allocate_resident(spec.name, spec.sized(sizes), spec.dtype)
             for spec in io.inputs
             if spec.name.startswith(("past_key.", "past_value."))
         }
-        sides = 2 if manifest.plan.updates_state else 1
-        states = [
-            {
-                spec.name.partition(".")[2]: engine.allocate(spec.sized(sizes), spec.dtype)
-                for spec in io.outputs
-                if spec.name.startswith("present_state.")
-            }
-            for _ in range(sides)
-        ]
-        model = manifest.model
+        outputs = {spec.name: spec for spec in io.outputs}
+        states: list[dict[str, Buffer]] = []
+        for side in range(2 if manifest.plan.updates_state else 1):
+            states.append({})
+            for site in manifest.plan.sites if manifest.plan.has_state else ():
+                spec = outputs[f"present_state.{site}"]
+                states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
+        logits = outputs["logits"]
         return cls(
             bundle=bundle,
             engine=engine,
@@ -437,36 +445,65 @@ class _Request:
             max_steps=steps,
             caches=caches,
             states=(states[0], states[-1]),
-            len_kept=engine.allocate((batch,), "int64"),
-            len_dropped=engine.allocate((batch,), "int64"),
-            input_ids=engine.allocate((batch, 1), "int64"),
-            logits=engine.allocate((batch, 1, model.vocab_size), model.dtype),
-            logits_index=engine.allocate((batch, 1), "int64"),
+            len_kept=engine.allocate("len_kept", (batch,), "int64"),
+            len_dropped=engine.allocate("len_dropped", (batch,), "int64"),
+            input_ids=engine.allocate("input_ids", (batch, 1), "int64"),
+            logits=engine.allocate_resident("logits", logits.sized(sizes), logits.dtype),
+            logits_index=engine.allocate("logits_index", (batch, 1), "int64"),
+            next_token=engine.allocate("next_token", (batch, int(engine.chooses_tokens)), "int64"),
         )
 
     def __post_init__(self) -> None:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
         self._ones = np.ones(self.batch, np.int64)
 
-    def prefill(self, ids: Ids, lengths: Ids) -> npt.NDArray[np.float32]:
-        """Run the prompts, in one go where they are short, else row by row in chunks."""
-        if ids.shape[1] <= PREFILL_CHUNK:
-            self.logits_index[:, 0] = lengths - 1
-            self._prepare_refresh(ids, slice(None), self.logits_index)()
-            self.len_kept[:] = self.len_dropped[:] = lengths
+    def prefill(self, ids: Ids, lengths: Ids) -> None:
+        """Run the prompts, in one go where they are short, else in chunks."""
+        chunk = min(PREFILL_CHUNK, self.engine.prefill_chunk or PREFILL_CHUNK)
+        if self.engine.batched_chunks or ids.shape[1] <= chunk:
+            self._prefill_rows_together(ids, lengths, chunk)
         else:
-            for row, length in enumerate(lengths.tolist()):
-                for begin in range(0, length, PREFILL_CHUNK):
-                    chunk = ids[row : row + 1, begin : min(begin + PREFILL_CHUNK, length)]
-                    index = np.array([[chunk.shape[1] - 1]], np.int64)
-                    self._prepare_refresh(np.ascontiguousarray(chunk), slice(row, row + 1), index)()
-                    self.len_kept[row] += chunk.shape[1]
-                    self.len_dropped[row] += chunk.shape[1]
+            self._prefill_row_by_row(ids, lengths, chunk)
         self.logits_index[:] = 0
         self.steps_done, self.side = 0, 0
-        return self.logits[:, 0]  # [B, V]
 
-    def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
+    def _prefill_rows_together(self, ids: Ids, lengths: Ids, chunk: int) -> None:
+        """Chunks counted from each row's end, so that the last run leaves the logits and states of all rows.
+
+        A row that has not begun runs padding, over which its tokens are written later: from slot 0, at most `chunk`
+        slots, so within the longest row's capacity.
+        """
+        width = ids.shape[1]
+        for left in range((width - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
+            ends = np.maximum(lengths - left, 0)
+            begins = np.maximum(ends - chunk, 0)  # what the run before left in the caches
+            counts = ends - begins
+            columns = np.minimum(begins[:, None] + np.arange(counts.max()), width - 1)  # [B, S]
+            self.logits_index[:, 0] = np.maximum(counts - 1, 0)
+            self._prepare_refresh(np.take_along_axis(ids, columns, 1), slice(None), self.logits_index)()
+            self.len_kept[:] = self.len_dropped[:] = ends
+
+    def _prefill_row_by_row(self, ids: Ids, lengths: Ids, chunk: int) -> None:
+        for row, length in enumerate(lengths.tolist()):
+            for begin in range(0, length, chunk):
+                tokens = ids[row : row + 1, begin : min(begin + chunk, length)]
+                index = np.array([[tokens.shape[1] - 1]], np.int64)
+                self._prepare_refresh(np.ascontiguousarray(tokens), slice(row, row + 1), index)()
+                self.len_kept[row] += tokens.shape[1]
+                self.len_dropped[row] += tokens.shape[1]
+
+    def chosen(self, active: npt.NDArray[np.bool_]) -> Ids:
+        """The tokens [B] that the engine chose in the last step, 0 in rows that are not active."""
+        tokens = np.where(active, self.next_token[:, 0], 0)
+        if tokens.min() < 0:
+            raise BundleError(
+                "The model computed logits that are not numbers.",
+                note=f"The largest logit of row {int(tokens.argmin())} is not finite.",
+                hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
+            )
+        return tokens
+
+    def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
         kind = self.schedule.kind(self.steps_done + 1)
         key = kind, self.side if kind is StepKind.LORA else 0
@@ -487,7 +524,6 @@ class _Request:
         elif self.states[0] is not self.states[1]:
             self.side = 1 - self.side
         self.steps_done += 1
-        return self.logits[:, 0]  # [B, V]
 
     def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
         """A refresh over `ids` [b, S] for some rows of the batch."""
@@ -500,14 +536,14 @@ class _Request:
         return self._prepare(StepKind.REFRESH, inputs, rows, self.states[0])
 
     def _prepare_lora(self) -> Step:
-        inputs = {"input_ids": self.input_ids, "len_kept": self.len_kept}
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "len_kept": self.len_kept}
         inputs |= {f"past_state.{site}": state for site, state in self.states[self.side].items()}
         return self._prepare(StepKind.LORA, inputs, slice(None), self.states[1 - self.side])
 
-    def _prepare(self, kind: StepKind, inputs: dict[str, Array], rows: slice, states: dict[str, Array]) -> Step:
-        io = self.bundle.manifest.io(kind)
+    def _prepare(self, kind: StepKind, inputs: dict[str, Any], rows: slice, states: dict[str, Buffer]) -> Step:
+        io = self.bundle.manifest.io(kind, self.engine.target)
         inputs = inputs | {name: cache[rows] for name, cache in self.caches.items()}
-        outputs = {"logits": self.logits[rows]}
+        outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}
         outputs |= {f"present_state.{site}": state[rows] for site, state in states.items()}
         outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
         return self.engine.prepare(
@@ -521,6 +557,11 @@ def _token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
     """Which ids [B, T] are tokens and not padding."""
     mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
     return mask
+
+
+def _is_argmax(options: SamplingOptions) -> bool:
+    """Whether sampling takes the largest logit as it is: top-k and top-p change nothing at temperature 0."""
+    return options.temperature == 0 and options.repetition_penalty == 1
 
 
 def _schedule(k: int | Schedule) -> Schedule:

@@ -80,13 +80,18 @@ class Run:
 
 
 class FakeEngine:
-    """Implements `lora_drop_runtime.engine_ort.Engine`.
+    """Implements `lora_drop_runtime.engine.Engine`. Resident memory is never zeros, which a session must not rely on.
 
     Args:
         plan: tells dropped from kept layers when slots are written.
         script: `script[j][row]` is the token that decode step j (0: the prefill) makes likeliest.
         interrupt_at: the number of the run (from 1) in which Ctrl-C is pressed, after K/V and before the logits.
     """
+
+    target = "ort"
+    chooses_tokens = False
+    prefill_chunk: int | None = None
+    batched_chunks = False
 
     def __init__(
         self, plan: DropPlan, script: Sequence[Sequence[int]] | None = None, interrupt_at: int | None = None
@@ -110,9 +115,20 @@ class FakeEngine:
 
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
+    def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
+        return needed
+
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         buffer = np.zeros(shape, dtype)
         self.allocated.append(buffer)
+        return buffer
+
+    def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
+        buffer = np.full(shape, -7, dtype)
+        self.allocated.append(buffer)
+        return buffer
+
+    def read(self, buffer: Array) -> Array:
         return buffer
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:

@@ -500,6 +500,67 @@ def test_a_long_prompt_alone() -> None:
     assert engine.kinds == [REFRESH, REFRESH, LORA, LORA, REFRESH, LORA, LORA, REFRESH]
 
 
+def test_long_prompts_of_an_engine_that_takes_rows_together(plan: DropPlan) -> None:
+    """Chunks are counted from each row's end: the last run is every row's last, and leaves all logits and states."""
+    engine = FakeEngine(plan)
+    engine.batched_chunks, engine.prefill_chunk = True, 4
+    session, _ = open_session(plan, k=1, engine=engine)
+    lengths = [11, 1, 4, 5, 8]
+    prompts = [[(7 * i + row) % VOCAB for i in range(length)] for row, length in enumerate(lengths)]
+    logits = session.prefill(*padded(prompts), max_new_tokens=6)
+    assert logits.argmax(1).tolist() == [continued(prompt, 1)[0] for prompt in prompts]
+    assert [run.input_ids.shape for run in engine.runs] == [(5, 3), (5, 4), (5, 4)]
+    for run, begins, counts in zip(
+        engine.runs,
+        ([0, 0, 0, 0, 0], [3, 0, 0, 0, 0], [7, 0, 0, 1, 4]),
+        ([3, 0, 0, 0, 0], [4, 0, 0, 1, 4], [4, 1, 4, 4, 4]),
+        strict=True,
+    ):
+        assert run.len_kept.tolist() == begins
+        if plan.drop_layers:
+            assert run.len_dropped.tolist() == begins
+        assert run.logits_index.tolist() == [[max(count - 1, 0)] for count in counts]
+        for row, (begin, count) in enumerate(zip(begins, counts, strict=True)):
+            assert run.input_ids[row, :count].tolist() == prompts[row][begin : begin + count]
+    session.step([1, 2, 3, 4, 5])
+    session.step([6, 7, 8, 9, 10])
+    lora, refresh = engine.runs[-2:]
+    assert lora.len_kept.tolist() == lengths
+    assert all((state == 3).all() for state in lora.past_states.values())
+    for row, prompt in enumerate(prompts):
+        assert slots(refresh.binding.inputs["past_key.0"], row, len(prompt) + 2) == [*prompt, row + 1, row + 6]
+
+
+class ChoosingEngine(FakeEngine):
+    """Its graphs have an output for the largest logit, which is NaN from run `broken_at` on."""
+
+    target = "tensorrt-rtx"
+    chooses_tokens = True
+    broken_at = 10**9
+
+    def read(self, buffer: np.ndarray) -> np.ndarray:
+        raise AssertionError("greedy decoding read the logits")
+
+    def _predict(self, run) -> None:
+        super()._predict(run)
+        tokens = run.binding.outputs["logits"].argmax(-1)
+        run.binding.outputs["next_token"][...] = -1 if len(self.runs) >= self.broken_at else tokens
+
+
+def test_an_engine_that_chooses_tokens() -> None:
+    session, engine = open_session(RECURRENT, k=2, engine=ChoosingEngine(RECURRENT))
+    rows = session.generate(RAGGED, 9)
+    assert [row.tolist() for row in rows] == [continued(prompt, 9) for prompt in RAGGED]
+    assert all("next_token" in binding.outputs for binding in engine.bindings)
+    with pytest.raises(AssertionError, match="read the logits"):
+        session.generate(RAGGED, 9, sampling=SamplingOptions(repetition_penalty=1.1))
+    engine.forget()
+    engine.broken_at = 4
+    stream = session.stream([4, 2], 9)
+    assert list(islice(stream, 3)) == continued([4, 2], 3)
+    assert_refused(lambda: next(stream), "not numbers", "row 0", error=BundleError)
+
+
 # ── K/V bytes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -695,10 +756,10 @@ def test_caches_are_freed_by_close_and_before_the_next_request_allocates() -> No
     caches: list[list[weakref.ref[np.ndarray]]] = [[]]  # per request
 
     class Engine(FakeEngine):
-        def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
             assert not any(ref() is not None for ref in chain.from_iterable(caches[:-1]))
             buffer = np.zeros(shape, dtype)
-            if len(shape) == 4:
+            if name.startswith("past_"):
                 caches[-1].append(weakref.ref(buffer))
             return buffer
 
@@ -750,7 +811,7 @@ def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
     """The bundle's graphs are missing, so loading them would fail with another error."""
     manifest = make_manifest(PLAN)
     ort = {"ort": {"refresh": "r.onnx", "lora": "l.onnx"}}
-    for name, targets in (("ort", ort), ("none", {}), ("rt", {"tensorrt": {}})):
+    for name, targets in (("ort", ort), ("none", {})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lora_drop.json").write_text(dataclasses.replace(manifest, targets=targets).to_json())
     assert_refused(lambda: Session.open(tmp_path / "ort", policy="backfill"), "policy", "'backfill'", "skip")
@@ -760,7 +821,6 @@ def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
         ("ort", {"provider": "npu"}, "provider", "'npu'", "cpu"),
         ("none", {}, "no target", "none"),
         ("ort", {"target": "rtx"}, "target", "'rtx'", "ort"),
-        ("rt", {}, "no engine", "'tensorrt'", "'ort'"),
         ("nowhere", {}, "no bundle", "nowhere"),
     ):
         call = functools.partial(Session.open, tmp_path / name, **options)

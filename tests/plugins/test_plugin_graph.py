@@ -1,0 +1,129 @@
+"""The plugin form of the graphs with the plugin's kernel, on the CPU, against the oracle.
+
+ONNX's reference evaluator runs the graph that TensorRT's parser gets; its SkipWriteKVAttention nodes call the kernel's
+source as tests/plugins/test_kernel_host.py builds it, through the C interface that the TensorRT glue calls as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from lora_drop_runtime.plan import PeriodicSchedule, StepKind
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from lora_drop_export.compiler import static_slots
+from lora_drop_export.lower_trt import trt_from_neutral
+from tests import oracle
+from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
+from tests.plugins.kernel import KERNELS, LoraDropAttention
+from tests.plugins.test_kernel_host import build
+
+K = 2
+STEPS = 7
+TOLERANCE = 3e-5  # of the row's largest |logit|, as in tests/export/test_against_oracle.py
+OPTIONAL = {"has_count": ("count",), "rotary_dim": ("cos", "sin"), "has_norm": ("q_norm", "k_norm")}
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so")
+
+
+def attention_op(library: ctypes.CDLL) -> type[OpRun]:
+    """SkipWriteKVAttention as an operator of the reference evaluator; its caches are updated in place."""
+
+    class SkipWriteKVAttention(OpRun):
+        op_domain = "lora_drop"
+
+        def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
+            names = ["query", "key", "value", "key_cache", "value_cache", "length"]
+            names += [name for flag, extra in OPTIONAL.items() if attributes[flag] for name in extra]
+            arrays = dict(zip(names, inputs, strict=True))
+            for name in set(names) - {"key_cache", "value_cache"}:
+                arrays[name] = np.ascontiguousarray(arrays[name])
+            query = arrays["query"]
+            arrays["output"] = np.full_like(query, np.nan)
+            call = LoraDropAttention(batch=query.shape[0], new_tokens=query.shape[1], slots=inputs[3].shape[2])
+            for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "window"):
+                setattr(call, name, attributes[name])
+            for name in ("scale", "softcap", "norm_epsilon"):
+                setattr(call, name, attributes[name])
+            for name, array in arrays.items():
+                setattr(call, name, array.ctypes.data)
+            problem = library.lora_drop_attention_problem(ctypes.byref(call))
+            assert problem is None, problem
+            size = library.lora_drop_workspace_bytes(ctypes.byref(call), 2)
+            workspace = np.full(size + 256, 0xFF, np.uint8)
+            call.workspace = -(-workspace.ctypes.data // 256) * 256
+            assert library.lora_drop_attention(ctypes.byref(call), size, 2, None) == 0
+            return arrays["output"], inputs[3], inputs[4]
+
+    return SkipWriteKVAttention
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
+    """A ragged prefill and two cycles: RoPE, norms of q and k, softcap and windows inside the plugin."""
+    bundle = make_bundle(name, tmp_path / "b", targets=("none",), k=K, max_seq_len=24, max_prompt_len=8)
+    plan, model = bundle.manifest.plan, bundle.manifest.model
+    slots = static_slots(plan, bundle.manifest.limits)
+    runs, weights = {}, {}
+    for kind in StepKind:
+        neutral = onnx.load(bundle.root / f"{kind.value}.onnx", load_external_data=False)
+        lowered = trt_from_neutral(neutral, slots, form="plugin")
+        runs[kind] = ReferenceEvaluator(lowered.proto, new_ops=[attention_op(kernel)])
+        for weight, entry in lowered.weights.items():
+            parts = [(bundle.root / f).read_bytes()[offset : offset + size] for f, offset, size in entry.parts]
+            weights[weight] = np.frombuffer(b"".join(parts), entry.dtype).reshape(entry.shape)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    ids = np.zeros((len(PROMPTS), lengths.max()), np.int64)
+    for row, prompt in enumerate(PROMPTS):
+        ids[row, : len(prompt)] = prompt
+    caches = {
+        f"past_{part}.{layer}": np.full(
+            (
+                len(PROMPTS),
+                model.kv_heads,
+                slots["dropped" if layer in plan.drop_layers else "kept"],
+                model.head_dim,
+            ),
+            np.nan,
+            np.float32,
+        )
+        for layer in range(plan.num_layers)
+        for part in ("key", "value")
+    }
+    feed = {"len_kept": np.zeros(3, np.int64), "len_dropped": np.zeros(3, np.int64)} | caches | weights
+
+    def run(kind: StepKind, tokens: np.ndarray, index: np.ndarray) -> np.ndarray:
+        wanted = {value.name for value in runs[kind].proto_.graph.input}
+        given = {n: v for n, v in (feed | {"input_ids": tokens, "logits_index": index}).items() if n in wanted}
+        logits, next_token = runs[kind].run(["logits", "next_token"], given)
+        np.testing.assert_array_equal(next_token, logits.argmax(-1))
+        return logits[:, 0]
+
+    forced = np.random.default_rng(3).integers(0, model.vocab_size, (STEPS, len(PROMPTS)))
+    ours = [run(StepKind.REFRESH, ids, lengths[:, None] - 1)]
+    feed["len_kept"] += lengths
+    feed["len_dropped"] += lengths
+    for step in range(1, STEPS + 1):
+        kind = PeriodicSchedule(K).kind(step)
+        ours.append(run(kind, forced[step - 1][:, None], np.zeros((3, 1), np.int64)))
+        feed["len_kept"] += 1
+        feed["len_dropped"] += kind is StepKind.REFRESH
+    for row, prompt in enumerate(PROMPTS):
+        theirs = oracle.decode_row(family(name).model, oracle_plan(bundle), prompt, forced[:, row].tolist(), K)
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            error = np.abs(a[row] - b.numpy()).max() / np.abs(b.numpy()).max()
+            assert error < TOLERANCE, f"row {row}, step {step}: {error:.1e}"
+    for name_, cache in caches.items():  # padding of the prefill and what was never reached: not written
+        layer = int(name_.rpartition(".")[2])
+        written = feed["len_dropped" if layer in plan.drop_layers else "len_kept"]
+        for row, length in enumerate(written):
+            assert np.isfinite(cache[row, :, :length]).all(), name_
+            assert np.isnan(cache[row, :, length:]).all(), name_
