@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lora_drop_runtime.bundle import Bundle, Manifest
 from lora_drop_runtime.errors import BundleError
@@ -61,16 +61,45 @@ def describe(bundle: Bundle) -> list[str]:
         "",
         *_sizes(manifest),
         "",
+        *_targets(manifest),
+        "",
         *_predictions(manifest),
         "",
         "verification",
     ]
     for target in manifest.targets:
         result = manifest.verification.get(target, {"status": "not run"})
-        detail = f", {result['steps']} steps, max abs error {result['max_abs_error']:.1e}" if "steps" in result else ""
-        lines.append(f"  {target:<11}{result['status']}{detail}")
+        detail = f", {_figures(result)}" if "steps" in result else f": {result['reason']}" if "reason" in result else ""
+        lines.append(f"  {target:<14}{result['status']}{detail}")
+        if "graphs_on_cpu" in result:
+            on_cpu = result["graphs_on_cpu"]
+            lines.append(f"  {'':<14}its graphs on ONNX Runtime's CPU: {on_cpu['status']}, {_figures(on_cpu)}")
     if not manifest.targets:
         lines.append("  graphs only, nothing to run")
+    return lines
+
+
+def _figures(result: dict[str, Any]) -> str:
+    return f"{result['steps']} steps, max abs error {result['max_abs_error']:.1e}"
+
+
+def _targets(manifest: Manifest) -> list[str]:
+    """What each target keeps on disk and, once opened, in memory, K/V cache and activations aside."""
+    if not manifest.targets:
+        return ["targets", "  none"]
+    lines = ["targets         on disk      resident"]
+    stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
+    for target, entry in manifest.targets.items():
+        disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
+        resident, what = stored, "the weight files, mapped once"
+        if "engine_bytes" in entry:
+            engines = sum(entry["engine_bytes"].values())
+            form = f"attention {entry['form']}"
+            if entry["weight_sharing"] == "inputs":
+                resident, what = engines + entry["weight_bytes"], f"weights once, as inputs of both engines; {form}"
+            else:
+                resident, what = engines, f"weights as constants, in each engine its own; {form}"
+        lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
     return lines
 
 
