@@ -1,6 +1,7 @@
 """The exporter: from a Hugging Face causal language model to a bundle that decodes with LoRA-Drop.
 
-Reading order: compiler.py (the whole way), then checkpoint.py, trace.py, surgery.py, lower_ort.py, verify.py.
+Reading order: compiler.py (the whole way), then checkpoint.py, trace.py, surgery.py, lower_ort.py,
+lower_trt.py, build_trt.py, verify.py.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compiler import ExportOptions, export
+    from .build_trt import BuilderOptions
+    from .compiler import ExportOptions, add_target, export
 
-__all__ = ["ExportOptions", "export"]
+__all__ = ["BuilderOptions", "ExportOptions", "add_target", "export"]
 
 
 def __getattr__(name: str) -> Any:
-    """`export` and `ExportOptions`, imported when asked for: they bring onnx."""
+    """The names of `__all__`, imported when asked for: they bring onnx."""
     if name in __all__:
         from . import compiler
 

@@ -90,7 +90,9 @@ def _export(arguments: Sequence[str]) -> None:
         " (--max-seq-len, --max-prompt-len, --max-batch)"
     )
     if bundle.manifest.targets:
-        print(f'try: lora-drop generate {args.out} --prompt "The capital of Italy is"')
+        first, dtype = next(iter(bundle.manifest.targets)), bundle.manifest.model.dtype
+        provider = " --provider cuda" if first == "ort" and dtype != "float32" else ""
+        print(f'try: lora-drop generate {args.out}{provider} --prompt "The capital of Italy is"')
 
 
 _FIXED_BY_BUNDLE = (

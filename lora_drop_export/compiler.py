@@ -45,6 +45,7 @@ from lora_drop_runtime.bundle import (
     SpecialTokens,
     record_file,
 )
+from lora_drop_runtime.engine_ort import PROVIDERS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
@@ -59,7 +60,7 @@ from .build_trt import (
 )
 from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from .console import Console
-from .lower_trt import FORMS, SHARINGS, check_one_copy, trt_from_neutral
+from .lower_trt import FORMS, SHARINGS, check_one_copy, ep_context_model, trt_from_neutral
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
 from .weights import is_stored_as, resolve_tensors, store_adapters, store_weights, weights_bytes
@@ -139,8 +140,6 @@ class ExportOptions:
                 note=f"{self.dtype!r} was given, known are {', '.join(DTYPE_BYTES)}.",
                 hint="Use --dtype fp32.",
             )
-        if self.dtype is not None:
-            _check_runs_dtype(self.targets, self.dtype)
         for what, chosen, known in (
             ("way to store weights", self.weights, ("copy", "link")),
             ("weight sharing", self.weight_sharing, (None, *SHARINGS)),
@@ -167,15 +166,6 @@ class ExportOptions:
         ):
             if value is not None and value < 1:
                 raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
-
-
-def _check_runs_dtype(targets: Sequence[str], dtype: str) -> None:
-    if "ort" in targets and dtype != "float32":
-        raise InputError(
-            "The target cannot run that dtype.",
-            note=f"'ort' runs float32 on the CPU, {dtype} was asked for: it has no CPU kernels.",
-            hint="Use --dtype fp32, or --target none.",
-        )
 
 
 def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
@@ -243,7 +233,6 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         )
     if "none" in targets:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
-    _check_runs_dtype(targets, manifest.model.dtype)
     console = Console()
     graphs = {
         kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
@@ -534,6 +523,10 @@ def _build_engines(
         entry[kind.value] = f"{target}/{kind.value}.engine"
         (root / entry[kind.value]).write_bytes(engine)
         entry["engine_bytes"][kind.value] = len(engine)
+        if target == "tensorrt-rtx":
+            context = ep_context_model(lowered.proto, f"{kind.value}.engine", PROVIDERS["rtx"], builder.version)
+            entry.setdefault("ep_context", {})[kind.value] = f"{target}/{kind.value}_context.onnx"
+            (root / entry["ep_context"][kind.value]).write_bytes(context.SerializeToString())
         _report_engine(kind, len(engine), lowered.constant_bytes, target, console)
     if sharing == "inputs":
         weights = check_one_copy([refresh.weights, lora.weights])

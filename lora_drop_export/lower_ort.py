@@ -1,4 +1,4 @@
-"""Neutral step graph → the graph that ONNX Runtime's CPU provider runs fast.
+"""Neutral step graph → the graph that ONNX Runtime runs fast, on the CPU in float32, on a GPU in halves.
 
 Enters: refresh.onnx or lora.onnx as an onnx-ir model with external weights. Leaves: the same inputs, outputs, weights.
 
@@ -8,6 +8,7 @@ Enters: refresh.onnx or lora.onnx as an onnx-ir model with external weights. Lea
                                             cost follows the valid length, RoPE stays outside, so that cache slot ≠
                                             position is exact
     3. RotaryEmbedding on [B, H, S, D]    → on [B, S, H·D], without the transposes around it
+    4. logits                             → float32, whatever the dtype
 
 Requires: the form that surgery.py makes. Ensures: no Attention or mask remains, and a TensorScatter only where the
 attention that would read it is dead: before a dropped layer that repeats its state (`recurrent`, `anchor`, rank 0).
@@ -22,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .rewrite import Ops, mask_window, match_linear, replace_node
+from .rewrite import Ops, float32_logits, mask_window, match_linear, replace_node
 
 MICROSOFT = "com.microsoft"
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -39,6 +40,7 @@ def ort_from_neutral(model: ir.Model) -> ir.Model:
     for node in list(graph):
         if node.op_type == "Attention":
             _lower_attention(graph, node, lengths)
+    float32_logits(graph)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     assert not any(node.op_type == "Attention" for node in graph)

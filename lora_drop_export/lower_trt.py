@@ -30,7 +30,7 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle import WeightInput
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .rewrite import Linear, Ops, mask_window, match_linear, replace_node
+from .rewrite import Linear, Ops, float32_logits, mask_window, match_linear, replace_node
 from .surgery import IR_VERSION
 
 FORMS = ("native", "plugin")
@@ -116,22 +116,16 @@ def _set_capacity(graph: ir.Graph, sizes: dict[str, int]) -> None:
 
 def _add_outputs(graph: ir.Graph) -> None:
     # Case 2
-    logits = graph.outputs[0]
-    assert logits.name == "logits"
-    assert logits.shape is not None
+    plain = float32_logits(graph)
+    assert plain.shape is not None
     ops = Ops()
-    shape, plain = logits.shape, logits
-    if logits.dtype != ir.DataType.FLOAT:
-        logits.name = "logits.neutral"
-        plain = ops("Cast", logits, to=int(ir.DataType.FLOAT))
-        plain.name, plain.shape, plain.type = "logits", shape, ir.TensorType(ir.DataType.FLOAT)
     wrong = ops("Or", ops("IsNaN", plain), ops("IsInf", plain, detect_negative=0))  # [B, rows, V]
     counted = ops("ReduceMax", ops("Cast", wrong, to=int(ir.DataType.INT32)), ops.ints([-1]), keepdims=0)
     largest = ops("ArgMax", plain, axis=-1, keepdims=0)  # [B, rows]
     token = ops("Where", ops("Cast", counted, to=int(ir.DataType.BOOL)), ops.ints([-1]), largest)
-    token.name, token.shape, token.type = "next_token", ir.Shape(shape[:2]), ir.TensorType(ir.DataType.INT64)
+    token.name, token.shape, token.type = "next_token", ir.Shape(plain.shape[:2]), ir.TensorType(ir.DataType.INT64)
     graph.extend(ops.nodes)
-    graph.outputs[:] = [plain, token, *graph.outputs[1:]]
+    graph.outputs.insert(1, token)
 
 
 def _linears(graph: ir.Graph) -> dict[str, Linear]:
@@ -405,3 +399,30 @@ def _count(graph: gs.Graph, logits_index: gs.Tensor) -> gs.Tensor:
     graph.nodes.append(gs.Node("Gather", attrs={"axis": 1}, inputs=[logits_index, end], outputs=[last]))
     graph.nodes.append(gs.Node("Add", inputs=[last, one], outputs=[count]))
     return count
+
+
+def ep_context_model(proto: onnx.ModelProto, engine: str, source: str, version: str) -> onnx.ModelProto:
+    """An engine as one EPContext node, the form in which ONNX Runtime's providers take one.
+
+    Args:
+        proto: what the engine was built from; its inputs and outputs are the node's.
+        engine: the engine's file name, beside the model.
+        source: the execution provider that it is for.
+    """
+    graph = proto.graph
+    node = onnx.helper.make_node(
+        "EPContext",
+        [value.name for value in graph.input],
+        [value.name for value in graph.output],
+        name=graph.name,
+        domain="com.microsoft",
+        main_context=1,
+        embed_mode=0,
+        ep_cache_context=engine,
+        source=source,
+        partition_name=graph.name,
+        ep_sdk_version=version,
+    )
+    made = onnx.helper.make_graph([node], graph.name, graph.input, graph.output)
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION)

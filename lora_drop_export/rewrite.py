@@ -73,6 +73,21 @@ def mask_window(attention: ir.Node) -> int:
     return int(size.numpy().reshape(-1)[0])
 
 
+def float32_logits(graph: ir.Graph) -> ir.Value:
+    """Make the graph's first output, the logits, float32; returns it."""
+    logits = graph.outputs[0]
+    assert logits.name == "logits"
+    if logits.dtype == ir.DataType.FLOAT:
+        return logits
+    ops = Ops()
+    logits.name = "logits.neutral"
+    plain = ops("Cast", logits, to=int(ir.DataType.FLOAT))
+    plain.name, plain.shape, plain.type = "logits", logits.shape, ir.TensorType(ir.DataType.FLOAT)
+    graph.extend(ops.nodes)
+    graph.outputs[0] = plain
+    return plain
+
+
 def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
     """Put the new nodes in the place of `node`, whose output `result` becomes."""
     old = node.outputs[0]

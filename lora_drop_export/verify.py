@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle import MANIFEST_NAME, VERIFY_NAME, Bundle, record_file
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
-from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
 from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_runtime.session import Session
@@ -198,13 +197,14 @@ def verify(
     entries: dict[str, dict[str, Any]] = dict(manifest.verification)
     results = []
     for target in manifest.targets if targets is None else targets:
-        reason = _why_not_here(bundle, target)
+        dtype = manifest.model.dtype
+        provider = "cuda" if target == "ort" and dtype != "float32" else None
+        reason = _why_not_here(bundle, target, provider)
         entries[target] = {"status": "not run", "reason": reason} if reason else {}
-        provider = None
         if reason:
             console.say(f"{target}: not run on this machine: {reason}")
-            if manifest.model.dtype != "float32" or manifest.targets[target].get("form") != "native":
-                continue
+            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
+                continue  # there is nothing on a CPU that could
             provider = "cpu"
             console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
         result = compare(
@@ -234,13 +234,12 @@ def verify(
     return Bundle(bundle.root, manifest)
 
 
-def _why_not_here(bundle: Bundle, target: str) -> str:
+def _why_not_here(bundle: Bundle, target: str, provider: str | None) -> str:
     """Why this machine cannot execute a target; empty when it can."""
-    if target in DEVICE_TARGETS:
-        try:
-            Session.open(bundle.root, target=target).close()
-        except NoDeviceError as error:
-            return error.note
+    try:
+        Session.open(bundle.root, target=target, provider=provider).close()
+    except NoDeviceError as error:
+        return error.note
     return ""
 
 

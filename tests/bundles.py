@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import functools
 import json
+import os
+import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.plan import DropPlan
 from safetensors.numpy import save_file
@@ -23,6 +27,8 @@ from lora_drop_export.trace import TracedModel, trace
 from tests.models import FAMILIES
 from tests.oracle import OraclePlan
 
+_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+TRACES = Path(tempfile.gettempdir()) / f"lora-drop-traces-{_RUN}" if _RUN else None  # conftest.py removes it
 PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
 
 
@@ -39,17 +45,44 @@ class Family:
 @functools.cache
 def family(name: str) -> Family:
     """Build, save and trace a family of tests.models."""
-    return traced_model(FAMILIES[name]())
+    model, directory, checkpoint = _saved(FAMILIES[name]())
+    return Family(model, directory, checkpoint, _traced_once(name, checkpoint, "float32"))
+
+
+@functools.cache
+def family_trace(name: str, dtype: str) -> TracedModel:
+    """A family's trace in another dtype."""
+    return _traced_once(name, family(name).checkpoint, dtype)
 
 
 def traced_model(model: PreTrainedModel) -> Family:
     """Save and trace any model."""
+    model, directory, checkpoint = _saved(model)
+    return Family(model, directory, checkpoint, trace(checkpoint, "float32"))
+
+
+def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
     scratch = tempfile.TemporaryDirectory(prefix="lora-drop-test-")
     atexit.register(scratch.cleanup)
     directory = Path(scratch.name)
     model.save_pretrained(directory)
-    checkpoint = open_checkpoint(str(directory), directory / "scratch")
-    return Family(model, directory, checkpoint, trace(checkpoint, "float32"))
+    return model, directory, open_checkpoint(str(directory), directory / "scratch")
+
+
+def _traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
+    """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
+    if TRACES is None:
+        return trace(checkpoint, dtype)
+    TRACES.mkdir(exist_ok=True)
+    file = TRACES / f"{name}.{dtype}"
+    if file.exists():
+        traced = pickle.loads(file.read_bytes())
+        return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))
+    traced = trace(checkpoint, dtype)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
+    part.rename(file)
+    return traced
 
 
 def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:

@@ -7,7 +7,9 @@ steps touch (caches, states, logits) is a `Buffer`, which may lie on a device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +20,8 @@ from .plan import StepKind
 
 Array = npt.NDArray[Any]
 Step = Callable[[], None]
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 class Buffer(Protocol):
@@ -30,6 +34,26 @@ class Buffer(Protocol):
     def nbytes(self) -> int: ...
 
     def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class DeviceBuffer:
+    """Memory on the device, C-contiguous; `dtype` is a name, since numpy has no bfloat16."""
+
+    name: str
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    def __getitem__(self, rows: slice) -> DeviceBuffer:
+        begin, end, step = rows.indices(self.shape[0])
+        assert step == 1
+        row_bytes = self.nbytes // self.shape[0]
+        return replace(self, address=self.address + begin * row_bytes, shape=(end - begin, *self.shape[1:]))
 
 
 class Engine(Protocol):
@@ -76,6 +100,10 @@ class Engine(Protocol):
         """Use other adapter matrices (A, s·B) from now on; prepared LoRA steps are void."""
         ...
 
+    def notes(self) -> list[str]:
+        """What a user who measures should know of the engine, a line each."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds."""
         ...
@@ -91,3 +119,10 @@ def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> M
                 hint="Ask for fewer new tokens (max_new_tokens) or a larger k, or export with a smaller --k.",
             )
     return {f"slots_{group}": capacity for group, capacity in capacities.items()}
+
+
+def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)

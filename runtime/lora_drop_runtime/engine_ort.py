@@ -1,11 +1,19 @@
 """ONNX Runtime as the engine of a session.
 
 Enters: a bundle and the name of a step graph's buffers. Leaves: a callable that runs one step on them.
-Knows no model, no schedule and no token: it binds names to memory and runs. Both sessions map the same weight files, so
-the process holds one copy of them.
+Knows no model, no schedule and no token: it binds names to memory and runs.
 
-It also runs the graphs that a TensorRT target's engines were built from, where they are plain ONNX (native form): that
-shows what is wrong with the graphs, and nothing of the engines.
+    target          provider    graphs                                           caches, states, logits
+    ort             cpu         float32; both sessions map the same weight       numpy
+                                files, so the process holds one copy of them
+    ort             cuda        float16, bfloat16                                the GPU's memory
+    tensorrt-rtx    rtx         the engines, as EPContext nodes                  the GPU's memory
+    tensorrt[-rtx]  cpu         what the engines were built from, where that is  numpy
+                                plain ONNX (native form): it shows what is wrong
+                                with the graphs, and nothing of the engines
+
+What lies in the GPU's memory is bound by address; what the session reads and writes (ids, lengths) is bound as host
+memory, which ONNX Runtime copies itself.
 """
 
 from __future__ import annotations
@@ -17,12 +25,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, WeightInput
-from .engine import Array, Step, fitting_slots
-from .errors import BundleError, first_line
+from .engine import Array, DeviceBuffer, Step, bfloat16_from_float32, fitting_slots
+from .errors import BundleError, InputError, NoDeviceError, first_line
 from .graph_io import DEVICE_TARGETS
 from .plan import StepKind
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+_ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
 class OrtEngine:
@@ -30,12 +44,13 @@ class OrtEngine:
 
     Args:
         bundle: an opened bundle.
-        target: whose graphs; `ort`, or a TensorRT target in the native form.
-        provider: `cpu`.
+        target: whose graphs; `ort`, or a TensorRT target.
+        provider: `cpu`, `cuda` or `rtx`; `cpu` when None.
         threads: intra-op threads; None leaves the number of physical cores.
 
     Raises:
-        BundleError: the provider is not known, or not in the installed ONNX Runtime, which cannot load the graphs.
+        NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU here.
+        BundleError: the provider cannot run the target's graphs.
     """
 
     def __init__(
@@ -44,19 +59,20 @@ class OrtEngine:
         import onnxruntime
 
         provider = provider or "cpu"
-        available = onnxruntime.get_available_providers()
-        if PROVIDERS.get(provider) not in available:
-            names = ", ".join(short for short, long in PROVIDERS.items() if long in available)
-            raise BundleError(
-                "The execution provider is not available.",
-                note=f"{provider!r} was asked for, the installed ONNX Runtime has {names}.",
-                hint="Use --provider cpu, or install the ONNX Runtime package that has it.",
-            )
+        entry = bundle.target(target)[1]
+        _check_runs(bundle, target, provider)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
+        self._ep_device = _rtx_device(onnxruntime) if provider == "rtx" else None
+        if self._ep_device is None and self._provider not in onnxruntime.get_available_providers():
+            names = [short for short, long in PROVIDERS.items() if long in onnxruntime.get_available_providers()]
+            raise NoDeviceError(
+                "The execution provider is not available.",
+                note=f"{provider!r} was asked for, the installed ONNX Runtime has {', '.join(names)}.",
+                hint="Use --provider cpu, or install the ONNX Runtime package that has it.",
+            )
         self._threads = threads
-        entry = bundle.target(target)[1]
         on_device = target in DEVICE_TARGETS
         self.target = target
         self.chooses_tokens = on_device
@@ -64,11 +80,27 @@ class OrtEngine:
         self.batched_chunks = on_device
         self.prefill_chunk: int | None = entry.get("prefill_chunk")
         self._capacities: Mapping[str, int] | None = entry.get("slots")
-        self._files = entry["graphs"] if on_device else entry
-        self._weights = {name: _mapped(bundle, weight) for name, weight in bundle.weight_inputs(target).items()}
+        self._files = entry if target == "ort" else entry["graphs"]
+        if provider == "rtx":
+            self._files = entry["ep_context"]
+            self.prefill_chunk = entry["refresh_profiles"]["decode"][1]  # the provider takes the first profile
+        self._memory: _DeviceMemory | None = None
+        if provider != "cpu":
+            self._memory = _DeviceMemory(onnxruntime, self._ep_device)
+        self._weights = {name: self._weight(name, w) for name, w in bundle.weight_inputs(target).items()}
         self._sessions = {kind: self._open(kind, {}) for kind in StepKind}
 
-    def _open(self, kind: StepKind, replaced: Mapping[str, Array]) -> Any:
+    def _weight(self, name: str, weight: WeightInput) -> Array | DeviceBuffer:
+        """A weight that is an input: mapped, or put together from its parts; copied to where the steps run."""
+        parts: list[Array] = [
+            np.memmap(self._bundle.root / file, np.uint8, "r", offset, (size,)) for file, offset, size in weight.parts
+        ]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._memory is not None:
+            return self._memory.hold(name, whole, weight.shape, weight.dtype)
+        return whole.view(weight.dtype).reshape(weight.shape)
+
+    def _open(self, kind: StepKind, replaced: Mapping[str, Any]) -> Any:
         options = self._ort.SessionOptions()
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -79,10 +111,12 @@ class OrtEngine:
         # Each session has threads of its own; left spinning after a step they would take the cores from the other's
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if replaced:
-            values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in replaced.values()]
-            options.add_external_initializers(list(replaced), values)
+            options.add_external_initializers(list(replaced), list(replaced.values()))
         path = self._bundle.root / self._files[kind.value]
         try:
+            if self._ep_device is not None:  # from its path: the engine is found beside it
+                options.add_provider_for_devices([self._ep_device], {})
+                return self._ort.InferenceSession(path, options)
             return self._ort.InferenceSession(path.read_bytes(), options, providers=[self._provider])
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             raise BundleError(
@@ -97,54 +131,163 @@ class OrtEngine:
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)
 
-    def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.zeros(shape, dtype)
+    def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Array | DeviceBuffer:
+        if self._memory is None:
+            return np.zeros(shape, dtype)
+        size = DeviceBuffer(name, 0, shape, dtype).nbytes
+        return self._memory.hold(name, np.zeros(size, np.uint8), shape, dtype)
 
-    def read(self, buffer: Array) -> npt.NDArray[np.float32]:
-        return buffer
+    def read(self, buffer: Array | DeviceBuffer) -> npt.NDArray[np.float32]:
+        if isinstance(buffer, np.ndarray):
+            return buffer
+        assert self._memory is not None
+        return self._memory.read(buffer).view(np.float32).reshape(buffer.shape)
 
-    def prepare(self, kind: StepKind, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Step:
+    def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         session = self._sessions[kind]
         if self._weights:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
         binding = session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in outputs.items():
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        buffers = (*inputs.values(), *outputs.values())  # keep the bound memory alive
+        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                if isinstance(buffer, np.ndarray):
+                    bind(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+                else:
+                    assert self._memory is not None
+                    element = _ONNX_DTYPES[buffer.dtype]
+                    bind(name, self._memory.device_type, 0, element, buffer.shape, buffer.address)
+        kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
-        def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = buffers) -> None:
+        def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             run(binding)
 
         return step
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+        dtype = self._bundle.manifest.model.dtype
         replaced = {
-            f"surrogate.{site}.lora_{part}": np.ascontiguousarray(array, np.float32)
+            f"surrogate.{site}.lora_{part}": _in_dtype(array, dtype)
             for site, pair in matrices.items()
             for part, array in zip("AB", pair, strict=True)
         }
-        if self._weights:
+        if self._weights and self._memory is not None:
+            for name, array in replaced.items():
+                self._weights[name] = self._memory.hold(name, array.reshape(-1).view(np.uint8), array.shape, dtype)
+        elif self._weights:
             self._weights |= replaced
+        elif self.target in DEVICE_TARGETS:
+            raise InputError(
+                "The adapters of this bundle cannot be replaced.",
+                note="Its weights are constants inside the engines (--weight-sharing constants).",
+                hint="Export with --weight-sharing inputs, or with the adapters.",
+            )
         else:
-            self._sessions[StepKind.LORA] = self._open(StepKind.LORA, replaced)
+            create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+            values = {name: create(array, _ONNX_DTYPES[dtype]) for name, array in replaced.items()}
+            self._sessions[StepKind.LORA] = self._open(StepKind.LORA, values)
+
+    def notes(self) -> list[str]:
+        if self._memory is None and self._bundle.manifest.model.dtype != "float32":
+            return ["ONNX Runtime has few float16 kernels for the CPU: it computes in float32 and converts, slowly"]
+        return []
 
     def close(self) -> None:
         self._sessions.clear()
+        self._weights.clear()
+        self._memory = None
 
 
-def _mapped(bundle: Bundle, weight: WeightInput) -> Array:
-    """A weight of a target's table: mapped where it lies in one piece, else put together in memory."""
-    if weight.dtype not in ("float32", "float16"):
-        raise BundleError(
-            "ONNX Runtime cannot run the graphs of this target.",
-            note=f"Their weights are {weight.dtype}, its CPU provider computes in float32.",
-            hint="Export with --dtype fp32.",
+class _DeviceMemory:
+    """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again frees the one before.
+
+    Args:
+        ep_device: the device of a provider that was loaded as a library; None for the CUDA provider.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, ort: Any, ep_device: Any) -> None:
+        self._ort = ort
+        self._info = None if ep_device is None else ep_device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
+        self._values: dict[str, Any] = {}
+
+    def hold(self, name: str, content: Array, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        """A buffer with these bytes."""
+        self._values.pop(name, None)
+        content = np.ascontiguousarray(content)
+        create = self._ort.OrtValue
+        if self._info is None:
+            value = create.ortvalue_from_numpy(content, self.device_type, 0)
+        else:
+            value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
+            self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
+        self._values[name] = value
+        return DeviceBuffer(name, value.data_ptr(), shape, dtype)
+
+    def read(self, buffer: DeviceBuffer) -> Array:
+        """The bytes of a whole buffer."""
+        value = self._values[buffer.name]
+        assert value.data_ptr() == buffer.address
+        if self._info is not None:
+            host = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.uint8)
+            self._ort.copy_tensors([value], [host])
+            value = host
+        content: Array = value.numpy()
+        return content[: buffer.nbytes]
+
+
+def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
+    """Refuse a provider that is not known, or has no kernels for the target's graphs.
+
+    GroupQueryAttention has no float32 kernel for CUDA, and nothing computes in bfloat16 on the CPU.
+    """
+    entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
+    runs: dict[str, tuple[str, ...]] = {}
+    if target == "ort":
+        runs = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
+    if target in DEVICE_TARGETS and entry["form"] == "native":
+        runs["cpu"] = ("float32", "float16")
+    if "ep_context" in entry:
+        runs["rtx"] = ("float32", "float16", "bfloat16")
+    if provider not in PROVIDERS or dtype not in runs.get(provider, ()):
+        able = ", ".join(name for name, dtypes in runs.items() if dtype in dtypes) or "none of ONNX Runtime's"
+        error = BundleError if provider not in PROVIDERS else NoDeviceError
+        raise error(
+            "The execution provider cannot run the bundle.",
+            note=f"{provider!r} was asked for; target {target!r} in {dtype} runs on {able}.",
+            hint=f"Use --provider {able}." if able in PROVIDERS else "Export with another --dtype or --target.",
         )
-    parts: list[Array] = [
-        np.memmap(bundle.root / file, np.uint8, "r", offset, (size,)) for file, offset, size in weight.parts
-    ]
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return whole.view(weight.dtype).reshape(weight.shape)
+
+
+def _rtx_device(ort: Any) -> Any:
+    """The device of NVIDIA's provider for RTX GPUs, a library of its own.
+
+    Raises:
+        NoDeviceError: it is not installed, or finds no GPU.
+    """
+    import importlib
+
+    hint = f"pip install {RTX_PACKAGE.replace('_', '-')}, on a machine with an RTX GPU; or use --provider cpu."
+    try:
+        library = importlib.import_module(RTX_PACKAGE)
+        if PROVIDERS["rtx"] not in {device.ep_name for device in ort.get_ep_devices()}:
+            ort.register_execution_provider_library(PROVIDERS["rtx"], library.get_library_path())
+    except Exception as error:  # an import error, or what ONNX Runtime raises for a library that does not load
+        raise NoDeviceError(
+            "The execution provider is not available.", note=f"{PROVIDERS['rtx']}: {first_line(error)}.", hint=hint
+        ) from None
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["rtx"]]
+    if not devices:
+        raise NoDeviceError(
+            "There is no GPU that the execution provider can use.",
+            note=f"{PROVIDERS['rtx']} is loaded and finds no device.",
+            hint=hint,
+        )
+    return devices[0]
+
+
+def _in_dtype(array: Array, dtype: str) -> Array:
+    """Values in a model's dtype, bfloat16 as its bits."""
+    values = np.ascontiguousarray(array, np.float32)
+    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from .bundle import Bundle, WeightInput
 from .cuda_device import CudaDevice
-from .engine import Array, Step, fitting_slots
+from .engine import Array, DeviceBuffer, Step, bfloat16_from_float32, fitting_slots
 from .errors import BundleError, InputError, NoDeviceError
 from .plan import StepKind
 from .trt_library import (
@@ -46,28 +46,6 @@ from .trt_library import (
 )
 
 ALIGNMENT = 256  # of every address that TensorRT takes
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
-
-
-@dataclass(frozen=True)
-class DeviceBuffer:
-    """Memory on the device, C-contiguous; `dtype` is a name, since numpy has no bfloat16."""
-
-    name: str
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-    def __getitem__(self, rows: slice) -> DeviceBuffer:
-        begin, end, step = rows.indices(self.shape[0])
-        assert step == 1
-        row_bytes = self.nbytes // self.shape[0]
-        return replace(self, address=self.address + begin * row_bytes, shape=(end - begin, *self.shape[1:]))
 
 
 class TrtEngine:
@@ -290,6 +268,11 @@ class TrtEngine:
                 else:
                     self._device.upload(buffer.address, values.astype(buffer.dtype))
 
+    def notes(self) -> list[str]:
+        sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.resident_bytes.items())
+        slow = f"steps run without CUDA graphs: {self.capture_note}"
+        return [f"GPU memory: {sizes}", *([slow] if self.capture_note else [])]
+
     def close(self) -> None:
         """Free everything; safe to call again, and after a constructor that failed half way."""
         try:
@@ -474,13 +457,6 @@ def device_compute_capability() -> str:
     device = CudaDevice()
     device.close()
     return device.compute_capability
-
-
-def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = values.view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -34,6 +34,7 @@ Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
 POLICIES = ("skip",)
+WARM_UP_STEPS = 64  # at most
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
 
@@ -91,7 +92,13 @@ class Session:
         if name in DEVICE_TARGETS and provider is None:
             from .engine_trt import TrtEngine
 
-            return cls(bundle, TrtEngine(bundle, name), schedule, policy)
+            session = cls(bundle, TrtEngine(bundle, name), schedule, policy)
+            try:
+                session.warm_up()
+            except BaseException:
+                session.close()
+                raise
+            return session
         return cls(bundle, OrtEngine(bundle, name, provider=provider, threads=threads), schedule, policy)
 
     def __enter__(self) -> Session:
@@ -291,6 +298,22 @@ class Session:
     def _logits(self) -> npt.NDArray[np.float32]:
         return self._opened().read(self._running().logits)[:, 0]  # [B, V]
 
+    def warm_up(self, batch: int = 1) -> None:
+        """Run a short request of `batch` rows that nobody sees; ends the running request.
+
+        On a GPU the next request of this batch then finds its memory allocated, its kernels compiled and its steps
+        captured as CUDA graphs. `open` does it for one row there.
+        """
+        most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)
+        kinds = [self.schedule.kind(step) for step in range(1, most + 1)]
+        # A plain and a captured run of each kind, on either side of a state
+        enough = next((n for n in range(most) if all(kinds[:n].count(kind) >= 4 for kind in set(kinds))), most)
+        tokens = np.zeros((batch, 1), np.int64)
+        self.prefill(tokens, max_new_tokens=enough + 1)
+        for _ in range(enough):
+            self.step(tokens[:, 0])
+        self._request = None
+
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request."""
         request = self._request
@@ -302,6 +325,10 @@ class Session:
             "dropped": int(request.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
             "allocated": sum(buffer.nbytes for buffer in request.caches.values()),
         }
+
+    def engine_notes(self) -> list[str]:
+        """What a user who measures should know of the engine, a line each."""
+        return self._opened().notes()
 
     def load_adapters(self, directory: str | Path) -> None:
         """Replace the adapters by fitted ones of the same plan; ends the running request.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.plan import DropPlan
+from lora_drop_runtime.engine_ort import OrtEngine
+from lora_drop_runtime.plan import DropPlan, PeriodicSchedule
 from lora_drop_runtime.session import PREFILL_CHUNK, Session
 
 from tests import golden, oracle
@@ -55,6 +56,26 @@ def test_family(name, tmp_path):
         for k in WINDOWS:
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_of_tensorrt(name, tmp_path):
+    """Every family for tensorrt-rtx: both engines are built, and the very ONNX that the parser got decodes right.
+
+    Weights as inputs, static capacities, prompts in chunks; what only a GPU shows is the engines' own numbers.
+    """
+    options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24}
+    bundle = make_bundle(name, tmp_path / "b", **options, surrogate="recurrent", rank=2)
+    entry = bundle.target("tensorrt-rtx")[1]
+    assert entry["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    assert {kind: (bundle.root / entry[kind]).stat().st_size for kind in ("refresh", "lora")} == entry["engine_bytes"]
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    engine = OrtEngine(bundle, "tensorrt-rtx", threads=1)
+    with Session(bundle, engine, PeriodicSchedule(2)) as session:
+        session.load_adapters(adapters)
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        engine.prefill_chunk = 4
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

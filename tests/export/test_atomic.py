@@ -338,7 +338,7 @@ def test_verification_is_recorded(place, capsys):
         }
     }
     assert "verify.json" in manifest.files
-    assert f"ort        passed, {len(steps)} steps" in inspected(out, capsys)
+    assert f"ort           passed, {len(steps)} steps" in inspected(out, capsys)
 
 
 def test_not_verified(place, capsys):
@@ -348,7 +348,7 @@ def test_not_verified(place, capsys):
     assert Bundle.open(out).manifest.verification == {}
     assert not (out / "verify.json").exists()
     text = inspected(out, capsys)
-    assert "ort        not run" in text
+    assert "ort           not run" in text
     assert "passed" not in text
 
 

@@ -128,11 +128,7 @@ def traced(monkeypatch):
         ("--surrogate linear", ("--surrogate", "linear", "residual")),
         ("--injection mlp", ("--injection", "mlp", "block")),
         ("--dtype fp8", ("dtype", "fp8")),
-        ("--dtype bf16", ("ort", "bfloat16", "no CPU kernels")),
-        ("--dtype fp16 --target ort", ("ort", "float16")),
         ("--target metal", ("Unknown target", "metal", "ort")),
-        ("--target tensorrt", ("tensorrt", "ort")),
-        ("--target tensorrt-rtx", ("tensorrt-rtx", "ort")),
         ("--target ort --target none", ("targets", "ort, none")),
         ("--target ort --target ort", ("targets", "ort, ort")),
         ("--weights move", ("--weights", "move")),
@@ -149,9 +145,18 @@ def test_export_options(export_refused, tmp_path, arguments, words):
     export_refused(*arguments.replace("LIST", str(tmp_path / "list.json")).split(), words=words)
 
 
-@pytest.mark.parametrize("arguments", ["", "--model somewhere", "--out somewhere"])
-def test_export_without_model_or_out(refused, arguments):
-    refused(lora_drop_export.cli.main, *arguments.split(), words=("required",))
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", ("required", "--out")),
+        ("--model somewhere", ("required", "--out")),
+        ("--out somewhere", ("no model to export", "--add-target")),
+        ("--add-target ort", ("required", "--out")),
+        ("--add-target ort --out somewhere", ("no bundle here", "somewhere")),
+    ],
+)
+def test_export_without_model_or_out(refused, arguments, words):
+    refused(lora_drop_export.cli.main, *arguments.split(), words=words)
 
 
 @pytest.mark.usefixtures("untraced")

@@ -22,8 +22,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.compiler import ExportOptions, add_target, static_slots, write_bundle
 from lora_drop_export.console import Console
 from lora_drop_export.lower_trt import check_one_copy, trt_from_neutral
-from lora_drop_export.trace import trace
-from tests.bundles import family, make_bundle
+from tests.bundles import family, family_trace, make_bundle
 
 RTX = "tensorrt-rtx"
 DTYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
@@ -175,7 +174,7 @@ def test_one_copy_where_attention_is_dead(surrogate, tmp_path):
 def test_half_precision_engines(name, dtype, tmp_path):
     """Strongly typed: caches, states and weights in the dtype, logits in float32; native and plugin graphs alike."""
     source = family(name)
-    traced = trace(source.checkpoint, dtype)
+    traced = family_trace(name, dtype)
     options = ExportOptions(max_seq_len=64, targets=(RTX,), rank=2, surrogate="anchor")
     (tmp_path / "b").mkdir()
     made = write_bundle(tmp_path / "b", source.checkpoint, traced, dtype, options, Console())

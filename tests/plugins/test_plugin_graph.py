@@ -20,7 +20,7 @@ from lora_drop_export.compiler import static_slots
 from lora_drop_export.lower_trt import trt_from_neutral
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
-from tests.plugins.kernel import KERNELS, LoraDropAttention
+from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library
 from tests.plugins.test_kernel_host import build
 
 K = 2
@@ -31,7 +31,7 @@ OPTIONAL = {"has_count": ("count",), "rotary_dim": ("cos", "sin"), "has_norm": (
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so")
+    return load_library(build(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
 
 
 def attention_op(library: ctypes.CDLL) -> type[OpRun]:

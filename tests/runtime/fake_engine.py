@@ -141,6 +141,9 @@ class FakeEngine:
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         self.adapters.append(matrices)
 
+    def notes(self) -> list[str]:
+        return []
+
     def close(self) -> None:
         self.times_closed += 1
 

@@ -6,10 +6,23 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
-from lora_drop_runtime import BundleError, InputError, PlanError, Session, StepKind
+from lora_drop_runtime import (
+    BundleError,
+    InputError,
+    NoDeviceError,
+    PeriodicSchedule,
+    PlanError,
+    Session,
+    StepKind,
+    engine_ort,
+)
+from lora_drop_runtime.engine_ort import OrtEngine
 
-from tests.bundles import PROMPTS, make_bundle, save_adapters
+from lora_drop_export.compiler import ExportOptions, write_bundle
+from lora_drop_export.console import Console
+from tests.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 
 
 def prefill(session: Session, k: int, new_tokens: int = 12) -> np.ndarray:
@@ -123,13 +136,6 @@ def test_no_room_for_adapters(tmp_path):
         session.load_adapters(tmp_path)
 
 
-def test_unknown_provider(tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b")
-    for provider in ("cuda", "abacus"):
-        with pytest.raises(BundleError, match="provider is not available"):
-            Session.open(bundle.root, provider=provider)
-
-
 MEASURE = """
 import sys
 import numpy as np
@@ -167,3 +173,99 @@ def test_two_sessions_hold_one_copy_of_the_weights(tmp_path):
     one, two = measure("refresh only"), measure("both")
     assert one > 0.9 * weights_kib
     assert two < one + 0.1 * weights_kib, f"{two} KiB against {one} KiB"
+
+
+# ── other providers: no GPU here, so what can be shown is shown with host memory in the place of the device's ──────
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory):
+    """float16 with room for adapters, for ort and tensorrt-rtx."""
+    source = family("llama")
+    root = tmp_path_factory.mktemp("half") / "b"
+    root.mkdir()
+    options = ExportOptions(max_seq_len=64, rank=2, surrogate="recurrent", targets=("ort", "tensorrt-rtx"))
+    return write_bundle(root, source.checkpoint, family_trace("llama", "float16"), "float16", options, Console())
+
+
+def half_run(engine: OrtEngine, bundle, adapters) -> np.ndarray:
+    with Session(bundle, engine, PeriodicSchedule(2)) as session:
+        logits = [prefill(session, k=2), *(session.step([3, 5, 7]) for _ in range(5))]
+        logits = [step.copy() for step in logits]
+        session.load_adapters(adapters)
+        logits += [prefill(session, k=2).copy(), *(session.step([3, 5, 7]).copy() for _ in range(5))]
+        long = np.random.default_rng(0).integers(0, 131, (2, 40))  # row by row: slices of buffers
+        logits.append(np.pad(session.prefill(long, max_new_tokens=2), ((0, 1), (0, 0))))
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
+def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
+    """What runs on a GPU, with OrtValues in host memory: bit for bit what numpy arrays give, and all of it freed.
+
+    It cannot show the CUDA provider's kernels, its copies, or that it is faster.
+    """
+    plan = half_bundle.manifest.plan
+    adapters = save_adapters(tmp_path / "adapters", plan, 64, half_bundle.manifest.model.fingerprint, rank=2)
+    monkeypatch.setattr("lora_drop_runtime.session.PREFILL_CHUNK", 16)
+    expected = half_run(OrtEngine(half_bundle, target), half_bundle, adapters)
+    monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(engine_ort._DeviceMemory, "device_type", "cpu")
+    monkeypatch.setattr(engine_ort, "_check_runs", lambda *_: None)
+    engine = OrtEngine(half_bundle, target, provider="cuda")
+    memory = engine._memory
+    assert memory is not None
+    np.testing.assert_array_equal(half_run(engine, half_bundle, adapters), expected)
+    caches = {name for name in memory._values if name.startswith("past_")}
+    assert len(caches) == 2 * half_bundle.manifest.plan.num_layers
+    assert "logits" in memory._values
+    assert engine._memory is None  # closed
+    assert not engine._weights
+
+
+@pytest.mark.parametrize(
+    ("target", "provider", "note"),
+    [
+        ("ort", "cuda", "'cuda' was asked for, the installed ONNX Runtime has cpu"),
+        ("ort", "rtx", "'rtx' was asked for; target 'ort' in float16 runs on cpu, cuda"),
+        ("tensorrt-rtx", "cuda", "'cuda' was asked for; target 'tensorrt-rtx' in float16 runs on cpu, rtx"),
+        ("tensorrt-rtx", "rtx", "NvTensorRTRTXExecutionProvider"),
+    ],
+)
+def test_providers_that_cannot_run_here(target, provider, note, half_bundle):
+    with pytest.raises(NoDeviceError) as caught:
+        Session.open(half_bundle.root, target=target, provider=provider)
+    assert note in caught.value.note
+    assert caught.value.hint
+
+
+def test_float32_does_not_run_on_cuda(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b")
+    with pytest.raises(NoDeviceError, match="float32 runs on cpu"):
+        Session.open(bundle.root, provider="cuda")
+    with pytest.raises(BundleError, match="'metal' was asked for"):
+        Session.open(bundle.root, provider="metal")
+
+
+def test_half_precision_on_the_cpu_is_said_to_be_slow(half_bundle):
+    with Session.open(half_bundle.root, target="ort") as session:
+        assert "slowly" in session.engine_notes()[0]
+
+
+def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
+    """One EPContext node with the engine's inputs and outputs, naming the engine beside it."""
+    entry = half_bundle.target("tensorrt-rtx")[1]
+    for kind in StepKind:
+        graph, wrapped = (
+            onnx.load(half_bundle.root / entry[part][kind.value], load_external_data=False).graph
+            for part in ("graphs", "ep_context")
+        )
+        (node,) = wrapped.node
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (node.op_type, node.domain) == ("EPContext", "com.microsoft")
+        assert attributes["embed_mode"] == 0
+        engine = half_bundle.root / "tensorrt-rtx" / attributes["ep_cache_context"].decode()
+        assert engine == half_bundle.root / entry[kind.value]
+        assert list(wrapped.input) == list(graph.input)
+        assert list(wrapped.output) == list(graph.output)
+        assert list(node.input) == [value.name for value in graph.input]

@@ -350,6 +350,38 @@ def test_prompts_of_any_length_leave_the_graphs_alone(bundle: Bundle) -> None:
         assert (engine.captures, cuda.calls["cudaMalloc"]) == (captures, mallocs)
 
 
+@pytest.mark.parametrize(("name", "k"), [("residual", 3), ("recurrent", 2), ("recurrent", 1), ("residual", 0)])
+def test_after_a_warm_up_nothing_is_captured_or_allocated(bundles, name: str, k: int) -> None:
+    session, engine, cuda = open_device_session(bundles(name))
+    with session:
+        session.schedule = PeriodicSchedule(k)
+        session.warm_up()
+        made = engine.captures, cuda.calls["cudaMalloc"], cuda.calls["cudaHostRegister"]
+        assert engine.captures
+        assert session.kv_bytes()["allocated"] == 0
+        session.generate(RAGGED[:1], 12)
+        assert (engine.captures, cuda.calls["cudaMalloc"], cuda.calls["cudaHostRegister"]) == made
+
+
+def test_open_warms_up(bundle: Bundle, monkeypatch) -> None:
+    """Through `Session.open`; a warm-up that fails leaves nothing open."""
+    opened = []
+
+    def open_engine(opened_bundle: Bundle, target: str) -> Any:
+        _, engine, cuda = open_device_session(opened_bundle)
+        opened.append((engine, cuda))
+        return engine
+
+    monkeypatch.setattr(engine_trt, "TrtEngine", open_engine)
+    with Session.open(bundle.root, target=TARGET, k=2) as session:
+        assert session.schedule == PeriodicSchedule(2)
+        assert opened[0][0].captures == 3
+    monkeypatch.setattr(Session, "step", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        Session.open(bundle.root, target=TARGET)
+    assert not opened[1][1].blocks
+
+
 def test_what_a_context_has_run_or_says_decides_on_capture(bundle: Bundle) -> None:
     """Without CUDA graphs the same tokens, and the reason is on record."""
     session, engine, _ = open_device_session(bundle)

@@ -231,10 +231,10 @@ def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> 
 
 def test_public_names() -> None:
     names = {
-        "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError PeriodicSchedule PlanError "
-        "SamplingOptions Schedule Session StepKind VerificationError",
+        "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError NoDeviceError "
+        "PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind VerificationError",
         "lora_drop_tools": "chat compare generate inspect",
-        "lora_drop_export": "ExportOptions export",
+        "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():
         assert sorted(importlib.import_module(package).__all__) == expected.split()

@@ -63,7 +63,7 @@ def test_model_and_plan(made: Path) -> None:
 
 
 def test_sizes_are_those_on_disk(made: Path) -> None:
-    sizes = described(made).split("size on disk")[1].split("predicted")[0]
+    sizes = described(made).split("size on disk")[1].split("targets")[0]
     for name in ("refresh.onnx", "lora.onnx", "ort", "weights", "tokenizer"):
         path = made / name
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -22,12 +22,13 @@ from lora_drop_runtime.text import TextCodec
 
 @dataclass
 class Completion:
-    """One prompt's result. `seconds` counts from the prefill on; `kv_bytes` is the session's at the end."""
+    """One prompt's result. `seconds` counts from the prefill on; the rest is what the session says at the end."""
 
     text: str
     tokens: int
     seconds: float
     kv_bytes: dict[str, int]
+    engine_notes: list[str]
 
 
 def generate(
@@ -76,7 +77,7 @@ def generate(
         for prompt, row in zip(prompts, rows, strict=True):
             pieces = codec.stream(stop)
             text = "".join(pieces.push(int(token)) for token in row) + pieces.finish()
-            completions.append(Completion(text, len(row), seconds, session.kv_bytes()))
+            completions.append(Completion(text, len(row), seconds, session.kv_bytes(), session.engine_notes()))
             print(f"── {prompt}\n{text}", file=out, flush=True)
         return completions
 
@@ -153,4 +154,4 @@ def _stream(
         stream.close()
     emit(pieces.finish())
     out.write("\n")
-    return Completion("".join(text), tokens, time.perf_counter() - begin, session.kv_bytes())
+    return Completion("".join(text), tokens, time.perf_counter() - begin, session.kv_bytes(), session.engine_notes())
