@@ -27,8 +27,6 @@ from lora_drop_export.trace import TracedModel, trace
 from tests.models import FAMILIES
 from tests.oracle import OraclePlan
 
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-TRACES = Path(tempfile.gettempdir()) / f"lora-drop-traces-{_RUN}" if _RUN else None  # conftest.py removes it
 PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
 
 
@@ -71,10 +69,7 @@ def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
 
 def _traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
-    if TRACES is None:
-        return trace(checkpoint, dtype)
-    TRACES.mkdir(exist_ok=True)
-    file = TRACES / f"{name}.{dtype}"
+    file = Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
     if file.exists():
         traced = pickle.loads(file.read_bytes())
         return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))

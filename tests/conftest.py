@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +16,12 @@ def one_torch_thread():
     torch.set_num_threads(1)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The controller of a parallel run removes what its workers shared (tests/bundles.py)."""
-    run = session.config.getoption("testrunuid", None)
-    if run and not hasattr(session.config, "workerinput"):
-        shutil.rmtree(Path(tempfile.gettempdir()) / f"lora-drop-traces-{run}", ignore_errors=True)
+TRACES = "LORA_DROP_TEST_TRACES"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers of a parallel run share traces (tests/bundles.py) in a directory that the controller owns."""
+    if not hasattr(config, "workerinput"):
+        directory = tempfile.mkdtemp(prefix="lora-drop-traces-")
+        os.environ[TRACES] = directory
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
