@@ -22,7 +22,7 @@ from typing import Any
 
 import onnx
 from lora_drop_runtime.errors import InputError, ModelError
-from lora_drop_runtime.trt_library import MODULES, error_logger, load_plugin
+from lora_drop_runtime.trt_library import MODULES, error_logger, load_plugin, plugin_path
 
 from .console import Console
 from .lower_trt import PLUGIN_NAMESPACE
@@ -104,7 +104,6 @@ class EngineBuilder:
         self.options = options
         self.timing_cache = timing_cache
         self._target, self._root, self._console = target, root, console
-        self._plugin: Any = None
         self._logger = error_logger(self.trt)
 
     @property
@@ -128,9 +127,9 @@ class EngineBuilder:
         """
         trt = self.trt
         self._logger.clear()
+        if any(node.domain == PLUGIN_NAMESPACE for node in proto.graph.node):
+            load_plugin(trt)
         builder = trt.Builder(self._logger)
-        if any(node.domain == PLUGIN_NAMESPACE for node in proto.graph.node) and self._plugin is None:
-            self._plugin = load_plugin(builder, self._logger)  # stays for the engines that follow
         network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
         parser = trt.OnnxParser(network, self._logger)
         # Any name inside the root will do: only its directory counts, for the external weights
@@ -139,7 +138,7 @@ class EngineBuilder:
                 f"{error.node_operator()} {error.node_name()}: {error.desc()}"
                 for error in map(parser.get_error, range(parser.num_errors))
             ]
-            raise self._error("cannot parse a step graph", proto, errors or self._logger.lines)
+            raise self._error("cannot parse a step graph", proto, errors or list(self._logger.lines))
         ignored = _ignored_inputs(proto, network)
         if ignored:
             raise self._error("would ignore inputs of a step graph", proto, [", ".join(ignored)])
@@ -155,6 +154,7 @@ class EngineBuilder:
         trt, options = self.trt, self.options
         builder, network = self.parse(proto)
         config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 has the mantissa of float16
         if options.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
         if options.optimization_level is not None:
@@ -176,14 +176,15 @@ class EngineBuilder:
         cache = None
         if self._target == "tensorrt":  # tensorrt-rtx times nothing when it builds
             cache = config.create_timing_cache(self.timing_cache)
-            config.set_timing_cache(cache, False)
+            if not config.set_timing_cache(cache, False):
+                self._console.say("the timing cache of the earlier build is of another GPU or version: not used")
         with self._console.progress(f"{self._target}: {proto.graph.name} engine") as progress:
             monitor = config.progress_monitor = _progress_monitor(trt, progress)
             plan = builder.build_serialized_network(network, config)
         if monitor.interrupted:
             raise KeyboardInterrupt
         if plan is None:
-            raise self._error("cannot build an engine", proto, self._logger.lines)
+            raise self._error("cannot build an engine", proto, list(self._logger.lines))
         unused = [line for line in self._logger.warnings if re.search(r"unused input", line, re.IGNORECASE)]
         if unused:
             raise self._error("ignored an input of a step graph", proto, unused)
@@ -199,16 +200,17 @@ class EngineBuilder:
         )
 
 
-def check_buildable(target: str, options: BuilderOptions) -> Any:
-    """The Python module of a target.
+def check_buildable(target: str, options: BuilderOptions, form: str | None = None) -> Any:
+    """The Python module of a target; refuses early what would end an export late.
 
     Raises:
-        InputError: it is not installed, or does not build for a compute capability.
+        InputError: it is not installed, does not build for a compute capability, or has not got an option.
+        BundleError: the plugin form, and no plugin.
     """
     try:
         trt = importlib.import_module(MODULES[target])
     except ImportError as error:
-        hint = f"pip install {target}"
+        hint = f"pip install {target} cuda-bindings"
         if target == "tensorrt":
             hint += ", on a machine with an NVIDIA GPU; --target tensorrt-rtx builds without one"
         raise InputError(
@@ -219,6 +221,14 @@ def check_buildable(target: str, options: BuilderOptions) -> Any:
     if target == "tensorrt-rtx":
         for capability in options.compute_capabilities:
             _compute_capability(trt, capability)
+        if options.hardware_compatible:
+            raise InputError(
+                "The target has no such option.",
+                note="--hardware-compatible is of tensorrt; tensorrt-rtx builds for the capabilities that it is given.",
+                hint="Name them with --compute-capability.",
+            )
+    elif form == "plugin":
+        plugin_path()
     return trt
 
 

@@ -8,13 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.bundle import TARGETS
+from lora_drop_runtime.bundle import ATTENTION_FORMS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan import INJECTIONS, SURROGATES, parse_layers
 
-SHARINGS = ("inputs", "constants")
-FORMS = ("native", "plugin")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -201,13 +199,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     target.add_argument(
         "--weight-sharing",
-        choices=SHARINGS,
+        choices=WEIGHT_SHARINGS,
         help="of TensorRT targets: weights as inputs of both engines, one copy on the device (default), "
         "or as constants inside each",
     )
     target.add_argument(
         "--attention",
-        choices=FORMS,
+        choices=ATTENTION_FORMS,
         help="of TensorRT targets: native layers, or the SkipWriteKVAttention plugin (default with tensorrt)",
     )
     builder = parser.add_argument_group("how TensorRT builds")

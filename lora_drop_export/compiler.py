@@ -33,10 +33,12 @@ from typing import Any
 import numpy as np
 from lora_drop_runtime.adapters import Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle import (
+    ATTENTION_FORMS,
     DTYPE_BYTES,
     MANIFEST_NAME,
     TARGETS,
     VERIFY_NAME,
+    WEIGHT_SHARINGS,
     Bundle,
     FileRecord,
     Limits,
@@ -51,6 +53,7 @@ from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
 
 from .build_trt import (
+    COMPUTE_CAPABILITIES,
     PREFILL_CHUNK,
     BuilderOptions,
     EngineBuilder,
@@ -60,7 +63,7 @@ from .build_trt import (
 )
 from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
 from .console import Console
-from .lower_trt import FORMS, SHARINGS, check_one_copy, ep_context_model, trt_from_neutral
+from .lower_trt import check_one_copy, ep_context_model, trt_from_neutral
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
 from .weights import is_stored_as, resolve_tensors, store_adapters, store_weights, weights_bytes
@@ -127,7 +130,7 @@ class ExportOptions:
                     hint="Use --target ort.",
                 )
             if target in DEVICE_TARGETS:
-                check_buildable(target, self.builder)
+                check_buildable(target, self.builder, self.form(target))
         if len(set(self.targets)) != len(self.targets) or ("none" in self.targets and len(self.targets) > 1):
             raise InputError(
                 "The targets exclude each other.",
@@ -142,8 +145,8 @@ class ExportOptions:
             )
         for what, chosen, known in (
             ("way to store weights", self.weights, ("copy", "link")),
-            ("weight sharing", self.weight_sharing, (None, *SHARINGS)),
-            ("form of attention", self.attention, (None, *FORMS)),
+            ("weight sharing", self.weight_sharing, (None, *WEIGHT_SHARINGS)),
+            ("form of attention", self.attention, (None, *ATTENTION_FORMS)),
         ):
             if chosen not in known:
                 names = [name for name in known if name]
@@ -152,6 +155,19 @@ class ExportOptions:
                     note=f"{chosen!r} was given, known are {' and '.join(names)}.",
                     hint=f"Use {names[0]}.",
                 )
+        if self.builder.compute_capabilities != COMPUTE_CAPABILITIES and "tensorrt-rtx" not in self.targets:
+            given = ", ".join(self.builder.compute_capabilities)
+            raise InputError(
+                "The compute capabilities are those of tensorrt-rtx.",
+                note=f"Given are {given}; the targets are {', '.join(self.targets)}.",
+                hint="Leave them out: tensorrt builds for the GPU of this machine.",
+            )
+        if not self.builder.alias and all(self.form(target) != "plugin" for target in self.targets):
+            raise InputError(
+                "--no-alias is of the attention plugin.",
+                note=f"None of the targets {', '.join(self.targets)} has it.",
+                hint="Leave it out, or use --target tensorrt.",
+            )
         if self.attention == "plugin" and "tensorrt-rtx" in self.targets:
             raise InputError(
                 "The target cannot run plugins.",
@@ -166,6 +182,10 @@ class ExportOptions:
         ):
             if value is not None and value < 1:
                 raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
+
+    def form(self, target: str) -> str:
+        """Of a TensorRT target's attention."""
+        return self.attention or ("plugin" if target == "tensorrt" else "native")
 
 
 def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
@@ -246,7 +266,9 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         kept = {name: record for name, record in manifest.files.items() if (staged / name).exists()}
         entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
         for target in targets:
-            entries[target] = build_target(staged, manifest, graphs, target, options, console)
+            cache = manifest.targets.get(target, {}).get("timing_cache")
+            timing_cache = b"" if cache is None else (root / cache).read_bytes()
+            entries[target] = build_target(staged, manifest, graphs, target, options, console, timing_cache)
         fresh = {
             file.relative_to(staged).as_posix(): record_file(file)
             for target in targets
@@ -459,13 +481,14 @@ def build_target(
     target: str,
     options: ExportOptions,
     console: Console,
+    timing_cache: bytes = b"",
 ) -> dict[str, Any]:
     """Lower the neutral graphs, build what the target runs into `root/target`, and return its manifest entry."""
     (root / target).mkdir()
     if target == "ort":
         with console.phase("lowering to ONNX Runtime"):
             return _lower_to_ort(root, graphs)
-    return _build_engines(root, manifest, graphs, target, options, console)
+    return _build_engines(root, manifest, graphs, target, options, console, timing_cache)
 
 
 def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any]) -> dict[str, Any]:
@@ -488,10 +511,11 @@ def _build_engines(
     target: str,
     options: ExportOptions,
     console: Console,
+    timing_cache: bytes,
 ) -> dict[str, Any]:
     plan, limits = manifest.plan, manifest.limits
     sharing = options.weight_sharing or "inputs"
-    form = options.attention or ("plugin" if target == "tensorrt" else "native")
+    form = options.form(target)
     slots = static_slots(plan, limits)
     chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
     profiles = {
@@ -509,8 +533,9 @@ def _build_engines(
         "graphs": {},
         "engine_bytes": {},
     }
-    builder = EngineBuilder(target, root, options.builder, console)
+    builder = EngineBuilder(target, root, options.builder, console, timing_cache)
     entry["version"], entry["compute_capabilities"] = builder.version, list(builder.compute_capabilities)
+    entry |= {name: getattr(options.builder, name) for name in ("hardware_compatible", "version_compatible")}
     lower = functools.partial(
         trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
     )

@@ -4,8 +4,8 @@ Enters: refresh.onnx or lora.onnx, the capacities, the form. Leaves: the very ON
 in the native form, so that ONNX Runtime can run it too; and the table of the weights that became inputs.
 
     1. capacity           the caches' slots become numbers: TensorRT's cache layer wants a static capacity
-    2. outputs            logits as float32; next_token = argmax, −1 where a logit is NaN or infinite, so that greedy
-                          decoding copies one number
+    2. outputs            logits as float32; next_token = argmax, −1 in a row with NaN or +∞, so that greedy decoding
+                          copies one number
     3. fused linears      linear layers that read one tensor (q, k, v; gate, up) → one MatMul and a Split; with weights
                           as inputs only, where a loader lays the parts side by side
     4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines
@@ -33,8 +33,6 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from .rewrite import Linear, Ops, float32_logits, mask_window, match_linear, replace_node
 from .surgery import IR_VERSION
 
-FORMS = ("native", "plugin")
-SHARINGS = ("inputs", "constants")
 PLUGIN_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE = "SkipWriteKVAttention", "1", "lora_drop"
 
 

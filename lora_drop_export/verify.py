@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections import OrderedDict
@@ -99,8 +100,8 @@ class Verification:
 class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no types
     """Polygraphy runner over a session: the first feed is the prefill, every other one a decode step."""
 
-    def __init__(self, session: Session, steps: int, k: int) -> None:
-        super().__init__(name=session.bundle.target(None)[0])
+    def __init__(self, session: Session, target: str, steps: int, k: int) -> None:
+        super().__init__(name=target)
         self._session = session
         self._steps, self._k = steps, k
 
@@ -198,28 +199,29 @@ def verify(
     results = []
     for target in manifest.targets if targets is None else targets:
         dtype = manifest.model.dtype
-        provider = "cuda" if target == "ort" and dtype != "float32" else None
-        reason = _why_not_here(bundle, target, provider)
-        entries[target] = {"status": "not run", "reason": reason} if reason else {}
-        if reason:
-            console.say(f"{target}: not run on this machine: {reason}")
-            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
-                continue  # there is nothing on a CPU that could
-            provider = "cpu"
-            console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
-        result = compare(
+        check = functools.partial(
+            compare,
             bundle,
             target=target,
-            provider=provider,
             console=console,
             threads=threads,
             trust_remote_code=trust_remote_code,
         )
+        entries[target] = {}
+        try:
+            result = check(provider="cuda" if target == "ort" and dtype != "float32" else None)
+        except NoDeviceError as error:
+            entries[target] = {"status": "not run", "reason": error.note}
+            console.say(f"{target}: not run on this machine: {error.note}")
+            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
+                continue  # there is nothing on a CPU that could
+            console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
+            result = check(provider="cpu")
         results.append(result)
         print_table(result, console)
         if not result.passed:
             raise failure(result)
-        entries[target] |= {"graphs_on_cpu": result.summary()} if reason else result.summary()
+        entries[target] |= {"graphs_on_cpu": result.summary()} if entries[target] else result.summary()
     path = bundle.root / VERIFY_NAME
     before = json.loads(path.read_bytes()) if path.exists() else []
     details = [result for result in before if result["target"] not in {r.target for r in results}]
@@ -232,15 +234,6 @@ def verify(
     )
     (bundle.root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(bundle.root, manifest)
-
-
-def _why_not_here(bundle: Bundle, target: str, provider: str | None) -> str:
-    """Why this machine cannot execute a target; empty when it can."""
-    try:
-        Session.open(bundle.root, target=target, provider=provider).close()
-    except NoDeviceError as error:
-        return error.note
-    return ""
 
 
 def compare(
@@ -268,7 +261,7 @@ def compare(
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
     with Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads) as session, _quiet():
         runners = [
-            SessionRunner(session, steps, k),
+            SessionRunner(session, name, steps, k),
             ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console),
         ]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)

@@ -7,7 +7,8 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
     weights/*.safetensors        the checkpoint as it lay, or converted; adapters.safetensors
     tokenizer/                   tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
     ort/                         lowered graphs
-    tensorrt[-rtx]/              lowered graphs, the engines built from them, weights.json (`WeightInput`), timing cache
+    tensorrt[-rtx]/              lowered graphs, the engines built from them, weights.json (`WeightInput`)
+                                 timing.cache (tensorrt), *_context.onnx: EPContext nodes (tensorrt-rtx)
     verify.json                  the last comparison with the reference, step by step
 
 Opening checks format version, presence and sizes. A checkpoint file is recorded by size and the hash of its
@@ -32,6 +33,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 TARGETS = ("ort", *DEVICE_TARGETS)
+ATTENTION_FORMS = ("native", "plugin")  # of the device targets
+WEIGHT_SHARINGS = ("inputs", "constants")
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ class CudaDevice:
         compute_capability: for example `8.9`.
 
     Raises:
-        BundleError: cuda-python is not installed.
-        NoDeviceError: no driver or no GPU.
+        NoDeviceError: cuda-bindings is not installed, no driver or no GPU.
     """
 
     def __init__(self, runtime: Any = None) -> None:
@@ -89,11 +88,11 @@ class CudaDevice:
         return sum(self._blocks.values())
 
     def malloc(self, size_bytes: int, purpose: str) -> int:
-        """Device memory at an address that is a multiple of 256. Raises BundleError with the numbers when it is out."""
+        """At an address that is a multiple of 256. Raises NoDeviceError with the numbers when memory is out."""
         error, address = self._cuda.cudaMalloc(size_bytes)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             _, free, total = self._cuda.cudaMemGetInfo()
-            raise BundleError(
+            raise NoDeviceError(
                 "The GPU is out of memory.",
                 note=f"{purpose} takes {size_bytes / MIB:,.1f} MiB; free are {free / MIB:,.1f} of {total / MIB:,.1f}.",
                 hint="Ask for a smaller batch, free the GPU, or export with a smaller --max-seq-len or --dtype.",
@@ -127,8 +126,8 @@ class CudaDevice:
 
     def upload(self, address: int, array: Array) -> None:
         """Copy any contiguous array to the device and wait for it."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpy", address, array.ctypes.data, array.nbytes, kind)
+        self.copy_in(address, array.ctypes.data, array.nbytes)  # on the stream, which cudaMemcpy would not wait for
+        self.synchronize()
 
     def copy_in(self, address: int, host_address: int, size_bytes: int) -> None:
         """Host to device, asynchronous."""
@@ -195,8 +194,8 @@ def _bindings() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise BundleError(
+        raise NoDeviceError(
             "A TensorRT bundle needs the CUDA bindings for Python.",
             note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
-            hint="pip install cuda-python",
+            hint="pip install cuda-bindings",
         ) from None

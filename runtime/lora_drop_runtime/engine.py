@@ -61,8 +61,8 @@ class Engine(Protocol):
 
     Attributes:
         target: whose graphs it runs; names their table of inputs and outputs (graph_io.py).
-        chooses_tokens: whether the graphs have an output `next_token`, the index of the largest logit; -1 where that
-            logit is not finite.
+        chooses_tokens: whether the graphs have an output `next_token`, the index of the largest logit; −1 in a row
+            with NaN or +∞ among its logits.
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
     """

@@ -12,8 +12,8 @@ Knows no model, no schedule and no token: it binds names to memory and runs.
                                 plain ONNX (native form): it shows what is wrong
                                 with the graphs, and nothing of the engines
 
-What lies in the GPU's memory is bound by address; what the session reads and writes (ids, lengths) is bound as host
-memory, which ONNX Runtime copies itself.
+What lies in the GPU's memory is bound by address. What the session reads and writes (ids, lengths) is host memory,
+which ONNX Runtime copies to a GPU when it is bound, and only then: a step there binds it anew.
 """
 
 from __future__ import annotations
@@ -116,14 +116,22 @@ class OrtEngine:
         try:
             if self._ep_device is not None:  # from its path: the engine is found beside it
                 options.add_provider_for_devices([self._ep_device], {})
-                return self._ort.InferenceSession(path, options)
-            return self._ort.InferenceSession(path.read_bytes(), options, providers=[self._provider])
+                session = self._ort.InferenceSession(path, options, enable_fallback=0)
+            else:
+                session = self._ort.InferenceSession(
+                    path.read_bytes(), options, providers=[self._provider], enable_fallback=0
+                )
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+            if self._memory is not None:
+                raise _no_device(self._provider, error) from error
             raise BundleError(
                 "ONNX Runtime cannot load a graph of the bundle.",
                 note=f"{path}: {first_line(error)}",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             ) from error
+        if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
+            raise _no_device(self._provider, RuntimeError(f"it chose {session.get_providers()[0]} instead"))
+        return session
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         return needed if self._capacities is None else fitting_slots(self._capacities, needed)
@@ -149,10 +157,14 @@ class OrtEngine:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
         binding = session.io_binding()
+        hosts = []
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 if isinstance(buffer, np.ndarray):
-                    bind(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+                    arguments = (name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+                    bind(*arguments)
+                    if name in inputs:
+                        hosts.append(arguments)
                 else:
                     assert self._memory is not None
                     element = _ONNX_DTYPES[buffer.dtype]
@@ -162,7 +174,16 @@ class OrtEngine:
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             run(binding)
 
-        return step
+        def device_step(_: Any = kept) -> None:
+            try:
+                for arguments in hosts:
+                    binding.bind_input(*arguments)
+                binding.synchronize_inputs()
+                session.run_with_iobinding(binding)
+            except Exception as error:
+                raise _no_device(self._provider, error) from error
+
+        return step if self._memory is None else device_step
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         dtype = self._bundle.manifest.model.dtype
@@ -217,11 +238,15 @@ class _DeviceMemory:
         self._values.pop(name, None)
         content = np.ascontiguousarray(content)
         create = self._ort.OrtValue
-        if self._info is None:
-            value = create.ortvalue_from_numpy(content, self.device_type, 0)
-        else:
-            value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
-            self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
+        try:
+            if self._info is None:
+                value = create.ortvalue_from_numpy(content, self.device_type, 0)
+            else:
+                value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
+                self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
+        except Exception as error:  # as above
+            what = f"{name} takes {content.nbytes / 2**20:,.1f} MiB on the GPU: {first_line(error)}"
+            raise _no_device("The provider", RuntimeError(what)) from error
         self._values[name] = value
         return DeviceBuffer(name, value.data_ptr(), shape, dtype)
 
@@ -258,6 +283,15 @@ def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
             note=f"{provider!r} was asked for; target {target!r} in {dtype} runs on {able}.",
             hint=f"Use --provider {able}." if able in PROVIDERS else "Export with another --dtype or --target.",
         )
+
+
+def _no_device(provider: str, error: Exception) -> NoDeviceError:
+    """For what a provider on a GPU says when it cannot start, allocate or run."""
+    return NoDeviceError(
+        "The execution provider cannot run the bundle here.",
+        note=f"{provider}: {first_line(error)}.",
+        hint="Check driver, CUDA and cuDNN and the GPU's free memory; or use another --provider.",
+    )
 
 
 def _rtx_device(ort: Any) -> Any:

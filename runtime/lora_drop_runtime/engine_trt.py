@@ -77,11 +77,10 @@ class TrtEngine:
         self.prefill_chunk: int | None = self._entry["prefill_chunk"]
         self.capture_note = ""
         self.captures = 0
-        self._plugin: tuple[Any, Any] | None = None
         self._engines: dict[StepKind, Any] = {}
         self._weight_names: dict[StepKind, list[str]] = {}
         self._profiles: dict[StepKind, list[Ranges]] = {}
-        self._configs: dict[StepKind, Any] = {}
+        self._configs: dict[tuple[StepKind, bool], Any] = {}  # the second: for contexts that are captured
         self._caches: list[Any] = []
         self._contexts: dict[tuple[StepKind, int], Any] = {}
         self._steps: dict[Any, _Step] = {}
@@ -100,17 +99,20 @@ class TrtEngine:
 
     def _open(self) -> None:
         built_for = self._entry["compute_capabilities"]
-        if self._device.compute_capability not in built_for:
+        capability = self._device.compute_capability
+        newer = self._entry.get("hardware_compatible") and int(capability.partition(".")[0]) >= 8
+        if capability not in built_for and not newer:
             raise NoDeviceError(
                 "The engines were built for other GPUs than the one here.",
-                note=f"This GPU has compute capability {self._device.compute_capability}, the engines "
-                f"{', '.join(built_for)}.",
+                note=f"This GPU has compute capability {capability}, the engines {', '.join(built_for)}.",
                 hint="Export on this machine, or with --compute-capability for a GPU like this.",
             )
         self._logger = error_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
+        if self._entry.get("version_compatible"):
+            self._runtime.engine_host_code_allowed = True  # such an engine brings the runtime of its own version
         if self._entry["form"] == "plugin":
-            self._plugin = load_plugin(self._runtime, self._logger)
+            load_plugin(self._trt)
         weights = self._bundle.weight_inputs(self.target)
         self._engines = {kind: self._deserialize(kind) for kind in StepKind}
         for kind, engine in self._engines.items():
@@ -118,13 +120,16 @@ class TrtEngine:
             self._check_io(kind, tensors, weights)
             self._weight_names[kind] = [tensor.name for tensor in tensors if tensor.name in weights]
             self._profiles[kind] = engine_profiles(engine, tensors)
-            self._configs[kind] = self._context_config(engine)
+            cache = self._runtime_cache(engine)
+            for captured in (False, True):
+                self._configs[kind, captured] = self._context_config(engine, cache, captured)
         self._scratch_bytes = max(ALIGNMENT, *(engine.device_memory_size_v2 for engine in self._engines.values()))
         self._scratch = self._device.malloc(self._scratch_bytes, "The engines' scratch memory")
         self._upload(weights)
 
     def _deserialize(self, kind: StepKind) -> Any:
         path = self._bundle.root / self._entry[kind.value]
+        self._logger.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BundleError(
@@ -145,18 +150,25 @@ class TrtEngine:
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             )
 
-    def _context_config(self, engine: Any) -> Any:
+    def _runtime_cache(self, engine: Any) -> Any:
+        """Of TensorRT-RTX: the kernels that it compiles for a GPU and a shape, for all contexts of an engine."""
+        if not hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+            return None
+        cache = engine.create_runtime_config().create_runtime_cache()
+        self._caches.append(cache)
+        return cache
+
+    def _context_config(self, engine: Any, cache: Any, captured: bool) -> Any:
         """What contexts are created with: all their device memory is ours."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if not hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+        if cache is None:
             return strategy
-        # TensorRT-RTX compiles kernels for a shape when it first runs. In the background it would leave a captured
-        # graph with the slow ones; without a cache every context would compile its own
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        cache = config.create_runtime_cache()
-        self._caches.append(cache)
+        # Compiling in the background would leave a captured graph with the slow kernels. A prompt of a new length
+        # does not wait for it
+        kinds = self._trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if captured else kinds.LAZY
         config.set_runtime_cache(cache)
         return config
 
@@ -283,10 +295,6 @@ class TrtEngine:
             self._configs.clear()
             self._caches.clear()
             self._engines.clear()
-            if self._plugin is not None:
-                registry, handle = self._plugin
-                self._plugin = None
-                registry.deregister_library(handle)
             self._runtime = None
             self._weights.clear()
             self._blocks.clear()
@@ -342,7 +350,7 @@ class TrtEngine:
     def _context(self, kind: StepKind, profile: int, *, shared: bool) -> Any:
         if shared and (kind, profile) in self._contexts:
             return self._contexts[kind, profile]
-        context = self._engines[kind].create_execution_context(self._configs[kind])
+        context = self._engines[kind].create_execution_context(self._configs[kind, not shared])
         if context is None:
             raise self._failure("TensorRT cannot create an execution context.", kind)
         context.set_device_memory(self._scratch, self._scratch_bytes)

@@ -5,7 +5,7 @@
     │   ├── PlanError     a drop list, ρ, k, surrogate or adapter that does not fit the model
     │   └── ModelError    a model with a feature the compiler does not support
     ├── BundleError       a bundle that is missing, damaged, of another format, or cannot run here
-    │   └── NoDeviceError no GPU here that could run it: nothing is wrong with the bundle
+    │   └── NoDeviceError this machine lacks what would run it: nothing is wrong with the bundle
     └── VerificationError the compiled model and its reference disagree
 
 Commands print the message without a traceback and exit with 2 (VerificationError: 1).
@@ -53,7 +53,7 @@ class BundleError(LoraDropError):
 
 
 class NoDeviceError(BundleError):
-    """No driver, no GPU, or none that the bundle's engines were built for: nothing is wrong with the bundle."""
+    """No driver, GPU, memory or provider here that would run it: nothing is wrong with the bundle."""
 
 
 class VerificationError(LoraDropError):

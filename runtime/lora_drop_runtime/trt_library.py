@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from .graph_io import GraphIO
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 PLUGIN_VARIABLE = "LORA_DROP_PLUGIN_LIB"
+PLUGIN_HINT = f"Build it (cmake -S plugins -B plugins/build && cmake --build plugins/build) or set {PLUGIN_VARIABLE}."
+KEPT_LINES = 50  # of each kind, for messages
+_loaded_plugins: set[tuple[Any, Path]] = set()
 
 Ranges = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # input → its smallest and its largest shape
 _DTYPES = {
@@ -42,10 +46,11 @@ class EngineTensor:
     dtype: str
     shape: tuple[int, ...]
     is_input: bool
+    on_device: bool = True
 
 
 def io_problems(
-    tensors: Iterable[EngineTensor], io: GraphIO, weights: Mapping[str, WeightInput], slots: Mapping[str, int]
+    tensors: Sequence[EngineTensor], io: GraphIO, weights: Mapping[str, WeightInput], slots: Mapping[str, int]
 ) -> list[str]:
     """In what the inputs and outputs of an engine differ from the table of its step graph and from the weights' table.
 
@@ -64,11 +69,20 @@ def io_problems(
     found = {tensor.name: (tensor.dtype, tensor.shape, tensor.is_input) for tensor in tensors}
     problems = [f"{name} is missing" for name in sorted(table - set(found))]
     problems += [f"{name} is in no table" for name in sorted(set(found) - set(expected))]
+    problems += [f"{tensor.name} is read on the host" for tensor in tensors if not tensor.on_device]
     for name in sorted(set(found) & set(expected)):
+        # A size that all profiles fix may be a number in the engine
+        expected[name] = (expected[name][0], _fixed(expected[name][1], found[name][1]), expected[name][2])
         for what, has, wants in zip(("dtype", "shape", "is_input"), found[name], expected[name], strict=True):
             if has != wants:
                 problems.append(f"{name} has {what} {has} where {wants} is bound")
     return problems
+
+
+def _fixed(wanted: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+    if len(wanted) != len(found):
+        return wanted
+    return tuple(has if want == -1 else want for want, has in zip(wanted, found, strict=True))
 
 
 def library(target: str) -> Any:
@@ -79,7 +93,7 @@ def library(target: str) -> Any:
         raise BundleError(
             "The library of the target is not installed.",
             note=f"The bundle's target {target!r} needs the Python module {name}: {first_line(error)}.",
-            hint=f"pip install {target} cuda-python",
+            hint=f"pip install {target} cuda-bindings",
         ) from None
 
 
@@ -95,8 +109,8 @@ def error_logger(trt: Any) -> Any:
             self.clear()
 
         def clear(self) -> None:
-            self.lines: list[str] = []
-            self.warnings: list[str] = []
+            self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+            self.warnings: deque[str] = deque(maxlen=KEPT_LINES)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.WARNING:
@@ -104,7 +118,7 @@ def error_logger(trt: Any) -> Any:
                 (self.lines if is_error else self.warnings).append(" ".join(message.split())[:600])
 
         def last_words(self) -> str:
-            return " | ".join(self.lines[-2:]) or "nothing"
+            return " | ".join(list(self.lines)[-2:]) or "nothing"
 
     return Logger()
 
@@ -117,6 +131,7 @@ def engine_tensors(engine: Any, trt: Any) -> list[EngineTensor]:
             _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown"),
             tuple(engine.get_tensor_shape(name)),
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            engine.get_tensor_location(name) == trt.TensorLocation.DEVICE,
         )
         for name in names
     ]
@@ -132,24 +147,39 @@ def engine_profiles(engine: Any, tensors: list[EngineTensor]) -> list[Ranges]:
     return made
 
 
-def load_plugin(runtime: Any, logger: Any) -> tuple[Any, Any]:
-    """Load the attention plugin's library for a runtime or a builder; returns the registry and what unloads it there.
+def plugin_path() -> Path:
+    """Where the attention plugin's library is.
 
     Raises:
-        BundleError: it is not there, or cannot be loaded.
+        BundleError: it is not there.
     """
     given = os.environ.get(PLUGIN_VARIABLE)
     built = Path(__file__).resolve().parents[2] / "plugins" / "build" / "liblora_drop_plugin.so"
     path = Path(given) if given else built
-    hint = f"Build it (cmake -S plugins -B plugins/build && cmake --build plugins/build) or set {PLUGIN_VARIABLE}."
     if not path.is_file():
-        raise BundleError("The bundle needs the attention plugin.", note=f"{path} is not there.", hint=hint)
-    registry = runtime.get_plugin_registry()
+        raise BundleError("The attention plugin is needed.", note=f"{path} is not there.", hint=PLUGIN_HINT)
+    return path
+
+
+def load_plugin(trt: Any) -> None:
+    """Load the attention plugin's library into the registry that all builders and runtimes of the process see.
+
+    It stays there: an engine may outlive whoever loaded it, and a library cannot be loaded twice.
+
+    Raises:
+        BundleError: it is not there, or cannot be loaded.
+    """
+    path = plugin_path()
+    if (trt, path) in _loaded_plugins:
+        return
+    logger = error_logger(trt)
     try:
-        handle = registry.load_library(str(path))
+        handle = trt.get_plugin_registry().load_library(str(path))
     except Exception as error:  # what the bindings raise differs from version to version
         logger.lines.append(first_line(error))
         handle = None
     if handle is None:
-        raise BundleError("The attention plugin cannot be loaded.", note=f"{path}: {logger.last_words()}", hint=hint)
-    return registry, handle
+        raise BundleError(
+            "The attention plugin cannot be loaded.", note=f"{path}: {logger.last_words()}", hint=PLUGIN_HINT
+        )
+    _loaded_plugins.add((trt, path))

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from lora_drop_runtime import InputError, ModelError, StepKind
+from lora_drop_runtime import BundleError, InputError, ModelError, Session, StepKind
 from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
 from lora_drop_runtime.safetensors_file import read_tensors
 
@@ -279,6 +279,65 @@ def test_add_target_verifies_what_can_run_here(tmp_path):
     assert {entry["target"] for entry in json.loads((made.root / "verify.json").read_text())} == {"ort", RTX}
 
 
+class RecordingBuilder:
+    """Stands for an EngineBuilder of enterprise TensorRT, which cannot be installed without a GPU."""
+
+    made: list[RecordingBuilder]
+    version, compute_capabilities = "11.1", ("9.0",)
+
+    def __init__(self, target, root, options, console, timing_cache=b""):
+        self.target, self.given_cache = target, timing_cache
+        self.timing_cache = timing_cache + b"measured"
+        self.graphs = []
+        self.made.append(self)
+
+    def build(self, proto, profiles):
+        self.graphs.append(proto)
+        return b"an engine"
+
+
+def test_target_tensorrt(tmp_path, monkeypatch):
+    """The plugin form, a timing cache that the next build starts from; what cannot run here is said to be not run."""
+    monkeypatch.setattr(RecordingBuilder, "made", [], raising=False)
+    monkeypatch.setattr("lora_drop_export.compiler.EngineBuilder", RecordingBuilder)
+    monkeypatch.setattr("lora_drop_export.compiler.check_buildable", lambda *_: None)
+    made = make_bundle("llama", tmp_path / "b")
+    added = add_target(made.root, ["tensorrt"], ExportOptions(verify=False))
+    entry = added.target("tensorrt")[1]
+    assert (entry["form"], entry["weight_sharing"], entry["compute_capabilities"]) == ("plugin", "inputs", ["9.0"])
+    assert "ep_context" not in entry
+    for proto in RecordingBuilder.made[0].graphs:
+        assert "SkipWriteKVAttention" in {node.op_type for node in proto.graph.node}
+    assert (made.root / entry["timing_cache"]).read_bytes() == b"measured"
+    options = ExportOptions(
+        force=True, verify=False, attention="native", builder=BuilderOptions(version_compatible=True)
+    )
+    again = add_target(made.root, ["tensorrt"], options)
+    entry = again.target("tensorrt")[1]
+    assert RecordingBuilder.made[1].given_cache == b"measured"
+    assert (made.root / entry["timing_cache"]).read_bytes() == b"measuredmeasured"
+    assert (entry["form"], entry["version_compatible"], entry["hardware_compatible"]) == ("native", True, False)
+    assert again.check_hashes() == []
+    with pytest.raises(BundleError):
+        Session.open(made.root, target="tensorrt")
+
+
+def test_float32_is_float32(bundle, monkeypatch):
+    """TF32 is on by default in TensorRT; an engine of ours is built without it."""
+    builder = EngineBuilder(RTX, bundle.root, BuilderOptions(), Console())
+    trt, seen = builder.trt, []
+    build = trt.Builder.build_serialized_network
+
+    def look(self, network, config):
+        seen.append(config.get_flag(trt.BuilderFlag.TF32))
+        return build(self, network, config)
+
+    assert builder.parse(graph_of(bundle, StepKind.LORA))[0].create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", look)
+    builder.build(graph_of(bundle, StepKind.LORA), lora_profiles(8))
+    assert seen == [False]
+
+
 def test_add_target_refuses_one_that_is_there(tmp_path):
     made = make_bundle("llama", tmp_path / "b")
     before = snapshot(made.root)
@@ -311,6 +370,9 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--compute-capability", "9.0"], "does not build for that compute capability"),
         (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "named once each"),
         (["--target", RTX, "--attention", "plugin"], "cannot run plugins"),
+        (["--target", RTX, "--hardware-compatible"], "has no such option"),
+        (["--target", RTX, "--no-alias"], "--no-alias is of the attention plugin"),
+        (["--target", "ort", "--compute-capability", "8.6"], "are those of tensorrt-rtx"),
         (["--target", RTX, "--optimization-level", "9"], "Unknown optimization level"),
         (["--target", RTX, "--workspace-mib", "0"], "workspace must be positive"),
     ],

@@ -210,13 +210,6 @@ class FakeCuda:
         self.enqueue(lambda: self.view(devPtr, count).fill(value))
 
     @cuda_function
-    def cudaMemcpy(self, dst: int, src: int, count: int, kind: cudaMemcpyKind) -> None:
-        """On the default stream, which a non-blocking one does not wait for."""
-        self._refuse_in_capture()
-        assert kind == cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.view(dst, count)[...] = host(src, count)
-
-    @cuda_function
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> None:
         self._check_stream(stream)
         if kind == cudaMemcpyKind.cudaMemcpyHostToDevice:

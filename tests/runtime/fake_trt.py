@@ -124,6 +124,10 @@ class TensorIOMode(enum.Enum):
     NONE, INPUT, OUTPUT = range(3)
 
 
+class TensorLocation(enum.Enum):
+    DEVICE, HOST = range(2)
+
+
 class ExecutionContextAllocationStrategy(enum.Enum):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
 
@@ -152,6 +156,7 @@ class FakeTrt:
 
     DataType = DataType
     TensorIOMode = TensorIOMode
+    TensorLocation = TensorLocation
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     ILogger = ILogger
 
@@ -160,19 +165,24 @@ class FakeTrt:
         self.contexts_made = 0
         self.runs: list[StepKind] = []
         self.libraries: list[str] = []
+        self.logger: ILogger | None = None
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 
     def Runtime(self, logger: ILogger) -> FakeRuntime:
+        self.logger = self.logger or logger  # the first stays
         return FakeRuntime(self, logger)
+
+    def get_plugin_registry(self) -> FakePluginRegistry:
+        """Of the process; loading a library a second time gives None, as the real one does."""
+        return FakePluginRegistry(self)
 
 
 class FakeRuntime:
+    engine_host_code_allowed = False
+
     def __init__(self, trt: FakeTrt, logger: ILogger) -> None:
         self._trt, self._logger = trt, logger
-
-    def get_plugin_registry(self) -> FakePluginRegistry:
-        return FakePluginRegistry(self._trt, self._logger)
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeCudaEngine | None:
         plan = json.loads(serialized_engine)
@@ -180,22 +190,25 @@ class FakeRuntime:
             text = f"The engine plan file is not compatible: expecting {self._trt.__version__} got {plan['version']}"
             self._logger.log(ILogger.Severity.ERROR, text)
             return None
+        if plan.get("host_code") and not self.engine_host_code_allowed:
+            self._logger.log(ILogger.Severity.ERROR, "The engine contains host code, which is not allowed")
+            return None
         return FakeCudaEngine(self._trt, self._logger, plan)
 
 
 class FakePluginRegistry:
-    def __init__(self, trt: FakeTrt, logger: ILogger) -> None:
-        self._trt, self._logger = trt, logger
+    def __init__(self, trt: FakeTrt) -> None:
+        self._trt = trt
 
     def load_library(self, plugin_path: str) -> str | None:
         if Path(plugin_path).read_bytes() != b"a plugin library":
-            self._logger.log(ILogger.Severity.ERROR, "Unable to load library: invalid ELF header")
+            assert self._trt.logger is not None
+            self._trt.logger.log(ILogger.Severity.ERROR, "Unable to load library: invalid ELF header")
+            return None
+        if plugin_path in self._trt.libraries:
             return None
         self._trt.libraries.append(plugin_path)
         return plugin_path
-
-    def deregister_library(self, handle: str) -> None:
-        self._trt.libraries.remove(handle)
 
 
 @dataclasses.dataclass
@@ -276,6 +289,9 @@ class FakeCudaEngine:
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return self.tensors[name].mode
 
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        return TensorLocation.DEVICE
+
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         ranges = self.profiles[profile_index]
         shape = self.tensors[name].shape
@@ -291,15 +307,18 @@ class FakeCudaEngine:
         assert isinstance(config, FakeRuntimeConfig) == rtx
         if isinstance(config, FakeRuntimeConfig):
             assert config.cache is not None
-            assert config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
         strategy = config.strategy if isinstance(config, FakeRuntimeConfig) else config
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         self.trt.contexts_made += 1
-        return FakeExecutionContext(self)
+        context = FakeExecutionContext(self)
+        if isinstance(config, FakeRuntimeConfig):
+            context.compiles_first = config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+        return context
 
 
 class FakeExecutionContext:
     checks_aliases = True
+    compiles_first = True
 
     def __init__(self, engine: FakeCudaEngine) -> None:
         self.engine, self.trt, self.cuda = engine, engine.trt, engine.trt.cuda
@@ -356,6 +375,8 @@ class FakeExecutionContext:
         changes = self.changes
         if self.cuda.captured is None:
             self.ran_after = changes
+        elif not self.compiles_first:
+            return self._refuse("kernels may still be compiled in the background")
         elif self.ran_after != changes:
             return self._refuse("the context has deferred updates and cannot be captured")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from lora_drop_runtime import (
     BundleError,
@@ -199,6 +201,21 @@ def half_run(engine: OrtEngine, bundle, adapters) -> np.ndarray:
     return np.stack(logits)
 
 
+def copies_when_bound(monkeypatch) -> None:
+    """As a GPU's provider does: host inputs are copied when they are bound, and not looked at again."""
+    bind, copies = onnxruntime.IOBinding.bind_input, {}
+
+    def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
+        if isinstance(element_type, type):  # host memory; the engine names the dtypes of device memory by number
+            size = int(np.prod(shape)) * np.dtype(element_type).itemsize
+            copy = np.frombuffer(bytes((ctypes.c_char * size).from_address(buffer_ptr)), np.uint8).copy()
+            copies[id(self), name] = copy
+            buffer_ptr = copy.ctypes.data
+        bind(self, name, device_type, device_id, element_type, shape, buffer_ptr)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", bind_input)
+
+
 @pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
 def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     """What runs on a GPU, with OrtValues in host memory: bit for bit what numpy arrays give, and all of it freed.
@@ -212,6 +229,7 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(engine_ort._DeviceMemory, "device_type", "cpu")
     monkeypatch.setattr(engine_ort, "_check_runs", lambda *_: None)
+    copies_when_bound(monkeypatch)
     engine = OrtEngine(half_bundle, target, provider="cuda")
     memory = engine._memory
     assert memory is not None

@@ -139,7 +139,11 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: int) -> None
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="of the bundle's targets (default: its first)")
-    command.add_argument("--provider", metavar="NAME", help="ONNX Runtime's execution provider (default cpu)")
+    command.add_argument(
+        "--provider",
+        metavar="cpu|cuda|rtx",
+        help="of ONNX Runtime (default cpu for ort; another target runs its own engines without it)",
+    )
     command.add_argument("--threads", type=int, metavar="N", help="default: one per physical core")
 
 

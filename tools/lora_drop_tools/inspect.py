@@ -92,6 +92,8 @@ def _targets(manifest: Manifest) -> list[str]:
     for target, entry in manifest.targets.items():
         disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
         resident, what = stored, "the weight files, mapped once"
+        if target == "ort" and manifest.model.dtype != "float32":
+            resident, what = 2 * stored, "the weights of both steps on the GPU, each step its own copy"
         if "engine_bytes" in entry:
             engines = sum(entry["engine_bytes"].values())
             form = f"attention {entry['form']}"
