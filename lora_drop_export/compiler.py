@@ -79,6 +79,9 @@ _VERSIONED = (
     "onnxruntime",
     "polygraphy",
     "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-bindings",
 )
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
@@ -519,7 +522,7 @@ def _build_engines(
     slots = static_slots(plan, limits)
     chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
     profiles = {
-        StepKind.REFRESH: refresh_profiles(plan.k, limits.max_batch, chunk),
+        StepKind.REFRESH: refresh_profiles(min(plan.k, *(n - 1 for n in slots.values())), limits.max_batch, chunk),
         StepKind.LORA: lora_profiles(limits.max_batch),
     }
     entry: dict[str, Any] = {

@@ -224,7 +224,8 @@ def verify(
         entries[target] |= {"graphs_on_cpu": result.summary()} if entries[target] else result.summary()
     path = bundle.root / VERIFY_NAME
     before = json.loads(path.read_bytes()) if path.exists() else []
-    details = [result for result in before if result["target"] not in {r.target for r in results}]
+    checked = set(manifest.targets if targets is None else targets)
+    details = [result for result in before if result["target"] not in checked]
     details += [dataclasses.asdict(result) for result in results]
     path.write_text(json.dumps(details, indent=1) + "\n")
     manifest = dataclasses.replace(

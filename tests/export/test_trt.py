@@ -6,6 +6,7 @@ on ONNX Runtime's CPU provider (tests/export/test_against_oracle.py, every famil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from lora_drop_runtime.safetensors_file import read_tensors
 
 from lora_drop_export.build_trt import BuilderOptions, EngineBuilder, lora_profiles, refresh_profiles
 from lora_drop_export.cli import main
-from lora_drop_export.compiler import ExportOptions, add_target, static_slots, write_bundle
+from lora_drop_export.compiler import ExportOptions, _report_engine, add_target, static_slots, write_bundle
 from lora_drop_export.console import Console
 from lora_drop_export.lower_trt import check_one_copy, trt_from_neutral
 from tests.bundles import family, family_trace, make_bundle
 
 RTX = "tensorrt-rtx"
+PROFILES = lora_profiles(8)
 DTYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 
@@ -233,6 +235,14 @@ def test_static_slots_are_what_the_largest_request_needs(bundle):
     assert slots == {"kept": max(kept for kept, _ in needs), "dropped": max(dropped for _, dropped in needs)}
 
 
+def test_the_smallest_capacities(tmp_path):
+    """A window that is longer than the caches: the decode profile ends with them."""
+    made = make_bundle("llama", tmp_path / "b", targets=(RTX,), max_seq_len=3, max_prompt_len=1, max_batch=1, k=5)
+    entry = made.target(RTX)[1]
+    assert entry["slots"] == {"kept": 2, "dropped": 1}
+    assert entry["refresh_profiles"] == {"decode": [1, 1], "prefill": [1, 1]}
+
+
 def test_profiles():
     profiles = refresh_profiles(3, 8, 512)
     assert list(profiles) == ["decode", "prefill"]
@@ -320,6 +330,54 @@ def test_target_tensorrt(tmp_path, monkeypatch):
     assert again.check_hashes() == []
     with pytest.raises(BundleError):
         Session.open(made.root, target="tensorrt")
+
+
+class RecordingConsole(Console):
+    """Keeps what a build says, and may interrupt it as Ctrl-C does."""
+
+    def __init__(self, interrupt_at: int = 10**9) -> None:
+        super().__init__()
+        self.steps, self.said, self.interrupt_at = [], [], interrupt_at
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextlib.contextmanager
+    def progress(self, what):
+        def update(description, done, total):
+            self.steps.append((description, done, total))
+            if len(self.steps) > self.interrupt_at:
+                raise KeyboardInterrupt
+
+        yield update
+
+
+def test_progress_and_interrupt(bundle):
+    """TensorRT's own steps reach the console; an interrupt there ends the build."""
+    console = RecordingConsole()
+    assert EngineBuilder(RTX, bundle.root, BuilderOptions(), console).build(graph_of(bundle, StepKind.LORA), PROFILES)
+    assert console.steps
+    assert all(0 < done <= total for _, done, total in console.steps)
+    interrupted = RecordingConsole(interrupt_at=0)
+    with pytest.raises(KeyboardInterrupt):
+        EngineBuilder(RTX, bundle.root, BuilderOptions(), interrupted).build(graph_of(bundle, StepKind.LORA), PROFILES)
+
+
+@pytest.mark.parametrize(("size_mib", "warned"), [(110, False), (400, True)])
+def test_duplicated_weights_are_reported(size_mib, warned):
+    console = RecordingConsole()
+    _report_engine(StepKind.REFRESH, size_mib << 20, 100 << 20, RTX, console)
+    assert f"{size_mib}.0 MiB, of which 100.0 MiB are weights" in console.said[0]
+    assert any("--weight-sharing inputs" in line for line in console.said) is warned
+
+
+def test_constants_are_not_duplicated(tmp_path):
+    """Two profiles and three compute capabilities, and each weight is in an engine once."""
+    made = make_bundle("llama", tmp_path / "b", targets=(RTX,), weight_sharing="constants")
+    tensor = read_tensors(made.root / "weights" / "model.safetensors")["model.layers.2.mlp.down_proj.weight"].read()
+    for kind in StepKind:
+        engine = (made.root / made.target(RTX)[1][kind.value]).read_bytes()
+        assert sum(engine.count(np.ascontiguousarray(v).tobytes()[:64]) for v in (tensor, tensor.T)) <= 1
 
 
 def test_float32_is_float32(bundle, monkeypatch):

@@ -76,6 +76,24 @@ def test_sizes_are_those_on_disk(made: Path) -> None:
     ]  # 8 layers of 30848, head and embedding of 131 · 64, one norm
 
 
+def test_targets(tmp_path: Path) -> None:
+    """Bytes on disk are the files'; resident are the engines and, as inputs, the weights once."""
+    shared, constants = (
+        make_bundle("llama", tmp_path / sharing, targets=("ort", "tensorrt-rtx"), weight_sharing=sharing)
+        for sharing in ("inputs", "constants")
+    )
+    weights = (shared.root / "weights" / "model.safetensors").stat().st_size
+    for bundle, extra in ((shared, weights), (constants, 0)):
+        text = described(bundle.root).split("targets")[1].split("predicted")[0]
+        engines = sum((bundle.root / "tensorrt-rtx" / f"{kind}.engine").stat().st_size for kind in ("refresh", "lora"))
+        disk = sum(file.stat().st_size for file in (bundle.root / "tensorrt-rtx").iterdir())
+        on_disk, _, resident, *_ = row(text, "  tensorrt-rtx ").split()[1:]
+        assert float(on_disk) == pytest.approx(disk / 2**20, abs=0.051)
+        assert float(resident) == pytest.approx((engines + extra) / 2**20, abs=0.1)
+    assert "weights once, as inputs of both engines" in described(shared.root)
+    assert "in each engine its own" in described(constants.root)
+
+
 def test_predictions(made: Path) -> None:
     text = described(made)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64
