@@ -525,7 +525,7 @@ class _Request:
         if tokens.min() < 0:
             raise BundleError(
                 "The model computed logits that are not numbers.",
-                note=f"Row {int(tokens.argmin())} has NaN or infinity among them.",
+                note=f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.",
                 hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
             )
         return tokens
