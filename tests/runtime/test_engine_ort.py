@@ -24,6 +24,7 @@ from lora_drop_runtime.engine_ort import OrtEngine
 
 from lora_drop_export.compiler import ExportOptions, write_bundle
 from lora_drop_export.console import Console
+from lora_drop_export.verify import verify
 from tests.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 
 
@@ -287,3 +288,14 @@ def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
         assert list(wrapped.input) == list(graph.input)
         assert list(wrapped.output) == list(graph.output)
         assert list(node.input) == [value.name for value in graph.input]
+
+
+def test_half_precision_graphs_are_compared_on_the_cpu(half_bundle):
+    """No GPU: the targets are not run, their graphs agree with PyTorch in float16 as far as float16 goes."""
+    verified = verify(half_bundle, console=Console(), threads=1)
+    for target in ("ort", "tensorrt-rtx"):
+        result = verified.manifest.verification[target]
+        if result["status"] == "not run":
+            result = result["graphs_on_cpu"]
+        assert result["status"] == "passed"
+        assert 1e-5 < result["max_abs_error"] < 0.1  # it is float16 that was compared
