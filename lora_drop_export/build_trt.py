@@ -196,7 +196,7 @@ class EngineBuilder:
         return ModelError(
             f"{self._target} {what}.",
             note=f"{proto.graph.name}, version {self.version}: {' | '.join(lines[-2:]) or 'it gave no reason'}",
-            hint="Try another --dtype; if it stays, report it with the model's config.",
+            hint="Try another --dtype or --attention; if it stays, report it with the model's config.",
         )
 
 

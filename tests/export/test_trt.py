@@ -65,6 +65,12 @@ def test_the_parsed_network_has_the_inputs_and_outputs_of_the_table(kind, bundle
             tensor = tensors[spec.name]
             assert (dtypes[tensor.dtype], tuple(tensor.shape)) == (spec.dtype, spec.sized(sizes)), spec.name
     assert list(outputs) == [spec.name for spec in io.outputs]
+    types = [network.get_layer(i).type for i in range(network.num_layers)]
+    plan = bundle.manifest.plan
+    layers = plan.num_layers if kind is StepKind.REFRESH else len(plan.kept_layers)
+    natives = {"KV_CACHE_UPDATE": 2, "ROTARY_EMBEDDING": 2, "ATTENTION_INPUT": 1, "ATTENTION_OUTPUT": 1}
+    for name, each in natives.items():  # TensorRT's own layers, not arithmetic
+        assert types.count(getattr(trt.LayerType, name)) == each * layers, name
     weights = bundle.weight_inputs(RTX)
     extra = set(inputs) - {spec.name for spec in io.inputs}
     assert extra <= set(weights)
