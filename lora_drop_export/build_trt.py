@@ -13,7 +13,6 @@ without a word (nonpad_kv_seqlen): the attention would be computed over somethin
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from typing import Any
 
 import onnx
 from lora_drop_runtime.errors import InputError, ModelError
-from lora_drop_runtime.trt_library import MODULES, error_logger, load_plugin, plugin_path
+from lora_drop_runtime.trt_library import error_logger, library, load_plugin, plugin_path
 
 from .console import Console
 from .lower_trt import PLUGIN_NAMESPACE
 from .weights import Progress
 
 COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")  # GeForce and RTX of the Ampere, Ada and Blackwell generations
-PREFILL_CHUNK = 512
 
 Range = tuple[int, int, int]  # smallest, most frequent, largest
 Profile = Mapping[str, Range]  # symbolic size → its range
@@ -96,7 +94,8 @@ class EngineBuilder:
         timing_cache: of an earlier build, or empty.
 
     Raises:
-        InputError: the library is not installed, or does not build for a compute capability.
+        InputError: the library does not build for a compute capability.
+        BundleError: it is not installed.
     """
 
     def __init__(self, target: str, root: Path, options: BuilderOptions, console: Console, timing_cache: bytes = b""):
@@ -204,20 +203,10 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     """The Python module of a target; refuses early what would end an export late.
 
     Raises:
-        InputError: it is not installed, does not build for a compute capability, or has not got an option.
-        BundleError: the plugin form, and no plugin.
+        InputError: it does not build for a compute capability, or has not got an option.
+        BundleError: it is not installed; the plugin form, and no plugin.
     """
-    try:
-        trt = importlib.import_module(MODULES[target])
-    except ImportError as error:
-        hint = f"pip install {target} cuda-bindings"
-        if target == "tensorrt":
-            hint += ", on a machine with an NVIDIA GPU; --target tensorrt-rtx builds without one"
-        raise InputError(
-            "The library of the target is not installed.",
-            note=f"--target {target} needs the Python module {MODULES[target]}: {str(error).splitlines()[0]}.",
-            hint=f"{hint}.",
-        ) from None
+    trt = library(target)
     if target == "tensorrt-rtx":
         for capability in options.compute_capabilities:
             _compute_capability(trt, capability)

@@ -51,10 +51,10 @@ from lora_drop_runtime.engine_ort import PROVIDERS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
+from lora_drop_runtime.session import PREFILL_CHUNK
 
 from .build_trt import (
     COMPUTE_CAPABILITIES,
-    PREFILL_CHUNK,
     BuilderOptions,
     EngineBuilder,
     check_buildable,

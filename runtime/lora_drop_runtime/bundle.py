@@ -20,9 +20,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .errors import BundleError
 from .graph_io import DEVICE_TARGETS, CacheShape, GraphIO, graph_io
@@ -229,6 +233,11 @@ class Bundle:
             key: WeightInput(entry["dtype"], tuple(entry["shape"]), tuple((f, o, n) for f, o, n in entry["parts"]))
             for key, entry in table.items()
         }
+
+    def mapped_parts(self, weight: WeightInput) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of a weight's parts, in order, mapped where they lie."""
+        for file, offset, size in weight.parts:
+            yield np.memmap(self.root / file, np.uint8, "r", offset, (size,))
 
     def check_hashes(self) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle."""

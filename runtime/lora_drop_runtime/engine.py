@@ -126,3 +126,18 @@ def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uin
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def in_dtype(array: Array, dtype: str) -> Array:
+    """Values in a model's dtype, bfloat16 as its bits."""
+    values = np.ascontiguousarray(array, np.float32)
+    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)
+
+
+def constant_adapters() -> InputError:
+    """For `Engine.replace_adapters` where the weights are no inputs of the engines."""
+    return InputError(
+        "The adapters of this bundle cannot be replaced.",
+        note="Its weights are constants inside the engines (--weight-sharing constants).",
+        hint="Export with --weight-sharing inputs, or with the adapters.",
+    )

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, WeightInput
-from .engine import Array, DeviceBuffer, Step, bfloat16_from_float32, fitting_slots
-from .errors import BundleError, InputError, NoDeviceError, first_line
+from .engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
+from .errors import BundleError, NoDeviceError, first_line
 from .graph_io import DEVICE_TARGETS
 from .plan import StepKind
 
@@ -92,9 +92,7 @@ class OrtEngine:
 
     def _weight(self, name: str, weight: WeightInput) -> Array | DeviceBuffer:
         """A weight that is an input: mapped, or put together from its parts; copied to where the steps run."""
-        parts: list[Array] = [
-            np.memmap(self._bundle.root / file, np.uint8, "r", offset, (size,)) for file, offset, size in weight.parts
-        ]
+        parts = list(self._bundle.mapped_parts(weight))
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self._memory is not None:
             return self._memory.hold(name, whole, weight.shape, weight.dtype)
@@ -188,7 +186,7 @@ class OrtEngine:
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         dtype = self._bundle.manifest.model.dtype
         replaced = {
-            f"surrogate.{site}.lora_{part}": _in_dtype(array, dtype)
+            f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
             for site, pair in matrices.items()
             for part, array in zip("AB", pair, strict=True)
         }
@@ -198,11 +196,7 @@ class OrtEngine:
         elif self._weights:
             self._weights |= replaced
         elif self.target in DEVICE_TARGETS:
-            raise InputError(
-                "The adapters of this bundle cannot be replaced.",
-                note="Its weights are constants inside the engines (--weight-sharing constants).",
-                hint="Export with --weight-sharing inputs, or with the adapters.",
-            )
+            raise constant_adapters()
         else:
             create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
             values = {name: create(array, _ONNX_DTYPES[dtype]) for name, array in replaced.items()}
@@ -319,9 +313,3 @@ def _rtx_device(ort: Any) -> Any:
             hint=hint,
         )
     return devices[0]
-
-
-def _in_dtype(array: Array, dtype: str) -> Array:
-    """Values in a model's dtype, bfloat16 as its bits."""
-    values = np.ascontiguousarray(array, np.float32)
-    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)

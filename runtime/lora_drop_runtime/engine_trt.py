@@ -31,8 +31,8 @@ import numpy.typing as npt
 
 from .bundle import Bundle, WeightInput
 from .cuda_device import CudaDevice
-from .engine import Array, DeviceBuffer, Step, bfloat16_from_float32, fitting_slots
-from .errors import BundleError, InputError, NoDeviceError
+from .engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
+from .errors import BundleError, NoDeviceError
 from .plan import StepKind
 from .trt_library import (
     EngineTensor,
@@ -187,9 +187,9 @@ class TrtEngine:
                     hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
                 )
             self._weights[name] = buffer
-            for file, offset, size in weight.parts:
-                self._device.upload(address, np.memmap(self._bundle.root / file, np.uint8, "r", offset, size))
-                address += size
+            for part in self._bundle.mapped_parts(weight):
+                self._device.upload(address, part)
+                address += part.nbytes
             address += _aligned(weight.size_bytes) - weight.size_bytes
 
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────
@@ -265,20 +265,12 @@ class TrtEngine:
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         """As the protocol has it, into the same device memory: prepared steps and CUDA graphs stay good."""
         if not self._weights:
-            raise InputError(
-                "The adapters of this bundle cannot be replaced.",
-                note=f"Its weights are inside the engines (--weight-sharing {self._entry['weight_sharing']}).",
-                hint="Export with --weight-sharing inputs, or with the adapters.",
-            )
+            raise constant_adapters()
         for site, pair in matrices.items():
             for part, matrix in zip("AB", pair, strict=True):
                 buffer = self._weights[f"surrogate.{site}.lora_{part}"]
-                values = np.ascontiguousarray(matrix, np.float32)
-                assert values.shape == buffer.shape
-                if buffer.dtype == "bfloat16":
-                    self._device.upload(buffer.address, bfloat16_from_float32(values))
-                else:
-                    self._device.upload(buffer.address, values.astype(buffer.dtype))
+                assert matrix.shape == buffer.shape
+                self._device.upload(buffer.address, in_dtype(matrix, buffer.dtype))
 
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.resident_bytes.items())

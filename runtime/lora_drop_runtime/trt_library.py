@@ -86,14 +86,16 @@ def _fixed(wanted: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def library(target: str) -> Any:
+    """The Python module of a target. Raises BundleError when it is not installed."""
     name = MODULES[target]
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise BundleError(
             "The library of the target is not installed.",
-            note=f"The bundle's target {target!r} needs the Python module {name}: {first_line(error)}.",
-            hint=f"pip install {target} cuda-bindings",
+            note=f"Target {target!r} needs the Python module {name}: {first_line(error)}.",
+            hint=f"pip install {target} cuda-bindings"
+            + (", on a machine with an NVIDIA GPU; tensorrt-rtx builds without one." if target == "tensorrt" else "."),
         ) from None
 
 

@@ -24,11 +24,11 @@ from lora_drop_runtime import cuda_device as cuda_device_module
 from lora_drop_runtime import session as session_module
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.cuda_device import CudaDevice
+from lora_drop_runtime.engine import bfloat16_from_float32
 from lora_drop_runtime.engine_trt import (
     DeviceBuffer,
     TrtEngine,
     _Step,
-    bfloat16_from_float32,
     float32_from_bfloat16,
 )
 from lora_drop_runtime.errors import NoDeviceError
