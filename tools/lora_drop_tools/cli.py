@@ -13,6 +13,8 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.sampling import SamplingOptions
 from lora_drop_runtime.session import POLICIES
 
+from .bench import bench
+from .bench_peers import PEERS
 from .compare import compare
 from .generate import chat, generate
 from .inspect import inspect
@@ -75,6 +77,26 @@ def _compare(args: argparse.Namespace) -> None:
     )
 
 
+def _bench(args: argparse.Namespace) -> None:
+    bench(
+        args.bundle,
+        k=args.k,
+        contexts=args.contexts,
+        batches=args.batches,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        target=args.target,
+        provider=args.provider,
+        threads=args.threads,
+        peers=args.peers,
+        model=args.model,
+        peer_cache=args.peer_cache,
+        peer_python=args.peer_python or (),
+        json_file=args.json,
+        plots=args.plots,
+    )
+
+
 def _session_arguments(args: argparse.Namespace) -> dict[str, Any]:
     sampling = SamplingOptions(
         temperature=args.temperature,
@@ -98,9 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-drop", description="Run, look at and check bundles made by lora-drop-export.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
-    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
+    def add(name: str, function: object, text: str, bundles: str | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("bundle", type=Path, metavar="BUNDLE", help="directory written by lora-drop-export")
+        command.add_argument(
+            "bundle", type=Path, metavar="BUNDLE", nargs=bundles, help="directory written by lora-drop-export"
+        )
         command.set_defaults(command=function)
         return command
 
@@ -119,7 +143,59 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every step's figures")
     _add_engine(command)
+    command = add(
+        "bench", _bench, "Measure speed, latency and memory against the full schedule and other runtimes.", "+"
+    )
+    _add_bench(command)
+    _add_engine(command)
     return parser
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--k", type=_numbers, default=(1, 3, 5), metavar="K,…", help="windows (default 1,3,5); 0 always runs"
+    )
+    command.add_argument(
+        "--contexts",
+        type=_numbers,
+        metavar="T,…",
+        help="tokens of a prompt (default 128,2048, or what the bundles allow)",
+    )
+    command.add_argument("--batches", type=_numbers, default=(1,), metavar="B,…", help="rows (default 1)")
+    command.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default 64")
+    command.add_argument("--repeats", type=int, default=5, metavar="R", help="default 5")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every step's time")
+    command.add_argument("--plots", type=Path, metavar="DIR", help="write figures; needs matplotlib")
+    command.add_argument(
+        "--peers",
+        type=_names,
+        nargs="?",
+        const=(),
+        metavar="NAME,…",
+        help=f"other runtimes in the same run: {', '.join(PEERS)} (without names: all)",
+    )
+    command.add_argument(
+        "--model",
+        action="append",
+        type=Path,
+        metavar="DIR|FILE.gguf",
+        help="what the peers load, the same weights; a directory, a GGUF file, or repeated for both",
+    )
+    command.add_argument("--peer-cache", type=Path, metavar="DIR", help="keeps what peers build from the model")
+    command.add_argument(
+        "--peer-python", action="append", metavar="NAME=PATH", help="the Python that a peer is installed in"
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,3,5") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -7,6 +7,7 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 from __future__ import annotations
 
 from lora_drop_runtime.bundle import DTYPE_BYTES, Manifest
+from lora_drop_runtime.plan import PeriodicSchedule, StepKind
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
@@ -66,17 +67,38 @@ def kv_saving(manifest: Manifest, k: int) -> float:
     return manifest.plan.rho_eff * (1 - 1 / (k + 1))
 
 
-def step_bytes(manifest: Manifest, context: int, dropped_context: int) -> tuple[int, int]:
-    """Bytes that a refresh and a LoRA step move at batch 1: weights read, valid K/V read, K/V written."""
+def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
+    """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written.
+
+    The contexts are the entries of a kept and of a dropped layer before the step, the same in all rows.
+    """
     model, plan = manifest.model, manifest.plan
-    outside = model.head_bytes + model.embedding_row_bytes
+    outside = model.head_bytes + rows * model.embedding_row_bytes
     kept_weights = sum(model.layer_bytes[i] for i in plan.kept_layers)
-    kept_kv = len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
+    kept_kv = rows * len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
     dropped_weights = sum(model.layer_bytes[i] for i in plan.drop_layers)
-    dropped_kv = len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
+    dropped_kv = rows * len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
     adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * DTYPE_BYTES[model.dtype]
     lora = outside + kept_weights + kept_kv + adapters
     return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
+
+
+def request_bytes(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> list[int]:
+    """Bytes that each of the decode steps 1 … `steps` moves, at its own context."""
+    schedule, moved = PeriodicSchedule(k), []
+    for step in range(1, steps + 1):
+        refresh, lora = step_bytes(manifest, *kv_entries(manifest, prompt, step - 1, k), rows)
+        moved.append(refresh if schedule.kind(step) is StepKind.REFRESH else lora)
+    return moved
+
+
+def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> float:
+    """The byte-weighted ceiling over a whole request: bytes of all its steps, full schedule over LoRA-Drop.
+
+    Unlike `speedup_ceiling` it takes the steps that the request really has, which need not be whole cycles.
+    """
+    full, ours = (sum(request_bytes(manifest, prompt, steps, window, rows)) for window in (0, k))
+    return full / ours
 
 
 def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int) -> float:
