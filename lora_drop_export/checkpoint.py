@@ -1,8 +1,9 @@
 """From what the user named to a checkpoint on disk.
 
 Enters: a local directory, a hub id or a GGUF file. Leaves: a `Checkpoint`: the config, where each tensor lies, and the
-directory with tokenizer and generation config. Reads safetensors headers only; a GGUF file or a `.bin` checkpoint is
-first converted by transformers into an ordinary safetensors directory under `scratch`.
+directory with tokenizer and generation config. Reads headers only: tensors are read, and those of a GGUF file or a
+quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first converted by transformers into an
+ordinary safetensors directory under `scratch`; a GGUF file's config and tokenizer are written there.
 """
 
 from __future__ import annotations
@@ -10,18 +11,42 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from lora_drop_runtime.errors import InputError, ModelError, first_line
-from lora_drop_runtime.safetensors_file import TensorRef, read_tensors
+from lora_drop_runtime.safetensors_file import read_tensors
+
+from .gguf_file import read_gguf
+from .quantize import dequantized_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 _FINGERPRINT_VALUES = 64
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class TensorSource(Protocol):
+    """What can be asked of a checkpoint's tensor: a place in a safetensors file, or one that is dequantized.
+
+    `dtype` is the safetensors name of the values that `read` and `rows` give; `rows` are along the first axis.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def read(self) -> npt.NDArray[Any]: ...
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -32,15 +57,16 @@ class Checkpoint:
         name: hub id, or the own name of the directory or file.
         directory: holds config.json, the tokenizer files and the licence.
         config: the transformers config.
-        tensors: tensor name → place in its file; files are real paths, symbolic links resolved.
+        tensors: tensor name → where its values come from; files are real paths, symbolic links resolved.
         trust_remote_code: the user lets the code that the checkpoint brings run.
-        owned: True when the files were made for this export and may be moved into the bundle.
+        owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
+            file, or from files that were made for this export.
     """
 
     name: str
     directory: Path
     config: Any
-    tensors: dict[str, TensorRef]
+    tensors: Mapping[str, TensorSource]
     trust_remote_code: bool = False
     owned: bool = False
 
@@ -68,8 +94,8 @@ def open_checkpoint(
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        log(f"reading {path.name} through transformers")
-        return _converted(model, scratch, path.parent, trust_remote_code, gguf_file=path.name)
+        log(f"reading {path.name}")
+        return _gguf(path, scratch)
     if path.is_file():
         raise InputError(
             "The model is a file, but not a GGUF file.",
@@ -86,14 +112,16 @@ def open_checkpoint(
     files = _weight_files(directory)
     if not files and any(directory.glob("*.bin")):
         log("converting the .bin checkpoint to safetensors")
-        return _converted(model, scratch, directory, trust_remote_code)
+        return _converted(scratch, directory, trust_remote_code)
     if not files:
         raise InputError(
             "The model directory has no weights.",
             note=f"No *.safetensors file in {directory}.",
             hint="Download the weights too, or convert them to safetensors.",
         )
-    tensors = {name: ref for file in files for name, ref in read_tensors(file.resolve()).items()}
+    tensors: dict[str, TensorSource] = {}
+    for file in files:
+        tensors |= dequantized_tensors(file.resolve(), read_tensors(file.resolve()))
     if not tensors:
         raise InputError(
             "The model directory has no weights.",
@@ -159,31 +187,60 @@ def _config(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
         ) from None
 
 
-def _converted(model: str, scratch: Path, directory: Path, trust_remote_code: bool, **kwargs: Any) -> Checkpoint:
+def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Checkpoint:
     """Load with transformers and write an ordinary float32 safetensors directory under `scratch`."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=trust_remote_code, **kwargs
+            directory, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
-        raise ModelError(
-            "transformers cannot read this checkpoint.",
-            note=first_line(error),
-            hint="Convert it to a safetensors directory first.",
-        ) from None
+    except _UNREADABLE as error:
+        raise _unreadable(error) from None
+    target = _model_directory(loaded, scratch, directory)
+    save_file({name: p.detach().contiguous() for name, p in loaded.named_parameters()}, target / "model.safetensors")
+    tensors = read_tensors(target / "model.safetensors")
+    return Checkpoint(directory.resolve().name, target, _config(target, False), tensors, owned=True)
+
+
+def _gguf(path: Path, scratch: Path) -> Checkpoint:
+    """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tensors = read_gguf(path.resolve(), model)
+    except _UNREADABLE as error:
+        raise _unreadable(error) from None
+    target = _model_directory(model, scratch, path.parent, gguf_file=path.name)
+    return Checkpoint(path.name, target, _config(target, False), tensors, owned=True)
+
+
+_UNREADABLE = (ValueError, KeyError, ImportError, OSError, RuntimeError, IndexError)  # of transformers and gguf
+
+
+def _unreadable(error: BaseException) -> ModelError:
+    return ModelError(
+        "transformers cannot read this checkpoint.",
+        note=first_line(error),
+        hint="Convert it to a safetensors directory first.",
+    )
+
+
+def _model_directory(model: Any, scratch: Path, source: Path, **kwargs: Any) -> Path:
+    """Config, generation config and tokenizer of a loaded model, in a new directory under `scratch`."""
+    from transformers import AutoTokenizer
+
     target = scratch / "converted"
     target.mkdir(parents=True)
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config  # the GGUF's; save_pretrained would refuse
-    loaded.config._name_or_path = ""
-    loaded.config.save_pretrained(target)
-    loaded.generation_config.save_pretrained(target)
-    save_file({name: p.detach().contiguous() for name, p in loaded.named_parameters()}, target / "model.safetensors")
+    model.config._name_or_path = ""
+    model.config.save_pretrained(target)
+    model.generation_config.save_pretrained(target)
     with contextlib.suppress(ValueError, OSError, ImportError):  # without a tokenizer the bundle takes token ids
-        AutoTokenizer.from_pretrained(directory, **kwargs).save_pretrained(target)
-    name = directory.resolve().name if "gguf_file" not in kwargs else kwargs["gguf_file"]
-    return Checkpoint(name, target, _config(target, False), read_tensors(target / "model.safetensors"), owned=True)
+        AutoTokenizer.from_pretrained(source, **kwargs).save_pretrained(target)
+    return target

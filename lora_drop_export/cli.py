@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.bundle import ATTENTION_FORMS, TARGETS, WEIGHT_SHARINGS
+from lora_drop_runtime.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan import INJECTIONS, SURROGATES, parse_layers
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +56,8 @@ def _export(arguments: Sequence[str]) -> None:
         rank=args.rank,
         targets=tuple(args.target or args.add_target or ["ort"]),
         dtype=DTYPES.get(args.dtype, args.dtype),
+        quantization=args.quantization,
+        block_size=args.block_size,
         max_seq_len=args.max_seq_len,
         max_prompt_len=args.max_prompt_len,
         max_batch=args.max_batch,
@@ -95,7 +97,8 @@ def _export(arguments: Sequence[str]) -> None:
 
 _FIXED_BY_BUNDLE = (
     *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
-    *("adapters", "rank", "target", "dtype", "max_seq_len", "max_prompt_len", "max_batch", "weights"),
+    *("adapters", "rank", "target", "dtype", "quantization", "block_size"),
+    *("max_seq_len", "max_prompt_len", "max_batch", "weights"),
 )
 
 
@@ -184,7 +187,19 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--dtype",
         metavar="|".join(DTYPES),
-        help="of weights and activations; default fp32 on the CPU, else the checkpoint's",
+        help="of weights and activations; default fp32 on the CPU, else the checkpoint's. int4, int8: of the linear "
+        "layers' weights and the embedding, for ort on the CPU",
+    )
+    target.add_argument(
+        "--quantization",
+        metavar="|".join(QUANTIZATIONS),
+        help="how int4 and int8 are found: the scale of the least error, or of the range (default search for int4)",
+    )
+    target.add_argument(
+        "--block-size",
+        type=int,
+        metavar="|".join(map(str, BLOCK_SIZES)),
+        help=f"weights that share a scale (default {BLOCK_SIZES[0]})",
     )
     target.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt + new tokens (default 2048 or the model's context)"

@@ -3,9 +3,9 @@
     checkpoint.py     what the user named → config and places of tensors
     plan              ρ or a list → DropPlan                                (lora_drop_runtime.plan)
     trace.py          config → one graph, shapes only
-    weights.py        checkpoint → weights/, once
+    weights.py        checkpoint → weights/, once                           (quantize.py: int4, int8)
     surgery.py        graph + plan → refresh.onnx, lora.onnx (neutral)
-    lower_ort.py      neutral → ort/refresh.onnx, ort/lora.onnx
+    lower_ort.py      neutral → ort/steps.onnx, both in one graph
     lower_trt.py      neutral → <target>/refresh.onnx, lora.onnx and weights.json
     build_trt.py      → <target>/refresh.engine, lora.engine
     verify.py         every step against eager PyTorch
@@ -34,8 +34,11 @@ import numpy as np
 from lora_drop_runtime.adapters import Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle import (
     ATTENTION_FORMS,
+    BLOCK_SIZES,
     DTYPE_BYTES,
     MANIFEST_NAME,
+    QUANTIZATIONS,
+    QUANTIZED_DTYPES,
     TARGETS,
     VERIFY_NAME,
     WEIGHT_SHARINGS,
@@ -61,12 +64,15 @@ from .build_trt import (
     lora_profiles,
     refresh_profiles,
 )
-from .checkpoint import TORCH_DTYPES, Checkpoint, open_checkpoint
+from .checkpoint import TORCH_DTYPES, Checkpoint, TensorSource, open_checkpoint
 from .console import Console
+from .gguf_file import GgufTensor
 from .lower_trt import check_one_copy, ep_context_model, trt_from_neutral
+from .quantize import BlockFormat, Quantization, block_formats, quantizable
+from .rewrite import fusable_groups
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
-from .weights import is_stored_as, resolve_tensors, store_adapters, store_weights, weights_bytes
+from .weights import bytes_read, is_taken_as_it_lies, resolve_tensors, store_adapters, store_weights, weights_bytes
 
 _VERSIONED = (
     "lora-drop-export",
@@ -103,6 +109,8 @@ class ExportOptions:
     rank: int | None = None
     targets: tuple[str, ...] = ("ort",)
     dtype: str | None = None
+    quantization: str | None = None
+    block_size: int | None = None
     max_seq_len: int | None = None
     max_prompt_len: int | None = None
     max_batch: int = 8
@@ -140,12 +148,13 @@ class ExportOptions:
                 note=f"Given are {', '.join(self.targets)}.",
                 hint="Name each target once; 'none' stands alone.",
             )
-        if self.dtype not in (None, *DTYPE_BYTES):
+        if self.dtype not in (None, *DTYPE_BYTES, *QUANTIZED_DTYPES):
             raise InputError(
                 "Unknown dtype.",
-                note=f"{self.dtype!r} was given, known are {', '.join(DTYPE_BYTES)}.",
+                note=f"{self.dtype!r} was given, known are {', '.join((*DTYPE_BYTES, *QUANTIZED_DTYPES))}.",
                 hint="Use --dtype fp32.",
             )
+        self._check_quantization()
         for what, chosen, known in (
             ("way to store weights", self.weights, ("copy", "link")),
             ("weight sharing", self.weight_sharing, (None, *WEIGHT_SHARINGS)),
@@ -186,6 +195,40 @@ class ExportOptions:
             if value is not None and value < 1:
                 raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
 
+    def _check_quantization(self) -> None:
+        others = [target for target in self.targets if target not in ("ort", "none")]
+        if self.dtype in QUANTIZED_DTYPES and others:
+            raise InputError(
+                "The target cannot take quantized weights.",
+                note=f"--dtype {self.dtype} is of ort; {', '.join(others)} takes {', '.join(DTYPE_BYTES)}.",
+                hint="Use --target ort, or another --dtype.",
+            )
+        for option, value, known in (
+            ("--quantization", self.quantization, QUANTIZATIONS),
+            ("--block-size", self.block_size, BLOCK_SIZES),
+        ):
+            if value is None:
+                continue
+            if self.dtype not in QUANTIZED_DTYPES:
+                raise InputError(
+                    f"{option} is of quantized weights.",
+                    note=f"It is {value}; --dtype is {self.dtype or 'not given'}.",
+                    hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+                )
+            if value not in known:
+                raise InputError(
+                    f"Unknown {option}.",
+                    note=f"{value!r} was given, known are {' and '.join(map(str, known))}.",
+                    hint=f"Use {known[0]}.",
+                )
+
+    @property
+    def weights_format(self) -> Quantization | None:
+        """How weights are quantized, None where they are not."""
+        if self.dtype not in QUANTIZED_DTYPES:
+            return None
+        return Quantization.of(self.dtype, self.block_size, self.quantization)
+
     def form(self, target: str) -> str:
         """Of a TensorRT target's attention."""
         return self.attention or ("plugin" if target == "tensorrt" else "native")
@@ -209,10 +252,14 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         checkpoint = open_checkpoint(
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
-        dtype = options.dtype or _default_dtype(checkpoint, options)
+        dtype = "float32" if options.weights_format else options.dtype or _default_dtype(checkpoint, options)
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
+        if options.weights_format and options.verify:
+            from .verify import report_perplexity
+
+            bundle = report_perplexity(bundle, checkpoint, console=console)
         shutil.rmtree(root / "scratch", ignore_errors=True)
         if options.verify and bundle.manifest.targets:
             from .verify import verify
@@ -256,6 +303,12 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         )
     if "none" in targets:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
+    if manifest.model.weight_dtype in QUANTIZED_DTYPES and set(targets) != {"ort"}:
+        raise InputError(
+            "The target cannot take quantized weights.",
+            note=f"{root} has {manifest.model.weight_dtype} weights; {', '.join(targets)} was asked for.",
+            hint="Export the model again, without --dtype int4 or int8.",
+        )
     console = Console()
     graphs = {
         kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
@@ -324,19 +377,35 @@ def write_bundle(
     fingerprint = checkpoint.fingerprint()
     matrices = _adapter_matrices(plan, traced, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
-    as_it_lay = is_stored_as(refs.values(), dtype) and not checkpoint.owned
-    _check_disk(root, weights_bytes(refs.values(), dtype, "link" if checkpoint.owned else options.weights))
+    groups = fusable_groups(traced.graph)
+    formats = _block_formats(refs, traced, groups, options.weights_format)
+    as_it_lay = is_taken_as_it_lies(refs.values(), dtype, owned=checkpoint.owned, formats=formats)
+    needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
+    _check_disk(root, needed)
     with console.progress("weights") as progress:
-        stored = store_weights(refs, dtype, root, options.weights, movable=checkpoint.owned, progress=progress)
+        stored = store_weights(
+            refs,
+            dtype,
+            root,
+            options.weights,
+            owned=checkpoint.owned,
+            groups=groups,
+            formats=formats,
+            method=options.weights_format.method if options.weights_format else "rtn",
+            progress=progress,
+        )
     _make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
     facts = _model_facts(checkpoint, traced, dtype, fingerprint, stored)
+    if options.weights_format:
+        facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
     manifest = Manifest(
         model=facts,
         plan=plan,
         limits=limits,
         special_tokens=_special_tokens(checkpoint),
         versions=_versions(),
+        quantization=dataclasses.asdict(options.weights_format) if options.weights_format else {},
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored)
@@ -353,6 +422,22 @@ def write_bundle(
     manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(root, manifest)
+
+
+def _block_formats(
+    refs: Mapping[str, TensorSource],
+    traced: TracedModel,
+    groups: Sequence[tuple[str, ...]],
+    quantization: Quantization | None,
+) -> dict[str, BlockFormat]:
+    """The block format of each quantized weight; of a tied one under all of its names."""
+    if quantization is None:
+        return {}
+    weights = quantizable(traced.graph.graph)
+    others = {ref.name for name, ref in refs.items() if name not in weights}
+    chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
+    native = {name: ref.native for name, ref in chosen.items() if isinstance(ref, GgufTensor) and ref.native}
+    return block_formats({name: ref.shape for name, ref in chosen.items()}, native, groups, quantization)
 
 
 def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
@@ -439,9 +524,12 @@ def _model_facts(
     head_bytes = 0
     for name, tensor in stored.items():
         if name.startswith(prefix):
-            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.size_bytes
+            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += bytes_read(tensor)
         elif name not in traced.embedding_only:
-            head_bytes += tensor.size_bytes
+            head_bytes += bytes_read(tensor)
+    rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
+    tables = [bytes_read(t) // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
+    embedding_row_bytes = tables[0] if tables else traced.hidden_size * DTYPE_BYTES[dtype]
     return ModelFacts(
         name=checkpoint.name,
         model_type=checkpoint.config.model_type,
@@ -457,7 +545,8 @@ def _model_facts(
         windows=traced.windows,
         layer_bytes=tuple(layer_bytes),
         head_bytes=head_bytes,
-        embedding_row_bytes=traced.hidden_size * DTYPE_BYTES[dtype],
+        embedding_row_bytes=embedding_row_bytes,
+        weight_dtype=dtype,
     )
 
 
@@ -495,15 +584,11 @@ def build_target(
 
 
 def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any]) -> dict[str, Any]:
-    import onnx_ir as ir
-
     from .lower_ort import ort_from_neutral
 
-    entry = {}
-    for kind, proto in graphs.items():
-        lowered = ort_from_neutral(ir.serde.deserialize_model(proto))
-        entry[kind.value] = f"ort/{kind.value}.onnx"
-        (root / entry[kind.value]).write_bytes(ir.serde.serialize_model(lowered).SerializeToString())
+    entry = {"steps": "ort/steps.onnx"}
+    joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA])
+    (root / entry["steps"]).write_bytes(joined.SerializeToString())
     return entry
 
 

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle import WeightInput
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .rewrite import Linear, Ops, float32_logits, mask_window, match_linear, replace_node
+from .rewrite import Linear, Ops, float32_logits, joined_name, linear_groups, mask_window, match_linear, replace_node
 from .surgery import IR_VERSION
 
 PLUGIN_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE = "SkipWriteKVAttention", "1", "lora_drop"
@@ -82,7 +82,7 @@ def trt_from_neutral(
     fusions: tuple[Fusion, ...] = ()
     if weight_sharing == "inputs":
         linears = _linears(graph)
-        fusions = _fusions(linears) if refresh is None else refresh.fusions
+        fusions = _fusions(graph) if refresh is None else refresh.fusions
         table = _fused_weights(graph, fusions) if refresh is None else refresh.weights
         for fusion in fusions:
             _fuse(graph, fusion, linears, table)
@@ -132,29 +132,16 @@ def _linears(graph: ir.Graph) -> dict[str, Linear]:
     return {str(linear.weight.name): linear for linear in found if linear is not None}
 
 
-def _fusions(linears: Mapping[str, Linear]) -> tuple[Fusion, ...]:
+def _fusions(graph: ir.Graph) -> tuple[Fusion, ...]:
     # Case 3
-    groups: dict[ir.Value, list[Linear]] = {}
-    for linear in linears.values():
-        groups.setdefault(linear.x, []).append(linear)
     made = []
-    for group in groups.values():
+    for group in linear_groups(graph):
         weights = [str(linear.weight.name) for linear in group]
         biases = [None if linear.bias is None else str(linear.bias.name) for linear in group]
         named = [bias for bias in biases if bias is not None]
-        if len(group) > 1 and len(named) in (0, len(group)):
-            members = zip(weights, biases, (linear.shape[0] for linear in group), strict=True)
-            made.append(Fusion(_joined(weights), _joined(named) if named else None, tuple(members)))
+        members = zip(weights, biases, (linear.shape[0] for linear in group), strict=True)
+        made.append(Fusion(joined_name(weights), joined_name(named) if named else None, tuple(members)))
     return tuple(made)
-
-
-def _joined(names: list[str]) -> str:
-    """layers.0.q_proj.weight, layers.0.k_proj.weight → layers.0.q_proj+k_proj.weight"""
-    parts = [name.split(".") for name in names]
-    same = [all(part == column[0] for part in column) for column in zip(*parts, strict=False)]
-    shared = same.index(False)  # names differ somewhere: they are of different tensors
-    inner = "+".join(".".join(name[shared:-1]) for name in parts)
-    return ".".join([*parts[0][:shared], inner, parts[0][-1]])
 
 
 def _fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, WeightInput]:

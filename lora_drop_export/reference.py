@@ -7,7 +7,8 @@ steps, so one decoder layer's weights are in memory at a time. Knows no graph an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,15 @@ from lora_drop_runtime.adapters import Matrices
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan import DropPlan, StepKind
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorSource
 from .trace import buffer_values, decoder_layers, tied_names
 from .weights import resolve_tensors
 
 Array = npt.NDArray[Any]
 
 ATTENTION_NAME = "lora_drop_reference"
+_HEAD_ROWS = 8192  # of the vocabulary, in memory at once
+_ROWS = 128  # tokens whose logits are
 
 
 @dataclass
@@ -76,8 +79,7 @@ class Reference:
         import torch
 
         with torch.no_grad():
-            model = self._skeleton()
-            layers = decoder_layers(model)
+            model = self._skeleton(np.concatenate([prompts.reshape(-1), tokens.reshape(-1)]))
             batch = len(prompts)
             steps = [torch.tensor(prompts), *(torch.tensor(row)[:, None] for row in tokens)]
             real = torch.tensor(lengths)
@@ -86,26 +88,94 @@ class Reference:
             step_kinds = [StepKind.REFRESH, *kinds]
             counts = [lengths.tolist(), *([[1] * batch] * len(tokens))]
 
-            hidden, calls = [], []
-            for ids, position in zip(steps, positions, strict=True):
-                recorded = _Recorder(layers)
+            hidden = self._run_layers(model, steps, positions, step_kinds, counts, progress)
+            last = [
+                x[torch.arange(batch), torch.tensor(count) - 1][:, None]
+                for x, count in zip(hidden, counts, strict=True)
+            ]
+            return [part.numpy() for part in self._logits(model, torch.cat(last, dim=1)).unbind(1)]
+
+    def perplexity(
+        self,
+        ids: npt.NDArray[np.int64],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> float:
+        """exp of the mean negative log likelihood of each token but the first, all layers in full.
+
+        Args:
+            ids: int64 [T], one text.
+        """
+        import torch
+
+        with torch.no_grad():
+            model = self._skeleton(ids)
+            steps, positions = [torch.tensor(ids)[None]], [torch.arange(len(ids))[None]]
+            (hidden,) = self._run_layers(model, steps, positions, [StepKind.REFRESH], [[len(ids)]], progress)
+            nats = 0.0
+            for begin in range(0, len(ids) - 1, _ROWS):
+                logits = self._logits(model, hidden[:, begin : begin + _ROWS])[0]  # [rows, V]
+                targets = torch.tensor(ids[begin + 1 : begin + 1 + _ROWS])
+                loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
+                nats += float(loss)
+            return float(np.exp(nats / (len(ids) - 1)))
+
+    def _run_layers(
+        self,
+        model: Any,
+        steps: Sequence[Any],
+        positions: Sequence[Any],
+        kinds: Sequence[StepKind],
+        counts: Sequence[Sequence[int]],
+        progress: Callable[[int, int], None],
+    ) -> list[Any]:
+        """The last layer's output [B, S, d] of each step; one layer after the other."""
+        layers = decoder_layers(model)
+        hidden, calls = [], []
+        for ids, position in zip(steps, positions, strict=True):
+            recorded = _Recorder(layers)
+            with _head_replaced(model, lambda x: x[..., :1]):
                 model(input_ids=ids, position_ids=position, use_cache=False)
-                hidden.append(recorded.inputs[0])
-                calls.append(recorded.arguments)
-                recorded.restore()
-            for index, layer in enumerate(layers):
-                self._load(layer, f"{_name_of(model, layers)}.{index}")
-                hidden = self._run_layer(index, layer, hidden, calls, step_kinds, counts)
-                layer.to("meta")
-                progress(index + 1, len(layers))
-            logits = []
-            for j, (ids, position) in enumerate(zip(steps, positions, strict=True)):
-                recorded = _Recorder(layers, hidden[j])
-                out = model(input_ids=ids, position_ids=position, use_cache=False).logits  # [B, S, V]
-                recorded.restore()
-                last = torch.tensor(counts[j]) - 1
-                logits.append(out[torch.arange(batch), last].numpy().astype(np.float32))
-            return logits
+            hidden.append(recorded.inputs[0])
+            calls.append(recorded.arguments)
+            recorded.restore()
+        for index, layer in enumerate(layers):
+            self._load(layer, f"{_name_of(model, layers)}.{index}")
+            hidden = self._run_layer(index, layer, hidden, calls, kinds, counts)
+            layer.to("meta")
+            progress(index + 1, len(layers))
+        return hidden
+
+    def _logits(self, model: Any, hidden: Any) -> Any:
+        """float32 logits [B, S, V] of the last layer's output: what the model does after its layers, its head by parts.
+
+        The model is run twice: to see what reaches the head, and with what the head makes of it.
+        """
+        import torch
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        recorded = _Recorder(decoder_layers(model), hidden)
+        seen = []
+        with _head_replaced(model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
+            model(input_ids=ids, use_cache=False)
+        logits = self._head(model, seen[0])
+        with _head_replaced(model, lambda _: logits):
+            result = model(input_ids=ids, use_cache=False).logits
+        recorded.restore()
+        return result.to(torch.float32)
+
+    def _head(self, model: Any, x: Any) -> Any:
+        """`x Wᵀ + b`, W read a few thousand rows at a time; x [B, S, d] → [B, S, V]."""
+        import torch
+
+        head = model.get_output_embeddings()
+        name = _name_of(model, head)
+        weight = self._tensor(f"{name}.weight", head.weight)
+        bias = None if head.bias is None else _tensor(self._tensor(f"{name}.bias", head.bias).read())
+        result = torch.empty(*x.shape[:2], weight.shape[0])
+        for begin in range(0, weight.shape[0], _HEAD_ROWS):
+            rows = _tensor(weight.rows(begin, begin + _HEAD_ROWS))
+            result[..., begin : begin + len(rows)] = x @ rows.T
+        return result if bias is None else result + bias
 
     def _run_layer(
         self,
@@ -154,8 +224,8 @@ class Reference:
                 self._states[state] = x
         return x
 
-    def _skeleton(self) -> Any:
-        """The model without layer weights: embeddings, final norm and head are real."""
+    def _skeleton(self, ids: npt.NDArray[np.int64]) -> Any:
+        """The model without layers and head: final norm and the embedding of `ids` are real, other rows of it zero."""
         import torch
         from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -172,25 +242,47 @@ class Reference:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = value
         inside = f"{_name_of(model, decoder_layers(model))}."
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
-            if not f"{name}.".startswith(inside):
+            if not f"{name}.".startswith(inside) and module is not embedding and module is not head:
                 self._load(module, name, recurse=False)
+        ref = self._tensor(f"{_name_of(model, embedding)}.weight", embedding.weight)
+        table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
+        for token in np.unique(np.append(ids, 0)):
+            table[token] = ref.rows(token, token + 1)[0]
+        embedding._parameters["weight"] = torch.nn.Parameter(torch.from_numpy(table), False)
         return model
+
+    def _tensor(self, name: str, parameter: Any) -> TensorSource:
+        """Where a parameter's values are."""
+        (ref,) = resolve_tensors(self.checkpoint, {name: tuple(parameter.shape)}, self._tied).values()
+        return ref
 
     def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
         import torch
 
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
-            wanted = {f"{prefix}.{name}": tuple(parameter.shape)}
-            (ref,) = resolve_tensors(self.checkpoint, wanted, self._tied).values()
+            ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
             module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
 
 
 def _tensor(array: Array) -> Any:
     import torch
 
-    return torch.tensor(np.asarray(array, np.float32))
+    values = np.asarray(array, np.float32)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+@contextlib.contextmanager
+def _head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+    """The head, which is not loaded, as another function."""
+    head = model.get_output_embeddings()
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _name_of(model: Any, wanted: Any) -> str:

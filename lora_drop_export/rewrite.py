@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+
+# How the zero points of a quantized weight are called: all in the middle, or each its own
+SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
 
 class Ops:
@@ -24,16 +28,31 @@ class Ops:
         return node.outputs[0]
 
     def ints(self, values: list[int]) -> ir.Value:
-        node = ir.node("Constant", [], {"value": ir.tensor(np.array(values, np.int64))})
+        return self.constant(np.array(values, np.int64))
+
+    def constant(self, array: npt.NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(array)
+        node = ir.node("Constant", [], {"value": tensor})
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
         self.nodes.append(node)
         return node.outputs[0]
+
+
+@dataclass(frozen=True)
+class QuantizedBlocks:
+    """How a quantized weight is read: initializers `scales` and, unless all lie in the middle, `zero_points`."""
+
+    bits: int
+    block_size: int
+    scales: ir.Value
+    zero_points: ir.Value | None
 
 
 @dataclass(frozen=True)
 class Linear:
     """`x Wᵀ + b` as traced: MatMul with a transposed initializer, its bias where one is added.
 
-    `last` is the node whose output the whole is; `shape` is W's, [out, in].
+    `last` is the node whose output the whole is; `shape` is W's, [out, in]; `blocks` where W is quantized.
     """
 
     x: ir.Value
@@ -41,6 +60,7 @@ class Linear:
     bias: ir.Value | None
     shape: tuple[int, int]
     last: ir.Node
+    blocks: QuantizedBlocks | None = None
 
 
 def match_linear(node: ir.Node) -> Linear | None:
@@ -49,16 +69,62 @@ def match_linear(node: ir.Node) -> Linear | None:
     transpose = transposed.producer() if transposed is not None else None
     if x is None or transpose is None or transpose.op_type != "Transpose":
         return None
-    weight = transpose.inputs[0]
-    if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
+    weight, blocks = match_weight(transpose.inputs[0])
+    if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     rows, columns = weight.shape.numpy()
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":
         bias = uses[0].node.inputs[1 - uses[0].idx]
         if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
-            return Linear(x, weight, bias, (rows, columns), uses[0].node)
-    return Linear(x, weight, None, (rows, columns), node)
+            return Linear(x, weight, bias, (rows, columns), uses[0].node, blocks)
+    return Linear(x, weight, None, (rows, columns), node, blocks)
+
+
+def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBlocks | None]:
+    """The initializer that a value is, or is dequantized from; (None, None) for anything else."""
+    if value is None or value.is_initializer():
+        return value, None
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None, None
+    weight, scales, zero_points = node.inputs
+    assert weight is not None
+    assert scales is not None
+    assert zero_points is not None
+    symmetric = str(zero_points.name).endswith(SYMMETRIC)
+    bits = 4 if weight.dtype == ir.DataType.UINT4 else 8
+    block_size = node.attributes["block_size"].as_int()
+    return weight, QuantizedBlocks(bits, block_size, scales, None if symmetric else zero_points)
+
+
+def linear_groups(graph: ir.Graph) -> list[list[Linear]]:
+    """Linear layers that read one tensor (q, k, v; gate, up), where all of them or none have a bias."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for node in graph:
+        linear = match_linear(node) if node.op_type == "MatMul" else None
+        if linear is not None:
+            groups.setdefault(linear.x, []).append(linear)
+    return [g for g in groups.values() if len(g) > 1 and len({linear.bias is None for linear in g}) == 1]
+
+
+def fusable_groups(model: ir.Model) -> list[tuple[str, ...]]:
+    """Names of weights, and of biases, that a lowering makes one of when they lie back to back in one file."""
+    names: list[tuple[str, ...]] = []
+    for group in linear_groups(model.graph):
+        names.append(tuple(str(linear.weight.name) for linear in group))
+        if group[0].bias is not None:
+            names.append(tuple(str(linear.bias.name) for linear in group if linear.bias is not None))
+    return names
+
+
+def joined_name(names: list[str]) -> str:
+    """layers.0.q_proj.weight, layers.0.k_proj.weight → layers.0.q_proj+k_proj.weight"""
+    parts = [name.split(".") for name in names]
+    same = [all(part == column[0] for part in column) for column in zip(*parts, strict=False)]
+    shared = same.index(False)  # names differ somewhere: they are of different tensors
+    inner = "+".join(".".join(name[shared:-1]) for name in parts)
+    return ".".join([*parts[0][:shared], inner, parts[0][-1]])
 
 
 def mask_window(attention: ir.Node) -> int:

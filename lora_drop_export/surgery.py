@@ -23,6 +23,7 @@ from lora_drop_runtime.plan import DropPlan, StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
+from .rewrite import SYMMETRIC, ZERO_POINTS, Ops
 from .trace import DOMAIN, TracedModel
 
 OPSET = 24  # the first with TensorScatter
@@ -31,25 +32,54 @@ IR_VERSION = 11
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's place in the bundle: file relative to its root, and bytes. `dtype` is a numpy/ONNX name."""
+    """A tensor's place in the bundle: file relative to its root, and bytes. `dtype` is a numpy/ONNX name.
+
+    A quantized tensor has dtype `uint4` (two values a byte, the first in the low half) or `uint8`, the shape [N, K] of
+    the values, and `blocks`: value = (q − zero_point) · scale for each block of `block_size` along K.
+    """
 
     location: str
     offset_bytes: int
     size_bytes: int
     dtype: str
     shape: tuple[int, ...]
+    blocks: Blocks | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of a quantized tensor [N, K]: `scales` float32 and `zero_points` (the tensor's dtype), both [N, K / block_size].
+
+    `symmetric`: every zero point is 2^(bits−1), which is what engines assume when they are given none.
+    """
+
+    block_size: int
+    scales: StoredTensor
+    zero_points: StoredTensor
+    symmetric: bool
 
 
 def refresh_from_trace(
-    traced: TracedModel, plan: DropPlan, dtype: str, weights: Mapping[str, StoredTensor]
+    traced: TracedModel,
+    plan: DropPlan,
+    dtype: str,
+    weights: Mapping[str, StoredTensor],
+    kv_scales: Mapping[str, StoredTensor] | None = None,
 ) -> onnx.ModelProto:
-    """The refresh graph of a plan. The traced graph is left as it was."""
+    """The refresh graph of a plan. The traced graph is left as it was.
+
+    Args:
+        dtype: of activations, and of the caches unless `kv_scales` are given.
+        weights: where each parameter lies.
+        kv_scales: for int8 caches, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D]: entry · scale = value.
+    """
     model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
     graph = model.graph
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    io = graph_io(StepKind.REFRESH, plan, _cache_shape(traced, dtype), traced.hidden_size, traced.vocab_size)
+    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, "int8" if kv_scales else None)
+    io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:
         if spec.name not in inputs:
@@ -58,7 +88,7 @@ def refresh_from_trace(
     presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
     masks = _Masks(inputs, plan)
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
-        presents |= _expand_cache_attention(graph, node, inputs, masks)
+        presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
     if plan.injection == "attn_mlp":
         for layer in plan.drop_layers:
             attention_residual(graph, values, layer)  # refuses halves that run in parallel
@@ -69,26 +99,61 @@ def refresh_from_trace(
     graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]
     graph.outputs[:] = [_named(presents[spec.name], spec) for spec in io.outputs]
     for name in traced.parameters:
-        stored = weights[name]
-        graph.initializers[name].const_value = ir.ExternalTensor(
-            stored.location,
-            stored.offset_bytes,
-            stored.size_bytes,
-            ir.DataType[_ONNX_DTYPE[stored.dtype]],
-            shape=ir.Shape(stored.shape),
-            name=name,
-        )
+        value, stored = graph.initializers[name], weights[name]
+        if stored.blocks is not None:
+            _dequantize(graph, value, stored.blocks)
+        value.const_value = _external(name, stored)
+        value.dtype = value.const_value.dtype
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     graph.name = "refresh"
     return ir.serde.serialize_model(model)
 
 
-_ONNX_DTYPE = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16", "int64": "INT64"}
+_ONNX_DTYPE = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+    "int64": "INT64",
+    "uint4": "UINT4",
+    "uint8": "UINT8",
+    "int8": "INT8",
+}
 
 
-def _cache_shape(traced: TracedModel, dtype: str) -> CacheShape:
-    return CacheShape(traced.kv_heads, traced.head_dim, dtype)
+def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        stored.location,
+        stored.offset_bytes,
+        stored.size_bytes,
+        ir.DataType[_ONNX_DTYPE[stored.dtype]],
+        shape=ir.Shape(stored.shape),
+        name=name,
+    )
+
+
+def _initializer(graph: ir.Graph, name: str, stored: StoredTensor) -> ir.Value:
+    tensor = _external(name, stored)
+    value = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers[name] = value
+    return value
+
+
+def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
+    """Put a DequantizeLinear between a quantized weight and its users."""
+    suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+    inputs = [
+        weight,
+        _initializer(graph, f"{weight.name}.scales", blocks.scales),
+        _initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
+    ]
+    node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
+    node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    for use in list(weight.uses()):
+        if use.node is not node:
+            use.node.replace_input_with(use.idx, node.outputs[0])
+    graph.insert_before(graph[0], [node])
 
 
 def _value(spec: TensorSpec) -> ir.Value:
@@ -158,34 +223,44 @@ def _ints(value: int | list[int]) -> ir.Node:
 
 
 def _expand_cache_attention(
-    graph: ir.Graph, node: ir.Node, inputs: Mapping[str, ir.Value], masks: _Masks
+    graph: ir.Graph,
+    node: ir.Node,
+    inputs: Mapping[str, ir.Value],
+    masks: _Masks,
+    kv_scales: Mapping[str, StoredTensor],
 ) -> dict[str, ir.Value]:
     """One CacheAttention node becomes the cache write and the attention; returns the present_* values."""
     layer = node.attributes["layer"].as_int()
     window = node.attributes["sliding_window"].as_int()
     softcap = node.attributes["softcap"].as_float()
-    presents = {}
-    new = []
+    presents, caches = {}, []
+    ops = Ops()
     for part, tensor in zip(("key", "value"), node.inputs[1:], strict=True):
-        scatter = ir.node("TensorScatter", [inputs[f"past_{part}.{layer}"], tensor, masks.length(layer)], {"axis": 2})
-        presents[f"present_{part}.{layer}"] = scatter.outputs[0]
-        new.append(scatter)
+        past = inputs[f"past_{part}.{layer}"]
+        stored = kv_scales.get(f"kv_scales.{layer}.{part}")
+        if stored is None:
+            present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
+        else:
+            scale = _initializer(graph, f"kv_scales.{layer}.{part}", stored)
+            limits = (ops.constant(np.array(limit, np.float32)) for limit in (-128, 127))
+            entry = ops("Cast", ops("Clip", ops("Round", ops("Div", tensor, scale)), *limits), to=int(ir.DataType.INT8))
+            present = ops("TensorScatter", past, entry, masks.length(layer), axis=2)
+            cache = ops("Mul", ops("Cast", present, to=int(ir.DataType.FLOAT)), scale)
+            cache.shape, cache.type = past.shape, ir.TensorType(ir.DataType.FLOAT)
+        presents[f"present_{part}.{layer}"] = present
+        caches.append(cache)
     query = node.inputs[0]
     assert query is not None
     attributes: dict[str, float] = {"scale": node.attributes["scale"].as_float()}
     if softcap:
         attributes["softcap"] = softcap
-    attention = ir.node(
-        "Attention",
-        [query, *(scatter.outputs[0] for scatter in new), masks.get(layer, window)],
-        attributes,
-    )  # [B, H, S, D]
+    attention = ir.node("Attention", [query, *caches, masks.get(layer, window)], attributes)  # [B, H, S, D]
     heads_last = ir.node("Transpose", [attention.outputs[0]], {"perm": [0, 2, 1, 3]})  # [B, S, H, D]
     for made in (attention, heads_last):
         made.outputs[0].type = query.type
     heads_last.outputs[0].shape = node.outputs[0].shape
     node.outputs[0].replace_all_uses_with(heads_last.outputs[0])
-    graph.insert_after(node, [*new, attention, heads_last])
+    graph.insert_after(node, [*ops.nodes, attention, heads_last])
     graph.remove(node, safe=True)
     return presents
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle import MANIFEST_NAME, VERIFY_NAME, Bundle, record_file
+from lora_drop_runtime.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME, Bundle, record_file
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
 from lora_drop_runtime.safetensors_file import read_tensors
@@ -31,12 +31,13 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .console import Console
 from .reference import Reference, adapter_matrices
 
 PROMPT_TOKENS = (24, 17)  # a ragged batch
 SAMPLE_TEXT = "sample.txt"
+PERPLEXITY_TOKENS = 1024  # at most, of the sample text
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class Tolerance:
 # while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/test_verify.py).
 # Halves: the reference computes in float32 with the same rounded weights. Eager PyTorch itself in that dtype was off by
 # at most 0.0041 (float16, cosine 0.99997) and 0.030 (bfloat16, 0.9971) over 160 positions of SmolLM2-135M; twice that.
+# int4, int8: by the dtype of the weights. The reference has the dequantized weights; engines that round activations to
+# 8 bits differ from it by more than float32 does.
 TOLERANCES = {
     "float32": Tolerance(max_error=2e-4, min_cosine=0.999999),
     "float16": Tolerance(max_error=0.01, min_cosine=0.9999),
     "bfloat16": Tolerance(max_error=0.06, min_cosine=0.99),
+    "int4": Tolerance(max_error=0.06, min_cosine=0.995),
+    "int8": Tolerance(max_error=0.06, min_cosine=0.995),
 }
 
 
@@ -260,13 +265,11 @@ def compare(
     steps = max(2 * (k + 1), 4) + 1
     feeds = _feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
+    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console)
     with Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads) as session, _quiet():
-        runners = [
-            SessionRunner(session, name, steps, k),
-            ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console),
-        ]
-        results = Comparator.run(runners, data_loader=feeds, warm_up=0)
-    tolerance = TOLERANCES[manifest.model.dtype]
+        results = Comparator.run([SessionRunner(session, name, steps, k), reference], data_loader=feeds, warm_up=0)
+    model = manifest.model
+    tolerance = TOLERANCES[model.weight_dtype if model.weight_dtype in QUANTIZED_DTYPES else model.dtype]
     step_results: list[StepResult] = []
 
     def compare_step(ours: Any, theirs: Any) -> OrderedDict[str, StepResult]:
@@ -363,6 +366,50 @@ def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
     return Reference(checkpoint, plan, adapter_matrices(plan, adapters))
 
 
+def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Console) -> Bundle:
+    """What quantization costs: perplexity on the sample text, all layers in full, before and after.
+
+    Args:
+        checkpoint: the weights that the bundle's were made from.
+
+    Returns:
+        The bundle, whose manifest says it in `quantization`; as it was where there is no tokenizer.
+    """
+    manifest = bundle.manifest
+    ids = _sample_ids(bundle)
+    if ids is None:
+        console.say("perplexity of the quantized weights: not measured, the model brings no tokenizer")
+        return bundle
+    ids = ids[: min(PERPLEXITY_TOKENS, manifest.model.context_length)]
+    if len(ids) < 2:
+        console.say("perplexity of the quantized weights: not measured, the sample text has no tokens of the model")
+        return bundle
+    stored = open_checkpoint(
+        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=checkpoint.trust_remote_code
+    )
+    found = []
+    for what, source in (("checkpoint", checkpoint), ("bundle", stored)):
+        with console.progress(f"perplexity of the {what}") as progress:
+            reference = Reference(source, manifest.plan, {})
+            found.append(reference.perplexity(ids, functools.partial(progress, f"perplexity of the {what}")))
+    before, after = found
+    dtype, change = manifest.model.weight_dtype, 100 * (after / before - 1)
+    console.say(f"perplexity on {len(ids)} tokens: float {before:.2f} → {dtype} {after:.2f} ({change:+.1f} %)")
+    perplexity = {"tokens": len(ids), "float": before, dtype: after}
+    manifest = dataclasses.replace(manifest, quantization=manifest.quantization | {"perplexity": perplexity})
+    (bundle.root / MANIFEST_NAME).write_text(manifest.to_json())
+    return Bundle(bundle.root, manifest)
+
+
+def _sample_ids(bundle: Bundle) -> npt.NDArray[np.int64] | None:
+    """The sample text in the model's tokens; None without a tokenizer."""
+    if not (bundle.root / "tokenizer" / "tokenizer.json").is_file():
+        return None
+    text = resources.files(__package__).joinpath(SAMPLE_TEXT).read_text()
+    ids = TextCodec.open(bundle.root / "tokenizer").encode(text)
+    return ids[ids < bundle.manifest.model.vocab_size]
+
+
 def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
     """Prompts and forced tokens: a sample text in the model's tokens, or random ids without a tokenizer."""
     limits, vocab_size = bundle.manifest.limits, bundle.manifest.model.vocab_size
@@ -375,10 +422,9 @@ def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
         )
     lengths = np.array([min(n, room) for n in PROMPT_TOKENS[: limits.max_batch]], np.int64)
     needed = (int(lengths.max()) + steps) * len(lengths)
-    if (bundle.root / "tokenizer" / "tokenizer.json").is_file():
-        text = resources.files(__package__).joinpath(SAMPLE_TEXT).read_text()
-        ids = TextCodec.open(bundle.root / "tokenizer").encode(text)
-        ids = np.resize(ids[ids < vocab_size], needed)
+    sample = _sample_ids(bundle)
+    if sample is not None:
+        ids = np.resize(sample, needed)
     else:
         ids = np.random.default_rng(0).integers(0, vocab_size, needed)
     rows = ids.reshape(len(lengths), -1)  # [B, prompt + steps]

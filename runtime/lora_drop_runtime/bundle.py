@@ -33,12 +33,15 @@ from .graph_io import DEVICE_TARGETS, CacheShape, GraphIO, graph_io
 from .plan import DropPlan, StepKind
 from .safetensors_file import header_sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 TARGETS = ("ort", *DEVICE_TARGETS)
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
+QUANTIZED_DTYPES = {"int4": 4, "int8": 8}  # bits of a weight
+QUANTIZATIONS = ("search", "rtn")
+BLOCK_SIZES = (32, 128)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class ModelFacts:
     """What the runtime and the cost formulas need to know of the model.
 
     `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
-    sliding window in positions, 0 for none; the byte counts are as stored in the bundle.
+    sliding window in positions, 0 for none; `dtype` is of activations and caches, `weight_dtype` is `int4` or `int8`
+    where linear layers are quantized; the byte counts are as stored in the bundle.
     """
 
     name: str
@@ -64,6 +68,7 @@ class ModelFacts:
     layer_bytes: tuple[int, ...]
     head_bytes: int
     embedding_row_bytes: int
+    weight_dtype: str = "float32"
 
     @property
     def cache(self) -> CacheShape:
@@ -119,6 +124,8 @@ class WeightInput:
 
 @dataclass(frozen=True)
 class Manifest:
+    """`quantization`: bits, block size, method, and what it cost in perplexity; empty for weights as they were."""
+
     model: ModelFacts
     plan: DropPlan
     limits: Limits
@@ -127,6 +134,7 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
@@ -163,6 +171,7 @@ class Manifest:
                 files={name: FileRecord(**_object(record)) for name, record in _object(data["files"]).items()},
                 versions=_object(data["versions"]),
                 verification=_object(data["verification"]),
+                quantization=_object(data["quantization"]),
             )
         except (KeyError, TypeError) as error:
             raise BundleError(

@@ -19,6 +19,7 @@ which ONNX Runtime copies to a GPU when it is bound, and only then: a step there
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy.typing as npt
 from .bundle import Bundle, WeightInput
 from .engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
 from .errors import BundleError, NoDeviceError, first_line
-from .graph_io import DEVICE_TARGETS
+from .graph_io import DEVICE_TARGETS, JOINED_TARGET, LORA_STEP
 from .plan import StepKind
 
 PROVIDERS = {
@@ -80,7 +81,8 @@ class OrtEngine:
         self.batched_chunks = on_device
         self.prefill_chunk: int | None = entry.get("prefill_chunk")
         self._capacities: Mapping[str, int] | None = entry.get("slots")
-        self._files = entry if target == "ort" else entry["graphs"]
+        self._joined = target == JOINED_TARGET
+        self._files = entry if self._joined else entry["graphs"]
         if provider == "rtx":
             self._files = entry["ep_context"]
             self.prefill_chunk = entry["refresh_profiles"]["decode"][1]  # the provider takes the first profile
@@ -88,7 +90,14 @@ class OrtEngine:
         if provider != "cpu":
             self._memory = _DeviceMemory(onnxruntime, self._ep_device)
         self._weights = {name: self._weight(name, w) for name, w in bundle.weight_inputs(target).items()}
-        self._sessions = {kind: self._open(kind, {}) for kind in StepKind}
+        self._sessions: dict[StepKind, Any] = {}
+        self._open_all({})
+
+    def _open_all(self, replaced: Mapping[str, Any]) -> None:
+        if self._joined:
+            self._sessions = dict.fromkeys(StepKind, self._open(self._files["steps"], replaced))
+        else:
+            self._sessions = {kind: self._open(self._files[kind.value], replaced) for kind in StepKind}
 
     def _weight(self, name: str, weight: WeightInput) -> Array | DeviceBuffer:
         """A weight that is an input: mapped, or put together from its parts; copied to where the steps run."""
@@ -98,19 +107,11 @@ class OrtEngine:
             return self._memory.hold(name, whole, weight.shape, weight.dtype)
         return whole.view(weight.dtype).reshape(weight.shape)
 
-    def _open(self, kind: StepKind, replaced: Mapping[str, Any]) -> Any:
-        options = self._ort.SessionOptions()
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        root = str(self._bundle.root.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
-        # Prepacking would give each session a private copy of every weight; without it both map the same file
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        # Each session has threads of its own; left spinning after a step they would take the cores from the other's
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+    def _open(self, file: str, replaced: Mapping[str, Any]) -> Any:
+        options = session_options(self._ort, self._bundle.root, self._threads)
         if replaced:
             options.add_external_initializers(list(replaced), list(replaced.values()))
-        path = self._bundle.root / self._files[kind.value]
+        path = self._bundle.root / file
         try:
             if self._ep_device is not None:  # from its path: the engine is found beside it
                 options.add_provider_for_devices([self._ep_device], {})
@@ -154,6 +155,8 @@ class OrtEngine:
         if self._weights:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
+        if self._joined:
+            inputs = {**inputs, LORA_STEP: np.array(kind is StepKind.LORA)}
         binding = session.io_binding()
         hosts = []
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -200,7 +203,8 @@ class OrtEngine:
         else:
             create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
             values = {name: create(array, _ONNX_DTYPES[dtype]) for name, array in replaced.items()}
-            self._sessions[StepKind.LORA] = self._open(StepKind.LORA, values)
+            self._sessions.clear()  # both would hold the weights
+            self._open_all(values)
 
     def notes(self) -> list[str]:
         if self._memory is None and self._bundle.manifest.model.dtype != "float32":
@@ -211,6 +215,17 @@ class OrtEngine:
         self._sessions.clear()
         self._weights.clear()
         self._memory = None
+
+
+def session_options(ort: Any, root: str | Path, threads: int | None) -> Any:
+    """How sessions over a bundle's weights are opened; `threads` as for OrtEngine."""
+    options = ort.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(root).resolve()))
+    # Threads that spin on after a step take the cores from whoever comes next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 class _DeviceMemory:

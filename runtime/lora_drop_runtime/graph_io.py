@@ -17,7 +17,8 @@ wanted; the state is taken at the last of them. `present_x` is `past_x` updated 
 
 A target's lowered graphs give float32 logits whatever their dtype, and those of the TensorRT targets also
 `next_token`, the index of the largest logit. Weights that are inputs of an engine are not in this table but in the
-target's own (bundle.py).
+target's own (bundle.py). Target `ort` has both steps in one graph with the inputs and outputs of both, and a scalar
+`lora_step`, which its engine sets: what a LoRA step leaves alone it gives back as it came.
 """
 
 from __future__ import annotations
@@ -29,15 +30,21 @@ from .plan import DropPlan, StepKind
 
 Dim = str | int
 DEVICE_TARGETS = ("tensorrt", "tensorrt-rtx")
+JOINED_TARGET = "ort"  # one graph holds both steps
+LORA_STEP = "lora_step"  # the input that chooses, bool []
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a K/V cache entry is: `kv_heads` heads of `head_dim` values of `dtype` (a numpy/ONNX name)."""
+    """What a K/V cache entry is: `kv_heads` heads of `head_dim` values.
+
+    `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None.
+    """
 
     kv_heads: int
     head_dim: int
     dtype: str
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def graph_io(
     kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int, vocab_size: int, target: str | None = None
 ) -> GraphIO:
     """The table of one step graph: the neutral one, or a target's."""
-    refresh = kind is StepKind.REFRESH
+    joined = target == JOINED_TARGET
+    refresh = kind is StepKind.REFRESH or joined
     sequence: Dim = "sequence" if refresh else 1
     rows: Dim = "rows" if refresh else 1
     inputs = [
@@ -78,16 +86,16 @@ def graph_io(
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
     if refresh:
         inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
-    dropped = set(plan.drop_layers)
+    dropped, entry = set(plan.drop_layers), cache.kv_dtype or cache.dtype
     for layer in range(plan.num_layers) if refresh else plan.kept_layers:
         slots = "slots_dropped" if layer in dropped else "slots_kept"
         shape = ("batch", cache.kv_heads, slots, cache.head_dim)
         for part in ("key", "value"):
-            inputs.append(TensorSpec(f"past_{part}.{layer}", cache.dtype, shape))
-            outputs.append(TensorSpec(f"present_{part}.{layer}", cache.dtype, shape, f"past_{part}.{layer}"))
+            inputs.append(TensorSpec(f"past_{part}.{layer}", entry, shape))
+            outputs.append(TensorSpec(f"present_{part}.{layer}", entry, shape, f"past_{part}.{layer}"))
     for site in plan.sites if plan.has_state else ():
         row: tuple[Dim, ...] = ("batch", hidden_size)
-        if not refresh:
+        if not refresh or joined:
             inputs.append(TensorSpec(f"past_state.{site}", cache.dtype, row))
         if refresh or plan.updates_state:
             outputs.append(TensorSpec(f"present_state.{site}", cache.dtype, row, f"past_state.{site}"))

@@ -554,24 +554,30 @@ class _Request:
 
     def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
         """A refresh over `ids` [b, S] for some rows of the batch."""
-        inputs = {
-            "input_ids": ids,
-            "len_kept": self.len_kept[rows],
-            "len_dropped": self.len_dropped[rows],
-            "logits_index": index[rows] if len(index) == self.batch else index,
-        }
-        return self._prepare(StepKind.REFRESH, inputs, rows, self.states[0])
+        index = index[rows] if len(index) == self.batch else index
+        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0])
 
     def _prepare_lora(self) -> Step:
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "len_kept": self.len_kept}
-        inputs |= {f"past_state.{site}": state for site, state in self.states[self.side].items()}
-        return self._prepare(StepKind.LORA, inputs, slice(None), self.states[1 - self.side])
+        before, after = self.states[self.side], self.states[1 - self.side]
+        return self._prepare(StepKind.LORA, self.input_ids, self.logits_index, slice(None), before, after)
 
-    def _prepare(self, kind: StepKind, inputs: dict[str, Any], rows: slice, states: dict[str, Buffer]) -> Step:
+    def _prepare(
+        self,
+        kind: StepKind,
+        ids: Ids,
+        index: Ids,
+        rows: slice,
+        before: dict[str, Buffer],
+        after: dict[str, Buffer],
+    ) -> Step:
+        """Bind what the engine's graph of this step reads and writes; `before` and `after` are states."""
         io = self.bundle.manifest.io(kind, self.engine.target)
-        inputs = inputs | {name: cache[rows] for name, cache in self.caches.items()}
+        inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
+        inputs |= {"len_kept": self.len_kept[rows], "len_dropped": self.len_dropped[rows]}
+        inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
+        inputs |= {name: cache[rows] for name, cache in self.caches.items()}
         outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}
-        outputs |= {f"present_state.{site}": state[rows] for site, state in states.items()}
+        outputs |= {f"present_state.{site}": state[rows] for site, state in after.items()}
         outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
         return self.engine.prepare(
             kind,

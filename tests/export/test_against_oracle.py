@@ -163,3 +163,16 @@ def test_golden(case, tmp_path):
         logits = [session.prefill([case.prompt], max_new_tokens=len(case.forced) + 1)[0].copy()]
         logits += [session.step([token])[0].copy() for token in case.forced]
     np.testing.assert_allclose(logits, np.stack(case.logits), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_folded_attention(name, tmp_path, monkeypatch):
+    """Decoding one row with query heads folded into the sequence, a form that otherwise larger groups have."""
+    monkeypatch.setattr("lora_drop_export.lower_ort.MIN_FOLD", 1)
+    bundle = make_bundle(name, tmp_path / "b", surrogate="recurrent", rank=2)
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+        for prompts in (PROMPTS[:1], PROMPTS):  # one row uses it, a batch does not
+            for k in (0, 1, 3):
+                assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), prompts, k)

@@ -695,12 +695,11 @@ def test_hash_is_another(refused, bundle):
 @pytest.mark.parametrize("content", [b"", b"\x08\x0bnot an ONNX file"])
 def test_graph_is_garbage(refused, bundle, content):
     """A damaged graph whose size is right."""
-    for file in ("ort/refresh.onnx", "ort/lora.onnx"):
-        whole = (bundle / file).read_bytes()
-        (bundle / file).write_bytes(content.ljust(len(whole), b"\xff"))
-        for command, *arguments in (("generate", "--prompt", "t1"), ("chat",), ("compare",)):
-            refused(lora_drop_tools.cli.main, command, bundle, *arguments, words=(file,))
-        (bundle / file).write_bytes(whole)
+    file = "ort/steps.onnx"
+    whole = (bundle / file).read_bytes()
+    (bundle / file).write_bytes(content.ljust(len(whole), b"\xff"))
+    for command, *arguments in (("generate", "--prompt", "t1"), ("chat",), ("compare",)):
+        refused(lora_drop_tools.cli.main, command, bundle, *arguments, words=(file,))
 
 
 def test_graphs_only_bundle(refused, tmp_path):

@@ -52,6 +52,7 @@ def describe(bundle: Bundle) -> list[str]:
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
         f"{model.num_heads}/{model.kv_heads} heads, {model.dtype})",
+        *_quantization(manifest),
         f"layers       {strip}   █ kept, · dropped on LoRA steps",
         f"drop list    {', '.join(map(str, plan.drop_layers)) or 'none'}: {len(dropped)} of "
         f"{len(plan.eligible_layers)} eligible, ρ {plan.rho:.2f}, ρ_eff {plan.rho_eff:.3f}",
@@ -77,6 +78,20 @@ def describe(bundle: Bundle) -> list[str]:
     if not manifest.targets:
         lines.append("  graphs only, nothing to run")
     return lines
+
+
+def _quantization(manifest: Manifest) -> list[str]:
+    """How quantized weights are stored, and what that cost."""
+    how = manifest.quantization
+    if not how:
+        return []
+    zero_points = "symmetric" if how["symmetric"] else "with zero points"
+    line = f"weights      {manifest.model.weight_dtype}, blocks of {how['block_size']}, {zero_points}, {how['method']}"
+    if "perplexity" in how:
+        cost = how["perplexity"]
+        before, after = cost["float"], cost[manifest.model.weight_dtype]
+        line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
+    return [line]
 
 
 def _figures(result: dict[str, Any]) -> str:
