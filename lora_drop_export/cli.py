@@ -58,6 +58,7 @@ def _export(arguments: Sequence[str]) -> None:
         dtype=DTYPES.get(args.dtype, args.dtype),
         quantization=args.quantization,
         block_size=args.block_size,
+        kv_dtype=args.kv_dtype,
         max_seq_len=args.max_seq_len,
         max_prompt_len=args.max_prompt_len,
         max_batch=args.max_batch,
@@ -97,7 +98,7 @@ def _export(arguments: Sequence[str]) -> None:
 
 _FIXED_BY_BUNDLE = (
     *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
-    *("adapters", "rank", "target", "dtype", "quantization", "block_size"),
+    *("adapters", "rank", "target", "dtype", "quantization", "block_size", "kv_dtype"),
     *("max_seq_len", "max_prompt_len", "max_batch", "weights"),
 )
 
@@ -200,6 +201,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="|".join(map(str, BLOCK_SIZES)),
         help=f"weights that share a scale (default {BLOCK_SIZES[0]})",
+    )
+    target.add_argument(
+        "--kv-dtype", metavar="int8", help="of K/V caches, for ort on the CPU; default as the activations"
     )
     target.add_argument(
         "--max-seq-len", type=int, metavar="N", help="longest prompt + new tokens (default 2048 or the model's context)"

@@ -72,7 +72,15 @@ from .quantize import BlockFormat, Quantization, block_formats, quantizable
 from .rewrite import fusable_groups
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
-from .weights import bytes_read, is_taken_as_it_lies, resolve_tensors, store_adapters, store_weights, weights_bytes
+from .weights import (
+    bytes_read,
+    is_taken_as_it_lies,
+    resolve_tensors,
+    store_adapters,
+    store_arrays,
+    store_weights,
+    weights_bytes,
+)
 
 _VERSIONED = (
     "lora-drop-export",
@@ -89,6 +97,7 @@ _VERSIONED = (
     "tensorrt-rtx",
     "cuda-bindings",
 )
+WRITTEN = ("adapters.safetensors", "kv_scales.safetensors")  # beside the checkpoint's own files
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
@@ -111,6 +120,7 @@ class ExportOptions:
     dtype: str | None = None
     quantization: str | None = None
     block_size: int | None = None
+    kv_dtype: str | None = None
     max_seq_len: int | None = None
     max_prompt_len: int | None = None
     max_batch: int = 8
@@ -202,6 +212,16 @@ class ExportOptions:
                 "The target cannot take quantized weights.",
                 note=f"--dtype {self.dtype} is of ort; {', '.join(others)} takes {', '.join(DTYPE_BYTES)}.",
                 hint="Use --target ort, or another --dtype.",
+            )
+        if self.kv_dtype not in (None, "int8"):
+            raise InputError(
+                "Unknown --kv-dtype.", note=f"{self.kv_dtype!r} was given, known is 'int8'.", hint="Use int8."
+            )
+        if self.kv_dtype and (others or self.dtype not in (None, "float32", *QUANTIZED_DTYPES)):
+            raise InputError(
+                "int8 caches are of target ort on the CPU.",
+                note=f"Targets are {', '.join(self.targets)}, --dtype is {self.dtype or 'not given'}.",
+                hint="Leave --kv-dtype out, or use --target ort with --dtype fp32, int8 or int4.",
             )
         for option, value, known in (
             ("--quantization", self.quantization, QUANTIZATIONS),
@@ -396,9 +416,17 @@ def write_bundle(
         )
     _make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
+    _copy_tokenizer(checkpoint, root / "tokenizer")
     facts = _model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if options.weights_format:
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
+    kv_scales: dict[str, StoredTensor] = {}
+    if options.kv_dtype:
+        from .verify import KV_SCALES_NAME, calibrate_kv
+
+        scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
+        kv_scales = store_arrays(scales, KV_SCALES_NAME, "float32", root)
+        facts = dataclasses.replace(facts, kv_dtype=options.kv_dtype)
     manifest = Manifest(
         model=facts,
         plan=plan,
@@ -408,7 +436,7 @@ def write_bundle(
         quantization=dataclasses.asdict(options.weights_format) if options.weights_format else {},
     )
     with console.phase("refresh.onnx and lora.onnx"):
-        refresh = refresh_from_trace(traced, plan, dtype, stored)
+        refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)
         lora = lora_step_from_refresh(refresh, plan, facts.cache, adapters)
         graphs = {StepKind.REFRESH: refresh, StepKind.LORA: lora}
         for kind, proto in graphs.items():
@@ -418,7 +446,6 @@ def write_bundle(
         for target in options.targets
         if target != "none"
     }
-    _copy_tokenizer(checkpoint, root / "tokenizer")
     manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(root, manifest)
@@ -707,7 +734,7 @@ def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
     for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
         name = file.relative_to(root).as_posix()
         if name != MANIFEST_NAME:
-            of_checkpoint = file.match("weights/*.safetensors") and file.name != "adapters.safetensors"
+            of_checkpoint = file.match("weights/*.safetensors") and file.name not in WRITTEN
             records[name] = record_file(file, header_only=of_checkpoint and as_it_lay)
     return records
 

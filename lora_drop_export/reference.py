@@ -8,6 +8,7 @@ steps, so one decoder layer's weights are in memory at a time. Knows no graph an
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan import DropPlan, StepKind
 
 from .checkpoint import Checkpoint, TensorSource
+from .quantize import DequantizedRef
 from .trace import buffer_values, decoder_layers, tied_names
 from .weights import resolve_tensors
 
@@ -36,6 +38,8 @@ class _Cache:
     keys: list[Any]
     values: list[Any]
     new_tokens: Sequence[int] = ()
+    scales: tuple[Any, Any] | None = None  # of K and V entries that are int8, [Hkv, 1, D]
+    largest: tuple[Any, Any] | None = None  # |K| and |V| of the last call, [Hkv, 1, D]
 
 
 _cache: _Cache  # of the layer that is running; the attention interface passes no user data
@@ -49,11 +53,15 @@ class Reference:
         plan: the drop plan.
         matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
         checkpoint: the bundle's own weight files, looked up by tensor name.
+        kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D] of int8 caches.
+        round_activations: round what enters quantized weights to 8 bits, as an engine's kernels do.
     """
 
     checkpoint: Checkpoint
     plan: DropPlan
     matrices: Matrices
+    round_activations: bool = False
+    kv_scales: Mapping[str, Array] = field(default_factory=dict)
     _states: dict[str, Any] = field(default_factory=dict)
     _tied: dict[str, str] = field(default_factory=dict)
 
@@ -119,6 +127,29 @@ class Reference:
                 nats += float(loss)
             return float(np.exp(nats / (len(ids) - 1)))
 
+    def largest_kv(
+        self, ids: npt.NDArray[np.int64], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Array]:
+        """Largest magnitude of each channel of K (after RoPE) and V over a text, as `kv_scales` are named and shaped.
+
+        Args:
+            ids: int64 [T], one text.
+        """
+        import torch
+
+        found: dict[str, Array] = {}
+
+        def note(done: int, total: int) -> None:
+            assert _cache.largest is not None
+            for part, largest in zip(("key", "value"), _cache.largest, strict=True):
+                found[f"kv_scales.{done - 1}.{part}"] = largest.numpy()
+            progress(done, total)
+
+        with torch.no_grad():
+            steps, positions = [torch.tensor(ids)[None]], [torch.arange(len(ids))[None]]
+            self._run_layers(self._skeleton(ids), steps, positions, [StepKind.REFRESH], [[len(ids)]], note)
+        return found
+
     def _run_layers(
         self,
         model: Any,
@@ -172,6 +203,8 @@ class Reference:
         weight = self._tensor(f"{name}.weight", head.weight)
         bias = None if head.bias is None else _tensor(self._tensor(f"{name}.bias", head.bias).read())
         result = torch.empty(*x.shape[:2], weight.shape[0])
+        if self.round_activations and isinstance(weight, DequantizedRef):
+            x = rounded_activations(x, weight.form.block_size)
         for begin in range(0, weight.shape[0], _HEAD_ROWS):
             rows = _tensor(weight.rows(begin, begin + _HEAD_ROWS))
             result[..., begin : begin + len(rows)] = x @ rows.T
@@ -192,6 +225,8 @@ class Reference:
         global _cache
         batch = hidden[0].shape[0]
         _cache = _Cache([None] * batch, [None] * batch)
+        if self.kv_scales:
+            _cache.scales = tuple(_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
         self._states = {}
         middle: list[Any] = []  # the residual stream between the halves, of the last full run
         hook = _between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
@@ -264,7 +299,28 @@ class Reference:
         for name, parameter in list(module.named_parameters(recurse=recurse)):
             owner, _, leaf = name.rpartition(".")
             ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
-            module.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
+            target = module.get_submodule(owner)
+            target._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
+            if self.round_activations and isinstance(ref, DequantizedRef) and isinstance(target, torch.nn.Linear):
+                block_size = ref.form.block_size
+                target.forward = functools.partial(_rounded_linear, target, block_size)
+
+
+def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
+
+
+def rounded_activations(x: Any, block_size: int) -> Any:
+    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
+
+    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
+    nearest integer. x [.., K], K a multiple of block_size.
+    """
+    blocks = x.unflatten(-1, (-1, block_size))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
 
 
 def _tensor(array: Array) -> Any:
@@ -344,6 +400,12 @@ def _attention(
     batch, heads, sequence, head_dim = query.shape
     output = torch.zeros(batch, sequence, heads, value.shape[3])
     group = heads // key.shape[1]
+    _cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
+    if _cache.scales is not None:
+        key, value = (
+            (tensor / scale).round().clamp(-128, 127) * scale
+            for tensor, scale in zip((key, value), _cache.scales, strict=True)
+        )
     for row, new in enumerate(_cache.new_tokens):
         for store, tensor in ((_cache.keys, key), (_cache.values, value)):
             added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]

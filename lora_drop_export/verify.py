@@ -16,13 +16,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME, Bundle, record_file
+from lora_drop_runtime.engine_ort import OrtEngine
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
-from lora_drop_runtime.plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind
 from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
@@ -37,6 +39,7 @@ from .reference import Reference, adapter_matrices
 
 PROMPT_TOKENS = (24, 17)  # a ragged batch
 SAMPLE_TEXT = "sample.txt"
+KV_SCALES_NAME = "kv_scales.safetensors"
 PERPLEXITY_TOKENS = 1024  # at most, of the sample text
 
 
@@ -52,15 +55,19 @@ class Tolerance:
 # while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/test_verify.py).
 # Halves: the reference computes in float32 with the same rounded weights. Eager PyTorch itself in that dtype was off by
 # at most 0.0041 (float16, cosine 0.99997) and 0.030 (bfloat16, 0.9971) over 160 positions of SmolLM2-135M; twice that.
-# int4, int8: by the dtype of the weights. The reference has the dequantized weights; engines that round activations to
-# 8 bits differ from it by more than float32 does.
+# Quantized weights are float32's case: the graph is run with kernels that compute in float32. The engine's own kernels
+# round activations to 8 bits, and 30 layers of that are chaotic: a rounding that falls the other way is as large as
+# the quantization itself. So of them only the median over rows and steps is judged: 0.9987 and 0.9993 for SmolLM2-135M
+# and Qwen2.5-Coder-0.5B in int4, while a wrong zero point or scale makes it lower than 0.5.
 TOLERANCES = {
     "float32": Tolerance(max_error=2e-4, min_cosine=0.999999),
     "float16": Tolerance(max_error=0.01, min_cosine=0.9999),
     "bfloat16": Tolerance(max_error=0.06, min_cosine=0.99),
-    "int4": Tolerance(max_error=0.06, min_cosine=0.995),
-    "int8": Tolerance(max_error=0.06, min_cosine=0.995),
 }
+MIN_ROUNDED_COSINE = 0.95
+# int8 caches: the reference rounds them likewise; an entry that falls the other way is off by 1/127 of its channel. On
+# SmolLM2-135M with 13 layers dropped that made at most 0.012 (cosine 0.99996); three times that.
+INT8_CACHES = Tolerance(max_error=0.04, min_cosine=0.999)
 
 
 @dataclass(frozen=True)
@@ -87,19 +94,21 @@ class Verification:
     prompt_lengths: tuple[int, ...]
     tolerance: Tolerance
     steps: tuple[StepResult, ...]
+    rounded_cosine: float | None = None  # median, of kernels that round activations
 
     @property
     def passed(self) -> bool:
-        return all(self.steps)
+        return all(self.steps) and (self.rounded_cosine is None or self.rounded_cosine >= MIN_ROUNDED_COSINE)
 
     def summary(self) -> dict[str, Any]:
         """What the manifest keeps."""
-        return {
+        summary = {
             "status": "passed" if self.passed else "failed",
             "steps": len(self.steps),
             "max_abs_error": max(s.max_abs_error for s in self.steps),
             "min_cosine": min(s.cosine for s in self.steps),
         }
+        return summary if self.rounded_cosine is None else summary | {"rounded_cosine": self.rounded_cosine}
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no types
@@ -266,10 +275,18 @@ def compare(
     feeds = _feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
     reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console)
-    with Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads) as session, _quiet():
-        results = Comparator.run([SessionRunner(session, name, steps, k), reference], data_loader=feeds, warm_up=0)
-    model = manifest.model
-    tolerance = TOLERANCES[model.weight_dtype if model.weight_dtype in QUANTIZED_DTYPES else model.dtype]
+    quantized = manifest.model.weight_dtype in QUANTIZED_DTYPES
+    opened = Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads)
+    with opened as session, _quiet():
+        runner = SessionRunner(session, name, steps, k)
+        rounded = _all_logits(runner, feeds) if quantized else []
+        if quantized:
+            engine = OrtEngine(bundle, name, provider=provider, threads=threads, steps=_unrounded(bundle, name))
+            session = Session(bundle, engine, schedule)
+            runner = SessionRunner(session, name, steps, k)
+        results = Comparator.run([runner, reference], data_loader=feeds, warm_up=0)
+        session.close()
+    tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]
     step_results: list[StepResult] = []
 
     def compare_step(ours: Any, theirs: Any) -> OrderedDict[str, StepResult]:
@@ -277,12 +294,45 @@ def compare(
         kind = "prefill" if not index else kinds[index - 1].value
         result = compare_logits(index, kind, ours["logits"], theirs["logits"], tolerance)
         step_results.append(result)
+        if rounded:
+            cosines.extend(_cosines(rounded[index], theirs["logits"]))
         return OrderedDict(logits=result)
 
+    cosines: list[float] = []
     with _quiet():
         Comparator.compare_accuracy(results, compare_func=compare_step)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
-    return Verification(name, k, lengths, tolerance, tuple(step_results))
+    median = float(np.median(cosines)) if rounded else None
+    return Verification(name, k, lengths, tolerance, tuple(step_results), median)
+
+
+def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:
+    with runner:
+        return [runner.infer(feed)["logits"] for feed in feeds]
+
+
+def _unrounded(bundle: Bundle, target: str) -> bytes:
+    """A target's graph with the kernels for quantized weights that compute in float32, exact and slow."""
+    import onnx
+
+    model = onnx.load(bundle.root / bundle.target(target)[1]["steps"], load_external_data=False)
+    graphs = [model.graph]
+    for graph in graphs:
+        for node in graph.node:
+            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 1  # float32, the most exact that MatMulNBits knows
+    return bytes(model.SerializeToString())
+
+
+def _cosines(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Of each row; both [B, V]."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    result: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(
+        np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30
+    )
+    return result
 
 
 def compare_logits(
@@ -297,7 +347,7 @@ def compare_logits(
     error = np.abs(a - b).max(axis=1)
     scale = np.abs(b).max(axis=1)
     relative = error / np.maximum(scale, 1e-30)
-    cosine = (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    cosine = _cosines(ours, theirs)
     same = a.argmax(axis=1) == b.argmax(axis=1)
     top2 = np.sort(b, axis=1)[:, -2:]
     near_tie = ~same & (top2[:, 1] - top2[:, 0] <= 2 * error)
@@ -340,10 +390,22 @@ def print_table(result: Verification, console: Console) -> None:
                 f"{np.mean([s.top1_agreement for s in group]):.0%}" + (f" ({ties} near-ties)" if ties else ""),
             )
     console.rich.print(table)
+    if result.rounded_cosine is not None:
+        console.say(
+            f"the above with kernels that compute in float32; with those that round activations to 8 bits, which run, "
+            f"the median cosine is {result.rounded_cosine:.4f}"
+        )
 
 
 def failure(result: Verification) -> VerificationError:
     """The error for a comparison that failed."""
+    if all(result.steps):
+        return VerificationError(
+            f"The bundle on {result.target} disagrees with PyTorch.",
+            note=f"Kernels that round activations: median cosine {result.rounded_cosine:.4f}, accepted is "
+            f"{MIN_ROUNDED_COSINE}.",
+            hint="Use --dtype int8 or fp32; if those pass, an engine's kernel for int4 computes wrongly here.",
+        )
     worst = max((s for s in result.steps if not s.passed), key=lambda s: s.max_rel_error)
     return VerificationError(
         f"The bundle on {result.target} disagrees with PyTorch.",
@@ -363,7 +425,34 @@ def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
     if plan.rank:
         path = bundle.root / "weights" / "adapters.safetensors"
         adapters = {name: ref.read() for name, ref in read_tensors(path).items()}
-    return Reference(checkpoint, plan, adapter_matrices(plan, adapters))
+    return Reference(checkpoint, plan, adapter_matrices(plan, adapters), kv_scales=_kv_scales(bundle))
+
+
+def _kv_scales(bundle: Bundle) -> dict[str, Any]:
+    path = bundle.root / "weights" / KV_SCALES_NAME
+    return {name: ref.read() for name, ref in read_tensors(path).items()} if path.is_file() else {}
+
+
+def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: int, console: Console) -> dict[str, Any]:
+    """Scales for int8 caches: the largest magnitude of each channel of K and V over the sample text, over 127.
+
+    Args:
+        root: of the bundle, whose tokenizer is there already; random ids without one.
+
+    Returns:
+        `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D].
+    """
+    ids = _sample_ids(root, vocab_size)
+    if ids is None or len(ids) < 2:
+        console.say("int8 caches: calibrated on random tokens, the model brings no tokenizer")
+        ids = np.random.default_rng(0).integers(0, vocab_size, PERPLEXITY_TOKENS)
+    ids = ids[: min(PERPLEXITY_TOKENS, context)]
+    everything = DropPlan(checkpoint.config.num_hidden_layers, ())
+    with console.progress("calibrating the caches") as progress:
+        largest = Reference(checkpoint, everything, {}).largest_kv(
+            ids, functools.partial(progress, "calibrating the caches")
+        )
+    return {name: np.maximum(value, 1e-6) / np.float32(127) for name, value in largest.items()}
 
 
 def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Console) -> Bundle:
@@ -376,7 +465,7 @@ def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Consol
         The bundle, whose manifest says it in `quantization`; as it was where there is no tokenizer.
     """
     manifest = bundle.manifest
-    ids = _sample_ids(bundle)
+    ids = _sample_ids(bundle.root, manifest.model.vocab_size)
     if ids is None:
         console.say("perplexity of the quantized weights: not measured, the model brings no tokenizer")
         return bundle
@@ -388,9 +477,9 @@ def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Consol
         str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=checkpoint.trust_remote_code
     )
     found = []
-    for what, source in (("checkpoint", checkpoint), ("bundle", stored)):
+    for what, source in (("checkpoint", checkpoint), ("bundle", stored)):  # the bundle's as its engine computes
         with console.progress(f"perplexity of the {what}") as progress:
-            reference = Reference(source, manifest.plan, {})
+            reference = Reference(source, manifest.plan, {}, round_activations=True)
             found.append(reference.perplexity(ids, functools.partial(progress, f"perplexity of the {what}")))
     before, after = found
     dtype, change = manifest.model.weight_dtype, 100 * (after / before - 1)
@@ -401,13 +490,13 @@ def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Consol
     return Bundle(bundle.root, manifest)
 
 
-def _sample_ids(bundle: Bundle) -> npt.NDArray[np.int64] | None:
+def _sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     """The sample text in the model's tokens; None without a tokenizer."""
-    if not (bundle.root / "tokenizer" / "tokenizer.json").is_file():
+    if not (root / "tokenizer" / "tokenizer.json").is_file():
         return None
     text = resources.files(__package__).joinpath(SAMPLE_TEXT).read_text()
-    ids = TextCodec.open(bundle.root / "tokenizer").encode(text)
-    return ids[ids < bundle.manifest.model.vocab_size]
+    ids = TextCodec.open(root / "tokenizer").encode(text)
+    return ids[ids < vocab_size]
 
 
 def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
@@ -422,7 +511,7 @@ def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
         )
     lengths = np.array([min(n, room) for n in PROMPT_TOKENS[: limits.max_batch]], np.int64)
     needed = (int(lengths.max()) + steps) * len(lengths)
-    sample = _sample_ids(bundle)
+    sample = _sample_ids(bundle.root, vocab_size)
     if sample is not None:
         ids = np.resize(sample, needed)
     else:

@@ -165,17 +165,20 @@ def store_adapters(
         for site, pair in matrices.items()
         for part, array in zip("AB", pair, strict=True)
     }
-    path = root / "weights" / "adapters.safetensors"
+    stored = store_arrays(arrays, "adapters.safetensors", dtype, root)
+    return {site: (stored[f"surrogate.{site}.lora_A"], stored[f"surrogate.{site}.lora_B"]) for site in matrices}
+
+
+def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
+    """Write small arrays to `weights/file` and return their places."""
+    path = root / "weights" / file
     entries = [_Entry(name, _SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
     chunks = ((name, block) for name, array in arrays.items() for block in _blocks(array, dtype))
     _write_safetensors(path, entries, chunks, lambda *_: None)
-    refs = read_tensors(path)
-
-    def stored(site: str, part: str) -> StoredTensor:
-        ref = refs[f"surrogate.{site}.lora_{part}"]
-        return StoredTensor("weights/adapters.safetensors", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
-
-    return {site: (stored(site, "A"), stored(site, "B")) for site in matrices}
+    return {
+        name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
+        for name, ref in read_tensors(path).items()
+    }
 
 
 def copy_file(source: Path, target: Path, progress: Progress) -> None:

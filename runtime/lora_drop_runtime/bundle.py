@@ -49,8 +49,8 @@ class ModelFacts:
     """What the runtime and the cost formulas need to know of the model.
 
     `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
-    sliding window in positions, 0 for none; `dtype` is of activations and caches, `weight_dtype` is `int4` or `int8`
-    where linear layers are quantized; the byte counts are as stored in the bundle.
+    sliding window in positions, 0 for none; `dtype` is of activations and, unless `kv_dtype` is `int8`, of caches;
+    `weight_dtype` is `int4` or `int8` where linear layers are quantized; the byte counts are as stored in the bundle.
     """
 
     name: str
@@ -69,15 +69,17 @@ class ModelFacts:
     head_bytes: int
     embedding_row_bytes: int
     weight_dtype: str = "float32"
+    kv_dtype: str | None = None
 
     @property
     def cache(self) -> CacheShape:
-        return CacheShape(self.kv_heads, self.head_dim, self.dtype)
+        return CacheShape(self.kv_heads, self.head_dim, self.dtype, self.kv_dtype)
 
     @property
     def token_kv_bytes(self) -> int:
         """Bytes of one token's K and V in one layer."""
-        return 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        width = 1 if self.kv_dtype == "int8" else DTYPE_BYTES[self.dtype]
+        return 2 * self.kv_heads * self.head_dim * width
 
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -48,6 +48,7 @@ class OrtEngine:
         target: whose graphs; `ort`, or a TensorRT target.
         provider: `cpu`, `cuda` or `rtx`; `cpu` when None.
         threads: intra-op threads; None leaves the number of physical cores.
+        steps: another graph in the place of the target's, for `ort`.
 
     Raises:
         NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU here.
@@ -55,7 +56,13 @@ class OrtEngine:
     """
 
     def __init__(
-        self, bundle: Bundle, target: str = "ort", *, provider: str | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        target: str = "ort",
+        *,
+        provider: str | None = None,
+        threads: int | None = None,
+        steps: bytes | None = None,
     ) -> None:
         import onnxruntime
 
@@ -74,6 +81,7 @@ class OrtEngine:
                 hint="Use --provider cpu, or install the ONNX Runtime package that has it.",
             )
         self._threads = threads
+        self._steps = steps
         on_device = target in DEVICE_TARGETS
         self.target = target
         self.chooses_tokens = on_device
@@ -118,7 +126,7 @@ class OrtEngine:
                 session = self._ort.InferenceSession(path, options, enable_fallback=0)
             else:
                 session = self._ort.InferenceSession(
-                    path.read_bytes(), options, providers=[self._provider], enable_fallback=0
+                    self._steps or path.read_bytes(), options, providers=[self._provider], enable_fallback=0
                 )
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             if self._memory is not None:

@@ -51,7 +51,8 @@ def describe(bundle: Bundle) -> list[str]:
     adapters = f"rank {plan.rank}" if plan.rank else "no adapters"
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
-        f"{model.num_heads}/{model.kv_heads} heads, {model.dtype})",
+        f"{model.num_heads}/{model.kv_heads} heads, {model.dtype}"
+        f"{', K/V int8' if model.kv_dtype else ''})",
         *_quantization(manifest),
         f"layers       {strip}   █ kept, · dropped on LoRA steps",
         f"drop list    {', '.join(map(str, plan.drop_layers)) or 'none'}: {len(dropped)} of "
@@ -106,9 +107,7 @@ def _targets(manifest: Manifest) -> list[str]:
     stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
     for target, entry in manifest.targets.items():
         disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
-        resident, what = stored, "the weight files, mapped once"
-        if target == "ort" and manifest.model.dtype != "float32":
-            resident, what = 2 * stored, "the weights of both steps on the GPU, each step its own copy"
+        resident, what = stored, "the weights, once for both steps"
         if "engine_bytes" in entry:
             engines = sum(entry["engine_bytes"].values())
             form = f"attention {entry['form']}"
