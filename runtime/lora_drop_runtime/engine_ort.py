@@ -4,8 +4,8 @@ Enters: a bundle and the name of a step graph's buffers. Leaves: a callable that
 Knows no model, no schedule and no token: it binds names to memory and runs.
 
     target          provider    graphs                                           caches, states, logits
-    ort             cpu         float32; both sessions map the same weight       numpy
-                                files, so the process holds one copy of them
+    ort             cpu         float32 activations; both steps in one graph,    numpy
+                                so that one session holds the weights once
     ort             cuda        float16, bfloat16                                the GPU's memory
     tensorrt-rtx    rtx         the engines, as EPContext nodes                  the GPU's memory
     tensorrt[-rtx]  cpu         what the engines were built from, where that is  numpy
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle, WeightInput
+from .bundle import QUANTIZED_DTYPES, Bundle, ModelFacts, WeightInput
 from .engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
 from .errors import BundleError, NoDeviceError, first_line
 from .graph_io import DEVICE_TARGETS, JOINED_TARGET, LORA_STEP
@@ -36,6 +36,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
+PACKED_BYTES = 768 << 20  # a second of packing
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 _ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
@@ -117,6 +118,8 @@ class OrtEngine:
 
     def _open(self, file: str, replaced: Mapping[str, Any]) -> Any:
         options = session_options(self._ort, self._bundle.root, self._threads)
+        if not packs_weights(self._bundle.manifest.model):
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if replaced:
             options.add_external_initializers(list(replaced), list(replaced.values()))
         path = self._bundle.root / file
@@ -223,6 +226,15 @@ class OrtEngine:
         self._sessions.clear()
         self._weights.clear()
         self._memory = None
+
+
+def packs_weights(model: ModelFacts) -> bool:
+    """Whether ONNX Runtime rearranges weights for its kernels when a bundle is opened, or computes on the mapped files.
+
+    Quantized weights have no other kernels worth having. Float weights gain where matrices are small and opening stays
+    below a second.
+    """
+    return model.weight_dtype in QUANTIZED_DTYPES or sum(model.layer_bytes) + model.head_bytes <= PACKED_BYTES
 
 
 def session_options(ort: Any, root: str | Path, threads: int | None) -> Any:

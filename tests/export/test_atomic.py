@@ -387,7 +387,7 @@ def test_manifest_is_self_describing(place, more):
     assert model["fingerprint"] == family("llama").checkpoint.fingerprint()
     assert (model["vocab_size"], model["hidden_size"]) == (SIZES["vocab_size"], SIZES["hidden_size"])
     assert (model["num_heads"], model["kv_heads"], model["head_dim"]) == (4, 2, 16)
-    assert data["targets"] == ({} if "none" in more else {"ort": {k: f"ort/{k}.onnx" for k in ("refresh", "lora")}})
+    assert data["targets"] == ({} if "none" in more else {"ort": {"steps": "ort/steps.onnx"}})
     for package in ("torch", "transformers", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "lora-drop-export"):
         assert data["versions"][package] == importlib.metadata.version(package)
     # Every file but the manifest, with its size, and the hash of its content or of its safetensors header

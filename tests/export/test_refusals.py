@@ -638,7 +638,7 @@ def test_other_format_version(bundle_refused, bundle, version):
 
 
 @pytest.mark.parametrize(
-    "file", ["refresh.onnx", "ort/lora.onnx", "weights/model.safetensors", "weights/adapters.safetensors",
+    "file", ["refresh.onnx", "ort/steps.onnx", "weights/model.safetensors", "weights/adapters.safetensors",
              "tokenizer/tokenizer.json"],
 )  # fmt: skip
 def test_file_is_missing_or_truncated(bundle_refused, bundle, file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -49,17 +50,24 @@ def test_verify_writes_what_it_found(good, tmp_path):
     assert len(report["steps"]) == verified.manifest.verification["ort"]["steps"]
 
 
-def rewire(path, change) -> None:
+def rewire(root, step, change) -> None:
+    """Change one step of a bundle's graph for ONNX Runtime, and the size that the manifest says."""
+    path = root / "ort" / "steps.onnx"
     model = onnx.load(path, load_external_data=False)
-    change(model.graph)
+    branch = {"lora": "then_branch", "refresh": "else_branch"}[step]
+    change(next(a.g for a in model.graph.node[0].attribute if a.name == branch))
     path.write_bytes(model.SerializeToString())
+    manifest = json.loads((root / "lora_drop.json").read_text())
+    manifest["files"]["ort/steps.onnx"]["size_bytes"] = path.stat().st_size
+    (root / "lora_drop.json").write_text(json.dumps(manifest))
 
 
 def swap_weights(graph) -> None:
     """Two weights of the same shape trade places, as a wrong offset would do."""
-    tensors = {t.name: t for t in graph.initializer}
-    a, b = (tensors[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "kv")
-    a.name, b.name = b.name, a.name
+    names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"]
+    trade = dict(zip(names, reversed(names), strict=True))
+    for node in graph.node:
+        node.input[:] = [trade.get(name, name) for name in node.input]
 
 
 def swap_caches(graph) -> None:
@@ -77,7 +85,7 @@ def wrong_length_group(graph) -> None:
 
 def no_base(graph) -> None:
     """A surrogate without its base."""
-    (node,) = [n for n in graph.node if n.name.startswith("surrogate.4.mlp") and n.op_type == "Add"]
+    (node,) = [n for n in graph.node if "surrogate.4.mlp" in n.name and n.op_type == "Add"]
     node.input[1] = node.input[0]
 
 
@@ -102,11 +110,43 @@ def state_of_another_layer(graph) -> None:
 )
 def test_mutant_graph_fails(graph, change, good, tmp_path):
     root = shutil.copytree(good.root, tmp_path / "b")
-    rewire(root / "ort" / f"{graph}.onnx", change)
-    size = (root / "ort" / f"{graph}.onnx").stat().st_size
-    manifest = json.loads((root / "lora_drop.json").read_text())
-    manifest["files"][f"ort/{graph}.onnx"]["size_bytes"] = size
-    (root / "lora_drop.json").write_text(json.dumps(manifest))
+    rewire(root, graph, change)
+    with pytest.raises(VerificationError, match=r"disagrees|cannot be executed"):
+        verify(Bundle.open(root), console=Console(), threads=1)
+
+
+def no_zero_points(graph) -> None:
+    node = next(n for n in graph.node if n.op_type == "MatMulNBits" and n.input[3])
+    node.input[3] = ""
+
+
+def scales_of_another(graph) -> None:
+    for node, other in itertools.pairwise([n for n in graph.node if n.op_type == "MatMulNBits"][1:6:4]):
+        node.input[2], other.input[2] = other.input[2], node.input[2]
+
+
+def cache_scales_swapped(graph) -> None:
+    node = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
+    node.input[12], node.input[13] = node.input[13], node.input[12]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> Bundle:
+    return make_bundle("llama", tmp_path_factory.mktemp("int4") / "b", dtype="int4", kv_dtype="int8", drop_layers=(4,))
+
+
+def test_quantized_bundle_passes(quantized):
+    """With float32 kernels as close as float weights are; what runs is close in its median."""
+    result = compare(quantized, threads=1)
+    assert result.passed
+    assert result.rounded_cosine is not None
+    assert result.rounded_cosine > 0.99
+
+
+@pytest.mark.parametrize("change", [no_zero_points, scales_of_another, cache_scales_swapped])
+def test_mutant_of_a_quantized_bundle_fails(change, quantized, tmp_path):
+    root = shutil.copytree(quantized.root, tmp_path / "b")
+    rewire(root, "refresh", change)
     with pytest.raises(VerificationError, match=r"disagrees|cannot be executed"):
         verify(Bundle.open(root), console=Console(), threads=1)
 
@@ -128,7 +168,7 @@ def test_compare_command(good, tmp_path, capsys):
     assert main(["compare", str(good.root), "--k", "1", "--json", str(tmp_path / "r.json"), "--threads", "1"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["k"] == 1
     root = shutil.copytree(good.root, tmp_path / "b")
-    rewire(root / "ort" / "lora.onnx", swap_caches)
+    rewire(root, "lora", swap_caches)
     assert main(["compare", str(root), "--threads", "1"]) == 1
     assert "error: The bundle on ort disagrees with PyTorch." in capsys.readouterr().err
 

@@ -213,7 +213,7 @@ def test_check_finds_a_changed_byte(copied: Path, capsys: pytest.CaptureFixture[
 
 
 def test_check_counts_changed_files(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("lora.onnx", "refresh.onnx", "ort/lora.onnx"):
+    for name in ("lora.onnx", "refresh.onnx", "ort/steps.onnx"):
         flip(copied / name, 9)
     assert main(["inspect", str(copied), "--check"]) == 2
     assert "Note: lora.onnx does not have the recorded hash, nor have 2 others." in capsys.readouterr().err
