@@ -606,15 +606,15 @@ def build_target(
     (root / target).mkdir()
     if target == "ort":
         with console.phase("lowering to ONNX Runtime"):
-            return _lower_to_ort(root, graphs)
+            return _lower_to_ort(root, graphs, manifest.limits.max_seq_len)
     return _build_engines(root, manifest, graphs, target, options, console, timing_cache)
 
 
-def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any]) -> dict[str, Any]:
+def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any], max_seq_len: int) -> dict[str, Any]:
     from .lower_ort import ort_from_neutral
 
     entry = {"steps": "ort/steps.onnx"}
-    joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA])
+    joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], max_seq_len)
     (root / entry["steps"]).write_bytes(joined.SerializeToString())
     return entry
 

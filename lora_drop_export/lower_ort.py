@@ -14,7 +14,8 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
        Attention                  the valid length, RoPE stays outside, so that cache slot ≠ position is exact
     7. the same for one token   → an If around it: TensorScatter ×2 + GroupQueryAttention over a sequence made of the
        of one row                 query heads that share K and V, which are then read once; where MIN_FOLD or more do
-    8. RotaryEmbedding          → on [B, S, H·D], without the transposes around it
+    8. RotaryEmbedding          → into the attention where q, k and v are one product, with tables over all positions;
+                                  else on [B, S, H·D], without the transposes around it
     9. logits                   → float32, whatever the dtype
 
 Requires: the form that surgery.py makes. Ensures: no Attention or mask remains, and a TensorScatter without an
@@ -51,37 +52,24 @@ from .rewrite import (
 MICROSOFT = "com.microsoft"
 # Query heads that share K and V, from which on folding them pays: 2× as fast with 7, 1.5× with 6, slower with 3
 MIN_FOLD = 4
+ROTARY_BYTES = 32 << 20  # of tables that are worth a node or two a layer
 _HEADS_FIRST = (0, 2, 1, 3)
 _TABLE = ".table"  # the second name of a weight that is looked up row by row
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
-_ROW_WISE = {
-    *(
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Pow",
-        "Neg",
-        "Sqrt",
-        "Sigmoid",
-        "Tanh",
-        "Erf",
-        "Gelu",
-        "Relu",
-        "Clip",
-        "Cast",
-        "Split",
-    ),
-    *("RMSNormalization", "LayerNormalization"),
-}
+_ROW_WISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"}
+_ROW_WISE |= {"Split", "RMSNormalization", "LayerNormalization"}
 
 
-def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto) -> onnx.ModelProto:
-    """Lower both steps and join them; the arguments are left as they were."""
-    return _joined(lower_step(lora), lower_step(refresh))
+def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
+    """Lower both steps and join them; the arguments are left as they were.
+
+    Args:
+        max_positions: tokens of the longest row.
+    """
+    return _joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))
 
 
-def lower_step(proto: onnx.ModelProto) -> onnx.ModelProto:
+def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     """One step alone, with its own inputs and outputs."""
     model = ir.serde.deserialize_model(proto)
     graph = model.graph
@@ -92,6 +80,9 @@ def lower_step(proto: onnx.ModelProto) -> onnx.ModelProto:
     rows = _Rows(graph)
     groups = {group[0].weight: group for group in linear_groups(graph)}
     for node in list(graph):  # in order, so that a layer finds the twins of the one before
+        if node.op_type == "Reshape" and str(node.name).startswith("surrogate."):
+            rows.take_in(node)
+            continue
         linear = match_linear(node) if node.op_type == "MatMul" else None
         if linear is None or (linear.weight in groups and _fuse_linears(graph, groups[linear.weight], rows)):
             continue
@@ -99,10 +90,10 @@ def lower_step(proto: onnx.ModelProto) -> onnx.ModelProto:
             ops = Ops()
             replace_node(graph, linear.last, ops, _product(graph, ops, linear, rows))
     rows.settle()
-    lengths = _Lengths(graph)
+    lengths, rotations = _Lengths(graph), _Rotations(proto, graph, max_positions)
     for node in list(graph):
         if node.op_type == "Attention":
-            _lower_attention(graph, node, lengths)
+            _lower_attention(graph, node, lengths, rotations)
     graph.sort()
     RemoveUnusedNodesPass()(model)
     _fuse_elementwise(graph)
@@ -153,6 +144,15 @@ class _Rows:
                 self.register(value, ops("Reshape", value, ops.ints([-1, int(value.shape[2])])))  # type: ignore[arg-type]
             self.graph.insert_after(node, ops.nodes) if node else self.graph.insert_before(self.graph[0], ops.nodes)
         return self.made[value]
+
+    def take_in(self, reshape: ir.Node) -> None:
+        """A Reshape between tokens and rows around a surrogate: what it makes is a twin, or has one."""
+        before, after = reshape.inputs[0], reshape.outputs[0]
+        assert before is not None
+        if _rank(before) == 3 and _rank(after) == 2:
+            after.replace_all_uses_with(self.get(before))
+        elif _rank(before) == 2 and _rank(after) == 3:
+            self.register(after, before)
 
     def register(self, value: ir.Value, twin: ir.Value) -> None:
         assert value.shape is not None
@@ -318,8 +318,8 @@ def _lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
 # ── attention ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
-    # Cases 6 and 7
+def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotations: _Rotations) -> None:
+    # Cases 6 to 8
     query = node.inputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
@@ -341,11 +341,22 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths) -> None:
         scales = (
             _alias(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
         )
-        quantized = [None] * 5 + [*scales]
-    rows = [_tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
-    inputs = [*rows, past_key, past_value, *lengths.get(length), *quantized]
+        quantized = [*scales]
+    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and not quantized and not window
+    rows: list[ir.Value | None] = [None, None, None]
+    rotary: list[ir.Value | None] = [None] * 5
+    rotated = None if folds or query.dtype != ir.DataType.FLOAT else rotations.joined(query, key, value)
+    if rotated is not None:
+        rows[0], cos, sin = rotated  # [B, S, (H + 2 Hkv)·D]
+        rotary = [cos, sin, lengths.positions(), None, None]
+        attributes["do_rotary"] = 1
+    else:
+        rows = [_tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized]
+    while inputs[-1] is None:
+        inputs.pop()
     attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
-    if not quantized and not window and heads // kv_heads >= MIN_FOLD:
+    if folds:
         folded = _folded(inputs, length, attributes, head_dim)
         attention = _either(lengths.single(), folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
     ops.nodes.append(attention)
@@ -448,6 +459,69 @@ def _tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
     return ops("Reshape", tokens, ops.ints([0, 0, heads * head_dim]))
 
 
+class _Rotations:
+    """RoPE inside GroupQueryAttention: tables over all positions, as the traced graph computes them."""
+
+    def __init__(self, proto: onnx.ModelProto, graph: ir.Graph, max_positions: int) -> None:
+        self.proto, self.graph, self.max_positions = proto, graph, max_positions
+        self.made: dict[ir.Value, ir.Value] = {}
+
+    def joined(
+        self, query: ir.Value, key: ir.Value | None, value: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+        """The one product that q, k and v are split from, and the two tables; None where they are not."""
+        assert key is not None
+        if 4 * self.max_positions * int(query.shape[3]) > ROTARY_BYTES:  # type: ignore[index, arg-type]
+            return None
+        turned = [query.producer(), key.producer()]
+        tables = []
+        for node in turned:
+            if node is None or node.op_type != "RotaryEmbedding" or "rotary_embedding_dim" in node.attributes:
+                return None
+            if "interleaved" in node.attributes and node.attributes["interleaved"].as_int():
+                return None
+            tables.append(tuple(node.inputs[1:3]))
+        q, k = (node.inputs[0] for node in turned if node is not None)
+        parts = [_tokens_first(Ops(), t) for t in (q, k, value)]
+        split = parts[0].producer()
+        if tables[0] != tables[1] or split is None or split.op_type != "Split" or list(split.outputs) != parts:
+            return None
+        whole = split.inputs[0]
+        assert whole is not None
+        cos, sin = (self._table(t) for t in tables[0])
+        return whole, cos, sin
+
+    def _table(self, value: ir.Value | None) -> ir.Value:
+        """[max_positions, D/2]: what the graph computes as [B, S, D/2], once for all positions."""
+        import onnxruntime
+
+        assert value is not None
+        if value not in self.made:
+            model = ir.serde.deserialize_model(self.proto)
+            graph = model.graph
+            found = next(v for node in graph for v in node.outputs if v.name == value.name)
+            graph.outputs[:] = [found]
+            RemoveUnusedNodesPass()(model)
+            needed = {use for node in graph for use in node.inputs}
+            graph.inputs[:] = [v for v in graph.inputs if v in needed]
+            for v in graph.inputs:  # the LoRA step's holds one token a row
+                if v.name == "input_ids":
+                    v.shape = ir.Shape(["batch", "sequence"])
+            feeds = {"input_ids": np.zeros((1, self.max_positions), np.int64), "len_kept": np.zeros(1, np.int64)}
+            session = onnxruntime.InferenceSession(
+                ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            (table,) = session.run(None, {v.name: feeds[v.name] for v in session.get_inputs()})
+            name = f"rotary.{len(self.made)}"
+            tensor = ir.tensor(np.ascontiguousarray(table[0]), name=name)
+            made = ir.Value(
+                name=name, shape=ir.Shape(table[0].shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self.graph.initializers[name] = made
+            self.made[value] = made
+        return self.made[value]
+
+
 class _Lengths:
     """GroupQueryAttention's two length inputs for each length group: last valid slot [B] and total, both int32."""
 
@@ -455,6 +529,19 @@ class _Lengths:
         self.graph = graph
         self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.is_single: ir.Value | None = None
+        self.each: ir.Value | None = None
+
+    def positions(self) -> ir.Value:
+        """The position of each new token, int64 [B, S]."""
+        if self.each is None:
+            ops = Ops()
+            inputs = {i.name: i for i in self.graph.inputs}
+            count = ops("Squeeze", ops("Shape", inputs["input_ids"], start=1, end=2))
+            zero, one = (ops.constant(np.array(n, np.int64)) for n in (0, 1))
+            begin = ops("Unsqueeze", inputs["len_kept"], ops.ints([1]))
+            self.each = ops("Add", begin, ops("Range", zero, count, one))
+            self.graph.insert_before(self.graph[0], ops.nodes)
+        return self.each
 
     def single(self) -> ir.Value:
         """Whether the step is of one token of one row, bool []."""

@@ -67,7 +67,8 @@ class Quantization:
         """With the defaults for what is not given."""
         bits = QUANTIZED_DTYPES[dtype]
         default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
-        return cls(bits, block_size or BLOCK_SIZES[0], method or default, symmetric=bits == 8)
+        method = method or default
+        return cls(bits, block_size or BLOCK_SIZES[0], method, symmetric=bits == 8 or method == "rtn")
 
     def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
         """The format of a matrix [N, K]; None when no block size divides K.

@@ -88,6 +88,12 @@ def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
     return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
 
 
+def rewritten(name: str) -> Family:
+    """A family whose checkpoint the exporter writes again, in the order that lets it fuse layers."""
+    source = family(name)
+    return dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
+
+
 def save_adapters(
     directory: Path,
     plan: DropPlan,

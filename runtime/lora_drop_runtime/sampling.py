@@ -124,8 +124,9 @@ class Sampler:
         """
         assert len(logits) == len(active) == len(self._generators)
         tokens = np.zeros(len(logits), np.int64)
-        for row in np.flatnonzero(active).tolist():
-            tokens[row] = self._choose(row, logits[row])
+        for row, is_active in enumerate(active.tolist()):
+            if is_active:
+                tokens[row] = self._choose(row, logits[row])
         return tokens
 
     def _choose(self, row: int, scores: NDArray[np.float32]) -> int:

@@ -178,7 +178,7 @@ class Session:
     ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
         """Yields (token per row, whether the row is still going) for every new token."""
         manifest = self.bundle.manifest
-        stops = manifest.special_tokens.eos if stop_token_ids is None else tuple(stop_token_ids)
+        stops = set(manifest.special_tokens.eos if stop_token_ids is None else stop_token_ids)
         lengths = np.array([len(row) for row in rows], np.int64)
         padded = np.full((len(rows), max(1, int(lengths.max(initial=0)))), manifest.special_tokens.pad, np.int64)
         for row, ids in enumerate(rows):
@@ -192,8 +192,12 @@ class Session:
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
             tokens = self._running().chosen(active) if sampler is None else sampler.sample(self._logits(), active)
-            active = active & ~np.isin(tokens, stops)
-            if not active.any():
+            # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
+            for row, token in enumerate(tokens.tolist() if stops else ()):
+                if token in stops and active[row]:
+                    active = active.copy()
+                    active[row] = False
+            if True not in active.tolist():
                 return
             yield tokens, active
             if left:
@@ -482,7 +486,7 @@ class _Request:
 
     def __post_init__(self) -> None:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
-        self._ones = np.ones(self.batch, np.int64)
+        self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, in one go where they are short, else in chunks."""
@@ -543,10 +547,13 @@ class _Request:
             )
         self.input_ids[:, 0] = token_ids
         prepared()
-        advance = self._ones if active is None else active
-        self.len_kept += advance
-        if kind is StepKind.REFRESH:
-            self.len_dropped += advance
+        refresh = kind is StepKind.REFRESH
+        for row, goes_on in enumerate([True] * self.batch if active is None else active.tolist()):
+            if goes_on:
+                self.kept[row] += 1
+                if refresh:
+                    self.dropped[row] += 1
+        if refresh:
             self.side = 0
         elif self.states[0] is not self.states[1]:
             self.side = 1 - self.side

@@ -14,7 +14,7 @@ from lora_drop_runtime.plan import DropPlan, PeriodicSchedule
 from lora_drop_runtime.session import PREFILL_CHUNK, Session
 
 from tests import golden, oracle
-from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters, traced_model
+from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, rewritten, save_adapters, traced_model
 from tests.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
@@ -56,6 +56,19 @@ def test_family(name, tmp_path):
         for k in WINDOWS:
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "llama_tied"])
+def test_fused_weights(name, tmp_path, monkeypatch):
+    """Weights in the exporter's own order: q, k, v and gate, up are one product each, and attention rotates itself."""
+    bundle = make_bundle(rewritten(name), tmp_path / "b", surrogate="recurrent", rank=2)
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+        for k in (0, 3):
+            assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, k)
+        monkeypatch.setattr("lora_drop_runtime.session.PREFILL_CHUNK", 2)
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 1)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,11 +11,8 @@ import onnx
 import pytest
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.safetensors_file import read_tensors
-from lora_drop_runtime.session import Session
 
-from lora_drop_export.compiler import ExportOptions, write_bundle
-from lora_drop_export.console import Console
-from tests.bundles import PROMPTS, family, make_bundle
+from tests.bundles import family, make_bundle, rewritten
 
 SHARED_NORMS = "layers.{}.input_layernorm.weight"
 
@@ -49,33 +46,21 @@ def everywhere(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def written(tmp_path: Path, name: str, **options: object) -> Bundle:
-    """A bundle whose weights the exporter wrote in its own order: as from a checkpoint in another dtype."""
-    import torch
-
-    from lora_drop_export.checkpoint import open_checkpoint
-
-    source = family(name)
-    model = tmp_path / "model"
-    source.model.to(torch.bfloat16).save_pretrained(model)
-    source.model.to(torch.float32)
-    checkpoint = open_checkpoint(str(model), tmp_path / "scratch")
-    root = tmp_path / "b"
-    root.mkdir()
-    return write_bundle(root, checkpoint, source.traced, "float32", ExportOptions(max_seq_len=64, **options), Console())
+    """A bundle whose weights the exporter wrote in its own order."""
+    return make_bundle(rewritten(name), tmp_path / "b", **{"max_seq_len": 64, **options})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
 @pytest.mark.parametrize("step", ["refresh", "lora"])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_layer_is_thirteen_nodes(tmp_path, name, step, dtype):
-    """Two norms with their additions, four products, two splits, two rotations, attention, and the gate's two."""
+def test_a_layer_is_ten_nodes(tmp_path, name, step, dtype):
+    """Two norms with their additions, four products, attention with its rotation, a split, and the gate's two."""
     bundle = written(tmp_path, name, drop_layers=(4,), dtype=dtype)
     product = "Gemm" if dtype == "float32" else "MatMulNBits"
     expected = {
         "SkipSimplifiedLayerNormalization": 2,
         product: 4,
-        "Split": 2,
-        "RotaryEmbedding": 2,
+        "Split": 1,
         "GroupQueryAttention": 1,
         "QuickGelu": 1,
         "Mul": 1,
@@ -102,30 +87,6 @@ def test_checkpoint_as_it_lies_is_fused_where_it_can_be(tmp_path):
     np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
-def test_fused_weights_change_nothing(tmp_path):
-    """The same tokens as from the unfused checkpoint in bfloat16's values."""
-    bundle = written(tmp_path, "llama")
-    lies = tmp_path / "values"
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from lora_drop_export.checkpoint import open_checkpoint
-
-    tensors = {n: t.to(torch.float32) for n, t in load_file(tmp_path / "model" / "model.safetensors").items()}
-    lies.mkdir()
-    (lies / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
-    save_file(tensors, lies / "model.safetensors", {"format": "pt"})
-    (tmp_path / "b2").mkdir()
-    options = ExportOptions(max_seq_len=64)
-    checkpoint = open_checkpoint(str(lies), tmp_path / "scratch2")
-    plain = write_bundle(tmp_path / "b2", checkpoint, family("llama").traced, "float32", options, Console())
-    results = []
-    for made in (bundle, plain):
-        with Session.open(made.root, threads=1) as session:
-            results.append([row.tolist() for row in session.generate(PROMPTS, 12, stop_token_ids=())])
-    assert results[0] == results[1]
-
-
 @pytest.mark.parametrize("least", [1, 4])
 def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least):
     monkeypatch.setattr("lora_drop_export.lower_ort.MIN_FOLD", least)
@@ -136,13 +97,28 @@ def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least
     assert len(folded) == (family("llama").checkpoint.config.num_hidden_layers * 2 - 1 if least == 1 else 0)
 
 
+def test_rotary_tables_are_the_models(tmp_path):
+    """The tables that attention gets are cos and sin of transformers, for every position that a row can have."""
+    import torch
+
+    source = family("llama")
+    graph = steps_graph(written(tmp_path, "llama", drop_layers=(4,)))
+    tables = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.startswith("rotary.")]
+    positions = torch.arange(64)[None]
+    cos, sin = source.model.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
+    assert len(tables) == 2
+    for ours, theirs in zip(tables, (cos, sin), strict=True):
+        np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[1]].numpy(), atol=1e-6)
+
+
 def test_no_weight_twice(tmp_path):
     """Both steps name the same initializers of the outer graph, and none holds data of its own."""
     graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))
     names = [tensor.name for tensor in graph.initializer]
     assert len(set(names)) == len(names)
     weights = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    assert sum(len(tensor.raw_data) for tensor in graph.initializer) < 100  # RoPE's frequencies
+    inline = {t.name for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
+    assert all(name.startswith("rotary.") or "inv_freq" in name for name in inline), inline
     assert len(weights) > 50
     assert all(not branch.initializer for branch in branches(graph).values())
     tensors = {name for node in branches(graph)["lora"].node for name in node.input} & set(names)

@@ -191,7 +191,7 @@ def test_two_steps_hold_one_copy_of_the_weights(tmp_path, dtype):
     assert weights_kib > {"float32": 400_000, "int4": 50_000, "int8": 100_000}[dtype]
     refresh = onnx.load(bundle.root / "refresh.onnx", load_external_data=False)
     alone = bundle.root / "alone.onnx"
-    alone.write_bytes(lower_step(refresh).SerializeToString())
+    alone.write_bytes(lower_step(refresh, 128).SerializeToString())
 
     def measure(graph: str) -> int:
         command = [sys.executable, "-c", MEASURE, str(bundle.root), graph]
