@@ -58,7 +58,7 @@ def test_family(name, tmp_path):
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "llama_tied"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_yarn", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_fused_weights(name, tmp_path, monkeypatch):
     """Weights in the exporter's own order: q, k, v and gate, up are one product each, and attention rotates itself."""
     bundle = make_bundle(rewritten(name), tmp_path / "b", surrogate="recurrent", rank=2)

@@ -88,7 +88,7 @@ class FakeEngine:
         interrupt_at: the number of the run (from 1) in which Ctrl-C is pressed, after K/V and before the logits.
     """
 
-    target = "ort"
+    target = "fake"  # a graph for each step
     chooses_tokens = False
     prefill_chunk: int | None = None
     batched_chunks = False
