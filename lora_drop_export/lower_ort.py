@@ -13,7 +13,8 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
     6. TensorScatter ×2 +       → com.microsoft.GroupQueryAttention: past and present share one buffer, the cost follows
        Attention                  the valid length, RoPE stays outside, so that cache slot ≠ position is exact
     7. the same for one token   → an If around it: TensorScatter ×2 + GroupQueryAttention over a sequence made of the
-       of one row                 query heads that share K and V, which are then read once; where MIN_FOLD or more do
+       of one row                 query heads that share K and V, which are then read once; where MIN_FOLD or more do,
+                                  and once there are as many slots (the operator's own condition)
     8. RotaryEmbedding          → into the attention where q, k and v are one product, with tables over all positions;
                                   else on [B, S, H·D], without the transposes around it
     9. logits                   → float32, whatever the dtype
@@ -358,7 +359,8 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotation
     attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
     if folds:
         folded = _folded(inputs, length, attributes, head_dim)
-        attention = _either(lengths.single(), folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
+        condition = lengths.folds(length, heads // kv_heads)
+        attention = _either(condition, folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
     ops.nodes.append(attention)
     merged = attention.outputs[0]  # [B, S, H·D]
     merged.type = query.type
@@ -528,7 +530,7 @@ class _Lengths:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self.is_single: ir.Value | None = None
+        self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
 
     def positions(self) -> ir.Value:
@@ -543,14 +545,19 @@ class _Lengths:
             self.graph.insert_before(self.graph[0], ops.nodes)
         return self.each
 
-    def single(self) -> ir.Value:
-        """Whether the step is of one token of one row, bool []."""
-        if self.is_single is None:
+    def folds(self, length: ir.Value | None, group: int) -> ir.Value:
+        """Whether a step may fold `group` query heads, bool []: one token of one row, and as many slots as heads."""
+        assert length is not None
+        key = str(length.name), group
+        if key not in self.conditions:
             ops = Ops()
             input_ids = next(i for i in self.graph.inputs if i.name == "input_ids")
-            self.is_single = ops("Equal", ops("Size", input_ids), ops.constant(np.array(1, np.int64)))
+            single = ops("Equal", ops("Size", input_ids), ops.constant(np.array(1, np.int64)))
+            shortest = ops("ReduceMin", length, keepdims=0)
+            enough = ops("GreaterOrEqual", shortest, ops.constant(np.array(group - 1, np.int64)))
+            self.conditions[key] = ops("And", single, enough)
             self.graph.insert_before(self.graph[0], ops.nodes)
-        return self.is_single
+        return self.conditions[key]
 
     def get(self, length: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         assert length is not None
@@ -618,7 +625,8 @@ def _fuse_skip_norm(graph: ir.Graph, node: ir.Node) -> None:
 
 def _joined(lora: onnx.ModelProto, refresh: onnx.ModelProto) -> onnx.ModelProto:
     """If(lora_step): the LoRA step, else the refresh."""
-    inputs = {value.name: value for form in (lora, refresh) for value in form.graph.input}  # the refresh's shapes
+    inputs = {value.name: value for value in refresh.graph.input}
+    inputs |= {value.name: value for value in lora.graph.input if value.name not in inputs}
     outputs = {value.name: value for value in refresh.graph.output}
     weights: dict[str, onnx.TensorProto] = {}
     for form in (refresh, lora):

@@ -66,9 +66,12 @@ def test_io_is_the_table(tmp_path):
     """Inputs and outputs stand in the order, dtype and shape of graph_io."""
     bundle = make_bundle("qwen2", tmp_path / "b", surrogate="recurrent", injection="attn_mlp", rank=2)
     for kind in StepKind:
-        for folder in ("", "ort/"):
-            graph = load(bundle, f"{folder}{kind.value}").graph
-            io = bundle.manifest.io(kind)
+        for file, target in ((kind.value, None), ("ort/steps", "ort")):
+            graph = load(bundle, file).graph
+            if target:
+                assert graph.input[0].name == "lora_step"
+                del graph.input[0]
+            io = bundle.manifest.io(StepKind.REFRESH if target else kind, target)
             for values, specs in ((graph.input, io.inputs), (graph.output, io.outputs)):
                 assert names(values) == [spec.name for spec in specs]
                 for value, spec in zip(values, specs, strict=True):
