@@ -38,6 +38,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
+INT8_CACHES_SINCE = (1, 29)
 PACKED_BYTES = 768 << 20  # a second of packing
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 _ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
@@ -72,6 +73,7 @@ class OrtEngine:
         provider = provider or "cpu"
         entry = bundle.target(target)[1]
         _check_runs(bundle, target, provider)
+        _check_version(onnxruntime.__version__, bundle.manifest.model)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
@@ -320,6 +322,16 @@ def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
             "The execution provider cannot run the bundle.",
             note=f"{provider!r} was asked for; target {target!r} in {dtype} runs on {able}.",
             hint=f"Use --provider {able}." if able in PROVIDERS else "Export with another --dtype or --target.",
+        )
+
+
+def _check_version(version: str, model: ModelFacts) -> None:
+    """Refuse an ONNX Runtime whose attention does not take the bundle's caches."""
+    if model.kv_dtype and tuple(map(int, version.split(".")[:2])) < INT8_CACHES_SINCE:
+        raise BundleError(
+            "The installed ONNX Runtime is too old for the bundle.",
+            note=f"It is {version}; int8 caches need {'.'.join(map(str, INT8_CACHES_SINCE))}.",
+            hint="pip install --upgrade onnxruntime; or export without --kv-dtype.",
         )
 
 

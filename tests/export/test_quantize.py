@@ -16,8 +16,10 @@ import onnx
 import pytest
 import torch
 from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.plan import DropPlan
 from lora_drop_runtime.safetensors_file import read_tensors
+from lora_drop_runtime.session import Session
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
@@ -460,3 +462,60 @@ def test_perplexity_is_the_models(tmp_path, exported):
 def test_target_that_cannot_take_them_is_not_added(exported):
     with pytest.raises(InputError, match="cannot take quantized weights"):
         add_target(exported.root, ["tensorrt-rtx"])
+
+
+# ── int8 caches ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_dtype": "int4"},
+        {"kv_dtype": "int8", "targets": ("tensorrt-rtx",)},
+        {"kv_dtype": "int8", "dtype": "float16"},
+    ],
+)
+def test_caches_that_no_target_takes_are_refused(options):
+    with pytest.raises(InputError, match=r"kv-dtype|int8 caches") as refused:
+        ExportOptions(**options)
+    assert refused.value.note
+    assert refused.value.hint
+
+
+def test_cache_scales_are_the_largest_magnitudes(tmp_path):
+    """Of K after RoPE and of V, per channel, over what transformers itself caches for the same tokens."""
+    from transformers import DynamicCache
+
+    source = family("qwen2")
+    ids = np.random.default_rng(3).integers(0, 131, 40)
+    layers = source.checkpoint.config.num_hidden_layers
+    found = Reference(source.checkpoint, DropPlan(layers, ()), {}).largest_kv(ids)
+    cache = DynamicCache()
+    with torch.no_grad():
+        source.model(torch.tensor(ids)[None], past_key_values=cache, use_cache=True)
+    assert len(found) == 2 * layers
+    for layer in range(layers):
+        for part, entries in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):
+            expected = entries[0].abs().amax(1, keepdim=True).numpy()  # [Hkv, 1, D]
+            np.testing.assert_allclose(found[f"kv_scales.{layer}.{part}"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_caches_take_a_quarter(tmp_path):
+    """Bytes of valid entries and of the buffers, as the session counts them."""
+    counted = []
+    for kv_dtype in (None, "int8"):
+        bundle = make_bundle("llama", tmp_path / str(kv_dtype), kv_dtype=kv_dtype, drop_layers=(4,))
+        with Session.open(bundle.root, threads=1) as session:
+            session.generate([[7, 3, 11]], 6, stop_token_ids=())
+            counted.append(session.kv_bytes())
+    assert counted[0] == {name: 4 * size for name, size in counted[1].items()}
+
+
+def test_old_onnx_runtime_is_named(tmp_path, monkeypatch):
+    import onnxruntime
+
+    bundle = make_bundle("llama", tmp_path / "b", kv_dtype="int8", drop_layers=(4,))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.28.3")
+    with pytest.raises(BundleError, match="too old") as refused:
+        Session.open(bundle.root)
+    assert "1.29" in refused.value.note
