@@ -73,6 +73,8 @@ from .rewrite import fusable_groups
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
 from .weights import (
+    ADAPTERS_NAME,
+    KV_SCALES_NAME,
     bytes_read,
     is_taken_as_it_lies,
     resolve_tensors,
@@ -97,7 +99,6 @@ _VERSIONED = (
     "tensorrt-rtx",
     "cuda-bindings",
 )
-WRITTEN = ("adapters.safetensors", "kv_scales.safetensors")  # beside the checkpoint's own files
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
@@ -422,7 +423,7 @@ def write_bundle(
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
     kv_scales: dict[str, StoredTensor] = {}
     if options.kv_dtype:
-        from .verify import KV_SCALES_NAME, calibrate_kv
+        from .verify import calibrate_kv
 
         scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
         kv_scales = store_arrays(scales, KV_SCALES_NAME, "float32", root)
@@ -734,7 +735,7 @@ def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
     for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
         name = file.relative_to(root).as_posix()
         if name != MANIFEST_NAME:
-            of_checkpoint = file.match("weights/*.safetensors") and file.name not in WRITTEN
+            of_checkpoint = file.match("weights/*.safetensors") and file.name not in (ADAPTERS_NAME, KV_SCALES_NAME)
             records[name] = record_file(file, header_only=of_checkpoint and as_it_lay)
     return records
 

@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from lora_drop_runtime.graph_io import LORA_STEP
@@ -191,20 +192,16 @@ def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value
         if zero_points is not None:
             shape = [out_features, count * blocks.bits // 8]
             zero_points = _alias(graph, zero_points, ".blocks", ir.DataType.UINT8, shape)
-        node = ir.node(
+        product = result = ops(
             "MatMulNBits",
-            [x, weight, blocks.scales, zero_points, None, linear.bias],
-            {
-                "K": in_features,
-                "N": out_features,
-                "bits": blocks.bits,
-                "block_size": blocks.block_size,
-                "accuracy_level": 4,  # activations as int8: without it the kernels are 2 to 50 times as slow
-            },
+            *(x, weight, blocks.scales, zero_points, None, linear.bias),
             domain=MICROSOFT,
+            K=in_features,
+            N=out_features,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            accuracy_level=4,  # activations as int8: without it the kernels are 2 to 50 times as slow
         )
-        ops.nodes.append(node)
-        product = result = node.outputs[0]
     result.type, result.shape = x.type, ir.Shape([*x.shape[:2], out_features])
     if product is not result:
         rows.register(result, product)
@@ -307,13 +304,17 @@ def _lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
     if blocks is None:
         node.replace_input_with(0, alias)
         return
-    zero_points = blocks.zero_points
-    inputs = [alias, node.inputs[1], blocks.scales, zero_points]
-    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": blocks.block_size, "bits": blocks.bits}
-    lookup = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
     ops = Ops()
-    ops.nodes.append(lookup)
-    replace_node(graph, node, ops, lookup.outputs[0])
+    rows = ops(
+        "GatherBlockQuantized",
+        *(alias, node.inputs[1], blocks.scales, blocks.zero_points),
+        domain=MICROSOFT,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=blocks.block_size,
+        bits=blocks.bits,
+    )
+    replace_node(graph, node, ops, rows)
 
 
 # ── attention ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -382,7 +383,7 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotation
 def _folded(
     inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
 ) -> list[ir.Node]:
-    # Case 7; the last three nodes make GroupQueryAttention's three outputs
+    # Case 7; the TensorScatters make the caches, the last node makes what attention makes
     query, key, value, past_key, past_value, last_slot, total = inputs
     kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
     ops = Ops()
@@ -390,24 +391,18 @@ def _folded(
     queries = ops(
         "Reshape", ops("Transpose", split, perm=list(_HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim])
     )
-    new = [ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])) for rows in (key, value)]
-    writes = [
-        ir.node("TensorScatter", [past, rows, length], {"axis": 2})
-        for past, rows in zip((past_key, past_value), new, strict=True)
+    caches = [
+        ops("TensorScatter", past, ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])), length, axis=2)
+        for past, rows in ((past_key, key), (past_value, value))
     ]
     none = ops.constant(np.zeros((1, 0, kv_heads * head_dim), np.float32))  # K and V are in the cache already
-    attention = ir.node(
-        "GroupQueryAttention",
-        [queries, none, none, *(write.outputs[0] for write in writes), last_slot, total],
-        attributes | {"num_heads": kv_heads, "causal": 0},
-        domain=MICROSOFT,
+    changed = attributes | {"num_heads": kv_heads, "causal": 0}
+    mixed = ops("GroupQueryAttention", *(queries, none, none, *caches, last_slot, total), domain=MICROSOFT, **changed)
+    heads_last = ops(
+        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(_HEADS_FIRST)
     )
-    before = [*ops.nodes, *writes, attention]
-    ops = Ops()
-    split = ops("Reshape", attention.outputs[0], ops.ints([1, group, kv_heads, head_dim]))
-    rows = ops("Transpose", split, perm=list(_HEADS_FIRST))
-    ops("Reshape", rows, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
-    return [*before, *ops.nodes]
+    ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
+    return ops.nodes
 
 
 def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name: str) -> ir.Node:
@@ -466,7 +461,7 @@ class _Rotations:
 
     def __init__(self, proto: onnx.ModelProto, graph: ir.Graph, max_positions: int) -> None:
         self.proto, self.graph, self.max_positions = proto, graph, max_positions
-        self.made: dict[ir.Value, ir.Value] = {}
+        self.made: dict[tuple[ir.Value | None, ...], list[ir.Value]] = {}
 
     def joined(
         self, query: ir.Value, key: ir.Value | None, value: ir.Value | None
@@ -475,8 +470,7 @@ class _Rotations:
         assert key is not None
         if 4 * self.max_positions * int(query.shape[3]) > ROTARY_BYTES:  # type: ignore[index, arg-type]
             return None
-        turned = [query.producer(), key.producer()]
-        tables = []
+        turned, tables = [query.producer(), key.producer()], []
         for node in turned:
             if node is None or node.op_type != "RotaryEmbedding" or "rotary_embedding_dim" in node.attributes:
                 return None
@@ -490,19 +484,18 @@ class _Rotations:
             return None
         whole = split.inputs[0]
         assert whole is not None
-        cos, sin = (self._table(t) for t in tables[0])
+        cos, sin = self._tables(tables[0])
         return whole, cos, sin
 
-    def _table(self, value: ir.Value | None) -> ir.Value:
-        """[max_positions, D/2]: what the graph computes as [B, S, D/2], once for all positions."""
+    def _tables(self, values: tuple[ir.Value | None, ...]) -> list[ir.Value]:
+        """[max_positions, D/2] each: what the graph computes as [B, S, D/2], once for all positions."""
         import onnxruntime
 
-        assert value is not None
-        if value not in self.made:
+        if values not in self.made:
             model = ir.serde.deserialize_model(self.proto)
             graph = model.graph
-            found = next(v for node in graph for v in node.outputs if v.name == value.name)
-            graph.outputs[:] = [found]
+            found = {v.name: v for node in graph for v in node.outputs}
+            graph.outputs[:] = [found[value.name] for value in values if value is not None]
             RemoveUnusedNodesPass()(model)
             needed = {use for node in graph for use in node.inputs}
             graph.inputs[:] = [v for v in graph.inputs if v in needed]
@@ -513,22 +506,24 @@ class _Rotations:
             session = onnxruntime.InferenceSession(
                 ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
             )
-            (table,) = session.run(None, {v.name: feeds[v.name] for v in session.get_inputs()})
-            name = f"rotary.{len(self.made)}"
-            tensor = ir.tensor(np.ascontiguousarray(table[0]), name=name)
-            made = ir.Value(
-                name=name, shape=ir.Shape(table[0].shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self.graph.initializers[name] = made
-            self.made[value] = made
-        return self.made[value]
+            tables = session.run(None, {v.name: feeds[v.name] for v in session.get_inputs()})
+            self.made[values] = [self._initializer(np.ascontiguousarray(table[0])) for table in tables]
+        return self.made[values]
+
+    def _initializer(self, table: npt.NDArray[np.float32]) -> ir.Value:
+        name = f"rotary.{sum(name.startswith('rotary.') for name in self.graph.initializers)}"
+        tensor = ir.tensor(table, name=name)
+        made = ir.Value(name=name, shape=ir.Shape(table.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.initializers[name] = made
+        return made
 
 
 class _Lengths:
-    """GroupQueryAttention's two length inputs for each length group: last valid slot [B] and total, both int32."""
+    """What attention needs to know of lengths and positions, made once for each length group."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.inputs = {value.name: value for value in graph.inputs}
         self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
@@ -537,10 +532,9 @@ class _Lengths:
         """The position of each new token, int64 [B, S]."""
         if self.each is None:
             ops = Ops()
-            inputs = {i.name: i for i in self.graph.inputs}
-            count = ops("Squeeze", ops("Shape", inputs["input_ids"], start=1, end=2))
+            count = ops("Squeeze", ops("Shape", self.inputs["input_ids"], start=1, end=2))
             zero, one = (ops.constant(np.array(n, np.int64)) for n in (0, 1))
-            begin = ops("Unsqueeze", inputs["len_kept"], ops.ints([1]))
+            begin = ops("Unsqueeze", self.inputs["len_kept"], ops.ints([1]))
             self.each = ops("Add", begin, ops("Range", zero, count, one))
             self.graph.insert_before(self.graph[0], ops.nodes)
         return self.each
@@ -551,8 +545,7 @@ class _Lengths:
         key = str(length.name), group
         if key not in self.conditions:
             ops = Ops()
-            input_ids = next(i for i in self.graph.inputs if i.name == "input_ids")
-            single = ops("Equal", ops("Size", input_ids), ops.constant(np.array(1, np.int64)))
+            single = ops("Equal", ops("Size", self.inputs["input_ids"]), ops.constant(np.array(1, np.int64)))
             shortest = ops("ReduceMin", length, keepdims=0)
             enough = ops("GreaterOrEqual", shortest, ops.constant(np.array(group - 1, np.int64)))
             self.conditions[key] = ops("And", single, enough)
@@ -560,16 +553,14 @@ class _Lengths:
         return self.conditions[key]
 
     def get(self, length: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """GroupQueryAttention's two length inputs: last valid slot [B] and total [], both int32."""
         assert length is not None
         assert length.name is not None
         if length.name not in self.made:
             ops = Ops()
-            input_ids = next(i for i in self.graph.inputs if i.name == "input_ids")
-            new_tokens = ops("Shape", input_ids, start=1, end=2)
+            new_tokens = ops("Shape", self.inputs["input_ids"], start=1, end=2)
             total = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
-            one = ir.node("Constant", [], {"value": ir.tensor(np.array(1, np.int32))})
-            ops.nodes.append(one)
-            last_slot = ops("Sub", total, one.outputs[0])
+            last_slot = ops("Sub", total, ops.constant(np.array(1, np.int32)))
             longest = ops("ReduceMax", total, keepdims=0)
             self.graph.insert_before(self.graph[0], ops.nodes)
             self.made[length.name] = last_slot, longest
@@ -592,10 +583,8 @@ def _fuse_silu(graph: ir.Graph, node: ir.Node) -> None:
     for x, gate in (node.inputs, node.inputs[::-1]):
         sigmoid = gate.producer() if gate is not None else None
         if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.inputs[0] is x:
-            silu = ir.node("QuickGelu", [x], {"alpha": 1.0}, domain=MICROSOFT)
             ops = Ops()
-            ops.nodes.append(silu)
-            replace_node(graph, node, ops, silu.outputs[0])
+            replace_node(graph, node, ops, ops("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
             return
 
 

@@ -22,8 +22,8 @@ class Ops:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
+    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes, domain=domain)
         self.nodes.append(node)
         return node.outputs[0]
 

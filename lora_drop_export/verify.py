@@ -25,7 +25,6 @@ from lora_drop_runtime.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAM
 from lora_drop_runtime.engine_ort import OrtEngine
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind
-from lora_drop_runtime.safetensors_file import read_tensors
 from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 from polygraphy.backend.base import BaseRunner
@@ -36,10 +35,10 @@ from polygraphy.logger import G_LOGGER
 from .checkpoint import Checkpoint, open_checkpoint
 from .console import Console
 from .reference import Reference, adapter_matrices
+from .weights import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
 
 PROMPT_TOKENS = (24, 17)  # a ragged batch
 SAMPLE_TEXT = "sample.txt"
-KV_SCALES_NAME = "kv_scales.safetensors"
 PERPLEXITY_TOKENS = 1024  # at most, of the sample text
 
 
@@ -434,16 +433,8 @@ def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
         str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
     )
     plan = bundle.manifest.plan
-    adapters = {}
-    if plan.rank:
-        path = bundle.root / "weights" / "adapters.safetensors"
-        adapters = {name: ref.read() for name, ref in read_tensors(path).items()}
-    return Reference(checkpoint, plan, adapter_matrices(plan, adapters), kv_scales=_kv_scales(bundle))
-
-
-def _kv_scales(bundle: Bundle) -> dict[str, Any]:
-    path = bundle.root / "weights" / KV_SCALES_NAME
-    return {name: ref.read() for name, ref in read_tensors(path).items()} if path.is_file() else {}
+    matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
+    return Reference(checkpoint, plan, matrices, kv_scales=read_arrays(bundle.root, KV_SCALES_NAME))
 
 
 def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: int, console: Console) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .quantize import BlockFormat, pack, part_names, quantized_blocks
 from .surgery import Blocks, StoredTensor
 
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the checkpoint's own files
 _FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # as GPT-NeoX checkpoints have it
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 _CHUNK_BYTES = 1 << 24
@@ -165,12 +166,12 @@ def store_adapters(
         for site, pair in matrices.items()
         for part, array in zip("AB", pair, strict=True)
     }
-    stored = store_arrays(arrays, "adapters.safetensors", dtype, root)
+    stored = store_arrays(arrays, ADAPTERS_NAME, dtype, root)
     return {site: (stored[f"surrogate.{site}.lora_A"], stored[f"surrogate.{site}.lora_B"]) for site in matrices}
 
 
 def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
-    """Write small arrays to `weights/file` and return their places."""
+    """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
     path = root / "weights" / file
     entries = [_Entry(name, _SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
     chunks = ((name, block) for name, array in arrays.items() for block in _blocks(array, dtype))
@@ -179,6 +180,12 @@ def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, 
         name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
         for name, ref in read_tensors(path).items()
     }
+
+
+def read_arrays(root: Path, file: str) -> dict[str, npt.NDArray[Any]]:
+    """What `store_arrays` wrote to `weights/file`; nothing where there is no such file."""
+    path = root / "weights" / file
+    return {name: ref.read() for name, ref in read_tensors(path).items()} if path.is_file() else {}
 
 
 def copy_file(source: Path, target: Path, progress: Progress) -> None:
