@@ -8,7 +8,7 @@ the model's; only two things are exchanged while it runs:
 * each decoder layer's `forward`, so that a dropped layer's LoRA step computes the surrogate instead;
 * the attention function, so that K and V lie in plain Python lists with a position beside each entry.
 
-It knows nothing of the product: no graphs, no batches, no capacities, no padding. Policy `skip` only.
+It knows nothing of the product: no graphs, no batches, no capacities, no padding.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Row:
         self.plan = plan
         self.position = 0  # of the next token
         self.full = True  # whether the running step is a full one
+        self.since_refresh: list[int] = []  # the tokens of the LoRA steps after the last full one
         # per layer: the position, K and V `[H_kv, D]` of every token it has written
         self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in model.model.layers]
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
@@ -85,7 +86,15 @@ class Row:
             ids, position_ids = torch.tensor([[token]]), torch.tensor([[self.position]])
             out = self.model(input_ids=ids, position_ids=position_ids, use_cache=False)
         self.position += 1
+        self.since_refresh = [] if full else [*self.since_refresh, token]
         return out.logits[0, 0]
+
+    def backfill(self, token: int) -> Tensor:
+        """A refresh under policy `backfill`: forget all that LoRA steps wrote, and take their tokens again in full."""
+        again = [*self.since_refresh, token]
+        self.position -= len(self.since_refresh)
+        self.slots = [[slot for slot in layer if slot[0] < self.position] for layer in self.slots]
+        return [self.step(one, full=True) for one in again][-1]
 
     def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
         """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
@@ -159,15 +168,20 @@ def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tupl
     return row, logits
 
 
-def decode_row(model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int) -> list[Tensor]:
-    """Policy skip, one row: len(forced) + 1 logits `[V]`, after the prompt and after each forced token.
+def decode_row(
+    model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int, policy: str = "skip"
+) -> list[Tensor]:
+    """One row: len(forced) + 1 logits `[V]`, after the prompt and after each forced token.
 
     Decode step j = 1, 2, … consumes forced[j - 1]; it is a refresh iff j mod (k + 1) == 0.
     """
     row, logits = prefill(model, plan, prompt)
     all_logits = [logits]
     for j, token in enumerate(forced, start=1):
-        all_logits.append(row.step(token, full=is_refresh(j, k)))
+        if policy == "backfill" and is_refresh(j, k):
+            all_logits.append(row.backfill(token))
+        else:
+            all_logits.append(row.step(token, full=is_refresh(j, k)))
     return all_logits
 
 

@@ -7,7 +7,12 @@ Two cache groups, both compact (slot = tokens this layer has written in this row
     kept layers      one slot per token                          length `len_kept`
     dropped layers   one slot per prompt token and per refresh   length `len_dropped`
 
-A LoRA step neither reads nor writes a dropped layer's cache. Policy `skip` (the paper) leaves those holes.
+A LoRA step neither reads nor writes a dropped layer's cache. A refresh then follows one of two policies:
+
+    skip (the paper)   it runs one token and leaves the holes
+    backfill           it runs all tokens since the last refresh again, at their positions: what LoRA steps wrote into
+                       kept layers is overwritten, holes are filled, and every cache is the full model's;
+                       `len_dropped` then counts the exact tokens, and dropped layers have as many slots as kept ones
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from .sampling import Sampler, SamplingOptions
 Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
-POLICIES = ("skip",)
+POLICIES = ("skip", "backfill")
 WARM_UP_STEPS = 64  # at most
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
@@ -70,7 +75,7 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
-            policy: `skip`.
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill` (above).
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
@@ -255,7 +260,7 @@ class Session:
         ids = np.where(_token_mask(ids, lens), ids, 0)
         self._request = None  # frees its caches; an interrupted prefill leaves no half request
         self._requests_begun += 1
-        request = _Request.allocate(self.bundle, engine, lens, new_tokens, schedule)
+        request = _Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
         request.prefill(ids, lens)
         self._request = request
 
@@ -319,7 +324,10 @@ class Session:
         self._request = None
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request."""
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request.
+
+        Under `backfill` dropped layers have as many entries as kept ones after every refresh: nothing is saved.
+        """
         request = self._request
         if request is None:
             return {"kept": 0, "dropped": 0, "allocated": 0}
@@ -434,6 +442,7 @@ class _Request:
     bundle: Bundle
     engine: Engine
     schedule: Schedule
+    backfill: bool
     batch: int
     max_steps: int
     caches: dict[str, Buffer]
@@ -448,11 +457,17 @@ class _Request:
     side: int = 0
 
     @classmethod
-    def allocate(cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule) -> _Request:
-        """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots."""
+    def allocate(
+        cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: str
+    ) -> _Request:
+        """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots.
+
+        Under `backfill` dropped layers have as many as kept ones.
+        """
         manifest = bundle.manifest
         batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
-        needed = {"slots_kept": longest + steps, "slots_dropped": longest + count_refreshes(schedule, steps)}
+        written = steps if policy == "backfill" else count_refreshes(schedule, steps)
+        needed = {"slots_kept": longest + steps, "slots_dropped": longest + written}
         sizes = {"batch": batch, "rows": 1, **engine.slots(needed)}
         io = manifest.io(StepKind.REFRESH, engine.target)
         caches = {
@@ -472,6 +487,7 @@ class _Request:
             bundle=bundle,
             engine=engine,
             schedule=schedule,
+            backfill=policy == "backfill",
             batch=batch,
             max_steps=steps,
             caches=caches,
@@ -486,17 +502,24 @@ class _Request:
 
     def __post_init__(self) -> None:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
+        self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
+        self._since_refresh: list[Ids] = []  # under backfill: the tokens [B] of each LoRA step
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, in one go where they are short, else in chunks."""
-        chunk = min(PREFILL_CHUNK, self.engine.prefill_chunk or PREFILL_CHUNK)
+        chunk = self._chunk
         if self.engine.batched_chunks or ids.shape[1] <= chunk:
             self._prefill_rows_together(ids, lengths, chunk)
         else:
             self._prefill_row_by_row(ids, lengths, chunk)
         self.logits_index[:] = 0
         self.steps_done, self.side = 0, 0
+
+    @property
+    def _chunk(self) -> int:
+        """The most tokens of a row in one run."""
+        return min(PREFILL_CHUNK, self.engine.prefill_chunk or PREFILL_CHUNK)
 
     def _prefill_rows_together(self, ids: Ids, lengths: Ids, chunk: int) -> None:
         """Chunks counted from each row's end, so that the last run leaves the logits and states of all rows.
@@ -537,6 +560,27 @@ class _Request:
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
         kind = self.schedule.kind(self.steps_done + 1)
+        refresh = kind is StepKind.REFRESH
+        going = [True] * self.batch if active is None else active.tolist()
+        self.input_ids[:, 0] = token_ids
+        if refresh and self._since_refresh:
+            self._backfill(going)
+        else:
+            self._run_one_token(kind)
+        if self.backfill and not refresh:
+            self._since_refresh.append(self.input_ids[:, 0].copy())
+        for row, goes_on in enumerate(going):
+            if goes_on:
+                self.kept[row] += 1
+                if refresh:
+                    self.dropped[row] = self.kept[row] if self.backfill else self.dropped[row] + 1
+        if refresh:
+            self.side = 0
+        elif self.states[0] is not self.states[1]:
+            self.side = 1 - self.side
+        self.steps_done += 1
+
+    def _run_one_token(self, kind: StepKind) -> None:
         key = kind, self.side if kind is StepKind.LORA else 0
         prepared = self._prepared.get(key)
         if prepared is None:
@@ -545,24 +589,45 @@ class _Request:
                 if kind is StepKind.LORA
                 else self._prepare_refresh(self.input_ids, slice(None), self.logits_index)
             )
-        self.input_ids[:, 0] = token_ids
         prepared()
-        refresh = kind is StepKind.REFRESH
-        for row, goes_on in enumerate([True] * self.batch if active is None else active.tolist()):
-            if goes_on:
-                self.kept[row] += 1
-                if refresh:
-                    self.dropped[row] += 1
-        if refresh:
-            self.side = 0
-        elif self.states[0] is not self.states[1]:
-            self.side = 1 - self.side
-        self.steps_done += 1
 
-    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
-        """A refresh over `ids` [b, S] for some rows of the batch."""
+    def _backfill(self, going: list[bool]) -> None:
+        """Run the tokens since the last refresh and the new one through the refresh graph, from the last exact slot on.
+
+        Rows run one by one where the engine takes several tokens after others in one row only. A row that is over runs
+        with the others or not at all: what it writes lies within its capacity, and its lengths stay.
+        """
+        tokens = np.stack([*self._since_refresh, self.input_ids[:, 0]], axis=1)  # [B, S]
+        before = self.len_dropped.copy()
+        together = self.batch == 1 or self.engine.batched_chunks
+        groups = [slice(None)] if together else [slice(row, row + 1) for row in range(self.batch) if going[row]]
+        try:
+            for begin in range(0, tokens.shape[1], self._chunk):
+                part = tokens[:, begin : begin + self._chunk]
+                self.logits_index[:] = part.shape[1] - 1
+                for rows in groups:
+                    ids, step = self._chunk_step(part.shape[1], rows)
+                    ids[:] = part[rows]
+                    step()
+                self.len_dropped += part.shape[1]
+        finally:  # also when interrupted: the step can then be taken again
+            self.len_dropped[:] = before
+            self.logits_index[:] = 0
+        self._since_refresh.clear()
+
+    def _chunk_step(self, width: int, rows: slice) -> tuple[Ids, Step]:
+        """The ids [b, width] of some rows, and a refresh over them that begins at `len_dropped`."""
+        key = width, rows.start or 0
+        if key not in self._prepared_chunks:
+            ids = self.engine.allocate(f"backfill_ids.{key}", (len(range(self.batch)[rows]), width), "int64")
+            step = self._prepare_refresh(ids, rows, self.logits_index, self.len_dropped)
+            self._prepared_chunks[key] = ids, step
+        return self._prepared_chunks[key]
+
+    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids, begin: Ids | None = None) -> Step:
+        """A refresh over `ids` [b, S] for some rows, from slot and position `begin` [B] on; `len_kept` when None."""
         index = index[rows] if len(index) == self.batch else index
-        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0])
+        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0], begin)
 
     def _prepare_lora(self) -> Step:
         before, after = self.states[self.side], self.states[1 - self.side]
@@ -576,11 +641,13 @@ class _Request:
         rows: slice,
         before: dict[str, Buffer],
         after: dict[str, Buffer],
+        begin: Ids | None = None,
     ) -> Step:
         """Bind what the engine's graph of this step reads and writes; `before` and `after` are states."""
         io = self.bundle.manifest.io(kind, self.engine.target)
         inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
-        inputs |= {"len_kept": self.len_kept[rows], "len_dropped": self.len_dropped[rows]}
+        len_kept = self.len_kept if begin is None else begin
+        inputs |= {"len_kept": len_kept[rows], "len_dropped": self.len_dropped[rows]}
         inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
         inputs |= {name: cache[rows] for name, cache in self.caches.items()}
         outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}

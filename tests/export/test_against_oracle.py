@@ -37,7 +37,7 @@ def assert_same_run(session: Session, model, plan, prompts: list[list[int]], k: 
     ours = [session.prefill(padded, lengths, max_new_tokens=count, k=k).copy()]
     ours += [session.step([row[j] for row in tokens]).copy() for j in range(count - 1)]
     for row, prompt in enumerate(prompts):
-        theirs = oracle.decode_row(model, plan, prompt, tokens[row][:-1].tolist(), k)
+        theirs = oracle.decode_row(model, plan, prompt, tokens[row][:-1].tolist(), k, session.policy)
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             b = b.numpy()
             error = np.abs(a[row] - b).max() / np.abs(b).max()
@@ -56,6 +56,64 @@ def test_family(name, tmp_path):
         for k in WINDOWS:
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_backfill(name, tmp_path):
+    """A refresh that fills the holes: a ragged batch, one row, long and short windows."""
+    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
+    with Session.open(bundle.root, policy="backfill", threads=1) as session:
+        for k in WINDOWS:
+            assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
+        assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 3)
+
+
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_backfill_plan(surrogate, injection, tmp_path):
+    """States are those of the refresh's last token."""
+    options = {"surrogate": surrogate, "injection": injection, "drop_ratio": 0.75, "rank": 4}
+    bundle = make_bundle("llama", tmp_path / "b", **options)
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint)
+    with Session.open(bundle.root, policy="backfill", threads=1) as session:
+        session.load_adapters(adapters)
+        for k in (1, 3):
+            assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), PROMPTS, k)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_caches_after_backfill_are_the_full_models(name, tmp_path):
+    """After each refresh every cache and the logits equal those of the same tokens decoded with k = 0."""
+    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
+    prompts, lengths = np.zeros((3, 5), np.int64), np.array([len(p) for p in PROMPTS])
+    for row, prompt in enumerate(PROMPTS):
+        prompts[row, : len(prompt)] = prompt
+    tokens = np.random.default_rng(3).integers(0, 131, (9, 3))
+    runs = []
+    for k in (2, 0):
+        with Session.open(bundle.root, policy="backfill", k=k, threads=1) as session:
+            session.prefill(prompts, lengths, max_new_tokens=10)
+            seen = []
+            for step, column in enumerate(tokens, 1):
+                logits = session.step(column)
+                if step % 3 == 0:
+                    caches = session._request.caches
+                    valid = {
+                        name: [cache[row, :, : lengths[row] + step].copy() for row in range(3)]
+                        for name, cache in caches.items()
+                    }
+                    seen.append((logits.copy(), valid))
+                    kv, dropped = session.kv_bytes(), len(bundle.manifest.plan.drop_layers)
+                    assert kv["dropped"] * (8 - dropped) == kv["kept"] * dropped  # as many entries in every layer
+                    assert kv["allocated"] == sum(cache.nbytes for cache in caches.values())
+                    assert len({cache.shape for cache in caches.values()}) == 1
+            runs.append(seen)
+    assert len(runs[0]) == 3
+    for (ours, our_caches), (theirs, their_caches) in zip(*runs, strict=True):
+        assert np.abs(ours - theirs).max() < TOLERANCE * np.abs(theirs).max()
+        for cache, rows in our_caches.items():
+            for a, b in zip(rows, their_caches[cache], strict=True):
+                assert np.abs(a - b).max() < TOLERANCE * max(1, np.abs(b).max()), cache
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_yarn", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
@@ -88,6 +146,10 @@ def test_graphs_of_tensorrt(name, tmp_path):
         session.load_adapters(adapters)
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 4
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
+        session.policy = "backfill"
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
 
 
