@@ -163,14 +163,14 @@ class Reference:
         layers = decoder_layers(model)
         hidden, calls = [], []
         for ids, position in zip(steps, positions, strict=True):
-            recorded = _Recorder(layers)
-            with _head_replaced(model, lambda x: x[..., :1]):
+            recorded = Recorder(layers)
+            with head_replaced(model, lambda x: x[..., :1]):
                 model(input_ids=ids, position_ids=position, use_cache=False)
             hidden.append(recorded.inputs[0])
             calls.append(recorded.arguments)
             recorded.restore()
         for index, layer in enumerate(layers):
-            self._load(layer, f"{_name_of(model, layers)}.{index}")
+            self._load(layer, f"{name_of(model, layers)}.{index}")
             hidden = self._run_layer(index, layer, hidden, calls, kinds, counts)
             layer.to("meta")
             progress(index + 1, len(layers))
@@ -184,12 +184,12 @@ class Reference:
         import torch
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        recorded = _Recorder(decoder_layers(model), hidden)
+        recorded = Recorder(decoder_layers(model), hidden)
         seen = []
-        with _head_replaced(model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
+        with head_replaced(model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
             model(input_ids=ids, use_cache=False)
         logits = self._head(model, seen[0])
-        with _head_replaced(model, lambda _: logits):
+        with head_replaced(model, lambda _: logits):
             result = model(input_ids=ids, use_cache=False).logits
         recorded.restore()
         return result.to(torch.float32)
@@ -199,7 +199,7 @@ class Reference:
         import torch
 
         head = model.get_output_embeddings()
-        name = _name_of(model, head)
+        name = name_of(model, head)
         weight = self._tensor(f"{name}.weight", head.weight)
         bias = None if head.bias is None else _tensor(self._tensor(f"{name}.bias", head.bias).read())
         result = torch.empty(*x.shape[:2], weight.shape[0])
@@ -229,7 +229,7 @@ class Reference:
             _cache.scales = tuple(_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
         self._states = {}
         middle: list[Any] = []  # the residual stream between the halves, of the last full run
-        hook = _between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
+        hook = between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
         outputs = []
         for x, call, kind, count in zip(hidden, calls, kinds, counts, strict=True):
             if kind is StepKind.LORA and index in self.plan.drop_layers:
@@ -276,12 +276,12 @@ class Reference:
         for name, value in buffer_values(model).items():
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = value
-        inside = f"{_name_of(model, decoder_layers(model))}."
+        inside = f"{name_of(model, decoder_layers(model))}."
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
             if not f"{name}.".startswith(inside) and module is not embedding and module is not head:
                 self._load(module, name, recurse=False)
-        ref = self._tensor(f"{_name_of(model, embedding)}.weight", embedding.weight)
+        ref = self._tensor(f"{name_of(model, embedding)}.weight", embedding.weight)
         table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
         for token in np.unique(np.append(ids, 0)):
             table[token] = ref.rows(token, token + 1)[0]
@@ -331,7 +331,7 @@ def _tensor(array: Array) -> Any:
 
 
 @contextlib.contextmanager
-def _head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+def head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
     """The head, which is not loaded, as another function."""
     head = model.get_output_embeddings()
     head.forward = forward
@@ -341,11 +341,11 @@ def _head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
         del head.forward
 
 
-def _name_of(model: Any, wanted: Any) -> str:
+def name_of(model: Any, wanted: Any) -> str:
     return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
-def _between_halves(layer: Any) -> Any:
+def between_halves(layer: Any) -> Any:
     """The module whose input is the residual stream after attention."""
     for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
         if hasattr(layer, name):
@@ -353,7 +353,7 @@ def _between_halves(layer: Any) -> Any:
     return layer
 
 
-class _Recorder:
+class Recorder:
     """Replaces every layer by one that notes its arguments and passes the hidden states on.
 
     With `result`, the last layer returns that instead: the model then goes on to its norm and head.
