@@ -72,6 +72,7 @@ class Reference:
         tokens: npt.NDArray[np.int64],
         kinds: Sequence[StepKind],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        policy: str = "skip",
     ) -> list[npt.NDArray[np.float32]]:
         """Teacher-forced run.
 
@@ -80,6 +81,7 @@ class Reference:
             lengths: int64 [B].
             tokens: int64 [N, B], appended one per decode step.
             kinds: kind of each decode step, N of them.
+            policy: under `backfill` a refresh takes the tokens of the LoRA steps before it once more.
 
         Returns:
             N + 1 arrays float32 [B, V]: after the prompts, then after each step.
@@ -89,14 +91,16 @@ class Reference:
         with torch.no_grad():
             model = self._skeleton(np.concatenate([prompts.reshape(-1), tokens.reshape(-1)]))
             batch = len(prompts)
-            steps = [torch.tensor(prompts), *(torch.tensor(row)[:, None] for row in tokens)]
-            real = torch.tensor(lengths)
+            again = _tokens_again(kinds, policy)
+            steps = [torch.tensor(prompts)]
+            steps += [torch.tensor(tokens[j - more : j + 1].T) for j, more in enumerate(again)]  # [B, 1 + more]
+            real = torch.tensor(lengths)[:, None]
             positions = [torch.arange(prompts.shape[1]).expand(batch, -1)]
-            positions += [(real + j)[:, None] for j in range(len(tokens))]
+            positions += [real + torch.arange(j - more, j + 1) for j, more in enumerate(again)]
             step_kinds = [StepKind.REFRESH, *kinds]
-            counts = [lengths.tolist(), *([[1] * batch] * len(tokens))]
+            counts = [lengths.tolist(), *([1 + more] * batch for more in again)]
 
-            hidden = self._run_layers(model, steps, positions, step_kinds, counts, progress)
+            hidden = self._run_layers(model, steps, positions, step_kinds, counts, progress, [0, *again])
             last = [
                 x[torch.arange(batch), torch.tensor(count) - 1][:, None]
                 for x, count in zip(hidden, counts, strict=True)
@@ -158,8 +162,12 @@ class Reference:
         kinds: Sequence[StepKind],
         counts: Sequence[Sequence[int]],
         progress: Callable[[int, int], None],
+        again: Sequence[int] = (0,),
     ) -> list[Any]:
-        """The last layer's output [B, S, d] of each step; one layer after the other."""
+        """The last layer's output [B, S, d] of each step; one layer after the other.
+
+        `again` says how many tokens of a step were in steps before, whose cache entries it replaces.
+        """
         layers = decoder_layers(model)
         hidden, calls = [], []
         for ids, position in zip(steps, positions, strict=True):
@@ -171,7 +179,7 @@ class Reference:
             recorded.restore()
         for index, layer in enumerate(layers):
             self._load(layer, f"{name_of(model, layers)}.{index}")
-            hidden = self._run_layer(index, layer, hidden, calls, kinds, counts)
+            hidden = self._run_layer(index, layer, hidden, calls, kinds, counts, again)
             layer.to("meta")
             progress(index + 1, len(layers))
         return hidden
@@ -218,6 +226,7 @@ class Reference:
         calls: list[list[tuple[Any, Any]]],
         kinds: Sequence[StepKind],
         counts: Sequence[Sequence[int]],
+        again: Sequence[int],
     ) -> list[Any]:
         """One layer over all steps: in full, or by its surrogate on LoRA steps if it is dropped."""
         import torch
@@ -231,11 +240,14 @@ class Reference:
         middle: list[Any] = []  # the residual stream between the halves, of the last full run
         hook = between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
         outputs = []
-        for x, call, kind, count in zip(hidden, calls, kinds, counts, strict=True):
+        for x, call, kind, count, stale in zip(hidden, calls, kinds, counts, again, strict=True):
             if kind is StepKind.LORA and index in self.plan.drop_layers:
                 outputs.append(self._surrogate(index, x))
                 continue
             _cache.new_tokens = count
+            if stale and index not in self.plan.drop_layers:  # a dropped layer has not written them
+                _cache.keys = [keys[:-stale] for keys in _cache.keys]
+                _cache.values = [values[:-stale] for values in _cache.values]
             args, kwargs = call[index]
             y = layer(x, *args, **kwargs)
             if isinstance(y, tuple):
@@ -304,6 +316,16 @@ class Reference:
             if self.round_activations and isinstance(ref, DequantizedRef) and isinstance(target, torch.nn.Linear):
                 block_size = ref.form.block_size
                 target.forward = functools.partial(_rounded_linear, target, block_size)
+
+
+def _tokens_again(kinds: Sequence[StepKind], policy: str) -> list[int]:
+    """For each decode step how many tokens before its own it takes: under `backfill` those since the last refresh."""
+    again, since = [], 0
+    for kind in kinds:
+        refresh = kind is StepKind.REFRESH
+        again.append(since if refresh and policy == "backfill" else 0)
+        since = 0 if refresh else since + 1
+    return again
 
 
 def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:

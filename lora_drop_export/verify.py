@@ -25,7 +25,7 @@ from lora_drop_runtime.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAM
 from lora_drop_runtime.engine_ort import OrtEngine
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.session import DEFAULT_POLICY, Session
 from lora_drop_runtime.text import TextCodec
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -94,6 +94,7 @@ class Verification:
     tolerance: Tolerance
     steps: tuple[StepResult, ...]
     rounded_cosine: float | None = None  # median, of kernels that round activations
+    policy: str = DEFAULT_POLICY
 
     @property
     def passed(self) -> bool:
@@ -152,10 +153,11 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     """Polygraphy runner over reference.py, which computes all steps when it is activated."""
 
     def __init__(
-        self, reference: Reference, feeds: list[dict[str, Any]], kinds: list[StepKind], console: Console
+        self, reference: Reference, feeds: list[dict[str, Any]], kinds: list[StepKind], policy: str, console: Console
     ) -> None:
         super().__init__(name="reference")
         self._reference, self._feeds, self._kinds, self._console = reference, feeds, kinds, console
+        self._policy = policy
 
     def activate_impl(self) -> None:
         first, rest = self._feeds[0], self._feeds[1:]
@@ -168,6 +170,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
                     tokens,
                     self._kinds,
                     lambda done, total: progress("reference (eager PyTorch)", done, total),
+                    self._policy,
                 )
             )
 
@@ -259,10 +262,12 @@ def compare(
     threads: int | None = None,
     console: Console | None = None,
     trust_remote_code: bool = False,
+    policy: str = DEFAULT_POLICY,
 ) -> Verification:
     """Run a bundle's target and the reference over the same steps.
 
     Args:
+        policy: of the refreshes.
         k: the window to compare under; the bundle's, but at least 1 so that LoRA steps occur.
     """
     console = console or Console()
@@ -273,15 +278,16 @@ def compare(
     steps = max(2 * (k + 1), 4) + 1
     feeds = _feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
-    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, console)
+    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, policy, console)
+    engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
     quantized = manifest.model.weight_dtype in QUANTIZED_DTYPES
     rounded: list[npt.NDArray[np.float32]] = []
     steps_graph = None
     if quantized:  # one after the other: each session holds the weights
-        with Session.open(bundle.root, k=k, target=name, provider=provider, threads=threads) as session, _quiet():
+        with Session.open(bundle.root, k=k, policy=policy, **engine) as session, _quiet():
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         steps_graph = _unrounded(bundle, name)
-    with _open(bundle, name, schedule, provider, threads, steps_graph) as session, _quiet():
+    with _open(bundle, schedule, policy, steps_graph, **engine) as session, _quiet():
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
     tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]
@@ -301,21 +307,16 @@ def compare(
         Comparator.compare_accuracy(results, compare_func=compare_step)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
     median = float(np.median(cosines)) if rounded else None
-    return Verification(name, k, lengths, tolerance, tuple(step_results), median)
+    return Verification(name, k, lengths, tolerance, tuple(step_results), median, policy)
 
 
 def _open(
-    bundle: Bundle,
-    target: str,
-    schedule: PeriodicSchedule,
-    provider: str | None,
-    threads: int | None,
-    steps: bytes | None,
+    bundle: Bundle, schedule: PeriodicSchedule, policy: str, steps: bytes | None, *, target: str, **options: Any
 ) -> Session:
     """A session over a target, or over another graph in its place."""
     if steps is None:
-        return Session.open(bundle.root, k=schedule.k, target=target, provider=provider, threads=threads)
-    return Session(bundle, OrtEngine(bundle, target, provider=provider, threads=threads, steps=steps), schedule)
+        return Session.open(bundle.root, k=schedule.k, policy=policy, target=target, **options)
+    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy)
 
 
 def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:

@@ -39,6 +39,7 @@ Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
 POLICIES = ("skip", "backfill")
+DEFAULT_POLICY = "skip"
 WARM_UP_STEPS = 64  # at most
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
@@ -49,7 +50,7 @@ class Session:
     `Session.open` is the way in; the constructor takes an engine, for tests and other targets.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str = "skip") -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str = DEFAULT_POLICY) -> None:
         _check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
@@ -64,7 +65,7 @@ class Session:
         path: str | Path,
         *,
         k: int | Schedule | None = None,
-        policy: str = "skip",
+        policy: str = DEFAULT_POLICY,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,

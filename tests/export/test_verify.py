@@ -12,6 +12,7 @@ import pytest
 from lora_drop_runtime import VerificationError
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.safetensors_file import read_tensors
+from lora_drop_runtime.session import POLICIES, Session
 from lora_drop_tools.cli import main
 
 from lora_drop_export.console import Console
@@ -30,15 +31,24 @@ def good(tmp_path_factory):
     return make_bundle("llama", root / "good", adapters=adapters, **options)
 
 
-def test_good_bundle_passes(good):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_good_bundle_passes(good, policy):
     """Every step kind occurs, two cycles at least, and the figures are far inside the tolerance."""
-    result = compare(good, threads=1)
+    result = compare(good, threads=1, policy=policy)
+    assert result.policy == policy
     assert result.passed
     kinds = [step.kind for step in result.steps]
     assert kinds[0] == "prefill"
     assert kinds.count("refresh") >= 2
     assert kinds.count("lora") >= 4
     assert max(step.max_rel_error for step in result.steps) < result.tolerance.max_error / 10
+
+
+@pytest.mark.parametrize(("asked", "run"), [("skip", "backfill"), ("backfill", "skip")])
+def test_a_session_of_another_policy_is_noticed(good, asked, run, monkeypatch):
+    genuine = Session.open
+    monkeypatch.setattr(Session, "open", lambda path, **options: genuine(path, **{**options, "policy": run}))
+    assert not compare(good, threads=1, policy=asked).passed
 
 
 def test_verify_writes_what_it_found(good, tmp_path):

@@ -110,7 +110,9 @@ def test_kv_of_a_request(k: int) -> None:
     manifest = llama3_8b()
     for prompt, steps in ((1, 0), (100, k), (100, k + 1), (1000, 777)):
         dropped = prompt + len([j for j in range(1, steps + 1) if j % (k + 1) == 0])
-        assert costs.kv_entries(manifest, prompt, steps, k) == (prompt + steps, dropped)
+        assert costs.kv_entries(prompt, steps, k) == (prompt + steps, dropped)
+        exact = prompt + max((j for j in range(steps + 1) if j % (k + 1) == 0), default=0)
+        assert costs.kv_entries(prompt, steps, k, "backfill") == (prompt + steps, exact)
         assert costs.kv_bytes(manifest, prompt, steps, k) == (
             18 * (prompt + steps) * 2 * KV_HEADS * HEAD_DIM * 2,
             14 * dropped * 2 * KV_HEADS * HEAD_DIM * 2,

@@ -30,7 +30,7 @@ from lora_drop_runtime.bundle import Bundle, ModelFacts
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.session import DEFAULT_POLICY, Session
 from lora_drop_runtime.text import TextCodec
 
 from . import machine
@@ -105,15 +105,17 @@ class TimedSession:
         clock, runs = time.perf_counter, self._engine.run_seconds
         runs.clear()
         seconds: list[float] = []
+        engine: list[float] = []  # of a step, which is several runs where rows are backfilled one by one
         kv_prompt: dict[str, int] = {}
         begin = clock()
         for _ in self.session._tokens(list(prompts), new_tokens, k, None, ()):
             seconds.append(clock() - begin)
+            engine.append(sum(runs))
+            runs.clear()
             if not kv_prompt:
                 kv_prompt = self.session.kv_bytes()
             begin = clock()
-        steps = seconds[1:]
-        return Run(seconds[0], steps, runs[len(runs) - len(steps) :], kv_prompt, self.session.kv_bytes())
+        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, self.session.kv_bytes())
 
 
 def report_memory(argument: str) -> None:
@@ -336,6 +338,7 @@ def bench(
     contexts: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
     new_tokens: int = 64,
+    policy: str = DEFAULT_POLICY,
     repeats: int = 5,
     target: str | None = None,
     provider: str | None = None,
@@ -356,6 +359,7 @@ def bench(
         contexts: tokens of the prompts; 128 and 2048 when None, or as many of them as all bundles allow.
         batches: rows of a request.
         new_tokens: of each row; the first comes from the prefill, so there is one step less.
+        policy: of the refreshes.
         repeats: how often each arm runs; at least 2.
         target, provider: as for `Session.open`.
         threads: of ONNX Runtime, the peers and the bandwidth measurement; one per physical core when None.
@@ -400,7 +404,7 @@ def bench(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    session_options = {"target": target, "provider": provider, "threads": threads}
+    session_options = {"policy": policy, "target": target, "provider": provider, "threads": threads}
     used_threads = threads or machine.physical_cores()
     result = BenchResult(
         command=" ".join(sys.argv),
@@ -413,6 +417,7 @@ def bench(
         bandwidth=None,
         repeats=repeats,
         new_tokens=new_tokens,
+        policy=policy,
         bundles={
             name: {"path": str(bundle.root), "drop_layers": list(bundle.manifest.plan.drop_layers)}
             for name, bundle in opened.items()
@@ -499,7 +504,16 @@ def _measure_all(
                 | {"runs": [dataclasses.asdict(run) for run in own]}
             )
             if not arm.peer:
-                row = make_row(arm.bundle, bundles[arm.bundle].manifest, arm.k, request, own, full[arm.bundle], rate)
+                row = make_row(
+                    arm.bundle,
+                    bundles[arm.bundle].manifest,
+                    arm.k,
+                    request,
+                    own,
+                    full[arm.bundle],
+                    rate,
+                    result.policy,
+                )
                 for name, other in by_peer.items():
                     row.over_peers[name] = median_ratio(
                         [run.decode_seconds for run in other], [run.decode_seconds for run in own]

@@ -27,7 +27,8 @@ def describe(result: BenchResult) -> list[str]:
         f"load       {_load(result.load_before)} before, {_load(result.load_after)} after"
         + ("" if result.foreign_cores is None else f"; others kept {result.foreign_cores:.2f} cores busy meanwhile"),
         f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
-        f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats",
+        f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
+        f"policy {result.policy}",
         *(f"bundle     {name}: {_bundle(entry)}" for name, entry in result.bundles.items()),
     ]
     for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):

@@ -171,6 +171,7 @@ class BenchResult:
     repeats: int
     new_tokens: int
     bundles: dict[str, dict[str, Any]]
+    policy: str = "skip"
     load_before: tuple[float, float, float] | None = None
     load_after: tuple[float, float, float] | None = None
     foreign_cores: float | None = None
@@ -231,6 +232,7 @@ def make_row(
     runs: Sequence[Run],
     full: Sequence[Run],
     bandwidth: float | None,
+    policy: str = "skip",
 ) -> Row:
     """What `runs` under k say, `full` being those of the full schedule in the same repeats.
 
@@ -240,7 +242,7 @@ def make_row(
     steps, rows = request.new_tokens - 1, request.rows
     schedule = PeriodicSchedule(k)
     kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
-    moved = costs.request_bytes(manifest, request.context, steps, k, rows)
+    moved = costs.request_bytes(manifest, request.context, steps, k, rows, policy)
     figures = {}
     for kind in dict.fromkeys(kinds):
         own = [index for index in range(steps) if kinds[index] == kind]
@@ -266,13 +268,13 @@ def make_row(
         first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
         kv_bytes=kv,
         kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
-        kv_saving=costs.kv_saving(manifest, k),
+        kv_saving=costs.kv_saving(manifest, k) if policy == "skip" else 0.0,
         overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
         steps=figures,
         speedup=statistics.median(speedups),
         speedups=speedups,
         noise=max(speedups) - min(speedups),
-        ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows),
+        ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
         asymptotic=costs.asymptotic_speedup(manifest, k),
         tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
         if manifest.plan.drop_layers and len(figures) > 1

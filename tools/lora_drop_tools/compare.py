@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.session import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from lora_drop_export.verify import Verification
@@ -24,6 +25,7 @@ def compare(
     threads: int | None = None,
     json_file: str | Path | None = None,
     trust_remote_code: bool = False,
+    policy: str = DEFAULT_POLICY,
 ) -> Verification:
     """Compare every step of a teacher-forced run with eager PyTorch and print a table.
 
@@ -45,6 +47,7 @@ def compare(
         threads=threads,
         console=console,
         trust_remote_code=trust_remote_code,
+        policy=policy,
     )
     print_table(result, console)
     if json_file is not None:

@@ -45,14 +45,18 @@ def quantile_is_refresh(k: int, quantile: float) -> bool:
     return slow_share(k) + quantile > 1  # 1 − 0.9 is less than 0.1 in floats, 0.1 + 0.9 is 1
 
 
-def kv_entries(manifest: Manifest, prompt: int, steps: int, k: int) -> tuple[int, int]:
-    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋`."""
-    return prompt + steps, prompt + steps // (k + 1)
+def kv_entries(prompt: int, steps: int, k: int, policy: str = "skip") -> tuple[int, int]:
+    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋`.
+
+    Under `backfill` a dropped layer has those of all tokens up to the last refresh.
+    """
+    refreshes = steps // (k + 1)
+    return prompt + steps, prompt + (refreshes * (k + 1) if policy == "backfill" else refreshes)
 
 
-def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int) -> tuple[int, int]:
+def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: str = "skip") -> tuple[int, int]:
     """Eq. 13 with the prompt's entries: bytes of valid K/V in kept and in dropped layers, one row."""
-    kept, dropped = kv_entries(manifest, prompt, steps, k)
+    kept, dropped = kv_entries(prompt, steps, k, policy)
     plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
     return kept * len(plan.kept_layers) * token_bytes, dropped * len(plan.drop_layers) * token_bytes
 
@@ -83,27 +87,32 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
 
 
-def request_bytes(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> list[int]:
-    """Bytes that each of the decode steps 1 … `steps` moves, at its own context."""
+def request_bytes(
+    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: str = "skip"
+) -> list[int]:
+    """Bytes that each of the decode steps 1 … `steps` moves, at its own context.
+
+    Of a backfill's k more tokens only the entries that later steps read count, so that a ceiling stays one.
+    """
     schedule, moved = PeriodicSchedule(k), []
     for step in range(1, steps + 1):
-        refresh, lora = step_bytes(manifest, *kv_entries(manifest, prompt, step - 1, k), rows)
+        refresh, lora = step_bytes(manifest, *kv_entries(prompt, step - 1, k, policy), rows)
         moved.append(refresh if schedule.kind(step) is StepKind.REFRESH else lora)
     return moved
 
 
-def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> float:
+def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: str = "skip") -> float:
     """The byte-weighted ceiling over a whole request: bytes of all its steps, full schedule over LoRA-Drop.
 
     Unlike `speedup_ceiling` it takes the steps that the request really has, which need not be whole cycles.
     """
-    full, ours = (sum(request_bytes(manifest, prompt, steps, window, rows)) for window in (0, k))
+    full, ours = (sum(request_bytes(manifest, prompt, steps, window, rows, policy)) for window in (0, k))
     return full / ours
 
 
-def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int) -> float:
+def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: str = "skip") -> float:
     """docs/algorithm.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
-    kept, dropped = kv_entries(manifest, prompt, steps, k)
+    kept, dropped = kv_entries(prompt, steps, k, policy)
     full, _ = step_bytes(manifest, kept, kept)
     refresh, lora = step_bytes(manifest, kept, dropped)
     return (k + 1) * full / (refresh + k * lora)

@@ -138,7 +138,7 @@ def _predictions(manifest: Manifest) -> list[str]:
         "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
     ]
     for prompt in sorted({min(128, half), half}):
-        kept, dropped = costs.kv_entries(manifest, prompt, prompt, k)
+        kept, dropped = costs.kv_entries(prompt, prompt, k)
         refresh, lora = costs.step_bytes(manifest, kept, dropped)
         base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k))
         lines.append(
