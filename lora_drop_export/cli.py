@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_drop_runtime.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan import INJECTIONS, SURROGATES, parse_layers
+from lora_drop_runtime.plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
@@ -42,16 +43,20 @@ def _export(arguments: Sequence[str]) -> None:
             hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
         )
     layers = None if args.drop_layers is None else parse_layers(args.drop_layers)
-    if args.drop_list is not None:
-        layers = read_drop_list(args.drop_list)
+    drop_list = None if args.drop_list is None else read_drop_list(args.drop_list)
+    if drop_list is not None:
+        layers = drop_list.layers
+        _warn_of_base(drop_list, args.surrogate)
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,
+        drop_list_fingerprint=None if drop_list is None else drop_list.fingerprint,
         always_first=args.always_first,
         always_last=args.always_last,
         k=args.k,
         surrogate=args.surrogate,
         injection=args.injection,
+        policy=args.policy,
         adapters=args.adapters,
         rank=args.rank,
         targets=tuple(args.target or args.add_target or ["ort"]),
@@ -98,7 +103,7 @@ def _export(arguments: Sequence[str]) -> None:
 
 _FIXED_BY_BUNDLE = (
     *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
-    *("adapters", "rank", "target", "dtype", "quantization", "block_size", "kv_dtype"),
+    *("policy", "adapters", "rank", "target", "dtype", "quantization", "block_size", "kv_dtype"),
     *("max_seq_len", "max_prompt_len", "max_batch", "weights"),
 )
 
@@ -114,24 +119,63 @@ def _refuse_what_the_bundle_fixes(args: argparse.Namespace) -> None:
             )
 
 
-def read_drop_list(path: Path) -> tuple[int, ...]:
-    """Layer numbers from a JSON file: a list, or an object with `drop_layers`."""
+@dataclass(frozen=True)
+class DropList:
+    """What a drop list's file says.
+
+    Attributes:
+        layers: to be dropped.
+        fingerprint: of the model that they were chosen for, None where the file does not say.
+        base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
+            mean; what was measured.
+    """
+
+    layers: tuple[int, ...]
+    fingerprint: str | None = None
+    base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+def read_drop_list(path: Path) -> DropList:
+    """A drop list from a JSON file: a list of layers, or an object with `drop_layers` as `lora-drop profile` writes it.
+
+    Raises:
+        InputError: the file cannot be read, or holds no drop list.
+    """
     try:
         data = json.loads(path.read_text())
-        layers = data["drop_layers"] if isinstance(data, dict) else data
-        if not all(type(layer) is int for layer in layers):
+        facts = data if isinstance(data, dict) else {"drop_layers": data}
+        layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
+        if not all(type(layer) is int for layer in layers) or not isinstance(fingerprint, str | None):
             raise TypeError
-        return tuple(layers)
+        errors = {
+            base: {int(layer): float(error) for layer, error in of_layers.items()}
+            for base, of_layers in facts.get("base_errors", {}).items()
+        }
+        return DropList(tuple(layers), fingerprint, errors)
     except OSError as error:
         raise InputError(
             "The drop list cannot be read.", note=f"{path}: {error.strerror}.", hint="Check the path."
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             "The file holds no drop list.",
             note=f'{path} is neither a JSON list of layers nor an object with "drop_layers".',
             hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
         ) from None
+
+
+def _warn_of_base(drop_list: DropList, surrogate: str) -> None:
+    """Say so when the surrogate would start farther from a layer's output than the mean of its outputs is."""
+    from .console import Console
+
+    errors = drop_list.base_errors.get(surrogate, {})
+    bad = {layer: errors[layer] for layer in sorted(drop_list.layers) if errors.get(layer, 0.0) > 1.0}
+    if bad:
+        Console().say(
+            f"warning: --surrogate {surrogate} starts from something worse than the mean of the layer's outputs in "
+            f"layers {', '.join(map(str, bad))} (relative errors {min(bad.values()):.2f} to {max(bad.values()):.2f}); "
+            "--surrogate residual starts from the layer's input"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=INJECTIONS,
         default="block",
         help="one surrogate per layer, or one per half (default block)",
+    )
+    plan.add_argument(
+        "--policy",
+        choices=POLICIES,
+        help="of refreshes, the bundle's default (default: what the adapters were fitted for, else skip)",
     )
     plan.add_argument("--adapters", type=Path, metavar="DIR", help="fitted adapters in PEFT's format")
     plan.add_argument(

@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +51,7 @@ from lora_drop_runtime.bundle import (
 from lora_drop_runtime.engine_ort import PROVIDERS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
+from lora_drop_runtime.plan import POLICIES, DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
 from lora_drop_runtime.session import PREFILL_CHUNK
 
 from .build_trt import (
@@ -70,6 +68,7 @@ from .gguf_file import GgufTensor
 from .lower_trt import check_one_copy, ep_context_model, trt_from_neutral
 from .quantize import BlockFormat, Quantization, block_formats, quantizable
 from .rewrite import fusable_groups
+from .staging import staged_directory
 from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
 from .trace import TracedModel, trace
 from .weights import (
@@ -110,11 +109,13 @@ class ExportOptions:
 
     drop_ratio: float | None = None
     drop_layers: Sequence[int] | None = None
+    drop_list_fingerprint: str | None = None  # of the model whose profile chose the layers
     always_first: int = 3
     always_last: int = 1
     k: int = 3
     surrogate: str = "residual"
     injection: str = "block"
+    policy: str | None = None
     adapters: Path | None = None
     rank: int | None = None
     targets: tuple[str, ...] = ("ort",)
@@ -269,7 +270,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     options = options or ExportOptions()
     console = Console()
     out = Path(out)
-    with _staging(out.resolve(), options.force) as root:
+    with staged_directory(out.resolve(), options.force) as root:
         checkpoint = open_checkpoint(
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
@@ -336,7 +337,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         for kind in (StepKind.REFRESH, StepKind.LORA)
     }
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
-    with _staging(root.resolve(), force=True) as staged:
+    with staged_directory(root.resolve(), force=True) as staged:
         for name in manifest.files:
             if not any(name.startswith(f"{target}/") for target in targets):
                 _link_or_copy(root / name, staged / name)
@@ -396,6 +397,12 @@ def write_bundle(
     limits = make_limits(checkpoint.config, options)
     plan = make_plan(traced, options)
     fingerprint = checkpoint.fingerprint()
+    if options.drop_list_fingerprint not in (None, fingerprint):
+        raise PlanError(
+            "The drop list was chosen for another model.",
+            note=f"It is of {options.drop_list_fingerprint[:12]}, {checkpoint.name} is {fingerprint[:12]}.",
+            hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
+        )
     matrices = _adapter_matrices(plan, traced, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     groups = fusable_groups(traced.graph)
@@ -474,9 +481,10 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
     eligible = eligible_layers(len(traced.windows), options.always_first, options.always_last, windowed)
     ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
     layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
-    rank = options.rank or 0
+    rank, policy = options.rank or 0, options.policy
     if options.adapters is not None:
         config = read_adapter_config(options.adapters)
+        policy = policy or config.policy
         if options.rank not in (None, config.rank):
             raise PlanError(
                 "The adapters have another rank.",
@@ -493,6 +501,7 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
         surrogate=options.surrogate,
         injection=options.injection,
         rank=rank if layers else 0,
+        policy=policy or POLICIES[0],
         always_first=options.always_first,
         always_last=options.always_last,
         windowed_layers=windowed,
@@ -683,9 +692,10 @@ def _build_engines(
 
 
 def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
-    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k."""
+    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy."""
     prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
-    return {"kept": limits.max_seq_len - 1, "dropped": prompt + steps // (plan.k + 1)}
+    written = steps if plan.policy == "backfill" else steps // (plan.k + 1)
+    return {"kept": limits.max_seq_len - 1, "dropped": prompt + written}
 
 
 def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
@@ -748,63 +758,3 @@ def _check_disk(root: Path, needed_bytes: int) -> None:
             note=f"The bundle needs {(needed_bytes + _SLACK_BYTES) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
             hint="Free some space, choose another --out, or use --weights link.",
         )
-
-
-def _check_replaceable(out: Path, force: bool) -> None:
-    """Refuse what must not be replaced: anything without `force`, and with it all but a bundle."""
-    if out.exists() and not force:
-        raise InputError(
-            "The output directory exists already.",
-            note=f"{out} is not touched.",
-            hint="Choose another --out, or replace it with --force.",
-        )
-    if out.exists() and not (out / MANIFEST_NAME).is_file():
-        raise InputError(
-            "The output directory is not a bundle, so --force will not replace it.",
-            note=f"{out} has no {MANIFEST_NAME}.",
-            hint="Choose another --out.",
-        )
-
-
-@contextlib.contextmanager
-def _staging(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` when the block ends well, and vanishes when it does not."""
-    _check_replaceable(out, force)
-    missing = [parent for parent in out.parents if not parent.exists()]  # the nearest first
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        root = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(
-            "The output directory cannot be made.", note=f"{out}: {error.strerror}.", hint="Choose another --out."
-        ) from None
-    old = root.with_name(f"{root.name}.old")
-    try:
-        root.chmod(0o755)
-        yield root
-        _check_replaceable(out, force)  # something may have come there in the meantime
-        if out.exists():
-            os.rename(out, old)
-            try:
-                os.rename(root, out)
-            except BaseException:
-                os.rename(old, out)
-                raise
-        else:
-            os.rename(root, out)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(
-            "The disk is full.",
-            note=f"Writing beside {out} failed: {error.strerror}.",
-            hint="Free some space, or choose another --out.",
-        ) from None
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                for parent in missing:
-                    parent.rmdir()

@@ -25,7 +25,7 @@ from lora_drop_runtime.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAM
 from lora_drop_runtime.engine_ort import OrtEngine
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
 from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, StepKind
-from lora_drop_runtime.session import DEFAULT_POLICY, Session
+from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -94,7 +94,7 @@ class Verification:
     tolerance: Tolerance
     steps: tuple[StepResult, ...]
     rounded_cosine: float | None = None  # median, of kernels that round activations
-    policy: str = DEFAULT_POLICY
+    policy: str = "skip"
 
     @property
     def passed(self) -> bool:
@@ -262,19 +262,19 @@ def compare(
     threads: int | None = None,
     console: Console | None = None,
     trust_remote_code: bool = False,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
 ) -> Verification:
     """Run a bundle's target and the reference over the same steps.
 
     Args:
-        policy: of the refreshes.
+        policy: of the refreshes; the bundle's when None.
         k: the window to compare under; the bundle's, but at least 1 so that LoRA steps occur.
     """
     console = console or Console()
     manifest = bundle.manifest
     name, _ = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
-    schedule = PeriodicSchedule(k)
+    schedule, policy = PeriodicSchedule(k), policy or manifest.plan.policy
     steps = max(2 * (k + 1), 4) + 1
     feeds = _feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]

@@ -3,7 +3,7 @@
 Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
 
     adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": drop_layers, surrogate,
-                                 injection, base_fingerprint
+                                 injection, base_fingerprint, and the policy that they were fitted for
     adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; with injection
                                  attn_mlp …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
 
@@ -42,6 +42,7 @@ class AdapterConfig:
     surrogate: str | None
     injection: str | None
     base_fingerprint: str | None
+    policy: str | None = None
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -67,6 +68,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             surrogate=plan.get("surrogate"),
             injection=plan.get("injection"),
             base_fingerprint=plan.get("base_fingerprint"),
+            policy=plan.get("policy"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(

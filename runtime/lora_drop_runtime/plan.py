@@ -16,6 +16,7 @@ from .errors import InputError, PlanError
 
 SURROGATES = ("residual", "recurrent", "anchor")
 INJECTIONS = ("block", "attn_mlp")
+POLICIES = ("skip", "backfill")  # what a refresh does about the tokens of the LoRA steps before it: session.py
 
 
 class StepKind(enum.Enum):
@@ -90,7 +91,7 @@ def spread_layers(eligible: Sequence[int], drop_ratio: float) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class DropPlan:
-    """What is baked into the two graphs, and the default window.
+    """What is baked into the two graphs, and the default window and policy.
 
     Attributes:
         num_layers: `n`, the decoder blocks of the model.
@@ -99,6 +100,7 @@ class DropPlan:
         surrogate: `residual`, `recurrent` or `anchor`: the base of the surrogate.
         injection: `block` (one surrogate per layer) or `attn_mlp` (one per half).
         rank: `r` of the adapters, 0 for none.
+        policy: default of the refreshes.
     """
 
     num_layers: int
@@ -110,12 +112,14 @@ class DropPlan:
     always_first: int = 3
     always_last: int = 1
     windowed_layers: tuple[int, ...] = ()
+    policy: str = "skip"
 
     def __post_init__(self) -> None:
         PeriodicSchedule(self.k)
         for option, value, known in (
             ("--surrogate", self.surrogate, SURROGATES),
             ("--injection", self.injection, INJECTIONS),
+            ("--policy", self.policy, POLICIES),
         ):
             if value not in known:
                 raise PlanError(

@@ -32,14 +32,12 @@ from .engine import Array, Buffer, Engine, Step
 from .engine_ort import OrtEngine
 from .errors import BundleError, InputError
 from .graph_io import DEVICE_TARGETS
-from .plan import PeriodicSchedule, Schedule, StepKind, count_refreshes
+from .plan import POLICIES, PeriodicSchedule, Schedule, StepKind, count_refreshes
 from .sampling import Sampler, SamplingOptions
 
 Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
-POLICIES = ("skip", "backfill")
-DEFAULT_POLICY = "skip"
 WARM_UP_STEPS = 64  # at most
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
@@ -50,7 +48,8 @@ class Session:
     `Session.open` is the way in; the constructor takes an engine, for tests and other targets.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str = DEFAULT_POLICY) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
+        policy = policy or bundle.manifest.plan.policy
         _check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
@@ -65,7 +64,7 @@ class Session:
         path: str | Path,
         *,
         k: int | Schedule | None = None,
-        policy: str = DEFAULT_POLICY,
+        policy: str | None = None,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
@@ -76,7 +75,8 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
-            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill` (above).
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill` (above);
+                the bundle's own when None.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
@@ -87,7 +87,7 @@ class Session:
         """
         bundle = Bundle.open(path)
         schedule = _schedule(bundle.manifest.plan.k if k is None else k)
-        _check_policy(policy)
+        _check_policy(policy or bundle.manifest.plan.policy)
         if threads is not None and threads < 1:
             raise InputError(
                 "The number of threads must be positive.",

@@ -73,9 +73,10 @@ def test_backfill(name, tmp_path):
 def test_backfill_plan(surrogate, injection, tmp_path):
     """States are those of the refresh's last token."""
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": 0.75, "rank": 4}
-    bundle = make_bundle("llama", tmp_path / "b", **options)
+    bundle = make_bundle("llama", tmp_path / "b", **options, policy="backfill")
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint)
-    with Session.open(bundle.root, policy="backfill", threads=1) as session:
+    with Session.open(bundle.root, threads=1) as session:
+        assert session.policy == "backfill"  # the bundle's own
         session.load_adapters(adapters)
         for k in (1, 3):
             assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), PROMPTS, k)

@@ -11,8 +11,9 @@ import onnx
 import pytest
 from lora_drop_runtime import VerificationError
 from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.plan import POLICIES
 from lora_drop_runtime.safetensors_file import read_tensors
-from lora_drop_runtime.session import POLICIES, Session
+from lora_drop_runtime.session import Session
 from lora_drop_tools.cli import main
 
 from lora_drop_export.console import Console
