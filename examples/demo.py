@@ -17,7 +17,8 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools import costs
 
 HERE = Path(".demo")
-# The seven eligible layers that change their input least: examples/rank_layers.py
+# The seven eligible layers that change their input least: lora-drop profile MODEL --rankings influence
+# --text lora_drop_export/sample.txt --window 64 --tokens 512 --sensitivity-tokens 64 --out DIR
 DROP_LAYERS = "3,13,14,15,17,25,26"
 PROMPT = "The capital of Italy is"
 NEW_TOKENS, ROUNDS = 64, 5
