@@ -233,7 +233,7 @@ def test_public_names() -> None:
     names = {
         "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError NoDeviceError "
         "PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind VerificationError",
-        "lora_drop_tools": "bench chat compare generate inspect",
+        "lora_drop_tools": "bench chat compare eval fit generate inspect profile",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():

@@ -30,7 +30,7 @@ from lora_drop_runtime.bundle import Bundle, ModelFacts
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.plan import PeriodicSchedule, StepKind
-from lora_drop_runtime.session import DEFAULT_POLICY, Session
+from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 
 from . import machine
@@ -338,7 +338,7 @@ def bench(
     contexts: Sequence[int] | None = None,
     batches: Sequence[int] = (1,),
     new_tokens: int = 64,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     repeats: int = 5,
     target: str | None = None,
     provider: str | None = None,
@@ -359,7 +359,7 @@ def bench(
         contexts: tokens of the prompts; 128 and 2048 when None, or as many of them as all bundles allow.
         batches: rows of a request.
         new_tokens: of each row; the first comes from the prefill, so there is one step less.
-        policy: of the refreshes.
+        policy: of the refreshes; the first bundle's when None.
         repeats: how often each arm runs; at least 2.
         target, provider: as for `Session.open`.
         threads: of ONNX Runtime, the peers and the bandwidth measurement; one per physical core when None.
@@ -404,6 +404,7 @@ def bench(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    policy = policy or manifest.plan.policy
     session_options = {"policy": policy, "target": target, "provider": provider, "threads": threads}
     used_threads = threads or machine.physical_cores()
     result = BenchResult(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from lora_drop_runtime.bundle import Bundle
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.session import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from lora_drop_export.verify import Verification
@@ -25,7 +24,7 @@ def compare(
     threads: int | None = None,
     json_file: str | Path | None = None,
     trust_remote_code: bool = False,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
 ) -> Verification:
     """Compare every step of a teacher-forced run with eager PyTorch and print a table.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.sampling import SamplingOptions
-from lora_drop_runtime.session import DEFAULT_POLICY, Session
+from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 
 
@@ -37,7 +37,7 @@ def generate(
     *,
     chat: bool = False,
     k: int | None = None,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     max_new_tokens: int = 64,
     sampling: SamplingOptions | None = None,
     stop: Sequence[str] = (),
@@ -87,7 +87,7 @@ def chat(
     *,
     system: str | None = None,
     k: int | None = None,
-    policy: str = DEFAULT_POLICY,
+    policy: str | None = None,
     max_new_tokens: int = 256,
     sampling: SamplingOptions | None = None,
     stop: Sequence[str] = (),
