@@ -309,7 +309,9 @@ def save_adapters(
         tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
         scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.alpha)
         tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
-    save_file(tensors, directory / "adapter_model.safetensors")
+    path = directory / "adapter_model.safetensors"
+    save_file(tensors, path)
+    path.chmod(0o644)  # the library leaves it to its owner alone
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -423,7 +425,7 @@ def fit(
         described = {
             "model": loaded.name,
             "fingerprint": loaded.fingerprint,
-            "text": [str(file) for file in text],
+            "text": [Path(file).name for file in text],
             **{name: getattr(plan, name) for name in ("drop_layers", "surrogate", "injection")},
             **dataclasses.asdict(settings),
         }

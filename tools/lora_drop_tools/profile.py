@@ -303,7 +303,7 @@ def profile(
     from lora_drop_export.torch_model import load_model
 
     settings = {
-        "text": [str(file) for file in text],
+        "text": [Path(file).name for file in text],
         "k": k,
         "policy": policy,
         "tokens": tokens // window * window,
