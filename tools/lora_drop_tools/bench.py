@@ -166,7 +166,7 @@ def prompts_of(bundle: Bundle, context: int, rows: int) -> Ids:
 # ── what is asked for ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
+def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
     """Bundles by a short name each; they must be of one model with weights of one kind."""
     if not paths:
         raise InputError("There is no bundle to measure.", note="None was given.", hint="Give at least one.")
@@ -247,7 +247,7 @@ def _check(bundles: Mapping[str, Bundle], windows: Sequence[int], requests: Sequ
                     )
 
 
-def _writable(json_file: str | Path | None, plots: str | Path | None) -> None:
+def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:
     """Refuse before any work what could not be written after it."""
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(
@@ -377,7 +377,7 @@ def bench(
         MeasurementError: a speed-up above its ceiling by more than the noise; everything is written before.
     """
     paths = [bundles] if isinstance(bundles, (str, Path)) else list(bundles)
-    opened = _open_bundles(paths)
+    opened = open_bundles(paths)
     windows = sorted({0, *k})
     if contexts is None:
         contexts = sorted({min(context, _longest_prompt(opened, new_tokens)) for context in CONTEXTS})
@@ -399,7 +399,7 @@ def bench(
                 note=f"The bundle would run on {provider or target_name}.",
                 hint="Leave --peers out, or use --provider cpu.",
             )
-    _writable(json_file, plots)
+    check_writable(json_file, plots)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -60,6 +60,10 @@ class Workers:
         finally:
             distributed.destroy_process_group()
 
+    def device(self, name: str) -> str:
+        """Each process's own GPU where `cuda` was asked for."""
+        return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.count > 1 else name
+
     def agree(self, tensors: list[Any]) -> None:
         """Replace each process's tensors by the first one's."""
         import torch.distributed as distributed

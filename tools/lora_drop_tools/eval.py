@@ -32,7 +32,7 @@ from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 
 from . import costs, machine
-from .bench import _open_bundles, _writable, weight_dtype
+from .bench import check_writable, open_bundles, weight_dtype
 from .eval_data import TASKS, Item, check_tasks, read_items
 from .eval_report import describe, write_plots
 from .eval_result import EvalResult, EvalRow, Sums, TaskFigures, averages, safe_zones, task_figures, text_figures
@@ -313,7 +313,7 @@ def eval(
         BundleError: a bundle is damaged or cannot run here.
     """
     arguments = {name: value for name, value in locals().items() if name != "out"}
-    opened = _open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
+    opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
     ks = sorted({0, *k})
     _check(opened, labels, ks, policies, limit)
     if text is None and not tasks:
@@ -325,7 +325,7 @@ def eval(
     request = None if text is None else _text_request(text, window, prompt, windows, ks, opened)
     items = _task_items(tasks, data, limit, seed)
     speedups, speed_request = _speedups(bench_file, list(opened))
-    _writable(json_file, plots)
+    check_writable(json_file, plots)
     engine = {"target": target, "provider": provider}
     stores = _open_stores(opened, out_dir, engine, seed)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}

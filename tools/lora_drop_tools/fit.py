@@ -409,7 +409,11 @@ def fit(
         console.rich.quiet = workers.rank > 0
         with console.phase("loading the model"):
             loaded = load_model(
-                model, dtype=DTYPES[dtype], device=device, trust_remote_code=trust_remote_code, log=console.say
+                model,
+                dtype=DTYPES[dtype],
+                device=workers.device(device),
+                trust_remote_code=trust_remote_code,
+                log=console.say,
             )
         check_fingerprint(loaded, drop_list_fingerprint)
         if policy is None and loaded.plan is not None:
