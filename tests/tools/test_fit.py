@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_drop_export import torch_model
 from tests import oracle
-from tests.bundles import family, make_bundle, oracle_plan
+from tests.bundles import family, make_bundle, oracle_plan, rewritten
 from tests.models import FAMILIES
 
 SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512, "steps": 4}
@@ -275,6 +275,28 @@ def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path
     assert config["lora_drop"]["k"] == [1, 3]
     bundle = make_bundle("llama", tmp_path / "b", adapters=tmp_path / "a", surrogate=surrogate, injection=injection)
     assert bundle.manifest.plan.rank == 64
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_bundle_brings_its_plan(
+    dtype: str | None, model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights too, dequantized where they are quantized; what was fitted is loaded into a running session."""
+    source = "llama" if dtype is None else rewritten("llama")
+    bundle = make_bundle(source, tmp_path / "b", drop_layers=(3, 5), policy="backfill", rank=3, dtype=dtype)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    monkeypatch.setattr(torch_model, "_tokenizer", lambda directory: tokenizer)
+    result = run_fit(bundle.root, words, tmp_path / "a")
+    assert list(result.plan["drop_layers"]) == [3, 5]
+    assert result.plan["policy"] == "backfill"
+    with Session.open(bundle.root, threads=1) as session:
+        before = [session.prefill([[1, 2]], max_new_tokens=4).copy(), session.step([3]).copy()]
+        session.load_adapters(tmp_path / "a")
+        after = [session.prefill([[1, 2]], max_new_tokens=4).copy(), session.step([3]).copy()]
+    assert np.array_equal(before[0], after[0])
+    assert not np.allclose(before[1], after[1])
+    with pytest.raises(InputError, match="brings its own plan"):
+        run_fit(bundle.root, words, tmp_path / "c", drop_ratio=0.5)
 
 
 def test_bfloat16_models(model_dir: Path, words: Path, tmp_path: Path) -> None:
