@@ -58,7 +58,7 @@ def test_model_and_plan(made: Path) -> None:
     assert row(text, "layers").split() == ["layers", "████·█·█", "█", "kept,", "·", "dropped", "on", "LoRA", "steps"]
     assert row(text, "drop list").split(maxsplit=2)[2] == "4, 6: 2 of 4 eligible, ρ 0.50, ρ_eff 0.250"
     assert row(text, "surrogate").split(maxsplit=1)[1] == "residual, block, no adapters"
-    assert row(text, "schedule").split(maxsplit=1)[1] == "k = 3: 3 LoRA steps, then a refresh"
+    assert row(text, "schedule").split(maxsplit=1)[1] == "k = 3: 3 LoRA steps, then a refresh; policy skip"
     assert row(text, "limits").split(maxsplit=1)[1] == "128 tokens, prompts of 127, batches of 8"
 
 

@@ -58,7 +58,7 @@ def describe(bundle: Bundle) -> list[str]:
         f"drop list    {', '.join(map(str, plan.drop_layers)) or 'none'}: {len(dropped)} of "
         f"{len(plan.eligible_layers)} eligible, ρ {plan.rho:.2f}, ρ_eff {plan.rho_eff:.3f}",
         f"surrogate    {plan.surrogate}, {plan.injection}, {adapters}",
-        f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh",
+        f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh; policy {plan.policy}",
         f"limits       {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}",
         "",
         *_sizes(manifest),
@@ -138,19 +138,20 @@ def _predictions(manifest: Manifest) -> list[str]:
         "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
     ]
     for prompt in sorted({min(128, half), half}):
-        kept, dropped = costs.kv_entries(prompt, prompt, k)
+        kept, dropped = costs.kv_entries(prompt, prompt, k, plan.policy)
         refresh, lora = costs.step_bytes(manifest, kept, dropped)
-        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k))
+        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, plan.policy))
         lines.append(
             f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
-            f"{costs.speedup_ceiling(manifest, prompt, prompt, k):5.2f}×   "
+            f"{costs.speedup_ceiling(manifest, prompt, prompt, k, plan.policy):5.2f}×   "
             f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
             f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
         )
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
     lines += [
         f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
-        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved",
+        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved"
+        + (" under skip, none under backfill" if plan.policy == "backfill" else ""),
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     return lines
