@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.errors import InputError, ModelError, first_line
+from lora_drop_runtime.errors import InputError, ModelError, PlanError, first_line
 from lora_drop_runtime.safetensors_file import read_tensors
 
 from .gguf_file import read_gguf
@@ -82,6 +82,20 @@ class Checkpoint:
             rows = ref.rows(0, 1) if ref.shape else ref.read()
             digest.update(np.asarray(rows, np.float32).reshape(-1)[:_FINGERPRINT_VALUES].tobytes())
         return digest.hexdigest()
+
+
+def check_drop_list(chosen_for: str | None, name: str, fingerprint: str) -> None:
+    """Refuse a drop list that was chosen for another model than `name`; without a fingerprint it fits any.
+
+    Raises:
+        PlanError: it was.
+    """
+    if chosen_for not in (None, fingerprint):
+        raise PlanError(
+            "The drop list was chosen for another model.",
+            note=f"It is of {str(chosen_for)[:12]}, {name} is {fingerprint[:12]}.",
+            hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
+        )
 
 
 def open_checkpoint(

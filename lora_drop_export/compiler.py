@@ -62,7 +62,7 @@ from .build_trt import (
     lora_profiles,
     refresh_profiles,
 )
-from .checkpoint import TORCH_DTYPES, Checkpoint, TensorSource, open_checkpoint
+from .checkpoint import TORCH_DTYPES, Checkpoint, TensorSource, check_drop_list, open_checkpoint
 from .console import Console
 from .gguf_file import GgufTensor
 from .lower_trt import check_one_copy, ep_context_model, trt_from_neutral
@@ -397,12 +397,7 @@ def write_bundle(
     limits = make_limits(checkpoint.config, options)
     plan = make_plan(traced, options)
     fingerprint = checkpoint.fingerprint()
-    if options.drop_list_fingerprint not in (None, fingerprint):
-        raise PlanError(
-            "The drop list was chosen for another model.",
-            note=f"It is of {options.drop_list_fingerprint[:12]}, {checkpoint.name} is {fingerprint[:12]}.",
-            hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
-        )
+    check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     matrices = _adapter_matrices(plan, traced, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     groups = fusable_groups(traced.graph)

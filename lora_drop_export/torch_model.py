@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
-from lora_drop_runtime.errors import InputError, PlanError, first_line
+from lora_drop_runtime.errors import InputError, first_line
 from lora_drop_runtime.plan import DropPlan
 
 from .checkpoint import Checkpoint, open_checkpoint
@@ -92,20 +92,6 @@ def load_model(
             tokenizer=_tokenizer(tokenizer_dir or checkpoint.directory),
             fingerprint=fingerprint or checkpoint.fingerprint(),
             plan=plan,
-        )
-
-
-def check_fingerprint(loaded: LoadedModel, fingerprint: str | None) -> None:
-    """Refuse a drop list that was made for another model; None is any model's.
-
-    Raises:
-        PlanError: it was.
-    """
-    if fingerprint is not None and fingerprint != loaded.fingerprint:
-        raise PlanError(
-            "The drop list was made for another model.",
-            note=f"It is for {fingerprint[:12]}, the model is {loaded.fingerprint[:12]}.",
-            hint="Make one for this model with: lora-drop profile",
         )
 
 

@@ -386,6 +386,12 @@ def test_refusals(options, words_of_error, model_dir: Path, words: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_drop_list_of_another_model(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="chosen for another model"):
+        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), drop_list_fingerprint="0" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_there_is_not_touched(model_dir: Path, words: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/file").write_text("precious")

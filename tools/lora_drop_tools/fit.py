@@ -394,10 +394,11 @@ def fit(
     require_export_packages("fitting runs the model in PyTorch")
     import torch
 
+    from lora_drop_export.checkpoint import check_drop_list
     from lora_drop_export.console import Console
     from lora_drop_export.reference import name_of
     from lora_drop_export.staging import staged_directory
-    from lora_drop_export.torch_model import check_fingerprint, load_model
+    from lora_drop_export.torch_model import load_model
 
     from .distill import DistillOptions, Divergence, Learner, Workers, distill
     from .teacher_forcing import TeacherForcing
@@ -415,7 +416,7 @@ def fit(
                 trust_remote_code=trust_remote_code,
                 log=console.say,
             )
-        check_fingerprint(loaded, drop_list_fingerprint)
+        check_drop_list(drop_list_fingerprint, loaded.name, loaded.fingerprint)
         if policy is None and loaded.plan is not None:
             settings = dataclasses.replace(settings, policy=loaded.plan.policy)
         policy = settings.policy
