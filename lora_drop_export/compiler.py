@@ -69,7 +69,7 @@ from .lower_trt import check_one_copy, ep_context_model, trt_from_neutral
 from .quantize import BlockFormat, Quantization, block_formats, quantizable
 from .rewrite import fusable_groups
 from .staging import staged_directory
-from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace
+from .surgery import StoredTensor, lora_step_from_refresh, refresh_from_trace, with_rows_chosen_early
 from .trace import TracedModel, trace
 from .weights import (
     ADAPTERS_NAME,
@@ -441,7 +441,7 @@ def write_bundle(
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)
         lora = lora_step_from_refresh(refresh, plan, facts.cache, adapters)
-        graphs = {StepKind.REFRESH: refresh, StepKind.LORA: lora}
+        graphs = {StepKind.REFRESH: with_rows_chosen_early(refresh), StepKind.LORA: lora}
         for kind, proto in graphs.items():
             (root / f"{kind.value}.onnx").write_bytes(proto.SerializeToString())
     targets = {

@@ -43,11 +43,13 @@ from .rewrite import (
     Linear,
     Ops,
     float32_logits,
+    is_row_wise,
     joined_name,
     linear_groups,
     mask_window,
     match_linear,
     match_weight,
+    rank,
     replace_node,
 )
 
@@ -57,9 +59,6 @@ MIN_FOLD = 4
 ROTARY_BYTES = 32 << 20  # of tables that are worth a node or two a layer
 _HEADS_FIRST = (0, 2, 1, 3)
 _TABLE = ".table"  # the second name of a weight that is looked up row by row
-# Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
-_ROW_WISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"}
-_ROW_WISE |= {"Split", "RMSNormalization", "LayerNormalization"}
 
 
 def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
@@ -135,9 +134,12 @@ class _Rows:
             assert value.shape is not None
             node = value.producer()
             ops = Ops()
-            if node is not None and _is_row_wise(node):
-                inputs = [self.get(i) if i is not None and _rank(i) == 3 else i for i in node.inputs]
-                twin = ir.node(node.op_type, inputs, dict(node.attributes), num_outputs=len(node.outputs))
+            if node is not None and is_row_wise(node):
+                inputs = [self.get(i) if i is not None and rank(i) == 3 else i for i in node.inputs]
+                attributes = dict(node.attributes)
+                if "axis" in attributes:
+                    attributes["axis"] = ir.AttrInt64("axis", -1)  # it may be counted from the front
+                twin = ir.node(node.op_type, inputs, attributes, num_outputs=len(node.outputs))
                 ops.nodes.append(twin)
                 for old, new in zip(node.outputs, twin.outputs, strict=True):
                     self.register(old, new)
@@ -151,29 +153,15 @@ class _Rows:
         """A Reshape between tokens and rows around a surrogate: what it makes is a twin, or has one."""
         before, after = reshape.inputs[0], reshape.outputs[0]
         assert before is not None
-        if _rank(before) == 3 and _rank(after) == 2:
+        if rank(before) == 3 and rank(after) == 2:
             after.replace_all_uses_with(self.get(before))
-        elif _rank(before) == 2 and _rank(after) == 3:
+        elif rank(before) == 2 and rank(after) == 3:
             self.register(after, before)
 
     def register(self, value: ir.Value, twin: ir.Value) -> None:
         assert value.shape is not None
         twin.type, twin.shape = value.type, ir.Shape([None, value.shape[2]])
         self.made[value] = twin
-
-
-def _is_row_wise(node: ir.Node) -> bool:
-    if node.op_type not in _ROW_WISE or node.domain or any(_rank(output) != 3 for output in node.outputs):
-        return False
-    if "axis" in node.attributes and node.attributes["axis"].as_int() != -1:
-        return False
-    inputs = [value for value in node.inputs if value is not None]
-    shapes = {str(value.shape) for value in inputs if _rank(value) == 3}  # no broadcasting over tokens
-    return len(shapes) == 1 and {_rank(value) for value in inputs} <= {0, 1, 3}
-
-
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
 
 
 def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value:

@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+# Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
+_ROW_WISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"}
+_ROW_WISE |= {"Split", "RMSNormalization", "LayerNormalization"}
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
@@ -96,6 +99,22 @@ def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBloc
     bits = 4 if weight.dtype == ir.DataType.UINT4 else 8
     block_size = node.attributes["block_size"].as_int()
     return weight, QuantizedBlocks(bits, block_size, scales, None if symmetric else zero_points)
+
+
+def is_row_wise(node: ir.Node) -> bool:
+    """Whether each row [width] of the node's outputs [B, S, width] is computed from the same rows of its inputs."""
+    if node.op_type not in _ROW_WISE or node.domain or any(rank(output) != 3 for output in node.outputs):
+        return False
+    if "axis" in node.attributes and node.attributes["axis"].as_int() not in (-1, 2):
+        return False
+    inputs = [value for value in node.inputs if value is not None]
+    shapes = {str(value.shape) for value in inputs if rank(value) == 3}  # no broadcasting over tokens
+    return len(shapes) == 1 and {rank(value) for value in inputs} <= {0, 1, 3}
+
+
+def rank(value: ir.Value) -> int | None:
+    """Number of dimensions, None where they are not known."""
+    return None if value.shape is None else len(value.shape)
 
 
 def linear_groups(graph: ir.Graph) -> list[list[Linear]]:

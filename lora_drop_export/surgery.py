@@ -6,6 +6,7 @@ protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtim
     refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask;
                                 state outputs for dropped layers
     lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
+    with_rows_chosen_early      the refresh graph's choice of rows, from before the head up to the last attention
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lora_drop_runtime.plan import DropPlan, StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from .rewrite import SYMMETRIC, ZERO_POINTS, Ops
+from .rewrite import SYMMETRIC, ZERO_POINTS, Ops, is_row_wise, rank
 from .trace import DOMAIN, TracedModel
 
 OPSET = 24  # the first with TensorScatter
@@ -346,6 +347,56 @@ def lora_step_from_refresh(
     proto = gs.export_onnx(graph)
     proto.ir_version = IR_VERSION
     return proto
+
+
+def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
+    """The refresh graph where what follows the last attention computes only the rows whose logits are asked for.
+
+    `f(x)[rows] = f(x[rows])` for every operator that treats rows alike, so the choice moves up through them: a prefill
+    spares the last layer's output projection and MLP for all tokens but one. Tensors that others read whole stay whole
+    (a state's source may be among them); the argument is left as it was.
+    """
+    model = ir.serde.deserialize_model(refresh)
+    graph = model.graph
+    (index,) = (value for value in graph.inputs if value.name == "logits_index")
+    choices = {use.node for unsqueeze, _ in index.uses() for use in unsqueeze.outputs[0].uses()}
+    choices = {node for node in choices if node.op_type == "GatherND" and rank(node.outputs[0]) == 3}
+    moved: dict[ir.Node, None] = {}
+    for node in reversed(list(graph)):
+        readers = {use.node for value in node.outputs for use in value.uses()}
+        leaves = any(value.is_graph_output() for value in node.outputs)
+        if readers and not leaves and readers <= choices | moved.keys() and (is_row_wise(node) or _is_product(node)):
+            moved[node] = None
+    made = {node.outputs[0] for node in choices} | {value for node in moved for value in node.outputs}
+    chosen: dict[ir.Value, ir.Value] = {}
+    for node in reversed(moved):
+        for place, value in enumerate(node.inputs):
+            if value is None or rank(value) != 3 or value in made:
+                continue
+            if value not in chosen:
+                like = next(iter(choices))
+                gather = ir.node("GatherND", [value, like.inputs[1]], {"batch_dims": 1})
+                chosen[value] = gather.outputs[0]
+                gather.outputs[0].type = value.type
+                gather.outputs[0].shape = ir.Shape([*index.shape, value.shape[2]])
+                graph.insert_before(node, gather)
+            node.replace_input_with(place, chosen[value])
+        for value in node.outputs:
+            value.shape = ir.Shape([*index.shape, value.shape[2]])
+    for node in choices:
+        source = node.inputs[0]
+        if source in made:
+            node.outputs[0].replace_all_uses_with(source)
+    graph.sort()  # the index is made late
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    return ir.serde.serialize_model(model)
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node multiplies rows [B, S, in] by one matrix [in, out]."""
+    x, matrix = node.inputs if node.op_type == "MatMul" else (None, None)
+    return x is not None and matrix is not None and (rank(x), rank(matrix)) == (3, 2)
 
 
 @dataclass

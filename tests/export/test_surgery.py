@@ -13,6 +13,7 @@ from lora_drop_runtime.plan import StepKind
 
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
+from tests.models import FAMILIES
 
 SURROGATE_OPS = {"Reshape", "Gemm", "Add", "Constant"}
 
@@ -179,3 +180,37 @@ def test_neutral_graphs_against_oracle(name, surrogate, rank, tmp_path):
         for step, b in enumerate(theirs):
             error = np.abs(ours[step][row] - b.numpy()).max() / np.abs(b.numpy()).max()
             assert error < 3e-5, f"row {row}, step {step}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_rows_with_logits_go_on_after_the_last_attention(name, tmp_path):
+    """A product whose result no attention or cache needs runs on the rows asked for, all others on every token."""
+    bundle = make_bundle(name, tmp_path / "b")
+    model = load(bundle, "refresh")
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    needed, queue = set(), [node for node in model.graph.node if node.op_type in ("Attention", "TensorScatter")]
+    while queue:
+        node = queue.pop()
+        for value in node.input:
+            if value in made_by and made_by[value].output[0] not in needed:
+                needed.add(made_by[value].output[0])
+                queue.append(made_by[value])
+    products = [node.output[0] for node in model.graph.node if node.op_type == "MatMul"]
+    late = [value for value in products if value not in needed]
+    assert len(late) >= 4  # attention's output, the MLP's at least two, the head
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in products)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.root))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    sizes = {"batch": 2, "slots_kept": 9, "slots_dropped": 9}
+    feeds = {
+        spec.name: np.zeros(spec.sized(sizes), np.float32)
+        for spec in bundle.manifest.io(StepKind.REFRESH).inputs
+        if spec.name.startswith("past_")
+    }
+    feeds |= {"input_ids": np.ones((2, 7), np.int64), "logits_index": np.array([[6], [3]])}
+    feeds |= {name: np.zeros(2, np.int64) for name in ("len_kept", "len_dropped")}
+    values = dict(zip(products, session.run(products, feeds), strict=True))
+    assert {value: array.shape[1] for value, array in values.items()} == {
+        value: 1 if value in late else 7 for value in products
+    }
