@@ -361,6 +361,12 @@ def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
     (index,) = (value for value in graph.inputs if value.name == "logits_index")
     choices = {use.node for unsqueeze, _ in index.uses() for use in unsqueeze.outputs[0].uses()}
     choices = {node for node in choices if node.op_type == "GatherND" and rank(node.outputs[0]) == 3}
+
+    def rows_of(value: ir.Value) -> ir.Shape:
+        assert index.shape is not None
+        assert value.shape is not None
+        return ir.Shape([*index.shape, value.shape[2]])
+
     moved: dict[ir.Node, None] = {}
     for node in reversed(list(graph)):
         readers = {use.node for value in node.outputs for use in value.uses()}
@@ -378,11 +384,11 @@ def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
                 gather = ir.node("GatherND", [value, like.inputs[1]], {"batch_dims": 1})
                 chosen[value] = gather.outputs[0]
                 gather.outputs[0].type = value.type
-                gather.outputs[0].shape = ir.Shape([*index.shape, value.shape[2]])
+                gather.outputs[0].shape = rows_of(value)
                 graph.insert_before(node, gather)
             node.replace_input_with(place, chosen[value])
         for value in node.outputs:
-            value.shape = ir.Shape([*index.shape, value.shape[2]])
+            value.shape = rows_of(value)
     for node in choices:
         source = node.inputs[0]
         if source in made:

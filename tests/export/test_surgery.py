@@ -13,7 +13,6 @@ from lora_drop_runtime.plan import StepKind
 
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
-from tests.models import FAMILIES
 
 SURROGATE_OPS = {"Reshape", "Gemm", "Add", "Constant"}
 
@@ -182,7 +181,7 @@ def test_neutral_graphs_against_oracle(name, surrogate, rank, tmp_path):
             assert error < 3e-5, f"row {row}, step {step}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
 def test_only_rows_with_logits_go_on_after_the_last_attention(name, tmp_path):
     """A product whose result no attention or cache needs runs on the rows asked for, all others on every token."""
     bundle = make_bundle(name, tmp_path / "b")

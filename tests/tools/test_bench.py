@@ -174,6 +174,8 @@ def test_figures_of_a_row() -> None:
     assert refresh.mean_bytes == (302 + 314) / 2
     assert row.ceiling == pytest.approx((298 + 306 + 314 + 322) / (174 + 302 + 182 + 314))
     assert row.share == row.speedup / row.ceiling
+    assert row.own_speedup == pytest.approx(4 * 3.5 / (2 * 1.5 + 2 * 3.5))
+    assert row.own_share == pytest.approx(1.4 / row.ceiling)
     assert row.gain_share == (row.speedup - 1) / (row.ceiling - 1)
     assert row.above_ceiling  # 1.5 over 1.276, and the repeats agree
     assert [tail.predicted for tail in row.tails] == ["lora", "refresh", "refresh"]
@@ -187,6 +189,8 @@ def test_a_ratio_within_the_noise_is_not_above_the_ceiling() -> None:
     assert row.noise == pytest.approx(0.2)
     assert not row.above_ceiling
     assert row.steps["lora"].bandwidth_share is None
+    backfill = make_row("b", tiny_manifest(), 1, request, [Run(0.5, [1.0] * 4)] * 3, full, None, policy="backfill")
+    assert backfill.own_speedup is None  # its refreshes are longer than the full schedule's
 
 
 def test_median_of_ratios() -> None:

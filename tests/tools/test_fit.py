@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,17 +205,17 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
 
     forcing, texts, plan, whole, policy = setting()
     options = DistillOptions(6, 1e-2, accumulate=2, checkpoint_every=2)
-    distill(forcing, texts, plan, policy, whole, options, Workers())
+    losses = distill(forcing, texts, plan, policy, whole, options, Workers())
     forcing, texts, plan, learner, policy = setting()
 
-    def stop(done: int, total: int, sums: Divergence) -> None:
+    def stop(done: int, total: int, losses: Sequence[float]) -> None:
         if done == 5:
             raise Stop
 
     with pytest.raises(Stop):
         distill(forcing, texts, plan, policy, learner, options, Workers(), tmp_path / "state.pt", stop)
     forcing, texts, plan, again, policy = setting()
-    distill(forcing, texts, plan, policy, again, options, Workers(), tmp_path / "state.pt")
+    assert distill(forcing, texts, plan, policy, again, options, Workers(), tmp_path / "state.pt") == losses
     for a, b in zip(whole.all(), again.all(), strict=True):
         assert torch.equal(a, b)
 
@@ -352,6 +353,7 @@ def test_an_interrupted_fit_can_be_resumed(
     result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4, resume=True)
     assert not (tmp_path / "a.partial").exists()
     assert result.stages["distillation"] == pytest.approx(whole.stages["distillation"], rel=1e-5)
+    assert len(result.losses) == 4
 
 
 @pytest.mark.parametrize(

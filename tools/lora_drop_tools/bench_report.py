@@ -72,7 +72,17 @@ def _percent(value: float | None) -> str:
 
 
 def _speed_table(rows: Sequence[Row]) -> list[str]:
-    headings = ("speed-up", "tokens/s", "over k=0", "spread", "ceiling", "of ceiling", "of its gain", "Eq. 10")
+    headings = (
+        "speed-up",
+        "tokens/s",
+        "over k=0",
+        "spread",
+        "ceiling",
+        "of ceiling",
+        "by own steps",
+        "of its gain",
+        "Eq. 10",
+    )
     cells = [
         (
             _name(row),
@@ -81,12 +91,16 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
             f"{row.noise:.3f}",
             f"{row.ceiling:.3f}×",
             _percent(row.share) + ("!" if row.above_ceiling else ""),
+            _percent(row.own_share),
             _percent(row.gain_share),
             f"{row.asymptotic:.3f}×",
         )
         for row in rows
     ]
-    return table(headings, cells)
+    return [
+        *table(headings, cells),
+        "own steps: of ceiling, from the medians of the request's own refreshes and LoRA steps; free of drift",
+    ]
 
 
 def _latency_table(rows: Sequence[Row]) -> list[str]:

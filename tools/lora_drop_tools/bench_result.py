@@ -88,6 +88,8 @@ class Row:
     Attributes:
         speedups: of each repeat, time per token of the full schedule over this one's.
         noise: what the repeats differ by, largest minus smallest speed-up.
+        own_speedup: from the medians of the request's own refreshes and LoRA steps: what drifts from request to request
+            cancels out. None without both kinds, or where a refresh is more than a full step (backfill).
         ceiling: what the bytes of the request's own steps allow.
         kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says.
         over_peers: our tokens/s over a peer's, median over the repeats.
@@ -111,6 +113,7 @@ class Row:
     speedup: float
     speedups: list[float]
     noise: float
+    own_speedup: float | None
     ceiling: float
     asymptotic: float
     tails: list[Tail]
@@ -120,6 +123,11 @@ class Row:
     def share(self) -> float:
         """Of the ceiling reached."""
         return self.speedup / self.ceiling
+
+    @property
+    def own_share(self) -> float | None:
+        """The same of `own_speedup`."""
+        return None if self.own_speedup is None else self.own_speedup / self.ceiling
 
     @property
     def gain_share(self) -> float | None:
@@ -186,7 +194,8 @@ class BenchResult:
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         for row, entry in zip(self.rows, data["rows"], strict=True):
-            entry |= {"share_of_ceiling": row.share, "share_of_gain": row.gain_share}
+            entry |= {"share_of_ceiling": row.share, "own_share_of_ceiling": row.own_share}
+            entry |= {"share_of_gain": row.gain_share}
             for tail, written in zip(row.tails, entry["tails"], strict=True):
                 written["holds"] = tail.holds
         return json.dumps(data, indent=1) + "\n"
@@ -251,6 +260,10 @@ def make_row(
         rate = mean_bytes / seconds
         share = None if bandwidth is None else rate / bandwidth
         figures[kind] = StepFigures(len(own), 1000 * seconds, mean_bytes, rate / 1e9, share)
+    own_speedup = None
+    if len(figures) > 1 and policy == "skip":
+        mixed = sum(one.steps * one.median_ms for one in figures.values())
+        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
     quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
     kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
@@ -274,6 +287,7 @@ def make_row(
         speedup=statistics.median(speedups),
         speedups=speedups,
         noise=max(speedups) - min(speedups),
+        own_speedup=own_speedup,
         ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
         asymptotic=costs.asymptotic_speedup(manifest, k),
         tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)

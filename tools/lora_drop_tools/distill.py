@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,14 +204,14 @@ def distill(
     options: DistillOptions,
     workers: Workers,
     state_file: Path | None = None,
-    progress: Callable[[int, int, Divergence], None] = lambda done, total, sums: None,
-) -> None:
-    """Train `learner` in place.
+    progress: Callable[[int, int, Sequence[float]], None] = lambda done, total, losses: None,
+) -> list[float]:
+    """Train `learner` in place; returns each step's mean KL, also of the steps before a resumption.
 
     Args:
         texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
-        state_file: holds parameters, optimizer and step, written every `checkpoint_every` steps by the first process;
-            where it exists training goes on from there.
+        state_file: holds parameters, optimizer, losses and step, written every `checkpoint_every` steps by the first
+            process; where it exists training goes on from there.
     """
     import torch
 
@@ -219,10 +219,10 @@ def distill(
     with torch.no_grad():
         workers.agree([*parameters, *learner.scales.values(), *learner.sizes.values()])
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
-    begin = 0
+    begin, losses = 0, list[float]()
     if state_file is not None and state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=forcing.device)
-        begin = state["step"]
+        begin, losses = state["step"], state["losses"]
         optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for parameter, value in zip(parameters, state["parameters"], strict=True):
@@ -241,15 +241,15 @@ def distill(
         workers.average(gradients)
         torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         optimizer.step()
-        progress(step + 1, options.steps, sums)
+        losses.append(sums.figures()["kl"])
+        progress(step + 1, options.steps, losses)
         done = step + 1 == options.steps
         if state_file is not None and workers.rank == 0 and ((step + 1) % options.checkpoint_every == 0 or done):
             part = state_file.with_suffix(".part")
-            torch.save(
-                {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": [p.data for p in parameters]},
-                part,
-            )
+            state = {"step": step + 1, "losses": losses, "optimizer": optimizer.state_dict()}
+            torch.save({**state, "parameters": [parameter.data for parameter in parameters]}, part)
             part.replace(state_file)
+    return losses
 
 
 def _rate(step: int, options: DistillOptions) -> float:

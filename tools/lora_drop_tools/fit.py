@@ -400,7 +400,7 @@ def fit(
     from lora_drop_export.staging import staged_directory
     from lora_drop_export.torch_model import load_model
 
-    from .distill import DistillOptions, Divergence, Learner, Workers, distill
+    from .distill import DistillOptions, Learner, Workers, distill
     from .teacher_forcing import TeacherForcing
 
     if threads is not None:
@@ -451,15 +451,14 @@ def fit(
             learner = Learner(pairs, scales, forcing.device)
             with console.progress("distillation") as update:
 
-                def report(done: int, total: int, sums: Divergence) -> None:
-                    losses.append(sums.figures()["kl"])
+                def report(done: int, total: int, so_far: Sequence[float]) -> None:
                     update("distillation", done, total)
                     if done % max(1, total // 20) == 0:
-                        recent = losses[-max(1, total // 20) :]
+                        recent = so_far[-max(1, total // 20) :]
                         console.say(f"distillation: step {done} of {total}, KL {np.mean(recent):.4f}")
 
                 options = DistillOptions(steps, learning_rate, accumulate)
-                distill(forcing, seen, plan, policy, learner, options, workers, partial.state, report)
+                losses = distill(forcing, seen, plan, policy, learner, options, workers, partial.state, report)
             pairs = learner.pairs()
             stages["distillation"] = _figures(forcing, unseen, plan, pairs, policy)
             _say_figures(console, "distillation", stages["distillation"])
