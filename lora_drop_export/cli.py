@@ -46,7 +46,7 @@ def _export(arguments: Sequence[str]) -> None:
     drop_list = None if args.drop_list is None else read_drop_list(args.drop_list)
     if drop_list is not None:
         layers = drop_list.layers
-        _warn_of_base(drop_list, args.surrogate)
+        _warn_of_base(drop_list, args.surrogate or SURROGATES[0])
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,
@@ -202,14 +202,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--surrogate",
         choices=SURROGATES,
-        default="residual",
-        help="what a dropped layer's output starts from (default residual)",
+        help="what a dropped layer's output starts from (default: what the adapters were fitted for, else residual)",
     )
     plan.add_argument(
         "--injection",
         choices=INJECTIONS,
-        default="block",
-        help="one surrogate per layer, or one per half (default block)",
+        help="one surrogate per layer, or one per half (default: what the adapters were fitted for, else block)",
     )
     plan.add_argument(
         "--policy",

@@ -51,7 +51,16 @@ from lora_drop_runtime.bundle import (
 from lora_drop_runtime.engine_ort import PROVIDERS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.plan import POLICIES, DropPlan, PeriodicSchedule, StepKind, eligible_layers, spread_layers
+from lora_drop_runtime.plan import (
+    INJECTIONS,
+    POLICIES,
+    SURROGATES,
+    DropPlan,
+    PeriodicSchedule,
+    StepKind,
+    eligible_layers,
+    spread_layers,
+)
 from lora_drop_runtime.session import PREFILL_CHUNK
 
 from .build_trt import (
@@ -113,8 +122,8 @@ class ExportOptions:
     always_first: int = 3
     always_last: int = 1
     k: int = 3
-    surrogate: str = "residual"
-    injection: str = "block"
+    surrogate: str | None = None
+    injection: str | None = None
     policy: str | None = None
     adapters: Path | None = None
     rank: int | None = None
@@ -477,9 +486,11 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
     ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
     layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
     rank, policy = options.rank or 0, options.policy
+    surrogate, injection = options.surrogate, options.injection
     if options.adapters is not None:
         config = read_adapter_config(options.adapters)
         policy = policy or config.policy
+        surrogate, injection = surrogate or config.surrogate, injection or config.injection
         if options.rank not in (None, config.rank):
             raise PlanError(
                 "The adapters have another rank.",
@@ -493,8 +504,8 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
         num_layers=len(traced.windows),
         drop_layers=layers,
         k=options.k,
-        surrogate=options.surrogate,
-        injection=options.injection,
+        surrogate=surrogate or SURROGATES[0],
+        injection=injection or INJECTIONS[0],
         rank=rank if layers else 0,
         policy=policy or POLICIES[0],
         always_first=options.always_first,

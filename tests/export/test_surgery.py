@@ -62,6 +62,15 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
     assert "len_dropped" in names(refresh.graph.input)
 
 
+def test_adapters_bring_the_plan_they_were_fitted_for(tmp_path):
+    plan = {"drop_layers": (4, 6), "surrogate": "recurrent", "injection": "attn_mlp"}
+    fitted = make_bundle("llama", tmp_path / "fitted", rank=4, **plan).manifest
+    adapters = save_adapters(tmp_path / "a", fitted.plan, fitted.model.hidden_size, fitted.model.fingerprint)
+    found = make_bundle("llama", tmp_path / "b", adapters=adapters).manifest.plan
+    assert {name: getattr(found, name) for name in plan} == plan
+    assert found.rank == 4
+
+
 def test_io_is_the_table(tmp_path):
     """Inputs and outputs stand in the order, dtype and shape of graph_io."""
     bundle = make_bundle("qwen2", tmp_path / "b", surrogate="recurrent", injection="attn_mlp", rank=2)
