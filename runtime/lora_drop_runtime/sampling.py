@@ -123,8 +123,11 @@ class Sampler:
             BundleError: the largest logit of an active row is NaN or infinite.
         """
         assert len(logits) == len(active) == len(self._generators)
-        going = enumerate(active.tolist())
-        return np.array([self._choose(row, logits[row]) if goes_on else 0 for row, goes_on in going], np.int64)
+        tokens = np.zeros(len(logits), np.int64)
+        for row, is_active in enumerate(active.tolist()):
+            if is_active:
+                tokens[row] = self._choose(row, logits[row])
+        return tokens
 
     def _choose(self, row: int, scores: NDArray[np.float32]) -> int:
         penalty = self._options.repetition_penalty

@@ -195,15 +195,15 @@ class Session:
             sampler = Sampler(options, rows)
         self._begin(padded, lengths, max_new_tokens, k)
         number = self._requests_begun
-        active, going = np.ones(len(rows), np.bool_), [True] * len(rows)
+        active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
             tokens = self._running().chosen(active) if sampler is None else sampler.sample(self._logits(), active)
             # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
             for row, token in enumerate(tokens.tolist() if stops else ()):
-                if token in stops and going[row]:
-                    active, going[row] = active.copy(), False
+                if token in stops and active[row]:
+                    active = active.copy()
                     active[row] = False
-            if True not in going:
+            if True not in active.tolist():
                 return
             yield tokens, active
             if left:
@@ -213,7 +213,7 @@ class Session:
                         note="A session holds one request, and another one has begun since.",
                         hint="Finish a stream before the next one, or open a second session.",
                     )
-                self._step(tokens, going)
+                self._step(tokens, active)
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,10 +292,10 @@ class Session:
                 hint="Give one token per row.",
             )
         self._check_vocabulary(ids)
-        self._step(ids, [True] * request.batch)
+        self._step(ids, None)
         return self._logits()
 
-    def _step(self, token_ids: Ids, going: list[bool]) -> None:
+    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         request = self._running()
         if request.steps_done == request.max_steps:
             raise InputError(
@@ -303,7 +303,7 @@ class Session:
                 note=f"They were sized for {request.max_steps} decode steps.",
                 hint="Call prefill with a larger max_new_tokens.",
             )
-        request.step(token_ids, going)
+        request.step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
         return self._opened().read(self._running().logits)[:, 0]  # [B, V]
@@ -502,11 +502,10 @@ class _Request:
         )
 
     def __post_init__(self) -> None:
-        self._prepared: dict[int, Step] = {}  # by side for LoRA steps, −1 for refreshes
+        self._prepared: dict[tuple[StepKind, int], Step] = {}
         self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
         self._since_refresh: list[Ids] = []  # under backfill: the tokens [B] of each LoRA step
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
-        self.ids = self.input_ids.reshape(-1).data
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, in one go where they are short, else in chunks."""
@@ -559,12 +558,12 @@ class _Request:
             )
         return tokens
 
-    def step(self, token_ids: Ids, going: list[bool]) -> None:
-        """Run the next step; the lengths of rows that do not go on stay, what they write is overwritten later."""
+    def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
+        """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
         kind = self.schedule.kind(self.steps_done + 1)
         refresh = kind is StepKind.REFRESH
-        for row, token in enumerate(token_ids.tolist()):
-            self.ids[row] = token
+        going = [True] * self.batch if active is None else active.tolist()
+        self.input_ids[:, 0] = token_ids
         if refresh and self._since_refresh:
             self._backfill(going)
         else:
@@ -583,7 +582,7 @@ class _Request:
         self.steps_done += 1
 
     def _run_one_token(self, kind: StepKind) -> None:
-        key = self.side if kind is StepKind.LORA else -1
+        key = kind, self.side if kind is StepKind.LORA else 0
         prepared = self._prepared.get(key)
         if prepared is None:
             prepared = self._prepared[key] = (
