@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_drop_runtime.adapters import read_adapter_config
 from lora_drop_runtime.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
@@ -46,7 +47,8 @@ def _export(arguments: Sequence[str]) -> None:
     drop_list = None if args.drop_list is None else read_drop_list(args.drop_list)
     if drop_list is not None:
         layers = drop_list.layers
-        _warn_of_base(drop_list, args.surrogate or SURROGATES[0])
+        fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
+        _warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,

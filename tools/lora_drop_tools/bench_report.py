@@ -79,7 +79,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         "spread",
         "ceiling",
         "of ceiling",
-        "by own steps",
+        "own steps",
         "of its gain",
         "Eq. 10",
     )

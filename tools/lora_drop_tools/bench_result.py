@@ -194,8 +194,8 @@ class BenchResult:
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         for row, entry in zip(self.rows, data["rows"], strict=True):
-            entry |= {"share_of_ceiling": row.share, "own_share_of_ceiling": row.own_share}
-            entry |= {"share_of_gain": row.gain_share}
+            entry["share_of_ceiling"], entry["own_share_of_ceiling"] = row.share, row.own_share
+            entry["share_of_gain"] = row.gain_share
             for tail, written in zip(row.tails, entry["tails"], strict=True):
                 written["holds"] = tail.holds
         return json.dumps(data, indent=1) + "\n"
