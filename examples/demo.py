@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from fetch_model import fetch_model
 from lora_drop_runtime import Session
-from lora_drop_runtime.plan import POLICIES
+from lora_drop_runtime.plan.drop_plan import POLICIES
 from lora_drop_runtime.text import TextCodec
-from lora_drop_tools import costs
+from lora_drop_tools.shared import costs
 
 HERE = Path(".demo")
 # Seven layers, chosen and fitted as docs/quality.md says; they bring the policy that they were fitted for, backfill

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build_trt import BuilderOptions
-    from .compiler import ExportOptions, add_target, export
+    from lora_drop_export.compiler.export import ExportOptions, add_target, export
+    from lora_drop_export.targets.trt.build import BuilderOptions
 
 __all__ = ["BuilderOptions", "ExportOptions", "add_target", "export"]
 
@@ -18,7 +18,7 @@ __all__ = ["BuilderOptions", "ExportOptions", "add_target", "export"]
 def __getattr__(name: str) -> Any:
     """The names of `__all__`, imported when asked for: they bring onnx."""
     if name in __all__:
-        from . import compiler
+        from lora_drop_export.compiler import export as compiler
 
         return getattr(compiler, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

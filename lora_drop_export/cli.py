@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_drop_runtime.adapters import read_adapter_config
-from lora_drop_runtime.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
+from lora_drop_runtime.bundle.adapters import read_adapter_config
+from lora_drop_runtime.bundle.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     require_export_packages("the runtime alone does not need it")
-    from .build_trt import COMPUTE_CAPABILITIES, BuilderOptions
-    from .compiler import ExportOptions, add_target, export
+    from lora_drop_export.compiler.export import ExportOptions, add_target, export
+    from lora_drop_export.targets.trt.build import COMPUTE_CAPABILITIES, BuilderOptions
 
     if args.add_target:
         _refuse_what_the_bundle_fixes(args)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from .weights import Progress
+from lora_drop_export.weights.store import Progress
 
 
 class Console:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.plan import DropPlan
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from lora_drop_export.checkpoint import Checkpoint, open_checkpoint
-from lora_drop_export.compiler import ExportOptions, write_bundle
+from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
+from lora_drop_export.compiler.export import ExportOptions, write_bundle
 from lora_drop_export.console import Console
-from lora_drop_export.trace import TracedModel, trace
+from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.models import FAMILIES
 from tests.oracle import OraclePlan
 

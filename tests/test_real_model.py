@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lora_drop_runtime import SamplingOptions, Session
-from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
 
 from examples.fetch_model import fetch_model

@@ -5,10 +5,18 @@ session.py (schedule, caches, steps), engine.py (what a session needs of one), e
 engine_trt.py (TensorRT), sampling.py, text.py.
 """
 
-from .errors import BundleError, InputError, LoraDropError, ModelError, NoDeviceError, PlanError, VerificationError
-from .plan import DropPlan, PeriodicSchedule, Schedule, StepKind
-from .sampling import SamplingOptions
-from .session import Session
+from lora_drop_runtime.decoding.sampling import SamplingOptions
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import (
+    BundleError,
+    InputError,
+    LoraDropError,
+    ModelError,
+    NoDeviceError,
+    PlanError,
+    VerificationError,
+)
+from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, Schedule, StepKind
 
 __all__ = [
     "BundleError",

@@ -17,13 +17,13 @@ from typing import Any
 
 import lora_drop_tools.cli
 import pytest
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import VerificationError
-from lora_drop_runtime.session import Session
 
-import lora_drop_export.verify
+import lora_drop_export.check.verify
+from lora_drop_export.check.verify import Tolerance
 from lora_drop_export.cli import main
-from lora_drop_export.verify import Tolerance
 from tests.bundles import family, make_bundle
 from tests.models import SIZES
 
@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def traced(monkeypatch):
     """Exports take the tiny Llama's trace, made once."""
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: family("llama").traced)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
 
 
 @pytest.fixture
@@ -73,14 +73,14 @@ def raising(error: BaseException) -> Callable[..., Any]:
 # ── exports that fail ──────────────────────────────────────────────────────────────────────────────────────────
 
 PLACES = {  # where an export may end early, from its beginning to its end
-    "opening": "lora_drop_export.compiler.open_checkpoint",
-    "tracing": "lora_drop_export.compiler.trace",
-    "weights": "lora_drop_export.compiler.store_weights",
-    "surgery": "lora_drop_export.compiler.lora_step_from_refresh",
-    "lowering": "lora_drop_export.lower_ort.ort_from_neutral",
-    "tokenizer": "lora_drop_export.compiler._copy_tokenizer",
-    "records": "lora_drop_export.compiler._records",
-    "verification": "lora_drop_export.verify.verify",
+    "opening": "lora_drop_export.compiler.export.open_checkpoint",
+    "tracing": "lora_drop_export.compiler.export.trace",
+    "weights": "lora_drop_export.compiler.export.store_weights",
+    "surgery": "lora_drop_export.compiler.export.lora_step_from_refresh",
+    "lowering": "lora_drop_export.targets.ort.lower.ort_from_neutral",
+    "tokenizer": "lora_drop_export.compiler.export._copy_tokenizer",
+    "records": "lora_drop_export.compiler.export._records",
+    "verification": "lora_drop_export.check.verify.verify",
 }
 
 
@@ -142,7 +142,7 @@ def test_interrupted_between_two_graphs(place, monkeypatch, check_untouched):
 
 def test_verification_error(place, monkeypatch, capsys, check_untouched):
     error = VerificationError("It disagrees.", note="1 and 2.", hint="Look.")
-    monkeypatch.setattr("lora_drop_export.verify.verify", raising(error))
+    monkeypatch.setattr("lora_drop_export.check.verify.verify", raising(error))
     assert main(arguments(place / "engines", "--force")) == 1
     assert capsys.readouterr().err.endswith("error: It disagrees.\nNote: 1 and 2.\nHint: Look.\n")
     check_untouched()
@@ -150,7 +150,7 @@ def test_verification_error(place, monkeypatch, capsys, check_untouched):
 
 def test_bundle_that_disagrees_with_pytorch(place, monkeypatch, capsys, check_untouched):
     """The real verification, which no bundle can pass with this tolerance."""
-    monkeypatch.setitem(lora_drop_export.verify.TOLERANCES, "float32", Tolerance(max_error=0.0, min_cosine=1.0))
+    monkeypatch.setitem(lora_drop_export.check.verify.TOLERANCES, "float32", Tolerance(max_error=0.0, min_cosine=1.0))
     assert main(arguments(place / "engines", "--force")) == 1
     printed = capsys.readouterr()
     assert "error: The bundle on ort disagrees with PyTorch.\nNote: Step " in printed.err
@@ -193,7 +193,7 @@ def test_out_that_appears_during_the_export(place, monkeypatch, capsys, force):
         (place / "engines" / "notes.txt").write_text("mine")
         return bundle
 
-    monkeypatch.setattr("lora_drop_export.verify.verify", make_notes)
+    monkeypatch.setattr("lora_drop_export.check.verify.verify", make_notes)
     assert main(arguments(place / "engines", *force)) == 2
     assert "error: The output directory" in capsys.readouterr().err
     assert list(snapshot(place)) == ["engines", "engines/notes.txt"]
@@ -202,7 +202,7 @@ def test_out_that_appears_during_the_export(place, monkeypatch, capsys, force):
 def test_bundle_that_appears_during_the_export(place, monkeypatch, capsys):
     """Another export was faster."""
     monkeypatch.setattr(
-        "lora_drop_export.verify.verify", lambda bundle, **_: (make_bundle("llama", place / "engines"), bundle)[1]
+        "lora_drop_export.check.verify.verify", lambda bundle, **_: (make_bundle("llama", place / "engines"), bundle)[1]
     )
     assert main(arguments(place / "engines", "--drop-layers", "5")) == 2
     assert "exists already" in capsys.readouterr().err
@@ -295,7 +295,7 @@ def test_killed_at_the_end(place):
     before, expected = snapshot(place / "engines"), tokens(place / "engines")
     script = (
         "import sys, time, lora_drop_export.cli, lora_drop_export.verify\n"
-        "lora_drop_export.verify.verify = lambda *_, **__: time.sleep(600)\n"
+        "lora_drop_export.check.verify.verify = lambda *_, **__: time.sleep(600)\n"
         "lora_drop_export.cli.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", script, *arguments(place / "engines", "--force", "--drop-layers", "5")]

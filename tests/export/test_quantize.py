@@ -15,21 +15,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError
-from lora_drop_runtime.plan import DropPlan
-from lora_drop_runtime.safetensors_file import read_tensors
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
-from lora_drop_export import quantize
-from lora_drop_export.checkpoint import Checkpoint, open_checkpoint
-from lora_drop_export.compiler import ExportOptions, add_target
-from lora_drop_export.quantize import BlockFormat, Quantization, block_formats, pack, quantize_rows, unpack
-from lora_drop_export.reference import Reference
-from lora_drop_export.surgery import StoredTensor
-from lora_drop_export.weights import bytes_read, store_weights, weights_bytes
+from lora_drop_export.check.reference import Reference
+from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
+from lora_drop_export.compiler.export import ExportOptions, add_target
+from lora_drop_export.graphs.refresh import StoredTensor
+from lora_drop_export.quantize import formats as quantize
+from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, pack, quantize_rows, unpack
+from lora_drop_export.weights.store import bytes_read, store_weights, weights_bytes
 from tests.bundles import family, make_bundle
 
 FORMATS = [
@@ -155,7 +155,7 @@ def test_block_size(bits, asked, symmetric, shape, wanted):
 @pytest.mark.parametrize("form", [f for f in FORMATS if f.block_size < 128], ids=str)
 def test_stored_and_read_back(tmp_path, monkeypatch, form):
     """Places, sizes and bytes in one file; the checkpoint reads float32 from it, in whatever pieces."""
-    monkeypatch.setattr("lora_drop_export.weights._CHUNK_BYTES", 4 * 96 * 3)  # three rows at a time
+    monkeypatch.setattr("lora_drop_export.weights.store._CHUNK_BYTES", 4 * 96 * 3)  # three rows at a time
     k = 96 if form.symmetric else 64  # 96 has an odd number of blocks of 32
     arrays = {"w": matrix(7, k), "norm": np.arange(5, dtype=np.float32)}
     stored = store(arrays, tmp_path, {"w": form}, method="rtn")

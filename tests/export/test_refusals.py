@@ -15,14 +15,14 @@ import lora_drop_tools.cli
 import numpy as np
 import pytest
 import transformers
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, PlanError
-from lora_drop_runtime.session import Session
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_drop_export.cli
-from lora_drop_export.checkpoint import open_checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
 from tests.bundles import family, make_bundle, save_adapters, traced_model
 from tests.models import SIZES, build
 
@@ -98,13 +98,13 @@ def untraced(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         pytest.fail("the model was traced before the refusal")
 
-    monkeypatch.setattr("lora_drop_export.compiler.trace", fail)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", fail)
 
 
 @pytest.fixture
 def traced(monkeypatch):
     """For refusals after the trace: the tiny Llama's, made once."""
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: family("llama").traced)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
 
 
 # ── lora-drop-export: options ──────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +200,7 @@ def test_options_that_do_not_fit_the_model(export_refused, arguments, words):
 
 def test_windowed_layer_in_the_drop_list(export_refused, monkeypatch):
     windowed = dataclasses.replace(family("llama").traced, windows=(5, 0, 5, 0, 5, 0, 5, 0))
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: windowed)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: windowed)
     export_refused("--drop-layers", "4,5", words=("Layer 4", "sliding window"))
 
 
@@ -371,7 +371,7 @@ def parallel(request):
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, surrogate, rank):
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: parallel.traced)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: parallel.traced)
     options = ("--injection", "attn_mlp", "--surrogate", surrogate, "--rank", rank)
     export_refused(*options, model=parallel.directory, words=("halves run in parallel", "--injection block"))
 

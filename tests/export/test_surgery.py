@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.plan import StepKind
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.plan.drop_plan import StepKind
 
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters

@@ -15,14 +15,14 @@ import numpy as np
 import onnx
 import pytest
 from lora_drop_runtime import BundleError, InputError, ModelError, Session, StepKind
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
-from lora_drop_runtime.safetensors_file import read_tensors
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
-from lora_drop_export.build_trt import BuilderOptions, EngineBuilder, lora_profiles, refresh_profiles
 from lora_drop_export.cli import main
-from lora_drop_export.compiler import ExportOptions, _report_engine, add_target, static_slots, write_bundle
+from lora_drop_export.compiler.export import ExportOptions, _report_engine, add_target, static_slots, write_bundle
 from lora_drop_export.console import Console
-from lora_drop_export.lower_trt import check_one_copy, trt_from_neutral
+from lora_drop_export.targets.trt.build import BuilderOptions, EngineBuilder, lora_profiles, refresh_profiles
+from lora_drop_export.targets.trt.lower import check_one_copy, trt_from_neutral
 from tests.bundles import family, family_trace, make_bundle
 
 RTX = "tensorrt-rtx"
@@ -315,8 +315,8 @@ class RecordingBuilder:
 def test_target_tensorrt(tmp_path, monkeypatch):
     """The plugin form, a timing cache that the next build starts from; what cannot run here is said to be not run."""
     monkeypatch.setattr(RecordingBuilder, "made", [], raising=False)
-    monkeypatch.setattr("lora_drop_export.compiler.EngineBuilder", RecordingBuilder)
-    monkeypatch.setattr("lora_drop_export.compiler.check_buildable", lambda *_: None)
+    monkeypatch.setattr("lora_drop_export.compiler.export.EngineBuilder", RecordingBuilder)
+    monkeypatch.setattr("lora_drop_export.compiler.export.check_buildable", lambda *_: None)
     made = make_bundle("llama", tmp_path / "b")
     added = add_target(made.root, ["tensorrt"], ExportOptions(verify=False))
     entry = added.target("tensorrt")[1]

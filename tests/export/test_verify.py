@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 from lora_drop_runtime import VerificationError
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.plan import POLICIES
-from lora_drop_runtime.safetensors_file import read_tensors
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.plan.drop_plan import POLICIES
 from lora_drop_tools.cli import main
 
+from lora_drop_export.check.verify import TOLERANCES, compare, compare_logits, verify
 from lora_drop_export.console import Console
-from lora_drop_export.verify import TOLERANCES, compare, compare_logits, verify
 from tests.bundles import make_bundle, save_adapters
 
 

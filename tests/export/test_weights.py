@@ -20,17 +20,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.safetensors_file import TensorRef, read_tensors
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import TensorRef, read_tensors
+from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import lora_drop_export.trace
-from lora_drop_export.checkpoint import open_checkpoint
+import lora_drop_export.decoder.trace
+from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
-from lora_drop_export.weights import _CHUNK_BYTES, _blocks, copy_file
+from lora_drop_export.weights.store import _CHUNK_BYTES, _blocks, copy_file
 from tests.bundles import Family, family, make_bundle
 from tests.models import SIZES
 
@@ -44,7 +44,7 @@ def traced(monkeypatch) -> Callable[[Family], None]:
     """Exports take the trace of `llama`, made once, or of the family that is set."""
 
     def use(source: Family) -> None:
-        monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: source.traced)
+        monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
 
     use(family("llama"))
     return use
@@ -423,12 +423,12 @@ def test_bin_checkpoint(tmp_path, expected):
 
 @pytest.fixture(scope="module")
 def bfloat16_trace():
-    return lora_drop_export.trace.trace(family("llama").checkpoint, "bfloat16")
+    return lora_drop_export.decoder.trace.trace(family("llama").checkpoint, "bfloat16")
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])
 def test_graphs_only_keep_the_checkpoints_dtype(tmp_path, model, monkeypatch, bfloat16_trace, mode):
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: bfloat16_trace)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: bfloat16_trace)
     cast(model, torch.bfloat16)
     bundle = export(model, tmp_path / "out", "--target", "none", "--weights", mode, "--rank", 2)
     assert bundle.manifest.model.dtype == "bfloat16"
@@ -446,7 +446,7 @@ def test_graphs_only_keep_the_checkpoints_dtype(tmp_path, model, monkeypatch, bf
 
 def test_mixed_checkpoint_takes_the_dtype_of_most(tmp_path, model, bfloat16_trace, monkeypatch):
     """Norms in float32 among bfloat16 matrices: converted into one file."""
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: bfloat16_trace)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: bfloat16_trace)
     tensors = cast(model, torch.bfloat16)
     mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
     save(mixed, model)
@@ -458,7 +458,7 @@ def test_mixed_checkpoint_takes_the_dtype_of_most(tmp_path, model, bfloat16_trac
 
 
 def test_asked_for_dtype(tmp_path, model, bfloat16_trace, monkeypatch):
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: bfloat16_trace)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: bfloat16_trace)
     bundle = export(model, tmp_path / "out", "--target", "none", "--dtype", "bf16")
     stored = load_file(bundle.root / "weights" / "model.safetensors")
     for name, tensor in load_file(model / "model.safetensors").items():

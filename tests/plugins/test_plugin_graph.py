@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from lora_drop_runtime.plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from lora_drop_export.compiler import static_slots
-from lora_drop_export.lower_trt import trt_from_neutral
+from lora_drop_export.compiler.export import static_slots
+from lora_drop_export.targets.trt.lower import trt_from_neutral
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library

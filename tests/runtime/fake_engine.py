@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.bundle import Bundle, Limits, Manifest, ModelFacts, SpecialTokens
-from lora_drop_runtime.plan import DropPlan, PeriodicSchedule, Schedule, StepKind
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.bundle.bundle import Bundle, Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, Schedule, StepKind
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -80,7 +80,7 @@ class Run:
 
 
 class FakeEngine:
-    """Implements `lora_drop_runtime.engine.Engine`. Resident memory is never zeros, which a session must not rely on.
+    """Implements the protocol `Engine`. Resident memory is never zeros, which a session must not rely on.
 
     Args:
         plan: tells dropped from kept layers when slots are written.

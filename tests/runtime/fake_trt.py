@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle, record_file
-from lora_drop_runtime.cuda_device import CudaDevice
-from lora_drop_runtime.engine_trt import TrtEngine
-from lora_drop_runtime.plan import PeriodicSchedule, StepKind
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle, record_file
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
+from lora_drop_runtime.engines.trt.engine import TrtEngine
+from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
 from numpy.typing import NDArray
 
-from lora_drop_export.build_trt import lora_profiles, refresh_profiles
-from lora_drop_export.compiler import static_slots
-from lora_drop_export.lower_trt import check_one_copy, trt_from_neutral
+from lora_drop_export.compiler.export import static_slots
+from lora_drop_export.targets.trt.build import lora_profiles, refresh_profiles
+from lora_drop_export.targets.trt.lower import check_one_copy, trt_from_neutral
 from tests.bundles import Family, make_bundle
 from tests.runtime.fake_cuda import FakeCuda
 

@@ -10,21 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from lora_drop_runtime import (
-    BundleError,
-    InputError,
-    NoDeviceError,
-    PeriodicSchedule,
-    PlanError,
-    Session,
-    StepKind,
-    engine_ort,
-)
-from lora_drop_runtime.engine_ort import OrtEngine
+from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSchedule, PlanError, Session, StepKind
+from lora_drop_runtime.engines.ort import engine as engine_ort
+from lora_drop_runtime.engines.ort.engine import OrtEngine
 
-from lora_drop_export.compiler import ExportOptions, write_bundle
+from lora_drop_export.check.verify import verify
+from lora_drop_export.compiler.export import ExportOptions, write_bundle
 from lora_drop_export.console import Console
-from lora_drop_export.verify import verify
 from tests.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 
 
@@ -179,7 +171,7 @@ def test_two_steps_hold_one_copy_of_the_weights(tmp_path, dtype):
     """PSS of the process after warm-up, both steps against the refresh step alone, on 100M parameters."""
     import onnx
 
-    from lora_drop_export.lower_ort import lower_step
+    from lora_drop_export.targets.ort.lower import lower_step
     from tests.bundles import traced_model
     from tests.models import llama
 
@@ -247,7 +239,7 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     """
     plan = half_bundle.manifest.plan
     adapters = save_adapters(tmp_path / "adapters", plan, 64, half_bundle.manifest.model.fingerprint, rank=2)
-    monkeypatch.setattr("lora_drop_runtime.session.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("lora_drop_runtime.decoding.session.PREFILL_CHUNK", 16)
     expected = half_run(OrtEngine(half_bundle, target), half_bundle, adapters)
     monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(engine_ort._DeviceMemory, "device_type", "cpu")

@@ -19,21 +19,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session, StepKind, engine_trt, trt_library
-from lora_drop_runtime import cuda_device as cuda_device_module
-from lora_drop_runtime import session as session_module
-from lora_drop_runtime.bundle import Bundle
-from lora_drop_runtime.cuda_device import CudaDevice
-from lora_drop_runtime.engine import bfloat16_from_float32
-from lora_drop_runtime.engine_trt import (
-    DeviceBuffer,
-    TrtEngine,
-    _Step,
-    float32_from_bfloat16,
-)
+from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session, StepKind
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding import session as session_module
+from lora_drop_runtime.engines.engine import bfloat16_from_float32
+from lora_drop_runtime.engines.trt import cuda_device as cuda_device_module
+from lora_drop_runtime.engines.trt import engine as engine_trt
+from lora_drop_runtime.engines.trt import library as trt_library
+from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
+from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine, _Step, float32_from_bfloat16
+from lora_drop_runtime.engines.trt.library import EngineTensor, error_logger, io_problems
 from lora_drop_runtime.errors import NoDeviceError
-from lora_drop_runtime.plan import PeriodicSchedule
-from lora_drop_runtime.trt_library import EngineTensor, error_logger, io_problems
+from lora_drop_runtime.plan.drop_plan import PeriodicSchedule
 
 from tests import oracle
 from tests.bundles import family, oracle_plan, save_adapters
@@ -746,8 +743,8 @@ def test_networks_that_tensorrt_rtx_parses_have_the_tables_inputs_and_outputs(bu
     """No GPU is needed to parse; dtypes and shapes are those that the session binds."""
     import onnx
 
-    from lora_drop_export.build_trt import BuilderOptions, EngineBuilder
     from lora_drop_export.console import Console
+    from lora_drop_export.targets.trt.build import BuilderOptions, EngineBuilder
 
     pytest.importorskip("tensorrt_rtx")
     made = bundles(name)

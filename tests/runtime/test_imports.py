@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.text import TextCodec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -223,7 +223,9 @@ assert len(package.__all__) == len(set(package.__all__))
 
 
 @pytest.mark.parametrize("package", ["lora_drop_runtime", "lora_drop_tools", "lora_drop_export"])
-@pytest.mark.parametrize("first", ["", "lora_drop_export.cli", "lora_drop_export.compiler", "lora_drop_tools.compare"])
+@pytest.mark.parametrize(
+    "first", ["", "lora_drop_export.cli", "lora_drop_export.compiler.export", "lora_drop_tools.compare"]
+)
 def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> None:
     """Also when a module of the same name has been imported before: a package's attribute is then the module."""
     printed((f"import {first}\n" if first else "") + ALL, package, blocked=())

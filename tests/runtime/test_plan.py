@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan import (
+from lora_drop_runtime.plan.drop_plan import (
     DropPlan,
     PeriodicSchedule,
     StepKind,

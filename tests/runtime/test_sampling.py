@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.decoding.sampling import Sampler, SamplingOptions, distribution, penalize
 from lora_drop_runtime.errors import BundleError, InputError
-from lora_drop_runtime.sampling import Sampler, SamplingOptions, distribution, penalize
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,

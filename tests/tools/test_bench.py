@@ -18,24 +18,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan import DropPlan
-from lora_drop_runtime.session import Session
-from lora_drop_tools import bench_peers, costs, machine
-from lora_drop_tools.bench import TEXT, MeasurementError, TimedSession, bench, measure, prompts_of, weight_dtype
-from lora_drop_tools.bench import Arm as BenchArm
-from lora_drop_tools.bench_peers import Peer, PeerError, peer_options, reason_against
-from lora_drop_tools.bench_report import table
-from lora_drop_tools.bench_result import Request, Run, make_row, median_ratio, quantile, rotated, tails_of
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_tools.bench.bench import TEXT, MeasurementError, TimedSession, bench, measure, prompts_of, weight_dtype
+from lora_drop_tools.bench.bench import Arm as BenchArm
+from lora_drop_tools.bench.peers import peer as bench_peers
+from lora_drop_tools.bench.peers.peer import Peer, PeerError, peer_options, reason_against
+from lora_drop_tools.bench.peers.worker import timed
+from lora_drop_tools.bench.report import table
+from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, quantile, rotated, tails_of
 from lora_drop_tools.cli import main
-from lora_drop_tools.peer_worker import timed
+from lora_drop_tools.shared import costs, machine
 
 from tests.bundles import make_bundle
 from tests.runtime.fake_engine import IdleEngine, open_session
 from tests.tools.test_costs import llama3_8b
 
-bench_module = importlib.import_module("lora_drop_tools.bench")  # the name in the package is the function
+bench_module = importlib.import_module("lora_drop_tools.bench.bench")  # the name in the package is the function
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from lora_drop_runtime.bundle import Limits, Manifest, ModelFacts, SpecialTokens
-from lora_drop_runtime.plan import DropPlan, eligible_layers, spread_layers
-from lora_drop_tools import costs
+from lora_drop_runtime.bundle.bundle import Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_tools.shared import costs
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError
-from lora_drop_runtime.plan import DropPlan, StepKind
-from lora_drop_runtime.session import Session
-from lora_drop_tools import costs, eval_scoring
+from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
 from lora_drop_tools.cli import main
-from lora_drop_tools.eval import KV_REQUEST, eval
-from lora_drop_tools.eval_result import (
+from lora_drop_tools.eval import scoring as eval_scoring
+from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.result import (
     EvalRow,
     Figure,
     average,
@@ -33,7 +33,7 @@ from lora_drop_tools.eval_result import (
     task_figures,
     text_figures,
 )
-from lora_drop_tools.eval_scoring import (
+from lora_drop_tools.eval.scoring import (
     Row,
     Window,
     batches,
@@ -46,13 +46,14 @@ from lora_drop_tools.eval_scoring import (
     score_windows,
     windows_at_once,
 )
-from lora_drop_tools.eval_store import Store
-from lora_drop_tools.progress import Progress
+from lora_drop_tools.eval.store import Store
+from lora_drop_tools.shared import costs
+from lora_drop_tools.shared.progress import Progress
 
 from tests.bundles import family, make_bundle
 from tests.runtime.fake_engine import VOCAB, FakeEngine, Run, open_session
 
-eval_module = importlib.import_module("lora_drop_tools.eval")  # the name in the package is the function
+eval_module = importlib.import_module("lora_drop_tools.eval.eval")  # the name in the package is the function
 PLAN = DropPlan(num_layers=8, drop_layers=(4, 6))
 TEXT = "".join(f"{a} boats and {b} gulls; the tide is {a * b}.\n" for a in range(12) for b in range(6))
 
@@ -160,7 +161,7 @@ def test_scores_of_a_batch() -> None:
 
 
 def test_batches_hold_what_the_bundle_allows() -> None:
-    from lora_drop_runtime.bundle import Limits
+    from lora_drop_runtime.bundle.bundle import Limits
 
     session, _ = open_session(PLAN, limits=Limits(max_seq_len=20, max_prompt_len=19, max_batch=3))
     lengths = ((10, 5), (20, 19), (20, 2), (6, 5), (7, 6), (8, 7), (9, 8))

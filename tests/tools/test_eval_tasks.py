@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
-from lora_drop_tools.eval import eval
-from lora_drop_tools.eval_data import TASKS, read_items
-from lora_drop_tools.eval_program import runs_to_its_end
-from lora_drop_tools.eval_store import Store
+from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.store import Store
+from lora_drop_tools.eval.tasks.files import TASKS, read_items
+from lora_drop_tools.eval.tasks.program import runs_to_its_end
 
 from tests.bundles import family, make_bundle
 from tests.tools.test_eval import character_tokenizer
@@ -75,7 +75,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(name: str, data: Path, store: Store | None = None) -> Any:
-    from lora_drop_tools.eval_tasks import open_task
+    from lora_drop_tools.eval.tasks.session_lm import open_task
 
     items, shots = read_items(name, data)
     return open_task(name, [item | {"item": i} for i, item in enumerate(items)], shots, store or Store(None, {}))
@@ -83,7 +83,7 @@ def opened(name: str, data: Path, store: Store | None = None) -> Any:
 
 def asked(name: str, data: Path) -> list[tuple[Any, ...]]:
     """What lm-eval asks the model about the task's items."""
-    from lora_drop_tools.eval_tasks import FEWSHOT_SEED
+    from lora_drop_tools.eval.tasks.session_lm import FEWSHOT_SEED
 
     task = opened(name, data)
     task.set_fewshot_seed(FEWSHOT_SEED)
@@ -123,7 +123,7 @@ def test_prompts_are_lm_evals(data: Path) -> None:
 def test_humaneval_is_lm_evals_but_for_what_runs_it() -> None:
     """The definition that is written out here, against the file in lm-eval."""
     import lm_eval.tasks
-    from lora_drop_tools.eval_tasks import _humaneval
+    from lora_drop_tools.eval.tasks.session_lm import _humaneval
 
     text = (Path(lm_eval.tasks.__file__).parent / "humaneval/humaneval.yaml").read_text()
     ours = _humaneval(Store(None, {}))
@@ -180,7 +180,7 @@ def request(item: int, *arguments: Any) -> SimpleNamespace:
 
 @pytest.fixture
 def open_model(bundle: Path) -> Any:
-    from lora_drop_tools.eval_tasks import SessionLM
+    from lora_drop_tools.eval.tasks.session_lm import SessionLM
 
     codec = TextCodec.open(bundle / "tokenizer")
     with Session.open(bundle, threads=1) as session:
@@ -321,7 +321,7 @@ def test_a_program_that_loops_is_ended_and_one_that_writes_elsewhere_refused(tmp
 
 
 def test_a_solved_problem_passes_and_is_run_once(data: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    from lora_drop_tools import eval_tasks
+    from lora_drop_tools.eval.tasks import session_lm as eval_tasks
 
     ran: list[str] = []
 
@@ -388,7 +388,7 @@ def test_command_on_tasks(
 def test_subsets_are_seeded_and_grow(bundle: Path, tmp_path: Path) -> None:
     rows = [{"query": f"Question: {i}?", "choices": ["a", "b", "c", "d"], "gold": i % 4} for i in range(40)]
     (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from lora_drop_tools.eval import _task_items
+    from lora_drop_tools.eval.eval import _task_items
 
     def places(limit: int, seed: int) -> list[int]:
         return [item["item"] for item in _task_items(["arc_easy"], tmp_path, limit, seed)["arc_easy"].items]

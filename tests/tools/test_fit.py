@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, LoraDropError, PlanError
-from lora_drop_runtime.plan import DropPlan, PeriodicSchedule
-from lora_drop_runtime.session import Session
+from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
 from lora_drop_tools.cli import main
-from lora_drop_tools.closed_form import Moments, Site, balanced, batches_of, solve, walk
-from lora_drop_tools.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
-from lora_drop_tools.fit import fit
-from lora_drop_tools.teacher_forcing import Layout, TeacherForcing
+from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
+from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
+from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_drop_export import torch_model
+from lora_drop_export.decoder import loaded as torch_model
 from tests import oracle
 from tests.bundles import family, make_bundle, oracle_plan, rewritten
 from tests.models import FAMILIES
@@ -330,7 +330,7 @@ def test_an_interrupted_fit_can_be_resumed(
     model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_fit(model_dir, words, tmp_path / "whole", drop_layers=(3, 5), steps=4)
-    import lora_drop_tools.distill as module
+    import lora_drop_tools.fit.distill as module
 
     genuine, calls = module.run_batch, []
 

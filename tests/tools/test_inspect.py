@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
 from lora_drop_runtime.errors import BundleError
 from lora_drop_tools import inspect
 from lora_drop_tools.cli import main

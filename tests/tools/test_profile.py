@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.plan import DropPlan, PeriodicSchedule
-from lora_drop_tools import profile
+from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
 from lora_drop_tools.cli import main
-from lora_drop_tools.profile import RANKINGS, Profile
-from lora_drop_tools.profile_measures import DELTAS, LEADING, Greedy, LayerFigures, Scoring, layer_figures, ticks
-from lora_drop_tools.teacher_forcing import Layout, TeacherForcing
+from lora_drop_tools.profile import profile
+from lora_drop_tools.profile.measures import DELTAS, LEADING, Greedy, LayerFigures, Scoring, layer_figures, ticks
+from lora_drop_tools.profile.profile import RANKINGS, Profile
+from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -34,7 +34,7 @@ from tests import oracle
 from tests.bundles import family, make_bundle
 from tests.models import FAMILIES, SIZES
 
-profile_module = importlib.import_module("lora_drop_tools.profile")  # the name in the package is the function
+profile_module = importlib.import_module("lora_drop_tools.profile.profile")  # the name in the package is the function
 
 WINDOW, PROMPT, K = 24, 6, 3
 ELIGIBLE = (3, 4, 5, 6)
@@ -192,7 +192,7 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], pol
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_drop_tools.profile_measures.HEAD_ROWS", 5)  # of 14 LoRA steps a window
+    monkeypatch.setattr("lora_drop_tools.profile.measures.HEAD_ROWS", 5)  # of 14 LoRA steps a window
     windows = random_windows(2)
     scoring = make_scoring(FAMILIES[name](), policy)
     lists = [(5,), (3, 5), ()]
@@ -262,7 +262,7 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert greedy.costs(ELIGIBLE, 1) == pytest.approx({last: whole[last]})
     assert len(ticked) == 4 + 2 + 1
     assert greedy.costs(ELIGIBLE, 3).keys() == set(sorted(ELIGIBLE, key=lambda i: on_first[i])[:3])
-    monkeypatch.setattr("lora_drop_tools.profile_measures.SURVIVORS", 1)
+    monkeypatch.setattr("lora_drop_tools.profile.measures.SURVIVORS", 1)
     ticked.clear()
     greedy.order(ELIGIBLE, 3, lambda *_: None)
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)
@@ -390,7 +390,7 @@ def test_a_bundle_is_its_model(made: tuple[Profile, Path], short: Callable[..., 
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch, llama_dir: Path, tmp_path: Path) -> Callable[..., int]:
-    monkeypatch.setattr("lora_drop_export.compiler.trace", lambda *_, **__: family("llama").traced)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
     fixed = ("--model", llama_dir, "--out", tmp_path / "bundle", "--target", "none", "--max-seq-len", 64)
     return lambda *more: lora_drop_export.cli.main([str(argument) for argument in (*fixed, *more)])
 
@@ -469,7 +469,7 @@ def test_refused_without_the_model(
     def fail(*_: object, **__: object) -> None:
         pytest.fail("the model was loaded before the refusal")
 
-    monkeypatch.setattr("lora_drop_export.torch_model.load_model", fail)
+    monkeypatch.setattr("lora_drop_export.decoder.loaded.load_model", fail)
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     changed = more.replace("LATIN1", str(tmp_path / "latin1.txt")).split()
     assert main([*arguments(tmp_path, text, tmp_path / "out"), *changed]) == 2
@@ -559,7 +559,7 @@ def test_nothing_is_left_behind(
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")
 
-    target = {"load_model": "lora_drop_export.torch_model", "of_lists": "lora_drop_tools.profile_measures.Scoring"}
+    target = {"load_model": "lora_drop_export.decoder.loaded", "of_lists": "lora_drop_tools.profile.measures.Scoring"}
     owner = target.get(where)
     monkeypatch.setattr(f"{owner}.{where}", fail) if owner else monkeypatch.setattr(profile_module, where, fail)
     for out in (tmp_path / "new" / "out", old):

@@ -8,12 +8,12 @@ profile                   the same; matplotlib for its figures
 fit                       the same
 """
 
-from .bench import bench
-from .compare import compare
-from .eval import eval
-from .fit import fit
-from .generate import chat, generate
-from .inspect import inspect
-from .profile import profile
+from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.compare import compare
+from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.generate import chat, generate
+from lora_drop_tools.inspect import inspect
+from lora_drop_tools.profile.profile import profile
 
 __all__ = ["bench", "chat", "compare", "eval", "fit", "generate", "inspect", "profile"]

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.command_line import Parser, run_command
+from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
-from lora_drop_runtime.sampling import SamplingOptions
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
-from .bench import bench
-from .bench_peers import PEERS
+from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.peers.peer import PEERS
+from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.tasks.files import TASKS
+from lora_drop_tools.fit.fit import LEARNING_RATE, fit
+from lora_drop_tools.profile.profile import RANKINGS, profile
+from lora_drop_tools.shared.corpus import DTYPES
+
 from .compare import compare
-from .corpus import DTYPES
-from .eval import eval
-from .eval_data import TASKS
-from .fit import LEARNING_RATE, fit
 from .generate import chat, generate
 from .inspect import inspect
-from .profile import RANKINGS, profile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_drop_runtime.bundle import Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_drop_export.verify import Verification
+    from lora_drop_export.check.verify import Verification
 
 
 def compare(
@@ -33,9 +33,9 @@ def compare(
         InputError: the exporter's packages are not installed.
     """
     require_export_packages("comparing needs PyTorch as the reference")
+    from lora_drop_export.check.verify import compare as compare_bundle
+    from lora_drop_export.check.verify import failure, print_table
     from lora_drop_export.console import Console
-    from lora_drop_export.verify import compare as compare_bundle
-    from lora_drop_export.verify import failure, print_table
 
     console = Console()
     result = compare_bundle(

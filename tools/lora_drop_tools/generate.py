@@ -14,9 +14,9 @@ from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
+from lora_drop_runtime.decoding.sampling import SamplingOptions
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.sampling import SamplingOptions
-from lora_drop_runtime.session import Session
 from lora_drop_runtime.text import TextCodec
 
 

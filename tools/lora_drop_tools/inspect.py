@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_drop_runtime.bundle import Bundle, Manifest
+from lora_drop_runtime.bundle.bundle import Bundle, Manifest
 from lora_drop_runtime.errors import BundleError
 
-from . import costs
+from lora_drop_tools.shared import costs
 
 MIB = 2**20
 

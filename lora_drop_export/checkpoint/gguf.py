@@ -1,0 +1,201 @@
+"""The tensors of a GGUF file as the Hugging Face model has them, dequantized when they are read.
+
+Enters: a GGUF file, the transformers model (without weights) that its config describes. Leaves: parameter name →
+`GgufTensor`. Names and what a family's tensors need (row order, norms less one, …) come from transformers, the block
+formats from the gguf library; the rows asked for are all that is in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.errors import ModelError
+
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, unpack
+
+# Formats that are ours too: a float16 scale and signed integers. name → (bits, bytes of a block, values of a block)
+_NATIVE = {"Q4_0": (4, 18, 32), "Q8_0": (8, 34, 32)}
+_PROBE_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """How transformers turns a file's tensors into a model's."""
+
+    processor: Any
+    names: dict[str, str]
+
+    def __call__(self, weights: npt.NDArray[Any], stored_name: str) -> dict[str, npt.NDArray[Any]]:
+        """Parameter name → values, of one stored tensor; empty where the model has no such parameter."""
+        parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        result = self.processor.process(
+            weights=weights, name=stored_name, tensor_key_mapping=self.names, parsed_parameters=parsed
+        )
+        made = {name: np.asarray(tensor) for name, tensor in parsed["tensors"].items()}
+        return made | ({self.names[result.name]: result.weights} if result.name in self.names else {})
+
+
+@dataclass(frozen=True, eq=False)
+class GgufTensor:
+    """One parameter; `shape` is the model's, `stored_shape` and `stored_dtype` are the data's in the file.
+
+    Offers what lora_drop_runtime's TensorRef offers. `size_bytes` is that of the float32 values.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    kind: Any
+    offset_bytes: int
+    stored_shape: tuple[int, ...]
+    stored_dtype: np.dtype[Any]
+    stored_name: str
+    conversion: _Conversion
+    dtype: str = "F32"
+
+    @property
+    def size_bytes(self) -> int:
+        return 4 * math.prod(self.shape)
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """All values, float32."""
+        return self.rows(0, self.shape[0]) if self.shape and self._order is not None else _whole(self)
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[np.float32]:
+        """Rows `begin` to `end` along the first axis, float32."""
+        if self._order is None:
+            return _whole(self)[begin:end]
+        return self._dequantized(self._stored(begin, end))
+
+    @property
+    def native(self) -> BlockFormat | None:
+        """The block format in which `native_rows` gives the stored integers as they are."""
+        if self.kind.name not in _NATIVE or self._order is None or len(self.shape) != 2:
+            return None
+        bits, _, size = _NATIVE[self.kind.name]
+        return BlockFormat(bits, size, symmetric=True)
+
+    def native_rows(self, begin: int, end: int) -> Blocked:
+        """Rows `begin` to `end` in the `native` format: integers, scales and zero points, not rounded again."""
+        bits, block_bytes, size = _NATIVE[self.kind.name]
+        data = np.ascontiguousarray(self._stored(begin, end)).reshape(-1, block_bytes)
+        n = min(end, self.shape[0]) - begin
+        scales = np.ascontiguousarray(data[:, :2]).view("<f2").astype(np.float32)
+        if bits == 4:
+            pairs = unpack(data[:, 2:, None], 4)  # value j and value j + 16 share a byte
+            q = pairs.swapaxes(1, 2)
+        else:
+            q = data[:, 2:] ^ np.uint8(128)  # two's complement plus 128
+        zero_points = np.full((n, self.shape[1] // size), 1 << (bits - 1), np.uint8)
+        return q.reshape(n, -1), scales.reshape(n, -1), zero_points
+
+    @functools.cached_property
+    def _order(self) -> npt.NDArray[np.intp] | None:
+        """The stored row that each row is; None where the values are made of the stored tensor in another way.
+
+        Found by converting two small matrices, of row numbers and of column numbers.
+        """
+        if len(self.stored_shape) < 2:
+            return None
+        row_numbers, column_numbers = np.indices((self.stored_shape[0], _PROBE_COLUMNS), np.float32)
+        try:
+            rows = self.conversion(row_numbers, self.stored_name).get(self.name)
+            columns = self.conversion(column_numbers, self.stored_name).get(self.name)
+        except (ValueError, IndexError, RuntimeError):  # it wants the tensor's own shape
+            return None
+        if rows is None or columns is None or rows.shape != row_numbers.shape or columns.shape != rows.shape:
+            return None
+        order = rows[:, 0].astype(np.intp)
+        moved_rows_only = (rows == row_numbers[order % len(order)]).all() and (columns == column_numbers).all()
+        return order if moved_rows_only and np.array_equal(np.sort(order), np.arange(len(order))) else None
+
+    def _stored(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """The data of rows, as they lie in the file; mapped anew, so that pages do not stay with the process."""
+        assert self._order is not None
+        order = self._order[begin:end]
+        first, last = int(order.min()), int(order.max()) + 1
+        row_bytes = math.prod(self.stored_shape[1:]) * self.stored_dtype.itemsize
+        data = np.memmap(
+            self.file,
+            self.stored_dtype,
+            "r",
+            self.offset_bytes + first * row_bytes,
+            (last - first, *self.stored_shape[1:]),
+        )
+        return data if np.array_equal(order, np.arange(first, last)) else data[order - first]
+
+    def _dequantized(self, data: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        from gguf.quants import dequantize
+
+        values: npt.NDArray[np.float32] = dequantize(data, self.kind)
+        return values
+
+
+@functools.lru_cache(maxsize=1)
+def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
+    """The values of a tensor that only can be converted as a whole."""
+    data = np.memmap(tensor.file, tensor.stored_dtype, "r", tensor.offset_bytes, tensor.stored_shape)
+    values = tensor.conversion(tensor._dequantized(data), tensor.stored_name)[tensor.name]
+    if values.shape != tensor.shape:
+        raise ModelError(
+            "A tensor of the GGUF file does not fit the model that its config describes.",
+            note=f"{tensor.stored_name} is {values.shape}, the model's {tensor.name} is {tensor.shape}.",
+            hint="Convert the model again, or take its safetensors checkpoint.",
+        )
+    return values.astype(np.float32, copy=False)
+
+
+def read_gguf(path: Path, model: Any) -> dict[str, GgufTensor]:
+    """The file's tensors under the names of the model's parameters.
+
+    Args:
+        path: the GGUF file.
+        model: the transformers model of its config; its weights are not looked at.
+
+    Raises:
+        ValueError, KeyError, OSError, RuntimeError: transformers or gguf cannot read the file.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        load_gguf_checkpoint,
+        read_field,
+    )
+
+    reader = GGUFReader(path)
+    architecture = read_field(reader, "general.architecture")[0]
+    config = load_gguf_checkpoint(str(path))["config"]
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+    conversion = _Conversion(processor, get_gguf_hf_weights_map(model, processor))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors: dict[str, GgufTensor] = {}
+    kinds = set()
+    for stored in reader.tensors:
+        name = conversion.names.get(stored.name)
+        if name is None or name not in shapes:
+            continue
+        tensor = GgufTensor(
+            name=name,
+            file=path,
+            # of another size it does not fit the model, which resolve_tensors says
+            shape=shapes[name] if stored.n_elements == math.prod(shapes[name]) else tuple(map(int, stored.shape[::-1])),
+            kind=stored.tensor_type,
+            offset_bytes=int(stored.data_offset),
+            stored_shape=tuple(stored.data.shape),
+            stored_dtype=stored.data.dtype,
+            stored_name=stored.name,
+            conversion=conversion,
+        )
+        if stored.tensor_type not in kinds:
+            tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know
+            kinds.add(stored.tensor_type)
+        tensors[name] = tensor
+    return tensors

@@ -1,0 +1,133 @@
+"""A checkpoint as a whole PyTorch model, for the tools that fit and profile.
+
+Enters: what a user named: a Hugging Face directory, a hub id, a GGUF file or a bundle. Leaves: the frozen transformers
+model with its weights, its tokenizer, and of a bundle the plan. Knows no schedule. Everything is read through
+checkpoint.py, so a quantized bundle gives the weights that it decodes with, dequantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.errors import InputError, first_line
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
+from lora_drop_export.weights.store import resolve_tensors
+
+from .trace import buffer_values, tied_names
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        name: as the user would say it.
+        model: transformers' causal language model, in eval mode, no parameter of which learns.
+        tokenizer: transformers' tokenizer, None where there is none.
+        fingerprint: of the base weights, as adapters and bundles record it.
+        plan: of a bundle, else None.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    plan: DropPlan | None
+
+    def encode(self, text: str) -> Any:
+        """Token ids int64 [T] without special tokens.
+
+        Raises:
+            InputError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                "The model has no tokenizer.",
+                note=f"{self.name} has no tokenizer files, and the text has to become tokens.",
+                hint="Put the tokenizer's files beside the weights.",
+            )
+        import torch
+
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    log: Callable[[str], None] = print,
+) -> LoadedModel:
+    """Load a model into memory.
+
+    Args:
+        source: a Hugging Face directory, a hub id, a GGUF file, or a bundle.
+        dtype: `float32`, `float16` or `bfloat16`.
+
+    Raises:
+        InputError, ModelError, BundleError: nothing there, or not a model that can be read.
+    """
+    path, plan, fingerprint = Path(source).expanduser(), None, None
+    tokenizer_dir = None
+    if (path / MANIFEST_NAME).is_file():
+        bundle = Bundle.open(path)
+        plan, fingerprint = bundle.manifest.plan, bundle.manifest.model.fingerprint
+        source, tokenizer_dir = str(path / "weights"), path / "tokenizer"
+    with tempfile.TemporaryDirectory(prefix="lora-drop-") as scratch:
+        checkpoint = open_checkpoint(source, Path(scratch), trust_remote_code=trust_remote_code, log=log)
+        if plan is not None:
+            checkpoint = dataclasses.replace(checkpoint, name=path.resolve().name)
+        return LoadedModel(
+            name=checkpoint.name,
+            model=_model(checkpoint, dtype, device),
+            tokenizer=_tokenizer(tokenizer_dir or checkpoint.directory),
+            fingerprint=fingerprint or checkpoint.fingerprint(),
+            plan=plan,
+        )
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any(directory.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
+    """The model that the config describes, its parameters read one at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            checkpoint.config, dtype=getattr(torch, dtype), trust_remote_code=checkpoint.trust_remote_code
+        ).eval()
+    tied = tied_names(model)
+    for name, value in buffer_values(model).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value
+    refs = resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
+    for name, ref in refs.items():
+        owner, _, leaf = name.rpartition(".")
+        values = torch.from_numpy(np.array(ref.read(), np.float32)).to(getattr(torch, dtype))
+        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, False)
+    model.tie_weights()
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or too little of its memory
+        raise InputError(
+            "The model cannot be put on the device.",
+            note=f"{device!r} was asked for: {first_line(error)}.",
+            hint="Use --device cpu.",
+        ) from None

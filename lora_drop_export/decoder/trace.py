@@ -1,0 +1,482 @@
+"""One trace of the unmodified transformers model, shapes only.
+
+Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`: an onnx-ir graph of the decoder where
+  - each attention is one `lora_drop::CacheAttention(query, key, value)` node, heads split and RoPE applied,
+    query [B, H, S, D], key and value [B, Hkv, S, D] → [B, S, H, D], attributes layer, scale, sliding_window, softcap;
+  - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
+  - parameters are initializers with their Hugging Face names, external and without data;
+  - inputs are `input_ids` [B, S], `len_kept` [B], `logits_index` [B, R], the output is `logits` [B, R, V].
+The model is built on fake tensors, so neither memory nor time depends on its weights. Knows no drop list and no target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from lora_drop_runtime.errors import ModelError, first_line
+
+from lora_drop_export.checkpoint.open import Checkpoint
+
+from .rotary import fuse_rotary_embedding
+
+ATTENTION_NAME = "lora_drop_trace"
+DOMAIN = "lora_drop"
+_DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass
+class TracedModel:
+    """The plan-independent graph, and what was seen while tracing.
+
+    Attributes:
+        graph: see the module docstring.
+        parameters: name → shape of the weights that a checkpoint has to give.
+        windows: sliding window of each layer in positions, 0 for none.
+        num_heads, kv_heads, head_dim: of every layer's attention.
+        layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
+        embedding_only: parameters that are only looked up row by row.
+        tied: parameter names that are another parameter under a second name.
+    """
+
+    graph: ir.Model
+    parameters: dict[str, tuple[int, ...]]
+    hidden_size: int
+    vocab_size: int
+    windows: tuple[int, ...]
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    layers_prefix: str
+    embedding_only: frozenset[str]
+    tied: dict[str, str]
+
+
+@dataclass
+class _Calls:
+    """What the attention function saw: one entry per call, in order."""
+
+    layers: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
+    """Trace the model that the checkpoint's config describes; its weights are not read.
+
+    Args:
+        checkpoint: of a causal language model.
+        dtype: `float32`, `float16` or `bfloat16`, the dtype of weights and activations.
+
+    Raises:
+        ModelError: the model has a feature that a step graph cannot hold; the message names it.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = checkpoint.config
+    _refuse_by_config(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
+        layers = decoder_layers(model)
+        _refuse_by_modules(layers)
+        wrapper = _step_module(model, layers)
+        calls = _dry_run(wrapper, layers)
+        program = _export(wrapper, calls)
+        buffers = buffer_values(model)
+    _bind_initializers(program.model, buffers, stored=set(model.state_dict()))
+    with _quiet():
+        program.optimize()
+        _name_residual_stream(program.model)
+        fuse_rotary_embedding(program.model)
+    parameters = _leave_places(program.model)
+    heads, kv_heads, head_dim, value_dim = calls.shapes[0]
+    if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
+        raise ModelError(
+            "The model's attention layers differ in shape.",
+            note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",
+            hint="One K/V layout for all layers is needed.",
+        )
+    return TracedModel(
+        graph=program.model,
+        parameters=parameters,
+        hidden_size=int(config.hidden_size),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        windows=tuple(calls.windows),
+        num_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        layers_prefix=next(name for name, module in model.named_modules() if module is layers),
+        embedding_only=_looked_up(program.model, parameters),
+        tied=tied_names(model),
+    )
+
+
+def decoder_layers(model: Any) -> Any:
+    """The ModuleList of decoder blocks, wherever the family keeps it."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            "The model's decoder layers were not found.",
+            note=f"{len(found)} module lists have {count} entries (config.num_hidden_layers).",
+            hint="A causal language model with one list of decoder layers is needed.",
+        )
+    return found[0]
+
+
+def _refuse_by_config(config: Any) -> None:
+    """Features that the config tells."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    recurrent = [t for t in getattr(text, "layer_types", None) or () if "attention" not in t or "linear" in t]
+    for present, feature in (
+        (config.is_encoder_decoder, "an encoder (cross attention)"),
+        (getattr(text, "add_cross_attention", False), "cross attention"),
+        (text is not config, "a vision or audio tower (multimodal config)"),
+        (getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0), "an MoE router"),
+        (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
+        (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
+    ):
+        if present:
+            raise _unsupported(feature, config)
+
+
+def _refuse_by_modules(layers: Any) -> None:
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if "moe" in type(module).__name__.lower() or name.endswith((".experts", ".router")):
+                raise _unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)
+
+
+def _unsupported(feature: str, config: Any) -> ModelError:
+    model_type = getattr(config, "model_type", "this")
+    return ModelError(
+        f"The model has {feature}, which a step graph cannot hold.",
+        note=f"Model type {model_type!r}; supported are decoders whose layers are attention and MLP with residuals.",
+        hint="Choose a dense decoder-only model.",
+    )
+
+
+def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION_NAME, _cache_attention)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
+        raise ModelError(
+            "transformers cannot build this model as a causal language model.",
+            note=f"Model type {config.model_type!r}: {first_line(error)}",
+            hint="The model's attention must go through transformers' attention interface.",
+        ) from None
+    return model.eval()
+
+
+_calls: _Calls  # the recorder of the trace that is running; the attention interface passes no user data
+
+
+def _cache_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """The attention function that transformers calls: emits one CacheAttention node."""
+    import torch
+
+    batch, heads, sequence, head_dim = query.shape
+    for present, feature in (
+        (attention_mask is not None, "an attention mask of its own"),
+        (not getattr(module, "is_causal", True), "attention that is not causal"),
+        (kwargs.get("s_aux") is not None, "attention sinks"),
+        (kwargs.get("position_bias") is not None, "an attention position bias"),
+    ):
+        if present:
+            raise _unsupported(feature, getattr(module, "config", None))
+    _calls.layers.append(module.layer_idx)
+    _calls.windows.append(int(sliding_window or 0))
+    _calls.shapes.append((heads, key.shape[1], head_dim, value.shape[3]))
+    (output,) = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::CacheAttention",
+        (query, key, value),
+        attrs={
+            "layer": module.layer_idx,
+            "scale": float(head_dim**-0.5 if scaling is None else scaling),
+            "sliding_window": int(sliding_window or 0),
+            "softcap": float(softcap or 0.0),
+        },
+        dtypes=(query.dtype,),
+        shapes=((batch, sequence, heads, value.shape[3]),),
+        version=1,
+    )
+    return output, None
+
+
+def _step_module(model: Any, layers: Any) -> Any:
+    """A module whose forward is one step; marks the residual stream and gathers the rows that want logits."""
+    import torch
+
+    def mark(tensor: Any, name: str) -> Any:
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Mark", (tensor,), {"name": name}, dtype=tensor.dtype, shape=tensor.shape, version=1
+        )
+
+    def mark_input(index: int) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> Any:
+            return (mark(args[0], f"hidden_states.{index}"), *args[1:]), kwargs
+
+        return hook
+
+    def mark_output(_: Any, __: Any, output: Any) -> Any:
+        name = f"hidden_states.{len(layers)}"
+        return (mark(output[0], name), *output[1:]) if isinstance(output, tuple) else mark(output, name)
+
+    class Step(torch.nn.Module):  # type: ignore[misc]  # torch is not type-checked here
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, len_kept: Any, logits_index: Any) -> Any:
+            def gather_rows(_: Any, args: Any) -> Any:
+                hidden = args[0]
+                rows = torch.onnx.ops.symbolic(
+                    "GatherND",
+                    (hidden, logits_index.unsqueeze(-1)),
+                    {"batch_dims": 1},
+                    dtype=hidden.dtype,
+                    shape=(hidden.shape[0], logits_index.shape[1], hidden.shape[2]),
+                    version=13,
+                )
+                return (rows,)
+
+            hooks = [layer.register_forward_pre_hook(mark_input(i), with_kwargs=True) for i, layer in enumerate(layers)]
+            hooks.append(layers[-1].register_forward_hook(mark_output))
+            hooks.append(model.get_output_embeddings().register_forward_pre_hook(gather_rows))
+            try:
+                position_ids = len_kept[:, None] + torch.arange(input_ids.shape[1])[None, :]
+                return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+    return Step().eval()
+
+
+def _example_inputs() -> tuple[Any, ...]:
+    import torch
+
+    def zeros(*shape: int) -> Any:
+        return torch.zeros(shape, dtype=torch.int64)
+
+    return zeros(3, 5), zeros(3), zeros(3, 2)
+
+
+def _dry_run(wrapper: Any, layers: Any) -> _Calls:
+    """Run once on fake tensors to see that the decoder has the usual shape, with errors that name what is not."""
+    global _calls
+    _calls = _Calls()
+    seen: list[tuple[Any, Any]] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, output: seen.append((args[0], output[0] if isinstance(output, tuple) else output))
+        )
+        for layer in layers
+    ]
+    try:
+        wrapper(*_example_inputs())
+    except IndexError:
+        raise _unsupported("decoder layers that do not take the hidden states as first argument", None) from None
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a model of another shape stumbles over
+        raise ModelError(
+            "The model cannot be run step by step.",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
+            hint="Choose a decoder whose layers are attention through transformers' attention interface and MLP.",
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    config = wrapper.model.config
+    if len(seen) != len(layers):
+        raise _unsupported("decoder layers that are not called once each, in order", config)
+    if any(x.shape != y.shape for x, y in seen):
+        raise _unsupported("decoder layers that change the shape of the hidden states", config)
+    if _calls.layers != list(range(len(layers))):
+        raise _unsupported(
+            "decoder layers without exactly one attention through transformers' attention interface", config
+        )
+    return _calls
+
+
+def _export(wrapper: Any, calls: _Calls) -> Any:
+    import torch
+
+    global _calls
+    _calls = _Calls()  # the recording of the dry run stays as it is
+    batch, sequence, rows = (torch.export.Dim(name) for name in ("batch", "sequence", "rows"))
+    try:
+        return torch.onnx.export(
+            wrapper,
+            _example_inputs(),
+            dynamo=True,
+            opset_version=23,  # the newest for which onnxscript fuses RMSNormalization
+            input_names=["input_ids", "len_kept", "logits_index"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch, 1: sequence}, {0: batch}, {0: batch, 1: rows}),
+            optimize=False,
+            verbose=False,
+        )
+    except Exception as error:  # torch wraps what its tracer stumbles over in classes of its own
+        raise ModelError(
+            "The model cannot be traced into one graph.",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
+            hint="Choose a decoder without control flow that depends on its data.",
+        ) from error
+
+
+def buffer_values(model: Any) -> dict[str, Any]:
+    """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    values: dict[str, Any] = {}
+    with unset_fake_temporarily(), torch.no_grad():
+        for prefix, module in model.named_modules():
+            names = [n for n in module._buffers if n in module._non_persistent_buffers_set]
+            if not names:
+                continue
+            for name in names:
+                fake = module._buffers[name]
+                fill = torch.nan if fake.is_floating_point() else 0
+                module._buffers[name] = torch.full(tuple(fake.shape), fill, dtype=fake.dtype)
+            model._init_weights(module)
+            for name in names:
+                values[f"{prefix}.{name}" if prefix else name] = module._buffers[name]
+    return values
+
+
+def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
+    """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if value.name is None or not value.name.startswith("model."):
+            continue  # a constant of the graph itself
+        name = value.name.removeprefix("model.")
+        if name in buffers:
+            array = buffers[name].float().numpy()
+            if np.isnan(array).any():
+                raise ModelError(
+                    "The model has a buffer whose values are unknown.",
+                    note=f"{name} is in no checkpoint and transformers does not initialise it.",
+                    hint="Use a model of a family that transformers knows.",
+                )
+            kind = tensor.dtype if tensor is not None else ir.DataType.FLOAT
+            value.const_value = ir.tensor(array.astype(kind.numpy()), name=name)
+        elif name not in stored:
+            value.const_value = ir.tensor(_constant(tensor, name), name=name)
+        else:
+            value.const_value = None
+            if tensor is not None:
+                value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
+        del model.graph.initializers[value.name]
+        value.name = name
+        model.graph.initializers[name] = value
+
+
+def _constant(tensor: Any, name: str) -> Any:
+    """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
+    raw = getattr(tensor, "raw", None)
+    real = getattr(raw, "constant", raw)
+    if real is None:
+        raise ModelError(
+            "The model makes a tensor whose value cannot be known while tracing.",
+            note=f"{name} {tuple(tensor.shape.numpy())}.",
+            hint="Use a model of a family that transformers knows.",
+        )
+    return real
+
+
+def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Parameters become references to a file that is not there yet; returns their shapes."""
+    parameters = {}
+    model.metadata_props.clear()
+    for node in model.graph:  # stack traces with the paths of this machine
+        node.metadata_props.clear()
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            assert value.dtype is not None
+            parameters[name] = shape = _static(value)
+            value.const_value = ir.ExternalTensor("unknown", 0, 0, value.dtype, shape=ir.Shape(shape), name=name)
+    return parameters
+
+
+def _static(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
+
+
+def _name_residual_stream(model: ir.Model) -> None:
+    """Replace Mark nodes by names: the value a mark read takes the mark's name."""
+    for node in [n for n in model.graph if n.domain == DOMAIN and n.op_type == "Mark"]:
+        source, mark = node.inputs[0], node.outputs[0]
+        assert source is not None
+        mark.replace_all_uses_with(source)
+        source.name = node.attributes["name"].as_string()
+        model.graph.remove(node, safe=True)
+
+
+def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    initializers = model.graph.initializers
+    return frozenset(
+        name for name in parameters if all(node.op_type == "Gather" for node, _ in initializers[name].uses())
+    )
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Parameters that are another one under a second name, as the config says or as the module is built."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and model.config.get_text_config().tie_word_embeddings:  # not on fake tensors everywhere
+        tied[first[id(head)]] = first[id(embedding)]
+    return tied
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings are about its own internals; errors still come as exceptions."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "transformers")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

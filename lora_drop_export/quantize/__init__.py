@@ -1,0 +1,1 @@
+"""Block formats and rounding: no model and no graph."""

@@ -1,0 +1,1 @@
+"""What executes the graphs: each target lowers, builds, and says how it is verified."""

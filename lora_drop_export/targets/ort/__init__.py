@@ -1,0 +1,1 @@
+"""ONNX Runtime: one graph for both steps."""

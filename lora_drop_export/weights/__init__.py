@@ -1,0 +1,1 @@
+"""Tensors → `weights/` of the bundle, once. Knows no graph."""

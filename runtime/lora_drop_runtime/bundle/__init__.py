@@ -1,0 +1,1 @@
+"""The bundle on disk: manifest, files, graph inputs and outputs, adapters."""

@@ -1,0 +1,149 @@
+"""Reading a directory of fitted adapters and checking that it fits a bundle.
+
+Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
+
+    adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": drop_layers, surrogate,
+                                 injection, base_fingerprint, and the policy that they were fitted for
+    adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; with injection
+                                 attn_mlp …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
+
+The scale is `s = alpha / r` as in PEFT, folded into B here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.errors import BundleError, PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from .safetensors_file import read_tensors
+
+_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
+_UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
+_HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
+Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says; None where it does not say."""
+
+    rank: int
+    alpha: float
+    drop_layers: tuple[int, ...] | None
+    surrogate: str | None
+    injection: str | None
+    base_fingerprint: str | None
+    policy: str | None = None
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """The header of an adapter directory. Raises BundleError when it is none, PlanError for other kinds of LoRA."""
+    path = directory / "adapter_config.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        plan = data.get("lora_drop", {})
+        layers = plan.get("drop_layers")
+        if data.get("peft_type", "LORA") != "LORA" or int(data["r"]) < 1:
+            raise ValueError
+        unknown = [name for name in _UNSUPPORTED if data.get(name)]
+        if unknown:
+            raise PlanError(
+                "The adapters use a PEFT feature that a surrogate does not have.",
+                note=f"{path} sets {unknown[0]}; the scale of every adapter is lora_alpha / r.",
+                hint="Use adapters written by: lora-drop fit",
+            )
+        return AdapterConfig(
+            rank=int(data["r"]),
+            alpha=float(data.get("lora_alpha", data["r"])),
+            drop_layers=None if layers is None else tuple(layers),
+            surrogate=plan.get("surrogate"),
+            injection=plan.get("injection"),
+            base_fingerprint=plan.get("base_fingerprint"),
+            policy=plan.get("policy"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BundleError(
+            "This is not a directory of LoRA-Drop adapters.",
+            note=f"{path} is missing or is no PEFT config of type LORA with a rank.",
+            hint="Make one with: lora-drop fit",
+        ) from None
+
+
+def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str) -> Matrices:
+    """The matrices for every surrogate of a plan: site → (A [r, d], s·B [d, r]), float32.
+
+    Raises:
+        PlanError: fitted for another base model, drop list, surrogate, injection, rank or width.
+        BundleError: not an adapter directory.
+    """
+    config = read_adapter_config(directory)
+    for what, found, wanted in (
+        ("base model", config.base_fingerprint, fingerprint),
+        ("drop list", config.drop_layers, plan.drop_layers),
+        ("surrogate", config.surrogate, plan.surrogate),
+        ("injection", config.injection, plan.injection),
+        ("rank", config.rank, plan.rank),
+    ):
+        if found is not None and found != wanted:
+            raise PlanError(
+                f"The adapters were fitted for another {what}.",
+                note=f"{directory} has {_short(found)}, the bundle needs {_short(wanted)}.",
+                hint="Use the adapters of this plan, or fit new ones with: lora-drop fit",
+            )
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise BundleError(
+            "The adapter directory has no weights.",
+            note=f"{path} is missing.",
+            hint="Copy the directory again.",
+        )
+    found_matrices: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
+    for name, ref in read_tensors(path).items():
+        match = _KEY.search(name)
+        if match is None or ref.dtype not in ("F32", "F16", "BF16"):
+            raise PlanError(
+                "The adapter file holds a tensor that is no LoRA-Drop adapter.",
+                note=f"{name} has dtype {ref.dtype}; names end in layers.<i>.lora_A.weight, dtypes are floats.",
+                hint="Use a directory written by: lora-drop fit",
+            )
+        site = match[1] + _HALVES[match[2] or ""]
+        found_matrices[site, match[3]] = np.asarray(ref.read(), np.float32)
+    expected = {(site, part) for site in plan.sites for part in "AB"}
+    if set(found_matrices) != expected:
+        odd = sorted(set(found_matrices) ^ expected)[0]
+        state = "is missing" if odd in expected else "is there but not in the plan"
+        raise PlanError(
+            "The adapters do not cover the dropped layers.",
+            note=f"lora_{odd[1]} of layer {odd[0]} {state}; dropped are {_short(plan.drop_layers)}.",
+            hint="Fit adapters for this drop list, or export with theirs.",
+        )
+    scale = np.float32(config.alpha / config.rank)
+    matrices: Matrices = {}
+    for site in plan.sites:
+        a, b = found_matrices[site, "A"], found_matrices[site, "B"]
+        if a.shape != (plan.rank, hidden_size) or b.shape != (hidden_size, plan.rank):
+            raise PlanError(
+                "An adapter has the wrong shape.",
+                note=f"Layer {site} has A {a.shape} and B {b.shape}, needed are "
+                f"A {(plan.rank, hidden_size)} and B {(hidden_size, plan.rank)}.",
+                hint="Use adapters of this base model.",
+            )
+        matrices[site] = (a, b * scale)
+    return matrices
+
+
+def _short(value: object) -> str:
+    if isinstance(value, str):
+        return value[:12]
+    if isinstance(value, tuple):
+        return "layers " + ",".join(map(str, value))
+    return str(value)

@@ -1,0 +1,102 @@
+"""The inputs and outputs of the two step graphs, as one table.
+
+Enters: model facts and a drop plan. Leaves: name, dtype, symbolic shape and alias of every graph input and output.
+The exporter declares its graphs from this table and the session binds its buffers from it.
+
+    graph    inputs                                              outputs
+    refresh  input_ids len_kept [len_dropped] logits_index       logits
+             past_key.i past_value.i          for every layer    present_key.i present_value.i
+                                                                 present_state.s  (recurrent, anchor)
+    lora     input_ids len_kept                                  logits
+             past_key.i past_value.i          for kept layers    present_key.i present_value.i
+             past_state.s (recurrent, anchor)                    present_state.s  (recurrent, rank > 0)
+
+`len_kept` and `len_dropped` are the valid slots of each cache group before the step, per row; the position of the
+s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are
+wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
+
+A target's lowered graphs give float32 logits whatever their dtype, and those of the TensorRT targets also
+`next_token`, the index of the largest logit. Weights that are inputs of an engine are not in this table but in the
+target's own (bundle.py). Target `ort` has both steps in one graph with the inputs and outputs of both, and a scalar
+`lora_step`, which its engine sets: what a LoRA step leaves alone it gives back as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
+
+Dim = str | int
+DEVICE_TARGETS = ("tensorrt", "tensorrt-rtx")
+JOINED_TARGET = "ort"  # one graph holds both steps
+LORA_STEP = "lora_step"  # the input that chooses, bool []
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a K/V cache entry is: `kv_heads` heads of `head_dim` values.
+
+    `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    kv_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; symbolic sizes are names. `alias` is the input an output updates in place."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    alias: str | None = None
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with symbols replaced by numbers."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+@dataclass(frozen=True)
+class GraphIO:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def graph_io(
+    kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int, vocab_size: int, target: str | None = None
+) -> GraphIO:
+    """The table of one step graph: the neutral one, or a target's."""
+    joined = target == JOINED_TARGET
+    refresh = kind is StepKind.REFRESH or joined
+    sequence: Dim = "sequence" if refresh else 1
+    rows: Dim = "rows" if refresh else 1
+    inputs = [
+        TensorSpec("input_ids", "int64", ("batch", sequence)),
+        TensorSpec("len_kept", "int64", ("batch",)),
+    ]
+    outputs = [TensorSpec("logits", "float32" if target else cache.dtype, ("batch", rows, vocab_size))]
+    if target in DEVICE_TARGETS:
+        outputs.append(TensorSpec("next_token", "int64", ("batch", rows)))
+    if refresh and plan.drop_layers:
+        inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
+    if refresh:
+        inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
+    dropped, entry = set(plan.drop_layers), cache.kv_dtype or cache.dtype
+    for layer in range(plan.num_layers) if refresh else plan.kept_layers:
+        slots = "slots_dropped" if layer in dropped else "slots_kept"
+        shape = ("batch", cache.kv_heads, slots, cache.head_dim)
+        for part in ("key", "value"):
+            inputs.append(TensorSpec(f"past_{part}.{layer}", entry, shape))
+            outputs.append(TensorSpec(f"present_{part}.{layer}", entry, shape, f"past_{part}.{layer}"))
+    for site in plan.sites if plan.has_state else ():
+        row: tuple[Dim, ...] = ("batch", hidden_size)
+        if not refresh or joined:
+            inputs.append(TensorSpec(f"past_state.{site}", cache.dtype, row))
+        if refresh or plan.updates_state:
+            outputs.append(TensorSpec(f"present_state.{site}", cache.dtype, row, f"past_state.{site}"))
+    return GraphIO(tuple(inputs), tuple(outputs))

@@ -1,0 +1,1 @@
+"""Requests: sessions, their steps and caches, sampling."""

@@ -1,0 +1,151 @@
+"""Choosing the next tokens.
+
+Enters: the logits of one decode step, one row per request. Leaves: one token id per row.
+The semantics are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p, draw.
+This module knows no text, no engine and no schedule, and not when a row is finished.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_drop_runtime.errors import BundleError, InputError
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a request's tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token (greedy); top_k and top_p then change nothing.
+        top_k: draw among the k likeliest tokens and those tied with the last of them; 0 is off.
+        top_p: draw among the fewest tokens that hold this much probability; 1 is off.
+        repetition_penalty: lowers, if above 1, the logits of tokens already seen; it acts on greedy too.
+        seed: of the random streams; None draws another one each time.
+
+    Raises:
+        InputError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails every test.
+        ranges = [
+            ("temperature", 0 <= self.temperature < math.inf, "0 or above, and finite", "0 is greedy"),
+            ("top_k", self.top_k >= 0, "0 or above", "0 is off"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1", "1 is off"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite", "1 is off"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or above", "without one, each run differs"),
+        ]
+        for name, is_valid, expected, hint in ranges:
+            if not is_valid:
+                note = f"it is {getattr(self, name)}, expected {expected}."
+                raise InputError(f"The sampling option {name} is out of range.", note=note, hint=f"{hint}.")
+
+
+def penalize(scores: NDArray[np.float32], seen: Ids, penalty: float) -> NDArray[np.float32]:
+    """A copy of the logits [V], lower (higher, for a penalty below 1) at the token ids `seen` [N]."""
+    scores = scores.copy()
+    chosen = scores[seen]
+    scores[seen] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
+    return scores
+
+
+def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple[Ids, NDArray[np.float64]]:
+    """What is left to draw from after temperature (above 0), top-k and top-p.
+
+    Args:
+        scores: logits [V], the repetition penalty already applied.
+
+    Returns:
+        ids int64 [C] and their probabilities float64 [C], which sum to 1. All other tokens have none.
+    """
+    vocab = len(scores)
+    if 0 < options.top_k < vocab:
+        # On the raw logits, which temperature does not reorder. Ties with the k-th stay.
+        kth = vocab - options.top_k
+        ids = np.flatnonzero(scores >= np.partition(scores, kth)[kth])
+        scores = scores[ids]
+    else:
+        ids = np.arange(vocab)
+    weights = np.exp((scores - scores.max()) / max(options.temperature, 1e-30))  # keeps float32 from overflow
+    probs = weights / weights.sum(dtype=np.float64)
+    if options.top_p < 1:
+        # Tokens of at most (1 - p) / C each weigh at most 1 - p together, so that tail needs no sorting.
+        head = np.flatnonzero(probs > (1 - options.top_p) / len(probs))
+        head = head[np.argsort(-probs[head], kind="stable")]  # ties: the lower id first, as argmax has it
+        head = head[: np.searchsorted(np.cumsum(probs[head]), options.top_p) + 1]
+        ids, probs = ids[head], probs[head] / probs[head].sum()
+    return ids, probs
+
+
+class Sampler:
+    """The token choice of a batch of requests.
+
+    Row `i` draws from its own stream, derived from the seed and `i` only: the batch size and the other rows
+    do not change what it draws.
+
+    Args:
+        options: the same for all rows.
+        prompts: int64 [T_i] for each row; seen by the repetition penalty.
+    """
+
+    def __init__(self, options: SamplingOptions, prompts: Sequence[NDArray[np.integer[Any]]]) -> None:
+        self._options = options
+        streams = np.random.SeedSequence(options.seed).spawn(len(prompts))
+        self._generators = [np.random.default_rng(stream) for stream in streams]
+        self._seen: list[Ids] = [np.unique(prompt).astype(np.int64) for prompt in prompts]
+
+    def sample(self, logits: NDArray[np.float32], active: NDArray[np.bool_]) -> Ids:
+        """Chooses, and remembers, one token for each active row.
+
+        Args:
+            logits: float32 [B, V], only read.
+            active: bool [B].
+
+        Returns:
+            int64 [B], 0 for inactive rows.
+
+        Raises:
+            BundleError: the largest logit of an active row is NaN or infinite.
+        """
+        assert len(logits) == len(active) == len(self._generators)
+        tokens = np.zeros(len(logits), np.int64)
+        for row, is_active in enumerate(active.tolist()):
+            if is_active:
+                tokens[row] = self._choose(row, logits[row])
+        return tokens
+
+    def _choose(self, row: int, scores: NDArray[np.float32]) -> int:
+        penalty = self._options.repetition_penalty
+        if penalty != 1:
+            scores = penalize(scores, self._seen[row], penalty)
+        token = int(scores.argmax())
+        if not math.isfinite(scores[token]):
+            raise BundleError(
+                "The model computed logits that are not numbers.",
+                note=f"the largest logit of row {row} is {scores[token]}.",
+                hint="check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
+            )
+        if self._options.temperature > 0:
+            ids, probs = distribution(scores, self._options)
+            cumulative = np.cumsum(probs)
+            cumulative /= cumulative[-1]  # the last is exactly 1 and random() below it: the index is in range
+            drawn = np.searchsorted(cumulative, self._generators[row].random(), side="right")
+            token = int(ids[drawn])
+        if penalty != 1 and token not in self._seen[row]:
+            self._seen[row] = np.append(self._seen[row], token)
+        return token

@@ -1,0 +1,143 @@
+"""What a session needs of an engine.
+
+An engine gives memory by name, binds it to the step graphs by name, and runs steps. It knows no schedule and no token.
+Two kinds of memory: what the session itself reads and writes (ids, lengths, chosen tokens) is a numpy array; what only
+steps touch (caches, states, logits) is a `Buffer`, which may lie on a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drop_plan import StepKind
+
+Array = npt.NDArray[Any]
+Step = Callable[[], None]
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+
+
+class Buffer(Protocol):
+    """Memory that only steps touch; a slice of the first axis is a view."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class DeviceBuffer:
+    """Memory on the device, C-contiguous; `dtype` is a name, since numpy has no bfloat16."""
+
+    name: str
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    def __getitem__(self, rows: slice) -> DeviceBuffer:
+        begin, end, step = rows.indices(self.shape[0])
+        assert step == 1
+        row_bytes = self.nbytes // self.shape[0]
+        return replace(self, address=self.address + begin * row_bytes, shape=(end - begin, *self.shape[1:]))
+
+
+class Engine(Protocol):
+    """Serves one request at a time: asking for a buffer again ends the use of the one of that name.
+
+    Attributes:
+        target: whose graphs it runs; names their table of inputs and outputs (graph_io.py).
+        chooses_tokens: whether the graphs have an output `next_token`, the index of the largest logit; −1 in a row
+            with NaN or +∞ among its logits.
+        prefill_chunk: the most tokens of a row in one run, None for no limit.
+        batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
+    """
+
+    target: str
+    chooses_tokens: bool
+    prefill_chunk: int | None
+    batched_chunks: bool
+
+    def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
+        """The cache slots to allocate for a request that needs `slots_kept` and `slots_dropped` of them.
+
+        Raises:
+            InputError: the engine has fewer.
+        """
+        ...
+
+    def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
+        """Zeros that the host reads and writes between steps."""
+        ...
+
+    def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """Memory that only steps touch: finite values, those of an earlier request perhaps."""
+        ...
+
+    def read(self, buffer: Any) -> npt.NDArray[np.float32]:
+        """The values of a resident buffer, valid until the next call of the engine."""
+        ...
+
+    def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
+        """Bind buffers by name; the returned callable runs the step on them, again and again, and waits for it."""
+        ...
+
+    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+        """Use other adapter matrices (A, s·B) from now on; prepared LoRA steps are void."""
+        ...
+
+    def notes(self) -> list[str]:
+        """What a user who measures should know of the engine, a line each."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> Mapping[str, int]:
+    """`Engine.slots` where the graphs fix the capacities {"kept": n, "dropped": m}."""
+    for group, capacity in capacities.items():
+        if needed[f"slots_{group}"] > capacity:
+            raise InputError(
+                f"The request does not fit into the caches of the {group} layers.",
+                note=f"It needs {needed[f'slots_{group}']} slots in a row, the engines have {capacity}.",
+                hint="Ask for fewer new tokens (max_new_tokens), for a larger k with policy skip, or export with a "
+                "smaller --k.",
+            )
+    return {f"slots_{group}": capacity for group, capacity in capacities.items()}
+
+
+def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def in_dtype(array: Array, dtype: str) -> Array:
+    """Values in a model's dtype, bfloat16 as its bits."""
+    values = np.ascontiguousarray(array, np.float32)
+    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)
+
+
+def constant_adapters() -> InputError:
+    """For `Engine.replace_adapters` where the weights are no inputs of the engines."""
+    return InputError(
+        "The adapters of this bundle cannot be replaced.",
+        note="Its weights are constants inside the engines (--weight-sharing constants).",
+        hint="Export with --weight-sharing inputs, or with the adapters.",
+    )

@@ -1,0 +1,201 @@
+"""The CUDA runtime as the little that an engine needs: memory, one stream, copies, captured graphs.
+
+Enters: sizes, addresses, host arrays. Leaves: addresses as integers, or a BundleError with CUDA's own words. Knows no
+tensor and no TensorRT. It remembers what it handed out, so `close` frees everything, whatever went wrong before.
+
+Page-locked host memory is anonymous pages of Python's that are registered with CUDA: numpy views of it stay valid after
+`close`, where memory of cudaHostAlloc would be gone under them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
+
+Array = npt.NDArray[Any]
+MIB = 2**20
+
+
+class CudaDevice:
+    """The first visible GPU (CUDA_VISIBLE_DEVICES chooses) and one stream on it. Use from one thread.
+
+    Args:
+        runtime: `cuda.bindings.runtime`, or what stands for it in a test.
+
+    Attributes:
+        stream: the address of the stream, as TensorRT takes it.
+        compute_capability: for example `8.9`.
+
+    Raises:
+        NoDeviceError: cuda-bindings is not installed, no driver or no GPU.
+    """
+
+    def __init__(self, runtime: Any = None) -> None:
+        runtime = _bindings() if runtime is None else runtime
+        self._cuda = runtime
+        self._blocks: dict[int, int] = {}  # address → bytes
+        self._pinned: dict[int, Array] = {}
+        self._graphs: list[Any] = []
+        self._stream: Any = None
+        failed, count = runtime.cudaGetDeviceCount()
+        if failed or not count:
+            raise NoDeviceError(
+                "There is no GPU that CUDA can use.",
+                note=f"CUDA says: {self._words(failed)}." if failed else "CUDA counts 0 devices, needed is 1.",
+                hint="Use a machine with an NVIDIA GPU and a current driver, or --target ort.",
+            )
+        self._call("cudaSetDevice", 0)
+        major, minor = (
+            self._call("cudaDeviceGetAttribute", attribute, 0)
+            for attribute in (
+                runtime.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor,
+                runtime.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        self.compute_capability = f"{major}.{minor}"
+        self._stream = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+        self.stream = int(self._stream)
+
+    def close(self) -> None:
+        """Free everything. What CUDA says to it is ignored: after a failed kernel every call fails."""
+        if self._stream is None:
+            return
+        self._cuda.cudaStreamSynchronize(self._stream)
+        for graph in self._graphs:
+            self._cuda.cudaGraphExecDestroy(graph)
+        for address in self._blocks:
+            self._cuda.cudaFree(address)
+        for address in self._pinned:
+            self._cuda.cudaHostUnregister(address)
+        self._cuda.cudaStreamDestroy(self._stream)
+        self._graphs.clear()
+        self._blocks.clear()
+        self._pinned.clear()
+        self._stream = None
+
+    # ── memory ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Device memory that is handed out."""
+        return sum(self._blocks.values())
+
+    def malloc(self, size_bytes: int, purpose: str) -> int:
+        """At an address that is a multiple of 256. Raises NoDeviceError with the numbers when memory is out."""
+        error, address = self._cuda.cudaMalloc(size_bytes)
+        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            _, free, total = self._cuda.cudaMemGetInfo()
+            raise NoDeviceError(
+                "The GPU is out of memory.",
+                note=f"{purpose} takes {size_bytes / MIB:,.1f} MiB; free are {free / MIB:,.1f} of {total / MIB:,.1f}.",
+                hint="Ask for a smaller batch, free the GPU, or export with a smaller --max-seq-len or --dtype.",
+            )
+        self._check("cudaMalloc", error)
+        self._blocks[address] = size_bytes
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", address)
+        del self._blocks[address]
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        """Asynchronous."""
+        self._call("cudaMemsetAsync", address, 0, size_bytes, self._stream)
+
+    def pin(self, size_bytes: int) -> Array:
+        """Page-locked host memory, uint8 and zero."""
+        block = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
+        self._call("cudaHostRegister", block.ctypes.data, size_bytes, 0)
+        self._pinned[block.ctypes.data] = block
+        return block
+
+    def unpin(self, block: Array) -> None:
+        self._call("cudaHostUnregister", block.ctypes.data)
+        del self._pinned[block.ctypes.data]
+
+    def is_pinned(self, array: Array) -> bool:
+        """Whether an array begins where page-locked memory does."""
+        return array.ctypes.data in self._pinned
+
+    def upload(self, address: int, array: Array) -> None:
+        """Copy any contiguous array to the device and wait for it."""
+        self.copy_in(address, array.ctypes.data, array.nbytes)  # on the stream, which cudaMemcpy would not wait for
+        self.synchronize()
+
+    def copy_in(self, address: int, host_address: int, size_bytes: int) -> None:
+        """Host to device, asynchronous."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, host_address, size_bytes, kind, self._stream)
+
+    def copy_out(self, host_address: int, address: int, size_bytes: int) -> None:
+        """Device to host, asynchronous."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host_address, address, size_bytes, kind, self._stream)
+
+    # ── the stream and its graphs ──────────────────────────────────────────────────────────────────────────
+
+    def synchronize(self) -> None:
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> Any:
+        """What `enqueue` puts on the stream, as a graph to launch; nothing of it runs now."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            error, graph = self._cuda.cudaStreamEndCapture(self._stream)  # the stream is of no use before that
+            if not error:
+                self._cuda.cudaGraphDestroy(graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            executable = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cuda.cudaGraphDestroy(graph)
+        self._graphs.append(executable)
+        return executable
+
+    def launch(self, graph: Any) -> None:
+        """Asynchronous."""
+        self._call("cudaGraphLaunch", graph, self._stream)
+
+    def destroy(self, graph: Any) -> None:
+        self._cuda.cudaGraphExecDestroy(graph)  # as in close
+        self._graphs.remove(graph)
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """Call the CUDA runtime; its first result is the error code."""
+        error, *values = getattr(self._cuda, function)(*arguments)
+        if error:
+            self._check(function, error)
+        return values[0] if values else None
+
+    def _check(self, function: str, error: Any) -> None:
+        if error:
+            raise BundleError(
+                "The GPU reported an error.",
+                note=f"{function}: {self._words(error)}.",
+                hint="Check that no other process has filled the GPU, and the driver with nvidia-smi; then try again.",
+            )
+
+    def _words(self, error: Any) -> str:
+        return " ".join(getattr(self._cuda, f"cudaGetError{part}")(error)[1].decode() for part in ("Name", "String"))
+
+
+def _bindings() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise NoDeviceError(
+            "A TensorRT bundle needs the CUDA bindings for Python.",
+            note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
+            hint="pip install cuda-bindings",
+        ) from None

@@ -1,0 +1,1 @@
+"""`lora-drop bench`: speed, memory and the ceiling."""

@@ -1,0 +1,1 @@
+"""Other runtimes beside a bundle, each in a process of its own."""

@@ -1,0 +1,296 @@
+"""What `lora-drop bench` measured, and the arithmetic on it.
+
+Enters: the times of every step (`Run`), a manifest. Leaves: a `Row` for each bundle and window: quantiles, bytes and
+their rate, the speed-up beside its ceiling, Eq. 11; all of that in a `BenchResult`. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lora_drop_runtime.bundle.bundle import Manifest
+from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+
+from lora_drop_tools.shared import costs
+from lora_drop_tools.shared.machine import Bandwidth
+
+T = TypeVar("T")
+QUANTILES = (0.50, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every arm is asked: `rows` prompts of `context` tokens, `new_tokens` more in each."""
+
+    context: int
+    rows: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One request as it was measured.
+
+    Attributes:
+        prefill_seconds: to the first token.
+        step_seconds: of the N − 1 decode steps, in order.
+        engine_seconds: the part of each step that the engine's run call took; None for a peer.
+        kv_prompt, kv: `Session.kv_bytes` after the prefill and at the end; None for a peer.
+    """
+
+    prefill_seconds: float
+    step_seconds: list[float]
+    engine_seconds: list[float] | None = None
+    kv_prompt: dict[str, int] | None = None
+    kv: dict[str, int] | None = None
+
+    @property
+    def decode_seconds(self) -> float:
+        return sum(self.step_seconds)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Eq. 11 for one quantile: the kind of step it should be, and the kind whose median it is nearer to."""
+
+    quantile: float
+    measured_ms: float
+    predicted: str
+    nearer_to: str
+
+    @property
+    def holds(self) -> bool:
+        return self.predicted == self.nearer_to
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """One kind of step: median time, bytes moved on average, and how fast; `share` of the machine's bandwidth."""
+
+    steps: int
+    median_ms: float
+    mean_bytes: float
+    gb_per_second: float
+    bandwidth_share: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bundle under a window: medians over the repeats.
+
+    Attributes:
+        speedups: of each repeat, time per token of the full schedule over this one's.
+        noise: what the repeats differ by, largest minus smallest speed-up.
+        own_speedup: from the medians of the request's own refreshes and LoRA steps: what drifts from request to request
+            cancels out. None without both kinds, or where a refresh is more than a full step (backfill).
+        ceiling: what the bytes of the request's own steps allow.
+        kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says.
+        over_peers: our tokens/s over a peer's, median over the repeats.
+    """
+
+    bundle: str
+    rho: float
+    rho_eff: float
+    k: int
+    context: int
+    rows: int
+    latency_ms: dict[str, float]
+    tokens_per_second: float
+    prefill_tokens_per_second: float
+    first_token_ms: float
+    kv_bytes: dict[str, int]
+    kv_saved: float
+    kv_saving: float
+    overhead_share: float
+    steps: dict[str, StepFigures]
+    speedup: float
+    speedups: list[float]
+    noise: float
+    own_speedup: float | None
+    ceiling: float
+    asymptotic: float
+    tails: list[Tail]
+    over_peers: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling reached."""
+        return self.speedup / self.ceiling
+
+    @property
+    def own_share(self) -> float | None:
+        """The same of `own_speedup`."""
+        return None if self.own_speedup is None else self.own_speedup / self.ceiling
+
+    @property
+    def gain_share(self) -> float | None:
+        """Of the gain that the ceiling allows over 1; None where it allows none."""
+        return (self.speedup - 1) / (self.ceiling - 1) if self.ceiling > 1 else None
+
+    @property
+    def above_ceiling(self) -> bool:
+        return self.speedup - self.ceiling > self.noise
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """A peer on one request: medians over the repeats."""
+
+    name: str
+    version: str | None
+    built: str
+    model_bytes: int
+    context: int
+    tokens_per_second: float
+    p50_ms: float
+    prefill_tokens_per_second: float
+    pss: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A fresh process that has opened one bundle and answered one request under `k`; `pss` None: not measured."""
+
+    bundle: str
+    k: int
+    request: Request
+    pss: dict[str, int] | None
+
+
+@dataclass
+class BenchResult:
+    """Everything that was measured; `to_json` is what --json writes."""
+
+    command: str
+    begun: str
+    machine: dict[str, Any]
+    threads: int
+    engine: str
+    model: str
+    weight_dtype: str
+    bandwidth: Bandwidth | None
+    repeats: int
+    new_tokens: int
+    bundles: dict[str, dict[str, Any]]
+    policy: str = "skip"
+    load_before: tuple[float, float, float] | None = None
+    load_after: tuple[float, float, float] | None = None
+    foreign_cores: float | None = None
+    rows: list[Row] = field(default_factory=list)
+    peer_rows: list[PeerRow] = field(default_factory=list)
+    peers_left_out: dict[str, str] = field(default_factory=dict)
+    memory: list[Memory] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    raw: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        data = dataclasses.asdict(self)
+        for row, entry in zip(self.rows, data["rows"], strict=True):
+            entry["share_of_ceiling"], entry["own_share_of_ceiling"] = row.share, row.own_share
+            entry["share_of_gain"] = row.gain_share
+            for tail, written in zip(row.tails, entry["tails"], strict=True):
+                written["holds"] = tail.holds
+        return json.dumps(data, indent=1) + "\n"
+
+
+# ── arithmetic ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The smallest value that a share q of all values does not exceed: always one that was measured."""
+    return sorted(values)[max(0, math.ceil(q * len(values) - 1e-9) - 1)]
+
+
+def rotated(arms: Sequence[T], repeat: int) -> list[T]:
+    """The order of the arms in a repeat: each begins once in as many repeats as there are arms."""
+    first = repeat % len(arms)
+    return [*arms[first:], *arms[:first]]
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median over the repeats of a ratio within each."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def tails_of(k: int, medians_ms: Mapping[str, float], quantiles_ms: Mapping[float, float]) -> list[Tail]:
+    """Eq. 11 against measured quantiles, given the median of each kind of step."""
+    return [
+        Tail(
+            q,
+            value,
+            (StepKind.REFRESH if costs.quantile_is_refresh(k, q) else StepKind.LORA).value,
+            min(medians_ms, key=lambda kind: abs(medians_ms[kind] - value)),
+        )
+        for q, value in quantiles_ms.items()
+    ]
+
+
+def make_row(
+    name: str,
+    manifest: Manifest,
+    k: int,
+    request: Request,
+    runs: Sequence[Run],
+    full: Sequence[Run],
+    bandwidth: float | None,
+    policy: str = "skip",
+) -> Row:
+    """What `runs` under k say, `full` being those of the full schedule in the same repeats.
+
+    Args:
+        bandwidth: bytes a second the machine reads, None where it does not apply.
+    """
+    steps, rows = request.new_tokens - 1, request.rows
+    schedule = PeriodicSchedule(k)
+    kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
+    moved = costs.request_bytes(manifest, request.context, steps, k, rows, policy)
+    figures = {}
+    for kind in dict.fromkeys(kinds):
+        own = [index for index in range(steps) if kinds[index] == kind]
+        seconds = statistics.median(run.step_seconds[index] for run in runs for index in own)
+        mean_bytes = statistics.fmean(moved[index] for index in own)
+        rate = mean_bytes / seconds
+        share = None if bandwidth is None else rate / bandwidth
+        figures[kind] = StepFigures(len(own), 1000 * seconds, mean_bytes, rate / 1e9, share)
+    own_speedup = None
+    if len(figures) > 1 and policy == "skip":
+        mixed = sum(one.steps * one.median_ms for one in figures.values())
+        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
+    quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
+    speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
+    kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
+    grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))
+    return Row(
+        bundle=name,
+        rho=manifest.plan.rho,
+        rho_eff=manifest.plan.rho_eff,
+        k=k,
+        context=request.context,
+        rows=rows,
+        latency_ms={f"p{100 * q:.0f}": value for q, value in quantiles_ms.items()},
+        tokens_per_second=statistics.median(steps * rows / run.decode_seconds for run in runs),
+        prefill_tokens_per_second=statistics.median(request.context * rows / run.prefill_seconds for run in runs),
+        first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
+        kv_bytes=kv,
+        kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
+        kv_saving=costs.kv_saving(manifest, k) if policy == "skip" else 0.0,
+        overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
+        steps=figures,
+        speedup=statistics.median(speedups),
+        speedups=speedups,
+        noise=max(speedups) - min(speedups),
+        own_speedup=own_speedup,
+        ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
+        asymptotic=costs.asymptotic_speedup(manifest, k),
+        tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
+        if manifest.plan.drop_layers and len(figures) > 1
+        else [],
+        over_peers={},
+    )

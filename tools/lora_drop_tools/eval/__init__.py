@@ -1,0 +1,1 @@
+"""`lora-drop eval`: quality under a schedule."""

@@ -1,0 +1,244 @@
+"""The tables and figures of `lora-drop eval`.
+
+Enters: an `EvalResult`. Leaves: lines of text; with matplotlib, PNG files. Measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_drop_tools.bench.report import MIB, table
+
+from .result import EvalResult, EvalRow, Figure, SafeZone
+
+MISSING = "–"
+
+
+def describe(result: EvalResult) -> list[str]:
+    """The lines that `eval` prints."""
+    versions = ", ".join(f"{name} {version}" for name, version in result.machine["versions"].items())
+    lines = [
+        f"model      {result.model}, weights {result.weight_dtype}",
+        f"versions   {versions}",
+        f"seed       {result.seed}; intervals are of 95 %; full: k = 0 of the same bundle",
+        *(f"bundle     {_bundle(row)}" for row in result.rows if not row.k),
+    ]
+    if any(row.text for row in result.rows):
+        lines += ["", *_text_table(result.rows), "", *_offset_table(result.rows)]
+    if any(row.tasks for row in result.rows):
+        lines += ["", *_task_table(result.rows), *_notes(result)]
+    lines += ["", *_cost_table(result)]
+    lines += ["", *map(_verdict, result.safe_zones)] if result.safe_zones else []
+    lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []
+    return lines
+
+
+def _bundle(row: EvalRow) -> str:
+    adapters = f"adapters of rank {row.rank}" if row.rank else "no adapters"
+    return (
+        f"{row.label}: {row.surrogate}, {adapters}, drops {', '.join(map(str, row.drop_layers)) or 'nothing'} "
+        f"(ρ = {row.rho:.2f})"
+    )
+
+
+def _name(row: EvalRow) -> str:
+    return f"{row.label} k={row.k} {row.policy}"
+
+
+def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
+    if figure is None:
+        return MISSING
+    return f"{scale * figure.value:.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
+
+
+def _points(figure: Figure | None) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    if figure is None:
+        return MISSING
+    return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
+
+
+def _text_table(rows: Sequence[EvalRow]) -> list[str]:
+    headings = ("text", "tokens", "perplexity", "over full", "agree %", "agree % (LoRA)", "KL", "KL (LoRA)")
+    cells = [
+        (
+            _name(row),
+            str(row.text.tokens),
+            _with_half(row.text.perplexity, 1, 2),
+            _with_half(row.text.ratio, 1, 3) if row.k else MISSING,
+            _with_half(row.text.agreement, 100, 1) if row.k else MISSING,
+            _with_half(row.text.lora_agreement, 100, 1),
+            _with_half(row.text.kl, 1, 3) if row.k else MISSING,
+            _with_half(row.text.lora_kl, 1, 3),
+        )
+        for row in rows
+        if row.text
+    ]
+    return [
+        *table(headings, cells),
+        "agree: the likeliest token is the full schedule's; KL: of its distribution to this one's, in nats; "
+        "(LoRA): LoRA steps alone",
+    ]
+
+
+def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
+    """A line for each figure, a column for each offset within the cycle."""
+    longest = max(row.k for row in rows)
+    headings = ("offset within the cycle", "", "refresh", *(f"LoRA {offset}" for offset in range(1, longest + 1)))
+    cells = []
+    for row in rows:
+        for what, pick in _OFFSET_LINES if row.text and row.k else ():
+            assert row.text is not None
+            found = [pick(one) for one in row.text.offsets]
+            cells.append((_name(row), what, *found, *[""] * (longest - row.k)))
+    return table(headings, cells) if cells else []
+
+
+_OFFSET_LINES: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("over full", lambda one: f"{one.ratio:.3f}"),
+    ("agree %", lambda one: f"{100 * one.agreement:.1f}"),
+    ("KL", lambda one: f"{one.kl:.3f}"),
+)
+
+
+def _task_table(rows: Sequence[EvalRow]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row.tasks))
+    headings = ("tasks, %", "ρ", *names, "average", "average − full, pp")
+    cells = [
+        (
+            _name(row),
+            f"{row.rho:.2f}" if row.k else MISSING,
+            *(_with_half(row.tasks[name].figure, 100, 1) for name in names),
+            _with_half(row.average, 100, 1),
+            _points(row.average_difference),
+        )
+        for row in rows
+    ]
+    paired = [(_name(row), "", *(_points(row.tasks[name].difference) for name in names)) for row in rows if row.k]
+    return (
+        [*table(headings, cells), "", *table(("task − full, pp", "", *names), paired)]
+        if paired
+        else table(headings, cells)
+    )
+
+
+def _notes(result: EvalResult) -> list[str]:
+    """Which metric stands for each task, over how many items, and what was cut."""
+    first = result.rows[0]
+    lines = [
+        "metrics: " + ", ".join(f"{name} {task.metric} of {task.figure.count}" for name, task in first.tasks.items())
+    ]
+    for name in first.tasks:
+        cut = max(row.tasks[name].cut for row in result.rows)
+        if cut:
+            lines.append(f"{name}: {cut} requests were longer than the bundle allows and lost the beginning")
+    return lines
+
+
+def _cost_table(result: EvalResult) -> list[str]:
+    prompt, steps = result.kv_request
+    headings = ("cost", "ρ", "k", "policy", "speed-up", "KV MiB", "of full")
+    base = {row.bundle: row.kv_bytes for row in result.rows if not row.k}
+    cells = [
+        (
+            row.label,
+            f"{row.rho:.2f}" if row.k else MISSING,
+            str(row.k),
+            row.policy,
+            MISSING if row.speedup is None else f"{row.speedup:.2f}×",
+            f"{row.kv_bytes / MIB:.2f}",
+            f"{row.kv_bytes / base[row.bundle]:.1%}",
+        )
+        for row in result.rows
+    ]
+    return [
+        *table(headings, cells),
+        f"speed-up: {result.speed_request}; KV: valid entries of one row, {prompt} tokens of prompt and {steps} steps",
+    ]
+
+
+def _verdict(zone: SafeZone) -> str:
+    begin = f"safe zone  within {100 * zone.threshold:.1f} pp of the full model: "
+    if zone.row is None:
+        return begin + "nothing that is faster than 1.00×"
+    text = f"{zone.row.speedup:.2f}× by {_name(zone.row)}, {_points(zone.row.average_difference)} pp"
+    return begin + text + ("" if zone.certain else "; the interval is wider than that: more items (--limit) would tell")
+
+
+# ── figures ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_plots(result: EvalResult, directory: Path) -> list[Path]:
+    """Quality against measured speed-up and against K/V bytes, and agreement and KL at each offset of the cycle."""
+    from matplotlib.figure import Figure as Canvas
+
+    written = []
+
+    def draw(name: str, panels: Sequence[Callable[[Any], None]]) -> None:
+        figure = Canvas(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            panel(axes)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        figure.suptitle(f"{result.model}, {result.weight_dtype}", fontsize="small")
+        written.append(directory / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+
+    for name, what, quality in _QUALITIES:
+        rows = [(row, found) for row in result.rows if (found := quality(row)) is not None]
+        if any(row.k and row.speedup is not None for row, _ in rows):
+            timed = [(row, found, row.speedup) for row, found in rows if row.speedup is not None]
+            draw(f"{name}_speedup", [lambda axes, p=timed, w=what: _draw_pareto(axes, p, w, "measured speed-up")])  # type: ignore[misc]
+        if any(row.k for row, _ in rows):
+            held = [(row, found, row.kv_bytes / MIB) for row, found in rows]
+            draw(f"{name}_kv", [lambda axes, p=held, w=what: _draw_pareto(axes, p, w, "K/V (MiB)")])  # type: ignore[misc]
+    if any(row.k and row.text for row in result.rows):
+        draw(
+            "offsets",
+            [
+                lambda axes: _draw_offsets(axes, result.rows, "agreement", "top-1 agreement with the full schedule"),
+                lambda axes: _draw_offsets(axes, result.rows, "kl", "KL to the full schedule (nats)"),
+            ],
+        )
+    return written
+
+
+_QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
+    ("accuracy", "average accuracy", lambda row: row.average),
+    ("perplexity", "perplexity over the full schedule's", lambda row: row.text.ratio if row.text else None),
+)
+
+
+def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], quality: str, cost: str) -> None:
+    """A line for each bundle and policy over its windows; the full schedule is where they begin."""
+    arms = dict.fromkeys((row.bundle, row.policy) for row, _, _ in points if row.k)
+    for bundle, policy in arms:
+        own = [one for one in points if one[0].bundle == bundle and one[0].policy in (policy, "full")]
+        own.sort(key=lambda one: one[0].k)
+        x, y = [one[2] for one in own], [one[1].value for one in own]
+        low = [max(0.0, one[1].value - one[1].low) for one in own]
+        high = [max(0.0, one[1].high - one[1].value) for one in own]
+        axes.errorbar(x, y, [low, high], fmt="o-", capsize=3, label=f"{own[0][0].label} {policy}")
+        for row, figure, at in own:
+            axes.annotate(
+                f"k={row.k}", (at, figure.value), textcoords="offset points", xytext=(5, 4), fontsize="x-small"
+            )
+    axes.margins(x=0.1)  # room for the last label
+    axes.set_xlabel(cost)
+    axes.set_ylabel(quality)
+
+
+def _draw_offsets(axes: Any, rows: Sequence[EvalRow], name: str, label: str) -> None:
+    for row in rows:
+        if row.k and row.text:
+            offsets = [one.offset for one in row.text.offsets]
+            axes.plot(offsets, [getattr(one, name) for one in row.text.offsets], "o-", label=_name(row))
+    axes.set_xlabel("offset within the cycle (0: refresh)")
+    axes.set_xticks(range(max(row.k for row in rows) + 1))
+    axes.set_ylabel(label)
+    if name == "agreement":
+        axes.set_ylim(top=1.02)
+    else:
+        axes.set_ylim(bottom=0)

@@ -1,0 +1,266 @@
+"""What `lora-drop eval` measured, and the arithmetic on it.
+
+Enters: sums over the windows of a text, metrics of items. Leaves: figures with 95 % intervals, differences to the full
+schedule of the same bundle on the same items, averages, the largest safe speed-up; all of that in an `EvalResult`.
+Measures nothing.
+
+Intervals: Wilson's for a share; Agresti and Min's for the difference of two shares over the same items; the bootstrap
+over windows or items, with the run's seed, for all else. An average over tasks takes their variances as independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Sums = npt.NDArray[np.float64]
+Z = 1.959964  # 95 %
+RESAMPLES = 2000
+THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95 % interval, over `count` items, windows or tasks."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class OffsetFigures:
+    """Steps at one place of the cycle: 0 the refresh, 1 … k the LoRA steps after it."""
+
+    offset: int
+    tokens: int
+    perplexity: float
+    ratio: float
+    agreement: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """A text under one window k, against k = 0 at the same positions.
+
+    Attributes:
+        perplexity, ratio: over all decode steps; the ratio to the perplexity under k = 0.
+        agreement, kl: over all decode steps; how often the likeliest token is that of k = 0, and KL(p₀ ‖ p_k) in nats.
+        lora_agreement, lora_kl: over LoRA steps alone; None under k = 0.
+    """
+
+    windows: int
+    tokens: int
+    perplexity: Figure
+    ratio: Figure
+    agreement: Figure
+    kl: Figure
+    lora_agreement: Figure | None
+    lora_kl: Figure | None
+    offsets: list[OffsetFigures]
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """A task under one window k.
+
+    Attributes:
+        metric: the one that stands for the task in tables and averages.
+        metrics: every metric of lm-eval's definition; a log-likelihood as its perplexity.
+        difference: of `metric`, paired, to k = 0; None under k = 0.
+        cut: requests that lost the beginning of their context.
+    """
+
+    metric: str
+    metrics: dict[str, Figure]
+    difference: Figure | None
+    cut: int
+
+    @property
+    def figure(self) -> Figure:
+        return self.metrics[self.metric]
+
+
+@dataclass(frozen=True)
+class EvalRow:
+    """A bundle under a policy and a window k.
+
+    Attributes:
+        policy: "full" under k = 0, where all policies are one.
+        kv_bytes: of valid K/V at the end of the request that `EvalResult.kv_request` names.
+        speedup: measured by `lora-drop bench`, None where it was not.
+        average: of the tasks' shares; `average_difference` to k = 0.
+    """
+
+    bundle: str
+    label: str
+    surrogate: str
+    rank: int
+    drop_layers: tuple[int, ...]
+    rho: float
+    policy: str
+    k: int
+    kv_bytes: int
+    speedup: float | None
+    text: TextFigures | None
+    tasks: dict[str, TaskFigures]
+    average: Figure | None
+    average_difference: Figure | None
+
+
+@dataclass(frozen=True)
+class SafeZone:
+    """The fastest row whose average is within `threshold` of the full model's; no row where only k = 0 is.
+
+    `certain`: whether its interval is within the threshold too.
+    """
+
+    threshold: float
+    row: EvalRow | None
+    certain: bool
+
+
+@dataclass
+class EvalResult:
+    """Everything that was measured; `to_json` is what --json writes."""
+
+    command: str
+    arguments: dict[str, Any]
+    begun: str
+    machine: dict[str, Any]
+    model: str
+    weight_dtype: str
+    seed: int
+    kv_request: tuple[int, int]
+    speed_request: str
+    rows: list[EvalRow] = field(default_factory=list)
+    safe_zones: list[SafeZone] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+# ── intervals ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def share(hits: float, count: int) -> Figure:
+    """Wilson's interval of a share."""
+    value = hits / count
+    centre = (value + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
+    return Figure(value, max(0.0, centre - half), min(1.0, centre + half), count)
+
+
+def paired_difference(values: Sequence[float], full: Sequence[float]) -> Figure:
+    """The difference of two shares over the same items, with Agresti and Min's interval (½ added to each cell)."""
+    count = len(values)
+    better = sum(a > b for a, b in zip(values, full, strict=True))
+    worse = sum(a < b for a, b in zip(values, full, strict=True))
+    centre = (better - worse) / (count + 2)
+    half = Z * math.sqrt(better + worse + 1 - (better - worse) ** 2 / (count + 2)) / (count + 2)
+    return Figure((better - worse) / count, centre - half, centre + half, count)
+
+
+def bootstrap(
+    numerators: Sequence[float] | Sums,
+    denominators: Sequence[float] | Sums,
+    seed: int,
+    transform: Callable[[Any], Any] = lambda value: value,
+) -> Figure:
+    """`transform` of a ratio of sums over items, with the percentile interval of resampled items."""
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
+    low, high = np.percentile(transform(above[picks].sum(axis=1) / below[picks].sum(axis=1)), [2.5, 97.5])
+    return Figure(float(transform(above.sum() / below.sum())), float(low), float(high), len(above))
+
+
+def average(figures: Sequence[Figure]) -> Figure:
+    """The mean of independent figures; their intervals' halves stand for standard errors."""
+    value = sum(figure.value for figure in figures) / len(figures)
+    half = math.sqrt(sum(((figure.high - figure.low) / 2) ** 2 for figure in figures)) / len(figures)
+    return Figure(value, value - half, value + half, len(figures))
+
+
+# ── figures ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
+    """Of the sums of all windows, each float64 [k + 1, 5] with eval_scoring.py's `COLUMNS`."""
+    stacked = np.stack(windows)  # [windows, k + 1, 5]
+    tokens, nll, nll_full, agree, kl = np.moveaxis(stacked.sum(axis=1), 1, 0)  # [windows] each
+    lora = stacked[:, 1:].sum(axis=1)  # [windows, 5]
+    offsets = [
+        OffsetFigures(
+            offset,
+            int(count),
+            float(np.exp(own / count)),
+            float(np.exp((own - whole) / count)),
+            float(same / count),
+            float(divergence / count),
+        )
+        for offset, (count, own, whole, same, divergence) in enumerate(stacked.sum(axis=0))
+    ]
+    has_lora = len(offsets) > 1
+    return TextFigures(
+        windows=len(windows),
+        tokens=int(tokens.sum()),
+        perplexity=bootstrap(nll, tokens, seed, np.exp),
+        ratio=bootstrap(nll - nll_full, tokens, seed, np.exp),
+        agreement=bootstrap(agree, tokens, seed),
+        kl=bootstrap(kl, tokens, seed),
+        lora_agreement=bootstrap(lora[:, 3], lora[:, 0], seed) if has_lora else None,
+        lora_kl=bootstrap(lora[:, 4], lora[:, 0], seed) if has_lora else None,
+        offsets=offsets,
+    )
+
+
+def task_figures(
+    metric: str,
+    items: Mapping[int, Mapping[str, float]],
+    full: Mapping[int, Mapping[str, float]] | None,
+    cut: int,
+    seed: int,
+) -> TaskFigures:
+    """Of each item's metrics; `full` are those under k = 0, None for k = 0 itself."""
+    order = sorted(items)
+    metrics = {}
+    for name in items[order[0]]:
+        values = [items[item][name] for item in order]
+        if name == "perplexity":  # of an item lm-eval gives the log-likelihood
+            metrics[name] = bootstrap([-value for value in values], [1.0] * len(values), seed, np.exp)
+        else:
+            metrics[name] = share(sum(values), len(values))
+    difference = None
+    if full is not None:
+        difference = paired_difference([items[i][metric] for i in order], [full[i][metric] for i in order])
+    return TaskFigures(metric, metrics, difference, cut)
+
+
+def averages(tasks: Mapping[str, TaskFigures]) -> tuple[Figure | None, Figure | None]:
+    """The average over the tasks, and of their differences to k = 0."""
+    if not tasks:
+        return None, None
+    differences = [task.difference for task in tasks.values() if task.difference is not None]
+    return average([task.figure for task in tasks.values()]), average(differences) if differences else None
+
+
+def safe_zones(rows: Sequence[EvalRow]) -> list[SafeZone]:
+    """For each threshold the fastest row that stays within; empty without speed-ups or averages."""
+    timed = [row for row in rows if row.k and row.speedup is not None and row.average_difference is not None]
+    zones = []
+    for threshold in THRESHOLDS if timed else ():
+        within = [row for row in timed if row.average_difference and row.average_difference.value >= -threshold]
+        best = max((row for row in within if (row.speedup or 0) > 1), key=lambda row: row.speedup or 0, default=None)
+        certain = best is None or (best.average_difference is not None and best.average_difference.low >= -threshold)
+        zones.append(SafeZone(threshold, best, certain))
+    return zones

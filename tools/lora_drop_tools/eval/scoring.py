@@ -1,0 +1,248 @@
+"""Quality step by step: what a session's logits say of given tokens, and what it writes itself.
+
+Enters: a session, token ids. Leaves: log-probabilities of the tokens that were fed, sums over the windows of a text,
+generated texts. Knows nothing of tasks, files and bundles; needs numpy alone.
+
+**Scoring under a schedule.** A schedule decides over decode steps, so what is scored is decoded: a row is prefilled up
+to its `prompt`, every further token is fed by one `Session.step`, and a token's log-probability is read from the logits
+of the step before it. Scored in one prefill, every schedule would give exactly the full model's figures.
+
+A request begins with exact caches and the schedule's first step, and continuations are short. To see them as a long
+request would, at any place of the cycle, the last c tokens of the given context are decoded too: c = ⌊u·(k+1)⌋ is
+uniform in 0 … k, at least one token stays in the prefill, and u is drawn once for each item, the same for all k. With
+c = 0 the first scored token comes from the prefill, which is exact for every k.
+
+The *offset* of a step is its number mod (k+1): 0 is a refresh, 1 … k are the LoRA steps after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.text import TextCodec
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Sums = npt.NDArray[np.float64]
+KEPT_BYTES = 2**30  # of the full schedule's log-probabilities, kept for one batch of windows
+COLUMNS = ("tokens", "nll", "nll_full", "agree", "kl")  # of a window's sums, a row for each offset
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens to decode, ids [T]: the first `prompt` of them in the prefill, and the rest one by one.
+
+    Logits are read from position `first` on; those at position p are of token p + 1, so the last are at T − 2.
+    """
+
+    ids: Ids
+    prompt: int
+    first: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.ids) - 1 - self.prompt
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one run of a batch says: `rows` [R] of it are read at `positions` [R]; `log_probs` [R, V]."""
+
+    offset: int
+    rows: Ids
+    positions: Ids
+    targets: Ids
+    log_probs: Floats
+
+    @property
+    def target_log_probs(self) -> Floats:
+        picked: Floats = np.take_along_axis(self.log_probs, self.targets[:, None], 1)[:, 0]
+        return picked
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a continuation: the sum of its tokens' log-probabilities, and whether each was the likeliest."""
+
+    log_prob: float
+    greedy: bool
+
+
+def prompt_length(context: int, phase: float, k: int) -> int:
+    """How many of `context` given tokens are prefilled, for u = `phase` in [0, 1)."""
+    return context - min(int(phase * (k + 1)), context - 1)
+
+
+def phase_of(seed: int, *item: str | int) -> float:
+    """An item's u in [0, 1): the same for every k."""
+    name = hashlib.sha256(" ".join(map(str, (seed, *item))).encode()).digest()
+    return int.from_bytes(name[:6], "big") / 2**48
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities [R, V] of logits [R, V]; the sum over the vocabulary is taken in float64.
+
+    Raises:
+        BundleError: a row's logits are not numbers.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64))
+    _check_numbers(total)
+    log_probs: Floats = (shifted - total).astype(np.float32)
+    return log_probs
+
+
+def _check_numbers(values: npt.NDArray[np.floating]) -> None:
+    if not np.isfinite(values).all():
+        raise BundleError(
+            "The model computed logits that are not numbers.",
+            note="There is NaN or infinity among them.",
+            hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
+        )
+
+
+def decode(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
+    """Decode a batch under k and yield what is to be read of each step, the prefill being step 0.
+
+    Rows may differ in everything: the steps are counted from each row's own prompt. A row that has no token left is
+    fed padding, and what comes of it is not read.
+    """
+    steps = max(row.steps for row in rows)
+    lengths = np.array([row.prompt for row in rows], np.int64)
+    ends = np.array([len(row.ids) - 1 for row in rows], np.int64)
+    firsts = np.array([row.first for row in rows], np.int64)
+    ids = np.full((len(rows), int(lengths.max()) + steps + 1), session.bundle.manifest.special_tokens.pad, np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = row.ids
+    every = np.arange(len(rows))
+    logits = session.prefill(ids[:, : lengths.max()], lengths, max_new_tokens=steps + 1, k=k)
+    for step in range(steps + 1):
+        positions = lengths - 1 + step
+        read = np.flatnonzero((positions >= firsts) & (positions < ends))
+        if read.size:
+            at = positions[read]
+            yield Read(step % (k + 1), read, at, ids[read, at + 1], log_softmax(logits[read]))
+        if step < steps:
+            logits = session.step(ids[every, positions + 1])
+
+
+def batches(session: Session, rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Indices of rows that run together: of alike numbers of steps and, among those, alike prompts."""
+    limits = session.bundle.manifest.limits
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (rows[i].steps, rows[i].prompt)):
+        longest = max(rows[i].prompt for i in (*batch, index))
+        if batch and (len(batch) == limits.max_batch or longest + rows[index].steps + 1 > limits.max_seq_len):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def score(session: Session, rows: Sequence[Row], k: int) -> list[Score]:
+    """Scores of one batch, in its order: of each row the tokens after position `first`."""
+    sums, greedy = np.zeros(len(rows)), np.ones(len(rows), np.bool_)
+    for read in decode(session, rows, k):
+        sums[read.rows] += read.target_log_probs
+        greedy[read.rows] &= read.log_probs.argmax(axis=1) == read.targets
+    return [Score(float(total), bool(hit)) for total, hit in zip(sums, greedy, strict=True)]
+
+
+# ── windows of a text ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of text, ids [W]; the first `context` tokens are given, those after the next one are scored.
+
+    So all of them are scored by decode steps, for every k the same ones.
+    """
+
+    ids: Ids
+    context: int
+    phase: float
+
+    def row(self, k: int) -> Row:
+        return Row(self.ids, prompt_length(self.context, self.phase, k), self.context)
+
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - 1 - self.context
+
+
+def windows_at_once(session: Session, window: Window) -> int:
+    """How many windows make a batch: as many as the bundle allows and KEPT_BYTES hold."""
+    manifest = session.bundle.manifest
+    return max(1, min(manifest.limits.max_batch, KEPT_BYTES // (window.scored * manifest.model.vocab_size * 4)))
+
+
+def score_windows(
+    session: Session, windows: Sequence[Window], ks: Sequence[int], done: Callable[[int, list[Sums]], None]
+) -> None:
+    """Decode a batch of equally long windows under k = 0, then under every one of `ks`; compare the same positions.
+
+    Args:
+        done: gets k and for each window float64 [k + 1, 5], the sums of `COLUMNS` for each offset: tokens scored,
+            −log p of them, the same under k = 0, how often the likeliest token is that of k = 0, KL(p₀ ‖ p_k) in nats.
+    """
+    first, vocab_size = windows[0].context, session.bundle.manifest.model.vocab_size
+    kept = np.empty((len(windows), windows[0].scored, vocab_size), np.float32)
+    for k in (0, *(k for k in ks if k)):
+        sums = np.zeros((len(windows), k + 1, len(COLUMNS)))
+        for read in decode(session, [window.row(k) for window in windows], k):
+            if not k:
+                kept[read.rows, read.positions - first] = read.log_probs
+            full = kept[read.rows, read.positions - first]
+            sums[read.rows, read.offset] += np.stack(
+                [
+                    np.ones(len(read.rows)),
+                    -read.target_log_probs,
+                    -np.take_along_axis(full, read.targets[:, None], 1)[:, 0],
+                    full.argmax(axis=1) == read.log_probs.argmax(axis=1),
+                    (np.exp(full) * (full - read.log_probs)).sum(axis=1, dtype=np.float64),
+                ],
+                axis=1,
+            )
+        if k in ks:
+            done(k, list(sums))
+
+
+# ── generation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def generate_texts(
+    session: Session, codec: TextCodec, prompts: Sequence[Ids], until: Sequence[str], max_new_tokens: int, k: int
+) -> list[str]:
+    """Continue a batch of prompts greedily, each up to an end token or the first of the `until` strings, left out.
+
+    As at deployment: whole prompts are prefilled. The batch ends with its last row.
+    """
+    special = session.bundle.manifest.special_tokens
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    ids = np.full((len(prompts), int(lengths.max())), special.pad, np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    streams = [codec.stream(until) for _ in prompts]
+    texts = [""] * len(prompts)
+    active = np.ones(len(prompts), np.bool_)
+    logits = session.prefill(ids, lengths, max_new_tokens=max_new_tokens, k=k)
+    for left in reversed(range(max_new_tokens)):
+        tokens = logits.argmax(axis=1).astype(np.int64)
+        _check_numbers(logits[np.arange(len(tokens)), tokens])
+        for row in np.flatnonzero(active).tolist():
+            if tokens[row] in special.eos:
+                active[row] = False
+            else:
+                texts[row] += streams[row].push(int(tokens[row]))
+                active[row] = not streams[row].stopped
+        if not left or not active.any():
+            break
+        logits = session.step(np.where(active, tokens, special.pad))
+    return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]

@@ -1,0 +1,1 @@
+"""Tasks through lm-eval on local files."""

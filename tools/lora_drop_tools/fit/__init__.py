@@ -1,0 +1,1 @@
+"""`lora-drop fit`: adapters for a drop list."""

@@ -1,0 +1,190 @@
+"""Adapters by regression: for each surrogate the best matrix of a rank, layer by layer.
+
+Enters: texts, a plan. Leaves: A and B per surrogate, and what error each leaves. A surrogate is linear in B·A
+(teacher_forcing.features), so the matrix that brings its output closest to the full model's is a least-squares problem,
+and its best approximation of rank r is known. Layers are done in order: the inputs of a layer carry the errors of the
+surrogates before it, and its target, the full model's own output, lets it mend some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from lora_drop_tools.teacher_forcing.forcing import ExactLayer, Layout, Surrogates, TeacherForcing, features, product
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
+_HELD_OUT = 6  # every so many batches one chooses the ridge
+
+
+@dataclass
+class Batch:
+    """Texts of one layout on their way through the layers; `decoded` is None before the first dropped layer."""
+
+    ids: Any  # [B, T]
+    layout: Layout
+    exact: Any  # [B, T, d]
+    decoded: Any = None
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, float64: XᵀX [d, d], XᵀY [d, d], mean-able ‖y‖²; X features, Y what the base lacks."""
+
+    tokens: int = 0
+    xx: Any = 0.0
+    xy: Any = 0.0
+    yy: float = 0.0
+    y_columns: Any = 0.0  # Σ y² per dimension
+
+    def add(self, x: Any, y: Any) -> None:
+        import torch
+
+        x, y = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
+        self.tokens += len(x)
+        self.xx = self.xx + (x.T @ x).to("cpu", torch.float64)
+        self.xy = self.xy + (x.T @ y).to("cpu", torch.float64)
+        self.y_columns = self.y_columns + y.square().sum(0).to("cpu", torch.float64)
+        self.yy = float(self.y_columns.sum())
+
+    def error(self, w: Any) -> float:
+        """Σ ‖y − x W‖²."""
+        return float(self.yy - 2 * (w * self.xy).sum() + ((self.xx @ w) * w).sum())
+
+    @property
+    def scale(self) -> Any:
+        """Root mean square of each feature, [d]."""
+        return (self.xx.diagonal() / max(1, self.tokens)).sqrt().clamp(min=1e-6)
+
+
+@dataclass
+class Site:
+    """What was summed at one surrogate: to fit, and to choose the ridge."""
+
+    fit: Moments = field(default_factory=Moments)
+    held_out: Moments = field(default_factory=Moments)
+
+
+Choose = Callable[[str, Site], "tuple[Any, Any] | None"]
+
+
+def walk(
+    forcing: TeacherForcing,
+    batches: Sequence[Batch],
+    plan: DropPlan,
+    policy: str,
+    choose: Choose,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Surrogates:
+    """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
+
+    Only two hidden states per batch are held, and one layer's K and V.
+    """
+    import torch
+
+    chosen: dict[str, tuple[Any, Any]] = {}
+    last = max(plan.drop_layers, default=-1)
+    with torch.no_grad():
+        for index in range(last + 1):
+            exact = [forcing.exact_layer(index, batch.exact) for batch in batches]
+            if index in plan.drop_layers:
+                _dropped_layer(forcing, batches, exact, index, plan, policy, choose, chosen)
+            for batch, layer in zip(batches, exact, strict=True):
+                if index not in plan.drop_layers and batch.decoded is not None:
+                    batch.decoded = forcing.kept_layer(index, batch.decoded, layer, batch.layout, policy)
+                batch.exact = layer.output
+            progress(index + 1, last + 1)
+    return chosen
+
+
+def _dropped_layer(
+    forcing: TeacherForcing,
+    batches: Sequence[Batch],
+    exact: Sequence[ExactLayer],
+    index: int,
+    plan: DropPlan,
+    policy: str,
+    choose: Choose,
+    chosen: dict[str, tuple[Any, Any]],
+) -> None:
+    for batch in batches:
+        if batch.decoded is None:
+            batch.decoded = batch.exact[:, batch.layout.lora] if policy == "backfill" else batch.exact
+    fulls = [
+        forcing.full_tokens(index, batch.decoded, layer, batch.layout, policy)
+        for batch, layer in zip(batches, exact, strict=True)
+    ]
+    inputs = [batch.decoded if policy == "backfill" else batch.decoded[:, batch.layout.lora] for batch in batches]
+    names = [name for name, _ in forcing.sites(index, plan, fulls[0])]
+    for half, name in enumerate(names):
+        site = Site()
+        pairs = []
+        for number, (batch, layer, full) in enumerate(zip(batches, exact, fulls, strict=True)):
+            state = forcing.sites(index, plan, full)[half][1]
+            feature, base = features(inputs[number], state, batch.layout, plan.surrogate)
+            wanted = layer.output if name == names[-1] else layer.middle
+            moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
+            moments.add(feature, wanted[:, batch.layout.lora] - base)
+            pairs.append((feature, base))
+        pair = choose(name, site)
+        if pair is not None:
+            chosen[name] = pair
+        inputs = [base + product(feature, pair) for feature, base in pairs]
+    for batch, lora, full in zip(batches, inputs, fulls, strict=True):
+        batch.decoded = forcing.joined(lora, full, batch.layout, policy)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A surrogate's matrices, A [r, d] and B [d, r], and the share of the base's squared error that they leave.
+
+    `left` is over the tokens that chose the ridge.
+    """
+
+    a: Any
+    b: Any
+    ridge: float
+    left: float
+
+
+def solve(site: Site, rank: int) -> Solution:
+    """Reduced-rank ridge regression (Izenman 1975): the matrix of rank r that leaves the least squared error.
+
+    With M = XᵀX + λI = L Lᵀ the ridge solution is W = M⁻¹ XᵀY; the best W of rank r truncates Lᵀ W, W in whitened
+    coordinates: `W V_r V_rᵀ`, V_r its leading right singular vectors. y ≈ x W, so A = (W V_r)ᵀ and B = V_r.
+    λ is the one of RIDGES that leaves the least error on held-out tokens. Features are scaled to a mean square of 1,
+    since a few dimensions of a residual stream are a hundred times the others.
+    """
+    import torch
+
+    fit, held_out = site.fit, site.held_out if site.held_out.tokens else site.fit
+    scale = fit.scale
+    xx, xy = fit.xx / scale[:, None] / scale, fit.xy / scale[:, None]
+    best: Solution | None = None
+    for ridge in RIDGES:
+        lower = torch.linalg.cholesky(xx + ridge * fit.tokens * torch.eye(len(xx), dtype=xx.dtype))
+        w = torch.cholesky_solve(xy, lower)
+        v = torch.linalg.svd(lower.T @ w, full_matrices=False).Vh[:rank].T  # [d, r]
+        w_r = (w @ v) / scale[:, None]  # [d, r]
+        left = held_out.error(w_r @ v.T) / max(held_out.yy, 1e-30)
+        if best is None or left < best.left:
+            best = Solution(w_r.T.float(), v.float(), ridge, left)
+    assert best is not None
+    if best.left >= 1:  # no help on other tokens: leave the base
+        return Solution(best.a, torch.zeros_like(best.b), best.ridge, 1.0)
+    return best
+
+
+def balanced(a: Any, b: Any, feature_scale: Any) -> tuple[Any, Any]:
+    """The same product, with each direction's size shared between A (in units of its features) and B."""
+    size_a = (a * feature_scale).norm(dim=1).clamp(min=1e-12)
+    share = (b.norm(dim=0).clamp(min=1e-12) / size_a).sqrt()
+    return a * share[:, None], b / share
+
+
+def batches_of(forcing: TeacherForcing, texts: Iterable[tuple[Any, Layout]]) -> list[Batch]:
+    """Texts [B, T] at the first layer."""
+    return [Batch(ids, layout, forcing.embed(ids)) for ids, layout in texts]

@@ -1,0 +1,260 @@
+"""Adapters by distillation: A and B learn to give LoRA steps the full model's next-token distribution.
+
+Enters: a model, a plan, a source of texts, adapters to begin with. Leaves: better adapters. The model is frozen; its
+logits are computed once per batch, by the exact stream that the decoded one needs anyway. The loss is
+KL(full ‖ decoded), averaged over the tokens of LoRA steps (under `skip` over refreshes too, which see holes), with the
+caches and masks of deployment (teacher_forcing.py). Under torchrun n processes see the texts that one process
+sees that accumulates n times as many gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from lora_drop_tools.teacher_forcing.forcing import Layout, Surrogates, TeacherForcing
+
+_LOSS_ROWS = 256  # tokens whose logits are in memory at once
+Texts = Callable[[int], "tuple[Any, Layout]"]  # number of a batch → ids [B, T] and their layout
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """How to learn: AdamW, linear warm-up over `warm_up` of the steps, then a cosine down to a tenth."""
+
+    steps: int
+    learning_rate: float
+    accumulate: int = 1
+    warm_up: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpoint_every: int = 50
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of a torchrun; one process without it."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, device: str) -> Iterator[Workers]:
+        """Join the others where torchrun started this process."""
+        import torch.distributed as distributed
+
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls()
+            return
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            yield cls(distributed.get_rank(), distributed.get_world_size())
+        finally:
+            distributed.destroy_process_group()
+
+    def device(self, name: str) -> str:
+        """Each process's own GPU where `cuda` was asked for."""
+        return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.count > 1 else name
+
+    def agree(self, tensors: list[Any]) -> None:
+        """Replace each process's tensors by the first one's."""
+        import torch.distributed as distributed
+
+        for tensor in tensors if self.count > 1 else ():
+            distributed.broadcast(tensor, 0)
+
+    def average(self, tensors: list[Any]) -> None:
+        """Replace each process's tensors by their mean over all."""
+        import torch.distributed as distributed
+
+        for tensor in tensors if self.count > 1 else ():
+            distributed.all_reduce(tensor)
+            tensor /= self.count
+
+
+class Learner:
+    """A and B as parameters of like size: A in units of its features, both times the root of the product's size."""
+
+    def __init__(self, pairs: Surrogates, scales: Mapping[str, Any], device: Any) -> None:
+        import torch
+
+        self.scales = {site: scale.float().to(device) for site, scale in scales.items()}
+        self.sizes, self.parameters = {}, {}
+        for site, (a, b) in pairs.items():
+            a, b = a.float().to(device) * self.scales[site], b.float().to(device)
+            size = (b.square().mean() + a.square().mean()).sqrt().clamp(min=1e-6)
+            self.sizes[site] = size
+            self.parameters[site] = tuple(torch.nn.Parameter((m / size).contiguous()) for m in (a, b))
+
+    def pairs(self) -> Surrogates:
+        return {
+            site: (a * self.sizes[site] / self.scales[site], b * self.sizes[site])
+            for site, (a, b) in self.parameters.items()
+        }
+
+    def all(self) -> list[Any]:
+        return [parameter for pair in self.parameters.values() for parameter in pair]
+
+
+@dataclass
+class Divergence:
+    """Sums over tokens: KL(full ‖ decoded) in nats, equal most likely next tokens, −log p of the true next token."""
+
+    tokens: int = 0
+    kl: float = 0.0
+    same: int = 0
+    nats_full: float = 0.0
+    nats_decoded: float = 0.0
+
+    def __add__(self, other: Divergence) -> Divergence:
+        return Divergence(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def figures(self) -> dict[str, float]:
+        """Means, as reports name them."""
+        count = max(1, self.tokens)
+        return {
+            "kl": self.kl / count,
+            "agreement": self.same / count,
+            "perplexity_full": math.exp(self.nats_full / count),
+            "perplexity": math.exp(min(self.nats_decoded / count, 700.0)),
+        }
+
+
+def diverge(forcing: TeacherForcing, full: Any, decoded: Any, following: Any, learn: bool = False) -> Divergence:
+    """Compare next-token distributions, a few hundred tokens at a time; with `learn` send back the mean KL's gradient.
+
+    Args:
+        full, decoded: the last layer's output [B, S, d] of the full model and of the decoded stream.
+        following: the true next tokens [B, S], −1 where there is none.
+    """
+    import torch
+
+    full, targets = full.reshape(1, -1, full.shape[-1]), following.reshape(-1)
+    leaf = decoded.detach().reshape(1, -1, decoded.shape[-1]).requires_grad_(learn)
+    sums, count = Divergence(), leaf.shape[1]
+    for begin in range(0, count, _LOSS_ROWS):
+        part = slice(begin, begin + _LOSS_ROWS)
+        with torch.no_grad():
+            expected = forcing.logits(full[:, part])[0].float().log_softmax(-1)  # [rows, V]
+        with torch.set_grad_enabled(learn):
+            found = forcing.logits(leaf[:, part])[0].float().log_softmax(-1)
+            kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
+        if learn:
+            (kl / count).backward()
+        with torch.no_grad():
+            known = targets[part] >= 0
+            true = targets[part].clamp(min=0)[:, None]
+            sums += Divergence(
+                len(expected),
+                float(kl),
+                int((expected.argmax(-1) == found.argmax(-1)).sum()),
+                -float(expected.gather(1, true)[known].sum()),
+                -float(found.gather(1, true)[known].sum()),
+            )
+    if learn:
+        decoded.backward(leaf.grad.reshape(decoded.shape))
+    return sums
+
+
+def compared_tokens(layout: Layout, policy: str) -> Any:
+    """Positions whose logits are not the full model's by construction: LoRA steps, under `skip` refreshes as well."""
+    import torch
+
+    if policy == "backfill":
+        return layout.lora
+    return torch.arange(int(layout.lora[0]), len(layout.is_lora), device=layout.lora.device)
+
+
+def run_batch(
+    forcing: TeacherForcing,
+    ids: Any,
+    layout: Layout,
+    plan: DropPlan,
+    surrogates: Surrogates,
+    policy: str,
+    learn: bool = False,
+) -> Divergence:
+    """One batch of texts [B, T] through both streams."""
+    import torch
+
+    exact = forcing.exact(ids)
+    at = compared_tokens(layout, policy)
+    with torch.set_grad_enabled(learn):
+        decoded = forcing.decode(exact, ids, layout, plan, surrogates, policy)
+        if policy == "skip":
+            decoded = decoded[:, at]
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)[:, at]
+    return diverge(forcing, exact[-1].output[:, at], decoded, following, learn)
+
+
+def distill(
+    forcing: TeacherForcing,
+    texts: Texts,
+    plan: DropPlan,
+    policy: str,
+    learner: Learner,
+    options: DistillOptions,
+    workers: Workers,
+    state_file: Path | None = None,
+    progress: Callable[[int, int, Sequence[float]], None] = lambda done, total, losses: None,
+) -> list[float]:
+    """Train `learner` in place; returns each step's mean KL, also of the steps before a resumption.
+
+    Args:
+        texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
+        state_file: holds parameters, optimizer, losses and step, written every `checkpoint_every` steps by the first
+            process; where it exists training goes on from there.
+    """
+    import torch
+
+    parameters = learner.all()
+    with torch.no_grad():
+        workers.agree([*parameters, *learner.scales.values(), *learner.sizes.values()])
+    optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
+    begin, losses = 0, list[float]()
+    if state_file is not None and state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=forcing.device)
+        begin, losses = state["step"], state["losses"]
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+    per_step = workers.count * options.accumulate
+    for step in range(begin, options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = options.learning_rate * _rate(step, options)
+        optimizer.zero_grad()
+        sums = Divergence()
+        for turn in range(options.accumulate):
+            ids, layout = texts(step * per_step + workers.rank * options.accumulate + turn)
+            sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, learn=True)
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_div_(gradients, options.accumulate)
+        workers.average(gradients)
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        optimizer.step()
+        losses.append(sums.figures()["kl"])
+        progress(step + 1, options.steps, losses)
+        done = step + 1 == options.steps
+        if state_file is not None and workers.rank == 0 and ((step + 1) % options.checkpoint_every == 0 or done):
+            part = state_file.with_suffix(".part")
+            state = {"step": step + 1, "losses": losses, "optimizer": optimizer.state_dict()}
+            torch.save({**state, "parameters": [parameter.data for parameter in parameters]}, part)
+            part.replace(state_file)
+    return losses
+
+
+def _rate(step: int, options: DistillOptions) -> float:
+    """The learning rate of a step as a share of the highest."""
+    warm = max(1, round(options.warm_up * options.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))

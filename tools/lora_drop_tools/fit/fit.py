@@ -1,0 +1,487 @@
+"""`lora-drop fit`: adapters for a plan, from plain text.
+
+Enters: what load_model takes, text files, a plan (a bundle brings its own). Leaves: a directory in PEFT's format, whole
+or not at all, that `lora-drop-export --adapters` and `Session.load_adapters` take:
+
+    adapter_config.json          runtime/lora_drop_runtime/adapters.py says what it holds
+    adapter_model.safetensors
+    fit.json                     settings, versions, and what each stage reached on text that it did not see
+
+Two stages, each useful alone: regression (closed_form.py), then distillation (distill.py). Texts are windows from
+random places; how many of a window's tokens are its prompt is random too, so that every phase of the cycle occurs
+everywhere. What an interrupted fit has reached lies in `<out>.partial`, from where `resume` goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lora_drop_runtime.command_line import require_export_packages
+from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, PeriodicSchedule, eligible_layers, spread_layers
+
+from lora_drop_tools.shared.corpus import DTYPES, Corpus, check_known, read_texts
+
+if TYPE_CHECKING:
+    from lora_drop_export.console import Console
+    from lora_drop_export.decoder.loaded import LoadedModel
+    from lora_drop_tools.teacher_forcing.forcing import Layout, Surrogates, TeacherForcing
+
+    from .distill import Workers
+
+CONFIG_NAME = "adapter_config.json"
+LEARNING_RATE = 0.015
+_PROMPT = 8  # tokens at least, before the first decode step
+_HELD_OUT_BATCHES = 4
+_HALVES = {"": "", "attn": "self_attn.", "mlp": "mlp."}
+_VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What a fit depends on, besides the model and the texts; the README explains the options.
+
+    Attributes:
+        windows: of k; each batch draws one.
+        tokens: that the closed form sees, 0 to begin with adapters that do nothing.
+        steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens.
+    """
+
+    windows: tuple[int, ...]
+    policy: str
+    rank: int
+    alpha: float
+    tokens: int
+    steps: int
+    learning_rate: float
+    batch: int
+    window: int
+    accumulate: int
+    seed: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_known("--policy", self.policy, POLICIES)
+        check_known("--dtype", self.dtype, tuple(DTYPES))
+        for k in self.windows:
+            PeriodicSchedule(k)
+        if not self.windows or 0 in self.windows:
+            raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.windows}.", hint="Use --k 3.")
+        shortest = _PROMPT + 2 * max(self.windows) + 2
+        if self.window < shortest:
+            raise InputError(
+                "The window is too short.",
+                note=f"--window is {self.window}; a prompt of {_PROMPT} and two cycles take {shortest} tokens.",
+                hint=f"Use --window {max(256, shortest)}.",
+            )
+        for option, value, least in (
+            ("--rank", self.rank, 1),
+            ("--tokens", self.tokens, 0),
+            ("--steps", self.steps, 0),
+            ("--batch", self.batch, 1),
+            ("--accumulate", self.accumulate, 1),
+        ):
+            if value < least:
+                raise InputError(f"{option} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
+        if not self.learning_rate > 0 or not self.alpha > 0:
+            raise InputError(
+                "--learning-rate and --alpha must be positive.",
+                note=f"They are {self.learning_rate} and {self.alpha}.",
+                hint="Leave them out for the defaults.",
+            )
+        if not self.tokens and not self.steps:
+            raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fit.json holds: `stages` are figures on held-out text by the name of the stage."""
+
+    model: str
+    fingerprint: str
+    plan: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    stages: Mapping[str, Mapping[str, float]]
+    losses: Sequence[float]
+    versions: Mapping[str, str]
+
+
+def _plan(
+    loaded: LoadedModel,
+    forcing: TeacherForcing,
+    drop_layers: Sequence[int] | None,
+    drop_ratio: float | None,
+    always: tuple[int, int] | None,
+    surrogate: str | None,
+    injection: str | None,
+    settings: FitSettings,
+) -> DropPlan:
+    """The bundle's plan, or the one that was asked for, with the rank to be fitted."""
+    given = {
+        "a drop list": drop_layers if drop_layers is not None else drop_ratio,
+        "--always-first or --always-last": always,
+        "--surrogate": surrogate,
+        "--injection": injection,
+    }
+    if loaded.plan is not None:
+        odd = [name for name, value in given.items() if value is not None]
+        if odd:
+            raise InputError(
+                "A bundle brings its own plan.",
+                note=f"{loaded.name} is a bundle, and {odd[0]} was given.",
+                hint="Leave it out, or give the model that the bundle was made from.",
+            )
+        plan = loaded.plan
+    else:
+        windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
+        first, last = always or (3, 1)
+        eligible = eligible_layers(len(forcing), first, last, windowed)
+        ratio = 0.5 if drop_ratio is None else drop_ratio
+        plan = DropPlan(
+            num_layers=len(forcing),
+            drop_layers=spread_layers(eligible, ratio) if drop_layers is None else tuple(drop_layers),
+            surrogate=surrogate or "residual",
+            injection=injection or "block",
+            always_first=first,
+            always_last=last,
+            windowed_layers=windowed,
+        )
+    if not plan.drop_layers:
+        raise PlanError(
+            "No layer is dropped, so there is nothing to fit.",
+            note=f"The drop list of {loaded.name} is empty.",
+            hint="Use --drop-ratio 0.5, --drop-layers or --drop-list.",
+        )
+    width = forcing.model.get_input_embeddings().weight.shape[1]
+    if settings.rank > width:
+        raise PlanError(
+            "The rank is larger than the hidden size.",
+            note=f"--rank is {settings.rank}, the hidden size {width}.",
+            hint="Use --rank 16.",
+        )
+    return dataclasses.replace(plan, rank=settings.rank, k=settings.windows[0], policy=settings.policy)
+
+
+class _Texts:
+    """Batches of windows by number; the same number gives the same batch."""
+
+    def __init__(self, ids: Any, settings: FitSettings, device: Any, salt: int) -> None:
+        self._ids, self._settings, self._device, self._salt = ids, settings, device, salt
+
+    def __call__(self, number: int) -> tuple[Any, Layout]:
+        import torch
+
+        from lora_drop_tools.teacher_forcing.forcing import Layout
+
+        of = self._settings
+        random = np.random.default_rng([of.seed, self._salt, number])
+        starts = random.integers(0, len(self._ids) - of.window + 1, of.batch)
+        k = int(random.choice(of.windows))
+        prompt = _PROMPT + int(random.integers(0, k + 1))
+        ids = torch.stack([self._ids[start : start + of.window] for start in starts]).to(self._device)
+        return ids, Layout.of(of.window, prompt, PeriodicSchedule(k), self._device)
+
+
+def _begin(
+    forcing: TeacherForcing, texts: _Texts, plan: DropPlan, settings: FitSettings, console: Console
+) -> tuple[Surrogates, dict[str, Any]]:
+    """The adapters that distillation begins with, and the root mean square of each surrogate's features."""
+    import torch
+
+    from .closed_form import Site, balanced, batches_of, solve, walk
+
+    scales: dict[str, Any] = {}
+    random = torch.Generator().manual_seed(settings.seed)
+
+    def choose(name: str, site: Site) -> tuple[Any, Any] | None:
+        scales[name] = scale = site.fit.scale.float()
+        if not settings.tokens:
+            return None
+        solution = solve(site, plan.rank)
+        console.say(f"layer {name}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
+        pair = balanced(solution.a, solution.b, scale)
+        return pair[0].to(forcing.device), pair[1].to(forcing.device)
+
+    count = max(1, settings.tokens // (settings.batch * settings.window))
+    what = "closed form" if settings.tokens else "scales of the features"
+    with console.progress(what) as update:
+        batches = batches_of(forcing, (texts(number) for number in range(count)))
+        pairs = walk(forcing, batches, plan, settings.policy, choose, lambda done, all_: update(what, done, all_))
+    if settings.tokens:
+        return pairs, scales
+    width = len(next(iter(scales.values())))
+    a = {name: torch.randn(plan.rank, width, generator=random) / width**0.5 / scales[name] for name in scales}
+    zeros = torch.zeros(width, plan.rank)
+    return {name: (a[name].to(forcing.device), zeros.to(forcing.device)) for name in scales}, scales
+
+
+def _figures(
+    forcing: TeacherForcing, texts: _Texts, plan: DropPlan, pairs: Surrogates, policy: str
+) -> dict[str, float]:
+    """Means over held-out text, each of whose batches is seen in its own phase."""
+    from .distill import Divergence, run_batch
+
+    sums = Divergence()
+    for number in range(_HELD_OUT_BATCHES):
+        ids, layout = texts(number)
+        sums += run_batch(forcing, ids, layout, plan, pairs, policy)
+    return sums.figures()
+
+
+def _say_figures(console: Console, stage: str, figures: Mapping[str, float]) -> None:
+    console.say(
+        f"{stage}: KL {figures['kl']:.4f}, top-1 agreement {figures['agreement']:.3f}, perplexity "
+        f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} (LoRA steps, held-out text)"
+    )
+
+
+class _Partial:
+    """The directory beside `out` that an interrupted fit leaves."""
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, force: bool, workers: Workers) -> None:
+        self.root = out.with_name(f"{out.name}.partial")
+        self.state, self.begin = self.root / "state.pt", self.root / "begin.pt"
+        self._described = self.root / "settings.json"
+        self._text = json.dumps(settings, indent=1)
+        if resume:
+            found = self._described.read_text() if self._described.is_file() else None
+            if found != self._text:
+                differs = "there is none" if found is None else f"it was begun with {_difference(found, self._text)}"
+                raise InputError(
+                    "There is no such fit to resume.",
+                    note=f"{self.root}: {differs}.",
+                    hint="Give the same options as before, or leave --resume out.",
+                )
+            return
+        if self.root.exists() and not force and workers.rank == 0:
+            raise InputError(
+                "An unfinished fit is there.",
+                note=f"{self.root} is not touched.",
+                hint="Go on with it: --resume; or begin anew: --force.",
+            )
+
+    def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
+        """What distillation begins with."""
+        import torch
+
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+        torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, self.begin)
+        self._described.write_text(self._text)  # last: without it there is nothing to resume
+
+
+def _difference(found: str, wanted: str) -> str:
+    before, now = json.loads(found), json.loads(wanted)
+    return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
+
+
+def _load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
+    import torch
+
+    try:
+        data = torch.load(path, weights_only=True)
+        return data["pairs"], data["scales"], data["stages"]
+    except (RuntimeError, KeyError, EOFError, OSError) as error:
+        raise BundleError(
+            "The unfinished fit cannot be read.", note=f"{path}: {error}.", hint="Begin anew: --force."
+        ) from None
+
+
+def save_adapters(
+    directory: Path, pairs: Surrogates, plan: DropPlan, loaded: LoadedModel, settings: FitSettings, layers: str
+) -> None:
+    """PEFT's two files; `layers` is the name of the model's list of decoder layers."""
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for site, (a, b) in pairs.items():
+        layer, _, half = site.partition(".")
+        prefix = f"base_model.model.{layers}.{layer}.{_HALVES[half]}"
+        tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
+        scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.alpha)
+        tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
+    path = directory / "adapter_model.safetensors"
+    save_file(tensors, path)
+    path.chmod(0o644)  # the library leaves it to its owner alone
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": loaded.name,
+        "r": plan.rank,
+        "lora_alpha": settings.alpha,
+        "lora_drop": {
+            "drop_layers": list(plan.drop_layers),
+            "surrogate": plan.surrogate,
+            "injection": plan.injection,
+            "base_fingerprint": loaded.fingerprint,
+            "k": list(settings.windows),
+            "policy": settings.policy,
+        },
+    }
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+
+
+def fit(
+    model: str,
+    text: Sequence[str | Path],
+    out: str | Path,
+    *,
+    drop_layers: Sequence[int] | None = None,
+    drop_list_fingerprint: str | None = None,
+    drop_ratio: float | None = None,
+    always_first: int | None = None,
+    always_last: int | None = None,
+    surrogate: str | None = None,
+    injection: str | None = None,
+    k: Sequence[int] = (3,),
+    policy: str | None = None,
+    rank: int = 16,
+    alpha: float | None = None,
+    tokens: int = 32768,
+    steps: int = 300,
+    learning_rate: float = LEARNING_RATE,
+    batch: int = 4,
+    window: int = 256,
+    accumulate: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    threads: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Fit:
+    """Fit adapters; under torchrun all processes share the work.
+
+    Args:
+        model: a Hugging Face directory, a hub id, a GGUF file, or a bundle, whose plan is then fitted.
+        text: UTF-8 files.
+        out: a directory; must not exist unless `force`.
+        drop_list_fingerprint: of the model that the drop list was made for.
+        k: LoRA steps between refreshes; several are mixed.
+        policy: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's, else
+            `skip`, when None.
+        alpha: PEFT's; the rank when None, so that the scale is 1.
+        tokens, steps: of the closed form and of distillation.
+
+    Raises:
+        InputError, ModelError, BundleError: `out` is as it was.
+    """
+    settings = FitSettings(
+        windows=tuple(k),
+        policy=policy or POLICIES[0],
+        rank=rank,
+        alpha=float(rank if alpha is None else alpha),
+        tokens=tokens,
+        steps=steps,
+        learning_rate=learning_rate,
+        batch=batch,
+        window=window,
+        accumulate=accumulate,
+        seed=seed,
+        dtype=dtype,
+    )
+    texts = read_texts(text)
+    require_export_packages("fitting runs the model in PyTorch")
+    import torch
+
+    from lora_drop_export.check.reference import name_of
+    from lora_drop_export.checkpoint.open import check_drop_list
+    from lora_drop_export.console import Console
+    from lora_drop_export.decoder.loaded import load_model
+    from lora_drop_export.staging import staged_directory
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+
+    from .distill import DistillOptions, Learner, Workers, distill
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console, out = Console(), Path(out).resolve()
+    with Workers.joined(device) as workers, _written_by_first(staged_directory, out, force, workers) as root:
+        console.rich.quiet = workers.rank > 0
+        with console.phase("loading the model"):
+            loaded = load_model(
+                model,
+                dtype=DTYPES[dtype],
+                device=workers.device(device),
+                trust_remote_code=trust_remote_code,
+                log=console.say,
+            )
+        check_drop_list(drop_list_fingerprint, loaded.name, loaded.fingerprint)
+        if policy is None and loaded.plan is not None:
+            settings = dataclasses.replace(settings, policy=loaded.plan.policy)
+        policy = settings.policy
+        forcing = TeacherForcing(loaded.model)
+        always = None
+        if always_first is not None or always_last is not None:
+            always = 3 if always_first is None else always_first, 1 if always_last is None else always_last
+        plan = _plan(loaded, forcing, drop_layers, drop_ratio, always, surrogate, injection, settings)
+        corpus = Corpus.of(loaded, texts, window)
+        seen, unseen = (_Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
+        described = {
+            "model": loaded.name,
+            "fingerprint": loaded.fingerprint,
+            "text": [Path(file).name for file in text],
+            **{name: getattr(plan, name) for name in ("drop_layers", "surrogate", "injection")},
+            **dataclasses.asdict(settings),
+        }
+        partial = _Partial(out, json.loads(json.dumps(described)), resume, force, workers)
+        losses: list[float] = []
+        if resume:
+            pairs, scales, stages = _load_begin(partial.begin)
+        else:
+            stages = {"base": _figures(forcing, unseen, plan, {}, policy)}
+            _say_figures(console, "base alone", stages["base"])
+            pairs, scales = _begin(forcing, seen, plan, settings, console)
+            if tokens:
+                stages["closed form"] = _figures(forcing, unseen, plan, pairs, policy)
+                _say_figures(console, "closed form", stages["closed form"])
+            if workers.rank == 0 and steps:
+                partial.save(pairs, scales, stages)
+        if steps:
+            learner = Learner(pairs, scales, forcing.device)
+            with console.progress("distillation") as update:
+
+                def report(done: int, total: int, so_far: Sequence[float]) -> None:
+                    update("distillation", done, total)
+                    if done % max(1, total // 20) == 0:
+                        recent = so_far[-max(1, total // 20) :]
+                        console.say(f"distillation: step {done} of {total}, KL {np.mean(recent):.4f}")
+
+                options = DistillOptions(steps, learning_rate, accumulate)
+                losses = distill(forcing, seen, plan, policy, learner, options, workers, partial.state, report)
+            pairs = learner.pairs()
+            stages["distillation"] = _figures(forcing, unseen, plan, pairs, policy)
+            _say_figures(console, "distillation", stages["distillation"])
+        result = Fit(
+            model=loaded.name,
+            fingerprint=loaded.fingerprint,
+            plan=dataclasses.asdict(plan),
+            settings=described,
+            stages=stages,
+            losses=losses,
+            versions={package: importlib.metadata.version(package) for package in _VERSIONED},
+        )
+        if workers.rank == 0:
+            layers = name_of(loaded.model, forcing.layers)
+            save_adapters(root, pairs, plan, loaded, settings, layers)
+            (root / "fit.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    shutil.rmtree(partial.root, ignore_errors=True)
+    console.say(f"done: {out}")
+    return result
+
+
+def _written_by_first(staged: Any, out: Path, force: bool, workers: Workers) -> Any:
+    """The staging of the process that writes; the others write nothing."""
+    return (
+        staged(out, force, CONFIG_NAME, "directory of adapters") if workers.rank == 0 else contextlib.nullcontext(out)
+    )

@@ -1,0 +1,1 @@
+"""`lora-drop profile`: which layers can be dropped."""

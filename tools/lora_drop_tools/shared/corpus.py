@@ -1,0 +1,89 @@
+"""Plain text for the tools that run a model over it.
+
+Enters: files. Leaves: token ids, cut into what is fitted on and what is held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_drop_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_drop_export.decoder.loaded import LoadedModel
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
+
+
+def read_texts(files: Sequence[str | Path]) -> list[str]:
+    """The files' contents.
+
+    Raises:
+        InputError: there is none, or one cannot be read as UTF-8.
+    """
+    if not files:
+        raise InputError("There is no text.", note="The model is run over some.", hint="Use --text FILE.")
+    texts = []
+    for file in map(Path, files):
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                "The text cannot be read.", note=f"{file}: {error}.", hint="Give a UTF-8 text file."
+            ) from None
+    return texts
+
+
+def check_known(option: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a name that is not known."""
+    if value not in known:
+        raise InputError(
+            f"Unknown value for {option}.",
+            note=f"{value!r} was given, {', '.join(known)} are known.",
+            hint=f"Use {option} {known[0]}.",
+        )
+
+
+def check_window(loaded: LoadedModel, window: int) -> None:
+    """Refuse windows that are longer than the model's context."""
+    context = getattr(loaded.model.config, "max_position_embeddings", window)
+    if window > context:
+        raise InputError(
+            "The window is longer than the model's context.",
+            note=f"--window is {window}, the context is {context}.",
+            hint=f"Use --window {min(256, context)}.",
+        )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids int64 of all texts: what is learned from, and the end of each text, which is not."""
+
+    fit: Any
+    held_out: Any
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, texts: Sequence[str], window: int) -> Corpus:
+        """Raises InputError where a part has less than one window of tokens, or the model's context has."""
+        import torch
+
+        check_window(loaded, window)
+        fit, held_out = [], []
+        for text in texts:
+            ids = loaded.encode(text)
+            end = len(ids) - len(ids) // HELD_OUT_SHARE
+            fit.append(ids[:end])
+            held_out.append(ids[end:])
+        corpus = cls(torch.cat(fit), torch.cat(held_out))
+        if len(corpus.held_out) < window:
+            total = len(corpus.fit) + len(corpus.held_out)
+            raise InputError(
+                "The text is too short.",
+                note=f"It has {total} tokens; one in {HELD_OUT_SHARE} is held out, and a window is {window} tokens.",
+                hint=f"Give more --text, {window * HELD_OUT_SHARE} tokens at least, or lower --window.",
+            )
+        return corpus

@@ -1,0 +1,1 @@
+"""A text as it would be decoded, all tokens of a layer at once."""
