@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_drop_runtime.bundle.adapters import read_adapter_config
-from lora_drop_runtime.bundle.bundle import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
+from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers

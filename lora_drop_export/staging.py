@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import InputError
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import Matrices
 from lora_drop_runtime.errors import ModelError
-from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.checkpoint.open import Checkpoint, TensorSource
 from lora_drop_export.decoder.trace import buffer_values, decoder_layers, tied_names

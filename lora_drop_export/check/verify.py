@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME, Bundle, record_file
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import InputError, LoraDropError, NoDeviceError, VerificationError, first_line
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from lora_drop_runtime.text import TextCodec
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata

@@ -30,7 +30,9 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
-from lora_drop_runtime.bundle.bundle import (
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
+from lora_drop_runtime.bundle.manifest import (
     ATTENTION_FORMS,
     BLOCK_SIZES,
     DTYPE_BYTES,
@@ -40,28 +42,17 @@ from lora_drop_runtime.bundle.bundle import (
     TARGETS,
     VERIFY_NAME,
     WEIGHT_SHARINGS,
-    Bundle,
     FileRecord,
     Limits,
     Manifest,
     ModelFacts,
     SpecialTokens,
-    record_file,
 )
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.decoding.session import PREFILL_CHUNK
-from lora_drop_runtime.engines.ort.engine import PROVIDERS
+from lora_drop_runtime.decoding.request import PREFILL_CHUNK
+from lora_drop_runtime.engines.ort.providers import PROVIDERS
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import (
-    INJECTIONS,
-    POLICIES,
-    SURROGATES,
-    DropPlan,
-    PeriodicSchedule,
-    StepKind,
-    eligible_layers,
-    spread_layers,
-)
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.open import TORCH_DTYPES, Checkpoint, TensorSource, check_drop_list, open_checkpoint

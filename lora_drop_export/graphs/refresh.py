@@ -20,7 +20,8 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, TensorSpec, graph_io
 from lora_drop_runtime.errors import ModelError
-from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 

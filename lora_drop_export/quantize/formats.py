@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from lora_drop_runtime.bundle.bundle import BLOCK_SIZES, QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, QUANTIZED_DTYPES
 from lora_drop_runtime.bundle.safetensors_file import TensorRef
 from lora_drop_runtime.errors import InputError
 

@@ -16,7 +16,8 @@ from lora_drop_runtime.errors import (
     PlanError,
     VerificationError,
 )
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 __all__ = [
     "BundleError",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.decoding.session import PREFILL_CHUNK, Session
+from lora_drop_runtime.decoding.request import PREFILL_CHUNK
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests import golden, oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, rewritten, save_adapters, traced_model

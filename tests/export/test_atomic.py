@@ -17,7 +17,8 @@ from typing import Any
 
 import lora_drop_tools.cli
 import pytest
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import VerificationError
 

@@ -15,7 +15,8 @@ import lora_drop_tools.cli
 import numpy as np
 import pytest
 import transformers
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, PlanError
 from safetensors.numpy import load_file, save_file

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.plan.drop_plan import StepKind
+from lora_drop_runtime.plan.schedule import StepKind
 
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters

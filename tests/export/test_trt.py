@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import pytest
 from lora_drop_runtime import BundleError, InputError, ModelError, Session, StepKind
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
 from lora_drop_export.cli import main

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.bundle.bundle import Bundle, Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from numpy.typing import NDArray
 
 Array = NDArray[Any]

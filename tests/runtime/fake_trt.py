@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle, record_file
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import TrtEngine
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from numpy.typing import NDArray
 
 from lora_drop_export.compiler.export import static_slots

@@ -28,9 +28,10 @@ from lora_drop_runtime.engines.trt import engine as engine_trt
 from lora_drop_runtime.engines.trt import library as trt_library
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine, _Step, float32_from_bfloat16
-from lora_drop_runtime.engines.trt.library import EngineTensor, error_logger, io_problems
+from lora_drop_runtime.engines.trt.io_check import EngineTensor, io_problems
+from lora_drop_runtime.engines.trt.library import error_logger
 from lora_drop_runtime.errors import NoDeviceError
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests import oracle
 from tests.bundles import family, oracle_plan, save_adapters

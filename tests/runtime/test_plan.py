@@ -7,15 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import (
-    DropPlan,
-    PeriodicSchedule,
-    StepKind,
-    count_refreshes,
-    eligible_layers,
-    parse_layers,
-    spread_layers,
-)
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, parse_layers, spread_layers
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind, count_refreshes
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
 PLAN = DropPlan(num_layers=8, drop_layers=(3, 5))

@@ -14,11 +14,13 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
-from lora_drop_runtime.bundle.bundle import Limits
+from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.decoding.sampling import SamplingOptions
-from lora_drop_runtime.decoding.session import PREFILL_CHUNK, Session
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, PlanError
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from safetensors.numpy import save_file
 
 from tests.runtime.fake_engine import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from lora_drop_runtime.bundle.bundle import Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_tools.shared import costs
 

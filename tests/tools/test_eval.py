@@ -18,7 +18,8 @@ import pytest
 import torch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError
-from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval import scoring as eval_scoring
 from lora_drop_tools.eval.eval import KV_REQUEST, eval
@@ -161,7 +162,7 @@ def test_scores_of_a_batch() -> None:
 
 
 def test_batches_hold_what_the_bundle_allows() -> None:
-    from lora_drop_runtime.bundle.bundle import Limits
+    from lora_drop_runtime.bundle.manifest import Limits
 
     session, _ = open_session(PLAN, limits=Limits(max_seq_len=20, max_prompt_len=19, max_batch=3))
     lengths = ((10, 5), (20, 19), (20, 2), (6, 5), (7, 6), (8, 7), (9, 8))

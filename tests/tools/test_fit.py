@@ -16,7 +16,8 @@ import pytest
 import torch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, LoraDropError, PlanError
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import BundleError
 from lora_drop_tools import inspect
 from lora_drop_tools.cli import main

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile import profile
 from lora_drop_tools.profile.measures import DELTAS, LEADING, Greedy, LayerFigures, Scoring, layer_figures, ticks

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from lora_drop_runtime.plan.drop_plan import DropPlan, PeriodicSchedule
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
 
 from tests import oracle

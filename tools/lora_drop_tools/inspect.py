@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_drop_runtime.bundle.bundle import Bundle, Manifest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.errors import BundleError
 
 from lora_drop_tools.shared import costs

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from lora_drop_runtime.engines.trt.library import error_logger, library, load_plugin, plugin_path
+from lora_drop_runtime.engines.trt.library import error_logger, library
+from lora_drop_runtime.engines.trt.plugin import load_plugin, plugin_path
 from lora_drop_runtime.errors import InputError, ModelError
 
 from lora_drop_export.console import Console
@@ -114,7 +115,7 @@ class EngineBuilder:
         """GPU generations that the engines run on; for tensorrt that of this machine's GPU."""
         if self._target == "tensorrt-rtx":
             return self.options.compute_capabilities
-        from lora_drop_runtime.engines.trt.engine import device_compute_capability
+        from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
 
         return (device_compute_capability(),)
 

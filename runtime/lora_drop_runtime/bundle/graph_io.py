@@ -26,7 +26,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lora_drop_runtime.plan.drop_plan import DropPlan, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
 
 Dim = str | int
 DEVICE_TARGETS = ("tensorrt", "tensorrt-rtx")

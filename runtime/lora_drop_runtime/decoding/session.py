@@ -18,7 +18,6 @@ A LoRA step neither reads nor writes a dropped layer's cache. A refresh then fol
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,17 +28,17 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.engines.engine import Array, Buffer, Engine, Step
+from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.ort.engine import OrtEngine
-from lora_drop_runtime.errors import BundleError, InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES, PeriodicSchedule, Schedule, StepKind, count_refreshes
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
+from .checks import _check_policy, _token_mask
+from .request import Ids, _Request
 from .sampling import Sampler, SamplingOptions
 
-Ids = npt.NDArray[np.int64]
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 WARM_UP_STEPS = 64  # at most
-PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
 
 class Session:
@@ -432,241 +431,6 @@ class Session:
         return new_tokens
 
 
-@dataclass
-class _Request:
-    """The buffers and counters of one request; prepared steps are made when first needed.
-
-    `recurrent` state is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
-    `next_token` is empty where the engine does not choose.
-    """
-
-    bundle: Bundle
-    engine: Engine
-    schedule: Schedule
-    backfill: bool
-    batch: int
-    max_steps: int
-    caches: dict[str, Buffer]
-    states: tuple[dict[str, Buffer], dict[str, Buffer]]
-    len_kept: Ids
-    len_dropped: Ids
-    input_ids: Ids
-    logits: Buffer
-    logits_index: Ids
-    next_token: Ids
-    steps_done: int = 0
-    side: int = 0
-
-    @classmethod
-    def allocate(
-        cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: str
-    ) -> _Request:
-        """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots.
-
-        Under `backfill` dropped layers have as many as kept ones.
-        """
-        manifest = bundle.manifest
-        batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
-        written = steps if policy == "backfill" else count_refreshes(schedule, steps)
-        needed = {"slots_kept": longest + steps, "slots_dropped": longest + written}
-        sizes = {"batch": batch, "rows": 1, **engine.slots(needed)}
-        io = manifest.io(StepKind.REFRESH, engine.target)
-        caches = {
-            spec.name: engine.allocate_resident(spec.name, spec.sized(sizes), spec.dtype)
-            for spec in io.inputs
-            if spec.name.startswith(("past_key.", "past_value."))
-        }
-        outputs = {spec.name: spec for spec in io.outputs}
-        states: list[dict[str, Buffer]] = []
-        for side in range(2 if manifest.plan.updates_state else 1):
-            states.append({})
-            for site in manifest.plan.sites if manifest.plan.has_state else ():
-                spec = outputs[f"present_state.{site}"]
-                states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
-        logits = outputs["logits"]
-        return cls(
-            bundle=bundle,
-            engine=engine,
-            schedule=schedule,
-            backfill=policy == "backfill",
-            batch=batch,
-            max_steps=steps,
-            caches=caches,
-            states=(states[0], states[-1]),
-            len_kept=engine.allocate("len_kept", (batch,), "int64"),
-            len_dropped=engine.allocate("len_dropped", (batch,), "int64"),
-            input_ids=engine.allocate("input_ids", (batch, 1), "int64"),
-            logits=engine.allocate_resident("logits", logits.sized(sizes), logits.dtype),
-            logits_index=engine.allocate("logits_index", (batch, 1), "int64"),
-            next_token=engine.allocate("next_token", (batch, int(engine.chooses_tokens)), "int64"),
-        )
-
-    def __post_init__(self) -> None:
-        self._prepared: dict[tuple[StepKind, int], Step] = {}
-        self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
-        self._since_refresh: list[Ids] = []  # under backfill: the tokens [B] of each LoRA step
-        self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
-
-    def prefill(self, ids: Ids, lengths: Ids) -> None:
-        """Run the prompts, in one go where they are short, else in chunks."""
-        chunk = self._chunk
-        if self.engine.batched_chunks or ids.shape[1] <= chunk:
-            self._prefill_rows_together(ids, lengths, chunk)
-        else:
-            self._prefill_row_by_row(ids, lengths, chunk)
-        self.logits_index[:] = 0
-        self.steps_done, self.side = 0, 0
-
-    @property
-    def _chunk(self) -> int:
-        """The most tokens of a row in one run."""
-        return min(PREFILL_CHUNK, self.engine.prefill_chunk or PREFILL_CHUNK)
-
-    def _prefill_rows_together(self, ids: Ids, lengths: Ids, chunk: int) -> None:
-        """Chunks counted from each row's end, so that the last run leaves the logits and states of all rows.
-
-        A row that has not begun runs padding, over which its tokens are written later: from slot 0, at most `chunk`
-        slots, so within the longest row's capacity.
-        """
-        width = ids.shape[1]
-        for left in range((width - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
-            ends = np.maximum(lengths - left, 0)
-            begins = np.maximum(ends - chunk, 0)  # what the run before left in the caches
-            counts = ends - begins
-            columns = np.minimum(begins[:, None] + np.arange(counts.max()), width - 1)  # [B, S]
-            self.logits_index[:, 0] = np.maximum(counts - 1, 0)
-            self._prepare_refresh(np.take_along_axis(ids, columns, 1), slice(None), self.logits_index)()
-            self.len_kept[:] = self.len_dropped[:] = ends
-
-    def _prefill_row_by_row(self, ids: Ids, lengths: Ids, chunk: int) -> None:
-        for row, length in enumerate(lengths.tolist()):
-            for begin in range(0, length, chunk):
-                tokens = ids[row : row + 1, begin : min(begin + chunk, length)]
-                index = np.array([[tokens.shape[1] - 1]], np.int64)
-                self._prepare_refresh(np.ascontiguousarray(tokens), slice(row, row + 1), index)()
-                self.len_kept[row] += tokens.shape[1]
-                self.len_dropped[row] += tokens.shape[1]
-
-    def chosen(self, active: npt.NDArray[np.bool_]) -> Ids:
-        """The tokens [B] that the engine chose in the last step, 0 in rows that are not active."""
-        tokens = np.where(active, self.next_token[:, 0], 0)
-        if tokens.min() < 0:
-            raise BundleError(
-                "The model computed logits that are not numbers.",
-                note=f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.",
-                hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
-            )
-        return tokens
-
-    def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
-        """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
-        kind = self.schedule.kind(self.steps_done + 1)
-        refresh = kind is StepKind.REFRESH
-        going = [True] * self.batch if active is None else active.tolist()
-        self.input_ids[:, 0] = token_ids
-        if refresh and self._since_refresh:
-            self._backfill(going)
-        else:
-            self._run_one_token(kind)
-        if self.backfill and not refresh:
-            self._since_refresh.append(self.input_ids[:, 0].copy())
-        for row, goes_on in enumerate(going):
-            if goes_on:
-                self.kept[row] += 1
-                if refresh:
-                    self.dropped[row] = self.kept[row] if self.backfill else self.dropped[row] + 1
-        if refresh:
-            self.side = 0
-        elif self.states[0] is not self.states[1]:
-            self.side = 1 - self.side
-        self.steps_done += 1
-
-    def _run_one_token(self, kind: StepKind) -> None:
-        key = kind, self.side if kind is StepKind.LORA else 0
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = self._prepared[key] = (
-                self._prepare_lora()
-                if kind is StepKind.LORA
-                else self._prepare_refresh(self.input_ids, slice(None), self.logits_index)
-            )
-        prepared()
-
-    def _backfill(self, going: list[bool]) -> None:
-        """Run the tokens since the last refresh and the new one through the refresh graph, from the last exact slot on.
-
-        Rows run one by one where the engine takes several tokens after others in one row only. A row that is over runs
-        with the others or not at all: what it writes lies within its capacity, and its lengths stay.
-        """
-        tokens = np.stack([*self._since_refresh, self.input_ids[:, 0]], axis=1)  # [B, S]
-        before = self.len_dropped.copy()
-        together = self.batch == 1 or self.engine.batched_chunks
-        groups = [slice(None)] if together else [slice(row, row + 1) for row in range(self.batch) if going[row]]
-        try:
-            for begin in range(0, tokens.shape[1], self._chunk):
-                part = tokens[:, begin : begin + self._chunk]
-                self.logits_index[:] = part.shape[1] - 1
-                for rows in groups:
-                    ids, step = self._chunk_step(part.shape[1], rows)
-                    ids[:] = part[rows]
-                    step()
-                self.len_dropped += part.shape[1]
-        finally:  # also when interrupted: the step can then be taken again
-            self.len_dropped[:] = before
-            self.logits_index[:] = 0
-        self._since_refresh.clear()
-
-    def _chunk_step(self, width: int, rows: slice) -> tuple[Ids, Step]:
-        """The ids [b, width] of some rows, and a refresh over them that begins at `len_dropped`."""
-        key = width, rows.start or 0
-        if key not in self._prepared_chunks:
-            ids = self.engine.allocate(f"backfill_ids.{key}", (len(range(self.batch)[rows]), width), "int64")
-            step = self._prepare_refresh(ids, rows, self.logits_index, self.len_dropped)
-            self._prepared_chunks[key] = ids, step
-        return self._prepared_chunks[key]
-
-    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids, begin: Ids | None = None) -> Step:
-        """A refresh over `ids` [b, S] for some rows, from slot and position `begin` [B] on; `len_kept` when None."""
-        index = index[rows] if len(index) == self.batch else index
-        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0], begin)
-
-    def _prepare_lora(self) -> Step:
-        before, after = self.states[self.side], self.states[1 - self.side]
-        return self._prepare(StepKind.LORA, self.input_ids, self.logits_index, slice(None), before, after)
-
-    def _prepare(
-        self,
-        kind: StepKind,
-        ids: Ids,
-        index: Ids,
-        rows: slice,
-        before: dict[str, Buffer],
-        after: dict[str, Buffer],
-        begin: Ids | None = None,
-    ) -> Step:
-        """Bind what the engine's graph of this step reads and writes; `before` and `after` are states."""
-        io = self.bundle.manifest.io(kind, self.engine.target)
-        inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
-        len_kept = self.len_kept if begin is None else begin
-        inputs |= {"len_kept": len_kept[rows], "len_dropped": self.len_dropped[rows]}
-        inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
-        inputs |= {name: cache[rows] for name, cache in self.caches.items()}
-        outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}
-        outputs |= {f"present_state.{site}": state[rows] for site, state in after.items()}
-        outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
-        return self.engine.prepare(
-            kind,
-            {spec.name: inputs[spec.name] for spec in io.inputs},
-            {spec.name: outputs[spec.name] for spec in io.outputs},
-        )
-
-
-def _token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
-    """Which ids [B, T] are tokens and not padding."""
-    mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
-    return mask
-
-
 def _is_argmax(options: SamplingOptions) -> bool:
     """Whether sampling takes the largest logit as it is: top-k and top-p change nothing at temperature 0."""
     return options.temperature == 0 and options.repetition_penalty == 1
@@ -675,15 +439,6 @@ def _is_argmax(options: SamplingOptions) -> bool:
 def _schedule(k: int | Schedule) -> Schedule:
     """A window as a schedule; anything with a `kind` is one already."""
     return k if hasattr(k, "kind") else PeriodicSchedule(k)
-
-
-def _check_policy(policy: str) -> None:
-    if policy not in POLICIES:
-        raise InputError(
-            "Unknown refresh policy.",
-            note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
-            hint=f"Use --policy {POLICIES[0]}.",
-        )
 
 
 def _as_rows(prompts: Prompts) -> list[Ids]:

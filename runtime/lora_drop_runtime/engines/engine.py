@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import StepKind
+from lora_drop_runtime.plan.schedule import StepKind
 
 Array = npt.NDArray[Any]
 Step = Callable[[], None]

@@ -26,11 +26,12 @@ from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.bundle import Bundle, ModelFacts
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
+from lora_drop_runtime.bundle.manifest import ModelFacts
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, LoraDropError
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.bench.peers.peer import (

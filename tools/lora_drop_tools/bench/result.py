@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from lora_drop_runtime.bundle.bundle import Manifest
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.machine import Bandwidth

@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from lora_drop_runtime.bundle.bundle import MANIFEST_NAME, Bundle
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES, PeriodicSchedule
+from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.bench.bench import check_writable, open_bundles, weight_dtype

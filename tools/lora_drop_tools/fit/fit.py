@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, PeriodicSchedule, eligible_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, check_known, read_texts
 

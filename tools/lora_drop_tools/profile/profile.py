@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, PeriodicSchedule, eligible_layers
+from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, eligible_layers
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, check_known, check_window, read_texts
 

@@ -6,8 +6,8 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
-from lora_drop_runtime.bundle.bundle import DTYPE_BYTES, Manifest
-from lora_drop_runtime.plan.drop_plan import PeriodicSchedule, StepKind
+from lora_drop_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.errors import ModelError
-from lora_drop_runtime.plan.drop_plan import DropPlan, Schedule, StepKind
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 from lora_drop_export.check.reference import Recorder, between_halves, head_replaced
 from lora_drop_export.decoder.trace import decoder_layers

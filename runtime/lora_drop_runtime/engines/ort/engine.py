@@ -21,26 +21,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.bundle.bundle import QUANTIZED_DTYPES, Bundle, ModelFacts, WeightInput
+from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS, JOINED_TARGET, LORA_STEP
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
-from lora_drop_runtime.plan.drop_plan import StepKind
+from lora_drop_runtime.plan.schedule import StepKind
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "rtx": "NvTensorRTRTXExecutionProvider",
-}
-INT8_CACHES_SINCE = (1, 29)
-PACKED_BYTES = 768 << 20  # a second of packing
-RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+from .device_memory import _DeviceMemory
+from .providers import PROVIDERS, _check_runs, _check_version, _no_device, _rtx_device
+from .session_options import packs_weights, session_options
+
 _ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
@@ -237,135 +232,3 @@ def _trim_heap() -> None:
     """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def packs_weights(model: ModelFacts) -> bool:
-    """Whether ONNX Runtime rearranges weights for its kernels when a bundle is opened, or computes on the mapped files.
-
-    Quantized weights have no other kernels worth having. Float weights gain where matrices are small and opening stays
-    below a second.
-    """
-    return model.weight_dtype in QUANTIZED_DTYPES or sum(model.layer_bytes) + model.head_bytes <= PACKED_BYTES
-
-
-def session_options(ort: Any, root: str | Path, threads: int | None) -> Any:
-    """How sessions over a bundle's weights are opened; `threads` as for OrtEngine."""
-    options = ort.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(root).resolve()))
-    # Threads that spin on after a step take the cores from whoever comes next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-class _DeviceMemory:
-    """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again frees the one before.
-
-    Args:
-        ep_device: the device of a provider that was loaded as a library; None for the CUDA provider.
-    """
-
-    device_type = "cuda"
-
-    def __init__(self, ort: Any, ep_device: Any) -> None:
-        self._ort = ort
-        self._info = None if ep_device is None else ep_device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
-        self._values: dict[str, Any] = {}
-
-    def hold(self, name: str, content: Array, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        """A buffer with these bytes."""
-        self._values.pop(name, None)
-        content = np.ascontiguousarray(content)
-        create = self._ort.OrtValue
-        try:
-            if self._info is None:
-                value = create.ortvalue_from_numpy(content, self.device_type, 0)
-            else:
-                value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
-                self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
-        except Exception as error:  # as above
-            what = f"{name} takes {content.nbytes / 2**20:,.1f} MiB on the GPU: {first_line(error)}"
-            raise _no_device("The provider", RuntimeError(what)) from error
-        self._values[name] = value
-        return DeviceBuffer(name, value.data_ptr(), shape, dtype)
-
-    def read(self, buffer: DeviceBuffer) -> Array:
-        """The bytes of a whole buffer."""
-        value = self._values[buffer.name]
-        assert value.data_ptr() == buffer.address
-        if self._info is not None:
-            host = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.uint8)
-            self._ort.copy_tensors([value], [host])
-            value = host
-        content: Array = value.numpy()
-        return content[: buffer.nbytes]
-
-
-def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
-    """Refuse a provider that is not known, or has no kernels for the target's graphs.
-
-    GroupQueryAttention has no float32 kernel for CUDA, and nothing computes in bfloat16 on the CPU.
-    """
-    entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
-    runs: dict[str, tuple[str, ...]] = {}
-    if target == "ort":
-        runs = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
-    if target in DEVICE_TARGETS and entry["form"] == "native":
-        runs["cpu"] = ("float32", "float16")
-    if "ep_context" in entry:
-        runs["rtx"] = ("float32", "float16", "bfloat16")
-    if provider not in PROVIDERS or dtype not in runs.get(provider, ()):
-        able = ", ".join(name for name, dtypes in runs.items() if dtype in dtypes) or "none of ONNX Runtime's"
-        error = BundleError if provider not in PROVIDERS else NoDeviceError
-        raise error(
-            "The execution provider cannot run the bundle.",
-            note=f"{provider!r} was asked for; target {target!r} in {dtype} runs on {able}.",
-            hint=f"Use --provider {able}." if able in PROVIDERS else "Export with another --dtype or --target.",
-        )
-
-
-def _check_version(version: str, model: ModelFacts) -> None:
-    """Refuse an ONNX Runtime whose attention does not take the bundle's caches."""
-    if model.kv_dtype and tuple(map(int, version.split(".")[:2])) < INT8_CACHES_SINCE:
-        raise BundleError(
-            "The installed ONNX Runtime is too old for the bundle.",
-            note=f"It is {version}; int8 caches need {'.'.join(map(str, INT8_CACHES_SINCE))}.",
-            hint="pip install --upgrade onnxruntime; or export without --kv-dtype.",
-        )
-
-
-def _no_device(provider: str, error: Exception) -> NoDeviceError:
-    """For what a provider on a GPU says when it cannot start, allocate or run."""
-    return NoDeviceError(
-        "The execution provider cannot run the bundle here.",
-        note=f"{provider}: {first_line(error)}.",
-        hint="Check driver, CUDA and cuDNN and the GPU's free memory; or use another --provider.",
-    )
-
-
-def _rtx_device(ort: Any) -> Any:
-    """The device of NVIDIA's provider for RTX GPUs, a library of its own.
-
-    Raises:
-        NoDeviceError: it is not installed, or finds no GPU.
-    """
-    import importlib
-
-    hint = f"pip install {RTX_PACKAGE.replace('_', '-')}, on a machine with an RTX GPU; or use --provider cpu."
-    try:
-        library = importlib.import_module(RTX_PACKAGE)
-        if PROVIDERS["rtx"] not in {device.ep_name for device in ort.get_ep_devices()}:
-            ort.register_execution_provider_library(PROVIDERS["rtx"], library.get_library_path())
-    except Exception as error:  # an import error, or what ONNX Runtime raises for a library that does not load
-        raise NoDeviceError(
-            "The execution provider is not available.", note=f"{PROVIDERS['rtx']}: {first_line(error)}.", hint=hint
-        ) from None
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["rtx"]]
-    if not devices:
-        raise NoDeviceError(
-            "There is no GPU that the execution provider can use.",
-            note=f"{PROVIDERS['rtx']} is loaded and finds no device.",
-            hint=hint,
-        )
-    return devices[0]

@@ -199,3 +199,10 @@ def _bindings() -> Any:
             note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
             hint="pip install cuda-bindings",
         ) from None
+
+
+def device_compute_capability() -> str:
+    """Of this machine's first GPU. Raises NoDeviceError, or BundleError without the CUDA bindings."""
+    device = CudaDevice()
+    device.close()
+    return device.compute_capability

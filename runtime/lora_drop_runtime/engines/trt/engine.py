@@ -32,19 +32,12 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
 from lora_drop_runtime.errors import BundleError, NoDeviceError
-from lora_drop_runtime.plan.drop_plan import StepKind
+from lora_drop_runtime.plan.schedule import StepKind
 
 from .cuda_device import CudaDevice
-from .library import (
-    EngineTensor,
-    Ranges,
-    engine_profiles,
-    engine_tensors,
-    error_logger,
-    io_problems,
-    library,
-    load_plugin,
-)
+from .io_check import EngineTensor, Ranges, engine_profiles, engine_tensors, io_problems
+from .library import error_logger, library
+from .plugin import load_plugin
 
 ALIGNMENT = 256  # of every address that TensorRT takes
 
@@ -451,13 +444,6 @@ class _Step:
             self._engine.capture_note = f"{error.fact} {error.note}"
         else:
             self._engine.captures += 1
-
-
-def device_compute_capability() -> str:
-    """Of this machine's first GPU. Raises NoDeviceError, or BundleError without the CUDA bindings."""
-    device = CudaDevice()
-    device.close()
-    return device.compute_capability
 
 
 def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

@@ -1,0 +1,55 @@
+"""Buffers in a GPU's memory, held as OrtValues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer
+from lora_drop_runtime.errors import first_line
+
+from .providers import _no_device
+
+
+class _DeviceMemory:
+    """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again frees the one before.
+
+    Args:
+        ep_device: the device of a provider that was loaded as a library; None for the CUDA provider.
+    """
+
+    device_type = "cuda"
+
+    def __init__(self, ort: Any, ep_device: Any) -> None:
+        self._ort = ort
+        self._info = None if ep_device is None else ep_device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
+        self._values: dict[str, Any] = {}
+
+    def hold(self, name: str, content: Array, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        """A buffer with these bytes."""
+        self._values.pop(name, None)
+        content = np.ascontiguousarray(content)
+        create = self._ort.OrtValue
+        try:
+            if self._info is None:
+                value = create.ortvalue_from_numpy(content, self.device_type, 0)
+            else:
+                value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
+                self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
+        except Exception as error:  # as above
+            what = f"{name} takes {content.nbytes / 2**20:,.1f} MiB on the GPU: {first_line(error)}"
+            raise _no_device("The provider", RuntimeError(what)) from error
+        self._values[name] = value
+        return DeviceBuffer(name, value.data_ptr(), shape, dtype)
+
+    def read(self, buffer: DeviceBuffer) -> Array:
+        """The bytes of a whole buffer."""
+        value = self._values[buffer.name]
+        assert value.data_ptr() == buffer.address
+        if self._info is not None:
+            host = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.uint8)
+            self._ort.copy_tensors([value], [host])
+            value = host
+        content: Array = value.numpy()
+        return content[: buffer.nbytes]

@@ -1,0 +1,87 @@
+"""ONNX Runtime's execution providers: which runs what, and what is said where one cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
+from lora_drop_runtime.bundle.manifest import ModelFacts
+from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+INT8_CACHES_SINCE = (1, 29)
+RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+
+
+def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
+    """Refuse a provider that is not known, or has no kernels for the target's graphs.
+
+    GroupQueryAttention has no float32 kernel for CUDA, and nothing computes in bfloat16 on the CPU.
+    """
+    entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
+    runs: dict[str, tuple[str, ...]] = {}
+    if target == "ort":
+        runs = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
+    if target in DEVICE_TARGETS and entry["form"] == "native":
+        runs["cpu"] = ("float32", "float16")
+    if "ep_context" in entry:
+        runs["rtx"] = ("float32", "float16", "bfloat16")
+    if provider not in PROVIDERS or dtype not in runs.get(provider, ()):
+        able = ", ".join(name for name, dtypes in runs.items() if dtype in dtypes) or "none of ONNX Runtime's"
+        error = BundleError if provider not in PROVIDERS else NoDeviceError
+        raise error(
+            "The execution provider cannot run the bundle.",
+            note=f"{provider!r} was asked for; target {target!r} in {dtype} runs on {able}.",
+            hint=f"Use --provider {able}." if able in PROVIDERS else "Export with another --dtype or --target.",
+        )
+
+
+def _check_version(version: str, model: ModelFacts) -> None:
+    """Refuse an ONNX Runtime whose attention does not take the bundle's caches."""
+    if model.kv_dtype and tuple(map(int, version.split(".")[:2])) < INT8_CACHES_SINCE:
+        raise BundleError(
+            "The installed ONNX Runtime is too old for the bundle.",
+            note=f"It is {version}; int8 caches need {'.'.join(map(str, INT8_CACHES_SINCE))}.",
+            hint="pip install --upgrade onnxruntime; or export without --kv-dtype.",
+        )
+
+
+def _no_device(provider: str, error: Exception) -> NoDeviceError:
+    """For what a provider on a GPU says when it cannot start, allocate or run."""
+    return NoDeviceError(
+        "The execution provider cannot run the bundle here.",
+        note=f"{provider}: {first_line(error)}.",
+        hint="Check driver, CUDA and cuDNN and the GPU's free memory; or use another --provider.",
+    )
+
+
+def _rtx_device(ort: Any) -> Any:
+    """The device of NVIDIA's provider for RTX GPUs, a library of its own.
+
+    Raises:
+        NoDeviceError: it is not installed, or finds no GPU.
+    """
+    import importlib
+
+    hint = f"pip install {RTX_PACKAGE.replace('_', '-')}, on a machine with an RTX GPU; or use --provider cpu."
+    try:
+        library = importlib.import_module(RTX_PACKAGE)
+        if PROVIDERS["rtx"] not in {device.ep_name for device in ort.get_ep_devices()}:
+            ort.register_execution_provider_library(PROVIDERS["rtx"], library.get_library_path())
+    except Exception as error:  # an import error, or what ONNX Runtime raises for a library that does not load
+        raise NoDeviceError(
+            "The execution provider is not available.", note=f"{PROVIDERS['rtx']}: {first_line(error)}.", hint=hint
+        ) from None
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDERS["rtx"]]
+    if not devices:
+        raise NoDeviceError(
+            "There is no GPU that the execution provider can use.",
+            note=f"{PROVIDERS['rtx']} is loaded and finds no device.",
+            hint=hint,
+        )
+    return devices[0]

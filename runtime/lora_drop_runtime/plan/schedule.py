@@ -1,0 +1,50 @@
+"""When a refresh comes: a function of the decode step's number."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from lora_drop_runtime.errors import PlanError
+
+
+class StepKind(enum.Enum):
+    """What a decode step runs: the whole model, or kept layers and surrogates."""
+
+    REFRESH = "refresh"
+    LORA = "lora"
+
+
+class Schedule(Protocol):
+    """Chooses the kind of every decode step of a request: a function of the step's number alone."""
+
+    def kind(self, step: int) -> StepKind:
+        """The kind of decode step `step`; 1 is the first step after the prefill."""
+        ...
+
+
+@dataclass(frozen=True)
+class PeriodicSchedule:
+    """`k` LoRA steps, then a refresh, and so on; `k = 0` is the full schedule.
+
+    Decode step j is a refresh iff `j mod (k+1) == 0` (the paper's text; its Algorithm 1 says `j mod k`).
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 0:
+            raise PlanError(
+                "k must be a whole number of LoRA steps between two refreshes.",
+                note=f"k is {self.k!r}, the smallest is 0 (every step a refresh).",
+                hint="Use --k 3, or --k 0 for the full schedule.",
+            )
+
+    def kind(self, step: int) -> StepKind:
+        return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA
+
+
+def count_refreshes(schedule: Schedule, steps: int) -> int:
+    """Number of refreshes among decode steps 1 … `steps`."""
+    return sum(schedule.kind(step) is StepKind.REFRESH for step in range(1, steps + 1))
