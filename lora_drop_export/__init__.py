@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_drop_export.compiler.export import ExportOptions, add_target, export
-    from lora_drop_export.targets.trt.build import BuilderOptions
+    from lora_drop_export.compiler.add_target import add_target
+    from lora_drop_export.compiler.export import export
+    from lora_drop_export.compiler.options import ExportOptions
+    from lora_drop_export.targets.trt.options import BuilderOptions
 
 __all__ = ["BuilderOptions", "ExportOptions", "add_target", "export"]
 

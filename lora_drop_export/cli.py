@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.adapters import read_adapter_config
@@ -14,6 +12,8 @@ from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, BLOCK_SIZES, QUAN
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+
+from lora_drop_export.checkpoint.drop_list import _warn_of_base, read_drop_list
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
@@ -26,8 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     require_export_packages("the runtime alone does not need it")
-    from lora_drop_export.compiler.export import ExportOptions, add_target, export
-    from lora_drop_export.targets.trt.build import COMPUTE_CAPABILITIES, BuilderOptions
+    from lora_drop_export.compiler.add_target import add_target
+    from lora_drop_export.compiler.export import export
+    from lora_drop_export.compiler.options import ExportOptions
+    from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
 
     if args.add_target:
         _refuse_what_the_bundle_fixes(args)
@@ -119,65 +121,6 @@ def _refuse_what_the_bundle_fixes(args: argparse.Namespace) -> None:
                 note=f"--{name.replace('_', '-')} {value} was given with --add-target.",
                 hint="Leave it out, or export the model again.",
             )
-
-
-@dataclass(frozen=True)
-class DropList:
-    """What a drop list's file says.
-
-    Attributes:
-        layers: to be dropped.
-        fingerprint: of the model that they were chosen for, None where the file does not say.
-        base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
-            mean; what was measured.
-    """
-
-    layers: tuple[int, ...]
-    fingerprint: str | None = None
-    base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-
-
-def read_drop_list(path: Path) -> DropList:
-    """A drop list from a JSON file: a list of layers, or an object with `drop_layers` as `lora-drop profile` writes it.
-
-    Raises:
-        InputError: the file cannot be read, or holds no drop list.
-    """
-    try:
-        data = json.loads(path.read_text())
-        facts = data if isinstance(data, dict) else {"drop_layers": data}
-        layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
-        if not all(type(layer) is int for layer in layers) or not isinstance(fingerprint, str | None):
-            raise TypeError
-        errors = {
-            base: {int(layer): float(error) for layer, error in of_layers.items()}
-            for base, of_layers in facts.get("base_errors", {}).items()
-        }
-        return DropList(tuple(layers), fingerprint, errors)
-    except OSError as error:
-        raise InputError(
-            "The drop list cannot be read.", note=f"{path}: {error.strerror}.", hint="Check the path."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(
-            "The file holds no drop list.",
-            note=f'{path} is neither a JSON list of layers nor an object with "drop_layers".',
-            hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
-        ) from None
-
-
-def _warn_of_base(drop_list: DropList, surrogate: str) -> None:
-    """Say so when the surrogate would start farther from a layer's output than the mean of its outputs is."""
-    from .console import Console
-
-    errors = drop_list.base_errors.get(surrogate, {})
-    bad = {layer: errors[layer] for layer in sorted(drop_list.layers) if errors.get(layer, 0.0) > 1.0}
-    if bad:
-        Console().say(
-            f"warning: --surrogate {surrogate} starts from something worse than the mean of the layer's outputs in "
-            f"layers {', '.join(map(str, bad))} (relative errors {min(bad.values()):.2f} to {max(bad.values()):.2f}); "
-            "--surrogate residual starts from the layer's input"
-        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,9 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
-
-from lora_drop_export.weights.store import Progress
+from collections.abc import Callable, Iterator
 
 
 class Console:
@@ -60,3 +58,6 @@ class Console:
 
             yield update
         self.say(f"{what}: {time.perf_counter() - begin:.1f} s")
+
+
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)

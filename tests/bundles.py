@@ -20,8 +20,10 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
-from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
-from lora_drop_export.compiler.export import ExportOptions, write_bundle
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.models import FAMILIES

@@ -7,9 +7,8 @@ steps, so one decoder layer's weights are in memory at a time. Knows no graph an
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +19,18 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
-from lora_drop_export.checkpoint.open import Checkpoint, TensorSource
-from lora_drop_export.decoder.trace import buffer_values, decoder_layers, tied_names
-from lora_drop_export.quantize.formats import DequantizedRef
-from lora_drop_export.weights.store import resolve_tensors
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.decoder.anatomy import (
+    Recorder,
+    between_halves,
+    buffer_values,
+    decoder_layers,
+    head_replaced,
+    name_of,
+    tied_names,
+)
+from lora_drop_export.quantize.dequantized import DequantizedRef
+from lora_drop_export.weights.resolve import resolve_tensors
 
 Array = npt.NDArray[Any]
 ATTENTION_NAME = "lora_drop_reference"
@@ -350,56 +357,6 @@ def _tensor(array: Array) -> Any:
 
     values = np.asarray(array, np.float32)
     return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-@contextlib.contextmanager
-def head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
-    """The head, which is not loaded, as another function."""
-    head = model.get_output_embeddings()
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def name_of(model: Any, wanted: Any) -> str:
-    return next(str(name) for name, module in model.named_modules() if module is wanted)
-
-
-def between_halves(layer: Any) -> Any:
-    """The module whose input is the residual stream after attention."""
-    for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
-        if hasattr(layer, name):
-            return getattr(layer, name)
-    return layer
-
-
-class Recorder:
-    """Replaces every layer by one that notes its arguments and passes the hidden states on.
-
-    With `result`, the last layer returns that instead: the model then goes on to its norm and head.
-    """
-
-    def __init__(self, layers: Any, result: Any = None) -> None:
-        self.layers = layers
-        self.inputs: list[Any] = []
-        self.arguments: list[tuple[Any, Any]] = []
-        for index, layer in enumerate(layers):
-            final = result if index == len(layers) - 1 else None
-            layer.forward = self._stand_in(final)
-
-    def _stand_in(self, result: Any) -> Callable[..., Any]:
-        def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-            self.inputs.append(hidden_states)
-            self.arguments.append((args, kwargs))
-            return hidden_states if result is None else result
-
-        return forward
-
-    def restore(self) -> None:
-        for layer in self.layers:
-            del layer.forward
 
 
 def _attention(

@@ -9,94 +9,20 @@ ordinary safetensors directory under `scratch`; a GGUF file's config and tokeniz
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.errors import InputError, ModelError, PlanError, first_line
+from lora_drop_runtime.errors import InputError, ModelError, first_line
 
-from lora_drop_export.quantize.formats import dequantized_tensors
+from lora_drop_export.quantize.dequantized import dequantized_tensors
 
+from .checkpoint import Checkpoint, TensorSource
 from .gguf import read_gguf
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
-_FINGERPRINT_VALUES = 64
-TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class TensorSource(Protocol):
-    """What can be asked of a checkpoint's tensor: a place in a safetensors file, or one that is dequantized.
-
-    `dtype` is the safetensors name of the values that `read` and `rows` give; `rows` are along the first axis.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def file(self) -> Path: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def size_bytes(self) -> int: ...
-    def read(self) -> npt.NDArray[Any]: ...
-    def rows(self, begin: int, end: int) -> npt.NDArray[Any]: ...
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model as it lies on disk.
-
-    Attributes:
-        name: hub id, or the own name of the directory or file.
-        directory: holds config.json, the tokenizer files and the licence.
-        config: the transformers config.
-        tensors: tensor name → where its values come from; files are real paths, symbolic links resolved.
-        trust_remote_code: the user lets the code that the checkpoint brings run.
-        owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
-            file, or from files that were made for this export.
-    """
-
-    name: str
-    directory: Path
-    config: Any
-    tensors: Mapping[str, TensorSource]
-    trust_remote_code: bool = False
-    owned: bool = False
-
-    def fingerprint(self) -> str:
-        """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
-
-        SHA-256 over each tensor's name, shape and first 64 values as float32.
-        """
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            ref = self.tensors[name]
-            digest.update(f"{name}{ref.shape}".encode())
-            rows = ref.rows(0, 1) if ref.shape else ref.read()
-            digest.update(np.asarray(rows, np.float32).reshape(-1)[:_FINGERPRINT_VALUES].tobytes())
-        return digest.hexdigest()
-
-
-def check_drop_list(chosen_for: str | None, name: str, fingerprint: str) -> None:
-    """Refuse a drop list that was chosen for another model than `name`; without a fingerprint it fits any.
-
-    Raises:
-        PlanError: it was.
-    """
-    if chosen_for not in (None, fingerprint):
-        raise PlanError(
-            "The drop list was chosen for another model.",
-            note=f"It is of {str(chosen_for)[:12]}, {name} is {fingerprint[:12]}.",
-            hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
-        )
 
 
 def open_checkpoint(

@@ -20,10 +20,11 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import InputError, first_line
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
-from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
-from lora_drop_export.weights.store import resolve_tensors
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.weights.resolve import resolve_tensors
 
-from .trace import buffer_values, tied_names
+from .anatomy import buffer_values, tied_names
 
 
 @dataclass(frozen=True)

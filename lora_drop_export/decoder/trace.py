@@ -18,17 +18,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError, first_line
 
-from lora_drop_export.checkpoint.open import Checkpoint
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
 
+from .anatomy import buffer_values, decoder_layers, tied_names
+from .parameters import _bind_initializers, _leave_places, _looked_up
+from .refusals import _refuse_by_config, _refuse_by_modules, _unsupported
 from .rotary import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"
 DOMAIN = "lora_drop"
-_DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass
@@ -115,57 +116,6 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         layers_prefix=next(name for name, module in model.named_modules() if module is layers),
         embedding_only=_looked_up(program.model, parameters),
         tied=tied_names(model),
-    )
-
-
-def decoder_layers(model: Any) -> Any:
-    """The ModuleList of decoder blocks, wherever the family keeps it."""
-    import torch
-
-    count = model.config.get_text_config().num_hidden_layers
-    found = [
-        module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0
-    ]
-    if len(found) != 1:
-        raise ModelError(
-            "The model's decoder layers were not found.",
-            note=f"{len(found)} module lists have {count} entries (config.num_hidden_layers).",
-            hint="A causal language model with one list of decoder layers is needed.",
-        )
-    return found[0]
-
-
-def _refuse_by_config(config: Any) -> None:
-    """Features that the config tells."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
-    recurrent = [t for t in getattr(text, "layer_types", None) or () if "attention" not in t or "linear" in t]
-    for present, feature in (
-        (config.is_encoder_decoder, "an encoder (cross attention)"),
-        (getattr(text, "add_cross_attention", False), "cross attention"),
-        (text is not config, "a vision or audio tower (multimodal config)"),
-        (getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0), "an MoE router"),
-        (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
-        (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
-    ):
-        if present:
-            raise _unsupported(feature, config)
-
-
-def _refuse_by_modules(layers: Any) -> None:
-    for layer in layers:
-        for name, module in layer.named_modules():
-            if "moe" in type(module).__name__.lower() or name.endswith((".experts", ".router")):
-                raise _unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)
-
-
-def _unsupported(feature: str, config: Any) -> ModelError:
-    model_type = getattr(config, "model_type", "this")
-    return ModelError(
-        f"The model has {feature}, which a step graph cannot hold.",
-        note=f"Model type {model_type!r}; supported are decoders whose layers are attention and MLP with residuals.",
-        hint="Choose a dense decoder-only model.",
     )
 
 
@@ -355,87 +305,6 @@ def _export(wrapper: Any, calls: _Calls) -> Any:
         ) from error
 
 
-def buffer_values(model: Any) -> dict[str, Any]:
-    """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init."""
-    import torch
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    values: dict[str, Any] = {}
-    with unset_fake_temporarily(), torch.no_grad():
-        for prefix, module in model.named_modules():
-            names = [n for n in module._buffers if n in module._non_persistent_buffers_set]
-            if not names:
-                continue
-            for name in names:
-                fake = module._buffers[name]
-                fill = torch.nan if fake.is_floating_point() else 0
-                module._buffers[name] = torch.full(tuple(fake.shape), fill, dtype=fake.dtype)
-            model._init_weights(module)
-            for name in names:
-                values[f"{prefix}.{name}" if prefix else name] = module._buffers[name]
-    return values
-
-
-def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
-    """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
-    for value in list(model.graph.initializers.values()):
-        tensor = value.const_value
-        if value.name is None or not value.name.startswith("model."):
-            continue  # a constant of the graph itself
-        name = value.name.removeprefix("model.")
-        if name in buffers:
-            array = buffers[name].float().numpy()
-            if np.isnan(array).any():
-                raise ModelError(
-                    "The model has a buffer whose values are unknown.",
-                    note=f"{name} is in no checkpoint and transformers does not initialise it.",
-                    hint="Use a model of a family that transformers knows.",
-                )
-            kind = tensor.dtype if tensor is not None else ir.DataType.FLOAT
-            value.const_value = ir.tensor(array.astype(kind.numpy()), name=name)
-        elif name not in stored:
-            value.const_value = ir.tensor(_constant(tensor, name), name=name)
-        else:
-            value.const_value = None
-            if tensor is not None:
-                value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
-        del model.graph.initializers[value.name]
-        value.name = name
-        model.graph.initializers[name] = value
-
-
-def _constant(tensor: Any, name: str) -> Any:
-    """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
-    raw = getattr(tensor, "raw", None)
-    real = getattr(raw, "constant", raw)
-    if real is None:
-        raise ModelError(
-            "The model makes a tensor whose value cannot be known while tracing.",
-            note=f"{name} {tuple(tensor.shape.numpy())}.",
-            hint="Use a model of a family that transformers knows.",
-        )
-    return real
-
-
-def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """Parameters become references to a file that is not there yet; returns their shapes."""
-    parameters = {}
-    model.metadata_props.clear()
-    for node in model.graph:  # stack traces with the paths of this machine
-        node.metadata_props.clear()
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            assert value.dtype is not None
-            parameters[name] = shape = _static(value)
-            value.const_value = ir.ExternalTensor("unknown", 0, 0, value.dtype, shape=ir.Shape(shape), name=name)
-    return parameters
-
-
-def _static(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None
-    return tuple(value.shape.numpy())
-
-
 def _name_residual_stream(model: ir.Model) -> None:
     """Replace Mark nodes by names: the value a mark read takes the mark's name."""
     for node in [n for n in model.graph if n.domain == DOMAIN and n.op_type == "Mark"]:
@@ -444,26 +313,6 @@ def _name_residual_stream(model: ir.Model) -> None:
         mark.replace_all_uses_with(source)
         source.name = node.attributes["name"].as_string()
         model.graph.remove(node, safe=True)
-
-
-def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> frozenset[str]:
-    initializers = model.graph.initializers
-    return frozenset(
-        name for name in parameters if all(node.op_type == "Gather" for node, _ in initializers[name].uses())
-    )
-
-
-def tied_names(model: Any) -> dict[str, str]:
-    """Parameters that are another one under a second name, as the config says or as the module is built."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is not embedding and model.config.get_text_config().tie_word_embeddings:  # not on fake tensors everywhere
-        tied[first[id(head)]] = first[id(embedding)]
-    return tied
 
 
 @contextlib.contextmanager

@@ -6,39 +6,16 @@ Works on neutral step graphs (surgery.py) as onnx-ir models, and on them alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+
+from .nodes import rank
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
 _ROW_WISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"}
 _ROW_WISE |= {"Split", "RMSNormalization", "LayerNormalization"}
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
-
-
-class Ops:
-    """Makes nodes in order; a call returns the one output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-
-    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes, domain=domain)
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def ints(self, values: list[int]) -> ir.Value:
-        return self.constant(np.array(values, np.int64))
-
-    def constant(self, array: npt.NDArray[Any]) -> ir.Value:
-        tensor = ir.tensor(array)
-        node = ir.node("Constant", [], {"value": tensor})
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
-        self.nodes.append(node)
-        return node.outputs[0]
 
 
 @dataclass(frozen=True)
@@ -112,11 +89,6 @@ def is_row_wise(node: ir.Node) -> bool:
     return len(shapes) == 1 and {rank(value) for value in inputs} <= {0, 1, 3}
 
 
-def rank(value: ir.Value) -> int | None:
-    """Number of dimensions, None where they are not known."""
-    return None if value.shape is None else len(value.shape)
-
-
 def linear_groups(graph: ir.Graph) -> list[list[Linear]]:
     """Linear layers that read one tensor (q, k, v; gate, up), where all of them or none have a bias."""
     groups: dict[ir.Value, list[Linear]] = {}
@@ -158,27 +130,27 @@ def mask_window(attention: ir.Node) -> int:
     return int(size.numpy().reshape(-1)[0])
 
 
-def float32_logits(graph: ir.Graph) -> ir.Value:
-    """Make the graph's first output, the logits, float32; returns it."""
-    logits = graph.outputs[0]
-    assert logits.name == "logits"
-    if logits.dtype == ir.DataType.FLOAT:
-        return logits
-    ops = Ops()
-    logits.name = "logits.neutral"
-    plain = ops("Cast", logits, to=int(ir.DataType.FLOAT))
-    plain.name, plain.shape, plain.type = "logits", logits.shape, ir.TensorType(ir.DataType.FLOAT)
-    graph.extend(ops.nodes)
-    graph.outputs[0] = plain
-    return plain
+def quantizable(graph: ir.Graph) -> frozenset[str]:
+    """Names of the parameters that are weights of linear layers, or the table that token ids are looked up in.
+
+    Args:
+        graph: as traced (trace.py): a linear layer is MatMul with a transposed initializer.
+    """
+
+    def is_weight(value: ir.Value) -> bool:
+        uses = list(value.uses())
+        return bool(uses) and all(_is_linear(use.node) or _is_lookup(use.node, use.idx) for use in uses)
+
+    return frozenset(name for name, value in graph.initializers.items() if is_weight(value))
 
 
-def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
-    """Put the new nodes in the place of `node`, whose output `result` becomes."""
-    old = node.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    if old.is_graph_output():
-        result.name, old.name = old.name, f"{old.name}.neutral"
-        graph.outputs[:] = [result if output is old else output for output in graph.outputs]
-    old.replace_all_uses_with(result)
-    graph.insert_after(node, ops.nodes)
+def _is_linear(node: ir.Node) -> bool:
+    if node.op_type != "Transpose":
+        return False
+    return all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
+
+
+def _is_lookup(node: ir.Node, position: int) -> bool:
+    if node.op_type != "Gather" or position != 0 or ("axis" in node.attributes and node.attributes["axis"].as_int()):
+        return False
+    return node.inputs[1] is not None and node.inputs[1].name == "input_ids"

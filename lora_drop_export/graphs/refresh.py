@@ -16,50 +16,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import CacheShape, TensorSpec, graph_io
+from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
-from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.decoder.trace import DOMAIN, TracedModel
+from lora_drop_export.weights.stored import Blocks, StoredTensor
 
-from .match import SYMMETRIC, ZERO_POINTS, Ops, is_row_wise, rank
-
-OPSET = 24  # the first with TensorScatter
-IR_VERSION = 11
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's place in the bundle: file relative to its root, and bytes. `dtype` is a numpy/ONNX name.
-
-    A quantized tensor has dtype `uint4` (two values a byte, the first in the low half) or `uint8`, the shape [N, K] of
-    the values, and `blocks`: value = (q − zero_point) · scale for each block of `block_size` along K.
-    """
-
-    location: str
-    offset_bytes: int
-    size_bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    blocks: Blocks | None = None
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Of a quantized tensor [N, K]: `scales` float32 and `zero_points` (the tensor's dtype), both [N, K / block_size].
-
-    `symmetric`: every zero point is 2^(bits−1), which is what engines assume when they are given none.
-    """
-
-    block_size: int
-    scales: StoredTensor
-    zero_points: StoredTensor
-    symmetric: bool
+from .match import SYMMETRIC, ZERO_POINTS
+from .nodes import Ops
+from .values import IR_VERSION, OPSET, _external, _initializer, _named, _value
 
 
 def refresh_from_trace(
@@ -113,35 +82,6 @@ def refresh_from_trace(
     return ir.serde.serialize_model(model)
 
 
-_ONNX_DTYPE = {
-    "float32": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "int64": "INT64",
-    "uint4": "UINT4",
-    "uint8": "UINT8",
-    "int8": "INT8",
-}
-
-
-def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
-    return ir.ExternalTensor(
-        stored.location,
-        stored.offset_bytes,
-        stored.size_bytes,
-        ir.DataType[_ONNX_DTYPE[stored.dtype]],
-        shape=ir.Shape(stored.shape),
-        name=name,
-    )
-
-
-def _initializer(graph: ir.Graph, name: str, stored: StoredTensor) -> ir.Value:
-    tensor = _external(name, stored)
-    value = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.initializers[name] = value
-    return value
-
-
 def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
     """Put a DequantizeLinear between a quantized weight and its users."""
     suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
@@ -157,21 +97,6 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
         if use.node is not node:
             use.node.replace_input_with(use.idx, node.outputs[0])
     graph.insert_before(graph[0], [node])
-
-
-def _value(spec: TensorSpec) -> ir.Value:
-    return ir.Value(
-        name=spec.name,
-        shape=ir.Shape(spec.shape),
-        type=ir.TensorType(ir.DataType[_ONNX_DTYPE[spec.dtype]]),
-    )
-
-
-def _named(value: ir.Value, spec: TensorSpec) -> ir.Value:
-    value.name = spec.name
-    value.shape = ir.Shape(spec.shape)
-    value.dtype = ir.DataType[_ONNX_DTYPE[spec.dtype]]
-    return value
 
 
 @dataclass
@@ -301,187 +226,3 @@ def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], l
         note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
         hint="Use --injection block.",
     )
-
-
-def lora_step_from_refresh(
-    refresh: onnx.ModelProto,
-    plan: DropPlan,
-    cache: CacheShape,
-    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
-) -> onnx.ModelProto:
-    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
-
-    Args:
-        refresh: the refresh graph; its external weights are neither read nor needed.
-        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
-
-    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
-    """
-    graph = gs.import_onnx(refresh)
-    tensors = graph.tensors()
-    hidden_size = tensors["hidden_states.0"].shape[2]
-    vocab_size = tensors["logits"].shape[2]
-    outputs = {tensor.name: tensor for tensor in graph.outputs}
-    for name in [name for name in outputs if name.startswith("present_state.")]:
-        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
-    inputs = {tensor.name: tensor for tensor in graph.inputs}
-    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
-    for layer in plan.drop_layers:
-        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
-        if plan.injection == "block":
-            new = builder.surrogate(str(layer), x)
-        else:
-            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
-        _replace_uses(y, new)
-        tensors[f"hidden_states.{layer + 1}"] = new
-    # Case 2: one token per row, so the gather of the rows that want logits is the identity
-    for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
-        _replace_uses(node.outputs[0], node.inputs[0])
-    io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
-    outputs |= builder.states_out
-    inputs |= builder.states_in
-    inputs["input_ids"].shape = ["batch", 1]
-    graph.inputs = [inputs[spec.name] for spec in io.inputs]
-    graph.outputs = [outputs[spec.name] for spec in io.outputs]
-    outputs["logits"].shape = ["batch", 1, vocab_size]
-    graph.name = "lora"
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    proto = gs.export_onnx(graph)
-    proto.ir_version = IR_VERSION
-    return proto
-
-
-def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
-    """The refresh graph where what follows the last attention computes only the rows whose logits are asked for.
-
-    `f(x)[rows] = f(x[rows])` for every operator that treats rows alike, so the choice moves up through them: a prefill
-    spares the last layer's output projection and MLP for all tokens but one. Tensors that others read whole stay whole
-    (a state's source may be among them); the argument is left as it was.
-    """
-    model = ir.serde.deserialize_model(refresh)
-    graph = model.graph
-    (index,) = (value for value in graph.inputs if value.name == "logits_index")
-    choices = {use.node for unsqueeze, _ in index.uses() for use in unsqueeze.outputs[0].uses()}
-    choices = {node for node in choices if node.op_type == "GatherND" and rank(node.outputs[0]) == 3}
-
-    def rows_of(value: ir.Value) -> ir.Shape:
-        assert index.shape is not None
-        assert value.shape is not None
-        return ir.Shape([*index.shape, value.shape[2]])
-
-    moved: dict[ir.Node, None] = {}
-    for node in reversed(list(graph)):
-        readers = {use.node for value in node.outputs for use in value.uses()}
-        leaves = any(value.is_graph_output() for value in node.outputs)
-        if readers and not leaves and readers <= choices | moved.keys() and (is_row_wise(node) or _is_product(node)):
-            moved[node] = None
-    made = {node.outputs[0] for node in choices} | {value for node in moved for value in node.outputs}
-    chosen: dict[ir.Value, ir.Value] = {}
-    for node in reversed(moved):
-        for place, value in enumerate(node.inputs):
-            if value is None or rank(value) != 3 or value in made:
-                continue
-            if value not in chosen:
-                like = next(iter(choices))
-                gather = ir.node("GatherND", [value, like.inputs[1]], {"batch_dims": 1})
-                chosen[value] = gather.outputs[0]
-                gather.outputs[0].type = value.type
-                gather.outputs[0].shape = rows_of(value)
-                graph.insert_before(node, gather)
-            node.replace_input_with(place, chosen[value])
-        for value in node.outputs:
-            value.shape = rows_of(value)
-    for node in choices:
-        source = node.inputs[0]
-        if source in made:
-            node.outputs[0].replace_all_uses_with(source)
-    graph.sort()  # the index is made late
-    CommonSubexpressionEliminationPass()(model)
-    RemoveUnusedNodesPass()(model)
-    return ir.serde.serialize_model(model)
-
-
-def _is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies rows [B, S, in] by one matrix [in, out]."""
-    x, matrix = node.inputs if node.op_type == "MatMul" else (None, None)
-    return x is not None and matrix is not None and (rank(x), rank(matrix)) == (3, 2)
-
-
-@dataclass
-class _SurrogateBuilder:
-    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (docs/algorithm.md)."""
-
-    graph: gs.Graph
-    plan: DropPlan
-    cache: CacheShape
-    hidden_size: int
-    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]]
-    states_in: dict[str, gs.Variable] = field(default_factory=dict)
-    states_out: dict[str, gs.Variable] = field(default_factory=dict)
-
-    def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
-        """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
-        dtype = x.dtype
-        if site not in self.adapters and self.plan.surrogate == "residual":
-            return x  # plain layer skipping: the base alone is no node at all
-        rows: list[int | str] = ["batch", self.hidden_size]
-
-        def variable(name: str, shape: list[int | str]) -> gs.Variable:
-            return gs.Variable(f"surrogate.{site}.{name}", dtype, shape)
-
-        def add(op: str, inputs: list[gs.Tensor], output: gs.Variable, **attrs: object) -> gs.Variable:
-            name = f"surrogate.{site}.{output.name.rsplit('.', 1)[1]}"
-            self.graph.nodes.append(gs.Node(op, name=name, attrs=attrs, inputs=inputs, outputs=[output]))
-            return output
-
-        base: gs.Variable | None = None
-        if self.plan.has_state:
-            base = gs.Variable(f"past_state.{site}", dtype, rows)
-            self.states_in[base.name] = base
-        result = base
-        if site in self.adapters:
-            rank = self.adapters[site][0].shape[0]
-            to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
-            x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
-            down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
-            up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
-            result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
-            if self.plan.surrogate == "recurrent":
-                result.name = f"present_state.{site}"
-                self.states_out[result.name] = result
-        assert result is not None
-        to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
-        return add("Reshape", [result, to_tokens], variable("y", ["batch", 1, self.hidden_size]))
-
-    def _weight(self, site: str, which: int) -> gs.Constant:
-        stored = self.adapters[site][which]
-        proto = onnx.TensorProto(
-            name=f"surrogate.{site}.lora_{'AB'[which]}",
-            data_type=onnx.TensorProto.DataType.Value(_ONNX_DTYPE[stored.dtype]),
-            dims=stored.shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        for key, value in (
-            ("location", stored.location),
-            ("offset", stored.offset_bytes),
-            ("length", stored.size_bytes),
-        ):
-            proto.external_data.add(key=key, value=str(value))
-        return gs.Constant(proto.name, LazyValues(proto))
-
-
-def _replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
-    for node in list(old.outputs):
-        for index, tensor in enumerate(node.inputs):
-            if tensor is old:
-                node.inputs[index] = new
-
-
-def _ancestors(tensor: gs.Tensor, depth: int = 4) -> set[str]:
-    """Names of the tensors a tensor is made from, a few nodes back."""
-    names = {tensor.name}
-    if depth:
-        for producer in tensor.inputs:
-            for source in producer.inputs:
-                names |= _ancestors(source, depth - 1)
-    return names

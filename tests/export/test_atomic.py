@@ -23,7 +23,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import VerificationError
 
 import lora_drop_export.check.verify
-from lora_drop_export.check.verify import Tolerance
+from lora_drop_export.check.figures import Tolerance
 from lora_drop_export.cli import main
 from tests.bundles import family, make_bundle
 from tests.models import SIZES

@@ -24,12 +24,15 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.numpy import load_file, save_file
 
 from lora_drop_export.check.reference import Reference
-from lora_drop_export.checkpoint.open import Checkpoint, open_checkpoint
-from lora_drop_export.compiler.export import ExportOptions, add_target
-from lora_drop_export.graphs.refresh import StoredTensor
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.quantize import formats as quantize
-from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, pack, quantize_rows, unpack
-from lora_drop_export.weights.store import bytes_read, store_weights, weights_bytes
+from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, pack, unpack
+from lora_drop_export.quantize.rounding import quantize_rows
+from lora_drop_export.weights.store import store_weights, weights_bytes
+from lora_drop_export.weights.stored import StoredTensor, bytes_read
 from tests.bundles import family, make_bundle
 
 FORMATS = [

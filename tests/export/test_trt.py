@@ -20,10 +20,16 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
 from lora_drop_export.cli import main
-from lora_drop_export.compiler.export import ExportOptions, _report_engine, add_target, static_slots, write_bundle
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
-from lora_drop_export.targets.trt.build import BuilderOptions, EngineBuilder, lora_profiles, refresh_profiles
-from lora_drop_export.targets.trt.lower import check_one_copy, trt_from_neutral
+from lora_drop_export.targets.trt.build import EngineBuilder
+from lora_drop_export.targets.trt.lower import trt_from_neutral
+from lora_drop_export.targets.trt.options import BuilderOptions
+from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profiles
+from lora_drop_export.targets.trt.target import _report_engine, static_slots
+from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.bundles import family, family_trace, make_bundle
 
 RTX = "tensorrt-rtx"

@@ -16,7 +16,8 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.plan.drop_plan import POLICIES
 from lora_drop_tools.cli import main
 
-from lora_drop_export.check.verify import TOLERANCES, compare, compare_logits, verify
+from lora_drop_export.check.figures import TOLERANCES, compare_logits
+from lora_drop_export.check.verify import compare, verify
 from lora_drop_export.console import Console
 from tests.bundles import make_bundle, save_adapters
 

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast
 import lora_drop_export.decoder.trace
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
-from lora_drop_export.weights.store import _CHUNK_BYTES, _blocks, copy_file
+from lora_drop_export.weights.store import copy_file
+from lora_drop_export.weights.write import _CHUNK_BYTES, _blocks
 from tests.bundles import Family, family, make_bundle
 from tests.models import SIZES
 

@@ -16,8 +16,8 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from lora_drop_export.compiler.export import static_slots
 from lora_drop_export.targets.trt.lower import trt_from_neutral
+from lora_drop_export.targets.trt.target import static_slots
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library

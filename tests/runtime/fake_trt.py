@@ -32,9 +32,10 @@ from lora_drop_runtime.engines.trt.engine import TrtEngine
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from numpy.typing import NDArray
 
-from lora_drop_export.compiler.export import static_slots
-from lora_drop_export.targets.trt.build import lora_profiles, refresh_profiles
-from lora_drop_export.targets.trt.lower import check_one_copy, trt_from_neutral
+from lora_drop_export.targets.trt.lower import trt_from_neutral
+from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profiles
+from lora_drop_export.targets.trt.target import static_slots
+from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.bundles import Family, make_bundle
 from tests.runtime.fake_cuda import FakeCuda
 

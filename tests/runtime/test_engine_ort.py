@@ -15,7 +15,8 @@ from lora_drop_runtime.engines.ort import engine as engine_ort
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 
 from lora_drop_export.check.verify import verify
-from lora_drop_export.compiler.export import ExportOptions, write_bundle
+from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from tests.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 

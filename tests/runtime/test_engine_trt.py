@@ -745,7 +745,8 @@ def test_networks_that_tensorrt_rtx_parses_have_the_tables_inputs_and_outputs(bu
     import onnx
 
     from lora_drop_export.console import Console
-    from lora_drop_export.targets.trt.build import BuilderOptions, EngineBuilder
+    from lora_drop_export.targets.trt.build import EngineBuilder
+    from lora_drop_export.targets.trt.options import BuilderOptions
 
     pytest.importorskip("tensorrt_rtx")
     made = bundles(name)

@@ -30,7 +30,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lora_drop_export.cli
-from lora_drop_export.cli import DropList, read_drop_list
+from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
 from tests import oracle
 from tests.bundles import family, make_bundle
 from tests.models import FAMILIES, SIZES

@@ -151,7 +151,7 @@ def _profile(args: argparse.Namespace) -> None:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from lora_drop_export.cli import DropList, read_drop_list
+    from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
 
     if args.drop_layers is not None and args.drop_list is not None:
         raise InputError(

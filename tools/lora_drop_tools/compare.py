@@ -12,7 +12,7 @@ from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_drop_export.check.verify import Verification
+    from lora_drop_export.check.figures import Verification
 
 
 def compare(
@@ -33,8 +33,8 @@ def compare(
         InputError: the exporter's packages are not installed.
     """
     require_export_packages("comparing needs PyTorch as the reference")
+    from lora_drop_export.check.figures import failure, print_table
     from lora_drop_export.check.verify import compare as compare_bundle
-    from lora_drop_export.check.verify import failure, print_table
     from lora_drop_export.console import Console
 
     console = Console()

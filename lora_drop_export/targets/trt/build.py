@@ -15,75 +15,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-from lora_drop_runtime.engines.trt.library import error_logger, library
-from lora_drop_runtime.engines.trt.plugin import load_plugin, plugin_path
-from lora_drop_runtime.errors import InputError, ModelError
+from lora_drop_runtime.engines.trt.library import error_logger
+from lora_drop_runtime.engines.trt.plugin import load_plugin
+from lora_drop_runtime.errors import ModelError
 
-from lora_drop_export.console import Console
-from lora_drop_export.weights.store import Progress
+from lora_drop_export.console import Console, Progress
 
-from .lower import PLUGIN_NAMESPACE
-
-COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")  # GeForce and RTX of the Ampere, Ada and Blackwell generations
-Range = tuple[int, int, int]  # smallest, most frequent, largest
-Profile = Mapping[str, Range]  # symbolic size → its range
-
-
-@dataclass(frozen=True)
-class BuilderOptions:
-    """Options of the engine build; None leaves the library's default.
-
-    Args:
-        workspace_mib: most scratch memory that a layer may use, in MiB.
-        optimization_level: 0 (fast build) to 5.
-        hardware_compatible: engines that also run on newer GPU generations (tensorrt; Ampere and later).
-        version_compatible: engines that newer versions of the library run.
-        compute_capabilities: GPU generations that a tensorrt-rtx engine is built for.
-        alias: whether the plugin tells TensorRT that it updates its caches in place. If not, the builder cannot plan
-            a copy of them around it; past and present are bound to one address in either case.
-    """
-
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    hardware_compatible: bool = False
-    version_compatible: bool = False
-    compute_capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES
-    alias: bool = True
-
-    def __post_init__(self) -> None:
-        level = self.optimization_level
-        if level is not None and not 0 <= level <= 5:
-            raise InputError(
-                "Unknown optimization level.", note=f"It is {level}, known are 0 to 5.", hint="Leave it out for 3."
-            )
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(
-                "The workspace must be positive.", note=f"It is {self.workspace_mib} MiB.", hint="Leave it out."
-            )
-        if not self.compute_capabilities or len(set(self.compute_capabilities)) != len(self.compute_capabilities):
-            raise InputError(
-                "The compute capabilities must be named once each.",
-                note=f"Given are {', '.join(self.compute_capabilities) or 'none'}.",
-                hint=f"Use --compute-capability {COMPUTE_CAPABILITIES[0]}.",
-            )
-
-
-def refresh_profiles(k: int, max_batch: int, prefill_chunk: int) -> dict[str, Profile]:
-    """One profile for decode steps, of up to k + 1 tokens a row, and one for chunks of a prefill."""
-    batch = (1, 1, max_batch)
-    return {
-        "decode": {"batch": batch, "sequence": (1, 1, k + 1), "rows": (1, 1, k + 1)},
-        "prefill": {"batch": batch, "sequence": (1, prefill_chunk, prefill_chunk), "rows": (1, 1, 1)},
-    }
-
-
-def lora_profiles(max_batch: int) -> dict[str, Profile]:
-    return {"decode": {"batch": (1, 1, max_batch)}}
+from .options import BuilderOptions, _compute_capability, check_buildable
+from .plugin_form import PLUGIN_NAMESPACE
+from .profiles import Profile, _dims, _optimization_profile
 
 
 class EngineBuilder:
@@ -200,40 +144,6 @@ class EngineBuilder:
         )
 
 
-def check_buildable(target: str, options: BuilderOptions, form: str | None = None) -> Any:
-    """The Python module of a target; refuses early what would end an export late.
-
-    Raises:
-        InputError: it does not build for a compute capability, or has not got an option.
-        BundleError: it is not installed; the plugin form, and no plugin.
-    """
-    trt = library(target)
-    if target == "tensorrt-rtx":
-        for capability in options.compute_capabilities:
-            _compute_capability(trt, capability)
-        if options.hardware_compatible:
-            raise InputError(
-                "The target has no such option.",
-                note="--hardware-compatible is of tensorrt; tensorrt-rtx builds for the capabilities that it is given.",
-                hint="Name them with --compute-capability.",
-            )
-    elif form == "plugin":
-        plugin_path()
-    return trt
-
-
-def _compute_capability(trt: Any, capability: str) -> Any:
-    name = f"SM{capability.replace('.', '')}"
-    known = [f"{key[2:-1]}.{key[-1]}" for key in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", key)]
-    if capability not in known:
-        raise InputError(
-            "The library does not build for that compute capability.",
-            note=f"{capability!r} was asked for, tensorrt-rtx {trt.__version__} knows {', '.join(known)}.",
-            hint="Name known ones with --compute-capability.",
-        )
-    return getattr(trt.ComputeCapability, name)
-
-
 def _flags(flags: Any, *names: str) -> int:
     """A bit mask; a flag that the library no longer has is its only behaviour by now."""
     return sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name))
@@ -260,18 +170,6 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a subclass
             layer.attention.decomposable = True
-
-
-def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
-    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-
-
-def _optimization_profile(builder: Any, symbols: Mapping[str, list[int | str]], profile: Profile) -> Any:
-    made = builder.create_optimization_profile()
-    for name, dims in symbols.items():
-        if any(isinstance(dim, str) for dim in dims):
-            made.set_shape(name, *([profile[d][i] if isinstance(d, str) else d for d in dims] for i in range(3)))
-    return made
 
 
 def _progress_monitor(trt: Any, progress: Progress) -> Any:

@@ -395,9 +395,9 @@ def fit(
     require_export_packages("fitting runs the model in PyTorch")
     import torch
 
-    from lora_drop_export.check.reference import name_of
-    from lora_drop_export.checkpoint.open import check_drop_list
+    from lora_drop_export.checkpoint.drop_list import check_drop_list
     from lora_drop_export.console import Console
+    from lora_drop_export.decoder.anatomy import name_of
     from lora_drop_export.decoder.loaded import load_model
     from lora_drop_export.staging import staged_directory
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing

@@ -25,8 +25,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
-from lora_drop_export.check.reference import Recorder, between_halves, head_replaced
-from lora_drop_export.decoder.trace import decoder_layers
+from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
 
 ATTENTION_NAME = "lora_drop_teacher_forcing"
 Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d], s·B [d, r]); a missing site has only its base

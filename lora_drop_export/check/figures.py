@@ -1,0 +1,174 @@
+"""How far two logits may lie apart, and how far they do.
+
+Enters: logits of both sides. Leaves: a `Verification`, its table and its error. Runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.plan.schedule import StepKind
+
+from lora_drop_export.console import Console
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error accepted, as a fraction of the row's largest |logit|, and smallest cosine."""
+
+    max_error: float
+    min_cosine: float
+
+
+# float32: both sides compute in float32 and sum in other orders; over 30 layers that was 3e-6 on the real models,
+# while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/test_verify.py).
+# Halves: the reference computes in float32 with the same rounded weights. Eager PyTorch itself in that dtype was off by
+# at most 0.0041 (float16, cosine 0.99997) and 0.030 (bfloat16, 0.9971) over 160 positions of SmolLM2-135M; twice that.
+# Quantized weights are float32's case: the graph is run with kernels that compute in float32. The engine's own kernels
+# round activations to 8 bits, and 30 layers of that are chaotic: a rounding that falls the other way is as large as
+# the quantization itself. So of them only the median over rows and steps is judged: 0.9999 for SmolLM2-135M and
+# Qwen2.5-Coder-1.5B in int4, while single LoRA steps without adapters were as low as 0.80.
+TOLERANCES = {
+    "float32": Tolerance(max_error=2e-4, min_cosine=0.999999),
+    "float16": Tolerance(max_error=0.01, min_cosine=0.9999),
+    "bfloat16": Tolerance(max_error=0.06, min_cosine=0.99),
+}
+MIN_ROUNDED_COSINE = 0.95
+# int8 caches: the reference rounds them likewise; an entry that falls the other way is off by 1/127 of its channel. On
+# SmolLM2-135M with 13 layers dropped that made at most 0.012 (cosine 0.99996); three times that.
+INT8_CACHES = Tolerance(max_error=0.04, min_cosine=0.999)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step of the run. A near-tie: the top-1 tokens differ, the reference's two best logits within the error."""
+
+    step: int
+    kind: str
+    max_abs_error: float
+    max_rel_error: float
+    cosine: float
+    top1_agreement: float
+    near_ties: int
+    passed: bool
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+@dataclass(frozen=True)
+class Verification:
+    target: str
+    k: int
+    prompt_lengths: tuple[int, ...]
+    tolerance: Tolerance
+    steps: tuple[StepResult, ...]
+    rounded_cosine: float | None = None  # median, of kernels that round activations
+    policy: str = "skip"
+
+    @property
+    def passed(self) -> bool:
+        return all(self.steps) and (self.rounded_cosine is None or self.rounded_cosine >= MIN_ROUNDED_COSINE)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest keeps."""
+        summary = {
+            "status": "passed" if self.passed else "failed",
+            "steps": len(self.steps),
+            "max_abs_error": max(s.max_abs_error for s in self.steps),
+            "min_cosine": min(s.cosine for s in self.steps),
+        }
+        return summary if self.rounded_cosine is None else summary | {"rounded_cosine": self.rounded_cosine}
+
+
+def _cosines(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Of each row; both [B, V]."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    result: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(
+        np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30
+    )
+    return result
+
+
+def compare_logits(
+    step: int,
+    kind: str,
+    ours: npt.NDArray[np.float32],
+    theirs: npt.NDArray[np.float32],
+    tolerance: Tolerance,
+) -> StepResult:
+    """One step's figures; `ours` and `theirs` are float32 [B, V], errors are relative to the row's largest |logit|."""
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    error = np.abs(a - b).max(axis=1)
+    scale = np.abs(b).max(axis=1)
+    relative = error / np.maximum(scale, 1e-30)
+    cosine = _cosines(ours, theirs)
+    same = a.argmax(axis=1) == b.argmax(axis=1)
+    top2 = np.sort(b, axis=1)[:, -2:]
+    near_tie = ~same & (top2[:, 1] - top2[:, 0] <= 2 * error)
+    finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
+    passed = (
+        finite
+        and bool((relative <= tolerance.max_error).all())
+        and bool((cosine >= tolerance.min_cosine).all())
+        and bool((same | near_tie).all())
+    )
+    return StepResult(
+        step=step,
+        kind=kind,
+        max_abs_error=float(error.max()),
+        max_rel_error=float(relative.max()),
+        cosine=float(cosine.min()),
+        top1_agreement=float(same.mean()),
+        near_ties=int(near_tie.sum()),
+        passed=passed,
+    )
+
+
+def print_table(result: Verification, console: Console) -> None:
+    """One line per step kind."""
+    from rich.table import Table
+
+    table = Table(title=f"{result.target} against eager PyTorch, k = {result.k}", title_justify="left")
+    for column in ("step kind", "steps", "max abs error", "max rel error", "min cosine", "top-1 agreement"):
+        table.add_column(column, justify="left" if column == "step kind" else "right")
+    for kind in ("prefill", StepKind.LORA.value, StepKind.REFRESH.value):
+        group = [s for s in result.steps if s.kind == kind]
+        if group:
+            ties = sum(s.near_ties for s in group)
+            table.add_row(
+                kind,
+                str(len(group)),
+                f"{max(s.max_abs_error for s in group):.1e}",
+                f"{max(s.max_rel_error for s in group):.1e}",
+                f"{min(s.cosine for s in group):.7f}",
+                f"{np.mean([s.top1_agreement for s in group]):.0%}" + (f" ({ties} near-ties)" if ties else ""),
+            )
+    console.rich.print(table)
+    if result.rounded_cosine is not None:
+        console.say(
+            f"the above with kernels that compute in float32; with those that round activations to 8 bits, which run, "
+            f"the median cosine is {result.rounded_cosine:.4f}"
+        )
+
+
+def failure(result: Verification) -> VerificationError:
+    """The error for a comparison that failed."""
+    if all(result.steps):
+        return VerificationError(
+            f"The bundle on {result.target} disagrees with PyTorch.",
+            note=f"Kernels that round activations: median cosine {result.rounded_cosine:.4f}, accepted is "
+            f"{MIN_ROUNDED_COSINE}.",
+            hint="Use --dtype int8 or fp32; if those pass, an engine's kernel for int4 computes wrongly here.",
+        )
+    worst = max((s for s in result.steps if not s.passed), key=lambda s: s.max_rel_error)
+    return VerificationError(
+        f"The bundle on {result.target} disagrees with PyTorch.",
+        note=f"Step {worst.step} ({worst.kind}): relative error {worst.max_rel_error:.1e}, cosine {worst.cosine:.7f}; "
+        f"accepted are {result.tolerance.max_error:.0e} and {result.tolerance.min_cosine}.",
+        hint="This is a bug, or an engine that computes differently here; please report it with verify output.",
+    )

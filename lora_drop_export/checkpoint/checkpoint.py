@@ -1,0 +1,70 @@
+"""A model as it lies on disk: its config, and where each tensor's values come from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+_FINGERPRINT_VALUES = 64
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class TensorSource(Protocol):
+    """What can be asked of a checkpoint's tensor: a place in a safetensors file, or one that is dequantized.
+
+    `dtype` is the safetensors name of the values that `read` and `rows` give; `rows` are along the first axis.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def read(self) -> npt.NDArray[Any]: ...
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk.
+
+    Attributes:
+        name: hub id, or the own name of the directory or file.
+        directory: holds config.json, the tokenizer files and the licence.
+        config: the transformers config.
+        tensors: tensor name → where its values come from; files are real paths, symbolic links resolved.
+        trust_remote_code: the user lets the code that the checkpoint brings run.
+        owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
+            file, or from files that were made for this export.
+    """
+
+    name: str
+    directory: Path
+    config: Any
+    tensors: Mapping[str, TensorSource]
+    trust_remote_code: bool = False
+    owned: bool = False
+
+    def fingerprint(self) -> str:
+        """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
+
+        SHA-256 over each tensor's name, shape and first 64 values as float32.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            ref = self.tensors[name]
+            digest.update(f"{name}{ref.shape}".encode())
+            rows = ref.rows(0, 1) if ref.shape else ref.read()
+            digest.update(np.asarray(rows, np.float32).reshape(-1)[:_FINGERPRINT_VALUES].tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""A drop list as `lora-drop profile` writes it, or a user by hand.
+
+Enters: a JSON file. Leaves: a `DropList`, refused for another model, with a warning for a bad base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_drop_runtime.errors import InputError, PlanError
+
+
+def check_drop_list(chosen_for: str | None, name: str, fingerprint: str) -> None:
+    """Refuse a drop list that was chosen for another model than `name`; without a fingerprint it fits any.
+
+    Raises:
+        PlanError: it was.
+    """
+    if chosen_for not in (None, fingerprint):
+        raise PlanError(
+            "The drop list was chosen for another model.",
+            note=f"It is of {str(chosen_for)[:12]}, {name} is {fingerprint[:12]}.",
+            hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
+        )
+
+
+@dataclass(frozen=True)
+class DropList:
+    """What a drop list's file says.
+
+    Attributes:
+        layers: to be dropped.
+        fingerprint: of the model that they were chosen for, None where the file does not say.
+        base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
+            mean; what was measured.
+    """
+
+    layers: tuple[int, ...]
+    fingerprint: str | None = None
+    base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+
+
+def read_drop_list(path: Path) -> DropList:
+    """A drop list from a JSON file: a list of layers, or an object with `drop_layers` as `lora-drop profile` writes it.
+
+    Raises:
+        InputError: the file cannot be read, or holds no drop list.
+    """
+    try:
+        data = json.loads(path.read_text())
+        facts = data if isinstance(data, dict) else {"drop_layers": data}
+        layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
+        if not all(type(layer) is int for layer in layers) or not isinstance(fingerprint, str | None):
+            raise TypeError
+        errors = {
+            base: {int(layer): float(error) for layer, error in of_layers.items()}
+            for base, of_layers in facts.get("base_errors", {}).items()
+        }
+        return DropList(tuple(layers), fingerprint, errors)
+    except OSError as error:
+        raise InputError(
+            "The drop list cannot be read.", note=f"{path}: {error.strerror}.", hint="Check the path."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            "The file holds no drop list.",
+            note=f'{path} is neither a JSON list of layers nor an object with "drop_layers".',
+            hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
+        ) from None
+
+
+def _warn_of_base(drop_list: DropList, surrogate: str) -> None:
+    """Say so when the surrogate would start farther from a layer's output than the mean of its outputs is."""
+    from lora_drop_export.console import Console
+
+    errors = drop_list.base_errors.get(surrogate, {})
+    bad = {layer: errors[layer] for layer in sorted(drop_list.layers) if errors.get(layer, 0.0) > 1.0}
+    if bad:
+        Console().say(
+            f"warning: --surrogate {surrogate} starts from something worse than the mean of the layer's outputs in "
+            f"layers {', '.join(map(str, bad))} (relative errors {min(bad.values()):.2f} to {max(bad.values()):.2f}); "
+            "--surrogate residual starts from the layer's input"
+        )

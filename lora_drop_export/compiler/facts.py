@@ -1,0 +1,170 @@
+"""What the manifest says of a model: plan, limits, formats, facts, special tokens.
+
+Enters: options, checkpoint and trace. Leaves: frozen parts of the manifest. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
+from lora_drop_runtime.bundle.manifest import DTYPE_BYTES, Limits, ModelFacts, SpecialTokens
+from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, DropPlan, eligible_layers, spread_layers
+
+from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorSource
+from lora_drop_export.checkpoint.gguf import GgufTensor
+from lora_drop_export.decoder.trace import TracedModel
+from lora_drop_export.graphs.match import quantizable
+from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats
+from lora_drop_export.weights.stored import StoredTensor, bytes_read
+
+from .options import ExportOptions
+
+
+def _block_formats(
+    refs: Mapping[str, TensorSource],
+    traced: TracedModel,
+    groups: Sequence[tuple[str, ...]],
+    quantization: Quantization | None,
+) -> dict[str, BlockFormat]:
+    """The block format of each quantized weight; of a tied one under all of its names."""
+    if quantization is None:
+        return {}
+    weights = quantizable(traced.graph.graph)
+    others = {ref.name for name, ref in refs.items() if name not in weights}
+    chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
+    native = {name: ref.native for name, ref in chosen.items() if isinstance(ref, GgufTensor) and ref.native}
+    return block_formats({name: ref.shape for name, ref in chosen.items()}, native, groups, quantization)
+
+
+def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
+    """The drop plan that the options ask for, on this model."""
+    windowed = tuple(i for i, window in enumerate(traced.windows) if window)
+    eligible = eligible_layers(len(traced.windows), options.always_first, options.always_last, windowed)
+    ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
+    layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
+    rank, policy = options.rank or 0, options.policy
+    surrogate, injection = options.surrogate, options.injection
+    if options.adapters is not None:
+        config = read_adapter_config(options.adapters)
+        policy = policy or config.policy
+        surrogate, injection = surrogate or config.surrogate, injection or config.injection
+        if options.rank not in (None, config.rank):
+            raise PlanError(
+                "The adapters have another rank.",
+                note=f"--rank is {options.rank}, {options.adapters} has rank {config.rank}.",
+                hint="Leave --rank out when --adapters is given.",
+            )
+        rank = config.rank
+        if options.drop_layers is None and options.drop_ratio is None and config.drop_layers is not None:
+            layers = config.drop_layers
+    return DropPlan(
+        num_layers=len(traced.windows),
+        drop_layers=layers,
+        k=options.k,
+        surrogate=surrogate or SURROGATES[0],
+        injection=injection or INJECTIONS[0],
+        rank=rank if layers else 0,
+        policy=policy or POLICIES[0],
+        always_first=options.always_first,
+        always_last=options.always_last,
+        windowed_layers=windowed,
+    )
+
+
+def make_limits(config: Any, options: ExportOptions) -> Limits:
+    """Capacities: 2048 tokens unless told otherwise, never more than the model's context."""
+    context = _context_length(config)
+    max_seq_len = options.max_seq_len or min(2048, context)
+    max_prompt_len = options.max_prompt_len or max(1, max_seq_len - 1)
+    for option, value, bound, what in (
+        ("--max-seq-len", max_seq_len, context, "the model's context"),
+        ("--max-prompt-len", max_prompt_len, max_seq_len - 1, "--max-seq-len less one new token"),
+    ):
+        if value > bound:
+            raise InputError(f"{option} is too large.", note=f"It is {value}, {what} is {bound}.", hint="Lower it.")
+    return Limits(max_seq_len, max_prompt_len, options.max_batch)
+
+
+def _context_length(config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 2048
+
+
+def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
+    """float32 on the CPU, else what most of the checkpoint has; engines of float32 checkpoints are bfloat16."""
+    if "ort" in options.targets:
+        return "float32"
+    size: dict[str, int] = {}
+    for ref in checkpoint.tensors.values():
+        size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
+    dtype = TORCH_DTYPES.get(max(size, key=lambda name: size[name]), "float32")
+    return "bfloat16" if dtype == "float32" and "none" not in options.targets else dtype
+
+
+def _adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
+    """Fitted adapters, or zeros that leave room for some, or none."""
+    if options.adapters is not None:
+        return read_adapters(options.adapters, plan, traced.hidden_size, fingerprint)
+    width = traced.hidden_size
+    zeros = np.zeros((plan.rank, width), np.float32), np.zeros((width, plan.rank), np.float32)
+    return dict.fromkeys(plan.sites, zeros) if plan.rank else {}
+
+
+def _model_facts(
+    checkpoint: Checkpoint,
+    traced: TracedModel,
+    dtype: str,
+    fingerprint: str,
+    stored: Mapping[str, StoredTensor],
+) -> ModelFacts:
+    prefix = f"{traced.layers_prefix}."
+    layer_bytes = [0] * len(traced.windows)
+    head_bytes = 0
+    for name, tensor in stored.items():
+        if name.startswith(prefix):
+            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += bytes_read(tensor)
+        elif name not in traced.embedding_only:
+            head_bytes += bytes_read(tensor)
+    rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
+    tables = [bytes_read(t) // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
+    embedding_row_bytes = tables[0] if tables else traced.hidden_size * DTYPE_BYTES[dtype]
+    return ModelFacts(
+        name=checkpoint.name,
+        model_type=checkpoint.config.model_type,
+        fingerprint=fingerprint,
+        num_layers=len(traced.windows),
+        hidden_size=traced.hidden_size,
+        vocab_size=traced.vocab_size,
+        num_heads=traced.num_heads,
+        kv_heads=traced.kv_heads,
+        head_dim=traced.head_dim,
+        context_length=_context_length(checkpoint.config),
+        dtype=dtype,
+        windows=traced.windows,
+        layer_bytes=tuple(layer_bytes),
+        head_bytes=head_bytes,
+        embedding_row_bytes=embedding_row_bytes,
+        weight_dtype=dtype,
+    )
+
+
+def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
+    """End and padding tokens: the generation config's, else the model config's."""
+    from transformers import GenerationConfig
+
+    try:
+        generation: Any = GenerationConfig.from_pretrained(checkpoint.directory)
+    except OSError:
+        generation = checkpoint.config
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = getattr(checkpoint.config, "eos_token_id", None)
+    pad = getattr(generation, "pad_token_id", None)
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return SpecialTokens(eos=ids, pad=0 if pad is None or pad < 0 else pad)

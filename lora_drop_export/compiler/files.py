@@ -1,0 +1,84 @@
+"""The files of a bundle that are neither graphs nor weights, the records of all of them, and the disk they need."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import shutil
+from pathlib import Path
+
+from lora_drop_runtime.bundle.bundle import record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, FileRecord
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME
+
+_VERSIONED = (
+    "lora-drop-export",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnx-graphsurgeon",
+    "onnxruntime",
+    "polygraphy",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-bindings",
+)
+_LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    """Tokenizer as transformers sees it, generation config, chat template, licence."""
+    from transformers import AutoTokenizer
+
+    directory.mkdir()
+    for pattern in ("generation_config.json", *_LICENCE_FILES):
+        for file in checkpoint.directory.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+    if not any(checkpoint.directory.glob("tokenizer*")):
+        return
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
+    """Config, and code if the model brings some, beside the weights, so that the reference can be built from them."""
+    checkpoint.config.save_pretrained(weights)
+    if checkpoint.trust_remote_code:
+        for file in checkpoint.directory.glob("*.py"):
+            shutil.copyfile(file, weights / file.name)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
+    """Size and hash of every file; of a checkpoint taken as it lay only the headers, since it may be huge."""
+    records = {}
+    for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
+        name = file.relative_to(root).as_posix()
+        if name != MANIFEST_NAME:
+            of_checkpoint = file.match("weights/*.safetensors") and file.name not in (ADAPTERS_NAME, KV_SCALES_NAME)
+            records[name] = record_file(file, header_only=of_checkpoint and as_it_lay)
+    return records
+
+
+def _check_disk(root: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < needed_bytes + _SLACK_BYTES:
+        raise InputError(
+            "There is too little free disk space.",
+            note=f"The bundle needs {(needed_bytes + _SLACK_BYTES) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
+            hint="Free some space, choose another --out, or use --weights link.",
+        )

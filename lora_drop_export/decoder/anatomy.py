@@ -1,0 +1,110 @@
+"""Where a transformers decoder keeps its layers, halves, buffers and tied weights, whatever the family."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lora_drop_runtime.errors import ModelError
+
+
+@contextlib.contextmanager
+def head_replaced(model: Any, forward: Callable[[Any], Any]) -> Iterator[None]:
+    """The head, which is not loaded, as another function."""
+    head = model.get_output_embeddings()
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def name_of(model: Any, wanted: Any) -> str:
+    return next(str(name) for name, module in model.named_modules() if module is wanted)
+
+
+def between_halves(layer: Any) -> Any:
+    """The module whose input is the residual stream after attention."""
+    for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    return layer
+
+
+class Recorder:
+    """Replaces every layer by one that notes its arguments and passes the hidden states on.
+
+    With `result`, the last layer returns that instead: the model then goes on to its norm and head.
+    """
+
+    def __init__(self, layers: Any, result: Any = None) -> None:
+        self.layers = layers
+        self.inputs: list[Any] = []
+        self.arguments: list[tuple[Any, Any]] = []
+        for index, layer in enumerate(layers):
+            final = result if index == len(layers) - 1 else None
+            layer.forward = self._stand_in(final)
+
+    def _stand_in(self, result: Any) -> Callable[..., Any]:
+        def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            self.inputs.append(hidden_states)
+            self.arguments.append((args, kwargs))
+            return hidden_states if result is None else result
+
+        return forward
+
+    def restore(self) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+
+def decoder_layers(model: Any) -> Any:
+    """The ModuleList of decoder blocks, wherever the family keeps it."""
+    import torch
+
+    count = model.config.get_text_config().num_hidden_layers
+    found = [
+        module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            "The model's decoder layers were not found.",
+            note=f"{len(found)} module lists have {count} entries (config.num_hidden_layers).",
+            hint="A causal language model with one list of decoder layers is needed.",
+        )
+    return found[0]
+
+
+def buffer_values(model: Any) -> dict[str, Any]:
+    """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init."""
+    import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    values: dict[str, Any] = {}
+    with unset_fake_temporarily(), torch.no_grad():
+        for prefix, module in model.named_modules():
+            names = [n for n in module._buffers if n in module._non_persistent_buffers_set]
+            if not names:
+                continue
+            for name in names:
+                fake = module._buffers[name]
+                fill = torch.nan if fake.is_floating_point() else 0
+                module._buffers[name] = torch.full(tuple(fake.shape), fill, dtype=fake.dtype)
+            model._init_weights(module)
+            for name in names:
+                values[f"{prefix}.{name}" if prefix else name] = module._buffers[name]
+    return values
+
+
+def tied_names(model: Any) -> dict[str, str]:
+    """Parameters that are another one under a second name, as the config says or as the module is built."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            tied[name] = first[id(parameter)]
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and model.config.get_text_config().tie_word_embeddings:  # not on fake tensors everywhere
+        tied[first[id(head)]] = first[id(embedding)]
+    return tied

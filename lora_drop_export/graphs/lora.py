@@ -1,0 +1,150 @@
+"""refresh.onnx → lora.onnx: dropped layers give way to surrogates.
+
+Enters: the neutral refresh graph, the plan, the places of the adapters. Leaves: the LoRA step's graph, which names the
+same tensors in the same files. The residual stream's names tell where a layer begins and ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from lora_drop_export.weights.stored import StoredTensor
+
+from .values import _ONNX_DTYPE, IR_VERSION
+
+
+def lora_step_from_refresh(
+    refresh: onnx.ModelProto,
+    plan: DropPlan,
+    cache: CacheShape,
+    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
+) -> onnx.ModelProto:
+    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
+
+    Args:
+        refresh: the refresh graph; its external weights are neither read nor needed.
+        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
+
+    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
+    """
+    graph = gs.import_onnx(refresh)
+    tensors = graph.tensors()
+    hidden_size = tensors["hidden_states.0"].shape[2]
+    vocab_size = tensors["logits"].shape[2]
+    outputs = {tensor.name: tensor for tensor in graph.outputs}
+    for name in [name for name in outputs if name.startswith("present_state.")]:
+        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
+    for layer in plan.drop_layers:
+        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
+        if plan.injection == "block":
+            new = builder.surrogate(str(layer), x)
+        else:
+            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
+        _replace_uses(y, new)
+        tensors[f"hidden_states.{layer + 1}"] = new
+    # Case 2: one token per row, so the gather of the rows that want logits is the identity
+    for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
+        _replace_uses(node.outputs[0], node.inputs[0])
+    io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
+    outputs |= builder.states_out
+    inputs |= builder.states_in
+    inputs["input_ids"].shape = ["batch", 1]
+    graph.inputs = [inputs[spec.name] for spec in io.inputs]
+    graph.outputs = [outputs[spec.name] for spec in io.outputs]
+    outputs["logits"].shape = ["batch", 1, vocab_size]
+    graph.name = "lora"
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    proto = gs.export_onnx(graph)
+    proto.ir_version = IR_VERSION
+    return proto
+
+
+@dataclass
+class _SurrogateBuilder:
+    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (docs/algorithm.md)."""
+
+    graph: gs.Graph
+    plan: DropPlan
+    cache: CacheShape
+    hidden_size: int
+    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]]
+    states_in: dict[str, gs.Variable] = field(default_factory=dict)
+    states_out: dict[str, gs.Variable] = field(default_factory=dict)
+
+    def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
+        """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
+        dtype = x.dtype
+        if site not in self.adapters and self.plan.surrogate == "residual":
+            return x  # plain layer skipping: the base alone is no node at all
+        rows: list[int | str] = ["batch", self.hidden_size]
+
+        def variable(name: str, shape: list[int | str]) -> gs.Variable:
+            return gs.Variable(f"surrogate.{site}.{name}", dtype, shape)
+
+        def add(op: str, inputs: list[gs.Tensor], output: gs.Variable, **attrs: object) -> gs.Variable:
+            name = f"surrogate.{site}.{output.name.rsplit('.', 1)[1]}"
+            self.graph.nodes.append(gs.Node(op, name=name, attrs=attrs, inputs=inputs, outputs=[output]))
+            return output
+
+        base: gs.Variable | None = None
+        if self.plan.has_state:
+            base = gs.Variable(f"past_state.{site}", dtype, rows)
+            self.states_in[base.name] = base
+        result = base
+        if site in self.adapters:
+            rank = self.adapters[site][0].shape[0]
+            to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
+            x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
+            down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
+            up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
+            result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
+            if self.plan.surrogate == "recurrent":
+                result.name = f"present_state.{site}"
+                self.states_out[result.name] = result
+        assert result is not None
+        to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
+        return add("Reshape", [result, to_tokens], variable("y", ["batch", 1, self.hidden_size]))
+
+    def _weight(self, site: str, which: int) -> gs.Constant:
+        stored = self.adapters[site][which]
+        proto = onnx.TensorProto(
+            name=f"surrogate.{site}.lora_{'AB'[which]}",
+            data_type=onnx.TensorProto.DataType.Value(_ONNX_DTYPE[stored.dtype]),
+            dims=stored.shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        for key, value in (
+            ("location", stored.location),
+            ("offset", stored.offset_bytes),
+            ("length", stored.size_bytes),
+        ):
+            proto.external_data.add(key=key, value=str(value))
+        return gs.Constant(proto.name, LazyValues(proto))
+
+
+def _replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
+    for node in list(old.outputs):
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[index] = new
+
+
+def _ancestors(tensor: gs.Tensor, depth: int = 4) -> set[str]:
+    """Names of the tensors a tensor is made from, a few nodes back."""
+    names = {tensor.name}
+    if depth:
+        for producer in tensor.inputs:
+            for source in producer.inputs:
+                names |= _ancestors(source, depth - 1)
+    return names

@@ -1,0 +1,116 @@
+"""float32 rows → integers, scales and zero points, a few rows at a time.
+
+rtn       the scale spans each block's range, values are rounded to the nearest
+search    the scale that has the least weighted squared error among many, solved again for the integers it gives
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.errors import InputError
+
+from .formats import Blocked, BlockFormat, Floats
+
+_PIECE_VALUES = 1 << 17  # of one thread: what a core's cache holds
+_STEPS = np.arange(-1.0, 1.01, 0.1, dtype=np.float32)  # levels by which a block's range is widened or clipped
+
+
+def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
+    """Quantize float32 [n, K]; returns q uint8 [n, K], scales float32 and zero points uint8 [n, K / block_size]."""
+    n, k = rows.shape
+    blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, form.block_size)
+    quantize = _search if method == "search" else _rtn
+    step = max(1, _PIECE_VALUES // form.block_size)
+    pieces = [blocks[begin : begin + step] for begin in range(0, len(blocks), step)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda piece: quantize(piece, form), pieces))
+    q, scales, zero_points = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
+
+
+def _range(x: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
+    """Per block [b, 1]: the steps per unit that make the range fit, and its lower end.
+
+    Symmetric integers reach one further down than up, so the value of largest magnitude goes to the lower end.
+    """
+    if form.symmetric:
+        largest = np.take_along_axis(x, np.abs(x).argmax(1, keepdims=True), 1)
+        steps = np.divide(-form.middle, largest, out=np.zeros_like(largest), where=largest != 0)
+        return steps, np.zeros_like(largest)
+    low = np.minimum(x.min(1, keepdims=True), 0)
+    span = np.maximum(x.max(1, keepdims=True), 0) - low
+    return np.divide(2**form.bits - 1, span, out=np.zeros_like(span), where=span > 0), low
+
+
+def _round(x: Floats, steps: Floats, low: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
+    """Integers q − zero_point [b, block] and the zero points [b, 1], as float32."""
+    if form.symmetric:
+        zero: Floats = np.full_like(steps, form.middle)
+    else:
+        zero = np.clip(np.rint(-low * steps), 0, 2**form.bits - 1)
+    q = x * steps
+    np.rint(q, out=q)
+    np.clip(q, -zero, 2**form.bits - 1 - zero, out=q)
+    return q, zero
+
+
+def _rtn(x: Floats, form: BlockFormat) -> Blocked:
+    steps, low = _range(x, form)
+    q, zero = _round(x, steps, low, form)
+    scales = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    return (q + zero).astype(np.uint8), scales[:, 0], zero[:, 0].astype(np.uint8)
+
+
+def _search(x: Floats, form: BlockFormat) -> Blocked:
+    weights = np.abs(x)
+    weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
+    weighted = weights * x
+    fit, low = _range(x, form)
+    levels = form.middle if form.symmetric else 2**form.bits - 1
+    best_q, best_zero = _round(x, fit, low, form)
+    best_error = np.full_like(fit, np.inf)
+    best_scale = np.zeros_like(fit)
+    for step in _STEPS:
+        q, zero = _round(x, fit * (1 + step / levels), low, form)
+        dot = np.einsum("bk,bk->b", weighted, q)[:, None]
+        norm = np.einsum("bk,bk,bk->b", weights, q, q)[:, None]
+        scale = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)  # the least-squares one
+        rest = q * scale
+        rest -= x
+        error = np.einsum("bk,bk,bk->b", weights, rest, rest)[:, None]
+        better = error < best_error
+        np.copyto(best_error, error, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_zero, zero, where=better)
+        np.copyto(best_q, q, where=better)
+    best_q += best_zero
+    return best_q.astype(np.uint8), best_scale[:, 0], best_zero[:, 0].astype(np.uint8)
+
+
+def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: int) -> Iterable[Blocked]:
+    """A tensor's integers, scales and zero points, `chunk_rows` rows at a time.
+
+    Integers that the checkpoint holds in blocks of the same size are taken as they are.
+
+    Raises:
+        InputError: a value is infinite or not a number.
+    """
+    native = getattr(source, "native", None)
+    taken = native is not None and (native.bits, native.block_size) == (form.bits, form.block_size)
+    for begin in range(0, source.shape[0], chunk_rows):
+        if taken:
+            yield source.native_rows(begin, begin + chunk_rows)
+            continue
+        rows = np.asarray(source.rows(begin, begin + chunk_rows), np.float32)
+        if not np.isfinite(rows).all():
+            raise InputError(
+                "A weight cannot be quantized.",
+                note=f"{source.name} has values that are infinite or not a number.",
+                hint="The checkpoint is damaged, or needs --dtype fp32.",
+            )
+        yield quantize_rows(rows, form, method)

@@ -1,0 +1,133 @@
+"""Cache writes and Attention → GroupQueryAttention, folded where query heads share K and V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_drop_export.graphs.match import mask_window
+from lora_drop_export.graphs.nodes import Ops, replace_node
+
+from .initializers import _alias
+from .lengths import _Lengths
+from .linears import MICROSOFT
+from .rotations import _Rotations
+from .rows import _HEADS_FIRST, _tokens_first
+
+# Query heads that share K and V, from which on folding them pays: 2× as fast with 7, 1.5× with 6, slower with 3
+MIN_FOLD = 4
+
+
+def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotations: _Rotations) -> None:
+    # Cases 6 to 8
+    query = node.inputs[0]
+    assert query is not None
+    heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
+    (key_write, key, key_scale), (value_write, value, value_scale) = (_cache_write(v) for v in node.inputs[1:3])
+    past_key, _, length = key_write.inputs
+    past_value = value_write.inputs[0]
+    present_key, present_value = key_write.outputs[0], value_write.outputs[0]
+    kv_heads = int(past_key.shape[1])  # type: ignore[union-attr, index, arg-type]
+    ops = Ops()
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+    attributes["scale"] = node.attributes["scale"].as_float()
+    if "softcap" in node.attributes:
+        attributes["softcap"] = node.attributes["softcap"].as_float()
+    if window := mask_window(node):
+        attributes["local_window_size"] = window
+    quantized: list[ir.Value | None] = []
+    if key_scale is not None and value_scale is not None:
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        scales = (
+            _alias(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
+        )
+        quantized = [*scales]
+    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and not quantized and not window
+    rows: list[ir.Value | None] = [None, None, None]
+    rotary: list[ir.Value | None] = [None] * 5
+    rotated = None if folds or query.dtype != ir.DataType.FLOAT else rotations.joined(query, key, value)
+    if rotated is not None:
+        rows[0], cos, sin = rotated  # [B, S, (H + 2 Hkv)·D]
+        rotary = [cos, sin, lengths.positions(), None, None]
+        attributes["do_rotary"] = 1
+    else:
+        rows = [_tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized]
+    while inputs[-1] is None:
+        inputs.pop()
+    attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
+    if folds:
+        folded = _folded(inputs, length, attributes, head_dim)
+        condition = lengths.folds(length, heads // kv_heads)
+        attention = _either(condition, folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
+    ops.nodes.append(attention)
+    merged = attention.outputs[0]  # [B, S, H·D]
+    merged.type = query.type
+    for made, old in zip(attention.outputs[1:], (present_key, present_value), strict=True):
+        made.name, made.shape, made.type = old.name, old.shape, old.type
+        old.name = f"{old.name}.neutral"
+        graph.outputs[:] = [made if output is old else output for output in graph.outputs]
+    (heads_last,) = (use.node for use in node.outputs[0].uses())
+    assert heads_last.op_type == "Transpose"
+    for use in list(heads_last.outputs[0].uses()):
+        shape = use.node.outputs[0].shape
+        if use.node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == heads * head_dim:
+            merged.shape = shape
+            use.node.outputs[0].replace_all_uses_with(merged)
+    split = ops("Reshape", merged, ops.ints([0, 0, heads, head_dim]))
+    replace_node(graph, heads_last, ops, split)
+
+
+def _folded(
+    inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
+) -> list[ir.Node]:
+    # Case 7; the TensorScatters make the caches, the last node makes what attention makes
+    query, key, value, past_key, past_value, last_slot, total = inputs
+    kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
+    ops = Ops()
+    split = ops("Reshape", query, ops.ints([1, kv_heads, group, head_dim]))
+    queries = ops(
+        "Reshape", ops("Transpose", split, perm=list(_HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim])
+    )
+    caches = [
+        ops("TensorScatter", past, ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])), length, axis=2)
+        for past, rows in ((past_key, key), (past_value, value))
+    ]
+    none = ops.constant(np.zeros((1, 0, kv_heads * head_dim), np.float32))  # K and V are in the cache already
+    changed = attributes | {"num_heads": kv_heads, "causal": 0}
+    mixed = ops("GroupQueryAttention", *(queries, none, none, *caches, last_slot, total), domain=MICROSOFT, **changed)
+    heads_last = ops(
+        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(_HEADS_FIRST)
+    )
+    ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
+    return ops.nodes
+
+
+def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name: str) -> ir.Node:
+    """If: the folded form, else the other; outputs like GroupQueryAttention."""
+    for number, value in enumerate(value for node in (*folded, attention) for value in node.outputs):
+        value.name = f"{name}.{number}"  # a name given later could be one of the graph around it
+    writes = [node.outputs[0] for node in folded if node.op_type == "TensorScatter"]
+    then = ir.Graph([], [folded[-1].outputs[0], *writes], nodes=folded, name=f"{name}.folded")
+    other = ir.Graph([], list(attention.outputs), nodes=[attention], name=f"{name}.any")
+    return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
+
+
+def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
+    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
+    assert read is not None
+    node = read.producer()
+    assert node is not None
+    if node.op_type == "TensorScatter":
+        return node, node.inputs[1], None
+    cast, scale = node.inputs
+    write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
+    assert node.op_type == "Mul"
+    assert write is not None
+    assert write.op_type == "TensorScatter"
+    steps = write.inputs[1]
+    while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
+        steps = steps.producer().inputs[0]  # type: ignore[union-attr]
+    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]

@@ -1,0 +1,53 @@
+"""Initializers over bytes that lie in files already: joined, or seen as another type."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import onnx_ir as ir
+
+from lora_drop_export.graphs.match import joined_name
+
+_TABLE = ".table"  # the second name of a weight that is looked up row by row
+
+
+def _lie_back_to_back(values: list[ir.Value]) -> bool:
+    tensors = [value.const_value for value in values]
+    ends = []
+    for tensor in tensors:
+        if not isinstance(tensor, ir.ExternalTensor):
+            return False
+        ends.append((tensor.location, int(tensor.offset or 0), int(tensor.offset or 0) + int(tensor.length or 0)))
+    return all(a[0] == b[0] and a[2] == b[1] for a, b in itertools.pairwise(ends))
+
+
+def _join(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
+    """One initializer over the bytes of several, along the first axis."""
+    if not values:
+        return None
+    length = rows = 0
+    for value in values:
+        assert isinstance(value.const_value, ir.ExternalTensor)
+        assert value.shape is not None
+        length += int(value.const_value.length or 0)
+        rows += int(value.shape[0])  # type: ignore[arg-type]
+    name = joined_name([str(value.name) for value in values])
+    first = values[0]
+    return _initializer(graph, name, first.const_value, length, first.dtype, [rows, *first.shape[1:]])  # type: ignore[index]
+
+
+def _alias(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: list[Any]) -> ir.Value:
+    """The bytes of an initializer under a second name, seen as another type."""
+    tensor = value.const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    return _initializer(graph, f"{value.name}{suffix}", tensor, int(tensor.length or 0), dtype, shape)
+
+
+def _initializer(graph: ir.Graph, name: str, like: Any, length: int, dtype: Any, shape: list[Any]) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.ExternalTensor(like.location, like.offset, length, dtype, shape=ir.Shape(shape), name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor
+        )
+    return graph.initializers[name]

@@ -1,0 +1,57 @@
+"""The lengths that GroupQueryAttention takes, made once a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lora_drop_export.graphs.nodes import Ops
+
+
+class _Lengths:
+    """What attention needs to know of lengths and positions, made once for each length group."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.inputs = {value.name: value for value in graph.inputs}
+        self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.conditions: dict[tuple[str, int], ir.Value] = {}
+        self.each: ir.Value | None = None
+
+    def positions(self) -> ir.Value:
+        """The position of each new token, int64 [B, S]."""
+        if self.each is None:
+            ops = Ops()
+            count = ops("Squeeze", ops("Shape", self.inputs["input_ids"], start=1, end=2))
+            zero, one = (ops.constant(np.array(n, np.int64)) for n in (0, 1))
+            begin = ops("Unsqueeze", self.inputs["len_kept"], ops.ints([1]))
+            self.each = ops("Add", begin, ops("Range", zero, count, one))
+            self.graph.insert_before(self.graph[0], ops.nodes)
+        return self.each
+
+    def folds(self, length: ir.Value | None, group: int) -> ir.Value:
+        """Whether a step may fold `group` query heads, bool []: one token of one row, and as many slots as heads."""
+        assert length is not None
+        key = str(length.name), group
+        if key not in self.conditions:
+            ops = Ops()
+            single = ops("Equal", ops("Size", self.inputs["input_ids"]), ops.constant(np.array(1, np.int64)))
+            shortest = ops("ReduceMin", length, keepdims=0)
+            enough = ops("GreaterOrEqual", shortest, ops.constant(np.array(group - 1, np.int64)))
+            self.conditions[key] = ops("And", single, enough)
+            self.graph.insert_before(self.graph[0], ops.nodes)
+        return self.conditions[key]
+
+    def get(self, length: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+        """GroupQueryAttention's two length inputs: last valid slot [B] and total [], both int32."""
+        assert length is not None
+        assert length.name is not None
+        if length.name not in self.made:
+            ops = Ops()
+            new_tokens = ops("Shape", self.inputs["input_ids"], start=1, end=2)
+            total = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
+            last_slot = ops("Sub", total, ops.constant(np.array(1, np.int32)))
+            longest = ops("ReduceMax", total, keepdims=0)
+            self.graph.insert_before(self.graph[0], ops.nodes)
+            self.made[length.name] = last_slot, longest
+        return self.made[length.name]

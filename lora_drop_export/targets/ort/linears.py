@@ -1,0 +1,103 @@
+"""Linear layers → Gemm or MatMulNBits, several that read one tensor → one; looked-up tables."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from lora_drop_export.graphs.match import Linear, match_weight
+from lora_drop_export.graphs.nodes import Ops, replace_node
+
+from .initializers import _TABLE, _alias, _join, _lie_back_to_back
+from .rows import _Rows, _tokens_shape
+
+MICROSOFT = "com.microsoft"
+
+
+def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value:
+    # Case 1; [B, S, out]
+    x, blocks = linear.x, linear.blocks
+    out_features, in_features = linear.shape
+    assert x.shape is not None
+    if blocks is None:
+        bias = () if linear.bias is None else (linear.bias,)
+        product = ops("Gemm", rows.get(x), linear.weight, *bias, transB=1)  # [B·S, out]
+        result = ops("Reshape", product, _tokens_shape(graph, ops, x, out_features))
+    else:
+        count, block_bytes = in_features // blocks.block_size, blocks.block_size * blocks.bits // 8
+        weight = _alias(graph, linear.weight, ".blocks", ir.DataType.UINT8, [out_features, count, block_bytes])
+        zero_points = blocks.zero_points
+        if zero_points is not None:
+            shape = [out_features, count * blocks.bits // 8]
+            zero_points = _alias(graph, zero_points, ".blocks", ir.DataType.UINT8, shape)
+        product = result = ops(
+            "MatMulNBits",
+            *(x, weight, blocks.scales, zero_points, None, linear.bias),
+            domain=MICROSOFT,
+            K=in_features,
+            N=out_features,
+            bits=blocks.bits,
+            block_size=blocks.block_size,
+            accuracy_level=4,  # activations as int8: without it the kernels are 2 to 50 times as slow
+        )
+    result.type, result.shape = x.type, ir.Shape([*x.shape[:2], out_features])
+    if product is not result:
+        rows.register(result, product)
+    return result
+
+
+def _fuse_linears(graph: ir.Graph, group: list[Linear], rows: _Rows) -> bool:
+    # Case 2; False where the weights do not allow it
+    first = group[0]
+    blocks = [linear.blocks for linear in group if linear.blocks is not None]
+    forms = {(b.bits, b.block_size, b.zero_points is None) for b in blocks}
+    if len(blocks) not in (0, len(group)) or len(forms) > 1:
+        return False
+    parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
+    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks]]
+    named = [[value for value in part if value is not None] for part in parts]
+    if not all(_lie_back_to_back(part) for part in named):
+        return False
+    weight, bias, scales, zero_points = (_join(graph, part) for part in named)
+    assert weight is not None
+    whole = dataclasses.replace(
+        first, weight=weight, bias=bias, shape=(sum(linear.shape[0] for linear in group), first.shape[1])
+    )
+    if scales is not None:
+        new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points)
+        whole = dataclasses.replace(whole, blocks=new)
+    ops = Ops()
+    widths = [linear.shape[0] for linear in group]
+    product = _product(graph, ops, whole, rows)
+    split = ir.node("Split", [product, ops.ints(widths)], {"axis": -1}, num_outputs=len(group))
+    ops.nodes.append(split)
+    graph.insert_before(next(use.node for use in first.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
+    for linear, part in zip(group, split.outputs, strict=True):
+        part.type, part.shape = product.type, ir.Shape([*product.shape[:2], linear.shape[0]])  # type: ignore[index]
+        linear.last.outputs[0].replace_all_uses_with(part)
+    return True
+
+
+def _lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
+    # Case 5
+    table, blocks = match_weight(node.inputs[0])
+    if table is None or not isinstance(table.const_value, ir.ExternalTensor):
+        return
+    assert table.shape is not None
+    assert table.dtype is not None
+    alias = _alias(graph, table, _TABLE, table.dtype, list(table.shape))
+    if blocks is None:
+        node.replace_input_with(0, alias)
+        return
+    ops = Ops()
+    rows = ops(
+        "GatherBlockQuantized",
+        *(alias, node.inputs[1], blocks.scales, blocks.zero_points),
+        domain=MICROSOFT,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=blocks.block_size,
+        bits=blocks.bits,
+    )
+    replace_node(graph, node, ops, rows)

@@ -1,0 +1,52 @@
+"""Parameter names of a model → tensors of its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lora_drop_runtime.errors import ModelError
+
+from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorSource
+
+_FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # as GPT-NeoX checkpoints have it
+
+
+def resolve_tensors(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]
+) -> dict[str, TensorSource]:
+    """For each parameter of the traced model, the checkpoint tensor that holds it.
+
+    Raises:
+        ModelError: a parameter is not in the checkpoint, or has another shape there.
+    """
+    partners: dict[str, list[str]] = {}
+    for name, first in tied.items():
+        partners.setdefault(name, []).append(first)
+        partners.setdefault(first, []).append(name)
+    refs = {}
+    for name, shape in shapes.items():
+        spellings = [
+            spelling
+            for candidate in [name, *partners.get(name, [])]
+            for spelling in (
+                candidate,
+                candidate.partition(".")[2],
+                f"model.{candidate}",
+                _FORMER_NAMES.get(candidate, candidate),
+            )
+        ]
+        ref = next((checkpoint.tensors[s] for s in spellings if s in checkpoint.tensors), None)
+        if ref is None or ref.shape != shape:
+            raise ModelError(
+                "The checkpoint does not hold the model that its config describes.",
+                note=f"Parameter {name} {shape} is " + ("missing." if ref is None else f"{ref.shape} there."),
+                hint="Quantized and fused checkpoints must be converted to plain float tensors first.",
+            )
+        if ref.dtype not in TORCH_DTYPES:
+            raise ModelError(
+                "The checkpoint holds a weight that is not floating point.",
+                note=f"{name} is {ref.dtype}; float are {', '.join(TORCH_DTYPES)}.",
+                hint="Use the unquantized checkpoint.",
+            )
+        refs[name] = ref
+    return refs

@@ -1,0 +1,135 @@
+"""Writes a safetensors file a few rows at a time, converting or quantizing on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.checkpoint.checkpoint import TensorSource
+from lora_drop_export.console import Progress
+from lora_drop_export.quantize.formats import BlockFormat, pack, part_names, quantization_metadata
+from lora_drop_export.quantize.rounding import quantized_blocks
+
+from .layout import _entries, _Entry, _Order
+from .stored import Blocks, StoredTensor
+
+_CHUNK_BYTES = 1 << 24
+_ALIGNMENT = 64  # of the data in a file that is written here
+
+
+def _write(
+    order: _Order,
+    refs: Mapping[str, TensorSource],
+    dtype: str,
+    formats: Mapping[str, BlockFormat],
+    method: str,
+    path: Path,
+    progress: Progress,
+) -> dict[str, StoredTensor]:
+    """One new file with all tensors, in the given order."""
+
+    def chunks() -> Iterator[tuple[str, bytes]]:
+        for name, source in order.sources.items():
+            form = formats.get(name)
+            if form is None:
+                yield from ((source.name, block) for block in _blocks(source, dtype))
+                continue
+            names = part_names(source.name)
+            for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
+                yield names[0], pack(q, form.bits)
+                yield names[1], scales.astype("<f4", copy=False).tobytes()
+                if not form.symmetric:
+                    yield names[2], pack(zero_points, form.bits)
+            if form.symmetric:
+                count = source.shape[0] * (source.shape[1] // form.block_size)
+                yield names[2], pack(np.full(count, form.middle, np.uint8), form.bits)
+
+    metadata = quantization_metadata({source.name: formats[n] for n, source in order.sources.items() if n in formats})
+    _write_safetensors(path, _entries(order, dtype, formats), chunks(), progress, metadata)
+    written = read_tensors(path)
+    location = f"weights/{path.name}"
+
+    def place(entry: str, stored_as: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(location, written[entry].offset_bytes, written[entry].size_bytes, stored_as, shape)
+
+    first = {source.name: name for name, source in order.sources.items()}
+    stored = {}
+    for name, ref in refs.items():
+        form = formats.get(first[ref.name])
+        if form is None:
+            stored[name] = place(ref.name, dtype, ref.shape)
+            continue
+        names = part_names(ref.name)
+        kind = f"uint{form.bits}"
+        grid = ref.shape[0], ref.shape[1] // form.block_size
+        blocks = Blocks(form.block_size, place(names[1], "float32", grid), place(names[2], kind, grid), form.symmetric)
+        stored[name] = dataclasses.replace(place(names[0], kind, ref.shape), blocks=blocks)
+    return stored
+
+
+def _chunk_rows(shape: tuple[int, ...]) -> int:
+    return max(1, _CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
+
+
+def _blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
+    """The tensor's bytes in the wanted dtype, a few rows at a time; InputError for a value that it cannot hold."""
+    import ml_dtypes
+
+    wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    rows = _chunk_rows(source.shape)
+    for begin in range(0, source.shape[0], rows):
+        part = source[begin : begin + rows] if isinstance(source, np.ndarray) else source.rows(begin, begin + rows)
+        try:
+            with np.errstate(over="raise"):
+                converted = np.ascontiguousarray(part).astype(wanted)
+        except FloatingPointError:
+            raise InputError(
+                "A weight is too large for the dtype.",
+                note=f"{getattr(source, 'name', 'An adapter')} has values that are infinite as {dtype}.",
+                hint="Use --dtype bf16 or fp32.",
+            ) from None
+        yield converted.tobytes()
+
+
+def _write_safetensors(
+    path: Path,
+    entries: Sequence[_Entry],
+    chunks: Iterable[tuple[str, bytes]],
+    progress: Progress,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """A safetensors file from tensors given piece by piece; the library would want them all in memory.
+
+    Args:
+        entries: in the order of their data.
+        chunks: entry name and the next bytes of its data; entries may alternate.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    at = {}
+    for entry in entries:
+        begin, end = end, end + entry.size_bytes
+        at[entry.name] = begin
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    done = 0
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, data in chunks:
+            file.seek(8 + len(text) + at[name])
+            file.write(data)
+            at[name] += len(data)
+            done += len(data)
+            progress(f"writing {name}", done, end)
+    assert all(at[entry.name] == header[entry.name]["data_offsets"][1] for entry in entries)
