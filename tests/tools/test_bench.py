@@ -23,15 +23,20 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_tools.bench.bench import TEXT, MeasurementError, TimedSession, bench, measure, prompts_of, weight_dtype
-from lora_drop_tools.bench.bench import Arm as BenchArm
+from lora_drop_tools.bench.arms import Arm as BenchArm
+from lora_drop_tools.bench.arms import TimedSession, measure
+from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.judge import MeasurementError
 from lora_drop_tools.bench.peers import peer as bench_peers
-from lora_drop_tools.bench.peers.peer import Peer, PeerError, peer_options, reason_against
+from lora_drop_tools.bench.peers.options import peer_options, reason_against
+from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
-from lora_drop_tools.bench.report import table
+from lora_drop_tools.bench.requests import TEXT, prompts_of
 from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, quantile, rotated, tails_of
 from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs, machine
+from lora_drop_tools.shared.bundles import weight_dtype
+from lora_drop_tools.shared.table import table
 
 from tests.bundles import make_bundle
 from tests.runtime.fake_engine import IdleEngine, open_session

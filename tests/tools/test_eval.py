@@ -23,17 +23,8 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval import scoring as eval_scoring
 from lora_drop_tools.eval.eval import KV_REQUEST, eval
-from lora_drop_tools.eval.result import (
-    EvalRow,
-    Figure,
-    average,
-    bootstrap,
-    paired_difference,
-    safe_zones,
-    share,
-    task_figures,
-    text_figures,
-)
+from lora_drop_tools.eval.intervals import Figure, average, bootstrap, paired_difference, share
+from lora_drop_tools.eval.result import EvalRow, safe_zones, task_figures, text_figures
 from lora_drop_tools.eval.scoring import (
     Row,
     Window,

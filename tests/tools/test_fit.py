@@ -22,7 +22,8 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
 from lora_drop_tools.fit.fit import fit
-from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

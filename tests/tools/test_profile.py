@@ -21,9 +21,13 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile import profile
-from lora_drop_tools.profile.measures import DELTAS, LEADING, Greedy, LayerFigures, Scoring, layer_figures, ticks
-from lora_drop_tools.profile.profile import RANKINGS, Profile
-from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
+from lora_drop_tools.profile.greedy import Greedy, ticks
+from lora_drop_tools.profile.measures import DELTAS, LEADING, LayerFigures, layer_figures
+from lora_drop_tools.profile.profile import RANKINGS
+from lora_drop_tools.profile.result import Profile
+from lora_drop_tools.profile.scoring import Scoring
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -8,7 +8,8 @@ import pytest
 import torch
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
 
 from tests import oracle
 from tests.models import FAMILIES, GEMMA2_WINDOW

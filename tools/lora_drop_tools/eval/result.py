@@ -12,28 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Sums = npt.NDArray[np.float64]
-Z = 1.959964  # 95 %
-RESAMPLES = 2000
+from .intervals import Figure, Sums, average, bootstrap, paired_difference, share
+
 THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value with its 95 % interval, over `count` items, windows or tasks."""
-
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -150,47 +137,6 @@ class EvalResult:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
-# ── intervals ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def share(hits: float, count: int) -> Figure:
-    """Wilson's interval of a share."""
-    value = hits / count
-    centre = (value + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
-    return Figure(value, max(0.0, centre - half), min(1.0, centre + half), count)
-
-
-def paired_difference(values: Sequence[float], full: Sequence[float]) -> Figure:
-    """The difference of two shares over the same items, with Agresti and Min's interval (½ added to each cell)."""
-    count = len(values)
-    better = sum(a > b for a, b in zip(values, full, strict=True))
-    worse = sum(a < b for a, b in zip(values, full, strict=True))
-    centre = (better - worse) / (count + 2)
-    half = Z * math.sqrt(better + worse + 1 - (better - worse) ** 2 / (count + 2)) / (count + 2)
-    return Figure((better - worse) / count, centre - half, centre + half, count)
-
-
-def bootstrap(
-    numerators: Sequence[float] | Sums,
-    denominators: Sequence[float] | Sums,
-    seed: int,
-    transform: Callable[[Any], Any] = lambda value: value,
-) -> Figure:
-    """`transform` of a ratio of sums over items, with the percentile interval of resampled items."""
-    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    picks = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
-    low, high = np.percentile(transform(above[picks].sum(axis=1) / below[picks].sum(axis=1)), [2.5, 97.5])
-    return Figure(float(transform(above.sum() / below.sum())), float(low), float(high), len(above))
-
-
-def average(figures: Sequence[Figure]) -> Figure:
-    """The mean of independent figures; their intervals' halves stand for standard errors."""
-    value = sum(figure.value for figure in figures) / len(figures)
-    half = math.sqrt(sum(((figure.high - figure.low) / 2) ** 2 for figure in figures)) / len(figures)
-    return Figure(value, value - half, value + half, len(figures))
-
-
 # ── figures ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -264,3 +210,6 @@ def safe_zones(rows: Sequence[EvalRow]) -> list[SafeZone]:
         certain = best is None or (best.average_difference is not None and best.average_difference.low >= -threshold)
         zones.append(SafeZone(threshold, best, certain))
     return zones
+
+
+FULL = "full"  # the policy of k = 0

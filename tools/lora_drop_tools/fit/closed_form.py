@@ -14,7 +14,9 @@ from typing import Any
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
-from lora_drop_tools.teacher_forcing.forcing import ExactLayer, Layout, Surrogates, TeacherForcing, features, product
+from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
+from lora_drop_tools.teacher_forcing.surrogates import Surrogates, features, product
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
 _HELD_OUT = 6  # every so many batches one chooses the ridge

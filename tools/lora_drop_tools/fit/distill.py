@@ -19,7 +19,9 @@ from typing import Any
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
-from lora_drop_tools.teacher_forcing.forcing import Layout, Surrogates, TeacherForcing
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
+from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
 Texts = Callable[[int], "tuple[Any, Layout]"]  # number of a batch → ids [B, T] and their layout

@@ -26,81 +26,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lora_drop_runtime.command_line import require_export_packages
-from lora_drop_runtime.errors import BundleError, InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from lora_drop_tools.shared.corpus import DTYPES, Corpus, check_known, read_texts
+from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts
+
+from .partial import _load_begin, _Partial
+from .peft import CONFIG_NAME, save_adapters
+from .plan import _plan
+from .settings import _PROMPT, LEARNING_RATE, FitSettings
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
-    from lora_drop_export.decoder.loaded import LoadedModel
-    from lora_drop_tools.teacher_forcing.forcing import Layout, Surrogates, TeacherForcing
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+    from lora_drop_tools.teacher_forcing.layout import Layout
+    from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
     from .distill import Workers
 
-CONFIG_NAME = "adapter_config.json"
-LEARNING_RATE = 0.015
-_PROMPT = 8  # tokens at least, before the first decode step
 _HELD_OUT_BATCHES = 4
-_HALVES = {"": "", "attn": "self_attn.", "mlp": "mlp."}
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What a fit depends on, besides the model and the texts; the README explains the options.
-
-    Attributes:
-        windows: of k; each batch draws one.
-        tokens: that the closed form sees, 0 to begin with adapters that do nothing.
-        steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens.
-    """
-
-    windows: tuple[int, ...]
-    policy: str
-    rank: int
-    alpha: float
-    tokens: int
-    steps: int
-    learning_rate: float
-    batch: int
-    window: int
-    accumulate: int
-    seed: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        check_known("--policy", self.policy, POLICIES)
-        check_known("--dtype", self.dtype, tuple(DTYPES))
-        for k in self.windows:
-            PeriodicSchedule(k)
-        if not self.windows or 0 in self.windows:
-            raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.windows}.", hint="Use --k 3.")
-        shortest = _PROMPT + 2 * max(self.windows) + 2
-        if self.window < shortest:
-            raise InputError(
-                "The window is too short.",
-                note=f"--window is {self.window}; a prompt of {_PROMPT} and two cycles take {shortest} tokens.",
-                hint=f"Use --window {max(256, shortest)}.",
-            )
-        for option, value, least in (
-            ("--rank", self.rank, 1),
-            ("--tokens", self.tokens, 0),
-            ("--steps", self.steps, 0),
-            ("--batch", self.batch, 1),
-            ("--accumulate", self.accumulate, 1),
-        ):
-            if value < least:
-                raise InputError(f"{option} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
-        if not self.learning_rate > 0 or not self.alpha > 0:
-            raise InputError(
-                "--learning-rate and --alpha must be positive.",
-                note=f"They are {self.learning_rate} and {self.alpha}.",
-                hint="Leave them out for the defaults.",
-            )
-        if not self.tokens and not self.steps:
-            raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
 
 
 @dataclass(frozen=True)
@@ -116,62 +61,6 @@ class Fit:
     versions: Mapping[str, str]
 
 
-def _plan(
-    loaded: LoadedModel,
-    forcing: TeacherForcing,
-    drop_layers: Sequence[int] | None,
-    drop_ratio: float | None,
-    always: tuple[int, int] | None,
-    surrogate: str | None,
-    injection: str | None,
-    settings: FitSettings,
-) -> DropPlan:
-    """The bundle's plan, or the one that was asked for, with the rank to be fitted."""
-    given = {
-        "a drop list": drop_layers if drop_layers is not None else drop_ratio,
-        "--always-first or --always-last": always,
-        "--surrogate": surrogate,
-        "--injection": injection,
-    }
-    if loaded.plan is not None:
-        odd = [name for name, value in given.items() if value is not None]
-        if odd:
-            raise InputError(
-                "A bundle brings its own plan.",
-                note=f"{loaded.name} is a bundle, and {odd[0]} was given.",
-                hint="Leave it out, or give the model that the bundle was made from.",
-            )
-        plan = loaded.plan
-    else:
-        windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
-        first, last = always or (3, 1)
-        eligible = eligible_layers(len(forcing), first, last, windowed)
-        ratio = 0.5 if drop_ratio is None else drop_ratio
-        plan = DropPlan(
-            num_layers=len(forcing),
-            drop_layers=spread_layers(eligible, ratio) if drop_layers is None else tuple(drop_layers),
-            surrogate=surrogate or "residual",
-            injection=injection or "block",
-            always_first=first,
-            always_last=last,
-            windowed_layers=windowed,
-        )
-    if not plan.drop_layers:
-        raise PlanError(
-            "No layer is dropped, so there is nothing to fit.",
-            note=f"The drop list of {loaded.name} is empty.",
-            hint="Use --drop-ratio 0.5, --drop-layers or --drop-list.",
-        )
-    width = forcing.model.get_input_embeddings().weight.shape[1]
-    if settings.rank > width:
-        raise PlanError(
-            "The rank is larger than the hidden size.",
-            note=f"--rank is {settings.rank}, the hidden size {width}.",
-            hint="Use --rank 16.",
-        )
-    return dataclasses.replace(plan, rank=settings.rank, k=settings.windows[0], policy=settings.policy)
-
-
 class _Texts:
     """Batches of windows by number; the same number gives the same batch."""
 
@@ -181,7 +70,7 @@ class _Texts:
     def __call__(self, number: int) -> tuple[Any, Layout]:
         import torch
 
-        from lora_drop_tools.teacher_forcing.forcing import Layout
+        from lora_drop_tools.teacher_forcing.layout import Layout
 
         of = self._settings
         random = np.random.default_rng([of.seed, self._salt, number])
@@ -243,92 +132,6 @@ def _say_figures(console: Console, stage: str, figures: Mapping[str, float]) -> 
         f"{stage}: KL {figures['kl']:.4f}, top-1 agreement {figures['agreement']:.3f}, perplexity "
         f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} (LoRA steps, held-out text)"
     )
-
-
-class _Partial:
-    """The directory beside `out` that an interrupted fit leaves."""
-
-    def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, force: bool, workers: Workers) -> None:
-        self.root = out.with_name(f"{out.name}.partial")
-        self.state, self.begin = self.root / "state.pt", self.root / "begin.pt"
-        self._described = self.root / "settings.json"
-        self._text = json.dumps(settings, indent=1)
-        if resume:
-            found = self._described.read_text() if self._described.is_file() else None
-            if found != self._text:
-                differs = "there is none" if found is None else f"it was begun with {_difference(found, self._text)}"
-                raise InputError(
-                    "There is no such fit to resume.",
-                    note=f"{self.root}: {differs}.",
-                    hint="Give the same options as before, or leave --resume out.",
-                )
-            return
-        if self.root.exists() and not force and workers.rank == 0:
-            raise InputError(
-                "An unfinished fit is there.",
-                note=f"{self.root} is not touched.",
-                hint="Go on with it: --resume; or begin anew: --force.",
-            )
-
-    def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
-        """What distillation begins with."""
-        import torch
-
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir(parents=True)
-        torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, self.begin)
-        self._described.write_text(self._text)  # last: without it there is nothing to resume
-
-
-def _difference(found: str, wanted: str) -> str:
-    before, now = json.loads(found), json.loads(wanted)
-    return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
-
-
-def _load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
-    import torch
-
-    try:
-        data = torch.load(path, weights_only=True)
-        return data["pairs"], data["scales"], data["stages"]
-    except (RuntimeError, KeyError, EOFError, OSError) as error:
-        raise BundleError(
-            "The unfinished fit cannot be read.", note=f"{path}: {error}.", hint="Begin anew: --force."
-        ) from None
-
-
-def save_adapters(
-    directory: Path, pairs: Surrogates, plan: DropPlan, loaded: LoadedModel, settings: FitSettings, layers: str
-) -> None:
-    """PEFT's two files; `layers` is the name of the model's list of decoder layers."""
-    from safetensors.numpy import save_file
-
-    tensors = {}
-    for site, (a, b) in pairs.items():
-        layer, _, half = site.partition(".")
-        prefix = f"base_model.model.{layers}.{layer}.{_HALVES[half]}"
-        tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
-        scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.alpha)
-        tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
-    path = directory / "adapter_model.safetensors"
-    save_file(tensors, path)
-    path.chmod(0o644)  # the library leaves it to its owner alone
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": loaded.name,
-        "r": plan.rank,
-        "lora_alpha": settings.alpha,
-        "lora_drop": {
-            "drop_layers": list(plan.drop_layers),
-            "surrogate": plan.surrogate,
-            "injection": plan.injection,
-            "base_fingerprint": loaded.fingerprint,
-            "k": list(settings.windows),
-            "policy": settings.policy,
-        },
-    }
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def fit(

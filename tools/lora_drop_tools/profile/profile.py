@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,12 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, check_known, check_window, read_texts
 
-from .measures import DELTAS, LEADING, Greedy, LayerFigures, Scoring, layer_figures, ticks
-from .report import describe, write_plots
+from .greedy import Greedy, ticks
+from .measures import DELTAS, LEADING, layer_figures
+from .plots import write_plots
+from .report import describe
+from .result import LayerProfile, Profile, RankedList
+from .scoring import Scoring
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
@@ -41,62 +44,6 @@ RANKINGS = ("sensitivity", "influence", "temporal")
 RATIOS = (0.25, 0.5, 0.75)
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class LayerProfile(LayerFigures):
-    """Attributes:
-    layer: its index.
-    eligible: whether it may be dropped.
-    kl_alone: KL of LoRA steps when it alone is dropped; None where that was not measured.
-    """
-
-    layer: int
-    eligible: bool
-    kl_alone: float | None
-
-
-@dataclass(frozen=True)
-class RankedList:
-    """A drop list.
-
-    Attributes:
-        rho: asked for; `m = floor(ρ·|eligible| + 0.5)` layers are dropped.
-        kl: mean KL(full model ‖ LoRA step) in nats, on text that no ranking saw.
-    """
-
-    ranking: str
-    rho: float
-    drop_layers: tuple[int, ...]
-    kl: float
-
-    @property
-    def file(self) -> str:
-        return f"drop-{self.ranking}-{self.rho:g}.json"
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What profile.json holds.
-
-    Attributes:
-        settings: the arguments, and how much text was measured.
-        rankings: name → eligible layers, the first to be dropped first; of `sensitivity` as many as were found.
-        greedy_kl: of the lists that `sensitivity` grows by one layer each, on the text that it ranks on.
-    """
-
-    model: str
-    fingerprint: str
-    settings: Mapping[str, Any]
-    versions: Mapping[str, str]
-    layers: tuple[LayerProfile, ...]
-    rankings: Mapping[str, tuple[int, ...]]
-    greedy_kl: tuple[float, ...]
-    drop_lists: tuple[RankedList, ...]
-
-    def best(self, rho: float) -> RankedList:
-        """The list with the least KL; of equal ones the first ranking's."""
-        return min((ranked for ranked in self.drop_lists if ranked.rho == rho), key=lambda ranked: ranked.kl)
 
 
 def _check(
@@ -186,7 +133,8 @@ def _measure(
     loaded: LoadedModel, texts: Sequence[str], names: Sequence[str], settings: Mapping[str, Any], console: Console
 ) -> Profile:
     """All figures, rankings and lists."""
-    from lora_drop_tools.teacher_forcing.forcing import Layout, TeacherForcing
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+    from lora_drop_tools.teacher_forcing.layout import Layout
 
     window, k = settings["window"], settings["k"]
     count, scored = settings["tokens"] // window, settings["sensitivity_tokens"] // window

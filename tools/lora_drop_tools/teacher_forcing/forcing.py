@@ -16,68 +16,19 @@ deployment (docs/algorithm.md), so there are two streams through the layers:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
 
+from .layout import Layout
+from .surrogates import Surrogates, features, product
+
 ATTENTION_NAME = "lora_drop_teacher_forcing"
-Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d], s·B [d, r]); a missing site has only its base
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which tokens of a text a LoRA step decodes.
-
-    Attributes:
-        is_lora: bool [T].
-    """
-
-    is_lora: Any
-
-    @classmethod
-    def of(cls, tokens: int, prompt: int, schedule: Schedule, device: Any = "cpu") -> Layout:
-        """`prompt` tokens at once, then one per decode step."""
-        import torch
-
-        kinds = [schedule.kind(position - prompt + 1) for position in range(prompt, tokens)]
-        flags = [False] * min(prompt, tokens) + [kind is StepKind.LORA for kind in kinds]
-        return cls(torch.tensor(flags, device=device))
-
-    @functools.cached_property
-    def lora(self) -> Any:
-        """Positions of LoRA steps, [S]."""
-        return self.is_lora.nonzero()[:, 0]
-
-    @functools.cached_property
-    def full(self) -> Any:
-        """Positions of prompt and refreshes, [T − S]."""
-        return (~self.is_lora).nonzero()[:, 0]
-
-    @functools.cached_property
-    def anchor(self) -> Any:
-        """For each LoRA step the position of the last refresh or prompt token before it, [S]."""
-        return self.full[self.segment]
-
-    @functools.cached_property
-    def segment(self) -> Any:
-        """The same as an index into `full`, [S]."""
-        import torch
-
-        return torch.searchsorted(self.full, self.lora) - 1
-
-    @functools.cached_property
-    def segment_begin(self) -> Any:
-        """For each LoRA step the index in `lora` of the first one after the same anchor, [S]."""
-        import torch
-
-        return torch.searchsorted(self.segment.contiguous(), self.segment.contiguous())
 
 
 @dataclass(frozen=True)
@@ -284,39 +235,6 @@ class TeacherForcing:
 
 
 _LAYOUTS = 16  # arguments and masks of so many are kept
-
-
-def features(x: Any, state: Any, layout: Layout, surrogate: str) -> tuple[Any, Any]:
-    """What a surrogate's product is of, and what it is added to, [B, S, d] each.
-
-    `y_t = base + s·B·A·feature`. Under `recurrent`, `y_t = y_{t−1} + s·B·A·x_t` unrolled to the anchor a is
-    `y_a + s·B·A·Σ x` over the LoRA steps since a.
-
-    Args:
-        x: the layer's (or half's) input at LoRA steps, [B, S, d].
-        state: its output at full tokens, [B, T − S, d].
-    """
-    import torch
-
-    if surrogate == "residual":
-        return x, x
-    base = state[:, layout.segment]
-    if surrogate == "anchor":
-        return x, base
-    own = torch.arange(x.shape[1], device=x.device)
-    length = own - layout.segment_begin  # of the segment before each token
-    total = x
-    for back in range(1, int(length.max()) + 1 if len(length) else 0):
-        total = total + x[:, (own - back).clamp(min=0)] * (length >= back)[:, None]
-    return total, base
-
-
-def product(feature: Any, pair: tuple[Any, Any] | None) -> Any:
-    """`s·B·A·x`, computed in the adapters' dtype; 0 without an adapter."""
-    if pair is None:
-        return 0
-    a, b = pair
-    return (feature.to(a.dtype) @ a.T @ b.T).to(feature.dtype)
 
 
 def _attention(

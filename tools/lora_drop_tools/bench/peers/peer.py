@@ -7,7 +7,6 @@ Knows no bundle and no schedule.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import select
@@ -15,139 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_drop_runtime.errors import InputError
-
 from lora_drop_tools.shared.machine import pss_bytes
+
+from .options import PEERS, PeerOptions, reason_against
 
 WORKER = Path(__file__).with_name("worker.py")
 PREPARE_SECONDS, OPEN_SECONDS = 3600.0, 900.0  # building a model, loading it; a request has no limit of its own
 STOP_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class PeerKind:
-    """What a peer needs.
-
-    Attributes:
-        module: what shows that it is installed.
-        package: its name for pip.
-        reads: `directory` (Hugging Face) or `gguf`.
-        precisions: of a bundle's weights, that it can compute with too.
-        note: why it may not be installable.
-    """
-
-    module: str
-    package: str
-    reads: str
-    precisions: tuple[str, ...]
-    note: str = ""
-
-
-PEERS = {
-    "onnxruntime-genai": PeerKind("onnxruntime_genai", "onnxruntime-genai", "directory", ("float32", "int8", "int4")),
-    "llama.cpp": PeerKind("llama_cpp", "llama-cpp-python", "gguf", ("float32", "int8", "int4")),
-    "transformers": PeerKind("transformers", "transformers", "directory", ("float32",)),
-    "optimum-onnx": PeerKind(
-        "optimum.onnxruntime",
-        "optimum-onnx",
-        "directory",
-        ("float32",),
-        "0.1.0 wants transformers < 4.58, so an environment of its own: --peer-python optimum-onnx=PYTHON",
-    ),
-}
-READS = {"directory": "a Hugging Face directory", "gguf": "a .gguf file"}
-
-
 class PeerError(Exception):
     """A peer does not do what was asked; the message is the reason, in one line."""
-
-
-@dataclass(frozen=True)
-class PeerOptions:
-    """What was asked for, checked; `models` has a path per kind of source, no `cache` is a temporary one."""
-
-    names: tuple[str, ...]
-    models: Mapping[str, Path]
-    cache: Path | None
-    pythons: Mapping[str, str]
-
-
-def peer_options(
-    names: Sequence[str],
-    model: str | Path | Sequence[str | Path] | None,
-    cache: str | Path | None,
-    pythons: Sequence[str],
-) -> PeerOptions:
-    """Check what a user gave; no names are all names.
-
-    Raises:
-        InputError: an unknown peer, no model, a model that is neither a directory nor a .gguf file, or two of a kind.
-    """
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise InputError(
-            "Unknown peer.",
-            note=f"{unknown[0]!r} was given, {', '.join(PEERS)} are known.",
-            hint="Use --peers alone for all that can run, or --peers with names, separated by commas.",
-        )
-    models: dict[str, Path] = {}
-    for path in [Path(model)] if isinstance(model, (str, Path)) else map(Path, model or ()):
-        kind = "directory" if (path / "config.json").is_file() else "gguf" if path.suffix == ".gguf" else None
-        if kind is None or not path.exists():
-            raise InputError(
-                "The model for the peers cannot be read.",
-                note=f"{path} is neither a Hugging Face directory (with config.json) nor a .gguf file.",
-                hint="Give --model DIR, --model FILE.gguf, or both.",
-            )
-        if kind in models:
-            raise InputError(
-                "There are two models of one kind for the peers.",
-                note=f"{models[kind]} and {path}: a peer loads one of them.",
-                hint="Give one directory, one .gguf file, or one of each.",
-            )
-        models[kind] = path.resolve()
-    if not models:
-        raise InputError(
-            "The peers have no model to load.",
-            note="--peers needs --model: a bundle's weights are in no form that others read.",
-            hint="Give the checkpoint that the bundle was made from: --model DIR or --model FILE.gguf, or both.",
-        )
-    chosen: dict[str, str] = {}
-    for text in pythons:
-        name, _, path_text = text.partition("=")
-        if name not in PEERS or not Path(path_text).is_file():
-            raise InputError(
-                "The Python of a peer is not understood.",
-                note=f"{text!r} was given; needed is NAME=PATH, NAME one of {', '.join(PEERS)}.",
-                hint="For example --peer-python optimum-onnx=venv/bin/python.",
-            )
-        chosen[name] = path_text
-    return PeerOptions(tuple(names) or tuple(PEERS), models, None if cache is None else Path(cache), chosen)
-
-
-def reason_against(name: str, options: PeerOptions, precision: str) -> str | None:
-    """Why a peer cannot take part, as far as that is known before any work; None when it can."""
-    kind = PEERS[name]
-    if precision not in kind.precisions:
-        return f"it runs {', '.join(kind.precisions)} on the CPU, the bundle's weights are {precision}"
-    if kind.reads not in options.models:
-        given = READS[next(iter(options.models))]
-        return f"it loads {READS[kind.reads]}, --model gives {given}"
-    if name not in options.pythons and not _is_installed(kind.module):
-        return f"not installed: pip install {kind.package}" + (f"; {kind.note}" if kind.note else "")
-    return None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
 
 
 class Peer:
@@ -318,13 +199,6 @@ def open_peers(
         say(f"peer {name}: left out, {reason}")
         reasons[name] = reason
     return ready, reasons
-
-
-def peer_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(PEERS[name].package)
-    except (KeyError, importlib.metadata.PackageNotFoundError):
-        return None
 
 
 def scratch_directory() -> tempfile.TemporaryDirectory[str]:

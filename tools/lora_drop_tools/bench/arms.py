@@ -1,0 +1,125 @@
+"""What is timed against what: a bundle's schedules, and peers, interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.plan.schedule import StepKind
+
+from lora_drop_tools.bench.peers.peer import Peer, PeerError
+
+from .requests import Ids
+from .result import Request, Run, rotated
+
+Say = Callable[[str], None]
+SETTLE_SECONDS = 0.05  # between two runs: threads that spin after their last work fall asleep
+
+
+class TimedEngine:
+    """An engine that notes the seconds of each run."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.run_seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
+        step, seconds, clock = self._engine.prepare(kind, inputs, outputs), self.run_seconds, time.perf_counter
+
+        def timed() -> None:
+            begin = clock()
+            step()
+            seconds.append(clock() - begin)
+
+        return timed
+
+
+class TimedSession:
+    """The one place that looks inside a session: its engine is wrapped, and its token loop runs whole batches."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._engine = TimedEngine(session._engine)
+        session._engine = self._engine
+
+    def run(self, prompts: Ids, new_tokens: int, k: int) -> Run:
+        """One greedy request, prompts int64 [B, T]; end tokens are ignored."""
+        clock, runs = time.perf_counter, self._engine.run_seconds
+        runs.clear()
+        seconds: list[float] = []
+        engine: list[float] = []  # of a step, which is several runs where rows are backfilled one by one
+        kv_prompt: dict[str, int] = {}
+        begin = clock()
+        for _ in self.session._tokens(list(prompts), new_tokens, k, None, ()):
+            seconds.append(clock() - begin)
+            engine.append(sum(runs))
+            runs.clear()
+            if not kv_prompt:
+                kv_prompt = self.session.kv_bytes()
+            begin = clock()
+        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, self.session.kv_bytes())
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Something that answers requests: a bundle under a window, or a peer (`bundle` is "" there)."""
+
+    bundle: str
+    k: int
+    peer: str
+    run: Callable[[Ids, int], Run]
+
+    @property
+    def label(self) -> str:
+        return self.peer or f"{self.bundle} k={self.k}"
+
+
+def measure(
+    arms: Sequence[Arm], request: Request, prompts: Ids, repeats: int, say: Say, settle: float = SETTLE_SECONDS
+) -> tuple[dict[int, list[Run]], dict[int, str]]:
+    """Run all arms in turn within each repeat.
+
+    Returns:
+        Runs by the arm's index, one for each repeat, in order; and for an arm that failed the reason instead.
+    """
+    runs: dict[int, list[Run]] = {index: [] for index in range(len(arms))}
+    failed: dict[int, str] = {}
+    for repeat in range(repeats):
+        speeds: dict[int, float] = {}
+        for index in rotated(range(len(arms)), repeat):
+            if index in failed:
+                continue
+            time.sleep(settle)
+            try:
+                run = arms[index].run(prompts, request.new_tokens)
+            except PeerError as error:
+                failed[index] = str(error)
+                continue
+            runs[index].append(run)
+            speeds[index] = request.rows * len(run.step_seconds) / run.decode_seconds
+        shown = ", ".join(f"{arms[index].label} {speeds[index]:.1f}" for index in sorted(speeds))
+        say(f"context {request.context}, batch {request.rows}, repeat {repeat + 1} of {repeats}, tokens/s: {shown}")
+    return {index: own for index, own in runs.items() if index not in failed}, failed
+
+
+def _session_arms(name: str, timed: TimedSession, windows: Sequence[int]) -> Iterator[Arm]:
+    for k in windows:
+
+        def run(prompts: Ids, new_tokens: int, k: int = k) -> Run:
+            return timed.run(prompts, new_tokens, k)
+
+        yield Arm(name, k, "", run)
+
+
+def _peer_arm(peer: Peer) -> Arm:
+    def run(prompts: Ids, new_tokens: int) -> Run:
+        answer = peer.generate(prompts[0].tolist(), new_tokens)
+        return Run(answer["prefill_seconds"], answer["step_seconds"])
+
+    return Arm("", 0, peer.name, run)

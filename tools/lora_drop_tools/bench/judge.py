@@ -1,0 +1,50 @@
+"""Whether a benchmark's figures can be true: the ceiling, the overhead, a busy machine."""
+
+from __future__ import annotations
+
+from lora_drop_runtime.errors import LoraDropError
+
+from .result import BenchResult
+
+OVERHEAD_TARGET = 0.03
+LOAD_LIMIT = 0.5  # of the one-minute load average before the run
+FOREIGN_LIMIT = 0.1  # cores that others keep busy during the run
+MEMORY_LIMIT = 0.8  # share of the machine's memory that all arms together should take
+
+
+class MeasurementError(LoraDropError):
+    """A figure that cannot be true: something was measured wrongly, or the equations do not hold here."""
+
+    exit_code = 1
+
+
+def _judge(result: BenchResult) -> None:
+    """Warnings about the machine, and the figures that cannot be true."""
+    load = result.load_before
+    if load is not None and load[0] > LOAD_LIMIT:
+        result.warnings.append(
+            f"The load average was {load[0]:.2f} before the run: something else was running, so measure again when "
+            f"it is below {LOAD_LIMIT}."
+        )
+    if result.foreign_cores is not None and result.foreign_cores > FOREIGN_LIMIT:
+        result.warnings.append(
+            f"Other processes kept {result.foreign_cores:.2f} cores busy while it was measured: the figures are noisy."
+        )
+    held = {one.bundle: one.pss for one in result.memory} | {row.name: row.pss for row in result.peer_rows}
+    total, memory = sum(pss["total"] for pss in held.values() if pss), result.machine["memory_bytes"]
+    if memory and total > MEMORY_LIMIT * memory:
+        result.warnings.append(
+            f"Bundles and peers held {total / 1e9:.1f} GB together, of {memory / 1e9:.1f}: weights may have been read "
+            "from disk. Measure fewer at a time."
+        )
+    for row in result.rows:
+        what = f"{row.bundle} (ρ {row.rho:.2f}, k = {row.k}, context {row.context}, batch {row.rows})"
+        if row.overhead_share > OVERHEAD_TARGET:
+            result.warnings.append(
+                f"{what}: {row.overhead_share:.1%} of a step is not the engine's, more than {OVERHEAD_TARGET:.0%}."
+            )
+        if row.above_ceiling:
+            result.problems.append(
+                f"{what}: {row.speedup:.3f}× is above the ceiling of {row.ceiling:.3f}× by more than the repeats "
+                f"differ by, {row.noise:.3f}."
+            )

@@ -1,0 +1,71 @@
+"""Figures of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_drop_tools.shared import costs
+
+from .result import BenchResult, Row
+
+
+def write_plots(result: BenchResult, directory: Path) -> list[Path]:
+    """Speed-up against ρ with its ceilings, latencies, and K/V saving against ρ, for each context and batch."""
+    from matplotlib.figure import Figure
+
+    written = []
+    for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
+        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
+        title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
+        for name, draw in (("speedup", _draw_speedup), ("latency", _draw_latency), ("kv_saving", _draw_kv_saving)):
+            figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+            axes = figure.add_subplot()
+            draw(axes, own)
+            axes.set_title(title, fontsize="small")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+            written.append(directory / f"{name}_context{context}_batch{rows}.png")
+            figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int, list[Row]]:
+    """Rows of each k, by ρ."""
+    windows = sorted({row.k for row in rows if row.k or not skip_full})
+    return {k: sorted((row for row in rows if row.k == k), key=lambda row: row.rho) for k in windows}
+
+
+def _draw_speedup(axes: Any, rows: Sequence[Row]) -> None:
+    for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
+        rho, colour = [row.rho for row in own], f"C{index}"
+        low = [row.speedup - min(row.speedups) for row in own]
+        high = [max(row.speedups) - row.speedup for row in own]
+        axes.errorbar(rho, [r.speedup for r in own], [low, high], fmt="o-", color=colour, capsize=3, label=f"k = {k}")
+        axes.plot(rho, [r.ceiling for r in own], "_--", color=colour, alpha=0.6, label=f"k = {k}, ceiling by bytes")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("ρ, dropped share of the eligible layers")
+    axes.set_ylabel("speed-up over the full schedule")
+
+
+def _draw_latency(axes: Any, rows: Sequence[Row]) -> None:
+    for index, (k, own) in enumerate(_by_window(rows, skip_full=False).items()):
+        rho, colour = [row.rho for row in own], f"C{index}"
+        axes.plot(rho, [row.latency_ms["p50"] for row in own], "o-", color=colour, label=f"k = {k}, p50")
+        axes.plot(rho, [row.latency_ms["p95"] for row in own], "^--", color=colour, label=f"k = {k}, p95")
+    axes.set_xlabel("ρ, dropped share of the eligible layers")
+    axes.set_ylabel("latency of a token (ms)")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
+    eligible_share = max((row.rho_eff / row.rho for row in rows if row.rho), default=0.0)  # 1 − a/n
+    for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
+        colour = f"C{index}"
+        line = [0.0, max(1e-9, *(row.rho for row in own))]
+        equation = [100 * eligible_share * rho * (1 - costs.slow_share(k)) for rho in line]
+        axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
+        axes.plot([r.rho for r in own], [100 * r.kv_saved for r in own], "o", color=colour, label=f"k = {k}, measured")
+    axes.set_xlabel("ρ, dropped share of the eligible layers")
+    axes.set_ylabel("K/V of generated tokens saved (%)")

@@ -1,0 +1,177 @@
+"""What an evaluation scores: windows of a text and items of tasks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.text import TextCodec
+
+from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
+
+from .result import FULL
+from .scoring import Window, phase_of
+from .store import Key
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """`count` windows of `window` tokens, the first `prompt` of each given."""
+
+    text: str
+    window: int
+    prompt: int
+    count: int
+
+
+@dataclass(frozen=True)
+class TaskItems:
+    """The items of a task that are evaluated, and those that examples in the prompt are drawn from."""
+
+    items: list[Item]
+    shots: list[Item]
+
+
+def _check(
+    bundles: Mapping[str, Bundle], labels: Sequence[str], ks: Sequence[int], policies: Sequence[str], limit: int
+) -> None:
+    for k in ks:
+        PeriodicSchedule(k)
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown or not policies:
+        raise InputError(
+            "Unknown refresh policy." if unknown else "There is no refresh policy.",
+            note=f"{unknown[0]!r} was given." if unknown else "None was given.",
+            hint=f"Known are {', '.join(POLICIES)}.",
+        )
+    if labels and (len(labels) != len(bundles) or len(set(labels)) < len(labels)):
+        raise InputError(
+            "The labels do not fit the bundles.",
+            note=f"{', '.join(labels)} for {len(bundles)} bundles.",
+            hint="Give a different --label for each bundle, in their order, or none.",
+        )
+    if limit < 1:
+        raise InputError("There is nothing to evaluate.", note=f"--limit is {limit}.", hint="Use at least 1.")
+    for name, bundle in bundles.items():
+        path = bundle.root / "tokenizer" / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                "A bundle has no tokenizer.",
+                note=f"{name}: {path} does not exist; texts and tasks need one.",
+                hint="Export again from a checkpoint that has its tokenizer.json.",
+            )
+
+
+def _text_request(
+    path: str | Path, window: int, prompt: int, count: int, ks: Sequence[int], bundles: Mapping[str, Bundle]
+) -> TextRequest:
+    """Read the text and refuse windows that do not fit the bundles or the schedule."""
+    longest = max(ks)
+    if count < 1:
+        raise InputError("There is nothing to evaluate.", note=f"--windows is {count}.", hint="Use at least 1.")
+    if prompt <= longest or window < prompt + longest + 2:
+        raise InputError(
+            "A window has no room for a prompt and a whole cycle.",
+            note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of {longest + 1} tokens "
+            f"and {longest + 2} more.",
+            hint="Use for example --window 512 --prompt 32.",
+        )
+    for name, bundle in bundles.items():
+        limits = bundle.manifest.limits
+        if window > limits.max_seq_len or prompt > limits.max_prompt_len:
+            raise InputError(
+                "A window is longer than a bundle allows.",
+                note=f"--window is {window} and --prompt {prompt}, {name} allows {limits.max_seq_len} and "
+                f"{limits.max_prompt_len}.",
+                hint="Use a smaller one, or export with a larger --max-seq-len.",
+            )
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("The text cannot be read.", note=f"{path}: {error}.", hint="Give a UTF-8 text file.") from None
+    return TextRequest(text, window, prompt, count)
+
+
+def _windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Window]:
+    """Windows of the text by their place, drawn by the seed; special tokens the tokenizer adds lead each of them.
+
+    Raises:
+        InputError: the text is shorter than one window.
+    """
+    prefix = codec.encode("")
+    ids = codec.encode(request.text)[len(prefix) :]
+    size = request.window - len(prefix)
+    places = len(ids) // size
+    if not places:
+        raise InputError(
+            "The text is too short.",
+            note=f"It has {len(ids)} tokens, a window takes {size}.",
+            hint="Give a longer --text, or a smaller --window.",
+        )
+    drawn = np.random.default_rng([seed, places]).permutation(places)[: request.count].tolist()
+    return {
+        place: Window(
+            np.concatenate([prefix, ids[place * size : (place + 1) * size]]),
+            request.prompt,
+            phase_of(seed, "text", place),
+        )
+        for place in drawn
+    }
+
+
+def _task_items(names: Sequence[str], data: str | Path | None, limit: int, seed: int) -> dict[str, TaskItems]:
+    """A seeded subset of each task's items, each with its place in the file."""
+    if names and importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "Tasks need lm-eval.",
+            note="--tasks was given, and lm-eval is not installed.",
+            hint="pip install 'lora-drop-export[eval]', or use --text.",
+        )
+    check_tasks(names)
+    found = {}
+    for name in names:
+        items, shots = read_items(name, data)
+        drawn = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(items))[:limit].tolist()
+        found[name] = TaskItems([items[place] | {"item": place} for place in drawn], shots)
+    return found
+
+
+def _speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[Key, float], str]:
+    """Measured speed-ups by bundle, policy and k from `lora-drop bench --json`, and what they were measured on.
+
+    Of several requests it is the smallest batch, and of those the longest context.
+    """
+    if path is None:
+        return {}, "not measured (--bench)"
+    try:
+        data = json.loads(Path(path).read_text())
+        policy = data.get("policy", POLICIES[0])
+        batch, context = min((row["rows"], -row["context"]) for row in data["rows"])
+        found: dict[Key, float] = {
+            (row["bundle"], row.get("policy", policy) if row["k"] else FULL, row["k"]): row["speedup"]
+            for row in data["rows"]
+            if (row["rows"], -row["context"]) == (batch, context)
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "The measured speed-ups cannot be read.",
+            note=f"{path}: {type(error).__name__}: {error}.",
+            hint="Give what lora-drop bench --json wrote.",
+        ) from None
+    held = {str(bundle) for bundle, _, _ in found}
+    if not held & set(names):
+        raise InputError(
+            "The measured speed-ups are of other bundles.",
+            note=f"{path} has {', '.join(sorted(held))}; evaluated are {', '.join(names)}.",
+            hint="They are joined by the name of the bundle's directory.",
+        )
+    return found, f"measured by lora-drop bench over k = 0, context {-context}, batch {batch}"

@@ -1,0 +1,65 @@
+"""What a profile found, as it is written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .measures import LayerFigures
+
+
+@dataclass(frozen=True)
+class LayerProfile(LayerFigures):
+    """Attributes:
+    layer: its index.
+    eligible: whether it may be dropped.
+    kl_alone: KL of LoRA steps when it alone is dropped; None where that was not measured.
+    """
+
+    layer: int
+    eligible: bool
+    kl_alone: float | None
+
+
+@dataclass(frozen=True)
+class RankedList:
+    """A drop list.
+
+    Attributes:
+        rho: asked for; `m = floor(ρ·|eligible| + 0.5)` layers are dropped.
+        kl: mean KL(full model ‖ LoRA step) in nats, on text that no ranking saw.
+    """
+
+    ranking: str
+    rho: float
+    drop_layers: tuple[int, ...]
+    kl: float
+
+    @property
+    def file(self) -> str:
+        return f"drop-{self.ranking}-{self.rho:g}.json"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What profile.json holds.
+
+    Attributes:
+        settings: the arguments, and how much text was measured.
+        rankings: name → eligible layers, the first to be dropped first; of `sensitivity` as many as were found.
+        greedy_kl: of the lists that `sensitivity` grows by one layer each, on the text that it ranks on.
+    """
+
+    model: str
+    fingerprint: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    layers: tuple[LayerProfile, ...]
+    rankings: Mapping[str, tuple[int, ...]]
+    greedy_kl: tuple[float, ...]
+    drop_lists: tuple[RankedList, ...]
+
+    def best(self, rho: float) -> RankedList:
+        """The list with the least KL; of equal ones the first ranking's."""
+        return min((ranked for ranked in self.drop_lists if ranked.rho == rho), key=lambda ranked: ranked.kl)

@@ -1,0 +1,65 @@
+"""Bundles that a command compares, opened and checked together."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import ModelFacts
+from lora_drop_runtime.errors import InputError
+
+QUANTIZED = ("int4", "int8")
+
+
+def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
+    """Bundles by a short name each; they must be of one model with weights of one kind."""
+    if not paths:
+        raise InputError("There is no bundle to measure.", note="None was given.", hint="Give at least one.")
+    opened = [Bundle.open(path) for path in paths]
+    names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    bundles = dict(zip(names, opened, strict=True))
+    if len(bundles) < len(opened):
+        raise InputError("A bundle is given twice.", note=", ".join(names) + ".", hint="Give each once.")
+    first = opened[0].manifest.model
+    for name, bundle in bundles.items():
+        model = bundle.manifest.model
+        if model.fingerprint != first.fingerprint or weight_dtype(model) != weight_dtype(first):
+            raise InputError(
+                "The bundles are not of one model.",
+                note=f"{names[0]} holds {first.name} in {weight_dtype(first)}, {name} holds {model.name} in "
+                f"{weight_dtype(model)}" + (", another model's weights." if model.name == first.name else "."),
+                hint="Give bundles of one checkpoint and one dtype, with different drop lists.",
+            )
+    return bundles
+
+
+def weight_dtype(model: ModelFacts) -> str:
+    """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
+    stored = getattr(model, "weight_dtype", model.dtype)
+    return str(stored) if stored in QUANTIZED else model.dtype
+
+
+def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:
+    """Refuse before any work what could not be written after it."""
+    if plots is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError(
+            "Figures need matplotlib.",
+            note="--plots was given, and matplotlib is not installed.",
+            hint="pip install 'lora-drop-export[bench]', or leave --plots out.",
+        )
+    try:
+        if plots is not None:
+            Path(plots).mkdir(parents=True, exist_ok=True)
+        if json_file is not None:
+            with Path(json_file).open("a"):
+                pass
+    except OSError as error:
+        raise InputError(
+            "The results cannot be written.",
+            note=f"{error.filename}: {error.strerror}.",
+            hint="Give another --json or --plots.",
+        ) from None

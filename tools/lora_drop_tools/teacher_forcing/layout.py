@@ -1,0 +1,58 @@
+"""Which tokens of a text are refreshes, and what each of them sees."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a text a LoRA step decodes.
+
+    Attributes:
+        is_lora: bool [T].
+    """
+
+    is_lora: Any
+
+    @classmethod
+    def of(cls, tokens: int, prompt: int, schedule: Schedule, device: Any = "cpu") -> Layout:
+        """`prompt` tokens at once, then one per decode step."""
+        import torch
+
+        kinds = [schedule.kind(position - prompt + 1) for position in range(prompt, tokens)]
+        flags = [False] * min(prompt, tokens) + [kind is StepKind.LORA for kind in kinds]
+        return cls(torch.tensor(flags, device=device))
+
+    @functools.cached_property
+    def lora(self) -> Any:
+        """Positions of LoRA steps, [S]."""
+        return self.is_lora.nonzero()[:, 0]
+
+    @functools.cached_property
+    def full(self) -> Any:
+        """Positions of prompt and refreshes, [T − S]."""
+        return (~self.is_lora).nonzero()[:, 0]
+
+    @functools.cached_property
+    def anchor(self) -> Any:
+        """For each LoRA step the position of the last refresh or prompt token before it, [S]."""
+        return self.full[self.segment]
+
+    @functools.cached_property
+    def segment(self) -> Any:
+        """The same as an index into `full`, [S]."""
+        import torch
+
+        return torch.searchsorted(self.full, self.lora) - 1
+
+    @functools.cached_property
+    def segment_begin(self) -> Any:
+        """For each LoRA step the index in `lora` of the first one after the same anchor, [S]."""
+        import torch
+
+        return torch.searchsorted(self.segment.contiguous(), self.segment.contiguous())

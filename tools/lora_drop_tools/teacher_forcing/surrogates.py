@@ -1,0 +1,43 @@
+"""The surrogates of a drop list over all tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .layout import Layout
+
+Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d], s·B [d, r]); a missing site has only its base
+
+
+def features(x: Any, state: Any, layout: Layout, surrogate: str) -> tuple[Any, Any]:
+    """What a surrogate's product is of, and what it is added to, [B, S, d] each.
+
+    `y_t = base + s·B·A·feature`. Under `recurrent`, `y_t = y_{t−1} + s·B·A·x_t` unrolled to the anchor a is
+    `y_a + s·B·A·Σ x` over the LoRA steps since a.
+
+    Args:
+        x: the layer's (or half's) input at LoRA steps, [B, S, d].
+        state: its output at full tokens, [B, T − S, d].
+    """
+    import torch
+
+    if surrogate == "residual":
+        return x, x
+    base = state[:, layout.segment]
+    if surrogate == "anchor":
+        return x, base
+    own = torch.arange(x.shape[1], device=x.device)
+    length = own - layout.segment_begin  # of the segment before each token
+    total = x
+    for back in range(1, int(length.max()) + 1 if len(length) else 0):
+        total = total + x[:, (own - back).clamp(min=0)] * (length >= back)[:, None]
+    return total, base
+
+
+def product(feature: Any, pair: tuple[Any, Any] | None) -> Any:
+    """`s·B·A·x`, computed in the adapters' dtype; 0 without an adapter."""
+    if pair is None:
+        return 0
+    a, b = pair
+    return (feature.to(a.dtype) @ a.T @ b.T).to(feature.dtype)
