@@ -32,20 +32,6 @@ def run(*command: str) -> None:
     subprocess.run([program, *command[1:]], check=True)
 
 
-def main() -> None:
-    model = fetch_model(HERE)
-    bundle = str(HERE / "engines")
-    adapters = os.path.relpath(ADAPTERS)
-    run("lora-drop-export", "--model", str(model), "--out", bundle, "--adapters", adapters, "--k", "3", "--force")
-    run("lora-drop", "inspect", bundle)
-    length = ("--max-new-tokens", "28")
-    run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length)
-    run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length, "--k", "0")
-    print(f"\nAgainst the full schedule, {NEW_TOKENS} tokens after that prompt, medians of {ROUNDS} interleaved runs:")
-    for policy in POLICIES:
-        report(bundle, policy)
-
-
 def report(bundle: str, policy: str) -> None:
     """K/V bytes and time per token, full schedule (k = 0) against the bundle's own, from one bundle in one process."""
     with Session.open(bundle, policy=policy) as session:
@@ -71,6 +57,20 @@ def report(bundle: str, policy: str) -> None:
     )
     if ratio > ceiling:
         print("                   more than the bytes allow: noise, or time that does not go with bytes")
+
+
+def main() -> None:
+    model = fetch_model(HERE)
+    bundle = str(HERE / "engines")
+    adapters = os.path.relpath(ADAPTERS)
+    run("lora-drop-export", "--model", str(model), "--out", bundle, "--adapters", adapters, "--k", "3", "--force")
+    run("lora-drop", "inspect", bundle)
+    length = ("--max-new-tokens", "28")
+    run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length)
+    run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length, "--k", "0")
+    print(f"\nAgainst the full schedule, {NEW_TOKENS} tokens after that prompt, medians of {ROUNDS} interleaved runs:")
+    for policy in POLICIES:
+        report(bundle, policy)
 
 
 if __name__ == "__main__":

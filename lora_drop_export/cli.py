@@ -18,111 +18,6 @@ from lora_drop_export.checkpoint.drop_list import _warn_of_base, read_drop_list
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(_export, arguments)
-
-
-def _export(arguments: Sequence[str]) -> None:
-    args = _parser().parse_args(arguments)
-    require_export_packages("the runtime alone does not need it")
-    from lora_drop_export.compiler.add_target import add_target
-    from lora_drop_export.compiler.export import export
-    from lora_drop_export.compiler.options import ExportOptions
-    from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
-
-    if args.add_target:
-        _refuse_what_the_bundle_fixes(args)
-    elif args.model is None:
-        raise InputError(
-            "There is no model to export.",
-            note="--model was not given, nor --add-target for an existing bundle.",
-            hint="Use --model DIR|HUB_ID|FILE.gguf.",
-        )
-    if args.drop_layers is not None and args.drop_list is not None:
-        raise InputError(
-            "The drop list is given twice.",
-            note="--drop-layers and --drop-list exclude each other.",
-            hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
-        )
-    layers = None if args.drop_layers is None else parse_layers(args.drop_layers)
-    drop_list = None if args.drop_list is None else read_drop_list(args.drop_list)
-    if drop_list is not None:
-        layers = drop_list.layers
-        fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
-        _warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
-    options = ExportOptions(
-        drop_ratio=args.drop_ratio,
-        drop_layers=layers,
-        drop_list_fingerprint=None if drop_list is None else drop_list.fingerprint,
-        always_first=args.always_first,
-        always_last=args.always_last,
-        k=args.k,
-        surrogate=args.surrogate,
-        injection=args.injection,
-        policy=args.policy,
-        adapters=args.adapters,
-        rank=args.rank,
-        targets=tuple(args.target or args.add_target or ["ort"]),
-        dtype=DTYPES.get(args.dtype, args.dtype),
-        quantization=args.quantization,
-        block_size=args.block_size,
-        kv_dtype=args.kv_dtype,
-        max_seq_len=args.max_seq_len,
-        max_prompt_len=args.max_prompt_len,
-        max_batch=args.max_batch,
-        weights=args.weights,
-        weight_sharing=args.weight_sharing,
-        attention=args.attention,
-        builder=BuilderOptions(
-            workspace_mib=args.workspace_mib,
-            optimization_level=args.optimization_level,
-            hardware_compatible=args.hardware_compatible,
-            version_compatible=args.version_compatible,
-            compute_capabilities=tuple(args.compute_capability or COMPUTE_CAPABILITIES),
-            alias=not args.no_alias,
-        ),
-        verify=not args.no_verify,
-        force=args.force,
-        threads=args.threads,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if args.add_target:
-        bundle = add_target(args.out, args.add_target, options)
-        print(f"targets: {', '.join(bundle.manifest.targets)}")
-        return
-    bundle = export(args.model, args.out, options)
-    plan, limits = bundle.manifest.plan, bundle.manifest.limits
-    dropped = ", ".join(map(str, plan.drop_layers)) or "none"
-    print(f"dropped layers: {dropped} ({len(plan.drop_layers)} of {plan.num_layers}), k = {plan.k}")
-    print(
-        f"limits: {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}"
-        " (--max-seq-len, --max-prompt-len, --max-batch)"
-    )
-    if bundle.manifest.targets:
-        first, dtype = next(iter(bundle.manifest.targets)), bundle.manifest.model.dtype
-        provider = " --provider cuda" if first == "ort" and dtype != "float32" else ""
-        print(f'try: lora-drop generate {args.out}{provider} --prompt "The capital of Italy is"')
-
-
-_FIXED_BY_BUNDLE = (
-    *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
-    *("policy", "adapters", "rank", "target", "dtype", "quantization", "block_size", "kv_dtype"),
-    *("max_seq_len", "max_prompt_len", "max_batch", "weights"),
-)
-
-
-def _refuse_what_the_bundle_fixes(args: argparse.Namespace) -> None:
-    for name in _FIXED_BY_BUNDLE:
-        value = getattr(args, name)
-        if value != _parser().get_default(name):
-            raise InputError(
-                "An existing bundle fixes that option.",
-                note=f"--{name.replace('_', '-')} {value} was given with --add-target.",
-                hint="Leave it out, or export the model again.",
-            )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lora-drop-export",
@@ -241,6 +136,111 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--threads", type=int, metavar="N", help="threads of the verification")
     how.add_argument("--trust-remote-code", action="store_true", help="run the code that a checkpoint brings")
     return parser
+
+
+_FIXED_BY_BUNDLE = (
+    *("model", "drop_ratio", "drop_layers", "drop_list", "always_first", "always_last", "k", "surrogate", "injection"),
+    *("policy", "adapters", "rank", "target", "dtype", "quantization", "block_size", "kv_dtype"),
+    *("max_seq_len", "max_prompt_len", "max_batch", "weights"),
+)
+
+
+def _refuse_what_the_bundle_fixes(args: argparse.Namespace) -> None:
+    for name in _FIXED_BY_BUNDLE:
+        value = getattr(args, name)
+        if value != _parser().get_default(name):
+            raise InputError(
+                "An existing bundle fixes that option.",
+                note=f"--{name.replace('_', '-')} {value} was given with --add-target.",
+                hint="Leave it out, or export the model again.",
+            )
+
+
+def _export(arguments: Sequence[str]) -> None:
+    args = _parser().parse_args(arguments)
+    require_export_packages("the runtime alone does not need it")
+    from lora_drop_export.compiler.add_target import add_target
+    from lora_drop_export.compiler.export import export
+    from lora_drop_export.compiler.options import ExportOptions
+    from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
+
+    if args.add_target:
+        _refuse_what_the_bundle_fixes(args)
+    elif args.model is None:
+        raise InputError(
+            "There is no model to export.",
+            note="--model was not given, nor --add-target for an existing bundle.",
+            hint="Use --model DIR|HUB_ID|FILE.gguf.",
+        )
+    if args.drop_layers is not None and args.drop_list is not None:
+        raise InputError(
+            "The drop list is given twice.",
+            note="--drop-layers and --drop-list exclude each other.",
+            hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
+        )
+    layers = None if args.drop_layers is None else parse_layers(args.drop_layers)
+    drop_list = None if args.drop_list is None else read_drop_list(args.drop_list)
+    if drop_list is not None:
+        layers = drop_list.layers
+        fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
+        _warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
+    options = ExportOptions(
+        drop_ratio=args.drop_ratio,
+        drop_layers=layers,
+        drop_list_fingerprint=None if drop_list is None else drop_list.fingerprint,
+        always_first=args.always_first,
+        always_last=args.always_last,
+        k=args.k,
+        surrogate=args.surrogate,
+        injection=args.injection,
+        policy=args.policy,
+        adapters=args.adapters,
+        rank=args.rank,
+        targets=tuple(args.target or args.add_target or ["ort"]),
+        dtype=DTYPES.get(args.dtype, args.dtype),
+        quantization=args.quantization,
+        block_size=args.block_size,
+        kv_dtype=args.kv_dtype,
+        max_seq_len=args.max_seq_len,
+        max_prompt_len=args.max_prompt_len,
+        max_batch=args.max_batch,
+        weights=args.weights,
+        weight_sharing=args.weight_sharing,
+        attention=args.attention,
+        builder=BuilderOptions(
+            workspace_mib=args.workspace_mib,
+            optimization_level=args.optimization_level,
+            hardware_compatible=args.hardware_compatible,
+            version_compatible=args.version_compatible,
+            compute_capabilities=tuple(args.compute_capability or COMPUTE_CAPABILITIES),
+            alias=not args.no_alias,
+        ),
+        verify=not args.no_verify,
+        force=args.force,
+        threads=args.threads,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.add_target:
+        bundle = add_target(args.out, args.add_target, options)
+        print(f"targets: {', '.join(bundle.manifest.targets)}")
+        return
+    bundle = export(args.model, args.out, options)
+    plan, limits = bundle.manifest.plan, bundle.manifest.limits
+    dropped = ", ".join(map(str, plan.drop_layers)) or "none"
+    print(f"dropped layers: {dropped} ({len(plan.drop_layers)} of {plan.num_layers}), k = {plan.k}")
+    print(
+        f"limits: {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}"
+        " (--max-seq-len, --max-prompt-len, --max-batch)"
+    )
+    if bundle.manifest.targets:
+        first, dtype = next(iter(bundle.manifest.targets)), bundle.manifest.model.dtype
+        provider = " --provider cuda" if first == "ort" and dtype != "float32" else ""
+        print(f'try: lora-drop generate {args.out}{provider} --prompt "The capital of Italy is"')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(_export, arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+
 
 class Console:
     """Writes to standard error, so that a command's result can be piped."""
@@ -58,6 +60,3 @@ class Console:
 
             yield update
         self.say(f"{what}: {time.perf_counter() - begin:.1f} s")
-
-
-Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)

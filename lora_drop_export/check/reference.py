@@ -52,6 +52,86 @@ class _Cache:
 _cache: _Cache  # of the layer that is running; the attention interface passes no user data
 
 
+def _tokens_again(kinds: Sequence[StepKind], policy: str) -> list[int]:
+    """For each decode step how many tokens before its own it takes: under `backfill` those since the last refresh."""
+    again, since = [], 0
+    for kind in kinds:
+        refresh = kind is StepKind.REFRESH
+        again.append(since if refresh and policy == "backfill" else 0)
+        since = 0 if refresh else since + 1
+    return again
+
+
+def _tensor(array: Array) -> Any:
+    import torch
+
+    values = np.asarray(array, np.float32)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def rounded_activations(x: Any, block_size: int) -> Any:
+    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
+
+    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
+    nearest integer. x [.., K], K a multiple of block_size.
+    """
+    blocks = x.unflatten(-1, (-1, block_size))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
+
+
+def _attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """Softmax attention of each row's real new tokens over the layer's own cache, which they join first."""
+    import torch
+
+    if attention_mask is not None:
+        raise ModelError("The model brings an attention mask of its own.")
+    batch, heads, sequence, head_dim = query.shape
+    output = torch.zeros(batch, sequence, heads, value.shape[3])
+    group = heads // key.shape[1]
+    _cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
+    if _cache.scales is not None:
+        key, value = (
+            (tensor / scale).round().clamp(-128, 127) * scale
+            for tensor, scale in zip((key, value), _cache.scales, strict=True)
+        )
+    for row, new in enumerate(_cache.new_tokens):
+        for store, tensor in ((_cache.keys, key), (_cache.values, value)):
+            added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
+            store[row] = added if store[row] is None else torch.cat([store[row], added])
+        keys = _cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
+        values = _cache.values[row].repeat_interleave(group, dim=1)
+        slots = len(keys)
+        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys)
+        scores = scores * (head_dim**-0.5 if scaling is None else scaling)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
+        seen = torch.arange(slots)[None] <= own
+        if sliding_window:
+            seen &= torch.arange(slots)[None] > own - sliding_window
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+        output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
+    return output, None
+
+
+def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
+
+
 @dataclass
 class Reference:
     """Eager PyTorch under a drop plan.
@@ -323,86 +403,6 @@ class Reference:
             if self.round_activations and isinstance(ref, DequantizedRef) and isinstance(target, torch.nn.Linear):
                 block_size = ref.form.block_size
                 target.forward = functools.partial(_rounded_linear, target, block_size)
-
-
-def _tokens_again(kinds: Sequence[StepKind], policy: str) -> list[int]:
-    """For each decode step how many tokens before its own it takes: under `backfill` those since the last refresh."""
-    again, since = [], 0
-    for kind in kinds:
-        refresh = kind is StepKind.REFRESH
-        again.append(since if refresh and policy == "backfill" else 0)
-        since = 0 if refresh else since + 1
-    return again
-
-
-def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
-    import torch
-
-    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
-
-
-def rounded_activations(x: Any, block_size: int) -> Any:
-    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
-
-    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
-    nearest integer. x [.., K], K a multiple of block_size.
-    """
-    blocks = x.unflatten(-1, (-1, block_size))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
-
-
-def _tensor(array: Array) -> Any:
-    import torch
-
-    values = np.asarray(array, np.float32)
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
-    """Softmax attention of each row's real new tokens over the layer's own cache, which they join first."""
-    import torch
-
-    if attention_mask is not None:
-        raise ModelError("The model brings an attention mask of its own.")
-    batch, heads, sequence, head_dim = query.shape
-    output = torch.zeros(batch, sequence, heads, value.shape[3])
-    group = heads // key.shape[1]
-    _cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
-    if _cache.scales is not None:
-        key, value = (
-            (tensor / scale).round().clamp(-128, 127) * scale
-            for tensor, scale in zip((key, value), _cache.scales, strict=True)
-        )
-    for row, new in enumerate(_cache.new_tokens):
-        for store, tensor in ((_cache.keys, key), (_cache.values, value)):
-            added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
-            store[row] = added if store[row] is None else torch.cat([store[row], added])
-        keys = _cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
-        values = _cache.values[row].repeat_interleave(group, dim=1)
-        slots = len(keys)
-        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys)
-        scores = scores * (head_dim**-0.5 if scaling is None else scaling)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
-        seen = torch.arange(slots)[None] <= own
-        if sliding_window:
-            seen &= torch.arange(slots)[None] > own - sliding_window
-        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
-        output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
-    return output, None
 
 
 def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:

@@ -21,6 +21,14 @@ from lora_drop_export.console import Console
 from .reference import Reference
 
 
+def _input_metadata() -> TensorMetadata:
+    return (
+        TensorMetadata()
+        .add("token_ids", dtype=np.int64, shape=("batch", "tokens"))
+        .add("lengths", dtype=np.int64, shape=("batch",))
+    )
+
+
 class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no types
     """Polygraphy runner over a session: the first feed is the prefill, every other one a decode step."""
 
@@ -93,11 +101,3 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     def infer_impl(self, feed_dict: dict[str, Any]) -> OrderedDict[str, Any]:
         self.inference_time = 0.0  # all of it was spent when activated
         return OrderedDict(logits=next(self._outputs))
-
-
-def _input_metadata() -> TensorMetadata:
-    return (
-        TensorMetadata()
-        .add("token_ids", dtype=np.int64, shape=("batch", "tokens"))
-        .add("lengths", dtype=np.int64, shape=("batch",))
-    )

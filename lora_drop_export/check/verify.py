@@ -36,64 +36,54 @@ from .runners import ReferenceRunner, SessionRunner
 from .sample import _feeds
 
 
-def verify(
-    bundle: Bundle,
-    *,
-    console: Console,
-    targets: Sequence[str] | None = None,
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-) -> Bundle:
-    """Verify targets of a bundle that is being written, all when None; writes verify.json and the manifest's entries.
-
-    A target that this machine cannot execute is recorded as `not run`, with the reason. Its graphs, which are plain
-    ONNX in the native form, then run on ONNX Runtime's CPU provider in its place where their dtype lets them; that is
-    recorded apart, for it says nothing of the engines.
-
-    Raises:
-        VerificationError: a step disagrees.
-    """
-    manifest = bundle.manifest
-    entries: dict[str, dict[str, Any]] = dict(manifest.verification)
-    results = []
-    for target in manifest.targets if targets is None else targets:
-        dtype = manifest.model.dtype
-        check = functools.partial(
-            compare,
-            bundle,
-            target=target,
-            console=console,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-        )
-        entries[target] = {}
-        try:
-            result = check(provider="cuda" if target == "ort" and dtype != "float32" else None)
-        except NoDeviceError as error:
-            entries[target] = {"status": "not run", "reason": error.note}
-            console.say(f"{target}: not run on this machine: {error.note}")
-            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
-                continue  # there is nothing on a CPU that could
-            console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
-            result = check(provider="cpu")
-        results.append(result)
-        print_table(result, console)
-        if not result.passed:
-            raise failure(result)
-        entries[target] |= {"graphs_on_cpu": result.summary()} if entries[target] else result.summary()
-    path = bundle.root / VERIFY_NAME
-    before = json.loads(path.read_bytes()) if path.exists() else []
-    checked = set(manifest.targets if targets is None else targets)
-    details = [result for result in before if result["target"] not in checked]
-    details += [dataclasses.asdict(result) for result in results]
-    path.write_text(json.dumps(details, indent=1) + "\n")
-    manifest = dataclasses.replace(
-        manifest,
-        verification=entries,
-        files=manifest.files | {VERIFY_NAME: record_file(path)},
+def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
+    """The reference over the bundle's own weight files, looked up by tensor name."""
+    checkpoint = open_checkpoint(
+        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
     )
-    (bundle.root / MANIFEST_NAME).write_text(manifest.to_json())
-    return Bundle(bundle.root, manifest)
+    plan = bundle.manifest.plan
+    matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
+    return Reference(checkpoint, plan, matrices, kv_scales=read_arrays(bundle.root, KV_SCALES_NAME))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Polygraphy logs every array; the table says what matters."""
+    severity = G_LOGGER.module_severity
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    try:
+        yield
+    finally:
+        G_LOGGER.module_severity = severity
+
+
+def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:
+    with runner:
+        return [runner.infer(feed)["logits"] for feed in feeds]
+
+
+def _unrounded(bundle: Bundle, target: str) -> bytes:
+    """A target's graph with the kernels for quantized weights that compute in float32, exact and slow."""
+    import onnx
+
+    model = onnx.load(bundle.root / bundle.target(target)[1]["steps"], load_external_data=False)
+    graphs = [model.graph]
+    for graph in graphs:
+        for node in graph.node:
+            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 1  # float32, the most exact that MatMulNBits knows
+    return bytes(model.SerializeToString())
+
+
+def _open(
+    bundle: Bundle, schedule: PeriodicSchedule, policy: str, steps: bytes | None, *, target: str, **options: Any
+) -> Session:
+    """A session over a target, or over another graph in its place."""
+    if steps is None:
+        return Session.open(bundle.root, k=schedule.k, policy=policy, target=target, **options)
+    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy)
 
 
 def compare(
@@ -153,51 +143,61 @@ def compare(
     return Verification(name, k, lengths, tolerance, tuple(step_results), median, policy)
 
 
-def _open(
-    bundle: Bundle, schedule: PeriodicSchedule, policy: str, steps: bytes | None, *, target: str, **options: Any
-) -> Session:
-    """A session over a target, or over another graph in its place."""
-    if steps is None:
-        return Session.open(bundle.root, k=schedule.k, policy=policy, target=target, **options)
-    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy)
+def verify(
+    bundle: Bundle,
+    *,
+    console: Console,
+    targets: Sequence[str] | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Bundle:
+    """Verify targets of a bundle that is being written, all when None; writes verify.json and the manifest's entries.
 
+    A target that this machine cannot execute is recorded as `not run`, with the reason. Its graphs, which are plain
+    ONNX in the native form, then run on ONNX Runtime's CPU provider in its place where their dtype lets them; that is
+    recorded apart, for it says nothing of the engines.
 
-def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:
-    with runner:
-        return [runner.infer(feed)["logits"] for feed in feeds]
-
-
-def _unrounded(bundle: Bundle, target: str) -> bytes:
-    """A target's graph with the kernels for quantized weights that compute in float32, exact and slow."""
-    import onnx
-
-    model = onnx.load(bundle.root / bundle.target(target)[1]["steps"], load_external_data=False)
-    graphs = [model.graph]
-    for graph in graphs:
-        for node in graph.node:
-            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 1  # float32, the most exact that MatMulNBits knows
-    return bytes(model.SerializeToString())
-
-
-def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
-    """The reference over the bundle's own weight files, looked up by tensor name."""
-    checkpoint = open_checkpoint(
-        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
+    Raises:
+        VerificationError: a step disagrees.
+    """
+    manifest = bundle.manifest
+    entries: dict[str, dict[str, Any]] = dict(manifest.verification)
+    results = []
+    for target in manifest.targets if targets is None else targets:
+        dtype = manifest.model.dtype
+        check = functools.partial(
+            compare,
+            bundle,
+            target=target,
+            console=console,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+        )
+        entries[target] = {}
+        try:
+            result = check(provider="cuda" if target == "ort" and dtype != "float32" else None)
+        except NoDeviceError as error:
+            entries[target] = {"status": "not run", "reason": error.note}
+            console.say(f"{target}: not run on this machine: {error.note}")
+            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
+                continue  # there is nothing on a CPU that could
+            console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
+            result = check(provider="cpu")
+        results.append(result)
+        print_table(result, console)
+        if not result.passed:
+            raise failure(result)
+        entries[target] |= {"graphs_on_cpu": result.summary()} if entries[target] else result.summary()
+    path = bundle.root / VERIFY_NAME
+    before = json.loads(path.read_bytes()) if path.exists() else []
+    checked = set(manifest.targets if targets is None else targets)
+    details = [result for result in before if result["target"] not in checked]
+    details += [dataclasses.asdict(result) for result in results]
+    path.write_text(json.dumps(details, indent=1) + "\n")
+    manifest = dataclasses.replace(
+        manifest,
+        verification=entries,
+        files=manifest.files | {VERIFY_NAME: record_file(path)},
     )
-    plan = bundle.manifest.plan
-    matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
-    return Reference(checkpoint, plan, matrices, kv_scales=read_arrays(bundle.root, KV_SCALES_NAME))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Polygraphy logs every array; the table says what matters."""
-    severity = G_LOGGER.module_severity
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    try:
-        yield
-    finally:
-        G_LOGGER.module_severity = severity
+    (bundle.root / MANIFEST_NAME).write_text(manifest.to_json())
+    return Bundle(bundle.root, manifest)

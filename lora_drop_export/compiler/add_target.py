@@ -21,6 +21,16 @@ from .files import _versions
 from .options import ExportOptions
 
 
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.name == VERIFY_NAME:  # will be written to
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
     """Add targets to a bundle, from the graphs and weights that it has.
 
@@ -94,13 +104,3 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
             )
     console.say(f"done: {out}")
     return Bundle.open(out)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if source.name == VERIFY_NAME:  # will be written to
-            raise OSError
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -54,50 +54,6 @@ from .files import _check_disk, _copy_tokenizer, _make_model_directory, _records
 from .options import ExportOptions
 
 
-def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
-    """Export a model to a bundle at `out`.
-
-    Args:
-        model: a Hugging Face directory, a hub id, or a GGUF file.
-        out: the bundle's directory; must not exist unless `options.force`.
-
-    Raises:
-        InputError, PlanError, ModelError, BundleError: nothing was changed on disk.
-        VerificationError: the bundle disagrees with PyTorch; nothing is left at `out` but what was there.
-    """
-    options = options or ExportOptions()
-    console = Console()
-    out = Path(out)
-    with staged_directory(out.resolve(), options.force) as root:
-        checkpoint = open_checkpoint(
-            model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
-        )
-        dtype = "float32" if options.weights_format else options.dtype or _default_dtype(checkpoint, options)
-        with console.phase("tracing the model"):
-            traced = trace(checkpoint, dtype)
-        bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
-        if options.weights_format and options.verify:
-            from lora_drop_export.check.perplexity import report_perplexity
-
-            bundle = report_perplexity(bundle, checkpoint, console=console)
-        shutil.rmtree(root / "scratch", ignore_errors=True)
-        if options.verify and bundle.manifest.targets:
-            from lora_drop_export.check.verify import verify
-
-            bundle = verify(
-                bundle,
-                console=console,
-                threads=options.threads,
-                trust_remote_code=options.trust_remote_code,
-            )
-        elif not bundle.manifest.targets:
-            console.say("graphs only: nothing was executed, so nothing was verified")
-        else:
-            console.say("not verified (--no-verify)")
-    console.say(f"done: {out}")
-    return Bundle.open(out)
-
-
 def write_bundle(
     root: Path,
     checkpoint: Checkpoint,
@@ -165,3 +121,47 @@ def write_bundle(
     manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(root, manifest)
+
+
+def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
+    """Export a model to a bundle at `out`.
+
+    Args:
+        model: a Hugging Face directory, a hub id, or a GGUF file.
+        out: the bundle's directory; must not exist unless `options.force`.
+
+    Raises:
+        InputError, PlanError, ModelError, BundleError: nothing was changed on disk.
+        VerificationError: the bundle disagrees with PyTorch; nothing is left at `out` but what was there.
+    """
+    options = options or ExportOptions()
+    console = Console()
+    out = Path(out)
+    with staged_directory(out.resolve(), options.force) as root:
+        checkpoint = open_checkpoint(
+            model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
+        )
+        dtype = "float32" if options.weights_format else options.dtype or _default_dtype(checkpoint, options)
+        with console.phase("tracing the model"):
+            traced = trace(checkpoint, dtype)
+        bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
+        if options.weights_format and options.verify:
+            from lora_drop_export.check.perplexity import report_perplexity
+
+            bundle = report_perplexity(bundle, checkpoint, console=console)
+        shutil.rmtree(root / "scratch", ignore_errors=True)
+        if options.verify and bundle.manifest.targets:
+            from lora_drop_export.check.verify import verify
+
+            bundle = verify(
+                bundle,
+                console=console,
+                threads=options.threads,
+                trust_remote_code=options.trust_remote_code,
+            )
+        elif not bundle.manifest.targets:
+            console.say("graphs only: nothing was executed, so nothing was verified")
+        else:
+            console.say("not verified (--no-verify)")
+    console.say(f"done: {out}")
+    return Bundle.open(out)

@@ -75,6 +75,13 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
     )
 
 
+def _context_length(config: Any) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 2048
+
+
 def make_limits(config: Any, options: ExportOptions) -> Limits:
     """Capacities: 2048 tokens unless told otherwise, never more than the model's context."""
     context = _context_length(config)
@@ -87,13 +94,6 @@ def make_limits(config: Any, options: ExportOptions) -> Limits:
         if value > bound:
             raise InputError(f"{option} is too large.", note=f"It is {value}, {what} is {bound}.", hint="Lower it.")
     return Limits(max_seq_len, max_prompt_len, options.max_batch)
-
-
-def _context_length(config: Any) -> int:
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 2048
 
 
 def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:

@@ -62,6 +62,43 @@ class LoadedModel:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
+    """The model that the config describes, its parameters read one at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            checkpoint.config, dtype=getattr(torch, dtype), trust_remote_code=checkpoint.trust_remote_code
+        ).eval()
+    tied = tied_names(model)
+    for name, value in buffer_values(model).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value
+    refs = resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
+    for name, ref in refs.items():
+        owner, _, leaf = name.rpartition(".")
+        values = torch.from_numpy(np.array(ref.read(), np.float32)).to(getattr(torch, dtype))
+        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, False)
+    model.tie_weights()
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, or too little of its memory
+        raise InputError(
+            "The model cannot be put on the device.",
+            note=f"{device!r} was asked for: {first_line(error)}.",
+            hint="Use --device cpu.",
+        ) from None
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any(directory.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(directory)
+
+
 def load_model(
     source: str,
     *,
@@ -96,40 +133,3 @@ def load_model(
             fingerprint=fingerprint or checkpoint.fingerprint(),
             plan=plan,
         )
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(directory)
-
-
-def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
-    """The model that the config describes, its parameters read one at a time."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            checkpoint.config, dtype=getattr(torch, dtype), trust_remote_code=checkpoint.trust_remote_code
-        ).eval()
-    tied = tied_names(model)
-    for name, value in buffer_values(model).items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = value
-    refs = resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
-    for name, ref in refs.items():
-        owner, _, leaf = name.rpartition(".")
-        values = torch.from_numpy(np.array(ref.read(), np.float32)).to(getattr(torch, dtype))
-        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, False)
-    model.tie_weights()
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or too little of its memory
-        raise InputError(
-            "The model cannot be put on the device.",
-            note=f"{device!r} was asked for: {first_line(error)}.",
-            hint="Use --device cpu.",
-        ) from None

@@ -9,6 +9,19 @@ import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError
 
 
+def _constant(tensor: Any, name: str) -> Any:
+    """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
+    raw = getattr(tensor, "raw", None)
+    real = getattr(raw, "constant", raw)
+    if real is None:
+        raise ModelError(
+            "The model makes a tensor whose value cannot be known while tracing.",
+            note=f"{name} {tuple(tensor.shape.numpy())}.",
+            hint="Use a model of a family that transformers knows.",
+        )
+    return real
+
+
 def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
     """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
     for value in list(model.graph.initializers.values()):
@@ -37,17 +50,9 @@ def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str
         model.graph.initializers[name] = value
 
 
-def _constant(tensor: Any, name: str) -> Any:
-    """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
-    raw = getattr(tensor, "raw", None)
-    real = getattr(raw, "constant", raw)
-    if real is None:
-        raise ModelError(
-            "The model makes a tensor whose value cannot be known while tracing.",
-            note=f"{name} {tuple(tensor.shape.numpy())}.",
-            hint="Use a model of a family that transformers knows.",
-        )
-    return real
+def _static(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
 
 
 def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -62,11 +67,6 @@ def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
             parameters[name] = shape = _static(value)
             value.const_value = ir.ExternalTensor("unknown", 0, 0, value.dtype, shape=ir.Shape(shape), name=name)
     return parameters
-
-
-def _static(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None
-    return tuple(value.shape.numpy())
 
 
 def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> frozenset[str]:

@@ -9,6 +9,15 @@ from lora_drop_runtime.errors import ModelError
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
+def _unsupported(feature: str, config: Any) -> ModelError:
+    model_type = getattr(config, "model_type", "this")
+    return ModelError(
+        f"The model has {feature}, which a step graph cannot hold.",
+        note=f"Model type {model_type!r}; supported are decoders whose layers are attention and MLP with residuals.",
+        hint="Choose a dense decoder-only model.",
+    )
+
+
 def _refuse_by_config(config: Any) -> None:
     """Features that the config tells."""
     text = config.get_text_config()
@@ -32,12 +41,3 @@ def _refuse_by_modules(layers: Any) -> None:
         for name, module in layer.named_modules():
             if "moe" in type(module).__name__.lower() or name.endswith((".experts", ".router")):
                 raise _unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)
-
-
-def _unsupported(feature: str, config: Any) -> ModelError:
-    model_type = getattr(config, "model_type", "this")
-    return ModelError(
-        f"The model has {feature}, which a step graph cannot hold.",
-        note=f"Model type {model_type!r}; supported are decoders whose layers are attention and MLP with residuals.",
-        hint="Choose a dense decoder-only model.",
-    )

@@ -18,12 +18,17 @@ from onnxscript.rewriter import pattern
 _PASS_THROUGH = {"Unsqueeze", "Cast", "Mul", "Cos", "Sin"}
 
 
-def fuse_rotary_embedding(model: ir.Model) -> int:
-    """Apply the rule in place; returns the number of RotaryEmbedding nodes made."""
-    count: int = pattern.RewriteRuleSet([_RotaryEmbedding.rule()], commute=True).apply_to_model(model)
-    CommonSubexpressionEliminationPass()(model)  # every layer makes its own copy of the same two tables
-    RemoveUnusedNodesPass()(model)
-    return count
+def _constant(value: ir.Value) -> list[int] | None:
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else [int(v) for v in tensor.numpy().reshape(-1)]
+
+
+def _has_equal_halves(value: ir.Value) -> bool:
+    """Whether a table comes, through elementwise nodes with scalars, from Concat(f, f)."""
+    node = value.producer()
+    while node is not None and node.op_type in _PASS_THROUGH:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node.op_type == "Concat" and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
 
 
 class _RotaryEmbedding(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript ships no types
@@ -50,14 +55,9 @@ class _RotaryEmbedding(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # o
         return op.RotaryEmbedding(x, cos_half, sin_half, interleaved=0)
 
 
-def _constant(value: ir.Value) -> list[int] | None:
-    tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(v) for v in tensor.numpy().reshape(-1)]
-
-
-def _has_equal_halves(value: ir.Value) -> bool:
-    """Whether a table comes, through elementwise nodes with scalars, from Concat(f, f)."""
-    node = value.producer()
-    while node is not None and node.op_type in _PASS_THROUGH:
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node is not None and node.op_type == "Concat" and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
+def fuse_rotary_embedding(model: ir.Model) -> int:
+    """Apply the rule in place; returns the number of RotaryEmbedding nodes made."""
+    count: int = pattern.RewriteRuleSet([_RotaryEmbedding.rule()], commute=True).apply_to_model(model)
+    CommonSubexpressionEliminationPass()(model)  # every layer makes its own copy of the same two tables
+    RemoveUnusedNodesPass()(model)
+    return count

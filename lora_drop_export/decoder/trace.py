@@ -68,72 +68,20 @@ class _Calls:
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
-def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
-    """Trace the model that the checkpoint's config describes; its weights are not read.
-
-    Args:
-        checkpoint: of a causal language model.
-        dtype: `float32`, `float16` or `bfloat16`, the dtype of weights and activations.
-
-    Raises:
-        ModelError: the model has a feature that a step graph cannot hold; the message names it.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    config = checkpoint.config
-    _refuse_by_config(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
-        layers = decoder_layers(model)
-        _refuse_by_modules(layers)
-        wrapper = _step_module(model, layers)
-        calls = _dry_run(wrapper, layers)
-        program = _export(wrapper, calls)
-        buffers = buffer_values(model)
-    _bind_initializers(program.model, buffers, stored=set(model.state_dict()))
-    with _quiet():
-        program.optimize()
-        _name_residual_stream(program.model)
-        fuse_rotary_embedding(program.model)
-    parameters = _leave_places(program.model)
-    heads, kv_heads, head_dim, value_dim = calls.shapes[0]
-    if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
-        raise ModelError(
-            "The model's attention layers differ in shape.",
-            note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",
-            hint="One K/V layout for all layers is needed.",
-        )
-    return TracedModel(
-        graph=program.model,
-        parameters=parameters,
-        hidden_size=int(config.hidden_size),
-        vocab_size=model.get_output_embeddings().weight.shape[0],
-        windows=tuple(calls.windows),
-        num_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        layers_prefix=next(name for name, module in model.named_modules() if module is layers),
-        embedding_only=_looked_up(program.model, parameters),
-        tied=tied_names(model),
-    )
-
-
-def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(ATTENTION_NAME, _cache_attention)
-    try:
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
-        raise ModelError(
-            "transformers cannot build this model as a causal language model.",
-            note=f"Model type {config.model_type!r}: {first_line(error)}",
-            hint="The model's attention must go through transformers' attention interface.",
-        ) from None
-    return model.eval()
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's warnings are about its own internals; errors still come as exceptions."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "transformers")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 _calls: _Calls  # the recorder of the trace that is running; the attention interface passes no user data
@@ -180,6 +128,23 @@ def _cache_attention(
         version=1,
     )
     return output, None
+
+
+def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION_NAME, _cache_attention)
+    try:
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
+        raise ModelError(
+            "transformers cannot build this model as a causal language model.",
+            note=f"Model type {config.model_type!r}: {first_line(error)}",
+            hint="The model's attention must go through transformers' attention interface.",
+        ) from None
+    return model.eval()
 
 
 def _step_module(model: Any, layers: Any) -> Any:
@@ -315,17 +280,52 @@ def _name_residual_stream(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's warnings are about its own internals; errors still come as exceptions."""
-    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "transformers")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
+    """Trace the model that the checkpoint's config describes; its weights are not read.
+
+    Args:
+        checkpoint: of a causal language model.
+        dtype: `float32`, `float16` or `bfloat16`, the dtype of weights and activations.
+
+    Raises:
+        ModelError: the model has a feature that a step graph cannot hold; the message names it.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = checkpoint.config
+    _refuse_by_config(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
+        layers = decoder_layers(model)
+        _refuse_by_modules(layers)
+        wrapper = _step_module(model, layers)
+        calls = _dry_run(wrapper, layers)
+        program = _export(wrapper, calls)
+        buffers = buffer_values(model)
+    _bind_initializers(program.model, buffers, stored=set(model.state_dict()))
+    with _quiet():
+        program.optimize()
+        _name_residual_stream(program.model)
+        fuse_rotary_embedding(program.model)
+    parameters = _leave_places(program.model)
+    heads, kv_heads, head_dim, value_dim = calls.shapes[0]
+    if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
+        raise ModelError(
+            "The model's attention layers differ in shape.",
+            note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",
+            hint="One K/V layout for all layers is needed.",
+        )
+    return TracedModel(
+        graph=program.model,
+        parameters=parameters,
+        hidden_size=int(config.hidden_size),
+        vocab_size=model.get_output_embeddings().weight.shape[0],
+        windows=tuple(calls.windows),
+        num_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        layers_prefix=next(name for name, module in model.named_modules() if module is layers),
+        embedding_only=_looked_up(program.model, parameters),
+        tied=tied_names(model),
+    )

@@ -10,6 +10,12 @@ from .match import is_row_wise
 from .nodes import rank
 
 
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node multiplies rows [B, S, in] by one matrix [in, out]."""
+    x, matrix = node.inputs if node.op_type == "MatMul" else (None, None)
+    return x is not None and matrix is not None and (rank(x), rank(matrix)) == (3, 2)
+
+
 def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
     """The refresh graph where what follows the last attention computes only the rows whose logits are asked for.
 
@@ -58,9 +64,3 @@ def with_rows_chosen_early(refresh: onnx.ModelProto) -> onnx.ModelProto:
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     return ir.serde.serialize_model(model)
-
-
-def _is_product(node: ir.Node) -> bool:
-    """Whether a node multiplies rows [B, S, in] by one matrix [in, out]."""
-    x, matrix = node.inputs if node.op_type == "MatMul" else (None, None)
-    return x is not None and matrix is not None and (rank(x), rank(matrix)) == (3, 2)

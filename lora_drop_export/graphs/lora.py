@@ -22,54 +22,6 @@ from lora_drop_export.weights.stored import StoredTensor
 from .values import _ONNX_DTYPE, IR_VERSION
 
 
-def lora_step_from_refresh(
-    refresh: onnx.ModelProto,
-    plan: DropPlan,
-    cache: CacheShape,
-    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
-) -> onnx.ModelProto:
-    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
-
-    Args:
-        refresh: the refresh graph; its external weights are neither read nor needed.
-        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
-
-    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
-    """
-    graph = gs.import_onnx(refresh)
-    tensors = graph.tensors()
-    hidden_size = tensors["hidden_states.0"].shape[2]
-    vocab_size = tensors["logits"].shape[2]
-    outputs = {tensor.name: tensor for tensor in graph.outputs}
-    for name in [name for name in outputs if name.startswith("present_state.")]:
-        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
-    inputs = {tensor.name: tensor for tensor in graph.inputs}
-    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
-    for layer in plan.drop_layers:
-        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
-        if plan.injection == "block":
-            new = builder.surrogate(str(layer), x)
-        else:
-            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
-        _replace_uses(y, new)
-        tensors[f"hidden_states.{layer + 1}"] = new
-    # Case 2: one token per row, so the gather of the rows that want logits is the identity
-    for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
-        _replace_uses(node.outputs[0], node.inputs[0])
-    io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
-    outputs |= builder.states_out
-    inputs |= builder.states_in
-    inputs["input_ids"].shape = ["batch", 1]
-    graph.inputs = [inputs[spec.name] for spec in io.inputs]
-    graph.outputs = [outputs[spec.name] for spec in io.outputs]
-    outputs["logits"].shape = ["batch", 1, vocab_size]
-    graph.name = "lora"
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    proto = gs.export_onnx(graph)
-    proto.ir_version = IR_VERSION
-    return proto
-
-
 @dataclass
 class _SurrogateBuilder:
     """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (docs/algorithm.md)."""
@@ -148,3 +100,51 @@ def _ancestors(tensor: gs.Tensor, depth: int = 4) -> set[str]:
             for source in producer.inputs:
                 names |= _ancestors(source, depth - 1)
     return names
+
+
+def lora_step_from_refresh(
+    refresh: onnx.ModelProto,
+    plan: DropPlan,
+    cache: CacheShape,
+    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
+) -> onnx.ModelProto:
+    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
+
+    Args:
+        refresh: the refresh graph; its external weights are neither read nor needed.
+        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
+
+    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
+    """
+    graph = gs.import_onnx(refresh)
+    tensors = graph.tensors()
+    hidden_size = tensors["hidden_states.0"].shape[2]
+    vocab_size = tensors["logits"].shape[2]
+    outputs = {tensor.name: tensor for tensor in graph.outputs}
+    for name in [name for name in outputs if name.startswith("present_state.")]:
+        outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
+    for layer in plan.drop_layers:
+        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
+        if plan.injection == "block":
+            new = builder.surrogate(str(layer), x)
+        else:
+            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
+        _replace_uses(y, new)
+        tensors[f"hidden_states.{layer + 1}"] = new
+    # Case 2: one token per row, so the gather of the rows that want logits is the identity
+    for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
+        _replace_uses(node.outputs[0], node.inputs[0])
+    io = graph_io(StepKind.LORA, plan, cache, hidden_size, vocab_size)
+    outputs |= builder.states_out
+    inputs |= builder.states_in
+    inputs["input_ids"].shape = ["batch", 1]
+    graph.inputs = [inputs[spec.name] for spec in io.inputs]
+    graph.outputs = [outputs[spec.name] for spec in io.outputs]
+    outputs["logits"].shape = ["batch", 1, vocab_size]
+    graph.name = "lora"
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    proto = gs.export_onnx(graph)
+    proto.ir_version = IR_VERSION
+    return proto

@@ -12,8 +12,10 @@ import onnx_ir as ir
 from .nodes import rank
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
-_ROW_WISE = {"Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"}
-_ROW_WISE |= {"Split", "RMSNormalization", "LayerNormalization"}
+_ROW_WISE = frozenset(
+    ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast")
+    + ("Split", "RMSNormalization", "LayerNormalization")
+)
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
@@ -43,6 +45,23 @@ class Linear:
     blocks: QuantizedBlocks | None = None
 
 
+def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBlocks | None]:
+    """The initializer that a value is, or is dequantized from; (None, None) for anything else."""
+    if value is None or value.is_initializer():
+        return value, None
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None, None
+    weight, scales, zero_points = node.inputs
+    assert weight is not None
+    assert scales is not None
+    assert zero_points is not None
+    symmetric = str(zero_points.name).endswith(SYMMETRIC)
+    bits = 4 if weight.dtype == ir.DataType.UINT4 else 8
+    block_size = node.attributes["block_size"].as_int()
+    return weight, QuantizedBlocks(bits, block_size, scales, None if symmetric else zero_points)
+
+
 def match_linear(node: ir.Node) -> Linear | None:
     """The linear layer that a MatMul node begins, None where it is something else."""
     x, transposed = node.inputs
@@ -59,23 +78,6 @@ def match_linear(node: ir.Node) -> Linear | None:
         if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
             return Linear(x, weight, bias, (rows, columns), uses[0].node, blocks)
     return Linear(x, weight, None, (rows, columns), node, blocks)
-
-
-def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBlocks | None]:
-    """The initializer that a value is, or is dequantized from; (None, None) for anything else."""
-    if value is None or value.is_initializer():
-        return value, None
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None, None
-    weight, scales, zero_points = node.inputs
-    assert weight is not None
-    assert scales is not None
-    assert zero_points is not None
-    symmetric = str(zero_points.name).endswith(SYMMETRIC)
-    bits = 4 if weight.dtype == ir.DataType.UINT4 else 8
-    block_size = node.attributes["block_size"].as_int()
-    return weight, QuantizedBlocks(bits, block_size, scales, None if symmetric else zero_points)
 
 
 def is_row_wise(node: ir.Node) -> bool:
@@ -130,6 +132,18 @@ def mask_window(attention: ir.Node) -> int:
     return int(size.numpy().reshape(-1)[0])
 
 
+def _is_linear(node: ir.Node) -> bool:
+    if node.op_type != "Transpose":
+        return False
+    return all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
+
+
+def _is_lookup(node: ir.Node, position: int) -> bool:
+    if node.op_type != "Gather" or position != 0 or ("axis" in node.attributes and node.attributes["axis"].as_int()):
+        return False
+    return node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+
+
 def quantizable(graph: ir.Graph) -> frozenset[str]:
     """Names of the parameters that are weights of linear layers, or the table that token ids are looked up in.
 
@@ -142,15 +156,3 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
         return bool(uses) and all(_is_linear(use.node) or _is_lookup(use.node, use.idx) for use in uses)
 
     return frozenset(name for name, value in graph.initializers.items() if is_weight(value))
-
-
-def _is_linear(node: ir.Node) -> bool:
-    if node.op_type != "Transpose":
-        return False
-    return all(use.node.op_type == "MatMul" and use.idx == 1 for use in node.outputs[0].uses())
-
-
-def _is_lookup(node: ir.Node, position: int) -> bool:
-    if node.op_type != "Gather" or position != 0 or ("axis" in node.attributes and node.attributes["axis"].as_int()):
-        return False
-    return node.inputs[1] is not None and node.inputs[1].name == "input_ids"

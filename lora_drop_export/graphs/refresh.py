@@ -31,72 +31,8 @@ from .nodes import Ops
 from .values import IR_VERSION, OPSET, _external, _initializer, _named, _value
 
 
-def refresh_from_trace(
-    traced: TracedModel,
-    plan: DropPlan,
-    dtype: str,
-    weights: Mapping[str, StoredTensor],
-    kv_scales: Mapping[str, StoredTensor] | None = None,
-) -> onnx.ModelProto:
-    """The refresh graph of a plan. The traced graph is left as it was.
-
-    Args:
-        dtype: of activations, and of the caches unless `kv_scales` are given.
-        weights: where each parameter lies.
-        kv_scales: for int8 caches, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D]: entry · scale = value.
-    """
-    model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
-    graph = model.graph
-    model.opset_imports.clear()
-    model.opset_imports[""] = OPSET
-    model.ir_version = IR_VERSION
-    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, "int8" if kv_scales else None)
-    io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
-    inputs = {str(value.name): value for value in graph.inputs}
-    for spec in io.inputs:
-        if spec.name not in inputs:
-            inputs[spec.name] = _value(spec)
-    values = {value.name: value for node in graph for value in node.outputs}
-    presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
-    masks = _Masks(inputs, plan)
-    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
-        presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
-    if plan.injection == "attn_mlp":
-        for layer in plan.drop_layers:
-            attention_residual(graph, values, layer)  # refuses halves that run in parallel
-    if plan.has_state:
-        presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
-    if masks.nodes:
-        graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only
-    graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]
-    graph.outputs[:] = [_named(presents[spec.name], spec) for spec in io.outputs]
-    for name in traced.parameters:
-        value, stored = graph.initializers[name], weights[name]
-        if stored.blocks is not None:
-            _dequantize(graph, value, stored.blocks)
-        value.const_value = _external(name, stored)
-        value.dtype = value.const_value.dtype
-    CommonSubexpressionEliminationPass()(model)
-    RemoveUnusedNodesPass()(model)
-    graph.name = "refresh"
-    return ir.serde.serialize_model(model)
-
-
-def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
-    """Put a DequantizeLinear between a quantized weight and its users."""
-    suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
-    inputs = [
-        weight,
-        _initializer(graph, f"{weight.name}.scales", blocks.scales),
-        _initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
-    ]
-    node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
-    node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
-    node.outputs[0].dtype = ir.DataType.FLOAT
-    for use in list(weight.uses()):
-        if use.node is not node:
-            use.node.replace_input_with(use.idx, node.outputs[0])
-    graph.insert_before(graph[0], [node])
+def _ints(value: int | list[int]) -> ir.Node:
+    return ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.int64))})
 
 
 @dataclass
@@ -146,10 +82,6 @@ class _Masks:
         return node.outputs[0]
 
 
-def _ints(value: int | list[int]) -> ir.Node:
-    return ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.int64))})
-
-
 def _expand_cache_attention(
     graph: ir.Graph,
     node: ir.Node,
@@ -193,6 +125,21 @@ def _expand_cache_attention(
     return presents
 
 
+def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], layer: int) -> ir.Value:
+    """The residual stream between a layer's halves: the Add that joins its input with its attention's output."""
+    x = values.get(f"hidden_states.{layer}")
+    y = values[f"hidden_states.{layer + 1}"]
+    for node, _ in x.uses() if x is not None else ():
+        # Read again by the MLP, not only by the next addition: else the halves run in parallel
+        if node.op_type == "Add" and node.outputs[0] is not y and len(node.outputs[0].uses()) > 1:
+            return node.outputs[0]
+    raise ModelError(
+        "The model's layers have no residual stream between attention and MLP.",
+        note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
+        hint="Use --injection block.",
+    )
+
+
 def _state_outputs(
     graph: ir.Graph, plan: DropPlan, logits_index: ir.Value, values: Mapping[str | None, ir.Value]
 ) -> dict[str, ir.Value]:
@@ -213,16 +160,69 @@ def _state_outputs(
     return outputs
 
 
-def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], layer: int) -> ir.Value:
-    """The residual stream between a layer's halves: the Add that joins its input with its attention's output."""
-    x = values.get(f"hidden_states.{layer}")
-    y = values[f"hidden_states.{layer + 1}"]
-    for node, _ in x.uses() if x is not None else ():
-        # Read again by the MLP, not only by the next addition: else the halves run in parallel
-        if node.op_type == "Add" and node.outputs[0] is not y and len(node.outputs[0].uses()) > 1:
-            return node.outputs[0]
-    raise ModelError(
-        "The model's layers have no residual stream between attention and MLP.",
-        note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
-        hint="Use --injection block.",
-    )
+def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
+    """Put a DequantizeLinear between a quantized weight and its users."""
+    suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+    inputs = [
+        weight,
+        _initializer(graph, f"{weight.name}.scales", blocks.scales),
+        _initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
+    ]
+    node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
+    node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
+    node.outputs[0].dtype = ir.DataType.FLOAT
+    for use in list(weight.uses()):
+        if use.node is not node:
+            use.node.replace_input_with(use.idx, node.outputs[0])
+    graph.insert_before(graph[0], [node])
+
+
+def refresh_from_trace(
+    traced: TracedModel,
+    plan: DropPlan,
+    dtype: str,
+    weights: Mapping[str, StoredTensor],
+    kv_scales: Mapping[str, StoredTensor] | None = None,
+) -> onnx.ModelProto:
+    """The refresh graph of a plan. The traced graph is left as it was.
+
+    Args:
+        dtype: of activations, and of the caches unless `kv_scales` are given.
+        weights: where each parameter lies.
+        kv_scales: for int8 caches, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D]: entry · scale = value.
+    """
+    model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
+    graph = model.graph
+    model.opset_imports.clear()
+    model.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, "int8" if kv_scales else None)
+    io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
+    inputs = {str(value.name): value for value in graph.inputs}
+    for spec in io.inputs:
+        if spec.name not in inputs:
+            inputs[spec.name] = _value(spec)
+    values = {value.name: value for node in graph for value in node.outputs}
+    presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
+    masks = _Masks(inputs, plan)
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
+        presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
+    if plan.injection == "attn_mlp":
+        for layer in plan.drop_layers:
+            attention_residual(graph, values, layer)  # refuses halves that run in parallel
+    if plan.has_state:
+        presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
+    if masks.nodes:
+        graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only
+    graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]
+    graph.outputs[:] = [_named(presents[spec.name], spec) for spec in io.outputs]
+    for name in traced.parameters:
+        value, stored = graph.initializers[name], weights[name]
+        if stored.blocks is not None:
+            _dequantize(graph, value, stored.blocks)
+        value.const_value = _external(name, stored)
+        value.dtype = value.const_value.dtype
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    graph.name = "refresh"
+    return ir.serde.serialize_model(model)

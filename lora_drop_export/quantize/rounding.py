@@ -20,19 +20,6 @@ _PIECE_VALUES = 1 << 17  # of one thread: what a core's cache holds
 _STEPS = np.arange(-1.0, 1.01, 0.1, dtype=np.float32)  # levels by which a block's range is widened or clipped
 
 
-def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
-    """Quantize float32 [n, K]; returns q uint8 [n, K], scales float32 and zero points uint8 [n, K / block_size]."""
-    n, k = rows.shape
-    blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, form.block_size)
-    quantize = _search if method == "search" else _rtn
-    step = max(1, _PIECE_VALUES // form.block_size)
-    pieces = [blocks[begin : begin + step] for begin in range(0, len(blocks), step)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda piece: quantize(piece, form), pieces))
-    q, scales, zero_points = (np.concatenate(parts) for parts in zip(*results, strict=True))
-    return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
-
-
 def _range(x: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
     """Per block [b, 1]: the steps per unit that make the range fit, and its lower end.
 
@@ -59,13 +46,6 @@ def _round(x: Floats, steps: Floats, low: Floats, form: BlockFormat) -> tuple[Fl
     return q, zero
 
 
-def _rtn(x: Floats, form: BlockFormat) -> Blocked:
-    steps, low = _range(x, form)
-    q, zero = _round(x, steps, low, form)
-    scales = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-    return (q + zero).astype(np.uint8), scales[:, 0], zero[:, 0].astype(np.uint8)
-
-
 def _search(x: Floats, form: BlockFormat) -> Blocked:
     weights = np.abs(x)
     weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
@@ -90,6 +70,26 @@ def _search(x: Floats, form: BlockFormat) -> Blocked:
         np.copyto(best_q, q, where=better)
     best_q += best_zero
     return best_q.astype(np.uint8), best_scale[:, 0], best_zero[:, 0].astype(np.uint8)
+
+
+def _rtn(x: Floats, form: BlockFormat) -> Blocked:
+    steps, low = _range(x, form)
+    q, zero = _round(x, steps, low, form)
+    scales = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    return (q + zero).astype(np.uint8), scales[:, 0], zero[:, 0].astype(np.uint8)
+
+
+def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
+    """Quantize float32 [n, K]; returns q uint8 [n, K], scales float32 and zero points uint8 [n, K / block_size]."""
+    n, k = rows.shape
+    blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, form.block_size)
+    quantize = _search if method == "search" else _rtn
+    step = max(1, _PIECE_VALUES // form.block_size)
+    pieces = [blocks[begin : begin + step] for begin in range(0, len(blocks), step)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda piece: quantize(piece, form), pieces))
+    q, scales, zero_points = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
 
 
 def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: int) -> Iterable[Blocked]:

@@ -16,6 +16,18 @@ from .write import _blocks, _write_safetensors
 ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the checkpoint's own files
 
 
+def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
+    """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
+    path = root / "weights" / file
+    entries = [_Entry(name, _SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
+    chunks = ((name, block) for name, array in arrays.items() for block in _blocks(array, dtype))
+    _write_safetensors(path, entries, chunks, lambda *_: None)
+    return {
+        name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
+        for name, ref in read_tensors(path).items()
+    }
+
+
 def store_adapters(
     matrices: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], dtype: str, root: Path
 ) -> dict[str, tuple[StoredTensor, StoredTensor]]:
@@ -29,18 +41,6 @@ def store_adapters(
     }
     stored = store_arrays(arrays, ADAPTERS_NAME, dtype, root)
     return {site: (stored[f"surrogate.{site}.lora_A"], stored[f"surrogate.{site}.lora_B"]) for site in matrices}
-
-
-def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
-    """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
-    path = root / "weights" / file
-    entries = [_Entry(name, _SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
-    chunks = ((name, block) for name, array in arrays.items() for block in _blocks(array, dtype))
-    _write_safetensors(path, entries, chunks, lambda *_: None)
-    return {
-        name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
-        for name, ref in read_tensors(path).items()
-    }
 
 
 def read_arrays(root: Path, file: str) -> dict[str, npt.NDArray[Any]]:

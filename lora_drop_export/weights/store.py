@@ -29,6 +29,24 @@ from .write import _CHUNK_BYTES, _write
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 
 
+def is_stored_as(refs: Iterable[TensorSource], dtype: str) -> bool:
+    """Whether the checkpoint's values already have the wanted dtype."""
+    return all(TORCH_DTYPES[ref.dtype] == dtype for ref in refs)
+
+
+def is_taken_as_it_lies(
+    refs: Iterable[TensorSource],
+    dtype: str,
+    *,
+    owned: bool = False,
+    formats: Mapping[str, BlockFormat] = MappingProxyType({}),
+) -> bool:
+    """Whether the checkpoint's files go into the bundle as they are."""
+    refs = list(refs)
+    files = all(isinstance(ref, TensorRef) for ref in refs)
+    return files and not owned and not formats and is_stored_as(refs, dtype)
+
+
 def weights_bytes(
     refs: Mapping[str, TensorSource],
     dtype: str,
@@ -41,6 +59,36 @@ def weights_bytes(
     if is_taken_as_it_lies(refs.values(), dtype, owned=owned, formats=formats):
         return 0 if mode == "link" else sum(f.stat().st_size for f in {r.file for r in refs.values()})
     return sum(entry.size_bytes for entry in _entries(_Order.of(refs, ()), dtype, formats))
+
+
+def _dtypes(refs: Iterable[TensorSource]) -> str:
+    return ", ".join(sorted({TORCH_DTYPES[ref.dtype] for ref in refs}))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        reason = "they lie on another file system" if error.errno == errno.EXDEV else str(error.strerror)
+        raise InputError(
+            "The checkpoint's weights cannot be linked.",
+            note=f"{source} to {target.parent}: {reason}.",
+            hint="Use --weights copy, or an --out on the checkpoint's file system.",
+        ) from None
+
+
+def copy_file(source: Path, target: Path, progress: Progress) -> None:
+    """Copy, sharing blocks where the file system can."""
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            return
+        except OSError:
+            pass
+        size, done = source.stat().st_size, 0
+        while copied := os.sendfile(writer.fileno(), reader.fileno(), None, _CHUNK_BYTES):
+            done += copied
+            progress(f"copying {source.name}", done, size)
 
 
 def store_weights(
@@ -93,51 +141,3 @@ def store_weights(
         assert isinstance(ref, TensorRef)
         stored[name] = StoredTensor(places[ref.file], ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
     return stored
-
-
-def copy_file(source: Path, target: Path, progress: Progress) -> None:
-    """Copy, sharing blocks where the file system can."""
-    with source.open("rb") as reader, target.open("wb") as writer:
-        try:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-            return
-        except OSError:
-            pass
-        size, done = source.stat().st_size, 0
-        while copied := os.sendfile(writer.fileno(), reader.fileno(), None, _CHUNK_BYTES):
-            done += copied
-            progress(f"copying {source.name}", done, size)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        reason = "they lie on another file system" if error.errno == errno.EXDEV else str(error.strerror)
-        raise InputError(
-            "The checkpoint's weights cannot be linked.",
-            note=f"{source} to {target.parent}: {reason}.",
-            hint="Use --weights copy, or an --out on the checkpoint's file system.",
-        ) from None
-
-
-def is_stored_as(refs: Iterable[TensorSource], dtype: str) -> bool:
-    """Whether the checkpoint's values already have the wanted dtype."""
-    return all(TORCH_DTYPES[ref.dtype] == dtype for ref in refs)
-
-
-def is_taken_as_it_lies(
-    refs: Iterable[TensorSource],
-    dtype: str,
-    *,
-    owned: bool = False,
-    formats: Mapping[str, BlockFormat] = MappingProxyType({}),
-) -> bool:
-    """Whether the checkpoint's files go into the bundle as they are."""
-    refs = list(refs)
-    files = all(isinstance(ref, TensorRef) for ref in refs)
-    return files and not owned and not formats and is_stored_as(refs, dtype)
-
-
-def _dtypes(refs: Iterable[TensorSource]) -> str:
-    return ", ".join(sorted({TORCH_DTYPES[ref.dtype] for ref in refs}))

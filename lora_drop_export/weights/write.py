@@ -27,56 +27,6 @@ _CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 64  # of the data in a file that is written here
 
 
-def _write(
-    order: _Order,
-    refs: Mapping[str, TensorSource],
-    dtype: str,
-    formats: Mapping[str, BlockFormat],
-    method: str,
-    path: Path,
-    progress: Progress,
-) -> dict[str, StoredTensor]:
-    """One new file with all tensors, in the given order."""
-
-    def chunks() -> Iterator[tuple[str, bytes]]:
-        for name, source in order.sources.items():
-            form = formats.get(name)
-            if form is None:
-                yield from ((source.name, block) for block in _blocks(source, dtype))
-                continue
-            names = part_names(source.name)
-            for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
-                yield names[0], pack(q, form.bits)
-                yield names[1], scales.astype("<f4", copy=False).tobytes()
-                if not form.symmetric:
-                    yield names[2], pack(zero_points, form.bits)
-            if form.symmetric:
-                count = source.shape[0] * (source.shape[1] // form.block_size)
-                yield names[2], pack(np.full(count, form.middle, np.uint8), form.bits)
-
-    metadata = quantization_metadata({source.name: formats[n] for n, source in order.sources.items() if n in formats})
-    _write_safetensors(path, _entries(order, dtype, formats), chunks(), progress, metadata)
-    written = read_tensors(path)
-    location = f"weights/{path.name}"
-
-    def place(entry: str, stored_as: str, shape: tuple[int, ...]) -> StoredTensor:
-        return StoredTensor(location, written[entry].offset_bytes, written[entry].size_bytes, stored_as, shape)
-
-    first = {source.name: name for name, source in order.sources.items()}
-    stored = {}
-    for name, ref in refs.items():
-        form = formats.get(first[ref.name])
-        if form is None:
-            stored[name] = place(ref.name, dtype, ref.shape)
-            continue
-        names = part_names(ref.name)
-        kind = f"uint{form.bits}"
-        grid = ref.shape[0], ref.shape[1] // form.block_size
-        blocks = Blocks(form.block_size, place(names[1], "float32", grid), place(names[2], kind, grid), form.symmetric)
-        stored[name] = dataclasses.replace(place(names[0], kind, ref.shape), blocks=blocks)
-    return stored
-
-
 def _chunk_rows(shape: tuple[int, ...]) -> int:
     return max(1, _CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
 
@@ -133,3 +83,53 @@ def _write_safetensors(
             done += len(data)
             progress(f"writing {name}", done, end)
     assert all(at[entry.name] == header[entry.name]["data_offsets"][1] for entry in entries)
+
+
+def _write(
+    order: _Order,
+    refs: Mapping[str, TensorSource],
+    dtype: str,
+    formats: Mapping[str, BlockFormat],
+    method: str,
+    path: Path,
+    progress: Progress,
+) -> dict[str, StoredTensor]:
+    """One new file with all tensors, in the given order."""
+
+    def chunks() -> Iterator[tuple[str, bytes]]:
+        for name, source in order.sources.items():
+            form = formats.get(name)
+            if form is None:
+                yield from ((source.name, block) for block in _blocks(source, dtype))
+                continue
+            names = part_names(source.name)
+            for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
+                yield names[0], pack(q, form.bits)
+                yield names[1], scales.astype("<f4", copy=False).tobytes()
+                if not form.symmetric:
+                    yield names[2], pack(zero_points, form.bits)
+            if form.symmetric:
+                count = source.shape[0] * (source.shape[1] // form.block_size)
+                yield names[2], pack(np.full(count, form.middle, np.uint8), form.bits)
+
+    metadata = quantization_metadata({source.name: formats[n] for n, source in order.sources.items() if n in formats})
+    _write_safetensors(path, _entries(order, dtype, formats), chunks(), progress, metadata)
+    written = read_tensors(path)
+    location = f"weights/{path.name}"
+
+    def place(entry: str, stored_as: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor(location, written[entry].offset_bytes, written[entry].size_bytes, stored_as, shape)
+
+    first = {source.name: name for name, source in order.sources.items()}
+    stored = {}
+    for name, ref in refs.items():
+        form = formats.get(first[ref.name])
+        if form is None:
+            stored[name] = place(ref.name, dtype, ref.shape)
+            continue
+        names = part_names(ref.name)
+        kind = f"uint{form.bits}"
+        grid = ref.shape[0], ref.shape[1] // form.block_size
+        blocks = Blocks(form.block_size, place(names[1], "float32", grid), place(names[2], kind, grid), form.symmetric)
+        stored[name] = dataclasses.replace(place(names[0], kind, ref.shape), blocks=blocks)
+    return stored

@@ -27,6 +27,73 @@ if TYPE_CHECKING:
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError("The tokenizer's configuration cannot be read.", note=f"{path}: {error}") from error
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}  # add_bos_token is a bool
+
+
+def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None:
+    path = tokenizer_dir / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template: str | list[dict[str, str]] | None = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
+
+
+def _compile_template(source: str) -> jinja2.Template:
+    """Compiles as `transformers.utils.chat_template_utils` does. Templates come with the model: sandboxed."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):  # pyproject.toml leaves jinja2 untyped
+        """`{% generation %}` marks the assistant's text for training; here it only opens a scope."""
+
+        tags = {"generation"}  # noqa: RUF012 jinja2 declares it an instance variable
+
+        def parse(self, parser: Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own escapes HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment.from_string(source)
+
+
 class TextStream:
     """Generated token ids in, text out, as soon as it can no longer change.
 
@@ -191,70 +258,3 @@ class TextCodec:
                 hint="pass a plain prompt.",
             )
         return _compile_template(self.chat_template)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError("The tokenizer's configuration cannot be read.", note=f"{path}: {error}") from error
-    return config
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}  # add_bos_token is a bool
-
-
-def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None:
-    path = tokenizer_dir / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template: str | list[dict[str, str]] | None = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
-
-
-def _compile_template(source: str) -> jinja2.Template:
-    """Compiles as `transformers.utils.chat_template_utils` does. Templates come with the model: sandboxed."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):  # pyproject.toml leaves jinja2 untyped
-        """`{% generation %}` marks the assistant's text for training; here it only opens a scope."""
-
-        tags = {"generation"}  # noqa: RUF012 jinja2 declares it an instance variable
-
-        def parse(self, parser: Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)

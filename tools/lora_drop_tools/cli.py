@@ -23,14 +23,23 @@ from .generate import chat, generate
 from .inspect import inspect
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_command(_run, arguments)
-
-
-def _run(arguments: Sequence[str]) -> None:
-    args = _parser().parse_args(arguments)
-    args.command(args)
+def _session_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    sampling = SamplingOptions(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+    return {
+        "k": args.k,
+        "policy": args.policy,
+        "sampling": sampling,
+        "stop": tuple(args.stop or ()),
+        "target": args.target,
+        "provider": args.provider,
+        "threads": args.threads,
+    }
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -60,6 +69,21 @@ def _generate(args: argparse.Namespace) -> None:
     )
 
 
+def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    command.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}"
+    )
+    command.add_argument("--k", type=int, help="LoRA steps between refreshes, 0 for none (default: the bundle's)")
+    _add_policy(command)
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="1 is off (default)")
+    command.add_argument("--seed", type=int, metavar="N", help="for the same text every time")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    _add_engine(command)
+
+
 def _chat(args: argparse.Namespace) -> None:
     chat(args.bundle, system=args.system, max_new_tokens=args.max_new_tokens, **_session_arguments(args))
 
@@ -79,25 +103,6 @@ def _compare(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         policy=args.policy,
     )
-
-
-def _session_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    sampling = SamplingOptions(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
-    return {
-        "k": args.k,
-        "policy": args.policy,
-        "sampling": sampling,
-        "stop": tuple(args.stop or ()),
-        "target": args.target,
-        "provider": args.provider,
-        "threads": args.threads,
-    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,19 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    command.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}"
-    )
-    command.add_argument("--k", type=int, help="LoRA steps between refreshes, 0 for none (default: the bundle's)")
-    _add_policy(command)
-    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    command.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
-    command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="1 is off (default)")
-    command.add_argument("--seed", type=int, metavar="N", help="for the same text every time")
-    command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    _add_engine(command)
+def _run(arguments: Sequence[str]) -> None:
+    args = _parser().parse_args(arguments)
+    args.command(args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(_run, arguments)
 
 
 if __name__ == "__main__":

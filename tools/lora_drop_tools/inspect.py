@@ -18,29 +18,80 @@ from lora_drop_tools.shared import costs
 MIB = 2**20
 
 
-def inspect(bundle: str | Path, *, check: bool = False, out: TextIO | None = None) -> Manifest:
-    """Print what a bundle is; with `check`, hash every file.
+def _quantization(manifest: Manifest) -> list[str]:
+    """How quantized weights are stored, and what that cost."""
+    how = manifest.quantization
+    if not how:
+        return []
+    zero_points = "symmetric" if how["symmetric"] else "with zero points"
+    line = f"weights      {manifest.model.weight_dtype}, blocks of {how['block_size']}, {zero_points}, {how['method']}"
+    if "perplexity" in how:
+        cost = how["perplexity"]
+        before, after = cost["float"], cost[manifest.model.weight_dtype]
+        line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
+    return [line]
 
-    Raises:
-        BundleError: the bundle is damaged, or with `check` a file's hash is not the recorded one.
-    """
-    opened = Bundle.open(bundle)
-    print("\n".join(describe(opened)), file=out or sys.stdout)
-    if check:
-        wrong = opened.check_hashes()
-        if wrong:
-            raise BundleError(
-                "A file of the bundle has changed.",
-                note=f"{wrong[0]} does not have the recorded hash"
-                + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
-                hint="Copy the bundle again, or export the model again.",
-            )
-        files = opened.manifest.files
-        by_header = [name for name, record in files.items() if record.header_only]
-        print(f"all {len(files)} files have their recorded hash", file=out or sys.stdout)
-        if by_header:
-            print(f"of the checkpoint's own files only the header is recorded: {', '.join(by_header)}", file=out)
-    return opened.manifest
+
+def _sizes(manifest: Manifest) -> list[str]:
+    groups: dict[str, int] = {}
+    for name, record in manifest.files.items():
+        group = name.partition("/")[0]
+        groups[group] = groups.get(group, 0) + record.size_bytes
+    return ["size on disk"] + [
+        f"  {name:<14}{size / MIB:10.1f} MiB" if size >= MIB else f"  {name:<14}{size / 1024:10.1f} KiB"
+        for name, size in groups.items()
+    ]
+
+
+def _targets(manifest: Manifest) -> list[str]:
+    """What each target keeps on disk and, once opened, in memory, K/V cache and activations aside."""
+    if not manifest.targets:
+        return ["targets", "  none"]
+    lines = ["targets         on disk      resident"]
+    stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
+    for target, entry in manifest.targets.items():
+        disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
+        resident, what = stored, "the weights, once for both steps"
+        if "engine_bytes" in entry:
+            engines = sum(entry["engine_bytes"].values())
+            form = f"attention {entry['form']}"
+            if entry["weight_sharing"] == "inputs":
+                resident, what = engines + entry["weight_bytes"], f"weights once, as inputs of both engines; {form}"
+            else:
+                resident, what = engines, f"weights as constants, in each engine its own; {form}"
+        lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
+    return lines
+
+
+def _predictions(manifest: Manifest) -> list[str]:
+    plan, k = manifest.plan, manifest.plan.k
+    half = manifest.limits.max_seq_len // 2
+    lines = [
+        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
+        "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
+    ]
+    for prompt in sorted({min(128, half), half}):
+        kept, dropped = costs.kv_entries(prompt, prompt, k, plan.policy)
+        refresh, lora = costs.step_bytes(manifest, kept, dropped)
+        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, plan.policy))
+        lines.append(
+            f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
+            f"{costs.speedup_ceiling(manifest, prompt, prompt, k, plan.policy):5.2f}×   "
+            f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
+            f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
+        )
+    p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
+    lines += [
+        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
+        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved"
+        + (" under skip, none under backfill" if plan.policy == "backfill" else ""),
+        f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
+    ]
+    return lines
+
+
+def _figures(result: dict[str, Any]) -> str:
+    return f"{result['steps']} steps, max abs error {result['max_abs_error']:.1e}"
 
 
 def describe(bundle: Bundle) -> list[str]:
@@ -82,77 +133,26 @@ def describe(bundle: Bundle) -> list[str]:
     return lines
 
 
-def _quantization(manifest: Manifest) -> list[str]:
-    """How quantized weights are stored, and what that cost."""
-    how = manifest.quantization
-    if not how:
-        return []
-    zero_points = "symmetric" if how["symmetric"] else "with zero points"
-    line = f"weights      {manifest.model.weight_dtype}, blocks of {how['block_size']}, {zero_points}, {how['method']}"
-    if "perplexity" in how:
-        cost = how["perplexity"]
-        before, after = cost["float"], cost[manifest.model.weight_dtype]
-        line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
-    return [line]
+def inspect(bundle: str | Path, *, check: bool = False, out: TextIO | None = None) -> Manifest:
+    """Print what a bundle is; with `check`, hash every file.
 
-
-def _figures(result: dict[str, Any]) -> str:
-    return f"{result['steps']} steps, max abs error {result['max_abs_error']:.1e}"
-
-
-def _targets(manifest: Manifest) -> list[str]:
-    """What each target keeps on disk and, once opened, in memory, K/V cache and activations aside."""
-    if not manifest.targets:
-        return ["targets", "  none"]
-    lines = ["targets         on disk      resident"]
-    stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
-    for target, entry in manifest.targets.items():
-        disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
-        resident, what = stored, "the weights, once for both steps"
-        if "engine_bytes" in entry:
-            engines = sum(entry["engine_bytes"].values())
-            form = f"attention {entry['form']}"
-            if entry["weight_sharing"] == "inputs":
-                resident, what = engines + entry["weight_bytes"], f"weights once, as inputs of both engines; {form}"
-            else:
-                resident, what = engines, f"weights as constants, in each engine its own; {form}"
-        lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
-    return lines
-
-
-def _sizes(manifest: Manifest) -> list[str]:
-    groups: dict[str, int] = {}
-    for name, record in manifest.files.items():
-        group = name.partition("/")[0]
-        groups[group] = groups.get(group, 0) + record.size_bytes
-    return ["size on disk"] + [
-        f"  {name:<14}{size / MIB:10.1f} MiB" if size >= MIB else f"  {name:<14}{size / 1024:10.1f} KiB"
-        for name, size in groups.items()
-    ]
-
-
-def _predictions(manifest: Manifest) -> list[str]:
-    plan, k = manifest.plan, manifest.plan.k
-    half = manifest.limits.max_seq_len // 2
-    lines = [
-        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
-        "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
-    ]
-    for prompt in sorted({min(128, half), half}):
-        kept, dropped = costs.kv_entries(prompt, prompt, k, plan.policy)
-        refresh, lora = costs.step_bytes(manifest, kept, dropped)
-        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, plan.policy))
-        lines.append(
-            f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
-            f"{costs.speedup_ceiling(manifest, prompt, prompt, k, plan.policy):5.2f}×   "
-            f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
-            f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
-        )
-    p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
-    lines += [
-        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
-        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved"
-        + (" under skip, none under backfill" if plan.policy == "backfill" else ""),
-        f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
-    ]
-    return lines
+    Raises:
+        BundleError: the bundle is damaged, or with `check` a file's hash is not the recorded one.
+    """
+    opened = Bundle.open(bundle)
+    print("\n".join(describe(opened)), file=out or sys.stdout)
+    if check:
+        wrong = opened.check_hashes()
+        if wrong:
+            raise BundleError(
+                "A file of the bundle has changed.",
+                note=f"{wrong[0]} does not have the recorded hash"
+                + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
+                hint="Copy the bundle again, or export the model again.",
+            )
+        files = opened.manifest.files
+        by_header = [name for name, record in files.items() if record.header_only]
+        print(f"all {len(files)} files have their recorded hash", file=out or sys.stdout)
+        if by_header:
+            print(f"of the checkpoint's own files only the header is recorded: {', '.join(by_header)}", file=out)
+    return opened.manifest

@@ -20,6 +20,59 @@ from .rows import _HEADS_FIRST, _tokens_first
 MIN_FOLD = 4
 
 
+def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
+    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
+    assert read is not None
+    node = read.producer()
+    assert node is not None
+    if node.op_type == "TensorScatter":
+        return node, node.inputs[1], None
+    cast, scale = node.inputs
+    write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
+    assert node.op_type == "Mul"
+    assert write is not None
+    assert write.op_type == "TensorScatter"
+    steps = write.inputs[1]
+    while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
+        steps = steps.producer().inputs[0]  # type: ignore[union-attr]
+    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]
+
+
+def _folded(
+    inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
+) -> list[ir.Node]:
+    # Case 7; the TensorScatters make the caches, the last node makes what attention makes
+    query, key, value, past_key, past_value, last_slot, total = inputs
+    kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
+    ops = Ops()
+    split = ops("Reshape", query, ops.ints([1, kv_heads, group, head_dim]))
+    queries = ops(
+        "Reshape", ops("Transpose", split, perm=list(_HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim])
+    )
+    caches = [
+        ops("TensorScatter", past, ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])), length, axis=2)
+        for past, rows in ((past_key, key), (past_value, value))
+    ]
+    none = ops.constant(np.zeros((1, 0, kv_heads * head_dim), np.float32))  # K and V are in the cache already
+    changed = attributes | {"num_heads": kv_heads, "causal": 0}
+    mixed = ops("GroupQueryAttention", *(queries, none, none, *caches, last_slot, total), domain=MICROSOFT, **changed)
+    heads_last = ops(
+        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(_HEADS_FIRST)
+    )
+    ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
+    return ops.nodes
+
+
+def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name: str) -> ir.Node:
+    """If: the folded form, else the other; outputs like GroupQueryAttention."""
+    for number, value in enumerate(value for node in (*folded, attention) for value in node.outputs):
+        value.name = f"{name}.{number}"  # a name given later could be one of the graph around it
+    writes = [node.outputs[0] for node in folded if node.op_type == "TensorScatter"]
+    then = ir.Graph([], [folded[-1].outputs[0], *writes], nodes=folded, name=f"{name}.folded")
+    other = ir.Graph([], list(attention.outputs), nodes=[attention], name=f"{name}.any")
+    return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
+
+
 def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotations: _Rotations) -> None:
     # Cases 6 to 8
     query = node.inputs[0]
@@ -78,56 +131,3 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotation
             use.node.outputs[0].replace_all_uses_with(merged)
     split = ops("Reshape", merged, ops.ints([0, 0, heads, head_dim]))
     replace_node(graph, heads_last, ops, split)
-
-
-def _folded(
-    inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
-) -> list[ir.Node]:
-    # Case 7; the TensorScatters make the caches, the last node makes what attention makes
-    query, key, value, past_key, past_value, last_slot, total = inputs
-    kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
-    ops = Ops()
-    split = ops("Reshape", query, ops.ints([1, kv_heads, group, head_dim]))
-    queries = ops(
-        "Reshape", ops("Transpose", split, perm=list(_HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim])
-    )
-    caches = [
-        ops("TensorScatter", past, ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])), length, axis=2)
-        for past, rows in ((past_key, key), (past_value, value))
-    ]
-    none = ops.constant(np.zeros((1, 0, kv_heads * head_dim), np.float32))  # K and V are in the cache already
-    changed = attributes | {"num_heads": kv_heads, "causal": 0}
-    mixed = ops("GroupQueryAttention", *(queries, none, none, *caches, last_slot, total), domain=MICROSOFT, **changed)
-    heads_last = ops(
-        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(_HEADS_FIRST)
-    )
-    ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
-    return ops.nodes
-
-
-def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name: str) -> ir.Node:
-    """If: the folded form, else the other; outputs like GroupQueryAttention."""
-    for number, value in enumerate(value for node in (*folded, attention) for value in node.outputs):
-        value.name = f"{name}.{number}"  # a name given later could be one of the graph around it
-    writes = [node.outputs[0] for node in folded if node.op_type == "TensorScatter"]
-    then = ir.Graph([], [folded[-1].outputs[0], *writes], nodes=folded, name=f"{name}.folded")
-    other = ir.Graph([], list(attention.outputs), nodes=[attention], name=f"{name}.any")
-    return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
-
-
-def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
-    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
-    assert read is not None
-    node = read.producer()
-    assert node is not None
-    if node.op_type == "TensorScatter":
-        return node, node.inputs[1], None
-    cast, scale = node.inputs
-    write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
-    assert node.op_type == "Mul"
-    assert write is not None
-    assert write.op_type == "TensorScatter"
-    steps = write.inputs[1]
-    while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
-        steps = steps.producer().inputs[0]  # type: ignore[union-attr]
-    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]

@@ -9,15 +9,6 @@ from lora_drop_export.graphs.nodes import Ops, replace_node
 from .linears import MICROSOFT
 
 
-def _fuse_elementwise(graph: ir.Graph) -> None:
-    # Case 4
-    for node in list(graph):
-        if node.op_type == "Mul":
-            _fuse_silu(graph, node)
-        if node.op_type == "RMSNormalization" and node.inputs[0].dtype == ir.DataType.FLOAT:  # type: ignore[union-attr]
-            _fuse_skip_norm(graph, node)
-
-
 def _fuse_silu(graph: ir.Graph, node: ir.Node) -> None:
     for x, gate in (node.inputs, node.inputs[::-1]):
         sigmoid = gate.producer() if gate is not None else None
@@ -46,3 +37,12 @@ def _fuse_skip_norm(graph: ir.Graph, node: ir.Node) -> None:
         new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
     graph.insert_after(node, [fused])
+
+
+def _fuse_elementwise(graph: ir.Graph) -> None:
+    # Case 4
+    for node in list(graph):
+        if node.op_type == "Mul":
+            _fuse_silu(graph, node)
+        if node.op_type == "RMSNormalization" and node.inputs[0].dtype == ir.DataType.FLOAT:  # type: ignore[union-attr]
+            _fuse_skip_norm(graph, node)

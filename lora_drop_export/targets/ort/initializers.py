@@ -22,6 +22,15 @@ def _lie_back_to_back(values: list[ir.Value]) -> bool:
     return all(a[0] == b[0] and a[2] == b[1] for a, b in itertools.pairwise(ends))
 
 
+def _initializer(graph: ir.Graph, name: str, like: Any, length: int, dtype: Any, shape: list[Any]) -> ir.Value:
+    if name not in graph.initializers:
+        tensor = ir.ExternalTensor(like.location, like.offset, length, dtype, shape=ir.Shape(shape), name=name)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor
+        )
+    return graph.initializers[name]
+
+
 def _join(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
     """One initializer over the bytes of several, along the first axis."""
     if not values:
@@ -42,12 +51,3 @@ def _alias(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: lis
     tensor = value.const_value
     assert isinstance(tensor, ir.ExternalTensor)
     return _initializer(graph, f"{value.name}{suffix}", tensor, int(tensor.length or 0), dtype, shape)
-
-
-def _initializer(graph: ir.Graph, name: str, like: Any, length: int, dtype: Any, shape: list[Any]) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.ExternalTensor(like.location, like.offset, length, dtype, shape=ir.Shape(shape), name=name)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor
-        )
-    return graph.initializers[name]

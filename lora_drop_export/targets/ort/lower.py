@@ -42,15 +42,6 @@ from .rotations import _Rotations
 from .rows import _Rows
 
 
-def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
-    """Lower both steps and join them; the arguments are left as they were.
-
-    Args:
-        max_positions: tokens of the longest row.
-    """
-    return _joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))
-
-
 def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     """One step alone, with its own inputs and outputs."""
     model = ir.serde.deserialize_model(proto)
@@ -85,3 +76,12 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     RemoveUnusedNodesPass()(model)
     assert not any(node.op_type in ("Attention", "DequantizeLinear") for node in graph)
     return ir.serde.serialize_model(model)
+
+
+def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
+    """Lower both steps and join them; the arguments are left as they were.
+
+    Args:
+        max_positions: tokens of the longest row.
+    """
+    return _joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))

@@ -10,6 +10,18 @@ from lora_drop_export.graphs.nodes import Ops, rank
 _HEADS_FIRST = (0, 2, 1, 3)
 
 
+def _tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
+    """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
+    inputs = {value.name: value for value in graph.inputs}
+    if inputs["input_ids"].shape[1] == 1:  # type: ignore[index]
+        return ops.ints([-1, 1, width])
+    lead = x
+    for name in ("input_ids", "logits_index"):  # graph inputs of the same size, so that all layers share one node
+        if name in inputs and x.shape is not None and x.shape[:2] == inputs[name].shape[:2]:  # type: ignore[index]
+            lead = inputs[name]
+    return ops("Concat", ops("Shape", lead, start=0, end=2), ops.ints([width]), axis=0)
+
+
 class _Rows:
     """The [B·S, width] twins of [B, S, width] tensors, made where they are asked for."""
 
@@ -63,18 +75,6 @@ class _Rows:
         assert value.shape is not None
         twin.type, twin.shape = value.type, ir.Shape([None, value.shape[2]])
         self.made[value] = twin
-
-
-def _tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
-    """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
-    inputs = {value.name: value for value in graph.inputs}
-    if inputs["input_ids"].shape[1] == 1:  # type: ignore[index]
-        return ops.ints([-1, 1, width])
-    lead = x
-    for name in ("input_ids", "logits_index"):  # graph inputs of the same size, so that all layers share one node
-        if name in inputs and x.shape is not None and x.shape[:2] == inputs[name].shape[:2]:  # type: ignore[index]
-            lead = inputs[name]
-    return ops("Concat", ops("Shape", lead, start=0, end=2), ops.ints([width]), axis=0)
 
 
 def _tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:

@@ -30,6 +30,62 @@ from .plugin_form import PLUGIN_NAMESPACE
 from .profiles import Profile, _dims, _optimization_profile
 
 
+def _flags(flags: Any, *names: str) -> int:
+    """A bit mask; a flag that the library no longer has is its only behaviour by now."""
+    return sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name))
+
+
+def _ignored_inputs(proto: onnx.ModelProto, network: Any) -> list[str]:
+    """Inputs that would not count: those that no layer reads, and those of Attention past its mask."""
+    read = set()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensors = (layer.get_input(i) for i in range(layer.num_inputs))
+        read |= {tensor.name for tensor in tensors if tensor is not None}
+    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
+    past_mask = [name for node in proto.graph.node if node.op_type == "Attention" for name in node.input[4:] if name]
+    return [name for name in inputs if name not in read] + sorted(set(past_mask))
+
+
+def _allow_decomposition(trt: Any, network: Any) -> None:
+    """Let attentions for which the library has no kernel of its own be built from smaller layers."""
+    if not hasattr(trt, "IAttentionInputLayer"):
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a subclass
+            layer.attention.decomposable = True
+
+
+def _progress_monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Shows the outermost phase that has steps; an interrupt ends the build."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.phases: dict[str, tuple[int, int]] = {}
+            self.interrupted = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases[phase_name] = (0, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                done, total = self.phases[phase_name]
+                self.phases[phase_name] = (done + 1, total)
+                if phase_name == next(iter(self.phases)):
+                    progress(phase_name, done + 1, total)
+            except KeyboardInterrupt:  # raised here when the user presses Ctrl-C during the build
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.pop(phase_name, None)
+
+    return Monitor()
+
+
 class EngineBuilder:
     """Builds engines with one of the two libraries; the timing cache passes from one engine to the next.
 
@@ -142,59 +198,3 @@ class EngineBuilder:
             note=f"{proto.graph.name}, version {self.version}: {' | '.join(lines[-2:]) or 'it gave no reason'}",
             hint="Try another --dtype or --attention; if it stays, report it with the model's config.",
         )
-
-
-def _flags(flags: Any, *names: str) -> int:
-    """A bit mask; a flag that the library no longer has is its only behaviour by now."""
-    return sum(1 << int(getattr(flags, name)) for name in names if hasattr(flags, name))
-
-
-def _ignored_inputs(proto: onnx.ModelProto, network: Any) -> list[str]:
-    """Inputs that would not count: those that no layer reads, and those of Attention past its mask."""
-    read = set()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        tensors = (layer.get_input(i) for i in range(layer.num_inputs))
-        read |= {tensor.name for tensor in tensors if tensor is not None}
-    inputs = [network.get_input(i).name for i in range(network.num_inputs)]
-    past_mask = [name for node in proto.graph.node if node.op_type == "Attention" for name in node.input[4:] if name]
-    return [name for name in inputs if name not in read] + sorted(set(past_mask))
-
-
-def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attentions for which the library has no kernel of its own be built from smaller layers."""
-    if not hasattr(trt, "IAttentionInputLayer"):
-        return
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a subclass
-            layer.attention.decomposable = True
-
-
-def _progress_monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Shows the outermost phase that has steps; an interrupt ends the build."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.phases: dict[str, tuple[int, int]] = {}
-            self.interrupted = False
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.phases[phase_name] = (0, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                done, total = self.phases[phase_name]
-                self.phases[phase_name] = (done + 1, total)
-                if phase_name == next(iter(self.phases)):
-                    progress(phase_name, done + 1, total)
-            except KeyboardInterrupt:  # raised here when the user presses Ctrl-C during the build
-                self.interrupted = True
-            return not self.interrupted
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.phases.pop(phase_name, None)
-
-    return Monitor()

@@ -45,52 +45,6 @@ class TrtGraph:
     fusions: tuple[Fusion, ...] = ()
 
 
-def trt_from_neutral(
-    neutral: onnx.ModelProto,
-    slots: dict[str, int],
-    *,
-    weight_sharing: str = "inputs",
-    form: str = "native",
-    alias: bool = True,
-    refresh: TrtGraph | None = None,
-) -> TrtGraph:
-    """Lower one step graph.
-
-    Args:
-        neutral: refresh or LoRA step as surgery.py makes them; left as it was.
-        slots: capacity of the cache groups, {"kept": n, "dropped": m}.
-        weight_sharing: `inputs` or `constants`.
-        form: `native` or `plugin`.
-        alias: of the plugin, see build_trt.BuilderOptions.
-        refresh: for the LoRA step, the lowered refresh step, whose fused weights it shares.
-    """
-    model = ir.serde.deserialize_model(neutral)
-    graph = model.graph
-    _set_capacity(graph, {f"slots_{group}": size for group, size in slots.items()})
-    _add_outputs(graph)
-    weights: dict[str, WeightInput] = {}
-    fusions: tuple[Fusion, ...] = ()
-    if weight_sharing == "inputs":
-        linears = _linears(graph)
-        fusions = _fusions(graph) if refresh is None else refresh.fusions
-        table = _fused_weights(graph, fusions) if refresh is None else refresh.weights
-        for fusion in fusions:
-            _fuse(graph, fusion, linears, table)
-        RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
-        weights = _weights_as_inputs(graph, table)
-    windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
-    if form == "native":
-        for node in [n for n in graph if n.op_type == "Attention" and "softcap" in n.attributes]:
-            _expand_softcap(graph, node)
-    CommonSubexpressionEliminationPass()(model)
-    RemoveUnusedNodesPass()(model)
-    proto = ir.serde.serialize_model(model)
-    if form == "plugin":
-        proto = _plugin_from_native(proto, windows, alias)
-    left = (entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "length")
-    return TrtGraph(proto, weights, sum(int(entry.value) for entry in left), fusions)
-
-
 def _set_capacity(graph: ir.Graph, sizes: dict[str, int]) -> None:
     # Case 1
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
@@ -140,3 +94,49 @@ def _expand_softcap(graph: ir.Graph, node: ir.Node) -> None:
     weights = ops("Cast", ops("Softmax", seen, axis=-1), to=int(query.dtype))  # type: ignore[arg-type]
     mixed = ops("MatMul", weights, ops("Unsqueeze", value, ops.ints([2])))  # [B, G, H/G, S, D]
     replace_node(graph, node, ops, ops("Reshape", mixed, ops.ints([0, heads, -1, head_dim])))  # [B, H, S, D]
+
+
+def trt_from_neutral(
+    neutral: onnx.ModelProto,
+    slots: dict[str, int],
+    *,
+    weight_sharing: str = "inputs",
+    form: str = "native",
+    alias: bool = True,
+    refresh: TrtGraph | None = None,
+) -> TrtGraph:
+    """Lower one step graph.
+
+    Args:
+        neutral: refresh or LoRA step as surgery.py makes them; left as it was.
+        slots: capacity of the cache groups, {"kept": n, "dropped": m}.
+        weight_sharing: `inputs` or `constants`.
+        form: `native` or `plugin`.
+        alias: of the plugin, see build_trt.BuilderOptions.
+        refresh: for the LoRA step, the lowered refresh step, whose fused weights it shares.
+    """
+    model = ir.serde.deserialize_model(neutral)
+    graph = model.graph
+    _set_capacity(graph, {f"slots_{group}": size for group, size in slots.items()})
+    _add_outputs(graph)
+    weights: dict[str, WeightInput] = {}
+    fusions: tuple[Fusion, ...] = ()
+    if weight_sharing == "inputs":
+        linears = _linears(graph)
+        fusions = _fusions(graph) if refresh is None else refresh.fusions
+        table = _fused_weights(graph, fusions) if refresh is None else refresh.weights
+        for fusion in fusions:
+            _fuse(graph, fusion, linears, table)
+        RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
+        weights = _weights_as_inputs(graph, table)
+    windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
+    if form == "native":
+        for node in [n for n in graph if n.op_type == "Attention" and "softcap" in n.attributes]:
+            _expand_softcap(graph, node)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+    proto = ir.serde.serialize_model(model)
+    if form == "plugin":
+        proto = _plugin_from_native(proto, windows, alias)
+    left = (entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "length")
+    return TrtGraph(proto, weights, sum(int(entry.value) for entry in left), fusions)

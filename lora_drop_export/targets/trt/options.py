@@ -52,6 +52,18 @@ class BuilderOptions:
             )
 
 
+def _compute_capability(trt: Any, capability: str) -> Any:
+    name = f"SM{capability.replace('.', '')}"
+    known = [f"{key[2:-1]}.{key[-1]}" for key in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", key)]
+    if capability not in known:
+        raise InputError(
+            "The library does not build for that compute capability.",
+            note=f"{capability!r} was asked for, tensorrt-rtx {trt.__version__} knows {', '.join(known)}.",
+            hint="Name known ones with --compute-capability.",
+        )
+    return getattr(trt.ComputeCapability, name)
+
+
 def check_buildable(target: str, options: BuilderOptions, form: str | None = None) -> Any:
     """The Python module of a target; refuses early what would end an export late.
 
@@ -72,15 +84,3 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     elif form == "plugin":
         plugin_path()
     return trt
-
-
-def _compute_capability(trt: Any, capability: str) -> Any:
-    name = f"SM{capability.replace('.', '')}"
-    known = [f"{key[2:-1]}.{key[-1]}" for key in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", key)]
-    if capability not in known:
-        raise InputError(
-            "The library does not build for that compute capability.",
-            note=f"{capability!r} was asked for, tensorrt-rtx {trt.__version__} knows {', '.join(known)}.",
-            hint="Name known ones with --compute-capability.",
-        )
-    return getattr(trt.ComputeCapability, name)

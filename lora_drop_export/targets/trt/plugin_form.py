@@ -14,6 +14,65 @@ from lora_drop_export.graphs.values import IR_VERSION
 PLUGIN_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE = "SkipWriteKVAttention", "1", "lora_drop"
 
 
+def _count(graph: gs.Graph, logits_index: gs.Tensor) -> gs.Tensor:
+    """Tokens of each row that are no padding: one more than the last position whose logits are wanted."""
+    last = gs.Variable("count.last", np.int64, ["batch"])
+    count = gs.Variable("count", np.int64, ["batch"])
+    end, one = (gs.Constant(f"count.{name}", np.array(value, np.int64)) for name, value in (("end", -1), ("one", 1)))
+    graph.nodes.append(gs.Node("Gather", attrs={"axis": 1}, inputs=[logits_index, end], outputs=[last]))
+    graph.nodes.append(gs.Node("Add", inputs=[last, one], outputs=[count]))
+    return count
+
+
+def _producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == op else None
+
+
+def _attribute(node: gs.Node | None, name: str) -> Any:
+    return None if node is None else node.attrs.get(name)
+
+
+@dataclass(frozen=True)
+class _HeadSource:
+    """What the heads [B, H, S, D] of a query or key are made from: rows [B, S, H·D], then norm, then RoPE."""
+
+    rows: gs.Tensor
+    norm: gs.Node | None
+    rotary: gs.Node | None
+
+    def matches(self, other: _HeadSource) -> bool:
+        """Whether one plugin call can do both: norms alike, the same RoPE tables."""
+        same_norm = _attribute(self.norm, "epsilon") == _attribute(other.norm, "epsilon")
+        tables = [[t.name for t in s.rotary.inputs[1:]] if s.rotary is not None else [] for s in (self, other)]
+        return (self.norm is None) == (other.norm is None) and same_norm and tables[0] == tables[1]
+
+
+def _head_source(heads: gs.Tensor) -> _HeadSource | None:
+    rotary = _producer(heads, "RotaryEmbedding")
+    transpose = _producer(heads if rotary is None else rotary.inputs[0], "Transpose")
+    if transpose is None or list(transpose.attrs["perm"]) != [0, 2, 1, 3]:
+        return None
+    split = transpose.inputs[0]  # [B, S, H, D]
+    norm = _producer(split, "RMSNormalization")
+    reshape = _producer(split if norm is None else norm.inputs[0], "Reshape")
+    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
+        return None
+    return _HeadSource(reshape.inputs[0], norm, rotary)
+
+
+def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
+    """[B, H, S, D] as [B, S, H·D]; what is in rows already stays."""
+    if len(tensor.shape) == 3:
+        return tensor
+    batch, heads, tokens, head_dim = tensor.shape
+    swapped = gs.Variable(f"{tensor.name}.tokens_first", tensor.dtype, [batch, tokens, heads, head_dim])
+    rows = gs.Variable(f"{tensor.name}.rows", tensor.dtype, [batch, tokens, width])
+    shape = gs.Constant(f"{rows.name}.shape", np.array([0, 0, width], np.int64))
+    graph.nodes.append(gs.Node("Transpose", attrs={"perm": [0, 2, 1, 3]}, inputs=[tensor], outputs=[swapped]))
+    graph.nodes.append(gs.Node("Reshape", inputs=[swapped, shape], outputs=[rows]))
+    return rows
+
+
 def _plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: bool) -> onnx.ModelProto:
     # Case 6
     graph = gs.import_onnx(proto)
@@ -86,62 +145,3 @@ def _plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: 
     del result.opset_import[:]
     result.opset_import.extend([onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid(PLUGIN_NAMESPACE, 1)])
     return result
-
-
-@dataclass(frozen=True)
-class _HeadSource:
-    """What the heads [B, H, S, D] of a query or key are made from: rows [B, S, H·D], then norm, then RoPE."""
-
-    rows: gs.Tensor
-    norm: gs.Node | None
-    rotary: gs.Node | None
-
-    def matches(self, other: _HeadSource) -> bool:
-        """Whether one plugin call can do both: norms alike, the same RoPE tables."""
-        same_norm = _attribute(self.norm, "epsilon") == _attribute(other.norm, "epsilon")
-        tables = [[t.name for t in s.rotary.inputs[1:]] if s.rotary is not None else [] for s in (self, other)]
-        return (self.norm is None) == (other.norm is None) and same_norm and tables[0] == tables[1]
-
-
-def _head_source(heads: gs.Tensor) -> _HeadSource | None:
-    rotary = _producer(heads, "RotaryEmbedding")
-    transpose = _producer(heads if rotary is None else rotary.inputs[0], "Transpose")
-    if transpose is None or list(transpose.attrs["perm"]) != [0, 2, 1, 3]:
-        return None
-    split = transpose.inputs[0]  # [B, S, H, D]
-    norm = _producer(split, "RMSNormalization")
-    reshape = _producer(split if norm is None else norm.inputs[0], "Reshape")
-    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
-        return None
-    return _HeadSource(reshape.inputs[0], norm, rotary)
-
-
-def _producer(tensor: gs.Tensor, op: str) -> gs.Node | None:
-    return tensor.inputs[0] if tensor.inputs and tensor.inputs[0].op == op else None
-
-
-def _attribute(node: gs.Node | None, name: str) -> Any:
-    return None if node is None else node.attrs.get(name)
-
-
-def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
-    """[B, H, S, D] as [B, S, H·D]; what is in rows already stays."""
-    if len(tensor.shape) == 3:
-        return tensor
-    batch, heads, tokens, head_dim = tensor.shape
-    swapped = gs.Variable(f"{tensor.name}.tokens_first", tensor.dtype, [batch, tokens, heads, head_dim])
-    rows = gs.Variable(f"{tensor.name}.rows", tensor.dtype, [batch, tokens, width])
-    shape = gs.Constant(f"{rows.name}.shape", np.array([0, 0, width], np.int64))
-    graph.nodes.append(gs.Node("Transpose", attrs={"perm": [0, 2, 1, 3]}, inputs=[tensor], outputs=[swapped]))
-    graph.nodes.append(gs.Node("Reshape", inputs=[swapped, shape], outputs=[rows]))
-    return rows
-
-
-def _count(graph: gs.Graph, logits_index: gs.Tensor) -> gs.Tensor:
-    """Tokens of each row that are no padding: one more than the last position whose logits are wanted."""
-    last = gs.Variable("count.last", np.int64, ["batch"])
-    count = gs.Variable("count", np.int64, ["batch"])
-    end, one = (gs.Constant(f"count.{name}", np.array(value, np.int64)) for name, value in (("end", -1), ("one", 1)))
-    graph.nodes.append(gs.Node("Gather", attrs={"axis": 1}, inputs=[logits_index, end], outputs=[last]))
-    graph.nodes.append(gs.Node("Add", inputs=[last, one], outputs=[count]))
-    return count

@@ -27,6 +27,24 @@ from .weight_inputs import check_one_copy
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 
 
+def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
+    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy."""
+    prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
+    written = steps if plan.policy == "backfill" else steps // (plan.k + 1)
+    return {"kept": limits.max_seq_len - 1, "dropped": prompt + written}
+
+
+def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
+    """An engine's size beside the weights that it holds; says so when it holds one more than once."""
+    held = f"of which {weight_bytes / 2**20:.1f} MiB are weights" if weight_bytes else "without weights"
+    console.say(f"{target}: {kind.value} engine {size_bytes / 2**20:.1f} MiB, {held}")
+    if weight_bytes and size_bytes > 1.5 * weight_bytes + _ENGINE_CODE_BYTES:
+        console.say(
+            f"warning: the {kind.value} engine is {size_bytes / weight_bytes:.1f} times its weights: profiles or "
+            "compute capabilities hold copies of their own; --weight-sharing inputs holds none"
+        )
+
+
 def _build_engines(
     root: Path,
     manifest: Manifest,
@@ -87,21 +105,3 @@ def _build_engines(
         entry["timing_cache"] = f"{target}/timing.cache"
         (root / entry["timing_cache"]).write_bytes(builder.timing_cache)
     return entry
-
-
-def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
-    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy."""
-    prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
-    written = steps if plan.policy == "backfill" else steps // (plan.k + 1)
-    return {"kept": limits.max_seq_len - 1, "dropped": prompt + written}
-
-
-def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
-    """An engine's size beside the weights that it holds; says so when it holds one more than once."""
-    held = f"of which {weight_bytes / 2**20:.1f} MiB are weights" if weight_bytes else "without weights"
-    console.say(f"{target}: {kind.value} engine {size_bytes / 2**20:.1f} MiB, {held}")
-    if weight_bytes and size_bytes > 1.5 * weight_bytes + _ENGINE_CODE_BYTES:
-        console.say(
-            f"warning: the {kind.value} engine is {size_bytes / weight_bytes:.1f} times its weights: profiles or "
-            "compute capabilities hold copies of their own; --weight-sharing inputs holds none"
-        )

@@ -39,6 +39,21 @@ def _fusions(graph: ir.Graph) -> tuple[Fusion, ...]:
     return tuple(made)
 
 
+def _weight_input(members: list[ir.Value]) -> WeightInput:
+    tensors = [member.const_value for member in members]
+    places = []
+    for tensor in tensors:
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.length is not None
+        places.append((str(tensor.location), int(tensor.offset), int(tensor.length)))
+    first = tensors[0]
+    assert first is not None
+    rows = sum(int(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr, arg-type, misc]
+    shape = (rows, *(int(dim) for dim in first.shape[1:]))  # type: ignore[arg-type]
+    return WeightInput(first.dtype.numpy().name, shape, tuple(places))
+
+
 def _fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, WeightInput]:
     table = {}
     for fusion in fusions:
@@ -91,21 +106,6 @@ def _weights_as_inputs(graph: ir.Graph, fused: Mapping[str, WeightInput]) -> dic
             graph.inputs.append(value)
             del graph.initializers[name]
     return weights
-
-
-def _weight_input(members: list[ir.Value]) -> WeightInput:
-    tensors = [member.const_value for member in members]
-    places = []
-    for tensor in tensors:
-        assert isinstance(tensor, ir.ExternalTensor)
-        assert tensor.offset is not None
-        assert tensor.length is not None
-        places.append((str(tensor.location), int(tensor.offset), int(tensor.length)))
-    first = tensors[0]
-    assert first is not None
-    rows = sum(int(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr, arg-type, misc]
-    shape = (rows, *(int(dim) for dim in first.shape[1:]))  # type: ignore[arg-type]
-    return WeightInput(first.dtype.numpy().name, shape, tuple(places))
 
 
 def check_one_copy(tables: Iterable[dict[str, WeightInput]]) -> dict[str, WeightInput]:

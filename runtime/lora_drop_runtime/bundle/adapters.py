@@ -78,6 +78,14 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         ) from None
 
 
+def _short(value: object) -> str:
+    if isinstance(value, str):
+        return value[:12]
+    if isinstance(value, tuple):
+        return "layers " + ",".join(map(str, value))
+    return str(value)
+
+
 def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str) -> Matrices:
     """The matrices for every surrogate of a plan: site → (A [r, d], s·B [d, r]), float32.
 
@@ -139,11 +147,3 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
             )
         matrices[site] = (a, b * scale)
     return matrices
-
-
-def _short(value: object) -> str:
-    if isinstance(value, str):
-        return value[:12]
-    if isinstance(value, tuple):
-        return "layers " + ",".join(map(str, value))
-    return str(value)

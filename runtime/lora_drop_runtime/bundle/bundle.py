@@ -46,6 +46,15 @@ class WeightInput:
         return sum(size for _, _, size in self.parts)
 
 
+def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
+    """Size and hash of a file as the manifest keeps them."""
+    if header_only:
+        return FileRecord(path.stat().st_size, header_sha256(path), True)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)
+
+
 @dataclass(frozen=True)
 class Bundle:
     root: Path
@@ -120,12 +129,3 @@ class Bundle:
             for name, record in self.manifest.files.items()
             if record_file(self.root / name, header_only=record.header_only) != record
         ]
-
-
-def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
-    """Size and hash of a file as the manifest keeps them."""
-    if header_only:
-        return FileRecord(path.stat().st_size, header_sha256(path), True)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)

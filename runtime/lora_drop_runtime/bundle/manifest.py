@@ -23,6 +23,7 @@ WEIGHT_SHARINGS = ("inputs", "constants")
 QUANTIZED_DTYPES = {"int4": 4, "int8": 8}  # bits of a weight
 QUANTIZATIONS = ("search", "rtn")
 BLOCK_SIZES = (32, 128)
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,6 @@ class ModelFacts:
         return 2 * self.kv_heads * self.head_dim * width
 
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
 @dataclass(frozen=True)
 class Limits:
     """Largest request the bundle accepts: tokens of a row (prompt + new), of a prompt, rows of a batch."""
@@ -90,6 +88,17 @@ class FileRecord:
     size_bytes: int
     sha256: str
     header_only: bool = False
+
+
+def _object(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise TypeError(f"{data!r} stands where a JSON object is needed")
+    return data
+
+
+def _from_dict(cls: type[Any], data: Any) -> Any:
+    """A frozen dataclass from JSON, whose lists become tuples."""
+    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in _object(data).items()})
 
 
 @dataclass(frozen=True)
@@ -149,14 +158,3 @@ class Manifest:
                 note=f"{path}: {error}.",
                 hint="Export the model again.",
             ) from None
-
-
-def _from_dict(cls: type[Any], data: Any) -> Any:
-    """A frozen dataclass from JSON, whose lists become tuples."""
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in _object(data).items()})
-
-
-def _object(data: Any) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise TypeError(f"{data!r} stands where a JSON object is needed")
-    return data

@@ -64,25 +64,12 @@ class TensorRef:
         return part.read()
 
 
-def read_tensors(path: Path) -> dict[str, TensorRef]:
-    """The tensors of one file. Raises BundleError when the file is not whole."""
-    header, data_start = _read_header(path)
-    file_bytes = path.stat().st_size
-    refs = {}
-    for name, (dtype, shape, begin, end) in _parse_header(header, path).items():
-        if data_start + end > file_bytes:
-            raise BundleError(
-                "A weights file is truncated.",
-                note=f"{path} has {file_bytes} bytes, tensor {name} ends at {data_start + end}.",
-                hint="Copy or download the file again.",
-            )
-        refs[name] = TensorRef(name, path, dtype, shape, data_start + begin, end - begin)
-    return refs
-
-
-def header_sha256(path: Path) -> str:
-    """Hash of the header: a cheap identity of a file too large to hash at every opening."""
-    return hashlib.sha256(_read_header(path)[0]).hexdigest()
+def _not_whole(path: Path, reason: str) -> BundleError:
+    return BundleError(
+        "A file is not a whole safetensors file.",
+        note=f"{path} {reason}.",
+        hint="Copy or download the file again.",
+    )
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
@@ -107,9 +94,22 @@ def _parse_header(header: bytes, path: Path) -> dict[str, tuple[str, tuple[int, 
         raise _not_whole(path, "has a header that does not say where its tensors lie") from None
 
 
-def _not_whole(path: Path, reason: str) -> BundleError:
-    return BundleError(
-        "A file is not a whole safetensors file.",
-        note=f"{path} {reason}.",
-        hint="Copy or download the file again.",
-    )
+def read_tensors(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one file. Raises BundleError when the file is not whole."""
+    header, data_start = _read_header(path)
+    file_bytes = path.stat().st_size
+    refs = {}
+    for name, (dtype, shape, begin, end) in _parse_header(header, path).items():
+        if data_start + end > file_bytes:
+            raise BundleError(
+                "A weights file is truncated.",
+                note=f"{path} has {file_bytes} bytes, tensor {name} ends at {data_start + end}.",
+                hint="Copy or download the file again.",
+            )
+        refs[name] = TensorRef(name, path, dtype, shape, data_start + begin, end - begin)
+    return refs
+
+
+def header_sha256(path: Path) -> str:
+    """Hash of the header: a cheap identity of a file too large to hash at every opening."""
+    return hashlib.sha256(_read_header(path)[0]).hexdigest()

@@ -41,6 +41,22 @@ Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 WARM_UP_STEPS = 64  # at most
 
 
+def _schedule(k: int | Schedule) -> Schedule:
+    """A window as a schedule; anything with a `kind` is one already."""
+    return k if hasattr(k, "kind") else PeriodicSchedule(k)
+
+
+def _as_rows(prompts: Prompts) -> list[Ids]:
+    """One row per prompt; a flat list is one prompt."""
+    rows: Any = [prompts] if len(prompts) and np.ndim(prompts[0]) == 0 else prompts
+    return [np.asarray(row, np.int64).reshape(-1) for row in rows]
+
+
+def _is_argmax(options: SamplingOptions) -> bool:
+    """Whether sampling takes the largest logit as it is: top-k and top-p change nothing at temperature 0."""
+    return options.temperature == 0 and options.repetition_penalty == 1
+
+
 class Session:
     """Decodes with the step graphs of one bundle. Use as a context manager, from one thread.
 
@@ -429,19 +445,3 @@ class Session:
             )
         self._check_vocabulary(ids[_token_mask(ids, lengths)])
         return new_tokens
-
-
-def _is_argmax(options: SamplingOptions) -> bool:
-    """Whether sampling takes the largest logit as it is: top-k and top-p change nothing at temperature 0."""
-    return options.temperature == 0 and options.repetition_penalty == 1
-
-
-def _schedule(k: int | Schedule) -> Schedule:
-    """A window as a schedule; anything with a `kind` is one already."""
-    return k if hasattr(k, "kind") else PeriodicSchedule(k)
-
-
-def _as_rows(prompts: Prompts) -> list[Ids]:
-    """One row per prompt; a flat list is one prompt."""
-    rows: Any = [prompts] if len(prompts) and np.ndim(prompts[0]) == 0 else prompts
-    return [np.asarray(row, np.int64).reshape(-1) for row in rows]

@@ -38,6 +38,79 @@ from .requests import CONTEXTS, _check, _longest_prompt, prompts_of
 from .result import BenchResult, Memory, PeerRow, Request, make_row, median_ratio, quantile
 
 
+def _measure_all(
+    result: BenchResult,
+    bundles: Mapping[str, Bundle],
+    windows: Sequence[int],
+    requests: Sequence[Request],
+    peers: Sequence[Peer],
+    session_options: Mapping[str, Any],
+    stack: contextlib.ExitStack,
+    say: Say,
+) -> None:
+    """Fill in rows, raw figures and how busy others were."""
+    first = next(iter(bundles.values()))
+    ours: list[Arm] = []
+    for name, bundle in bundles.items():
+        session = stack.enter_context(Session.open(bundle.root, **session_options))
+        ours += _session_arms(name, TimedSession(session), windows)
+    theirs = [_peer_arm(peer) for peer in peers]
+    running = {peer.name: peer for peer in peers}
+    largest = max(requests, key=lambda request: request.context * request.rows)
+    say("warming up")
+    for arm in ours:
+        arm.run(prompts_of(first, largest.context, largest.rows), max(windows) + 3)
+    begin = machine.cpu_time(peer.pid for peer in peers)
+    for request in requests:
+        arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
+        prompts = prompts_of(first, request.context, request.rows)
+        runs, failed = measure(arms, request, prompts, result.repeats, say)
+        result.peers_left_out |= {arms[index].peer: reason for index, reason in failed.items()}
+        by_peer = {arms[index].peer: own for index, own in runs.items() if arms[index].peer}
+        full = {arms[index].bundle: own for index, own in runs.items() if not arms[index].peer and not arms[index].k}
+        rate = None if result.bandwidth is None else result.bandwidth.bytes_per_second
+        for index, own in runs.items():
+            arm = arms[index]
+            result.raw.append(
+                {"bundle": arm.bundle, "k": arm.k, "peer": arm.peer, "request": dataclasses.asdict(request)}
+                | {"runs": [dataclasses.asdict(run) for run in own]}
+            )
+            if not arm.peer:
+                row = make_row(
+                    arm.bundle,
+                    bundles[arm.bundle].manifest,
+                    arm.k,
+                    request,
+                    own,
+                    full[arm.bundle],
+                    rate,
+                    result.policy,
+                )
+                for name, other in by_peer.items():
+                    row.over_peers[name] = median_ratio(
+                        [run.decode_seconds for run in other], [run.decode_seconds for run in own]
+                    )
+                result.rows.append(row)
+        for name, own in by_peer.items():
+            steps = request.new_tokens - 1
+            result.peer_rows.append(
+                PeerRow(
+                    name=name,
+                    version=peer_version(name),
+                    built=running[name].built,
+                    model_bytes=running[name].model_bytes,
+                    context=request.context,
+                    tokens_per_second=statistics.median(steps / run.decode_seconds for run in own),
+                    p50_ms=1000 * statistics.median(quantile(run.step_seconds, 0.5) for run in own),
+                    prefill_tokens_per_second=statistics.median(request.context / run.prefill_seconds for run in own),
+                    pss=running[name].pss,
+                )
+            )
+    alive = [peer.pid for peer in peers if peer.name not in result.peers_left_out]
+    if len(alive) == len(peers):  # one that has gone took its processor time with it
+        result.foreign_cores = machine.foreign_cores(begin, machine.cpu_time(alive))
+
+
 def bench(
     bundles: Sequence[str | Path] | str | Path,
     *,
@@ -172,76 +245,3 @@ def bench(
             "its bytes: look at the GB/s of both kinds of step.",
         )
     return result
-
-
-def _measure_all(
-    result: BenchResult,
-    bundles: Mapping[str, Bundle],
-    windows: Sequence[int],
-    requests: Sequence[Request],
-    peers: Sequence[Peer],
-    session_options: Mapping[str, Any],
-    stack: contextlib.ExitStack,
-    say: Say,
-) -> None:
-    """Fill in rows, raw figures and how busy others were."""
-    first = next(iter(bundles.values()))
-    ours: list[Arm] = []
-    for name, bundle in bundles.items():
-        session = stack.enter_context(Session.open(bundle.root, **session_options))
-        ours += _session_arms(name, TimedSession(session), windows)
-    theirs = [_peer_arm(peer) for peer in peers]
-    running = {peer.name: peer for peer in peers}
-    largest = max(requests, key=lambda request: request.context * request.rows)
-    say("warming up")
-    for arm in ours:
-        arm.run(prompts_of(first, largest.context, largest.rows), max(windows) + 3)
-    begin = machine.cpu_time(peer.pid for peer in peers)
-    for request in requests:
-        arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
-        prompts = prompts_of(first, request.context, request.rows)
-        runs, failed = measure(arms, request, prompts, result.repeats, say)
-        result.peers_left_out |= {arms[index].peer: reason for index, reason in failed.items()}
-        by_peer = {arms[index].peer: own for index, own in runs.items() if arms[index].peer}
-        full = {arms[index].bundle: own for index, own in runs.items() if not arms[index].peer and not arms[index].k}
-        rate = None if result.bandwidth is None else result.bandwidth.bytes_per_second
-        for index, own in runs.items():
-            arm = arms[index]
-            result.raw.append(
-                {"bundle": arm.bundle, "k": arm.k, "peer": arm.peer, "request": dataclasses.asdict(request)}
-                | {"runs": [dataclasses.asdict(run) for run in own]}
-            )
-            if not arm.peer:
-                row = make_row(
-                    arm.bundle,
-                    bundles[arm.bundle].manifest,
-                    arm.k,
-                    request,
-                    own,
-                    full[arm.bundle],
-                    rate,
-                    result.policy,
-                )
-                for name, other in by_peer.items():
-                    row.over_peers[name] = median_ratio(
-                        [run.decode_seconds for run in other], [run.decode_seconds for run in own]
-                    )
-                result.rows.append(row)
-        for name, own in by_peer.items():
-            steps = request.new_tokens - 1
-            result.peer_rows.append(
-                PeerRow(
-                    name=name,
-                    version=peer_version(name),
-                    built=running[name].built,
-                    model_bytes=running[name].model_bytes,
-                    context=request.context,
-                    tokens_per_second=statistics.median(steps / run.decode_seconds for run in own),
-                    p50_ms=1000 * statistics.median(quantile(run.step_seconds, 0.5) for run in own),
-                    prefill_tokens_per_second=statistics.median(request.context / run.prefill_seconds for run in own),
-                    pss=running[name].pss,
-                )
-            )
-    alive = [peer.pid for peer in peers if peer.name not in result.peers_left_out]
-    if len(alive) == len(peers):  # one that has gone took its processor time with it
-        result.foreign_cores = machine.foreign_cores(begin, machine.cpu_time(alive))

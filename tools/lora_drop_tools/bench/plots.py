@@ -11,26 +11,6 @@ from lora_drop_tools.shared import costs
 from .result import BenchResult, Row
 
 
-def write_plots(result: BenchResult, directory: Path) -> list[Path]:
-    """Speed-up against ρ with its ceilings, latencies, and K/V saving against ρ, for each context and batch."""
-    from matplotlib.figure import Figure
-
-    written = []
-    for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
-        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
-        title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
-        for name, draw in (("speedup", _draw_speedup), ("latency", _draw_latency), ("kv_saving", _draw_kv_saving)):
-            figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-            axes = figure.add_subplot()
-            draw(axes, own)
-            axes.set_title(title, fontsize="small")
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-            written.append(directory / f"{name}_context{context}_batch{rows}.png")
-            figure.savefig(written[-1], dpi=150)
-    return written
-
-
 def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int, list[Row]]:
     """Rows of each k, by ρ."""
     windows = sorted({row.k for row in rows if row.k or not skip_full})
@@ -69,3 +49,23 @@ def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot([r.rho for r in own], [100 * r.kv_saved for r in own], "o", color=colour, label=f"k = {k}, measured")
     axes.set_xlabel("ρ, dropped share of the eligible layers")
     axes.set_ylabel("K/V of generated tokens saved (%)")
+
+
+def write_plots(result: BenchResult, directory: Path) -> list[Path]:
+    """Speed-up against ρ with its ceilings, latencies, and K/V saving against ρ, for each context and batch."""
+    from matplotlib.figure import Figure
+
+    written = []
+    for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
+        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
+        title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
+        for name, draw in (("speedup", _draw_speedup), ("latency", _draw_latency), ("kv_saving", _draw_kv_saving)):
+            figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+            axes = figure.add_subplot()
+            draw(axes, own)
+            axes.set_title(title, fontsize="small")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+            written.append(directory / f"{name}_context{context}_batch{rows}.png")
+            figure.savefig(written[-1], dpi=150)
+    return written

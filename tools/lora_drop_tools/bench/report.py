@@ -15,34 +15,6 @@ from .result import BenchResult, Memory, PeerRow, Row
 NOT_MEASURED = "not measured"
 
 
-def describe(result: BenchResult) -> list[str]:
-    """The lines that `bench` prints."""
-    facts = result.machine
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines = [
-        f"model      {result.model}, weights {result.weight_dtype}, engine {result.engine}, {result.threads} threads",
-        f"machine    {facts['cpu']}, {facts['physical_cores']} cores, {facts['system']}",
-        f"versions   {versions}",
-        f"load       {_load(result.load_before)} before, {_load(result.load_after)} after"
-        + ("" if result.foreign_cores is None else f"; others kept {result.foreign_cores:.2f} cores busy meanwhile"),
-        f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
-        f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
-        f"policy {result.policy}",
-        *(f"bundle     {name}: {_bundle(entry)}" for name, entry in result.bundles.items()),
-    ]
-    for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
-        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
-        peers = [peer for peer in result.peer_rows if peer.context == context and rows == 1]
-        lines += ["", f"── context {context}, batch {rows} ──", "", *_speed_table(own), "", *_latency_table(own)]
-        lines += ["", *_bytes_table(own), *_tails(own), *(["", *_peer_table(own, peers)] if peers else [])]
-    lines += ["", *_memory_table(result.memory)]
-    if result.peers_left_out:
-        lines += ["", "peers left out"]
-        lines += [f"  {name}: {reason}" for name, reason in result.peers_left_out.items()]
-    lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []
-    return lines
-
-
 def _load(load: tuple[float, float, float] | None) -> str:
     return NOT_MEASURED if load is None else f"{load[0]:.2f}"
 
@@ -156,6 +128,10 @@ def _tails(rows: Sequence[Row]) -> list[str]:
     return ["", *table(headings, cells)] if cells else []
 
 
+def _pss(pss: dict[str, int] | None) -> str:
+    return NOT_MEASURED if pss is None else f"{pss['total'] / 1e6:.0f}"
+
+
 def _peer_table(rows: Sequence[Row], peers: Sequence[PeerRow]) -> list[str]:
     """Each peer, and how much faster than it the full schedule and the fastest window are."""
     fastest = max(rows, key=lambda row: row.tokens_per_second)
@@ -192,5 +168,29 @@ def _memory_table(memory: Sequence[Memory]) -> list[str]:
     return table(headings, cells)
 
 
-def _pss(pss: dict[str, int] | None) -> str:
-    return NOT_MEASURED if pss is None else f"{pss['total'] / 1e6:.0f}"
+def describe(result: BenchResult) -> list[str]:
+    """The lines that `bench` prints."""
+    facts = result.machine
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        f"model      {result.model}, weights {result.weight_dtype}, engine {result.engine}, {result.threads} threads",
+        f"machine    {facts['cpu']}, {facts['physical_cores']} cores, {facts['system']}",
+        f"versions   {versions}",
+        f"load       {_load(result.load_before)} before, {_load(result.load_after)} after"
+        + ("" if result.foreign_cores is None else f"; others kept {result.foreign_cores:.2f} cores busy meanwhile"),
+        f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
+        f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
+        f"policy {result.policy}",
+        *(f"bundle     {name}: {_bundle(entry)}" for name, entry in result.bundles.items()),
+    ]
+    for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
+        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
+        peers = [peer for peer in result.peer_rows if peer.context == context and rows == 1]
+        lines += ["", f"── context {context}, batch {rows} ──", "", *_speed_table(own), "", *_latency_table(own)]
+        lines += ["", *_bytes_table(own), *_tails(own), *(["", *_peer_table(own, peers)] if peers else [])]
+    lines += ["", *_memory_table(result.memory)]
+    if result.peers_left_out:
+        lines += ["", "peers left out"]
+        lines += [f"  {name}: {reason}" for name, reason in result.peers_left_out.items()]
+    lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []
+    return lines

@@ -55,6 +55,11 @@ class Run:
         return sum(self.step_seconds)
 
 
+def quantile(values: Sequence[float], q: float) -> float:
+    """The smallest value that a share q of all values does not exceed: always one that was measured."""
+    return sorted(values)[max(0, math.ceil(q * len(values) - 1e-9) - 1)]
+
+
 @dataclass(frozen=True)
 class Tail:
     """Eq. 11 for one quantile: the kind of step it should be, and the kind whose median it is nearer to."""
@@ -198,14 +203,6 @@ class BenchResult:
             for tail, written in zip(row.tails, entry["tails"], strict=True):
                 written["holds"] = tail.holds
         return json.dumps(data, indent=1) + "\n"
-
-
-# ── arithmetic ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that a share q of all values does not exceed: always one that was measured."""
-    return sorted(values)[max(0, math.ceil(q * len(values) - 1e-9) - 1)]
 
 
 def rotated(arms: Sequence[T], repeat: int) -> list[T]:

@@ -61,9 +61,6 @@ def _open_stores(
     return stores
 
 
-# ── the run ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _measure_text(
     session: Session, windows: Mapping[int, Window], ks: Sequence[int], store: Store
 ) -> dict[int, list[Sums]]:
@@ -105,6 +102,33 @@ def _measure_tasks(
             found[k][name] = run_task(task, name, model)
             cut[k][name] = model.cut
     return found, cut
+
+
+def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: Mapping[Key, float]) -> EvalRow:
+    """What is known of an arm before anything is measured."""
+    plan = bundle.manifest.plan
+    return EvalRow(
+        bundle=name,
+        label=label,
+        surrogate=plan.surrogate,
+        rank=plan.rank,
+        drop_layers=plan.drop_layers,
+        rho=plan.rho,
+        policy=policy,
+        k=k,
+        kv_bytes=sum(costs.kv_bytes(bundle.manifest, *KV_REQUEST, k if policy == "skip" else 0)),
+        speedup=speedups.get((name, policy, k)),
+        text=None,
+        tasks={},
+        average=None,
+        average_difference=None,
+    )
+
+
+def _filled(row: EvalRow, sums: Sequence[Sums] | None, tasks: dict[str, TaskFigures], seed: int) -> EvalRow:
+    mean, difference = averages(tasks)
+    text = text_figures(sums, seed) if sums else None
+    return dataclasses.replace(row, text=text, tasks=tasks, average=mean, average_difference=difference)
 
 
 def eval(
@@ -216,30 +240,3 @@ def eval(
         write_plots(result, Path(plots))
     print("\n".join(describe(result)), file=out or sys.stdout)
     return result
-
-
-def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: Mapping[Key, float]) -> EvalRow:
-    """What is known of an arm before anything is measured."""
-    plan = bundle.manifest.plan
-    return EvalRow(
-        bundle=name,
-        label=label,
-        surrogate=plan.surrogate,
-        rank=plan.rank,
-        drop_layers=plan.drop_layers,
-        rho=plan.rho,
-        policy=policy,
-        k=k,
-        kv_bytes=sum(costs.kv_bytes(bundle.manifest, *KV_REQUEST, k if policy == "skip" else 0)),
-        speedup=speedups.get((name, policy, k)),
-        text=None,
-        tasks={},
-        average=None,
-        average_difference=None,
-    )
-
-
-def _filled(row: EvalRow, sums: Sequence[Sums] | None, tasks: dict[str, TaskFigures], seed: int) -> EvalRow:
-    mean, difference = averages(tasks)
-    text = text_figures(sums, seed) if sums else None
-    return dataclasses.replace(row, text=text, tasks=tasks, average=mean, average_difference=difference)

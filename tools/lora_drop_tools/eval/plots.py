@@ -12,42 +12,6 @@ from .intervals import Figure
 from .report import _name
 from .result import EvalResult, EvalRow
 
-
-def write_plots(result: EvalResult, directory: Path) -> list[Path]:
-    """Quality against measured speed-up and against K/V bytes, and agreement and KL at each offset of the cycle."""
-    from matplotlib.figure import Figure as Canvas
-
-    written = []
-
-    def draw(name: str, panels: Sequence[Callable[[Any], None]]) -> None:
-        figure = Canvas(figsize=(6.4 * len(panels), 4.4), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            panel(axes)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-        figure.suptitle(f"{result.model}, {result.weight_dtype}", fontsize="small")
-        written.append(directory / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
-
-    for name, what, quality in _QUALITIES:
-        rows = [(row, found) for row in result.rows if (found := quality(row)) is not None]
-        if any(row.k and row.speedup is not None for row, _ in rows):
-            timed = [(row, found, row.speedup) for row, found in rows if row.speedup is not None]
-            draw(f"{name}_speedup", [lambda axes, p=timed, w=what: _draw_pareto(axes, p, w, "measured speed-up")])  # type: ignore[misc]
-        if any(row.k for row, _ in rows):
-            held = [(row, found, row.kv_bytes / MIB) for row, found in rows]
-            draw(f"{name}_kv", [lambda axes, p=held, w=what: _draw_pareto(axes, p, w, "K/V (MiB)")])  # type: ignore[misc]
-    if any(row.k and row.text for row in result.rows):
-        draw(
-            "offsets",
-            [
-                lambda axes: _draw_offsets(axes, result.rows, "agreement", "top-1 agreement with the full schedule"),
-                lambda axes: _draw_offsets(axes, result.rows, "kl", "KL to the full schedule (nats)"),
-            ],
-        )
-    return written
-
-
 _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
     ("accuracy", "average accuracy", lambda row: row.average),
     ("perplexity", "perplexity over the full schedule's", lambda row: row.text.ratio if row.text else None),
@@ -85,3 +49,38 @@ def _draw_offsets(axes: Any, rows: Sequence[EvalRow], name: str, label: str) -> 
         axes.set_ylim(top=1.02)
     else:
         axes.set_ylim(bottom=0)
+
+
+def write_plots(result: EvalResult, directory: Path) -> list[Path]:
+    """Quality against measured speed-up and against K/V bytes, and agreement and KL at each offset of the cycle."""
+    from matplotlib.figure import Figure as Canvas
+
+    written = []
+
+    def draw(name: str, panels: Sequence[Callable[[Any], None]]) -> None:
+        figure = Canvas(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            panel(axes)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+        figure.suptitle(f"{result.model}, {result.weight_dtype}", fontsize="small")
+        written.append(directory / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+
+    for name, what, quality in _QUALITIES:
+        rows = [(row, found) for row in result.rows if (found := quality(row)) is not None]
+        if any(row.k and row.speedup is not None for row, _ in rows):
+            timed = [(row, found, row.speedup) for row, found in rows if row.speedup is not None]
+            draw(f"{name}_speedup", [lambda axes, p=timed, w=what: _draw_pareto(axes, p, w, "measured speed-up")])  # type: ignore[misc]
+        if any(row.k for row, _ in rows):
+            held = [(row, found, row.kv_bytes / MIB) for row, found in rows]
+            draw(f"{name}_kv", [lambda axes, p=held, w=what: _draw_pareto(axes, p, w, "K/V (MiB)")])  # type: ignore[misc]
+    if any(row.k and row.text for row in result.rows):
+        draw(
+            "offsets",
+            [
+                lambda axes: _draw_offsets(axes, result.rows, "agreement", "top-1 agreement with the full schedule"),
+                lambda axes: _draw_offsets(axes, result.rows, "kl", "KL to the full schedule (nats)"),
+            ],
+        )
+    return written

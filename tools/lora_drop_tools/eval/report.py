@@ -16,25 +16,6 @@ from .result import EvalResult, EvalRow, SafeZone
 MISSING = "–"
 
 
-def describe(result: EvalResult) -> list[str]:
-    """The lines that `eval` prints."""
-    versions = ", ".join(f"{name} {version}" for name, version in result.machine["versions"].items())
-    lines = [
-        f"model      {result.model}, weights {result.weight_dtype}",
-        f"versions   {versions}",
-        f"seed       {result.seed}; intervals are of 95 %; full: k = 0 of the same bundle",
-        *(f"bundle     {_bundle(row)}" for row in result.rows if not row.k),
-    ]
-    if any(row.text for row in result.rows):
-        lines += ["", *_text_table(result.rows), "", *_offset_table(result.rows)]
-    if any(row.tasks for row in result.rows):
-        lines += ["", *_task_table(result.rows), *_notes(result)]
-    lines += ["", *_cost_table(result)]
-    lines += ["", *map(_verdict, result.safe_zones)] if result.safe_zones else []
-    lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []
-    return lines
-
-
 def _bundle(row: EvalRow) -> str:
     adapters = f"adapters of rank {row.rank}" if row.rank else "no adapters"
     return (
@@ -51,13 +32,6 @@ def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
     if figure is None:
         return MISSING
     return f"{scale * figure.value:.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
-
-
-def _points(figure: Figure | None) -> str:
-    """A difference of shares in percentage points, with its interval."""
-    if figure is None:
-        return MISSING
-    return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
 def _text_table(rows: Sequence[EvalRow]) -> list[str]:
@@ -83,6 +57,13 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
     ]
 
 
+_OFFSET_LINES: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("over full", lambda one: f"{one.ratio:.3f}"),
+    ("agree %", lambda one: f"{100 * one.agreement:.1f}"),
+    ("KL", lambda one: f"{one.kl:.3f}"),
+)
+
+
 def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
     """A line for each figure, a column for each offset within the cycle."""
     longest = max(row.k for row in rows)
@@ -96,11 +77,11 @@ def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
     return table(headings, cells) if cells else []
 
 
-_OFFSET_LINES: tuple[tuple[str, Callable[[Any], str]], ...] = (
-    ("over full", lambda one: f"{one.ratio:.3f}"),
-    ("agree %", lambda one: f"{100 * one.agreement:.1f}"),
-    ("KL", lambda one: f"{one.kl:.3f}"),
-)
+def _points(figure: Figure | None) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    if figure is None:
+        return MISSING
+    return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
 def _task_table(rows: Sequence[EvalRow]) -> list[str]:
@@ -165,3 +146,22 @@ def _verdict(zone: SafeZone) -> str:
         return begin + "nothing that is faster than 1.00×"
     text = f"{zone.row.speedup:.2f}× by {_name(zone.row)}, {_points(zone.row.average_difference)} pp"
     return begin + text + ("" if zone.certain else "; the interval is wider than that: more items (--limit) would tell")
+
+
+def describe(result: EvalResult) -> list[str]:
+    """The lines that `eval` prints."""
+    versions = ", ".join(f"{name} {version}" for name, version in result.machine["versions"].items())
+    lines = [
+        f"model      {result.model}, weights {result.weight_dtype}",
+        f"versions   {versions}",
+        f"seed       {result.seed}; intervals are of 95 %; full: k = 0 of the same bundle",
+        *(f"bundle     {_bundle(row)}" for row in result.rows if not row.k),
+    ]
+    if any(row.text for row in result.rows):
+        lines += ["", *_text_table(result.rows), "", *_offset_table(result.rows)]
+    if any(row.tasks for row in result.rows):
+        lines += ["", *_task_table(result.rows), *_notes(result)]
+    lines += ["", *_cost_table(result)]
+    lines += ["", *map(_verdict, result.safe_zones)] if result.safe_zones else []
+    lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []
+    return lines

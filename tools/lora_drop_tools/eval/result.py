@@ -116,6 +116,18 @@ class SafeZone:
     certain: bool
 
 
+def safe_zones(rows: Sequence[EvalRow]) -> list[SafeZone]:
+    """For each threshold the fastest row that stays within; empty without speed-ups or averages."""
+    timed = [row for row in rows if row.k and row.speedup is not None and row.average_difference is not None]
+    zones = []
+    for threshold in THRESHOLDS if timed else ():
+        within = [row for row in timed if row.average_difference and row.average_difference.value >= -threshold]
+        best = max((row for row in within if (row.speedup or 0) > 1), key=lambda row: row.speedup or 0, default=None)
+        certain = best is None or (best.average_difference is not None and best.average_difference.low >= -threshold)
+        zones.append(SafeZone(threshold, best, certain))
+    return zones
+
+
 @dataclass
 class EvalResult:
     """Everything that was measured; `to_json` is what --json writes."""
@@ -135,9 +147,6 @@ class EvalResult:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-
-# ── figures ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
@@ -198,18 +207,6 @@ def averages(tasks: Mapping[str, TaskFigures]) -> tuple[Figure | None, Figure | 
         return None, None
     differences = [task.difference for task in tasks.values() if task.difference is not None]
     return average([task.figure for task in tasks.values()]), average(differences) if differences else None
-
-
-def safe_zones(rows: Sequence[EvalRow]) -> list[SafeZone]:
-    """For each threshold the fastest row that stays within; empty without speed-ups or averages."""
-    timed = [row for row in rows if row.k and row.speedup is not None and row.average_difference is not None]
-    zones = []
-    for threshold in THRESHOLDS if timed else ():
-        within = [row for row in timed if row.average_difference and row.average_difference.value >= -threshold]
-        best = max((row for row in within if (row.speedup or 0) > 1), key=lambda row: row.speedup or 0, default=None)
-        certain = best is None or (best.average_difference is not None and best.average_difference.low >= -threshold)
-        zones.append(SafeZone(threshold, best, certain))
-    return zones
 
 
 FULL = "full"  # the policy of k = 0

@@ -85,6 +85,15 @@ def phase_of(seed: int, *item: str | int) -> float:
     return int.from_bytes(name[:6], "big") / 2**48
 
 
+def _check_numbers(values: npt.NDArray[np.floating]) -> None:
+    if not np.isfinite(values).all():
+        raise BundleError(
+            "The model computed logits that are not numbers.",
+            note="There is NaN or infinity among them.",
+            hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
+        )
+
+
 def log_softmax(logits: Floats) -> Floats:
     """Log-probabilities [R, V] of logits [R, V]; the sum over the vocabulary is taken in float64.
 
@@ -96,15 +105,6 @@ def log_softmax(logits: Floats) -> Floats:
     _check_numbers(total)
     log_probs: Floats = (shifted - total).astype(np.float32)
     return log_probs
-
-
-def _check_numbers(values: npt.NDArray[np.floating]) -> None:
-    if not np.isfinite(values).all():
-        raise BundleError(
-            "The model computed logits that are not numbers.",
-            note="There is NaN or infinity among them.",
-            hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
-        )
 
 
 def decode(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
@@ -153,9 +153,6 @@ def score(session: Session, rows: Sequence[Row], k: int) -> list[Score]:
         sums[read.rows] += read.target_log_probs
         greedy[read.rows] &= read.log_probs.argmax(axis=1) == read.targets
     return [Score(float(total), bool(hit)) for total, hit in zip(sums, greedy, strict=True)]
-
-
-# ── windows of a text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -212,9 +209,6 @@ def score_windows(
             )
         if k in ks:
             done(k, list(sums))
-
-
-# ── generation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def generate_texts(

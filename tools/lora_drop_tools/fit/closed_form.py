@@ -73,35 +73,6 @@ class Site:
 Choose = Callable[[str, Site], "tuple[Any, Any] | None"]
 
 
-def walk(
-    forcing: TeacherForcing,
-    batches: Sequence[Batch],
-    plan: DropPlan,
-    policy: str,
-    choose: Choose,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Surrogates:
-    """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
-
-    Only two hidden states per batch are held, and one layer's K and V.
-    """
-    import torch
-
-    chosen: dict[str, tuple[Any, Any]] = {}
-    last = max(plan.drop_layers, default=-1)
-    with torch.no_grad():
-        for index in range(last + 1):
-            exact = [forcing.exact_layer(index, batch.exact) for batch in batches]
-            if index in plan.drop_layers:
-                _dropped_layer(forcing, batches, exact, index, plan, policy, choose, chosen)
-            for batch, layer in zip(batches, exact, strict=True):
-                if index not in plan.drop_layers and batch.decoded is not None:
-                    batch.decoded = forcing.kept_layer(index, batch.decoded, layer, batch.layout, policy)
-                batch.exact = layer.output
-            progress(index + 1, last + 1)
-    return chosen
-
-
 def _dropped_layer(
     forcing: TeacherForcing,
     batches: Sequence[Batch],
@@ -137,6 +108,35 @@ def _dropped_layer(
         inputs = [base + product(feature, pair) for feature, base in pairs]
     for batch, lora, full in zip(batches, inputs, fulls, strict=True):
         batch.decoded = forcing.joined(lora, full, batch.layout, policy)
+
+
+def walk(
+    forcing: TeacherForcing,
+    batches: Sequence[Batch],
+    plan: DropPlan,
+    policy: str,
+    choose: Choose,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Surrogates:
+    """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
+
+    Only two hidden states per batch are held, and one layer's K and V.
+    """
+    import torch
+
+    chosen: dict[str, tuple[Any, Any]] = {}
+    last = max(plan.drop_layers, default=-1)
+    with torch.no_grad():
+        for index in range(last + 1):
+            exact = [forcing.exact_layer(index, batch.exact) for batch in batches]
+            if index in plan.drop_layers:
+                _dropped_layer(forcing, batches, exact, index, plan, policy, choose, chosen)
+            for batch, layer in zip(batches, exact, strict=True):
+                if index not in plan.drop_layers and batch.decoded is not None:
+                    batch.decoded = forcing.kept_layer(index, batch.decoded, layer, batch.layout, policy)
+                batch.exact = layer.output
+            progress(index + 1, last + 1)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,14 @@ def run_batch(
     return diverge(forcing, exact[-1].output[:, at], decoded, following, learn)
 
 
+def _rate(step: int, options: DistillOptions) -> float:
+    """The learning rate of a step as a share of the highest."""
+    warm = max(1, round(options.warm_up * options.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
+
+
 def distill(
     forcing: TeacherForcing,
     texts: Texts,
@@ -252,11 +260,3 @@ def distill(
             torch.save({**state, "parameters": [parameter.data for parameter in parameters]}, part)
             part.replace(state_file)
     return losses
-
-
-def _rate(step: int, options: DistillOptions) -> float:
-    """The learning rate of a step as a share of the highest."""
-    warm = max(1, round(options.warm_up * options.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))

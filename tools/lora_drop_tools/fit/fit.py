@@ -134,6 +134,13 @@ def _say_figures(console: Console, stage: str, figures: Mapping[str, float]) -> 
     )
 
 
+def _written_by_first(staged: Any, out: Path, force: bool, workers: Workers) -> Any:
+    """The staging of the process that writes; the others write nothing."""
+    return (
+        staged(out, force, CONFIG_NAME, "directory of adapters") if workers.rank == 0 else contextlib.nullcontext(out)
+    )
+
+
 def fit(
     model: str,
     text: Sequence[str | Path],
@@ -282,10 +289,3 @@ def fit(
     shutil.rmtree(partial.root, ignore_errors=True)
     console.say(f"done: {out}")
     return result
-
-
-def _written_by_first(staged: Any, out: Path, force: bool, workers: Workers) -> Any:
-    """The staging of the process that writes; the others write nothing."""
-    return (
-        staged(out, force, CONFIG_NAME, "directory of adapters") if workers.rank == 0 else contextlib.nullcontext(out)
-    )

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from .distill import Workers
 
 
+def _difference(found: str, wanted: str) -> str:
+    before, now = json.loads(found), json.loads(wanted)
+    return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
+
+
 class _Partial:
     """The directory beside `out` that an interrupted fit leaves."""
 
@@ -49,11 +54,6 @@ class _Partial:
         self.root.mkdir(parents=True)
         torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, self.begin)
         self._described.write_text(self._text)  # last: without it there is nothing to resume
-
-
-def _difference(found: str, wanted: str) -> str:
-    before, now = json.loads(found), json.loads(wanted)
-    return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
 
 
 def _load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 SURVIVORS = 4  # layers that are compared on all of the text when a drop list grows
 
 
+def _cheapest(costs: Mapping[int, float], count: int) -> dict[int, float]:
+    """The `count` layers of least cost, in ascending order of it."""
+    return {layer: costs[layer] for layer in sorted(costs, key=lambda layer: (costs[layer], layer))[:count]}
+
+
+def _left(count: int, survivors: int | None) -> int:
+    """How many layers go on to the next window."""
+    return count if survivors is None else max(count // 2, min(count, survivors))
+
+
 class Greedy:
     """A drop list that grows by the layer that costs least given those in it, measured again whenever it has grown.
 
@@ -110,13 +120,3 @@ def ticks(eligible: int, count: int, windows: int) -> int:
         for _ in range(windows):
             total, left = total + left, _left(left, SURVIVORS)
     return total
-
-
-def _left(count: int, survivors: int | None) -> int:
-    """How many layers go on to the next window."""
-    return count if survivors is None else max(count // 2, min(count, survivors))
-
-
-def _cheapest(costs: Mapping[int, float], count: int) -> dict[int, float]:
-    """The `count` layers of least cost, in ascending order of it."""
-    return {layer: costs[layer] for layer in sorted(costs, key=lambda layer: (costs[layer], layer))[:count]}

@@ -39,22 +39,6 @@ class LayerFigures:
     base_errors_of_norm: Mapping[str, float]
 
 
-def layer_figures(forcing: TeacherForcing, windows: Any, k: int, tick: Tick) -> list[LayerFigures]:
-    """Figures of every layer over windows of token ids [N, T]; `tick` is called after each window."""
-    import torch
-
-    sums: Any = 0.0
-    with torch.no_grad():
-        for ids in windows:
-            hidden, rows = forcing.embed(ids[None]), []
-            for layer in forcing.exact(ids[None]):
-                rows.append(_window_means(hidden[0, LEADING:].float(), layer.output[0, LEADING:].float(), k))
-                hidden = layer.output
-            sums = sums + torch.stack(rows)
-            tick()
-    return [_figures((row / len(windows)).tolist()) for row in sums]
-
-
 def _window_means(x: Any, y: Any, k: int) -> Any:
     """Means over the tokens of a window, in the order that `_figures` reads; x, y [T, d]."""
     import torch
@@ -78,3 +62,19 @@ def _figures(means: list[float]) -> LayerFigures:
         base_errors={base: distance / spread for base, distance in distances.items()},
         base_errors_of_norm={base: distance / norm for base, distance in distances.items()},
     )
+
+
+def layer_figures(forcing: TeacherForcing, windows: Any, k: int, tick: Tick) -> list[LayerFigures]:
+    """Figures of every layer over windows of token ids [N, T]; `tick` is called after each window."""
+    import torch
+
+    sums: Any = 0.0
+    with torch.no_grad():
+        for ids in windows:
+            hidden, rows = forcing.embed(ids[None]), []
+            for layer in forcing.exact(ids[None]):
+                rows.append(_window_means(hidden[0, LEADING:].float(), layer.output[0, LEADING:].float(), k))
+                hidden = layer.output
+            sums = sums + torch.stack(rows)
+            tick()
+    return [_figures((row / len(windows)).tolist()) for row in sums]

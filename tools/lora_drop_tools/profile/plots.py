@@ -13,31 +13,18 @@ if TYPE_CHECKING:
     from .result import Profile
 
 
-def write_plots(result: Profile, directory: Path) -> list[Path]:
-    """Similarity as curves and as a map (the paper's Figs. 1 and 4), influence, base errors, sensitivity."""
-    from matplotlib.figure import Figure
-
-    written = []
-    for name, panels, draw in (
-        ("similarity", 2, _draw_similarity),
-        ("similarity_map", 2, _draw_similarity_map),
-        ("influence", 1, _draw_influence),
-        ("base_errors", 1, _draw_base_errors),
-        ("sensitivity", 2, _draw_sensitivity),
-    ):
-        figure = Figure(figsize=(6.4, 4.0 * panels), layout="constrained")
-        figure.suptitle(result.model, fontsize="medium")
-        draw(figure.subplots(panels, 1, squeeze=False)[:, 0], result)
-        written.append(directory / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
-    return written
-
-
 def _similarities(result: Profile) -> tuple[tuple[str, list[Mapping[int, float]]], ...]:
     return (
         ("hidden states", [layer.similarity for layer in result.layers]),
         ("less their mean over the window", [layer.centred_similarity for layer in result.layers]),
     )
+
+
+def _label(panel: Any, what: str, title: str) -> None:
+    panel.set_xlabel("layer")
+    panel.set_ylabel(what)
+    panel.set_title(title, fontsize="small")
+    panel.grid(alpha=0.3)
 
 
 def _draw_similarity(axes: Any, result: Profile) -> None:
@@ -96,8 +83,21 @@ def _draw_sensitivity(axes: Any, result: Profile) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _label(panel: Any, what: str, title: str) -> None:
-    panel.set_xlabel("layer")
-    panel.set_ylabel(what)
-    panel.set_title(title, fontsize="small")
-    panel.grid(alpha=0.3)
+def write_plots(result: Profile, directory: Path) -> list[Path]:
+    """Similarity as curves and as a map (the paper's Figs. 1 and 4), influence, base errors, sensitivity."""
+    from matplotlib.figure import Figure
+
+    written = []
+    for name, panels, draw in (
+        ("similarity", 2, _draw_similarity),
+        ("similarity_map", 2, _draw_similarity_map),
+        ("influence", 1, _draw_influence),
+        ("base_errors", 1, _draw_base_errors),
+        ("sensitivity", 2, _draw_sensitivity),
+    ):
+        figure = Figure(figsize=(6.4, 4.0 * panels), layout="constrained")
+        figure.suptitle(result.model, fontsize="medium")
+        draw(figure.subplots(panels, 1, squeeze=False)[:, 0], result)
+        written.append(directory / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written

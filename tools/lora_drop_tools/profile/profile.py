@@ -103,6 +103,10 @@ def _windows(loaded: LoadedModel, texts: Sequence[str], window: int, count: int,
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+def _list_length(rho: float, eligible: Sequence[int]) -> int:
+    return math.floor(rho * len(eligible) + 0.5)
+
+
 def _greedy(
     scoring: Scoring, windows: Any, eligible: Sequence[int], console: Console
 ) -> tuple[dict[int, float], list[tuple[int, float]]]:
@@ -123,10 +127,6 @@ def _greedy(
             console.say(f"sensitivity: {len(greedy.dropped)} of {count}, layer {layer}, KL {kl:.4f}")
 
         return greedy.order(eligible, count, report)
-
-
-def _list_length(rho: float, eligible: Sequence[int]) -> int:
-    return math.floor(rho * len(eligible) + 0.5)
 
 
 def _measure(

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 BASES = ("residual", "recurrent", "anchor")
 
 
+def _ratios(result: Profile) -> list[float]:
+    return sorted({ranked.rho for ranked in result.drop_lists})
+
+
 def describe(result: Profile, out: Path) -> list[str]:
     """The lines that `profile` prints."""
     settings, ratios = result.settings, _ratios(result)
@@ -57,7 +61,3 @@ def describe(result: Profile, out: Path) -> list[str]:
         *(f"  {out / ranked.file}: {', '.join(map(str, ranked.drop_layers)) or 'none'}" for ranked in best),
         "use one: lora-drop-export --model … --drop-list FILE --out DIR",
     ]
-
-
-def _ratios(result: Profile) -> list[float]:
-    return sorted({ranked.rho for ranked in result.drop_lists})

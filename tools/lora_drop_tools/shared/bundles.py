@@ -13,6 +13,12 @@ from lora_drop_runtime.errors import InputError
 QUANTIZED = ("int4", "int8")
 
 
+def weight_dtype(model: ModelFacts) -> str:
+    """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
+    stored = getattr(model, "weight_dtype", model.dtype)
+    return str(stored) if stored in QUANTIZED else model.dtype
+
+
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
     """Bundles by a short name each; they must be of one model with weights of one kind."""
     if not paths:
@@ -35,12 +41,6 @@ def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
                 hint="Give bundles of one checkpoint and one dtype, with different drop lists.",
             )
     return bundles
-
-
-def weight_dtype(model: ModelFacts) -> str:
-    """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
-    stored = getattr(model, "weight_dtype", model.dtype)
-    return str(stored) if stored in QUANTIZED else model.dtype
 
 
 def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:

@@ -52,6 +52,15 @@ class Bandwidth:
         )
 
 
+def available_bytes() -> int | None:
+    """Memory that could be had without swapping."""
+    try:
+        lines = (PROC / "meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
 def read_bandwidth(threads: int, buffer_bytes: int | None = None) -> Bandwidth:
     """Measure it: reductions over a buffer far larger than the caches, a part for each thread; the fastest counts.
 
@@ -93,15 +102,6 @@ def pss_bytes(pid: int | str = "self") -> dict[str, int] | None:
     fields = (line.partition(":") for line in text.splitlines())
     found = {names[key]: int(value.split()[0]) * 1024 for key, _, value in fields if key in names}
     return found if "total" in found else None
-
-
-def available_bytes() -> int | None:
-    """Memory that could be had without swapping."""
-    try:
-        lines = (PROC / "meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def load_average() -> tuple[float, float, float] | None:

@@ -63,6 +63,68 @@ class _Attention:
 _attention_state: _Attention  # the attention interface passes no user data
 
 
+def _mask(state: _Attention) -> Any:
+    """bool [S, M + S]: which K/V a query sees, those of the memory first."""
+    import torch
+
+    assert state.masks is not None
+    memory = 0 if state.memory is None else len(state.memory_positions)
+    key = (tuple(state.positions.tolist()), memory, state.window)
+    if key not in state.masks:
+        rows = state.positions[:, None]
+        own = state.positions[None] <= rows
+        places = state.positions
+        if state.memory is not None:
+            own = own & (state.positions[None] > state.last_visible[:, None])
+            own = torch.cat([state.memory_positions[None] <= state.last_visible[:, None], own], dim=1)
+            places = torch.cat([state.memory_positions, places])
+        if state.window:
+            own = own & (places[None] > rows - state.window)
+        state.masks[key] = own
+    return state.masks[key]
+
+
+def _attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
+    import torch
+
+    if attention_mask is not None:
+        raise ModelError("The model brings an attention mask of its own.")
+    state = _attention_state
+    state.seen, state.window = (key, value), sliding_window or 0
+    causal = state.memory is None and not sliding_window
+    if state.memory is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if causal and not softcap:
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        return mixed.transpose(1, 2).contiguous(), None
+    mask = _mask(state)
+    if not softcap:
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return mixed.transpose(1, 2).contiguous(), None
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+_LAYOUTS = 16  # arguments and masks of so many are kept
+
+
 class TeacherForcing:
     """Runs the layers of one model over given texts.
 
@@ -232,65 +294,3 @@ class TeacherForcing:
         hook.remove()
         assert state.seen is not None
         return output[0] if isinstance(output, tuple) else output, middle[0], state.seen
-
-
-_LAYOUTS = 16  # arguments and masks of so many are kept
-
-
-def _attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
-    """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
-    import torch
-
-    if attention_mask is not None:
-        raise ModelError("The model brings an attention mask of its own.")
-    state = _attention_state
-    state.seen, state.window = (key, value), sliding_window or 0
-    causal = state.memory is None and not sliding_window
-    if state.memory is not None:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if causal and not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        return mixed.transpose(1, 2).contiguous(), None
-    mask = _mask(state)
-    if not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return mixed.transpose(1, 2).contiguous(), None
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
-
-
-def _mask(state: _Attention) -> Any:
-    """bool [S, M + S]: which K/V a query sees, those of the memory first."""
-    import torch
-
-    assert state.masks is not None
-    memory = 0 if state.memory is None else len(state.memory_positions)
-    key = (tuple(state.positions.tolist()), memory, state.window)
-    if key not in state.masks:
-        rows = state.positions[:, None]
-        own = state.positions[None] <= rows
-        places = state.positions
-        if state.memory is not None:
-            own = own & (state.positions[None] > state.last_visible[:, None])
-            own = torch.cat([state.memory_positions[None] <= state.last_visible[:, None], own], dim=1)
-            places = torch.cat([state.memory_positions, places])
-        if state.window:
-            own = own & (places[None] > rows - state.window)
-        state.masks[key] = own
-    return state.masks[key]

@@ -39,6 +39,12 @@ from .session_options import packs_weights, session_options
 _ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
+def _trim_heap() -> None:
+    """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class OrtEngine:
     """Both step graphs of a bundle in ONNX Runtime.
 
@@ -226,9 +232,3 @@ class OrtEngine:
         self._sessions.clear()
         self._weights.clear()
         self._memory = None
-
-
-def _trim_heap() -> None:
-    """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

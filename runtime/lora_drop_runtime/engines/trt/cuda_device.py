@@ -23,6 +23,17 @@ Array = npt.NDArray[Any]
 MIB = 2**20
 
 
+def _bindings() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise NoDeviceError(
+            "A TensorRT bundle needs the CUDA bindings for Python.",
+            note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
+            hint="pip install cuda-bindings",
+        ) from None
+
+
 class CudaDevice:
     """The first visible GPU (CUDA_VISIBLE_DEVICES chooses) and one stream on it. Use from one thread.
 
@@ -188,17 +199,6 @@ class CudaDevice:
 
     def _words(self, error: Any) -> str:
         return " ".join(getattr(self._cuda, f"cudaGetError{part}")(error)[1].decode() for part in ("Name", "String"))
-
-
-def _bindings() -> Any:
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise NoDeviceError(
-            "A TensorRT bundle needs the CUDA bindings for Python.",
-            note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
-            hint="pip install cuda-bindings",
-        ) from None
 
 
 def device_compute_capability() -> str:

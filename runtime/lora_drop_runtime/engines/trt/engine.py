@@ -42,6 +42,14 @@ from .plugin import load_plugin
 ALIGNMENT = 256  # of every address that TensorRT takes
 
 
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 class TrtEngine:
     """Both engines of a bundle on one GPU.
 
@@ -444,11 +452,3 @@ class _Step:
             self._engine.capture_note = f"{error.fact} {error.note}"
         else:
             self._engine.captures += 1
-
-
-def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT) * ALIGNMENT

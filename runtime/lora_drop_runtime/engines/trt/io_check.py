@@ -33,6 +33,12 @@ class EngineTensor:
     on_device: bool = True
 
 
+def _fixed(wanted: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
+    if len(wanted) != len(found):
+        return wanted
+    return tuple(has if want == -1 else want for want, has in zip(wanted, found, strict=True))
+
+
 def io_problems(
     tensors: Sequence[EngineTensor], io: GraphIO, weights: Mapping[str, WeightInput], slots: Mapping[str, int]
 ) -> list[str]:
@@ -61,12 +67,6 @@ def io_problems(
             if has != wants:
                 problems.append(f"{name} has {what} {has} where {wants} is bound")
     return problems
-
-
-def _fixed(wanted: tuple[int, ...], found: tuple[int, ...]) -> tuple[int, ...]:
-    if len(wanted) != len(found):
-        return wanted
-    return tuple(has if want == -1 else want for want, has in zip(wanted, found, strict=True))
 
 
 def engine_tensors(engine: Any, trt: Any) -> list[EngineTensor]:

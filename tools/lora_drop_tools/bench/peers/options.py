@@ -107,6 +107,13 @@ def peer_options(
     return PeerOptions(tuple(names) or tuple(PEERS), models, None if cache is None else Path(cache), chosen)
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
 def reason_against(name: str, options: PeerOptions, precision: str) -> str | None:
     """Why a peer cannot take part, as far as that is known before any work; None when it can."""
     kind = PEERS[name]
@@ -118,13 +125,6 @@ def reason_against(name: str, options: PeerOptions, precision: str) -> str | Non
     if name not in options.pythons and not _is_installed(kind.module):
         return f"not installed: pip install {kind.package}" + (f"; {kind.note}" if kind.note else "")
     return None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
 
 
 def peer_version(name: str) -> str | None:

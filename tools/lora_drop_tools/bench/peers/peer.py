@@ -31,6 +31,18 @@ class PeerError(Exception):
     """A peer does not do what was asked; the message is the reason, in one line."""
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _start(command: Sequence[str], log: Any) -> subprocess.Popen[str]:
+    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+    )
+
+
 class Peer:
     """One runtime, loaded; use as a context manager.
 
@@ -203,15 +215,3 @@ def open_peers(
 
 def scratch_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="lora-drop-peers-")
-
-
-def _start(command: Sequence[str], log: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-    )
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

