@@ -13,7 +13,7 @@ from lora_drop_runtime.command_line import Parser, require_export_packages, run_
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
-from lora_drop_export.checkpoint.drop_list import _warn_of_base, read_drop_list
+from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
@@ -183,7 +183,7 @@ def _export(arguments: Sequence[str]) -> None:
     if drop_list is not None:
         layers = drop_list.layers
         fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
-        _warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
+        warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,

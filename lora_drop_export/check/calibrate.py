@@ -13,7 +13,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.console import Console
 
 from .reference import Reference
-from .sample import PERPLEXITY_TOKENS, _sample_ids
+from .sample import PERPLEXITY_TOKENS, sample_ids
 
 
 def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: int, console: Console) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: i
     Returns:
         `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D].
     """
-    ids = _sample_ids(root, vocab_size)
+    ids = sample_ids(root, vocab_size)
     if ids is None or len(ids) < 2:
         console.say("int8 caches: calibrated on random tokens, the model brings no tokenizer")
         ids = np.random.default_rng(0).integers(0, vocab_size, PERPLEXITY_TOKENS)

@@ -85,7 +85,7 @@ class Verification:
         return summary if self.rounded_cosine is None else summary | {"rounded_cosine": self.rounded_cosine}
 
 
-def _cosines(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def row_cosines(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Of each row; both [B, V]."""
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     result: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.maximum(
@@ -106,7 +106,7 @@ def compare_logits(
     error = np.abs(a - b).max(axis=1)
     scale = np.abs(b).max(axis=1)
     relative = error / np.maximum(scale, 1e-30)
-    cosine = _cosines(ours, theirs)
+    cosine = row_cosines(ours, theirs)
     same = a.argmax(axis=1) == b.argmax(axis=1)
     top2 = np.sort(b, axis=1)[:, -2:]
     near_tie = ~same & (top2[:, 1] - top2[:, 0] <= 2 * error)

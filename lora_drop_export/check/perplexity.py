@@ -13,7 +13,7 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.console import Console
 
 from .reference import Reference
-from .sample import PERPLEXITY_TOKENS, _sample_ids
+from .sample import PERPLEXITY_TOKENS, sample_ids
 
 
 def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Console) -> Bundle:
@@ -26,7 +26,7 @@ def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Consol
         The bundle, whose manifest says it in `quantization`; as it was where there is no tokenizer.
     """
     manifest = bundle.manifest
-    ids = _sample_ids(bundle.root, manifest.model.vocab_size)
+    ids = sample_ids(bundle.root, manifest.model.vocab_size)
     if ids is None:
         console.say("perplexity of the quantized weights: not measured, the model brings no tokenizer")
         return bundle

@@ -17,7 +17,7 @@ SAMPLE_TEXT = "sample.txt"
 PERPLEXITY_TOKENS = 1024  # at most, of the sample text
 
 
-def _sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
+def sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     """The sample text in the model's tokens; None without a tokenizer."""
     if not (root / "tokenizer" / "tokenizer.json").is_file():
         return None
@@ -26,7 +26,7 @@ def _sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     return ids[ids < vocab_size]
 
 
-def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
+def sample_feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
     """Prompts and forced tokens: a sample text in the model's tokens, or random ids without a tokenizer."""
     limits, vocab_size = bundle.manifest.limits, bundle.manifest.model.vocab_size
     room = min(limits.max_prompt_len, limits.max_seq_len - steps - 1)
@@ -38,7 +38,7 @@ def _feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
         )
     lengths = np.array([min(n, room) for n in PROMPT_TOKENS[: limits.max_batch]], np.int64)
     needed = (int(lengths.max()) + steps) * len(lengths)
-    sample = _sample_ids(bundle.root, vocab_size)
+    sample = sample_ids(bundle.root, vocab_size)
     if sample is not None:
         ids = np.resize(sample, needed)
     else:

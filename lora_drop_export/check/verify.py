@@ -30,10 +30,19 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.console import Console
 from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
 
-from .figures import INT8_CACHES, TOLERANCES, StepResult, Verification, _cosines, compare_logits, failure, print_table
+from .figures import (
+    INT8_CACHES,
+    TOLERANCES,
+    StepResult,
+    Verification,
+    compare_logits,
+    failure,
+    print_table,
+    row_cosines,
+)
 from .reference import Reference, adapter_matrices
 from .runners import ReferenceRunner, SessionRunner
-from .sample import _feeds
+from .sample import sample_feeds
 
 
 def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
@@ -109,7 +118,7 @@ def compare(
     k = max(1, manifest.plan.k) if k is None else k
     schedule, policy = PeriodicSchedule(k), policy or manifest.plan.policy
     steps = max(2 * (k + 1), 4) + 1
-    feeds = _feeds(bundle, steps)
+    feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
     reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, policy, console)
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
@@ -132,7 +141,7 @@ def compare(
         result = compare_logits(index, kind, ours["logits"], theirs["logits"], tolerance)
         step_results.append(result)
         if rounded:
-            cosines.extend(_cosines(rounded[index], theirs["logits"]))
+            cosines.extend(row_cosines(rounded[index], theirs["logits"]))
         return OrderedDict(logits=result)
 
     cosines: list[float] = []

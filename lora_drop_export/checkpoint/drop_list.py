@@ -72,7 +72,7 @@ def read_drop_list(path: Path) -> DropList:
         ) from None
 
 
-def _warn_of_base(drop_list: DropList, surrogate: str) -> None:
+def warn_of_base(drop_list: DropList, surrogate: str) -> None:
     """Say so when the surrogate would start farther from a layer's output than the mean of its outputs is."""
     from lora_drop_export.console import Console
 

@@ -17,7 +17,7 @@ from lora_drop_export.console import Console
 from lora_drop_export.staging import staged_directory
 from lora_drop_export.targets.target import build_target
 
-from .files import _versions
+from .files import tool_versions
 from .options import ExportOptions
 
 
@@ -88,7 +88,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
             manifest,
             targets=entries,
             files=kept | fresh,
-            versions=manifest.versions | _versions(),
+            versions=manifest.versions | tool_versions(),
             verification=results,
         )
         (staged / MANIFEST_NAME).write_text(manifest.to_json())

@@ -42,15 +42,15 @@ from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, w
 from lora_drop_export.weights.stored import StoredTensor
 
 from .facts import (
-    _adapter_matrices,
-    _block_formats,
-    _default_dtype,
-    _model_facts,
-    _special_tokens,
+    adapter_matrices,
+    chosen_formats,
+    default_dtype,
     make_limits,
     make_plan,
+    model_facts,
+    special_tokens,
 )
-from .files import _check_disk, _copy_tokenizer, _make_model_directory, _records, _versions
+from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions
 from .options import ExportOptions
 
 
@@ -67,13 +67,13 @@ def write_bundle(
     plan = make_plan(traced, options)
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
-    matrices = _adapter_matrices(plan, traced, fingerprint, options)
+    matrices = adapter_matrices(plan, traced, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     groups = fusable_groups(traced.graph)
-    formats = _block_formats(refs, traced, groups, options.weights_format)
+    formats = chosen_formats(refs, traced, groups, options.weights_format)
     as_it_lay = is_taken_as_it_lies(refs.values(), dtype, owned=checkpoint.owned, formats=formats)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
-    _check_disk(root, needed)
+    check_disk(root, needed)
     with console.progress("weights") as progress:
         stored = store_weights(
             refs,
@@ -86,10 +86,10 @@ def write_bundle(
             method=options.weights_format.method if options.weights_format else "rtn",
             progress=progress,
         )
-    _make_model_directory(checkpoint, root / "weights")
+    make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
-    _copy_tokenizer(checkpoint, root / "tokenizer")
-    facts = _model_facts(checkpoint, traced, dtype, fingerprint, stored)
+    copy_tokenizer(checkpoint, root / "tokenizer")
+    facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if options.weights_format:
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
     kv_scales: dict[str, StoredTensor] = {}
@@ -103,8 +103,8 @@ def write_bundle(
         model=facts,
         plan=plan,
         limits=limits,
-        special_tokens=_special_tokens(checkpoint),
-        versions=_versions(),
+        special_tokens=special_tokens(checkpoint),
+        versions=tool_versions(),
         quantization=dataclasses.asdict(options.weights_format) if options.weights_format else {},
     )
     with console.phase("refresh.onnx and lora.onnx"):
@@ -118,7 +118,7 @@ def write_bundle(
         for target in options.targets
         if target != "none"
     }
-    manifest = dataclasses.replace(manifest, targets=targets, files=_records(root, as_it_lay))
+    manifest = dataclasses.replace(manifest, targets=targets, files=file_records(root, as_it_lay))
     (root / MANIFEST_NAME).write_text(manifest.to_json())
     return Bundle(root, manifest)
 
@@ -141,7 +141,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         checkpoint = open_checkpoint(
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
-        dtype = "float32" if options.weights_format else options.dtype or _default_dtype(checkpoint, options)
+        dtype = "float32" if options.weights_format else options.dtype or default_dtype(checkpoint, options)
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)

@@ -24,7 +24,7 @@ from lora_drop_export.weights.stored import StoredTensor, bytes_read
 from .options import ExportOptions
 
 
-def _block_formats(
+def chosen_formats(
     refs: Mapping[str, TensorSource],
     traced: TracedModel,
     groups: Sequence[tuple[str, ...]],
@@ -96,7 +96,7 @@ def make_limits(config: Any, options: ExportOptions) -> Limits:
     return Limits(max_seq_len, max_prompt_len, options.max_batch)
 
 
-def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
+def default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
     """float32 on the CPU, else what most of the checkpoint has; engines of float32 checkpoints are bfloat16."""
     if "ort" in options.targets:
         return "float32"
@@ -107,7 +107,7 @@ def _default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
     return "bfloat16" if dtype == "float32" and "none" not in options.targets else dtype
 
 
-def _adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
+def adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
     """Fitted adapters, or zeros that leave room for some, or none."""
     if options.adapters is not None:
         return read_adapters(options.adapters, plan, traced.hidden_size, fingerprint)
@@ -116,7 +116,7 @@ def _adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, opt
     return dict.fromkeys(plan.sites, zeros) if plan.rank else {}
 
 
-def _model_facts(
+def model_facts(
     checkpoint: Checkpoint,
     traced: TracedModel,
     dtype: str,
@@ -154,7 +154,7 @@ def _model_facts(
     )
 
 
-def _special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
+def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     """End and padding tokens: the generation config's, else the model config's."""
     from transformers import GenerationConfig
 

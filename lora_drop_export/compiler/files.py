@@ -33,7 +33,7 @@ _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
 
 
-def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     """Tokenizer as transformers sees it, generation config, chat template, licence."""
     from transformers import AutoTokenizer
 
@@ -47,7 +47,7 @@ def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
+def make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
     """Config, and code if the model brings some, beside the weights, so that the reference can be built from them."""
     checkpoint.config.save_pretrained(weights)
     if checkpoint.trust_remote_code:
@@ -55,7 +55,7 @@ def _make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
             shutil.copyfile(file, weights / file.name)
 
 
-def _versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     versions = {}
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -63,7 +63,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
+def file_records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
     """Size and hash of every file; of a checkpoint taken as it lay only the headers, since it may be huge."""
     records = {}
     for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
@@ -74,7 +74,7 @@ def _records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
     return records
 
 
-def _check_disk(root: Path, needed_bytes: int) -> None:
+def check_disk(root: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     if free < needed_bytes + _SLACK_BYTES:
         raise InputError(

@@ -22,7 +22,7 @@ def _constant(tensor: Any, name: str) -> Any:
     return real
 
 
-def _bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
+def bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
     """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -55,7 +55,7 @@ def _static(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.shape.numpy())
 
 
-def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
+def leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """Parameters become references to a file that is not there yet; returns their shapes."""
     parameters = {}
     model.metadata_props.clear()
@@ -69,7 +69,7 @@ def _leave_places(model: ir.Model) -> dict[str, tuple[int, ...]]:
     return parameters
 
 
-def _looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> frozenset[str]:
+def looked_up(model: ir.Model, parameters: dict[str, tuple[int, ...]]) -> frozenset[str]:
     initializers = model.graph.initializers
     return frozenset(
         name for name in parameters if all(node.op_type == "Gather" for node, _ in initializers[name].uses())

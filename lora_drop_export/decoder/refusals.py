@@ -9,7 +9,7 @@ from lora_drop_runtime.errors import ModelError
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def _unsupported(feature: str, config: Any) -> ModelError:
+def unsupported(feature: str, config: Any) -> ModelError:
     model_type = getattr(config, "model_type", "this")
     return ModelError(
         f"The model has {feature}, which a step graph cannot hold.",
@@ -18,7 +18,7 @@ def _unsupported(feature: str, config: Any) -> ModelError:
     )
 
 
-def _refuse_by_config(config: Any) -> None:
+def refuse_by_config(config: Any) -> None:
     """Features that the config tells."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -33,11 +33,11 @@ def _refuse_by_config(config: Any) -> None:
         (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
     ):
         if present:
-            raise _unsupported(feature, config)
+            raise unsupported(feature, config)
 
 
-def _refuse_by_modules(layers: Any) -> None:
+def refuse_by_modules(layers: Any) -> None:
     for layer in layers:
         for name, module in layer.named_modules():
             if "moe" in type(module).__name__.lower() or name.endswith((".experts", ".router")):
-                raise _unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)
+                raise unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)

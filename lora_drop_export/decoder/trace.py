@@ -24,8 +24,8 @@ from lora_drop_runtime.errors import ModelError, first_line
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 
 from .anatomy import buffer_values, decoder_layers, tied_names
-from .parameters import _bind_initializers, _leave_places, _looked_up
-from .refusals import _refuse_by_config, _refuse_by_modules, _unsupported
+from .parameters import bind_initializers, leave_places, looked_up
+from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .rotary import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"
@@ -110,7 +110,7 @@ def _cache_attention(
         (kwargs.get("position_bias") is not None, "an attention position bias"),
     ):
         if present:
-            raise _unsupported(feature, getattr(module, "config", None))
+            raise unsupported(feature, getattr(module, "config", None))
     _calls.layers.append(module.layer_idx)
     _calls.windows.append(int(sliding_window or 0))
     _calls.shapes.append((heads, key.shape[1], head_dim, value.shape[3]))
@@ -220,7 +220,7 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
     try:
         wrapper(*_example_inputs())
     except IndexError:
-        raise _unsupported("decoder layers that do not take the hidden states as first argument", None) from None
+        raise unsupported("decoder layers that do not take the hidden states as first argument", None) from None
     except ModelError:
         raise
     except Exception as error:  # whatever a model of another shape stumbles over
@@ -234,11 +234,11 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
             hook.remove()
     config = wrapper.model.config
     if len(seen) != len(layers):
-        raise _unsupported("decoder layers that are not called once each, in order", config)
+        raise unsupported("decoder layers that are not called once each, in order", config)
     if any(x.shape != y.shape for x, y in seen):
-        raise _unsupported("decoder layers that change the shape of the hidden states", config)
+        raise unsupported("decoder layers that change the shape of the hidden states", config)
     if _calls.layers != list(range(len(layers))):
-        raise _unsupported(
+        raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
     return _calls
@@ -294,21 +294,21 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = checkpoint.config
-    _refuse_by_config(config)
+    refuse_by_config(config)
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
         layers = decoder_layers(model)
-        _refuse_by_modules(layers)
+        refuse_by_modules(layers)
         wrapper = _step_module(model, layers)
         calls = _dry_run(wrapper, layers)
         program = _export(wrapper, calls)
         buffers = buffer_values(model)
-    _bind_initializers(program.model, buffers, stored=set(model.state_dict()))
+    bind_initializers(program.model, buffers, stored=set(model.state_dict()))
     with _quiet():
         program.optimize()
         _name_residual_stream(program.model)
         fuse_rotary_embedding(program.model)
-    parameters = _leave_places(program.model)
+    parameters = leave_places(program.model)
     heads, kv_heads, head_dim, value_dim = calls.shapes[0]
     if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
         raise ModelError(
@@ -326,6 +326,6 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         kv_heads=kv_heads,
         head_dim=head_dim,
         layers_prefix=next(name for name, module in model.named_modules() if module is layers),
-        embedding_only=_looked_up(program.model, parameters),
+        embedding_only=looked_up(program.model, parameters),
         tied=tied_names(model),
     )

@@ -19,7 +19,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from lora_drop_export.weights.stored import StoredTensor
 
-from .values import _ONNX_DTYPE, IR_VERSION
+from .values import IR_VERSION, ONNX_DTYPE
 
 
 @dataclass
@@ -72,7 +72,7 @@ class _SurrogateBuilder:
         stored = self.adapters[site][which]
         proto = onnx.TensorProto(
             name=f"surrogate.{site}.lora_{'AB'[which]}",
-            data_type=onnx.TensorProto.DataType.Value(_ONNX_DTYPE[stored.dtype]),
+            data_type=onnx.TensorProto.DataType.Value(ONNX_DTYPE[stored.dtype]),
             dims=stored.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )

@@ -28,7 +28,7 @@ from lora_drop_export.weights.stored import Blocks, StoredTensor
 
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
-from .values import IR_VERSION, OPSET, _external, _initializer, _named, _value
+from .values import IR_VERSION, OPSET, external, initializer, named, typed_value
 
 
 def _ints(value: int | list[int]) -> ir.Node:
@@ -101,7 +101,7 @@ def _expand_cache_attention(
         if stored is None:
             present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
         else:
-            scale = _initializer(graph, f"kv_scales.{layer}.{part}", stored)
+            scale = initializer(graph, f"kv_scales.{layer}.{part}", stored)
             limits = (ops.constant(np.array(limit, np.float32)) for limit in (-128, 127))
             entry = ops("Cast", ops("Clip", ops("Round", ops("Div", tensor, scale)), *limits), to=int(ir.DataType.INT8))
             present = ops("TensorScatter", past, entry, masks.length(layer), axis=2)
@@ -165,8 +165,8 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
     suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
     inputs = [
         weight,
-        _initializer(graph, f"{weight.name}.scales", blocks.scales),
-        _initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
+        initializer(graph, f"{weight.name}.scales", blocks.scales),
+        initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
     ]
     node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
     node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
@@ -201,7 +201,7 @@ def refresh_from_trace(
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:
         if spec.name not in inputs:
-            inputs[spec.name] = _value(spec)
+            inputs[spec.name] = typed_value(spec)
     values = {value.name: value for node in graph for value in node.outputs}
     presents: dict[str, ir.Value] = {"logits": graph.outputs[0]}
     masks = _Masks(inputs, plan)
@@ -215,12 +215,12 @@ def refresh_from_trace(
     if masks.nodes:
         graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only
     graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]
-    graph.outputs[:] = [_named(presents[spec.name], spec) for spec in io.outputs]
+    graph.outputs[:] = [named(presents[spec.name], spec) for spec in io.outputs]
     for name in traced.parameters:
         value, stored = graph.initializers[name], weights[name]
         if stored.blocks is not None:
             _dequantize(graph, value, stored.blocks)
-        value.const_value = _external(name, stored)
+        value.const_value = external(name, stored)
         value.dtype = value.const_value.dtype
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)

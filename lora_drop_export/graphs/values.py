@@ -9,7 +9,7 @@ from lora_drop_export.weights.stored import StoredTensor
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
-_ONNX_DTYPE = {
+ONNX_DTYPE = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
     "bfloat16": "BFLOAT16",
@@ -20,34 +20,34 @@ _ONNX_DTYPE = {
 }
 
 
-def _external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         stored.location,
         stored.offset_bytes,
         stored.size_bytes,
-        ir.DataType[_ONNX_DTYPE[stored.dtype]],
+        ir.DataType[ONNX_DTYPE[stored.dtype]],
         shape=ir.Shape(stored.shape),
         name=name,
     )
 
 
-def _initializer(graph: ir.Graph, name: str, stored: StoredTensor) -> ir.Value:
-    tensor = _external(name, stored)
+def initializer(graph: ir.Graph, name: str, stored: StoredTensor) -> ir.Value:
+    tensor = external(name, stored)
     value = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers[name] = value
     return value
 
 
-def _value(spec: TensorSpec) -> ir.Value:
+def typed_value(spec: TensorSpec) -> ir.Value:
     return ir.Value(
         name=spec.name,
         shape=ir.Shape(spec.shape),
-        type=ir.TensorType(ir.DataType[_ONNX_DTYPE[spec.dtype]]),
+        type=ir.TensorType(ir.DataType[ONNX_DTYPE[spec.dtype]]),
     )
 
 
-def _named(value: ir.Value, spec: TensorSpec) -> ir.Value:
+def named(value: ir.Value, spec: TensorSpec) -> ir.Value:
     value.name = spec.name
     value.shape = ir.Shape(spec.shape)
-    value.dtype = ir.DataType[_ONNX_DTYPE[spec.dtype]]
+    value.dtype = ir.DataType[ONNX_DTYPE[spec.dtype]]
     return value

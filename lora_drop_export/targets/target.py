@@ -11,8 +11,8 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
-from lora_drop_export.targets.ort.target import _lower_to_ort
-from lora_drop_export.targets.trt.target import _build_engines
+from lora_drop_export.targets.ort.target import lower_to_ort
+from lora_drop_export.targets.trt.target import build_engines
 
 
 def build_target(
@@ -28,5 +28,5 @@ def build_target(
     (root / target).mkdir()
     if target == "ort":
         with console.phase("lowering to ONNX Runtime"):
-            return _lower_to_ort(root, graphs, manifest.limits.max_seq_len)
-    return _build_engines(root, manifest, graphs, target, options, console, timing_cache)
+            return lower_to_ort(root, graphs, manifest.limits.max_seq_len)
+    return build_engines(root, manifest, graphs, target, options, console, timing_cache)

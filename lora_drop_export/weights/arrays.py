@@ -9,9 +9,9 @@ from typing import Any
 import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
-from .layout import _SAFETENSORS, _Entry
+from .layout import SAFETENSORS, Entry
 from .stored import StoredTensor
-from .write import _blocks, _write_safetensors
+from .write import stored_blocks, write_safetensors
 
 ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the checkpoint's own files
 
@@ -19,9 +19,9 @@ ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors" 
 def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
     """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
     path = root / "weights" / file
-    entries = [_Entry(name, _SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
-    chunks = ((name, block) for name, array in arrays.items() for block in _blocks(array, dtype))
-    _write_safetensors(path, entries, chunks, lambda *_: None)
+    entries = [Entry(name, SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
+    chunks = ((name, block) for name, array in arrays.items() for block in stored_blocks(array, dtype))
+    write_safetensors(path, entries, chunks, lambda *_: None)
     return {
         name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
         for name, ref in read_tensors(path).items()

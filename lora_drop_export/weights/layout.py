@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.quantize.formats import BlockFormat, part_names
 
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """The tensors of a file to write, a tied one once, in the order of their data.
 
     `groups` lists the first initializer name of each tensor; the members of a group that was asked for stand together.
@@ -23,7 +23,7 @@ class _Order:
     groups: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, refs: Mapping[str, TensorSource], groups: Sequence[tuple[str, ...]]) -> _Order:
+    def of(cls, refs: Mapping[str, TensorSource], groups: Sequence[tuple[str, ...]]) -> Order:
         together = {name: group for group in groups for name in group}
         first: dict[str, str] = {}  # the checkpoint's name → initializer
         ordered: list[tuple[str, ...]] = []
@@ -38,7 +38,7 @@ class _Order:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor of a safetensors file to be written; `dtype` is the safetensors name."""
 
     name: str
@@ -50,7 +50,7 @@ class _Entry:
         return math.prod(self.shape) * {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[self.dtype]
 
 
-def _entries(order: _Order, dtype: str, formats: Mapping[str, BlockFormat]) -> list[_Entry]:
+def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -> list[Entry]:
     """Where the data go: of a quantized group first all integers, then all scales; zero points end the file.
 
     They alone may have odd sizes, so that everything before them is aligned.
@@ -61,15 +61,15 @@ def _entries(order: _Order, dtype: str, formats: Mapping[str, BlockFormat]) -> l
         for name in group:
             source, form = order.sources[name], formats.get(name)
             if form is None:
-                integers.append(_Entry(source.name, _SAFETENSORS[dtype], source.shape))
+                integers.append(Entry(source.name, SAFETENSORS[dtype], source.shape))
                 continue
             n, k = source.shape
             names = part_names(source.name)
             blocks = k // form.block_size
-            integers.append(_Entry(names[0], "U8", (n, k * form.bits // 8)))
-            scales.append(_Entry(names[1], "F32", (n, blocks)))
+            integers.append(Entry(names[0], "U8", (n, k * form.bits // 8)))
+            scales.append(Entry(names[1], "F32", (n, blocks)))
             row_bits = blocks * form.bits
             whole = row_bits % 8 == 0
-            back.append(_Entry(names[2], "U8", (n, row_bits // 8) if whole else ((n * row_bits + 7) // 8,)))
+            back.append(Entry(names[2], "U8", (n, row_bits // 8) if whole else ((n * row_bits + 7) // 8,)))
         front += integers + scales
     return front + back

@@ -22,9 +22,9 @@ from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, TensorSource
 from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
-from .layout import _entries, _Order
+from .layout import Order, file_entries
 from .stored import StoredTensor
-from .write import _CHUNK_BYTES, _write
+from .write import CHUNK_BYTES, write
 
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 
@@ -58,7 +58,7 @@ def weights_bytes(
     """Disk space that `store_weights` will take, in bytes; nothing for hard links."""
     if is_taken_as_it_lies(refs.values(), dtype, owned=owned, formats=formats):
         return 0 if mode == "link" else sum(f.stat().st_size for f in {r.file for r in refs.values()})
-    return sum(entry.size_bytes for entry in _entries(_Order.of(refs, ()), dtype, formats))
+    return sum(entry.size_bytes for entry in file_entries(Order.of(refs, ()), dtype, formats))
 
 
 def _dtypes(refs: Iterable[TensorSource]) -> str:
@@ -86,7 +86,7 @@ def copy_file(source: Path, target: Path, progress: Progress) -> None:
         except OSError:
             pass
         size, done = source.stat().st_size, 0
-        while copied := os.sendfile(writer.fileno(), reader.fileno(), None, _CHUNK_BYTES):
+        while copied := os.sendfile(writer.fileno(), reader.fileno(), None, CHUNK_BYTES):
             done += copied
             progress(f"copying {source.name}", done, size)
 
@@ -127,7 +127,7 @@ def store_weights(
                 note=f"They are {_dtypes(refs.values())}, the bundle needs {wanted}: they have to be converted.",
                 hint="Use --weights copy, or the --dtype of the checkpoint with a target that takes it.",
             )
-        return _write(_Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)
+        return write(Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)
     places = {}
     for file in sorted({ref.file for ref in refs.values()}):
         name = file.name if file.suffix == ".safetensors" else f"{file.name}.safetensors"  # hub blobs: a hash

@@ -20,18 +20,18 @@ from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat, pack, part_names, quantization_metadata
 from lora_drop_export.quantize.rounding import quantized_blocks
 
-from .layout import _entries, _Entry, _Order
+from .layout import Entry, Order, file_entries
 from .stored import Blocks, StoredTensor
 
-_CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 64  # of the data in a file that is written here
 
 
 def _chunk_rows(shape: tuple[int, ...]) -> int:
-    return max(1, _CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
+    return max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
 
 
-def _blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
+def stored_blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
     """The tensor's bytes in the wanted dtype, a few rows at a time; InputError for a value that it cannot hold."""
     import ml_dtypes
 
@@ -51,9 +51,9 @@ def _blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterator[byt
         yield converted.tobytes()
 
 
-def _write_safetensors(
+def write_safetensors(
     path: Path,
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     chunks: Iterable[tuple[str, bytes]],
     progress: Progress,
     metadata: Mapping[str, str] = MappingProxyType({}),
@@ -85,8 +85,8 @@ def _write_safetensors(
     assert all(at[entry.name] == header[entry.name]["data_offsets"][1] for entry in entries)
 
 
-def _write(
-    order: _Order,
+def write(
+    order: Order,
     refs: Mapping[str, TensorSource],
     dtype: str,
     formats: Mapping[str, BlockFormat],
@@ -100,7 +100,7 @@ def _write(
         for name, source in order.sources.items():
             form = formats.get(name)
             if form is None:
-                yield from ((source.name, block) for block in _blocks(source, dtype))
+                yield from ((source.name, block) for block in stored_blocks(source, dtype))
                 continue
             names = part_names(source.name)
             for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
@@ -113,7 +113,7 @@ def _write(
                 yield names[2], pack(np.full(count, form.middle, np.uint8), form.bits)
 
     metadata = quantization_metadata({source.name: formats[n] for n, source in order.sources.items() if n in formats})
-    _write_safetensors(path, _entries(order, dtype, formats), chunks(), progress, metadata)
+    write_safetensors(path, file_entries(order, dtype, formats), chunks(), progress, metadata)
     written = read_tensors(path)
     location = f"weights/{path.name}"
 

@@ -31,7 +31,7 @@ import lora_drop_export.decoder.trace
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.weights.store import copy_file
-from lora_drop_export.weights.write import _CHUNK_BYTES, _blocks
+from lora_drop_export.weights.write import CHUNK_BYTES, stored_blocks
 from tests.bundles import Family, family, make_bundle
 from tests.models import SIZES
 
@@ -295,7 +295,7 @@ def test_other_file_system(tmp_path, model, other_file_system, expected, capsys)
 
 def test_copy_is_whole(tmp_path):
     """More than one piece of it, with the progress that a bar needs."""
-    content = np.random.default_rng(1).bytes(2 * _CHUNK_BYTES + 12345)
+    content = np.random.default_rng(1).bytes(2 * CHUNK_BYTES + 12345)
     (tmp_path / "a").write_bytes(content)
     reported: list[tuple[int, int]] = []
     copy_file(tmp_path / "a", tmp_path / "b", lambda _, done, total: reported.append((done, total)))
@@ -358,7 +358,7 @@ def test_every_16_bit_value(tmp_path, source, target):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     tensor = bits.view(TORCH[source]).reshape(256, 256)
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        data = b"".join(_blocks(stored_tensor(tmp_path / "x.safetensors", tensor), target))
+        data = b"".join(stored_blocks(stored_tensor(tmp_path / "x.safetensors", tensor), target))
     theirs = tensor.to(getattr(torch, target))
     ours = torch.frombuffer(bytearray(data), dtype=theirs.dtype).reshape(256, 256)
     assert_same_values(ours, theirs)
@@ -371,7 +371,7 @@ def test_narrowed(tmp_path, target):
     values[0] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-11, 1e-30, -1e-42, 0.0, -0.0, 65504.0] * 8)
     ref = stored_tensor(tmp_path / "x.safetensors", values)
     theirs = values.to(getattr(torch, target))
-    ours = torch.frombuffer(bytearray(b"".join(_blocks(ref, target))), dtype=theirs.dtype).reshape(values.shape)
+    ours = torch.frombuffer(bytearray(b"".join(stored_blocks(ref, target))), dtype=theirs.dtype).reshape(values.shape)
     assert_same_values(ours, theirs)
 
 
@@ -397,13 +397,13 @@ def test_conversion_streams(tmp_path, shape, kind):
     target = "bfloat16" if width == 4 else "float32"
     total = 0
     tracemalloc.start()
-    for block in _blocks(source, target):
-        assert len(block) <= max(_CHUNK_BYTES, 4 * shape[1])
+    for block in stored_blocks(source, target):
+        assert len(block) <= max(CHUNK_BYTES, 4 * shape[1])
         total += len(block)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == shape[0] * shape[1] * (2 if width == 4 else 4)
-    assert peak < 6 * _CHUNK_BYTES < shape[0] * shape[1] * 2
+    assert peak < 6 * CHUNK_BYTES < shape[0] * shape[1] * 2
 
 
 def test_bin_checkpoint(tmp_path, expected):

@@ -388,10 +388,10 @@ def test_command_on_tasks(
 def test_subsets_are_seeded_and_grow(bundle: Path, tmp_path: Path) -> None:
     rows = [{"query": f"Question: {i}?", "choices": ["a", "b", "c", "d"], "gold": i % 4} for i in range(40)]
     (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    from lora_drop_tools.eval.requests import _task_items
+    from lora_drop_tools.eval.requests import task_items
 
     def places(limit: int, seed: int) -> list[int]:
-        return [item["item"] for item in _task_items(["arc_easy"], tmp_path, limit, seed)["arc_easy"].items]
+        return [item["item"] for item in task_items(["arc_easy"], tmp_path, limit, seed)["arc_easy"].items]
 
     assert places(12, 0)[:5] == places(5, 0)
     assert places(5, 0) != places(5, 1)

@@ -12,11 +12,11 @@ from lora_drop_runtime.command_line import Parser, run_command
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
 
-from lora_drop_tools.bench.command import _add_bench, _bench
-from lora_drop_tools.eval.command import _add_eval, _eval
-from lora_drop_tools.fit.command import _add_fit, _fit
-from lora_drop_tools.profile.command import _add_profile, _profile
-from lora_drop_tools.shared.arguments import _add_engine, _add_policy
+from lora_drop_tools.bench.command import add_bench, run_bench
+from lora_drop_tools.eval.command import add_eval, run_eval
+from lora_drop_tools.fit.command import add_fit, run_fit
+from lora_drop_tools.profile.command import add_profile, run_profile
+from lora_drop_tools.shared.arguments import add_engine, add_policy
 
 from .compare import compare
 from .generate import chat, generate
@@ -74,14 +74,14 @@ def _add_decoding(command: argparse.ArgumentParser, max_new_tokens: int) -> None
         "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"default {max_new_tokens}"
     )
     command.add_argument("--k", type=int, help="LoRA steps between refreshes, 0 for none (default: the bundle's)")
-    _add_policy(command)
+    add_policy(command)
     command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     command.add_argument("--top-k", type=int, default=0, metavar="N", help="0 is off (default)")
     command.add_argument("--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)")
     command.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P", help="1 is off (default)")
     command.add_argument("--seed", type=int, metavar="N", help="for the same text every time")
     command.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    _add_engine(command)
+    add_engine(command)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -129,30 +129,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--check", action="store_true", help="hash every file")
     command = add("compare", _compare, "Compare every step with eager PyTorch.")
     command.add_argument("--k", type=int, help="window to compare under (default: the bundle's)")
-    _add_policy(command)
+    add_policy(command)
     command.add_argument("--trust-remote-code", action="store_true", help="run the code that the model brings")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every step's figures")
-    _add_engine(command)
+    add_engine(command)
     command = add(
-        "bench", _bench, "Measure speed, latency and memory against the full schedule and other runtimes.", "+"
+        "bench", run_bench, "Measure speed, latency and memory against the full schedule and other runtimes.", "+"
     )
-    _add_bench(command)
-    _add_engine(command)
-    command = add("eval", _eval, "Measure quality against the full schedule: a text, tasks, or both.", "+")
-    _add_eval(command)
-    _add_engine(command)
+    add_bench(command)
+    add_engine(command)
+    command = add("eval", run_eval, "Measure quality against the full schedule: a text, tasks, or both.", "+")
+    add_eval(command)
+    add_engine(command)
     text = "Measure on text which layers of a model can be dropped, and write drop lists."
     command = commands.add_parser("profile", help=text, description=text)
     command.add_argument("model", metavar="MODEL", help="a Hugging Face directory, hub id, GGUF file or bundle")
-    command.set_defaults(command=_profile)
-    _add_profile(command)
+    command.set_defaults(command=run_profile)
+    add_profile(command)
     text = "Fit adapters for a plan on plain text: in closed form, then by distillation."
     command = commands.add_parser("fit", help=text, description=text)
     command.add_argument(
         "model", metavar="MODEL", help="a Hugging Face directory, hub id, GGUF file, or a bundle, which brings its plan"
     )
-    command.set_defaults(command=_fit)
-    _add_fit(command)
+    command.set_defaults(command=run_fit)
+    add_fit(command)
     return parser
 
 

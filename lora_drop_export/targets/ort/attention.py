@@ -10,11 +10,11 @@ import onnx_ir as ir
 from lora_drop_export.graphs.match import mask_window
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
-from .initializers import _alias
-from .lengths import _Lengths
+from .initializers import seen_as
+from .lengths import Lengths
 from .linears import MICROSOFT
-from .rotations import _Rotations
-from .rows import _HEADS_FIRST, _tokens_first
+from .rotations import Rotations
+from .rows import HEADS_FIRST, tokens_first
 
 # Query heads that share K and V, from which on folding them pays: 2× as fast with 7, 1.5× with 6, slower with 3
 MIN_FOLD = 4
@@ -46,9 +46,7 @@ def _folded(
     kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
     ops = Ops()
     split = ops("Reshape", query, ops.ints([1, kv_heads, group, head_dim]))
-    queries = ops(
-        "Reshape", ops("Transpose", split, perm=list(_HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim])
-    )
+    queries = ops("Reshape", ops("Transpose", split, perm=list(HEADS_FIRST)), ops.ints([1, group, kv_heads * head_dim]))
     caches = [
         ops("TensorScatter", past, ops("Reshape", rows, ops.ints([1, kv_heads, 1, head_dim])), length, axis=2)
         for past, rows in ((past_key, key), (past_value, value))
@@ -57,7 +55,7 @@ def _folded(
     changed = attributes | {"num_heads": kv_heads, "causal": 0}
     mixed = ops("GroupQueryAttention", *(queries, none, none, *caches, last_slot, total), domain=MICROSOFT, **changed)
     heads_last = ops(
-        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(_HEADS_FIRST)
+        "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(HEADS_FIRST)
     )
     ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
     return ops.nodes
@@ -73,7 +71,7 @@ def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name
     return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
 
 
-def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotations: _Rotations) -> None:
+def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations) -> None:
     # Cases 6 to 8
     query = node.inputs[0]
     assert query is not None
@@ -94,7 +92,7 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotation
     if key_scale is not None and value_scale is not None:
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         scales = (
-            _alias(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
+            seen_as(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
         )
         quantized = [*scales]
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and not quantized and not window
@@ -106,7 +104,7 @@ def _lower_attention(graph: ir.Graph, node: ir.Node, lengths: _Lengths, rotation
         rotary = [cos, sin, lengths.positions(), None, None]
         attributes["do_rotary"] = 1
     else:
-        rows = [_tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
+        rows = [tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
     inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized]
     while inputs[-1] is None:
         inputs.pop()

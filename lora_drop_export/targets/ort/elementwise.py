@@ -39,7 +39,7 @@ def _fuse_skip_norm(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_after(node, [fused])
 
 
-def _fuse_elementwise(graph: ir.Graph) -> None:
+def fuse_elementwise(graph: ir.Graph) -> None:
     # Case 4
     for node in list(graph):
         if node.op_type == "Mul":

@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from lora_drop_export.graphs.match import joined_name
 
-_TABLE = ".table"  # the second name of a weight that is looked up row by row
+TABLE = ".table"  # the second name of a weight that is looked up row by row
 
 
-def _lie_back_to_back(values: list[ir.Value]) -> bool:
+def lie_back_to_back(values: list[ir.Value]) -> bool:
     tensors = [value.const_value for value in values]
     ends = []
     for tensor in tensors:
@@ -31,7 +31,7 @@ def _initializer(graph: ir.Graph, name: str, like: Any, length: int, dtype: Any,
     return graph.initializers[name]
 
 
-def _join(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
+def join(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
     """One initializer over the bytes of several, along the first axis."""
     if not values:
         return None
@@ -46,7 +46,7 @@ def _join(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
     return _initializer(graph, name, first.const_value, length, first.dtype, [rows, *first.shape[1:]])  # type: ignore[index]
 
 
-def _alias(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: list[Any]) -> ir.Value:
+def seen_as(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: list[Any]) -> ir.Value:
     """The bytes of an initializer under a second name, seen as another type."""
     tensor = value.const_value
     assert isinstance(tensor, ir.ExternalTensor)

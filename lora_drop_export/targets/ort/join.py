@@ -39,7 +39,7 @@ def _branch(step: onnx.GraphProto, prefix: str, outputs: Mapping[str, onnx.Value
     return helper.make_graph(nodes, step.name, [], results)
 
 
-def _joined(lora: onnx.ModelProto, refresh: onnx.ModelProto) -> onnx.ModelProto:
+def joined(lora: onnx.ModelProto, refresh: onnx.ModelProto) -> onnx.ModelProto:
     """If(lora_step): the LoRA step, else the refresh."""
     inputs = {value.name: value for value in refresh.graph.input}
     inputs |= {value.name: value for value in lora.graph.input if value.name not in inputs}

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from lora_drop_export.graphs.nodes import Ops
 
 
-class _Lengths:
+class Lengths:
     """What attention needs to know of lengths and positions, made once for each length group."""
 
     def __init__(self, graph: ir.Graph) -> None:

@@ -9,13 +9,13 @@ import onnx_ir as ir
 from lora_drop_export.graphs.match import Linear, match_weight
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
-from .initializers import _TABLE, _alias, _join, _lie_back_to_back
-from .rows import _Rows, _tokens_shape
+from .initializers import TABLE, join, lie_back_to_back, seen_as
+from .rows import Rows, tokens_shape
 
 MICROSOFT = "com.microsoft"
 
 
-def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value:
+def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.Value:
     # Case 1; [B, S, out]
     x, blocks = linear.x, linear.blocks
     out_features, in_features = linear.shape
@@ -23,14 +23,14 @@ def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value
     if blocks is None:
         bias = () if linear.bias is None else (linear.bias,)
         product = ops("Gemm", rows.get(x), linear.weight, *bias, transB=1)  # [B·S, out]
-        result = ops("Reshape", product, _tokens_shape(graph, ops, x, out_features))
+        result = ops("Reshape", product, tokens_shape(graph, ops, x, out_features))
     else:
         count, block_bytes = in_features // blocks.block_size, blocks.block_size * blocks.bits // 8
-        weight = _alias(graph, linear.weight, ".blocks", ir.DataType.UINT8, [out_features, count, block_bytes])
+        weight = seen_as(graph, linear.weight, ".blocks", ir.DataType.UINT8, [out_features, count, block_bytes])
         zero_points = blocks.zero_points
         if zero_points is not None:
             shape = [out_features, count * blocks.bits // 8]
-            zero_points = _alias(graph, zero_points, ".blocks", ir.DataType.UINT8, shape)
+            zero_points = seen_as(graph, zero_points, ".blocks", ir.DataType.UINT8, shape)
         product = result = ops(
             "MatMulNBits",
             *(x, weight, blocks.scales, zero_points, None, linear.bias),
@@ -47,7 +47,7 @@ def _product(graph: ir.Graph, ops: Ops, linear: Linear, rows: _Rows) -> ir.Value
     return result
 
 
-def _fuse_linears(graph: ir.Graph, group: list[Linear], rows: _Rows) -> bool:
+def fuse_linears(graph: ir.Graph, group: list[Linear], rows: Rows) -> bool:
     # Case 2; False where the weights do not allow it
     first = group[0]
     blocks = [linear.blocks for linear in group if linear.blocks is not None]
@@ -57,9 +57,9 @@ def _fuse_linears(graph: ir.Graph, group: list[Linear], rows: _Rows) -> bool:
     parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
     parts += [[b.scales for b in blocks], [b.zero_points for b in blocks]]
     named = [[value for value in part if value is not None] for part in parts]
-    if not all(_lie_back_to_back(part) for part in named):
+    if not all(lie_back_to_back(part) for part in named):
         return False
-    weight, bias, scales, zero_points = (_join(graph, part) for part in named)
+    weight, bias, scales, zero_points = (join(graph, part) for part in named)
     assert weight is not None
     whole = dataclasses.replace(
         first, weight=weight, bias=bias, shape=(sum(linear.shape[0] for linear in group), first.shape[1])
@@ -69,7 +69,7 @@ def _fuse_linears(graph: ir.Graph, group: list[Linear], rows: _Rows) -> bool:
         whole = dataclasses.replace(whole, blocks=new)
     ops = Ops()
     widths = [linear.shape[0] for linear in group]
-    product = _product(graph, ops, whole, rows)
+    product = linear_product(graph, ops, whole, rows)
     split = ir.node("Split", [product, ops.ints(widths)], {"axis": -1}, num_outputs=len(group))
     ops.nodes.append(split)
     graph.insert_before(next(use.node for use in first.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
@@ -79,14 +79,14 @@ def _fuse_linears(graph: ir.Graph, group: list[Linear], rows: _Rows) -> bool:
     return True
 
 
-def _lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
+def lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
     # Case 5
     table, blocks = match_weight(node.inputs[0])
     if table is None or not isinstance(table.const_value, ir.ExternalTensor):
         return
     assert table.shape is not None
     assert table.dtype is not None
-    alias = _alias(graph, table, _TABLE, table.dtype, list(table.shape))
+    alias = seen_as(graph, table, TABLE, table.dtype, list(table.shape))
     if blocks is None:
         node.replace_input_with(0, alias)
         return

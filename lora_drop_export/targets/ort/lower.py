@@ -33,13 +33,13 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from lora_drop_export.graphs.match import linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
 
-from .attention import _lower_attention
-from .elementwise import _fuse_elementwise
-from .join import _joined
-from .lengths import _Lengths
-from .linears import MICROSOFT, _fuse_linears, _lower_lookup, _product
-from .rotations import _Rotations
-from .rows import _Rows
+from .attention import lower_attention
+from .elementwise import fuse_elementwise
+from .join import joined
+from .lengths import Lengths
+from .linears import MICROSOFT, fuse_linears, linear_product, lower_lookup
+from .rotations import Rotations
+from .rows import Rows
 
 
 def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
@@ -49,27 +49,27 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     model.opset_imports[MICROSOFT] = 1
     for node in list(graph):
         if node.op_type == "Gather":
-            _lower_lookup(graph, node)
-    rows = _Rows(graph)
+            lower_lookup(graph, node)
+    rows = Rows(graph)
     groups = {group[0].weight: group for group in linear_groups(graph)}
     for node in list(graph):  # in order, so that a layer finds the twins of the one before
         if node.op_type == "Reshape" and str(node.name).startswith("surrogate."):
             rows.take_in(node)
             continue
         linear = match_linear(node) if node.op_type == "MatMul" else None
-        if linear is None or (linear.weight in groups and _fuse_linears(graph, groups[linear.weight], rows)):
+        if linear is None or (linear.weight in groups and fuse_linears(graph, groups[linear.weight], rows)):
             continue
         if linear.last.outputs[0].uses() or linear.last.outputs[0].is_graph_output():  # else it was fused
             ops = Ops()
-            replace_node(graph, linear.last, ops, _product(graph, ops, linear, rows))
+            replace_node(graph, linear.last, ops, linear_product(graph, ops, linear, rows))
     rows.settle()
-    lengths, rotations = _Lengths(graph), _Rotations(proto, graph, max_positions)
+    lengths, rotations = Lengths(graph), Rotations(proto, graph, max_positions)
     for node in list(graph):
         if node.op_type == "Attention":
-            _lower_attention(graph, node, lengths, rotations)
+            lower_attention(graph, node, lengths, rotations)
     graph.sort()
     RemoveUnusedNodesPass()(model)
-    _fuse_elementwise(graph)
+    fuse_elementwise(graph)
     float32_logits(graph)
     graph.sort()
     CommonSubexpressionEliminationPass()(model)
@@ -84,4 +84,4 @@ def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positi
     Args:
         max_positions: tokens of the longest row.
     """
-    return _joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))
+    return joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))

@@ -10,12 +10,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_drop_export.graphs.nodes import Ops
 
-from .rows import _tokens_first
+from .rows import tokens_first
 
 ROTARY_BYTES = 32 << 20  # of tables that are worth a node or two a layer
 
 
-class _Rotations:
+class Rotations:
     """RoPE inside GroupQueryAttention: tables over all positions, as the traced graph computes them."""
 
     def __init__(self, proto: onnx.ModelProto, graph: ir.Graph, max_positions: int) -> None:
@@ -37,7 +37,7 @@ class _Rotations:
                 return None
             tables.append(tuple(node.inputs[1:3]))
         q, k = (node.inputs[0] for node in turned if node is not None)
-        parts = [_tokens_first(Ops(), t) for t in (q, k, value)]
+        parts = [tokens_first(Ops(), t) for t in (q, k, value)]
         split = parts[0].producer()
         if tables[0] != tables[1] or split is None or split.op_type != "Split" or list(split.outputs) != parts:
             return None

@@ -7,10 +7,10 @@ import onnx_ir as ir
 from lora_drop_export.graphs.match import is_row_wise
 from lora_drop_export.graphs.nodes import Ops, rank
 
-_HEADS_FIRST = (0, 2, 1, 3)
+HEADS_FIRST = (0, 2, 1, 3)
 
 
-def _tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
+def tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
     """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
     inputs = {value.name: value for value in graph.inputs}
     if inputs["input_ids"].shape[1] == 1:  # type: ignore[index]
@@ -22,7 +22,7 @@ def _tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Valu
     return ops("Concat", ops("Shape", lead, start=0, end=2), ops.ints([width]), axis=0)
 
 
-class _Rows:
+class Rows:
     """The [B·S, width] twins of [B, S, width] tensors, made where they are asked for."""
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -36,7 +36,7 @@ class _Rows:
             ops = Ops()
             assert value.shape is not None
             width = int(value.shape[2])  # type: ignore[arg-type]
-            whole = ops("Reshape", self.made[value], _tokens_shape(self.graph, ops, value, width))
+            whole = ops("Reshape", self.made[value], tokens_shape(self.graph, ops, value, width))
             whole.type, whole.shape = value.type, value.shape
             value.replace_all_uses_with(whole)
             self.graph.extend(ops.nodes)
@@ -77,13 +77,13 @@ class _Rows:
         self.made[value] = twin
 
 
-def _tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
+def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
     """[B, H, S, D] as [B, S, H·D], reusing what the heads were split from."""
     assert value is not None
     assert value.shape is not None
     heads, head_dim = int(value.shape[1]), int(value.shape[3])  # type: ignore[arg-type]
     node = value.producer()
-    if node is not None and node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _HEADS_FIRST:
+    if node is not None and node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == HEADS_FIRST:
         split = node.inputs[0]
         source = split.producer() if split is not None else None
         if source is not None and source.op_type == "Reshape":
@@ -94,7 +94,7 @@ def _tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
         return ops("Reshape", split, ops.ints([0, 0, heads * head_dim]))
     if node is not None and node.op_type == "RotaryEmbedding" and "rotary_embedding_dim" not in node.attributes:
         # Case 8
-        x = _tokens_first(ops, node.inputs[0])
+        x = tokens_first(ops, node.inputs[0])
         return ops("RotaryEmbedding", x, *node.inputs[1:], num_heads=heads, interleaved=0)
-    tokens = ops("Transpose", value, perm=list(_HEADS_FIRST))
+    tokens = ops("Transpose", value, perm=list(HEADS_FIRST))
     return ops("Reshape", tokens, ops.ints([0, 0, heads * head_dim]))

@@ -9,7 +9,7 @@ from typing import Any
 from lora_drop_runtime.plan.schedule import StepKind
 
 
-def _lower_to_ort(root: Path, graphs: Mapping[StepKind, Any], max_seq_len: int) -> dict[str, Any]:
+def lower_to_ort(root: Path, graphs: Mapping[StepKind, Any], max_seq_len: int) -> dict[str, Any]:
     from .lower import ort_from_neutral
 
     entry = {"steps": "ort/steps.onnx"}

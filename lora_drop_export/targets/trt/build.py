@@ -25,9 +25,9 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.console import Console, Progress
 
-from .options import BuilderOptions, _compute_capability, check_buildable
+from .options import BuilderOptions, check_buildable, compute_capability
 from .plugin_form import PLUGIN_NAMESPACE
-from .profiles import Profile, _dims, _optimization_profile
+from .profiles import Profile, optimization_profile, symbolic_dims
 
 
 def _flags(flags: Any, *names: str) -> int:
@@ -167,12 +167,12 @@ class EngineBuilder:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else its contexts cannot be captured
             config.num_compute_capabilities = len(options.compute_capabilities)
             for index, capability in enumerate(options.compute_capabilities):
-                config.set_compute_capability(_compute_capability(trt, capability), index)
+                config.set_compute_capability(compute_capability(trt, capability), index)
         elif options.alias and any(node.domain == PLUGIN_NAMESPACE for node in proto.graph.node):
             config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-        symbols = {value.name: _dims(value) for value in proto.graph.input}
+        symbols = {value.name: symbolic_dims(value) for value in proto.graph.input}
         for profile in profiles.values():
-            config.add_optimization_profile(_optimization_profile(builder, symbols, profile))
+            config.add_optimization_profile(optimization_profile(builder, symbols, profile))
         cache = None
         if self._target == "tensorrt":  # tensorrt-rtx times nothing when it builds
             cache = config.create_timing_cache(self.timing_cache)

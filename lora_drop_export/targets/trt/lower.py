@@ -31,8 +31,8 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from lora_drop_export.graphs.match import mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
 
-from .plugin_form import _plugin_from_native
-from .weight_inputs import Fusion, _fuse, _fused_weights, _fusions, _linears, _weights_as_inputs
+from .plugin_form import plugin_from_native
+from .weight_inputs import Fusion, fuse, fused_weights, linear_layers, planned_fusions, weights_as_inputs
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def trt_from_neutral(
     weights: dict[str, WeightInput] = {}
     fusions: tuple[Fusion, ...] = ()
     if weight_sharing == "inputs":
-        linears = _linears(graph)
-        fusions = _fusions(graph) if refresh is None else refresh.fusions
-        table = _fused_weights(graph, fusions) if refresh is None else refresh.weights
+        linears = linear_layers(graph)
+        fusions = planned_fusions(graph) if refresh is None else refresh.fusions
+        table = fused_weights(graph, fusions) if refresh is None else refresh.weights
         for fusion in fusions:
-            _fuse(graph, fusion, linears, table)
+            fuse(graph, fusion, linears, table)
         RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
-        weights = _weights_as_inputs(graph, table)
+        weights = weights_as_inputs(graph, table)
     windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
     if form == "native":
         for node in [n for n in graph if n.op_type == "Attention" and "softcap" in n.attributes]:
@@ -137,6 +137,6 @@ def trt_from_neutral(
     RemoveUnusedNodesPass()(model)
     proto = ir.serde.serialize_model(model)
     if form == "plugin":
-        proto = _plugin_from_native(proto, windows, alias)
+        proto = plugin_from_native(proto, windows, alias)
     left = (entry for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "length")
     return TrtGraph(proto, weights, sum(int(entry.value) for entry in left), fusions)

@@ -52,7 +52,7 @@ class BuilderOptions:
             )
 
 
-def _compute_capability(trt: Any, capability: str) -> Any:
+def compute_capability(trt: Any, capability: str) -> Any:
     name = f"SM{capability.replace('.', '')}"
     known = [f"{key[2:-1]}.{key[-1]}" for key in vars(trt.ComputeCapability) if re.fullmatch(r"SM\d+", key)]
     if capability not in known:
@@ -74,7 +74,7 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     trt = library(target)
     if target == "tensorrt-rtx":
         for capability in options.compute_capabilities:
-            _compute_capability(trt, capability)
+            compute_capability(trt, capability)
         if options.hardware_compatible:
             raise InputError(
                 "The target has no such option.",

@@ -73,7 +73,7 @@ def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
     return rows
 
 
-def _plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: bool) -> onnx.ModelProto:
+def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: bool) -> onnx.ModelProto:
     # Case 6
     graph = gs.import_onnx(proto)
     inputs = {tensor.name: tensor for tensor in graph.inputs}

@@ -24,11 +24,11 @@ def lora_profiles(max_batch: int) -> dict[str, Profile]:
     return {"decode": {"batch": (1, 1, max_batch)}}
 
 
-def _dims(value: onnx.ValueInfoProto) -> list[int | str]:
+def symbolic_dims(value: onnx.ValueInfoProto) -> list[int | str]:
     return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
 
 
-def _optimization_profile(builder: Any, symbols: Mapping[str, list[int | str]], profile: Profile) -> Any:
+def optimization_profile(builder: Any, symbols: Mapping[str, list[int | str]], profile: Profile) -> Any:
     made = builder.create_optimization_profile()
     for name, dims in symbols.items():
         if any(isinstance(dim, str) for dim in dims):

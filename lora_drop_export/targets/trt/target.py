@@ -45,7 +45,7 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
         )
 
 
-def _build_engines(
+def build_engines(
     root: Path,
     manifest: Manifest,
     graphs: Mapping[StepKind, Any],

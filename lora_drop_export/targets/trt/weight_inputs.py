@@ -21,13 +21,13 @@ class Fusion:
     members: tuple[tuple[str, str | None, int], ...]
 
 
-def _linears(graph: ir.Graph) -> dict[str, Linear]:
+def linear_layers(graph: ir.Graph) -> dict[str, Linear]:
     """All linear layers by the name of their weight."""
     found = (match_linear(node) for node in graph if node.op_type == "MatMul")
     return {str(linear.weight.name): linear for linear in found if linear is not None}
 
 
-def _fusions(graph: ir.Graph) -> tuple[Fusion, ...]:
+def planned_fusions(graph: ir.Graph) -> tuple[Fusion, ...]:
     # Case 3
     made = []
     for group in linear_groups(graph):
@@ -54,7 +54,7 @@ def _weight_input(members: list[ir.Value]) -> WeightInput:
     return WeightInput(first.dtype.numpy().name, shape, tuple(places))
 
 
-def _fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, WeightInput]:
+def fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, WeightInput]:
     table = {}
     for fusion in fusions:
         for name, members in (
@@ -66,7 +66,7 @@ def _fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, Weig
     return table
 
 
-def _fuse(graph: ir.Graph, fusion: Fusion, linears: Mapping[str, Linear], table: Mapping[str, WeightInput]) -> None:
+def fuse(graph: ir.Graph, fusion: Fusion, linears: Mapping[str, Linear], table: Mapping[str, WeightInput]) -> None:
     """One MatMul and a Split for the members that the graph has.
 
     The LoRA step lacks some where a layer's attention is dead; it computes them all the same, since half of a fused
@@ -96,7 +96,7 @@ def _fuse(graph: ir.Graph, fusion: Fusion, linears: Mapping[str, Linear], table:
             present[weight].last.outputs[0].replace_all_uses_with(new)
 
 
-def _weights_as_inputs(graph: ir.Graph, fused: Mapping[str, WeightInput]) -> dict[str, WeightInput]:
+def weights_as_inputs(graph: ir.Graph, fused: Mapping[str, WeightInput]) -> dict[str, WeightInput]:
     # Case 4
     weights = {str(value.name): fused[str(value.name)] for value in graph.inputs if value.name in fused}
     for name, value in list(graph.initializers.items()):

@@ -11,13 +11,13 @@ from lora_drop_runtime.plan.drop_plan import POLICIES
 from .request import Ids
 
 
-def _token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
+def token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
     """Which ids [B, T] are tokens and not padding."""
     mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
     return mask
 
 
-def _check_policy(policy: str) -> None:
+def check_policy(policy: str) -> None:
     if policy not in POLICIES:
         raise InputError(
             "Unknown refresh policy.",

@@ -22,7 +22,7 @@ PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in 
 
 
 @dataclass
-class _Request:
+class Request:
     """The buffers and counters of one request; prepared steps are made when first needed.
 
     `recurrent` state is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
@@ -49,7 +49,7 @@ class _Request:
     @classmethod
     def allocate(
         cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: str
-    ) -> _Request:
+    ) -> Request:
         """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots.
 
         Under `backfill` dropped layers have as many as kept ones.

@@ -33,8 +33,8 @@ from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
-from .checks import _check_policy, _token_mask
-from .request import Ids, _Request
+from .checks import check_policy, token_mask
+from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
 
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
@@ -65,12 +65,12 @@ class Session:
 
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
         policy = policy or bundle.manifest.plan.policy
-        _check_policy(policy)
+        check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
         self.policy = policy
         self._engine: Engine | None = engine
-        self._request: _Request | None = None
+        self._request: Request | None = None
         self._requests_begun = 0
 
     @classmethod
@@ -102,7 +102,7 @@ class Session:
         """
         bundle = Bundle.open(path)
         schedule = _schedule(bundle.manifest.plan.k if k is None else k)
-        _check_policy(policy or bundle.manifest.plan.policy)
+        check_policy(policy or bundle.manifest.plan.policy)
         if threads is not None and threads < 1:
             raise InputError(
                 "The number of threads must be positive.",
@@ -273,10 +273,10 @@ class Session:
         new_tokens = self._check_request(ids, lens, max_new_tokens)
         ids = ids[:, : lens.max()]  # the caches have no room for padding beyond the longest prompt
         # Padding is computed and thrown away, so any valid id will do
-        ids = np.where(_token_mask(ids, lens), ids, 0)
+        ids = np.where(token_mask(ids, lens), ids, 0)
         self._request = None  # frees its caches; an interrupted prefill leaves no half request
         self._requests_begun += 1
-        request = _Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
+        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
         request.prefill(ids, lens)
         self._request = request
 
@@ -386,7 +386,7 @@ class Session:
             )
         return self._engine
 
-    def _running(self) -> _Request:
+    def _running(self) -> Request:
         self._opened()
         if self._request is None:
             raise InputError(
@@ -443,5 +443,5 @@ class Session:
                 note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {limits.max_seq_len}.",
                 hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
             )
-        self._check_vocabulary(ids[_token_mask(ids, lengths)])
+        self._check_vocabulary(ids[token_mask(ids, lengths)])
         return new_tokens

@@ -108,7 +108,7 @@ def measure(
     return {index: own for index, own in runs.items() if index not in failed}, failed
 
 
-def _session_arms(name: str, timed: TimedSession, windows: Sequence[int]) -> Iterator[Arm]:
+def session_arms(name: str, timed: TimedSession, windows: Sequence[int]) -> Iterator[Arm]:
     for k in windows:
 
         def run(prompts: Ids, new_tokens: int, k: int = k) -> Run:
@@ -117,7 +117,7 @@ def _session_arms(name: str, timed: TimedSession, windows: Sequence[int]) -> Ite
         yield Arm(name, k, "", run)
 
 
-def _peer_arm(peer: Peer) -> Arm:
+def peer_arm(peer: Peer) -> Arm:
     def run(prompts: Ids, new_tokens: int) -> Run:
         answer = peer.generate(prompts[0].tolist(), new_tokens)
         return Run(answer["prefill_seconds"], answer["step_seconds"])

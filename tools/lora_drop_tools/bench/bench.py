@@ -29,12 +29,12 @@ from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_writable, open_bundles, weight_dtype
 
-from .arms import Arm, Say, TimedSession, _peer_arm, _session_arms, measure
-from .judge import MeasurementError, _judge
-from .memory import _measure_memory
+from .arms import Arm, Say, TimedSession, measure, peer_arm, session_arms
+from .judge import MeasurementError, judge
+from .memory import measure_memory
 from .plots import write_plots
 from .report import describe
-from .requests import CONTEXTS, _check, _longest_prompt, prompts_of
+from .requests import CONTEXTS, check, longest_prompt, prompts_of
 from .result import BenchResult, Memory, PeerRow, Request, make_row, median_ratio, quantile
 
 
@@ -53,8 +53,8 @@ def _measure_all(
     ours: list[Arm] = []
     for name, bundle in bundles.items():
         session = stack.enter_context(Session.open(bundle.root, **session_options))
-        ours += _session_arms(name, TimedSession(session), windows)
-    theirs = [_peer_arm(peer) for peer in peers]
+        ours += session_arms(name, TimedSession(session), windows)
+    theirs = [peer_arm(peer) for peer in peers]
     running = {peer.name: peer for peer in peers}
     largest = max(requests, key=lambda request: request.context * request.rows)
     say("warming up")
@@ -160,13 +160,13 @@ def bench(
     opened = open_bundles(paths)
     windows = sorted({0, *k})
     if contexts is None:
-        contexts = sorted({min(context, _longest_prompt(opened, new_tokens)) for context in CONTEXTS})
+        contexts = sorted({min(context, longest_prompt(opened, new_tokens)) for context in CONTEXTS})
     requests = [Request(context, rows, new_tokens) for rows in batches for context in contexts]
     if not requests:
         raise InputError(
             "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."
         )
-    _check(opened, windows, requests, repeats)
+    check(opened, windows, requests, repeats)
     manifest = next(iter(opened.values())).manifest
     target_name, *_ = [bundle.target(target)[0] for bundle in opened.values()]
     on_cpu = provider == "cpu" or (provider is None and target_name not in DEVICE_TARGETS)
@@ -212,7 +212,7 @@ def bench(
     for name, bundle in opened.items():
         say(f"memory of {name}: a process of its own")
         prompts = prompts_of(bundle, largest.context, largest.rows)
-        found = _measure_memory(bundle, [windows[-1], 0], prompts, new_tokens, session_options)
+        found = measure_memory(bundle, [windows[-1], 0], prompts, new_tokens, session_options)
         result.memory += [Memory(name, entry["k"], largest, entry["pss"]) for entry in found]
 
     with contextlib.ExitStack() as stack:
@@ -230,7 +230,7 @@ def bench(
             stack.callback(peer.close)
         _measure_all(result, opened, windows, requests, ready, session_options, stack, say)
     result.load_after = machine.load_average()
-    _judge(result)
+    judge(result)
 
     if json_file is not None:
         Path(json_file).write_text(result.to_json())

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 from lora_drop_tools.bench.peers.options import PEERS
-from lora_drop_tools.shared.arguments import _add_policy, _names, _numbers
+from lora_drop_tools.shared.arguments import add_policy, names, numbers
 
 from .bench import bench
 
 
-def _bench(args: argparse.Namespace) -> None:
+def run_bench(args: argparse.Namespace) -> None:
     bench(
         args.bundle,
         k=args.k,
@@ -32,25 +32,25 @@ def _bench(args: argparse.Namespace) -> None:
     )
 
 
-def _add_bench(command: argparse.ArgumentParser) -> None:
+def add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--k", type=_numbers, default=(1, 3, 5), metavar="K,…", help="windows (default 1,3,5); 0 always runs"
+        "--k", type=numbers, default=(1, 3, 5), metavar="K,…", help="windows (default 1,3,5); 0 always runs"
     )
     command.add_argument(
         "--contexts",
-        type=_numbers,
+        type=numbers,
         metavar="T,…",
         help="tokens of a prompt (default 128,2048, or what the bundles allow)",
     )
-    command.add_argument("--batches", type=_numbers, default=(1,), metavar="B,…", help="rows (default 1)")
+    command.add_argument("--batches", type=numbers, default=(1,), metavar="B,…", help="rows (default 1)")
     command.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default 64")
-    _add_policy(command)
+    add_policy(command)
     command.add_argument("--repeats", type=int, default=5, metavar="R", help="default 5")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every step's time")
     command.add_argument("--plots", type=Path, metavar="DIR", help="write figures; needs matplotlib")
     command.add_argument(
         "--peers",
-        type=_names,
+        type=names,
         nargs="?",
         const=(),
         metavar="NAME,…",

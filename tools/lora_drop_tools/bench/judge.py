@@ -18,7 +18,7 @@ class MeasurementError(LoraDropError):
     exit_code = 1
 
 
-def _judge(result: BenchResult) -> None:
+def judge(result: BenchResult) -> None:
     """Warnings about the machine, and the figures that cannot be true."""
     load = result.load_before
     if load is not None and load[0] > LOAD_LIMIT:

@@ -32,7 +32,7 @@ def report_memory(argument: str) -> None:
     print(json.dumps(found))
 
 
-def _measure_memory(bundle: Bundle, windows: Sequence[int], prompts: Ids, new_tokens: int, session: Any) -> Any:
+def measure_memory(bundle: Bundle, windows: Sequence[int], prompts: Ids, new_tokens: int, session: Any) -> Any:
     options = {
         "bundle": str(bundle.root),
         "windows": list(windows),

@@ -42,13 +42,13 @@ def prompts_of(bundle: Bundle, context: int, rows: int) -> Ids:
     return np.stack([np.resize(np.roll(ids, -11 * row), context) for row in range(rows)]).astype(np.int64)
 
 
-def _longest_prompt(bundles: Mapping[str, Bundle], new_tokens: int) -> int:
-    """Tokens that all bundles take before `new_tokens` more; at least 1, which `_check` may refuse."""
+def longest_prompt(bundles: Mapping[str, Bundle], new_tokens: int) -> int:
+    """Tokens that all bundles take before `new_tokens` more; at least 1, which `check` may refuse."""
     limits = [bundle.manifest.limits for bundle in bundles.values()]
     return max(1, min(min(one.max_prompt_len, one.max_seq_len - new_tokens) for one in limits))
 
 
-def _check(bundles: Mapping[str, Bundle], windows: Sequence[int], requests: Sequence[Request], repeats: int) -> None:
+def check(bundles: Mapping[str, Bundle], windows: Sequence[int], requests: Sequence[Request], repeats: int) -> None:
     """Refuse before any work what would fail or mean nothing after minutes.
 
     Raises:

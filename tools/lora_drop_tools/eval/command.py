@@ -8,12 +8,12 @@ from pathlib import Path
 from lora_drop_runtime.plan.drop_plan import POLICIES
 
 from lora_drop_tools.eval.tasks.files import TASKS
-from lora_drop_tools.shared.arguments import _names, _numbers
+from lora_drop_tools.shared.arguments import names, numbers
 
 from .eval import eval
 
 
-def _eval(args: argparse.Namespace) -> None:
+def run_eval(args: argparse.Namespace) -> None:
     eval(
         args.bundle,
         labels=args.label or (),
@@ -37,21 +37,21 @@ def _eval(args: argparse.Namespace) -> None:
     )
 
 
-def _add_eval(command: argparse.ArgumentParser) -> None:
+def add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--label", action="append", metavar="NAME", help="for the tables, once for each bundle (default: directories)"
     )
     command.add_argument(
-        "--k", type=_numbers, default=(1, 3), metavar="K,…", help="windows (default 1,3); 0 always runs"
+        "--k", type=numbers, default=(1, 3), metavar="K,…", help="windows (default 1,3); 0 always runs"
     )
     command.add_argument(
-        "--policy", type=_names, default=POLICIES[:1], metavar="NAME,…", help=f"{', '.join(POLICIES)} (default skip)"
+        "--policy", type=names, default=POLICIES[:1], metavar="NAME,…", help=f"{', '.join(POLICIES)} (default skip)"
     )
     command.add_argument("--text", type=Path, metavar="FILE", help="for perplexity, agreement and KL")
     command.add_argument("--window", type=int, default=512, metavar="T", help="tokens of a piece of it (default 512)")
     command.add_argument("--prompt", type=int, default=32, metavar="T", help="of them given, not scored (default 32)")
     command.add_argument("--windows", type=int, default=32, metavar="N", help="how many pieces at most (default 32)")
-    command.add_argument("--tasks", type=_names, default=(), metavar="NAME,…", help=f"of {', '.join(TASKS)}")
+    command.add_argument("--tasks", type=names, default=(), metavar="NAME,…", help=f"of {', '.join(TASKS)}")
     command.add_argument("--data", type=Path, metavar="DIR", help="the tasks' files")
     command.add_argument("--limit", type=int, default=300, metavar="N", help="items of a task at most (default 300)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of subsets and phases (default 0)")

@@ -37,7 +37,7 @@ from lora_drop_tools.shared.progress import Progress
 from .intervals import Sums
 from .plots import write_plots
 from .report import describe
-from .requests import TaskItems, _check, _speedups, _task_items, _text_request, _windows
+from .requests import TaskItems, check, read_speedups, task_items, text_request, text_windows
 from .result import FULL, EvalResult, EvalRow, TaskFigures, averages, safe_zones, task_figures, text_figures
 from .scoring import Window, score_windows, windows_at_once
 from .store import Key, Store, digest
@@ -182,21 +182,21 @@ def eval(
     arguments = {name: value for name, value in locals().items() if name != "out"}
     opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
     ks = sorted({0, *k})
-    _check(opened, labels, ks, policies, limit)
+    check(opened, labels, ks, policies, limit)
     if text is None and not tasks:
         raise InputError(
             "There is nothing to evaluate.",
             note="Neither a text nor a task was given.",
             hint=f"Use --text FILE, or --tasks with some of {', '.join(TASKS)}.",
         )
-    request = None if text is None else _text_request(text, window, prompt, windows, ks, opened)
-    items = _task_items(tasks, data, limit, seed)
-    speedups, speed_request = _speedups(bench_file, list(opened))
+    request = None if text is None else text_request(text, window, prompt, windows, ks, opened)
+    items = task_items(tasks, data, limit, seed)
+    speedups, speed_request = read_speedups(bench_file, list(opened))
     check_writable(json_file, plots)
     engine = {"target": target, "provider": provider}
     stores = _open_stores(opened, out_dir, engine, seed)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
-    drawn = {name: _windows(request, codec, seed) if request else {} for name, codec in codecs.items()}
+    drawn = {name: text_windows(request, codec, seed) if request else {} for name, codec in codecs.items()}
 
     first = next(iter(opened.values())).manifest.model
     facts = machine.machine_facts()

@@ -9,7 +9,7 @@ from typing import Any
 from lora_drop_tools.shared.table import MIB
 
 from .intervals import Figure
-from .report import _name
+from .report import schedule_name
 from .result import EvalResult, EvalRow
 
 _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
@@ -41,7 +41,7 @@ def _draw_offsets(axes: Any, rows: Sequence[EvalRow], name: str, label: str) -> 
     for row in rows:
         if row.k and row.text:
             offsets = [one.offset for one in row.text.offsets]
-            axes.plot(offsets, [getattr(one, name) for one in row.text.offsets], "o-", label=_name(row))
+            axes.plot(offsets, [getattr(one, name) for one in row.text.offsets], "o-", label=schedule_name(row))
     axes.set_xlabel("offset within the cycle (0: refresh)")
     axes.set_xticks(range(max(row.k for row in rows) + 1))
     axes.set_ylabel(label)

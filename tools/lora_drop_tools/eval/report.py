@@ -24,7 +24,7 @@ def _bundle(row: EvalRow) -> str:
     )
 
 
-def _name(row: EvalRow) -> str:
+def schedule_name(row: EvalRow) -> str:
     return f"{row.label} k={row.k} {row.policy}"
 
 
@@ -38,7 +38,7 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
     headings = ("text", "tokens", "perplexity", "over full", "agree %", "agree % (LoRA)", "KL", "KL (LoRA)")
     cells = [
         (
-            _name(row),
+            schedule_name(row),
             str(row.text.tokens),
             _with_half(row.text.perplexity, 1, 2),
             _with_half(row.text.ratio, 1, 3) if row.k else MISSING,
@@ -73,7 +73,7 @@ def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
         for what, pick in _OFFSET_LINES if row.text and row.k else ():
             assert row.text is not None
             found = [pick(one) for one in row.text.offsets]
-            cells.append((_name(row), what, *found, *[""] * (longest - row.k)))
+            cells.append((schedule_name(row), what, *found, *[""] * (longest - row.k)))
     return table(headings, cells) if cells else []
 
 
@@ -89,7 +89,7 @@ def _task_table(rows: Sequence[EvalRow]) -> list[str]:
     headings = ("tasks, %", "ρ", *names, "average", "average − full, pp")
     cells = [
         (
-            _name(row),
+            schedule_name(row),
             f"{row.rho:.2f}" if row.k else MISSING,
             *(_with_half(row.tasks[name].figure, 100, 1) for name in names),
             _with_half(row.average, 100, 1),
@@ -97,7 +97,9 @@ def _task_table(rows: Sequence[EvalRow]) -> list[str]:
         )
         for row in rows
     ]
-    paired = [(_name(row), "", *(_points(row.tasks[name].difference) for name in names)) for row in rows if row.k]
+    paired = [
+        (schedule_name(row), "", *(_points(row.tasks[name].difference) for name in names)) for row in rows if row.k
+    ]
     return (
         [*table(headings, cells), "", *table(("task − full, pp", "", *names), paired)]
         if paired
@@ -144,7 +146,7 @@ def _verdict(zone: SafeZone) -> str:
     begin = f"safe zone  within {100 * zone.threshold:.1f} pp of the full model: "
     if zone.row is None:
         return begin + "nothing that is faster than 1.00×"
-    text = f"{zone.row.speedup:.2f}× by {_name(zone.row)}, {_points(zone.row.average_difference)} pp"
+    text = f"{zone.row.speedup:.2f}× by {schedule_name(zone.row)}, {_points(zone.row.average_difference)} pp"
     return begin + text + ("" if zone.certain else "; the interval is wider than that: more items (--limit) would tell")
 
 

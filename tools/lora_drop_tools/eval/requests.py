@@ -41,7 +41,7 @@ class TaskItems:
     shots: list[Item]
 
 
-def _check(
+def check(
     bundles: Mapping[str, Bundle], labels: Sequence[str], ks: Sequence[int], policies: Sequence[str], limit: int
 ) -> None:
     for k in ks:
@@ -71,7 +71,7 @@ def _check(
             )
 
 
-def _text_request(
+def text_request(
     path: str | Path, window: int, prompt: int, count: int, ks: Sequence[int], bundles: Mapping[str, Bundle]
 ) -> TextRequest:
     """Read the text and refuse windows that do not fit the bundles or the schedule."""
@@ -101,7 +101,7 @@ def _text_request(
     return TextRequest(text, window, prompt, count)
 
 
-def _windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Window]:
+def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Window]:
     """Windows of the text by their place, drawn by the seed; special tokens the tokenizer adds lead each of them.
 
     Raises:
@@ -128,7 +128,7 @@ def _windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Win
     }
 
 
-def _task_items(names: Sequence[str], data: str | Path | None, limit: int, seed: int) -> dict[str, TaskItems]:
+def task_items(names: Sequence[str], data: str | Path | None, limit: int, seed: int) -> dict[str, TaskItems]:
     """A seeded subset of each task's items, each with its place in the file."""
     if names and importlib.util.find_spec("lm_eval") is None:
         raise InputError(
@@ -145,7 +145,7 @@ def _task_items(names: Sequence[str], data: str | Path | None, limit: int, seed:
     return found
 
 
-def _speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[Key, float], str]:
+def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[Key, float], str]:
     """Measured speed-ups by bundle, policy and k from `lora-drop bench --json`, and what they were measured on.
 
     Of several requests it is the smallest batch, and of those the longest context.

@@ -8,14 +8,14 @@ from pathlib import Path
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
-from lora_drop_tools.shared.arguments import _numbers
+from lora_drop_tools.shared.arguments import numbers
 from lora_drop_tools.shared.corpus import DTYPES
 
 from .fit import fit
 from .settings import LEARNING_RATE
 
 
-def _fit(args: argparse.Namespace) -> None:
+def run_fit(args: argparse.Namespace) -> None:
     from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
 
     if args.drop_layers is not None and args.drop_list is not None:
@@ -58,7 +58,7 @@ def _fit(args: argparse.Namespace) -> None:
     )
 
 
-def _add_fit(command: argparse.ArgumentParser) -> None:
+def add_fit(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", action="append", required=True, type=Path, metavar="FILE", help="repeat for more")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="for the adapters, in PEFT's format")
     plan = command.add_argument_group("the plan (of a bundle: its own)")
@@ -69,7 +69,7 @@ def _add_fit(command: argparse.ArgumentParser) -> None:
     plan.add_argument("--always-last", type=int, metavar="N", help="never drop the last N (default 1)")
     plan.add_argument("--surrogate", choices=SURROGATES, help="default residual")
     plan.add_argument("--injection", choices=INJECTIONS, help="default block")
-    plan.add_argument("--k", type=_numbers, default=(3,), metavar="K,…", help="windows, mixed if several (default 3)")
+    plan.add_argument("--k", type=numbers, default=(3,), metavar="K,…", help="windows, mixed if several (default 3)")
     plan.add_argument("--policy", choices=POLICIES, help="of the refreshes at deployment (default skip)")
     plan.add_argument("--rank", type=int, default=16, metavar="R", help="default 16")
     plan.add_argument("--alpha", type=float, metavar="A", help="PEFT's; the scale is alpha / r (default: the rank)")

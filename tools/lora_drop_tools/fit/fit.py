@@ -31,10 +31,10 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts
 
-from .partial import _load_begin, _Partial
+from .partial import Partial, load_begin
 from .peft import CONFIG_NAME, save_adapters
-from .plan import _plan
-from .settings import _PROMPT, LEARNING_RATE, FitSettings
+from .plan import plan_to_fit
+from .settings import LEARNING_RATE, PROMPT, FitSettings
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
@@ -76,7 +76,7 @@ class _Texts:
         random = np.random.default_rng([of.seed, self._salt, number])
         starts = random.integers(0, len(self._ids) - of.window + 1, of.batch)
         k = int(random.choice(of.windows))
-        prompt = _PROMPT + int(random.integers(0, k + 1))
+        prompt = PROMPT + int(random.integers(0, k + 1))
         ids = torch.stack([self._ids[start : start + of.window] for start in starts]).to(self._device)
         return ids, Layout.of(of.window, prompt, PeriodicSchedule(k), self._device)
 
@@ -235,7 +235,7 @@ def fit(
         always = None
         if always_first is not None or always_last is not None:
             always = 3 if always_first is None else always_first, 1 if always_last is None else always_last
-        plan = _plan(loaded, forcing, drop_layers, drop_ratio, always, surrogate, injection, settings)
+        plan = plan_to_fit(loaded, forcing, drop_layers, drop_ratio, always, surrogate, injection, settings)
         corpus = Corpus.of(loaded, texts, window)
         seen, unseen = (_Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
         described = {
@@ -245,10 +245,10 @@ def fit(
             **{name: getattr(plan, name) for name in ("drop_layers", "surrogate", "injection")},
             **dataclasses.asdict(settings),
         }
-        partial = _Partial(out, json.loads(json.dumps(described)), resume, force, workers)
+        partial = Partial(out, json.loads(json.dumps(described)), resume, force, workers)
         losses: list[float] = []
         if resume:
-            pairs, scales, stages = _load_begin(partial.begin)
+            pairs, scales, stages = load_begin(partial.begin)
         else:
             stages = {"base": _figures(forcing, unseen, plan, {}, policy)}
             _say_figures(console, "base alone", stages["base"])

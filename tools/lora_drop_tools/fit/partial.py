@@ -21,7 +21,7 @@ def _difference(found: str, wanted: str) -> str:
     return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
 
 
-class _Partial:
+class Partial:
     """The directory beside `out` that an interrupted fit leaves."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, force: bool, workers: Workers) -> None:
@@ -56,7 +56,7 @@ class _Partial:
         self._described.write_text(self._text)  # last: without it there is nothing to resume
 
 
-def _load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
+def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
     import torch
 
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 
-def _plan(
+def plan_to_fit(
     loaded: LoadedModel,
     forcing: TeacherForcing,
     drop_layers: Sequence[int] | None,

@@ -11,7 +11,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.shared.corpus import DTYPES, check_known
 
 LEARNING_RATE = 0.015
-_PROMPT = 8  # tokens at least, before the first decode step
+PROMPT = 8  # tokens at least, before the first decode step
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class FitSettings:
             PeriodicSchedule(k)
         if not self.windows or 0 in self.windows:
             raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.windows}.", hint="Use --k 3.")
-        shortest = _PROMPT + 2 * max(self.windows) + 2
+        shortest = PROMPT + 2 * max(self.windows) + 2
         if self.window < shortest:
             raise InputError(
                 "The window is too short.",
-                note=f"--window is {self.window}; a prompt of {_PROMPT} and two cycles take {shortest} tokens.",
+                note=f"--window is {self.window}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
                 hint=f"Use --window {max(256, shortest)}.",
             )
         for option, value, least in (

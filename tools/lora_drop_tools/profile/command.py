@@ -7,13 +7,13 @@ from pathlib import Path
 
 from lora_drop_runtime.plan.drop_plan import POLICIES
 
-from lora_drop_tools.shared.arguments import _names
+from lora_drop_tools.shared.arguments import names
 from lora_drop_tools.shared.corpus import DTYPES
 
 from .profile import RANKINGS, profile
 
 
-def _profile(args: argparse.Namespace) -> None:
+def run_profile(args: argparse.Namespace) -> None:
     profile(
         args.model,
         args.text,
@@ -34,13 +34,13 @@ def _profile(args: argparse.Namespace) -> None:
     )
 
 
-def _add_profile(command: argparse.ArgumentParser) -> None:
+def add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", action="append", required=True, type=Path, metavar="FILE", help="repeat for more")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="for figures and drop lists")
     command.add_argument("--k", type=int, default=3, help="LoRA steps between two refreshes (default 3)")
     command.add_argument("--policy", choices=POLICIES, default=POLICIES[0], help="refresh policy (default skip)")
     command.add_argument(
-        "--rankings", type=_names, default=RANKINGS, metavar="NAME,…", help=f"of {', '.join(RANKINGS)} (default all)"
+        "--rankings", type=names, default=RANKINGS, metavar="NAME,…", help=f"of {', '.join(RANKINGS)} (default all)"
     )
     command.add_argument("--tokens", type=int, default=8192, metavar="N", help="for the layers' figures (default 8192)")
     command.add_argument("--window", type=int, default=256, metavar="T", help="tokens of a piece of it (default 256)")

@@ -7,23 +7,23 @@ import argparse
 from lora_drop_runtime.plan.drop_plan import POLICIES
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,3,5") from None
 
 
-def _names(text: str) -> tuple[str, ...]:
+def names(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
-def _add_policy(command: argparse.ArgumentParser) -> None:
+def add_policy(command: argparse.ArgumentParser) -> None:
     what = "of refreshes: skip leaves holes, backfill fills them (default: the bundle's)"
     command.add_argument("--policy", choices=POLICIES, help=what)
 
 
-def _add_engine(command: argparse.ArgumentParser) -> None:
+def add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="of the bundle's targets (default: its first)")
     command.add_argument(
         "--provider",

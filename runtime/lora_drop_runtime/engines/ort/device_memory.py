@@ -9,10 +9,10 @@ import numpy as np
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer
 from lora_drop_runtime.errors import first_line
 
-from .providers import _no_device
+from .providers import no_device
 
 
-class _DeviceMemory:
+class DeviceMemory:
     """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again frees the one before.
 
     Args:
@@ -39,7 +39,7 @@ class _DeviceMemory:
                 self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
         except Exception as error:  # as above
             what = f"{name} takes {content.nbytes / 2**20:,.1f} MiB on the GPU: {first_line(error)}"
-            raise _no_device("The provider", RuntimeError(what)) from error
+            raise no_device("The provider", RuntimeError(what)) from error
         self._values[name] = value
         return DeviceBuffer(name, value.data_ptr(), shape, dtype)
 

@@ -32,8 +32,8 @@ from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .device_memory import _DeviceMemory
-from .providers import PROVIDERS, _check_runs, _check_version, _no_device, _rtx_device
+from .device_memory import DeviceMemory
+from .providers import PROVIDERS, check_runs, check_version, no_device, rtx_device
 from .session_options import packs_weights, session_options
 
 _ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
@@ -73,12 +73,12 @@ class OrtEngine:
 
         provider = provider or "cpu"
         entry = bundle.target(target)[1]
-        _check_runs(bundle, target, provider)
-        _check_version(onnxruntime.__version__, bundle.manifest.model)
+        check_runs(bundle, target, provider)
+        check_version(onnxruntime.__version__, bundle.manifest.model)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
-        self._ep_device = _rtx_device(onnxruntime) if provider == "rtx" else None
+        self._ep_device = rtx_device(onnxruntime) if provider == "rtx" else None
         if self._ep_device is None and self._provider not in onnxruntime.get_available_providers():
             names = [short for short, long in PROVIDERS.items() if long in onnxruntime.get_available_providers()]
             raise NoDeviceError(
@@ -100,9 +100,9 @@ class OrtEngine:
         if provider == "rtx":
             self._files = entry["ep_context"]
             self.prefill_chunk = entry["refresh_profiles"]["decode"][1]  # the provider takes the first profile
-        self._memory: _DeviceMemory | None = None
+        self._memory: DeviceMemory | None = None
         if provider != "cpu":
-            self._memory = _DeviceMemory(onnxruntime, self._ep_device)
+            self._memory = DeviceMemory(onnxruntime, self._ep_device)
         self._weights = {name: self._weight(name, w) for name, w in bundle.weight_inputs(target).items()}
         self._sessions: dict[StepKind, Any] = {}
         self._open_all({})
@@ -139,14 +139,14 @@ class OrtEngine:
                 )
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             if self._memory is not None:
-                raise _no_device(self._provider, error) from error
+                raise no_device(self._provider, error) from error
             raise BundleError(
                 "ONNX Runtime cannot load a graph of the bundle.",
                 note=f"{path}: {first_line(error)}",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             ) from error
         if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
-            raise _no_device(self._provider, RuntimeError(f"it chose {session.get_providers()[0]} instead"))
+            raise no_device(self._provider, RuntimeError(f"it chose {session.get_providers()[0]} instead"))
         return session
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
@@ -199,7 +199,7 @@ class OrtEngine:
                 binding.synchronize_inputs()
                 session.run_with_iobinding(binding)
             except Exception as error:
-                raise _no_device(self._provider, error) from error
+                raise no_device(self._provider, error) from error
 
         return step if self._memory is None else device_step
 

@@ -18,7 +18,7 @@ INT8_CACHES_SINCE = (1, 29)
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
-def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
+def check_runs(bundle: Bundle, target: str, provider: str) -> None:
     """Refuse a provider that is not known, or has no kernels for the target's graphs.
 
     GroupQueryAttention has no float32 kernel for CUDA, and nothing computes in bfloat16 on the CPU.
@@ -41,7 +41,7 @@ def _check_runs(bundle: Bundle, target: str, provider: str) -> None:
         )
 
 
-def _check_version(version: str, model: ModelFacts) -> None:
+def check_version(version: str, model: ModelFacts) -> None:
     """Refuse an ONNX Runtime whose attention does not take the bundle's caches."""
     if model.kv_dtype and tuple(map(int, version.split(".")[:2])) < INT8_CACHES_SINCE:
         raise BundleError(
@@ -51,7 +51,7 @@ def _check_version(version: str, model: ModelFacts) -> None:
         )
 
 
-def _no_device(provider: str, error: Exception) -> NoDeviceError:
+def no_device(provider: str, error: Exception) -> NoDeviceError:
     """For what a provider on a GPU says when it cannot start, allocate or run."""
     return NoDeviceError(
         "The execution provider cannot run the bundle here.",
@@ -60,7 +60,7 @@ def _no_device(provider: str, error: Exception) -> NoDeviceError:
     )
 
 
-def _rtx_device(ort: Any) -> Any:
+def rtx_device(ort: Any) -> Any:
     """The device of NVIDIA's provider for RTX GPUs, a library of its own.
 
     Raises:
