@@ -12,9 +12,10 @@ import onnx_ir as ir
 from .nodes import rank
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
-_ROW_WISE = frozenset(
-    "Add Sub Mul Div Pow Neg Sqrt Sigmoid Tanh Erf Gelu Relu Clip Cast Split RMSNormalization LayerNormalization".split()
-)
+_ROW_WISE = {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"),
+    *("Split", "RMSNormalization", "LayerNormalization"),
+}
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 

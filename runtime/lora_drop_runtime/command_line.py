@@ -1,4 +1,7 @@
-"""What the two commands share: how they parse, what they need, and how they end.
+"""What the commands share: how options are said and parsed, what a command needs, and how it ends.
+
+Options are said once, as the fields of a frozen settings class: name, default, help text. `add_options` makes arguments
+of them, `settings_of` the settings of what was given; what was not given is left to the class.
 
 A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130.
 """
@@ -6,10 +9,14 @@ A user's error is printed without a traceback and ends with 2 (a failed verifica
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from .errors import InputError, LoraDropError
 
@@ -37,6 +44,126 @@ class Parser(argparse.ArgumentParser):
             note=message[:1].upper() + message[1:] + ".",
             hint=f"See {self.prog} --help.",
         )
+
+
+Settings = TypeVar("Settings")
+
+_OPTION = "option"  # key of a field's metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """What a field says beside its type and default; see `option`."""
+
+    help: str
+    flag: str | None
+    metavar: str | None
+    choices: tuple[Any, ...] | None
+    parse: Callable[[str], Any] | None
+    repeat: bool
+    group: str | None
+    nargs: str | None
+    const: Any
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    flag: str | None = None,
+    metavar: str | None = None,
+    choices: Sequence[Any] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    repeat: bool = False,
+    group: str | None = None,
+    nargs: str | None = None,
+    const: Any = None,
+) -> Any:
+    """A field of a settings class that is also an option of its command.
+
+    The field's type chooses how text is read: str, int, float, Path, `tuple[int, ...]` and `tuple[str, ...]` (with
+    commas between), bool (a flag that turns the default around), each also with `| None`.
+
+    Args:
+        default: without one the option is required.
+        help: for `--help`; says the default where that helps.
+        flag: `--name-of-the-field` when None.
+        parse: reads the text instead.
+        repeat: the option may be given several times; the field is a tuple of what was given.
+        group: title of the group that `--help` shows it in.
+        nargs, const: as argparse has them.
+    """
+    known = None if choices is None else tuple(choices)
+    said = _Option(help, flag, metavar, known, parse, repeat, group, nargs, const)
+    return dataclasses.field(default=default, metadata={_OPTION: said})
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,3,5` as whole numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,3,5") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`one,two` as words."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def _without_none(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
+    """What reads an option's text, by its field's type."""
+    annotation = _without_none(annotation)
+    if typing.get_origin(annotation) in (tuple, Sequence):
+        item = typing.get_args(annotation)[0]
+        if not repeat:
+            return numbers if item is int else names
+        annotation = item
+    assert annotation in (str, int, float, Path), annotation
+    return typing.cast("Callable[[str], Any]", annotation)
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
+    """Add an argument for every field of a settings class that `option` made; what is not given stays unset."""
+    types_of = typing.get_type_hints(settings)
+    groups: dict[str, Any] = {group.title: group for group in parser._action_groups if group.title}
+    for field in dataclasses.fields(settings):
+        said: _Option | None = field.metadata.get(_OPTION)
+        if said is None:
+            continue
+        place: Any = parser
+        if said.group is not None:
+            if said.group not in groups:
+                groups[said.group] = parser.add_argument_group(said.group)
+            place = groups[said.group]
+        flag = said.flag or f"--{field.name.replace('_', '-')}"
+        arguments: dict[str, Any] = {"dest": field.name, "help": said.help, "default": argparse.SUPPRESS}
+        if _without_none(types_of[field.name]) is bool:
+            place.add_argument(flag, action="store_const", const=not field.default, **arguments)
+            continue
+        arguments |= {"type": said.parse or _reader(types_of[field.name], said.repeat), "metavar": said.metavar}
+        arguments |= {"choices": said.choices, "required": field.default is dataclasses.MISSING}
+        if said.repeat:
+            arguments["action"] = "append"
+        if said.nargs is not None:
+            arguments |= {"nargs": said.nargs, "const": said.const}
+        place.add_argument(flag, **arguments)
+
+
+def settings_of(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """The settings that were given on the command line; the class checks them and adds its defaults."""
+    given = {}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass, which TypeVar cannot say
+        if _OPTION in field.metadata and hasattr(arguments, field.name):
+            value = getattr(arguments, field.name)
+            given[field.name] = tuple(value) if field.metadata[_OPTION].repeat else value
+    return settings(**given)
 
 
 def require_export_packages(reason: str) -> None:
