@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding import session as session_module
+from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.engines.engine import bfloat16_from_float32
 from lora_drop_runtime.engines.trt import cuda_device as cuda_device_module
 from lora_drop_runtime.engines.trt import engine as engine_trt
@@ -809,13 +809,13 @@ def _no_state_write(kind: StepKind, inputs: dict[str, Any], outputs: dict[str, A
 
 
 def _after_prefill(change: Callable[[Any], None]) -> tuple[Any, str, Any]:
-    prefill = session_module._Request.prefill
+    prefill = Request.prefill
 
     def changed(self: Any, ids: Any, lengths: Any) -> None:
         prefill(self, ids, lengths)
         change(self)
 
-    return session_module._Request, "prefill", changed
+    return Request, "prefill", changed
 
 
 def _kept_off_by_one(request: Any) -> None:
@@ -839,14 +839,12 @@ def _without_copy_of(name: str) -> tuple[Any, str, Any]:
     return _Step, "_enqueue", changed
 
 
-def _one_side(self: Any, token_ids: Any, active: Any, step: Any = session_module._Request.step) -> None:
+def _one_side(self: Any, token_ids: Any, active: Any, step: Any = Request.step) -> None:
     step(self, token_ids, active)
     self.side = 0
 
 
-def _lora_for_refresh(
-    self: Any, ids: Any, rows: slice, index: Any, prepare: Any = session_module._Request._prepare_refresh
-) -> Any:
+def _lora_for_refresh(self: Any, ids: Any, rows: slice, index: Any, prepare: Any = Request._prepare_refresh) -> Any:
     return self._prepare_lora() if ids is self.input_ids else prepare(self, ids, rows, index)
 
 
@@ -883,16 +881,16 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         lambda self, step, kind=PeriodicSchedule.kind: kind(self, step + 1),
     ),
     "the refresh engine for a LoRA step": (
-        session_module._Request,
+        Request,
         "_prepare_lora",
         lambda self: self._prepare_refresh(self.input_ids, slice(None), self.logits_index),
     ),
-    "the LoRA engine for a refresh": (session_module._Request, "_prepare_refresh", _lora_for_refresh),
-    "the state's sides never change": (session_module._Request, "step", _one_side),
+    "the LoRA engine for a refresh": (Request, "_prepare_refresh", _lora_for_refresh),
+    "the state's sides never change": (Request, "step", _one_side),
     "parts of fused weights in the wrong order": (Bundle, "weight_inputs", _reversed_parts),
     "caches that are not zeroed": (CudaDevice, "zero", lambda *_: None),
     "no wait for the step": (CudaDevice, "synchronize", lambda *_: None),
-    "chunks from the front": (session_module._Request, "_prefill_rows_together", _front_chunks),
+    "chunks from the front": (Request, "_prefill_rows_together", _front_chunks),
 }
 
 
