@@ -24,7 +24,7 @@ from lora_drop_tools.eval.tasks.files import TASKS, read_items
 from lora_drop_tools.eval.tasks.program import runs_to_its_end
 
 from tests.support.bundles import family, make_bundle
-from tests.tools.eval.test_eval import character_tokenizer
+from tests.support.tokenizers import character_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval, of the extra `eval`, is not installed")
 
