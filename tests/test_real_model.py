@@ -21,8 +21,8 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
 
 from examples.fetch_model import fetch_model
-from tests import oracle
-from tests.bundles import oracle_plan
+from tests.support import oracle
+from tests.support.bundles import oracle_plan
 
 pytestmark = pytest.mark.slow
 

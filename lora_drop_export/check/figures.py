@@ -25,7 +25,7 @@ class Tolerance:
 
 
 # float32: both sides compute in float32 and sum in other orders; over 30 layers that was 3e-6 on the real models,
-# while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/test_verify.py).
+# while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/check/test_verify.py).
 # Halves: the reference computes in float32 with the same rounded weights. Eager PyTorch itself in that dtype was off by
 # at most 0.0041 (float16, cosine 0.99997) and 0.030 (bfloat16, 0.9971) over 160 positions of SmolLM2-135M; twice that.
 # Quantized weights are float32's case: the graph is run with kernels that compute in float32. The engine's own kernels

@@ -15,9 +15,9 @@ from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from tests import golden, oracle
-from tests.bundles import PROMPTS, family, make_bundle, oracle_plan, rewritten, save_adapters, traced_model
-from tests.models import FAMILIES
+from tests.support import golden, oracle
+from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, rewritten, save_adapters, traced_model
+from tests.support.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
 WINDOWS = (0, 1, 2, 3, 5, 19)

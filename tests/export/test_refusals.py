@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_drop_export.cli
 from lora_drop_export.checkpoint.open import open_checkpoint
-from tests.bundles import family, make_bundle, save_adapters, traced_model
-from tests.models import SIZES, build
+from tests.support.bundles import family, make_bundle, save_adapters, traced_model
+from tests.support.models import SIZES, build
 
 Refused = Callable[..., str]
 PARTS = re.compile(r"^error: .+\nNote: .+\nHint: .+\n\Z", re.MULTILINE)

@@ -18,10 +18,10 @@ from onnx.reference.op_run import OpRun
 
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.target import static_slots
-from tests import oracle
-from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library
 from tests.plugins.test_kernel_host import build
+from tests.support import oracle
+from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan
 
 K = 2
 STEPS = 7

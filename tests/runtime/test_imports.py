@@ -17,7 +17,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.text import TextCodec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.bundles import make_bundle
+from tests.support.bundles import make_bundle
 
 EXPORT_ONLY = (
     "torch",
