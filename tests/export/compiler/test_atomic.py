@@ -79,8 +79,8 @@ PLACES = {  # where an export may end early, from its beginning to its end
     "weights": "lora_drop_export.compiler.export.store_weights",
     "surgery": "lora_drop_export.compiler.export.lora_step_from_refresh",
     "lowering": "lora_drop_export.targets.ort.lower.ort_from_neutral",
-    "tokenizer": "lora_drop_export.compiler.export._copy_tokenizer",
-    "records": "lora_drop_export.compiler.export._records",
+    "tokenizer": "lora_drop_export.compiler.export.copy_tokenizer",
+    "records": "lora_drop_export.compiler.export.file_records",
     "verification": "lora_drop_export.check.verify.verify",
 }
 
@@ -295,7 +295,7 @@ def test_killed_at_the_end(place):
     make_bundle("llama", place / "engines")
     before, expected = snapshot(place / "engines"), tokens(place / "engines")
     script = (
-        "import sys, time, lora_drop_export.cli, lora_drop_export.verify\n"
+        "import sys, time, lora_drop_export.cli, lora_drop_export.check.verify\n"
         "lora_drop_export.check.verify.verify = lambda *_, **__: time.sleep(600)\n"
         "lora_drop_export.cli.main(sys.argv[1:])\n"
     )

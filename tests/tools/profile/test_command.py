@@ -252,7 +252,7 @@ def test_nothing_is_left_behind(
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")
 
-    target = {"load_model": "lora_drop_export.decoder.loaded", "of_lists": "lora_drop_tools.profile.measures.Scoring"}
+    target = {"load_model": "lora_drop_export.decoder.loaded", "of_lists": "lora_drop_tools.profile.scoring.Scoring"}
     owner = target.get(where)
     monkeypatch.setattr(f"{owner}.{where}", fail) if owner else monkeypatch.setattr(profile_module, where, fail)
     for out in (tmp_path / "new" / "out", old):

@@ -48,7 +48,7 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], pol
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_drop_tools.profile.measures.HEAD_ROWS", 5)  # of 14 LoRA steps a window
+    monkeypatch.setattr("lora_drop_tools.profile.scoring.HEAD_ROWS", 5)  # of 14 LoRA steps a window
     windows = random_windows(2)
     scoring = make_scoring(FAMILIES[name](), policy)
     lists = [(5,), (3, 5), ()]
@@ -118,7 +118,7 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert greedy.costs(ELIGIBLE, 1) == pytest.approx({last: whole[last]})
     assert len(ticked) == 4 + 2 + 1
     assert greedy.costs(ELIGIBLE, 3).keys() == set(sorted(ELIGIBLE, key=lambda i: on_first[i])[:3])
-    monkeypatch.setattr("lora_drop_tools.profile.measures.SURVIVORS", 1)
+    monkeypatch.setattr("lora_drop_tools.profile.greedy.SURVIVORS", 1)
     ticked.clear()
     greedy.order(ELIGIBLE, 3, lambda *_: None)
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)
