@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from lora_drop_tools.bench.bench import bench
 from lora_drop_tools.bench.judge import MeasurementError
 from lora_drop_tools.bench.peers import options as peer_options_module
 from lora_drop_tools.bench.peers import peer as bench_peers
+from lora_drop_tools.bench.peers import worker as peer_worker
 from lora_drop_tools.bench.peers.options import peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
@@ -147,15 +150,17 @@ def test_command_with_peers(
     assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
 
 
-def test_a_worker_times_each_token() -> None:
+def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate(itertools.chain([2, 5], itertools.repeat(3)))
+    monkeypatch.setattr(peer_worker, "time", SimpleNamespace(perf_counter=ticks.__next__))
+
     def generate(prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:
         for token in range(new_tokens):
             emit(token)
 
     answer = timed(generate, [5], 4)
     assert answer["tokens"] == [0, 1, 2, 3]
-    assert len(answer["step_seconds"]) == 3
-    assert answer["prefill_seconds"] >= 0
+    assert (answer["prefill_seconds"], answer["step_seconds"]) == (5, [3, 3, 3])
     with pytest.raises(RuntimeError, match="2 tokens came, 3 were asked for"):
         timed(lambda prompt, n, emit: generate(prompt, n - 1, emit), [5], 3)
 
