@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.plugins.kernel import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402 (needs the path)
+from tests.support.kernel import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402 (needs the path)
 
 LAYOUTS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 LENGTHS = (512, 4096, 32768)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.plugins.kernel import (
+from tests.support.kernel import (
     CASES,
     GUARD,
     GUARD_BYTES,

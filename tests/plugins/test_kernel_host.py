@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.plugins.kernel import (
+from tests.support.kernel import (
     CASES,
     KERNELS,
     Arrays,
@@ -165,7 +165,7 @@ def mutant(directory: Path, edit: str, to: str, occurrence: int = 0) -> ctypes.C
 SANITIZED = """
 import sys
 from pathlib import Path
-from tests.plugins.kernel import HostMemory, check, load_library, named, run_case
+from tests.support.kernel import HostMemory, check, load_library, named, run_case
 library = load_library(Path(sys.argv[1]))
 for name in sys.argv[2:]:
     check(named(name), *run_case(library, named(name), HostMemory))
@@ -212,7 +212,7 @@ FENCED_SLOTS = 64  # of 64 float32: four pages
 FENCE = """
 import sys
 from pathlib import Path
-from tests.plugins.kernel import Case, check, load_library, run_case
+from tests.support.kernel import Case, check, load_library, run_case
 from tests.plugins.test_kernel_host import FENCED_SLOTS, Fenced
 library = load_library(Path(sys.argv[1]))
 for new_tokens in (1, 4, 17):

@@ -20,8 +20,8 @@ from lora_drop_export.compiler import static_slots
 from lora_drop_export.lower_trt import trt_from_neutral
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
-from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library
 from tests.plugins.test_kernel_host import build
+from tests.support.kernel import KERNELS, LoraDropAttention, load_library
 
 K = 2
 STEPS = 7
