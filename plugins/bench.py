@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # plugins/ is no installed package, and a script finds only its own folder
 
-from tests.support.kernel import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402 (needs the path)
+from plugins.kernels.binding import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402
 
 LAYOUTS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 LENGTHS = (512, 4096, 32768)

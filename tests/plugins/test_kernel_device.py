@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from plugins.kernels.binding import UPDATED, load_library
 from tests.support.kernel import (
     CASES,
     GUARD,
     GUARD_BYTES,
     KERNELS,
-    UPDATED,
     Case,
     check,
     check_rounding,
-    load_library,
     make_arrays,
     make_call,
     named,

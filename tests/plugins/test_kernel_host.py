@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plugins.kernels.binding import LoraDropAttention, load_library
 from tests.support.kernel import (
     CASES,
     KERNELS,
     Arrays,
     Case,
     HostMemory,
-    LoraDropAttention,
     check,
     check_rounding,
-    load_library,
     make_arrays,
     make_call,
     named,
@@ -165,7 +164,8 @@ def mutant(directory: Path, edit: str, to: str, occurrence: int = 0) -> ctypes.C
 SANITIZED = """
 import sys
 from pathlib import Path
-from tests.support.kernel import HostMemory, check, load_library, named, run_case
+from plugins.kernels.binding import load_library
+from tests.support.kernel import HostMemory, check, named, run_case
 library = load_library(Path(sys.argv[1]))
 for name in sys.argv[2:]:
     check(named(name), *run_case(library, named(name), HostMemory))
@@ -212,7 +212,8 @@ FENCED_SLOTS = 64  # of 64 float32: four pages
 FENCE = """
 import sys
 from pathlib import Path
-from tests.support.kernel import Case, check, load_library, run_case
+from plugins.kernels.binding import load_library
+from tests.support.kernel import Case, check, run_case
 from tests.plugins.test_kernel_host import FENCED_SLOTS, Fenced
 library = load_library(Path(sys.argv[1]))
 for new_tokens in (1, 4, 17):

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.kernel import CASES, Case, check, load_library, make_arrays, make_call, score_scale
+from plugins.kernels.binding import load_library
+from tests.support.kernel import CASES, Case, check, make_arrays, make_call, score_scale
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADERS = Path(os.environ.get("TENSORRT_INCLUDE_DIR", ""))

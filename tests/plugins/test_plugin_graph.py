@@ -18,10 +18,11 @@ from onnx.reference.op_run import OpRun
 
 from lora_drop_export.compiler import static_slots
 from lora_drop_export.lower_trt import trt_from_neutral
+from plugins.kernels.binding import LoraDropAttention, load_library
 from tests import oracle
 from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.plugins.test_kernel_host import build
-from tests.support.kernel import KERNELS, LoraDropAttention, load_library
+from tests.support.kernel import KERNELS
 
 K = 2
 STEPS = 7

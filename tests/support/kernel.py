@@ -1,4 +1,4 @@
-"""The attention kernel in tests: its C interface in ctypes, a naive reference in float64, the cases of both test files.
+"""The attention kernel in tests: a naive reference in float64, and the cases of all test files.
 
 Nothing here knows the kernel's algorithm: the reference follows the comment of skip_write_kv_attention.h.
 """
@@ -14,6 +14,8 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
+from plugins.kernels.binding import DTYPE_CODES, INPUTS, UPDATED, LoraDropAttention
+
 KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 
 NUMPY_DTYPES = {
@@ -23,34 +25,6 @@ NUMPY_DTYPES = {
     "f8": np.dtype(ml_dtypes.float8_e4m3fn),
     "i8": np.dtype(np.int8),
 }
-DTYPE_CODES = {name: code for code, name in enumerate(NUMPY_DTYPES)}
-
-SIZES = ("batch", "new_tokens", "heads", "kv_heads", "head_dim", "slots", "rotary_dim", "interleaved", "window")
-FLOATS = ("scale", "softcap", "norm_epsilon")
-INPUTS = ("query", "key", "value", "cos", "sin", "q_norm", "k_norm", "k_scale", "v_scale", "length", "count")
-UPDATED = ("key_cache", "value_cache", "output", "workspace")
-
-
-class LoraDropAttention(ctypes.Structure):
-    """The struct of the header."""
-
-    _fields_ = (
-        [(name, ctypes.c_int32) for name in (*SIZES, "dtype", "kv_dtype")]
-        + [(name, ctypes.c_float) for name in FLOATS]
-        + [(name, ctypes.c_void_p) for name in (*INPUTS, *UPDATED)]
-    )
-
-
-def load_library(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    call = ctypes.POINTER(LoraDropAttention)
-    library.lora_drop_attention_problem.argtypes = [call]
-    library.lora_drop_attention_problem.restype = ctypes.c_char_p
-    library.lora_drop_workspace_bytes.argtypes = [call, ctypes.c_int32]
-    library.lora_drop_workspace_bytes.restype = ctypes.c_size_t
-    library.lora_drop_attention.argtypes = [call, ctypes.c_size_t, ctypes.c_int32, ctypes.c_void_p]
-    library.lora_drop_attention.restype = ctypes.c_int
-    return library
 
 
 @dataclass(frozen=True)
