@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 
 from plugins.kernels.binding import load_library
-from tests.support.kernel import CASES, Case, check, make_arrays, make_call, score_scale
+from tests.support.kernel_calls import make_arrays, make_call
+from tests.support.kernel_cases import CASES, Case
+from tests.support.kernel_reference import check, score_scale
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADERS = Path(os.environ.get("TENSORRT_INCLUDE_DIR", ""))
