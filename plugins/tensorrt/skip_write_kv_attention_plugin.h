@@ -24,13 +24,7 @@
  *
  * T is float32, float16 or bfloat16; K is T, or fp8 or int8 with has_kv_scale = 1. All formats are linear.
  *
- * Fields (an ONNX node's attributes of the same names; all are required except alias):
- *
- *     heads N, kv_heads G, head_dim D, rotary_dim R, interleaved, window          int32
- *     has_count, has_norm, has_kv_scale                                           int32, 0 or 1
- *     scale, softcap, norm_epsilon                                                float32
- *     alias                                                                       int32, 0 or 1 (default 1)
- *     multiprocessors    int32, only in serialized plugins: the SMs that the workspace was planned for
+ * Fields: fields.h.
  *
  * In place. The kernel updates the cache and copies nothing, so past and present must be one address:
  *
@@ -60,12 +54,11 @@
 #include <vector>
 
 #include "../kernels/skip_write_kv_attention.h"
+#include "fields.h"
+#include "names.h"
 
 namespace lora_drop {
 
-constexpr char const* kPLUGIN_NAME = "SkipWriteKVAttention";
-constexpr char const* kPLUGIN_VERSION = "1";
-constexpr char const* kPLUGIN_NAMESPACE = "lora_drop";
 constexpr int32_t kFALLBACK_MULTIPROCESSORS = 132;
 
 /// What an input is. Where it stands among a node's inputs: SkipWriteKVAttentionPlugin::position.
@@ -87,24 +80,6 @@ enum Input : int32_t {
 };
 
 enum Output : int32_t { kOUT_ATTENTION, kOUT_PRESENT_KEY, kOUT_PRESENT_VALUE, kNB_OUTPUTS };
-
-/// The plugin's fields, validated once by parseFields.
-struct Fields {
-    int32_t heads{};
-    int32_t kv_heads{};
-    int32_t head_dim{};
-    int32_t rotary_dim{};
-    int32_t interleaved{};
-    int32_t window{};
-    int32_t has_count{};
-    int32_t has_norm{};
-    int32_t has_kv_scale{};
-    float scale{};
-    float softcap{};
-    float norm_epsilon{};
-    int32_t alias{1};
-    int32_t multiprocessors{0}; // 0: ask the device
-};
 
 class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
                                          public nvinfer1::IPluginV3OneCore,
