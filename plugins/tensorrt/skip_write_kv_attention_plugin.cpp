@@ -20,108 +20,6 @@ using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using nvinfer1::TensorRTPhase;
 
-// ---- types and shapes -----------------------------------------------------------------------------------------------
-
-// Sizes in an Expected that the call decides; other sizes are themselves.
-constexpr int64_t kB = -2;
-constexpr int64_t kS = -3;
-constexpr int64_t kC = -4;
-constexpr int64_t kSYMBOLS[] = {kB, kS, kC};
-constexpr char kSYMBOL_NAMES[] = {'B', 'S', 'C'};
-
-constexpr int32_t kUNKNOWN_SIZE = -1; // what TensorRT calls a size that is not fixed yet
-
-struct Expected {
-    char const* name;
-    int32_t rank;
-    std::array<int64_t, 4> sizes;
-};
-
-/// `what` is an Input, or kNB_INPUTS + an Output.
-Expected expectedOf(int32_t what, Fields const& f) {
-    int64_t const query = int64_t{f.heads} * f.head_dim;
-    int64_t const key = int64_t{f.kv_heads} * f.head_dim;
-    switch (what) {
-    case kIN_QUERY: return {"query", 3, {kB, kS, query}};
-    case kIN_KEY: return {"key", 3, {kB, kS, key}};
-    case kIN_VALUE: return {"value", 3, {kB, kS, key}};
-    case kIN_PAST_KEY: return {"past_key", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kIN_PAST_VALUE: return {"past_value", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kIN_LENGTH: return {"length", 1, {kB}};
-    case kIN_COUNT: return {"count", 1, {kB}};
-    case kIN_COS: return {"cos", 3, {kB, kS, f.rotary_dim / 2}};
-    case kIN_SIN: return {"sin", 3, {kB, kS, f.rotary_dim / 2}};
-    case kIN_Q_NORM: return {"q_norm", 1, {f.head_dim}};
-    case kIN_K_NORM: return {"k_norm", 1, {f.head_dim}};
-    case kIN_K_SCALE: return {"k_scale", 1, {f.kv_heads}};
-    case kIN_V_SCALE: return {"v_scale", 1, {f.kv_heads}};
-    case kNB_INPUTS + kOUT_ATTENTION: return {"attention", 3, {kB, kS, query}};
-    case kNB_INPUTS + kOUT_PRESENT_KEY: return {"present_key", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kNB_INPUTS + kOUT_PRESENT_VALUE: return {"present_value", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    default: refuse("no tensor ", what);
-    }
-}
-
-/// Whether `type` is possible for `what`, given the types of query (T) and past_key (K), which come before it.
-bool typeFits(int32_t what, DataType type, DataType query, DataType past_key, Fields const& fields) {
-    switch (what) {
-    case kIN_QUERY: return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
-    case kIN_PAST_KEY:
-        return fields.has_kv_scale != 0 ? type == DataType::kFP8 || type == DataType::kINT8 : type == query;
-    case kIN_PAST_VALUE:
-    case kNB_INPUTS + kOUT_PRESENT_KEY:
-    case kNB_INPUTS + kOUT_PRESENT_VALUE: return type == past_key;
-    case kIN_LENGTH:
-    case kIN_COUNT: return type == DataType::kINT64;
-    case kIN_K_SCALE:
-    case kIN_V_SCALE: return type == DataType::kFLOAT;
-    default: return type == query;
-    }
-}
-
-char const* typeName(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT: return "float32";
-    case DataType::kHALF: return "float16";
-    case DataType::kBF16: return "bfloat16";
-    case DataType::kFP8: return "fp8";
-    case DataType::kINT8: return "int8";
-    case DataType::kINT32: return "int32";
-    case DataType::kINT64: return "int64";
-    default: return "another type";
-    }
-}
-
-int32_t kernelType(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT: return LORA_DROP_F32;
-    case DataType::kHALF: return LORA_DROP_F16;
-    case DataType::kBF16: return LORA_DROP_BF16;
-    case DataType::kFP8: return LORA_DROP_F8_E4M3;
-    case DataType::kINT8: return LORA_DROP_I8;
-    default: refuse("the kernel has no ", typeName(type));
-    }
-}
-
-template <typename Sizes>
-std::string shapeText(Sizes const& sizes, int32_t rank) {
-    std::ostringstream text;
-    text << '[';
-    for (int32_t i = 0; i < rank; ++i) {
-        text << (i == 0 ? "" : ", ");
-        auto const* const symbol = std::find(std::begin(kSYMBOLS), std::end(kSYMBOLS), sizes[i]);
-        if (symbol != std::end(kSYMBOLS))
-            text << kSYMBOL_NAMES[symbol - kSYMBOLS];
-        else
-            text << sizes[i];
-    }
-    text << ']';
-    return text.str();
-}
-
-PluginTensorDesc const& plain(PluginTensorDesc const& desc) { return desc; }
-PluginTensorDesc const& plain(DynamicPluginTensorDesc const& desc) { return desc.desc; }
-
 // ---- device ---------------------------------------------------------------------------------------------------------
 
 /// SMs of the current device. Without a GPU or driver: the fallback, and no CUDA error left behind.
@@ -135,6 +33,17 @@ int32_t deviceMultiprocessors() noexcept {
     log(ILogger::Severity::kINFO,
         "no GPU or no driver; the workspace is planned for " + std::to_string(kFALLBACK_MULTIPROCESSORS) + " SMs");
     return kFALLBACK_MULTIPROCESSORS;
+}
+
+int32_t kernelType(DataType type) {
+    switch (type) {
+    case DataType::kFLOAT: return LORA_DROP_F32;
+    case DataType::kHALF: return LORA_DROP_F16;
+    case DataType::kBF16: return LORA_DROP_BF16;
+    case DataType::kFP8: return LORA_DROP_F8_E4M3;
+    case DataType::kINT8: return LORA_DROP_I8;
+    default: refuse("the kernel has no ", typeName(type));
+    }
 }
 
 /// Every pointer that these fields call for, as a non-null one: for checks of sizes before there is memory.
@@ -158,17 +67,10 @@ void setStandInPointers(LoraDropAttention& call, Fields const& fields) {
 // ---- plugin ---------------------------------------------------------------------------------------------------------
 
 SkipWriteKVAttentionPlugin::SkipWriteKVAttentionPlugin(Fields const& fields, TensorRTPhase phase)
-    : mFields{fields}, mPhase{phase} {
+    : mFields{fields}, mPhase{phase}, mPositions{fields} {
     if (mFields.multiprocessors == 0)
         mFields.multiprocessors = deviceMultiprocessors();
     mDescription = describe(mFields);
-    for (int32_t what = 0; what < kNB_INPUTS; ++what) {
-        bool const absent = (what == kIN_COUNT && fields.has_count == 0)
-            || ((what == kIN_COS || what == kIN_SIN) && fields.rotary_dim == 0)
-            || ((what == kIN_Q_NORM || what == kIN_K_NORM) && fields.has_norm == 0)
-            || ((what == kIN_K_SCALE || what == kIN_V_SCALE) && fields.has_kv_scale == 0);
-        mPosition[what] = absent ? -1 : mNbInputs++;
-    }
     // What the kernel itself refuses, as early as possible
     LoraDropAttention call = callOfFields();
     call.batch = call.new_tokens = call.slots = 1;
@@ -224,8 +126,8 @@ int32_t SkipWriteKVAttentionPlugin::getAliasedInput(int32_t output) noexcept {
     if (mFields.alias == 0)
         return -1;
     switch (output) {
-    case kOUT_PRESENT_KEY: return mPosition[kIN_PAST_KEY];
-    case kOUT_PRESENT_VALUE: return mPosition[kIN_PAST_VALUE];
+    case kOUT_PRESENT_KEY: return mPositions[kIN_PAST_KEY];
+    case kOUT_PRESENT_VALUE: return mPositions[kIN_PAST_VALUE];
     default: return -1;
     }
 }
@@ -233,12 +135,10 @@ int32_t SkipWriteKVAttentionPlugin::getAliasedInput(int32_t output) noexcept {
 int32_t SkipWriteKVAttentionPlugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs,
                                                        DataType const* input_types, int32_t nb_inputs) const noexcept {
     return guarded("getOutputDataTypes", -1, [&] {
-        if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-            refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-                   +kNB_OUTPUTS, ": ", mDescription);
-        output_types[kOUT_ATTENTION] = input_types[mPosition[kIN_QUERY]];
-        output_types[kOUT_PRESENT_KEY] = input_types[mPosition[kIN_PAST_KEY]];
-        output_types[kOUT_PRESENT_VALUE] = input_types[mPosition[kIN_PAST_VALUE]];
+        mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+        output_types[kOUT_ATTENTION] = input_types[mPositions[kIN_QUERY]];
+        output_types[kOUT_PRESENT_KEY] = input_types[mPositions[kIN_PAST_KEY]];
+        output_types[kOUT_PRESENT_VALUE] = input_types[mPositions[kIN_PAST_VALUE]];
         return 0;
     });
 }
@@ -247,101 +147,50 @@ int32_t SkipWriteKVAttentionPlugin::getOutputShapes(nvinfer1::DimsExprs const* i
                                                     nvinfer1::DimsExprs const*, int32_t, nvinfer1::DimsExprs* outputs,
                                                     int32_t nb_outputs, nvinfer1::IExprBuilder&) noexcept {
     return guarded("getOutputShapes", -1, [&] {
-        if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-            refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-                   +kNB_OUTPUTS, ": ", mDescription);
-        outputs[kOUT_ATTENTION] = inputs[mPosition[kIN_QUERY]];
-        outputs[kOUT_PRESENT_KEY] = inputs[mPosition[kIN_PAST_KEY]];
-        outputs[kOUT_PRESENT_VALUE] = inputs[mPosition[kIN_PAST_VALUE]];
+        mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+        outputs[kOUT_ATTENTION] = inputs[mPositions[kIN_QUERY]];
+        outputs[kOUT_PRESENT_KEY] = inputs[mPositions[kIN_PAST_KEY]];
+        outputs[kOUT_PRESENT_VALUE] = inputs[mPositions[kIN_PAST_VALUE]];
         return 0;
     });
 }
 
 bool SkipWriteKVAttentionPlugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* in_out,
                                                            int32_t nb_inputs, int32_t nb_outputs) noexcept {
-    if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS || pos < 0 || pos >= nb_inputs + nb_outputs)
+    if (nb_inputs != mPositions.nbInputs() || nb_outputs != kNB_OUTPUTS || pos < 0 || pos >= nb_inputs + nb_outputs)
         return false;
     PluginTensorDesc const& desc = in_out[pos].desc;
     if (desc.format != TensorFormat::kLINEAR)
         return false;
-    int32_t const what = pos >= nb_inputs
-        ? kNB_INPUTS + pos - nb_inputs
-        : static_cast<int32_t>(std::find(mPosition.begin(), mPosition.end(), pos) - mPosition.begin());
     // Only descriptors up to pos are set; query and past_key stand before all whose type depends on them.
-    DataType const query = in_out[mPosition[kIN_QUERY]].desc.type;
-    DataType const past_key = pos < mPosition[kIN_PAST_KEY] ? desc.type : in_out[mPosition[kIN_PAST_KEY]].desc.type;
-    return typeFits(what, desc.type, query, past_key, mFields);
+    DataType const query = in_out[mPositions[kIN_QUERY]].desc.type;
+    DataType const past_key = pos < mPositions[kIN_PAST_KEY] ? desc.type : in_out[mPositions[kIN_PAST_KEY]].desc.type;
+    return typeFits(mPositions.tensorAt(pos), desc.type, query, past_key, mFields);
 }
 
 template <typename Desc>
-SkipWriteKVAttentionPlugin::Descs SkipWriteKVAttentionPlugin::arrange(Desc const* in, int32_t nb_inputs,
-                                                                      Desc const* out, int32_t nb_outputs) const {
-    if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-        refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-               +kNB_OUTPUTS, ": ", mDescription);
-    Descs descs{};
-    for (int32_t what = 0; what < kNB_INPUTS; ++what)
-        descs[what] = mPosition[what] < 0 ? nullptr : &plain(in[mPosition[what]]);
-    for (int32_t output = 0; output < kNB_OUTPUTS; ++output)
-        descs[kNB_INPUTS + output] = &plain(out[output]);
-    return descs;
+Sizes SkipWriteKVAttentionPlugin::sizesOf(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs,
+                                          bool may_be_dynamic) const {
+    mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+    return checkedSizes(arrange(mPositions, in, out), mFields, may_be_dynamic);
 }
 
-LoraDropAttention SkipWriteKVAttentionPlugin::checkedSizes(Descs const& descs, bool may_be_dynamic) const {
-    std::array<int64_t, std::size(kSYMBOLS)> sizes;
-    sizes.fill(kUNKNOWN_SIZE);
-    for (int32_t what = 0; what < static_cast<int32_t>(descs.size()); ++what) {
-        if (descs[what] == nullptr)
-            continue;
-        PluginTensorDesc const& desc = *descs[what];
-        Expected const expected = expectedOf(what, mFields);
-        if (desc.format != TensorFormat::kLINEAR)
-            refuse(expected.name, " has TensorFormat ", static_cast<int32_t>(desc.format), "; accepted: kLINEAR");
-        if (!typeFits(what, desc.type, descs[kIN_QUERY]->type, descs[kIN_PAST_KEY]->type, mFields))
-            refuse(expected.name, " is ", typeName(desc.type), ", where query is ", typeName(descs[kIN_QUERY]->type),
-                   ", past_key ", typeName(descs[kIN_PAST_KEY]->type), " and has_kv_scale = ", mFields.has_kv_scale);
-        bool fits = desc.dims.nbDims == expected.rank;
-        for (int32_t axis = 0; fits && axis < expected.rank; ++axis) {
-            int64_t const size = desc.dims.d[axis];
-            if (size == kUNKNOWN_SIZE && may_be_dynamic)
-                continue;
-            auto const* const symbol = std::find(std::begin(kSYMBOLS), std::end(kSYMBOLS), expected.sizes[axis]);
-            if (symbol == std::end(kSYMBOLS)) {
-                fits = size == expected.sizes[axis];
-                continue;
-            }
-            int64_t& known = sizes[static_cast<size_t>(symbol - kSYMBOLS)];
-            fits = size >= 0 && size <= std::numeric_limits<int32_t>::max()
-                && (known == kUNKNOWN_SIZE || size == known);
-            known = size;
-        }
-        if (!fits)
-            refuse(expected.name, " is ", shapeText(desc.dims.d, desc.dims.nbDims), "; expected ",
-                   shapeText(expected.sizes, expected.rank), " with B and S of query ",
-                   shapeText(descs[kIN_QUERY]->dims.d, descs[kIN_QUERY]->dims.nbDims), ", C of past_key ",
-                   shapeText(descs[kIN_PAST_KEY]->dims.d, descs[kIN_PAST_KEY]->dims.nbDims));
-    }
+LoraDropAttention SkipWriteKVAttentionPlugin::callOf(Sizes const& sizes) const {
     LoraDropAttention call = callOfFields();
-    call.batch = static_cast<int32_t>(sizes[0]);
-    call.new_tokens = static_cast<int32_t>(sizes[1]);
-    call.slots = static_cast<int32_t>(sizes[2]);
-    call.dtype = kernelType(descs[kIN_QUERY]->type);
-    call.kv_dtype = kernelType(descs[kIN_PAST_KEY]->type);
+    call.batch = sizes.batch;
+    call.new_tokens = sizes.new_tokens;
+    call.slots = sizes.slots;
+    call.dtype = kernelType(sizes.type);
+    call.kv_dtype = kernelType(sizes.cache_type);
     return call;
 }
 
 LoraDropAttention SkipWriteKVAttentionPlugin::largestCall(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                                           DynamicPluginTensorDesc const* out,
                                                           int32_t nb_outputs) const {
-    LoraDropAttention call = checkedSizes(arrange(in, nb_inputs, out, nb_outputs), true);
-    auto const most = [](char const* what, int64_t size) {
-        if (size < 1 || size > std::numeric_limits<int32_t>::max())
-            refuse("the profile's largest ", what, " is ", size, "; accepted: 1 to 2^31 - 1");
-        return static_cast<int32_t>(size);
-    };
-    call.batch = most("batch", in[mPosition[kIN_QUERY]].max.d[0]);
-    call.new_tokens = most("number of new tokens", in[mPosition[kIN_QUERY]].max.d[1]);
-    call.slots = most("number of slots", in[mPosition[kIN_PAST_KEY]].max.d[2]);
+    Sizes const sizes = sizesOf(in, nb_inputs, out, nb_outputs, true);
+    LoraDropAttention call
+        = callOf(largestSizes(sizes, in[mPositions[kIN_QUERY]], in[mPositions[kIN_PAST_KEY]]));
     setStandInPointers(call, mFields);
     if (char const* const problem = lora_drop_attention_problem(&call))
         refuse(problem, "; batch ", call.batch, ", new tokens ", call.new_tokens, ", slots ", call.slots,
@@ -379,7 +228,7 @@ size_t SkipWriteKVAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc cons
 int32_t SkipWriteKVAttentionPlugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs,
                                                   PluginTensorDesc const* out, int32_t nb_outputs) noexcept {
     return guarded("onShapeChange", -1, [&] {
-        checkedSizes(arrange(in, nb_inputs, out, nb_outputs), false);
+        sizesOf(in, nb_inputs, out, nb_outputs, false);
         return 0;
     });
 }
@@ -388,8 +237,9 @@ int32_t SkipWriteKVAttentionPlugin::enqueue(PluginTensorDesc const* input_desc, 
                                             void const* const* inputs, void* const* outputs, void* workspace,
                                             cudaStream_t stream) noexcept {
     return guarded("enqueue", -1, [&] {
-        LoraDropAttention call = checkedSizes(arrange(input_desc, mNbInputs, output_desc, kNB_OUTPUTS), false);
-        auto const pointer = [&](Input what) { return mPosition[what] < 0 ? nullptr : inputs[mPosition[what]]; };
+        LoraDropAttention call
+            = callOf(sizesOf(input_desc, mPositions.nbInputs(), output_desc, kNB_OUTPUTS, false));
+        auto const pointer = [&](Input what) { return mPositions[what] < 0 ? nullptr : inputs[mPositions[what]]; };
         call.query = pointer(kIN_QUERY);
         call.key = pointer(kIN_KEY);
         call.value = pointer(kIN_VALUE);

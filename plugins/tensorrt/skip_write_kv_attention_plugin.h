@@ -1,28 +1,7 @@
 /* TensorRT plugin `SkipWriteKVAttention`, version "1", namespace "lora_drop": the glue between TensorRT and the kernel
  * of kernels/skip_write_kv_attention.h, which says what is computed. Here is only how TensorRT hands it over.
  *
- * Inputs, in this order; an optional one takes no place when its field says that it is absent:
- *
- *     query         [B, S, N·D]    T
- *     key           [B, S, G·D]    T
- *     value         [B, S, G·D]    T
- *     past_key      [B, G, C, D]   K        written in place, is output present_key
- *     past_value    [B, G, C, D]   K        written in place, is output present_value
- *     length        [B]            int64
- *     count         [B]            int64    has_count = 1
- *     cos, sin      [B, S, R/2]    T        rotary_dim > 0
- *     q_norm        [D]            T        has_norm = 1
- *     k_norm        [D]            T        has_norm = 1
- *     k_scale       [G]            float32  has_kv_scale = 1
- *     v_scale       [G]            float32  has_kv_scale = 1
- *
- * Outputs:
- *
- *     attention      [B, S, N·D]   T
- *     present_key    [B, G, C, D]  K        the memory of past_key
- *     present_value  [B, G, C, D]  K        the memory of past_value
- *
- * T is float32, float16 or bfloat16; K is T, or fp8 or int8 with has_kv_scale = 1. All formats are linear.
+ * Inputs and outputs: tensors.h.
  *
  * Fields: fields.h.
  *
@@ -48,7 +27,6 @@
 #include <NvInfer.h>
 #include <NvInferPlugin.h>
 
-#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -56,30 +34,12 @@
 #include "../kernels/skip_write_kv_attention.h"
 #include "fields.h"
 #include "names.h"
+#include "tensors.h"
+#include "types_and_shapes.h"
 
 namespace lora_drop {
 
 constexpr int32_t kFALLBACK_MULTIPROCESSORS = 132;
-
-/// What an input is. Where it stands among a node's inputs: SkipWriteKVAttentionPlugin::position.
-enum Input : int32_t {
-    kIN_QUERY,
-    kIN_KEY,
-    kIN_VALUE,
-    kIN_PAST_KEY,
-    kIN_PAST_VALUE,
-    kIN_LENGTH,
-    kIN_COUNT,
-    kIN_COS,
-    kIN_SIN,
-    kIN_Q_NORM,
-    kIN_K_NORM,
-    kIN_K_SCALE,
-    kIN_V_SCALE,
-    kNB_INPUTS
-};
-
-enum Output : int32_t { kOUT_ATTENTION, kOUT_PRESENT_KEY, kOUT_PRESENT_VALUE, kNB_OUTPUTS };
 
 class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
                                          public nvinfer1::IPluginV3OneCore,
@@ -125,23 +85,18 @@ class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
   private:
-    using Descs = std::array<nvinfer1::PluginTensorDesc const*, kNB_INPUTS + kNB_OUTPUTS>; // null: absent
-
-    /// Descriptors by what they are, from descriptors by where they stand. Throws when their number is wrong.
+    /// Throws std::invalid_argument unless the tensors are those of a node with these fields.
     template <typename Desc>
-    Descs arrange(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs) const;
-    /// The shape checker of configurePlugin (may_be_dynamic: −1 fits any size), onShapeChange and enqueue. Throws
-    /// std::invalid_argument; fills all sizes of a call, sizes that are still unknown with −1.
-    LoraDropAttention checkedSizes(Descs const& descs, bool may_be_dynamic) const;
+    Sizes sizesOf(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs, bool may_be_dynamic) const;
     /// The largest call of a profile, with stand-in pointers. Throws when the kernel would refuse it.
     LoraDropAttention largestCall(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                   nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const;
+    LoraDropAttention callOf(Sizes const& sizes) const;
     LoraDropAttention callOfFields() const;
 
     Fields mFields;
     nvinfer1::TensorRTPhase mPhase;
-    std::array<int32_t, kNB_INPUTS> mPosition{}; // of each Input among the node's inputs; −1: absent
-    int32_t mNbInputs{0};
+    Positions mPositions;
     std::string mDescription; // all fields, as `name=value`
     std::vector<nvinfer1::PluginField> mSerialized;
     nvinfer1::PluginFieldCollection mSerializedCollection{};
