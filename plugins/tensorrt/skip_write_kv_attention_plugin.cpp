@@ -20,48 +20,6 @@ using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using nvinfer1::TensorRTPhase;
 
-// ---- device ---------------------------------------------------------------------------------------------------------
-
-/// SMs of the current device. Without a GPU or driver: the fallback, and no CUDA error left behind.
-int32_t deviceMultiprocessors() noexcept {
-    int device{0};
-    int count{0};
-    if (cudaGetDevice(&device) == cudaSuccess
-        && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0)
-        return count;
-    cudaGetLastError();
-    log(ILogger::Severity::kINFO,
-        "no GPU or no driver; the workspace is planned for " + std::to_string(kFALLBACK_MULTIPROCESSORS) + " SMs");
-    return kFALLBACK_MULTIPROCESSORS;
-}
-
-int32_t kernelType(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT: return LORA_DROP_F32;
-    case DataType::kHALF: return LORA_DROP_F16;
-    case DataType::kBF16: return LORA_DROP_BF16;
-    case DataType::kFP8: return LORA_DROP_F8_E4M3;
-    case DataType::kINT8: return LORA_DROP_I8;
-    default: refuse("the kernel has no ", typeName(type));
-    }
-}
-
-/// Every pointer that these fields call for, as a non-null one: for checks of sizes before there is memory.
-void setStandInPointers(LoraDropAttention& call, Fields const& fields) {
-    alignas(256) static char nowhere[256];
-    call.query = call.key = call.value = nowhere;
-    call.key_cache = call.value_cache = call.output = call.workspace = nowhere;
-    call.length = reinterpret_cast<int64_t const*>(nowhere);
-    if (fields.has_count != 0)
-        call.count = call.length;
-    if (fields.rotary_dim > 0)
-        call.cos = call.sin = nowhere;
-    if (fields.has_norm != 0)
-        call.q_norm = call.k_norm = nowhere;
-    if (fields.has_kv_scale != 0)
-        call.k_scale = call.v_scale = reinterpret_cast<float const*>(nowhere);
-}
-
 } // namespace
 
 // ---- plugin ---------------------------------------------------------------------------------------------------------
@@ -71,28 +29,7 @@ SkipWriteKVAttentionPlugin::SkipWriteKVAttentionPlugin(Fields const& fields, Ten
     if (mFields.multiprocessors == 0)
         mFields.multiprocessors = deviceMultiprocessors();
     mDescription = describe(mFields);
-    // What the kernel itself refuses, as early as possible
-    LoraDropAttention call = callOfFields();
-    call.batch = call.new_tokens = call.slots = 1;
-    call.dtype = LORA_DROP_F32;
-    call.kv_dtype = fields.has_kv_scale != 0 ? LORA_DROP_I8 : LORA_DROP_F32;
-    setStandInPointers(call, fields);
-    if (char const* const problem = lora_drop_attention_problem(&call))
-        refuse(problem, "; the fields are ", mDescription);
-}
-
-LoraDropAttention SkipWriteKVAttentionPlugin::callOfFields() const {
-    LoraDropAttention call{};
-    call.heads = mFields.heads;
-    call.kv_heads = mFields.kv_heads;
-    call.head_dim = mFields.head_dim;
-    call.rotary_dim = mFields.rotary_dim;
-    call.interleaved = mFields.interleaved;
-    call.window = mFields.window;
-    call.scale = mFields.scale;
-    call.softcap = mFields.softcap;
-    call.norm_epsilon = mFields.norm_epsilon;
-    return call;
+    requireKernelTakes(mFields); // as early as possible
 }
 
 nvinfer1::IPluginCapability*
@@ -175,33 +112,18 @@ Sizes SkipWriteKVAttentionPlugin::sizesOf(Desc const* in, int32_t nb_inputs, Des
     return checkedSizes(arrange(mPositions, in, out), mFields, may_be_dynamic);
 }
 
-LoraDropAttention SkipWriteKVAttentionPlugin::callOf(Sizes const& sizes) const {
-    LoraDropAttention call = callOfFields();
-    call.batch = sizes.batch;
-    call.new_tokens = sizes.new_tokens;
-    call.slots = sizes.slots;
-    call.dtype = kernelType(sizes.type);
-    call.kv_dtype = kernelType(sizes.cache_type);
-    return call;
-}
-
-LoraDropAttention SkipWriteKVAttentionPlugin::largestCall(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
-                                                          DynamicPluginTensorDesc const* out,
-                                                          int32_t nb_outputs) const {
+Sizes SkipWriteKVAttentionPlugin::largestSizesOf(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                                                 DynamicPluginTensorDesc const* out, int32_t nb_outputs) const {
     Sizes const sizes = sizesOf(in, nb_inputs, out, nb_outputs, true);
-    LoraDropAttention call
-        = callOf(largestSizes(sizes, in[mPositions[kIN_QUERY]], in[mPositions[kIN_PAST_KEY]]));
-    setStandInPointers(call, mFields);
-    if (char const* const problem = lora_drop_attention_problem(&call))
-        refuse(problem, "; batch ", call.batch, ", new tokens ", call.new_tokens, ", slots ", call.slots,
-               ", the fields are ", mDescription);
-    return call;
+    Sizes const largest = largestSizes(sizes, in[mPositions[kIN_QUERY]], in[mPositions[kIN_PAST_KEY]]);
+    requireKernelTakes(mFields, largest);
+    return largest;
 }
 
 int32_t SkipWriteKVAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                                     DynamicPluginTensorDesc const* out, int32_t nb_outputs) noexcept {
     return guarded("configurePlugin", -1, [&] {
-        largestCall(in, nb_inputs, out, nb_outputs);
+        largestSizesOf(in, nb_inputs, out, nb_outputs);
         return 0;
     });
 }
@@ -212,16 +134,7 @@ size_t SkipWriteKVAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc cons
     // What configurePlugin would refuse must not pass for a plugin without workspace: it fits no device.
     constexpr size_t kIMPOSSIBLE = size_t{1} << 62;
     return guarded("getWorkspaceSize", kIMPOSSIBLE, [&] {
-        // A large problem fills the device without cutting the slots into pieces and may need nothing, a small one is
-        // cut: the largest workspace is not the largest problem's. More slots only make more pieces.
-        LoraDropAttention call = largestCall(in, nb_inputs, out, nb_outputs);
-        int32_t const batch = call.batch;
-        int32_t const new_tokens = call.new_tokens;
-        size_t bytes{0};
-        for (call.batch = 1; call.batch <= batch; ++call.batch)
-            for (call.new_tokens = 1; call.new_tokens <= new_tokens; ++call.new_tokens)
-                bytes = std::max(bytes, lora_drop_workspace_bytes(&call, mFields.multiprocessors));
-        return bytes;
+        return largestWorkspaceBytes(mFields, largestSizesOf(in, nb_inputs, out, nb_outputs));
     });
 }
 
@@ -233,49 +146,49 @@ int32_t SkipWriteKVAttentionPlugin::onShapeChange(PluginTensorDesc const* in, in
     });
 }
 
+LoraDropAttention SkipWriteKVAttentionPlugin::callWithPointers(Sizes const& sizes, void const* const* inputs,
+                                                               void* const* outputs, void* workspace) const {
+    LoraDropAttention call = callOf(mFields, sizes);
+    auto const pointer = [&](Input input) { return mPositions[input] < 0 ? nullptr : inputs[mPositions[input]]; };
+    call.query = pointer(kIN_QUERY);
+    call.key = pointer(kIN_KEY);
+    call.value = pointer(kIN_VALUE);
+    call.cos = pointer(kIN_COS);
+    call.sin = pointer(kIN_SIN);
+    call.q_norm = pointer(kIN_Q_NORM);
+    call.k_norm = pointer(kIN_K_NORM);
+    call.k_scale = static_cast<float const*>(pointer(kIN_K_SCALE));
+    call.v_scale = static_cast<float const*>(pointer(kIN_V_SCALE));
+    call.length = static_cast<int64_t const*>(pointer(kIN_LENGTH));
+    call.count = static_cast<int64_t const*>(pointer(kIN_COUNT));
+    call.key_cache = outputs[kOUT_PRESENT_KEY];
+    call.value_cache = outputs[kOUT_PRESENT_VALUE];
+    call.output = outputs[kOUT_ATTENTION];
+    call.workspace = workspace;
+    return call;
+}
+
 int32_t SkipWriteKVAttentionPlugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc const* output_desc,
                                             void const* const* inputs, void* const* outputs, void* workspace,
                                             cudaStream_t stream) noexcept {
     return guarded("enqueue", -1, [&] {
-        LoraDropAttention call
-            = callOf(sizesOf(input_desc, mPositions.nbInputs(), output_desc, kNB_OUTPUTS, false));
-        auto const pointer = [&](Input what) { return mPositions[what] < 0 ? nullptr : inputs[mPositions[what]]; };
-        call.query = pointer(kIN_QUERY);
-        call.key = pointer(kIN_KEY);
-        call.value = pointer(kIN_VALUE);
-        call.cos = pointer(kIN_COS);
-        call.sin = pointer(kIN_SIN);
-        call.q_norm = pointer(kIN_Q_NORM);
-        call.k_norm = pointer(kIN_K_NORM);
-        call.k_scale = static_cast<float const*>(pointer(kIN_K_SCALE));
-        call.v_scale = static_cast<float const*>(pointer(kIN_V_SCALE));
-        call.length = static_cast<int64_t const*>(pointer(kIN_LENGTH));
-        call.count = static_cast<int64_t const*>(pointer(kIN_COUNT));
-        call.key_cache = outputs[kOUT_PRESENT_KEY];
-        call.value_cache = outputs[kOUT_PRESENT_VALUE];
-        call.output = outputs[kOUT_ATTENTION];
-        call.workspace = workspace;
-        if (call.key_cache != pointer(kIN_PAST_KEY) || call.value_cache != pointer(kIN_PAST_VALUE)) {
+        Sizes const sizes = sizesOf(input_desc, mPositions.nbInputs(), output_desc, kNB_OUTPUTS, false);
+        LoraDropAttention const call = callWithPointers(sizes, inputs, outputs, workspace);
+        void const* const past_key = inputs[mPositions[kIN_PAST_KEY]];
+        void const* const past_value = inputs[mPositions[kIN_PAST_VALUE]];
+        if (call.key_cache != past_key || call.value_cache != past_value) {
             if (mPhase == TensorRTPhase::kBUILD) { // the builder's timing runs, on scratch memory: see the header
                 log(ILogger::Severity::kVERBOSE, "enqueue: past and present differ; nothing was launched");
                 return 0;
             }
-            refuse("past_key ", pointer(kIN_PAST_KEY), ", present_key ", call.key_cache, ", past_value ",
-                   pointer(kIN_PAST_VALUE), ", present_value ", call.value_cache,
+            refuse("past_key ", past_key, ", present_key ", call.key_cache, ", past_value ", past_value,
+                   ", present_value ", call.value_cache,
                    " must be one address for keys and one for values: the cache is updated in place. ",
                    mFields.alias != 0 ? "Hint: build with PreviewFeature::kALIASED_PLUGIN_IO_10_03, or bind both names "
                                         "to one buffer (alias=1)."
                                       : "Hint: bind both names to one buffer (alias=0).");
         }
-        if (char const* const problem = lora_drop_attention_problem(&call))
-            refuse(problem, "; the fields are ", mDescription);
-        // TensorRT does not say what it gave; getWorkspaceSize asked for the most that any call of the profile needs.
-        size_t const workspace_bytes = lora_drop_workspace_bytes(&call, mFields.multiprocessors);
-        if (workspace_bytes > 0 && workspace == nullptr)
-            refuse("no workspace, where ", workspace_bytes, " bytes are needed");
-        int const status = lora_drop_attention(&call, workspace_bytes, mFields.multiprocessors, stream);
-        if (status != cudaSuccess)
-            refuse("CUDA error ", status, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+        launch(call, mFields, stream);
         return 0;
     });
 }

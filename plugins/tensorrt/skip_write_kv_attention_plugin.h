@@ -32,14 +32,13 @@
 #include <vector>
 
 #include "../kernels/skip_write_kv_attention.h"
+#include "device.h"
 #include "fields.h"
 #include "names.h"
 #include "tensors.h"
 #include "types_and_shapes.h"
 
 namespace lora_drop {
-
-constexpr int32_t kFALLBACK_MULTIPROCESSORS = 132;
 
 class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
                                          public nvinfer1::IPluginV3OneCore,
@@ -88,11 +87,11 @@ class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
     /// Throws std::invalid_argument unless the tensors are those of a node with these fields.
     template <typename Desc>
     Sizes sizesOf(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs, bool may_be_dynamic) const;
-    /// The largest call of a profile, with stand-in pointers. Throws when the kernel would refuse it.
-    LoraDropAttention largestCall(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
-                                  nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const;
-    LoraDropAttention callOf(Sizes const& sizes) const;
-    LoraDropAttention callOfFields() const;
+    /// The sizes of a profile's largest call. Throws when the kernel would refuse it.
+    Sizes largestSizesOf(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                         nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const;
+    LoraDropAttention callWithPointers(Sizes const& sizes, void const* const* inputs, void* const* outputs,
+                                       void* workspace) const;
 
     Fields mFields;
     nvinfer1::TensorRTPhase mPhase;
