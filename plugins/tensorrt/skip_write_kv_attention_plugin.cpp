@@ -1,16 +1,8 @@
 #include "skip_write_kv_attention_plugin.h"
 
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <limits>
-#include <sstream>
-#include <stdexcept>
-
 #include "log.h"
 
 namespace lora_drop {
-namespace {
 
 using nvinfer1::DataType;
 using nvinfer1::DynamicPluginTensorDesc;
@@ -19,10 +11,6 @@ using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using nvinfer1::TensorRTPhase;
-
-} // namespace
-
-// ---- plugin ---------------------------------------------------------------------------------------------------------
 
 SkipWriteKVAttentionPlugin::SkipWriteKVAttentionPlugin(Fields const& fields, TensorRTPhase phase)
     : mFields{fields}, mPhase{phase}, mPositions{fields} {
@@ -193,34 +181,4 @@ int32_t SkipWriteKVAttentionPlugin::enqueue(PluginTensorDesc const* input_desc, 
     });
 }
 
-// ---- creator --------------------------------------------------------------------------------------------------------
-
-SkipWriteKVAttentionCreator::SkipWriteKVAttentionCreator() : mNames{advertisedFields()} {
-    mCollection = {static_cast<int32_t>(mNames.size()), mNames.data()};
-}
-
-nvinfer1::IPluginV3* SkipWriteKVAttentionCreator::createPlugin(char const* name, PluginFieldCollection const* fields,
-                                                               TensorRTPhase phase) noexcept {
-    return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
-        try {
-            return new SkipWriteKVAttentionPlugin{parseFields(fields), phase};
-        } catch (std::invalid_argument const& error) {
-            refuse("`", name == nullptr ? "" : name, "`: ", error.what());
-        }
-    });
-}
-
 } // namespace lora_drop
-
-extern "C" {
-
-nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators) {
-    static lora_drop::SkipWriteKVAttentionCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    nb_creators = 1;
-    return creators;
-}
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { lora_drop::setFinder(finder); }
-
-} // extern "C"

@@ -1,9 +1,18 @@
 /* TensorRT plugin `SkipWriteKVAttention`, version "1", namespace "lora_drop": the glue between TensorRT and the kernel
  * of kernels/skip_write_kv_attention.h, which says what is computed. Here is only how TensorRT hands it over.
  *
- * Inputs and outputs: tensors.h.
+ * The parts, each without knowledge of those after it:
  *
- * Fields: fields.h.
+ *     log.h                               messages and refusals
+ *     fields.h                            the fields, and the ONNX attributes that they are
+ *     tensors.h                           the inputs and outputs: type and shape of each, their order
+ *     types_and_shapes.h                  the checker of types and shapes
+ *     device.h                            what the kernel is told and asked, its launch
+ *     this file                           TensorRT's questions, each answered from the parts above
+ *     skip_write_kv_attention_creator.h   how TensorRT finds the plugin
+ *
+ * Enter: Fields; descriptors, pointers and a stream of TensorRT. Leave: answers, and work on the stream. What the kernel
+ * computes, and which of its sizes are possible, is not known here.
  *
  * In place. The kernel updates the cache and copies nothing, so past and present must be one address:
  *
@@ -24,9 +33,9 @@
 #ifndef LORA_DROP_SKIP_WRITE_KV_ATTENTION_PLUGIN_H
 #define LORA_DROP_SKIP_WRITE_KV_ATTENTION_PLUGIN_H
 
-#include <NvInfer.h>
-#include <NvInferPlugin.h>
+#include <NvInferRuntime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -101,27 +110,5 @@ class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::PluginFieldCollection mSerializedCollection{};
 };
 
-class SkipWriteKVAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
-  public:
-    SkipWriteKVAttentionCreator();
-    char const* getPluginName() const noexcept override { return kPLUGIN_NAME; }
-    char const* getPluginVersion() const noexcept override { return kPLUGIN_VERSION; }
-    char const* getPluginNamespace() const noexcept override { return kPLUGIN_NAMESPACE; }
-    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &mCollection; }
-    /// Null, with the reason in the log, for a field that is missing, unknown, of another type or of another value.
-    nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
-                                      nvinfer1::TensorRTPhase phase) noexcept override;
-
-  private:
-    std::vector<nvinfer1::PluginField> mNames;
-    nvinfer1::PluginFieldCollection mCollection{};
-};
-
 } // namespace lora_drop
-
-/// The two symbols that TensorRT's IPluginRegistry::loadLibrary looks for.
-extern "C" {
-__attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
-__attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
-}
 #endif
