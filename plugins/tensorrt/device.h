@@ -1,7 +1,7 @@
 /* The way to the kernel: what it is told of a call, whether it takes it, how much workspace it needs, its launch.
  *
- * Enter: Fields, the Sizes of a call, its pointers. Leave: the multiprocessors of the device, bytes of workspace, work on
- * a stream; or a refusal. Nothing here knows TensorRT's descriptors or where a tensor stands among a node's.
+ * Enter: Fields, the Sizes of a call, its pointers. Leave: the multiprocessors of the device, bytes of workspace, work
+ * on a stream; or a refusal. Nothing here knows TensorRT's descriptors or where a tensor stands among a node's.
  */
 #ifndef LORA_DROP_PLUGIN_DEVICE_H
 #define LORA_DROP_PLUGIN_DEVICE_H

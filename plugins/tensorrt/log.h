@@ -1,7 +1,7 @@
 /* Messages and refusals. A refusal is an exception inside the plugin and a logged message towards TensorRT.
  *
- * Enter: the parts of a message; the logger finder that TensorRT hands over. Leave: lines in TensorRT's log, or warnings
- * and errors on stderr before a finder is known. Nothing here knows fields, tensors or the kernel.
+ * Enter: the parts of a message; the logger finder that TensorRT hands over. Leave: lines in TensorRT's log; where
+ * there is none, warnings and errors on stderr. Nothing here knows fields, tensors or the kernel.
  */
 #ifndef LORA_DROP_PLUGIN_LOG_H
 #define LORA_DROP_PLUGIN_LOG_H

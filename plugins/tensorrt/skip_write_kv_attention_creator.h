@@ -1,7 +1,7 @@
 /* The creator of SkipWriteKVAttentionPlugin and the two symbols of this library: TensorRT's ways in.
  *
- * Enter: a node's name and fields, the phase; TensorRT's logger finder. Leaves: a plugin, or null with the reason in the
- * log. Nothing here knows tensors or the device.
+ * Enter: a node's name and fields, the phase; TensorRT's logger finder. Leaves: a plugin, or null with the reason in
+ * the log. Nothing here knows tensors or the device.
  */
 #ifndef LORA_DROP_SKIP_WRITE_KV_ATTENTION_CREATOR_H
 #define LORA_DROP_SKIP_WRITE_KV_ATTENTION_CREATOR_H

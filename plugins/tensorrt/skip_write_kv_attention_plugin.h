@@ -11,8 +11,8 @@
  *     this file                           TensorRT's questions, each answered from the parts above
  *     skip_write_kv_attention_creator.h   how TensorRT finds the plugin
  *
- * Enter: Fields; descriptors, pointers and a stream of TensorRT. Leave: answers, and work on the stream. What the kernel
- * computes, and which of its sizes are possible, is not known here.
+ * Enter: Fields; descriptors, pointers and a stream of TensorRT. Leave: answers, and work on the stream. Nothing here
+ * knows what the kernel computes or which sizes it takes.
  *
  * In place. The kernel updates the cache and copies nothing, so past and present must be one address:
  *
