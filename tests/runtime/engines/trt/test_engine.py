@@ -22,12 +22,12 @@ import pytest
 from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.request import Request
-from lora_drop_runtime.engines.engine import bfloat16_from_float32
+from lora_drop_runtime.dtypes import BY_TENSORRT, bfloat16_from_float32, float32_from_bfloat16
 from lora_drop_runtime.engines.trt import cuda_device as cuda_device_module
 from lora_drop_runtime.engines.trt import engine as engine_trt
 from lora_drop_runtime.engines.trt import library as trt_library
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
-from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine, _Step, float32_from_bfloat16
+from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine, _Step
 from lora_drop_runtime.engines.trt.io_check import EngineTensor, io_problems
 from lora_drop_runtime.engines.trt.library import error_logger
 from lora_drop_runtime.errors import NoDeviceError
@@ -755,7 +755,7 @@ def test_networks_that_tensorrt_rtx_parses_have_the_tables_inputs_and_outputs(bu
         proto = onnx.load(made.root / entry["graphs"][kind.value], load_external_data=False)
         _, network = builder.parse(proto)
         tensors = [
-            EngineTensor(tensor.name, trt_library._DTYPES[tensor.dtype.name], tuple(tensor.shape), is_input)
+            EngineTensor(tensor.name, BY_TENSORRT[tensor.dtype.name].name, tuple(tensor.shape), is_input)
             for get, count, is_input in (
                 (network.get_input, network.num_inputs, True),
                 (network.get_output, network.num_outputs, False),
