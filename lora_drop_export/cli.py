@@ -10,12 +10,11 @@ from pathlib import Path
 from lora_drop_runtime.bundle.adapters import read_adapter_config
 from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
+from lora_drop_runtime.dtypes import BY_SHORT, long_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     target.add_argument(
         "--dtype",
-        metavar="|".join(DTYPES),
+        metavar="|".join(BY_SHORT),
         help="of weights and activations; default fp32 on the CPU, else the checkpoint's. int4, int8: of the linear "
         "layers' weights and the embedding, for ort on the CPU",
     )
@@ -197,7 +196,7 @@ def _export(arguments: Sequence[str]) -> None:
         adapters=args.adapters,
         rank=args.rank,
         targets=tuple(args.target or args.add_target or ["ort"]),
-        dtype=DTYPES.get(args.dtype, args.dtype),
+        dtype=long_name(args.dtype),
         quantization=args.quantization,
         block_size=args.block_size,
         kv_dtype=args.kv_dtype,

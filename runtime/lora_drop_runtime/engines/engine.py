@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 Array = npt.NDArray[Any]
 Step = Callable[[], None]
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 class Buffer(Protocol):
@@ -46,7 +46,7 @@ class DeviceBuffer:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * BY_NAME[self.dtype].size_bytes
 
     def __getitem__(self, rows: slice) -> DeviceBuffer:
         begin, end, step = rows.indices(self.shape[0])
@@ -119,19 +119,6 @@ def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> M
                 "smaller --k.",
             )
     return {f"slots_{group}": capacity for group, capacity in capacities.items()}
-
-
-def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = values.view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def in_dtype(array: Array, dtype: str) -> Array:
-    """Values in a model's dtype, bfloat16 as its bits."""
-    values = np.ascontiguousarray(array, np.float32)
-    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)
 
 
 def constant_adapters() -> InputError:

@@ -28,15 +28,14 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS, JOINED_TARGET, LORA_STEP
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
+from lora_drop_runtime.dtypes import BY_NAME, in_dtype
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
 from .providers import PROVIDERS, check_runs, check_version, no_device, rtx_device
 from .session_options import packs_weights, session_options
-
-_ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
 def _trim_heap() -> None:
@@ -185,7 +184,7 @@ class OrtEngine:
                         hosts.append(arguments)
                 else:
                     assert self._memory is not None
-                    element = _ONNX_DTYPES[buffer.dtype]
+                    element = BY_NAME[buffer.dtype].onnx
                     bind(name, self._memory.device_type, 0, element, buffer.shape, buffer.address)
         kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
@@ -219,7 +218,7 @@ class OrtEngine:
             raise constant_adapters()
         else:
             create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-            values = {name: create(array, _ONNX_DTYPES[dtype]) for name, array in replaced.items()}
+            values = {name: create(array, BY_NAME[dtype].onnx) for name, array in replaced.items()}
             self._sessions.clear()  # both would hold the weights
             self._open_all(values)
 

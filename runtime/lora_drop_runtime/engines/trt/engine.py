@@ -30,7 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
+from lora_drop_runtime.dtypes import float32_from_bfloat16, in_dtype
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
 from lora_drop_runtime.errors import BundleError, NoDeviceError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -44,10 +45,6 @@ ALIGNMENT = 256  # of every address that TensorRT takes
 
 def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 class TrtEngine:
