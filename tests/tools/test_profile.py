@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile import profile
@@ -177,7 +178,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {**FAMILIES, "uneven": uneven
 
 def make_scoring(model: PreTrainedModel, policy: str, k: int = K) -> Scoring:
     layout = Layout.of(WINDOW, PROMPT, PeriodicSchedule(k))
-    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, policy)
+    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, POLICIES[policy])
 
 
 def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], policy: str, k: int = K) -> float:
