@@ -12,7 +12,9 @@ from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, BLOCK_SIZES, QUAN
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
 from lora_drop_runtime.dtypes import BY_SHORT, long_name
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
 
@@ -182,7 +184,7 @@ def _export(arguments: Sequence[str]) -> None:
     if drop_list is not None:
         layers = drop_list.layers
         fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
-        warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
+        warn_of_base(drop_list, args.surrogate or fitted_for or DEFAULT_SURROGATE)
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,

@@ -13,7 +13,9 @@ from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, rea
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, MODEL_SAFETENSORS
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.gguf import GgufTensor
@@ -66,10 +68,10 @@ def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
         num_layers=len(traced.windows),
         drop_layers=layers,
         k=options.k,
-        surrogate=surrogate or SURROGATES[0],
+        surrogate=surrogate or DEFAULT_SURROGATE,
         injection=injection or INJECTIONS[0],
         rank=rank if layers else 0,
-        policy=policy or POLICIES[0],
+        policy=policy or DEFAULT_POLICY,
         always_first=options.always_first,
         always_last=options.always_last,
         windowed_layers=windowed,

@@ -7,12 +7,8 @@ Two cache groups, both compact (slot = tokens this layer has written in this row
     kept layers      one slot per token                          length `len_kept`
     dropped layers   one slot per prompt token and per refresh   length `len_dropped`
 
-A LoRA step neither reads nor writes a dropped layer's cache. A refresh then follows one of two policies:
-
-    skip (the paper)   it runs one token and leaves the holes
-    backfill           it runs all tokens since the last refresh again, at their positions: what LoRA steps wrote into
-                       kept layers is overwritten, holes are filled, and every cache is the full model's;
-                       `len_dropped` then counts the exact tokens, and dropped layers have as many slots as kept ones
+A LoRA step neither reads nor writes a dropped layer's cache. A refresh then follows a policy (plan/policy.py): it may
+run tokens of the LoRA steps before it again, which fills their holes; `len_dropped` counts them as well.
 """
 
 from __future__ import annotations
@@ -31,9 +27,10 @@ from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import policy_named
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
-from .checks import check_policy, token_mask
+from .checks import token_mask
 from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
 
@@ -64,11 +61,9 @@ class Session:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
-        policy = policy or bundle.manifest.plan.policy
-        check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
-        self.policy = policy
+        self.policy = policy_named(policy or bundle.manifest.plan.policy).name
         self._engine: Engine | None = engine
         self._request: Request | None = None
         self._requests_begun = 0
@@ -90,8 +85,8 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
-            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill` (above);
-                the bundle's own when None.
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill`
+                (plan/policy.py); the bundle's own when None.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
@@ -102,7 +97,7 @@ class Session:
         """
         bundle = Bundle.open(path)
         schedule = _schedule(bundle.manifest.plan.k if k is None else k)
-        check_policy(policy or bundle.manifest.plan.policy)
+        policy_named(policy or bundle.manifest.plan.policy)  # refused before an engine is made
         if threads is not None and threads < 1:
             raise InputError(
                 "The number of threads must be positive.",
@@ -276,7 +271,7 @@ class Session:
         ids = np.where(token_mask(ids, lens), ids, 0)
         self._request = None  # frees its caches; an interrupted prefill leaves no half request
         self._requests_begun += 1
-        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
+        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, policy_named(self.policy))
         request.prefill(ids, lens)
         self._request = request
 
@@ -342,7 +337,7 @@ class Session:
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request.
 
-        Under `backfill` dropped layers have as many entries as kept ones after every refresh: nothing is saved.
+        Where a policy leaves no holes, dropped layers have as many entries as kept ones: nothing is saved.
         """
         request = self._request
         if request is None:

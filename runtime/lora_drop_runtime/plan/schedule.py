@@ -43,8 +43,3 @@ class PeriodicSchedule:
 
     def kind(self, step: int) -> StepKind:
         return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA
-
-
-def count_refreshes(schedule: Schedule, steps: int) -> int:
-    """Number of refreshes among decode steps 1 … `steps`."""
-    return sum(schedule.kind(step) is StepKind.REFRESH for step in range(1, steps + 1))
