@@ -10,7 +10,7 @@ from lora_drop_runtime.plan.surrogate import Base
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests import oracle
+from tests.support import oracle
 
 
 class HistoryRow(oracle.Row):

@@ -19,7 +19,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base, SurrogateForm
 
 from lora_drop_export.check.verify import compare
-from tests.bundles import PROMPTS, family, make_bundle, save_adapters
+from tests.support.bundles import PROMPTS, family, make_bundle, save_adapters
 from tests.support.history import decode_row, history_plan, random_matrices
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order

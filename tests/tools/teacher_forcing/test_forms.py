@@ -17,8 +17,8 @@ from lora_drop_tools.profile.measures import layer_figures
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout, check_policy
 
-from tests.models import FAMILIES
 from tests.support.history import decode_row, history_plan, random_matrices
+from tests.support.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 19
