@@ -23,7 +23,7 @@ from lora_drop_tools.shared import costs
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.target import static_slots
-from tests.runtime.fake_engine import FakeEngine, open_session
+from tests.support.fake_engine import FakeEngine, open_session
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
 
