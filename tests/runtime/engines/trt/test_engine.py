@@ -25,11 +25,16 @@ from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.dtypes import BY_TENSORRT, bfloat16_from_float32, float32_from_bfloat16
 from lora_drop_runtime.engines.trt import cuda_device as cuda_device_module
 from lora_drop_runtime.engines.trt import engine as engine_trt
+from lora_drop_runtime.engines.trt import io_check
 from lora_drop_runtime.engines.trt import library as trt_library
+from lora_drop_runtime.engines.trt import plans as plans_module
+from lora_drop_runtime.engines.trt import plugin as plugin_module
+from lora_drop_runtime.engines.trt import step as step_module
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
-from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine, _Step
+from lora_drop_runtime.engines.trt.engine import DeviceBuffer, TrtEngine
 from lora_drop_runtime.engines.trt.io_check import EngineTensor, io_problems
 from lora_drop_runtime.engines.trt.library import error_logger
+from lora_drop_runtime.engines.trt.step import EngineStep
 from lora_drop_runtime.errors import NoDeviceError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
@@ -158,7 +163,7 @@ def test_greedy_copies_one_token_and_sampling_the_logits(bundle: Bundle) -> None
     session, engine, _ = open_device_session(bundle)
     with session, Session.open(bundle.root, target="ort", threads=1) as other:
         session.generate(RAGGED, 5, sampling=SamplingOptions(top_k=3, top_p=0.5))  # of no effect at temperature 0
-        assert not any(name.startswith("read") for name in engine._pinned)
+        assert not any(name.startswith("read") for name in engine._memory._pinned)
         for options in (
             SamplingOptions(temperature=3.0, seed=1),
             SamplingOptions(repetition_penalty=1.3),
@@ -167,7 +172,7 @@ def test_greedy_copies_one_token_and_sampling_the_logits(bundle: Bundle) -> None
             ours = session.generate(RAGGED, 12, sampling=options)
             theirs = other.generate(RAGGED, 12, sampling=options)
             assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
-        assert any(name.startswith("read") for name in engine._pinned)
+        assert any(name.startswith("read") for name in engine._memory._pinned)
 
 
 def test_finished_rows_do_not_advance(bundle: Bundle) -> None:
@@ -245,7 +250,7 @@ def test_one_scratch_block_for_all_contexts(bundle: Bundle) -> None:
         session.generate(RAGGED, 9)
         assert cuda.mallocs.count(5000) == 1  # the larger need of the two engines
         assert 3000 not in cuda.mallocs
-        assert {context.memory for context in cuda.users} == {(engine._scratch, 5000)}
+        assert {context.memory for context in cuda.users} == {(engine._plans.scratch, 5000)}
         assert {context.engine.kind for context in cuda.users} == {LORA, REFRESH}
 
 
@@ -303,7 +308,7 @@ def test_a_slice_of_a_buffer_is_a_view() -> None:
 def test_one_graph_per_step_kind_batch_and_side_of_the_state(bundles, name: str, graphs: int) -> None:
     session, engine, cuda = open_device_session(bundles(name))
     with session:
-        trt = engine._trt
+        trt = engine._plans._trt
         session.generate(RAGGED, 12, k=2)
         assert engine.captures == len(cuda.executables) == graphs
         made = trt.contexts_made, cuda.calls["cudaMalloc"], cuda.calls["cudaHostRegister"]
@@ -437,7 +442,7 @@ def test_an_interrupted_step_can_be_repeated(bundle: Bundle, monkeypatch, at: st
         session.prefill(*padded(RAGGED), max_new_tokens=len(FORCED) + 1)
         if at == "enqueue":
             engine._drop_steps()
-            monkeypatch.setattr(_Step, "_enqueue", interrupting(_Step._enqueue))
+            monkeypatch.setattr(EngineStep, "_enqueue", interrupting(EngineStep._enqueue))
         else:
             monkeypatch.setattr(CudaDevice, "launch", interrupting(CudaDevice.launch))
         for tokens, logits in zip(FORCED, expected[1:], strict=True):
@@ -828,7 +833,7 @@ def _dropped_off_by_one(request: Any) -> None:
 
 def _without_copy_of(name: str) -> tuple[Any, str, Any]:
     """The step no longer copies a host array in, once it has run a first time."""
-    enqueue = _Step._enqueue
+    enqueue = EngineStep._enqueue
 
     def changed(self: Any) -> None:
         address = self._addresses.get(name)
@@ -836,7 +841,7 @@ def _without_copy_of(name: str) -> tuple[Any, str, Any]:
             self._copies_in = [copy for copy in self._copies_in if copy[0] != address]
         enqueue(self)
 
-    return _Step, "_enqueue", changed
+    return EngineStep, "_enqueue", changed
 
 
 def _one_side(self: Any, token_ids: Any, active: Any, step: Any = Request.step) -> None:
@@ -986,7 +991,9 @@ def test_tensorrt_classes_have_what_the_fakes_have() -> None:
         "IPluginRegistry": fake_trt.FakePluginRegistry,
         "ILogger": fake_trt.ILogger,
     }
-    source = "".join(map(inspect.getsource, (engine_trt, trt_library)))
+    source = "".join(
+        map(inspect.getsource, (engine_trt, io_check, plans_module, plugin_module, step_module, trt_library))
+    )
     checked = 0
     for name, fake in pairs.items():
         for member, value in vars(fake).items():
