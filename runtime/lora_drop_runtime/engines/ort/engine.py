@@ -59,6 +59,8 @@ class OrtEngine:
         BundleError: the provider cannot run the target's graphs.
     """
 
+    warms_up = False
+
     def __init__(
         self,
         bundle: Bundle,
