@@ -64,12 +64,15 @@ class Engine(Protocol):
             with NaN or +∞ among its logits.
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
+        warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
+            its opening.
     """
 
     target: str
     chooses_tokens: bool
     prefill_chunk: int | None
     batched_chunks: bool
+    warms_up: bool
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         """The cache slots to allocate for a request that needs `slots_kept` and `slots_dropped` of them.
@@ -96,7 +99,13 @@ class Engine(Protocol):
         ...
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        """Use other adapter matrices (A, s·B) from now on; prepared LoRA steps are void."""
+        """Use other adapter matrices (A, s·B) from now on; prepared steps are void.
+
+        Raises:
+            InputError: the engine's adapters are constants.
+            BundleError: it cannot take them; those from before go on working, or if they cannot be had again, every
+                later step says so.
+        """
         ...
 
     def notes(self) -> list[str]:

@@ -43,3 +43,8 @@ class PeriodicSchedule:
 
     def kind(self, step: int) -> StepKind:
         return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA
+
+
+def as_schedule(k: int | Schedule) -> Schedule:
+    """A window as a schedule; anything with a `kind` is one already."""
+    return k if hasattr(k, "kind") else PeriodicSchedule(k)

@@ -23,9 +23,9 @@ from lora_drop_tools.shared import costs
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.target import static_slots
-from tests.support.fake_engine import FakeEngine, open_session
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
+from tests.support.fake_engine import FakeEngine, open_session
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
