@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
+from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
 from lora_drop_runtime.errors import BundleError, NoDeviceError
 from lora_drop_runtime.plan.schedule import StepKind
@@ -75,8 +76,10 @@ class TrtEngine:
     def __init__(self, bundle: Bundle, target: str, *, trt: Any = None, device: CudaDevice | None = None) -> None:
         self.target = target
         self._bundle = bundle
-        self._entry = bundle.target(target)[1]
-        self.prefill_chunk: int | None = self._entry["prefill_chunk"]
+        entry = bundle.target(target)[1]
+        assert isinstance(entry, TrtEntry)
+        self._entry = entry
+        self.prefill_chunk: int | None = entry.prefill_chunk
         self.capture_note = ""
         self.captures = 0
         self._engines: dict[StepKind, Any] = {}
@@ -100,9 +103,9 @@ class TrtEngine:
             raise
 
     def _open(self) -> None:
-        built_for = self._entry["compute_capabilities"]
+        built_for = self._entry.compute_capabilities
         capability = self._device.compute_capability
-        newer = self._entry.get("hardware_compatible") and int(capability.partition(".")[0]) >= 8
+        newer = self._entry.hardware_compatible and int(capability.partition(".")[0]) >= 8
         if capability not in built_for and not newer:
             raise NoDeviceError(
                 "The engines were built for other GPUs than the one here.",
@@ -111,9 +114,9 @@ class TrtEngine:
             )
         self._logger = error_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
-        if self._entry.get("version_compatible"):
+        if self._entry.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such an engine brings the runtime of its own version
-        if self._entry["form"] == "plugin":
+        if self._entry.form == "plugin":
             load_plugin(self._trt)
         weights = self._bundle.weight_inputs(self.target)
         self._engines = {kind: self._deserialize(kind) for kind in StepKind}
@@ -130,25 +133,25 @@ class TrtEngine:
         self._upload(weights)
 
     def _deserialize(self, kind: StepKind) -> Any:
-        path = self._bundle.root / self._entry[kind.value]
+        path = self._bundle.root / self._entry.engine(kind)
         self._logger.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BundleError(
                 "TensorRT cannot load an engine of the bundle.",
-                note=f"{path.name} was built by {self.target} {self._entry['version']}, installed is "
+                note=f"{path.name} was built by {self.target} {self._entry.version}, installed is "
                 f"{self._trt.__version__}; it says: {self._logger.last_words()}",
-                hint=f"Install {self.target}=={self._entry['version']}, or export the model again here.",
+                hint=f"Install {self.target}=={self._entry.version}, or export the model again here.",
             )
         return engine
 
     def _check_io(self, kind: StepKind, tensors: list[EngineTensor], weights: Mapping[str, WeightInput]) -> None:
-        slots = {f"slots_{group}": size for group, size in self._entry["slots"].items()}
+        slots = {f"slots_{group}": size for group, size in self._entry.slots.items()}
         problems = io_problems(tensors, self._bundle.manifest.io(kind, self.target), weights, slots)
         if problems:
             raise BundleError(
                 "An engine does not fit the bundle's manifest.",
-                note=f"{self._entry[kind.value]}: {'; '.join(problems[:3])}.",
+                note=f"{self._entry.engine(kind)}: {'; '.join(problems[:3])}.",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             )
 
@@ -197,7 +200,7 @@ class TrtEngine:
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
-        return fitting_slots(self._entry["slots"], needed)
+        return fitting_slots(self._entry.slots, needed)
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         array = self._pinned_array(name, shape, dtype)
@@ -301,7 +304,7 @@ class TrtEngine:
         """Bytes on the device: weights that both engines share, the plans of both, scratch, buffers of requests."""
         return {
             "weights": sum(_aligned(buffer.nbytes) for buffer in self._weights.values()),
-            "plans": sum((self._bundle.root / self._entry[kind.value]).stat().st_size for kind in StepKind),
+            "plans": sum((self._bundle.root / self._entry.engine(kind)).stat().st_size for kind in StepKind),
             "scratch": self._scratch_bytes,
             "buffers": sum(size for _, size in self._blocks.values()),
         }
@@ -370,7 +373,7 @@ class TrtEngine:
     def _failure(self, fact: str, kind: StepKind) -> BundleError:
         return BundleError(
             fact,
-            note=f"{self._entry[kind.value]}: {self._logger.last_words()}",
+            note=f"{self._entry.engine(kind)}: {self._logger.last_words()}",
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         )
 
