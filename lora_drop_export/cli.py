@@ -10,12 +10,13 @@ from pathlib import Path
 from lora_drop_runtime.bundle.adapters import read_adapter_config
 from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, BLOCK_SIZES, QUANTIZATIONS, TARGETS, WEIGHT_SHARINGS
 from lora_drop_runtime.command_line import Parser, require_export_packages, run_command
+from lora_drop_runtime.dtypes import BY_SHORT, long_name
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     target.add_argument(
         "--dtype",
-        metavar="|".join(DTYPES),
+        metavar="|".join(BY_SHORT),
         help="of weights and activations; default fp32 on the CPU, else the checkpoint's. int4, int8: of the linear "
         "layers' weights and the embedding, for ort on the CPU",
     )
@@ -183,7 +184,7 @@ def _export(arguments: Sequence[str]) -> None:
     if drop_list is not None:
         layers = drop_list.layers
         fitted_for = None if args.adapters is None else read_adapter_config(args.adapters).surrogate
-        warn_of_base(drop_list, args.surrogate or fitted_for or SURROGATES[0])
+        warn_of_base(drop_list, args.surrogate or fitted_for or DEFAULT_SURROGATE)
     options = ExportOptions(
         drop_ratio=args.drop_ratio,
         drop_layers=layers,
@@ -197,7 +198,7 @@ def _export(arguments: Sequence[str]) -> None:
         adapters=args.adapters,
         rank=args.rank,
         targets=tuple(args.target or args.add_target or ["ort"]),
-        dtype=DTYPES.get(args.dtype, args.dtype),
+        dtype=long_name(args.dtype),
         quantization=args.quantization,
         block_size=args.block_size,
         kv_dtype=args.kv_dtype,

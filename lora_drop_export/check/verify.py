@@ -22,6 +22,7 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, QUANTIZED_DTYPES, V
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import NoDeviceError
+from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
@@ -87,12 +88,12 @@ def _unrounded(bundle: Bundle, target: str) -> bytes:
 
 
 def _open(
-    bundle: Bundle, schedule: PeriodicSchedule, policy: str, steps: bytes | None, *, target: str, **options: Any
+    bundle: Bundle, schedule: PeriodicSchedule, policy: Policy, steps: bytes | None, *, target: str, **options: Any
 ) -> Session:
     """A session over a target, or over another graph in its place."""
     if steps is None:
-        return Session.open(bundle.root, k=schedule.k, policy=policy, target=target, **options)
-    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy)
+        return Session.open(bundle.root, k=schedule.k, policy=policy.name, target=target, **options)
+    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy.name)
 
 
 def compare(
@@ -116,20 +117,20 @@ def compare(
     manifest = bundle.manifest
     name, _ = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
-    schedule, policy = PeriodicSchedule(k), policy or manifest.plan.policy
+    schedule, refreshes = PeriodicSchedule(k), policy_named(policy or manifest.plan.policy)
     steps = max(2 * (k + 1), 4) + 1
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
-    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, policy, console)
+    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console)
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
     quantized = manifest.model.weight_dtype in QUANTIZED_DTYPES
     rounded: list[npt.NDArray[np.float32]] = []
     steps_graph = None
     if quantized:  # one after the other: each session holds the weights
-        with Session.open(bundle.root, k=k, policy=policy, **engine) as session, _quiet():
+        with Session.open(bundle.root, k=k, policy=refreshes.name, **engine) as session, _quiet():
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         steps_graph = _unrounded(bundle, name)
-    with _open(bundle, schedule, policy, steps_graph, **engine) as session, _quiet():
+    with _open(bundle, schedule, refreshes, steps_graph, **engine) as session, _quiet():
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
     tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]
@@ -149,7 +150,7 @@ def compare(
         Comparator.compare_accuracy(results, compare_func=compare_step)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
     median = float(np.median(cosines)) if rounded else None
-    return Verification(name, k, lengths, tolerance, tuple(step_results), median, policy)
+    return Verification(name, k, lengths, tolerance, tuple(step_results), median, refreshes.name)
 
 
 def verify(

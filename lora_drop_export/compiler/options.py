@@ -10,12 +10,12 @@ from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.bundle.manifest import (
     ATTENTION_FORMS,
     BLOCK_SIZES,
-    DTYPE_BYTES,
     QUANTIZATIONS,
     QUANTIZED_DTYPES,
     TARGETS,
     WEIGHT_SHARINGS,
 )
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import spread_layers
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -81,10 +81,10 @@ class ExportOptions:
                 note=f"Given are {', '.join(self.targets)}.",
                 hint="Name each target once; 'none' stands alone.",
             )
-        if self.dtype not in (None, *DTYPE_BYTES, *QUANTIZED_DTYPES):
+        if self.dtype not in (None, *MODEL_DTYPES, *QUANTIZED_DTYPES):
             raise InputError(
                 "Unknown dtype.",
-                note=f"{self.dtype!r} was given, known are {', '.join((*DTYPE_BYTES, *QUANTIZED_DTYPES))}.",
+                note=f"{self.dtype!r} was given, known are {', '.join((*MODEL_DTYPES, *QUANTIZED_DTYPES))}.",
                 hint="Use --dtype fp32.",
             )
         self._check_quantization()
@@ -133,7 +133,7 @@ class ExportOptions:
         if self.dtype in QUANTIZED_DTYPES and others:
             raise InputError(
                 "The target cannot take quantized weights.",
-                note=f"--dtype {self.dtype} is of ort; {', '.join(others)} takes {', '.join(DTYPE_BYTES)}.",
+                note=f"--dtype {self.dtype} is of ort; {', '.join(others)} takes {', '.join(MODEL_DTYPES)}.",
                 hint="Use --target ort, or another --dtype.",
             )
         if self.kv_dtype not in (None, "int8"):

@@ -13,7 +13,7 @@ from lora_drop_runtime.bundle.manifest import Limits, Manifest
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
@@ -30,8 +30,8 @@ _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
     """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy."""
     prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
-    written = steps if plan.policy == "backfill" else steps // (plan.k + 1)
-    return {"kept": limits.max_seq_len - 1, "dropped": prompt + written}
+    dropped = plan.refresh_policy.dropped_slots(prompt, steps, PeriodicSchedule(plan.k))
+    return {"kept": limits.max_seq_len - 1, "dropped": dropped}
 
 
 def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
