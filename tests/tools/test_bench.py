@@ -27,6 +27,7 @@ from lora_drop_tools.bench.arms import Arm as BenchArm
 from lora_drop_tools.bench.arms import TimedSession, measure
 from lora_drop_tools.bench.bench import bench
 from lora_drop_tools.bench.judge import MeasurementError
+from lora_drop_tools.bench.peers import options as peer_options_module
 from lora_drop_tools.bench.peers import peer as bench_peers
 from lora_drop_tools.bench.peers.options import peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
@@ -69,8 +70,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], No
             return Run(0.5, steps, [0.9 * seconds for seconds in steps], kv, kv)
 
         monkeypatch.setattr(TimedSession, "run", run)
-        monkeypatch.setattr(bench_module, "_measure_memory", lambda *_: [{"k": 3, "pss": None}])
-        monkeypatch.setattr(bench_module, "SETTLE_SECONDS", 0.0)
+        monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": None}])
 
     return script
 
@@ -383,7 +383,7 @@ def test_foreign_load_is_told(bundles: list[Path], scripted: Callable[..., None]
 
 def test_too_much_for_the_memory_is_told(bundles: list[Path], scripted: Callable[..., None], monkeypatch: Any) -> None:
     scripted({0: 0.01, 3: 0.01})
-    monkeypatch.setattr(bench_module, "_measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
+    monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
     facts = machine.machine_facts() | {"memory_bytes": 8 * 10**9}
     monkeypatch.setattr(machine, "machine_facts", lambda: facts)
     result = bench(bundles, k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=io.StringIO())
@@ -506,14 +506,14 @@ def worker(tmp_path: Path) -> Path:
 def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: False)
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: False)
     both = peer_options((), [hf_directory, gguf], None, ())
     assert both.names == tuple(bench_peers.PEERS)
     reasons = {name: reason_against(name, both, "float32") for name in both.names}
     assert reasons["llama.cpp"] == "not installed: pip install llama-cpp-python"
     assert "transformers < 4.58" in str(reasons["optimum-onnx"])
     assert "weights are int4" in str(reason_against("transformers", both, "int4"))
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: True)
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
     assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
     assert reason_against("onnxruntime-genai", both, "int4") is None
     alone = peer_options(("transformers",), gguf, None, ())
@@ -528,9 +528,9 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_not_installed_is_found_missing() -> None:
-    assert bench_peers._is_installed("numpy")
-    assert not bench_peers._is_installed("no_such_package_anywhere")
-    assert not bench_peers._is_installed("no_such_package_anywhere.inside")
+    assert peer_options_module._is_installed("numpy")
+    assert not peer_options_module._is_installed("no_such_package_anywhere")
+    assert not peer_options_module._is_installed("no_such_package_anywhere.inside")
 
 
 def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_command_with_peers(
     scripted({0: 0.0040, 3: 0.0039})
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(bench_peers, "WORKER", worker)
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: module != "optimum.onnxruntime")
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
     out = io.StringIO()
     options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": (), "out": out}
     options |= {"model": [hf_directory, tmp_path / "model.gguf"], "peer_cache": tmp_path / "cache"}

@@ -20,10 +20,9 @@ import torch
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
-from lora_drop_tools.profile import profile
 from lora_drop_tools.profile.greedy import Greedy, ticks
 from lora_drop_tools.profile.measures import DELTAS, LEADING, LayerFigures, layer_figures
-from lora_drop_tools.profile.profile import RANKINGS
+from lora_drop_tools.profile.profile import RANKINGS, profile
 from lora_drop_tools.profile.result import Profile
 from lora_drop_tools.profile.scoring import Scoring
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
@@ -40,6 +39,8 @@ from tests.bundles import family, make_bundle
 from tests.models import FAMILIES, SIZES
 
 profile_module = importlib.import_module("lora_drop_tools.profile.profile")  # the name in the package is the function
+greedy_module = importlib.import_module("lora_drop_tools.profile.greedy")
+scoring_module = importlib.import_module("lora_drop_tools.profile.scoring")
 
 WINDOW, PROMPT, K = 24, 6, 3
 ELIGIBLE = (3, 4, 5, 6)
@@ -197,7 +198,7 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], pol
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_drop_tools.profile.measures.HEAD_ROWS", 5)  # of 14 LoRA steps a window
+    monkeypatch.setattr(scoring_module, "HEAD_ROWS", 5)  # of 14 LoRA steps a window
     windows = random_windows(2)
     scoring = make_scoring(FAMILIES[name](), policy)
     lists = [(5,), (3, 5), ()]
@@ -267,7 +268,7 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert greedy.costs(ELIGIBLE, 1) == pytest.approx({last: whole[last]})
     assert len(ticked) == 4 + 2 + 1
     assert greedy.costs(ELIGIBLE, 3).keys() == set(sorted(ELIGIBLE, key=lambda i: on_first[i])[:3])
-    monkeypatch.setattr("lora_drop_tools.profile.measures.SURVIVORS", 1)
+    monkeypatch.setattr(greedy_module, "SURVIVORS", 1)
     ticked.clear()
     greedy.order(ELIGIBLE, 3, lambda *_: None)
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)
@@ -564,9 +565,8 @@ def test_nothing_is_left_behind(
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")
 
-    target = {"load_model": "lora_drop_export.decoder.loaded", "of_lists": "lora_drop_tools.profile.measures.Scoring"}
-    owner = target.get(where)
-    monkeypatch.setattr(f"{owner}.{where}", fail) if owner else monkeypatch.setattr(profile_module, where, fail)
+    owners = {"load_model": importlib.import_module("lora_drop_export.decoder.loaded"), "of_lists": Scoring}
+    monkeypatch.setattr(owners.get(where, profile_module), where, fail)
     for out in (tmp_path / "new" / "out", old):
         command = arguments(llama_dir, text, out, "--force", "--rankings", "influence")
         if error is KeyboardInterrupt:
