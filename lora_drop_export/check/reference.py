@@ -30,7 +30,7 @@ from lora_drop_export.decoder.anatomy import (
     name_of,
     tied_names,
 )
-from lora_drop_export.quantize.dequantized import DequantizedRef
+from lora_drop_export.quantize.dequantized import DequantizedTensor
 from lora_drop_export.weights.resolve import resolve_tensors
 
 Array = npt.NDArray[Any]
@@ -299,8 +299,8 @@ class Reference:
         weight = self._tensor(f"{name}.weight", head.weight)
         bias = None if head.bias is None else _tensor(self._tensor(f"{name}.bias", head.bias).read())
         result = torch.empty(*x.shape[:2], weight.shape[0])
-        if self.round_activations and isinstance(weight, DequantizedRef):
-            x = rounded_activations(x, weight.form.block_size)
+        if self.round_activations and isinstance(weight, DequantizedTensor):
+            x = rounded_activations(x, weight.block_size)
         for begin in range(0, weight.shape[0], _HEAD_ROWS):
             rows = _tensor(weight.rows(begin, begin + _HEAD_ROWS))
             result[..., begin : begin + len(rows)] = x @ rows.T
@@ -402,8 +402,8 @@ class Reference:
             ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
             target = module.get_submodule(owner)
             target._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
-            if self.round_activations and isinstance(ref, DequantizedRef) and isinstance(target, torch.nn.Linear):
-                block_size = ref.form.block_size
+            if self.round_activations and isinstance(ref, DequantizedTensor) and isinstance(target, torch.nn.Linear):
+                block_size = ref.block_size
                 target.forward = functools.partial(_rounded_linear, target, block_size)
 
 

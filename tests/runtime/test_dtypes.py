@@ -48,7 +48,7 @@ def test_safetensors_names_are_what_its_library_writes(row: Dtype, tmp_path: Pat
     values = torch.ones((2, 3), dtype=getattr(torch, row.name))
     save_file({"w": values}, tmp_path / "w.safetensors")
     ref = read_tensors(tmp_path / "w.safetensors")["w"]
-    assert ref.dtype == row.safetensors
+    assert ref.dtype == row.name
     assert ref.size_bytes == 6 * row.size_bytes
     assert ref.read().tolist() == [[1, 1, 1]] * 2
 
