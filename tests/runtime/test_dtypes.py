@@ -75,7 +75,7 @@ def test_short_names_in_the_order_of_the_help() -> None:
         *("float32", "float16", "bfloat16", "int8", "int4", "float16", "x"),
         None,
     ]
-    assert dtypes.MODEL_SAFETENSORS == ("F32", "F16", "BF16")
+    assert tuple(map(dtypes.safetensors_name, dtypes.MODEL_DTYPES)) == ("F32", "F16", "BF16")
 
 
 def test_values_that_share_a_byte_have_no_size() -> None:
