@@ -322,8 +322,8 @@ class RecordingBuilder:
 def test_target_tensorrt(tmp_path, monkeypatch):
     """The plugin form, a timing cache that the next build starts from; what cannot run here is said to be not run."""
     monkeypatch.setattr(RecordingBuilder, "made", [], raising=False)
-    monkeypatch.setattr("lora_drop_export.compiler.export.EngineBuilder", RecordingBuilder)
-    monkeypatch.setattr("lora_drop_export.compiler.export.check_buildable", lambda *_: None)
+    monkeypatch.setattr("lora_drop_export.targets.trt.target.EngineBuilder", RecordingBuilder)
+    monkeypatch.setattr("lora_drop_export.compiler.options.check_buildable", lambda *_: None)
     made = make_bundle("llama", tmp_path / "b")
     added = add_target(made.root, ["tensorrt"], ExportOptions(verify=False))
     entry = added.target("tensorrt")[1]
