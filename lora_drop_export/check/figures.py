@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -68,7 +69,7 @@ class Verification:
     tolerance: Tolerance
     steps: tuple[StepResult, ...]
     rounded_cosine: float | None = None  # median, of kernels that round activations
-    policy: str = "skip"
+    policy: str = DEFAULT_POLICY
 
     @property
     def passed(self) -> bool:

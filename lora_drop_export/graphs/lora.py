@@ -38,7 +38,7 @@ class _SurrogateBuilder:
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        if site not in self.adapters and self.plan.surrogate == "residual":
+        if site not in self.adapters and not self.plan.has_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
 
@@ -62,7 +62,7 @@ class _SurrogateBuilder:
             down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
             up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
             result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
-            if self.plan.surrogate == "recurrent":
+            if self.plan.updates_state:
                 result.name = f"present_state.{site}"
                 self.states_out[result.name] = result
         assert result is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.profile.scoring import Scoring
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
@@ -39,4 +40,4 @@ def saved(model: PreTrainedModel, directory: Path) -> Path:
 
 def make_scoring(model: PreTrainedModel, policy: str, k: int = K) -> Scoring:
     layout = Layout.of(WINDOW, PROMPT, PeriodicSchedule(k))
-    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, policy)
+    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, POLICIES[policy])

@@ -9,19 +9,9 @@ from typing import Any
 
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES
 
 from .prompts import token_mask
 from .request import Ids
-
-
-def check_policy(policy: str) -> None:
-    if policy not in POLICIES:
-        raise InputError(
-            "Unknown refresh policy.",
-            note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
-            hint=f"Use --policy {POLICIES[0]}.",
-        )
 
 
 def check_threads(threads: int | None) -> None:

@@ -7,12 +7,8 @@ Two cache groups, both compact (slot = tokens this layer has written in this row
     kept layers      one slot per token                          length `len_kept`
     dropped layers   one slot per prompt token and per refresh   length `len_dropped`
 
-A LoRA step neither reads nor writes a dropped layer's cache. A refresh then follows one of two policies:
-
-    skip (the paper)   it runs one token and leaves the holes
-    backfill           it runs all tokens since the last refresh again, at their positions: what LoRA steps wrote into
-                       kept layers is overwritten, holes are filled, and every cache is the full model's;
-                       `len_dropped` then counts the exact tokens, and dropped layers have as many slots as kept ones
+A LoRA step neither reads nor writes a dropped layer's cache. A refresh then follows a policy (plan/policy.py): it may
+run tokens of the LoRA steps before it again, which fills their holes; `len_dropped` counts them as well.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import policy_named
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule
 
 from . import checks
@@ -46,11 +43,9 @@ class Session:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
-        policy = policy or bundle.manifest.plan.policy
-        checks.check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
-        self.policy = policy
+        self.policy = policy_named(policy or bundle.manifest.plan.policy).name
         self._engine: Engine | None = engine
         self._request: Request | None = None
         self._requests_ended = 0
@@ -73,8 +68,8 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
-            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill` (above);
-                the bundle's own when None.
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill`
+                (plan/policy.py); the bundle's own when None.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
@@ -85,7 +80,7 @@ class Session:
         """
         bundle = Bundle.open(path)
         schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
-        checks.check_policy(policy or bundle.manifest.plan.policy)
+        policy_named(policy or bundle.manifest.plan.policy)  # refused before an engine is made
         checks.check_threads(threads)
         engine = open_engine(bundle, target, provider, threads)
         session = cls(bundle, engine, schedule, policy)
@@ -234,7 +229,7 @@ class Session:
         new_tokens = checks.check_request(ids, lens, max_new_tokens, manifest.limits, manifest.model.vocab_size)
         ids = harmless_padding(ids, lens)
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
-        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
+        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, policy_named(self.policy))
         request.prefill(ids, lens)
         self._request = request
 
@@ -290,7 +285,7 @@ class Session:
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request.
 
-        Under `backfill` dropped layers have as many entries as kept ones after every refresh: nothing is saved.
+        Where a policy leaves no holes, dropped layers have as many entries as kept ones: nothing is saved.
         """
         request = self._request
         if request is None:

@@ -48,8 +48,3 @@ class PeriodicSchedule:
 def as_schedule(k: int | Schedule) -> Schedule:
     """A window as a schedule; anything with a `kind` is one already."""
     return k if hasattr(k, "kind") else PeriodicSchedule(k)
-
-
-def count_refreshes(schedule: Schedule, steps: int) -> int:
-    """Number of refreshes among decode steps 1 … `steps`."""
-    return sum(schedule.kind(step) is StepKind.REFRESH for step in range(1, steps + 1))

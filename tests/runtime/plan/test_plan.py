@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, parse_layers, spread_layers
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind, count_refreshes
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
 PLAN = DropPlan(num_layers=8, drop_layers=(3, 5))
@@ -125,20 +125,6 @@ def test_periodic_schedule(k: int, expected: str) -> None:
     """Decode step j is a refresh iff j mod (k+1) == 0."""
     kinds = [PeriodicSchedule(k).kind(step) for step in range(1, 9)]
     assert kinds == [{"R": StepKind.REFRESH, "L": StepKind.LORA}[letter] for letter in expected]
-
-
-@pytest.mark.parametrize("k", WINDOWS)
-def test_count_refreshes(k: int) -> None:
-    """⌊steps / (k+1)⌋ of steps 1 … steps; step 0 is the prefill and not counted."""
-    assert [count_refreshes(PeriodicSchedule(k), steps) for steps in range(50)] == [s // (k + 1) for s in range(50)]
-
-
-def test_count_refreshes_of_another_schedule() -> None:
-    class OnlyTheFirst:
-        def kind(self, step: int) -> StepKind:
-            return StepKind.REFRESH if step <= 1 else StepKind.LORA
-
-    assert [count_refreshes(OnlyTheFirst(), steps) for steps in range(4)] == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("k", [-1, 1.0, 1.5, "3", None])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.bench import arms
 from lora_drop_tools.bench.arms import Arm as BenchArm
 from lora_drop_tools.bench.arms import TimedSession, measure
@@ -145,7 +146,8 @@ def test_a_ratio_within_the_noise_is_not_above_the_ceiling() -> None:
     assert row.noise == pytest.approx(0.2)
     assert not row.above_ceiling
     assert row.steps["lora"].bandwidth_share is None
-    backfill = make_row("b", tiny_manifest(), 1, request, [Run(0.5, [1.0] * 4)] * 3, full, None, policy="backfill")
+    backfill = POLICIES["backfill"]
+    backfill = make_row("b", tiny_manifest(), 1, request, [Run(0.5, [1.0] * 4)] * 3, full, None, policy=backfill)
     assert backfill.own_speedup is None  # its refreshes are longer than the full schedule's
 
 

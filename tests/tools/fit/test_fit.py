@@ -18,6 +18,7 @@ import torch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, LoraDropError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
@@ -130,7 +131,7 @@ def test_a_layer_that_a_surrogate_can_be_is_found(surrogate: str, injection: str
         solution = solve(site, 64)
         return solution.a, solution.b
 
-    pairs = walk(forcing, batches_of(forcing, map(text, range(6))), plan, policy, choose)
+    pairs = walk(forcing, batches_of(forcing, map(text, range(6))), plan, POLICIES[policy], choose)
     assert set(pairs) <= set(plan.sites)
     ids, _ = text(0)
     theirs = oracle.OraclePlan((4,), surrogate, injection, {name: (a, b, 1.0) for name, (a, b) in pairs.items()})
@@ -156,7 +157,7 @@ def test_divergence_against_plain_formulas() -> None:
     layout = Layout.of(17, 5, PeriodicSchedule(k))
     forcing = TeacherForcing(copy.deepcopy(model))
     for policy in ("backfill", "skip"):
-        sums = run_batch(forcing, ids, layout, plan, {}, policy)
+        sums = run_batch(forcing, ids, layout, plan, {}, POLICIES[policy])
         expected = Divergence()
         for row in ids.tolist():
             full = oracle.decode_row(model, oracle.OraclePlan((3, 5)), row[:5], row[5:], 0)
@@ -185,7 +186,7 @@ def setting(policy: str = "backfill"):
         return stock[number % 64], Layout.of(24, 4 + number % 4, PeriodicSchedule(3))
 
     pairs = {site: (torch.randn(4, 64, generator=random) / 8, torch.zeros(64, 4)) for site in plan.sites}
-    return forcing, texts, plan, Learner(pairs, {site: torch.ones(64) for site in plan.sites}, "cpu"), policy
+    return forcing, texts, plan, Learner(pairs, {site: torch.ones(64) for site in plan.sites}, "cpu"), POLICIES[policy]
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill"])

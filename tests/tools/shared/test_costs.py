@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 from lora_drop_runtime.bundle.manifest import Manifest, ModelFacts
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.shared import costs
 
 from tests.support.costs import HEAD_DIM, HEAD_WEIGHTS, HEADS, KV_HEADS, LAYER_WEIGHTS, D, llama3_8b
@@ -86,7 +87,7 @@ def test_kv_of_a_request(k: int) -> None:
         dropped = prompt + len([j for j in range(1, steps + 1) if j % (k + 1) == 0])
         assert costs.kv_entries(prompt, steps, k) == (prompt + steps, dropped)
         exact = prompt + max((j for j in range(steps + 1) if j % (k + 1) == 0), default=0)
-        assert costs.kv_entries(prompt, steps, k, "backfill") == (prompt + steps, exact)
+        assert costs.kv_entries(prompt, steps, k, POLICIES["backfill"]) == (prompt + steps, exact)
         assert costs.kv_bytes(manifest, prompt, steps, k) == (
             18 * (prompt + steps) * 2 * KV_HEADS * HEAD_DIM * 2,
             14 * dropped * 2 * KV_HEADS * HEAD_DIM * 2,

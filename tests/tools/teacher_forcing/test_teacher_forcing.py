@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
@@ -41,7 +42,7 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
     layout = Layout.of(TOKENS, prompt, PeriodicSchedule(k))
     exact = forcing.exact(ids)
     with torch.no_grad():
-        hidden = forcing.decode(exact, ids, layout, plan, matrices, policy)
+        hidden = forcing.decode(exact, ids, layout, plan, matrices, POLICIES[policy])
         ours = forcing.logits(hidden if policy == "backfill" else hidden[:, layout.lora])
         refreshes = forcing.logits(exact[-1].output if policy == "backfill" else hidden)
     for row in range(2):
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_finite_differences(surrogate: str, policy: str) 
     layout, exact = Layout.of(9, 2, PeriodicSchedule(2)), forcing.exact(ids)
 
     def loss() -> torch.Tensor:
-        hidden = forcing.decode(exact, ids, layout, plan, pairs, policy)
+        hidden = forcing.decode(exact, ids, layout, plan, pairs, POLICIES[policy])
         return forcing.logits(hidden).log_softmax(-1)[..., 0].sum()
 
     loss().backward()

@@ -23,6 +23,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import POLICIES, policy_named
 
 from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
@@ -84,7 +85,7 @@ def _measure_all(
                     own,
                     full[arm.bundle],
                     rate,
-                    result.policy,
+                    POLICIES[result.policy],
                 )
                 for name, other in by_peer.items():
                     row.over_peers[name] = median_ratio(
@@ -184,7 +185,7 @@ def bench(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    policy = policy or manifest.plan.policy
+    policy = policy_named(policy or manifest.plan.policy).name
     session_options = {"policy": policy, "target": target, "provider": provider, "threads": threads}
     used_threads = threads or machine.physical_cores()
     result = BenchResult(

@@ -40,7 +40,7 @@ def measure_memory(bundle: Bundle, windows: Sequence[int], prompts: Ids, new_tok
         "new_tokens": new_tokens,
         "session": session,
     }
-    code = "import sys; from lora_drop_tools.bench import report_memory; report_memory(sys.stdin.read())"
+    code = "import sys; from lora_drop_tools.bench.memory import report_memory; report_memory(sys.stdin.read())"
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(options), capture_output=True, text=True)
     if done.returncode:
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.arguments import names, numbers
@@ -45,7 +45,11 @@ def add_eval(command: argparse.ArgumentParser) -> None:
         "--k", type=numbers, default=(1, 3), metavar="K,…", help="windows (default 1,3); 0 always runs"
     )
     command.add_argument(
-        "--policy", type=names, default=POLICIES[:1], metavar="NAME,…", help=f"{', '.join(POLICIES)} (default skip)"
+        "--policy",
+        type=names,
+        default=(DEFAULT_POLICY,),
+        metavar="NAME,…",
+        help=f"{', '.join(POLICIES)} (default skip)",
     )
     command.add_argument("--text", type=Path, metavar="FILE", help="for perplexity, agreement and KL")
     command.add_argument("--window", type=int, default=512, metavar="T", help="tokens of a piece of it (default 512)")

@@ -26,7 +26,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
@@ -104,9 +104,9 @@ def _measure_tasks(
     return found, cut
 
 
-def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: Mapping[Key, float]) -> EvalRow:
+def _row(name: str, label: str, bundle: Bundle, policy: Policy, k: int, speedups: Mapping[Key, float]) -> EvalRow:
     """What is known of an arm before anything is measured."""
-    plan = bundle.manifest.plan
+    plan, arm = bundle.manifest.plan, policy.name if k else FULL
     return EvalRow(
         bundle=name,
         label=label,
@@ -114,10 +114,10 @@ def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: M
         rank=plan.rank,
         drop_layers=plan.drop_layers,
         rho=plan.rho,
-        policy=policy,
+        policy=arm,
         k=k,
-        kv_bytes=sum(costs.kv_bytes(bundle.manifest, *KV_REQUEST, k if policy == "skip" else 0)),
-        speedup=speedups.get((name, policy, k)),
+        kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),
+        speedup=speedups.get((name, arm, k)),
         text=None,
         tasks={},
         average=None,
@@ -136,7 +136,7 @@ def eval(
     *,
     labels: Sequence[str] = (),
     k: Sequence[int] = (1, 3),
-    policies: Sequence[str] = POLICIES[:1],
+    policies: Sequence[str] = (DEFAULT_POLICY,),
     text: str | Path | None = None,
     window: int = 512,
     prompt: int = 32,
@@ -221,7 +221,7 @@ def eval(
                 measured, cut = _measure_tasks(session, codecs[name], items, ks, seed, stores[name])
             for window_k in ks:
                 if window_k or policy == policies[0]:
-                    row = _row(name, label, bundle, policy if window_k else FULL, window_k, speedups)
+                    row = _row(name, label, bundle, POLICIES[policy], window_k, speedups)
                     found = {
                         task: task_figures(
                             TASKS[task].metric,

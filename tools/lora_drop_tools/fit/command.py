@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.arguments import numbers
 from lora_drop_tools.shared.corpus import DTYPES

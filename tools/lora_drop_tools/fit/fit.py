@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lora_drop_runtime.command_line import require_export_packages
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts
@@ -105,7 +106,7 @@ def _begin(
     what = "closed form" if settings.tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (texts(number) for number in range(count)))
-        pairs = walk(forcing, batches, plan, settings.policy, choose, lambda done, all_: update(what, done, all_))
+        pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
     if settings.tokens:
         return pairs, scales
     width = len(next(iter(scales.values())))
@@ -115,7 +116,7 @@ def _begin(
 
 
 def _figures(
-    forcing: TeacherForcing, texts: _Texts, plan: DropPlan, pairs: Surrogates, policy: str
+    forcing: TeacherForcing, texts: _Texts, plan: DropPlan, pairs: Surrogates, policy: Policy
 ) -> dict[str, float]:
     """Means over held-out text, each of whose batches is seen in its own phase."""
     from .distill import Divergence, run_batch
@@ -189,7 +190,7 @@ def fit(
     """
     settings = FitSettings(
         windows=tuple(k),
-        policy=policy or POLICIES[0],
+        policy=policy or DEFAULT_POLICY,
         rank=rank,
         alpha=float(rank if alpha is None else alpha),
         tokens=tokens,
@@ -230,12 +231,12 @@ def fit(
         check_drop_list(drop_list_fingerprint, loaded.name, loaded.fingerprint)
         if policy is None and loaded.plan is not None:
             settings = dataclasses.replace(settings, policy=loaded.plan.policy)
-        policy = settings.policy
         forcing = TeacherForcing(loaded.model)
         always = None
         if always_first is not None or always_last is not None:
             always = 3 if always_first is None else always_first, 1 if always_last is None else always_last
         plan = plan_to_fit(loaded, forcing, drop_layers, drop_ratio, always, surrogate, injection, settings)
+        refreshes = plan.refresh_policy
         corpus = Corpus.of(loaded, texts, window)
         seen, unseen = (_Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
         described = {
@@ -250,11 +251,11 @@ def fit(
         if resume:
             pairs, scales, stages = load_begin(partial.begin)
         else:
-            stages = {"base": _figures(forcing, unseen, plan, {}, policy)}
+            stages = {"base": _figures(forcing, unseen, plan, {}, refreshes)}
             _say_figures(console, "base alone", stages["base"])
             pairs, scales = _begin(forcing, seen, plan, settings, console)
             if tokens:
-                stages["closed form"] = _figures(forcing, unseen, plan, pairs, policy)
+                stages["closed form"] = _figures(forcing, unseen, plan, pairs, refreshes)
                 _say_figures(console, "closed form", stages["closed form"])
             if workers.rank == 0 and steps:
                 partial.save(pairs, scales, stages)
@@ -269,9 +270,9 @@ def fit(
                         console.say(f"distillation: step {done} of {total}, KL {np.mean(recent):.4f}")
 
                 options = DistillOptions(steps, learning_rate, accumulate)
-                losses = distill(forcing, seen, plan, policy, learner, options, workers, partial.state, report)
+                losses = distill(forcing, seen, plan, refreshes, learner, options, workers, partial.state, report)
             pairs = learner.pairs()
-            stages["distillation"] = _figures(forcing, unseen, plan, pairs, policy)
+            stages["distillation"] = _figures(forcing, unseen, plan, pairs, refreshes)
             _say_figures(console, "distillation", stages["distillation"])
         result = Fit(
             model=loaded.name,

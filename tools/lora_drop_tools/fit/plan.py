@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from .settings import FitSettings
 
@@ -50,7 +51,7 @@ def plan_to_fit(
         plan = DropPlan(
             num_layers=len(forcing),
             drop_layers=spread_layers(eligible, ratio) if drop_layers is None else tuple(drop_layers),
-            surrogate=surrogate or "residual",
+            surrogate=surrogate or DEFAULT_SURROGATE,
             injection=injection or "block",
             always_first=first,
             always_last=last,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, check_known
+from lora_drop_tools.teacher_forcing.layout import check_policy
 
 LEARNING_RATE = 0.015
 PROMPT = 8  # tokens at least, before the first decode step
@@ -38,10 +39,11 @@ class FitSettings:
     dtype: str
 
     def __post_init__(self) -> None:
-        check_known("--policy", self.policy, POLICIES)
+        check_known("--policy", self.policy, tuple(POLICIES))
         check_known("--dtype", self.dtype, tuple(DTYPES))
         for k in self.windows:
             PeriodicSchedule(k)
+            check_policy(POLICIES[self.policy], k)
         if not self.windows or 0 in self.windows:
             raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.windows}.", hint="Use --k 3.")
         shortest = PROMPT + 2 * max(self.windows) + 2

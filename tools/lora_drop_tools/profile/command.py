@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
 from lora_drop_tools.shared.arguments import names
 from lora_drop_tools.shared.corpus import DTYPES
@@ -38,7 +38,7 @@ def add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("--text", action="append", required=True, type=Path, metavar="FILE", help="repeat for more")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="for figures and drop lists")
     command.add_argument("--k", type=int, default=3, help="LoRA steps between two refreshes (default 3)")
-    command.add_argument("--policy", choices=POLICIES, default=POLICIES[0], help="refresh policy (default skip)")
+    command.add_argument("--policy", choices=POLICIES, default=DEFAULT_POLICY, help="refresh policy (default skip)")
     command.add_argument(
         "--rankings", type=names, default=RANKINGS, metavar="NAME,…", help=f"of {', '.join(RANKINGS)} (default all)"
     )

@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, eligible_layers
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.corpus import DTYPES, check_known, check_window, read_texts
+from lora_drop_tools.teacher_forcing.layout import check_policy
 
 from .greedy import Greedy, ticks
 from .measures import DELTAS, LEADING, layer_figures
@@ -59,7 +62,8 @@ def _check(
     if k == 0:
         raise PlanError("There are no LoRA steps to profile.", note="k is 0.", hint="Use --k 3.")
     PeriodicSchedule(k)
-    check_known("--policy", policy, POLICIES)
+    check_known("--policy", policy, tuple(POLICIES))
+    check_policy(POLICIES[policy], k)
     check_known("--dtype", dtype, tuple(DTYPES))
     for ranking in rankings or [""]:
         check_known("--rankings", ranking, RANKINGS)
@@ -161,7 +165,7 @@ def _measure(
     }
     layout = Layout.of(window, settings["prompt"], PeriodicSchedule(k), forcing.device)
     plan = DropPlan(len(forcing), (), k, always_first=always[0], always_last=always[1], windowed_layers=windowed)
-    scoring = Scoring(forcing, plan, layout, settings["policy"])
+    scoring = Scoring(forcing, plan, layout, POLICIES[settings["policy"]])
     alone: dict[int, float] = {}
     greedy_kl: tuple[float, ...] = ()
     if "sensitivity" in names:
@@ -202,8 +206,9 @@ def _write(result: Profile, root: Path) -> None:
             "model": result.model,
             "fingerprint": result.fingerprint,
             "base_errors": {
-                base: {i: result.layers[i].base_errors[base] for i in ranked.drop_layers}
-                for base in ("recurrent", "anchor")
+                name: {i: result.layers[i].base_errors[name] for i in ranked.drop_layers}
+                for name, form in SURROGATES.items()
+                if form.has_state
             },
         }
         (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n")
@@ -215,7 +220,7 @@ def profile(
     out: str | Path,
     *,
     k: int = 3,
-    policy: str = POLICIES[0],
+    policy: str = DEFAULT_POLICY,
     rankings: Sequence[str] = RANKINGS,
     tokens: int = 8192,
     window: int = 256,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import POLICIES
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -1,10 +1,8 @@
-"""The session on the real engine: which memory a step touches, adapters swapped, one copy of the weights."""
+"""The session on the real engine: which memory a step touches, adapters swapped, other providers."""
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
 
 import numpy as np
 import onnx
@@ -14,9 +12,9 @@ from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSc
 from lora_drop_runtime.engines.ort import engine as engine_ort
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 
-from lora_drop_export.check.verify import verify
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 
@@ -132,67 +130,6 @@ def test_no_room_for_adapters(tmp_path):
         session.load_adapters(tmp_path)
 
 
-MEASURE = """
-import sys
-import numpy as np
-import onnxruntime
-from lora_drop_runtime import Session
-from lora_drop_runtime.engines.ort.session_options import session_options
-
-def pss_kib():
-    return sum(int(l.split()[1]) for l in open("/proc/self/smaps_rollup") if l.startswith("Pss:"))
-
-def refresh_alone(root, graph):
-    options = session_options(onnxruntime, root, 1)
-    session = onnxruntime.InferenceSession(graph, options)
-    sizes = {"batch": 1, "sequence": 1, "rows": 1}
-    inputs = {
-        i.name: np.zeros([sizes.get(d, 16) if isinstance(d, str) else d for d in i.shape],
-                         np.int64 if "int64" in i.type else np.float32)
-        for i in session.get_inputs()
-    }
-    for _ in range(6):
-        session.run(["logits"], inputs)
-    return session
-
-root, graph = sys.argv[1:]
-if graph:
-    held = refresh_alone(root, graph)
-else:
-    held = Session.open(root, threads=1)
-    held.prefill(np.array([[1, 2, 3]]), max_new_tokens=8, k=3)
-    for _ in range(6):
-        held.step(np.array([4]))
-print(pss_kib())
-"""
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int4", "int8"])
-def test_two_steps_hold_one_copy_of_the_weights(tmp_path, dtype):
-    """PSS of the process after warm-up, both steps against the refresh step alone, on 100M parameters."""
-    import onnx
-
-    from lora_drop_export.targets.ort.lower import lower_step
-    from tests.support.bundles import traced_model
-    from tests.support.models import llama
-
-    source = traced_model(llama(hidden_size=1024, intermediate_size=4096, vocab_size=8192))
-    bundle = make_bundle(source, tmp_path / "b", dtype=dtype)
-    weights_kib = (bundle.root / "weights" / "model.safetensors").stat().st_size / 1024
-    assert weights_kib > {"float32": 400_000, "int4": 50_000, "int8": 100_000}[dtype]
-    refresh = onnx.load(bundle.root / "refresh.onnx", load_external_data=False)
-    alone = bundle.root / "alone.onnx"
-    alone.write_bytes(lower_step(refresh, 128).SerializeToString())
-
-    def measure(graph: str) -> int:
-        command = [sys.executable, "-c", MEASURE, str(bundle.root), graph]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    one, two = measure(str(alone)), measure("")
-    assert one > 0.9 * weights_kib
-    assert two <= 1.03 * one, f"{two} KiB against {one} KiB"
-
-
 # ── other providers: no GPU here, so what can be shown is shown with host memory in the place of the device's ──────
 
 
@@ -291,7 +228,7 @@ def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
     entry = half_bundle.target("tensorrt-rtx")[1]
     for kind in StepKind:
         graph, wrapped = (
-            onnx.load(half_bundle.root / entry[part][kind.value], load_external_data=False).graph
+            onnx.load(half_bundle.root / getattr(entry, part)[kind.value], load_external_data=False).graph
             for part in ("graphs", "ep_context")
         )
         (node,) = wrapped.node
@@ -299,7 +236,7 @@ def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
         assert (node.op_type, node.domain) == ("EPContext", "com.microsoft")
         assert attributes["embed_mode"] == 0
         engine = half_bundle.root / "tensorrt-rtx" / attributes["ep_cache_context"].decode()
-        assert engine == half_bundle.root / entry[kind.value]
+        assert engine == half_bundle.root / entry.engine(kind)
         assert list(wrapped.input) == list(graph.input)
         assert list(wrapped.output) == list(graph.output)
         assert list(node.input) == [value.name for value in graph.input]
