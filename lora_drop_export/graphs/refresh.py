@@ -135,7 +135,7 @@ def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], l
             return node.outputs[0]
     raise ModelError(
         "The model's layers have no residual stream between attention and MLP.",
-        note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
+        note=f"Nothing inside layer {layer} adds hidden_states.{layer}: its halves run in parallel.",
         hint="Use --injection block.",
     )
 
