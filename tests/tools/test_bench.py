@@ -33,7 +33,8 @@ from lora_drop_tools.bench.peers.options import peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
 from lora_drop_tools.bench.requests import TEXT, prompts_of
-from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, quantile, rotated, tails_of
+from lora_drop_tools.bench.result import Memory, Request, Run, make_row, median_ratio, quantile, rotated, tails_of
+from lora_drop_tools.bench.settings import BenchSettings
 from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import weight_dtype
@@ -59,6 +60,11 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "BANDWIDTH_ROUNDS", 1)
 
 
+def held(pss: dict[str, int] | None) -> Callable[..., list[Memory]]:
+    """Stands for `measure_memory`."""
+    return lambda name, bundle, windows, request, *_: [Memory(name, 3, request, pss)]
+
+
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
     """Replaces what takes time: every step under k takes the given seconds, 90 % of them in the engine."""
@@ -70,7 +76,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], No
             return Run(0.5, steps, [0.9 * seconds for seconds in steps], kv, kv)
 
         monkeypatch.setattr(TimedSession, "run", run)
-        monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": None}])
+        monkeypatch.setattr(
+            bench_module, "measure_memory", lambda name, bundle, windows, request, *_: [Memory(name, 3, request, None)]
+        )
 
     return script
 
@@ -239,7 +247,7 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
 def test_a_timed_request() -> None:
     plan = DropPlan(num_layers=8, drop_layers=(4, 6))
     session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
-    timed_session = TimedSession(session)
+    timed_session = TimedSession(session.bundle, engine)
     run = timed_session.run(np.array([[3, 4, 5], [6, 7, 8]]), 6, k=1)
     assert len(run.step_seconds) == 5  # every logit is the same, so token 0, an end token, comes each time
     assert run.engine_seconds is not None
@@ -251,7 +259,7 @@ def test_a_timed_request() -> None:
         assert [kv["kept"], kv["dropped"]] == [2 * part for part in costs.kv_bytes(manifest, 3, steps, 1)]
     again = timed_session.run(np.array([[3, 4, 5]]), 3, k=0)
     assert len(again.engine_seconds or ()) == len(again.step_seconds) == 2
-    session.close()
+    timed_session.session.close()
     assert engine.times_closed == 1
 
 
@@ -364,7 +372,7 @@ def test_above_the_ceiling(
 def test_below_the_ceiling(bundles: list[Path], scripted: Callable[..., None]) -> None:
     scripted({0: 0.0100, 1: 0.0097, 3: 0.0096})
     out = io.StringIO()
-    result = bench(bundles, k=(1, 3), new_tokens=12, repeats=2, out=out)
+    result = bench(bundles, BenchSettings(k=(1, 3), new_tokens=12, repeats=2), out=out)
     assert {row.context for row in result.rows} == {116}  # by default 128 and 2048; the bundles allow 128 with 12 new
     assert [round(row.speedup, 3) for row in result.rows[:3]] == [1, 1.031, 1.042]
     assert not result.problems
@@ -376,24 +384,25 @@ def test_foreign_load_is_told(bundles: list[Path], scripted: Callable[..., None]
     monkeypatch.setattr(machine, "load_average", lambda: (1.5, 1.0, 1.0))
     monkeypatch.setattr(machine, "foreign_cores", lambda *_: 0.7)
     out = io.StringIO()
-    bench(bundles[0], k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=out)
+    bench(bundles[0], BenchSettings(k=(3,), contexts=(8,), new_tokens=12, repeats=2), out=out)
     assert "warning: The load average was 1.50 before the run" in out.getvalue()
     assert "warning: Other processes kept 0.70 cores busy" in out.getvalue()
 
 
 def test_too_much_for_the_memory_is_told(bundles: list[Path], scripted: Callable[..., None], monkeypatch: Any) -> None:
     scripted({0: 0.01, 3: 0.01})
-    monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
+    monkeypatch.setattr(bench_module, "measure_memory", held({"total": 6 * 10**9}))
     facts = machine.machine_facts() | {"memory_bytes": 8 * 10**9}
     monkeypatch.setattr(machine, "machine_facts", lambda: facts)
-    result = bench(bundles, k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=io.StringIO())
+    result = bench(bundles, BenchSettings(k=(3,), contexts=(8,), new_tokens=12, repeats=2), out=io.StringIO())
     assert any("held 12.0 GB together" in text for text in result.warnings)
 
 
 def test_plots(bundles: list[Path], tmp_path: Path, scripted: Callable[..., None]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra `bench`, is not installed")
     scripted({0: 0.0100, 1: 0.0097, 3: 0.0096})
-    bench(bundles, k=(1, 3), contexts=(8,), new_tokens=12, repeats=2, plots=tmp_path / "p", out=io.StringIO())
+    settings = BenchSettings(k=(1, 3), contexts=(8,), new_tokens=12, repeats=2, plots=tmp_path / "p")
+    bench(bundles, settings, out=io.StringIO())
     files = sorted(path.name for path in (tmp_path / "p").iterdir())
     assert files == [f"{name}_context8_batch1.png" for name in ("kv_saving", "latency", "speedup")]
     assert all((tmp_path / "p" / name).read_bytes().startswith(b"\x89PNG") for name in files)
@@ -440,20 +449,20 @@ def test_refused_before_any_work(
 def test_figures_without_matplotlib_are_refused(bundles: list[Path], monkeypatch: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="Figures need matplotlib"):
-        bench(bundles, contexts=(8,), new_tokens=14, plots="plots")
+        bench(bundles, BenchSettings(contexts=(8,), new_tokens=14, plots=Path("plots")))
 
 
 def test_bundles_of_one_model(bundles: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="given twice"):
-        bench([bundles[0], bundles[0]], contexts=(8,))
+        bench([bundles[0], bundles[0]], BenchSettings(contexts=(8,)))
     other = Path(shutil.copytree(bundles[1], tmp_path / "other"))
     text = (other / MANIFEST_NAME).read_text()
     fingerprint = Bundle.open(other).manifest.model.fingerprint
     (other / MANIFEST_NAME).write_text(text.replace(fingerprint, "0" * len(fingerprint)))
     with pytest.raises(InputError, match="not of one model"):
-        bench([bundles[0], other], contexts=(8,))
+        bench([bundles[0], other], BenchSettings(contexts=(8,)))
     with pytest.raises(InputError, match="no bundle"):
-        bench([])
+        bench([], BenchSettings())
 
 
 def test_weight_dtype(bundles: list[Path]) -> None:
@@ -516,15 +525,17 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
     assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
     assert reason_against("onnxruntime-genai", both, "int4") is None
-    alone = peer_options(("transformers",), gguf, None, ())
+    alone = peer_options(("transformers",), [gguf], None, ())
     assert reason_against("transformers", alone, "float32") == (
         "it loads a Hugging Face directory, --model gives a .gguf file"
     )
     with pytest.raises(InputError, match="two models of one kind"):
         peer_options((), [gguf, gguf], None, ())
     with pytest.raises(InputError, match="Python of a peer"):
-        peer_options((), gguf, None, ["optimum-onnx"])
-    assert peer_options((), gguf, None, [f"optimum-onnx={sys.executable}"]).pythons == {"optimum-onnx": sys.executable}
+        peer_options((), [gguf], None, ["optimum-onnx"])
+    assert peer_options((), [gguf], None, [f"optimum-onnx={sys.executable}"]).pythons == {
+        "optimum-onnx": sys.executable
+    }
 
 
 def test_what_is_not_installed_is_found_missing() -> None:
@@ -575,9 +586,9 @@ def test_command_with_peers(
     monkeypatch.setattr(bench_peers, "WORKER", worker)
     monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
     out = io.StringIO()
-    options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": (), "out": out}
-    options |= {"model": [hf_directory, tmp_path / "model.gguf"], "peer_cache": tmp_path / "cache"}
-    result = bench(bundles[1], new_tokens=12, **options)
+    options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": ()}
+    options |= {"model": (hf_directory, tmp_path / "model.gguf"), "peer_cache": tmp_path / "cache"}
+    result = bench(bundles[1], BenchSettings(new_tokens=12, **options), out=out)
     assert {row.name for row in result.peer_rows} == {"onnxruntime-genai", "transformers"}
     assert set(result.peers_left_out) == {"llama.cpp", "optimum-onnx"}
     assert result.peers_left_out["llama.cpp"] == "RuntimeError: cannot"
@@ -590,7 +601,7 @@ def test_command_with_peers(
     assert "transformers" in out.getvalue()
     assert "llama.cpp: RuntimeError: cannot" in out.getvalue()
 
-    result = bench(bundles[1], new_tokens=13, **options)
+    result = bench(bundles[1], BenchSettings(new_tokens=13, **options), out=out)
     assert not result.peer_rows
     assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
 

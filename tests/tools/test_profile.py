@@ -22,9 +22,10 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile.greedy import Greedy, ticks
 from lora_drop_tools.profile.measures import DELTAS, LEADING, LayerFigures, layer_figures
-from lora_drop_tools.profile.profile import RANKINGS, profile
+from lora_drop_tools.profile.profile import profile
 from lora_drop_tools.profile.result import Profile
 from lora_drop_tools.profile.scoring import Scoring
+from lora_drop_tools.profile.settings import RANKINGS, ProfileSettings
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from tokenizers import Tokenizer
@@ -82,7 +83,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(text: Path) -> Callable[..., Profile]:
     """`profile` of little text."""
     options = {"tokens": 8 * WINDOW, "sensitivity_tokens": 2 * WINDOW, "window": WINDOW}
-    return lambda model, out, **more: profile(str(model), [text], out, **(options | more))
+    return lambda model, out, **more: profile(str(model), ProfileSettings(text=(text,), out=out, **(options | more)))
 
 
 @pytest.fixture(scope="module")
@@ -494,9 +495,9 @@ def test_refused_by_the_function(text: Path, tmp_path: Path) -> None:
         ({"rankings": ()}, "--r"),
     ):
         with pytest.raises(Exception, match=f"Unknown value for {word}"):
-            profile("model", [text], tmp_path / "out", **options)
+            profile("model", ProfileSettings(text=(text,), out=tmp_path / "out", **options))
     with pytest.raises(Exception, match="There is no text"):
-        profile("model", [], tmp_path / "out")
+        profile("model", ProfileSettings(text=(), out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
