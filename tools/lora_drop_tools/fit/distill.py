@@ -81,6 +81,16 @@ class Workers:
             distributed.all_reduce(tensor)
             tensor /= self.count
 
+    def wait(self, device: str) -> None:
+        """Until all processes are here."""
+        import torch
+        import torch.distributed as distributed
+
+        if self.count > 1:
+            here = torch.ones(1, device=device)
+            distributed.all_reduce(here)
+            assert int(here) == self.count  # reading it waits for the device as well
+
 
 class Learner:
     """A and B as parameters of like size: A in units of its features, both times the root of the product's size."""

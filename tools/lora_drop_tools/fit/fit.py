@@ -164,5 +164,6 @@ def fit(model: str, settings: FitSettings) -> Fit:
             check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
             result, partial = _fit_loaded(loaded, texts, listed, settings, workers, console, root)
         partial.remove()
+        workers.wait(device)
     console.say(f"done: {out}")
     return result

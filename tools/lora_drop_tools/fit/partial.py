@@ -60,7 +60,8 @@ class Partial:
 
     def remove(self) -> None:
         """Forget it: the adapters are where they belong."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        if self._writes:
+            shutil.rmtree(self.root, ignore_errors=True)
 
 
 def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
