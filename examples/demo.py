@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from fetch_model import fetch_model
 from lora_drop_runtime import Session
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.shared import costs
 
@@ -49,7 +49,7 @@ def report(bundle: str, policy: str) -> None:
                 seconds[window].append(time.perf_counter() - begin)
                 kv[window] = session.kv_bytes()
     ratio = float(np.median(np.array(seconds[0]) / np.array(seconds[k])))
-    ceiling = costs.speedup_ceiling(manifest, len(ids), NEW_TOKENS - 1, k, policy)
+    ceiling = costs.speedup_ceiling(manifest, len(ids), NEW_TOKENS - 1, k, POLICIES[policy])
     base, ours = (kv[window]["kept"] + kv[window]["dropped"] for window in (0, k))
     print(
         f"  k = {k}, {policy:<8}  {ratio:.2f}× as fast (the bytes allow {ceiling:.2f}×), "

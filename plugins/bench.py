@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.plugins.kernel import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402 (needs the path)
+sys.path.insert(0, str(ROOT))  # plugins/ is no installed package, and a script finds only its own folder
+
+from plugins.kernels.binding import DTYPE_CODES, LoraDropAttention, load_library  # noqa: E402
 
 LAYOUTS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}
 LENGTHS = (512, 4096, 32768)
@@ -35,10 +36,6 @@ BATCHES = (1, 8)
 REPEATS = 21
 COPY_BYTES = 1 << 29
 ELEMENT_BYTES = 2  # bf16
-
-
-class NoGpuError(Exception):
-    pass
 
 
 def done(result: tuple[Any, ...]) -> Any:
@@ -67,6 +64,10 @@ class Allocations:
     def allocate(self, size_bytes: int) -> int:
         self.pointers.append(int(done(self.cuda.cudaMalloc(size_bytes))))
         return self.pointers[-1]
+
+
+class NoGpuError(Exception):
+    pass
 
 
 class Gpu:

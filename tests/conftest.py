@@ -20,7 +20,7 @@ TRACES = "LORA_DROP_TEST_TRACES"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The workers of a parallel run share traces (tests/bundles.py) in a directory that the controller owns."""
+    """The workers of a parallel run share traces (tests/support/bundles.py) in a directory that the controller owns."""
     if not hasattr(config, "workerinput"):
         directory = tempfile.mkdtemp(prefix="lora-drop-traces-")
         os.environ[TRACES] = directory

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -25,7 +26,7 @@ class Tolerance:
 
 
 # float32: both sides compute in float32 and sum in other orders; over 30 layers that was 3e-6 on the real models,
-# while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/test_verify.py).
+# while a swapped weight or cache, a wrong length or a missing base fails it (tests/export/check/test_verify.py).
 # Halves: the reference computes in float32 with the same rounded weights. Eager PyTorch itself in that dtype was off by
 # at most 0.0041 (float16, cosine 0.99997) and 0.030 (bfloat16, 0.9971) over 160 positions of SmolLM2-135M; twice that.
 # Quantized weights are float32's case: the graph is run with kernels that compute in float32. The engine's own kernels
@@ -68,7 +69,7 @@ class Verification:
     tolerance: Tolerance
     steps: tuple[StepResult, ...]
     rounded_cosine: float | None = None  # median, of kernels that round activations
-    policy: str = "skip"
+    policy: str = DEFAULT_POLICY
 
     @property
     def passed(self) -> bool:

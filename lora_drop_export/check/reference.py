@@ -17,6 +17,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import Matrices
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
@@ -52,12 +53,12 @@ class _Cache:
 _cache: _Cache  # of the layer that is running; the attention interface passes no user data
 
 
-def _tokens_again(kinds: Sequence[StepKind], policy: str) -> list[int]:
-    """For each decode step how many tokens before its own it takes: under `backfill` those since the last refresh."""
+def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
+    """For each decode step how many tokens before its own it runs once more."""
     again, since = [], 0
     for kind in kinds:
         refresh = kind is StepKind.REFRESH
-        again.append(since if refresh and policy == "backfill" else 0)
+        again.append(policy.steps_taken_back(since) if refresh else 0)
         since = 0 if refresh else since + 1
     return again
 
@@ -159,7 +160,7 @@ class Reference:
         tokens: npt.NDArray[np.int64],
         kinds: Sequence[StepKind],
         progress: Callable[[int, int], None] = lambda done, total: None,
-        policy: str = "skip",
+        policy: Policy = POLICIES[DEFAULT_POLICY],
     ) -> list[npt.NDArray[np.float32]]:
         """Teacher-forced run.
 
@@ -168,7 +169,7 @@ class Reference:
             lengths: int64 [B].
             tokens: int64 [N, B], appended one per decode step.
             kinds: kind of each decode step, N of them.
-            policy: under `backfill` a refresh takes the tokens of the LoRA steps before it once more.
+            policy: tells which tokens of the LoRA steps before it a refresh runs once more.
 
         Returns:
             N + 1 arrays float32 [B, V]: after the prompts, then after each step.
@@ -349,12 +350,13 @@ class Reference:
 
     def _surrogate(self, index: int, x: Any) -> Any:
         """`y = base + s·B·A·x`, for the block or for each half."""
+        form = self.plan.form
         halves = (("", "mlp"),) if self.plan.injection == "block" else ((".attn", "attn"), (".mlp", "mlp"))
         for suffix, state in halves:
-            base = x if self.plan.surrogate == "residual" else self._states[state]
+            base = self._states[state] if form.has_state else x
             pair = self.matrices.get(f"{index}{suffix}")
             x = base if pair is None else base + x @ _tensor(pair[0]).T @ _tensor(pair[1]).T
-            if self.plan.surrogate == "recurrent":
+            if form.updates_state:
                 self._states[state] = x
         return x
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import LoraDropError, VerificationError, first_line
+from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
@@ -71,7 +72,7 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
     """Polygraphy runner over reference.py, which computes all steps when it is activated."""
 
     def __init__(
-        self, reference: Reference, feeds: list[dict[str, Any]], kinds: list[StepKind], policy: str, console: Console
+        self, reference: Reference, feeds: list[dict[str, Any]], kinds: list[StepKind], policy: Policy, console: Console
     ) -> None:
         super().__init__(name="reference")
         self._reference, self._feeds, self._kinds, self._console = reference, feeds, kinds, console

@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from lora_drop_export.weights.stored import StoredTensor
 
-from .values import IR_VERSION, ONNX_DTYPE
+from .values import IR_VERSION
 
 
 @dataclass
@@ -37,7 +38,7 @@ class _SurrogateBuilder:
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        if site not in self.adapters and self.plan.surrogate == "residual":
+        if site not in self.adapters and not self.plan.has_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
 
@@ -61,7 +62,7 @@ class _SurrogateBuilder:
             down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
             up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
             result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
-            if self.plan.surrogate == "recurrent":
+            if self.plan.updates_state:
                 result.name = f"present_state.{site}"
                 self.states_out[result.name] = result
         assert result is not None
@@ -72,7 +73,7 @@ class _SurrogateBuilder:
         stored = self.adapters[site][which]
         proto = onnx.TensorProto(
             name=f"surrogate.{site}.lora_{'AB'[which]}",
-            data_type=onnx.TensorProto.DataType.Value(ONNX_DTYPE[stored.dtype]),
+            data_type=BY_NAME[stored.dtype].onnx,
             dims=stored.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )

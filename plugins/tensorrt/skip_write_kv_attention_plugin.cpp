@@ -1,344 +1,23 @@
 #include "skip_write_kv_attention_plugin.h"
 
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <cstring>
-#include <iomanip>
-#include <iostream>
-#include <limits>
-#include <mutex>
-#include <sstream>
-#include <stdexcept>
+#include "log.h"
 
 namespace lora_drop {
-namespace {
 
 using nvinfer1::DataType;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::ILogger;
-using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
-using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using nvinfer1::TensorRTPhase;
 
-// ---- log ------------------------------------------------------------------------------------------------------------
-
-std::mutex g_finder_mutex;
-nvinfer1::ILoggerFinder* g_finder{nullptr}; // of the registry that loaded this library
-
-void log(ILogger::Severity severity, std::string const& message) noexcept {
-    try {
-        std::string const line = std::string{kPLUGIN_NAME} + ": " + message;
-        ILogger* logger{nullptr};
-        {
-            std::lock_guard<std::mutex> const lock{g_finder_mutex};
-            logger = g_finder == nullptr ? nullptr : g_finder->findLogger();
-        }
-        if (logger != nullptr)
-            logger->log(severity, line.c_str());
-        else if (severity <= ILogger::Severity::kWARNING)
-            std::cerr << line << std::endl;
-    } catch (...) { // a message that cannot be written must not end the process
-    }
-}
-
-/// Runs `body`; an exception is logged and becomes `failed`, since none may reach TensorRT.
-template <typename Result, typename Body>
-Result guarded(char const* where, Result failed, Body&& body) noexcept {
-    try {
-        return body();
-    } catch (std::exception const& error) {
-        log(ILogger::Severity::kERROR, std::string{where} + ": " + error.what());
-    } catch (...) {
-        log(ILogger::Severity::kERROR, std::string{where} + ": unknown exception");
-    }
-    return failed;
-}
-
-template <typename... Parts>
-[[noreturn]] void refuse(Parts const&... parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    throw std::invalid_argument{text.str()};
-}
-
-// ---- fields ---------------------------------------------------------------------------------------------------------
-
-/// One field: where it is kept (one of the two), and what is accepted.
-struct FieldRule {
-    char const* name;
-    int32_t Fields::* whole;
-    float Fields::* real;
-    bool required;
-    bool advertised; // to the ONNX parser, which warns of each advertised field that a node lacks
-    double least;
-    char const* accepted;
-    double most = std::numeric_limits<int32_t>::max();
-};
-
-constexpr double kABOVE_ZERO = std::numeric_limits<float>::min();
-constexpr FieldRule kRULES[] = {
-    {"heads", &Fields::heads, nullptr, true, true, 1, "1 or more"},
-    {"kv_heads", &Fields::kv_heads, nullptr, true, true, 1, "1 or more"},
-    {"head_dim", &Fields::head_dim, nullptr, true, true, 1, "1 or more"},
-    {"rotary_dim", &Fields::rotary_dim, nullptr, true, true, 0, "0 (no RoPE) or more"},
-    {"interleaved", &Fields::interleaved, nullptr, true, true, 0, "0 or 1", 1},
-    {"window", &Fields::window, nullptr, true, true, 0, "0 (none) or more"},
-    {"has_count", &Fields::has_count, nullptr, true, true, 0, "0 or 1", 1},
-    {"has_norm", &Fields::has_norm, nullptr, true, true, 0, "0 or 1", 1},
-    {"has_kv_scale", &Fields::has_kv_scale, nullptr, true, true, 0, "0 or 1", 1},
-    {"scale", nullptr, &Fields::scale, true, true, kABOVE_ZERO, "a finite number above 0"},
-    {"softcap", nullptr, &Fields::softcap, true, true, 0, "0 (none) or a finite number above"},
-    {"norm_epsilon", nullptr, &Fields::norm_epsilon, true, true, 0, "0 or a finite number above"},
-    {"alias", &Fields::alias, nullptr, false, true, 0, "0 or 1", 1},
-    {"multiprocessors", &Fields::multiprocessors, nullptr, false, false, 1, "1 or more"},
-};
-constexpr size_t kNB_RULES = std::size(kRULES);
-
-std::string ruleNames() {
-    std::string names;
-    for (FieldRule const& rule : kRULES)
-        names += (names.empty() ? "" : ", ") + std::string{rule.name};
-    return names;
-}
-
-std::string describe(Fields const& fields) {
-    std::ostringstream text;
-    text.precision(std::numeric_limits<float>::max_digits10);
-    for (FieldRule const& rule : kRULES) {
-        text << (&rule == kRULES ? "" : " ") << rule.name << '=';
-        if (rule.whole != nullptr)
-            text << fields.*rule.whole;
-        else
-            text << fields.*rule.real;
-    }
-    return text.str();
-}
-
-void readField(PluginField const& field, FieldRule const& rule, Fields& fields) {
-    PluginFieldType const type = rule.whole != nullptr ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32;
-    if (field.type != type || field.length != 1 || field.data == nullptr)
-        refuse("field ", rule.name, " has ", field.length, " values of PluginFieldType ",
-               static_cast<int32_t>(field.type), field.data == nullptr ? " (no data)" : "", "; expected one ",
-               rule.whole != nullptr ? "int32" : "float32");
-    double value{};
-    if (rule.whole != nullptr) {
-        std::memcpy(&(fields.*rule.whole), field.data, sizeof(int32_t));
-        value = fields.*rule.whole;
-    } else {
-        std::memcpy(&(fields.*rule.real), field.data, sizeof(float));
-        value = fields.*rule.real;
-    }
-    double const most = rule.whole != nullptr ? rule.most : std::numeric_limits<float>::max();
-    if (!(value >= rule.least && value <= most)) // also refuses NaN
-        refuse("field ", rule.name, " = ", std::setprecision(std::numeric_limits<double>::digits10), value,
-               "; accepted: ", rule.accepted);
-}
-
-Fields parseFields(PluginFieldCollection const* collection) {
-    Fields fields;
-    std::array<bool, kNB_RULES> seen{};
-    int32_t const count = collection == nullptr ? 0 : collection->nbFields;
-    for (int32_t i = 0; i < count; ++i) {
-        PluginField const& field = collection->fields[i];
-        char const* const name = field.name == nullptr ? "" : field.name;
-        auto const* const rule = std::find_if(std::begin(kRULES), std::end(kRULES),
-                                              [&](FieldRule const& r) { return std::strcmp(r.name, name) == 0; });
-        if (rule == std::end(kRULES))
-            refuse("unknown field `", name, "`; accepted: ", ruleNames());
-        bool& seen_before = seen[static_cast<size_t>(rule - kRULES)];
-        if (seen_before)
-            refuse("field ", name, " is given twice");
-        seen_before = true;
-        readField(field, *rule, fields);
-    }
-    std::string missing;
-    for (size_t i = 0; i < kNB_RULES; ++i)
-        if (kRULES[i].required && !seen[i])
-            missing += (missing.empty() ? "" : ", ") + std::string{kRULES[i].name};
-    if (!missing.empty())
-        refuse("missing fields: ", missing, "; all are required but alias: ", ruleNames());
-    if (fields.heads % fields.kv_heads != 0)
-        refuse("field heads = ", fields.heads, "; accepted: a multiple of kv_heads = ", fields.kv_heads);
-    if (fields.rotary_dim % 2 != 0 || fields.rotary_dim > fields.head_dim)
-        refuse("field rotary_dim = ", fields.rotary_dim, "; accepted: even, at most head_dim = ", fields.head_dim);
-    return fields;
-}
-
-// ---- types and shapes -----------------------------------------------------------------------------------------------
-
-// Sizes in an Expected that the call decides; other sizes are themselves.
-constexpr int64_t kB = -2;
-constexpr int64_t kS = -3;
-constexpr int64_t kC = -4;
-constexpr int64_t kSYMBOLS[] = {kB, kS, kC};
-constexpr char kSYMBOL_NAMES[] = {'B', 'S', 'C'};
-
-constexpr int32_t kUNKNOWN_SIZE = -1; // what TensorRT calls a size that is not fixed yet
-
-struct Expected {
-    char const* name;
-    int32_t rank;
-    std::array<int64_t, 4> sizes;
-};
-
-/// `what` is an Input, or kNB_INPUTS + an Output.
-Expected expectedOf(int32_t what, Fields const& f) {
-    int64_t const query = int64_t{f.heads} * f.head_dim;
-    int64_t const key = int64_t{f.kv_heads} * f.head_dim;
-    switch (what) {
-    case kIN_QUERY: return {"query", 3, {kB, kS, query}};
-    case kIN_KEY: return {"key", 3, {kB, kS, key}};
-    case kIN_VALUE: return {"value", 3, {kB, kS, key}};
-    case kIN_PAST_KEY: return {"past_key", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kIN_PAST_VALUE: return {"past_value", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kIN_LENGTH: return {"length", 1, {kB}};
-    case kIN_COUNT: return {"count", 1, {kB}};
-    case kIN_COS: return {"cos", 3, {kB, kS, f.rotary_dim / 2}};
-    case kIN_SIN: return {"sin", 3, {kB, kS, f.rotary_dim / 2}};
-    case kIN_Q_NORM: return {"q_norm", 1, {f.head_dim}};
-    case kIN_K_NORM: return {"k_norm", 1, {f.head_dim}};
-    case kIN_K_SCALE: return {"k_scale", 1, {f.kv_heads}};
-    case kIN_V_SCALE: return {"v_scale", 1, {f.kv_heads}};
-    case kNB_INPUTS + kOUT_ATTENTION: return {"attention", 3, {kB, kS, query}};
-    case kNB_INPUTS + kOUT_PRESENT_KEY: return {"present_key", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    case kNB_INPUTS + kOUT_PRESENT_VALUE: return {"present_value", 4, {kB, f.kv_heads, kC, f.head_dim}};
-    default: refuse("no tensor ", what);
-    }
-}
-
-/// Whether `type` is possible for `what`, given the types of query (T) and past_key (K), which come before it.
-bool typeFits(int32_t what, DataType type, DataType query, DataType past_key, Fields const& fields) {
-    switch (what) {
-    case kIN_QUERY: return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
-    case kIN_PAST_KEY:
-        return fields.has_kv_scale != 0 ? type == DataType::kFP8 || type == DataType::kINT8 : type == query;
-    case kIN_PAST_VALUE:
-    case kNB_INPUTS + kOUT_PRESENT_KEY:
-    case kNB_INPUTS + kOUT_PRESENT_VALUE: return type == past_key;
-    case kIN_LENGTH:
-    case kIN_COUNT: return type == DataType::kINT64;
-    case kIN_K_SCALE:
-    case kIN_V_SCALE: return type == DataType::kFLOAT;
-    default: return type == query;
-    }
-}
-
-char const* typeName(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT: return "float32";
-    case DataType::kHALF: return "float16";
-    case DataType::kBF16: return "bfloat16";
-    case DataType::kFP8: return "fp8";
-    case DataType::kINT8: return "int8";
-    case DataType::kINT32: return "int32";
-    case DataType::kINT64: return "int64";
-    default: return "another type";
-    }
-}
-
-int32_t kernelType(DataType type) {
-    switch (type) {
-    case DataType::kFLOAT: return LORA_DROP_F32;
-    case DataType::kHALF: return LORA_DROP_F16;
-    case DataType::kBF16: return LORA_DROP_BF16;
-    case DataType::kFP8: return LORA_DROP_F8_E4M3;
-    case DataType::kINT8: return LORA_DROP_I8;
-    default: refuse("the kernel has no ", typeName(type));
-    }
-}
-
-template <typename Sizes>
-std::string shapeText(Sizes const& sizes, int32_t rank) {
-    std::ostringstream text;
-    text << '[';
-    for (int32_t i = 0; i < rank; ++i) {
-        text << (i == 0 ? "" : ", ");
-        auto const* const symbol = std::find(std::begin(kSYMBOLS), std::end(kSYMBOLS), sizes[i]);
-        if (symbol != std::end(kSYMBOLS))
-            text << kSYMBOL_NAMES[symbol - kSYMBOLS];
-        else
-            text << sizes[i];
-    }
-    text << ']';
-    return text.str();
-}
-
-PluginTensorDesc const& plain(PluginTensorDesc const& desc) { return desc; }
-PluginTensorDesc const& plain(DynamicPluginTensorDesc const& desc) { return desc.desc; }
-
-// ---- device ---------------------------------------------------------------------------------------------------------
-
-/// SMs of the current device. Without a GPU or driver: the fallback, and no CUDA error left behind.
-int32_t deviceMultiprocessors() noexcept {
-    int device{0};
-    int count{0};
-    if (cudaGetDevice(&device) == cudaSuccess
-        && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count > 0)
-        return count;
-    cudaGetLastError();
-    log(ILogger::Severity::kINFO,
-        "no GPU or no driver; the workspace is planned for " + std::to_string(kFALLBACK_MULTIPROCESSORS) + " SMs");
-    return kFALLBACK_MULTIPROCESSORS;
-}
-
-/// Every pointer that these fields call for, as a non-null one: for checks of sizes before there is memory.
-void setStandInPointers(LoraDropAttention& call, Fields const& fields) {
-    alignas(256) static char nowhere[256];
-    call.query = call.key = call.value = nowhere;
-    call.key_cache = call.value_cache = call.output = call.workspace = nowhere;
-    call.length = reinterpret_cast<int64_t const*>(nowhere);
-    if (fields.has_count != 0)
-        call.count = call.length;
-    if (fields.rotary_dim > 0)
-        call.cos = call.sin = nowhere;
-    if (fields.has_norm != 0)
-        call.q_norm = call.k_norm = nowhere;
-    if (fields.has_kv_scale != 0)
-        call.k_scale = call.v_scale = reinterpret_cast<float const*>(nowhere);
-}
-
-} // namespace
-
-// ---- plugin ---------------------------------------------------------------------------------------------------------
-
 SkipWriteKVAttentionPlugin::SkipWriteKVAttentionPlugin(Fields const& fields, TensorRTPhase phase)
-    : mFields{fields}, mPhase{phase} {
+    : mFields{fields}, mPhase{phase}, mPositions{fields} {
     if (mFields.multiprocessors == 0)
         mFields.multiprocessors = deviceMultiprocessors();
     mDescription = describe(mFields);
-    for (int32_t what = 0; what < kNB_INPUTS; ++what) {
-        bool const absent = (what == kIN_COUNT && fields.has_count == 0)
-            || ((what == kIN_COS || what == kIN_SIN) && fields.rotary_dim == 0)
-            || ((what == kIN_Q_NORM || what == kIN_K_NORM) && fields.has_norm == 0)
-            || ((what == kIN_K_SCALE || what == kIN_V_SCALE) && fields.has_kv_scale == 0);
-        mPosition[what] = absent ? -1 : mNbInputs++;
-    }
-    // What the kernel itself refuses, as early as possible
-    LoraDropAttention call = callOfFields();
-    call.batch = call.new_tokens = call.slots = 1;
-    call.dtype = LORA_DROP_F32;
-    call.kv_dtype = fields.has_kv_scale != 0 ? LORA_DROP_I8 : LORA_DROP_F32;
-    setStandInPointers(call, fields);
-    if (char const* const problem = lora_drop_attention_problem(&call))
-        refuse(problem, "; the fields are ", mDescription);
-}
-
-LoraDropAttention SkipWriteKVAttentionPlugin::callOfFields() const {
-    LoraDropAttention call{};
-    call.heads = mFields.heads;
-    call.kv_heads = mFields.kv_heads;
-    call.head_dim = mFields.head_dim;
-    call.rotary_dim = mFields.rotary_dim;
-    call.interleaved = mFields.interleaved;
-    call.window = mFields.window;
-    call.scale = mFields.scale;
-    call.softcap = mFields.softcap;
-    call.norm_epsilon = mFields.norm_epsilon;
-    return call;
+    requireKernelTakes(mFields); // as early as possible
 }
 
 nvinfer1::IPluginCapability*
@@ -362,13 +41,7 @@ nvinfer1::IPluginV3* SkipWriteKVAttentionPlugin::attachToContext(nvinfer1::IPlug
 
 PluginFieldCollection const* SkipWriteKVAttentionPlugin::getFieldsToSerialize() noexcept {
     return guarded<PluginFieldCollection const*>("getFieldsToSerialize", nullptr, [&] {
-        mSerialized.clear();
-        for (FieldRule const& rule : kRULES) {
-            if (rule.whole != nullptr)
-                mSerialized.emplace_back(rule.name, &(mFields.*rule.whole), PluginFieldType::kINT32, 1);
-            else
-                mSerialized.emplace_back(rule.name, &(mFields.*rule.real), PluginFieldType::kFLOAT32, 1);
-        }
+        mSerialized = serializedFields(mFields);
         mSerializedCollection = {static_cast<int32_t>(mSerialized.size()), mSerialized.data()};
         return &mSerializedCollection;
     });
@@ -378,8 +51,8 @@ int32_t SkipWriteKVAttentionPlugin::getAliasedInput(int32_t output) noexcept {
     if (mFields.alias == 0)
         return -1;
     switch (output) {
-    case kOUT_PRESENT_KEY: return mPosition[kIN_PAST_KEY];
-    case kOUT_PRESENT_VALUE: return mPosition[kIN_PAST_VALUE];
+    case kOUT_PRESENT_KEY: return mPositions[kIN_PAST_KEY];
+    case kOUT_PRESENT_VALUE: return mPositions[kIN_PAST_VALUE];
     default: return -1;
     }
 }
@@ -387,12 +60,10 @@ int32_t SkipWriteKVAttentionPlugin::getAliasedInput(int32_t output) noexcept {
 int32_t SkipWriteKVAttentionPlugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs,
                                                        DataType const* input_types, int32_t nb_inputs) const noexcept {
     return guarded("getOutputDataTypes", -1, [&] {
-        if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-            refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-                   +kNB_OUTPUTS, ": ", mDescription);
-        output_types[kOUT_ATTENTION] = input_types[mPosition[kIN_QUERY]];
-        output_types[kOUT_PRESENT_KEY] = input_types[mPosition[kIN_PAST_KEY]];
-        output_types[kOUT_PRESENT_VALUE] = input_types[mPosition[kIN_PAST_VALUE]];
+        mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+        output_types[kOUT_ATTENTION] = input_types[mPositions[kIN_QUERY]];
+        output_types[kOUT_PRESENT_KEY] = input_types[mPositions[kIN_PAST_KEY]];
+        output_types[kOUT_PRESENT_VALUE] = input_types[mPositions[kIN_PAST_VALUE]];
         return 0;
     });
 }
@@ -401,112 +72,46 @@ int32_t SkipWriteKVAttentionPlugin::getOutputShapes(nvinfer1::DimsExprs const* i
                                                     nvinfer1::DimsExprs const*, int32_t, nvinfer1::DimsExprs* outputs,
                                                     int32_t nb_outputs, nvinfer1::IExprBuilder&) noexcept {
     return guarded("getOutputShapes", -1, [&] {
-        if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-            refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-                   +kNB_OUTPUTS, ": ", mDescription);
-        outputs[kOUT_ATTENTION] = inputs[mPosition[kIN_QUERY]];
-        outputs[kOUT_PRESENT_KEY] = inputs[mPosition[kIN_PAST_KEY]];
-        outputs[kOUT_PRESENT_VALUE] = inputs[mPosition[kIN_PAST_VALUE]];
+        mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+        outputs[kOUT_ATTENTION] = inputs[mPositions[kIN_QUERY]];
+        outputs[kOUT_PRESENT_KEY] = inputs[mPositions[kIN_PAST_KEY]];
+        outputs[kOUT_PRESENT_VALUE] = inputs[mPositions[kIN_PAST_VALUE]];
         return 0;
     });
 }
 
 bool SkipWriteKVAttentionPlugin::supportsFormatCombination(int32_t pos, DynamicPluginTensorDesc const* in_out,
                                                            int32_t nb_inputs, int32_t nb_outputs) noexcept {
-    if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS || pos < 0 || pos >= nb_inputs + nb_outputs)
+    if (nb_inputs != mPositions.nbInputs() || nb_outputs != kNB_OUTPUTS || pos < 0 || pos >= nb_inputs + nb_outputs)
         return false;
     PluginTensorDesc const& desc = in_out[pos].desc;
     if (desc.format != TensorFormat::kLINEAR)
         return false;
-    int32_t const what = pos >= nb_inputs
-        ? kNB_INPUTS + pos - nb_inputs
-        : static_cast<int32_t>(std::find(mPosition.begin(), mPosition.end(), pos) - mPosition.begin());
     // Only descriptors up to pos are set; query and past_key stand before all whose type depends on them.
-    DataType const query = in_out[mPosition[kIN_QUERY]].desc.type;
-    DataType const past_key = pos < mPosition[kIN_PAST_KEY] ? desc.type : in_out[mPosition[kIN_PAST_KEY]].desc.type;
-    return typeFits(what, desc.type, query, past_key, mFields);
+    DataType const query = in_out[mPositions[kIN_QUERY]].desc.type;
+    DataType const past_key = pos < mPositions[kIN_PAST_KEY] ? desc.type : in_out[mPositions[kIN_PAST_KEY]].desc.type;
+    return typeFits(mPositions.tensorAt(pos), desc.type, query, past_key, mFields);
 }
 
 template <typename Desc>
-SkipWriteKVAttentionPlugin::Descs SkipWriteKVAttentionPlugin::arrange(Desc const* in, int32_t nb_inputs,
-                                                                      Desc const* out, int32_t nb_outputs) const {
-    if (nb_inputs != mNbInputs || nb_outputs != kNB_OUTPUTS)
-        refuse(nb_inputs, " inputs and ", nb_outputs, " outputs; these fields call for ", mNbInputs, " and ",
-               +kNB_OUTPUTS, ": ", mDescription);
-    Descs descs{};
-    for (int32_t what = 0; what < kNB_INPUTS; ++what)
-        descs[what] = mPosition[what] < 0 ? nullptr : &plain(in[mPosition[what]]);
-    for (int32_t output = 0; output < kNB_OUTPUTS; ++output)
-        descs[kNB_INPUTS + output] = &plain(out[output]);
-    return descs;
+Sizes SkipWriteKVAttentionPlugin::sizesOf(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs,
+                                          bool may_be_dynamic) const {
+    mPositions.requireNumbers(nb_inputs, nb_outputs, mFields);
+    return checkedSizes(arrange(mPositions, in, out), mFields, may_be_dynamic);
 }
 
-LoraDropAttention SkipWriteKVAttentionPlugin::checkedSizes(Descs const& descs, bool may_be_dynamic) const {
-    std::array<int64_t, std::size(kSYMBOLS)> sizes;
-    sizes.fill(kUNKNOWN_SIZE);
-    for (int32_t what = 0; what < static_cast<int32_t>(descs.size()); ++what) {
-        if (descs[what] == nullptr)
-            continue;
-        PluginTensorDesc const& desc = *descs[what];
-        Expected const expected = expectedOf(what, mFields);
-        if (desc.format != TensorFormat::kLINEAR)
-            refuse(expected.name, " has TensorFormat ", static_cast<int32_t>(desc.format), "; accepted: kLINEAR");
-        if (!typeFits(what, desc.type, descs[kIN_QUERY]->type, descs[kIN_PAST_KEY]->type, mFields))
-            refuse(expected.name, " is ", typeName(desc.type), ", where query is ", typeName(descs[kIN_QUERY]->type),
-                   ", past_key ", typeName(descs[kIN_PAST_KEY]->type), " and has_kv_scale = ", mFields.has_kv_scale);
-        bool fits = desc.dims.nbDims == expected.rank;
-        for (int32_t axis = 0; fits && axis < expected.rank; ++axis) {
-            int64_t const size = desc.dims.d[axis];
-            if (size == kUNKNOWN_SIZE && may_be_dynamic)
-                continue;
-            auto const* const symbol = std::find(std::begin(kSYMBOLS), std::end(kSYMBOLS), expected.sizes[axis]);
-            if (symbol == std::end(kSYMBOLS)) {
-                fits = size == expected.sizes[axis];
-                continue;
-            }
-            int64_t& known = sizes[static_cast<size_t>(symbol - kSYMBOLS)];
-            fits = size >= 0 && size <= std::numeric_limits<int32_t>::max()
-                && (known == kUNKNOWN_SIZE || size == known);
-            known = size;
-        }
-        if (!fits)
-            refuse(expected.name, " is ", shapeText(desc.dims.d, desc.dims.nbDims), "; expected ",
-                   shapeText(expected.sizes, expected.rank), " with B and S of query ",
-                   shapeText(descs[kIN_QUERY]->dims.d, descs[kIN_QUERY]->dims.nbDims), ", C of past_key ",
-                   shapeText(descs[kIN_PAST_KEY]->dims.d, descs[kIN_PAST_KEY]->dims.nbDims));
-    }
-    LoraDropAttention call = callOfFields();
-    call.batch = static_cast<int32_t>(sizes[0]);
-    call.new_tokens = static_cast<int32_t>(sizes[1]);
-    call.slots = static_cast<int32_t>(sizes[2]);
-    call.dtype = kernelType(descs[kIN_QUERY]->type);
-    call.kv_dtype = kernelType(descs[kIN_PAST_KEY]->type);
-    return call;
-}
-
-LoraDropAttention SkipWriteKVAttentionPlugin::largestCall(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
-                                                          DynamicPluginTensorDesc const* out,
-                                                          int32_t nb_outputs) const {
-    LoraDropAttention call = checkedSizes(arrange(in, nb_inputs, out, nb_outputs), true);
-    auto const most = [](char const* what, int64_t size) {
-        if (size < 1 || size > std::numeric_limits<int32_t>::max())
-            refuse("the profile's largest ", what, " is ", size, "; accepted: 1 to 2^31 - 1");
-        return static_cast<int32_t>(size);
-    };
-    call.batch = most("batch", in[mPosition[kIN_QUERY]].max.d[0]);
-    call.new_tokens = most("number of new tokens", in[mPosition[kIN_QUERY]].max.d[1]);
-    call.slots = most("number of slots", in[mPosition[kIN_PAST_KEY]].max.d[2]);
-    setStandInPointers(call, mFields);
-    if (char const* const problem = lora_drop_attention_problem(&call))
-        refuse(problem, "; batch ", call.batch, ", new tokens ", call.new_tokens, ", slots ", call.slots,
-               ", the fields are ", mDescription);
-    return call;
+Sizes SkipWriteKVAttentionPlugin::largestSizesOf(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                                                 DynamicPluginTensorDesc const* out, int32_t nb_outputs) const {
+    Sizes const sizes = sizesOf(in, nb_inputs, out, nb_outputs, true);
+    Sizes const largest = largestSizes(sizes, in[mPositions[kIN_QUERY]], in[mPositions[kIN_PAST_KEY]]);
+    requireKernelTakes(mFields, largest);
+    return largest;
 }
 
 int32_t SkipWriteKVAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nb_inputs,
                                                     DynamicPluginTensorDesc const* out, int32_t nb_outputs) noexcept {
     return guarded("configurePlugin", -1, [&] {
-        largestCall(in, nb_inputs, out, nb_outputs);
+        largestSizesOf(in, nb_inputs, out, nb_outputs);
         return 0;
     });
 }
@@ -517,108 +122,63 @@ size_t SkipWriteKVAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc cons
     // What configurePlugin would refuse must not pass for a plugin without workspace: it fits no device.
     constexpr size_t kIMPOSSIBLE = size_t{1} << 62;
     return guarded("getWorkspaceSize", kIMPOSSIBLE, [&] {
-        // A large problem fills the device without cutting the slots into pieces and may need nothing, a small one is
-        // cut: the largest workspace is not the largest problem's. More slots only make more pieces.
-        LoraDropAttention call = largestCall(in, nb_inputs, out, nb_outputs);
-        int32_t const batch = call.batch;
-        int32_t const new_tokens = call.new_tokens;
-        size_t bytes{0};
-        for (call.batch = 1; call.batch <= batch; ++call.batch)
-            for (call.new_tokens = 1; call.new_tokens <= new_tokens; ++call.new_tokens)
-                bytes = std::max(bytes, lora_drop_workspace_bytes(&call, mFields.multiprocessors));
-        return bytes;
+        return largestWorkspaceBytes(mFields, largestSizesOf(in, nb_inputs, out, nb_outputs));
     });
 }
 
 int32_t SkipWriteKVAttentionPlugin::onShapeChange(PluginTensorDesc const* in, int32_t nb_inputs,
                                                   PluginTensorDesc const* out, int32_t nb_outputs) noexcept {
     return guarded("onShapeChange", -1, [&] {
-        checkedSizes(arrange(in, nb_inputs, out, nb_outputs), false);
+        sizesOf(in, nb_inputs, out, nb_outputs, false);
         return 0;
     });
+}
+
+LoraDropAttention SkipWriteKVAttentionPlugin::callWithPointers(Sizes const& sizes, void const* const* inputs,
+                                                               void* const* outputs, void* workspace) const {
+    LoraDropAttention call = callOf(mFields, sizes);
+    auto const pointer = [&](Input input) { return mPositions[input] < 0 ? nullptr : inputs[mPositions[input]]; };
+    call.query = pointer(kIN_QUERY);
+    call.key = pointer(kIN_KEY);
+    call.value = pointer(kIN_VALUE);
+    call.cos = pointer(kIN_COS);
+    call.sin = pointer(kIN_SIN);
+    call.q_norm = pointer(kIN_Q_NORM);
+    call.k_norm = pointer(kIN_K_NORM);
+    call.k_scale = static_cast<float const*>(pointer(kIN_K_SCALE));
+    call.v_scale = static_cast<float const*>(pointer(kIN_V_SCALE));
+    call.length = static_cast<int64_t const*>(pointer(kIN_LENGTH));
+    call.count = static_cast<int64_t const*>(pointer(kIN_COUNT));
+    call.key_cache = outputs[kOUT_PRESENT_KEY];
+    call.value_cache = outputs[kOUT_PRESENT_VALUE];
+    call.output = outputs[kOUT_ATTENTION];
+    call.workspace = workspace;
+    return call;
 }
 
 int32_t SkipWriteKVAttentionPlugin::enqueue(PluginTensorDesc const* input_desc, PluginTensorDesc const* output_desc,
                                             void const* const* inputs, void* const* outputs, void* workspace,
                                             cudaStream_t stream) noexcept {
     return guarded("enqueue", -1, [&] {
-        LoraDropAttention call = checkedSizes(arrange(input_desc, mNbInputs, output_desc, kNB_OUTPUTS), false);
-        auto const pointer = [&](Input what) { return mPosition[what] < 0 ? nullptr : inputs[mPosition[what]]; };
-        call.query = pointer(kIN_QUERY);
-        call.key = pointer(kIN_KEY);
-        call.value = pointer(kIN_VALUE);
-        call.cos = pointer(kIN_COS);
-        call.sin = pointer(kIN_SIN);
-        call.q_norm = pointer(kIN_Q_NORM);
-        call.k_norm = pointer(kIN_K_NORM);
-        call.k_scale = static_cast<float const*>(pointer(kIN_K_SCALE));
-        call.v_scale = static_cast<float const*>(pointer(kIN_V_SCALE));
-        call.length = static_cast<int64_t const*>(pointer(kIN_LENGTH));
-        call.count = static_cast<int64_t const*>(pointer(kIN_COUNT));
-        call.key_cache = outputs[kOUT_PRESENT_KEY];
-        call.value_cache = outputs[kOUT_PRESENT_VALUE];
-        call.output = outputs[kOUT_ATTENTION];
-        call.workspace = workspace;
-        if (call.key_cache != pointer(kIN_PAST_KEY) || call.value_cache != pointer(kIN_PAST_VALUE)) {
+        Sizes const sizes = sizesOf(input_desc, mPositions.nbInputs(), output_desc, kNB_OUTPUTS, false);
+        LoraDropAttention const call = callWithPointers(sizes, inputs, outputs, workspace);
+        void const* const past_key = inputs[mPositions[kIN_PAST_KEY]];
+        void const* const past_value = inputs[mPositions[kIN_PAST_VALUE]];
+        if (call.key_cache != past_key || call.value_cache != past_value) {
             if (mPhase == TensorRTPhase::kBUILD) { // the builder's timing runs, on scratch memory: see the header
                 log(ILogger::Severity::kVERBOSE, "enqueue: past and present differ; nothing was launched");
                 return 0;
             }
-            refuse("past_key ", pointer(kIN_PAST_KEY), ", present_key ", call.key_cache, ", past_value ",
-                   pointer(kIN_PAST_VALUE), ", present_value ", call.value_cache,
+            refuse("past_key ", past_key, ", present_key ", call.key_cache, ", past_value ", past_value,
+                   ", present_value ", call.value_cache,
                    " must be one address for keys and one for values: the cache is updated in place. ",
                    mFields.alias != 0 ? "Hint: build with PreviewFeature::kALIASED_PLUGIN_IO_10_03, or bind both names "
                                         "to one buffer (alias=1)."
                                       : "Hint: bind both names to one buffer (alias=0).");
         }
-        if (char const* const problem = lora_drop_attention_problem(&call))
-            refuse(problem, "; the fields are ", mDescription);
-        // TensorRT does not say what it gave; getWorkspaceSize asked for the most that any call of the profile needs.
-        size_t const workspace_bytes = lora_drop_workspace_bytes(&call, mFields.multiprocessors);
-        if (workspace_bytes > 0 && workspace == nullptr)
-            refuse("no workspace, where ", workspace_bytes, " bytes are needed");
-        int const status = lora_drop_attention(&call, workspace_bytes, mFields.multiprocessors, stream);
-        if (status != cudaSuccess)
-            refuse("CUDA error ", status, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+        launch(call, mFields, stream);
         return 0;
     });
 }
 
-// ---- creator --------------------------------------------------------------------------------------------------------
-
-SkipWriteKVAttentionCreator::SkipWriteKVAttentionCreator() {
-    for (FieldRule const& rule : kRULES)
-        if (rule.advertised)
-            mNames.emplace_back(rule.name, nullptr,
-                                rule.whole != nullptr ? PluginFieldType::kINT32 : PluginFieldType::kFLOAT32, 1);
-    mCollection = {static_cast<int32_t>(mNames.size()), mNames.data()};
-}
-
-nvinfer1::IPluginV3* SkipWriteKVAttentionCreator::createPlugin(char const* name, PluginFieldCollection const* fields,
-                                                               TensorRTPhase phase) noexcept {
-    return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
-        try {
-            return new SkipWriteKVAttentionPlugin{parseFields(fields), phase};
-        } catch (std::invalid_argument const& error) {
-            refuse("`", name == nullptr ? "" : name, "`: ", error.what());
-        }
-    });
-}
-
 } // namespace lora_drop
-
-extern "C" {
-
-nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators) {
-    static lora_drop::SkipWriteKVAttentionCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    nb_creators = 1;
-    return creators;
-}
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-    std::lock_guard<std::mutex> const lock{lora_drop::g_finder_mutex};
-    lora_drop::g_finder = finder;
-}
-
-} // extern "C"

@@ -1,36 +1,18 @@
 /* TensorRT plugin `SkipWriteKVAttention`, version "1", namespace "lora_drop": the glue between TensorRT and the kernel
  * of kernels/skip_write_kv_attention.h, which says what is computed. Here is only how TensorRT hands it over.
  *
- * Inputs, in this order; an optional one takes no place when its field says that it is absent:
+ * The parts, each without knowledge of those after it:
  *
- *     query         [B, S, N·D]    T
- *     key           [B, S, G·D]    T
- *     value         [B, S, G·D]    T
- *     past_key      [B, G, C, D]   K        written in place, is output present_key
- *     past_value    [B, G, C, D]   K        written in place, is output present_value
- *     length        [B]            int64
- *     count         [B]            int64    has_count = 1
- *     cos, sin      [B, S, R/2]    T        rotary_dim > 0
- *     q_norm        [D]            T        has_norm = 1
- *     k_norm        [D]            T        has_norm = 1
- *     k_scale       [G]            float32  has_kv_scale = 1
- *     v_scale       [G]            float32  has_kv_scale = 1
+ *     log.h                               messages and refusals
+ *     fields.h                            the fields, and the ONNX attributes that they are
+ *     tensors.h                           the inputs and outputs: type and shape of each, their order
+ *     types_and_shapes.h                  the checker of types and shapes
+ *     device.h                            what the kernel is told and asked, its launch
+ *     this file                           TensorRT's questions, each answered from the parts above
+ *     skip_write_kv_attention_creator.h   how TensorRT finds the plugin
  *
- * Outputs:
- *
- *     attention      [B, S, N·D]   T
- *     present_key    [B, G, C, D]  K        the memory of past_key
- *     present_value  [B, G, C, D]  K        the memory of past_value
- *
- * T is float32, float16 or bfloat16; K is T, or fp8 or int8 with has_kv_scale = 1. All formats are linear.
- *
- * Fields (an ONNX node's attributes of the same names; all are required except alias):
- *
- *     heads N, kv_heads G, head_dim D, rotary_dim R, interleaved, window          int32
- *     has_count, has_norm, has_kv_scale                                           int32, 0 or 1
- *     scale, softcap, norm_epsilon                                                float32
- *     alias                                                                       int32, 0 or 1 (default 1)
- *     multiprocessors    int32, only in serialized plugins: the SMs that the workspace was planned for
+ * Enter: Fields; descriptors, pointers and a stream of TensorRT. Leave: answers, and work on the stream. Nothing here
+ * knows what the kernel computes or which sizes it takes.
  *
  * In place. The kernel updates the cache and copies nothing, so past and present must be one address:
  *
@@ -51,60 +33,21 @@
 #ifndef LORA_DROP_SKIP_WRITE_KV_ATTENTION_PLUGIN_H
 #define LORA_DROP_SKIP_WRITE_KV_ATTENTION_PLUGIN_H
 
-#include <NvInfer.h>
-#include <NvInferPlugin.h>
+#include <NvInferRuntime.h>
 
-#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "../kernels/skip_write_kv_attention.h"
+#include "device.h"
+#include "fields.h"
+#include "names.h"
+#include "tensors.h"
+#include "types_and_shapes.h"
 
 namespace lora_drop {
-
-constexpr char const* kPLUGIN_NAME = "SkipWriteKVAttention";
-constexpr char const* kPLUGIN_VERSION = "1";
-constexpr char const* kPLUGIN_NAMESPACE = "lora_drop";
-constexpr int32_t kFALLBACK_MULTIPROCESSORS = 132;
-
-/// What an input is. Where it stands among a node's inputs: SkipWriteKVAttentionPlugin::position.
-enum Input : int32_t {
-    kIN_QUERY,
-    kIN_KEY,
-    kIN_VALUE,
-    kIN_PAST_KEY,
-    kIN_PAST_VALUE,
-    kIN_LENGTH,
-    kIN_COUNT,
-    kIN_COS,
-    kIN_SIN,
-    kIN_Q_NORM,
-    kIN_K_NORM,
-    kIN_K_SCALE,
-    kIN_V_SCALE,
-    kNB_INPUTS
-};
-
-enum Output : int32_t { kOUT_ATTENTION, kOUT_PRESENT_KEY, kOUT_PRESENT_VALUE, kNB_OUTPUTS };
-
-/// The plugin's fields, validated once by parseFields.
-struct Fields {
-    int32_t heads{};
-    int32_t kv_heads{};
-    int32_t head_dim{};
-    int32_t rotary_dim{};
-    int32_t interleaved{};
-    int32_t window{};
-    int32_t has_count{};
-    int32_t has_norm{};
-    int32_t has_kv_scale{};
-    float scale{};
-    float softcap{};
-    float norm_epsilon{};
-    int32_t alias{1};
-    int32_t multiprocessors{0}; // 0: ask the device
-};
 
 class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
                                          public nvinfer1::IPluginV3OneCore,
@@ -150,49 +93,22 @@ class SkipWriteKVAttentionPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
   private:
-    using Descs = std::array<nvinfer1::PluginTensorDesc const*, kNB_INPUTS + kNB_OUTPUTS>; // null: absent
-
-    /// Descriptors by what they are, from descriptors by where they stand. Throws when their number is wrong.
+    /// Throws std::invalid_argument unless the tensors are those of a node with these fields.
     template <typename Desc>
-    Descs arrange(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs) const;
-    /// The shape checker of configurePlugin (may_be_dynamic: −1 fits any size), onShapeChange and enqueue. Throws
-    /// std::invalid_argument; fills all sizes of a call, sizes that are still unknown with −1.
-    LoraDropAttention checkedSizes(Descs const& descs, bool may_be_dynamic) const;
-    /// The largest call of a profile, with stand-in pointers. Throws when the kernel would refuse it.
-    LoraDropAttention largestCall(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
-                                  nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const;
-    LoraDropAttention callOfFields() const;
+    Sizes sizesOf(Desc const* in, int32_t nb_inputs, Desc const* out, int32_t nb_outputs, bool may_be_dynamic) const;
+    /// The sizes of a profile's largest call. Throws when the kernel would refuse it.
+    Sizes largestSizesOf(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nb_inputs,
+                         nvinfer1::DynamicPluginTensorDesc const* out, int32_t nb_outputs) const;
+    LoraDropAttention callWithPointers(Sizes const& sizes, void const* const* inputs, void* const* outputs,
+                                       void* workspace) const;
 
     Fields mFields;
     nvinfer1::TensorRTPhase mPhase;
-    std::array<int32_t, kNB_INPUTS> mPosition{}; // of each Input among the node's inputs; −1: absent
-    int32_t mNbInputs{0};
+    Positions mPositions;
     std::string mDescription; // all fields, as `name=value`
     std::vector<nvinfer1::PluginField> mSerialized;
     nvinfer1::PluginFieldCollection mSerializedCollection{};
 };
 
-class SkipWriteKVAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
-  public:
-    SkipWriteKVAttentionCreator();
-    char const* getPluginName() const noexcept override { return kPLUGIN_NAME; }
-    char const* getPluginVersion() const noexcept override { return kPLUGIN_VERSION; }
-    char const* getPluginNamespace() const noexcept override { return kPLUGIN_NAMESPACE; }
-    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &mCollection; }
-    /// Null, with the reason in the log, for a field that is missing, unknown, of another type or of another value.
-    nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
-                                      nvinfer1::TensorRTPhase phase) noexcept override;
-
-  private:
-    std::vector<nvinfer1::PluginField> mNames;
-    nvinfer1::PluginFieldCollection mCollection{};
-};
-
 } // namespace lora_drop
-
-/// The two symbols that TensorRT's IPluginRegistry::loadLibrary looks for.
-extern "C" {
-__attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
-__attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
-}
 #endif

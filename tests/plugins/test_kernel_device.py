@@ -13,21 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.plugins.kernel import (
-    CASES,
-    GUARD,
-    GUARD_BYTES,
-    KERNELS,
-    UPDATED,
-    Case,
-    check,
-    check_rounding,
-    load_library,
-    make_arrays,
-    make_call,
-    named,
-    run_case,
-)
+from plugins.kernels.binding import UPDATED, load_library
+from tests.support.kernel_build import KERNELS
+from tests.support.kernel_calls import GUARD, GUARD_BYTES, check_rounding, make_arrays, make_call, run_case
+from tests.support.kernel_cases import CASES, Case, named
+from tests.support.kernel_reference import check
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 

@@ -16,38 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.plugins.kernel import (
-    CASES,
-    KERNELS,
-    Arrays,
-    Case,
-    HostMemory,
-    LoraDropAttention,
-    check,
-    check_rounding,
-    load_library,
-    make_arrays,
-    make_call,
-    named,
-    run_case,
-)
-
-# -ffp-contract=off: the same float32 arithmetic on every CPU
-BUILD = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-
-
-def build(source: Path, library: Path, *options: str) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler: g++ or $CXX")
-    host = source / "skip_write_kv_attention_host.cpp"
-    subprocess.run([compiler, *BUILD, *options, "-shared", "-fPIC", "-o", library, host], check=True)
-    return library
+from plugins.kernels.binding import LoraDropAttention, load_library
+from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_calls import HostMemory, check_rounding, make_arrays, make_call, run_case
+from tests.support.kernel_cases import CASES, Case, named
+from tests.support.kernel_reference import Arrays, check
 
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_library(build(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
+    return load_library(build_for_host(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
 
 
 def run(library: ctypes.CDLL, case: Case, order: int = 0) -> tuple[Arrays, Arrays]:
@@ -159,13 +137,16 @@ def mutant(directory: Path, edit: str, to: str, occurrence: int = 0) -> ctypes.C
     plan = source / "plan.h"
     kept = [line for line in plan.read_text().splitlines() if not re.search("case .*_(F16|BF16|I8): return", line)]
     plan.write_text("\n".join(kept))
-    return load_library(build(source, directory / "mutant.so", "-O0", "-w"))
+    return load_library(build_for_host(source, directory / "mutant.so", "-O0", "-w"))
 
 
 SANITIZED = """
 import sys
 from pathlib import Path
-from tests.plugins.kernel import HostMemory, check, load_library, named, run_case
+from plugins.kernels.binding import load_library
+from tests.support.kernel_calls import HostMemory, run_case
+from tests.support.kernel_cases import named
+from tests.support.kernel_reference import check
 library = load_library(Path(sys.argv[1]))
 for name in sys.argv[2:]:
     check(named(name), *run_case(library, named(name), HostMemory))
@@ -175,7 +156,7 @@ for name in sys.argv[2:]:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """In a process of its own. The address sanitizer is for shared memory: arrays have their guards."""
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    library = build(KERNELS, tmp_path / "host.so", "-O0", "-w", *sanitizers)
+    library = build_for_host(KERNELS, tmp_path / "host.so", "-O0", "-w", *sanitizers)
     runtime = subprocess.check_output([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], text=True).strip()
     environment = os.environ | {
         "LD_PRELOAD": runtime,
@@ -212,7 +193,10 @@ FENCED_SLOTS = 64  # of 64 float32: four pages
 FENCE = """
 import sys
 from pathlib import Path
-from tests.plugins.kernel import Case, check, load_library, run_case
+from plugins.kernels.binding import load_library
+from tests.support.kernel_calls import run_case
+from tests.support.kernel_cases import Case
+from tests.support.kernel_reference import check
 from tests.plugins.test_kernel_host import FENCED_SLOTS, Fenced
 library = load_library(Path(sys.argv[1]))
 for new_tokens in (1, 4, 17):

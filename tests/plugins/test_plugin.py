@@ -1,7 +1,8 @@
 """The TensorRT plugin, without a GPU: the glue around the kernel's host build.
 
-`plugin_driver.cpp` calls the plugin as TensorRT would and prints JSON; TensorRT-RTX's own registry and ONNX parser load
-it too. The same cases run on the device build where there is a GPU. TENSORRT_INCLUDE_DIR says where the headers are.
+`tests/support/plugin_driver.cpp` calls the plugin as TensorRT would and prints JSON; TensorRT-RTX's own registry and
+ONNX parser load it too. The same cases run on the device build where there is a GPU. TENSORRT_INCLUDE_DIR says where
+the headers are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.plugins.kernel import CASES, Case, check, load_library, make_arrays, make_call, score_scale
+from plugins.kernels.binding import load_library
+from tests.support.kernel_calls import make_arrays, make_call
+from tests.support.kernel_cases import CASES, Case
+from tests.support.kernel_reference import check, score_scale
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 HEADERS = Path(os.environ.get("TENSORRT_INCLUDE_DIR", ""))

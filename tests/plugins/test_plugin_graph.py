@@ -1,7 +1,7 @@
 """The plugin form of the graphs with the plugin's kernel, on the CPU, against the oracle.
 
 ONNX's reference evaluator runs the graph that TensorRT's parser gets; its SkipWriteKVAttention nodes call the kernel's
-source as tests/plugins/test_kernel_host.py builds it, through the C interface that the TensorRT glue calls as well.
+source as tests/support/kernel_build.py builds it, through the C interface that the TensorRT glue calls as well.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from onnx.reference.op_run import OpRun
 
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.target import static_slots
-from tests import oracle
-from tests.bundles import PROMPTS, family, make_bundle, oracle_plan
-from tests.plugins.kernel import KERNELS, LoraDropAttention, load_library
-from tests.plugins.test_kernel_host import build
+from plugins.kernels.binding import LoraDropAttention, load_library
+from tests.support import oracle
+from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan
+from tests.support.kernel_build import KERNELS, build_for_host
 
 K = 2
 STEPS = 7
@@ -31,7 +31,7 @@ OPTIONAL = {"has_count": ("count",), "rotary_dim": ("cos", "sin"), "has_norm": (
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_library(build(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
+    return load_library(build_for_host(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
 
 
 def attention_op(library: ctypes.CDLL) -> type[OpRun]:

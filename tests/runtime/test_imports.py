@@ -17,7 +17,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.text import TextCodec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.bundles import make_bundle
+from tests.support.bundles import make_bundle
 
 EXPORT_ONLY = (
     "torch",
@@ -65,7 +65,7 @@ def python(code: str, *arguments: object, blocked: tuple[str, ...] = EXPORT_ONLY
         encoding="utf-8",
         env={"PYTHONIOENCODING": "utf-8", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
         cwd="/",
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -18,7 +18,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_tools import inspect
 from lora_drop_tools.cli import main
 
-from tests.bundles import family, make_bundle, save_adapters
+from tests.support.bundles import family, make_bundle, save_adapters
 
 
 @pytest.fixture(scope="module")

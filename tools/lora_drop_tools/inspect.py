@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 
 from lora_drop_tools.shared import costs
 
@@ -51,32 +52,25 @@ def _targets(manifest: Manifest) -> list[str]:
     stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
     for target, entry in manifest.targets.items():
         disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
-        resident, what = stored, "the weights, once for both steps"
-        if "engine_bytes" in entry:
-            engines = sum(entry["engine_bytes"].values())
-            form = f"attention {entry['form']}"
-            if entry["weight_sharing"] == "inputs":
-                resident, what = engines + entry["weight_bytes"], f"weights once, as inputs of both engines; {form}"
-            else:
-                resident, what = engines, f"weights as constants, in each engine its own; {form}"
+        resident, what = entry.resident(stored)
         lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
     return lines
 
 
 def _predictions(manifest: Manifest) -> list[str]:
-    plan, k = manifest.plan, manifest.plan.k
+    plan, k, policy = manifest.plan, manifest.plan.k, manifest.plan.refresh_policy
     half = manifest.limits.max_seq_len // 2
     lines = [
         f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
         "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
     ]
     for prompt in sorted({min(128, half), half}):
-        kept, dropped = costs.kv_entries(prompt, prompt, k, plan.policy)
+        kept, dropped = costs.kv_entries(prompt, prompt, k, policy)
         refresh, lora = costs.step_bytes(manifest, kept, dropped)
-        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, plan.policy))
+        base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, policy))
         lines.append(
             f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
-            f"{costs.speedup_ceiling(manifest, prompt, prompt, k, plan.policy):5.2f}×   "
+            f"{costs.speedup_ceiling(manifest, prompt, prompt, k, policy):5.2f}×   "
             f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
             f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
         )
@@ -84,7 +78,7 @@ def _predictions(manifest: Manifest) -> list[str]:
     lines += [
         f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
         f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved"
-        + (" under skip, none under backfill" if plan.policy == "backfill" else ""),
+        + ("" if policy.leaves_holes else f" under {DEFAULT_POLICY}, none under {policy.name}"),
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     return lines

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Buffer, Engine, Step
 from lora_drop_runtime.errors import BundleError
-from lora_drop_runtime.plan.schedule import Schedule, StepKind, count_refreshes
+from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 Ids = npt.NDArray[np.int64]
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
@@ -25,14 +26,14 @@ PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in 
 class Request:
     """The buffers and counters of one request; prepared steps are made when first needed.
 
-    `recurrent` state is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
+    A state that LoRA steps update is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
     `next_token` is empty where the engine does not choose.
     """
 
     bundle: Bundle
     engine: Engine
     schedule: Schedule
-    backfill: bool
+    policy: Policy
     batch: int
     max_steps: int
     caches: dict[str, Buffer]
@@ -48,16 +49,12 @@ class Request:
 
     @classmethod
     def allocate(
-        cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: str
+        cls, bundle: Bundle, engine: Engine, lengths: Ids, new_tokens: int, schedule: Schedule, policy: Policy
     ) -> Request:
-        """Size the caches for a request: prompt + new − 1 kept slots, prompt + refreshes dropped slots.
-
-        Under `backfill` dropped layers have as many as kept ones.
-        """
+        """Size the caches for a request: prompt + new − 1 kept slots, as many dropped ones as the policy needs."""
         manifest = bundle.manifest
         batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
-        written = steps if policy == "backfill" else count_refreshes(schedule, steps)
-        needed = {"slots_kept": longest + steps, "slots_dropped": longest + written}
+        needed = {"slots_kept": longest + steps, "slots_dropped": policy.dropped_slots(longest, steps, schedule)}
         sizes = {"batch": batch, "rows": 1, **engine.slots(needed)}
         io = manifest.io(StepKind.REFRESH, engine.target)
         caches = {
@@ -77,7 +74,7 @@ class Request:
             bundle=bundle,
             engine=engine,
             schedule=schedule,
-            backfill=policy == "backfill",
+            policy=policy,
             batch=batch,
             max_steps=steps,
             caches=caches,
@@ -93,7 +90,7 @@ class Request:
     def __post_init__(self) -> None:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
         self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
-        self._since_refresh: list[Ids] = []  # under backfill: the tokens [B] of each LoRA step
+        self._since_refresh: list[Ids] = []  # the tokens [B] of each LoRA step since the last refresh
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
@@ -153,22 +150,33 @@ class Request:
         refresh = kind is StepKind.REFRESH
         going = [True] * self.batch if active is None else active.tolist()
         self.input_ids[:, 0] = token_ids
-        if refresh and self._since_refresh:
-            self._backfill(going)
+        taken_back = self.policy.steps_taken_back(len(self._since_refresh)) if refresh else 0
+        if taken_back:
+            self._run_again(self._since_refresh[-taken_back:], going)
         else:
             self._run_one_token(kind)
-        if self.backfill and not refresh:
-            self._since_refresh.append(self.input_ids[:, 0].copy())
         for row, goes_on in enumerate(going):
             if goes_on:
                 self.kept[row] += 1
                 if refresh:
-                    self.dropped[row] = self.kept[row] if self.backfill else self.dropped[row] + 1
+                    self.dropped[row] += taken_back + 1
         if refresh:
             self.side = 0
-        elif self.states[0] is not self.states[1]:
-            self.side = 1 - self.side
+            self._since_refresh.clear()
+        else:
+            self._since_refresh.append(self.input_ids[:, 0].copy())
+            if self.states[0] is not self.states[1]:
+                self.side = 1 - self.side
         self.steps_done += 1
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
+        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
+        return {
+            "kept": int(self.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
+            "dropped": int(self.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
+            "allocated": sum(buffer.nbytes for buffer in self.caches.values()),
+        }
 
     def _run_one_token(self, kind: StepKind) -> None:
         key = kind, self.side if kind is StepKind.LORA else 0
@@ -181,17 +189,18 @@ class Request:
             )
         prepared()
 
-    def _backfill(self, going: list[bool]) -> None:
-        """Run the tokens since the last refresh and the new one through the refresh graph, from the last exact slot on.
+    def _run_again(self, taken_back: list[Ids], going: list[bool]) -> None:
+        """Run the tokens of LoRA steps, [B] each, and the new one through the refresh graph, from their first slot on.
 
         Rows run one by one where the engine takes several tokens after others in one row only. A row that is over runs
         with the others or not at all: what it writes lies within its capacity, and its lengths stay.
         """
-        tokens = np.stack([*self._since_refresh, self.input_ids[:, 0]], axis=1)  # [B, S]
-        before = self.len_dropped.copy()
+        tokens = np.stack([*taken_back, self.input_ids[:, 0]], axis=1)  # [B, S]
+        kept, dropped = self.len_kept.copy(), self.len_dropped.copy()
         together = self.batch == 1 or self.engine.batched_chunks
         groups = [slice(None)] if together else [slice(row, row + 1) for row in range(self.batch) if going[row]]
         try:
+            self.len_kept[:] = np.maximum(kept - len(taken_back), 0)  # a row that is over may have fewer tokens
             for begin in range(0, tokens.shape[1], self._chunk):
                 part = tokens[:, begin : begin + self._chunk]
                 self.logits_index[:] = part.shape[1] - 1
@@ -199,25 +208,25 @@ class Request:
                     ids, step = self._chunk_step(part.shape[1], rows)
                     ids[:] = part[rows]
                     step()
+                self.len_kept += part.shape[1]
                 self.len_dropped += part.shape[1]
         finally:  # also when interrupted: the step can then be taken again
-            self.len_dropped[:] = before
+            self.len_kept[:], self.len_dropped[:] = kept, dropped
             self.logits_index[:] = 0
-        self._since_refresh.clear()
 
     def _chunk_step(self, width: int, rows: slice) -> tuple[Ids, Step]:
-        """The ids [b, width] of some rows, and a refresh over them that begins at `len_dropped`."""
+        """The ids [b, width] of some rows, and a refresh over them."""
         key = width, rows.start or 0
         if key not in self._prepared_chunks:
-            ids = self.engine.allocate(f"backfill_ids.{key}", (len(range(self.batch)[rows]), width), "int64")
-            step = self._prepare_refresh(ids, rows, self.logits_index, self.len_dropped)
+            ids = self.engine.allocate(f"ids_again.{key}", (len(range(self.batch)[rows]), width), "int64")
+            step = self._prepare_refresh(ids, rows, self.logits_index)
             self._prepared_chunks[key] = ids, step
         return self._prepared_chunks[key]
 
-    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids, begin: Ids | None = None) -> Step:
-        """A refresh over `ids` [b, S] for some rows, from slot and position `begin` [B] on; `len_kept` when None."""
+    def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
+        """A refresh over `ids` [b, S] for some rows, from position `len_kept` on."""
         index = index[rows] if len(index) == self.batch else index
-        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0], begin)
+        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0])
 
     def _prepare_lora(self) -> Step:
         before, after = self.states[self.side], self.states[1 - self.side]
@@ -231,13 +240,11 @@ class Request:
         rows: slice,
         before: dict[str, Buffer],
         after: dict[str, Buffer],
-        begin: Ids | None = None,
     ) -> Step:
         """Bind what the engine's graph of this step reads and writes; `before` and `after` are states."""
         io = self.bundle.manifest.io(kind, self.engine.target)
         inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
-        len_kept = self.len_kept if begin is None else begin
-        inputs |= {"len_kept": len_kept[rows], "len_dropped": self.len_dropped[rows]}
+        inputs |= {"len_kept": self.len_kept[rows], "len_dropped": self.len_dropped[rows]}
         inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
         inputs |= {name: cache[rows] for name, cache in self.caches.items()}
         outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from lora_drop_runtime.errors import InputError, PlanError
 
+from .policy import DEFAULT_POLICY, POLICIES, Policy
 from .schedule import PeriodicSchedule
+from .surrogate import DEFAULT_SURROGATE, SURROGATES, SurrogateForm
 
-SURROGATES = ("residual", "recurrent", "anchor")
 INJECTIONS = ("block", "attn_mlp")
-POLICIES = ("skip", "backfill")  # what a refresh does about the tokens of the LoRA steps before it: session.py
 
 
 def eligible_layers(
@@ -56,29 +56,29 @@ class DropPlan:
         num_layers: `n`, the decoder blocks of the model.
         drop_layers: the drop list, sorted.
         k: default number of LoRA steps between two refreshes.
-        surrogate: `residual`, `recurrent` or `anchor`: the base of the surrogate.
+        surrogate: name of the surrogates' form, one of SURROGATES; `form` is the object.
         injection: `block` (one surrogate per layer) or `attn_mlp` (one per half).
         rank: `r` of the adapters, 0 for none.
-        policy: default of the refreshes.
+        policy: name of the refreshes' default policy, one of POLICIES; `refresh_policy` is the object.
     """
 
     num_layers: int
     drop_layers: tuple[int, ...]
     k: int = 3
-    surrogate: str = "residual"
+    surrogate: str = DEFAULT_SURROGATE
     injection: str = "block"
     rank: int = 0
     always_first: int = 3
     always_last: int = 1
     windowed_layers: tuple[int, ...] = ()
-    policy: str = "skip"
+    policy: str = DEFAULT_POLICY
 
     def __post_init__(self) -> None:
         PeriodicSchedule(self.k)
         for option, value, known in (
-            ("--surrogate", self.surrogate, SURROGATES),
+            ("--surrogate", self.surrogate, tuple(SURROGATES)),
             ("--injection", self.injection, INJECTIONS),
-            ("--policy", self.policy, POLICIES),
+            ("--policy", self.policy, tuple(POLICIES)),
         ):
             if value not in known:
                 raise PlanError(
@@ -141,14 +141,24 @@ class DropPlan:
         return len(self.drop_layers) / self.num_layers
 
     @property
+    def form(self) -> SurrogateForm:
+        """What the surrogates start from."""
+        return SURROGATES[self.surrogate]
+
+    @property
+    def refresh_policy(self) -> Policy:
+        """What refreshes do about the LoRA steps before them, unless a request asks for another policy."""
+        return POLICIES[self.policy]
+
+    @property
     def has_state(self) -> bool:
         """Whether dropped layers keep a `[B, d]` state between steps."""
-        return self.surrogate != "residual"
+        return self.form.has_state
 
     @property
     def updates_state(self) -> bool:
-        """Whether LoRA steps change the state; without adapters `recurrent` keeps repeating y at the anchor."""
-        return self.surrogate == "recurrent" and self.rank > 0
+        """Whether LoRA steps change the state; without adapters a form that would keeps repeating y at the anchor."""
+        return self.form.updates_state and self.rank > 0
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -45,6 +45,6 @@ class PeriodicSchedule:
         return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA
 
 
-def count_refreshes(schedule: Schedule, steps: int) -> int:
-    """Number of refreshes among decode steps 1 … `steps`."""
-    return sum(schedule.kind(step) is StepKind.REFRESH for step in range(1, steps + 1))
+def as_schedule(k: int | Schedule) -> Schedule:
+    """A window as a schedule; anything with a `kind` is one already."""
+    return k if hasattr(k, "kind") else PeriodicSchedule(k)

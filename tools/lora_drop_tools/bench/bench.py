@@ -22,6 +22,7 @@ from typing import TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import POLICIES, policy_named
 
 from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
@@ -74,8 +75,8 @@ def _measure_request(
             | {"runs": [dataclasses.asdict(run) for run in own]}
         )
         if not arm.peer:
-            manifest = bundles[arm.bundle].manifest
-            row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, result.policy)
+            manifest, policy = bundles[arm.bundle].manifest, POLICIES[result.policy]
+            row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy)
             for name, other in by_peer.items():
                 row.over_peers[name] = median_ratio(
                     [run.decode_seconds for run in other], [run.decode_seconds for run in own]
@@ -158,7 +159,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         bandwidth=None,
         repeats=settings.repeats,
         new_tokens=settings.new_tokens,
-        policy=settings.policy or manifest.plan.policy,
+        policy=policy_named(settings.policy or manifest.plan.policy).name,
         bundles={
             name: {"path": str(bundle.root), "drop_layers": list(bundle.manifest.plan.drop_layers)}
             for name, bundle in bundles.items()

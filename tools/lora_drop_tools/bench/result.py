@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_tools.shared import costs
@@ -183,7 +184,7 @@ class BenchResult:
     repeats: int
     new_tokens: int
     bundles: dict[str, dict[str, Any]]
-    policy: str = "skip"
+    policy: str = DEFAULT_POLICY
     load_before: tuple[float, float, float] | None = None
     load_after: tuple[float, float, float] | None = None
     foreign_cores: float | None = None
@@ -237,7 +238,7 @@ def make_row(
     runs: Sequence[Run],
     full: Sequence[Run],
     bandwidth: float | None,
-    policy: str = "skip",
+    policy: Policy = POLICIES[DEFAULT_POLICY],
 ) -> Row:
     """What `runs` under k say, `full` being those of the full schedule in the same repeats.
 
@@ -257,7 +258,7 @@ def make_row(
         share = None if bandwidth is None else rate / bandwidth
         figures[kind] = StepFigures(len(own), 1000 * seconds, mean_bytes, rate / 1e9, share)
     own_speedup = None
-    if len(figures) > 1 and policy == "skip":
+    if len(figures) > 1 and policy.refresh_tokens(k) == 1:
         mixed = sum(one.steps * one.median_ms for one in figures.values())
         own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
     quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
@@ -277,7 +278,7 @@ def make_row(
         first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
         kv_bytes=kv,
         kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
-        kv_saving=costs.kv_saving(manifest, k) if policy == "skip" else 0.0,
+        kv_saving=costs.kv_saving(manifest, k, policy),
         overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
         steps=figures,
         speedup=statistics.median(speedups),

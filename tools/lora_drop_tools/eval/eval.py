@@ -26,6 +26,7 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.plan.policy import POLICIES, Policy
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
@@ -102,9 +103,9 @@ def _measure_tasks(
     return found, cut
 
 
-def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: Mapping[Key, float]) -> EvalRow:
+def _row(name: str, label: str, bundle: Bundle, policy: Policy, k: int, speedups: Mapping[Key, float]) -> EvalRow:
     """What is known of an arm before anything is measured."""
-    plan = bundle.manifest.plan
+    plan, arm = bundle.manifest.plan, policy.name if k else FULL
     return EvalRow(
         bundle=name,
         label=label,
@@ -112,10 +113,10 @@ def _row(name: str, label: str, bundle: Bundle, policy: str, k: int, speedups: M
         rank=plan.rank,
         drop_layers=plan.drop_layers,
         rho=plan.rho,
-        policy=policy,
+        policy=arm,
         k=k,
-        kv_bytes=sum(costs.kv_bytes(bundle.manifest, *KV_REQUEST, k if policy == "skip" else 0)),
-        speedup=speedups.get((name, policy, k)),
+        kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),
+        speedup=speedups.get((name, arm, k)),
         text=None,
         tasks={},
         average=None,
@@ -183,7 +184,7 @@ def _measure(work: _Work, policy: str, settings: EvalSettings, speedups: Mapping
             task: task_figures(TASKS[task].metric, measured[k][task], full.get(task), cut[k][task], seed)
             for task in work.tasks
         }
-        row = _row(work.name, work.label, bundle, policy if k else FULL, k, speedups)
+        row = _row(work.name, work.label, bundle, POLICIES[policy], k, speedups)
         rows.append(_filled(row, sums.get(k), found, seed))
     return rows
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
@@ -143,7 +143,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
         return {}, "not measured (--bench)"
     try:
         data = json.loads(Path(path).read_text())
-        policy = data.get("policy", POLICIES[0])
+        policy = data.get("policy", DEFAULT_POLICY)
         batch, context = min((row["rows"], -row["context"]) for row in data["rows"])
         found: dict[Key, float] = {
             (row["bundle"], row.get("policy", policy) if row["k"] else FULL, row["k"]): row["speedup"]

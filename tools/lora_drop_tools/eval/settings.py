@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_drop_runtime.command_line import option
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.eval.tasks.files import TASKS
@@ -48,7 +48,7 @@ class EvalSettings:
     )
     k: tuple[int, ...] = option((1, 3), metavar="K,…", help="evaluate these windows (default 1,3); 0 always runs")
     policies: tuple[str, ...] = option(
-        POLICIES[:1],
+        (DEFAULT_POLICY,),
         flag="--policy",
         metavar="NAME,…",
         help=f"evaluate these policies: {', '.join(POLICIES)} (default skip)",

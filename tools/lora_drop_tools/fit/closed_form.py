@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import Policy
 
 from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
@@ -79,25 +80,25 @@ def _dropped_layer(
     exact: Sequence[ExactLayer],
     index: int,
     plan: DropPlan,
-    policy: str,
+    policy: Policy,
     choose: Choose,
     chosen: dict[str, tuple[Any, Any]],
 ) -> None:
     for batch in batches:
         if batch.decoded is None:
-            batch.decoded = batch.exact[:, batch.layout.lora] if policy == "backfill" else batch.exact
+            batch.decoded = batch.exact[:, batch.layout.lora] if policy.exact_refreshes else batch.exact
     fulls = [
         forcing.full_tokens(index, batch.decoded, layer, batch.layout, policy)
         for batch, layer in zip(batches, exact, strict=True)
     ]
-    inputs = [batch.decoded if policy == "backfill" else batch.decoded[:, batch.layout.lora] for batch in batches]
+    inputs = [batch.decoded if policy.exact_refreshes else batch.decoded[:, batch.layout.lora] for batch in batches]
     names = [name for name, _ in forcing.sites(index, plan, fulls[0])]
     for half, name in enumerate(names):
         site = Site()
         pairs = []
         for number, (batch, layer, full) in enumerate(zip(batches, exact, fulls, strict=True)):
             state = forcing.sites(index, plan, full)[half][1]
-            feature, base = features(inputs[number], state, batch.layout, plan.surrogate)
+            feature, base = features(inputs[number], state, batch.layout, plan.form)
             wanted = layer.output if name == names[-1] else layer.middle
             moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
             moments.add(feature, wanted[:, batch.layout.lora] - base)
@@ -114,7 +115,7 @@ def walk(
     forcing: TeacherForcing,
     batches: Sequence[Batch],
     plan: DropPlan,
-    policy: str,
+    policy: Policy,
     choose: Choose,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Surrogates:

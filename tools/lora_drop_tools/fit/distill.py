@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import Policy
 
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
@@ -176,11 +177,11 @@ def diverge(forcing: TeacherForcing, full: Any, decoded: Any, following: Any, le
     return sums
 
 
-def compared_tokens(layout: Layout, policy: str) -> Any:
-    """Positions whose logits are not the full model's by construction: LoRA steps, under `skip` refreshes as well."""
+def compared_tokens(layout: Layout, policy: Policy) -> Any:
+    """Positions whose logits are not the full model's by construction: LoRA steps, and refreshes that see holes."""
     import torch
 
-    if policy == "backfill":
+    if policy.exact_refreshes:
         return layout.lora
     return torch.arange(int(layout.lora[0]), len(layout.is_lora), device=layout.lora.device)
 
@@ -191,7 +192,7 @@ def run_batch(
     layout: Layout,
     plan: DropPlan,
     surrogates: Surrogates,
-    policy: str,
+    policy: Policy,
     learn: bool = False,
 ) -> Divergence:
     """One batch of texts [B, T] through both streams."""
@@ -201,7 +202,7 @@ def run_batch(
     at = compared_tokens(layout, policy)
     with torch.set_grad_enabled(learn):
         decoded = forcing.decode(exact, ids, layout, plan, surrogates, policy)
-        if policy == "skip":
+        if not policy.exact_refreshes:
             decoded = decoded[:, at]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)[:, at]
     return diverge(forcing, exact[-1].output[:, at], decoded, following, learn)
@@ -253,7 +254,7 @@ def distill(
     forcing: TeacherForcing,
     texts: Texts,
     plan: DropPlan,
-    policy: str,
+    policy: Policy,
     learner: Learner,
     options: DistillOptions,
     workers: Workers,

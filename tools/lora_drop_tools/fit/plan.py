@@ -6,7 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES, DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from .settings import FitSettings
 
@@ -25,7 +27,7 @@ def _chosen_plan(forcing: TeacherForcing, settings: FitSettings, listed: DropLis
     return DropPlan(
         num_layers=len(forcing),
         drop_layers=spread_layers(eligible, ratio) if listed is None else listed.layers,
-        surrogate=settings.surrogate or "residual",
+        surrogate=settings.surrogate or DEFAULT_SURROGATE,
         injection=settings.injection or "block",
         always_first=first,
         always_last=last,
@@ -70,7 +72,7 @@ def plan_to_fit(
     """
     if loaded.plan is None:
         plan = _chosen_plan(forcing, settings, listed)
-        policy = settings.policy or POLICIES[0]
+        policy = settings.policy or DEFAULT_POLICY
     else:
         _check_nothing_chosen(loaded, settings, listed)
         plan = loaded.plan

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import option
+from lora_drop_runtime.command_line import check_known, option
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
-from lora_drop_tools.shared.corpus import DTYPES, check_known
+from lora_drop_tools.shared.corpus import DTYPES
 from lora_drop_tools.shared.options import trust_remote_code_option
+from lora_drop_tools.teacher_forcing.layout import check_policy
 
 LEARNING_RATE = 0.015
 PROMPT = 8  # tokens at least, before the first decode step
@@ -52,14 +55,14 @@ class FitSettings:
     always_first: int | None = option(None, group=_PLAN, metavar="N", help="never drop the first N (default 3)")
     always_last: int | None = option(None, group=_PLAN, metavar="N", help="never drop the last N (default 1)")
     surrogate: str | None = option(
-        None, group=_PLAN, choices=SURROGATES, help="what stands for a dropped layer (default residual)"
+        None, group=_PLAN, choices=tuple(SURROGATES), help="what stands for a dropped layer (default residual)"
     )
     injection: str | None = option(
         None, group=_PLAN, choices=INJECTIONS, help="replace whole blocks, or attention and MLP apart (default block)"
     )
     k: tuple[int, ...] = option((3,), group=_PLAN, metavar="K,…", help="windows, mixed if several (default 3)")
     policy: str | None = option(
-        None, group=_PLAN, choices=POLICIES, help="what refreshes do at deployment (default skip)"
+        None, group=_PLAN, choices=tuple(POLICIES), help="what refreshes do at deployment (default skip)"
     )
     rank: int = option(16, group=_PLAN, metavar="R", help="fit matrices of this rank (default 16)")
     alpha: float | None = option(
@@ -98,10 +101,12 @@ class FitSettings:
                 note="--drop-layers and --drop-list exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
-        check_known("--policy", self.policy or POLICIES[0], POLICIES)
-        check_known("--dtype", self.dtype, tuple(DTYPES))
+        policy = self.policy or DEFAULT_POLICY
+        check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
         for k in self.k:
             PeriodicSchedule(k)
+            check_policy(POLICIES[policy], k)
         if not self.k or 0 in self.k:
             raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.k}.", hint="Use --k 3.")
         shortest = PROMPT + 2 * max(self.k) + 2

@@ -51,7 +51,7 @@ class Work:
         sums = Divergence()
         for number in range(_HELD_OUT_BATCHES):
             ids, layout = self.unseen(number)
-            sums += run_batch(self.forcing, ids, layout, self.plan, pairs, self.plan.policy)
+            sums += run_batch(self.forcing, ids, layout, self.plan, pairs, self.plan.refresh_policy)
         self.stages[stage] = figures = sums.figures()
         name = "base alone" if stage == "base" else stage
         self.console.say(
@@ -92,7 +92,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
     what = "closed form" if settings.tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (work.seen(number) for number in range(count)))
-        pairs = walk(forcing, batches, plan, plan.policy, choose, lambda done, all_: update(what, done, all_))
+        pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
     if not settings.tokens:
         return _blank(work, scales), scales
     work.judge("closed form", pairs)
@@ -123,7 +123,7 @@ def distilled(
     with work.console.progress("distillation") as update:
         report = _reporter(work.console, update)
         losses = distill(
-            work.forcing, work.seen, work.plan, work.plan.policy, learner, options, workers, state_file, report
+            work.forcing, work.seen, work.plan, work.plan.refresh_policy, learner, options, workers, state_file, report
         )
     work.judge("distillation", learner.pairs())
     return learner.pairs(), losses

@@ -46,7 +46,7 @@ class Greedy:
                 # Halves of a block are not scored: what lies between them is not kept
                 exact = [dataclasses.replace(e, middle=e.output) for e in scoring.forcing.exact(ids[None])]
                 stream = [scoring.forcing.embed(ids[None]), *(layer.output for layer in exact)]
-                if scoring.policy == "backfill":
+                if scoring.policy.exact_refreshes:
                     stream = [hidden[:, scoring.layout.lora] for hidden in stream]
                 self.windows.append((exact, stream))
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.plan.surrogate import SURROGATES, Base
+
 from .scoring import Tick
 
 if TYPE_CHECKING:
@@ -54,13 +56,14 @@ def _window_means(x: Any, y: Any, k: int) -> Any:
 def _figures(means: list[float]) -> LayerFigures:
     count = len(DELTAS)
     cosine, residual, recurrent, anchor, spread, norm = means[2 * count :]
-    distances = {"residual": residual, "recurrent": recurrent, "anchor": anchor}
+    of_base = {Base.INPUT: residual, Base.PREVIOUS: recurrent, Base.ANCHOR: anchor}
+    distances = {name: of_base[form.base] for name, form in SURROGATES.items()}
     return LayerFigures(
         similarity=dict(zip(DELTAS, means[:count], strict=True)),
         centred_similarity=dict(zip(DELTAS, means[count : 2 * count], strict=True)),
         influence_cosine=cosine,
-        base_errors={base: distance / spread for base, distance in distances.items()},
-        base_errors_of_norm={base: distance / norm for base, distance in distances.items()},
+        base_errors={form: distance / spread for form, distance in distances.items()},
+        base_errors_of_norm={form: distance / norm for form, distance in distances.items()},
     )
 
 

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.corpus import DTYPES, check_window, read_texts
 
@@ -192,7 +194,7 @@ def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSetting
         done = iter(range(1, count + 1))
         figures = layer_figures(forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count))
     layout = Layout.of(window, window // _PROMPT_SHARE, PeriodicSchedule(settings.k), forcing.device)
-    scoring = Scoring(forcing, plan, layout, settings.policy)
+    scoring = Scoring(forcing, plan, layout, POLICIES[settings.policy])
     ranked = _rank(scoring, figures, ranking[:scored], settings, console)
     return Profile(
         model=loaded.name,
@@ -219,8 +221,9 @@ def _write(result: Profile, root: Path) -> None:
             "model": result.model,
             "fingerprint": result.fingerprint,
             "base_errors": {
-                base: {i: result.layers[i].base_errors[base] for i in ranked.drop_layers}
-                for base in ("recurrent", "anchor")
+                name: {i: result.layers[i].base_errors[name] for i in ranked.drop_layers}
+                for name, form in SURROGATES.items()
+                if form.has_state
             },
         }
         (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n")

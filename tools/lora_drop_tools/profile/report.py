@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_drop_runtime.plan.surrogate import SURROGATES
+
 from lora_drop_tools.shared.table import table
 
 if TYPE_CHECKING:
     from .result import Profile
 
-BASES = ("residual", "recurrent", "anchor")
+BASES = tuple(SURROGATES)
 
 
 def _ratios(result: Profile) -> list[float]:

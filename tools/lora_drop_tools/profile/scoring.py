@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import Policy
 
 if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
@@ -31,7 +32,7 @@ class Scoring:
     forcing: TeacherForcing
     plan: DropPlan
     layout: Layout
-    policy: str
+    policy: Policy
 
     def decoded(
         self, hidden: Any, exact: Sequence[ExactLayer], drop_layers: Sequence[int], first: int
@@ -52,7 +53,7 @@ class Scoring:
         """Sum over the LoRA steps of a window, from the last layer's output in the decoded stream."""
         import torch
 
-        lora = hidden if self.policy == "backfill" else hidden[:, self.layout.lora]
+        lora = hidden if self.policy.exact_refreshes else hidden[:, self.layout.lora]
         total = 0.0
         for rows, expected in zip(lora.split(HEAD_ROWS, 1), reference.split(HEAD_ROWS), strict=True):
             found = self._log_probs(rows)

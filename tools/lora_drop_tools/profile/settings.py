@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import option
+from lora_drop_runtime.command_line import check_known, option
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from lora_drop_tools.shared.corpus import DTYPES, check_known
+from lora_drop_tools.shared.corpus import DTYPES
 from lora_drop_tools.shared.options import trust_remote_code_option
+from lora_drop_tools.teacher_forcing.layout import check_policy
 
 from .measures import DELTAS, LEADING
 
@@ -39,7 +40,7 @@ class ProfileSettings:
     text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="measure on this text; repeat for more")
     out: Path = option(metavar="DIR", help="write figures and drop lists there")
     k: int = option(3, help="put so many LoRA steps between two refreshes (default 3)")
-    policy: str = option(POLICIES[0], choices=POLICIES, help="what refreshes do (default skip)")
+    policy: str = option(DEFAULT_POLICY, choices=tuple(POLICIES), help="what refreshes do (default skip)")
     rankings: tuple[str, ...] = option(
         RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
     )
@@ -63,10 +64,11 @@ class ProfileSettings:
         if self.k == 0:
             raise PlanError("There are no LoRA steps to profile.", note="k is 0.", hint="Use --k 3.")
         PeriodicSchedule(self.k)
-        check_known("--policy", self.policy, POLICIES)
-        check_known("--dtype", self.dtype, tuple(DTYPES))
+        check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
+        check_policy(POLICIES[self.policy], self.k)
+        check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
         for ranking in self.rankings or ("",):
-            check_known("--rankings", ranking, RANKINGS)
+            check_known("ranking", ranking, RANKINGS, "--rankings")
         farthest = max(*DELTAS, self.k)
         shortest = LEADING + farthest + 2
         if self.window < shortest:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {short: row.name for short, row in BY_SHORT.items() if row.name in MODEL_DTYPES}
 HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
 
 
@@ -36,16 +37,6 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
                 "The text cannot be read.", note=f"{file}: {error}.", hint="Give a UTF-8 text file."
             ) from None
     return texts
-
-
-def check_known(option: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a name that is not known."""
-    if value not in known:
-        raise InputError(
-            f"Unknown value for {option}.",
-            note=f"{value!r} was given, {', '.join(known)} are known.",
-            hint=f"Use {option} {known[0]}.",
-        )
 
 
 def check_window(loaded: LoadedModel, window: int) -> None:

@@ -6,14 +6,18 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
-from lora_drop_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
+
+_SKIP = POLICIES[DEFAULT_POLICY]  # the paper's, whose equations these are
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
     """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions."""
     model = manifest.model
-    weights = sum(model.layer_bytes) / model.num_layers / DTYPE_BYTES[model.dtype]
+    weights = sum(model.layer_bytes) / model.num_layers / BY_NAME[model.dtype].size_bytes
     return weights + 2 * model.num_heads * model.head_dim * context
 
 
@@ -45,20 +49,26 @@ def quantile_is_refresh(k: int, quantile: float) -> bool:
     return slow_share(k) + quantile > 1  # 1 − 0.9 is less than 0.1 in floats, 0.1 + 0.9 is 1
 
 
-def kv_entries(prompt: int, steps: int, k: int, policy: str = "skip") -> tuple[int, int]:
-    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋`.
+def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
+    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋ · e`.
 
-    Under `backfill` a dropped layer has those of all tokens up to the last refresh.
+    `e` are the entries that a refresh makes: one, and one for each LoRA step that the policy takes back.
     """
-    refreshes = steps // (k + 1)
-    return prompt + steps, prompt + (refreshes * (k + 1) if policy == "backfill" else refreshes)
+    return prompt + steps, prompt + steps // (k + 1) * policy.refresh_tokens(k)
 
 
-def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: str = "skip") -> tuple[int, int]:
+def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
     """Eq. 13 with the prompt's entries: bytes of valid K/V in kept and in dropped layers, one row."""
     kept, dropped = kv_entries(prompt, steps, k, policy)
     plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
     return kept * len(plan.kept_layers) * token_bytes, dropped * len(plan.drop_layers) * token_bytes
+
+
+def kv_reserved_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> int:
+    """Bytes of the K/V slots that one row of a request needs in all layers."""
+    plan, dropped = manifest.plan, policy.dropped_slots(prompt, steps, PeriodicSchedule(k))
+    slots = (prompt + steps) * len(plan.kept_layers) + dropped * len(plan.drop_layers)
+    return slots * manifest.model.token_kv_bytes
 
 
 def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
@@ -66,9 +76,9 @@ def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
     return tokens * manifest.model.num_layers * manifest.model.token_kv_bytes
 
 
-def kv_saving(manifest: Manifest, k: int) -> float:
-    """Eq. 16: `(1 − a/n) · p · (1 − 1/w)`, w = k + 1, per generated token."""
-    return manifest.plan.rho_eff * (1 - 1 / (k + 1))
+def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
+    """Eq. 16: `(1 − a/n) · p · (1 − e/w)`, w = k + 1, per generated token; the paper's refresh makes e = 1 entry."""
+    return manifest.plan.rho_eff * (1 - policy.refresh_tokens(k) / (k + 1))
 
 
 def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
@@ -82,17 +92,17 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     kept_kv = rows * len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
     dropped_weights = sum(model.layer_bytes[i] for i in plan.drop_layers)
     dropped_kv = rows * len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
-    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * DTYPE_BYTES[model.dtype]
+    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * BY_NAME[model.dtype].size_bytes
     lora = outside + kept_weights + kept_kv + adapters
     return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
 
 
 def request_bytes(
-    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: str = "skip"
+    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
 ) -> list[int]:
     """Bytes that each of the decode steps 1 … `steps` moves, at its own context.
 
-    Of a backfill's k more tokens only the entries that later steps read count, so that a ceiling stays one.
+    Of the tokens that a refresh takes back only the entries that later steps read count, so that a ceiling stays one.
     """
     schedule, moved = PeriodicSchedule(k), []
     for step in range(1, steps + 1):
@@ -101,7 +111,9 @@ def request_bytes(
     return moved
 
 
-def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: str = "skip") -> float:
+def request_ceiling(
+    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
+) -> float:
     """The byte-weighted ceiling over a whole request: bytes of all its steps, full schedule over LoRA-Drop.
 
     Unlike `speedup_ceiling` it takes the steps that the request really has, which need not be whole cycles.
@@ -110,7 +122,7 @@ def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: i
     return full / ours
 
 
-def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: str = "skip") -> float:
+def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> float:
     """docs/algorithm.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
     kept, dropped = kv_entries(prompt, steps, k, policy)
     full, _ = step_bytes(manifest, kept, kept)

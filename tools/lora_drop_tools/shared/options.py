@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lora_drop_runtime.command_line import option
-from lora_drop_runtime.plan.drop_plan import POLICIES
+from lora_drop_runtime.plan.policy import POLICIES
 
 
 def policy_option() -> Any:
     """`str | None`; None is the bundle's."""
     what = "what refreshes do: skip leaves holes, backfill fills them (default: the bundle's)"
-    return option(None, help=what, choices=POLICIES)
+    return option(None, help=what, choices=tuple(POLICIES))
 
 
 def target_option() -> Any:

@@ -8,10 +8,11 @@ Because the tokens are given, layer i needs only layer i − 1. What a token att
 deployment (docs/algorithm.md), so there are two streams through the layers:
 
     exact      [B, T, d]   every token through the full model
-    decoded    what a bundle computes. Under `backfill` [B, S, d], the S tokens of LoRA steps: in kept layers they
-               attend to exact K/V up to the last refresh and to this stream's own since; refreshes are exact.
-               Under `skip` [B, T, d]: in a kept layer every token attends to all before it; in a dropped layer only
-               prompt and refresh tokens run, and they see only each other (holes)
+    decoded    what a bundle computes. If refreshes are exact [B, S, d], the S tokens of LoRA steps: in kept layers
+               they attend to exact K/V up to the last refresh and to this stream's own since.
+               If refreshes take nothing back [B, T, d]: in a kept layer every token attends to all before it; in a
+               dropped layer only prompt and refresh tokens run, and they see only each other (holes).
+               Other policies have no such stream (layout.check_policy)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import Policy
 
 from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
 
@@ -191,23 +193,23 @@ class TeacherForcing:
         layout: Layout,
         plan: DropPlan,
         surrogates: Surrogates,
-        policy: str,
+        policy: Policy,
     ) -> Any:
-        """A layer, kept or dropped, of the decoded stream: [B, S, d] under `backfill`, [B, T, d] under `skip`."""
+        """A layer, kept or dropped, of the decoded stream: [B, S, d] if refreshes are exact, else [B, T, d]."""
         if index not in plan.drop_layers:
             return self.kept_layer(index, hidden, exact, layout, policy)
         full = self.full_tokens(index, hidden, exact, layout, policy)
-        x = hidden if policy == "backfill" else hidden[:, layout.lora]
+        x = hidden if policy.exact_refreshes else hidden[:, layout.lora]
         for site, state in self.sites(index, plan, full):
-            feature, base = features(x, state, layout, plan.surrogate)
+            feature, base = features(x, state, layout, plan.form)
             x = base + product(feature, surrogates.get(site))
         return self.joined(x, full, layout, policy)
 
-    def kept_layer(self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: str) -> Any:
+    def kept_layer(self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy) -> Any:
         """A kept layer over the decoded stream."""
         import torch
 
-        if policy == "skip":
+        if not policy.exact_refreshes:
             return self._run(index, hidden, _Attention(torch.arange(hidden.shape[1], device=self.device)))[0]
         state = _Attention(
             layout.lora,
@@ -217,9 +219,11 @@ class TeacherForcing:
         )
         return self._run(index, hidden, state)[0]
 
-    def full_tokens(self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: str) -> tuple[Any, Any]:
+    def full_tokens(
+        self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy
+    ) -> tuple[Any, Any]:
         """What a dropped layer computes of prompt and refresh tokens: middle and output, [B, T − S, d] each."""
-        if policy == "backfill":
+        if policy.exact_refreshes:
             return exact.middle[:, layout.full], exact.output[:, layout.full]
         output, middle, _ = self._run(index, hidden[:, layout.full], _Attention(layout.full))
         return middle, output
@@ -230,22 +234,28 @@ class TeacherForcing:
             return [(f"{index}", full[1])]
         return [(f"{index}.attn", full[0]), (f"{index}.mlp", full[1])]
 
-    def joined(self, lora: Any, full: tuple[Any, Any], layout: Layout, policy: str) -> Any:
+    def joined(self, lora: Any, full: tuple[Any, Any], layout: Layout, policy: Policy) -> Any:
         """A dropped layer's output in the decoded stream, from that of LoRA steps [B, S, d] and of full tokens."""
         import torch
 
-        if policy == "backfill":
+        if policy.exact_refreshes:
             return lora
         output = torch.empty(lora.shape[0], len(layout.is_lora), lora.shape[2], dtype=lora.dtype, device=lora.device)
         return output.index_copy(1, layout.lora, lora).index_copy(1, layout.full, full[1])
 
     def decode(
-        self, exact: Sequence[ExactLayer], ids: Any, layout: Layout, plan: DropPlan, surrogates: Surrogates, policy: str
+        self,
+        exact: Sequence[ExactLayer],
+        ids: Any,
+        layout: Layout,
+        plan: DropPlan,
+        surrogates: Surrogates,
+        policy: Policy,
     ) -> Any:
         """The last layer's output of the decoded stream; with gradients for the surrogates."""
         first = min(plan.drop_layers, default=len(exact))
         before = exact[first - 1].output if first else self.embed(ids)  # nothing differs before the first dropped layer
-        hidden = before[:, layout.lora] if policy == "backfill" else before
+        hidden = before[:, layout.lora] if policy.exact_refreshes else before
         for index in range(first, len(exact)):
             hidden = self.decoded_layer(index, hidden, exact[index], layout, plan, surrogates, policy)
         return hidden

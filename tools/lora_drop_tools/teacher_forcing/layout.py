@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, Policy
 from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 
@@ -56,3 +58,17 @@ class Layout:
         import torch
 
         return torch.searchsorted(self.segment.contiguous(), self.segment.contiguous())
+
+
+def check_policy(policy: Policy, k: int) -> None:
+    """Refuse a policy whose stream is neither of the two that teacher forcing computes.
+
+    Raises:
+        PlanError: refreshes take some LoRA steps back and leave others.
+    """
+    if not policy.exact_refreshes and any(policy.steps_taken_back(steps) for steps in range(1, k + 1)):
+        raise PlanError(
+            "Texts cannot be decoded all tokens at once under this policy.",
+            note=f"A refresh under {policy.name} takes some of {k} LoRA steps back and leaves the others.",
+            hint=f"Use --policy {DEFAULT_POLICY}.",
+        )

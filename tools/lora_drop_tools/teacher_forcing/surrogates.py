@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora_drop_runtime.plan.surrogate import SurrogateForm
+
 from .layout import Layout
 
 Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d], s·B [d, r]); a missing site has only its base
 
 
-def features(x: Any, state: Any, layout: Layout, surrogate: str) -> tuple[Any, Any]:
+def features(x: Any, state: Any, layout: Layout, form: SurrogateForm) -> tuple[Any, Any]:
     """What a surrogate's product is of, and what it is added to, [B, S, d] each.
 
-    `y_t = base + s·B·A·feature`. Under `recurrent`, `y_t = y_{t−1} + s·B·A·x_t` unrolled to the anchor a is
-    `y_a + s·B·A·Σ x` over the LoRA steps since a.
+    `y_t = base + s·B·A·feature`. Where LoRA steps update the state, `y_t = y_{t−1} + s·B·A·x_t` unrolled
+    to the anchor a is `y_a + s·B·A·Σ x` over the LoRA steps since a.
 
     Args:
         x: the layer's (or half's) input at LoRA steps, [B, S, d].
@@ -22,10 +24,10 @@ def features(x: Any, state: Any, layout: Layout, surrogate: str) -> tuple[Any, A
     """
     import torch
 
-    if surrogate == "residual":
+    if not form.has_state:
         return x, x
     base = state[:, layout.segment]
-    if surrogate == "anchor":
+    if not form.updates_state:
         return x, base
     own = torch.arange(x.shape[1], device=x.device)
     length = own - layout.segment_begin  # of the segment before each token

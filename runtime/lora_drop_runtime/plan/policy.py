@@ -1,0 +1,96 @@
+"""What becomes of the K/V that LoRA steps leave out: the one place that knows the refresh policies by name.
+
+Enters: a name typed by a user or stored in a manifest, read once at the edge by `policy_named`. Leaves: an object that
+says which LoRA steps a refresh takes back, and what room that needs. Knows nothing of caches, graphs or engines.
+
+A refresh *takes back* a LoRA step by running its token again, in all layers and at its position: what the step wrote
+into kept layers is overwritten, the hole that it left in dropped layers is filled.
+
+    skip (the paper)   takes none back: it runs one token and leaves the holes
+    backfill           takes all back since the last refresh: afterwards every cache is the full model's
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lora_drop_runtime.errors import InputError
+
+from .schedule import Schedule, StepKind
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """What a refresh does about the LoRA steps before it.
+
+    Attributes:
+        name: as users write it and manifests store it.
+        leaves_holes: whether tokens of LoRA steps stay missing in dropped layers, which is what saves K/V. A policy
+            that leaves none gives dropped layers as many slots as kept ones.
+        exact_refreshes: whether all caches and logits are the full model's after a refresh.
+    """
+
+    name: str
+    leaves_holes: ClassVar[bool]
+    exact_refreshes: ClassVar[bool]
+
+    @abstractmethod
+    def steps_taken_back(self, lora_steps: int) -> int:
+        """How many LoRA steps a refresh takes back, the latest ones, after `lora_steps` since the refresh before it."""
+
+    def refresh_tokens(self, lora_steps: int) -> int:
+        """Tokens of a row that a refresh runs: those of the LoRA steps that it takes back, and its own."""
+        return self.steps_taken_back(lora_steps) + 1
+
+    def dropped_slots(self, prompt: int, steps: int, schedule: Schedule) -> int:
+        """Slots that a row needs in a dropped layer's cache: `prompt` tokens, then decode steps 1 … `steps`."""
+        if not self.leaves_holes:
+            return prompt + steps
+        slots, lora_steps = prompt, 0
+        for step in range(1, steps + 1):
+            if schedule.kind(step) is StepKind.REFRESH:
+                slots, lora_steps = slots + self.refresh_tokens(lora_steps), 0
+            else:
+                lora_steps += 1
+        return slots
+
+
+class Skip(Policy):
+    """The paper's: the refresh runs one token, holes stay."""
+
+    leaves_holes = True
+    exact_refreshes = False
+
+    def steps_taken_back(self, lora_steps: int) -> int:
+        return 0
+
+
+class Backfill(Policy):
+    """The refresh runs all tokens since the last one, which makes every cache exact and saves no K/V."""
+
+    leaves_holes = False
+    exact_refreshes = True
+
+    def steps_taken_back(self, lora_steps: int) -> int:
+        return lora_steps
+
+
+DEFAULT_POLICY = "skip"
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Skip(DEFAULT_POLICY), Backfill("backfill"))}
+
+
+def policy_named(name: str) -> Policy:
+    """The policy that a user calls `name`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in POLICIES:
+        raise InputError(
+            "Unknown refresh policy.",
+            note=f"{name!r} was given, known is {', '.join(POLICIES)}.",
+            hint=f"Use --policy {DEFAULT_POLICY}.",
+        )
+    return POLICIES[name]

@@ -1,0 +1,137 @@
+"""GGUF files: as transformers reads them, and no integer of the checkpoint changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.quantize.dequantized import dequantized_tensors
+from lora_drop_export.quantize.formats import BlockFormat, unpack
+from lora_drop_export.weights.store import store_weights
+from tests.support.quantized import data
+
+HEADS, KV_HEADS, WIDTH, INNER, VOCABULARY = 4, 2, 128, 160, 37
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """A Llama of two layers whose tensors have many formats, as llama.cpp's converter lays them out."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in (
+        ("context_length", 64),
+        ("embedding_length", WIDTH),
+        ("block_count", 2),
+        ("feed_forward_length", INNER),
+        ("attention.head_count", HEADS),
+        ("attention.head_count_kv", KV_HEADS),
+        ("rope.dimension_count", WIDTH // HEADS),
+        ("vocab_size", VOCABULARY),
+    ):
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_name("tiny")
+    generator = np.random.default_rng(6)
+    kinds = gguf.GGMLQuantizationType
+
+    def add(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
+        values = generator.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd.weight", (VOCABULARY, WIDTH), kinds.Q8_0)
+    add("output_norm.weight", (WIDTH,), kinds.F32)
+    for layer in range(2):
+        for name, shape, kind in (
+            ("attn_q", (WIDTH, WIDTH), kinds.Q4_0),
+            ("attn_k", (WIDTH // 2, WIDTH), kinds.Q4_0),
+            ("attn_v", (WIDTH // 2, WIDTH), (kinds.Q4_0, kinds.Q4_1)[layer]),
+            ("attn_output", (WIDTH, WIDTH), kinds.Q5_0),
+            ("ffn_gate", (INNER, WIDTH), kinds.F16),
+            ("ffn_up", (INNER, WIDTH), kinds.BF16),
+            ("ffn_down", (WIDTH, INNER), kinds.Q8_0),
+            ("attn_norm", (WIDTH,), kinds.F32),
+            ("ffn_norm", (WIDTH,), kinds.F32),
+        ):
+            add(f"blk.{layer}.{name}.weight", shape, kind)
+    writer.add_tensor("rope_freqs.weight", np.ones(16, np.float32))  # of no parameter
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(gguf_file, tmp_path_factory) -> Checkpoint:
+    return open_checkpoint(str(gguf_file), tmp_path_factory.mktemp("scratch"), log=lambda _: None)
+
+
+def test_gguf_as_transformers_reads_it(gguf_file, opened):
+    """Every parameter bit by bit, whole and by rows."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype="float32")
+    parameters = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    assert set(opened.tensors) == set(parameters)
+    for name, values in parameters.items():
+        ref = opened.tensors[name]
+        assert (ref.shape, ref.dtype, ref.size_bytes) == (values.shape, "F32", values.nbytes)
+        assert ref.read().tobytes() == values.tobytes(), name
+        assert ref.rows(3, 18).tobytes() == values[3:18].tobytes(), name
+        assert ref.rows(len(values) - 1, len(values) + 5).tobytes() == values[-1:].tobytes(), name
+    assert opened.config.num_key_value_heads == KV_HEADS
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", 4),
+        ("model.layers.0.self_attn.k_proj.weight", 4),
+        ("model.layers.0.self_attn.v_proj.weight", 4),
+        ("model.layers.1.mlp.down_proj.weight", 8),
+        ("model.embed_tokens.weight", 8),
+    ],
+)
+def test_gguf_integers_are_taken(tmp_path, opened, name, bits):
+    """What is stored dequantizes to gguf's own values, bit by bit: nothing was rounded twice."""
+    ref: Any = opened.tensors[name]
+    assert ref.native == BlockFormat(bits, 32, True)
+    stored = store_weights({name: ref}, "float32", tmp_path, "copy", formats={name: ref.native})
+    path = tmp_path / stored[name].location
+    read = dequantized_tensors(path, read_tensors(path))[name]
+    assert np.array_equal(read.read(), ref.read())
+    assert len(np.unique(unpack(np.frombuffer(data(tmp_path, stored[name]), np.uint8), bits))) > 10
+
+
+def test_gguf_formats_that_are_not_ours(opened):
+    for part in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "input_layernorm"):
+        assert opened.tensors[f"model.layers.1.{part}.weight"].native is None  # type: ignore[attr-defined]
+    assert opened.tensors["model.layers.1.self_attn.v_proj.weight"].native is None  # type: ignore[attr-defined]
+
+
+def test_tensor_that_is_not_only_rows_in_another_order(opened):
+    """What a family adds, transposes or shuffles otherwise is converted as a whole, and right."""
+    ref: Any = opened.tensors["model.layers.0.mlp.up_proj.weight"]
+    plain = ref.read()
+    for change, shape in (
+        (lambda w: w + 1, (INNER, WIDTH)),
+        (lambda w: w.T, (WIDTH, INNER)),
+        (lambda w: w[:, ::-1], (INNER, WIDTH)),
+        (lambda w: w.reshape(2, INNER // 2, WIDTH)[::-1].reshape(INNER, WIDTH), (INNER, WIDTH)),
+    ):
+        processor = SimpleNamespace(
+            process=lambda weights, name, change=change, **_: SimpleNamespace(weights=change(weights), name=name)
+        )
+        conversion = dataclasses.replace(ref.conversion, processor=processor)
+        changed = dataclasses.replace(ref, conversion=conversion, shape=shape)
+        assert np.array_equal(changed.read(), change(plain))
+        assert np.array_equal(changed.rows(5, 90), change(plain)[5:90])

@@ -1,0 +1,163 @@
+"""Exports with quantized weights and caches: the bundle, its perplexity, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from safetensors.numpy import save_file
+
+from lora_drop_export.check.reference import Reference
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.quantize.formats import BlockFormat
+from lora_drop_export.weights.store import store_weights
+from tests.support.bundles import family, make_bundle
+from tests.support.quantized import matrix
+
+# ── the export ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "int4", "targets": ("ort", "tensorrt-rtx")}, ("cannot take quantized weights", "tensorrt-rtx")),
+        ({"dtype": "int3"}, ("int3", "int4")),
+        ({"quantization": "rtn"}, ("--quantization applies only to quantized weights", "not given")),
+        ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
+        ({"dtype": "int4", "block_size": 64}, ("Unknown --block-size", "32 and 128")),
+        ({"dtype": "int8", "quantization": "gptq"}, ("Unknown --quantization", "rtn")),
+    ],
+)
+def test_refusals(options, words):
+    with pytest.raises(InputError) as error:
+        ExportOptions(**options)
+    for word in words:
+        assert word in str(error.value)
+    assert "Hint: " in str(error.value)
+
+
+def test_link_is_refused(tmp_path):
+    save_file({"w": matrix(4, 64)}, tmp_path / "source.safetensors")
+    refs = read_tensors(tmp_path / "source.safetensors")
+    with pytest.raises(InputError, match="cannot be linked") as error:
+        store_weights(refs, "float32", tmp_path, "link", formats={"w": BlockFormat(4, 32, True)})
+    assert "the bundle needs int4" in str(error.value)
+
+
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def exported(request, tmp_path_factory) -> Bundle:
+    return make_bundle("llama_tied", tmp_path_factory.mktemp("bundle") / "b", dtype=request.param, targets=("none",))
+
+
+def test_bundle(exported):
+    """The manifest says what is stored; the float values are the model's but for rounding, norms are the same."""
+    source, model = family("llama_tied"), exported.manifest.model
+    bits = {"int4": 4, "int8": 8}[model.weight_dtype]
+    assert model.dtype == "float32"
+    assert model.fingerprint == source.checkpoint.fingerprint()
+    assert exported.manifest.quantization["bits"] == bits
+    assert Bundle.open(exported.root).manifest == exported.manifest
+    stored = open_checkpoint(str(exported.root / "weights"), exported.root / "scratch")
+    assert set(stored.tensors) == set(source.checkpoint.tensors)
+    for name, ref in source.checkpoint.tensors.items():
+        values, back = np.asarray(ref.read()), np.asarray(stored.tensors[name].read())
+        if "norm" in name:
+            assert np.array_equal(back, values)
+        else:
+            assert 0 < np.abs(back - values).max() < 2 ** (1 - bits) * np.abs(values).max()
+    # bytes that a step reads: the q, scales and zero points of every matrix of a layer, its norms in float32
+    layer = [ref.shape for name, ref in source.checkpoint.tensors.items() if ".layers.2." in name]
+    wanted = 0
+    for shape in layer:
+        size = 32 if bits == 8 or shape[-1] % 64 == 0 else 16
+        values = int(np.prod(shape))
+        zero_points = values // size * bits / 8 if bits == 4 else 0
+        wanted += 4 * values if len(shape) == 1 else values * bits / 8 + 4 * values // size + zero_points
+    assert model.layer_bytes[2] == wanted
+
+
+def test_perplexity_is_the_models(tmp_path, exported):
+    """Layer by layer, with rows of the table and parts of the head, as transformers computes it in one go."""
+    source = family("llama_tied")
+    ids = np.random.default_rng(3).integers(0, 131, 150)  # more than one piece of the head's tokens
+    stored = open_checkpoint(str(exported.root / "weights"), tmp_path)
+    for checkpoint in (source.checkpoint, stored):
+        model = copy.deepcopy(source.model)
+        values = {name: torch.tensor(np.asarray(ref.read())) for name, ref in checkpoint.tensors.items()}
+        model.load_state_dict(values, strict=False)
+        model.tie_weights()
+        with torch.no_grad():
+            loss = model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None]).loss
+        ours = Reference(checkpoint, exported.manifest.plan, {}).perplexity(ids)
+        assert ours == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_target_that_cannot_take_them_is_not_added(exported):
+    with pytest.raises(InputError, match="cannot take quantized weights"):
+        add_target(exported.root, ["tensorrt-rtx"])
+
+
+# ── int8 caches ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_dtype": "int4"},
+        {"kv_dtype": "int8", "targets": ("tensorrt-rtx",)},
+        {"kv_dtype": "int8", "dtype": "float16"},
+    ],
+)
+def test_caches_that_no_target_takes_are_refused(options):
+    with pytest.raises(InputError, match=r"kv-dtype|int8 caches") as refused:
+        ExportOptions(**options)
+    assert refused.value.note
+    assert refused.value.hint
+
+
+def test_cache_scales_are_the_largest_magnitudes(tmp_path):
+    """Of K after RoPE and of V, per channel, over what transformers itself caches for the same tokens."""
+    from transformers import DynamicCache
+
+    source = family("qwen2")
+    ids = np.random.default_rng(3).integers(0, 131, 40)
+    layers = source.checkpoint.config.num_hidden_layers
+    found = Reference(source.checkpoint, DropPlan(layers, ()), {}).largest_kv(ids)
+    cache = DynamicCache()
+    with torch.no_grad():
+        source.model(torch.tensor(ids)[None], past_key_values=cache, use_cache=True)
+    assert len(found) == 2 * layers
+    for layer in range(layers):
+        for part, entries in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):
+            expected = entries[0].abs().amax(1, keepdim=True).numpy()  # [Hkv, 1, D]
+            np.testing.assert_allclose(found[f"kv_scales.{layer}.{part}"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_caches_take_a_quarter(tmp_path):
+    """Bytes of valid entries and of the buffers, as the session counts them."""
+    counted = []
+    for kv_dtype in (None, "int8"):
+        bundle = make_bundle("llama", tmp_path / str(kv_dtype), kv_dtype=kv_dtype, drop_layers=(4,))
+        with Session.open(bundle.root, threads=1) as session:
+            session.generate([[7, 3, 11]], 6, stop_token_ids=())
+            counted.append(session.kv_bytes())
+    assert counted[0] == {name: 4 * size for name, size in counted[1].items()}
+
+
+def test_old_onnx_runtime_is_named(tmp_path, monkeypatch):
+    import onnxruntime
+
+    bundle = make_bundle("llama", tmp_path / "b", kv_dtype="int8", drop_layers=(4,))
+    monkeypatch.setattr(onnxruntime, "__version__", "1.28.3")
+    with pytest.raises(BundleError, match="too old") as refused:
+        Session.open(bundle.root)
+    assert "1.29" in refused.value.note

@@ -1,0 +1,100 @@
+"""Quantized numbers: what the bytes mean, and how far they lie from the weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from lora_drop_export.quantize import formats as quantize
+from lora_drop_export.quantize.formats import Quantization, pack, unpack
+from lora_drop_export.quantize.rounding import quantize_rows
+from tests.support.quantized import FORMATS, matrix
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_are_onnx(bits):
+    """Packed as onnx's own helper packs UINT4 and UINT8, and unpacked again."""
+    q = np.random.default_rng(1).integers(0, 2**bits, (3, 8)).astype(np.uint8)
+    kind = {4: onnx.TensorProto.UINT4, 8: onnx.TensorProto.UINT8}[bits]
+    theirs = onnx.helper.make_tensor("q", kind, q.shape, q.reshape(-1))
+    assert pack(q, bits) == bytes(theirs.int32_data)
+    assert np.array_equal(unpack(np.frombuffer(pack(q, bits), np.uint8), bits), q.reshape(-1))
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("method", ["rtn", "search"])
+def test_error_is_that_of_rounding(form, method):
+    """Each value within half a step of what its block's range needs, where search does not clip on purpose."""
+    x = matrix(8, 256)
+    q, scales, zero_points = quantize_rows(x, form, method)
+    assert q.dtype == zero_points.dtype == np.uint8
+    assert scales.dtype == np.float32
+    assert q.max() < 2**form.bits
+    assert zero_points.max() < 2**form.bits
+    assert not form.symmetric or (zero_points == 2 ** (form.bits - 1)).all()
+    for row in range(len(x)):
+        for block in range(256 // form.block_size):
+            part = slice(block * form.block_size, (block + 1) * form.block_size)
+            values, scale, zero = (
+                x[row, part].astype(np.float64),
+                float(scales[row, block]),
+                int(zero_points[row, block]),
+            )
+            back = (q[row, part].astype(int) - zero) * scale
+            if form.symmetric:
+                step = np.abs(values).max() / 2 ** (form.bits - 1)
+            else:
+                step = (max(0, values.max()) - min(0, values.min())) / (2**form.bits - 1)
+            # the value at the end of the range that symmetric integers do not reach is off by a whole step
+            assert np.abs(back - values).max() <= (1.01 if method == "rtn" else 2) * step + 1e-6
+            assert np.sqrt(np.mean((back - values) ** 2)) <= 0.6 * step + 1e-6
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_search_is_better_than_rounding(form):
+    x = matrix(64, 256, 3)
+    weights = np.abs(x).reshape(-1, form.block_size)
+    weights = weights + np.sqrt((x.reshape(-1, form.block_size) ** 2).mean(1, keepdims=True))
+    errors = {}
+    for method in ("rtn", "search"):
+        error = quantize.dequantize(*quantize_rows(x, form, method)) - x
+        errors[method] = (weights * error.reshape(-1, form.block_size) ** 2).sum(1)
+    assert (errors["search"] <= errors["rtn"] * 1.0001 + 1e-9).all()
+    assert errors["search"].sum() < 0.97 * errors["rtn"].sum() or form.bits == 8
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_dequantized_as_onnx_does(form):
+    """DequantizeLinear of onnx's reference evaluator gives the same float32 values, bit by bit."""
+    x = matrix(6, 256)
+    q, scales, zero_points = quantize_rows(x, form, "search")
+    node = onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], axis=1, block_size=form.block_size)
+    names = [("q", onnx.TensorProto.UINT8), ("s", onnx.TensorProto.FLOAT), ("z", onnx.TensorProto.UINT8)]
+    inputs = [onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in names]
+    outputs = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, outputs))
+    (theirs,) = ReferenceEvaluator(model).run(None, {"q": q, "s": scales, "z": zero_points})
+    assert quantize.dequantize(q, scales, zero_points).tobytes() == theirs.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("bits", "asked", "symmetric", "shape", "wanted"),
+    [
+        (4, 32, False, (8, 576), (32, False)),
+        (4, 128, False, (8, 576), (32, False)),  # 64 divides, but gives 9 blocks
+        (4, 128, True, (8, 576), (64, True)),
+        (4, 128, False, (8, 896), (64, False)),
+        (4, 32, False, (8, 96), (16, False)),
+        (4, 32, False, (8, 16), (16, True)),  # one block, no smaller one
+        (8, 128, True, (8, 4864), (128, True)),
+        (8, 32, False, (8, 96), (32, False)),
+        (4, 32, False, (8, 100), None),
+        (4, 32, False, (64,), None),
+        (4, 32, False, (8, 64, 64), None),
+    ],
+)
+def test_block_size(bits, asked, symmetric, shape, wanted):
+    form = Quantization(bits, asked, "rtn", symmetric).format_of(shape)
+    assert (form and (form.block_size, form.symmetric)) == wanted

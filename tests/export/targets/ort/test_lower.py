@@ -1,0 +1,125 @@
+"""What the lowered steps are made of: node types of a layer, places of fused weights, both steps in one graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+
+from tests.support.bundles import family, make_bundle, rewritten
+
+SHARED_NORMS = "layers.{}.input_layernorm.weight"
+
+
+def steps_graph(bundle: Bundle) -> onnx.GraphProto:
+    return onnx.load(bundle.root / "ort" / "steps.onnx", load_external_data=False).graph
+
+
+def branches(graph: onnx.GraphProto) -> dict[str, onnx.GraphProto]:
+    (choice,) = graph.node
+    assert (choice.op_type, list(choice.input)) == ("If", ["lora_step"])
+    found = {attribute.name: attribute.g for attribute in choice.attribute}
+    return {"lora": found["then_branch"], "refresh": found["else_branch"]}
+
+
+def layer_nodes(step: onnx.GraphProto, layer: int) -> Counter[str]:
+    """Node types from the norm that begins a layer to the next layer's; constants take no time."""
+    begin, end = (
+        next(i for i, n in enumerate(step.node) if any(SHARED_NORMS.format(number) in name for name in n.input))
+        for number in (layer, layer + 1)
+    )
+    return Counter(node.op_type for node in step.node[begin:end] if node.op_type != "Constant")
+
+
+def everywhere(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from everywhere(attribute.g)
+
+
+def written(tmp_path: Path, name: str, **options: object) -> Bundle:
+    """A bundle whose weights the exporter wrote in its own order."""
+    return make_bundle(rewritten(name), tmp_path / "b", **{"max_seq_len": 64, **options})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+@pytest.mark.parametrize("step", ["refresh", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_layer_is_ten_nodes(tmp_path, name, step, dtype):
+    """Two norms with their additions, four products, attention with its rotation, a split, and the gate's two."""
+    bundle = written(tmp_path, name, drop_layers=(4,), dtype=dtype)
+    product = "Gemm" if dtype == "float32" else "MatMulNBits"
+    expected = {
+        "SkipSimplifiedLayerNormalization": 2,
+        product: 4,
+        "Split": 1,
+        "GroupQueryAttention": 1,
+        "QuickGelu": 1,
+        "Mul": 1,
+    }
+    if dtype == "float32":
+        expected["Reshape"] = 2  # around attention, which wants [B, S, H·D]
+    assert layer_nodes(branches(steps_graph(bundle))[step], 2) == expected
+
+
+def test_checkpoint_as_it_lies_is_fused_where_it_can_be(tmp_path):
+    """In the alphabetical order of safetensors gate and up are neighbours, q, k and v are not."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(4,))
+    graph = steps_graph(bundle)
+    nodes = layer_nodes(branches(graph)["refresh"], 2)
+    assert nodes["Gemm"] == 6
+    assert nodes["Split"] == 1
+    fused = next(t for t in graph.initializer if t.name == "model.layers.2.mlp.gate_proj+up_proj.weight")
+    entry = {e.key: e.value for e in fused.external_data}
+    tensors = read_tensors(bundle.root / entry["location"])
+    whole = np.fromfile(
+        bundle.root / entry["location"], np.float32, int(entry["length"]) // 4, offset=int(entry["offset"])
+    )
+    parts = [tensors[f"model.layers.2.mlp.{part}_proj.weight"].read().reshape(-1) for part in ("gate", "up")]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("least", [1, 4])
+def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least):
+    monkeypatch.setattr("lora_drop_export.targets.ort.attention.MIN_FOLD", least)
+    graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))  # two query heads share K and V
+    layers = {name: layer_nodes(step, 2) for name, step in branches(graph).items()}
+    assert all(nodes["If"] == (1 if least == 1 else 0) for nodes in layers.values())
+    folded = [n for n in everywhere(graph) if any(a.name == "causal" for a in n.attribute)]
+    assert len(folded) == (family("llama").checkpoint.config.num_hidden_layers * 2 - 1 if least == 1 else 0)
+
+
+def test_rotary_tables_are_the_models(tmp_path):
+    """The tables that attention gets are cos and sin of transformers, for every position that a row can have."""
+    import torch
+
+    source = family("llama")
+    graph = steps_graph(written(tmp_path, "llama", drop_layers=(4,)))
+    tables = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.startswith("rotary.")]
+    positions = torch.arange(64)[None]
+    cos, sin = source.model.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
+    assert len(tables) == 2
+    for ours, theirs in zip(tables, (cos, sin), strict=True):
+        np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[1]].numpy(), atol=1e-6)
+
+
+def test_no_weight_twice(tmp_path):
+    """Both steps name the same initializers of the outer graph, and none holds data of its own."""
+    graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))
+    names = [tensor.name for tensor in graph.initializer]
+    assert len(set(names)) == len(names)
+    weights = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    inline = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    assert all(t.name.startswith("rotary.") or len(t.raw_data) < 100 for t in inline)  # shapes, RoPE's frequencies
+    assert len(weights) > 50
+    assert all(not branch.initializer for branch in branches(graph).values())
+    tensors = {name for node in branches(graph)["lora"].node for name in node.input} & set(names)
+    assert not any(".layers.4." in name for name in tensors)

@@ -1,0 +1,153 @@
+"""Refused by `lora-drop-export`: models that are damaged, or have features that a step graph cannot hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from tests.support.bundles import family, traced_model
+from tests.support.models import SIZES, build
+
+# ── lora-drop-export: the model ────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def model(place, tmp_path) -> Path:
+    """A copy of the tiny Llama to be damaged."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.usefixtures("untraced")
+def test_model_is_not_there(export_refused, place, tmp_path):
+    for missing in (tmp_path / "none", "./none/at/all", "no/such/model"):
+        export_refused(model=missing, words=("no such model", str(missing)))
+    export_refused(model=place / "model" / "config.json", words=("not a GGUF file", ".json"))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, ("no config.json",)),
+        ("config.json", b"{}", ("cannot read the model's config",)),
+        ("config.json", b"not json", ("cannot read the model's config",)),
+        ("config.json", b'{"model_type": "hyena-9"}', ("cannot read the model's config", "hyena-9")),
+        ("model.safetensors", None, ("no weights", "safetensors")),
+        ("model.safetensors", b"", ("not a whole safetensors file",)),
+        ("model.safetensors", b"<!DOCTYPE html><html>", ("not a whole safetensors file",)),
+        ("model.safetensors", (8).to_bytes(8, "little") + b"{broken}", ("not a whole safetensors file",)),
+        ("model.safetensors", (9).to_bytes(8, "little") + b'{"a": {}}', ("not a whole safetensors file",)),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"{}", ("no weights",)),
+        ("model.safetensors.index.json", b"not json", ("index", "model.safetensors.index.json")),
+        ("model.safetensors.index.json", b"{}", ("index", "model.safetensors.index.json")),
+    ],
+)  # fmt: skip
+def test_model_directory_is_damaged(export_refused, model, file, content, words):
+    (model / file).unlink(missing_ok=True)
+    if content is not None:
+        (model / file).write_bytes(content)
+    export_refused(model=model, words=words)
+    export_refused("--target", "none", model=model, words=words)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_shard_is_missing(export_refused, tmp_path):
+    family("llama").model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]
+    shard.unlink()
+    export_refused(model=tmp_path / "model", words=("shard", shard.name))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_weights_are_truncated(export_refused, model):
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        export_refused(model=model, words=("model.safetensors",))
+
+
+@pytest.mark.usefixtures("traced")
+def test_weights_do_not_fit_the_config(export_refused, model):
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.5.mlp.up_proj.weight"
+    for changed, words in (
+        ({name: None}, ("Parameter", name, "missing")),
+        ({name: tensors[name][:-1]}, ("Parameter", name, "(95, 64)")),
+        ({name: tensors[name].astype(np.int32)}, ("not floating point", name, "I32", "F32, F16, BF16")),
+        ({name: tensors[name].astype(np.int8)}, ("cannot be read", name, "I8", "BF16")),
+    ):
+        save_file({n: a for n, a in (tensors | changed).items() if a is not None}, model / "model.safetensors")
+        export_refused(model=model, words=words)
+
+
+@pytest.mark.usefixtures("traced")
+def test_weights_do_not_fit_the_dtype(export_refused, model):
+    """Infinite weights would be a silently broken model."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, model / "model.safetensors")
+    words = ("too large for the dtype", "model.norm.weight", "float16")
+    export_refused("--target", "none", "--dtype", "fp16", model=model, words=words)
+
+
+# ── lora-drop-export: features that a step graph cannot hold ───────────────────────────────────────────────────
+
+TINY = SIZES | {"num_hidden_layers": 4}
+NAMED = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+
+
+def _unsupported() -> dict[str, tuple[Any, str]]:
+    """A config and the words that name what is in the way."""
+    t = transformers
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    no_kv_heads = {k: v for k, v in TINY.items() if k != "num_key_value_heads"}
+    return {
+        "mixtral": (t.MixtralConfig(**TINY, num_local_experts=4), "an MoE router"),
+        "qwen2_moe": (t.Qwen2MoeConfig(**TINY, num_experts=4, moe_intermediate_size=16), "an MoE router"),
+        "deepseek_v3": (t.DeepseekV3Config(**TINY, n_routed_experts=8), "an MoE router"),
+        "t5": (t.T5Config(vocab_size=131, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16), "an encoder"),
+        "bart": (t.BartConfig(vocab_size=131, d_model=64, encoder_layers=2, decoder_layers=2), "an encoder"),
+        "bert": (t.BertConfig(**NAMED, num_attention_heads=4), "attention that is not causal"),
+        "mamba": (t.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4), "type linear_attention"),
+        "qwen3_next": (t.Qwen3NextConfig(**TINY, num_experts=0), "type linear_attention"),
+        "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
+        "dynamic_rope": (t.LlamaConfig(**TINY, rope_parameters=dynamic), "RoPE frequencies that depend on"),
+        "llava": (t.LlavaConfig(text_config=t.LlamaConfig(**TINY)), "a vision or audio tower"),
+        "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "attention interface"),
+        "falcon": (t.FalconConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4, num_attention_heads=4),
+                   "attention interface"),
+    }  # fmt: skip
+
+
+UNSUPPORTED = _unsupported()
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_feature(export_refused, tmp_path, name):
+    config, feature = UNSUPPORTED[name]
+    config.save_pretrained(tmp_path / "model")
+    save_file({"weight": np.zeros(4, np.float32)}, tmp_path / "model" / "model.safetensors")
+    export_refused(model=tmp_path / "model", words=(feature, config.model_type))
+
+
+@pytest.fixture(scope="module", params=["GPTNeoX", "Cohere"])
+def parallel(request):
+    """Models whose attention and MLP both read the layer's input; they differ in the order of the additions."""
+    family = (getattr(transformers, f"{request.param}{kind}") for kind in ("ForCausalLM", "Config"))
+    return traced_model(build(*family, 3))
+
+
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, surrogate, rank):
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: parallel.traced)
+    options = ("--injection", "attn_mlp", "--surrogate", surrogate, "--rank", rank)
+    export_refused(*options, model=parallel.directory, words=("halves run in parallel", "--injection block"))

@@ -1,0 +1,149 @@
+"""The TensorRT engine under a session: the very graphs that TensorRT builds from, on a fake CUDA and a fake TensorRT.
+
+The same logits and tokens as elsewhere, up to the last slot. What the fakes stand for, and what they cannot show, is
+said in tests/support/fake_cuda.py and fake_trt.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lora_drop_runtime import InputError, SamplingOptions, Session
+from lora_drop_runtime.bundle.bundle import Bundle
+
+from tests.support import oracle
+from tests.support.bundles import family, oracle_plan
+from tests.support.device_steps import PLANS, RAGGED, assert_close, ort_steps, padded, steps
+from tests.support.fake_trt import TARGET, make_device_bundle, open_device_session
+
+# ── the same logits and tokens as elsewhere ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("name", PLANS)
+def test_steps_are_those_of_onnx_runtime(bundles, name: str, k: int) -> None:
+    """Against other graphs (target ort) closely; against the same graphs, run without any device, to the bit."""
+    made = bundles(name)
+    session, engine, _ = open_device_session(made)
+    with session:
+        ours = steps(session, k)
+        assert engine.capture_note == ""
+    assert_close(ours, ort_steps(made, k))
+    with Session.open(made.root, target=TARGET, provider="cpu", threads=1) as same_graphs:
+        for a, b in zip(ours, steps(same_graphs, k), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_weights_as_inputs_where_a_layers_attention_is_dead(tmp_path: Path) -> None:
+    """Before a dropped layer that repeats its state, a LoRA step needs K and V of the kept layer and nothing more."""
+    made = make_device_bundle("llama", tmp_path / "bundle", surrogate="recurrent", k=1)
+    session, _, _ = open_device_session(made)
+    with session:
+        assert_close(steps(session, 2), ort_steps(made, 2))
+
+
+@pytest.mark.parametrize("sharing", ["inputs", "constants"])
+@pytest.mark.parametrize("made_from", ["qwen2", "gemma2"])
+def test_other_families(bundles, made_from: str, sharing: str) -> None:
+    """Fused biases and tied embeddings; soft caps and windowed layers. Weights as inputs or inside the engines."""
+    made = bundles("recurrent", made_from, sharing)
+    session, engine, _ = open_device_session(made)
+    with session:
+        assert (engine.resident_bytes["weights"] > 0) == (sharing == "inputs")
+        assert_close(steps(session, 2), ort_steps(made, 2))
+
+
+def test_greedy_tokens_are_those_of_the_oracle(bundles) -> None:
+    made = bundles("recurrent")
+    plan = oracle_plan(made, made.root.parent / "adapters")
+    session, _, _ = open_device_session(made)
+    with session:
+        rows = session.generate(RAGGED, 9, k=3)
+        assert list(session.stream(RAGGED[2], 9, k=3)) == rows[2].tolist()
+    for prompt, row in zip(RAGGED, rows, strict=True):
+        expected, _ = oracle.greedy_row(family("llama").model, plan, prompt, 9, 3)
+        assert row.tolist() == expected
+
+
+def test_greedy_copies_one_token_and_sampling_the_logits(bundle: Bundle) -> None:
+    session, engine, _ = open_device_session(bundle)
+    with session, Session.open(bundle.root, target="ort", threads=1) as other:
+        session.generate(RAGGED, 5, sampling=SamplingOptions(top_k=3, top_p=0.5))  # of no effect at temperature 0
+        assert not any(name.startswith("read") for name in engine._memory._pinned)
+        for options in (
+            SamplingOptions(temperature=3.0, seed=1),
+            SamplingOptions(repetition_penalty=1.3),
+            SamplingOptions(),
+        ):
+            ours = session.generate(RAGGED, 12, sampling=options)
+            theirs = other.generate(RAGGED, 12, sampling=options)
+            assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+        assert any(name.startswith("read") for name in engine._memory._pinned)
+
+
+def test_finished_rows_do_not_advance(bundle: Bundle) -> None:
+    session, _, _ = open_device_session(bundle)
+    with session, Session.open(bundle.root, target="ort", threads=1) as other:
+        free = session.generate(RAGGED, 10)
+        stop = [int(free[0][4]), int(free[2][6])]
+        ours = session.generate(RAGGED, 10, stop_token_ids=stop)
+        lengths = session._request.len_kept.tolist()
+        theirs = other.generate(RAGGED, 10, stop_token_ids=stop)
+        assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+        assert len({len(row) for row in ours}) > 1
+        assert lengths == other._request.len_kept.tolist()
+
+
+def test_requests_after_each_other_are_as_if_alone(bundles) -> None:
+    """Other batches and lengths in the same memory, which still holds what the requests before left."""
+    made = bundles("recurrent, attn_mlp")
+    session, _, _ = open_device_session(made)
+    with session:
+        for prompts, k in ((RAGGED, 2), (RAGGED[1:2], 1), (RAGGED[:2], 5), ([*RAGGED, [1, 2]][::-1], 2), (RAGGED, 1)):
+            ours = [row.tolist() for row in session.generate(prompts, 9, k=k)]
+            fresh, _, _ = open_device_session(made)
+            with fresh:
+                assert ours == [row.tolist() for row in fresh.generate(prompts, 9, k=k)]
+
+
+# ── capacities ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_slots_are_the_engines_whatever_a_request_needs(bundle: Bundle) -> None:
+    session, _, _ = open_device_session(bundle)
+    with session:
+        for new_tokens in (1, 20):
+            session.prefill(*padded(RAGGED), max_new_tokens=new_tokens)
+            for name, cache in session._request.caches.items():
+                dropped = int(name.split(".")[1]) in bundle.manifest.plan.drop_layers
+                # max_seq_len 64, max_prompt_len 40, k = 1: 63 tokens, of which 40 + 11 in a dropped layer
+                assert cache.shape == (3, 2, 51 if dropped else 63, 16)
+        assert session.kv_bytes()["allocated"] == 3 * 2 * 4 * 2 * 16 * (63 * 6 + 51 * 2)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_request_may_fill_every_slot(bundle: Bundle, k: int) -> None:
+    prompt = [int(token) for token in np.random.default_rng(1).integers(0, 131, 40)]
+    session, _, _ = open_device_session(bundle)
+    with session, Session.open(bundle.root, target="ort", threads=1) as other:
+        ours = session.generate([prompt, prompt[:3]], 24, k=k)
+        assert [row.tolist() for row in ours] == [row.tolist() for row in other.generate([prompt, prompt[:3]], 24, k=k)]
+        assert session._request.len_kept.max() == 63
+        if k == 1:
+            assert session._request.len_dropped.max() == 51
+
+
+def test_a_smaller_k_than_the_slots_allow_is_refused_with_the_numbers(bundle: Bundle) -> None:
+    session, _, _ = open_device_session(bundle)
+    with session:
+        prompt = [[1] * 40]
+        with pytest.raises(InputError, match="dropped layers") as caught:
+            session.generate(prompt, 24, k=0)  # every one of 23 steps a refresh
+        assert "63 slots" in caught.value.note
+        assert "51" in caught.value.note
+        assert "max_new_tokens" in caught.value.hint
+        with pytest.raises(InputError, match="no running request"):
+            session.step([1])
+        assert len(session.generate(prompt, 12, k=0)[0]) == 12  # 40 + 11

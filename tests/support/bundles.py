@@ -1,0 +1,153 @@
+"""Small bundles for the tests: a family is traced once per process, each plan is then a matter of milliseconds."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import json
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from safetensors.numpy import save_file
+from transformers import PreTrainedModel
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from lora_drop_export.decoder.trace import TracedModel, trace
+from tests.support.models import FAMILIES
+from tests.support.oracle import OraclePlan
+
+PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny random model, its checkpoint directory and its trace."""
+
+    model: PreTrainedModel
+    directory: Path
+    checkpoint: Checkpoint
+    traced: TracedModel
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """Build, save and trace a family of tests.models."""
+    model, directory, checkpoint = _saved(FAMILIES[name]())
+    return Family(model, directory, checkpoint, _traced_once(name, checkpoint, "float32"))
+
+
+@functools.cache
+def family_trace(name: str, dtype: str) -> TracedModel:
+    """A family's trace in another dtype."""
+    return _traced_once(name, family(name).checkpoint, dtype)
+
+
+def traced_model(model: PreTrainedModel) -> Family:
+    """Save and trace any model."""
+    model, directory, checkpoint = _saved(model)
+    return Family(model, directory, checkpoint, trace(checkpoint, "float32"))
+
+
+def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
+    scratch = tempfile.TemporaryDirectory(prefix="lora-drop-test-")
+    atexit.register(scratch.cleanup)
+    directory = Path(scratch.name)
+    model.save_pretrained(directory)
+    return model, directory, open_checkpoint(str(directory), directory / "scratch")
+
+
+def _traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
+    """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
+    file = Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
+    if file.exists():
+        traced = pickle.loads(file.read_bytes())
+        return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))
+    traced = trace(checkpoint, dtype)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
+    part.rename(file)
+    return traced
+
+
+def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
+    """A bundle with target ort, at `root`; options as for ExportOptions."""
+    source = family(made_from) if isinstance(made_from, str) else made_from
+    root.mkdir(parents=True)
+    options = {"max_seq_len": 128} | options
+    return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
+
+
+def rewritten(name: str) -> Family:
+    """A family whose checkpoint the exporter writes again, in the order that lets it fuse layers."""
+    source = family(name)
+    return dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
+
+
+def save_adapters(
+    directory: Path,
+    plan: DropPlan,
+    hidden_size: int,
+    fingerprint: str | None,
+    rank: int = 4,
+    matrices: dict[str, Any] | None = None,
+) -> Path:
+    """Adapters in PEFT's format: site → (A, B, scale), or random ones with scale 2 and big enough to matter."""
+    generator = np.random.default_rng(5)
+    names = {"": "", ".attn": "self_attn.", ".mlp": "mlp."}
+    tensors = {}
+    for site in plan.sites:
+        layer, _, half = site.partition(".")
+        prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
+        for part, shape in (("A", (rank, hidden_size)), ("B", (hidden_size, rank))):
+            values = generator.standard_normal(shape) * 0.2
+            if matrices is not None:
+                values = matrices[site]["AB".index(part)].numpy()
+            tensors[f"{prefix}lora_{part}.weight"] = values.astype(np.float32)
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank * (2 if matrices is None else matrices[plan.sites[0]][2]),
+        "lora_drop": {
+            "drop_layers": list(plan.drop_layers),
+            "surrogate": plan.surrogate,
+            "injection": plan.injection,
+            "base_fingerprint": fingerprint,
+        },
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:
+    """The oracle's view of a bundle's plan; adapters are read with safetensors and peft's own scale rule."""
+    import torch
+    from safetensors.torch import load_file
+
+    plan = bundle.manifest.plan
+    matrices = None
+    if adapters is not None:
+        config = json.loads((adapters / "adapter_config.json").read_text())
+        tensors = load_file(adapters / "adapter_model.safetensors")
+        matrices = {}
+        for name, a in tensors.items():
+            if ".lora_A." in name:
+                layer, _, half = name.split(".layers.")[1].partition(".")
+                key = layer + {"l": "", "s": ".attn", "m": ".mlp"}[half[0]]
+                b = tensors[name.replace("lora_A", "lora_B")]
+                matrices[key] = (a.to(torch.float32), b.to(torch.float32), config["lora_alpha"] / config["r"])
+    return OraclePlan(plan.drop_layers, plan.surrogate, plan.injection, matrices)

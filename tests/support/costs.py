@@ -1,0 +1,33 @@
+"""The manifest of the paper's example."""
+
+from __future__ import annotations
+
+from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+
+D, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 128256  # LLaMA3-8B
+LAYER_WEIGHTS = D * HEADS * HEAD_DIM * 2 + D * KV_HEADS * HEAD_DIM * 2 + 3 * D * FFN + 2 * D
+HEAD_WEIGHTS = VOCAB * D + D  # lm_head and the last norm
+
+
+def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", **plan: object) -> Manifest:
+    size = {"bfloat16": 2, "float32": 4}[dtype]
+    model = ModelFacts(
+        name="llama3-8b",
+        model_type="llama",
+        fingerprint="",
+        num_layers=32,
+        hidden_size=D,
+        vocab_size=VOCAB,
+        num_heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        context_length=8192,
+        dtype=dtype,
+        windows=(0,) * 32,
+        layer_bytes=(size * LAYER_WEIGHTS,) * 32,
+        head_bytes=size * HEAD_WEIGHTS,
+        embedding_row_bytes=size * D,
+    )
+    drop_plan = DropPlan(num_layers=32, drop_layers=spread_layers(eligible_layers(32), ratio), **plan)
+    return Manifest(model, drop_plan, Limits(8192, 8000, 8), SpecialTokens())

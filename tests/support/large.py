@@ -1,0 +1,80 @@
+"""A Llama-3-8B-shaped checkpoint: shapes only, so neither its 16 GB of memory nor reading them is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+MEASURE = """
+import re, resource, sys
+from lora_drop_export.cli import main
+code = main(sys.argv[1:])
+try:
+    read = re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1]
+except OSError:
+    read = 0
+print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, read)
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Peak memory of a process, and what it read from files with `read` (0 where the system does not tell)."""
+
+    peak_bytes: int
+    read_bytes: int
+
+
+def sparse_checkpoint(directory: Path) -> int:
+    """A bf16 checkpoint whose file is one hole of the right size; returns its bytes."""
+    config = LlamaConfig(**LLAMA3_8B, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(directory)
+    with FakeTensorMode():
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def graphs_only(model: Path, out: Path) -> list[str]:
+    """Arguments of an export that links the weights and writes the neutral graphs."""
+    return ["--model", str(model), "--out", str(out), "--weights", "link", "--target", "none"]
+
+
+def engines_without_weights(out: Path) -> list[str]:
+    """Arguments that add TensorRT-RTX engines whose inputs the weights are."""
+    return ["--add-target", "tensorrt-rtx", "--out", str(out), "--no-verify"]
+
+
+def measured(arguments: list[str]) -> Measured:
+    """An export that has to succeed, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr
+    peak_kib, read = done.stdout.rsplit("measured", 1)[1].split()
+    return Measured(int(peak_kib) * 1024, int(read))

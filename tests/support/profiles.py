@@ -1,0 +1,43 @@
+"""Windows and models of the tests of `lora-drop profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.profile.scoring import Scoring
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+WINDOW, PROMPT, K = 24, 6, 3
+ELIGIBLE = (3, 4, 5, 6)
+TOLERANCE = 2e-4  # relative, of sums of float32 in another order
+
+
+def random_windows(count: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(0, 131, (count, WINDOW), generator=torch.Generator().manual_seed(seed))
+
+
+def add_tokenizer(directory: Path) -> None:
+    """Word `w<i>` is token i."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(131)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Path:
+    model.save_pretrained(directory)
+    add_tokenizer(directory)
+    return directory
+
+
+def make_scoring(model: PreTrainedModel, policy: str, k: int = K) -> Scoring:
+    layout = Layout.of(WINDOW, PROMPT, PeriodicSchedule(k))
+    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, POLICIES[policy])

@@ -1,0 +1,35 @@
+"""Policies and surrogate forms are rows of two tables: nobody else asks for their names."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.surrogate import SURROGATES
+
+from tests.test_layout import MODULES, ROOT, TREES
+
+TABLES = {"lora_drop_runtime.plan.policy", "lora_drop_runtime.plan.surrogate"}
+FILES = {name: tree for name, tree in TREES.items() if name not in TABLES} | {
+    f"examples/{path.name}": ast.parse(path.read_text()) for path in sorted((ROOT / "examples").glob("*.py"))
+}
+
+
+def spelled(tree: ast.AST) -> list[str]:
+    """The names that a module spells as a string of its own; longer strings, as messages are, may contain them."""
+    names = {*POLICIES, *SURROGATES}
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in names]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nobody_else_spells_a_policy_or_a_surrogate(name: str) -> None:
+    """Neither in a comparison, nor as a default, nor as a key: the row's facts and DEFAULT_… are there for that."""
+    assert not spelled(FILES[name])
+
+
+def test_what_is_looked_for_is_found() -> None:
+    source = 'if policy == "skip" or form in ("recurrent", other): print("residual starts from the input")'
+    assert spelled(ast.parse(source)) == ["skip", "recurrent"]
+    assert set(MODULES) >= TABLES
+    assert all(spelled(TREES[table]) for table in TABLES)

@@ -1,0 +1,34 @@
+"""`lora-drop bench`: what it measures of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lora_drop_tools.shared import machine
+
+
+def test_bandwidth() -> None:
+    found = machine.read_bandwidth(2, 2**20)
+    assert found.buffer_bytes == 2**20
+    assert found.bytes_per_second == max(found.all_kernels.values()) == found.all_kernels[found.kernel] > 0
+    assert "2 thread(s)" in found.describe()
+
+
+def test_memory_and_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/smaps_rollup").write_text("00-ff ---p\nRss: 9 kB\nPss: 7 kB\nPss_Anon: 4 kB\nPss_File: 3 kB\n")
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.pss_bytes() == {"total": 7168, "anonymous": 4096, "file": 3072}
+    assert machine.pss_bytes(12) is None
+    assert machine.available_bytes() is None
+    assert machine.cpu_time() is None
+    begin, end = machine.CpuTime(10, 100, 50), machine.CpuTime(20, 115, 60)
+    assert machine.foreign_cores(begin, end) == 0.5
+    assert machine.foreign_cores(begin, None) is None
+    assert machine.foreign_cores(machine.CpuTime(10, 100, 50), machine.CpuTime(20, 101, 60)) == 0
+    assert machine.physical_cores() >= 1
+    (tmp_path / "cpuinfo").write_text("".join(f"physical id : 0\ncore id : {i // 2}\n\n" for i in range(4)))
+    assert machine.physical_cores() <= 2
+    assert machine.machine_facts()["versions"]["numpy"] == np.__version__

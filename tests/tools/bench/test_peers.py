@@ -1,0 +1,178 @@
+"""`lora-drop bench --peers`: the protocol with a peer's process, and every way in which it may fail."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.judge import MeasurementError
+from lora_drop_tools.bench.peers import options as peer_options_module
+from lora_drop_tools.bench.peers import peer as bench_peers
+from lora_drop_tools.bench.peers import worker as peer_worker
+from lora_drop_tools.bench.peers.options import peer_options, reason_against
+from lora_drop_tools.bench.peers.peer import Peer, PeerError
+from lora_drop_tools.bench.peers.worker import timed
+from lora_drop_tools.bench.settings import BenchSettings
+
+FAKE_WORKER = """
+import json, sys
+command, name, argument = sys.argv[1:4]
+arguments = json.loads(argument)
+say = lambda value: print(json.dumps(value), flush=True)
+if command == "prepare":
+    print("preparing", file=sys.stderr)
+    made = {"model": arguments["source"], "built": "as given"}
+    say({"error": "RuntimeError: cannot"} if name == "llama.cpp" else made)
+    raise SystemExit
+say({"ready": arguments["model"]})
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["new_tokens"] == 13:
+        print("out of luck", file=sys.stderr)
+        raise SystemExit(3)
+    steps = [0.002] * (request["new_tokens"] - 1)
+    say({"tokens": [1] * request["new_tokens"], "prefill_seconds": 0.004, "step_seconds": steps})
+"""
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.py"
+    path.write_text(FAKE_WORKER)
+    return path
+
+
+def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: False)
+    both = peer_options((), [hf_directory, gguf], None, ())
+    assert both.names == tuple(bench_peers.PEERS)
+    reasons = {name: reason_against(name, both, "float32") for name in both.names}
+    assert reasons["llama.cpp"] == "not installed: pip install llama-cpp-python"
+    assert "transformers < 4.58" in str(reasons["optimum-onnx"])
+    assert "weights are int4" in str(reason_against("transformers", both, "int4"))
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
+    assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
+    assert reason_against("onnxruntime-genai", both, "int4") is None
+    alone = peer_options(("transformers",), [gguf], None, ())
+    assert reason_against("transformers", alone, "float32") == (
+        "it loads a Hugging Face directory, --model gives a .gguf file"
+    )
+    with pytest.raises(InputError, match="two models of one kind"):
+        peer_options((), [gguf, gguf], None, ())
+    with pytest.raises(InputError, match="Python of a peer"):
+        peer_options((), [gguf], None, ["optimum-onnx"])
+    found = peer_options((), [gguf], None, [f"optimum-onnx={sys.executable}"])
+    assert found.pythons == {"optimum-onnx": sys.executable}
+
+
+def test_what_is_not_installed_is_found_missing() -> None:
+    assert peer_options_module._is_installed("numpy")
+    assert not peer_options_module._is_installed("no_such_package_anywhere")
+    assert not peer_options_module._is_installed("no_such_package_anywhere.inside")
+
+
+def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(worker)]
+    arguments = (hf_directory, "float32", tmp_path / "cache", 1, 64)
+    with Peer("transformers", command, *arguments) as peer:
+        peer.warm_up([1, 2, 3], 2)
+        assert peer.pss is None or peer.pss["total"] > 0
+        answer = peer.generate([1, 2, 3], 4)
+        assert (len(answer["tokens"]), answer["step_seconds"]) == (4, [0.002] * 3)
+        assert (peer.built, peer.model_bytes) == ("as given", 2)
+        with pytest.raises(PeerError, match="ended with code 3: out of luck"):
+            peer.generate([1], 13)
+        with pytest.raises(PeerError, match="ended with code 3"):
+            peer.generate([1], 4)
+    record = tmp_path / "cache/transformers.json"
+    prepared = json.loads(record.read_text())
+    record.write_text(json.dumps(prepared | {"built": "earlier"}))
+    with Peer("transformers", command, *arguments) as peer:
+        assert peer.built == "earlier"  # what is there already is not made again
+    (hf_directory / "more").write_text("changed")
+    with Peer("transformers", command, *arguments) as peer:
+        assert peer.built == "as given"
+    worker.write_text(FAKE_WORKER.replace('say({"ready"', 'print("hello", {"ready"'))
+    with pytest.raises(PeerError, match="its answer is not understood: hello"):
+        Peer("transformers", command, *arguments)
+    with pytest.raises(PeerError, match="RuntimeError: cannot"):
+        Peer("llama.cpp", command, *arguments)
+
+
+def test_command_with_peers(
+    bundles: list[Path],
+    worker: Path,
+    hf_directory: Path,
+    tmp_path: Path,
+    scripted: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that answers, one that cannot be prepared, one that dies, one that is not there: only the first has a row."""
+    scripted({0: 0.0040, 3: 0.0039})
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(bench_peers, "WORKER", worker)
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
+    out = io.StringIO()
+    options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": ()}
+    options |= {"model": (hf_directory, tmp_path / "model.gguf"), "peer_cache": tmp_path / "cache"}
+    result = bench(bundles[1], BenchSettings(new_tokens=12, **options), out=out)
+    assert {row.name for row in result.peer_rows} == {"onnxruntime-genai", "transformers"}
+    assert set(result.peers_left_out) == {"llama.cpp", "optimum-onnx"}
+    assert result.peers_left_out["llama.cpp"] == "RuntimeError: cannot"
+    (peer,) = [row for row in result.peer_rows if row.name == "transformers"]
+    assert (peer.tokens_per_second, peer.p50_ms, peer.prefill_tokens_per_second) == pytest.approx((500, 2, 2000))
+    full, dropping, *batch_2 = result.rows
+    assert full.over_peers["transformers"] == pytest.approx(0.5)
+    assert dropping.over_peers["transformers"] == pytest.approx(20 / 39)
+    assert all(row.over_peers == {} for row in batch_2)  # peers run one row
+    assert "transformers" in out.getvalue()
+    assert "llama.cpp: RuntimeError: cannot" in out.getvalue()
+
+    result = bench(bundles[1], BenchSettings(new_tokens=13, **options), out=out)
+    assert not result.peer_rows
+    assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
+
+
+def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate(itertools.chain([2, 5], itertools.repeat(3)))
+    monkeypatch.setattr(peer_worker, "time", SimpleNamespace(perf_counter=ticks.__next__))
+
+    def generate(prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:
+        for token in range(new_tokens):
+            emit(token)
+
+    answer = timed(generate, [5], 4)
+    assert answer["tokens"] == [0, 1, 2, 3]
+    assert (answer["prefill_seconds"], answer["step_seconds"]) == (5, [3, 3, 3])
+    with pytest.raises(RuntimeError, match="2 tokens came, 3 were asked for"):
+        timed(lambda prompt, n, emit: generate(prompt, n - 1, emit), [5], 3)
+
+
+def test_the_real_worker_says_what_is_wrong(hf_directory: Path, tmp_path: Path) -> None:
+    """An unknown name stands for every failure inside a worker."""
+    command = [sys.executable, "-P", str(bench_peers.WORKER)]
+    with pytest.raises(PeerError, match="KeyError: 'nobody'"):
+        Peer("nobody", command, hf_directory, "float32", tmp_path / "cache", 1, 64)
+
+
+def test_measurement_errors_end_with_1() -> None:
+    assert MeasurementError("x").exit_code == 1

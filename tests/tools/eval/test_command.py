@@ -1,0 +1,238 @@
+"""`lora-drop eval` on a text: its figures, where it goes on, what it refuses. Tasks have a folder of their own."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.cli import main
+from lora_drop_tools.eval import scoring as eval_scoring
+from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.settings import EvalSettings
+from lora_drop_tools.shared import costs
+
+from tests.support.bundles import family, make_bundle
+from tests.support.tokenizers import character_tokenizer
+
+eval_module = importlib.import_module("lora_drop_tools.eval.eval")  # the name in the package is the function
+TEXT = "".join(f"{a} boats and {b} gulls; the tide is {a * b}.\n" for a in range(12) for b in range(6))
+OPTIONS = ["--window", "48", "--prompt", "8", "--windows", "5", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def count_prefills(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Notes the k of each prefill; with `interrupt_at`, Ctrl-C is pressed in one."""
+
+    def install(interrupt_at: int = -1) -> list[int]:
+        seen: list[int] = []
+        plain = Session.prefill
+
+        def prefill(self: Session, *arguments: Any, **options: Any) -> Any:
+            seen.append(options["k"])
+            if len(seen) == interrupt_at:
+                raise KeyboardInterrupt
+            return plain(self, *arguments, **options)
+
+        monkeypatch.setattr(Session, "prefill", prefill)
+        return seen
+
+    return install
+
+
+def test_command_on_a_text(bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written, plots = tmp_path / "figures.json", tmp_path / "plots"
+    timed = [
+        {"bundle": "tiny", "k": k, "context": context, "rows": rows, "speedup": 1 + k / 10 + context / 1000}
+        for rows in (1, 2)
+        for context in (8, 100)
+        for k in (0, 1, 3)
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": timed}))
+    options = [*OPTIONS, "--k", "1,3", "--policy", "skip,backfill", "--text", str(text), "--label", "ours"]
+    options += ["--bench", str(tmp_path / "bench.json"), "--json", str(written), "--plots", str(plots)]
+    assert main(["eval", str(bundle), *options]) == 0
+    data = json.loads(written.read_text())
+    assert [(one["policy"], one["k"]) for one in data["rows"]] == [
+        ("full", 0),
+        ("skip", 1),
+        ("skip", 3),
+        ("backfill", 1),
+        ("backfill", 3),
+    ]
+    full, skip_1, skip_3, backfill_1, _ = data["rows"]
+    assert full["text"]["ratio"]["value"] == 1
+    assert full["text"]["tokens"] == skip_3["text"]["tokens"] == 5 * 39
+    assert skip_1["text"]["perplexity"]["value"] == pytest.approx(
+        full["text"]["perplexity"]["value"] * skip_1["text"]["ratio"]["value"]
+    )
+    # A refresh under backfill is exact, under skip it sees holes
+    assert backfill_1["text"]["offsets"][0]["agreement"] == 1
+    assert backfill_1["text"]["offsets"][0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert skip_1["text"]["offsets"][0]["kl"] > 1e-3
+    assert [one["speedup"] for one in data["rows"]] == pytest.approx([1.1, 1.2, 1.4, None, None])
+    manifest = Session.open(bundle, threads=1).bundle.manifest
+    assert skip_3["kv_bytes"] == sum(costs.kv_bytes(manifest, *KV_REQUEST, 3))
+    assert backfill_1["kv_bytes"] == full["kv_bytes"] == costs.kv_base_bytes(manifest, sum(KV_REQUEST))
+    assert data["arguments"]["k"] == [1, 3]
+    assert data["arguments"]["seed"] == data["seed"] == 0
+    assert data["machine"]["versions"]["numpy"]
+    printed = capsys.readouterr()
+    assert "tiny" not in printed.out
+    for part in ("ours k=3 backfill", "LoRA 3", "over full", "context 100, batch 1", "1.40×"):
+        assert part in printed.out
+    assert "text, k = 0, 1, 3: 15 in" in printed.err
+    assert sorted(path.name for path in plots.iterdir()) == [
+        "offsets.png",
+        "perplexity_kv.png",
+        "perplexity_speedup.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
+
+
+def test_the_full_schedule_on_a_text_is_pytorch(bundle: Path, text: Path) -> None:
+    """One window that is the whole text: its perplexity by one forward pass."""
+    short = text.parent / "short.txt"
+    short.write_text(TEXT[:100])
+    result = eval(bundle, EvalSettings(k=(0,), text=short, window=100, prompt=20, threads=1), out=io.StringIO())
+    from lora_drop_runtime.text import TextCodec
+
+    ids = torch.tensor(TextCodec.open(bundle / "tokenizer").encode(TEXT[:100]))
+    with torch.no_grad():
+        logits = family("llama").model(ids[None]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[20:-1].double(), ids[21:]).exp()
+    (only,) = result.rows
+    assert only.text is not None
+    assert only.text.tokens == 79
+    assert only.text.perplexity.value == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_goes_on_where_it_was_cut_off(
+    bundle: Path, text: Path, tmp_path: Path, count_prefills: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_scoring, "KEPT_BYTES", 2 * 39 * 131 * 4)  # two windows at once
+    kept = ["--k", "1", "--text", str(text), "--out", str(tmp_path / "items")]
+    arguments = ["eval", str(bundle), *OPTIONS, *kept]
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_module, "describe", lambda result: results.append(result) or [])
+        results: list[Any] = []
+        assert main(["eval", str(bundle), *OPTIONS, *kept[:-2]]) == 0
+        seen = count_prefills(interrupt_at=4)
+        assert main(arguments) == 130
+        assert seen == [0, 1, 0, 1]
+        (path,) = (tmp_path / "items").iterdir()
+        path.write_bytes(path.read_bytes()[:-9])  # and the last line is half written
+        patch.undo()
+        patch.setattr(eval_module, "describe", lambda result: results.append(result) or [])
+        seen = count_prefills()
+        assert main(arguments) == 0
+        assert seen == [0, 1, 0, 1]  # two windows of the five were whole
+        first, second = (result.rows for result in results)
+        for a, b in zip(first, second, strict=True):
+            assert a.text is not None
+            assert b.text is not None
+            assert a.text.perplexity.value == pytest.approx(b.text.perplexity.value, rel=1e-5)
+        seen.clear()
+        assert main(arguments) == 0
+        assert seen == []
+        assert main([*arguments, "--windows", "3"]) == 0  # a subset of what is there
+        assert seen == []
+        assert main([*arguments, "--seed", "1", "--windows", "1"]) == 0  # another seed is another evaluation
+        assert seen == [0, 1]
+
+
+def test_another_bundle_is_not_taken_for_this_one(
+    bundle: Path, text: Path, tmp_path: Path, count_prefills: Callable[..., list[int]]
+) -> None:
+    other = tmp_path / "other"
+    make_bundle("llama", other, drop_ratio=0.25)
+    character_tokenizer(other)
+    seen = count_prefills()
+    for path in (bundle, other, bundle):
+        settings = EvalSettings(k=(1,), text=text, window=48, prompt=8, windows=1, out_dir=tmp_path / "i")
+        eval(path, settings, out=io.StringIO())
+    assert seen == [0, 1, 0, 1]
+    assert len(list((tmp_path / "i").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ([], "There is nothing to evaluate."),
+        (["--text", "nowhere.txt"], "The text cannot be read."),
+        (["--text", "SHORT"], "The text is too short."),
+        (["--text", "TEXT", "--k", "-1"], "k must be a whole number"),
+        (["--text", "TEXT", "--k", "x"], "The command line is not understood."),
+        (["--text", "TEXT", "--policy", "none"], "Unknown refresh policy."),
+        (["--text", "TEXT", "--policy", ""], "There is no refresh policy."),
+        (["--text", "TEXT", "--k", "9"], "A window has no room for a prompt and a whole cycle."),
+        (["--text", "TEXT", "--window", "12"], "A window has no room for a prompt and a whole cycle."),
+        (["--text", "TEXT", "--window", "129"], "A window is longer than a bundle allows."),
+        (["--text", "TEXT", "--windows", "0"], "There is nothing to evaluate."),
+        (["--text", "TEXT", "--limit", "0"], "There is nothing to evaluate."),
+        (["--text", "TEXT", "--label", "a", "--label", "b"], "The labels do not fit the bundles."),
+        (["--text", "TEXT", "--target", "tensorrt"], "The bundle cannot run on that target."),
+        (["--text", "TEXT", "--json", "nowhere/at/all.json"], "The results cannot be written."),
+        (["--text", "TEXT", "--out", "TEXT"], "The results cannot be kept."),
+        (["--text", "TEXT", "--bench", "nowhere.json"], "The measured speed-ups cannot be read."),
+        (["--text", "TEXT", "--bench", "OTHER"], "The measured speed-ups are of other bundles."),
+        (["--text", "TEXT", "--bench", "TEXT"], "The measured speed-ups cannot be read."),
+        (["--tasks", "arc_hard", "--data", "."], "Unknown task."),
+        (["--tasks", "piqa,piqa", "--data", "."], "A task is named twice."),
+        (["--tasks", "piqa"], "A task's data file is missing."),
+        (["--tasks", "piqa", "--data", "DIR"], "A task's data file is not what the task takes."),
+        (["--tasks", "arc_easy", "--data", "DIR"], "A task's data file is not what the task takes."),
+        (["--tasks", "hellaswag", "--data", "DIR"], "A task's data file is not what the task takes."),
+        (["--tasks", "humaneval", "--data", "DIR"], "A task's data file cannot be read."),
+    ],
+)
+def test_refused_before_any_work(
+    options: list[str],
+    fact: str,
+    bundle: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(Session, "open", work)
+    (tmp_path / "short").write_text("a few words")
+    (tmp_path / "bench.json").write_text(
+        json.dumps({"rows": [{"bundle": "else", "k": 0, "context": 1, "rows": 1, "speedup": 1.0}]})
+    )
+    (tmp_path / "piqa.jsonl").write_text(
+        '{"choices": ["a", "b"], "gold": 0, "query": "Question: c\\n"}\n{"choices": 1}\n'
+    )
+    (tmp_path / "arc_easy.jsonl").write_text("{")
+    (tmp_path / "hellaswag_val.txt").write_text("A: b\n3\na\nb\nc\n")
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"\x1f\x8bnothing")
+    names = {"TEXT": text, "SHORT": tmp_path / "short", "OTHER": tmp_path / "bench.json", "DIR": tmp_path}
+    given = [str(names.get(option, option)) for option in options]
+    assert main(["eval", str(bundle), "--window", "48", "--prompt", "8", *given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {fact}")
+    assert "\nNote: " in error
+    assert "\nHint: " in error
+
+
+def test_a_bundle_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
+    make_bundle("llama", tmp_path / "b")
+    with pytest.raises(InputError, match="no tokenizer"):
+        eval(tmp_path / "b", EvalSettings(text=text, window=48, prompt=8))

@@ -1,0 +1,73 @@
+"""`lora-drop eval`: shares, differences and intervals by hand, and the safe zone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from lora_drop_tools.eval.intervals import Figure, average, bootstrap, paired_difference, share
+from lora_drop_tools.eval.result import EvalRow, safe_zones, task_figures
+
+
+def test_share() -> None:
+    """Wilson's interval of 8 of 10 and of 0 of 20, as in textbooks."""
+    figure = share(8, 10)
+    assert (figure.value, figure.low, figure.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert (share(0, 20).low, share(0, 20).high) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_paired_difference_by_hand() -> None:
+    """10 items, 3 lost, 1 won: −0.2; ½ in each cell: −2/12 ± 1.96 √(4 + 1 − 4/12) / 12."""
+    full = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    ours = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    figure = paired_difference(ours, full)
+    half = 1.959964 * math.sqrt(5 - 4 / 12) / 12
+    assert (figure.value, figure.low, figure.high) == pytest.approx((-0.2, -1 / 6 - half, -1 / 6 + half))
+    same = paired_difference(full, full)
+    assert same.value == 0
+    assert same.low < 0 < same.high  # nothing lost in ten items is no proof
+
+
+def test_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(3, 2, 400)
+    figure = bootstrap(values, np.ones(400), seed=1)
+    assert figure.value == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert (figure.value - figure.low, figure.high - figure.value) == pytest.approx((half, half), rel=0.15)
+    assert bootstrap(values, np.ones(400), seed=1) == figure
+    assert bootstrap([2.0, 4.0], [1.0, 3.0], 0).value == 1.5  # a ratio of sums
+    assert bootstrap([0.0, 0.0], [1.0, 1.0], 0, np.exp) == Figure(1, 1, 1, 2)
+
+
+def test_average_and_perplexity_of_items() -> None:
+    mean = average([Figure(0.5, 0.4, 0.6, 10), Figure(0.7, 0.5, 0.9, 10)])
+    half = math.hypot(0.1, 0.2) / 2
+    assert (mean.value, mean.low, mean.high, mean.count) == pytest.approx((0.6, 0.6 - half, 0.6 + half, 2))
+    items = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -3.0, "acc": 0.0}}
+    full = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -2.0, "acc": 1.0}}
+    figures = task_figures("acc", items, full, 0, 0)
+    assert figures.metrics["perplexity"].value == pytest.approx(math.exp(2))
+    assert figures.figure.value == 0.5
+    assert figures.difference is not None
+    assert figures.difference.value == -0.5
+
+
+def row(k: int, speedup: float | None, difference: float | None, half: float = 0.001) -> EvalRow:
+    figure = None if difference is None else Figure(difference, difference - half, difference + half, 3)
+    return EvalRow(
+        "b", "b", "residual", 0, (4,), 0.25, "skip" if k else "full", k, 1000, speedup, None, {}, None, figure
+    )
+
+
+def test_safe_zone_by_hand() -> None:
+    rows = [row(0, 1.0, None), row(1, 1.1, -0.002), row(2, 1.2, -0.004), row(3, 1.3, -0.009), row(5, 1.5, -0.02)]
+    half, one = safe_zones(rows)
+    assert (half.threshold, half.row, half.certain) == (0.005, rows[2], True)
+    assert (one.threshold, one.row, one.certain) == (0.01, rows[3], True)
+    wide = [row(0, 1.0, None), row(1, 1.1, 0.003, half=0.02)]
+    assert [(zone.row, zone.certain) for zone in safe_zones(wide)] == [(wide[1], False)] * 2
+    assert [zone.row for zone in safe_zones([row(0, 1.0, None), row(3, 1.3, -0.5), row(1, 0.9, 0.0)])] == [None, None]
+    assert safe_zones([row(0, None, None), row(3, None, 0.0)]) == []  # nothing was timed
+    assert safe_zones([row(0, 1.0, None), row(3, 1.3, None)]) == []  # no task

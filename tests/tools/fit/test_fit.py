@@ -1,0 +1,409 @@
+"""Fitting: the regression against numpy's own least squares, distillation against one process, files, refusals."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError, LoraDropError, PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.cli import main
+from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
+from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
+from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lora_drop_export.decoder import loaded as torch_model
+from tests.support import oracle
+from tests.support.bundles import family, make_bundle, oracle_plan, rewritten
+from tests.support.models import FAMILIES
+
+SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of tiny words for the tiny tokenizer."""
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"t{n}" for n in random.integers(0, 120, 4000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a tokenizer that knows t0 … t130."""
+    return with_tokenizer("llama", tmp_path_factory.mktemp("model"))
+
+
+def with_tokenizer(name: str, directory: Path) -> Path:
+    FAMILIES[name]().save_pretrained(directory)
+    vocabulary = {f"t{n}": n for n in range(131)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(directory)
+    return directory
+
+
+# ── the regression ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def moments(x: np.ndarray, y: np.ndarray) -> Moments:
+    found = Moments()
+    found.add(torch.from_numpy(x), torch.from_numpy(y))
+    return found
+
+
+def test_the_solution_is_the_best_of_its_rank() -> None:
+    """Without noise and with little ridge: the projection of the least-squares fit on its leading directions."""
+    random = np.random.default_rng(1)
+    x = random.standard_normal((400, 12)) @ random.standard_normal((12, 12))
+    y = x @ random.standard_normal((12, 12)) + random.standard_normal((400, 12))
+    fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    for rank in (1, 3, 12):
+        solution = solve(Site(moments(x, y), moments(x, y)), rank)
+        assert solution.ridge == 1e-4
+        u, s, v = np.linalg.svd(fitted, full_matrices=False)
+        expected = (u[:, :rank] * s[:rank]) @ v[:rank]
+        ours = x @ (solution.b @ solution.a).double().numpy().T
+        assert np.abs(ours - expected).max() < 2e-3 * np.abs(expected).max()
+        assert solution.left == pytest.approx(((y - ours) ** 2).sum() / (y**2).sum(), rel=1e-4)
+        assert solution.a.shape == (rank, 12)
+        assert solution.b.shape == (12, rank)
+
+
+def test_noise_that_does_not_generalise_is_left_alone() -> None:
+    random = np.random.default_rng(2)
+    pure = [(random.standard_normal((20, 16)), random.standard_normal((20, 16))) for _ in range(2)]
+    solution = solve(Site(moments(*pure[0]), moments(*pure[1])), 16)
+    assert solution.left == 1.0
+    assert not solution.b.any()
+
+
+def test_balancing_keeps_the_product() -> None:
+    a, b = torch.randn(3, 5), torch.randn(5, 3) * 100
+    scale = torch.rand(5) + 0.1
+    even = balanced(a, b, scale)
+    assert torch.allclose(even[1] @ even[0], b @ a, rtol=1e-4, atol=1e-4)
+    assert torch.allclose((even[0] * scale).norm(dim=1), even[1].norm(dim=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_a_layer_that_a_surrogate_can_be_is_found(surrogate: str, injection: str, policy: str) -> None:
+    """A dropped layer is given weights that make it linear in its input; a full-rank fit then leaves nothing.
+
+    `residual` only, as decoded by the oracle. What the others leave is less than their base leaves.
+    """
+    model = FAMILIES["llama"]()
+    plan = DropPlan(8, (4,), surrogate=surrogate, injection=injection, rank=64)
+    if surrogate == "residual":
+        with torch.no_grad():
+            model.model.layers[4].self_attn.o_proj.weight.zero_()
+            model.model.layers[4].mlp.down_proj.weight.zero_()
+    forcing = TeacherForcing(copy.deepcopy(model))
+    random = torch.Generator().manual_seed(0)
+
+    def text(number: int) -> tuple[torch.Tensor, Layout]:
+        return torch.randint(0, 131, (8, 40), generator=random), Layout.of(40, 5 + number % 4, PeriodicSchedule(3))
+
+    sites: dict[str, Site] = {}
+
+    def choose(name: str, site: Site):
+        sites[name] = site
+        solution = solve(site, 64)
+        return solution.a, solution.b
+
+    pairs = walk(forcing, batches_of(forcing, map(text, range(6))), plan, POLICIES[policy], choose)
+    assert set(pairs) <= set(plan.sites)
+    ids, _ = text(0)
+    theirs = oracle.OraclePlan((4,), surrogate, injection, {name: (a, b, 1.0) for name, (a, b) in pairs.items()})
+    for name, (a, b) in pairs.items():
+        site = sites[name]
+        assert site.fit.error((b @ a).T.double()) <= site.fit.yy + 1e-6
+        assert surrogate == "residual" or not b.any() or site.fit.error((b @ a).T.double()) < site.fit.yy
+    if surrogate == "residual":
+        full, fitted = (
+            oracle.decode_row(model, theirs, ids[0, :5].tolist(), ids[0, 5:].tolist(), k, policy) for k in (0, 3)
+        )
+        for a, b in zip(full, fitted, strict=True):
+            assert (a - b).abs().max() < 1e-3
+
+
+# ── distillation ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_divergence_against_plain_formulas() -> None:
+    """KL, agreement and perplexity from the oracle's logits."""
+    model, plan, k = FAMILIES["qwen2"](), DropPlan(8, (3, 5)), 2
+    ids = torch.randint(0, 131, (2, 17), generator=torch.Generator().manual_seed(4))
+    layout = Layout.of(17, 5, PeriodicSchedule(k))
+    forcing = TeacherForcing(copy.deepcopy(model))
+    for policy in ("backfill", "skip"):
+        sums = run_batch(forcing, ids, layout, plan, {}, POLICIES[policy])
+        expected = Divergence()
+        for row in ids.tolist():
+            full = oracle.decode_row(model, oracle.OraclePlan((3, 5)), row[:5], row[5:], 0)
+            ours = oracle.decode_row(model, oracle.OraclePlan((3, 5)), row[:5], row[5:], k, policy)
+            for position in range(5, 17):
+                if policy == "backfill" and (position - 4) % 3 == 0:
+                    continue  # a refresh: exact
+                p, q = (logits[position - 4].double().log_softmax(0) for logits in (full, ours))
+                expected.tokens += 1
+                expected.kl += float((p.exp() * (p - q)).sum())
+                expected.same += int(p.argmax() == q.argmax())
+                if position < 16:
+                    expected.nats_full -= float(p[row[position + 1]])
+                    expected.nats_decoded -= float(q[row[position + 1]])
+        assert vars(sums) == pytest.approx(vars(expected), rel=1e-4)
+
+
+def setting(policy: str = "backfill"):
+    model = FAMILIES["llama"]()
+    forcing = TeacherForcing(model)
+    plan = DropPlan(8, (3, 5), rank=4)
+    random = torch.Generator().manual_seed(1)
+    stock = [torch.randint(0, 131, (2, 24), generator=random) for _ in range(64)]
+
+    def texts(number: int) -> tuple[torch.Tensor, Layout]:
+        return stock[number % 64], Layout.of(24, 4 + number % 4, PeriodicSchedule(3))
+
+    pairs = {site: (torch.randn(4, 64, generator=random) / 8, torch.zeros(64, 4)) for site in plan.sites}
+    return forcing, texts, plan, Learner(pairs, {site: torch.ones(64) for site in plan.sites}, "cpu"), POLICIES[policy]
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_distillation_lowers_the_loss_and_leaves_the_model_alone(policy: str) -> None:
+    forcing, texts, plan, learner, policy = setting(policy)
+    before = copy.deepcopy(forcing.model.state_dict())
+
+    def loss() -> float:
+        return sum(run_batch(forcing, *texts(number), plan, learner.pairs(), policy).kl for number in range(8))
+
+    at_first = loss()
+    distill(forcing, texts, plan, policy, learner, DistillOptions(40, 2e-2), Workers())
+    assert loss() < 0.97 * at_first
+    assert all(torch.equal(value, before[name]) for name, value in forcing.model.state_dict().items())
+
+
+def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    forcing, texts, plan, whole, policy = setting()
+    options = DistillOptions(6, 1e-2, accumulate=2, checkpoint_every=2)
+    losses = distill(forcing, texts, plan, policy, whole, options, Workers())
+    forcing, texts, plan, learner, policy = setting()
+
+    def stop(done: int, total: int, losses: Sequence[float]) -> None:
+        if done == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        distill(forcing, texts, plan, policy, learner, options, Workers(), tmp_path / "state.pt", stop)
+    forcing, texts, plan, again, policy = setting()
+    assert distill(forcing, texts, plan, policy, again, options, Workers(), tmp_path / "state.pt") == losses
+    for a, b in zip(whole.all(), again.all(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ── the command ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_fit(model: Path, words: Path, out: Path, **options):
+    return fit(str(model), FitSettings(text=(words,), out=out, **(SMALL | options)))
+
+
+def test_from_text_to_a_bundle(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    """The adapters are PEFT's format, export and load, and decode as fitted: each stage is better on held-out text."""
+    result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=60, alpha=6.0, policy="backfill")
+    assert set(result.stages) == {"base", "closed form", "distillation"}
+    assert result.stages["distillation"]["kl"] < result.stages["base"]["kl"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "fit.json",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    source = family("llama")
+    bundle = make_bundle(source, tmp_path / "b", adapters=tmp_path / "a")
+    assert bundle.manifest.plan.drop_layers == (3, 5)
+    assert bundle.manifest.plan.rank == 3
+    assert bundle.manifest.plan.policy == "backfill"  # what they were fitted for
+    plan = oracle_plan(bundle, tmp_path / "a")
+    with Session.open(bundle.root, threads=1) as session:
+        ours = [session.prefill([[1, 2, 3]], max_new_tokens=8)[0].copy()]
+        ours += [session.step([token])[0].copy() for token in (4, 5, 6, 7)]
+    theirs = oracle.decode_row(source.model, plan, [1, 2, 3], [4, 5, 6, 7], 3, "backfill")
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b.numpy()).max() < 3e-5 * b.abs().max()
+    with pytest.raises(PlanError, match="drop list"):
+        make_bundle(source, tmp_path / "c", adapters=tmp_path / "a", drop_layers=(3, 4))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiny tokenizer, whatever class transformers has for the family."""
+    with_tokenizer(name, tmp_path / "m")
+    monkeypatch.setattr(torch_model, "_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    result = run_fit(tmp_path / "m", words, tmp_path / "a", drop_ratio=0.5, steps=2)
+    bundle = make_bundle(name, tmp_path / "b", adapters=tmp_path / "a")
+    assert list(bundle.manifest.plan.drop_layers) == list(result.plan["drop_layers"])
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["recurrent", "anchor"])
+def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
+    options = {"surrogate": surrogate, "injection": injection, "policy": policy, "drop_ratio": 0.75, "k": (1, 3)}
+    run_fit(model_dir, words, tmp_path / "a", **options, steps=2, rank=64)
+    result = run_fit(model_dir, words, tmp_path / "z", **options, steps=2, tokens=0)  # distillation alone
+    assert "closed form" not in result.stages
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["lora_drop"]["k"] == [1, 3]
+    bundle = make_bundle("llama", tmp_path / "b", adapters=tmp_path / "a", surrogate=surrogate, injection=injection)
+    assert bundle.manifest.plan.rank == 64
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_bundle_brings_its_plan(
+    dtype: str | None, model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights too, dequantized where they are quantized; what was fitted is loaded into a running session."""
+    source = "llama" if dtype is None else rewritten("llama")
+    bundle = make_bundle(source, tmp_path / "b", drop_layers=(3, 5), policy="backfill", rank=3, dtype=dtype)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    monkeypatch.setattr(torch_model, "_tokenizer", lambda directory: tokenizer)
+    result = run_fit(bundle.root, words, tmp_path / "a")
+    assert list(result.plan["drop_layers"]) == [3, 5]
+    assert result.plan["policy"] == "backfill"
+    with Session.open(bundle.root, threads=1) as session:
+        before = [session.prefill([[1, 2]], max_new_tokens=4).copy(), session.step([3]).copy()]
+        session.load_adapters(tmp_path / "a")
+        after = [session.prefill([[1, 2]], max_new_tokens=4).copy(), session.step([3]).copy()]
+    assert np.array_equal(before[0], after[0])
+    assert not np.allclose(before[1], after[1])
+    with pytest.raises(InputError, match="brings its own plan"):
+        run_fit(bundle.root, words, tmp_path / "c", drop_ratio=0.5)
+
+
+def test_bfloat16_models(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(4,), dtype="bf16", steps=2)
+    assert np.isfinite(result.stages["distillation"]["kl"])
+
+
+def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    """torchrun with two processes of one batch equals one process that accumulates two."""
+    from safetensors.numpy import load_file
+
+    run_fit(model_dir, words, tmp_path / "one", drop_layers=(3, 5), steps=3, accumulate=2, threads=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command += ["--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "-m", "lora_drop_tools.cli", "fit"]
+    command += [str(model_dir), "--text", str(words), "--out", str(tmp_path / "two"), "--drop-layers", "3,5"]
+    command += ["--steps", "3", "--window", "32", "--batch", "2", "--rank", "3", "--tokens", "512", "--threads", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_an_interrupted_fit_can_be_resumed(
+    model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_fit(model_dir, words, tmp_path / "whole", drop_layers=(3, 5), steps=4)
+    module = importlib.import_module("lora_drop_tools.fit.distill")  # `lora_drop_tools.fit` is the function
+
+    genuine, calls = module.run_batch, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if kwargs.get("learn") and len(calls) > 4 + 4 + 3:
+            raise KeyboardInterrupt
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(module, "run_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4)
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a.partial").is_dir()
+    monkeypatch.setattr(module, "run_batch", genuine)
+    with pytest.raises(InputError, match="unfinished"):
+        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4)
+    with pytest.raises(InputError, match="resume"):
+        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=5, resume=True)
+    result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4, resume=True)
+    assert not (tmp_path / "a.partial").exists()
+    assert result.stages["distillation"] == pytest.approx(whole.stages["distillation"], rel=1e-5)
+    assert len(result.losses) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words_of_error"),
+    [
+        (["--k", "0"], ("LoRA steps",)),
+        (["--rank", "65"], ("rank", "65", "64")),
+        (["--rank", "0"], ("--rank",)),
+        (["--window", "12"], ("window", "12")),
+        (["--window", "512"], ("context", "512", "256")),
+        (["--window", "250"], ("too short", "4000")),
+        (["--steps", "0", "--tokens", "0"], ("Nothing",)),
+        (["--drop-ratio", "0"], ("No layer is dropped",)),
+        (["--drop-ratio", "1.5"], ("drop ratio", "1.5")),
+        (["--drop-layers", "0"], ("always kept",)),
+        (["--drop-layers", "3", "--drop-list", "x.json"], ("twice",)),
+        (["--learning-rate", "0"], ("positive",)),
+        (["--device", "cuda"], ("device", "cuda")),
+        (["--resume"], ("no such fit",)),
+        (["--text", "nowhere.txt"], ("nowhere.txt",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_refusals(options, words_of_error, model_dir: Path, words: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["fit", str(model_dir), "--text", str(words), "--out", str(tmp_path / "a"), "--window", "32"]
+    assert main([*arguments, "--steps", "1", "--tokens", "64", *options]) == 2
+    error = capsys.readouterr().err
+    for word in words_of_error:
+        assert word in error
+    assert "Hint:" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_drop_list_of_another_model(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps({"drop_layers": [3], "fingerprint": "0" * 64}))
+    with pytest.raises(PlanError, match="chosen for another model"):
+        run_fit(model_dir, words, tmp_path / "a", drop_list=tmp_path / "list.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["list.json"]
+
+
+def test_what_is_there_is_not_touched(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("precious")
+    for options in ({}, {"force": True}):
+        with pytest.raises(LoraDropError):
+            run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), **options)
+    assert (tmp_path / "a/file").read_text() == "precious"

@@ -1,0 +1,125 @@
+"""The parallel run of a text against the oracle, which decodes it one token at a time, and against its own model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+from lora_drop_tools.teacher_forcing.layout import Layout
+
+from tests.support import oracle
+from tests.support.models import FAMILIES, GEMMA2_WINDOW
+
+TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
+PROMPT, TOKENS = 5, 19
+
+
+def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        site: (
+            torch.randn(rank, width, generator=generator) * 0.2,
+            torch.randn(width, rank, generator=generator) * 0.2,
+        )
+        for site in plan.sites
+    }
+
+
+def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt: int = PROMPT) -> None:
+    model = FAMILIES[name]()
+    ids = torch.randint(0, 131, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+    matrices = random_adapters(plan, 64)
+    theirs = oracle.OraclePlan(
+        plan.drop_layers, plan.surrogate, plan.injection, {site: (a, b, 1.0) for site, (a, b) in matrices.items()}
+    )
+    rows = [oracle.decode_row(model, theirs, row[:prompt].tolist(), row[prompt:].tolist(), k, policy) for row in ids]
+    forcing = TeacherForcing(copy.deepcopy(model))
+    layout = Layout.of(TOKENS, prompt, PeriodicSchedule(k))
+    exact = forcing.exact(ids)
+    with torch.no_grad():
+        hidden = forcing.decode(exact, ids, layout, plan, matrices, POLICIES[policy])
+        ours = forcing.logits(hidden if policy == "backfill" else hidden[:, layout.lora])
+        refreshes = forcing.logits(exact[-1].output if policy == "backfill" else hidden)
+    for row in range(2):
+        wanted = torch.stack(rows[row])  # after the prompt, then after each token
+        for at, position in enumerate(layout.lora.tolist()):
+            expected = wanted[position - prompt + 1]
+            assert (ours[row, at] - expected).abs().max() < TOLERANCE * expected.abs().max(), (row, position)
+        for position in [p for p in layout.full.tolist() if p >= prompt - 1]:
+            expected = wanted[position - prompt + 1]
+            assert (refreshes[row, position] - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, policy: str) -> None:
+    windowed = (0, 2, 4, 6) if name == "gemma2" else ()
+    plan = DropPlan(8, (3, 5), windowed_layers=windowed, rank=3)
+    assert_as_the_oracle(name, plan, policy, 3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_plan(surrogate: str, injection: str, policy: str) -> None:
+    for k in (1, 2, 5):
+        plan = DropPlan(8, (3, 4, 6), surrogate=surrogate, injection=injection, rank=3)
+        assert_as_the_oracle("llama", plan, policy, k)
+    plan = DropPlan(8, (0, 1, 7), surrogate=surrogate, injection=injection, rank=3, always_first=0, always_last=0)
+    assert_as_the_oracle("qwen2", plan, policy, 3, prompt=1)
+    everything = DropPlan(8, tuple(range(8)), surrogate=surrogate, rank=3, always_first=0, always_last=0)
+    assert_as_the_oracle("llama_tied", everything, policy, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_exact_stream_is_the_model(name: str) -> None:
+    model = FAMILIES[name]()
+    ids = torch.randint(0, 131, (2, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = model(ids).logits
+        forcing = TeacherForcing(copy.deepcopy(model))
+        ours = forcing.logits(forcing.exact(ids)[-1].output)
+    assert (ours - expected).abs().max() < TOLERANCE * expected.abs().max()
+    windows = (GEMMA2_WINDOW, 0) * 4 if name == "gemma2" else (0,) * 8
+    assert forcing.windows() == windows
+
+
+def test_layout() -> None:
+    layout = Layout.of(10, 3, PeriodicSchedule(2))  # three prompt tokens, LoRA, LoRA, refresh, …
+    assert layout.is_lora.tolist() == [False] * 3 + [True, True, False, True, True, False, True]
+    assert layout.lora.tolist() == [3, 4, 6, 7, 9]
+    assert layout.full.tolist() == [0, 1, 2, 5, 8]
+    assert layout.anchor.tolist() == [2, 2, 5, 5, 8]
+    assert layout.segment_begin.tolist() == [0, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_gradients_are_those_of_finite_differences(surrogate: str, policy: str) -> None:
+    model = FAMILIES["llama"]().double()
+    plan = DropPlan(8, (3, 5), surrogate=surrogate, rank=3)
+    ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
+    pairs = {site: tuple(m.double().requires_grad_() for m in pair) for site, pair in random_adapters(plan, 64).items()}
+    forcing = TeacherForcing(model)
+    layout, exact = Layout.of(9, 2, PeriodicSchedule(2)), forcing.exact(ids)
+
+    def loss() -> torch.Tensor:
+        hidden = forcing.decode(exact, ids, layout, plan, pairs, POLICIES[policy])
+        return forcing.logits(hidden).log_softmax(-1)[..., 0].sum()
+
+    loss().backward()
+    for site, part, at in (("3", 0, (1, 5)), ("3", 1, (7, 2)), ("5", 0, (2, 60)), ("5", 1, (11, 0))):
+        matrix, step = pairs[site][part], 3e-3  # the norms compute in float32 whatever the dtype
+        with torch.no_grad():
+            before = matrix[at].item()
+            matrix[at] = before + step
+            above = loss().item()
+            matrix[at] = before - step
+            below = loss().item()
+            matrix[at] = before
+        assert matrix.grad[at].item() == pytest.approx((above - below) / (2 * step), rel=5e-3, abs=1e-3)
