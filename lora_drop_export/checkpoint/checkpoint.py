@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 _FINGERPRINT_VALUES = 64
-TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TensorSource(Protocol):

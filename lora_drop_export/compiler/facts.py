@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
-from lora_drop_runtime.bundle.manifest import DTYPE_BYTES, Limits, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
+from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, MODEL_SAFETENSORS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, DropPlan, eligible_layers, spread_layers
 
-from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorSource
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
@@ -106,7 +107,8 @@ def default_dtype(checkpoint: Checkpoint, options: BuildOptions) -> str:
     size: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
-    dtype = TORCH_DTYPES.get(max(size, key=lambda name: size[name]), "float32")
+    most = max(size, key=lambda name: size[name])
+    dtype = BY_SAFETENSORS[most].name if most in MODEL_SAFETENSORS else "float32"
     return next((target.dtype(dtype) for name, target in TARGETS.items() if name in options.targets), dtype)
 
 
@@ -136,7 +138,7 @@ def model_facts(
             head_bytes += bytes_read(tensor)
     rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
     tables = [bytes_read(t) // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
-    embedding_row_bytes = tables[0] if tables else traced.hidden_size * DTYPE_BYTES[dtype]
+    embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
     return ModelFacts(
         name=checkpoint.name,
         model_type=checkpoint.config.model_type,

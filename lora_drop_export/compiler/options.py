@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.adapters import read_adapter_config
-from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, DTYPE_BYTES, QUANTIZATIONS, QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, QUANTIZATIONS, QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, POLICIES, SURROGATES, parse_layers, spread_layers
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -18,7 +19,6 @@ from lora_drop_export.quantize.formats import Quantization
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 KV_DTYPES = ("int8",)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
@@ -52,7 +52,7 @@ def check_formats(
     if dtype in QUANTIZED_DTYPES and others:
         raise InputError(
             "The target cannot take quantized weights.",
-            note=f"--dtype {dtype} works only with {able}; {others} takes {', '.join(DTYPE_BYTES)}."
+            note=f"--dtype {dtype} works only with {able}; {others} takes {', '.join(MODEL_DTYPES)}."
             if bundle is None
             else f"{bundle} has {dtype} weights; {others} was asked for.",
             hint=f"Use --target {able}, or another --dtype."
@@ -145,8 +145,8 @@ class BuildOptions:
     dtype: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(DTYPES),
-        parse=lambda text: DTYPES.get(text, text),
+        metavar="|".join(BY_SHORT),
+        parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
         "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding, for ort on the CPU",
     )
@@ -191,7 +191,7 @@ class BuildOptions:
                 note=f"Given are {', '.join(self.targets)}.",
                 hint="Name each target once; 'none' stands alone.",
             )
-        check_known("dtype", self.dtype, (*DTYPE_BYTES, *QUANTIZED_DTYPES))
+        check_known("dtype", self.dtype, (*MODEL_DTYPES, *QUANTIZED_DTYPES))
         check_known("--kv-dtype", self.kv_dtype, KV_DTYPES)
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)

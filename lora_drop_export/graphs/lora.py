@@ -13,13 +13,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from lora_drop_export.weights.stored import StoredTensor
 
-from .values import IR_VERSION, ONNX_DTYPE
+from .values import IR_VERSION
 
 
 @dataclass
@@ -72,7 +73,7 @@ class _SurrogateBuilder:
         stored = self.adapters[site][which]
         proto = onnx.TensorProto(
             name=f"surrogate.{site}.lora_{'AB'[which]}",
-            data_type=onnx.TensorProto.DataType.Value(ONNX_DTYPE[stored.dtype]),
+            data_type=BY_NAME[stored.dtype].onnx,
             dims=stored.shape,
             data_location=onnx.TensorProto.EXTERNAL,
         )

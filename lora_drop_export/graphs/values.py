@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import TensorSpec
+from lora_drop_runtime.dtypes import BY_NAME
 
 from lora_drop_export.weights.stored import StoredTensor
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
-ONNX_DTYPE = {
-    "float32": "FLOAT",
-    "float16": "FLOAT16",
-    "bfloat16": "BFLOAT16",
-    "int64": "INT64",
-    "uint4": "UINT4",
-    "uint8": "UINT8",
-    "int8": "INT8",
-}
 
 
 def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
@@ -25,7 +17,7 @@ def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
         stored.location,
         stored.offset_bytes,
         stored.size_bytes,
-        ir.DataType[ONNX_DTYPE[stored.dtype]],
+        ir.DataType(BY_NAME[stored.dtype].onnx),
         shape=ir.Shape(stored.shape),
         name=name,
     )
@@ -42,12 +34,12 @@ def typed_value(spec: TensorSpec) -> ir.Value:
     return ir.Value(
         name=spec.name,
         shape=ir.Shape(spec.shape),
-        type=ir.TensorType(ir.DataType[ONNX_DTYPE[spec.dtype]]),
+        type=ir.TensorType(ir.DataType(BY_NAME[spec.dtype].onnx)),
     )
 
 
 def named(value: ir.Value, spec: TensorSpec) -> ir.Value:
     value.name = spec.name
     value.shape = ir.Shape(spec.shape)
-    value.dtype = ir.DataType[ONNX_DTYPE[spec.dtype]]
+    value.dtype = ir.DataType(BY_NAME[spec.dtype].onnx)
     return value

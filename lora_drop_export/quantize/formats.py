@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import BLOCK_SIZES
+from lora_drop_runtime.dtypes import BY_NAME
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.uint8]
@@ -54,7 +55,7 @@ class Quantization:
     @classmethod
     def of(cls, dtype: str, block_size: int | None = None, method: str | None = None) -> Quantization:
         """With the defaults for what is not given."""
-        bits = QUANTIZED_DTYPES[dtype]
+        bits = BY_NAME[dtype].bits
         default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
         method = method or default
         return cls(bits, block_size or BLOCK_SIZES[0], method, symmetric=bits == 8 or method == "rtn")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.dtypes import safetensors_name
 
-from .layout import SAFETENSORS, Entry
+from .layout import Entry
 from .stored import StoredTensor
 from .write import stored_blocks, write_safetensors
 
@@ -19,7 +20,7 @@ ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors" 
 def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
     """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
     path = root / "weights" / file
-    entries = [Entry(name, SAFETENSORS[dtype], array.shape) for name, array in arrays.items()]
+    entries = [Entry(name, safetensors_name(dtype), array.shape) for name, array in arrays.items()]
     chunks = ((name, block) for name, array in arrays.items() for block in stored_blocks(array, dtype))
     write_safetensors(path, entries, chunks, lambda *_: None)
     return {

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lora_drop_runtime.dtypes import BY_SAFETENSORS, safetensors_name
+
 from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.quantize.formats import BlockFormat, part_names
-
-SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[self.dtype]
+        return math.prod(self.shape) * BY_SAFETENSORS[self.dtype].size_bytes
 
 
 def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -> list[Entry]:
@@ -61,7 +61,7 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
         for name in group:
             source, form = order.sources[name], formats.get(name)
             if form is None:
-                integers.append(Entry(source.name, SAFETENSORS[dtype], source.shape))
+                integers.append(Entry(source.name, safetensors_name(dtype), source.shape))
                 continue
             n, k = source.shape
             names = part_names(source.name)

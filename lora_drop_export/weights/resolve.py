@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lora_drop_runtime.dtypes import MODEL_SAFETENSORS
 from lora_drop_runtime.errors import ModelError
 
-from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, Checkpoint, TensorSource
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 
 _FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # as GPT-NeoX checkpoints have it
 
@@ -42,10 +43,10 @@ def resolve_tensors(
                 note=f"Parameter {name} {shape} is " + ("missing." if ref is None else f"{ref.shape} there."),
                 hint="Quantized and fused checkpoints must be converted to plain float tensors first.",
             )
-        if ref.dtype not in TORCH_DTYPES:
+        if ref.dtype not in MODEL_SAFETENSORS:
             raise ModelError(
                 "The checkpoint holds a weight that is not floating point.",
-                note=f"{name} is {ref.dtype}; float are {', '.join(TORCH_DTYPES)}.",
+                note=f"{name} is {ref.dtype}; float are {', '.join(MODEL_SAFETENSORS)}.",
                 hint="Use the unquantized checkpoint.",
             )
         refs[name] = ref

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lora_drop_runtime.bundle.safetensors_file import TensorRef
+from lora_drop_runtime.dtypes import BY_SAFETENSORS
 from lora_drop_runtime.errors import InputError
 
-from lora_drop_export.checkpoint.checkpoint import TORCH_DTYPES, TensorSource
+from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
@@ -31,7 +32,7 @@ _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another fil
 
 def is_stored_as(refs: Iterable[TensorSource], dtype: str) -> bool:
     """Whether the checkpoint's values already have the wanted dtype."""
-    return all(TORCH_DTYPES[ref.dtype] == dtype for ref in refs)
+    return all(BY_SAFETENSORS[ref.dtype].name == dtype for ref in refs)
 
 
 def is_taken_as_it_lies(
@@ -62,7 +63,7 @@ def weights_bytes(
 
 
 def _dtypes(refs: Iterable[TensorSource]) -> str:
-    return ", ".join(sorted({TORCH_DTYPES[ref.dtype] for ref in refs}))
+    return ", ".join(sorted({BY_SAFETENSORS[ref.dtype].name for ref in refs}))
 
 
 def _link(source: Path, target: Path) -> None:

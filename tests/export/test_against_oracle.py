@@ -128,7 +128,7 @@ def test_fused_weights(name, tmp_path, monkeypatch):
         session.load_adapters(adapters)
         for k in (0, 3):
             assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, k)
-        monkeypatch.setattr("lora_drop_runtime.decoding.session.PREFILL_CHUNK", 2)
+        monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 2)
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 1)
 
 
@@ -214,7 +214,7 @@ def test_all_layers_dropped(tmp_path):
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent"])
 def test_long_prompts_in_chunks(surrogate, tmp_path, monkeypatch):
     """Prompts longer than a prefill chunk run row by row; the chunks join without a seam."""
-    monkeypatch.setattr("lora_drop_runtime.decoding.session.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 4)
     assert PREFILL_CHUNK > 4
     prompts = [list(range(3, 16)), [5], list(range(40, 48))]
     bundle = make_bundle("gemma2" if surrogate == "residual" else "qwen2", tmp_path / "b", surrogate=surrogate)
@@ -248,7 +248,7 @@ def test_golden(case, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2"])
 def test_folded_attention(name, tmp_path, monkeypatch):
     """Decoding one row with query heads folded into the sequence, a form that otherwise larger groups have."""
-    monkeypatch.setattr("lora_drop_export.targets.ort.lower.MIN_FOLD", 1)
+    monkeypatch.setattr("lora_drop_export.targets.ort.attention.MIN_FOLD", 1)
     bundle = make_bundle(name, tmp_path / "b", surrogate="recurrent", rank=2)
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
     with Session.open(bundle.root, threads=1) as session:

@@ -65,7 +65,7 @@ def python(code: str, *arguments: object, blocked: tuple[str, ...] = EXPORT_ONLY
         encoding="utf-8",
         env={"PYTHONIOENCODING": "utf-8", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
         cwd="/",
-        timeout=120,
+        timeout=600,
     )
 
 

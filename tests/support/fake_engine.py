@@ -94,6 +94,7 @@ class FakeEngine:
     chooses_tokens = False
     prefill_chunk: int | None = None
     batched_chunks = False
+    warms_up = False
 
     def __init__(
         self, plan: DropPlan, script: Sequence[Sequence[int]] | None = None, interrupt_at: int | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -20,10 +21,9 @@ MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
-QUANTIZED_DTYPES = {"int4": 4, "int8": 8}  # bits of a weight
+QUANTIZED_DTYPES = ("int4", "int8")  # of weights
 QUANTIZATIONS = ("search", "rtn")
 BLOCK_SIZES = (32, 128)
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class ModelFacts:
     @property
     def token_kv_bytes(self) -> int:
         """Bytes of one token's K and V in one layer."""
-        width = 1 if self.kv_dtype == "int8" else DTYPE_BYTES[self.dtype]
-        return 2 * self.kv_heads * self.head_dim * width
+        return 2 * self.kv_heads * self.head_dim * BY_NAME[self.kv_dtype or self.dtype].size_bytes
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_drop_runtime.dtypes import BY_SAFETENSORS, float32_from_bfloat16
 from lora_drop_runtime.errors import BundleError
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+_NUMPY = {name: row.numpy for name, row in BY_SAFETENSORS.items() if row.numpy}
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -39,7 +40,7 @@ class TensorRef:
             return np.zeros(self.shape, _NUMPY.get(self.dtype, "<f4"))
         if self.dtype == "BF16":
             bits: npt.NDArray[Any] = np.memmap(self.file, "<u2", "r", self.offset_bytes, self.shape)
-            return (bits.astype(np.uint32) << 16).view(np.float32)
+            return float32_from_bfloat16(bits)
         if self.dtype not in _NUMPY:
             raise BundleError(
                 "A tensor has a dtype that cannot be read.",

@@ -1,20 +1,18 @@
-"""What a request must hold before anything is allocated for it."""
+"""What a session refuses, before anything is allocated or run, and in which words.
+
+Enters: ids, lengths, the bundle's limits. Leaves: nothing, or an InputError. Knows no engine and no cache.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
+from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import POLICIES
 
+from .prompts import token_mask
 from .request import Ids
-
-
-def token_mask(ids: Ids, lengths: Ids) -> npt.NDArray[np.bool_]:
-    """Which ids [B, T] are tokens and not padding."""
-    mask: npt.NDArray[np.bool_] = np.arange(ids.shape[1]) < lengths[:, None]
-    return mask
 
 
 def check_policy(policy: str) -> None:
@@ -24,3 +22,178 @@ def check_policy(policy: str) -> None:
             note=f"{policy!r} was given, known is {', '.join(POLICIES)}.",
             hint=f"Use --policy {POLICIES[0]}.",
         )
+
+
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise InputError(
+            "The number of threads must be positive.",
+            note=f"{threads} was given.",
+            hint="Leave it out for one per physical core.",
+        )
+
+
+def check_one_prompt(rows: list[Any]) -> None:
+    if len(rows) > 1:
+        raise InputError(
+            "A stream continues one prompt.", note=f"{len(rows)} were given.", hint="Use generate for a batch."
+        )
+
+
+def check_prompts(ids: Ids) -> None:
+    """Whether ids are [B, T] and neither is 0."""
+    if ids.ndim != 2 or not ids.size:
+        raise InputError(
+            "The prompt is empty.",
+            note=f"input_ids has shape {ids.shape}, needed is [batch, tokens].",
+            hint="Give at least one token.",
+        )
+
+
+def check_vocabulary(ids: Ids, vocab_size: int) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise InputError(
+            "A token id is outside the vocabulary.",
+            note=f"It is {wrong}, the model has ids 0 to {vocab_size - 1}.",
+            hint="Use the tokenizer of the bundle.",
+        )
+
+
+def _check_lengths(ids: Ids, lengths: Ids) -> None:
+    if lengths.shape != (len(ids),) or lengths.min() < 1 or lengths.max() > ids.shape[1]:
+        empty = lengths.shape == (len(ids),) and lengths.min() < 1
+        raise InputError(
+            "A prompt is empty." if empty else "The lengths do not fit the prompts.",
+            note=f"lengths is {lengths.tolist()}, input_ids has shape {ids.shape}.",
+            hint="Give each row between 1 and T tokens.",
+        )
+
+
+def _check_limits(batch: int, longest: int, limits: Limits) -> None:
+    if batch > limits.max_batch:
+        raise InputError(
+            "The batch is larger than the bundle allows.",
+            note=f"It has {batch} rows, the bundle allows {limits.max_batch}.",
+            hint="Split the batch, or export with a larger --max-batch.",
+        )
+    if longest > limits.max_prompt_len:
+        raise InputError(
+            "A prompt is longer than the bundle allows.",
+            note=f"It has {longest} tokens, the bundle allows {limits.max_prompt_len}.",
+            hint="Shorten it, or export with a larger --max-prompt-len.",
+        )
+
+
+def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: int) -> int:
+    """The new tokens to make room for: as many as were asked for, or as fit."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(
+            "Nothing to generate.",
+            note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
+            hint="Use for example --max-new-tokens 64.",
+        )
+    room = max_seq_len - longest
+    new_tokens = room if max_new_tokens is None else max_new_tokens
+    if new_tokens > room or new_tokens < 1:
+        raise InputError(
+            "Prompt and new tokens are longer than the bundle allows.",
+            note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {max_seq_len}.",
+            hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
+        )
+    return new_tokens
+
+
+def check_request(ids: Ids, lengths: Ids, max_new_tokens: int | None, limits: Limits, vocab_size: int) -> int:
+    """Refuse what does not fit.
+
+    Args:
+        ids: [B, T], right-padded.
+        lengths: [B], real tokens per row.
+        max_new_tokens: None for as many as the bundle allows.
+        limits: of the bundle.
+        vocab_size: of the model; padding may be any id.
+
+    Returns:
+        The number of new tokens to make room for.
+    """
+    _check_lengths(ids, lengths)
+    longest = int(lengths.max())
+    _check_limits(len(ids), longest, limits)
+    new_tokens = _room_for_new_tokens(longest, max_new_tokens, limits.max_seq_len)
+    check_vocabulary(ids[token_mask(ids, lengths)], vocab_size)
+    return new_tokens
+
+
+def check_step(ids: Ids, batch: int, vocab_size: int) -> None:
+    """Whether ids are one token for each of the request's rows."""
+    if ids.shape != (batch,):
+        raise InputError(
+            "The step has another batch than the request.",
+            note=f"token_ids has shape {ids.shape}, the prefill had {batch} rows.",
+            hint="Give one token per row.",
+        )
+    check_vocabulary(ids, vocab_size)
+
+
+def check_room_for_adapters(rank: int) -> None:
+    if not rank:
+        raise InputError(
+            "The bundle has no room for adapters.",
+            note="It was exported with rank 0.",
+            hint="Export with --adapters DIR, or with --rank R to load adapters later.",
+        )
+
+
+# ── a session that is not where the caller thinks it is ────────────────────────────────────────────────────────
+
+
+def closed() -> InputError:
+    return InputError(
+        "The session is closed.",
+        note="close was called, or its with block has ended.",
+        hint="Open it again with Session.open.",
+    )
+
+
+def no_request() -> InputError:
+    return InputError(
+        "There is no running request.",
+        note="step and next_step come after prefill.",
+        hint="Call prefill first.",
+    )
+
+
+def caches_full(steps: int) -> InputError:
+    return InputError(
+        "The request's caches are full.",
+        note=f"They were sized for {steps} decode steps.",
+        hint="Call prefill with a larger max_new_tokens.",
+    )
+
+
+def ended_by_a_request() -> InputError:
+    """For a stream whose next step would run on the caches of another request."""
+    return InputError(
+        "The request of this stream is over.",
+        note="A session holds one request, and another one has begun since.",
+        hint="Finish a stream before the next one, or open a second session.",
+    )
+
+
+def ended_by_adapters() -> InputError:
+    """For a stream whose next step would run with other adapters than its caches were computed with."""
+    return InputError(
+        "The request of this stream is over.",
+        note="The adapters were replaced while it ran (load_adapters), and a request keeps to one set of them.",
+        hint="Finish a stream before you load adapters, or load them into a second session.",
+    )
+
+
+def ended_by_a_failure() -> InputError:
+    """For a stream that was open when other adapters could not be loaded."""
+    return InputError(
+        "The request of this stream is over.",
+        note="The adapters were to be replaced while it ran (load_adapters), which failed, and ended it all the same.",
+        hint="Finish a stream before you load adapters, or load them into a second session.",
+    )

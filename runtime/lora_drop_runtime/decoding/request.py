@@ -170,6 +170,15 @@ class Request:
             self.side = 1 - self.side
         self.steps_done += 1
 
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
+        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
+        return {
+            "kept": int(self.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
+            "dropped": int(self.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
+            "allocated": sum(buffer.nbytes for buffer in self.caches.values()),
+        }
+
     def _run_one_token(self, kind: StepKind) -> None:
         key = kind, self.side if kind is StepKind.LORA else 0
         prepared = self._prepared.get(key)

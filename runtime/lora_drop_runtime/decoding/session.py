@@ -17,39 +17,26 @@ A LoRA step neither reads nor writes a dropped layer's cache. A refresh then fol
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule
 
-from .checks import check_policy, token_mask
+from . import checks
+from .prompts import Prompts, harmless_padding, padded, prompt_rows
 from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
 
-Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 WARM_UP_STEPS = 64  # at most
-
-
-def _schedule(k: int | Schedule) -> Schedule:
-    """A window as a schedule; anything with a `kind` is one already."""
-    return k if hasattr(k, "kind") else PeriodicSchedule(k)
-
-
-def _as_rows(prompts: Prompts) -> list[Ids]:
-    """One row per prompt; a flat list is one prompt."""
-    rows: Any = [prompts] if len(prompts) and np.ndim(prompts[0]) == 0 else prompts
-    return [np.asarray(row, np.int64).reshape(-1) for row in rows]
 
 
 def _is_argmax(options: SamplingOptions) -> bool:
@@ -65,13 +52,14 @@ class Session:
 
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
         policy = policy or bundle.manifest.plan.policy
-        check_policy(policy)
+        checks.check_policy(policy)
         self.bundle = bundle
         self.schedule = schedule
         self.policy = policy
         self._engine: Engine | None = engine
         self._request: Request | None = None
-        self._requests_begun = 0
+        self._requests_ended = 0
+        self._ended_by: Callable[[], InputError] = checks.ended_by_a_request
 
     @classmethod
     def open(
@@ -101,26 +89,18 @@ class Session:
             InputError: k or policy out of range.
         """
         bundle = Bundle.open(path)
-        schedule = _schedule(bundle.manifest.plan.k if k is None else k)
-        check_policy(policy or bundle.manifest.plan.policy)
-        if threads is not None and threads < 1:
-            raise InputError(
-                "The number of threads must be positive.",
-                note=f"{threads} was given.",
-                hint="Leave it out for one per physical core.",
-            )
-        name, _ = bundle.target(target)
-        if name in DEVICE_TARGETS and provider is None:
-            from lora_drop_runtime.engines.trt.engine import TrtEngine
-
-            session = cls(bundle, TrtEngine(bundle, name), schedule, policy)
+        schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
+        checks.check_policy(policy or bundle.manifest.plan.policy)
+        checks.check_threads(threads)
+        engine = open_engine(bundle, target, provider, threads)
+        session = cls(bundle, engine, schedule, policy)
+        if engine.warms_up:
             try:
                 session.warm_up()
             except BaseException:
                 session.close()
                 raise
-            return session
-        return cls(bundle, OrtEngine(bundle, name, provider=provider, threads=threads), schedule, policy)
+        return session
 
     def __enter__(self) -> Session:
         return self
@@ -160,7 +140,7 @@ class Session:
         Returns:
             One int64 array of new tokens per prompt.
         """
-        rows = _as_rows(prompts)
+        rows = prompt_rows(prompts)
         out: list[list[int]] = [[] for _ in rows]
         for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
             for row, token in enumerate(tokens):
@@ -179,13 +159,10 @@ class Session:
     ) -> Generator[int, None, None]:
         """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`.
 
-        Another request in the same session ends the stream with an InputError.
+        Another request in the same session, or other adapters, end the stream with an InputError.
         """
-        rows = _as_rows(prompt_ids)
-        if len(rows) > 1:
-            raise InputError(
-                "A stream continues one prompt.", note=f"{len(rows)} were given.", hint="Use generate for a batch."
-            )
+        rows = prompt_rows(prompt_ids)
+        checks.check_one_prompt(rows)
         for tokens, _ in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
             yield int(tokens[0])
 
@@ -200,16 +177,13 @@ class Session:
         """Yields (token per row, whether the row is still going) for every new token."""
         manifest = self.bundle.manifest
         stops = set(manifest.special_tokens.eos if stop_token_ids is None else stop_token_ids)
-        lengths = np.array([len(row) for row in rows], np.int64)
-        padded = np.full((len(rows), max(1, int(lengths.max(initial=0)))), manifest.special_tokens.pad, np.int64)
-        for row, ids in enumerate(rows):
-            padded[row, : len(ids)] = ids
+        ids, lengths = padded(rows, manifest.special_tokens.pad)
         options = sampling or SamplingOptions()
         sampler = None
         if not (self._opened().chooses_tokens and _is_argmax(options)):
             sampler = Sampler(options, rows)
-        self._begin(padded, lengths, max_new_tokens, k)
-        number = self._requests_begun
+        self._begin(ids, lengths, max_new_tokens, k)
+        ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
             tokens = self._running().chosen(active) if sampler is None else sampler.sample(self._logits(), active)
@@ -222,12 +196,8 @@ class Session:
                 return
             yield tokens, active
             if left:
-                if self._requests_begun != number:  # the step would run on the other request's caches
-                    raise InputError(
-                        "The request of this stream is over.",
-                        note="A session holds one request, and another one has begun since.",
-                        hint="Finish a stream before the next one, or open a second session.",
-                    )
+                if self._requests_ended != ended:
+                    raise self._ended_by()
                 self._step(tokens, active)
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
@@ -262,20 +232,13 @@ class Session:
     ) -> None:
         engine = self._opened()
         ids = np.asarray(input_ids, np.int64)
-        if ids.ndim != 2 or not ids.size:
-            raise InputError(
-                "The prompt is empty.",
-                note=f"input_ids has shape {ids.shape}, needed is [batch, tokens].",
-                hint="Give at least one token.",
-            )
+        checks.check_prompts(ids)
         lens = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
-        schedule = self.schedule if k is None else _schedule(k)
-        new_tokens = self._check_request(ids, lens, max_new_tokens)
-        ids = ids[:, : lens.max()]  # the caches have no room for padding beyond the longest prompt
-        # Padding is computed and thrown away, so any valid id will do
-        ids = np.where(token_mask(ids, lens), ids, 0)
-        self._request = None  # frees its caches; an interrupted prefill leaves no half request
-        self._requests_begun += 1
+        schedule = self.schedule if k is None else as_schedule(k)
+        manifest = self.bundle.manifest
+        new_tokens = checks.check_request(ids, lens, max_new_tokens, manifest.limits, manifest.model.vocab_size)
+        ids = harmless_padding(ids, lens)
+        self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
         request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self.policy)
         request.prefill(ids, lens)
         self._request = request
@@ -300,24 +263,14 @@ class Session:
         """
         request = self._running()
         ids = np.asarray(token_ids, np.int64)
-        if ids.shape != (request.batch,):
-            raise InputError(
-                "The step has another batch than the request.",
-                note=f"token_ids has shape {ids.shape}, the prefill had {request.batch} rows.",
-                hint="Give one token per row.",
-            )
-        self._check_vocabulary(ids)
+        checks.check_step(ids, request.batch, self.bundle.manifest.model.vocab_size)
         self._step(ids, None)
         return self._logits()
 
     def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         request = self._running()
         if request.steps_done == request.max_steps:
-            raise InputError(
-                "The request's caches are full.",
-                note=f"They were sized for {request.max_steps} decode steps.",
-                hint="Call prefill with a larger max_new_tokens.",
-            )
+            raise checks.caches_full(request.max_steps)
         request.step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
@@ -347,12 +300,7 @@ class Session:
         request = self._request
         if request is None:
             return {"kept": 0, "dropped": 0, "allocated": 0}
-        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
-        return {
-            "kept": int(request.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
-            "dropped": int(request.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
-            "allocated": sum(buffer.nbytes for buffer in request.caches.values()),
-        }
+        return request.kv_bytes()
 
     def engine_notes(self) -> list[str]:
         """What a user who measures should know of the engine, a line each."""
@@ -362,86 +310,31 @@ class Session:
         """Replace the adapters by fitted ones of the same plan; ends the running request.
 
         Raises:
-            PlanError: fitted for another base model, plan or rank.
+            PlanError: fitted for another base model, plan or rank; the running request goes on.
             InputError: the bundle has no room for adapters.
+            BundleError: the engine cannot take them; the adapters from before go on working.
         """
         engine = self._opened()
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
-        if not plan.rank:
-            raise InputError(
-                "The bundle has no room for adapters.",
-                note="It was exported with rank 0.",
-                hint="Export with --adapters DIR, or with --rank R to load adapters later.",
-            )
+        checks.check_room_for_adapters(plan.rank)
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
-        self._request = None
+        self._end_request(checks.ended_by_a_failure)
         engine.replace_adapters(matrices)
+        self._ended_by = checks.ended_by_adapters
+
+    def _end_request(self, ended_by: Callable[[], InputError]) -> None:
+        """Free its caches; `ended_by` makes what a stream hears that was still reading it."""
+        self._request = None
+        self._requests_ended += 1
+        self._ended_by = ended_by
 
     def _opened(self) -> Engine:
         if self._engine is None:
-            raise InputError(
-                "The session is closed.",
-                note="close was called, or its with block has ended.",
-                hint="Open it again with Session.open.",
-            )
+            raise checks.closed()
         return self._engine
 
     def _running(self) -> Request:
         self._opened()
         if self._request is None:
-            raise InputError(
-                "There is no running request.",
-                note="step and next_step come after prefill.",
-                hint="Call prefill first.",
-            )
+            raise checks.no_request()
         return self._request
-
-    def _check_vocabulary(self, ids: Ids) -> None:
-        vocab_size = self.bundle.manifest.model.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
-            raise InputError(
-                "A token id is outside the vocabulary.",
-                note=f"It is {wrong}, the model has ids 0 to {vocab_size - 1}.",
-                hint="Use the tokenizer of the bundle.",
-            )
-
-    def _check_request(self, ids: Ids, lengths: Ids, max_new_tokens: int | None) -> int:
-        """Refuse what does not fit; returns the number of new tokens to make room for."""
-        limits = self.bundle.manifest.limits
-        if lengths.shape != (len(ids),) or lengths.min() < 1 or lengths.max() > ids.shape[1]:
-            empty = lengths.shape == (len(ids),) and lengths.min() < 1
-            raise InputError(
-                "A prompt is empty." if empty else "The lengths do not fit the prompts.",
-                note=f"lengths is {lengths.tolist()}, input_ids has shape {ids.shape}.",
-                hint="Give each row between 1 and T tokens.",
-            )
-        if len(ids) > limits.max_batch:
-            raise InputError(
-                "The batch is larger than the bundle allows.",
-                note=f"It has {len(ids)} rows, the bundle allows {limits.max_batch}.",
-                hint="Split the batch, or export with a larger --max-batch.",
-            )
-        longest = int(lengths.max())
-        if longest > limits.max_prompt_len:
-            raise InputError(
-                "A prompt is longer than the bundle allows.",
-                note=f"It has {longest} tokens, the bundle allows {limits.max_prompt_len}.",
-                hint="Shorten it, or export with a larger --max-prompt-len.",
-            )
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise InputError(
-                "Nothing to generate.",
-                note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
-                hint="Use for example --max-new-tokens 64.",
-            )
-        room = limits.max_seq_len - longest
-        new_tokens = room if max_new_tokens is None else max_new_tokens
-        if new_tokens > room or new_tokens < 1:
-            raise InputError(
-                "Prompt and new tokens are longer than the bundle allows.",
-                note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {limits.max_seq_len}.",
-                hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
-            )
-        self._check_vocabulary(ids[token_mask(ids, lengths)])
-        return new_tokens

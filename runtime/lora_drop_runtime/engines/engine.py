@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 Array = npt.NDArray[Any]
 Step = Callable[[], None]
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
 
 
 class Buffer(Protocol):
@@ -46,7 +46,7 @@ class DeviceBuffer:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * BY_NAME[self.dtype].size_bytes
 
     def __getitem__(self, rows: slice) -> DeviceBuffer:
         begin, end, step = rows.indices(self.shape[0])
@@ -64,12 +64,15 @@ class Engine(Protocol):
             with NaN or +∞ among its logits.
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
+        warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
+            its opening.
     """
 
     target: str
     chooses_tokens: bool
     prefill_chunk: int | None
     batched_chunks: bool
+    warms_up: bool
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         """The cache slots to allocate for a request that needs `slots_kept` and `slots_dropped` of them.
@@ -96,7 +99,13 @@ class Engine(Protocol):
         ...
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        """Use other adapter matrices (A, s·B) from now on; prepared LoRA steps are void."""
+        """Use other adapter matrices (A, s·B) from now on; prepared steps are void.
+
+        Raises:
+            InputError: the engine's adapters are constants.
+            BundleError: it cannot take them; those from before go on working, or if they cannot be had again, every
+                later step says so.
+        """
         ...
 
     def notes(self) -> list[str]:
@@ -119,19 +128,6 @@ def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> M
                 "smaller --k.",
             )
     return {f"slots_{group}": capacity for group, capacity in capacities.items()}
-
-
-def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
-    bits = values.view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-def in_dtype(array: Array, dtype: str) -> Array:
-    """Values in a model's dtype, bfloat16 as its bits."""
-    values = np.ascontiguousarray(array, np.float32)
-    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)
 
 
 def constant_adapters() -> InputError:

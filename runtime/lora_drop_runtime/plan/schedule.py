@@ -45,6 +45,11 @@ class PeriodicSchedule:
         return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA
 
 
+def as_schedule(k: int | Schedule) -> Schedule:
+    """A window as a schedule; anything with a `kind` is one already."""
+    return k if hasattr(k, "kind") else PeriodicSchedule(k)
+
+
 def count_refreshes(schedule: Schedule, steps: int) -> int:
     """Number of refreshes among decode steps 1 … `steps`."""
     return sum(schedule.kind(step) is StepKind.REFRESH for step in range(1, steps + 1))

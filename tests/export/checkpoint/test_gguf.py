@@ -14,7 +14,7 @@ from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
-from lora_drop_export.quantize import formats as quantize
+from lora_drop_export.quantize.dequantized import dequantized_tensors
 from lora_drop_export.quantize.formats import BlockFormat, unpack
 from lora_drop_export.weights.store import store_weights
 from tests.support.quantized import data
@@ -107,7 +107,7 @@ def test_gguf_integers_are_taken(tmp_path, opened, name, bits):
     assert ref.native == BlockFormat(bits, 32, True)
     stored = store_weights({name: ref}, "float32", tmp_path, "copy", formats={name: ref.native})
     path = tmp_path / stored[name].location
-    read = quantize.dequantized_tensors(path, read_tensors(path))[name]
+    read = dequantized_tensors(path, read_tensors(path))[name]
     assert np.array_equal(read.read(), ref.read())
     assert len(np.unique(unpack(np.frombuffer(data(tmp_path, stored[name]), np.uint8), bits))) > 10
 

@@ -12,9 +12,10 @@ from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError
 from safetensors.numpy import load_file
 
-from lora_drop_export.quantize import formats as quantize
-from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, pack
-from lora_drop_export.quantize.rounding import quantize_rows
+from lora_drop_export.graphs.match import quantizable
+from lora_drop_export.quantize import dequantized
+from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, dequantize, pack
+from lora_drop_export.quantize.rounding import quantize_rows, quantized_blocks
 from lora_drop_export.weights.store import weights_bytes
 from lora_drop_export.weights.stored import bytes_read
 from tests.support.bundles import family
@@ -26,7 +27,7 @@ from tests.support.quantized import FORMATS, data, matrix, store
 @pytest.mark.parametrize("form", [f for f in FORMATS if f.block_size < 128], ids=str)
 def test_stored_and_read_back(tmp_path, monkeypatch, form):
     """Places, sizes and bytes in one file; the checkpoint reads float32 from it, in whatever pieces."""
-    monkeypatch.setattr("lora_drop_export.weights.store._CHUNK_BYTES", 4 * 96 * 3)  # three rows at a time
+    monkeypatch.setattr("lora_drop_export.weights.write.CHUNK_BYTES", 4 * 96 * 3)  # three rows at a time
     k = 96 if form.symmetric else 64  # 96 has an odd number of blocks of 32
     arrays = {"w": matrix(7, k), "norm": np.arange(5, dtype=np.float32)}
     stored = store(arrays, tmp_path, {"w": form}, method="rtn")
@@ -48,11 +49,11 @@ def test_stored_and_read_back(tmp_path, monkeypatch, form):
     refs = read_tensors(tmp_path / "source.safetensors")
     assert sum(a.nbytes for a in held.values()) == weights_bytes(refs, "float32", "copy", formats={"w": form})
     path = tmp_path / "weights/model.safetensors"
-    read = quantize.dequantized_tensors(path, read_tensors(path))
+    read = dequantized.dequantized_tensors(path, read_tensors(path))
     assert set(read) == {"w", "norm"}
-    wanted = quantize.dequantize(q, scales, zero_points)
+    wanted = dequantize(q, scales, zero_points)
     assert (read["w"].shape, read["w"].dtype) == ((7, k), "F32")
-    monkeypatch.setattr(quantize, "_CHUNK_VALUES", 2 * k)
+    monkeypatch.setattr(dequantized, "_CHUNK_VALUES", 2 * k)
     assert read["w"].read().tobytes() == wanted.tobytes()
     assert read["w"].rows(2, 7).tobytes() == wanted[2:7].tobytes()
     assert read["w"].rows(6, 9).tobytes() == wanted[6:].tobytes()
@@ -100,7 +101,7 @@ def test_streams(tmp_path):
     x = np.broadcast_to(np.float32(1), (1 << 14, 1024))
     source = SimpleNamespace(name="x", shape=x.shape, rows=lambda begin, end: x[begin:end])
     tracemalloc.start()
-    count = sum(len(q) for q, _, _ in quantize.quantized_blocks(source, BlockFormat(4, 32, False), "rtn", 256))
+    count = sum(len(q) for q, _, _ in quantized_blocks(source, BlockFormat(4, 32, False), "rtn", 256))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == len(x)
@@ -127,6 +128,6 @@ def test_linear_weights_and_the_table(name):
         for parameter in source.traced.parameters
         if type(modules[parameter.rpartition(".")[0]]).__name__ == "Linear" and parameter.endswith("weight")
     }
-    found = quantize.quantizable(source.traced.graph.graph)
+    found = quantizable(source.traced.graph.graph)
     table = next(name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in source.traced.parameters)
     assert found == wanted | {table}  # a tied table has the head's name

@@ -44,7 +44,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], No
             return Run(0.5, steps, [0.9 * seconds for seconds in steps], kv, kv)
 
         monkeypatch.setattr(TimedSession, "run", run)
-        monkeypatch.setattr(bench_module, "_measure_memory", lambda *_: [{"k": 3, "pss": None}])
-        monkeypatch.setattr(bench_module, "SETTLE_SECONDS", 0.0)
+        monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": None}])
 
     return script

@@ -103,7 +103,7 @@ def test_foreign_load_is_told(bundles: list[Path], scripted: Callable[..., None]
 
 def test_too_much_for_the_memory_is_told(bundles: list[Path], scripted: Callable[..., None], monkeypatch: Any) -> None:
     scripted({0: 0.01, 3: 0.01})
-    monkeypatch.setattr(bench_module, "_measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
+    monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
     facts = machine.machine_facts() | {"memory_bytes": 8 * 10**9}
     monkeypatch.setattr(machine, "machine_facts", lambda: facts)
     result = bench(bundles, k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=io.StringIO())

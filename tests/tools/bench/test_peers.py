@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.bench.bench import bench
 from lora_drop_tools.bench.judge import MeasurementError
+from lora_drop_tools.bench.peers import options as peer_options_module
 from lora_drop_tools.bench.peers import peer as bench_peers
+from lora_drop_tools.bench.peers import worker as peer_worker
 from lora_drop_tools.bench.peers.options import peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
@@ -57,14 +61,14 @@ def worker(tmp_path: Path) -> Path:
 def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: False)
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: False)
     both = peer_options((), [hf_directory, gguf], None, ())
     assert both.names == tuple(bench_peers.PEERS)
     reasons = {name: reason_against(name, both, "float32") for name in both.names}
     assert reasons["llama.cpp"] == "not installed: pip install llama-cpp-python"
     assert "transformers < 4.58" in str(reasons["optimum-onnx"])
     assert "weights are int4" in str(reason_against("transformers", both, "int4"))
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: True)
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
     assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
     assert reason_against("onnxruntime-genai", both, "int4") is None
     alone = peer_options(("transformers",), gguf, None, ())
@@ -79,9 +83,9 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_not_installed_is_found_missing() -> None:
-    assert bench_peers._is_installed("numpy")
-    assert not bench_peers._is_installed("no_such_package_anywhere")
-    assert not bench_peers._is_installed("no_such_package_anywhere.inside")
+    assert peer_options_module._is_installed("numpy")
+    assert not peer_options_module._is_installed("no_such_package_anywhere")
+    assert not peer_options_module._is_installed("no_such_package_anywhere.inside")
 
 
 def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_command_with_peers(
     scripted({0: 0.0040, 3: 0.0039})
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(bench_peers, "WORKER", worker)
-    monkeypatch.setattr(bench_peers, "_is_installed", lambda module: module != "optimum.onnxruntime")
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
     out = io.StringIO()
     options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": (), "out": out}
     options |= {"model": [hf_directory, tmp_path / "model.gguf"], "peer_cache": tmp_path / "cache"}
@@ -146,15 +150,17 @@ def test_command_with_peers(
     assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
 
 
-def test_a_worker_times_each_token() -> None:
+def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.accumulate(itertools.chain([2, 5], itertools.repeat(3)))
+    monkeypatch.setattr(peer_worker, "time", SimpleNamespace(perf_counter=ticks.__next__))
+
     def generate(prompt: list[int], new_tokens: int, emit: Callable[[int], None]) -> None:
         for token in range(new_tokens):
             emit(token)
 
     answer = timed(generate, [5], 4)
     assert answer["tokens"] == [0, 1, 2, 3]
-    assert len(answer["step_seconds"]) == 3
-    assert answer["prefill_seconds"] >= 0
+    assert (answer["prefill_seconds"], answer["step_seconds"]) == (5, [3, 3, 3])
     with pytest.raises(RuntimeError, match="2 tokens came, 3 were asked for"):
         timed(lambda prompt, n, emit: generate(prompt, n - 1, emit), [5], 3)
 

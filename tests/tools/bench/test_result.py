@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_tools.bench import arms
 from lora_drop_tools.bench.arms import Arm as BenchArm
 from lora_drop_tools.bench.arms import TimedSession, measure
 from lora_drop_tools.bench.peers.peer import PeerError
@@ -18,8 +21,8 @@ from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, q
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.table import table
 
+from tests.support.costs import llama3_8b
 from tests.support.fake_engine import IdleEngine, open_session
-from tests.tools.shared.test_costs import llama3_8b
 
 # ── arithmetic ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,21 +185,21 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
 # ── one request of a session ───────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_timed_request() -> None:
+def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks when it is read: once between the engine's begin and end, three times in a step."""
+    monkeypatch.setattr(arms, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     plan = DropPlan(num_layers=8, drop_layers=(4, 6))
     session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
     timed_session = TimedSession(session)
     run = timed_session.run(np.array([[3, 4, 5], [6, 7, 8]]), 6, k=1)
-    assert len(run.step_seconds) == 5  # every logit is the same, so token 0, an end token, comes each time
-    assert run.engine_seconds is not None
-    assert len(run.engine_seconds) == 5
-    assert all(0 < e < s for e, s in zip(run.engine_seconds, run.step_seconds, strict=True))
+    # Every logit is the same, so token 0, an end token, comes each time
+    assert (run.step_seconds, run.engine_seconds) == ([3] * 5, [1] * 5)
     manifest = session.bundle.manifest
     for kv, steps in ((run.kv_prompt, 0), (run.kv, 5)):
         assert kv is not None
         assert [kv["kept"], kv["dropped"]] == [2 * part for part in costs.kv_bytes(manifest, 3, steps, 1)]
     again = timed_session.run(np.array([[3, 4, 5]]), 3, k=0)
-    assert len(again.engine_seconds or ()) == len(again.step_seconds) == 2
+    assert (again.step_seconds, again.engine_seconds) == ([3] * 2, [1] * 2)
     session.close()
     assert engine.times_closed == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import socket
@@ -320,7 +321,7 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
     command += [str(model_dir), "--text", str(words), "--out", str(tmp_path / "two"), "--drop-layers", "3,5"]
     command += ["--steps", "3", "--window", "32", "--batch", "2", "--rank", "3", "--tokens", "512", "--threads", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -332,7 +333,7 @@ def test_an_interrupted_fit_can_be_resumed(
     model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_fit(model_dir, words, tmp_path / "whole", drop_layers=(3, 5), steps=4)
-    import lora_drop_tools.fit.distill as module
+    module = importlib.import_module("lora_drop_tools.fit.distill")  # `lora_drop_tools.fit` is the function
 
     genuine, calls = module.run_batch, []
 

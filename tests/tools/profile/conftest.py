@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_drop_tools.profile import profile
+from lora_drop_tools.profile.profile import profile
 from lora_drop_tools.profile.result import Profile
 
 from tests.support.models import FAMILIES

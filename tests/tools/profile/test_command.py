@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from lora_drop_tools.cli import main
-from lora_drop_tools.profile import profile
 from lora_drop_tools.profile.greedy import Greedy
 from lora_drop_tools.profile.measures import layer_figures
-from lora_drop_tools.profile.profile import RANKINGS
+from lora_drop_tools.profile.profile import RANKINGS, profile
 from lora_drop_tools.profile.result import Profile
+from lora_drop_tools.profile.scoring import Scoring
 
 from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
 from tests.support.bundles import family, make_bundle
@@ -252,9 +252,8 @@ def test_nothing_is_left_behind(
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")
 
-    target = {"load_model": "lora_drop_export.decoder.loaded", "of_lists": "lora_drop_tools.profile.measures.Scoring"}
-    owner = target.get(where)
-    monkeypatch.setattr(f"{owner}.{where}", fail) if owner else monkeypatch.setattr(profile_module, where, fail)
+    owners = {"load_model": importlib.import_module("lora_drop_export.decoder.loaded"), "of_lists": Scoring}
+    monkeypatch.setattr(owners.get(where, profile_module), where, fail)
     for out in (tmp_path / "new" / "out", old):
         command = arguments(llama_dir, text, out, "--force", "--rankings", "influence")
         if error is KeyboardInterrupt:

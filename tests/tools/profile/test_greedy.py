@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from transformers import PreTrainedModel
 from tests.support import oracle
 from tests.support.models import FAMILIES, SIZES
 from tests.support.profiles import ELIGIBLE, PROMPT, TOLERANCE, WINDOW, K, make_scoring, random_windows, saved
+
+# `lora_drop_tools.profile` is the function
+greedy_module = importlib.import_module("lora_drop_tools.profile.greedy")
+scoring_module = importlib.import_module("lora_drop_tools.profile.scoring")
 
 
 def uneven() -> PreTrainedModel:
@@ -48,7 +53,7 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], pol
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_drop_tools.profile.measures.HEAD_ROWS", 5)  # of 14 LoRA steps a window
+    monkeypatch.setattr(scoring_module, "HEAD_ROWS", 5)  # of 14 LoRA steps a window
     windows = random_windows(2)
     scoring = make_scoring(FAMILIES[name](), policy)
     lists = [(5,), (3, 5), ()]
@@ -118,7 +123,7 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert greedy.costs(ELIGIBLE, 1) == pytest.approx({last: whole[last]})
     assert len(ticked) == 4 + 2 + 1
     assert greedy.costs(ELIGIBLE, 3).keys() == set(sorted(ELIGIBLE, key=lambda i: on_first[i])[:3])
-    monkeypatch.setattr("lora_drop_tools.profile.measures.SURVIVORS", 1)
+    monkeypatch.setattr(greedy_module, "SURVIVORS", 1)
     ticked.clear()
     greedy.order(ELIGIBLE, 3, lambda *_: None)
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import ModelFacts
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, ModelFacts
 from lora_drop_runtime.errors import InputError
-
-QUANTIZED = ("int4", "int8")
 
 
 def weight_dtype(model: ModelFacts) -> str:
     """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
     stored = getattr(model, "weight_dtype", model.dtype)
-    return str(stored) if stored in QUANTIZED else model.dtype
+    return str(stored) if stored in QUANTIZED_DTYPES else model.dtype
 
 
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:

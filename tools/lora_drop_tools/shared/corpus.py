@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {short: row.name for short, row in BY_SHORT.items() if row.name in MODEL_DTYPES}
 HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
 
 

@@ -6,14 +6,15 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
-from lora_drop_runtime.bundle.manifest import DTYPE_BYTES, Manifest
+from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
     """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions."""
     model = manifest.model
-    weights = sum(model.layer_bytes) / model.num_layers / DTYPE_BYTES[model.dtype]
+    weights = sum(model.layer_bytes) / model.num_layers / BY_NAME[model.dtype].size_bytes
     return weights + 2 * model.num_heads * model.head_dim * context
 
 
@@ -82,7 +83,7 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     kept_kv = rows * len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
     dropped_weights = sum(model.layer_bytes[i] for i in plan.drop_layers)
     dropped_kv = rows * len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
-    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * DTYPE_BYTES[model.dtype]
+    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * BY_NAME[model.dtype].size_bytes
     lora = outside + kept_weights + kept_kv + adapters
     return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
 

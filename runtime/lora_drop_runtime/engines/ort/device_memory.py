@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,16 @@ class DeviceMemory:
     def hold(self, name: str, content: Array, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         """A buffer with these bytes."""
         self._values.pop(name, None)
+        value = self._values[name] = self._upload(name, content)
+        return DeviceBuffer(name, value.data_ptr(), shape, dtype)
+
+    def replace(self, contents: Mapping[str, Array]) -> dict[str, int]:
+        """Other bytes under these names, all of them or, where memory is out, none; returns the new addresses."""
+        values = {name: self._upload(name, content) for name, content in contents.items()}
+        self._values |= values
+        return {name: value.data_ptr() for name, value in values.items()}
+
+    def _upload(self, name: str, content: Array) -> Any:
         content = np.ascontiguousarray(content)
         create = self._ort.OrtValue
         try:
@@ -37,11 +48,10 @@ class DeviceMemory:
             else:
                 value = create.ortvalue_from_shape_and_type(content.shape, np.uint8, memory_info=self._info)
                 self._ort.copy_tensors([create.ortvalue_from_numpy(content)], [value])
-        except Exception as error:  # as above
+        except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             what = f"{name} takes {content.nbytes / 2**20:,.1f} MiB on the GPU: {first_line(error)}"
             raise no_device("The provider", RuntimeError(what)) from error
-        self._values[name] = value
-        return DeviceBuffer(name, value.data_ptr(), shape, dtype)
+        return value
 
     def read(self, buffer: DeviceBuffer) -> Array:
         """The bytes of a whole buffer."""

@@ -29,15 +29,14 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.bundle.graph_io import LORA_STEP
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, in_dtype
-from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
+from lora_drop_runtime.dtypes import BY_NAME, in_dtype
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
+from lora_drop_runtime.errors import BundleError, LoraDropError, NoDeviceError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
 from .providers import PROVIDERS, check_runs, check_version, no_device, rtx_device
 from .session_options import packs_weights, session_options
-
-_ONNX_DTYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
 
 def _trim_heap() -> None:
@@ -60,6 +59,8 @@ class OrtEngine:
         NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU here.
         BundleError: the provider cannot run the target's graphs.
     """
+
+    warms_up = False
 
     def __init__(
         self,
@@ -112,6 +113,7 @@ class OrtEngine:
             self._memory = DeviceMemory(onnxruntime, self._ep_device)
         self._weights = {name: self._weight(name, w) for name, w in bundle.weight_inputs(target).items()}
         self._sessions: dict[StepKind, Any] = {}
+        self._adapters: Mapping[str, Any] = {}  # in the place of those in the graphs
         self._open_all({})
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
@@ -120,6 +122,20 @@ class OrtEngine:
         else:
             self._sessions = {kind: self._open(file, replaced) for kind, file in self._files.items()}
         _trim_heap()
+
+    def _reopen(self, adapters: Mapping[str, Any]) -> None:
+        """Open the graphs with other adapters, or where that fails again with those from before.
+
+        The sessions are closed first, since both would hold the weights.
+        """
+        self._sessions.clear()
+        try:
+            self._open_all(adapters)
+        except BaseException:
+            with contextlib.suppress(LoraDropError):  # `prepare` then says that there are no sessions
+                self._open_all(self._adapters)
+            raise
+        self._adapters = adapters
 
     def _weight(self, name: str, weight: WeightInput) -> Array | DeviceBuffer:
         """A weight that is an input: mapped, or put together from its parts; copied to where the steps run."""
@@ -175,6 +191,12 @@ class OrtEngine:
         return self._memory.read(buffer).view(np.float32).reshape(buffer.shape)
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
+        if kind not in self._sessions:
+            raise BundleError(
+                "The session lost its graphs when its adapters were replaced.",
+                note="ONNX Runtime could load them neither with the new adapters nor again with those from before.",
+                hint="Close the session, free memory, and open it again with Session.open.",
+            )
         session = self._sessions[kind]
         if self._weights:
             names = {value.name for value in session.get_inputs()}
@@ -192,7 +214,7 @@ class OrtEngine:
                         hosts.append(arguments)
                 else:
                     assert self._memory is not None
-                    element = _ONNX_DTYPES[buffer.dtype]
+                    element = BY_NAME[buffer.dtype].onnx
                     bind(name, self._memory.device_type, 0, element, buffer.shape, buffer.address)
         kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
@@ -218,17 +240,17 @@ class OrtEngine:
             for part, array in zip("AB", pair, strict=True)
         }
         if self._weights and self._memory is not None:
-            for name, array in replaced.items():
-                self._weights[name] = self._memory.hold(name, array.reshape(-1).view(np.uint8), array.shape, dtype)
+            contents = {name: array.reshape(-1).view(np.uint8) for name, array in replaced.items()}
+            for name, address in self._memory.replace(contents).items():
+                self._weights[name] = DeviceBuffer(name, address, replaced[name].shape, dtype)
         elif self._weights:
             self._weights |= replaced
         elif not self._joined:
             raise constant_adapters()
         else:
             create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type
-            values = {name: create(array, _ONNX_DTYPES[dtype]) for name, array in replaced.items()}
-            self._sessions.clear()  # both would hold the weights
-            self._open_all(values)
+            values = {name: create(array, BY_NAME[dtype].onnx) for name, array in replaced.items()}
+            self._reopen(values)
 
     def notes(self) -> list[str]:
         if self._memory is None and self._bundle.manifest.model.dtype != "float32":

@@ -21,6 +21,7 @@ from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 
 Array = npt.NDArray[Any]
 MIB = 2**20
+ALIGNMENT = 256  # of every address that cudaMalloc gives and that TensorRT takes
 
 
 def _bindings() -> Any:

@@ -8,18 +8,9 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import WeightInput
 from lora_drop_runtime.bundle.graph_io import GraphIO
+from lora_drop_runtime.dtypes import BY_TENSORRT
 
 Ranges = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # input → its smallest and its largest shape
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
 
 
 @dataclass(frozen=True)
@@ -69,12 +60,17 @@ def io_problems(
     return problems
 
 
+def _dtype_name(dtype: Any) -> str:
+    """Of a tensorrt.DataType."""
+    return BY_TENSORRT[dtype.name].name if dtype.name in BY_TENSORRT else "unknown"
+
+
 def engine_tensors(engine: Any, trt: Any) -> list[EngineTensor]:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     return [
         EngineTensor(
             name,
-            _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown"),
+            _dtype_name(engine.get_tensor_dtype(name)),
             tuple(engine.get_tensor_shape(name)),
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
             engine.get_tensor_location(name) == trt.TensorLocation.DEVICE,

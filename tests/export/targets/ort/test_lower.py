@@ -89,7 +89,7 @@ def test_checkpoint_as_it_lies_is_fused_where_it_can_be(tmp_path):
 
 @pytest.mark.parametrize("least", [1, 4])
 def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least):
-    monkeypatch.setattr("lora_drop_export.targets.ort.lower.MIN_FOLD", least)
+    monkeypatch.setattr("lora_drop_export.targets.ort.attention.MIN_FOLD", least)
     graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))  # two query heads share K and V
     layers = {name: layer_nodes(step, 2) for name, step in branches(graph).items()}
     assert all(nodes["If"] == (1 if least == 1 else 0) for nodes in layers.values())

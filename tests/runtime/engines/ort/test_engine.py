@@ -137,7 +137,7 @@ import sys
 import numpy as np
 import onnxruntime
 from lora_drop_runtime import Session
-from lora_drop_runtime.engine_ort import session_options
+from lora_drop_runtime.engines.ort.session_options import session_options
 
 def pss_kib():
     return sum(int(l.split()[1]) for l in open("/proc/self/smaps_rollup") if l.startswith("Pss:"))
@@ -240,11 +240,11 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     """
     plan = half_bundle.manifest.plan
     adapters = save_adapters(tmp_path / "adapters", plan, 64, half_bundle.manifest.model.fingerprint, rank=2)
-    monkeypatch.setattr("lora_drop_runtime.decoding.session.PREFILL_CHUNK", 16)
+    monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 16)
     expected = half_run(OrtEngine(half_bundle, target), half_bundle, adapters)
     monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
-    monkeypatch.setattr(engine_ort._DeviceMemory, "device_type", "cpu")
-    monkeypatch.setattr(engine_ort, "_check_runs", lambda *_: None)
+    monkeypatch.setattr(engine_ort.DeviceMemory, "device_type", "cpu")
+    monkeypatch.setattr(engine_ort, "check_runs", lambda *_: None)
     copies_when_bound(monkeypatch)
     engine = OrtEngine(half_bundle, target, provider="cuda")
     memory = engine._memory

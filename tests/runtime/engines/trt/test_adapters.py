@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from lora_drop_runtime import InputError, Session
-from lora_drop_runtime.engines.engine import bfloat16_from_float32
-from lora_drop_runtime.engines.trt.engine import float32_from_bfloat16
+from lora_drop_runtime.dtypes import bfloat16_from_float32, float32_from_bfloat16
 
 from tests.support.bundles import save_adapters
 from tests.support.device_steps import assert_close, steps

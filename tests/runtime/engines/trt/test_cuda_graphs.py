@@ -11,7 +11,7 @@ from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.trt import engine as engine_trt
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
-from lora_drop_runtime.engines.trt.engine import _Step
+from lora_drop_runtime.engines.trt.step import EngineStep
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support import fake_trt
@@ -24,7 +24,7 @@ from tests.support.fake_trt import TARGET, FakeTrt, open_device_session
 def test_one_graph_per_step_kind_batch_and_side_of_the_state(bundles, name: str, graphs: int) -> None:
     session, engine, cuda = open_device_session(bundles(name))
     with session:
-        trt = engine._trt
+        trt = engine._plans._trt
         session.generate(RAGGED, 12, k=2)
         assert engine.captures == len(cuda.executables) == graphs
         made = trt.contexts_made, cuda.calls["cudaMalloc"], cuda.calls["cudaHostRegister"]
@@ -158,7 +158,7 @@ def test_an_interrupted_step_can_be_repeated(bundle: Bundle, monkeypatch, at: st
         session.prefill(*padded(RAGGED), max_new_tokens=len(FORCED) + 1)
         if at == "enqueue":
             engine._drop_steps()
-            monkeypatch.setattr(_Step, "_enqueue", interrupting(_Step._enqueue))
+            monkeypatch.setattr(EngineStep, "_enqueue", interrupting(EngineStep._enqueue))
         else:
             monkeypatch.setattr(CudaDevice, "launch", interrupting(CudaDevice.launch))
         for tokens, logits in zip(FORCED, expected[1:], strict=True):

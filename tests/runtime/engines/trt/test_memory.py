@@ -16,7 +16,7 @@ def test_one_scratch_block_for_all_contexts(bundle: Bundle) -> None:
         session.generate(RAGGED, 9)
         assert cuda.mallocs.count(5000) == 1  # the larger need of the two engines
         assert 3000 not in cuda.mallocs
-        assert {context.memory for context in cuda.users} == {(engine._scratch, 5000)}
+        assert {context.memory for context in cuda.users} == {(engine._plans.scratch, 5000)}
         assert {context.engine.kind for context in cuda.users} == {LORA, REFRESH}
 
 

@@ -11,7 +11,8 @@ from lora_drop_runtime import BundleError, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
-from lora_drop_runtime.engines.trt.engine import TrtEngine, _Step
+from lora_drop_runtime.engines.trt.engine import TrtEngine
+from lora_drop_runtime.engines.trt.step import EngineStep
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support import fake_trt
@@ -77,7 +78,7 @@ def _dropped_off_by_one(request: Any) -> None:
 
 def _without_copy_of(name: str) -> tuple[Any, str, Any]:
     """The step no longer copies a host array in, once it has run a first time."""
-    enqueue = _Step._enqueue
+    enqueue = EngineStep._enqueue
 
     def changed(self: Any) -> None:
         address = self._addresses.get(name)
@@ -85,7 +86,7 @@ def _without_copy_of(name: str) -> tuple[Any, str, Any]:
             self._copies_in = [copy for copy in self._copies_in if copy[0] != address]
         enqueue(self)
 
-    return _Step, "_enqueue", changed
+    return EngineStep, "_enqueue", changed
 
 
 def _one_side(self: Any, token_ids: Any, active: Any, step: Any = Request.step) -> None:

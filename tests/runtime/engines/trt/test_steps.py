@@ -71,7 +71,7 @@ def test_greedy_copies_one_token_and_sampling_the_logits(bundle: Bundle) -> None
     session, engine, _ = open_device_session(bundle)
     with session, Session.open(bundle.root, target="ort", threads=1) as other:
         session.generate(RAGGED, 5, sampling=SamplingOptions(top_k=3, top_p=0.5))  # of no effect at temperature 0
-        assert not any(name.startswith("read") for name in engine._pinned)
+        assert not any(name.startswith("read") for name in engine._memory._pinned)
         for options in (
             SamplingOptions(temperature=3.0, seed=1),
             SamplingOptions(repetition_penalty=1.3),
@@ -80,7 +80,7 @@ def test_greedy_copies_one_token_and_sampling_the_logits(bundle: Bundle) -> None
             ours = session.generate(RAGGED, 12, sampling=options)
             theirs = other.generate(RAGGED, 12, sampling=options)
             assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
-        assert any(name.startswith("read") for name in engine._pinned)
+        assert any(name.startswith("read") for name in engine._memory._pinned)
 
 
 def test_finished_rows_do_not_advance(bundle: Bundle) -> None:

@@ -1,0 +1,95 @@
+"""The one table of dtypes: what a dtype is called elsewhere, and how large it is.
+
+Enters: a name in any of these worlds. Leaves: the row. `name` is what the manifest, the graphs' tables and PyTorch say.
+Other libraries' dtypes are given by their names and numbers: none of those libraries is imported here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """One dtype; None where that world has none, or none that is read or written here.
+
+    Attributes:
+        name: as numpy and PyTorch have it.
+        bits: of one value.
+        onnx: number in onnx.TensorProto.DataType, which ONNX Runtime and onnx_ir share.
+        numpy: of stored values, little-endian; numpy has no bfloat16 and nothing below 8 bits.
+        safetensors: in the header of a file that is read or written.
+        tensorrt: member of tensorrt.DataType.
+        short: on the command line.
+    """
+
+    name: str
+    bits: int
+    onnx: int
+    numpy: str | None = None
+    safetensors: str | None = None
+    tensorrt: str | None = None
+    short: str | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one value."""
+        assert self.bits % 8 == 0, f"several values of {self.name} share a byte"
+        return self.bits // 8
+
+
+DTYPES = (
+    Dtype("float64", 64, 11, numpy="<f8", safetensors="F64"),
+    Dtype("float32", 32, 1, numpy="<f4", safetensors="F32", tensorrt="FLOAT", short="fp32"),
+    Dtype("float16", 16, 10, numpy="<f2", safetensors="F16", tensorrt="HALF", short="fp16"),
+    Dtype("bfloat16", 16, 16, safetensors="BF16", tensorrt="BF16", short="bf16"),
+    Dtype("int64", 64, 7, numpy="<i8", safetensors="I64", tensorrt="INT64"),
+    Dtype("int32", 32, 6, numpy="<i4", safetensors="I32", tensorrt="INT32"),
+    Dtype("uint8", 8, 2, numpy="u1", safetensors="U8", tensorrt="UINT8"),
+    Dtype("int8", 8, 3, numpy="i1", tensorrt="INT8", short="int8"),
+    Dtype("bool", 8, 9, numpy="?", safetensors="BOOL", tensorrt="BOOL"),
+    Dtype("uint4", 4, 21),
+    Dtype("int4", 4, 22, short="int4"),
+)
+BY_NAME = {row.name: row for row in DTYPES}
+BY_SAFETENSORS = {row.safetensors: row for row in DTYPES if row.safetensors}
+BY_TENSORRT = {row.tensorrt: row for row in DTYPES if row.tensorrt}
+BY_SHORT = {row.short: row for row in DTYPES if row.short}
+MODEL_DTYPES = ("float32", "float16", "bfloat16")  # of a checkpoint's weights, and of activations
+
+
+def safetensors_name(dtype: str) -> str:
+    """Of a dtype that safetensors files hold."""
+    name = BY_NAME[dtype].safetensors
+    assert name, f"{dtype} is in no file"
+    return name
+
+
+MODEL_SAFETENSORS = tuple(map(safetensors_name, MODEL_DTYPES))
+
+
+def long_name(short: str | None) -> str | None:
+    """`fp16` of a command line → `float16`; what is no short name stays as it is."""
+    return BY_SHORT[short].name if short in BY_SHORT else short
+
+
+def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The bits, rounded to nearest, ties to even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def in_dtype(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    """Values in a model's dtype, bfloat16 as its bits."""
+    values = np.ascontiguousarray(array, np.float32)
+    return bfloat16_from_float32(values) if dtype == "bfloat16" else values.astype(dtype)

@@ -1,0 +1,58 @@
+"""The one place that chooses the engine of a target; each is imported when it is opened.
+
+Enters: an opened bundle and what the user asked for. Leaves: an engine. A new target is a row of `ENGINES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import BundleError
+
+from .engine import Engine
+
+# Bundle, target, provider and threads, as `open_engine` takes them → the engine
+OpenEngine = Callable[[Bundle, str, str | None, int | None], Engine]
+
+
+def _open_ort(bundle: Bundle, target: str, provider: str | None, threads: int | None) -> Engine:
+    from .ort.engine import OrtEngine
+
+    return OrtEngine(bundle, target, provider=provider, threads=threads)
+
+
+def _open_trt(bundle: Bundle, target: str, provider: str | None, threads: int | None) -> Engine:
+    """TensorRT itself, or its graphs in ONNX Runtime where one of its providers is asked for."""
+    if provider is not None:
+        return _open_ort(bundle, target, provider, threads)
+    from .trt.engine import TrtEngine
+
+    return TrtEngine(bundle, target)
+
+
+ENGINES: dict[str, OpenEngine] = {"ort": _open_ort, "tensorrt": _open_trt, "tensorrt-rtx": _open_trt}
+
+
+def open_engine(
+    bundle: Bundle, target: str | None = None, provider: str | None = None, threads: int | None = None
+) -> Engine:
+    """The engine that runs a target of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        target: the bundle's first when None.
+        provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
+        threads: of ONNX Runtime, one per physical core when None.
+
+    Raises:
+        BundleError: the bundle has no such target, or cannot run here; NoDeviceError where only the GPU is missing.
+    """
+    name, _ = bundle.target(target)
+    if name not in ENGINES:
+        raise BundleError(
+            "This runtime has no engine for the target.",
+            note=f"The bundle has {name!r}, engines are there for {', '.join(ENGINES)}.",
+            hint="Install the version that wrote the bundle, or choose another target of it.",
+        )
+    return ENGINES[name](bundle, name, provider, threads)
