@@ -1,11 +1,11 @@
 """The exporter: from a Hugging Face causal language model to a bundle that decodes with LoRA-Drop.
 
-Reading order: compiler.py (the whole way), then checkpoint.py, trace.py, surgery.py, lower_ort.py,
-lower_trt.py, build_trt.py, verify.py.
+Reading order: compiler/export.py (the whole way), then checkpoint/, decoder/, graphs/, targets/, check/.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BuilderOptions", "ExportOptions", "add_target", "export"]
 
+_MODULES = {
+    "BuilderOptions": "targets.trt.options",
+    "ExportOptions": "compiler.options",
+    "add_target": "compiler.add_target",
+    "export": "compiler.export",
+}
+
 
 def __getattr__(name: str) -> Any:
     """The names of `__all__`, imported when asked for: they bring onnx."""
-    if name in __all__:
-        from lora_drop_export.compiler import export as compiler
-
-        return getattr(compiler, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"lora_drop_export.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

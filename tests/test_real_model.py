@@ -79,10 +79,10 @@ def test_engines_of_tensorrt_rtx(exported, tmp_path):
     assert done.returncode == 0, done.stderr
     bundle = Bundle.open(added)
     entry = bundle.target("tensorrt-rtx")[1]
-    assert entry["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    assert entry.compute_capabilities == ("8.6", "8.9", "12.0")
     weights = sum(file.stat().st_size for file in (added / "weights").glob("*.safetensors"))
-    assert entry["weight_bytes"] == pytest.approx(weights, rel=1e-3)
-    assert sum(entry["engine_bytes"].values()) < weights / 10
+    assert entry.weight_bytes == pytest.approx(weights, rel=1e-3)
+    assert sum(entry.engine_bytes.values()) < weights / 10
     result = bundle.manifest.verification["tensorrt-rtx"]
     assert result["status"] == "passed" or result["graphs_on_cpu"]["status"] == "passed"
     said = run("lora-drop", "inspect", str(added)).stdout

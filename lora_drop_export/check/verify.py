@@ -1,6 +1,6 @@
 """Comparing a bundle with eager PyTorch, every step of a teacher-forced run, through Polygraphy.
 
-Enters: a bundle. Leaves: a `Verification` (verify.json) and a table. The run is a ragged batch with a prefill and at
+Enters: a bundle. Leaves: a `Verification` and a table; writes nothing. The run is a ragged batch with a prefill and at
 least two whole cycles of the bundle's schedule. `SessionRunner` wraps the runtime's session, whose buffers alias;
 `ReferenceRunner` wraps reference.py, fed from the bundle's own weight files by tensor name, not by the graphs' offsets.
 """
@@ -8,22 +8,20 @@ least two whole cycles of the bundle's schedule. `SessionRunner` wraps the runti
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.bundle import Bundle, record_file
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import NoDeviceError
 from lora_drop_runtime.plan.policy import Policy, policy_named
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
@@ -35,6 +33,7 @@ from .figures import (
     INT8_CACHES,
     TOLERANCES,
     StepResult,
+    Tolerance,
     Verification,
     compare_logits,
     failure,
@@ -76,7 +75,9 @@ def _unrounded(bundle: Bundle, target: str) -> bytes:
     """A target's graph with the kernels for quantized weights that compute in float32, exact and slow."""
     import onnx
 
-    model = onnx.load(bundle.root / bundle.target(target)[1]["steps"], load_external_data=False)
+    entry = bundle.target(target)[1]
+    assert isinstance(entry, OrtEntry)  # no other target takes quantized weights
+    model = onnx.load(bundle.root / entry.steps, load_external_data=False)
     graphs = [model.graph]
     for graph in graphs:
         for node in graph.node:
@@ -96,6 +97,27 @@ def _open(
     return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy.name)
 
 
+def _judged(
+    results: Any, kinds: Sequence[StepKind], rounded: Sequence[npt.NDArray[np.float32]], tolerance: Tolerance
+) -> tuple[tuple[StepResult, ...], float | None]:
+    """(what became of each step, median cosine of the rounded logits where there are some)."""
+    steps: list[StepResult] = []
+    cosines: list[float] = []
+
+    def compare_step(ours: Any, theirs: Any) -> OrderedDict[str, StepResult]:
+        index = len(steps)
+        kind = "prefill" if not index else kinds[index - 1].value
+        result = compare_logits(index, kind, ours["logits"], theirs["logits"], tolerance)
+        steps.append(result)
+        if rounded:
+            cosines.extend(row_cosines(rounded[index], theirs["logits"]))
+        return OrderedDict(logits=result)
+
+    with _quiet():
+        Comparator.compare_accuracy(results, compare_func=compare_step)
+    return tuple(steps), float(np.median(cosines)) if rounded else None
+
+
 def compare(
     bundle: Bundle,
     *,
@@ -110,10 +132,9 @@ def compare(
     """Run a bundle's target and the reference over the same steps.
 
     Args:
-        policy: of the refreshes; the bundle's when None.
+        policy: what refreshes do; the bundle's when None.
         k: the window to compare under; the bundle's, but at least 1 so that LoRA steps occur.
     """
-    console = console or Console()
     manifest = bundle.manifest
     name, _ = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
@@ -121,12 +142,11 @@ def compare(
     steps = max(2 * (k + 1), 4) + 1
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
-    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console)
+    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console or Console())
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
-    quantized = manifest.model.weight_dtype in QUANTIZED_DTYPES
     rounded: list[npt.NDArray[np.float32]] = []
     steps_graph = None
-    if quantized:  # one after the other: each session holds the weights
+    if manifest.model.weight_dtype in QUANTIZED_DTYPES:  # one after the other: each session holds the weights
         with Session.open(bundle.root, k=k, policy=refreshes.name, **engine) as session, _quiet():
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         steps_graph = _unrounded(bundle, name)
@@ -134,80 +154,48 @@ def compare(
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
     tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]
-    step_results: list[StepResult] = []
-
-    def compare_step(ours: Any, theirs: Any) -> OrderedDict[str, StepResult]:
-        index = len(step_results)
-        kind = "prefill" if not index else kinds[index - 1].value
-        result = compare_logits(index, kind, ours["logits"], theirs["logits"], tolerance)
-        step_results.append(result)
-        if rounded:
-            cosines.extend(row_cosines(rounded[index], theirs["logits"]))
-        return OrderedDict(logits=result)
-
-    cosines: list[float] = []
-    with _quiet():
-        Comparator.compare_accuracy(results, compare_func=compare_step)
+    judged, median = _judged(results, kinds, rounded, tolerance)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
-    median = float(np.median(cosines)) if rounded else None
-    return Verification(name, k, lengths, tolerance, tuple(step_results), median, refreshes.name)
+    return Verification(name, k, lengths, tolerance, judged, median, refreshes.name)
 
 
-def verify(
+def verify_target(
     bundle: Bundle,
+    target: str,
     *,
+    provider: str | None,
+    runs_on_cpu: bool,
     console: Console,
-    targets: Sequence[str] | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
-) -> Bundle:
-    """Verify targets of a bundle that is being written, all when None; writes verify.json and the manifest's entries.
+) -> tuple[dict[str, Any], Verification | None]:
+    """Compare a target with the reference and print the table.
 
-    A target that this machine cannot execute is recorded as `not run`, with the reason. Its graphs, which are plain
-    ONNX in the native form, then run on ONNX Runtime's CPU provider in its place where their dtype lets them; that is
-    recorded apart, for it says nothing of the engines.
+    Args:
+        provider: what runs it, as `Session.open` has it.
+        runs_on_cpu: whether, where this machine lacks the device, its graphs (plain ONNX in that case) run on ONNX
+            Runtime's CPU provider in its place. That is recorded apart, for it says nothing of the engines.
+
+    Returns:
+        What the manifest says of it, and the steps of what was run, if anything was.
 
     Raises:
         VerificationError: a step disagrees.
     """
-    manifest = bundle.manifest
-    entries: dict[str, dict[str, Any]] = dict(manifest.verification)
-    results = []
-    for target in manifest.targets if targets is None else targets:
-        dtype = manifest.model.dtype
-        check = functools.partial(
-            compare,
-            bundle,
-            target=target,
-            console=console,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-        )
-        entries[target] = {}
-        try:
-            result = check(provider="cuda" if target == "ort" and dtype != "float32" else None)
-        except NoDeviceError as error:
-            entries[target] = {"status": "not run", "reason": error.note}
-            console.say(f"{target}: not run on this machine: {error.note}")
-            if dtype == "bfloat16" or manifest.targets[target].get("form") == "plugin":
-                continue  # there is nothing on a CPU that could
-            console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
-            result = check(provider="cpu")
-        results.append(result)
-        print_table(result, console)
-        if not result.passed:
-            raise failure(result)
-        entries[target] |= {"graphs_on_cpu": result.summary()} if entries[target] else result.summary()
-    path = bundle.root / VERIFY_NAME
-    before = json.loads(path.read_bytes()) if path.exists() else []
-    checked = set(manifest.targets if targets is None else targets)
-    details = [result for result in before if result["target"] not in checked]
-    details += [dataclasses.asdict(result) for result in results]
-    path.write_text(json.dumps(details, indent=1) + "\n")
-    manifest = dataclasses.replace(
-        manifest,
-        verification=entries,
-        files=manifest.files | {VERIFY_NAME: record_file(path)},
+    check = functools.partial(
+        compare, bundle, target=target, console=console, threads=threads, trust_remote_code=trust_remote_code
     )
-    (bundle.root / MANIFEST_NAME).write_text(manifest.to_json())
-    return Bundle(bundle.root, manifest)
+    not_run: dict[str, Any] = {}
+    try:
+        result = check(provider=provider)
+    except NoDeviceError as error:
+        not_run = {"status": "not run", "reason": error.note}
+        console.say(f"{target}: not run on this machine: {error.note}")
+        if not runs_on_cpu:
+            return not_run, None
+        console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
+        result = check(provider="cpu")
+    print_table(result, console)
+    if not result.passed:
+        raise failure(result)
+    return not_run | {"graphs_on_cpu": result.summary()} if not_run else result.summary(), result

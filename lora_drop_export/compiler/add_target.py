@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, QUANTIZED_DTYPES, VERIFY_NAME
+from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -17,8 +17,9 @@ from lora_drop_export.console import Console
 from lora_drop_export.staging import staged_directory
 from lora_drop_export.targets.target import build_target
 
-from .files import tool_versions
-from .options import ExportOptions
+from .files import tool_versions, verification_details, write_manifest, write_verification
+from .options import NO_TARGET, ExportOptions, check_formats
+from .verify import verify
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -29,6 +30,38 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
+    """Refuse targets that a bundle has already, or that cannot be made from what it has."""
+    root, manifest = bundle.root, bundle.manifest
+    present = [target for target in targets if target in manifest.targets]
+    if present and not force:
+        raise InputError(
+            "The bundle has that target already.",
+            note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
+            hint="Build it again with --force.",
+        )
+    if NO_TARGET in targets:
+        raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
+    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, root)
+
+
+def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:
+    """Link or copy all of a bundle but these targets' files and what verify.json says of them; returns the records."""
+    records = {}
+    for name, record in bundle.manifest.files.items():
+        if not any(name.startswith(f"{target}/") for target in targets):
+            _link_or_copy(bundle.root / name, staged / name)
+            records[name] = record
+    if VERIFY_NAME in records:
+        details = verification_details(staged, targets)
+        if details:
+            records[VERIFY_NAME] = write_verification(staged, details)
+        else:
+            (staged / VERIFY_NAME).unlink()
+            del records[VERIFY_NAME]
+    return records
 
 
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
@@ -47,21 +80,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
-    present = [target for target in targets if target in manifest.targets]
-    if present and not options.force:
-        raise InputError(
-            "The bundle has that target already.",
-            note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
-            hint="Build it again with --force.",
-        )
-    if "none" in targets:
-        raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
-    if manifest.model.weight_dtype in QUANTIZED_DTYPES and set(targets) != {"ort"}:
-        raise InputError(
-            "The target cannot take quantized weights.",
-            note=f"{root} has {manifest.model.weight_dtype} weights; {', '.join(targets)} was asked for.",
-            hint="Export the model again, without --dtype int4 or int8.",
-        )
+    _check_addable(bundle, targets, options.force)
     console = Console()
     graphs = {
         kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
@@ -69,34 +88,26 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     }
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
     with staged_directory(root.resolve(), force=True) as staged:
-        for name in manifest.files:
-            if not any(name.startswith(f"{target}/") for target in targets):
-                _link_or_copy(root / name, staged / name)
-        kept = {name: record for name, record in manifest.files.items() if (staged / name).exists()}
+        kept = _stage_the_rest(bundle, targets, staged)
         entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
         for target in targets:
-            cache = manifest.targets.get(target, {}).get("timing_cache")
-            timing_cache = b"" if cache is None else (root / cache).read_bytes()
-            entries[target] = build_target(staged, manifest, graphs, target, options, console, timing_cache)
+            entries[target] = build_target(target, staged, manifest, graphs, options, console, bundle)
         fresh = {
             file.relative_to(staged).as_posix(): record_file(file)
             for target in targets
             for file in sorted((staged / target).iterdir())
         }
-        results = {name: result for name, result in manifest.verification.items() if name not in targets}
         manifest = dataclasses.replace(
             manifest,
             targets=entries,
             files=kept | fresh,
             versions=manifest.versions | tool_versions(),
-            verification=results,
+            verification={name: result for name, result in manifest.verification.items() if name not in targets},
         )
-        (staged / MANIFEST_NAME).write_text(manifest.to_json())
+        made = write_manifest(staged, manifest)
         if options.verify:
-            from lora_drop_export.check.verify import verify
-
             verify(
-                Bundle(staged, manifest),
+                made,
                 targets=targets,
                 console=console,
                 threads=options.threads,

@@ -1,15 +1,14 @@
 """The export: from a model's name to a verified bundle.
 
-    checkpoint.py     what the user named → config and places of tensors
-    plan              ρ or a list → DropPlan                                (lora_drop_runtime.plan)
-    trace.py          config → one graph, shapes only
-    weights.py        checkpoint → weights/, once                           (quantize.py: int4, int8)
-    surgery.py        graph + plan → refresh.onnx, lora.onnx (neutral)
-    lower_ort.py      neutral → ort/steps.onnx, both in one graph
-    lower_trt.py      neutral → <target>/refresh.onnx, lora.onnx and weights.json
-    build_trt.py      → <target>/refresh.engine, lora.engine
-    verify.py         every step against eager PyTorch
-    bundle            manifest, atomic move to --out
+    checkpoint/       what the user named → config and places of tensors
+    decoder/          config → one graph, shapes only
+    facts             ρ or a list → DropPlan; limits, formats
+    weights/          checkpoint → weights/, once                           (quantize/: int4, int8)
+    check/calibrate   sample text → scales of int8 caches, which the graphs refer to
+    graphs/           graph + plan → refresh.onnx, lora.onnx (neutral)
+    targets/          neutral → what each target runs
+    verify            every step against eager PyTorch
+    files             manifest; then an atomic move to --out
 
 Everything is written to a temporary sibling of `out` and moved into place at the end. `add_target` begins at the
 lowering, with the graphs of a bundle.
@@ -22,9 +21,12 @@ import shutil
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
+from lora_drop_export.check.calibrate import calibrate_kv
+from lora_drop_export.check.perplexity import report_perplexity
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -39,7 +41,6 @@ from lora_drop_export.targets.target import build_target
 from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
-from lora_drop_export.weights.stored import StoredTensor
 
 from .facts import (
     adapter_matrices,
@@ -50,8 +51,9 @@ from .facts import (
     model_facts,
     special_tokens,
 )
-from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions
-from .options import ExportOptions
+from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions, write_manifest
+from .options import NO_TARGET, ExportOptions, with_drop_list_read
+from .verify import verify
 
 
 def write_bundle(
@@ -92,10 +94,8 @@ def write_bundle(
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if options.weights_format:
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
-    kv_scales: dict[str, StoredTensor] = {}
+    kv_scales: dict[str, TensorPlace] = {}
     if options.kv_dtype:
-        from lora_drop_export.check.calibrate import calibrate_kv
-
         scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
         kv_scales = store_arrays(scales, KV_SCALES_NAME, "float32", root)
         facts = dataclasses.replace(facts, kv_dtype=options.kv_dtype)
@@ -114,13 +114,20 @@ def write_bundle(
         for kind, proto in graphs.items():
             (root / f"{kind.value}.onnx").write_bytes(proto.SerializeToString())
     targets = {
-        target: build_target(root, manifest, graphs, target, options, console)
+        target: build_target(target, root, manifest, graphs, options, console)
         for target in options.targets
-        if target != "none"
+        if target != NO_TARGET
     }
-    manifest = dataclasses.replace(manifest, targets=targets, files=file_records(root, as_it_lay))
-    (root / MANIFEST_NAME).write_text(manifest.to_json())
-    return Bundle(root, manifest)
+    return write_manifest(root, dataclasses.replace(manifest, targets=targets, files=file_records(root, as_it_lay)))
+
+
+def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, console: Console) -> Bundle:
+    """Measure what quantization costs, and say it in the manifest."""
+    perplexity = report_perplexity(bundle, checkpoint, console=console)
+    if perplexity is None:
+        return bundle
+    said = bundle.manifest.quantization | {"perplexity": perplexity}
+    return write_manifest(bundle.root, dataclasses.replace(bundle.manifest, quantization=said))
 
 
 def export(model: str, out: str | Path, options: ExportOptions | None = None) -> Bundle:
@@ -134,7 +141,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         InputError, PlanError, ModelError, BundleError: nothing was changed on disk.
         VerificationError: the bundle disagrees with PyTorch; nothing is left at `out` but what was there.
     """
-    options = options or ExportOptions()
+    options = with_drop_list_read(options or ExportOptions())
     console = Console()
     out = Path(out)
     with staged_directory(out.resolve(), options.force) as root:
@@ -146,21 +153,12 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         if options.weights_format and options.verify:
-            from lora_drop_export.check.perplexity import report_perplexity
-
-            bundle = report_perplexity(bundle, checkpoint, console=console)
+            bundle = _with_perplexity(bundle, checkpoint, console)
         shutil.rmtree(root / "scratch", ignore_errors=True)
-        if options.verify and bundle.manifest.targets:
-            from lora_drop_export.check.verify import verify
-
-            bundle = verify(
-                bundle,
-                console=console,
-                threads=options.threads,
-                trust_remote_code=options.trust_remote_code,
-            )
-        elif not bundle.manifest.targets:
+        if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")
+        elif options.verify:
+            verify(bundle, console=console, threads=options.threads, trust_remote_code=options.trust_remote_code)
         else:
             console.say("not verified (--no-verify)")
     console.say(f"done: {out}")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
-from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, MODEL_SAFETENSORS
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
+from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
@@ -22,9 +23,9 @@ from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats
-from lora_drop_export.weights.stored import StoredTensor, bytes_read
+from lora_drop_export.targets.target import TARGETS
 
-from .options import ExportOptions
+from .options import BuildOptions, PlanOptions
 
 
 def chosen_formats(
@@ -43,8 +44,12 @@ def chosen_formats(
     return block_formats({name: ref.shape for name, ref in chosen.items()}, native, groups, quantization)
 
 
-def make_plan(traced: TracedModel, options: ExportOptions) -> DropPlan:
-    """The drop plan that the options ask for, on this model."""
+def make_plan(traced: TracedModel, options: PlanOptions) -> DropPlan:
+    """The drop plan that the options ask for, on this model.
+
+    Requires: a drop list's file is read (`with_drop_list_read`).
+    """
+    assert options.drop_list is None
     windowed = tuple(i for i, window in enumerate(traced.windows) if window)
     eligible = eligible_layers(len(traced.windows), options.always_first, options.always_last, windowed)
     ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
@@ -85,7 +90,7 @@ def _context_length(config: Any) -> int:
     return 2048
 
 
-def make_limits(config: Any, options: ExportOptions) -> Limits:
+def make_limits(config: Any, options: BuildOptions) -> Limits:
     """Capacities: 2048 tokens unless told otherwise, never more than the model's context."""
     context = _context_length(config)
     max_seq_len = options.max_seq_len or min(2048, context)
@@ -99,19 +104,17 @@ def make_limits(config: Any, options: ExportOptions) -> Limits:
     return Limits(max_seq_len, max_prompt_len, options.max_batch)
 
 
-def default_dtype(checkpoint: Checkpoint, options: ExportOptions) -> str:
-    """float32 on the CPU, else what most of the checkpoint has; engines of float32 checkpoints are bfloat16."""
-    if "ort" in options.targets:
-        return "float32"
+def default_dtype(checkpoint: Checkpoint, options: BuildOptions) -> str:
+    """What the first of the targets wants, and what most of the checkpoint has where there is none."""
     size: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
     most = max(size, key=lambda name: size[name])
-    dtype = BY_SAFETENSORS[most].name if most in MODEL_SAFETENSORS else "float32"
-    return "bfloat16" if dtype == "float32" and "none" not in options.targets else dtype
+    dtype = most if most in MODEL_DTYPES else "float32"
+    return next((target.dtype(dtype) for name, target in TARGETS.items() if name in options.targets), dtype)
 
 
-def adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: ExportOptions) -> Matrices:
+def adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: PlanOptions) -> Matrices:
     """Fitted adapters, or zeros that leave room for some, or none."""
     if options.adapters is not None:
         return read_adapters(options.adapters, plan, traced.hidden_size, fingerprint)
@@ -125,18 +128,18 @@ def model_facts(
     traced: TracedModel,
     dtype: str,
     fingerprint: str,
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, TensorPlace],
 ) -> ModelFacts:
     prefix = f"{traced.layers_prefix}."
     layer_bytes = [0] * len(traced.windows)
     head_bytes = 0
     for name, tensor in stored.items():
         if name.startswith(prefix):
-            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += bytes_read(tensor)
+            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.bytes_read
         elif name not in traced.embedding_only:
-            head_bytes += bytes_read(tensor)
+            head_bytes += tensor.bytes_read
     rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
-    tables = [bytes_read(t) // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
+    tables = [t.bytes_read // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
     embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
     return ModelFacts(
         name=checkpoint.name,

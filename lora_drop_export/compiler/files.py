@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from lora_drop_runtime.bundle.bundle import record_file
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, FileRecord
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, VERIFY_NAME, FileRecord, Manifest
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -82,3 +85,23 @@ def check_disk(root: Path, needed_bytes: int) -> None:
             note=f"The bundle needs {(needed_bytes + _SLACK_BYTES) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
             hint="Free some space, choose another --out, or use --weights link.",
         )
+
+
+def verification_details(root: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
+    """What verify.json says of a bundle's targets but for these; empty without the file."""
+    path = root / VERIFY_NAME
+    known: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+    return [result for result in known if result["target"] not in targets]
+
+
+def write_verification(root: Path, details: list[dict[str, Any]]) -> FileRecord:
+    """Write verify.json: the steps of each target's comparison."""
+    path = root / VERIFY_NAME
+    path.write_text(json.dumps(details, indent=1) + "\n")
+    return record_file(path)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Bundle:
+    """Write what a bundle says of itself, over what it said before; all that do so go through here."""
+    (root / MANIFEST_NAME).write_text(manifest.to_json())
+    return Bundle(root, manifest)

@@ -6,164 +6,211 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.bundle.manifest import (
-    ATTENTION_FORMS,
-    BLOCK_SIZES,
-    QUANTIZATIONS,
-    QUANTIZED_DTYPES,
-    TARGETS,
-    WEIGHT_SHARINGS,
-)
-from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.bundle.adapters import read_adapter_config
+from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, QUANTIZATIONS, QUANTIZED_DTYPES
+from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import spread_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers, spread_layers
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
+from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
 from lora_drop_export.quantize.formats import Quantization
-from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions, check_buildable
+from lora_drop_export.targets.target import TARGETS, TargetOptions
+
+NO_TARGET = "none"  # graphs only
+KV_DTYPES = ("int8",)
+WEIGHTS = ("copy", "link")
+_PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
+
+
+def check_least(flag: str, value: int | None, least: int, why: str = "") -> None:
+    """Refuse a number that is too small; None is not given."""
+    if value is not None and value < least:
+        fact = f"{flag} must be {'positive' if least == 1 else f'at least {least}'}."
+        note = f"It is {value}" + (f"; the smallest possible is {least}, {why}." if why else ".")
+        raise InputError(fact, note=note, hint=f"Use {least} or more.")
+
+
+def check_formats(
+    targets: Sequence[str], dtype: str | None, kv_dtype: str | None, bundle: str | Path | None = None
+) -> None:
+    """Refuse quantized weights and caches that a target does not take.
+
+    Args:
+        targets: known ones.
+        dtype: of weights; None is not given.
+        kv_dtype: of caches where it is not that of activations.
+        bundle: which has weights and caches already; else they are asked for.
+
+    Raises:
+        InputError: a target takes something else.
+    """
+    chosen = [TARGETS[name] for name in targets if name in TARGETS]
+    able = " or ".join(name for name, target in TARGETS.items() if target.takes_quantized_weights)
+    others = ", ".join(target.name for target in chosen if not target.takes_quantized_weights)
+    if dtype in QUANTIZED_DTYPES and others:
+        raise InputError(
+            "The target cannot take quantized weights.",
+            note=f"--dtype {dtype} works only with {able}; {others} takes {', '.join(MODEL_DTYPES)}."
+            if bundle is None
+            else f"{bundle} has {dtype} weights; {others} was asked for.",
+            hint=f"Use --target {able}, or another --dtype."
+            if bundle is None
+            else "Export the model again, without --dtype int4 or int8.",
+        )
+    able = " or ".join(name for name, target in TARGETS.items() if target.takes_int8_caches)
+    others = ", ".join(target.name for target in chosen if not target.takes_int8_caches)
+    if kv_dtype and (others or dtype not in (None, "float32", *QUANTIZED_DTYPES)):
+        raise InputError(
+            f"int8 caches work only with target {able} on the CPU.",
+            note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}."
+            if bundle is None
+            else f"{bundle} has {kv_dtype} caches; {others} was asked for.",
+            hint=f"Leave --kv-dtype out, or use --target {able} with --dtype fp32, int8 or int4."
+            if bundle is None
+            else "Export the model again, without --kv-dtype.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """The options of `lora-drop-export`; the README explains them. None is the default that the command prints."""
+class PlanOptions:
+    """What LoRA steps leave out, and what they do in its place."""
 
-    drop_ratio: float | None = None
-    drop_layers: Sequence[int] | None = None
-    drop_list_fingerprint: str | None = None  # of the model whose profile chose the layers
-    always_first: int = 3
-    always_last: int = 1
-    k: int = 3
-    surrogate: str | None = None
-    injection: str | None = None
-    policy: str | None = None
-    adapters: Path | None = None
-    rank: int | None = None
-    targets: tuple[str, ...] = ("ort",)
-    dtype: str | None = None
-    quantization: str | None = None
-    block_size: int | None = None
-    kv_dtype: str | None = None
-    max_seq_len: int | None = None
-    max_prompt_len: int | None = None
-    max_batch: int = 8
-    weights: str = "copy"
-    weight_sharing: str | None = None
-    attention: str | None = None
-    builder: BuilderOptions = dataclasses.field(default_factory=BuilderOptions)
-    verify: bool = True
-    force: bool = False
-    threads: int | None = None
-    trust_remote_code: bool = False
+    drop_ratio: float | None = option(
+        None, group=_PLAN, metavar="ρ", help="drop this fraction of the eligible layers, spread evenly (default 0.5)"
+    )
+    drop_layers: Sequence[int] | None = option(
+        None, group=_PLAN, metavar="4,6,9", parse=parse_layers, help="drop these layers, counted from 0"
+    )
+    drop_list: Path | None = option(None, group=_PLAN, metavar="FILE", help="drop the layers that this JSON file names")
+    drop_list_fingerprint: str | None = None  # of the model whose profile chose `drop_layers`
+    always_first: int = option(3, group=_PLAN, metavar="N", help="never drop the first N (default 3)")
+    always_last: int = option(1, group=_PLAN, metavar="N", help="never drop the last N (default 1)")
+    k: int = option(
+        3, group=_PLAN, help="LoRA steps between two refreshes, 0 for none (default 3; can be changed at run time)"
+    )
+    surrogate: str | None = option(
+        None,
+        group=_PLAN,
+        choices=tuple(SURROGATES),
+        help="what a dropped layer's output starts from (default: what the adapters were fitted for, else residual)",
+    )
+    injection: str | None = option(
+        None,
+        group=_PLAN,
+        choices=INJECTIONS,
+        help="one surrogate per layer, or one per half (default: what the adapters were fitted for, else block)",
+    )
+    policy: str | None = option(
+        None,
+        group=_PLAN,
+        choices=tuple(POLICIES),
+        help="what a refresh does about the tokens of the LoRA steps before it, unless a session says otherwise "
+        "(default: what the adapters were fitted for, else skip)",
+    )
+    adapters: Path | None = option(None, group=_PLAN, metavar="DIR", help="fitted adapters in PEFT's format")
+    rank: int | None = option(
+        None, group=_PLAN, metavar="R", help="leave room for adapters of this rank, to be loaded later (default 0)"
+    )
 
     def __post_init__(self) -> None:
-        if self.drop_ratio is not None and self.drop_layers is not None:
+        ways = [] if self.drop_ratio is None else [f"--drop-ratio {self.drop_ratio}"]
+        ways += [] if self.drop_layers is None else [f"--drop-layers {', '.join(map(str, self.drop_layers))}"]
+        ways += [] if self.drop_list is None or self.drop_layers is None else [f"--drop-list {self.drop_list}"]
+        if len(ways) > 1:
             raise InputError(
                 "The drop list is given twice.",
-                note=f"--drop-ratio {self.drop_ratio} and the layers {', '.join(map(str, self.drop_layers))}.",
+                note=f"{' and '.join(ways)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
         if self.drop_ratio is not None:
             spread_layers((), self.drop_ratio)  # the range checks need no model
         PeriodicSchedule(self.k)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """Targets, formats and capacities."""
+
+    targets: tuple[str, ...] = option(
+        ("ort",),
+        group=_BUILD,
+        flag="--target",
+        repeat=True,
+        metavar="|".join((*TARGETS, NO_TARGET)),
+        help="".join(f"{name}: {target.what}; " for name, target in TARGETS.items())
+        + f"{NO_TARGET}: the neutral graphs only. May be given several times",
+    )
+    dtype: str | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(BY_SHORT),
+        parse=long_name,
+        help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
+        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding, for ort on the CPU",
+    )
+    quantization: str | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(QUANTIZATIONS),
+        help="how int4 and int8 are found: the scale of the least error, or of the range (default search for int4)",
+    )
+    block_size: int | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(map(str, BLOCK_SIZES)),
+        help=f"weights that share a scale (default {BLOCK_SIZES[0]})",
+    )
+    kv_dtype: str | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(KV_DTYPES),
+        help="what K/V caches hold, for ort on the CPU (default: what activations are computed in)",
+    )
+    max_seq_len: int | None = option(
+        None, group=_BUILD, metavar="N", help="longest prompt + new tokens (default 2048 or the model's context)"
+    )
+    max_prompt_len: int | None = option(
+        None, group=_BUILD, metavar="N", help="longest prompt (default max-seq-len − 1)"
+    )
+    max_batch: int = option(8, group=_BUILD, metavar="N", help="most prompts at once (default 8)")
+    weights: str = option(
+        "copy",
+        group=_BUILD,
+        choices=WEIGHTS,
+        help="copy the checkpoint's files into the bundle (default) or hard-link them",
+    )
+
+    def __post_init__(self) -> None:
         for target in self.targets:
-            if target not in (*TARGETS, "none"):
-                raise InputError(
-                    "Unknown target.",
-                    note=f"{target!r} was given, known are {', '.join((*TARGETS, 'none'))}.",
-                    hint="Use --target ort.",
-                )
-            if target in DEVICE_TARGETS:
-                check_buildable(target, self.builder, self.form(target))
-        if len(set(self.targets)) != len(self.targets) or ("none" in self.targets and len(self.targets) > 1):
+            check_known("target", target, (*TARGETS, NO_TARGET), "--target")
+        if len(set(self.targets)) != len(self.targets) or (NO_TARGET in self.targets and len(self.targets) > 1):
             raise InputError(
                 "The targets exclude each other.",
                 note=f"Given are {', '.join(self.targets)}.",
                 hint="Name each target once; 'none' stands alone.",
             )
-        if self.dtype not in (None, *MODEL_DTYPES, *QUANTIZED_DTYPES):
-            raise InputError(
-                "Unknown dtype.",
-                note=f"{self.dtype!r} was given, known are {', '.join((*MODEL_DTYPES, *QUANTIZED_DTYPES))}.",
-                hint="Use --dtype fp32.",
-            )
-        self._check_quantization()
-        for what, chosen, known in (
-            ("way to store weights", self.weights, ("copy", "link")),
-            ("weight sharing", self.weight_sharing, (None, *WEIGHT_SHARINGS)),
-            ("form of attention", self.attention, (None, *ATTENTION_FORMS)),
-        ):
-            if chosen not in known:
-                names = [name for name in known if name]
-                raise InputError(
-                    f"Unknown {what}.",
-                    note=f"{chosen!r} was given, known are {' and '.join(names)}.",
-                    hint=f"Use {names[0]}.",
-                )
-        if self.builder.compute_capabilities != COMPUTE_CAPABILITIES and "tensorrt-rtx" not in self.targets:
-            given = ", ".join(self.builder.compute_capabilities)
-            raise InputError(
-                "The compute capabilities are those of tensorrt-rtx.",
-                note=f"Given are {given}; the targets are {', '.join(self.targets)}.",
-                hint="Leave them out: tensorrt builds for the GPU of this machine.",
-            )
-        if not self.builder.alias and all(self.form(target) != "plugin" for target in self.targets):
-            raise InputError(
-                "--no-alias is of the attention plugin.",
-                note=f"None of the targets {', '.join(self.targets)} has it.",
-                hint="Leave it out, or use --target tensorrt.",
-            )
-        if self.attention == "plugin" and "tensorrt-rtx" in self.targets:
-            raise InputError(
-                "The target cannot run plugins.",
-                note="'tensorrt-rtx' has its native layers alone, --attention plugin was asked for.",
-                hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
-            )
-        for option, value in (
-            ("--max-batch", self.max_batch),
-            ("--max-seq-len", self.max_seq_len),
-            ("--max-prompt-len", self.max_prompt_len),
-            ("--threads", self.threads),
-        ):
-            if value is not None and value < 1:
-                raise InputError(f"{option} must be positive.", note=f"It is {value}.", hint="Use 1 or more.")
-
-    def _check_quantization(self) -> None:
-        others = [target for target in self.targets if target not in ("ort", "none")]
-        if self.dtype in QUANTIZED_DTYPES and others:
-            raise InputError(
-                "The target cannot take quantized weights.",
-                note=f"--dtype {self.dtype} is of ort; {', '.join(others)} takes {', '.join(MODEL_DTYPES)}.",
-                hint="Use --target ort, or another --dtype.",
-            )
-        if self.kv_dtype not in (None, "int8"):
-            raise InputError(
-                "Unknown --kv-dtype.", note=f"{self.kv_dtype!r} was given, known is 'int8'.", hint="Use int8."
-            )
-        if self.kv_dtype and (others or self.dtype not in (None, "float32", *QUANTIZED_DTYPES)):
-            raise InputError(
-                "int8 caches are of target ort on the CPU.",
-                note=f"Targets are {', '.join(self.targets)}, --dtype is {self.dtype or 'not given'}.",
-                hint="Leave --kv-dtype out, or use --target ort with --dtype fp32, int8 or int4.",
-            )
-        for option, value, known in (
+        check_known("dtype", self.dtype, (*MODEL_DTYPES, *QUANTIZED_DTYPES))
+        check_known("--kv-dtype", self.kv_dtype, KV_DTYPES)
+        check_known("way to store weights", self.weights, WEIGHTS, "--weights")
+        check_formats(self.targets, self.dtype, self.kv_dtype)
+        for flag, value, known in (
             ("--quantization", self.quantization, QUANTIZATIONS),
             ("--block-size", self.block_size, BLOCK_SIZES),
         ):
-            if value is None:
-                continue
-            if self.dtype not in QUANTIZED_DTYPES:
+            if value is not None and self.dtype not in QUANTIZED_DTYPES:
                 raise InputError(
-                    f"{option} is of quantized weights.",
+                    f"{flag} applies only to quantized weights.",
                     note=f"It is {value}; --dtype is {self.dtype or 'not given'}.",
                     hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
                 )
-            if value not in known:
-                raise InputError(
-                    f"Unknown {option}.",
-                    note=f"{value!r} was given, known are {' and '.join(map(str, known))}.",
-                    hint=f"Use {known[0]}.",
-                )
+            check_known(flag, value, known)
+        check_least("--max-batch", self.max_batch, 1)
+        check_least("--max-seq-len", self.max_seq_len, 2, "a token of the prompt and a new one")
+        check_least("--max-prompt-len", self.max_prompt_len, 1)
 
     @property
     def weights_format(self) -> Quantization | None:
@@ -172,6 +219,43 @@ class ExportOptions:
             return None
         return Quantization.of(self.dtype, self.block_size, self.quantization)
 
-    def form(self, target: str) -> str:
-        """Of a TensorRT target's attention."""
-        return self.attention or ("plugin" if target == "tensorrt" else "native")
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How the command goes about it."""
+
+    verify: bool = option(True, group=_RUN, flag="--no-verify", help="do not compare the bundle with PyTorch")
+    force: bool = option(False, group=_RUN, help="replace an existing bundle at --out")
+    threads: int | None = option(None, group=_RUN, metavar="N", help="threads of the verification")
+    trust_remote_code: bool = option(False, group=_RUN, help="run the code that a checkpoint brings")
+
+    def __post_init__(self) -> None:
+        check_least("--threads", self.threads, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions(RunOptions, TargetOptions, BuildOptions, PlanOptions):  # fields begin with the last: --help's order
+    """The options of `lora-drop-export`; the README explains them. None is the default that the command prints."""
+
+    def __post_init__(self) -> None:
+        for part in (PlanOptions, BuildOptions, TargetOptions, RunOptions):
+            part.__post_init__(self)
+        for target in TARGETS.values():
+            target.check(self, self.targets)
+
+
+def with_drop_list_read(options: ExportOptions) -> ExportOptions:
+    """The layers that a drop list names in the place of its path, with a warning where its profile speaks against them.
+
+    Raises:
+        InputError: the file cannot be read, holds no drop list, or the layers are given twice.
+    """
+    if options.drop_list is None:
+        return options
+    found = read_drop_list(options.drop_list)
+    fitted_for = None if options.adapters is None else read_adapter_config(options.adapters).surrogate
+    options = dataclasses.replace(
+        options, drop_list=None, drop_layers=found.layers, drop_list_fingerprint=found.fingerprint
+    )
+    warn_of_base(found, options.surrogate or fitted_for or DEFAULT_SURROGATE)
+    return options

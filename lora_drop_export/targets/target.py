@@ -1,32 +1,91 @@
-"""The table of targets."""
+"""The table of targets: what executes the step graphs.
+
+A target is a folder here, one among the runtime's engines, a class in the manifest, and a row in `TARGETS`. Nobody else
+asks which target it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Manifest, TargetEntry
 from lora_drop_runtime.plan.schedule import StepKind
 
-from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
-from lora_drop_export.targets.ort.target import lower_to_ort
-from lora_drop_export.targets.trt.target import build_engines
+
+from .ort.target import OrtTarget
+from .trt.options import TrtOptions
+from .trt.target import TensorRt, TensorRtRtx
+
+
+@dataclass(frozen=True)
+class TargetOptions(TrtOptions):
+    """The options of all targets; each reads its own."""
+
+
+class Target(Protocol):
+    """A row of the table.
+
+    Attributes:
+        name: as users and bundles say it; its folder in a bundle.
+        what: it runs, for `--help`.
+        takes_quantized_weights: graphs with int4 or int8 weights.
+        takes_int8_caches: graphs with int8 K/V caches.
+    """
+
+    name: str
+    what: str
+    takes_quantized_weights: bool
+    takes_int8_caches: bool
+
+    def check(self, options: TargetOptions, targets: Sequence[str]) -> None:
+        """Refuse, before anything long begins, options that it cannot build with, or that it alone has where it is not
+        among the targets that are built."""
+
+    def dtype(self, of_checkpoint: str) -> str:
+        """Of activations, where the user names none; `of_checkpoint` is that of most of the weights."""
+
+    def build(
+        self,
+        root: Path,
+        manifest: Manifest,
+        graphs: Mapping[StepKind, Any],
+        options: TargetOptions,
+        console: Console,
+        earlier: Bundle | None,
+    ) -> TargetEntry:
+        """Lower the neutral graphs, build what it runs into `root/name`, and say in the manifest what that is.
+
+        Args:
+            root: of the bundle that is being written; the graphs' weights are there.
+            graphs: step → its neutral graph, an onnx.ModelProto; left as it was.
+            earlier: the bundle to which the target is added, which may have an older build of it.
+        """
+
+    def provider(self, dtype: str) -> str | None:
+        """What a verification runs it on, as `Session.open` has it."""
+
+    def runs_on_cpu(self, entry: TargetEntry, dtype: str) -> bool:
+        """Whether ONNX Runtime can run its graphs on the CPU where there is no device for it."""
+
+
+# In the order in which they choose the dtype of a bundle for several
+TARGETS: dict[str, Target] = {target.name: target for target in (OrtTarget(), TensorRt(), TensorRtRtx())}
 
 
 def build_target(
+    name: str,
     root: Path,
     manifest: Manifest,
     graphs: Mapping[StepKind, Any],
-    target: str,
-    options: ExportOptions,
+    options: TargetOptions,
     console: Console,
-    timing_cache: bytes = b"",
-) -> dict[str, Any]:
-    """Lower the neutral graphs, build what the target runs into `root/target`, and return its manifest entry."""
-    (root / target).mkdir()
-    if target == "ort":
-        with console.phase("lowering to ONNX Runtime"):
-            return lower_to_ort(root, graphs, manifest.limits.max_seq_len)
-    return build_engines(root, manifest, graphs, target, options, console, timing_cache)
+    earlier: Bundle | None = None,
+) -> TargetEntry:
+    """`Target.build`, into a folder that it makes."""
+    (root / name).mkdir()
+    return TARGETS[name].build(root, manifest, graphs, options, console, earlier)

@@ -1,7 +1,8 @@
 """What the commands share: how options are said and parsed, what a command needs, and how it ends.
 
 Options are said once, as the fields of a frozen settings class: name, default, help text. `add_options` makes arguments
-of them, `settings_of` the settings of what was given; what was not given is left to the class.
+of them, `settings_of` the settings of what was given; what was not given is left to the class. A field that is itself a
+settings class stands for the options of that one.
 
 A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130.
 """
@@ -129,6 +130,10 @@ def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
     return typing.cast("Callable[[str], Any]", annotation)
 
 
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.metadata[_OPTION].flag or f"--{field.name.replace('_', '-')}"
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """Add an argument for every field of a settings class that `option` made; what is not given stays unset."""
     types_of = typing.get_type_hints(settings)
@@ -136,16 +141,17 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     for field in dataclasses.fields(settings):
         said: _Option | None = field.metadata.get(_OPTION)
         if said is None:
+            if dataclasses.is_dataclass(types_of[field.name]):
+                add_options(parser, types_of[field.name])
             continue
         place: Any = parser
         if said.group is not None:
             if said.group not in groups:
                 groups[said.group] = parser.add_argument_group(said.group)
             place = groups[said.group]
-        flag = said.flag or f"--{field.name.replace('_', '-')}"
         arguments: dict[str, Any] = {"dest": field.name, "help": said.help, "default": argparse.SUPPRESS}
         if _without_none(types_of[field.name]) is bool:
-            place.add_argument(flag, action="store_const", const=not field.default, **arguments)
+            place.add_argument(_flag(field), action="store_const", const=not field.default, **arguments)
             continue
         arguments |= {"type": said.parse or _reader(types_of[field.name], said.repeat), "metavar": said.metavar}
         arguments |= {"choices": said.choices, "required": field.default is dataclasses.MISSING}
@@ -153,17 +159,48 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
             arguments["action"] = "append"
         if said.nargs is not None:
             arguments |= {"nargs": said.nargs, "const": said.const}
-        place.add_argument(flag, **arguments)
+        place.add_argument(_flag(field), **arguments)
 
 
 def settings_of(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
     """The settings that were given on the command line; the class checks them and adds its defaults."""
+    types_of = typing.get_type_hints(settings)
     given = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass, which TypeVar cannot say
-        if _OPTION in field.metadata and hasattr(arguments, field.name):
+        if _OPTION not in field.metadata:
+            if dataclasses.is_dataclass(types_of[field.name]):
+                given[field.name] = settings_of(types_of[field.name], arguments)
+        elif hasattr(arguments, field.name):
             value = getattr(arguments, field.name)
             given[field.name] = tuple(value) if field.metadata[_OPTION].repeat else value
     return settings(**given)
+
+
+def given_flags(settings: type[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Flag → value of those options of a settings class that were given, also where the value is the default."""
+    return {
+        _flag(field): getattr(arguments, field.name)
+        for field in dataclasses.fields(settings)
+        if _OPTION in field.metadata and hasattr(arguments, field.name)
+    }
+
+
+def check_known(what: str, chosen: Any, known: Sequence[Any], flag: str = "") -> None:
+    """Refuse an option's value that is not among those known; None is always.
+
+    Args:
+        what: is chosen, for the message: `form of attention`.
+        flag: the option, which the hint then names.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if chosen is not None and chosen not in known:
+        raise InputError(
+            f"Unknown {what}.",
+            note=f"{chosen!r} was given, known {'are' if len(known) > 1 else 'is'} {' and '.join(map(str, known))}.",
+            hint=f"Use {flag} {known[0]}." if flag else f"Use {known[0]}.",
+        )
 
 
 def require_export_packages(reason: str) -> None:

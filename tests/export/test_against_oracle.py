@@ -141,8 +141,10 @@ def test_graphs_of_tensorrt(name, tmp_path):
     options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24}
     bundle = make_bundle(name, tmp_path / "b", **options, surrogate="recurrent", rank=2)
     entry = bundle.target("tensorrt-rtx")[1]
-    assert entry["compute_capabilities"] == ["8.6", "8.9", "12.0"]
-    assert {kind: (bundle.root / entry[kind]).stat().st_size for kind in ("refresh", "lora")} == entry["engine_bytes"]
+    assert entry.compute_capabilities == ("8.6", "8.9", "12.0")
+    assert {
+        kind: (bundle.root / getattr(entry, kind)).stat().st_size for kind in ("refresh", "lora")
+    } == entry.engine_bytes
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
     engine = OrtEngine(bundle, "tensorrt-rtx", threads=1)
     with Session(bundle, engine, PeriodicSchedule(2)) as session:

@@ -140,11 +140,10 @@ import io, json
 import lora_drop_runtime, lora_drop_tools
 from lora_drop_tools.cli import main
 out = io.StringIO()
-one = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], max_new_tokens=8, threads=1, out=out)
-batch = lora_drop_tools.generate(sys.argv[1], sys.argv[2:], max_new_tokens=8, threads=1, out=io.StringIO())
-chat = lora_drop_tools.generate(
-    sys.argv[1], [sys.argv[2]], chat=True, max_new_tokens=8, threads=1, out=io.StringIO()
-)
+settings = lora_drop_tools.GenerateSettings(max_new_tokens=8, threads=1)
+one = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], settings, out=out)
+batch = lora_drop_tools.generate(sys.argv[1], sys.argv[2:], settings, out=io.StringIO())
+chat = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], settings, chat=True, out=io.StringIO())
 lora_drop_tools.inspect(sys.argv[1], check=True, out=io.StringIO())
 with lora_drop_runtime.Session.open(sys.argv[1], threads=1) as session:
     tokens = list(session.stream([1, 2, 3], 5))
@@ -235,7 +234,8 @@ def test_public_names() -> None:
     names = {
         "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError NoDeviceError "
         "PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind VerificationError",
-        "lora_drop_tools": "bench chat compare eval fit generate inspect profile",
+        "lora_drop_tools": "BenchSettings ChatSettings CompareSettings EvalSettings FitSettings GenerateSettings "
+        "ProfileSettings bench chat compare eval fit generate inspect profile",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():

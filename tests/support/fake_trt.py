@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, TrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import TrtEngine
@@ -40,7 +40,7 @@ from tests.support.bundles import Family, make_bundle
 from tests.support.fake_cuda import FakeCuda
 
 VERSION = "1.7.1.116"
-CAPABILITIES = ["8.6", "8.9", "12.0"]
+CAPABILITIES = ("8.6", "8.9", "12.0")
 SCRATCH = {StepKind.REFRESH: 5000, StepKind.LORA: 3000}
 TARGET = "tensorrt-rtx"
 
@@ -62,42 +62,47 @@ def make_device_bundle(
         StepKind.REFRESH: refresh_profiles(plan.k, limits.max_batch, chunk),
         StepKind.LORA: lora_profiles(limits.max_batch),
     }
-    entry: dict[str, Any] = {
-        "form": "native",
-        "weight_sharing": sharing,
-        "slots": slots,
-        "prefill_chunk": chunk,
-        "compute_capabilities": CAPABILITIES,
-        "version": VERSION,
-        "graphs": {},
-    }
     (root / TARGET).mkdir()
     tables = []
     refresh = None
+    graphs, engines = ({kind.value: f"{TARGET}/{kind.value}.{end}" for kind in StepKind} for end in ("onnx", "engine"))
     for kind in (StepKind.REFRESH, StepKind.LORA):
         neutral = onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
         lowered = trt_from_neutral(neutral, slots, weight_sharing=sharing, refresh=refresh)
         refresh = refresh or lowered
         tables.append(lowered.weights)
-        entry["graphs"][kind.value] = f"{TARGET}/{kind.value}.onnx"
-        entry[kind.value] = f"{TARGET}/{kind.value}.engine"
-        (root / entry["graphs"][kind.value]).write_bytes(lowered.proto.SerializeToString())
+        (root / graphs[kind.value]).write_bytes(lowered.proto.SerializeToString())
         plan_text = {
             "version": VERSION,
             "root": str(root),
-            "graph": entry["graphs"][kind.value],
+            "graph": graphs[kind.value],
             "profiles": list(profiles[kind].values()),
             "scratch": SCRATCH[kind],
         }
-        (root / entry[kind.value]).write_text(json.dumps(plan_text))
+        (root / engines[kind.value]).write_text(json.dumps(plan_text))
     if sharing == "inputs":
-        entry["weights"] = f"{TARGET}/weights.json"
         table = {name: dataclasses.asdict(weight) for name, weight in check_one_copy(tables).items()}
-        (root / entry["weights"]).write_text(json.dumps(table))
+        (root / TARGET / "weights.json").write_text(json.dumps(table))
+    entry = TrtEntry(
+        form="native",
+        weight_sharing=sharing,
+        slots=slots,
+        prefill_chunk=chunk,
+        refresh_profiles={n: (p["sequence"][0], p["sequence"][2]) for n, p in profiles[StepKind.REFRESH].items()},
+        graphs=graphs,
+        engine_bytes={kind: (root / file).stat().st_size for kind, file in engines.items()},
+        version=VERSION,
+        compute_capabilities=CAPABILITIES,
+        hardware_compatible=False,
+        version_compatible=False,
+        **engines,
+        weights=f"{TARGET}/weights.json" if sharing == "inputs" else None,
+        weight_bytes=0,
+    )
     return change_manifest(bundle, entry)
 
 
-def change_manifest(bundle: Bundle, entry: dict[str, Any]) -> Bundle:
+def change_manifest(bundle: Bundle, entry: TrtEntry) -> Bundle:
     """The bundle with this entry for tensorrt-rtx."""
     files = {f.relative_to(bundle.root).as_posix(): record_file(f) for f in (bundle.root / TARGET).iterdir()}
     manifest = dataclasses.replace(

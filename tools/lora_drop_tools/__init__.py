@@ -1,4 +1,4 @@
-"""The tools around a bundle: one function per `lora-drop` command, with its name and arguments.
+"""The tools around a bundle: one function per `lora-drop` command, with its name, and the class of its settings.
 
 generate, chat, inspect   need the runtime only
 bench                     the same; matplotlib for --plots, other runtimes for --peers
@@ -9,11 +9,31 @@ fit                       the same
 """
 
 from lora_drop_tools.bench.bench import bench
-from lora_drop_tools.compare import compare
+from lora_drop_tools.bench.settings import BenchSettings
+from lora_drop_tools.compare import CompareSettings, compare
 from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.fit.fit import fit
-from lora_drop_tools.generate import chat, generate
+from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.generate import ChatSettings, GenerateSettings, chat, generate
 from lora_drop_tools.inspect import inspect
 from lora_drop_tools.profile.profile import profile
+from lora_drop_tools.profile.settings import ProfileSettings
 
-__all__ = ["bench", "chat", "compare", "eval", "fit", "generate", "inspect", "profile"]
+__all__ = [
+    "BenchSettings",
+    "ChatSettings",
+    "CompareSettings",
+    "EvalSettings",
+    "FitSettings",
+    "GenerateSettings",
+    "ProfileSettings",
+    "bench",
+    "chat",
+    "compare",
+    "eval",
+    "fit",
+    "generate",
+    "inspect",
+    "profile",
+]

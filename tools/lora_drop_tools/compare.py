@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import require_export_packages
+from lora_drop_runtime.command_line import option, require_export_packages
 from lora_drop_runtime.errors import InputError
+
+from lora_drop_tools.shared.options import (
+    json_option,
+    policy_option,
+    provider_option,
+    target_option,
+    threads_option,
+    trust_remote_code_option,
+)
 
 if TYPE_CHECKING:
     from lora_drop_export.check.figures import Verification
 
 
-def compare(
-    bundle: str | Path,
-    *,
-    k: int | None = None,
-    target: str | None = None,
-    provider: str | None = None,
-    threads: int | None = None,
-    json_file: str | Path | None = None,
-    trust_remote_code: bool = False,
-    policy: str | None = None,
-) -> Verification:
+@dataclass(frozen=True)
+class CompareSettings:
+    """What is compared. What is None is the bundle's; `target`, `provider` and `threads` as for `Session.open`."""
+
+    k: int | None = option(None, help="compare under this window (default: the bundle's)")
+    policy: str | None = policy_option()
+    trust_remote_code: bool = trust_remote_code_option()
+    json_file: Path | None = json_option("write every step's figures")
+    target: str | None = target_option()
+    provider: str | None = provider_option()
+    threads: int | None = threads_option()
+
+
+def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     """Compare every step of a teacher-forced run with eager PyTorch and print a table.
 
     Raises:
@@ -40,21 +53,23 @@ def compare(
     console = Console()
     result = compare_bundle(
         Bundle.open(bundle),
-        target=target,
-        k=k,
-        provider=provider,
-        threads=threads,
+        target=settings.target,
+        k=settings.k,
+        provider=settings.provider,
+        threads=settings.threads,
         console=console,
-        trust_remote_code=trust_remote_code,
-        policy=policy,
+        trust_remote_code=settings.trust_remote_code,
+        policy=settings.policy,
     )
     print_table(result, console)
-    if json_file is not None:
+    if settings.json_file is not None:
         try:
-            Path(json_file).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+            settings.json_file.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
         except OSError as error:
             raise InputError(
-                "The figures cannot be written.", note=f"{json_file}: {error.strerror}.", hint="Give another --json."
+                "The figures cannot be written.",
+                note=f"{settings.json_file}: {error.strerror}.",
+                hint="Give another --json.",
             ) from None
     if not result.passed:
         raise failure(result)

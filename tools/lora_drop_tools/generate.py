@@ -5,6 +5,7 @@ Enters: a bundle and prompts. Leaves: text, printed as it comes. Token ids are t
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,57 @@ from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
+from lora_drop_runtime.command_line import option
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
+
+from lora_drop_tools.shared.options import policy_option, provider_option, target_option, threads_option
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How text is continued. What is None is the bundle's.
+
+    Attributes:
+        k: LoRA steps between refreshes, 0 for the full schedule.
+        temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
+        stop: strings that end a text, themselves left out.
+        target, provider, threads: as for `Session.open`.
+    """
+
+    max_new_tokens: int = option(64, metavar="N", help="write at most N tokens (default 64)")
+    k: int | None = option(None, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)")
+    policy: str | None = policy_option()
+    temperature: float = option(0.0, metavar="T", help="draw at this temperature; 0 is greedy (default)")
+    top_k: int = option(0, metavar="N", help="draw among the N likeliest; 0 is off (default)")
+    top_p: float = option(1.0, metavar="P", help="draw among those that hold this probability; 1 is off (default)")
+    repetition_penalty: float = option(
+        1.0, metavar="P", help="make what was said already less likely; 1 is off (default)"
+    )
+    seed: int | None = option(None, metavar="N", help="draw the same text every time")
+    stop: tuple[str, ...] = option((), repeat=True, metavar="TEXT", help="end before this text; may be repeated")
+    target: str | None = target_option()
+    provider: str | None = provider_option()
+    threads: int | None = threads_option()
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        return SamplingOptions(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+    def open(self, bundle: str | Path) -> Session:
+        """A session under this schedule."""
+        return Session.open(
+            bundle, k=self.k, policy=self.policy, target=self.target, provider=self.provider, threads=self.threads
+        )
+
+
+@dataclass(frozen=True)
+class ChatSettings(GenerateSettings):
+    """The same for `chat`, whose replies are longer."""
+
+    max_new_tokens: int = option(256, metavar="N", help="write at most N tokens (default 256)")
 
 
 @dataclass
@@ -42,16 +90,10 @@ def _questions() -> Iterator[str]:
 
 
 def _stream(
-    session: Session,
-    codec: TextCodec,
-    ids: npt.NDArray[np.int64],
-    max_new_tokens: int,
-    sampling: SamplingOptions | None,
-    stop: Sequence[str],
-    out: TextIO,
+    session: Session, codec: TextCodec, ids: npt.NDArray[np.int64], settings: GenerateSettings, out: TextIO
 ) -> Completion:
     """Print one completion as it is made; Ctrl-C ends it early and keeps what is there."""
-    pieces = codec.stream(stop)
+    pieces = codec.stream(settings.stop)
     text, tokens = [], 0
     begin = time.perf_counter()
 
@@ -60,7 +102,7 @@ def _stream(
         out.write(piece)
         out.flush()
 
-    stream = session.stream(ids, max_new_tokens, sampling=sampling)
+    stream = session.stream(ids, settings.max_new_tokens, sampling=settings.sampling)
     try:
         for token in stream:
             tokens += 1
@@ -76,21 +118,13 @@ def _stream(
     return Completion("".join(text), tokens, time.perf_counter() - begin, session.kv_bytes(), session.engine_notes())
 
 
-def chat(
-    bundle: str | Path,
-    *,
-    system: str | None = None,
-    k: int | None = None,
-    policy: str | None = None,
-    max_new_tokens: int = 256,
-    sampling: SamplingOptions | None = None,
-    stop: Sequence[str] = (),
-    target: str | None = None,
-    provider: str | None = None,
-    threads: int | None = None,
-) -> None:
-    """Talk to a model on the terminal. Ctrl-C ends a reply, end of input ends the chat."""
-    with Session.open(bundle, k=k, policy=policy, target=target, provider=provider, threads=threads) as session:
+def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = None) -> None:
+    """Talk to a model on the terminal. Ctrl-C ends a reply, end of input ends the chat.
+
+    Args:
+        system: a system message that the conversation begins with.
+    """
+    with settings.open(bundle) as session:
         codec = TextCodec.open(session.bundle.root / "tokenizer")
         messages = [{"role": "system", "content": system}] if system else []
         for line in _questions():
@@ -102,36 +136,29 @@ def chat(
                     note=f"It has {len(ids)} tokens, the bundle allows {session.bundle.manifest.limits.max_seq_len}.",
                     hint="Start a new chat, or export with a larger --max-seq-len.",
                 )
-            reply = _stream(session, codec, ids, min(max_new_tokens, room), sampling, stop, sys.stdout)
+            fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
+            reply = _stream(session, codec, ids, fitting, sys.stdout)
             messages.append({"role": "assistant", "content": reply.text})
 
 
 def generate(
     bundle: str | Path,
     prompts: Sequence[str],
+    settings: GenerateSettings,
     *,
     chat: bool = False,
-    k: int | None = None,
-    policy: str | None = None,
-    max_new_tokens: int = 64,
-    sampling: SamplingOptions | None = None,
-    stop: Sequence[str] = (),
-    target: str | None = None,
-    provider: str | None = None,
-    threads: int | None = None,
     out: TextIO | None = None,
 ) -> list[Completion]:
     """Continue prompts; a single one is streamed to `out` (standard output) as it is made, several run as a batch.
 
     Args:
         prompts: texts; with `chat`, user messages put into the model's chat template.
-        stop: strings that end a text, themselves left out.
 
     Raises:
         InputError, BundleError: what cannot be served.
     """
     out = out or sys.stdout
-    with Session.open(bundle, k=k, policy=policy, target=target, provider=provider, threads=threads) as session:
+    with settings.open(bundle) as session:
         codec = TextCodec.open(session.bundle.root / "tokenizer")
         if not prompts:
             raise InputError(
@@ -144,13 +171,13 @@ def generate(
             for prompt in prompts
         ]
         if len(encoded) == 1:
-            return [_stream(session, codec, encoded[0], max_new_tokens, sampling, stop, out)]
+            return [_stream(session, codec, encoded[0], settings, out)]
         begin = time.perf_counter()
-        rows = session.generate(encoded, max_new_tokens, sampling=sampling)
+        rows = session.generate(encoded, settings.max_new_tokens, sampling=settings.sampling)
         seconds = time.perf_counter() - begin
         completions = []
         for prompt, row in zip(prompts, rows, strict=True):
-            pieces = codec.stream(stop)
+            pieces = codec.stream(settings.stop)
             text = "".join(pieces.push(int(token)) for token in row) + pieces.finish()
             completions.append(Completion(text, len(row), seconds, session.kv_bytes(), session.engine_notes()))
             print(f"── {prompt}\n{text}", file=out, flush=True)

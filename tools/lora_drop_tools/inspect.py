@@ -52,14 +52,7 @@ def _targets(manifest: Manifest) -> list[str]:
     stored = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith("weights/"))
     for target, entry in manifest.targets.items():
         disk = sum(r.size_bytes for name, r in manifest.files.items() if name.startswith(f"{target}/"))
-        resident, what = stored, "the weights, once for both steps"
-        if "engine_bytes" in entry:
-            engines = sum(entry["engine_bytes"].values())
-            form = f"attention {entry['form']}"
-            if entry["weight_sharing"] == "inputs":
-                resident, what = engines + entry["weight_bytes"], f"weights once, as inputs of both engines; {form}"
-            else:
-                resident, what = engines, f"weights as constants, in each engine its own; {form}"
+        resident, what = entry.resident(stored)
         lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
     return lines
 

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
 from lora_drop_runtime.plan.schedule import StepKind
 
+from lora_drop_export.console import Console
 
-def lower_to_ort(root: Path, graphs: Mapping[StepKind, Any], max_seq_len: int) -> dict[str, Any]:
-    from .lower import ort_from_neutral
 
-    entry = {"steps": "ort/steps.onnx"}
-    joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], max_seq_len)
-    (root / entry["steps"]).write_bytes(joined.SerializeToString())
-    return entry
+class OrtTarget:
+    """The row `ort` of the table; it has no options of its own."""
+
+    name = "ort"
+    what = "ONNX Runtime (default)"
+    takes_quantized_weights = True
+    takes_int8_caches = True
+
+    def check(self, options: object, targets: Sequence[str]) -> None:
+        """Nothing of the options is its own."""
+
+    def dtype(self, of_checkpoint: str) -> str:
+        return "float32"  # the one dtype that the CPU computes in
+
+    def build(
+        self,
+        root: Path,
+        manifest: Manifest,
+        graphs: Mapping[StepKind, Any],
+        options: object,
+        console: Console,
+        earlier: Bundle | None,
+    ) -> OrtEntry:
+        from .lower import ort_from_neutral
+
+        entry = OrtEntry(steps=f"{self.name}/steps.onnx")
+        with console.phase("lowering to ONNX Runtime"):
+            joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], manifest.limits.max_seq_len)
+            (root / entry.steps).write_bytes(joined.SerializeToString())
+        return entry
+
+    def provider(self, dtype: str) -> str | None:
+        return None if dtype == "float32" else "cuda"
+
+    def runs_on_cpu(self, entry: TargetEntry, dtype: str) -> bool:
+        return dtype != "bfloat16"

@@ -1,38 +1,52 @@
-"""Options of the engine build, and what a library does not build for."""
+"""Options of the TensorRT targets, and what a library does not build for."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, WEIGHT_SHARINGS
+from lora_drop_runtime.command_line import check_known, option
 from lora_drop_runtime.engines.trt.library import library
 from lora_drop_runtime.engines.trt.plugin import plugin_path
 from lora_drop_runtime.errors import InputError
 
 COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")  # GeForce and RTX of the Ampere, Ada and Blackwell generations
+_GROUP = "how TensorRT builds"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BuilderOptions:
     """Options of the engine build; None leaves the library's default.
 
-    Args:
-        workspace_mib: most scratch memory that a layer may use, in MiB.
-        optimization_level: 0 (fast build) to 5.
-        hardware_compatible: engines that also run on newer GPU generations (tensorrt; Ampere and later).
-        version_compatible: engines that newer versions of the library run.
-        compute_capabilities: GPU generations that a tensorrt-rtx engine is built for.
-        alias: whether the plugin tells TensorRT that it updates its caches in place. If not, the builder cannot plan
-            a copy of them around it; past and present are bound to one address in either case.
+    `alias` says whether the plugin tells TensorRT that it updates its caches in place. If not, the builder cannot plan
+    a copy of them around it; past and present are bound to one address in either case.
     """
 
-    workspace_mib: int | None = None
-    optimization_level: int | None = None
-    hardware_compatible: bool = False
-    version_compatible: bool = False
-    compute_capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES
-    alias: bool = True
+    workspace_mib: int | None = option(
+        None, group=_GROUP, metavar="MIB", help="let no layer use more scratch memory than this"
+    )
+    optimization_level: int | None = option(
+        None, group=_GROUP, metavar="0…5", help="how long the builder searches, 0 for the least (default 3)"
+    )
+    hardware_compatible: bool = option(
+        False, group=_GROUP, help="build engines that run on Ampere GPUs and all later ones (tensorrt)"
+    )
+    version_compatible: bool = option(
+        False, group=_GROUP, help="build engines that later versions of the library load, too"
+    )
+    alias: bool = option(
+        True, group=_GROUP, flag="--no-alias", help="do not tell TensorRT that the plugin updates its caches in place"
+    )
+    compute_capabilities: tuple[str, ...] = option(
+        COMPUTE_CAPABILITIES,
+        group=_GROUP,
+        flag="--compute-capability",
+        repeat=True,
+        metavar="X.Y",
+        help="GPU generation that tensorrt-rtx builds for; may be given several times (default 8.6, 8.9 and 12.0)",
+    )
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -50,6 +64,31 @@ class BuilderOptions:
                 note=f"Given are {', '.join(self.compute_capabilities) or 'none'}.",
                 hint=f"Use --compute-capability {COMPUTE_CAPABILITIES[0]}.",
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrtOptions:
+    """What `tensorrt` and `tensorrt-rtx` are told; None is the target's own choice."""
+
+    weight_sharing: str | None = option(
+        None,
+        group="what is built",
+        choices=WEIGHT_SHARINGS,
+        help="what TensorRT engines do with weights: take them as inputs of both, with one copy on the device "
+        "(default), or hold them as constants, each its own",
+    )
+    attention: str | None = option(
+        None,
+        group="what is built",
+        choices=ATTENTION_FORMS,
+        help="what TensorRT computes attention with: its native layers, or the SkipWriteKVAttention plugin "
+        "(default with tensorrt)",
+    )
+    builder: BuilderOptions = dataclasses.field(default_factory=BuilderOptions)
+
+    def __post_init__(self) -> None:
+        check_known("weight sharing", self.weight_sharing, WEIGHT_SHARINGS)
+        check_known("form of attention", self.attention, ATTENTION_FORMS)
 
 
 def compute_capability(trt: Any, capability: str) -> Any:
@@ -78,7 +117,8 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
         if options.hardware_compatible:
             raise InputError(
                 "The target has no such option.",
-                note="--hardware-compatible is of tensorrt; tensorrt-rtx builds for the capabilities that it is given.",
+                note="--hardware-compatible applies only to tensorrt; tensorrt-rtx builds for the capabilities that it "
+                "is given.",
                 hint="Name them with --compute-capability.",
             )
     elif form == "plugin":

@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.bundle.manifest import Limits, Manifest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Limits, Manifest, TargetEntry, TrtEntry
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
-from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 
-from .build import EngineBuilder
-from .ep_context import ep_context_model
-from .lower import trt_from_neutral
-from .profiles import lora_profiles, refresh_profiles
-from .weight_inputs import check_one_copy
+from .options import COMPUTE_CAPABILITIES, TrtOptions, check_buildable
+
+if TYPE_CHECKING:  # what brings onnx is imported when a target is built
+    from .build import EngineBuilder
+    from .lower import TrtGraph
+    from .profiles import Profile
 
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 
@@ -45,63 +47,180 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
         )
 
 
-def build_engines(
-    root: Path,
-    manifest: Manifest,
-    graphs: Mapping[StepKind, Any],
-    target: str,
-    options: ExportOptions,
-    console: Console,
-    timing_cache: bytes,
-) -> dict[str, Any]:
-    plan, limits = manifest.plan, manifest.limits
-    sharing = options.weight_sharing or "inputs"
-    form = options.form(target)
-    slots = static_slots(plan, limits)
-    chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
-    profiles = {
-        StepKind.REFRESH: refresh_profiles(min(plan.k, *(n - 1 for n in slots.values())), limits.max_batch, chunk),
-        StepKind.LORA: lora_profiles(limits.max_batch),
-    }
-    entry: dict[str, Any] = {
-        "form": form,
-        "weight_sharing": sharing,
-        "slots": slots,
-        "prefill_chunk": chunk,
-        "refresh_profiles": {
-            name: [p["sequence"][0], p["sequence"][2]] for name, p in profiles[StepKind.REFRESH].items()
-        },
-        "graphs": {},
-        "engine_bytes": {},
-    }
-    builder = EngineBuilder(target, root, options.builder, console, timing_cache)
-    entry["version"], entry["compute_capabilities"] = builder.version, list(builder.compute_capabilities)
-    entry |= {name: getattr(options.builder, name) for name in ("hardware_compatible", "version_compatible")}
-    lower = functools.partial(
-        trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
-    )
-    refresh = lower(graphs[StepKind.REFRESH])
-    lora = lower(graphs[StepKind.LORA], refresh=refresh)
-    for kind, lowered in ((StepKind.REFRESH, refresh), (StepKind.LORA, lora)):
-        entry["graphs"][kind.value] = f"{target}/{kind.value}.onnx"
-        (root / entry["graphs"][kind.value]).write_bytes(lowered.proto.SerializeToString())
-        engine = builder.build(lowered.proto, profiles[kind])
-        entry[kind.value] = f"{target}/{kind.value}.engine"
-        (root / entry[kind.value]).write_bytes(engine)
-        entry["engine_bytes"][kind.value] = len(engine)
-        if target == "tensorrt-rtx":
-            context = ep_context_model(lowered.proto, f"{kind.value}.engine", PROVIDERS["rtx"], builder.version)
-            entry.setdefault("ep_context", {})[kind.value] = f"{target}/{kind.value}_context.onnx"
-            (root / entry["ep_context"][kind.value]).write_bytes(context.SerializeToString())
-        _report_engine(kind, len(engine), lowered.constant_bytes, target, console)
-    if sharing == "inputs":
-        weights = check_one_copy([refresh.weights, lora.weights])
-        entry["weights"] = f"{target}/weights.json"
-        (root / entry["weights"]).write_text(json.dumps({n: dataclasses.asdict(w) for n, w in weights.items()}) + "\n")
-        entry["weight_bytes"] = sum(weight.size_bytes for weight in weights.values())
-    else:
-        entry["weight_bytes"] = refresh.constant_bytes + lora.constant_bytes
-    if builder.timing_cache:
-        entry["timing_cache"] = f"{target}/timing.cache"
-        (root / entry["timing_cache"]).write_bytes(builder.timing_cache)
-    return entry
+def _weights(root: Path, folder: str, graphs: Mapping[StepKind, TrtGraph], sharing: str) -> tuple[str | None, int]:
+    """(the table of weights that are inputs, written into the folder; bytes of all weights)."""
+    from .weight_inputs import check_one_copy
+
+    if sharing != "inputs":
+        return None, sum(graph.constant_bytes for graph in graphs.values())
+    weights = check_one_copy([graph.weights for graph in graphs.values()])
+    file = f"{folder}/weights.json"
+    (root / file).write_text(json.dumps({name: dataclasses.asdict(w) for name, w in weights.items()}) + "\n")
+    return file, sum(weight.size_bytes for weight in weights.values())
+
+
+class TrtTarget:
+    """What both rows of the table share; see `Target` there."""
+
+    name: str
+    what: str
+    default_form: str  # of attention
+    takes_quantized_weights = False
+    takes_int8_caches = False
+
+    def form(self, options: TrtOptions) -> str:
+        return options.attention or self.default_form
+
+    def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
+        if self.name in targets:
+            check_buildable(self.name, options.builder, self.form(options))
+
+    def dtype(self, of_checkpoint: str) -> str:
+        return "bfloat16" if of_checkpoint == "float32" else of_checkpoint
+
+    def provider(self, dtype: str) -> str | None:
+        return None
+
+    def runs_on_cpu(self, entry: TargetEntry, dtype: str) -> bool:
+        assert isinstance(entry, TrtEntry)
+        return entry.form == "native" and dtype != "bfloat16"
+
+    def write_ep_context(self, root: Path, kind: StepKind, graph: TrtGraph, version: str) -> str | None:
+        """Write a step's engine as an EPContext node where the target has them, and name the file."""
+        return None
+
+    def build(
+        self,
+        root: Path,
+        manifest: Manifest,
+        graphs: Mapping[StepKind, Any],
+        options: TrtOptions,
+        console: Console,
+        earlier: Bundle | None,
+    ) -> TrtEntry:
+        from .build import EngineBuilder
+        from .lower import trt_from_neutral
+        from .profiles import lora_profiles, refresh_profiles
+
+        plan, limits = manifest.plan, manifest.limits
+        sharing, form = options.weight_sharing or "inputs", self.form(options)
+        slots = static_slots(plan, limits)
+        chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
+        profiles: dict[StepKind, dict[str, Profile]] = {
+            StepKind.REFRESH: refresh_profiles(min(plan.k, *(n - 1 for n in slots.values())), limits.max_batch, chunk),
+            StepKind.LORA: lora_profiles(limits.max_batch),
+        }
+        builder = EngineBuilder(self.name, root, options.builder, console, self._timing_cache(earlier))
+        lower = functools.partial(
+            trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
+        )
+        refresh = lower(graphs[StepKind.REFRESH])
+        lowered = {StepKind.REFRESH: refresh, StepKind.LORA: lower(graphs[StepKind.LORA], refresh=refresh)}
+        contexts, sizes = {}, {}
+        for kind, graph in lowered.items():
+            sizes[kind.value] = self._build_engine(root, kind, graph, profiles[kind], builder, console)
+            contexts[kind.value] = self.write_ep_context(root, kind, graph, builder.version)
+        table, weight_bytes = _weights(root, self.name, lowered, sharing)
+        timing_cache = f"{self.name}/timing.cache" if builder.timing_cache else None
+        if timing_cache is not None:
+            (root / timing_cache).write_bytes(builder.timing_cache)
+        return TrtEntry(
+            form=form,
+            weight_sharing=sharing,
+            slots=slots,
+            prefill_chunk=chunk,
+            refresh_profiles={
+                name: (ranges["sequence"][0], ranges["sequence"][2])
+                for name, ranges in profiles[StepKind.REFRESH].items()
+            },
+            graphs={kind.value: self._graph(kind) for kind in lowered},
+            engine_bytes=sizes,
+            version=builder.version,
+            compute_capabilities=builder.compute_capabilities,
+            hardware_compatible=options.builder.hardware_compatible,
+            version_compatible=options.builder.version_compatible,
+            refresh=self._engine(StepKind.REFRESH),
+            ep_context={kind: file for kind, file in contexts.items() if file is not None} or None,
+            lora=self._engine(StepKind.LORA),
+            weights=table,
+            weight_bytes=weight_bytes,
+            timing_cache=timing_cache,
+        )
+
+    def _graph(self, kind: StepKind) -> str:
+        return f"{self.name}/{kind.value}.onnx"
+
+    def _engine(self, kind: StepKind) -> str:
+        return f"{self.name}/{kind.value}.engine"
+
+    def _timing_cache(self, earlier: Bundle | None) -> bytes:
+        """What an earlier build measured; empty without one."""
+        entry = None if earlier is None else earlier.manifest.targets.get(self.name)
+        if earlier is None or not isinstance(entry, TrtEntry) or entry.timing_cache is None:
+            return b""
+        return (earlier.root / entry.timing_cache).read_bytes()
+
+    def _build_engine(
+        self,
+        root: Path,
+        kind: StepKind,
+        graph: TrtGraph,
+        profiles: Mapping[str, Profile],
+        builder: EngineBuilder,
+        console: Console,
+    ) -> int:
+        """Write a step's graph and its engine; returns the engine's size in bytes."""
+        (root / self._graph(kind)).write_bytes(graph.proto.SerializeToString())
+        engine = builder.build(graph.proto, profiles)
+        (root / self._engine(kind)).write_bytes(engine)
+        _report_engine(kind, len(engine), graph.constant_bytes, self.name, console)
+        return len(engine)
+
+
+class TensorRt(TrtTarget):
+    """TensorRT, which builds for the GPU of this machine and takes plugins."""
+
+    name = "tensorrt"
+    what = "engines for the GPU of this machine"
+    default_form = "plugin"
+
+    def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
+        super().check(options, targets)
+        if not options.builder.alias and not (self.name in targets and self.form(options) == "plugin"):
+            raise InputError(
+                "--no-alias applies only to the attention plugin.",
+                note=f"None of the targets {', '.join(targets)} has it.",
+                hint="Leave it out, or use --target tensorrt.",
+            )
+
+
+class TensorRtRtx(TrtTarget):
+    """TensorRT-RTX, which builds without a GPU for the generations that are named."""
+
+    name = "tensorrt-rtx"
+    what = "engines for RTX GPUs"
+    default_form = "native"
+
+    def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
+        super().check(options, targets)
+        if self.name not in targets and options.builder.compute_capabilities != COMPUTE_CAPABILITIES:
+            raise InputError(
+                "--compute-capability applies only to tensorrt-rtx.",
+                note=f"Given are {', '.join(options.builder.compute_capabilities)}; "
+                f"the targets are {', '.join(targets)}.",
+                hint="Leave it out: tensorrt builds for the GPU of this machine.",
+            )
+        if self.name in targets and options.attention == "plugin":
+            raise InputError(
+                "The target cannot run plugins.",
+                note="'tensorrt-rtx' has only its native layers, --attention plugin was asked for.",
+                hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
+            )
+
+    def write_ep_context(self, root: Path, kind: StepKind, graph: TrtGraph, version: str) -> str | None:
+        from .ep_context import ep_context_model
+
+        file = f"{self.name}/{kind.value}_context.onnx"
+        context = ep_context_model(graph.proto, f"{kind.value}.engine", PROVIDERS["rtx"], version)
+        (root / file).write_bytes(context.SerializeToString())
+        return file

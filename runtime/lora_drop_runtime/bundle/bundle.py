@@ -22,14 +22,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.errors import BundleError
 
-from .manifest import MANIFEST_NAME, TARGETS, FileRecord, Manifest
+from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
 from .safetensors_file import header_sha256
 
 
@@ -93,7 +92,7 @@ class Bundle:
                 )
         return cls(root, manifest)
 
-    def target(self, name: str | None) -> tuple[str, dict[str, Any]]:
+    def target(self, name: str | None) -> tuple[str, TargetEntry]:
         """A target's entry; the first one when `name` is None."""
         targets = self.manifest.targets
         chosen = name or next(iter(targets), None)
@@ -102,13 +101,13 @@ class Bundle:
             raise BundleError(
                 "The bundle cannot run on that target." if name else "The bundle has no target to run on.",
                 note=f"{f'{name!r} was asked for; ' if name else ''}the bundle at {self.root} has {held}.",
-                hint=f"Known targets are {', '.join(TARGETS)}; export with --target {TARGETS[0]}.",
+                hint=f"Known targets are {', '.join(ENTRIES)}; export with --target {next(iter(ENTRIES))}.",
             )
         return chosen, targets[chosen]
 
     def weight_inputs(self, target: str) -> dict[str, WeightInput]:
         """A target's table of weights that are engine inputs; empty when they lie inside the engines."""
-        name = self.target(target)[1].get("weights")
+        name = self.target(target)[1].weight_table
         if name is None:
             return {}
         table = json.loads((self.root / name).read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .graph_io import DEVICE_TARGETS, CacheShape, GraphIO, graph_io
+from .graph_io import CacheShape, GraphIO, graph_io
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
-TARGETS = ("ort", *DEVICE_TARGETS)
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
 QUANTIZED_DTYPES = ("int4", "int8")  # of weights
@@ -89,6 +89,100 @@ class FileRecord:
     header_only: bool = False
 
 
+@dataclass(frozen=True)
+class TargetEntry:
+    """What the manifest says of a target: a class each, found by the target's name in `ENTRIES`.
+
+    Its fields are the JSON object's keys, in their order; one whose default is None is left out where it is None.
+    Files are named relative to the bundle's root.
+    """
+
+    @property
+    def weight_table(self) -> str | None:
+        """The file with the table of weights that are inputs of its graphs; None where there are none."""
+        return None
+
+    def resident(self, stored_bytes: int) -> tuple[int, str]:
+        """Bytes in memory once opened, K/V cache and activations aside, and in words what they are.
+
+        Args:
+            stored_bytes: of the bundle's weights.
+        """
+        return stored_bytes, "the weights, once for both steps"
+
+
+@dataclass(frozen=True)
+class OrtEntry(TargetEntry):
+    """ONNX Runtime: `steps` is the graph that holds both steps."""
+
+    steps: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrtEntry(TargetEntry):
+    """TensorRT or TensorRT-RTX: an engine for each step.
+
+    Attributes:
+        form: of the attention, `native` or `plugin`.
+        weight_sharing: whether weights are `inputs` of both engines, or `constants` in each.
+        slots: capacity of each cache group, `kept` and `dropped`.
+        prefill_chunk: most tokens of a row in one call of a prefill.
+        refresh_profiles: name → fewest and most tokens of a row.
+        graphs: step → the ONNX that its engine was built from.
+        engine_bytes: step → size of its engine.
+        version: of the library that built them.
+        compute_capabilities: GPU generations that they run on; also later ones where `hardware_compatible`.
+        version_compatible: whether later versions of the library load them.
+        refresh, lora: the engines.
+        ep_context: step → the engine as an EPContext node (tensorrt-rtx).
+        weights: the table of weights, where those are inputs.
+        weight_bytes: of all weights that the engines read or hold.
+        timing_cache: what the builder measured (tensorrt).
+    """
+
+    form: str
+    weight_sharing: str
+    slots: Mapping[str, int]
+    prefill_chunk: int
+    refresh_profiles: Mapping[str, tuple[int, int]]
+    graphs: Mapping[str, str]
+    engine_bytes: Mapping[str, int]
+    version: str
+    compute_capabilities: tuple[str, ...]
+    hardware_compatible: bool
+    version_compatible: bool
+    refresh: str
+    ep_context: Mapping[str, str] | None = None
+    lora: str
+    weights: str | None = None
+    weight_bytes: int
+    timing_cache: str | None = None
+
+    def engine(self, kind: StepKind) -> str:
+        """The file of a step's engine."""
+        return self.refresh if kind is StepKind.REFRESH else self.lora
+
+    @property
+    def weight_table(self) -> str | None:
+        return self.weights
+
+    def resident(self, stored_bytes: int) -> tuple[int, str]:
+        engines, form = sum(self.engine_bytes.values()), f"attention {self.form}"
+        if self.weight_sharing == "inputs":
+            return engines + self.weight_bytes, f"weights once, as inputs of both engines; {form}"
+        return engines, f"weights as constants, in each engine its own; {form}"
+
+
+@dataclass(frozen=True)
+class OtherEntry(TargetEntry):
+    """Of a target that this version does not know: kept as it is, so that the bundle's other targets can be run."""
+
+    data: Mapping[str, object]
+
+
+ENTRIES: dict[str, type[TargetEntry]] = {"ort": OrtEntry, "tensorrt": TrtEntry, "tensorrt-rtx": TrtEntry}
+
+
 def _object(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise TypeError(f"{data!r} stands where a JSON object is needed")
@@ -100,6 +194,27 @@ def _from_dict(cls: type[Any], data: Any) -> Any:
     return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in _object(data).items()})
 
 
+def _entry_from_dict(target: str, data: Any) -> TargetEntry:
+    """A target's entry from JSON, whose lists become tuples also one level down."""
+    if target not in ENTRIES:
+        return OtherEntry(_object(data))
+    inner = {
+        key: {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
+        for key, value in _object(data).items()
+        if isinstance(value, dict)
+    }
+    entry: TargetEntry = _from_dict(ENTRIES[target], data | inner)
+    return entry
+
+
+def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
+    """What stands in the manifest for a target: its fields, less those that it has not got."""
+    if isinstance(entry, OtherEntry):
+        return entry.data
+    absent = {f.name for f in dataclasses.fields(entry) if f.default is None and getattr(entry, f.name) is None}
+    return {name: value for name, value in dataclasses.asdict(entry).items() if name not in absent}
+
+
 @dataclass(frozen=True)
 class Manifest:
     """`quantization`: bits, block size, method, and what it cost in perplexity; empty for weights as they were."""
@@ -108,7 +223,7 @@ class Manifest:
     plan: DropPlan
     limits: Limits
     special_tokens: SpecialTokens
-    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    targets: dict[str, TargetEntry] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -120,7 +235,9 @@ class Manifest:
         return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, target)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        data = dataclasses.asdict(self)
+        data["targets"] = {name: _entry_to_dict(entry) for name, entry in self.targets.items()}
+        return json.dumps(data, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, path: Path) -> Manifest:
@@ -145,7 +262,7 @@ class Manifest:
                 plan=_from_dict(DropPlan, data["plan"]),
                 limits=_from_dict(Limits, data["limits"]),
                 special_tokens=_from_dict(SpecialTokens, data["special_tokens"]),
-                targets={name: _object(entry) for name, entry in _object(data["targets"]).items()},
+                targets={name: _entry_from_dict(name, entry) for name, entry in _object(data["targets"]).items()},
                 files={name: FileRecord(**_object(record)) for name, record in _object(data["files"]).items()},
                 versions=_object(data["versions"]),
                 verification=_object(data["verification"]),

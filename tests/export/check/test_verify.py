@@ -17,7 +17,8 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.cli import main
 
 from lora_drop_export.check.figures import TOLERANCES, compare_logits
-from lora_drop_export.check.verify import compare, verify
+from lora_drop_export.check.verify import compare
+from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from tests.support.bundles import make_bundle, save_adapters
 

@@ -81,7 +81,7 @@ PLACES = {  # where an export may end early, from its beginning to its end
     "lowering": "lora_drop_export.targets.ort.lower.ort_from_neutral",
     "tokenizer": "lora_drop_export.compiler.export.copy_tokenizer",
     "records": "lora_drop_export.compiler.export.file_records",
-    "verification": "lora_drop_export.check.verify.verify",
+    "verification": "lora_drop_export.compiler.export.verify",
 }
 
 
@@ -143,7 +143,7 @@ def test_interrupted_between_two_graphs(place, monkeypatch, check_untouched):
 
 def test_verification_error(place, monkeypatch, capsys, check_untouched):
     error = VerificationError("It disagrees.", note="1 and 2.", hint="Look.")
-    monkeypatch.setattr("lora_drop_export.check.verify.verify", raising(error))
+    monkeypatch.setattr("lora_drop_export.compiler.export.verify", raising(error))
     assert main(arguments(place / "engines", "--force")) == 1
     assert capsys.readouterr().err.endswith("error: It disagrees.\nNote: 1 and 2.\nHint: Look.\n")
     check_untouched()
@@ -194,7 +194,7 @@ def test_out_that_appears_during_the_export(place, monkeypatch, capsys, force):
         (place / "engines" / "notes.txt").write_text("mine")
         return bundle
 
-    monkeypatch.setattr("lora_drop_export.check.verify.verify", make_notes)
+    monkeypatch.setattr("lora_drop_export.compiler.export.verify", make_notes)
     assert main(arguments(place / "engines", *force)) == 2
     assert "error: The output directory" in capsys.readouterr().err
     assert list(snapshot(place)) == ["engines", "engines/notes.txt"]
@@ -203,7 +203,8 @@ def test_out_that_appears_during_the_export(place, monkeypatch, capsys, force):
 def test_bundle_that_appears_during_the_export(place, monkeypatch, capsys):
     """Another export was faster."""
     monkeypatch.setattr(
-        "lora_drop_export.check.verify.verify", lambda bundle, **_: (make_bundle("llama", place / "engines"), bundle)[1]
+        "lora_drop_export.compiler.export.verify",
+        lambda bundle, **_: (make_bundle("llama", place / "engines"), bundle)[1],
     )
     assert main(arguments(place / "engines", "--drop-layers", "5")) == 2
     assert "exists already" in capsys.readouterr().err
@@ -293,9 +294,9 @@ def test_killed_at_the_end(place):
     make_bundle("llama", place / "engines")
     before, expected = snapshot(place / "engines"), tokens(place / "engines")
     script = (
-        "import sys, time, lora_drop_export.cli, lora_drop_export.check.verify, tests.support.bundles as bundles\n"
+        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export, tests.support.bundles as bundles\n"
         "lora_drop_export.compiler.export.trace = lambda *_, **__: bundles.family('llama').traced\n"
-        "lora_drop_export.check.verify.verify = lambda *_, **__: time.sleep(600)\n"
+        "lora_drop_export.compiler.export.verify = lambda *_, **__: time.sleep(600)\n"
         "lora_drop_export.cli.main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", script, *arguments(place / "engines", "--force", "--drop-layers", "5")]

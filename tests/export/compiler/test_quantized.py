@@ -31,8 +31,8 @@ from tests.support.quantized import matrix
     [
         ({"dtype": "int4", "targets": ("ort", "tensorrt-rtx")}, ("cannot take quantized weights", "tensorrt-rtx")),
         ({"dtype": "int3"}, ("int3", "int4")),
-        ({"quantization": "rtn"}, ("--quantization is of quantized weights", "not given")),
-        ({"block_size": 32, "dtype": "float32"}, ("--block-size is of quantized weights", "float32")),
+        ({"quantization": "rtn"}, ("--quantization applies only to quantized weights", "not given")),
+        ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
         ({"dtype": "int4", "block_size": 64}, ("Unknown --block-size", "32 and 128")),
         ({"dtype": "int8", "quantization": "gptq"}, ("Unknown --quantization", "rtn")),
     ],

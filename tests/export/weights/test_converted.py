@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lora_drop_runtime.bundle.safetensors_file import TensorRef, read_tensors
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +60,7 @@ def test_converted_for_ort(tmp_path, model, dtype, sharded):
         np.testing.assert_allclose(session.prefill([[7, 3, 11, 19]]), theirs, rtol=0, atol=3e-5 * np.abs(theirs).max())
 
 
-def stored_tensor(path: Path, tensor: torch.Tensor) -> TensorRef:
+def stored_tensor(path: Path, tensor: torch.Tensor) -> TensorPlace:
     save_file({"x": tensor}, path)
     return read_tensors(path)["x"]
 
@@ -96,7 +96,7 @@ def test_narrowed(tmp_path, target):
     assert_same_values(ours, theirs)
 
 
-def sparse_tensor(path: Path, dtype: str, shape: tuple[int, int], width: int) -> TensorRef:
+def sparse_tensor(path: Path, dtype: str, shape: tuple[int, int], width: int) -> TensorPlace:
     """A large safetensors file of zeros that takes no room."""
     size = shape[0] * shape[1] * width
     header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from lora_drop_tools.bench.arms import TimedSession
-from lora_drop_tools.bench.result import Run
+from lora_drop_tools.bench.result import Memory, Run
 from lora_drop_tools.shared import machine
 
 from tests.support.bundles import make_bundle
@@ -33,6 +33,11 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "BANDWIDTH_ROUNDS", 1)
 
 
+def held(pss: dict[str, int] | None) -> Callable[..., list[Memory]]:
+    """Stands for `measure_memory`."""
+    return lambda name, bundle, windows, request, *_: [Memory(name, 3, request, pss)]
+
+
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
     """Replaces what takes time: every step under k takes the given seconds, 90 % of them in the engine."""
@@ -44,6 +49,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], No
             return Run(0.5, steps, [0.9 * seconds for seconds in steps], kv, kv)
 
         monkeypatch.setattr(TimedSession, "run", run)
-        monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": None}])
+        monkeypatch.setattr(bench_module, "measure_memory", held(None))
 
     return script

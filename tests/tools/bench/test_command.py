@@ -18,9 +18,12 @@ from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.settings import BenchSettings
 from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import weight_dtype
+
+from tests.tools.bench.conftest import held
 
 bench_module = importlib.import_module("lora_drop_tools.bench.bench")  # the name in the package is the function
 
@@ -84,7 +87,7 @@ def test_above_the_ceiling(
 def test_below_the_ceiling(bundles: list[Path], scripted: Callable[..., None]) -> None:
     scripted({0: 0.0100, 1: 0.0097, 3: 0.0096})
     out = io.StringIO()
-    result = bench(bundles, k=(1, 3), new_tokens=12, repeats=2, out=out)
+    result = bench(bundles, BenchSettings(k=(1, 3), new_tokens=12, repeats=2), out=out)
     assert {row.context for row in result.rows} == {116}  # by default 128 and 2048; the bundles allow 128 with 12 new
     assert [round(row.speedup, 3) for row in result.rows[:3]] == [1, 1.031, 1.042]
     assert not result.problems
@@ -96,24 +99,25 @@ def test_foreign_load_is_told(bundles: list[Path], scripted: Callable[..., None]
     monkeypatch.setattr(machine, "load_average", lambda: (1.5, 1.0, 1.0))
     monkeypatch.setattr(machine, "foreign_cores", lambda *_: 0.7)
     out = io.StringIO()
-    bench(bundles[0], k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=out)
+    bench(bundles[0], BenchSettings(k=(3,), contexts=(8,), new_tokens=12, repeats=2), out=out)
     assert "warning: The load average was 1.50 before the run" in out.getvalue()
     assert "warning: Other processes kept 0.70 cores busy" in out.getvalue()
 
 
 def test_too_much_for_the_memory_is_told(bundles: list[Path], scripted: Callable[..., None], monkeypatch: Any) -> None:
     scripted({0: 0.01, 3: 0.01})
-    monkeypatch.setattr(bench_module, "measure_memory", lambda *_: [{"k": 3, "pss": {"total": 6 * 10**9}}])
+    monkeypatch.setattr(bench_module, "measure_memory", held({"total": 6 * 10**9}))
     facts = machine.machine_facts() | {"memory_bytes": 8 * 10**9}
     monkeypatch.setattr(machine, "machine_facts", lambda: facts)
-    result = bench(bundles, k=(3,), contexts=(8,), new_tokens=12, repeats=2, out=io.StringIO())
+    result = bench(bundles, BenchSettings(k=(3,), contexts=(8,), new_tokens=12, repeats=2), out=io.StringIO())
     assert any("held 12.0 GB together" in text for text in result.warnings)
 
 
 def test_plots(bundles: list[Path], tmp_path: Path, scripted: Callable[..., None]) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra `bench`, is not installed")
     scripted({0: 0.0100, 1: 0.0097, 3: 0.0096})
-    bench(bundles, k=(1, 3), contexts=(8,), new_tokens=12, repeats=2, plots=tmp_path / "p", out=io.StringIO())
+    settings = BenchSettings(k=(1, 3), contexts=(8,), new_tokens=12, repeats=2, plots=tmp_path / "p")
+    bench(bundles, settings, out=io.StringIO())
     files = sorted(path.name for path in (tmp_path / "p").iterdir())
     assert files == [f"{name}_context8_batch1.png" for name in ("kv_saving", "latency", "speedup")]
     assert all((tmp_path / "p" / name).read_bytes().startswith(b"\x89PNG") for name in files)
@@ -160,20 +164,20 @@ def test_refused_before_any_work(
 def test_figures_without_matplotlib_are_refused(bundles: list[Path], monkeypatch: Any) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="Figures need matplotlib"):
-        bench(bundles, contexts=(8,), new_tokens=14, plots="plots")
+        bench(bundles, BenchSettings(contexts=(8,), new_tokens=14, plots=Path("plots")))
 
 
 def test_bundles_of_one_model(bundles: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="given twice"):
-        bench([bundles[0], bundles[0]], contexts=(8,))
+        bench([bundles[0], bundles[0]], BenchSettings(contexts=(8,)))
     other = Path(shutil.copytree(bundles[1], tmp_path / "other"))
     text = (other / MANIFEST_NAME).read_text()
     fingerprint = Bundle.open(other).manifest.model.fingerprint
     (other / MANIFEST_NAME).write_text(text.replace(fingerprint, "0" * len(fingerprint)))
     with pytest.raises(InputError, match="not of one model"):
-        bench([bundles[0], other], contexts=(8,))
+        bench([bundles[0], other], BenchSettings(contexts=(8,)))
     with pytest.raises(InputError, match="no bundle"):
-        bench([])
+        bench([], BenchSettings())
 
 
 def test_weight_dtype(bundles: list[Path]) -> None:

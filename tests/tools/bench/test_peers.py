@@ -21,6 +21,7 @@ from lora_drop_tools.bench.peers import worker as peer_worker
 from lora_drop_tools.bench.peers.options import peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
+from lora_drop_tools.bench.settings import BenchSettings
 
 FAKE_WORKER = """
 import json, sys
@@ -71,15 +72,16 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
     assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
     assert reason_against("onnxruntime-genai", both, "int4") is None
-    alone = peer_options(("transformers",), gguf, None, ())
+    alone = peer_options(("transformers",), [gguf], None, ())
     assert reason_against("transformers", alone, "float32") == (
         "it loads a Hugging Face directory, --model gives a .gguf file"
     )
     with pytest.raises(InputError, match="two models of one kind"):
         peer_options((), [gguf, gguf], None, ())
     with pytest.raises(InputError, match="Python of a peer"):
-        peer_options((), gguf, None, ["optimum-onnx"])
-    assert peer_options((), gguf, None, [f"optimum-onnx={sys.executable}"]).pythons == {"optimum-onnx": sys.executable}
+        peer_options((), [gguf], None, ["optimum-onnx"])
+    found = peer_options((), [gguf], None, [f"optimum-onnx={sys.executable}"])
+    assert found.pythons == {"optimum-onnx": sys.executable}
 
 
 def test_what_is_not_installed_is_found_missing() -> None:
@@ -130,9 +132,9 @@ def test_command_with_peers(
     monkeypatch.setattr(bench_peers, "WORKER", worker)
     monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
     out = io.StringIO()
-    options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": (), "out": out}
-    options |= {"model": [hf_directory, tmp_path / "model.gguf"], "peer_cache": tmp_path / "cache"}
-    result = bench(bundles[1], new_tokens=12, **options)
+    options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": ()}
+    options |= {"model": (hf_directory, tmp_path / "model.gguf"), "peer_cache": tmp_path / "cache"}
+    result = bench(bundles[1], BenchSettings(new_tokens=12, **options), out=out)
     assert {row.name for row in result.peer_rows} == {"onnxruntime-genai", "transformers"}
     assert set(result.peers_left_out) == {"llama.cpp", "optimum-onnx"}
     assert result.peers_left_out["llama.cpp"] == "RuntimeError: cannot"
@@ -145,7 +147,7 @@ def test_command_with_peers(
     assert "transformers" in out.getvalue()
     assert "llama.cpp: RuntimeError: cannot" in out.getvalue()
 
-    result = bench(bundles[1], new_tokens=13, **options)
+    result = bench(bundles[1], BenchSettings(new_tokens=13, **options), out=out)
     assert not result.peer_rows
     assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
 

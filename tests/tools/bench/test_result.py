@@ -192,7 +192,7 @@ def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     plan = DropPlan(num_layers=8, drop_layers=(4, 6))
     session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
-    timed_session = TimedSession(session)
+    timed_session = TimedSession(session.bundle, engine)
     run = timed_session.run(np.array([[3, 4, 5], [6, 7, 8]]), 6, k=1)
     # Every logit is the same, so token 0, an end token, comes each time
     assert (run.step_seconds, run.engine_seconds) == ([3] * 5, [1] * 5)
@@ -202,7 +202,7 @@ def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [kv["kept"], kv["dropped"]] == [2 * part for part in costs.kv_bytes(manifest, 3, steps, 1)]
     again = timed_session.run(np.array([[3, 4, 5]]), 3, k=0)
     assert (again.step_seconds, again.engine_seconds) == ([3] * 2, [1] * 2)
-    session.close()
+    timed_session.session.close()
     assert engine.times_closed == 1
 
 

@@ -16,6 +16,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval import scoring as eval_scoring
 from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.shared import costs
 
 from tests.support.bundles import family, make_bundle
@@ -107,7 +108,7 @@ def test_the_full_schedule_on_a_text_is_pytorch(bundle: Path, text: Path) -> Non
     """One window that is the whole text: its perplexity by one forward pass."""
     short = text.parent / "short.txt"
     short.write_text(TEXT[:100])
-    result = eval(bundle, k=(0,), text=short, window=100, prompt=20, threads=1, out=io.StringIO())
+    result = eval(bundle, EvalSettings(k=(0,), text=short, window=100, prompt=20, threads=1), out=io.StringIO())
     from lora_drop_runtime.text import TextCodec
 
     ids = torch.tensor(TextCodec.open(bundle / "tokenizer").encode(TEXT[:100]))
@@ -162,7 +163,8 @@ def test_another_bundle_is_not_taken_for_this_one(
     character_tokenizer(other)
     seen = count_prefills()
     for path in (bundle, other, bundle):
-        eval(path, k=(1,), text=text, window=48, prompt=8, windows=1, out_dir=tmp_path / "i", out=io.StringIO())
+        settings = EvalSettings(k=(1,), text=text, window=48, prompt=8, windows=1, out_dir=tmp_path / "i")
+        eval(path, settings, out=io.StringIO())
     assert seen == [0, 1, 0, 1]
     assert len(list((tmp_path / "i").iterdir())) == 2
 
@@ -233,4 +235,4 @@ def test_refused_before_any_work(
 def test_a_bundle_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
     make_bundle("llama", tmp_path / "b")
     with pytest.raises(InputError, match="no tokenizer"):
-        eval(tmp_path / "b", text=text, window=48, prompt=8)
+        eval(tmp_path / "b", EvalSettings(text=text, window=48, prompt=8))

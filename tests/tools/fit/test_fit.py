@@ -24,6 +24,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
 from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.fit.settings import FitSettings
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -228,7 +229,7 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
 
 
 def run_fit(model: Path, words: Path, out: Path, **options):
-    return fit(str(model), [words], out, **(SMALL | options))
+    return fit(str(model), FitSettings(text=(words,), out=out, **(SMALL | options)))
 
 
 def test_from_text_to_a_bundle(model_dir: Path, words: Path, tmp_path: Path) -> None:
@@ -393,9 +394,10 @@ def test_refusals(options, words_of_error, model_dir: Path, words: Path, tmp_pat
 
 
 def test_a_drop_list_of_another_model(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps({"drop_layers": [3], "fingerprint": "0" * 64}))
     with pytest.raises(PlanError, match="chosen for another model"):
-        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), drop_list_fingerprint="0" * 64)
-    assert list(tmp_path.iterdir()) == []
+        run_fit(model_dir, words, tmp_path / "a", drop_list=tmp_path / "list.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["list.json"]
 
 
 def test_what_is_there_is_not_touched(model_dir: Path, words: Path, tmp_path: Path) -> None:

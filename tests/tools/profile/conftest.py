@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from lora_drop_tools.profile.profile import profile
 from lora_drop_tools.profile.result import Profile
+from lora_drop_tools.profile.settings import ProfileSettings
 
 from tests.support.models import FAMILIES
 from tests.support.profiles import WINDOW, saved
@@ -32,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(text: Path) -> Callable[..., Profile]:
     """`profile` of little text."""
     options = {"tokens": 8 * WINDOW, "sensitivity_tokens": 2 * WINDOW, "window": WINDOW}
-    return lambda model, out, **more: profile(str(model), [text], out, **(options | more))
+    return lambda model, out, **more: profile(str(model), ProfileSettings(text=(text,), out=out, **(options | more)))
 
 
 @pytest.fixture(scope="session")

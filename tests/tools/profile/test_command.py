@@ -17,9 +17,10 @@ import torch
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile.greedy import Greedy
 from lora_drop_tools.profile.measures import layer_figures
-from lora_drop_tools.profile.profile import RANKINGS, profile
+from lora_drop_tools.profile.profile import profile
 from lora_drop_tools.profile.result import Profile
 from lora_drop_tools.profile.scoring import Scoring
+from lora_drop_tools.profile.settings import RANKINGS, ProfileSettings
 
 from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
 from tests.support.bundles import family, make_bundle
@@ -176,14 +177,14 @@ def test_refused_without_the_model(
 def test_refused_by_the_function(text: Path, tmp_path: Path) -> None:
     """What argparse would refuse before."""
     for options, word in (
-        ({"policy": "lossless"}, "--policy"),
-        ({"dtype": "int4"}, "--dtype"),
-        ({"rankings": ()}, "--r"),
+        ({"policy": "lossless"}, "refresh policy"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"rankings": ()}, "ranking"),
     ):
-        with pytest.raises(Exception, match=f"Unknown value for {word}"):
-            profile("model", [text], tmp_path / "out", **options)
+        with pytest.raises(Exception, match=f"Unknown {word}"):
+            profile("model", ProfileSettings(text=(text,), out=tmp_path / "out", **options))
     with pytest.raises(Exception, match="There is no text"):
-        profile("model", [], tmp_path / "out")
+        profile("model", ProfileSettings(text=(), out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

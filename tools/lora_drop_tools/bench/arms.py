@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.engines.engine import Engine
+from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 
@@ -40,13 +44,44 @@ class TimedEngine:
         return timed
 
 
-class TimedSession:
-    """The one place that looks inside a session: its engine is wrapped, and its token loop runs whole batches."""
+@dataclass(frozen=True)
+class SessionOptions:
+    """How all sessions of a benchmark run; as for `Session.open`."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self._engine = TimedEngine(session._engine)
-        session._engine = self._engine
+    policy: str
+    target: str | None = None
+    provider: str | None = None
+    threads: int | None = None
+
+
+def _open_engine(bundle: Bundle, options: SessionOptions) -> Engine:
+    """The engine that `Session.open` would take."""
+    name, _ = bundle.target(options.target)
+    if name in DEVICE_TARGETS and options.provider is None:
+        from lora_drop_runtime.engines.trt.engine import TrtEngine
+
+        return TrtEngine(bundle, name)
+    return OrtEngine(bundle, name, provider=options.provider, threads=options.threads)
+
+
+class TimedSession:
+    """A session whose engine notes its runs, and whose token loop runs whole batches. Use as a context manager."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, policy: str | None = None) -> None:
+        self._engine = TimedEngine(engine)
+        schedule = PeriodicSchedule(bundle.manifest.plan.k)  # every request brings its own
+        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy)
+
+    @classmethod
+    def open(cls, bundle: Bundle, options: SessionOptions) -> TimedSession:
+        """Raises BundleError where the bundle cannot run here."""
+        return cls(bundle, _open_engine(bundle, options), options.policy)
+
+    def __enter__(self) -> TimedSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
 
     def run(self, prompts: Ids, new_tokens: int, k: int) -> Run:
         """One greedy request, prompts int64 [B, T]; end tokens are ignored."""

@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.shared import machine
 
-from .arms import TimedSession
+from .arms import SessionOptions, TimedSession
 from .requests import Ids
+from .result import Memory, Request
 
 
 def report_memory(argument: str) -> None:
     """The body of the process that `Memory` is about; prints what it found as JSON."""
-    options = json.loads(argument)
-    ids = np.array(options["prompts"], np.int64)
+    given = json.loads(argument)
+    ids = np.array(given["prompts"], np.int64)
     found = []
-    with Session.open(options["bundle"], **options["session"]) as session:
-        timed = TimedSession(session)
-        for k in options["windows"]:
-            timed.run(ids, options["new_tokens"], k)
-            found.append({"k": k, "pss": machine.pss_bytes()})
+    with TimedSession.open(Bundle.open(given["bundle"]), SessionOptions(**given["options"])) as timed:
+        for k in given["windows"]:
+            timed.run(ids, given["new_tokens"], k)
+            found.append(machine.pss_bytes())
     print(json.dumps(found))
 
 
-def measure_memory(bundle: Bundle, windows: Sequence[int], prompts: Ids, new_tokens: int, session: Any) -> Any:
-    options = {
+def measure_memory(
+    name: str, bundle: Bundle, windows: Sequence[int], request: Request, prompts: Ids, options: SessionOptions
+) -> list[Memory]:
+    """Memory under each window, one after the other in one process.
+
+    Raises:
+        InputError: the process failed.
+    """
+    given = {
         "bundle": str(bundle.root),
         "windows": list(windows),
         "prompts": prompts.tolist(),
-        "new_tokens": new_tokens,
-        "session": session,
+        "new_tokens": request.new_tokens,
+        "options": dataclasses.asdict(options),
     }
-    code = "import sys; from lora_drop_tools.bench import report_memory; report_memory(sys.stdin.read())"
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(options), capture_output=True, text=True)
+    code = f"import sys; from {__name__} import report_memory; report_memory(sys.stdin.read())"
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(given), capture_output=True, text=True)
     if done.returncode:
         raise InputError(
             "The process that measures the memory failed.",
-            note=(done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1],
+            note=(done.stderr.strip().splitlines() or [f"It ended with code {done.returncode}."])[-1],
             hint="Run the bundle with: lora-drop generate",
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return [Memory(name, k, request, pss) for k, pss in zip(windows, found, strict=True)]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.text import TextCodec
 
 from .result import Request
+from .settings import BenchSettings
 
 Ids = npt.NDArray[np.int64]
 CONTEXTS = (128, 2048)
-FEWEST_CYCLES = 2  # in a request, for each k
 TEXT = (
     "The harbour town wakes before the sun does. Boats come in with the tide, gulls follow them, and the first "
     "crates of fish are on the quay while the lamps still burn. Mara keeps the ledger: how many crates, from "
@@ -42,52 +41,35 @@ def prompts_of(bundle: Bundle, context: int, rows: int) -> Ids:
     return np.stack([np.resize(np.roll(ids, -11 * row), context) for row in range(rows)]).astype(np.int64)
 
 
-def longest_prompt(bundles: Mapping[str, Bundle], new_tokens: int) -> int:
-    """Tokens that all bundles take before `new_tokens` more; at least 1, which `check` may refuse."""
+def _longest_prompt(bundles: Mapping[str, Bundle], new_tokens: int) -> int:
+    """Tokens that all bundles take before `new_tokens` more; at least 1, which `requests_of` may refuse."""
     limits = [bundle.manifest.limits for bundle in bundles.values()]
     return max(1, min(min(one.max_prompt_len, one.max_seq_len - new_tokens) for one in limits))
 
 
-def check(bundles: Mapping[str, Bundle], windows: Sequence[int], requests: Sequence[Request], repeats: int) -> None:
-    """Refuse before any work what would fail or mean nothing after minutes.
+def requests_of(bundles: Mapping[str, Bundle], settings: BenchSettings) -> list[Request]:
+    """What every arm is asked: each batch with each context.
 
     Raises:
-        InputError: k, context, batch, new tokens or repeats out of range, or more than a bundle allows.
+        InputError: more than a bundle allows.
     """
-    if repeats < 2:
-        raise InputError(
-            "There are too few repeats.",
-            note=f"--repeats is {repeats}; the noise is what repeats differ by, so it takes 2.",
-            hint="Use for example --repeats 5.",
-        )
-    for k in windows:
-        PeriodicSchedule(k)
+    contexts, new_tokens = settings.contexts, settings.new_tokens
+    if contexts is None:
+        longest = _longest_prompt(bundles, new_tokens)
+        contexts = tuple(sorted({min(context, longest) for context in CONTEXTS}))
+    requests = [Request(context, rows, new_tokens) for rows in settings.batches for context in contexts]
     for request in requests:
-        if request.context < 1 or request.rows < 1:
-            raise InputError(
-                "A prompt length or batch is out of range.",
-                note=f"{request.context} tokens in {request.rows} rows were asked for, the smallest is 1.",
-                hint="Use for example --contexts 128,2048 --batches 1.",
-            )
-        longest = max(windows)
-        needed = FEWEST_CYCLES * (longest + 1) + 1
-        if request.new_tokens < needed:
-            raise InputError(
-                "There are too few new tokens to measure.",
-                note=f"--new-tokens is {request.new_tokens}; {FEWEST_CYCLES} cycles of k = {longest} take {needed}.",
-                hint=f"Use at least --new-tokens {needed}, or a smaller --k.",
-            )
         for name, bundle in bundles.items():
             limits = bundle.manifest.limits
-            total = request.context + request.new_tokens
-            for what, value, limit, option in (
+            for what, value, limit, flag in (
                 ("prompts of", request.context, limits.max_prompt_len, "--max-prompt-len"),
-                ("sequences of", total, limits.max_seq_len, "--max-seq-len"),
+                ("sequences of", request.context + new_tokens, limits.max_seq_len, "--max-seq-len"),
                 ("batches of", request.rows, limits.max_batch, "--max-batch"),
             ):
                 if value > limit:
                     raise InputError(
                         "The bundle does not allow what is to be measured.",
                         note=f"It takes {what} {value}, {name} allows {limit}.",
-                        hint=f"Ask for less, or export with a larger {option}.",
+                        hint=f"Ask for less, or export with a larger {flag}.",
                     )
+    return requests

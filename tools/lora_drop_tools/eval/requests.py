@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
 
 from .result import FULL
 from .scoring import Window, phase_of
+from .settings import EvalSettings
 from .store import Key
 
 
@@ -41,26 +41,19 @@ class TaskItems:
     shots: list[Item]
 
 
-def check(
-    bundles: Mapping[str, Bundle], labels: Sequence[str], ks: Sequence[int], policies: Sequence[str], limit: int
-) -> None:
-    for k in ks:
-        PeriodicSchedule(k)
-    unknown = [policy for policy in policies if policy not in POLICIES]
-    if unknown or not policies:
-        raise InputError(
-            "Unknown refresh policy." if unknown else "There is no refresh policy.",
-            note=f"{unknown[0]!r} was given." if unknown else "None was given.",
-            hint=f"Known are {', '.join(POLICIES)}.",
-        )
-    if labels and (len(labels) != len(bundles) or len(set(labels)) < len(labels)):
+def check(bundles: Mapping[str, Bundle], settings: EvalSettings) -> None:
+    """Refuse before any work what the bundles do not allow.
+
+    Raises:
+        InputError: labels for other bundles, a bundle without a tokenizer, windows longer than one takes.
+    """
+    labels = settings.labels
+    if labels and len(labels) != len(bundles):
         raise InputError(
             "The labels do not fit the bundles.",
-            note=f"{', '.join(labels)} for {len(bundles)} bundles.",
+            note=f"{', '.join(labels)} are given for {len(bundles)} bundles.",
             hint="Give a different --label for each bundle, in their order, or none.",
         )
-    if limit < 1:
-        raise InputError("There is nothing to evaluate.", note=f"--limit is {limit}.", hint="Use at least 1.")
     for name, bundle in bundles.items():
         path = bundle.root / "tokenizer" / "tokenizer.json"
         if not path.is_file():
@@ -69,36 +62,32 @@ def check(
                 note=f"{name}: {path} does not exist; texts and tasks need one.",
                 hint="Export again from a checkpoint that has its tokenizer.json.",
             )
-
-
-def text_request(
-    path: str | Path, window: int, prompt: int, count: int, ks: Sequence[int], bundles: Mapping[str, Bundle]
-) -> TextRequest:
-    """Read the text and refuse windows that do not fit the bundles or the schedule."""
-    longest = max(ks)
-    if count < 1:
-        raise InputError("There is nothing to evaluate.", note=f"--windows is {count}.", hint="Use at least 1.")
-    if prompt <= longest or window < prompt + longest + 2:
-        raise InputError(
-            "A window has no room for a prompt and a whole cycle.",
-            note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of {longest + 1} tokens "
-            f"and {longest + 2} more.",
-            hint="Use for example --window 512 --prompt 32.",
-        )
-    for name, bundle in bundles.items():
+    for name, bundle in bundles.items() if settings.text is not None else ():
         limits = bundle.manifest.limits
-        if window > limits.max_seq_len or prompt > limits.max_prompt_len:
+        if settings.window > limits.max_seq_len or settings.prompt > limits.max_prompt_len:
             raise InputError(
                 "A window is longer than a bundle allows.",
-                note=f"--window is {window} and --prompt {prompt}, {name} allows {limits.max_seq_len} and "
-                f"{limits.max_prompt_len}.",
+                note=f"--window is {settings.window} and --prompt {settings.prompt}, {name} allows "
+                f"{limits.max_seq_len} and {limits.max_prompt_len}.",
                 hint="Use a smaller one, or export with a larger --max-seq-len.",
             )
+
+
+def text_request(settings: EvalSettings) -> TextRequest | None:
+    """The text, read; None where none was given.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if settings.text is None:
+        return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = settings.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("The text cannot be read.", note=f"{path}: {error}.", hint="Give a UTF-8 text file.") from None
-    return TextRequest(text, window, prompt, count)
+        raise InputError(
+            "The text cannot be read.", note=f"{settings.text}: {error}.", hint="Give a UTF-8 text file."
+        ) from None
+    return TextRequest(text, settings.window, settings.prompt, settings.windows)
 
 
 def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Window]:

@@ -82,6 +82,16 @@ class Workers:
             distributed.all_reduce(tensor)
             tensor /= self.count
 
+    def wait(self, device: str) -> None:
+        """Until all processes are here."""
+        import torch
+        import torch.distributed as distributed
+
+        if self.count > 1:
+            here = torch.ones(1, device=device)
+            distributed.all_reduce(here)
+            assert int(here) == self.count  # reading it waits for the device as well
+
 
 class Learner:
     """A and B as parameters of like size: A in units of its features, both times the root of the product's size."""
@@ -206,6 +216,40 @@ def _rate(step: int, options: DistillOptions) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
 
 
+class _State:
+    """What training has reached, in memory and in a file."""
+
+    def __init__(self, learner: Learner, options: DistillOptions, file: Path | None) -> None:
+        import torch
+
+        self.parameters, self._file = learner.all(), file
+        self.optimizer = torch.optim.AdamW(self.parameters, options.learning_rate, weight_decay=options.weight_decay)
+        self.losses: list[float] = []
+
+    def load(self, device: Any) -> None:
+        """Go on from the file where there is one."""
+        import torch
+
+        if self._file is None or not self._file.exists():
+            return
+        state = torch.load(self._file, weights_only=True, map_location=device)
+        self.losses = state["losses"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+
+    def save(self) -> None:
+        import torch
+
+        if self._file is None:
+            return
+        part = self._file.with_suffix(".part")
+        state = {"step": len(self.losses), "losses": self.losses, "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "parameters": [parameter.data for parameter in self.parameters]}, part)
+        part.replace(self._file)
+
+
 def distill(
     forcing: TeacherForcing,
     texts: Texts,
@@ -226,38 +270,27 @@ def distill(
     """
     import torch
 
-    parameters = learner.all()
+    state = _State(learner, options, state_file)
     with torch.no_grad():
-        workers.agree([*parameters, *learner.scales.values(), *learner.sizes.values()])
-    optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay)
-    begin, losses = 0, list[float]()
-    if state_file is not None and state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=forcing.device)
-        begin, losses = state["step"], state["losses"]
-        optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
+        workers.agree([*state.parameters, *learner.scales.values(), *learner.sizes.values()])
+    state.load(forcing.device)
     per_step = workers.count * options.accumulate
-    for step in range(begin, options.steps):
-        for group in optimizer.param_groups:
+    for step in range(len(state.losses), options.steps):
+        for group in state.optimizer.param_groups:
             group["lr"] = options.learning_rate * _rate(step, options)
-        optimizer.zero_grad()
+        state.optimizer.zero_grad()
         sums = Divergence()
         for turn in range(options.accumulate):
             ids, layout = texts(step * per_step + workers.rank * options.accumulate + turn)
             sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, learn=True)
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in state.parameters]
         torch._foreach_div_(gradients, options.accumulate)
         workers.average(gradients)
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
-        optimizer.step()
-        losses.append(sums.figures()["kl"])
-        progress(step + 1, options.steps, losses)
-        done = step + 1 == options.steps
-        if state_file is not None and workers.rank == 0 and ((step + 1) % options.checkpoint_every == 0 or done):
-            part = state_file.with_suffix(".part")
-            state = {"step": step + 1, "losses": losses, "optimizer": optimizer.state_dict()}
-            torch.save({**state, "parameters": [parameter.data for parameter in parameters]}, part)
-            part.replace(state_file)
-    return losses
+        torch.nn.utils.clip_grad_norm_(state.parameters, options.clip)
+        state.optimizer.step()
+        state.losses.append(sums.figures()["kl"])
+        progress(step + 1, options.steps, state.losses)
+        done = step + 1
+        if workers.rank == 0 and (done % options.checkpoint_every == 0 or done == options.steps):
+            state.save()
+    return state.losses

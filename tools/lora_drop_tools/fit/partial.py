@@ -22,13 +22,14 @@ def _difference(found: str, wanted: str) -> str:
 
 
 class Partial:
-    """The directory beside `out` that an interrupted fit leaves."""
+    """The directory beside `out` that an interrupted fit leaves; all processes read it, the first one changes it."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, force: bool, workers: Workers) -> None:
         self.root = out.with_name(f"{out.name}.partial")
         self.state, self.begin = self.root / "state.pt", self.root / "begin.pt"
         self._described = self.root / "settings.json"
         self._text = json.dumps(settings, indent=1)
+        self._writes = workers.rank == 0
         if resume:
             found = self._described.read_text() if self._described.is_file() else None
             if found != self._text:
@@ -39,7 +40,7 @@ class Partial:
                     hint="Give the same options as before, or leave --resume out.",
                 )
             return
-        if self.root.exists() and not force and workers.rank == 0:
+        if self.root.exists() and not force and self._writes:
             raise InputError(
                 "An unfinished fit is there.",
                 note=f"{self.root} is not touched.",
@@ -47,16 +48,24 @@ class Partial:
             )
 
     def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
-        """What distillation begins with."""
+        """Keep what distillation begins with."""
         import torch
 
+        if not self._writes:
+            return
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir(parents=True)
         torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, self.begin)
         self._described.write_text(self._text)  # last: without it there is nothing to resume
 
+    def remove(self) -> None:
+        """Forget it: the adapters are where they belong."""
+        if self._writes:
+            shutil.rmtree(self.root, ignore_errors=True)
+
 
 def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
+    """What distillation began with: adapters, scales of the features, figures of the stages before."""
     import torch
 
     try:

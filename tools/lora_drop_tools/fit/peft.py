@@ -30,7 +30,7 @@ def save_adapters(
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.{layers}.{layer}.{_HALVES[half]}"
         tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
-        scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.alpha)
+        scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.lora_alpha)
         tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
     path = directory / "adapter_model.safetensors"
     save_file(tensors, path)
@@ -40,14 +40,14 @@ def save_adapters(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": loaded.name,
         "r": plan.rank,
-        "lora_alpha": settings.alpha,
+        "lora_alpha": settings.lora_alpha,
         "lora_drop": {
             "drop_layers": list(plan.drop_layers),
             "surrogate": plan.surrogate,
             "injection": plan.injection,
             "base_fingerprint": loaded.fingerprint,
-            "k": list(settings.windows),
-            "policy": settings.policy,
+            "k": list(settings.k),
+            "policy": plan.policy,
         },
     }
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")

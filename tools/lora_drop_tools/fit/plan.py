@@ -3,60 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from .settings import FitSettings
 
 if TYPE_CHECKING:
+    from lora_drop_export.checkpoint.drop_list import DropList
     from lora_drop_export.decoder.loaded import LoadedModel
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 
-def plan_to_fit(
-    loaded: LoadedModel,
-    forcing: TeacherForcing,
-    drop_layers: Sequence[int] | None,
-    drop_ratio: float | None,
-    always: tuple[int, int] | None,
-    surrogate: str | None,
-    injection: str | None,
-    settings: FitSettings,
-) -> DropPlan:
-    """The bundle's plan, or the one that was asked for, with the rank to be fitted."""
+def _chosen_plan(forcing: TeacherForcing, settings: FitSettings, listed: DropList | None) -> DropPlan:
+    """The plan that was asked for, of a model that brings none."""
+    windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
+    first, last = settings.always or (3, 1)
+    ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
+    eligible = eligible_layers(len(forcing), first, last, windowed)
+    return DropPlan(
+        num_layers=len(forcing),
+        drop_layers=spread_layers(eligible, ratio) if listed is None else listed.layers,
+        surrogate=settings.surrogate or DEFAULT_SURROGATE,
+        injection=settings.injection or "block",
+        always_first=first,
+        always_last=last,
+        windowed_layers=windowed,
+    )
+
+
+def _check_nothing_chosen(loaded: LoadedModel, settings: FitSettings, listed: DropList | None) -> None:
+    """Refuse options that would change the plan of a bundle."""
     given = {
-        "a drop list": drop_layers if drop_layers is not None else drop_ratio,
-        "--always-first or --always-last": always,
-        "--surrogate": surrogate,
-        "--injection": injection,
+        "a drop list": listed if listed is not None else settings.drop_ratio,
+        "--always-first or --always-last": settings.always,
+        "--surrogate": settings.surrogate,
+        "--injection": settings.injection,
     }
-    if loaded.plan is not None:
-        odd = [name for name, value in given.items() if value is not None]
-        if odd:
-            raise InputError(
-                "A bundle brings its own plan.",
-                note=f"{loaded.name} is a bundle, and {odd[0]} was given.",
-                hint="Leave it out, or give the model that the bundle was made from.",
-            )
-        plan = loaded.plan
-    else:
-        windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
-        first, last = always or (3, 1)
-        eligible = eligible_layers(len(forcing), first, last, windowed)
-        ratio = 0.5 if drop_ratio is None else drop_ratio
-        plan = DropPlan(
-            num_layers=len(forcing),
-            drop_layers=spread_layers(eligible, ratio) if drop_layers is None else tuple(drop_layers),
-            surrogate=surrogate or DEFAULT_SURROGATE,
-            injection=injection or "block",
-            always_first=first,
-            always_last=last,
-            windowed_layers=windowed,
+    odd = [name for name, value in given.items() if value is not None]
+    if odd:
+        raise InputError(
+            "A bundle brings its own plan.",
+            note=f"{loaded.name} is a bundle, and {odd[0]} was given.",
+            hint="Leave it out, or give the model that the bundle was made from.",
         )
+
+
+def listed_layers(settings: FitSettings) -> DropList | None:
+    """The drop list that was given, from a file or by its layers."""
+    from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
+
+    if settings.drop_list is not None:
+        return read_drop_list(settings.drop_list)
+    return None if settings.drop_layers is None else DropList(settings.drop_layers)
+
+
+def plan_to_fit(
+    loaded: LoadedModel, forcing: TeacherForcing, settings: FitSettings, listed: DropList | None
+) -> DropPlan:
+    """The bundle's plan, or the one that was asked for, with the rank, window and policy to be fitted.
+
+    Raises:
+        InputError: the model brings a plan, and another one was asked for.
+        PlanError: the plan drops nothing, or the rank is larger than the hidden size.
+    """
+    if loaded.plan is None:
+        plan = _chosen_plan(forcing, settings, listed)
+        policy = settings.policy or DEFAULT_POLICY
+    else:
+        _check_nothing_chosen(loaded, settings, listed)
+        plan = loaded.plan
+        policy = settings.policy or plan.policy
     if not plan.drop_layers:
         raise PlanError(
             "No layer is dropped, so there is nothing to fit.",
@@ -70,4 +90,4 @@ def plan_to_fit(
             note=f"--rank is {settings.rank}, the hidden size {width}.",
             hint="Use --rank 16.",
         )
-    return dataclasses.replace(plan, rank=settings.rank, k=settings.windows[0], policy=settings.policy)
+    return dataclasses.replace(plan, rank=settings.rank, k=settings.k[0], policy=policy)

@@ -3,57 +3,120 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from lora_drop_runtime.command_line import check_known, option
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
-from lora_drop_tools.shared.corpus import DTYPES, check_known
+from lora_drop_tools.shared.corpus import DTYPES
+from lora_drop_tools.shared.options import trust_remote_code_option
 from lora_drop_tools.teacher_forcing.layout import check_policy
 
 LEARNING_RATE = 0.015
 PROMPT = 8  # tokens at least, before the first decode step
+_PLAN, _HOW = "the plan (of a bundle: its own)", "how"  # groups of --help
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What a fit depends on, besides the model and the texts; the README explains the options.
+    """What adapters are fitted to and how; what stands under `_PLAN` a bundle brings itself.
 
     Attributes:
-        windows: of k; each batch draws one.
+        text: UTF-8 files.
+        out: a directory; must not exist unless `force`.
+        drop_layers, drop_list: the layers to drop, or a file of `lora-drop profile` that says them; at most one.
+        k: LoRA steps between refreshes; of several each batch draws one.
+        policy: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's, else
+            `skip`, when None.
+        alpha: PEFT's; the rank when None, so that the scale is 1.
         tokens: that the closed form sees, 0 to begin with adapters that do nothing.
         steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens.
+
+    Raises:
+        InputError, PlanError: a value out of range.
     """
 
-    windows: tuple[int, ...]
-    policy: str
-    rank: int
-    alpha: float
-    tokens: int
-    steps: int
-    learning_rate: float
-    batch: int
-    window: int
-    accumulate: int
-    seed: int
-    dtype: str
+    text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="fit on this text; repeat for more")
+    out: Path = option(metavar="DIR", help="write the adapters there, in PEFT's format")
+
+    drop_ratio: float | None = option(
+        None, group=_PLAN, metavar="ρ", help="drop this share, as lora-drop-export does (default 0.5)"
+    )
+    drop_layers: tuple[int, ...] | None = option(
+        None, group=_PLAN, parse=parse_layers, metavar="4,6,9", help="drop these layers, counted from 0"
+    )
+    drop_list: Path | None = option(
+        None, group=_PLAN, metavar="FILE", help="drop the layers of a file of lora-drop profile"
+    )
+    always_first: int | None = option(None, group=_PLAN, metavar="N", help="never drop the first N (default 3)")
+    always_last: int | None = option(None, group=_PLAN, metavar="N", help="never drop the last N (default 1)")
+    surrogate: str | None = option(
+        None, group=_PLAN, choices=tuple(SURROGATES), help="what stands for a dropped layer (default residual)"
+    )
+    injection: str | None = option(
+        None, group=_PLAN, choices=INJECTIONS, help="replace whole blocks, or attention and MLP apart (default block)"
+    )
+    k: tuple[int, ...] = option((3,), group=_PLAN, metavar="K,…", help="windows, mixed if several (default 3)")
+    policy: str | None = option(
+        None, group=_PLAN, choices=tuple(POLICIES), help="what refreshes do at deployment (default skip)"
+    )
+    rank: int = option(16, group=_PLAN, metavar="R", help="fit matrices of this rank (default 16)")
+    alpha: float | None = option(
+        None, group=_PLAN, metavar="A", help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)"
+    )
+
+    tokens: int = option(
+        32768, group=_HOW, metavar="N", help="show the closed form so many tokens, 0 to skip it (default 32768)"
+    )
+    steps: int = option(300, group=_HOW, metavar="N", help="distil so many steps, 0 to skip it (default 300)")
+    learning_rate: float = option(
+        LEARNING_RATE, group=_HOW, metavar="X", help=f"how fast distillation learns (default {LEARNING_RATE})"
+    )
+    batch: int = option(4, group=_HOW, metavar="B", help="put so many texts into a batch (default 4)")
+    window: int = option(256, group=_HOW, metavar="T", help="take so many tokens of a text (default 256)")
+    accumulate: int = option(1, group=_HOW, metavar="N", help="take so many batches in a step (default 1)")
+    seed: int = option(0, group=_HOW, metavar="N", help="choose pieces of the text by this number (default 0)")
+    device: str = option("cpu", group=_HOW, metavar="NAME", help="run on this device of PyTorch (default cpu)")
+    dtype: str = option(
+        "fp32",
+        group=_HOW,
+        choices=tuple(DTYPES),
+        help="load the model in this dtype; adapters stay fp32 (default fp32)",
+    )
+    threads: int | None = option(
+        None, group=_HOW, metavar="N", help="run PyTorch on N threads of the CPU (default: its own choice)"
+    )
+    resume: bool = option(False, group=_HOW, help="go on where an interrupted fit with these options stopped")
+    force: bool = option(False, group=_HOW, help="replace adapters at --out, and begin anew")
+    trust_remote_code: bool = trust_remote_code_option(group=_HOW)
 
     def __post_init__(self) -> None:
-        check_known("--policy", self.policy, tuple(POLICIES))
-        check_known("--dtype", self.dtype, tuple(DTYPES))
-        for k in self.windows:
+        if self.drop_layers is not None and self.drop_list is not None:
+            raise InputError(
+                "The drop list is given twice.",
+                note="--drop-layers and --drop-list exclude each other.",
+                hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
+            )
+        policy = self.policy or DEFAULT_POLICY
+        check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
+        for k in self.k:
             PeriodicSchedule(k)
-            check_policy(POLICIES[self.policy], k)
-        if not self.windows or 0 in self.windows:
-            raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.windows}.", hint="Use --k 3.")
-        shortest = PROMPT + 2 * max(self.windows) + 2
+            check_policy(POLICIES[policy], k)
+        if not self.k or 0 in self.k:
+            raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.k}.", hint="Use --k 3.")
+        shortest = PROMPT + 2 * max(self.k) + 2
         if self.window < shortest:
             raise InputError(
                 "The window is too short.",
                 note=f"--window is {self.window}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
                 hint=f"Use --window {max(256, shortest)}.",
             )
-        for option, value, least in (
+        for flag, value, least in (
             ("--rank", self.rank, 1),
             ("--tokens", self.tokens, 0),
             ("--steps", self.steps, 0),
@@ -61,12 +124,26 @@ class FitSettings:
             ("--accumulate", self.accumulate, 1),
         ):
             if value < least:
-                raise InputError(f"{option} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
-        if not self.learning_rate > 0 or not self.alpha > 0:
+                raise InputError(f"{flag} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
+        if not self.learning_rate > 0 or not self.lora_alpha > 0:
             raise InputError(
                 "--learning-rate and --alpha must be positive.",
-                note=f"They are {self.learning_rate} and {self.alpha}.",
+                note=f"They are {self.learning_rate} and {self.lora_alpha}.",
                 hint="Leave them out for the defaults.",
             )
         if not self.tokens and not self.steps:
             raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
+
+    @property
+    def lora_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def always(self) -> tuple[int, int] | None:
+        """First and last layers that are always kept; None where neither was given."""
+        if self.always_first is None and self.always_last is None:
+            return None
+        return (
+            3 if self.always_first is None else self.always_first,
+            1 if self.always_last is None else self.always_last,
+        )

@@ -39,16 +39,6 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
     return texts
 
 
-def check_known(option: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a name that is not known."""
-    if value not in known:
-        raise InputError(
-            f"Unknown value for {option}.",
-            note=f"{value!r} was given, {', '.join(known)} are known.",
-            hint=f"Use {option} {known[0]}.",
-        )
-
-
 def check_window(loaded: LoadedModel, window: int) -> None:
     """Refuse windows that are longer than the model's context."""
     context = getattr(loaded.model.config, "max_position_embeddings", window)

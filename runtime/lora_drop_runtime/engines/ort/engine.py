@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS, JOINED_TARGET, LORA_STEP
+from lora_drop_runtime.bundle.graph_io import LORA_STEP
+from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
 from lora_drop_runtime.errors import BundleError, LoraDropError, NoDeviceError, first_line
@@ -89,18 +90,24 @@ class OrtEngine:
             )
         self._threads = threads
         self._steps = steps
-        on_device = target in DEVICE_TARGETS
+        assert isinstance(entry, OrtEntry | TrtEntry)  # check_runs
         self.target = target
-        self.chooses_tokens = on_device
+        self._joined = isinstance(entry, OrtEntry)
+        self.chooses_tokens = not self._joined
         # GroupQueryAttention (target ort) takes several tokens after others in one row only
-        self.batched_chunks = on_device
-        self.prefill_chunk: int | None = entry.get("prefill_chunk")
-        self._capacities: Mapping[str, int] | None = entry.get("slots")
-        self._joined = target == JOINED_TARGET
-        self._files = entry if self._joined else entry["graphs"]
-        if provider == "rtx":
-            self._files = entry["ep_context"]
-            self.prefill_chunk = entry["refresh_profiles"]["decode"][1]  # the provider takes the first profile
+        self.batched_chunks = not self._joined
+        self.prefill_chunk: int | None = None
+        self._capacities: Mapping[str, int] | None = None
+        if isinstance(entry, OrtEntry):
+            self._files: Mapping[StepKind, str] = dict.fromkeys(StepKind, entry.steps)
+        else:
+            self.prefill_chunk, self._capacities = entry.prefill_chunk, entry.slots
+            files = entry.graphs
+            if provider == "rtx":
+                assert entry.ep_context is not None  # check_runs
+                files = entry.ep_context
+                self.prefill_chunk = entry.refresh_profiles["decode"][1]  # the provider takes the first profile
+            self._files = {kind: files[kind.value] for kind in StepKind}
         self._memory: DeviceMemory | None = None
         if provider != "cpu":
             self._memory = DeviceMemory(onnxruntime, self._ep_device)
@@ -111,9 +118,9 @@ class OrtEngine:
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
         if self._joined:
-            self._sessions = dict.fromkeys(StepKind, self._open(self._files["steps"], replaced))
+            self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
         else:
-            self._sessions = {kind: self._open(self._files[kind.value], replaced) for kind in StepKind}
+            self._sessions = {kind: self._open(file, replaced) for kind, file in self._files.items()}
         _trim_heap()
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
@@ -238,7 +245,7 @@ class OrtEngine:
                 self._weights[name] = DeviceBuffer(name, address, replaced[name].shape, dtype)
         elif self._weights:
             self._weights |= replaced
-        elif self.target in DEVICE_TARGETS:
+        elif not self._joined:
             raise constant_adapters()
         else:
             create = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
-from lora_drop_runtime.bundle.manifest import ModelFacts
+from lora_drop_runtime.bundle.manifest import ModelFacts, OrtEntry, TrtEntry
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 
 PROVIDERS = {
@@ -25,11 +24,11 @@ def check_runs(bundle: Bundle, target: str, provider: str) -> None:
     """
     entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
     runs: dict[str, tuple[str, ...]] = {}
-    if target == "ort":
+    if isinstance(entry, OrtEntry):
         runs = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
-    if target in DEVICE_TARGETS and entry["form"] == "native":
+    if isinstance(entry, TrtEntry) and entry.form == "native":
         runs["cpu"] = ("float32", "float16")
-    if "ep_context" in entry:
+    if isinstance(entry, TrtEntry) and entry.ep_context is not None:
         runs["rtx"] = ("float32", "float16", "bfloat16")
     if provider not in PROVIDERS or dtype not in runs.get(provider, ()):
         able = ", ".join(name for name, dtypes in runs.items() if dtype in dtypes) or "none of ONNX Runtime's"

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.dtypes import float32_from_bfloat16, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
 from lora_drop_runtime.plan.schedule import StepKind
@@ -61,8 +62,10 @@ class TrtEngine:
 
     def __init__(self, bundle: Bundle, target: str, *, trt: Any = None, device: CudaDevice | None = None) -> None:
         self.target = target
-        self._entry = bundle.target(target)[1]
-        self.prefill_chunk: int | None = self._entry["prefill_chunk"]
+        entry = bundle.target(target)[1]
+        assert isinstance(entry, TrtEntry)
+        self._entry = entry
+        self.prefill_chunk: int | None = entry.prefill_chunk
         self._captures = Captures()
         self._steps: dict[Any, EngineStep] = {}
         self._made: weakref.WeakSet[EngineStep] = weakref.WeakSet()
@@ -81,7 +84,7 @@ class TrtEngine:
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
-        return fitting_slots(self._entry["slots"], needed)
+        return fitting_slots(self._entry.slots, needed)
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         array = self._memory.pinned(name, shape, dtype)

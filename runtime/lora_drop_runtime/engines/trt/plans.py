@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
+from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.errors import BundleError, NoDeviceError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -37,7 +38,9 @@ class Plans:
     def __init__(self, bundle: Bundle, target: str, trt: Any, device: CudaDevice) -> None:
         self._bundle = bundle
         self.target = target
-        self._entry = bundle.target(target)[1]
+        entry = bundle.target(target)[1]
+        assert isinstance(entry, TrtEntry)
+        self._entry = entry
         self._trt = trt
         self._device = device
         self._logger = error_logger(trt)
@@ -59,9 +62,9 @@ class Plans:
         """
         self._check_gpu()
         self._runtime = self._trt.Runtime(self._logger)
-        if self._entry.get("version_compatible"):
+        if self._entry.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such an engine brings the runtime of its own version
-        if self._entry["form"] == "plugin":
+        if self._entry.form == "plugin":
             load_plugin(self._trt)
         self._engines = {kind: self._deserialize(kind) for kind in StepKind}
         for kind, engine in self._engines.items():
@@ -86,14 +89,14 @@ class Plans:
     @property
     def size_bytes(self) -> int:
         """Of both plans; on the device they take about as much."""
-        return sum((self._bundle.root / self._entry[kind.value]).stat().st_size for kind in StepKind)
+        return sum((self._bundle.root / self._entry.engine(kind)).stat().st_size for kind in StepKind)
 
     # ── opening ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _check_gpu(self) -> None:
-        built_for = self._entry["compute_capabilities"]
+        built_for = self._entry.compute_capabilities
         capability = self._device.compute_capability
-        newer = self._entry.get("hardware_compatible") and int(capability.partition(".")[0]) >= 8
+        newer = self._entry.hardware_compatible and int(capability.partition(".")[0]) >= 8
         if capability not in built_for and not newer:
             raise NoDeviceError(
                 "The engines were built for other GPUs than the one here.",
@@ -102,25 +105,25 @@ class Plans:
             )
 
     def _deserialize(self, kind: StepKind) -> Any:
-        path = self._bundle.root / self._entry[kind.value]
+        path = self._bundle.root / self._entry.engine(kind)
         self._logger.clear()
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BundleError(
                 "TensorRT cannot load an engine of the bundle.",
-                note=f"{path.name} was built by {self.target} {self._entry['version']}, installed is "
+                note=f"{path.name} was built by {self.target} {self._entry.version}, installed is "
                 f"{self._trt.__version__}; it says: {self._logger.last_words()}",
-                hint=f"Install {self.target}=={self._entry['version']}, or export the model again here.",
+                hint=f"Install {self.target}=={self._entry.version}, or export the model again here.",
             )
         return engine
 
     def _check_io(self, kind: StepKind, tensors: list[EngineTensor], weights: Mapping[str, WeightInput]) -> None:
-        slots = {f"slots_{group}": size for group, size in self._entry["slots"].items()}
+        slots = {f"slots_{group}": size for group, size in self._entry.slots.items()}
         problems = io_problems(tensors, self._bundle.manifest.io(kind, self.target), weights, slots)
         if problems:
             raise BundleError(
                 "An engine does not fit the bundle's manifest.",
-                note=f"{self._entry[kind.value]}: {'; '.join(problems[:3])}.",
+                note=f"{self._entry.engine(kind)}: {'; '.join(problems[:3])}.",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             )
 
@@ -187,6 +190,6 @@ class Plans:
         """An error with TensorRT's own last words."""
         return BundleError(
             fact,
-            note=f"{self._entry[kind.value]}: {self._logger.last_words()}",
+            note=f"{self._entry.engine(kind)}: {self._logger.last_words()}",
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         )

@@ -7,6 +7,7 @@ on ONNX Runtime's CPU provider (tests/export/test_against_oracle.py, every famil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def neutral(bundle: Bundle, kind: StepKind) -> onnx.ModelProto:
 
 
 def graph_of(bundle: Bundle, kind: StepKind) -> onnx.ModelProto:
-    return onnx.load(bundle.root / bundle.target(RTX)[1]["graphs"][kind.value], load_external_data=False)
+    return onnx.load(bundle.root / bundle.target(RTX)[1].graphs[kind.value], load_external_data=False)
 
 
 def snapshot(root):
@@ -63,7 +64,7 @@ def test_the_parsed_network_has_the_inputs_and_outputs_of_the_table(kind, bundle
     network = builder.parse(graph_of(bundle, kind))[1]
     trt = builder.trt
     dtypes = {trt.float32: "float32", trt.int64: "int64"}
-    io, slots = bundle.manifest.io(kind, RTX), bundle.target(RTX)[1]["slots"]
+    io, slots = bundle.manifest.io(kind, RTX), bundle.target(RTX)[1].slots
     sizes = {"batch": -1, "sequence": -1, "rows": -1} | {f"slots_{group}": size for group, size in slots.items()}
     inputs = {t.name: t for t in (network.get_input(i) for i in range(network.num_inputs))}
     outputs = {t.name: t for t in (network.get_output(i) for i in range(network.num_outputs))}
@@ -135,14 +136,14 @@ def test_inputs_leave_no_weight_in_the_engines(bundle, tmp_path):
     matrices = {name: t.read() for name, t in tensors.items() if len(t.shape) == 2 and ".layers." in name}
     assert len(matrices) == 7 * 8
     for made, expected in ((bundle, False), (constants, True)):
-        engines = {kind: (made.root / made.target(RTX)[1][kind.value]).read_bytes() for kind in StepKind}
+        engines = {kind: (made.root / made.target(RTX)[1].engine(kind)).read_bytes() for kind in StepKind}
         dropped = made.manifest.plan.drop_layers
         for name, values in matrices.items():
             is_dropped = int(name.split(".layers.")[1].partition(".")[0]) in dropped
             assert holds(engines[StepKind.REFRESH], values) is expected, name
             assert holds(engines[StepKind.LORA], values) is (expected and not is_dropped), name
-    assert constants.target(RTX)[1]["weight_sharing"] == "constants"
-    assert "weights" not in constants.target(RTX)[1]
+    assert constants.target(RTX)[1].weight_sharing == "constants"
+    assert constants.target(RTX)[1].weights is None
 
 
 @pytest.mark.parametrize("name", ["len_kept", "valid"])
@@ -193,7 +194,7 @@ def test_half_precision_engines(name, dtype, tmp_path):
     options = ExportOptions(max_seq_len=64, targets=(RTX,), rank=2, surrogate="anchor")
     (tmp_path / "b").mkdir()
     made = write_bundle(tmp_path / "b", source.checkpoint, traced, dtype, options, Console())
-    assert set(made.target(RTX)[1]["engine_bytes"]) == {"refresh", "lora"}
+    assert set(made.target(RTX)[1].engine_bytes) == {"refresh", "lora"}
     for form in ("native", "plugin"):
         for kind in StepKind:
             lowered = trt_from_neutral(
@@ -252,8 +253,8 @@ def test_the_smallest_capacities(tmp_path):
     """A window that is longer than the caches: the decode profile ends with them."""
     made = make_bundle("llama", tmp_path / "b", targets=(RTX,), max_seq_len=3, max_prompt_len=1, max_batch=1, k=5)
     entry = made.target(RTX)[1]
-    assert entry["slots"] == {"kept": 2, "dropped": 1}
-    assert entry["refresh_profiles"] == {"decode": [1, 1], "prefill": [1, 1]}
+    assert entry.slots == {"kept": 2, "dropped": 1}
+    assert entry.refresh_profiles == {"decode": (1, 1), "prefill": (1, 1)}
 
 
 def test_profiles():
@@ -286,7 +287,8 @@ def test_add_target(tmp_path):
     whole = make_bundle("llama", tmp_path / "whole", targets=("ort", RTX))
     for kind in StepKind:
         assert graph_of(added, kind) == graph_of(whole, kind)
-    assert whole.target(RTX)[1].keys() == added.target(RTX)[1].keys()
+    sizes = {"engine_bytes": {}}  # engines are not built alike twice
+    assert dataclasses.replace(whole.target(RTX)[1], **sizes) == dataclasses.replace(added.target(RTX)[1], **sizes)
 
 
 def test_add_target_verifies_what_can_run_here(tmp_path):
@@ -322,24 +324,24 @@ class RecordingBuilder:
 def test_target_tensorrt(tmp_path, monkeypatch):
     """The plugin form, a timing cache that the next build starts from; what cannot run here is said to be not run."""
     monkeypatch.setattr(RecordingBuilder, "made", [], raising=False)
-    monkeypatch.setattr("lora_drop_export.targets.trt.target.EngineBuilder", RecordingBuilder)
-    monkeypatch.setattr("lora_drop_export.compiler.options.check_buildable", lambda *_: None)
+    monkeypatch.setattr("lora_drop_export.targets.trt.build.EngineBuilder", RecordingBuilder)
+    monkeypatch.setattr("lora_drop_export.targets.trt.target.check_buildable", lambda *_: None)
     made = make_bundle("llama", tmp_path / "b")
     added = add_target(made.root, ["tensorrt"], ExportOptions(verify=False))
     entry = added.target("tensorrt")[1]
-    assert (entry["form"], entry["weight_sharing"], entry["compute_capabilities"]) == ("plugin", "inputs", ["9.0"])
-    assert "ep_context" not in entry
+    assert (entry.form, entry.weight_sharing, entry.compute_capabilities) == ("plugin", "inputs", ("9.0",))
+    assert entry.ep_context is None
     for proto in RecordingBuilder.made[0].graphs:
         assert "SkipWriteKVAttention" in {node.op_type for node in proto.graph.node}
-    assert (made.root / entry["timing_cache"]).read_bytes() == b"measured"
+    assert (made.root / entry.timing_cache).read_bytes() == b"measured"
     options = ExportOptions(
         force=True, verify=False, attention="native", builder=BuilderOptions(version_compatible=True)
     )
     again = add_target(made.root, ["tensorrt"], options)
     entry = again.target("tensorrt")[1]
     assert RecordingBuilder.made[1].given_cache == b"measured"
-    assert (made.root / entry["timing_cache"]).read_bytes() == b"measuredmeasured"
-    assert (entry["form"], entry["version_compatible"], entry["hardware_compatible"]) == ("native", True, False)
+    assert (made.root / entry.timing_cache).read_bytes() == b"measuredmeasured"
+    assert (entry.form, entry.version_compatible, entry.hardware_compatible) == ("native", True, False)
     assert again.check_hashes() == []
     with pytest.raises(BundleError):
         Session.open(made.root, target="tensorrt")
@@ -389,7 +391,7 @@ def test_constants_are_not_duplicated(tmp_path):
     made = make_bundle("llama", tmp_path / "b", targets=(RTX,), weight_sharing="constants")
     tensor = read_tensors(made.root / "weights" / "model.safetensors")["model.layers.2.mlp.down_proj.weight"].read()
     for kind in StepKind:
-        engine = (made.root / made.target(RTX)[1][kind.value]).read_bytes()
+        engine = (made.root / made.target(RTX)[1].engine(kind)).read_bytes()
         assert sum(engine.count(np.ascontiguousarray(v).tobytes()[:64]) for v in (tensor, tensor.T)) <= 1
 
 
@@ -442,8 +444,8 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "named once each"),
         (["--target", RTX, "--attention", "plugin"], "cannot run plugins"),
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
-        (["--target", RTX, "--no-alias"], "--no-alias is of the attention plugin"),
-        (["--target", "ort", "--compute-capability", "8.6"], "are those of tensorrt-rtx"),
+        (["--target", RTX, "--no-alias"], "--no-alias applies only to the attention plugin"),
+        (["--target", "ort", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
         (["--target", RTX, "--optimization-level", "9"], "Unknown optimization level"),
         (["--target", RTX, "--workspace-mib", "0"], "workspace must be positive"),
     ],

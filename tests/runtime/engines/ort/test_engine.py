@@ -12,9 +12,9 @@ from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSc
 from lora_drop_runtime.engines.ort import engine as engine_ort
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 
-from lora_drop_export.check.verify import verify
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
 
@@ -228,7 +228,7 @@ def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
     entry = half_bundle.target("tensorrt-rtx")[1]
     for kind in StepKind:
         graph, wrapped = (
-            onnx.load(half_bundle.root / entry[part][kind.value], load_external_data=False).graph
+            onnx.load(half_bundle.root / getattr(entry, part)[kind.value], load_external_data=False).graph
             for part in ("graphs", "ep_context")
         )
         (node,) = wrapped.node
@@ -236,7 +236,7 @@ def test_engines_are_wrapped_for_the_rtx_provider(half_bundle):
         assert (node.op_type, node.domain) == ("EPContext", "com.microsoft")
         assert attributes["embed_mode"] == 0
         engine = half_bundle.root / "tensorrt-rtx" / attributes["ep_cache_context"].decode()
-        assert engine == half_bundle.root / entry[kind.value]
+        assert engine == half_bundle.root / entry.engine(kind)
         assert list(wrapped.input) == list(graph.input)
         assert list(wrapped.output) == list(graph.output)
         assert list(node.input) == [value.name for value in graph.input]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from lora_drop_runtime import BundleError, InputError, Session, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.errors import NoDeviceError
 
@@ -147,7 +149,8 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
 
 def test_the_plugin_library(copy: Bundle, monkeypatch, tmp_path: Path) -> None:
     entry = copy.manifest.targets[TARGET]
-    made = change_manifest(copy, {**entry, "form": "plugin"})
+    assert isinstance(entry, TrtEntry)
+    made = change_manifest(copy, dataclasses.replace(entry, form="plugin"))
     library = tmp_path / "plugin.so"
     monkeypatch.setenv("LORA_DROP_PLUGIN_LIB", str(library))
     cuda = FakeCuda()
@@ -173,19 +176,20 @@ def test_the_plugin_library(copy: Bundle, monkeypatch, tmp_path: Path) -> None:
 def test_engines_for_newer_gpus_and_versions(copy: Bundle) -> None:
     """hardware_compatible: any GPU from Ampere on; version_compatible: the engine brings code, to be allowed."""
     entry = copy.manifest.targets[TARGET]
+    assert isinstance(entry, TrtEntry)
     newer = FakeCuda(capability=(10, 3))
     refused(lambda: open_device_session(copy, cuda=newer), "other GPUs", "10.3", "8.6", error=NoDeviceError)
-    made = change_manifest(copy, {**entry, "hardware_compatible": True})
+    made = change_manifest(copy, dataclasses.replace(entry, hardware_compatible=True))
     session, _, _ = open_device_session(made, cuda=FakeCuda(capability=(10, 3)))
     session.close()
     refused(
         lambda: open_device_session(made, cuda=FakeCuda(capability=(7, 5))), "other GPUs", "7.5", error=NoDeviceError
     )
     for kind in StepKind:
-        path = copy.root / entry[kind.value]
+        path = copy.root / entry.engine(kind)
         path.write_text(json.dumps(json.loads(path.read_text()) | {"host_code": True}))
     refused(lambda: open_device_session(copy), "cannot load an engine", "host code")
-    session, _, _ = open_device_session(change_manifest(copy, {**entry, "version_compatible": True}))
+    session, _, _ = open_device_session(change_manifest(copy, dataclasses.replace(entry, version_compatible=True)))
     session.close()
 
 
@@ -207,7 +211,8 @@ def test_a_damaged_table_of_weights(copy: Bundle) -> None:
 
 def test_a_step_outside_the_profiles(copy: Bundle) -> None:
     entry = copy.manifest.targets[TARGET]
-    made = change_manifest(copy, {**entry, "prefill_chunk": 5})
+    assert isinstance(entry, TrtEntry)
+    made = change_manifest(copy, dataclasses.replace(entry, prefill_chunk=5))
     session, _, _ = open_device_session(made)
     with session:
         refused(lambda: session.prefill(np.array([[1, 2, 3, 4, 5]])), "not built", "(1, 5)", "(1, 1) to (4, 4)")

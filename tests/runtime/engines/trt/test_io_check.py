@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 from lora_drop_runtime import StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.trt import io_check
+from lora_drop_runtime.bundle.manifest import TrtEntry
+from lora_drop_runtime.dtypes import BY_TENSORRT
 from lora_drop_runtime.engines.trt.io_check import EngineTensor, io_problems
 
 from tests.support.device_steps import REFRESH
@@ -55,17 +56,18 @@ def test_networks_that_tensorrt_rtx_parses_have_the_tables_inputs_and_outputs(bu
     made = bundles(name)
     builder = EngineBuilder(TARGET, made.root, BuilderOptions(), Console())
     entry = made.manifest.targets[TARGET]
+    assert isinstance(entry, TrtEntry)
     for kind in StepKind:
-        proto = onnx.load(made.root / entry["graphs"][kind.value], load_external_data=False)
+        proto = onnx.load(made.root / entry.graphs[kind.value], load_external_data=False)
         _, network = builder.parse(proto)
         tensors = [
-            EngineTensor(tensor.name, io_check.BY_TENSORRT[tensor.dtype.name].name, tuple(tensor.shape), is_input)
+            EngineTensor(tensor.name, BY_TENSORRT[tensor.dtype.name].name, tuple(tensor.shape), is_input)
             for get, count, is_input in (
                 (network.get_input, network.num_inputs, True),
                 (network.get_output, network.num_outputs, False),
             )
             for tensor in map(get, range(count))
         ]
-        slots = {f"slots_{group}": size for group, size in entry["slots"].items()}
+        slots = {f"slots_{group}": size for group, size in entry.slots.items()}
         assert io_problems(tensors, made.manifest.io(kind, TARGET), made.weight_inputs(TARGET), slots) == []
         assert len(tensors) > 40

@@ -18,6 +18,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.eval.store import Store
 from lora_drop_tools.eval.tasks.files import TASKS, read_items
 from lora_drop_tools.eval.tasks.program import runs_to_its_end
@@ -165,7 +166,7 @@ def test_humaneval_comes_with_its_package() -> None:
 def test_tasks_without_lm_eval_are_refused(bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="Tasks need lm-eval"):
-        eval(bundle, tasks=["piqa"], data=data)
+        eval(bundle, EvalSettings(tasks=("piqa",), data=data))
     with pytest.raises(InputError, match="data file is missing"):
         read_items("humaneval", None)
 
@@ -393,5 +394,6 @@ def test_subsets_are_seeded_and_grow(bundle: Path, tmp_path: Path) -> None:
     assert places(5, 0) != places(5, 1)
     assert sorted(places(1000, 0)) == list(range(40))
     out = io.StringIO()
-    result = eval(bundle, k=(0,), tasks=["arc_easy"], data=tmp_path, limit=6, threads=1, out=out)
+    settings = EvalSettings(k=(0,), tasks=("arc_easy",), data=tmp_path, limit=6, threads=1)
+    result = eval(bundle, settings, out=out)
     assert result.rows[0].tasks["arc_easy"].figure.count == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class PeerOptions:
 
 def peer_options(
     names: Sequence[str],
-    model: str | Path | Sequence[str | Path] | None,
-    cache: str | Path | None,
+    sources: Sequence[Path],
+    cache: Path | None,
     pythons: Sequence[str],
 ) -> PeerOptions:
-    """Check what a user gave; no names are all names.
+    """Check what a user gave; no names are all names, `sources` are the models to load.
 
     Raises:
         InputError: an unknown peer, no model, a model that is neither a directory nor a .gguf file, or two of a kind.
@@ -73,7 +74,7 @@ def peer_options(
             hint="Use --peers alone for all that can run, or --peers with names, separated by commas.",
         )
     models: dict[str, Path] = {}
-    for path in [Path(model)] if isinstance(model, (str, Path)) else map(Path, model or ()):
+    for path in sources:
         kind = "directory" if (path / "config.json").is_file() else "gguf" if path.suffix == ".gguf" else None
         if kind is None or not path.exists():
             raise InputError(
@@ -104,7 +105,7 @@ def peer_options(
                 hint="For example --peer-python optimum-onnx=venv/bin/python.",
             )
         chosen[name] = path_text
-    return PeerOptions(tuple(names) or tuple(PEERS), models, None if cache is None else Path(cache), chosen)
+    return PeerOptions(tuple(names) or tuple(PEERS), models, cache, chosen)
 
 
 def _is_installed(module: str) -> bool:

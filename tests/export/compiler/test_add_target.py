@@ -1,0 +1,89 @@
+"""What an existing bundle fixes, what can be added to it, and what it says of a target that is built again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.cli import main
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
+from tests.support.bundles import make_bundle
+
+RTX = "tensorrt-rtx"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return make_bundle("llama", tmp_path_factory.mktemp("bundle") / "b")
+
+
+def test_int8_caches_are_refused_as_an_export_refuses_them(tmp_path, monkeypatch):
+    """Whatever the form of attention; before anything is built."""
+    made = make_bundle("llama", tmp_path / "b", kv_dtype="int8", targets=("none",), drop_layers=(4,))
+    with pytest.raises(InputError) as of_export:
+        ExportOptions(kv_dtype="int8", targets=(RTX,))
+    before = {file: file.stat().st_mtime_ns for file in made.root.rglob("*")}
+    with pytest.raises(InputError) as refused:
+        add_target(made.root, [RTX], ExportOptions(verify=False))
+    assert refused.value.fact == of_export.value.fact
+    assert "int8 caches" in refused.value.note
+    assert RTX in refused.value.note
+    assert "--kv-dtype" in refused.value.hint
+    assert {file: file.stat().st_mtime_ns for file in made.root.rglob("*")} == before
+    add_target(made.root, ["ort"], ExportOptions(verify=False))  # which takes them
+
+
+@pytest.mark.parametrize("others", [[], [{"target": RTX, "steps": [{"step": 0}]}]])
+def test_steps_of_an_engine_that_is_replaced_are_forgotten(others, tmp_path):
+    """They are those of the old one; what other targets' comparisons said stays, and the file's record is right."""
+    made = make_bundle("llama", tmp_path / "b")
+    path = made.root / "verify.json"
+    path.write_text(json.dumps([{"target": "ort", "steps": []}, *others]))
+    manifest = dataclasses.replace(
+        made.manifest,
+        files=made.manifest.files | {"verify.json": record_file(path)},
+        verification={"ort": {"status": "passed"}, RTX: {"status": "not run"}},
+    )
+    (made.root / MANIFEST_NAME).write_text(manifest.to_json())
+    again = add_target(made.root, ["ort"], ExportOptions(force=True, verify=False))
+    assert again.manifest.verification == {RTX: {"status": "not run"}}
+    assert again.check_hashes() == []
+    if others:
+        assert json.loads(path.read_text()) == others
+    else:
+        assert not path.exists()
+        assert "verify.json" not in again.manifest.files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--k", "3"], "--k 3"),
+        (["--max-batch", "8"], "--max-batch 8"),
+        (["--weights", "copy"], "--weights copy"),
+        (["--always-first", "3"], "--always-first 3"),
+        (["--target", "ort"], "--target ort"),
+        (["--drop-layers", "4,6"], "--drop-layers 4,6"),
+        (["--model", "somewhere"], "--model somewhere"),
+    ],
+)
+def test_an_option_that_the_bundle_fixes_is_seen_also_with_its_default(arguments, said, bundle: Bundle, capsys):
+    before = (bundle.root / MANIFEST_NAME).read_bytes()
+    assert main(["--out", str(bundle.root), "--add-target", "ort", "--force", "--no-verify", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"An existing bundle fixes that option.\nNote: {said} was given with --add-target.\n" in error
+    assert (bundle.root / MANIFEST_NAME).read_bytes() == before
+
+
+def test_what_the_bundle_does_not_fix_may_be_given(tmp_path: Path, capsys):
+    made = make_bundle("llama", tmp_path / "b")
+    more = ["--force", "--no-verify", "--threads", "1", "--weight-sharing", "inputs", "--workspace-mib", "64"]
+    assert main(["--out", str(made.root), "--add-target", "ort", *more]) == 0
+    assert capsys.readouterr().out == "targets: ort\n"

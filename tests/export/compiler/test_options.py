@@ -1,0 +1,87 @@
+"""Options said once: what the command line makes of them, and what is refused under its own name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.command_line import Parser, add_options, given_flags, settings_of
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions, with_drop_list_read
+from lora_drop_export.targets.trt.options import BuilderOptions
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="lora-drop-export")
+    add_options(parser, ExportOptions)
+    return parser
+
+
+def test_nothing_given_is_the_defaults(parser):
+    arguments = parser.parse_args([])
+    assert vars(arguments) == {}
+    assert settings_of(ExportOptions, arguments) == ExportOptions()
+
+
+def test_what_is_given_reaches_its_field(parser):
+    line = (
+        "--drop-layers 4,6 --always-first 2 --always-last 2 --k 5 --surrogate anchor --injection attn_mlp "
+        "--policy backfill --adapters a --rank 4 --target ort --target none --dtype bf16 --max-seq-len 99 "
+        "--max-prompt-len 9 --max-batch 2 --weights link --weight-sharing constants --attention native "
+        "--workspace-mib 7 --optimization-level 2 --hardware-compatible --version-compatible "
+        "--no-verify --force --threads 2 --trust-remote-code"
+    )
+    arguments = parser.parse_args(line.replace("--target none ", "").split())
+    assert settings_of(ExportOptions, arguments) == ExportOptions(
+        drop_layers=(4, 6),
+        always_first=2,
+        always_last=2,
+        k=5,
+        surrogate="anchor",
+        injection="attn_mlp",
+        policy="backfill",
+        adapters=Path("a"),
+        rank=4,
+        targets=("ort",),
+        dtype="bfloat16",
+        max_seq_len=99,
+        max_prompt_len=9,
+        max_batch=2,
+        weights="link",
+        weight_sharing="constants",
+        attention="native",
+        builder=BuilderOptions(
+            workspace_mib=7, optimization_level=2, hardware_compatible=True, version_compatible=True
+        ),
+        verify=False,
+        force=True,
+        threads=2,
+        trust_remote_code=True,
+    )
+    assert parser.parse_args(line.split()).targets == ["ort", "none"]
+
+
+def test_flags_that_were_given_are_known_by_name(parser):
+    arguments = parser.parse_args(["--k", "3", "--target", "ort", "--no-verify", "--compute-capability", "8.6"])
+    assert given_flags(PlanOptions, arguments) == {"--k": 3}
+    assert given_flags(BuildOptions, arguments) == {"--target": ["ort"]}
+    assert given_flags(BuilderOptions, arguments) == {"--compute-capability": ["8.6"]}
+
+
+@pytest.mark.parametrize("max_prompt_len", [None, 1])
+def test_a_sequence_of_one_token_is_refused_under_its_own_name(max_prompt_len):
+    with pytest.raises(InputError) as refused:
+        ExportOptions(max_seq_len=1, max_prompt_len=max_prompt_len)
+    assert refused.value.fact == "--max-seq-len must be at least 2."
+    assert "It is 1; the smallest possible is 2" in refused.value.note
+    assert ExportOptions(max_seq_len=2).max_seq_len == 2
+
+
+def test_a_drop_list_is_read_once(tmp_path):
+    (tmp_path / "list.json").write_text('{"drop_layers": [6, 4], "fingerprint": "ab"}')
+    options = with_drop_list_read(ExportOptions(drop_list=tmp_path / "list.json", k=2))
+    assert options == ExportOptions(drop_layers=(6, 4), drop_list_fingerprint="ab", k=2)
+    assert with_drop_list_read(options) is options

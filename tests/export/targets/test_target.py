@@ -1,0 +1,152 @@
+"""The table of targets: a toy target is a row there and a class in the manifest, and nothing else has to know it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.bundle import manifest as manifests
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, OtherEntry, TargetEntry
+from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_tools.inspect import describe
+
+from lora_drop_export.cli import main
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.targets import target as table
+from tests.support.bundles import family, make_bundle
+
+STEPS = ("refresh", "lora")
+
+
+@dataclass(frozen=True)
+class ToyEntry(TargetEntry):
+    graphs: tuple[str, ...]
+    colour: str | None = None
+
+    def resident(self, stored_bytes: int) -> tuple[int, str]:
+        return 2 * stored_bytes, "the weights, once for each step"
+
+
+class ToyTarget:
+    """Runs the neutral graphs as they are."""
+
+    name = "toy"
+    what = "the neutral graphs"
+    takes_quantized_weights = False
+    takes_int8_caches = True
+
+    def check(self, options, targets):
+        if self.name in targets and options.threads == 13:
+            raise InputError("The toy does not like 13 threads.", note="13 were given.", hint="Use 12.")
+
+    def dtype(self, of_checkpoint):
+        return "float16"
+
+    def build(self, root, manifest, graphs, options, console, earlier):
+        files = [f"toy/{kind}.onnx" for kind in STEPS]
+        for (kind, proto), file in zip(graphs.items(), files, strict=True):
+            assert file == f"toy/{kind.value}.onnx"
+            (root / file).write_bytes(proto.SerializeToString())
+        return ToyEntry(tuple(files), None if earlier is None else "green")
+
+    def provider(self, dtype):
+        return None
+
+    def runs_on_cpu(self, entry, dtype):
+        return False
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The two places where a target is told: its row, and its entry."""
+    monkeypatch.setitem(table.TARGETS, "toy", ToyTarget())
+    monkeypatch.setitem(manifests.ENTRIES, "toy", ToyEntry)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
+
+
+def entry_in_json(root: Path) -> object:
+    return json.loads((root / MANIFEST_NAME).read_text())["targets"]["toy"]
+
+
+@pytest.mark.usefixtures("toy", "traced")
+def test_a_toy_target_is_exported(tmp_path, capsys):
+    """By name, with its own graphs and entry; what has no value is not in the manifest."""
+    out = tmp_path / "b"
+    command = ["--model", str(family("llama").directory), "--out", str(out), "--max-seq-len", "64"]
+    assert main([*command, "--target", "toy", "--dtype", "fp32", "--no-verify"]) == 0
+    bundle = Bundle.open(out)
+    assert bundle.target(None) == ("toy", ToyEntry(("toy/refresh.onnx", "toy/lora.onnx")))
+    assert entry_in_json(out) == {"graphs": ["toy/refresh.onnx", "toy/lora.onnx"]}
+    for kind in STEPS:
+        assert (out / "toy" / f"{kind}.onnx").read_bytes() == (out / f"{kind}.onnx").read_bytes()
+        assert f"toy/{kind}.onnx" in bundle.manifest.files
+    assert "--prompt" in capsys.readouterr().out
+    assert any("toy" in line and "the weights, once for each step" in line for line in describe(bundle))
+    assert bundle.check_hashes() == []
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_toy_target_is_added(tmp_path):
+    made = make_bundle("llama", tmp_path / "b")
+    added = add_target(made.root, ["toy"], ExportOptions(verify=False))
+    assert list(added.manifest.targets) == ["ort", "toy"]
+    assert entry_in_json(made.root) == {"graphs": ["toy/refresh.onnx", "toy/lora.onnx"], "colour": "green"}
+    assert added.manifest.targets["ort"] == made.manifest.targets["ort"]
+
+
+@pytest.mark.usefixtures("toy", "traced")
+def test_its_row_decides_what_is_refused(tmp_path, capsys):
+    command = ["--model", str(family("llama").directory), "--out", str(tmp_path / "b"), "--target", "toy"]
+    for more, words in (
+        (["--dtype", "int4"], "The target cannot take quantized weights.\nNote: --dtype int4 works only with ort; toy"),
+        (["--threads", "13"], "The toy does not like 13 threads."),
+        (["--no-alias"], "--no-alias applies only to the attention plugin."),
+    ):
+        assert main([*command, *more]) == 2
+        assert words in capsys.readouterr().err
+    ExportOptions(targets=("toy",), kv_dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("toy", "traced")
+@pytest.mark.parametrize(
+    ("targets", "dtype"), [(("toy",), "float16"), (("toy", "ort"), "float32"), (("none",), "float32")]
+)
+def test_the_dtype_is_what_the_first_row_of_the_table_wants(targets, dtype):
+    from lora_drop_export.compiler.facts import default_dtype
+
+    found = default_dtype(family("llama").checkpoint, ExportOptions(targets=targets))
+    assert found == dtype
+
+
+def test_a_target_that_this_version_does_not_know_stays_as_it_is(tmp_path):
+    """The bundle's other targets can be opened, and changed."""
+    made = make_bundle("llama", tmp_path / "b")
+    data = json.loads((made.root / MANIFEST_NAME).read_text())
+    data["targets"]["toy"] = {"graphs": [["a", None], {"b": 1}]}
+    (made.root / MANIFEST_NAME).write_text(json.dumps(data))
+    opened = Bundle.open(made.root)
+    assert isinstance(opened.manifest.targets["toy"], OtherEntry)
+    assert json.loads(opened.manifest.to_json()) == data
+    add_target(made.root, ["ort"], ExportOptions(force=True, verify=False))
+    assert entry_in_json(made.root) == data["targets"]["toy"]
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("damage", [{}, {"graphs": [], "size": 3}, 3, []])
+def test_an_entry_that_is_not_its_class_is_damage(tmp_path, damage):
+    root = shutil.copytree(make_bundle("llama", tmp_path / "a").root, tmp_path / "b")
+    data = json.loads((root / MANIFEST_NAME).read_text())
+    data["targets"]["toy"] = damage
+    (root / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="manifest is damaged"):
+        Bundle.open(root)

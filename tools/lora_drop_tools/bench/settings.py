@@ -1,0 +1,119 @@
+"""The options of `lora-drop bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_drop_runtime.command_line import option
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+
+from lora_drop_tools.bench.peers.options import PEERS
+from lora_drop_tools.shared.options import (
+    json_option,
+    plots_option,
+    policy_option,
+    provider_option,
+    target_option,
+    threads_option,
+)
+
+FEWEST_CYCLES = 2  # in a request, for each k
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What is measured, and how.
+
+    Attributes:
+        k: windows; 0, the full schedule, is always measured too.
+        contexts: tokens of the prompts; 128 and 2048 when None, or as many of them as all bundles allow.
+        batches: rows of a request.
+        new_tokens: of each row; the first comes from the prefill, so there is one step less.
+        policy: of the refreshes; the first bundle's when None.
+        repeats: how often each arm runs; at least 2.
+        json_file: gets all figures, every step's time among them.
+        plots: a directory for figures; needs matplotlib.
+        peers: other runtimes to measure in the same run, at batch 1; empty for all of them, None for none.
+        model: what the peers load: a Hugging Face directory, a .gguf file, or one of each.
+        peer_cache: where what peers build from it is kept; a temporary directory when None.
+        peer_python: `NAME=PATH`, the Python that a peer is installed in, where it is not this one.
+        target, provider: as for `Session.open`.
+        threads: of ONNX Runtime, the peers and the bandwidth measurement; one per physical core when None.
+
+    Raises:
+        InputError, PlanError: a value out of range.
+    """
+
+    k: tuple[int, ...] = option((1, 3, 5), metavar="K,…", help="measure these windows (default 1,3,5); 0 always runs")
+    contexts: tuple[int, ...] | None = option(
+        None, metavar="T,…", help="give prompts of so many tokens (default 128,2048, or what the bundles allow)"
+    )
+    batches: tuple[int, ...] = option((1,), metavar="B,…", help="run so many rows at once (default 1)")
+    new_tokens: int = option(64, metavar="N", help="generate so many tokens in each row (default 64)")
+    policy: str | None = policy_option()
+    repeats: int = option(5, metavar="R", help="run everything so many times (default 5)")
+    json_file: Path | None = json_option("write every figure and every step's time")
+    plots: Path | None = plots_option()
+    peers: tuple[str, ...] | None = option(
+        None,
+        nargs="?",
+        const=(),
+        metavar="NAME,…",
+        help=f"measure other runtimes in the same run: {', '.join(PEERS)} (without names: all)",
+    )
+    model: tuple[Path, ...] = option(
+        (),
+        repeat=True,
+        metavar="DIR|FILE.gguf",
+        help="what the peers load, the same weights; a directory, a GGUF file, or repeated for both",
+    )
+    peer_cache: Path | None = option(None, metavar="DIR", help="keep there what peers build from the model")
+    peer_python: tuple[str, ...] = option(
+        (), repeat=True, metavar="NAME=PATH", help="the Python that a peer is installed in"
+    )
+    target: str | None = target_option()
+    provider: str | None = provider_option()
+    threads: int | None = threads_option()
+
+    def __post_init__(self) -> None:
+        if self.repeats < 2:
+            raise InputError(
+                "There are too few repeats.",
+                note=f"--repeats is {self.repeats}; the noise is what repeats differ by, so it takes 2.",
+                hint="Use for example --repeats 5.",
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(
+                "The number of threads must be positive.",
+                note=f"--threads is {self.threads}.",
+                hint="Leave it out for one per physical core.",
+            )
+        for k in self.windows:
+            PeriodicSchedule(k)
+        if self.contexts == () or not self.batches:
+            raise InputError(
+                "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."
+            )
+        for context in self.contexts or (1,):
+            for rows in self.batches:
+                if context < 1 or rows < 1:
+                    raise InputError(
+                        "A prompt length or batch is out of range.",
+                        note=f"{context} tokens in {rows} rows were asked for, the smallest is 1.",
+                        hint="Use for example --contexts 128,2048 --batches 1.",
+                    )
+        longest = self.windows[-1]
+        needed = FEWEST_CYCLES * (longest + 1) + 1
+        if self.new_tokens < needed:
+            raise InputError(
+                "There are too few new tokens to measure.",
+                note=f"--new-tokens is {self.new_tokens}; {FEWEST_CYCLES} cycles of k = {longest} take {needed}.",
+                hint=f"Use at least --new-tokens {needed}, or a smaller --k.",
+            )
+
+    @property
+    def windows(self) -> list[int]:
+        """All windows that are measured, ascending; the first is 0."""
+        return sorted({0, *self.k})

@@ -1,0 +1,120 @@
+"""The options of `lora-drop eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_drop_runtime.command_line import option
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+
+from lora_drop_tools.eval.tasks.files import TASKS
+from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is evaluated, and how.
+
+    Attributes:
+        labels: names for the tables, one for each bundle; the directories' names when empty.
+        k: LoRA steps between refreshes; 0, the full schedule, is always evaluated too.
+        policies: `skip`, `backfill`, or both.
+        text: a UTF-8 file for perplexity, agreement and KL.
+        window, prompt: tokens of a window of the text, and of those how many are given.
+        windows: how many windows at most.
+        tasks: of `TASKS`; through lm-eval.
+        data: the directory of their files.
+        limit: items of each task at most.
+        seed: of the subsets, the places in the cycle, and the bootstrap.
+        out_dir: where every item's result is kept and looked for; not at all when None.
+        bench_file: what `lora-drop bench --json` wrote, for the speed-ups.
+        json_file: gets all figures.
+        plots: a directory for figures; needs matplotlib.
+        target, provider, threads: as for `Session.open`.
+
+    Raises:
+        InputError, PlanError: a value out of range, or neither a text nor a task.
+    """
+
+    labels: tuple[str, ...] = option(
+        (),
+        flag="--label",
+        repeat=True,
+        metavar="NAME",
+        help="name a bundle in the tables, once for each of them (default: directories)",
+    )
+    k: tuple[int, ...] = option((1, 3), metavar="K,…", help="evaluate these windows (default 1,3); 0 always runs")
+    policies: tuple[str, ...] = option(
+        (DEFAULT_POLICY,),
+        flag="--policy",
+        metavar="NAME,…",
+        help=f"evaluate these policies: {', '.join(POLICIES)} (default skip)",
+    )
+    text: Path | None = option(None, metavar="FILE", help="score a text: perplexity, agreement and KL")
+    window: int = option(512, metavar="T", help="cut it into pieces of so many tokens (default 512)")
+    prompt: int = option(32, metavar="T", help="give so many of them without scoring them (default 32)")
+    windows: int = option(32, metavar="N", help="score at most so many pieces (default 32)")
+    tasks: tuple[str, ...] = option((), metavar="NAME,…", help=f"run some of {', '.join(TASKS)}")
+    data: Path | None = option(None, metavar="DIR", help="where the tasks' files lie")
+    limit: int = option(300, metavar="N", help="take at most so many items of a task (default 300)")
+    seed: int = option(0, metavar="N", help="choose subsets and phases by this number (default 0)")
+    out_dir: Path | None = option(
+        None, flag="--out", metavar="DIR", help="keep every item's result there; a rerun goes on from there"
+    )
+    bench_file: Path | None = option(
+        None, flag="--bench", metavar="FILE", help="read speed-ups, as lora-drop bench --json wrote them"
+    )
+    json_file: Path | None = json_option("write every figure")
+    plots: Path | None = plots_option()
+    target: str | None = target_option()
+    provider: str | None = provider_option()
+    threads: int | None = threads_option()
+
+    def __post_init__(self) -> None:
+        for k in self.ks:
+            PeriodicSchedule(k)
+        unknown = [policy for policy in self.policies if policy not in POLICIES]
+        if unknown or not self.policies:
+            raise InputError(
+                "Unknown refresh policy." if unknown else "There is no refresh policy.",
+                note=f"{unknown[0]!r} was given." if unknown else "None was given.",
+                hint=f"Known are {', '.join(POLICIES)}.",
+            )
+        if len(set(self.labels)) < len(self.labels):
+            raise InputError(
+                "The labels do not fit the bundles.",
+                note=f"{', '.join(self.labels)}: one is given twice.",
+                hint="Give a different --label for each bundle, in their order, or none.",
+            )
+        if self.text is None and not self.tasks:
+            raise InputError(
+                "There is nothing to evaluate.",
+                note="Neither a text nor a task was given.",
+                hint=f"Use --text FILE, or --tasks with some of {', '.join(TASKS)}.",
+            )
+        if self.limit < 1:
+            raise InputError("There is nothing to evaluate.", note=f"--limit is {self.limit}.", hint="Use at least 1.")
+        if self.text is not None:
+            self._check_windows()
+
+    def _check_windows(self) -> None:
+        longest = self.ks[-1]
+        if self.windows < 1:
+            raise InputError(
+                "There is nothing to evaluate.", note=f"--windows is {self.windows}.", hint="Use at least 1."
+            )
+        if self.prompt <= longest or self.window < self.prompt + longest + 2:
+            raise InputError(
+                "A window has no room for a prompt and a whole cycle.",
+                note=f"--window is {self.window}, --prompt is {self.prompt}; k = {longest} takes a prompt of "
+                f"{longest + 1} tokens and {longest + 2} more.",
+                hint="Use for example --window 512 --prompt 32.",
+            )
+
+    @property
+    def ks(self) -> list[int]:
+        """All windows k that are evaluated, ascending; the first is 0."""
+        return sorted({0, *self.k})

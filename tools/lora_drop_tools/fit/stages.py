@@ -1,0 +1,129 @@
+"""The stages of a fit, each judged on text that it did not see.
+
+Enters: a model under teacher forcing, a plan, texts. Leaves: adapters, and the figures of each stage. Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from .settings import FitSettings
+from .texts import Texts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_drop_export.console import Console
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
+    from lora_drop_tools.teacher_forcing.surrogates import Surrogates
+
+    from .distill import Workers
+
+_HELD_OUT_BATCHES = 4
+_REPORTS = 20  # lines that distillation says on its way
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all stages have in common; `stages` collects their figures by name.
+
+    Attributes:
+        seen, unseen: texts to learn from, and to be judged by.
+    """
+
+    forcing: TeacherForcing
+    plan: DropPlan
+    settings: FitSettings
+    seen: Texts
+    unseen: Texts
+    console: Console
+    stages: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def judge(self, stage: str, pairs: Surrogates) -> None:
+        """Note means over held-out text, each of whose batches is seen in its own phase."""
+        from .distill import Divergence, run_batch
+
+        sums = Divergence()
+        for number in range(_HELD_OUT_BATCHES):
+            ids, layout = self.unseen(number)
+            sums += run_batch(self.forcing, ids, layout, self.plan, pairs, self.plan.refresh_policy)
+        self.stages[stage] = figures = sums.figures()
+        name = "base alone" if stage == "base" else stage
+        self.console.say(
+            f"{name}: KL {figures['kl']:.4f}, top-1 agreement {figures['agreement']:.3f}, perplexity "
+            f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} (LoRA steps, held-out text)"
+        )
+
+
+def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
+    """Adapters that do nothing yet: random A in units of the features, B of zeros."""
+    import torch
+
+    rank, device = work.plan.rank, work.forcing.device
+    random = torch.Generator().manual_seed(work.settings.seed)
+    width = len(next(iter(scales.values())))
+    a = {name: torch.randn(rank, width, generator=random) / width**0.5 / scales[name] for name in scales}
+    return {name: (a[name].to(device), torch.zeros(width, rank).to(device)) for name in scales}
+
+
+def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
+    """The adapters that distillation begins with, and the root mean square of each surrogate's features."""
+    from .closed_form import Site, balanced, batches_of, solve, walk
+
+    forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console
+    work.judge("base", {})
+    scales: dict[str, Any] = {}
+
+    def choose(name: str, site: Site) -> tuple[Any, Any] | None:
+        scales[name] = scale = site.fit.scale.float()
+        if not settings.tokens:
+            return None
+        solution = solve(site, plan.rank)
+        console.say(f"layer {name}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
+        pair = balanced(solution.a, solution.b, scale)
+        return pair[0].to(forcing.device), pair[1].to(forcing.device)
+
+    count = max(1, settings.tokens // (settings.batch * settings.window))
+    what = "closed form" if settings.tokens else "scales of the features"
+    with console.progress(what) as update:
+        batches = batches_of(forcing, (work.seen(number) for number in range(count)))
+        pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
+    if not settings.tokens:
+        return _blank(work, scales), scales
+    work.judge("closed form", pairs)
+    return pairs, scales
+
+
+def _reporter(console: Console, update: Callable[[str, int, int], None]) -> Callable[[int, int, Sequence[float]], None]:
+    """Says how far distillation is, and now and then its recent loss."""
+
+    def report(done: int, total: int, losses: Sequence[float]) -> None:
+        update("distillation", done, total)
+        every = max(1, total // _REPORTS)
+        if done % every == 0:
+            console.say(f"distillation: step {done} of {total}, KL {np.mean(losses[-every:]):.4f}")
+
+    return report
+
+
+def distilled(
+    work: Work, pairs: Surrogates, scales: Mapping[str, Any], workers: Workers, state_file: Path
+) -> tuple[Surrogates, list[float]]:
+    """Better adapters, and each step's loss."""
+    from .distill import DistillOptions, Learner, distill
+
+    settings = work.settings
+    learner = Learner(pairs, scales, work.forcing.device)
+    options = DistillOptions(settings.steps, settings.learning_rate, settings.accumulate)
+    with work.console.progress("distillation") as update:
+        report = _reporter(work.console, update)
+        losses = distill(
+            work.forcing, work.seen, work.plan, work.plan.refresh_policy, learner, options, workers, state_file, report
+        )
+    work.judge("distillation", learner.pairs())
+    return learner.pairs(), losses

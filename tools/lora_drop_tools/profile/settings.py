@@ -1,0 +1,87 @@
+"""The options of `lora-drop profile`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+
+from lora_drop_tools.shared.corpus import DTYPES
+from lora_drop_tools.shared.options import trust_remote_code_option
+from lora_drop_tools.teacher_forcing.layout import check_policy
+
+from .measures import DELTAS, LEADING
+
+RANKINGS = ("sensitivity", "influence", "temporal")
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What is measured, and where it goes.
+
+    Attributes:
+        text: UTF-8 files.
+        out: a directory; must not exist unless `force`.
+        k: LoRA steps between two refreshes.
+        policy: of the refreshes, `backfill` or `skip`.
+        tokens: how much text the figures of layers are means over.
+        window: tokens of a piece of text; the pieces are drawn from all over it.
+        sensitivity_tokens: how much of it `sensitivity` decodes again and again, and how much other text the drop lists
+            are compared on. The exact layers of the former stay in memory.
+
+    Raises:
+        InputError, PlanError: a value out of range.
+    """
+
+    text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="measure on this text; repeat for more")
+    out: Path = option(metavar="DIR", help="write figures and drop lists there")
+    k: int = option(3, help="put so many LoRA steps between two refreshes (default 3)")
+    policy: str = option(DEFAULT_POLICY, choices=tuple(POLICIES), help="what refreshes do (default skip)")
+    rankings: tuple[str, ...] = option(
+        RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
+    )
+    tokens: int = option(8192, metavar="N", help="take the layers' figures on so many tokens (default 8192)")
+    window: int = option(256, metavar="T", help="cut the text into pieces of so many tokens (default 256)")
+    sensitivity_tokens: int = option(
+        1024,
+        metavar="N",
+        help="rank by sensitivity, which takes longest, on so many, and compare the lists on as many others "
+        "(default 1024)",
+    )
+    always_first: int = option(3, metavar="N", help="never drop the first N (default 3)")
+    always_last: int = option(1, metavar="N", help="never drop the last N (default 1)")
+    seed: int = option(0, metavar="N", help="choose pieces of the text by this number (default 0)")
+    device: str = option("cpu", metavar="NAME", help="run on this device of PyTorch (default cpu)")
+    dtype: str = option("fp32", choices=tuple(DTYPES), help="load the model in this dtype (default fp32)")
+    force: bool = option(False, help="replace an existing profile at --out")
+    trust_remote_code: bool = trust_remote_code_option()
+
+    def __post_init__(self) -> None:
+        if self.k == 0:
+            raise PlanError("There are no LoRA steps to profile.", note="k is 0.", hint="Use --k 3.")
+        PeriodicSchedule(self.k)
+        check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
+        check_policy(POLICIES[self.policy], self.k)
+        check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
+        for ranking in self.rankings or ("",):
+            check_known("ranking", ranking, RANKINGS, "--rankings")
+        farthest = max(*DELTAS, self.k)
+        shortest = LEADING + farthest + 2
+        if self.window < shortest:
+            raise InputError(
+                "The window is too short.",
+                note=f"--window is {self.window}; tokens up to {farthest} apart are compared, so {shortest} are "
+                "needed.",
+                hint=f"Use --window {max(256, shortest)}.",
+            )
+        for flag, amount in (("--tokens", self.tokens), ("--sensitivity-tokens", self.sensitivity_tokens)):
+            if amount < self.window:
+                raise InputError(
+                    f"{flag} is less than a window.",
+                    note=f"It is {amount}, --window is {self.window}.",
+                    hint=f"Use {flag} {4 * self.window}, or a smaller --window.",
+                )

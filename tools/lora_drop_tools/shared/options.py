@@ -1,0 +1,45 @@
+"""Fields that the settings of several commands have; each is an option of theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_drop_runtime.command_line import option
+from lora_drop_runtime.plan.policy import POLICIES
+
+
+def policy_option() -> Any:
+    """`str | None`; None is the bundle's."""
+    what = "what refreshes do: skip leaves holes, backfill fills them (default: the bundle's)"
+    return option(None, help=what, choices=tuple(POLICIES))
+
+
+def target_option() -> Any:
+    """`str | None`; None is the bundle's first."""
+    return option(None, metavar="NAME", help="run one of the bundle's targets (default: its first)")
+
+
+def provider_option() -> Any:
+    """`str | None`, of ONNX Runtime."""
+    what = "choose ONNX Runtime's provider (default cpu for ort; another target runs its own engines without it)"
+    return option(None, metavar="cpu|cuda|rtx", help=what)
+
+
+def threads_option() -> Any:
+    """`int | None`; None is one per physical core."""
+    return option(None, metavar="N", help="run on N threads (default: one per physical core)")
+
+
+def json_option(what: str) -> Any:
+    """`Path | None`: a file that gets every figure."""
+    return option(None, flag="--json", metavar="FILE", help=what)
+
+
+def plots_option() -> Any:
+    """`Path | None`: a directory that gets figures as PNG files."""
+    return option(None, metavar="DIR", help="write figures; needs matplotlib")
+
+
+def trust_remote_code_option(group: str | None = None) -> Any:
+    """`bool`."""
+    return option(False, group=group, help="run the code that the model brings")
