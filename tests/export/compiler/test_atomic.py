@@ -296,7 +296,8 @@ def test_killed_at_the_end(place):
     make_bundle("llama", place / "engines")
     before, expected = snapshot(place / "engines"), tokens(place / "engines")
     script = (
-        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export\n"
+        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export, tests.support.bundles as bundles\n"
+        "lora_drop_export.compiler.export.trace = lambda *_, **__: bundles.family('llama').traced\n"
         "lora_drop_export.compiler.export.verify = lambda *_, **__: time.sleep(600)\n"
         "lora_drop_export.cli.main(sys.argv[1:])\n"
     )

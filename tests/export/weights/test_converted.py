@@ -20,9 +20,8 @@ from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file, save_file
 
-import lora_drop_export.decoder.trace
 from lora_drop_export.weights.write import CHUNK_BYTES, stored_blocks
-from tests.support.bundles import family
+from tests.support.bundles import family, family_trace
 from tests.support.stored_weights import TORCH, cast, export, save, stored_bytes, tokens
 
 pytestmark = pytest.mark.usefixtures("traced")
@@ -146,7 +145,7 @@ def test_bin_checkpoint(tmp_path, expected):
 
 @pytest.fixture(scope="module")
 def bfloat16_trace():
-    return lora_drop_export.decoder.trace.trace(family("llama").checkpoint, "bfloat16")
+    return family_trace("llama", "bfloat16")
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])
