@@ -42,15 +42,7 @@ from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, stor
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
 
-from .facts import (
-    adapter_matrices,
-    chosen_formats,
-    default_dtype,
-    make_limits,
-    make_plan,
-    model_facts,
-    special_tokens,
-)
+from .facts import adapter_matrices, chosen_formats, default_dtype, make_limits, make_plan, model_facts, special_tokens
 from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions, write_manifest
 from .options import NO_TARGET, ExportOptions, with_drop_list_read
 from .verify import verify

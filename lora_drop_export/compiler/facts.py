@@ -22,7 +22,8 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
-from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats
+from lora_drop_export.quantize.choice import Quantization, block_formats
+from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
 from .options import BuildOptions, PlanOptions

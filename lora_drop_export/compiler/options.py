@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.adapters import read_adapter_config
-from lora_drop_runtime.bundle.manifest import BLOCK_SIZES, QUANTIZATIONS, QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, option
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name
 from lora_drop_runtime.errors import InputError
@@ -17,7 +17,8 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
-from lora_drop_export.quantize.formats import Quantization
+from lora_drop_export.quantize.choice import BLOCK_SIZES, Quantization
+from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
@@ -155,7 +156,7 @@ class BuildOptions:
     quantization: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(QUANTIZATIONS),
+        metavar="|".join(ROUNDINGS),
         help="how int4 and int8 are found: the scale of the least error, or of the range (default search for int4)",
     )
     block_size: int | None = option(
@@ -198,7 +199,7 @@ class BuildOptions:
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)
         for flag, value, known in (
-            ("--quantization", self.quantization, QUANTIZATIONS),
+            ("--quantization", self.quantization, tuple(ROUNDINGS)),
             ("--block-size", self.block_size, BLOCK_SIZES),
         ):
             if value is not None and self.dtype not in QUANTIZED_DTYPES:

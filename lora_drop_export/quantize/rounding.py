@@ -7,8 +7,9 @@ search    the scale that has the least weighted squared error among many, solved
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,27 @@ def _rtn(x: Floats, form: BlockFormat) -> Blocked:
     return (q + zero).astype(np.uint8), scales[:, 0], zero[:, 0].astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """A method of finding integers and scales.
+
+    Attributes:
+        blocks: float32 [b, block_size] → integers uint8, scales [b] and zero points [b].
+        zero_points: whether 4-bit blocks get a zero point of their own where the format has room for it.
+    """
+
+    blocks: Callable[[Floats, BlockFormat], Blocked]
+    zero_points: bool
+
+
+ROUNDINGS = {"search": Rounding(_search, zero_points=True), "rtn": Rounding(_rtn, zero_points=False)}
+
+
 def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
     """Quantize float32 [n, K]; returns q uint8 [n, K], scales float32 and zero points uint8 [n, K / block_size]."""
     n, k = rows.shape
     blocks = np.ascontiguousarray(rows, np.float32).reshape(-1, form.block_size)
-    quantize = _search if method == "search" else _rtn
+    quantize = ROUNDINGS[method].blocks
     step = max(1, _PIECE_VALUES // form.block_size)
     pieces = [blocks[begin : begin + step] for begin in range(0, len(blocks), step)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

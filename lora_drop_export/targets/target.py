@@ -16,10 +16,9 @@ from lora_drop_runtime.bundle.manifest import Manifest, TargetEntry
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
-
-from .ort.target import OrtTarget
-from .trt.options import TrtOptions
-from .trt.target import TensorRt, TensorRtRtx
+from lora_drop_export.targets.ort.target import OrtTarget
+from lora_drop_export.targets.trt.options import TrtOptions
+from lora_drop_export.targets.trt.target import TensorRt, TensorRtRtx
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
 QUANTIZED_DTYPES = ("int4", "int8")  # of weights
-QUANTIZATIONS = ("search", "rtn")
-BLOCK_SIZES = (32, 128)
 
 
 @dataclass(frozen=True)

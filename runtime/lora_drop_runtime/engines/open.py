@@ -17,7 +17,7 @@ OpenEngine = Callable[[Bundle, str, str | None, int | None], Engine]
 
 
 def _open_ort(bundle: Bundle, target: str, provider: str | None, threads: int | None) -> Engine:
-    from .ort.engine import OrtEngine
+    from lora_drop_runtime.engines.ort.engine import OrtEngine
 
     return OrtEngine(bundle, target, provider=provider, threads=threads)
 
@@ -26,7 +26,7 @@ def _open_trt(bundle: Bundle, target: str, provider: str | None, threads: int | 
     """TensorRT itself, or its graphs in ONNX Runtime where one of its providers is asked for."""
     if provider is not None:
         return _open_ort(bundle, target, provider, threads)
-    from .trt.engine import TrtEngine
+    from lora_drop_runtime.engines.trt.engine import TrtEngine
 
     return TrtEngine(bundle, target)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from onnx.reference import ReferenceEvaluator
 
+from lora_drop_export.check.verify import compare
 from lora_drop_export.quantize import formats as quantize
-from lora_drop_export.quantize.formats import Quantization, pack, unpack
-from lora_drop_export.quantize.rounding import quantize_rows
+from lora_drop_export.quantize.choice import Quantization
+from lora_drop_export.quantize.dequantized import dequantized_tensors
+from lora_drop_export.quantize.formats import pack, unpack
+from lora_drop_export.quantize.rounding import ROUNDINGS, Rounding, quantize_rows
+from tests.support.bundles import family, make_bundle
 from tests.support.quantized import FORMATS, matrix
 
 
@@ -98,3 +103,25 @@ def test_dequantized_as_onnx_does(form):
 def test_block_size(bits, asked, symmetric, shape, wanted):
     form = Quantization(bits, asked, "rtn", symmetric).format_of(shape)
     assert (form and (form.block_size, form.symmetric)) == wanted
+
+
+def _to_zero_or_max(blocks, form):
+    """A rounding that nobody wants: each value becomes 0 or the block's largest magnitude, with its sign."""
+    scale = np.abs(blocks).max(1)
+    q = np.where(np.abs(blocks) * 2 >= scale[:, None], np.sign(blocks), 0) + form.middle
+    return q.astype(np.uint8), scale.astype(np.float32), np.full(len(blocks), form.middle, np.uint8)
+
+
+def test_a_new_rounding_is_a_row_of_the_table(monkeypatch, tmp_path):
+    """It is exported and verified, and the weights in the bundle are what it makes of the checkpoint's."""
+    monkeypatch.setitem(ROUNDINGS, "coarse", Rounding(_to_zero_or_max, zero_points=True))
+    bundle = make_bundle("llama", tmp_path / "b", dtype="int4", quantization="coarse")
+    weights = dequantized_tensors(
+        bundle.root / "weights" / "model.safetensors", read_tensors(bundle.root / "weights" / "model.safetensors")
+    )
+    name = "model.layers.2.mlp.up_proj.weight"
+    theirs = family("llama").model.get_parameter(name).detach().numpy().reshape(96, 2, 32)  # blocks of 32
+    largest = np.abs(theirs).max(2, keepdims=True)
+    expected = np.where(2 * np.abs(theirs) >= largest, np.sign(theirs) * largest, 0)
+    np.testing.assert_allclose(weights[name].read(), expected.reshape(96, 64), rtol=1e-6)
+    assert compare(bundle).passed

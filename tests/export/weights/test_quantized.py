@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.quantize import dequantized
-from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, dequantize, pack
+from lora_drop_export.quantize.choice import Quantization, block_formats
+from lora_drop_export.quantize.formats import BlockFormat, dequantize, pack
 from lora_drop_export.quantize.rounding import quantize_rows, quantized_blocks
 from lora_drop_export.weights.store import weights_bytes
 from tests.support.bundles import family

@@ -1,0 +1,79 @@
+"""What the user asked for, and the format that each weight then gets.
+
+Enters: a quantization, shapes. Leaves: block formats. Knows no graph: which weights may be quantized is asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lora_drop_runtime.dtypes import BY_NAME
+
+from .formats import BlockFormat
+from .rounding import ROUNDINGS
+
+BLOCK_SIZES = (32, 128)  # that can be asked for; the first is the default
+_BLOCK_SIZES = (128, 64, 32, 16)  # that a weight may get
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What the user asked for: bits, the largest block size, the method, and whether zero points may be used."""
+
+    bits: int
+    block_size: int = 32
+    method: str = "search"
+    symmetric: bool = False
+
+    @classmethod
+    def of(cls, dtype: str, block_size: int | None = None, method: str | None = None) -> Quantization:
+        """With the defaults for what is not given."""
+        bits = BY_NAME[dtype].bits
+        default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
+        method = method or default
+        return cls(bits, block_size or BLOCK_SIZES[0], method, symmetric=bits == 8 or not ROUNDINGS[method].zero_points)
+
+    def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
+        """The format of a matrix [N, K]; None when no block size divides K.
+
+        4-bit zero points need an even number of blocks a row, so that rows begin at whole bytes: a smaller block
+        makes it even, or the tensor is symmetric.
+        """
+        if len(shape) != 2:
+            return None
+        sizes = [size for size in _BLOCK_SIZES if size <= self.block_size and shape[1] % size == 0]
+        if not sizes:
+            return None
+        if self.symmetric or self.bits == 8:
+            return BlockFormat(self.bits, sizes[0], self.symmetric)
+        even = [size for size in sizes if shape[1] // size % 2 == 0]
+        return BlockFormat(4, even[0], False) if even else BlockFormat(4, sizes[0], True)
+
+
+def block_formats(
+    shapes: Mapping[str, tuple[int, ...]],
+    native: Mapping[str, BlockFormat],
+    groups: Iterable[tuple[str, ...]],
+    quantization: Quantization,
+) -> dict[str, BlockFormat]:
+    """The format of each weight that is quantized; those of a group are alike.
+
+    Args:
+        shapes: name → [N, K] of the weights that may be quantized.
+        native: the formats that some have in the checkpoint; taken where it is what was asked for.
+        groups: names that will be one matrix; names outside `shapes` have no part in this.
+    """
+
+    def taken(name: str) -> bool:
+        form = native.get(name)
+        return form is not None and (form.bits, form.block_size) == (quantization.bits, quantization.block_size)
+
+    together = {name: group for group in groups for name in group}
+    formats = {}
+    for name, shape in shapes.items():
+        members = together.get(name, (name,))
+        form = native[name] if all(map(taken, members)) else quantization.format_of(shape)
+        if form is not None:
+            formats[name] = form
+    return formats
