@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import Engine
-from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
@@ -54,16 +53,6 @@ class SessionOptions:
     threads: int | None = None
 
 
-def _open_engine(bundle: Bundle, options: SessionOptions) -> Engine:
-    """The engine that `Session.open` would take."""
-    name, _ = bundle.target(options.target)
-    if name in DEVICE_TARGETS and options.provider is None:
-        from lora_drop_runtime.engines.trt.engine import TrtEngine
-
-        return TrtEngine(bundle, name)
-    return OrtEngine(bundle, name, provider=options.provider, threads=options.threads)
-
-
 class TimedSession:
     """A session whose engine notes its runs, and whose token loop runs whole batches. Use as a context manager."""
 
@@ -75,7 +64,15 @@ class TimedSession:
     @classmethod
     def open(cls, bundle: Bundle, options: SessionOptions) -> TimedSession:
         """Raises BundleError where the bundle cannot run here."""
-        return cls(bundle, _open_engine(bundle, options), options.policy)
+        engine = open_engine(bundle, options.target, options.provider, options.threads)
+        timed = cls(bundle, engine, options.policy)
+        if engine.warms_up:
+            try:
+                timed.session.warm_up()
+            except BaseException:
+                timed.session.close()
+                raise
+        return timed
 
     def __enter__(self) -> TimedSession:
         return self
