@@ -25,7 +25,7 @@ def _bits_per_weight(manifest: Manifest) -> float:
         return BY_NAME[model.dtype].bits
     value = BY_NAME[model.weight_dtype].bits
     of_block = BY_NAME["float32"].bits + (0 if how["symmetric"] else value)
-    return value + of_block / how["block_size"]
+    return value + of_block / int(how["block_size"])
 
 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
