@@ -7,7 +7,6 @@ steps, so one decoder layer's weights are in memory at a time. Knows no graph an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,27 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import Matrices
-from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
-from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.decoder.anatomy import (
-    Recorder,
-    between_halves,
-    buffer_values,
-    decoder_layers,
-    head_replaced,
-    name_of,
-    tied_names,
-)
-from lora_drop_export.quantize.dequantized import DequantizedRef
-from lora_drop_export.weights.resolve import resolve_tensors
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.decoder.anatomy import between_halves
+from lora_drop_export.decoder.attention_interface import AttentionCall
+from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
 
 Array = npt.NDArray[Any]
-ATTENTION_NAME = "lora_drop_reference"
-_HEAD_ROWS = 8192  # of the vocabulary, in memory at once
 _ROWS = 128  # tokens whose logits are
 
 
@@ -50,9 +38,6 @@ class _Cache:
     largest: tuple[Any, Any] | None = None  # |K| and |V| of the last call, [Hkv, 1, D]
 
 
-_cache: _Cache  # of the layer that is running; the attention interface passes no user data
-
-
 def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
     """For each decode step how many tokens before its own it runs once more."""
     again, since = [], 0
@@ -63,74 +48,37 @@ def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
     return again
 
 
-def _tensor(array: Array) -> Any:
-    import torch
-
-    values = np.asarray(array, np.float32)
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def rounded_activations(x: Any, block_size: int) -> Any:
-    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
-
-    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
-    nearest integer. x [.., K], K a multiple of block_size.
-    """
-    blocks = x.unflatten(-1, (-1, block_size))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
-
-
-def _attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
+def _attend(cache: _Cache, call: AttentionCall) -> Any:
     """Softmax attention of each row's real new tokens over the layer's own cache, which they join first."""
     import torch
 
-    if attention_mask is not None:
-        raise ModelError("The model brings an attention mask of its own.")
-    batch, heads, sequence, head_dim = query.shape
+    query, key, value = call.query, call.key, call.value
+    batch, heads, sequence, _ = query.shape
     output = torch.zeros(batch, sequence, heads, value.shape[3])
     group = heads // key.shape[1]
-    _cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
-    if _cache.scales is not None:
+    cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
+    if cache.scales is not None:
         key, value = (
             (tensor / scale).round().clamp(-128, 127) * scale
-            for tensor, scale in zip((key, value), _cache.scales, strict=True)
+            for tensor, scale in zip((key, value), cache.scales, strict=True)
         )
-    for row, new in enumerate(_cache.new_tokens):
-        for store, tensor in ((_cache.keys, key), (_cache.values, value)):
+    for row, new in enumerate(cache.new_tokens):
+        for store, tensor in ((cache.keys, key), (cache.values, value)):
             added = tensor[row, :, :new].transpose(0, 1)  # [new, Hkv, D]
             store[row] = added if store[row] is None else torch.cat([store[row], added])
-        keys = _cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
-        values = _cache.values[row].repeat_interleave(group, dim=1)
+        keys = cache.keys[row].repeat_interleave(group, dim=1)  # [slots, H, D]
+        values = cache.values[row].repeat_interleave(group, dim=1)
         slots = len(keys)
-        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys)
-        scores = scores * (head_dim**-0.5 if scaling is None else scaling)
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("hsd,chd->hsc", query[row, :, :new], keys) * call.scale
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
         own = torch.arange(slots - new, slots)[:, None]  # the slot of each new token
         seen = torch.arange(slots)[None] <= own
-        if sliding_window:
-            seen &= torch.arange(slots)[None] > own - sliding_window
+        if call.window:
+            seen &= torch.arange(slots)[None] > own - call.window
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
         output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
-    return output, None
-
-
-def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
-    import torch
-
-    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
+    return output
 
 
 @dataclass
@@ -151,7 +99,11 @@ class Reference:
     round_activations: bool = False
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     _states: dict[str, Any] = field(default_factory=dict)
-    _tied: dict[str, str] = field(default_factory=dict)
+    _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
+
+    def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
+        """`ids`: all that will be looked up."""
+        return StreamedModel(self.checkpoint, ids, lambda call: _attend(self._cache, call), self.round_activations)
 
     def run(
         self,
@@ -177,7 +129,7 @@ class Reference:
         import torch
 
         with torch.no_grad():
-            model = self._skeleton(np.concatenate([prompts.reshape(-1), tokens.reshape(-1)]))
+            model = self._model(np.concatenate([prompts.reshape(-1), tokens.reshape(-1)]))
             batch = len(prompts)
             again = _tokens_again(kinds, policy)
             steps = [torch.tensor(prompts)]
@@ -193,7 +145,7 @@ class Reference:
                 x[torch.arange(batch), torch.tensor(count) - 1][:, None]
                 for x, count in zip(hidden, counts, strict=True)
             ]
-            return [part.numpy() for part in self._logits(model, torch.cat(last, dim=1)).unbind(1)]
+            return [part.numpy() for part in model.logits(torch.cat(last, dim=1)).unbind(1)]
 
     def perplexity(
         self,
@@ -208,12 +160,12 @@ class Reference:
         import torch
 
         with torch.no_grad():
-            model = self._skeleton(ids)
+            model = self._model(ids)
             steps, positions = [torch.tensor(ids)[None]], [torch.arange(len(ids))[None]]
             (hidden,) = self._run_layers(model, steps, positions, [StepKind.REFRESH], [[len(ids)]], progress)
             nats = 0.0
             for begin in range(0, len(ids) - 1, _ROWS):
-                logits = self._logits(model, hidden[:, begin : begin + _ROWS])[0]  # [rows, V]
+                logits = model.logits(hidden[:, begin : begin + _ROWS])[0]  # [rows, V]
                 targets = torch.tensor(ids[begin + 1 : begin + 1 + _ROWS])
                 loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
                 nats += float(loss)
@@ -232,19 +184,19 @@ class Reference:
         found: dict[str, Array] = {}
 
         def note(done: int, total: int) -> None:
-            assert _cache.largest is not None
-            for part, largest in zip(("key", "value"), _cache.largest, strict=True):
+            assert self._cache.largest is not None
+            for part, largest in zip(("key", "value"), self._cache.largest, strict=True):
                 found[f"kv_scales.{done - 1}.{part}"] = largest.numpy()
             progress(done, total)
 
         with torch.no_grad():
             steps, positions = [torch.tensor(ids)[None]], [torch.arange(len(ids))[None]]
-            self._run_layers(self._skeleton(ids), steps, positions, [StepKind.REFRESH], [[len(ids)]], note)
+            self._run_layers(self._model(ids), steps, positions, [StepKind.REFRESH], [[len(ids)]], note)
         return found
 
     def _run_layers(
         self,
-        model: Any,
+        model: StreamedModel,
         steps: Sequence[Any],
         positions: Sequence[Any],
         kinds: Sequence[StepKind],
@@ -256,55 +208,15 @@ class Reference:
 
         `again` says how many tokens of a step were in steps before, whose cache entries it replaces.
         """
-        layers = decoder_layers(model)
         hidden, calls = [], []
         for ids, position in zip(steps, positions, strict=True):
-            recorded = Recorder(layers)
-            with head_replaced(model, lambda x: x[..., :1]):
-                model(input_ids=ids, position_ids=position, use_cache=False)
-            hidden.append(recorded.inputs[0])
-            calls.append(recorded.arguments)
-            recorded.restore()
-        for index, layer in enumerate(layers):
-            self._load(layer, f"{name_of(model, layers)}.{index}")
+            x, arguments = model.embed(ids, position)
+            hidden.append(x)
+            calls.append(arguments)
+        for index, layer in enumerate(model.loaded_layers()):
             hidden = self._run_layer(index, layer, hidden, calls, kinds, counts, again)
-            layer.to("meta")
-            progress(index + 1, len(layers))
+            progress(index + 1, len(model.layers))
         return hidden
-
-    def _logits(self, model: Any, hidden: Any) -> Any:
-        """float32 logits [B, S, V] of the last layer's output: what the model does after its layers, its head by parts.
-
-        The model is run twice: to see what reaches the head, and with what the head makes of it.
-        """
-        import torch
-
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
-        recorded = Recorder(decoder_layers(model), hidden)
-        seen = []
-        with head_replaced(model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
-            model(input_ids=ids, use_cache=False)
-        logits = self._head(model, seen[0])
-        with head_replaced(model, lambda _: logits):
-            result = model(input_ids=ids, use_cache=False).logits
-        recorded.restore()
-        return result.to(torch.float32)
-
-    def _head(self, model: Any, x: Any) -> Any:
-        """`x Wᵀ + b`, W read a few thousand rows at a time; x [B, S, d] → [B, S, V]."""
-        import torch
-
-        head = model.get_output_embeddings()
-        name = name_of(model, head)
-        weight = self._tensor(f"{name}.weight", head.weight)
-        bias = None if head.bias is None else _tensor(self._tensor(f"{name}.bias", head.bias).read())
-        result = torch.empty(*x.shape[:2], weight.shape[0])
-        if self.round_activations and isinstance(weight, DequantizedRef):
-            x = rounded_activations(x, weight.form.block_size)
-        for begin in range(0, weight.shape[0], _HEAD_ROWS):
-            rows = _tensor(weight.rows(begin, begin + _HEAD_ROWS))
-            result[..., begin : begin + len(rows)] = x @ rows.T
-        return result if bias is None else result + bias
 
     def _run_layer(
         self,
@@ -319,11 +231,10 @@ class Reference:
         """One layer over all steps: in full, or by its surrogate on LoRA steps if it is dropped."""
         import torch
 
-        global _cache
         batch = hidden[0].shape[0]
-        _cache = _Cache([None] * batch, [None] * batch)
+        cache = self._cache = _Cache([None] * batch, [None] * batch)
         if self.kv_scales:
-            _cache.scales = tuple(_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
+            cache.scales = tuple(as_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
         self._states = {}
         middle: list[Any] = []  # the residual stream between the halves, of the last full run
         hook = between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
@@ -332,10 +243,10 @@ class Reference:
             if kind is StepKind.LORA and index in self.plan.drop_layers:
                 outputs.append(self._surrogate(index, x))
                 continue
-            _cache.new_tokens = count
+            cache.new_tokens = count
             if stale and index not in self.plan.drop_layers:  # a dropped layer has not written them
-                _cache.keys = [keys[:-stale] for keys in _cache.keys]
-                _cache.values = [values[:-stale] for values in _cache.values]
+                cache.keys = [keys[:-stale] for keys in cache.keys]
+                cache.values = [values[:-stale] for values in cache.values]
             args, kwargs = call[index]
             y = layer(x, *args, **kwargs)
             if isinstance(y, tuple):
@@ -355,56 +266,10 @@ class Reference:
         for suffix, state in halves:
             base = self._states[state] if form.has_state else x
             pair = self.matrices.get(f"{index}{suffix}")
-            x = base if pair is None else base + x @ _tensor(pair[0]).T @ _tensor(pair[1]).T
+            x = base if pair is None else base + x @ as_tensor(pair[0]).T @ as_tensor(pair[1]).T
             if form.updates_state:
                 self._states[state] = x
         return x
-
-    def _skeleton(self, ids: npt.NDArray[np.int64]) -> Any:
-        """The model without layers and head: final norm and the embedding of `ids` are real, other rows of it zero."""
-        import torch
-        from transformers import AttentionInterface, AutoModelForCausalLM
-
-        AttentionInterface.register(ATTENTION_NAME, _attention)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                self.checkpoint.config,
-                attn_implementation=ATTENTION_NAME,
-                dtype=torch.float32,
-                trust_remote_code=self.checkpoint.trust_remote_code,
-            ).eval()
-        self._tied = tied_names(model)
-        for name, value in buffer_values(model).items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = value
-        inside = f"{name_of(model, decoder_layers(model))}."
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        for name, module in model.named_modules():
-            if not f"{name}.".startswith(inside) and module is not embedding and module is not head:
-                self._load(module, name, recurse=False)
-        ref = self._tensor(f"{name_of(model, embedding)}.weight", embedding.weight)
-        table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
-        for token in np.unique(np.append(ids, 0)):
-            table[token] = ref.rows(token, token + 1)[0]
-        embedding._parameters["weight"] = torch.nn.Parameter(torch.from_numpy(table), False)
-        return model
-
-    def _tensor(self, name: str, parameter: Any) -> TensorSource:
-        """Where a parameter's values are."""
-        (ref,) = resolve_tensors(self.checkpoint, {name: tuple(parameter.shape)}, self._tied).values()
-        return ref
-
-    def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
-        import torch
-
-        for name, parameter in list(module.named_parameters(recurse=recurse)):
-            owner, _, leaf = name.rpartition(".")
-            ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
-            target = module.get_submodule(owner)
-            target._parameters[leaf] = torch.nn.Parameter(_tensor(ref.read()), False)
-            if self.round_activations and isinstance(ref, DequantizedRef) and isinstance(target, torch.nn.Linear):
-                block_size = ref.form.block_size
-                target.forward = functools.partial(_rounded_linear, target, block_size)
 
 
 def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:

@@ -17,7 +17,7 @@ _FINGERPRINT_VALUES = 64
 class TensorSource(Protocol):
     """What can be asked of a checkpoint's tensor: a place in a safetensors file, or one that is dequantized.
 
-    `dtype` is the safetensors name of the values that `read` and `rows` give; `rows` are along the first axis.
+    `dtype` is that of the values that `read` and `rows` give; `rows` are along the first axis.
     """
 
     @property

@@ -22,7 +22,7 @@ def check_drop_list(chosen_for: str | None, name: str, fingerprint: str) -> None
     if chosen_for not in (None, fingerprint):
         raise PlanError(
             "The drop list was chosen for another model.",
-            note=f"It is of {str(chosen_for)[:12]}, {name} is {fingerprint[:12]}.",
+            note=f"It was chosen for {str(chosen_for)[:12]}, {name} is {fingerprint[:12]}.",
             hint="Choose layers of this model with lora-drop profile, or name them with --drop-layers.",
         )
 

@@ -45,7 +45,7 @@ class _Conversion:
 class GgufTensor:
     """One parameter; `shape` is the model's, `stored_shape` and `stored_dtype` are the data's in the file.
 
-    Offers what lora_drop_runtime's TensorRef offers. `size_bytes` is that of the float32 values.
+    Offers what lora_drop_runtime's TensorPlace offers. `size_bytes` is that of the float32 values.
     """
 
     name: str
@@ -57,7 +57,7 @@ class GgufTensor:
     stored_dtype: np.dtype[Any]
     stored_name: str
     conversion: _Conversion
-    dtype: str = "F32"
+    dtype: str = "float32"
 
     @property
     def size_bytes(self) -> int:

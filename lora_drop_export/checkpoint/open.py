@@ -169,7 +169,7 @@ def open_checkpoint(
     if not files:
         raise InputError(
             "The model directory has no weights.",
-            note=f"No *.safetensors file in {directory}.",
+            note=f"{directory} holds no *.safetensors file.",
             hint="Download the weights too, or convert them to safetensors.",
         )
     tensors: dict[str, TensorSource] = {}

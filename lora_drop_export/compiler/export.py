@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.check.calibrate import calibrate_kv
@@ -40,7 +41,6 @@ from lora_drop_export.targets.target import build_target
 from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
-from lora_drop_export.weights.stored import StoredTensor
 
 from .facts import (
     adapter_matrices,
@@ -94,7 +94,7 @@ def write_bundle(
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if options.weights_format:
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
-    kv_scales: dict[str, StoredTensor] = {}
+    kv_scales: dict[str, TensorPlace] = {}
     if options.kv_dtype:
         scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
         kv_scales = store_arrays(scales, KV_SCALES_NAME, "float32", root)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
-from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, MODEL_SAFETENSORS
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
+from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
@@ -23,7 +24,6 @@ from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats
 from lora_drop_export.targets.target import TARGETS
-from lora_drop_export.weights.stored import StoredTensor, bytes_read
 
 from .options import BuildOptions, PlanOptions
 
@@ -110,7 +110,7 @@ def default_dtype(checkpoint: Checkpoint, options: BuildOptions) -> str:
     for ref in checkpoint.tensors.values():
         size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes
     most = max(size, key=lambda name: size[name])
-    dtype = BY_SAFETENSORS[most].name if most in MODEL_SAFETENSORS else "float32"
+    dtype = most if most in MODEL_DTYPES else "float32"
     return next((target.dtype(dtype) for name, target in TARGETS.items() if name in options.targets), dtype)
 
 
@@ -128,18 +128,18 @@ def model_facts(
     traced: TracedModel,
     dtype: str,
     fingerprint: str,
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, TensorPlace],
 ) -> ModelFacts:
     prefix = f"{traced.layers_prefix}."
     layer_bytes = [0] * len(traced.windows)
     head_bytes = 0
     for name, tensor in stored.items():
         if name.startswith(prefix):
-            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += bytes_read(tensor)
+            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.bytes_read
         elif name not in traced.embedding_only:
-            head_bytes += bytes_read(tensor)
+            head_bytes += tensor.bytes_read
     rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
-    tables = [bytes_read(t) // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
+    tables = [t.bytes_read // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
     embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
     return ModelFacts(
         name=checkpoint.name,

@@ -16,7 +16,7 @@ def _constant(tensor: Any, name: str) -> Any:
     if real is None:
         raise ModelError(
             "The model makes a tensor whose value cannot be known while tracing.",
-            note=f"{name} {tuple(tensor.shape.numpy())}.",
+            note=f"It is {name}, of shape {tuple(tensor.shape.numpy())}.",
             hint="Use a model of a family that transformers knows.",
         )
     return real

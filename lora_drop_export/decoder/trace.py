@@ -24,6 +24,7 @@ from lora_drop_runtime.errors import ModelError, first_line
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 
 from .anatomy import buffer_values, decoder_layers, tied_names
+from .attention_interface import AttentionCall, register_attention
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .rotary import fuse_rotary_embedding
@@ -84,56 +85,30 @@ def _quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-_calls: _Calls  # the recorder of the trace that is running; the attention interface passes no user data
-
-
-def _cache_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
-    """The attention function that transformers calls: emits one CacheAttention node."""
+def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
+    """One CacheAttention node in place of an attention, and a note of it in `calls`."""
     import torch
 
-    batch, heads, sequence, head_dim = query.shape
-    for present, feature in (
-        (attention_mask is not None, "an attention mask of its own"),
-        (not getattr(module, "is_causal", True), "attention that is not causal"),
-        (kwargs.get("s_aux") is not None, "attention sinks"),
-        (kwargs.get("position_bias") is not None, "an attention position bias"),
-    ):
-        if present:
-            raise unsupported(feature, getattr(module, "config", None))
-    _calls.layers.append(module.layer_idx)
-    _calls.windows.append(int(sliding_window or 0))
-    _calls.shapes.append((heads, key.shape[1], head_dim, value.shape[3]))
+    batch, heads, sequence, head_dim = call.query.shape
+    layer, value_dim = call.module.layer_idx, call.value.shape[3]
+    calls.layers.append(layer)
+    calls.windows.append(call.window)
+    calls.shapes.append((heads, call.key.shape[1], head_dim, value_dim))
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
-        (query, key, value),
-        attrs={
-            "layer": module.layer_idx,
-            "scale": float(head_dim**-0.5 if scaling is None else scaling),
-            "sliding_window": int(sliding_window or 0),
-            "softcap": float(softcap or 0.0),
-        },
-        dtypes=(query.dtype,),
-        shapes=((batch, sequence, heads, value.shape[3]),),
+        (call.query, call.key, call.value),
+        attrs={"layer": layer, "scale": call.scale, "sliding_window": call.window, "softcap": call.softcap},
+        dtypes=(call.query.dtype,),
+        shapes=((batch, sequence, heads, value_dim),),
         version=1,
     )
-    return output, None
+    return output
 
 
 def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION_NAME, _cache_attention)
+    register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
     try:
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
@@ -208,8 +183,8 @@ def _example_inputs() -> tuple[Any, ...]:
 
 def _dry_run(wrapper: Any, layers: Any) -> _Calls:
     """Run once on fake tensors to see that the decoder has the usual shape, with errors that name what is not."""
-    global _calls
-    _calls = _Calls()
+    calls = _Calls()
+    register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, calls))
     seen: list[tuple[Any, Any]] = []
     hooks = [
         layer.register_forward_hook(
@@ -237,18 +212,17 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
         raise unsupported("decoder layers that are not called once each, in order", config)
     if any(x.shape != y.shape for x, y in seen):
         raise unsupported("decoder layers that change the shape of the hidden states", config)
-    if _calls.layers != list(range(len(layers))):
+    if calls.layers != list(range(len(layers))):
         raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
-    return _calls
+    return calls
 
 
-def _export(wrapper: Any, calls: _Calls) -> Any:
+def _export(wrapper: Any) -> Any:
     import torch
 
-    global _calls
-    _calls = _Calls()  # the recording of the dry run stays as it is
+    register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # what it calls is known by now
     batch, sequence, rows = (torch.export.Dim(name) for name in ("batch", "sequence", "rows"))
     try:
         return torch.onnx.export(
@@ -301,7 +275,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         refuse_by_modules(layers)
         wrapper = _step_module(model, layers)
         calls = _dry_run(wrapper, layers)
-        program = _export(wrapper, calls)
+        program = _export(wrapper)
         buffers = buffer_values(model)
     bind_initializers(program.model, buffers, stored=set(model.state_dict()))
     with _quiet():

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
-from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from lora_drop_export.weights.stored import StoredTensor
-
-from .values import IR_VERSION
+from .values import IR_VERSION, external
 
 
 @dataclass
@@ -31,7 +30,7 @@ class _SurrogateBuilder:
     plan: DropPlan
     cache: CacheShape
     hidden_size: int
-    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]]
+    adapters: Mapping[str, tuple[TensorPlace, TensorPlace]]
     states_in: dict[str, gs.Variable] = field(default_factory=dict)
     states_out: dict[str, gs.Variable] = field(default_factory=dict)
 
@@ -71,18 +70,7 @@ class _SurrogateBuilder:
 
     def _weight(self, site: str, which: int) -> gs.Constant:
         stored = self.adapters[site][which]
-        proto = onnx.TensorProto(
-            name=f"surrogate.{site}.lora_{'AB'[which]}",
-            data_type=BY_NAME[stored.dtype].onnx,
-            dims=stored.shape,
-            data_location=onnx.TensorProto.EXTERNAL,
-        )
-        for key, value in (
-            ("location", stored.location),
-            ("offset", stored.offset_bytes),
-            ("length", stored.size_bytes),
-        ):
-            proto.external_data.add(key=key, value=str(value))
+        proto = ir.serde.serialize_tensor(external(f"surrogate.{site}.lora_{'AB'[which]}", stored))
         return gs.Constant(proto.name, LazyValues(proto))
 
 
@@ -107,7 +95,7 @@ def lora_step_from_refresh(
     refresh: onnx.ModelProto,
     plan: DropPlan,
     cache: CacheShape,
-    adapters: Mapping[str, tuple[StoredTensor, StoredTensor]],
+    adapters: Mapping[str, tuple[TensorPlace, TensorPlace]],
 ) -> onnx.ModelProto:
     """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
 

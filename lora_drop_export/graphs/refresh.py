@@ -18,13 +18,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
+from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.decoder.trace import DOMAIN, TracedModel
-from lora_drop_export.weights.stored import Blocks, StoredTensor
 
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
@@ -87,7 +87,7 @@ def _expand_cache_attention(
     node: ir.Node,
     inputs: Mapping[str, ir.Value],
     masks: _Masks,
-    kv_scales: Mapping[str, StoredTensor],
+    kv_scales: Mapping[str, TensorPlace],
 ) -> dict[str, ir.Value]:
     """One CacheAttention node becomes the cache write and the attention; returns the present_* values."""
     layer = node.attributes["layer"].as_int()
@@ -135,7 +135,7 @@ def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], l
             return node.outputs[0]
     raise ModelError(
         "The model's layers have no residual stream between attention and MLP.",
-        note=f"No addition of hidden_states.{layer} inside layer {layer}: its halves run in parallel.",
+        note=f"Nothing inside layer {layer} adds hidden_states.{layer}: its halves run in parallel.",
         hint="Use --injection block.",
     )
 
@@ -181,8 +181,8 @@ def refresh_from_trace(
     traced: TracedModel,
     plan: DropPlan,
     dtype: str,
-    weights: Mapping[str, StoredTensor],
-    kv_scales: Mapping[str, StoredTensor] | None = None,
+    weights: Mapping[str, TensorPlace],
+    kv_scales: Mapping[str, TensorPlace] | None = None,
 ) -> onnx.ModelProto:
     """The refresh graph of a plan. The traced graph is left as it was.
 

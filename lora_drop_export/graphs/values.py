@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import TensorSpec
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME
-
-from lora_drop_export.weights.stored import StoredTensor
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
 
 
-def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
+def external(name: str, stored: TensorPlace) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         stored.location,
         stored.offset_bytes,
@@ -23,7 +22,7 @@ def external(name: str, stored: StoredTensor) -> ir.ExternalTensor:
     )
 
 
-def initializer(graph: ir.Graph, name: str, stored: StoredTensor) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, stored: TensorPlace) -> ir.Value:
     tensor = external(name, stored)
     value = ir.Value(name=name, shape=ir.Shape(stored.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers[name] = value

@@ -4,41 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from lora_drop_runtime.bundle.safetensors_file import TensorRef
+from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
+from lora_drop_runtime.dtypes import BY_NAME
 
-from .formats import METADATA_KEY, BlockFormat, Floats, dequantize, part_names, unpack
+from .formats import METADATA_KEY, Floats, dequantize, part_names, unpack
 
 _CHUNK_VALUES = 1 << 22  # read at once when dequantizing
 
 
 @dataclass(frozen=True)
-class DequantizedRef:
-    """A quantized tensor [N, K] of a safetensors file, read as float32; offers what TensorRef offers.
+class DequantizedTensor:
+    """A quantized tensor [N, K] that is read as float32; offers what TensorPlace offers.
 
-    Its parts there: q U8 [N, K · bits / 8], scales F32 [N, K / block], zero points U8.
+    `stored` is where it lies, with its blocks.
     """
 
-    form: BlockFormat
-    q: TensorRef
-    scales: TensorRef
-    zero_points: TensorRef
-    dtype: str = "F32"
+    stored: TensorPlace
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
-        return self.q.name
+        return self.stored.name
 
     @property
     def file(self) -> Path:
-        return self.q.file
+        return self.stored.file
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.q.shape[0], self.q.shape[1] * 8 // self.form.bits
+        return self.stored.shape
+
+    @property
+    def block_size(self) -> int:
+        assert self.stored.blocks is not None
+        return self.stored.blocks.block_size
 
     @property
     def size_bytes(self) -> int:
@@ -50,33 +53,40 @@ class DequantizedRef:
 
     def rows(self, begin: int, end: int) -> Floats:
         """Rows `begin` to `end`, float32."""
+        blocks = self.stored.blocks
+        assert blocks is not None
+        bits = BY_NAME[self.stored.dtype].bits
         end = min(end, self.shape[0])
         values = np.empty((max(0, end - begin), self.shape[1]), np.float32)
         step = max(1, _CHUNK_VALUES // self.shape[1])
         for first in range(begin, end, step):
             last = min(end, first + step)
-            q = unpack(self.q.rows(first, last), self.form.bits)
-            scales = np.asarray(self.scales.rows(first, last))
-            if self.form.symmetric:
-                zero_points = np.full(scales.shape, self.form.middle, np.uint8)
+            q = unpack(self.stored.rows(first, last), bits)
+            scales = np.asarray(blocks.scales.rows(first, last))
+            if blocks.symmetric:
+                zero_points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
             else:
-                zero_points = unpack(self.zero_points.rows(first, last), self.form.bits)
+                zero_points = unpack(blocks.zero_points.rows(first, last), bits)
             values[first - begin : last - begin] = dequantize(q, scales, zero_points)
         return values
 
 
-def dequantized_tensors(path: Path, refs: Mapping[str, TensorRef]) -> dict[str, TensorRef | DequantizedRef]:
-    """The tensors of a safetensors file, quantized ones as one that reads float32."""
+def dequantized_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace | DequantizedTensor]:
+    """The tensors of a safetensors file, quantized ones as one that reads float32.
+
+    There a quantized tensor is three: q uint8 [N, K · bits / 8], scales float32 [N, K / block] and zero points uint8.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "np") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
-    if text is None:
-        return dict(refs)
-    found: dict[str, TensorRef | DequantizedRef] = dict(refs)
-    for name, (bits, block_size, symmetric) in json.loads(text).items():
-        q, scales, zero_points = (refs[part] for part in part_names(name))
+    found: dict[str, TensorPlace | DequantizedTensor] = dict(places)
+    for name, (bits, block_size, symmetric) in json.loads(text or "{}").items():
+        q, scales, zero_points = (places[part] for part in part_names(name))
         for part in part_names(name):
             del found[part]
-        found[name] = DequantizedRef(BlockFormat(bits, block_size, symmetric), q, scales, zero_points)
+        kind = f"uint{bits}"
+        blocks = Blocks(block_size, scales, replace(zero_points, dtype=kind, shape=scales.shape), symmetric)
+        shape = (q.shape[0], q.shape[1] * 8 // bits)
+        found[name] = DequantizedTensor(replace(q, dtype=kind, shape=shape, blocks=blocks))
     return found

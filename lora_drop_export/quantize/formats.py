@@ -6,7 +6,7 @@ along K, and their bytes exactly as ONNX holds UINT4 and UINT8: value = (q − z
     rtn       the scale spans each block's range, values are rounded to the nearest
     search    the scale that has the least weighted squared error among many, solved again for the integers it gives
 
-Also the way back: `DequantizedRef` reads a quantized tensor of a safetensors file as float32. Knows no model.
+Knows no model.
 """
 
 from __future__ import annotations

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.dtypes import safetensors_name
 
 from .layout import Entry
-from .stored import StoredTensor
 from .write import stored_blocks, write_safetensors
 
 ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the checkpoint's own files
 
 
-def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, StoredTensor]:
+def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, TensorPlace]:
     """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
     path = root / "weights" / file
     entries = [Entry(name, safetensors_name(dtype), array.shape) for name, array in arrays.items()]
     chunks = ((name, block) for name, array in arrays.items() for block in stored_blocks(array, dtype))
     write_safetensors(path, entries, chunks, lambda *_: None)
-    return {
-        name: StoredTensor(f"weights/{file}", ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
-        for name, ref in read_tensors(path).items()
-    }
+    return {name: dataclasses.replace(ref, file=Path("weights", file)) for name, ref in read_tensors(path).items()}
 
 
 def store_adapters(
     matrices: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], dtype: str, root: Path
-) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+) -> dict[str, tuple[TensorPlace, TensorPlace]]:
     """Write `weights/adapters.safetensors` with A and s·B of every site."""
     if not matrices:
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_drop_runtime.dtypes import MODEL_SAFETENSORS
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
@@ -43,10 +43,10 @@ def resolve_tensors(
                 note=f"Parameter {name} {shape} is " + ("missing." if ref is None else f"{ref.shape} there."),
                 hint="Quantized and fused checkpoints must be converted to plain float tensors first.",
             )
-        if ref.dtype not in MODEL_SAFETENSORS:
+        if ref.dtype not in MODEL_DTYPES:
             raise ModelError(
                 "The checkpoint holds a weight that is not floating point.",
-                note=f"{name} is {ref.dtype}; float are {', '.join(MODEL_SAFETENSORS)}.",
+                note=f"{name} is {ref.dtype}; float are {', '.join(MODEL_DTYPES)}.",
                 hint="Use the unquantized checkpoint.",
             )
         refs[name] = ref

@@ -8,6 +8,7 @@ engine wants as one matrix back to back. Knows no graph.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -15,8 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from lora_drop_runtime.bundle.safetensors_file import TensorRef
-from lora_drop_runtime.dtypes import BY_SAFETENSORS
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.checkpoint import TensorSource
@@ -24,7 +24,6 @@ from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
 from .layout import Order, file_entries
-from .stored import StoredTensor
 from .write import CHUNK_BYTES, write
 
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
@@ -32,7 +31,7 @@ _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another fil
 
 def is_stored_as(refs: Iterable[TensorSource], dtype: str) -> bool:
     """Whether the checkpoint's values already have the wanted dtype."""
-    return all(BY_SAFETENSORS[ref.dtype].name == dtype for ref in refs)
+    return all(ref.dtype == dtype for ref in refs)
 
 
 def is_taken_as_it_lies(
@@ -44,7 +43,7 @@ def is_taken_as_it_lies(
 ) -> bool:
     """Whether the checkpoint's files go into the bundle as they are."""
     refs = list(refs)
-    files = all(isinstance(ref, TensorRef) for ref in refs)
+    files = all(isinstance(ref, TensorPlace) for ref in refs)
     return files and not owned and not formats and is_stored_as(refs, dtype)
 
 
@@ -63,7 +62,7 @@ def weights_bytes(
 
 
 def _dtypes(refs: Iterable[TensorSource]) -> str:
-    return ", ".join(sorted({BY_SAFETENSORS[ref.dtype].name for ref in refs}))
+    return ", ".join(sorted({ref.dtype for ref in refs}))
 
 
 def _link(source: Path, target: Path) -> None:
@@ -103,7 +102,7 @@ def store_weights(
     formats: Mapping[str, BlockFormat] = MappingProxyType({}),
     method: str = "rtn",
     progress: Progress = lambda *_: None,
-) -> dict[str, StoredTensor]:
+) -> dict[str, TensorPlace]:
     """Put the weights under `root/weights` and return each initializer's place.
 
     Args:
@@ -139,6 +138,6 @@ def store_weights(
             copy_file(file, root / places[file], progress)
     stored = {}
     for name, ref in refs.items():
-        assert isinstance(ref, TensorRef)
-        stored[name] = StoredTensor(places[ref.file], ref.offset_bytes, ref.size_bytes, dtype, ref.shape)
+        assert isinstance(ref, TensorPlace)
+        stored[name] = dataclasses.replace(ref, file=Path(places[ref.file]))
     return stored

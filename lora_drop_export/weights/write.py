@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace, read_tensors
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.checkpoint import TensorSource
@@ -21,7 +21,6 @@ from lora_drop_export.quantize.formats import BlockFormat, pack, part_names, qua
 from lora_drop_export.quantize.rounding import quantized_blocks
 
 from .layout import Entry, Order, file_entries
-from .stored import Blocks, StoredTensor
 
 CHUNK_BYTES = 1 << 24
 _ALIGNMENT = 64  # of the data in a file that is written here
@@ -93,7 +92,7 @@ def write(
     method: str,
     path: Path,
     progress: Progress,
-) -> dict[str, StoredTensor]:
+) -> dict[str, TensorPlace]:
     """One new file with all tensors, in the given order."""
 
     def chunks() -> Iterator[tuple[str, bytes]]:
@@ -115,10 +114,9 @@ def write(
     metadata = quantization_metadata({source.name: formats[n] for n, source in order.sources.items() if n in formats})
     write_safetensors(path, file_entries(order, dtype, formats), chunks(), progress, metadata)
     written = read_tensors(path)
-    location = f"weights/{path.name}"
 
-    def place(entry: str, stored_as: str, shape: tuple[int, ...]) -> StoredTensor:
-        return StoredTensor(location, written[entry].offset_bytes, written[entry].size_bytes, stored_as, shape)
+    def place(entry: str, stored_as: str, shape: tuple[int, ...]) -> TensorPlace:
+        return dataclasses.replace(written[entry], file=Path("weights", path.name), dtype=stored_as, shape=shape)
 
     first = {source.name: name for name, source in order.sources.items()}
     stored = {}

@@ -69,9 +69,6 @@ def safetensors_name(dtype: str) -> str:
     return name
 
 
-MODEL_SAFETENSORS = tuple(map(safetensors_name, MODEL_DTYPES))
-
-
 def long_name(short: str | None) -> str | None:
     """`fp16` of a command line → `float16`; what is no short name stays as it is."""
     return BY_SHORT[short].name if short in BY_SHORT else short

@@ -142,7 +142,7 @@ def test_unsupported_feature(export_refused, tmp_path, name):
 def parallel(request):
     """Models whose attention and MLP both read the layer's input; they differ in the order of the additions."""
     family = (getattr(transformers, f"{request.param}{kind}") for kind in ("ForCausalLM", "Config"))
-    return traced_model(build(*family, 3))
+    return traced_model(build(*family, 3, num_hidden_layers=5))
 
 
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from safetensors.numpy import save_file
 
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.weights.store import store_weights
-from lora_drop_export.weights.stored import StoredTensor
 
 FORMATS = [
     BlockFormat(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 128) for symmetric in (True, False)
@@ -34,7 +33,7 @@ def store(arrays: dict[str, np.ndarray], root: Path, formats: dict[str, BlockFor
     return store_weights(refs, "float32", root, "copy", formats=formats, **options)
 
 
-def data(root: Path, tensor: StoredTensor) -> bytes:
+def data(root: Path, tensor: TensorPlace) -> bytes:
     with (root / tensor.location).open("rb") as file:
         file.seek(tensor.offset_bytes)
         return file.read(tensor.size_bytes)

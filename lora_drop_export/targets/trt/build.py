@@ -177,7 +177,10 @@ class EngineBuilder:
         if self._target == "tensorrt":  # tensorrt-rtx times nothing when it builds
             cache = config.create_timing_cache(self.timing_cache)
             if not config.set_timing_cache(cache, False):
-                self._console.say("the timing cache of the earlier build is of another GPU or version: not used")
+                self._console.say(
+                    "the timing cache of the earlier build was measured on another GPU or by another version, so it is "
+                    "not used"
+                )
         with self._console.progress(f"{self._target}: {proto.graph.name} engine") as progress:
             monitor = config.progress_monitor = _progress_monitor(trt, progress)
             plan = builder.build_serialized_network(network, config)

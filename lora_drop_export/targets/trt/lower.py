@@ -112,7 +112,7 @@ def trt_from_neutral(
         slots: capacity of the cache groups, {"kept": n, "dropped": m}.
         weight_sharing: `inputs` or `constants`.
         form: `native` or `plugin`.
-        alias: of the plugin, see build_trt.BuilderOptions.
+        alias: whether the plugin says that it updates its caches in place; see `BuilderOptions`.
         refresh: for the LoRA step, the lowered refresh step, whose fused weights it shares.
     """
     model = ir.serde.deserialize_model(neutral)

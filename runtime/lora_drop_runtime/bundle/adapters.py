@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.dtypes import MODEL_SAFETENSORS
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
@@ -118,7 +118,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
     found_matrices: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
     for name, ref in read_tensors(path).items():
         match = _KEY.search(name)
-        if match is None or ref.dtype not in MODEL_SAFETENSORS:
+        if match is None or ref.dtype not in MODEL_DTYPES:
             raise PlanError(
                 "The adapter file holds a tensor that is no LoRA-Drop adapter.",
                 note=f"{name} has dtype {ref.dtype}; names end in layers.<i>.lora_A.weight, dtypes are floats.",

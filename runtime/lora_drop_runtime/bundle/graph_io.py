@@ -15,10 +15,10 @@ The exporter declares its graphs from this table and the session binds its buffe
 s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are
 wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 
-A target's lowered graphs give float32 logits whatever their dtype, and those of the TensorRT targets also
-`next_token`, the index of the largest logit. Weights that are inputs of an engine are not in this table but in the
-target's own (bundle.py). Target `ort` has both steps in one graph with the inputs and outputs of both, and a scalar
-`lora_step`, which its engine sets: what a LoRA step leaves alone it gives back as it came.
+A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
+`next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both, and
+a scalar `lora_step`, which their engine sets: what a LoRA step leaves alone it gives back as it came. Weights that are
+inputs of an engine are not in this table but in the target's own (bundle.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
 Dim = str | int
-DEVICE_TARGETS = ("tensorrt", "tensorrt-rtx")
-JOINED_TARGET = "ort"  # one graph holds both steps
-LORA_STEP = "lora_step"  # the input that chooses, bool []
+LORA_STEP = "lora_step"  # the input of a graph with both steps that chooses, bool []
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,34 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class LoweredIO:
+    """In what a target's graphs differ from the neutral ones.
+
+    Attributes:
+        joined: one graph holds both steps.
+        chooses_tokens: `next_token` [batch, rows] is an output.
+    """
+
+    joined: bool = False
+    chooses_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class GraphIO:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 def graph_io(
-    kind: StepKind, plan: DropPlan, cache: CacheShape, hidden_size: int, vocab_size: int, target: str | None = None
+    kind: StepKind,
+    plan: DropPlan,
+    cache: CacheShape,
+    hidden_size: int,
+    vocab_size: int,
+    lowered: LoweredIO | None = None,
 ) -> GraphIO:
-    """The table of one step graph: the neutral one, or a target's."""
-    joined = target == JOINED_TARGET
+    """The table of one step graph: the neutral one, or as a target has it."""
+    joined = lowered is not None and lowered.joined
     refresh = kind is StepKind.REFRESH or joined
     sequence: Dim = "sequence" if refresh else 1
     rows: Dim = "rows" if refresh else 1
@@ -80,8 +96,8 @@ def graph_io(
         TensorSpec("input_ids", "int64", ("batch", sequence)),
         TensorSpec("len_kept", "int64", ("batch",)),
     ]
-    outputs = [TensorSpec("logits", "float32" if target else cache.dtype, ("batch", rows, vocab_size))]
-    if target in DEVICE_TARGETS:
+    outputs = [TensorSpec("logits", "float32" if lowered else cache.dtype, ("batch", rows, vocab_size))]
+    if lowered is not None and lowered.chooses_tokens:
         outputs.append(TensorSpec("next_token", "int64", ("batch", rows)))
     if refresh and plan.drop_layers:
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))

@@ -7,14 +7,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .graph_io import CacheShape, GraphIO, graph_io
+from .graph_io import CacheShape, GraphIO, LoweredIO, graph_io
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "lora_drop.json"
@@ -95,7 +95,14 @@ class TargetEntry:
 
     Its fields are the JSON object's keys, in their order; one whose default is None is left out where it is None.
     Files are named relative to the bundle's root.
+
+    Attributes:
+        lowered: in what its graphs differ from the neutral ones.
+        on_device: whether its own engine runs on a GPU.
     """
+
+    lowered: ClassVar[LoweredIO] = LoweredIO()
+    on_device: ClassVar[bool] = False
 
     @property
     def weight_table(self) -> str | None:
@@ -114,6 +121,8 @@ class TargetEntry:
 @dataclass(frozen=True)
 class OrtEntry(TargetEntry):
     """ONNX Runtime: `steps` is the graph that holds both steps."""
+
+    lowered = LoweredIO(joined=True)
 
     steps: str
 
@@ -139,6 +148,9 @@ class TrtEntry(TargetEntry):
         weight_bytes: of all weights that the engines read or hold.
         timing_cache: what the builder measured (tensorrt).
     """
+
+    lowered = LoweredIO(chooses_tokens=True)
+    on_device = True
 
     form: str
     weight_sharing: str
@@ -231,8 +243,9 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
-        model = self.model
-        return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, target)
+        """The inputs and outputs of a step's graph: the neutral one, or that of a target which ENTRIES knows."""
+        model, lowered = self.model, None if target is None else ENTRIES[target].lowered
+        return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, lowered)
 
     def to_json(self) -> str:
         data = dataclasses.asdict(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.dtypes import BY_SAFETENSORS, float32_from_bfloat16
+from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, float32_from_bfloat16
 from lora_drop_runtime.errors import BundleError
 
-_NUMPY = {name: row.numpy for name, row in BY_SAFETENSORS.items() if row.numpy}
 _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
-class TensorRef:
-    """One tensor inside a file; `dtype` is the safetensors name (`F32`, `BF16`, …)."""
+class Blocks:
+    """How a quantized tensor [N, K] is read: value = (q − zero_point) · scale for each block along K.
+
+    Attributes:
+        block_size: values that share a scale.
+        scales: float32 [N, K / block_size].
+        zero_points: of the tensor's own dtype, [N, K / block_size].
+        symmetric: every zero point is 2^(bits−1), so that nobody needs to read them.
+    """
+
+    block_size: int
+    scales: TensorPlace
+    zero_points: TensorPlace
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor's bytes lie, and what they are: of a checkpoint, of a bundle, of a graph's initializer.
+
+    Attributes:
+        name: in its file.
+        file: a path that can be read; of a tensor in a bundle relative to the bundle's root.
+        dtype: a name of dtypes.py, or what the file says where that table has none. `uint4` holds two values a byte,
+            the first in the low half; such a tensor is read as its bytes [N, K / 2].
+        shape: of the values.
+        offset_bytes, size_bytes: of the data in the file.
+        blocks: of a quantized tensor.
+    """
 
     name: str
     file: Path
@@ -33,36 +60,47 @@ class TensorRef:
     shape: tuple[int, ...]
     offset_bytes: int
     size_bytes: int
+    blocks: Blocks | None = None
+
+    @property
+    def location(self) -> str:
+        """The file as ONNX's external data name it."""
+        return self.file.as_posix()
+
+    @property
+    def bytes_read(self) -> int:
+        """What a step reads of a weight: of a quantized one with its scales, and zero points where they differ."""
+        if self.blocks is None:
+            return self.size_bytes
+        blocks = self.blocks
+        read = self.size_bytes + blocks.scales.size_bytes
+        return read if blocks.symmetric else read + blocks.zero_points.size_bytes
 
     def read(self) -> npt.NDArray[Any]:
-        """The values, memory-mapped where numpy knows the dtype; bf16 is widened to float32 (exact)."""
-        if not self.size_bytes:
-            return np.zeros(self.shape, _NUMPY.get(self.dtype, "<f4"))
-        if self.dtype == "BF16":
-            bits: npt.NDArray[Any] = np.memmap(self.file, "<u2", "r", self.offset_bytes, self.shape)
-            return float32_from_bfloat16(bits)
-        if self.dtype not in _NUMPY:
-            raise BundleError(
-                "A tensor has a dtype that cannot be read.",
-                note=f"{self.name} in {self.file.name} is {self.dtype}; known are BF16, {', '.join(_NUMPY)}.",
-                hint="Convert the checkpoint to float32, float16 or bfloat16 first.",
-            )
-        return np.memmap(self.file, _NUMPY[self.dtype], "r", self.offset_bytes, self.shape)
+        """The values, memory-mapped where numpy knows the dtype; bfloat16 is widened to float32 (exact)."""
+        return self.rows(0, self.shape[0]) if self.shape else self._mapped((), 0)
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Rows `begin` to `end` along the first axis."""
-        count = max(1, self.shape[0])
-        row_bytes = self.size_bytes // count
         end = min(end, self.shape[0])
-        part = TensorRef(
-            self.name,
-            self.file,
-            self.dtype,
-            (end - begin, *self.shape[1:]),
-            self.offset_bytes + begin * row_bytes,
-            (end - begin) * row_bytes,
-        )
-        return part.read()
+        row_bytes = self.size_bytes // max(1, self.shape[0])
+        row = (row_bytes,) if self.dtype == "uint4" else self.shape[1:]
+        return self._mapped((max(0, end - begin), *row), begin * row_bytes)
+
+    def _mapped(self, shape: tuple[int, ...], skipped_bytes: int) -> npt.NDArray[Any]:
+        known = BY_NAME.get(self.dtype)
+        bits_as = {"bfloat16": "<u2", "uint4": "u1"}.get(self.dtype)
+        numpy = bits_as or (known.numpy if known else None)
+        if numpy is None:
+            raise BundleError(
+                "A tensor has a dtype that cannot be read.",
+                note=f"{self.name} in {self.file.name} is {self.dtype}; known are {', '.join(BY_SAFETENSORS)}.",
+                hint="Convert the checkpoint to float32, float16 or bfloat16 first.",
+            )
+        if not math.prod(shape):
+            return np.zeros(shape, np.float32 if self.dtype == "bfloat16" else numpy)
+        values: npt.NDArray[Any] = np.memmap(self.file, numpy, "r", self.offset_bytes + skipped_bytes, shape)
+        return float32_from_bfloat16(values) if self.dtype == "bfloat16" else values
 
 
 def _not_whole(path: Path, reason: str) -> BundleError:
@@ -95,11 +133,11 @@ def _parse_header(header: bytes, path: Path) -> dict[str, tuple[str, tuple[int, 
         raise _not_whole(path, "has a header that does not say where its tensors lie") from None
 
 
-def read_tensors(path: Path) -> dict[str, TensorRef]:
+def read_tensors(path: Path) -> dict[str, TensorPlace]:
     """The tensors of one file. Raises BundleError when the file is not whole."""
     header, data_start = _read_header(path)
     file_bytes = path.stat().st_size
-    refs = {}
+    places = {}
     for name, (dtype, shape, begin, end) in _parse_header(header, path).items():
         if data_start + end > file_bytes:
             raise BundleError(
@@ -107,8 +145,10 @@ def read_tensors(path: Path) -> dict[str, TensorRef]:
                 note=f"{path} has {file_bytes} bytes, tensor {name} ends at {data_start + end}.",
                 hint="Copy or download the file again.",
             )
-        refs[name] = TensorRef(name, path, dtype, shape, data_start + begin, end - begin)
-    return refs
+        known = BY_SAFETENSORS.get(dtype)
+        dtype = known.name if known else dtype
+        places[name] = TensorPlace(name, path, dtype, shape, data_start + begin, end - begin)
+    return places
 
 
 def header_sha256(path: Path) -> str:

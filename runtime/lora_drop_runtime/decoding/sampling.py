@@ -55,6 +55,11 @@ class SamplingOptions:
                 note = f"it is {getattr(self, name)}, expected {expected}."
                 raise InputError(f"The sampling option {name} is out of range.", note=note, hint=f"{hint}.")
 
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether the largest logit is taken as it is: top-k and top-p change nothing at temperature 0."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def penalize(scores: NDArray[np.float32], seen: Ids, penalty: float) -> NDArray[np.float32]:
     """A copy of the logits [V], lower (higher, for a penalty below 1) at the token ids `seen` [N]."""

@@ -36,11 +36,6 @@ from .sampling import Sampler, SamplingOptions
 WARM_UP_STEPS = 64  # at most
 
 
-def _is_argmax(options: SamplingOptions) -> bool:
-    """Whether sampling takes the largest logit as it is: top-k and top-p change nothing at temperature 0."""
-    return options.temperature == 0 and options.repetition_penalty == 1
-
-
 class Session:
     """Decodes with the step graphs of one bundle. Use as a context manager, from one thread.
 
@@ -175,7 +170,7 @@ class Session:
         ids, lengths = padded(rows, manifest.special_tokens.pad)
         options = sampling or SamplingOptions()
         sampler = None
-        if not (self._opened().chooses_tokens and _is_argmax(options)):
+        if not (self._opened().chooses_tokens and options.takes_the_largest):
             sampler = Sampler(options, rows)
         self._begin(ids, lengths, max_new_tokens, k)
         ended = self._requests_ended

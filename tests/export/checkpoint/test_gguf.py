@@ -84,7 +84,7 @@ def test_gguf_as_transformers_reads_it(gguf_file, opened):
     assert set(opened.tensors) == set(parameters)
     for name, values in parameters.items():
         ref = opened.tensors[name]
-        assert (ref.shape, ref.dtype, ref.size_bytes) == (values.shape, "F32", values.nbytes)
+        assert (ref.shape, ref.dtype, ref.size_bytes) == (values.shape, "float32", values.nbytes)
         assert ref.read().tobytes() == values.tobytes(), name
         assert ref.rows(3, 18).tobytes() == values[3:18].tobytes(), name
         assert ref.rows(len(values) - 1, len(values) + 5).tobytes() == values[-1:].tobytes(), name

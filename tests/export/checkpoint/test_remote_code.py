@@ -30,7 +30,7 @@ def test_remote_code(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     directory = tmp_path / "model"
-    llama().save_pretrained(directory)
+    llama(num_hidden_layers=5).save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config |= {
         "model_type": "own_llama",

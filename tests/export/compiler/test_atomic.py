@@ -266,8 +266,10 @@ def kill_when(command: list[str], ready: Callable[[], bool]) -> None:
     """Start a command in a process of its own and kill it once something is there."""
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
+        deadline = time.monotonic() + 120
         while not ready():
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.kill()
@@ -294,7 +296,8 @@ def test_killed_at_the_end(place):
     make_bundle("llama", place / "engines")
     before, expected = snapshot(place / "engines"), tokens(place / "engines")
     script = (
-        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export\n"
+        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export, tests.support.bundles as bundles\n"
+        "lora_drop_export.compiler.export.trace = lambda *_, **__: bundles.family('llama').traced\n"
         "lora_drop_export.compiler.export.verify = lambda *_, **__: time.sleep(600)\n"
         "lora_drop_export.cli.main(sys.argv[1:])\n"
     )
@@ -413,5 +416,5 @@ def test_manifest_opens_without_the_exporter(place):
     )
     moved = shutil.move(place / "engines", place / "moved")
     command = [sys.executable, "-c", script, moved]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600, check=True)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60, check=True)
     assert json.loads(done.stdout) == tokens(place / "moved")

@@ -1,24 +1,30 @@
-"""The table of targets: a toy target is a row there and a class in the manifest, and nothing else has to know it."""
+"""A toy target: a row in the table of targets, a class in the manifest, an engine, and nothing else has to know it."""
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
+from lora_drop_runtime import Session, StepKind
 from lora_drop_runtime.bundle import manifest as manifests
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, OtherEntry, TargetEntry
+from lora_drop_runtime.engines.open import ENGINES
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_tools.inspect import describe
 
+import lora_drop_export
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.targets import target as table
-from tests.support.bundles import family, make_bundle
+from tests.support.bundles import PROMPTS, family, make_bundle
 
 STEPS = ("refresh", "lora")
 
@@ -61,11 +67,57 @@ class ToyTarget:
         return False
 
 
+class ToyEngine:
+    """The runtime's `Engine` over ToyEntry's graphs: numpy arrays in, numpy arrays out, a copy each."""
+
+    target = "toy"
+    chooses_tokens = batched_chunks = warms_up = False
+    prefill_chunk = None
+
+    def __init__(self, bundle: Bundle) -> None:
+        entry = bundle.target("toy")[1]
+        assert isinstance(entry, ToyEntry)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.root))
+        self.sessions = {
+            kind: onnxruntime.InferenceSession((bundle.root / file).read_bytes(), options)
+            for kind, file in zip((StepKind.REFRESH, StepKind.LORA), entry.graphs, strict=True)
+        }
+
+    def slots(self, needed):
+        return needed
+
+    def allocate(self, name, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    allocate_resident = allocate
+
+    def read(self, buffer):
+        return buffer
+
+    def prepare(self, kind, inputs, outputs):
+        def step():
+            results = self.sessions[kind].run(list(outputs), inputs)
+            for buffer, values in zip(outputs.values(), results, strict=True):
+                buffer[...] = values
+
+        return step
+
+    def notes(self):
+        return []
+
+    def close(self):
+        self.sessions.clear()
+
+
 @pytest.fixture
 def toy(monkeypatch):
-    """The two places where a target is told: its row, and its entry."""
+    """The three places where a target is told: its row, its entry, its engine."""
     monkeypatch.setitem(table.TARGETS, "toy", ToyTarget())
     monkeypatch.setitem(manifests.ENTRIES, "toy", ToyEntry)
+    monkeypatch.setitem(ENGINES, "toy", lambda bundle, *_: ToyEngine(bundle))
 
 
 @pytest.fixture
@@ -95,6 +147,21 @@ def test_a_toy_target_is_exported(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("options", [{}, {"surrogate": "recurrent", "rank": 2}])
+def test_a_toy_target_is_verified_and_runs(options, tmp_path):
+    """The verification opens it as any other target; its tokens are those of ONNX Runtime's."""
+    made = make_bundle("llama", tmp_path / "b", max_seq_len=64, **options)
+    added = add_target(made.root, ["toy"])
+    assert added.manifest.verification["toy"]["status"] == "passed"
+    assert {result["target"] for result in json.loads((made.root / "verify.json").read_text())} == {"toy"}
+    tokens = []
+    for target in ("ort", "toy"):
+        with Session.open(made.root, target=target) as session:
+            tokens.append([row.tolist() for row in session.generate(PROMPTS, 11, stop_token_ids=())])
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.usefixtures("toy")
 def test_a_toy_target_is_added(tmp_path):
     made = make_bundle("llama", tmp_path / "b")
     added = add_target(made.root, ["toy"], ExportOptions(verify=False))
@@ -118,12 +185,14 @@ def test_its_row_decides_what_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("toy", "traced")
-@pytest.mark.parametrize(("targets", "dtype"), [(("toy",), "float16"), (("toy", "ort"), "float32"), (("none",), "F32")])
+@pytest.mark.parametrize(
+    ("targets", "dtype"), [(("toy",), "float16"), (("toy", "ort"), "float32"), (("none",), "float32")]
+)
 def test_the_dtype_is_what_the_first_row_of_the_table_wants(targets, dtype):
     from lora_drop_export.compiler.facts import default_dtype
 
     found = default_dtype(family("llama").checkpoint, ExportOptions(targets=targets))
-    assert found == {"F32": "float32"}.get(dtype, dtype)
+    assert found == dtype
 
 
 def test_a_target_that_this_version_does_not_know_stays_as_it_is(tmp_path):
@@ -148,3 +217,15 @@ def test_an_entry_that_is_not_its_class_is_damage(tmp_path, damage):
     (root / MANIFEST_NAME).write_text(json.dumps(data))
     with pytest.raises(BundleError, match="manifest is damaged"):
         Bundle.open(root)
+
+
+def test_nobody_else_asks_which_target_it_is():
+    """Outside the targets' own folders no name of a target is compared with anything."""
+    package = Path(lora_drop_export.__file__).parent
+    files = [file for file in package.rglob("*.py") if "targets" not in file.relative_to(package).parts]
+    assert len(files) > 40
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                assert not compared & set(table.TARGETS), f"{file}:{node.lineno}"

@@ -16,13 +16,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lora_drop_runtime.bundle.safetensors_file import TensorRef, read_tensors
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file, save_file
 
-import lora_drop_export.decoder.trace
 from lora_drop_export.weights.write import CHUNK_BYTES, stored_blocks
-from tests.support.bundles import family
+from tests.support.bundles import family, family_trace
 from tests.support.stored_weights import TORCH, cast, export, save, stored_bytes, tokens
 
 pytestmark = pytest.mark.usefixtures("traced")
@@ -61,7 +60,7 @@ def test_converted_for_ort(tmp_path, model, dtype, sharded):
         np.testing.assert_allclose(session.prefill([[7, 3, 11, 19]]), theirs, rtol=0, atol=3e-5 * np.abs(theirs).max())
 
 
-def stored_tensor(path: Path, tensor: torch.Tensor) -> TensorRef:
+def stored_tensor(path: Path, tensor: torch.Tensor) -> TensorPlace:
     save_file({"x": tensor}, path)
     return read_tensors(path)["x"]
 
@@ -97,7 +96,7 @@ def test_narrowed(tmp_path, target):
     assert_same_values(ours, theirs)
 
 
-def sparse_tensor(path: Path, dtype: str, shape: tuple[int, int], width: int) -> TensorRef:
+def sparse_tensor(path: Path, dtype: str, shape: tuple[int, int], width: int) -> TensorPlace:
     """A large safetensors file of zeros that takes no room."""
     size = shape[0] * shape[1] * width
     header = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
@@ -146,7 +145,7 @@ def test_bin_checkpoint(tmp_path, expected):
 
 @pytest.fixture(scope="module")
 def bfloat16_trace():
-    return lora_drop_export.decoder.trace.trace(family("llama").checkpoint, "bfloat16")
+    return family_trace("llama", "bfloat16")
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])

@@ -17,7 +17,6 @@ from lora_drop_export.quantize import dequantized
 from lora_drop_export.quantize.formats import BlockFormat, Quantization, block_formats, dequantize, pack
 from lora_drop_export.quantize.rounding import quantize_rows, quantized_blocks
 from lora_drop_export.weights.store import weights_bytes
-from lora_drop_export.weights.stored import bytes_read
 from tests.support.bundles import family
 from tests.support.quantized import FORMATS, data, matrix, store
 
@@ -40,7 +39,7 @@ def test_stored_and_read_back(tmp_path, monkeypatch, form):
     assert data(tmp_path, tensor.blocks.zero_points) == pack(zero_points, form.bits)
     assert tensor.blocks.zero_points.shape == tensor.blocks.scales.shape == (7, k // form.block_size)
     assert data(tmp_path, stored["norm"]) == arrays["norm"].tobytes()
-    assert bytes_read(tensor) == q.size * form.bits // 8 + scales.nbytes + (
+    assert tensor.bytes_read == q.size * form.bits // 8 + scales.nbytes + (
         0 if form.symmetric else zero_points.size * form.bits // 8
     )
     # the safetensors library takes the file, and it is all there is
@@ -52,7 +51,7 @@ def test_stored_and_read_back(tmp_path, monkeypatch, form):
     read = dequantized.dequantized_tensors(path, read_tensors(path))
     assert set(read) == {"w", "norm"}
     wanted = dequantize(q, scales, zero_points)
-    assert (read["w"].shape, read["w"].dtype) == ((7, k), "F32")
+    assert (read["w"].shape, read["w"].dtype) == ((7, k), "float32")
     monkeypatch.setattr(dequantized, "_CHUNK_VALUES", 2 * k)
     assert read["w"].read().tobytes() == wanted.tobytes()
     assert read["w"].rows(2, 7).tobytes() == wanted[2:7].tobytes()

@@ -10,6 +10,7 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
+from lora_drop_runtime.bundle.manifest import OrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -86,7 +87,7 @@ def test_load_adapters_replaces_them_and_ends_the_request(tmp_path) -> None:
 def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
     """The bundle's graphs are missing, so loading them would fail with another error."""
     manifest = make_manifest(PLAN)
-    ort = {"ort": {"refresh": "r.onnx", "lora": "l.onnx"}}
+    ort = {"ort": OrtEntry("s.onnx")}
     for name, targets in (("ort", ort), ("none", {})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lora_drop.json").write_text(dataclasses.replace(manifest, targets=targets).to_json())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from lora_drop_runtime import BundleError, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import ENTRIES, OtherEntry
 from lora_drop_runtime.decoding import session as session_module
 from lora_drop_runtime.engines import open as open_module
 from lora_drop_runtime.engines.open import ENGINES, open_engine
@@ -23,7 +24,7 @@ PLAN = DropPlan(num_layers=6, drop_layers=(3, 4))
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A bundle whose only target is `toy`."""
-    manifest = dataclasses.replace(make_manifest(PLAN), targets={"toy": {}})
+    manifest = dataclasses.replace(make_manifest(PLAN), targets={"toy": OtherEntry({})})
     (tmp_path / "lora_drop.json").write_text(manifest.to_json())
     return tmp_path
 
@@ -74,7 +75,7 @@ def test_the_engine_of_each_target(monkeypatch, tmp_path: Path, target: str, pro
     """With a provider ONNX Runtime runs the graphs of every target."""
     monkeypatch.setattr("lora_drop_runtime.engines.ort.engine.OrtEngine", lambda *_, **__: "ort")
     monkeypatch.setattr("lora_drop_runtime.engines.trt.engine.TrtEngine", lambda *_: "trt")
-    manifest = dataclasses.replace(make_manifest(PLAN), targets={"ort": {}, "tensorrt": {}, "tensorrt-rtx": {}})
+    manifest = dataclasses.replace(make_manifest(PLAN), targets=dict.fromkeys(ENTRIES, OtherEntry({})))
     opened: Any = open_engine(Bundle(tmp_path, manifest), target, provider)
     assert opened == engine
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import DEVICE_TARGETS
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
 
@@ -204,8 +203,8 @@ def bench(
     """
     opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
     requests = requests_of(opened, settings)
-    target, *_ = [bundle.target(settings.target)[0] for bundle in opened.values()]
-    on_cpu = settings.provider == "cpu" or (settings.provider is None and target not in DEVICE_TARGETS)
+    (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
+    on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)
     wanted = _wanted_peers(settings, on_cpu, settings.provider or target)
     check_writable(settings.json_file, settings.plots)
 

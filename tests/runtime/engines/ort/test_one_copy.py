@@ -62,8 +62,8 @@ print(own_kib(os.path.realpath(root)))
 
 @pytest.fixture(scope="module")
 def large() -> Family:
-    """100M parameters."""
-    return traced_model(llama(hidden_size=1024, intermediate_size=4096, vocab_size=8192))
+    """120M parameters in few layers, since tracing takes its time for each."""
+    return traced_model(llama(hidden_size=1024, intermediate_size=5632, vocab_size=8192, num_hidden_layers=5))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4", "int8"])

@@ -8,7 +8,7 @@ import pytest
 from lora_drop_runtime import StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import TrtEntry
-from lora_drop_runtime.engines.trt import io_check
+from lora_drop_runtime.dtypes import BY_TENSORRT
 from lora_drop_runtime.engines.trt.io_check import EngineTensor, io_problems
 
 from tests.support.device_steps import REFRESH
@@ -61,7 +61,7 @@ def test_networks_that_tensorrt_rtx_parses_have_the_tables_inputs_and_outputs(bu
         proto = onnx.load(made.root / entry.graphs[kind.value], load_external_data=False)
         _, network = builder.parse(proto)
         tensors = [
-            EngineTensor(tensor.name, io_check.BY_TENSORRT[tensor.dtype.name].name, tuple(tensor.shape), is_input)
+            EngineTensor(tensor.name, BY_TENSORRT[tensor.dtype.name].name, tuple(tensor.shape), is_input)
             for get, count, is_input in (
                 (network.get_input, network.num_inputs, True),
                 (network.get_output, network.num_outputs, False),

@@ -1,0 +1,68 @@
+"""transformers' attention interface, in the one shape that the trace, the reference and the teacher forcing want.
+
+Enters: what transformers passes to an attention function. Leaves: an `AttentionCall` to a function of ours, and its
+result [B, S, H, D] back. Features that no step graph holds are refused here, whoever runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .refusals import unsupported
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a layer's attention, RoPE applied and heads split.
+
+    Attributes:
+        module: the attention module; its `layer_idx` is the layer.
+        query: [B, H, S, D]; key and value: [B, Hkv, S, D].
+        scale: of the scores.
+        window: sliding window in positions, the token itself included; 0 for none.
+        softcap: of the scores; 0 for none.
+    """
+
+    module: Any
+    query: Any
+    key: Any
+    value: Any
+    scale: float
+    window: int
+    softcap: float
+
+
+def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> None:
+    """Let models with `attn_implementation=name` call `attend`, which returns [B, S, H, D].
+
+    The last function of a name counts: transformers looks it up at every call.
+    """
+    from transformers import AttentionInterface
+
+    def attention(
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, None]:
+        for present, feature in (
+            (attention_mask is not None, "an attention mask of its own"),
+            (not getattr(module, "is_causal", True), "attention that is not causal"),
+            (kwargs.get("s_aux") is not None, "attention sinks"),
+            (kwargs.get("position_bias") is not None, "an attention position bias"),
+        ):
+            if present:
+                raise unsupported(feature, getattr(module, "config", None))
+        scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
+        call = AttentionCall(module, query, key, value, scale, int(sliding_window or 0), float(softcap or 0.0))
+        return attend(call), None
+
+    AttentionInterface.register(name, attention)

@@ -1,0 +1,166 @@
+"""A transformers model of which one decoder layer at a time has weights.
+
+Enters: a checkpoint. Leaves: the model in eager float32, its embedding and norms real, its layers and head without
+weights until they are asked for. Knows no plan, no step and no cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.quantize.dequantized import DequantizedTensor
+from lora_drop_export.weights.resolve import resolve_tensors
+
+from .anatomy import Recorder, buffer_values, decoder_layers, head_replaced, name_of, tied_names
+from .attention_interface import AttentionCall, register_attention
+
+ATTENTION_NAME = "lora_drop_streamed"
+_HEAD_ROWS = 8192  # of the vocabulary, in memory at once
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Any:
+    """A float32 tensor of a numpy array's values, sharing its memory where that is writeable."""
+    import torch
+
+    values = np.asarray(array, np.float32)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def rounded_activations(x: Any, block_size: int) -> Any:
+    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
+
+    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
+    nearest integer. x [.., K], K a multiple of block_size.
+    """
+    blocks = x.unflatten(-1, (-1, block_size))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
+
+
+def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
+
+
+class StreamedModel:
+    """The model that a checkpoint's config describes, its weights read when they are wanted.
+
+    Args:
+        checkpoint: where they are.
+        ids: int64, all token ids that will be looked up; the embedding's other rows are zero.
+        attend: what its attention layers call.
+        round_activations: round what enters quantized weights to 8 bits, as an engine's kernels do.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: npt.NDArray[np.int64],
+        attend: Callable[[AttentionCall], Any],
+        round_activations: bool = False,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._checkpoint, self._round = checkpoint, round_activations
+        register_attention(ATTENTION_NAME, attend)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                checkpoint.config,
+                attn_implementation=ATTENTION_NAME,
+                dtype=torch.float32,
+                trust_remote_code=checkpoint.trust_remote_code,
+            ).eval()
+        self.model = model
+        self.layers = decoder_layers(model)
+        self._tied = tied_names(model)
+        for name, value in buffer_values(model).items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = value
+        inside = f"{name_of(model, self.layers)}."
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        for name, module in model.named_modules():
+            if not f"{name}.".startswith(inside) and module is not embedding and module is not head:
+                self._load(module, name, recurse=False)
+        ref = self._tensor(f"{name_of(model, embedding)}.weight", embedding.weight)
+        table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
+        for token in np.unique(np.append(ids, 0)):
+            table[token] = ref.rows(token, token + 1)[0]
+        embedding._parameters["weight"] = torch.nn.Parameter(torch.from_numpy(table), False)
+
+    def _tensor(self, name: str, parameter: Any) -> TensorSource:
+        """Where a parameter's values are."""
+        (ref,) = resolve_tensors(self._checkpoint, {name: tuple(parameter.shape)}, self._tied).values()
+        return ref
+
+    def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
+        import torch
+
+        for name, parameter in list(module.named_parameters(recurse=recurse)):
+            owner, _, leaf = name.rpartition(".")
+            ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
+            target = module.get_submodule(owner)
+            target._parameters[leaf] = torch.nn.Parameter(as_tensor(ref.read()), False)
+            if self._round and isinstance(ref, DequantizedTensor) and isinstance(target, torch.nn.Linear):
+                target.forward = functools.partial(_rounded_linear, target, ref.block_size)
+
+    def embed(self, ids: Any, positions: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+        """The first layer's input [B, S, d], and the arguments that each layer gets beside its input.
+
+        Args:
+            ids, positions: int64 [B, S].
+        """
+        recorded = Recorder(self.layers)
+        with head_replaced(self.model, lambda x: x[..., :1]):
+            self.model(input_ids=ids, position_ids=positions, use_cache=False)
+        recorded.restore()
+        return recorded.inputs[0], recorded.arguments
+
+    def loaded_layers(self) -> Iterator[Any]:
+        """Each layer in order, with its weights until the next one is asked for."""
+        prefix = name_of(self.model, self.layers)
+        for index, layer in enumerate(self.layers):
+            self._load(layer, f"{prefix}.{index}")
+            yield layer
+            layer.to("meta")
+
+    def logits(self, hidden: Any) -> Any:
+        """float32 logits [B, S, V] of the last layer's output: what the model does after its layers, its head by parts.
+
+        The model is run twice: to see what reaches the head, and with what the head makes of it.
+        """
+        import torch
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        recorded = Recorder(self.layers, hidden)
+        seen = []
+        with head_replaced(self.model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
+            self.model(input_ids=ids, use_cache=False)
+        logits = self._head(seen[0])
+        with head_replaced(self.model, lambda _: logits):
+            result = self.model(input_ids=ids, use_cache=False).logits
+        recorded.restore()
+        return result.to(torch.float32)
+
+    def _head(self, x: Any) -> Any:
+        """`x Wᵀ + b`, W read a few thousand rows at a time; x [B, S, d] → [B, S, V]."""
+        import torch
+
+        head = self.model.get_output_embeddings()
+        name = name_of(self.model, head)
+        weight = self._tensor(f"{name}.weight", head.weight)
+        bias = None if head.bias is None else as_tensor(self._tensor(f"{name}.bias", head.bias).read())
+        result = torch.empty(*x.shape[:2], weight.shape[0])
+        if self._round and isinstance(weight, DequantizedTensor):
+            x = rounded_activations(x, weight.block_size)
+        for begin in range(0, weight.shape[0], _HEAD_ROWS):
+            rows = as_tensor(weight.rows(begin, begin + _HEAD_ROWS))
+            result[..., begin : begin + len(rows)] = x @ rows.T
+        return result if bias is None else result + bias
