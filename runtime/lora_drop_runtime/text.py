@@ -190,7 +190,7 @@ class TextCodec:
             raise BundleError(
                 "There is no tokenizer.",
                 note=f"{path} does not exist.",
-                hint="pass token ids instead of text.",
+                hint="Pass token ids instead of text.",
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -237,7 +237,7 @@ class TextCodec:
             raise InputError(
                 "The model's chat template does not accept these messages.",
                 note=str(error),
-                hint="check the messages' roles, their order and content, or pass a plain prompt.",
+                hint="Check the messages' roles, their order and content, or pass a plain prompt.",
             ) from error
         return text
 
@@ -254,7 +254,7 @@ class TextCodec:
         if self.chat_template is None:
             raise InputError(
                 "The model has no chat template.",
-                note="no chat_template.jinja, and no (default) chat_template in tokenizer_config.json.",
-                hint="pass a plain prompt.",
+                note="It has no chat_template.jinja, and no (default) chat_template in tokenizer_config.json.",
+                hint="Pass a plain prompt.",
             )
         return _compile_template(self.chat_template)

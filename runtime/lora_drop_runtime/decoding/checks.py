@@ -79,7 +79,7 @@ def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: 
     """The new tokens to make room for: as many as were asked for, or as fit."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(
-            "Nothing to generate.",
+            "There is nothing to generate.",
             note=f"max_new_tokens is {max_new_tokens}, the smallest is 1.",
             hint="Use for example --max-new-tokens 64.",
         )
@@ -88,7 +88,7 @@ def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: 
     if new_tokens > room or new_tokens < 1:
         raise InputError(
             "Prompt and new tokens are longer than the bundle allows.",
-            note=f"{longest} + {max(1, new_tokens)} tokens, the bundle allows {max_seq_len}.",
+            note=f"They are {longest} + {max(1, new_tokens)} tokens, the bundle allows {max_seq_len}.",
             hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
         )
     return new_tokens

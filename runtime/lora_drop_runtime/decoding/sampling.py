@@ -142,8 +142,8 @@ class Sampler:
         if not math.isfinite(scores[token]):
             raise BundleError(
                 "The model computed logits that are not numbers.",
-                note=f"the largest logit of row {row} is {scores[token]}.",
-                hint="check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
+                note=f"The largest logit of row {row} is {scores[token]}.",
+                hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
             )
         if self._options.temperature > 0:
             ids, probs = distribution(scores, self._options)

@@ -25,8 +25,8 @@ REFUSED_PROMPTS = {
     "too many rows": ((np.ones((3, 3), np.int64),), {}, "batch is larger", "3 rows", "allows 2"),
     "too long a prompt": ((np.ones((1, 9), np.int64),), {}, "prompt is longer", "9 tokens", "allows 8"),
     "too long a sequence": ((np.ones((1, 8), np.int64),), {"max_new_tokens": 5}, "longer", "8 + 5", "allows 12"),
-    "no new token": ((np.ones((1, 8), np.int64),), {"max_new_tokens": 0}, "Nothing to generate", "is 0", "1"),
-    "negative new tokens": ((np.ones((1, 8), np.int64),), {"max_new_tokens": -3}, "Nothing to generate", "is -3", "1"),
+    "no new token": ((np.ones((1, 8), np.int64),), {"max_new_tokens": 0}, "nothing to generate", "is 0", "1"),
+    "negative new tokens": ((np.ones((1, 8), np.int64),), {"max_new_tokens": -3}, "nothing to generate", "is -3", "1"),
     "a negative id": ((np.array([[1, -1]]),), {}, "outside the vocabulary", "-1", "0 to 49"),
     "an id past the vocabulary": ((np.array([[1, 2], [50, 3]]),), {}, "outside the vocabulary", "50", "0 to 49"),
     "a negative k": ((np.array([[1, 2]]),), {"k": -1}, "k must be", "-1", "0"),
@@ -65,8 +65,8 @@ def test_requests_refuse_what_prefill_refuses() -> None:
         ([1] * 9, 1, "prompt is longer"),
         ([1] * 8, 5, "longer than the bundle allows"),
         ([1, 50], 3, "outside the vocabulary"),
-        ([1, 2], 0, "Nothing to generate"),
-        ([1, 2], -2, "Nothing to generate"),
+        ([1, 2], 0, "nothing to generate"),
+        ([1, 2], -2, "nothing to generate"),
     ):
         assert_refused(lambda prompts=prompts, count=count: session.generate(prompts, count), fact)
         if len(prompts) != 3 and prompts != [[1], []]:

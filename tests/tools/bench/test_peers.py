@@ -167,9 +167,16 @@ def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
         timed(lambda prompt, n, emit: generate(prompt, n - 1, emit), [5], 3)
 
 
+def test_no_file_beside_the_worker_hides_a_module_of_pythons() -> None:
+    """It runs as a file, so its directory is the first place where a peer's imports are looked for."""
+    beside = {path.stem for path in bench_peers.WORKER.parent.iterdir()}
+    of_peers = {kind.module.partition(".")[0] for kind in peer_options_module.PEERS.values()}
+    assert not beside & (sys.stdlib_module_names | of_peers)
+
+
 def test_the_real_worker_says_what_is_wrong(hf_directory: Path, tmp_path: Path) -> None:
     """An unknown name stands for every failure inside a worker."""
-    command = [sys.executable, "-P", str(bench_peers.WORKER)]
+    command = [sys.executable, str(bench_peers.WORKER)]
     with pytest.raises(PeerError, match="KeyError: 'nobody'"):
         Peer("nobody", command, hf_directory, "float32", tmp_path / "cache", 1, 64)
 

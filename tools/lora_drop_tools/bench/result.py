@@ -230,6 +230,21 @@ def tails_of(k: int, medians_ms: Mapping[str, float], quantiles_ms: Mapping[floa
     ]
 
 
+def _figures_of_steps(
+    runs: Sequence[Run], kinds: Sequence[str], moved: Sequence[int], bandwidth: float | None
+) -> dict[str, StepFigures]:
+    """Figures of each kind of step, given the kind and the bytes of every step of the request."""
+    figures = {}
+    for kind in dict.fromkeys(kinds):
+        own = [index for index in range(len(kinds)) if kinds[index] == kind]
+        seconds = statistics.median(run.step_seconds[index] for run in runs for index in own)
+        mean_bytes = statistics.fmean(moved[index] for index in own)
+        rate = mean_bytes / seconds
+        share = None if bandwidth is None else rate / bandwidth
+        figures[kind] = StepFigures(len(own), 1000 * seconds, mean_bytes, rate / 1e9, share)
+    return figures
+
+
 def make_row(
     name: str,
     manifest: Manifest,
@@ -249,14 +264,7 @@ def make_row(
     schedule = PeriodicSchedule(k)
     kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
     moved = costs.request_bytes(manifest, request.context, steps, k, rows, policy)
-    figures = {}
-    for kind in dict.fromkeys(kinds):
-        own = [index for index in range(steps) if kinds[index] == kind]
-        seconds = statistics.median(run.step_seconds[index] for run in runs for index in own)
-        mean_bytes = statistics.fmean(moved[index] for index in own)
-        rate = mean_bytes / seconds
-        share = None if bandwidth is None else rate / bandwidth
-        figures[kind] = StepFigures(len(own), 1000 * seconds, mean_bytes, rate / 1e9, share)
+    figures = _figures_of_steps(runs, kinds, moved, bandwidth)
     own_speedup = None
     if len(figures) > 1 and policy.refresh_tokens(k) == 1:
         mixed = sum(one.steps * one.median_ms for one in figures.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_drop_runtime.command_line import option
+from lora_drop_runtime.decoding.checks import check_threads
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
@@ -84,12 +85,7 @@ class BenchSettings:
                 note=f"--repeats is {self.repeats}; the noise is what repeats differ by, so it takes 2.",
                 hint="Use for example --repeats 5.",
             )
-        if self.threads is not None and self.threads < 1:
-            raise InputError(
-                "The number of threads must be positive.",
-                note=f"--threads is {self.threads}.",
-                hint="Leave it out for one per physical core.",
-            )
+        check_threads(self.threads)
         for k in self.windows:
             PeriodicSchedule(k)
         if self.contexts == () or not self.batches:

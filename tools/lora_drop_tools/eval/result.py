@@ -150,7 +150,7 @@ class EvalResult:
 
 
 def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
-    """Of the sums of all windows, each float64 [k + 1, 5] with eval_scoring.py's `COLUMNS`."""
+    """Of the sums of all windows, each float64 [k + 1, 5] with scoring.py's `COLUMNS`."""
     stacked = np.stack(windows)  # [windows, k + 1, 5]
     tokens, nll, nll_full, agree, kl = np.moveaxis(stacked.sum(axis=1), 1, 0)  # [windows] each
     lora = stacked[:, 1:].sum(axis=1)  # [windows, 5]

@@ -1,7 +1,7 @@
 """Adapters by regression: for each surrogate the best matrix of a rank, layer by layer.
 
 Enters: texts, a plan. Leaves: A and B per surrogate, and what error each leaves. A surrogate is linear in B·A
-(teacher_forcing.features), so the matrix that brings its output closest to the full model's is a least-squares problem,
+(surrogates.features), so the matrix that brings its output closest to the full model's is a least-squares problem,
 and its best approximation of rank r is known. Layers are done in order: the inputs of a layer carry the errors of the
 surrogates before it, and its target, the full model's own output, lets it mend some of them.
 """

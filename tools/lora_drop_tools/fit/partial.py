@@ -44,7 +44,7 @@ class Partial:
             raise InputError(
                 "An unfinished fit is there.",
                 note=f"{self.root} is not touched.",
-                hint="Go on with it: --resume; or begin anew: --force.",
+                hint="Go on with it by --resume, or begin anew by --force.",
             )
 
     def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
@@ -73,5 +73,5 @@ def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[s
         return data["pairs"], data["scales"], data["stages"]
     except (RuntimeError, KeyError, EOFError, OSError) as error:
         raise BundleError(
-            "The unfinished fit cannot be read.", note=f"{path}: {error}.", hint="Begin anew: --force."
+            "The unfinished fit cannot be read.", note=f"{path}: {error}.", hint="Begin anew by --force."
         ) from None

@@ -87,7 +87,7 @@ def plan_to_fit(
     if settings.rank > width:
         raise PlanError(
             "The rank is larger than the hidden size.",
-            note=f"--rank is {settings.rank}, the hidden size {width}.",
+            note=f"--rank is {settings.rank}, the hidden size is {width}.",
             hint="Use --rank 16.",
         )
     return dataclasses.replace(plan, rank=settings.rank, k=settings.k[0], policy=policy)

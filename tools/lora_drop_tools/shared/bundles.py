@@ -27,7 +27,7 @@ def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
         names = [str(path) for path in paths]
     bundles = dict(zip(names, opened, strict=True))
     if len(bundles) < len(opened):
-        raise InputError("A bundle is given twice.", note=", ".join(names) + ".", hint="Give each once.")
+        raise InputError("A bundle is given twice.", note=f"{', '.join(names)} were given.", hint="Give each once.")
     first = opened[0].manifest.model
     for name, bundle in bundles.items():
         model = bundle.manifest.model

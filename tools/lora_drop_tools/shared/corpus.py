@@ -27,7 +27,9 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
         InputError: there is none, or one cannot be read as UTF-8.
     """
     if not files:
-        raise InputError("There is no text.", note="The model is run over some.", hint="Use --text FILE.")
+        raise InputError(
+            "There is no text.", note="None was given, and the model is run over it.", hint="Use --text FILE."
+        )
     texts = []
     for file in map(Path, files):
         try:

@@ -6,7 +6,7 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
-from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Manifest
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -14,10 +14,27 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 _SKIP = POLICIES[DEFAULT_POLICY]  # the paper's, whose equations these are
 
 
+def _bits_per_weight(manifest: Manifest) -> float:
+    """What a layer's weight takes in the bundle: a quantized one with its share of a scale and a zero point.
+
+    As if all of a layer were in blocks of the size that was asked for. Norms are not, nor a matrix whose rows that size
+    does not divide: counted so they are a few per cent too many, which γ in Eq. 9 hardly shows.
+    """
+    model, how = manifest.model, manifest.quantization
+    if model.weight_dtype not in QUANTIZED_DTYPES:
+        return BY_NAME[model.dtype].bits
+    value = BY_NAME[model.weight_dtype].bits
+    of_block = BY_NAME["float32"].bits + (0 if how["symmetric"] else value)
+    return value + of_block / int(how["block_size"])
+
+
 def full_layer_macs(manifest: Manifest, context: int) -> float:
-    """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions."""
+    """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions.
+
+    Each weight is one multiply-add, in however few bytes it is stored.
+    """
     model = manifest.model
-    weights = sum(model.layer_bytes) / model.num_layers / BY_NAME[model.dtype].size_bytes
+    weights = sum(model.layer_bytes) / model.num_layers * 8 / _bits_per_weight(manifest)
     return weights + 2 * model.num_heads * model.head_dim * context
 
 

@@ -85,7 +85,7 @@ def peer_options(
         if kind in models:
             raise InputError(
                 "There are two models of one kind for the peers.",
-                note=f"{models[kind]} and {path}: a peer loads one of them.",
+                note=f"{models[kind]} and {path} were given; a peer loads one of them.",
                 hint="Give one directory, one .gguf file, or one of each.",
             )
         models[kind] = path.resolve()
@@ -102,7 +102,7 @@ def peer_options(
             raise InputError(
                 "The Python of a peer is not understood.",
                 note=f"{text!r} was given; needed is NAME=PATH, NAME one of {', '.join(PEERS)}.",
-                hint="For example --peer-python optimum-onnx=venv/bin/python.",
+                hint="Write for example --peer-python optimum-onnx=venv/bin/python.",
             )
         chosen[name] = path_text
     return PeerOptions(tuple(names) or tuple(PEERS), models, cache, chosen)

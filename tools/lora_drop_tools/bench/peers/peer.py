@@ -1,7 +1,7 @@
 """Other runtimes on the same weights, for `lora-drop bench --peers`.
 
 Enters: names, the model that they load, the bundle's precision. Leaves: `Peer`s that generate greedily when asked, each
-in a process of its own (peer_worker.py), and for every other name the reason why it cannot take part.
+in a process of its own (worker.py), and for every other name the reason why it cannot take part.
 Knows no bundle and no schedule.
 """
 
@@ -48,7 +48,7 @@ class Peer:
 
     Args:
         name: of `PEERS`, or whatever `command` understands.
-        command: starts a worker that speaks peer_worker.py's protocol, without the arguments.
+        command: starts a worker that speaks worker.py's protocol, without the arguments.
         source: what `prepare` reads.
         precision: of the weights.
         directory: where `prepare` puts what it makes, and where the worker's log goes.
@@ -194,7 +194,7 @@ def open_peers(
         reason = reason_against(name, options, precision)
         if reason is None:
             say(f"peer {name}: preparing and loading")
-            command = [options.pythons.get(name, sys.executable), "-P", str(WORKER)]
+            command = [options.pythons.get(name, sys.executable), str(WORKER)]
             directory = (options.cache or scratch) / f"{name}-{precision}"
             peer = None
             try:

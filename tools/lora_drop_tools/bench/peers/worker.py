@@ -1,15 +1,15 @@
 """One other runtime in a process of its own, for `lora-drop bench --peers`.
 
-    python -P peer_worker.py prepare NAME '{"source": …, "precision": …, "out": …, "threads": n}'
-    python -P peer_worker.py serve   NAME '{"model": …, "threads": n, "capacity": tokens}'
+    python worker.py prepare NAME '{"source": …, "precision": …, "out": …, "threads": n}'
+    python worker.py serve   NAME '{"model": …, "threads": n, "capacity": tokens}'
 
 `prepare` makes what the peer loads and prints one line, {"model": path, "built": what was done}. `serve` loads it once,
 prints {"ready": what it loaded}, then answers each line {"prompt": [ids], "new_tokens": N} with {"tokens": [N ids],
 "prefill_seconds": to the first token, "step_seconds": [N − 1]}. Tokens are greedy, end tokens are ignored. A failure is
 {"error": text}. Between requests it waits in a read, without using the processor.
 
-Runs as a file (-P: its directory has an inspect.py) and imports nothing of this project: a peer may live in another
-Python than the tools.
+Runs as a file and imports nothing of this project: a peer may live in another Python than the tools. No file beside
+it may have the name of a module that others import.
 """
 
 from __future__ import annotations

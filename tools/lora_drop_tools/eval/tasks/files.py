@@ -104,7 +104,7 @@ def check_tasks(names: Sequence[str]) -> None:
     if unknown or len(set(names)) < len(names):
         raise InputError(
             "Unknown task." if unknown else "A task is named twice.",
-            note=f"{unknown[0]!r} was given." if unknown else ", ".join(names) + ".",
+            note=f"{unknown[0]!r} was given." if unknown else f"{', '.join(names)} were given.",
             hint=f"Known are {', '.join(TASKS)}.",
         )
 

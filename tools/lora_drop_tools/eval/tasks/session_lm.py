@@ -4,7 +4,7 @@ Enters: a session, items of a task. Leaves: each item's metrics. Imports lm-eval
 asked for. lm-eval's own definition of a task makes the prompts and the metrics; only where the items come from is
 replaced, so nothing is fetched. Its HumanEval fetches code that runs the programs: that one is written out here.
 
-How continuations are scored under a schedule is eval_scoring.py's docstring; a text that is generated begins with the
+How continuations are scored under a schedule is scoring.py's docstring; a text that is generated begins with the
 prefill's token, as at deployment. The options of an item share its u. What a session answers is kept in a `Store` by
 policy, k, task, item and a hash of the question.
 """
