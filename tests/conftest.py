@@ -25,3 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
         directory = tempfile.mkdtemp(prefix="lora-drop-traces-")
         os.environ[TRACES] = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+
+
+# Minutes each, most of them for one or few tests. They begin first, so that no worker is left with one at the end
+LONG = (
+    "tests/test_real_model.py",
+    "tests/export/test_against_oracle.py",
+    "tests/export/compiler/test_large.py",
+    "tests/tools/fit/test_fit.py",
+    "tests/runtime/engines/ort/test_one_copy.py",
+    "tests/export/targets/trt/test_trt.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The order in which files are given to workers, with `--dist loadfile --no-loadscope-reorder`."""
+    first = [config.rootpath / name for name in LONG]
+    items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))

@@ -223,10 +223,14 @@ def test_long_prompts_in_chunks(surrogate, tmp_path, monkeypatch):
         assert_same_run(session, model, oracle_plan(bundle), prompts, 2)
 
 
+@pytest.fixture(scope="module")
+def golden_source():
+    return traced_model(golden.golden_model())
+
+
 @pytest.mark.parametrize("case", golden.GOLDEN, ids=lambda case: f"{case.plan.surrogate}-{case.plan.injection}")
-def test_golden(case, tmp_path):
+def test_golden(case, golden_source, tmp_path):
     """The hand-computed cases through export and runtime."""
-    source = traced_model(golden.golden_model())
     plan = case.plan
     options = {
         "drop_layers": plan.drop_layers,
@@ -238,7 +242,7 @@ def test_golden(case, tmp_path):
     }
     drop_plan = DropPlan(2, plan.drop_layers, 2, plan.surrogate, plan.injection, 1, always_first=1, always_last=0)
     adapters = save_adapters(tmp_path / "a", drop_plan, 2, None, 1, plan.adapters)
-    bundle = make_bundle(source, tmp_path / "b", adapters=adapters, **options)
+    bundle = make_bundle(golden_source, tmp_path / "b", adapters=adapters, **options)
     with Session.open(bundle.root, k=case.k, threads=1) as session:
         logits = [session.prefill([case.prompt], max_new_tokens=len(case.forced) + 1)[0].copy()]
         logits += [session.step([token])[0].copy() for token in case.forced]
