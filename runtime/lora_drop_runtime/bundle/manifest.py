@@ -241,8 +241,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
-        """The inputs and outputs of a step's graph: the neutral one, or that of a target which ENTRIES knows."""
-        model, lowered = self.model, None if target is None else ENTRIES[target].lowered
+        """The inputs and outputs of a step's graph: the neutral one, or a target's."""
+        model, lowered = self.model, None if target is None else ENTRIES.get(target, TargetEntry).lowered
         return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, lowered)
 
     def to_json(self) -> str:
