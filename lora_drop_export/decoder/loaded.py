@@ -2,7 +2,7 @@
 
 Enters: what a user named: a Hugging Face directory, a hub id, a GGUF file or a bundle. Leaves: the frozen transformers
 model with its weights, its tokenizer, and of a bundle the plan. Knows no schedule. Everything is read through
-checkpoint.py, so a quantized bundle gives the weights that it decodes with, dequantized.
+checkpoint/open.py, so a quantized bundle gives the weights that it decodes with, dequantized.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the lowerings of all targets share: making nodes, putting them in place, recognising what the trace left.
 
-Works on neutral step graphs (surgery.py) as onnx-ir models, and on them alone.
+Works on neutral step graphs (refresh.py, lora.py) as onnx-ir models, and on them alone.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
     """Names of the parameters that are weights of linear layers, or the table that token ids are looked up in.
 
     Args:
-        graph: as traced (trace.py): a linear layer is MatMul with a transposed initializer.
+        graph: as traced (decoder/trace.py): a linear layer is MatMul with a transposed initializer.
     """
 
     def is_weight(value: ir.Value) -> bool:

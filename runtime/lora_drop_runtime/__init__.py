@@ -1,8 +1,8 @@
 """The runtime of LoRA-Drop bundles: numpy and an engine, no torch, no transformers.
 
-Reading order: plan.py (drop list, schedule), graph_io.py (inputs and outputs of the step graphs), bundle.py (files),
-session.py (schedule, caches, steps), engine.py (what a session needs of one), engine_ort.py (ONNX Runtime),
-engine_trt.py (TensorRT), sampling.py, text.py.
+Reading order: plan/ (drop list, surrogate, schedule, policy), bundle/graph_io.py (inputs and outputs of the step
+graphs), bundle/ (files), decoding/session.py and request.py (requests, caches, steps), engines/engine.py (what a
+session needs of one), engines/ort/, engines/trt/, decoding/sampling.py, text.py.
 """
 
 from lora_drop_runtime.decoding.sampling import SamplingOptions

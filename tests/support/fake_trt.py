@@ -1,6 +1,6 @@
 """TensorRT on ONNX Runtime: an «engine» is the ONNX graph that the real builder gets, run at the bound addresses.
 
-What it stands for: the Python interface that engine_trt.py uses; names, dtypes, shapes and profiles of a real engine;
+What it stands for: the Python interface that engines/trt uses; names, dtypes, shapes and profiles of a real engine;
 shapes are checked against the profile, addresses for their alignment and against live device memory, an in-place output
 against its input; the scratch block is overwritten by every run; a run reads and writes device memory when the stream
 gets to it. What it enforces of TensorRT's rules for CUDA graphs: a context runs once with its shapes before it is

@@ -19,7 +19,7 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
                                   else on [B, S, H·D], without the transposes around it
     9. logits                   → float32, whatever the dtype
 
-Requires: the form that surgery.py makes. Ensures: no Attention or mask remains, and a TensorScatter without an
+Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where that is dead: before a dropped layer that repeats its state (`recurrent`, `anchor`, rank 0).
 GroupQueryAttention takes S > 1 with a past only at B = 1; the session runs longer prompts row by row.
 """

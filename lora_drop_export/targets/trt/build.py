@@ -1,4 +1,4 @@
-"""The graphs of lower_trt.py → serialized engines, by TensorRT-RTX or TensorRT.
+"""The graphs of lower.py → serialized engines, by TensorRT-RTX or TensorRT.
 
 Enters: ONNX, the bundle's root for its external weights, profiles, options. Leaves: engine bytes and a timing cache.
 One module serves both libraries, whose Python interfaces are the same where it matters:

@@ -13,7 +13,7 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
 
-The native form needs the explicit mask that surgery.py made: TensorRT's parser ignores nonpad_kv_seqlen, and its
+The native form needs the explicit mask that graphs/refresh.py made: TensorRT's parser ignores nonpad_kv_seqlen, and its
 causal flag counts from the upper left corner, so that one new token would see only slot 0.
 """
 
@@ -108,7 +108,7 @@ def trt_from_neutral(
     """Lower one step graph.
 
     Args:
-        neutral: refresh or LoRA step as surgery.py makes them; left as it was.
+        neutral: refresh or LoRA step as graphs/ makes them; left as it was.
         slots: capacity of the cache groups, {"kept": n, "dropped": m}.
         weight_sharing: `inputs` or `constants`.
         form: `native` or `plugin`.

@@ -73,6 +73,41 @@ def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
     return rows
 
 
+def _attributes(
+    node: gs.Node, heads: int, kv_heads: int, head_dim: int, window: int, is_refresh: bool, alias: bool
+) -> dict[str, Any]:
+    """Of a plugin node that neither rotates nor norms."""
+    return {
+        "plugin_version": PLUGIN_VERSION,
+        "plugin_namespace": PLUGIN_NAMESPACE,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "rotary_dim": 0,
+        "interleaved": 0,
+        "window": window,
+        "has_count": int(is_refresh),
+        "has_norm": 0,
+        "has_kv_scale": 0,
+        "scale": float(node.attrs["scale"]),
+        "softcap": float(node.attrs.get("softcap", 0.0)),
+        "norm_epsilon": 0.0,
+        "alias": int(alias),
+    }
+
+
+def _give_heads_back(graph: gs.Graph, heads_last: gs.Node, merged: gs.Variable, heads: int, head_dim: int) -> None:
+    """Let the readers of a Transpose read the plugin's rows [B, S, H·D] in its place, as they are or by heads."""
+    y = heads_last.outputs[0]  # [B, S, H, D]
+    for use in list(y.outputs):
+        if use.op == "Reshape" and list(use.outputs[0].shape or ())[2:] == [heads * head_dim]:
+            for reader in list(use.outputs[0].outputs):
+                reader.inputs = [merged if t is use.outputs[0] else t for t in reader.inputs]
+    split = gs.Constant(f"{merged.name}.split", np.array([0, 0, heads, head_dim], np.int64))
+    heads_last.outputs.clear()
+    graph.nodes.append(gs.Node("Reshape", inputs=[merged, split], outputs=[y]))
+
+
 def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: bool) -> onnx.ModelProto:
     # Case 6
     graph = gs.import_onnx(proto)
@@ -84,23 +119,7 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
         writes = [present_key.inputs[0], present_value.inputs[0]]
         (past_key, key, length), (past_value, value, _) = writes[0].inputs, writes[1].inputs
         heads, head_dim, kv_heads = query.shape[1], query.shape[3], past_key.shape[1]
-        attrs: dict[str, Any] = {
-            "plugin_version": PLUGIN_VERSION,
-            "plugin_namespace": PLUGIN_NAMESPACE,
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "rotary_dim": 0,
-            "interleaved": 0,
-            "window": windows[node.outputs[0].name],
-            "has_count": int(is_refresh),
-            "has_norm": 0,
-            "has_kv_scale": 0,
-            "scale": float(node.attrs["scale"]),
-            "softcap": float(node.attrs.get("softcap", 0.0)),
-            "norm_epsilon": 0.0,
-            "alias": int(alias),
-        }
+        attrs = _attributes(node, heads, kv_heads, head_dim, windows[node.outputs[0].name], is_refresh, alias)
         extra = [] if count is None else [count]
         q, k, v = (_head_source(t) for t in (query, key, value))
         if q is not None and k is not None and q.matches(k):
@@ -131,14 +150,7 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
         )
         for write in writes:
             write.outputs.clear()
-        y = heads_last.outputs[0]  # [B, S, H, D]
-        for use in list(y.outputs):
-            if use.op == "Reshape" and list(use.outputs[0].shape or ())[2:] == [heads * head_dim]:
-                for reader in list(use.outputs[0].outputs):
-                    reader.inputs = [merged if t is use.outputs[0] else t for t in reader.inputs]
-        split = gs.Constant(f"{merged.name}.split", np.array([0, 0, heads, head_dim], np.int64))
-        heads_last.outputs.clear()
-        graph.nodes.append(gs.Node("Reshape", inputs=[merged, split], outputs=[y]))
+        _give_heads_back(graph, heads_last, merged, heads, head_dim)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     result = gs.export_onnx(graph)
     result.ir_version = IR_VERSION

@@ -18,7 +18,7 @@ wanted; the state is taken at the last of them. `present_x` is `past_x` updated 
 A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
 `next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both, and
 a scalar `lora_step`, which their engine sets: what a LoRA step leaves alone it gives back as it came. Weights that are
-inputs of an engine are not in this table but in the target's own (bundle.py).
+inputs of an engine are not in this table but in the target's own (`WeightInput` in bundle.py).
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 
 from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
+from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
 
 from .layout import Layout
 from .surrogates import Surrogates, features, product
@@ -86,42 +86,29 @@ def _mask(state: _Attention) -> Any:
     return state.masks[key]
 
 
-def _attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Any, None]:
+def _attend(call: AttentionCall) -> Any:
     """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
     import torch
 
-    if attention_mask is not None:
-        raise ModelError("The model brings an attention mask of its own.")
+    query, key, value, softcap = call.query, call.key, call.value, call.softcap
     state = _attention_state
-    state.seen, state.window = (key, value), sliding_window or 0
-    causal = state.memory is None and not sliding_window
+    state.seen, state.window = (key, value), call.window
+    causal = state.memory is None and not call.window
     if state.memory is not None:
         key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if causal and not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        return mixed.transpose(1, 2).contiguous(), None
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
+        return mixed.transpose(1, 2).contiguous()
     mask = _mask(state)
     if not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return mixed.transpose(1, 2).contiguous(), None
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
+        return mixed.transpose(1, 2).contiguous()
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * call.scale / softcap)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 _LAYOUTS = 16  # arguments and masks of so many are kept
@@ -135,9 +122,7 @@ class TeacherForcing:
     """
 
     def __init__(self, model: Any) -> None:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION_NAME, _attention)
+        register_attention(ATTENTION_NAME, _attend)
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
         self.layers = decoder_layers(model)
