@@ -93,8 +93,8 @@ def test_adapter_config(export_refused, adapters, change, words):
         (lambda t: t.update({A4: t[A4][:, :32].copy()}), ("wrong shape", "(4, 32)", "(4, 64)")),
         (lambda t: t.update({B4: t[B4][:, :2].copy()}), ("wrong shape", "(64, 2)", "(64, 4)")),
         (lambda t: t.update({A4: t[A4].T.copy()}), ("wrong shape", "(64, 4)")),
-        (lambda t: t.update({A4: t[A4].astype(np.int32)}), ("no LoRA-Drop adapter", A4, "I32")),
-        (lambda t: t.update({B4: t[B4].astype(np.float64)}), ("no LoRA-Drop adapter", B4, "F64")),
+        (lambda t: t.update({A4: t[A4].astype(np.int32)}), ("no LoRA-Drop adapter", A4, "int32")),
+        (lambda t: t.update({B4: t[B4].astype(np.float64)}), ("no LoRA-Drop adapter", B4, "float64")),
         (lambda t: t.update({"model.embed_tokens.weight": t[A4]}), ("no LoRA-Drop adapter", "embed_tokens")),
     ],
 )

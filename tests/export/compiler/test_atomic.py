@@ -414,5 +414,5 @@ def test_manifest_opens_without_the_exporter(place):
     )
     moved = shutil.move(place / "engines", place / "moved")
     command = [sys.executable, "-c", script, moved]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600, check=True)
     assert json.loads(done.stdout) == tokens(place / "moved")
