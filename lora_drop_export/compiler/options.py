@@ -236,7 +236,7 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions(RunOptions, TargetOptions, BuildOptions, PlanOptions):  # fields begin with the last: --help's order
-    """The options of `lora-drop-export`; the README explains them. None is the default that the command prints."""
+    """The options of `lora-drop-export`; docs/export.md explains them. None is the default that the command prints."""
 
     def __post_init__(self) -> None:
         for part in (PlanOptions, BuildOptions, TargetOptions, RunOptions):

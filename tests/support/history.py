@@ -1,6 +1,6 @@
 """An oracle for surrogate forms that forgets nothing: every output of every site is kept under its position.
 
-tests/oracle.py keeps one state per site and knows three forms by name. Here a base is looked up in the history.
+tests/support/oracle.py keeps one state per site and knows three forms by name. Here a base is looked up in the history.
 """
 
 from __future__ import annotations
