@@ -1,7 +1,8 @@
 """Refresh policies, and one more that is added here without touching another file.
 
 The toy takes back half of the LoRA steps since the last refresh, the latest ones: neither `skip` nor `backfill`, and
-every length, capacity and cache tells it from both. Its oracle is tests/support/oracle.py's row, told which tokens to repeat.
+every length, capacity and cache tells it from both. Its oracle is that of tests/support/oracle.py, told which tokens to
+repeat.
 """
 
 from __future__ import annotations
