@@ -196,9 +196,11 @@ def check_known(what: str, chosen: Any, known: Sequence[Any], flag: str = "") ->
         InputError: it is not known.
     """
     if chosen is not None and chosen not in known:
+        *others, last = map(str, known)
+        listed = f"known are {', '.join(others)} and {last}" if others else f"known is {last}"
         raise InputError(
             f"Unknown {what}.",
-            note=f"{chosen!r} was given, known {'are' if len(known) > 1 else 'is'} {' and '.join(map(str, known))}.",
+            note=f"{chosen!r} was given, {listed}.",
             hint=f"Use {flag} {known[0]}." if flag else f"Use {known[0]}.",
         )
 
