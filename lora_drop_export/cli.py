@@ -16,6 +16,7 @@ from lora_drop_runtime.command_line import (
     run_command,
     settings_of,
 )
+from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions
@@ -43,7 +44,7 @@ def _refuse_what_the_bundle_fixes(arguments: argparse.Namespace) -> None:
     given = {} if arguments.model is None else {"--model": arguments.model}
     given |= given_flags(PlanOptions, arguments) | given_flags(BuildOptions, arguments)
     for flag, value in given.items():
-        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+        shown = ",".join(map(str, value)) if isinstance(value, list | tuple) else short_name(str(value))
         raise InputError(
             "An existing bundle fixes that option.",
             note=f"{flag} {shown} was given with --add-target.",

@@ -88,10 +88,12 @@ def check_disk(root: Path, needed_bytes: int) -> None:
 
 
 def verification_details(root: Path, targets: Iterable[str]) -> list[dict[str, Any]]:
-    """What verify.json says of a bundle's targets but for these; empty without the file."""
-    path = root / VERIFY_NAME
-    known: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
-    return [result for result in known if result["target"] not in targets]
+    """What verify.json says of a bundle's targets but for these; empty where it cannot be read."""
+    try:
+        known: list[dict[str, Any]] = json.loads((root / VERIFY_NAME).read_bytes())
+        return [result for result in known if result["target"] not in targets]
+    except (OSError, ValueError, KeyError, TypeError):  # a record of what was, which nothing is computed from
+        return []
 
 
 def write_verification(root: Path, details: list[dict[str, Any]]) -> FileRecord:

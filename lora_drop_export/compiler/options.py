@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_drop_runtime.bundle.adapters import read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, option
-from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers, spread_layers
 from lora_drop_runtime.plan.policy import POLICIES
@@ -119,7 +119,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         ways = [] if self.drop_ratio is None else [f"--drop-ratio {self.drop_ratio}"]
-        ways += [] if self.drop_layers is None else [f"--drop-layers {', '.join(map(str, self.drop_layers))}"]
+        ways += [] if self.drop_layers is None else [f"the layers {', '.join(map(str, self.drop_layers))}"]
         ways += [] if self.drop_list is None or self.drop_layers is None else [f"--drop-list {self.drop_list}"]
         if len(ways) > 1:
             raise InputError(
@@ -194,8 +194,8 @@ class BuildOptions:
                 note=f"Given are {', '.join(self.targets)}.",
                 hint="Name each target once; 'none' stands alone.",
             )
-        check_known("dtype", self.dtype, (*MODEL_DTYPES, *QUANTIZED_DTYPES))
-        check_known("--kv-dtype", self.kv_dtype, KV_DTYPES)
+        check_known("dtype", short_name(self.dtype), tuple(BY_SHORT), "--dtype")
+        check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)
         for flag, value, known in (
@@ -208,7 +208,7 @@ class BuildOptions:
                     note=f"It is {value}; --dtype is {self.dtype or 'not given'}.",
                     hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
                 )
-            check_known(flag, value, known)
+            check_known(flag, value, known, flag)
         check_least("--max-batch", self.max_batch, 1)
         check_least("--max-seq-len", self.max_seq_len, 2, "a token of the prompt and a new one")
         check_least("--max-prompt-len", self.max_prompt_len, 1)

@@ -74,6 +74,12 @@ def long_name(short: str | None) -> str | None:
     return BY_SHORT[short].name if short in BY_SHORT else short
 
 
+def short_name(name: str | None) -> str | None:
+    """`float16` → `fp16`, as the command line has it; what has no short name stays as it is."""
+    row = BY_NAME.get(name or "")
+    return row.short if row is not None and row.short else name
+
+
 def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The bits, rounded to nearest, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)

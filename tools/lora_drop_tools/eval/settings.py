@@ -74,6 +74,8 @@ class EvalSettings:
     threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError("--seed is too small.", note=f"It is {self.seed}.", hint="Use 0 or more.")
         for k in self.ks:
             PeriodicSchedule(k)
         unknown = [policy for policy in self.policies if policy not in POLICIES]

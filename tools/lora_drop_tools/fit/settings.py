@@ -95,10 +95,11 @@ class FitSettings:
     trust_remote_code: bool = trust_remote_code_option(group=_HOW)
 
     def __post_init__(self) -> None:
-        if self.drop_layers is not None and self.drop_list is not None:
+        given = [flag for flag in ("drop_ratio", "drop_layers", "drop_list") if getattr(self, flag) is not None]
+        if len(given) > 1:
             raise InputError(
                 "The drop list is given twice.",
-                note="--drop-layers and --drop-list exclude each other.",
+                note=f"{' and '.join('--' + flag.replace('_', '-') for flag in given)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
         policy = self.policy or DEFAULT_POLICY
@@ -122,8 +123,10 @@ class FitSettings:
             ("--steps", self.steps, 0),
             ("--batch", self.batch, 1),
             ("--accumulate", self.accumulate, 1),
+            ("--seed", self.seed, 0),
+            ("--threads", self.threads, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise InputError(f"{flag} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
         if not self.learning_rate > 0 or not self.lora_alpha > 0:
             raise InputError(
