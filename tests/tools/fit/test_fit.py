@@ -27,39 +27,15 @@ from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lora_drop_export.decoder import loaded as torch_model
 from tests.support import oracle
 from tests.support.bundles import family, make_bundle, oracle_plan, rewritten
 from tests.support.models import FAMILIES
+from tests.support.tokenizers import with_tokenizer
 
 SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512, "steps": 4}
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of tiny words for the tiny tokenizer."""
-    random = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"t{n}" for n in random.integers(0, 120, 4000)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with a tokenizer that knows t0 … t130."""
-    return with_tokenizer("llama", tmp_path_factory.mktemp("model"))
-
-
-def with_tokenizer(name: str, directory: Path) -> Path:
-    FAMILIES[name]().save_pretrained(directory)
-    vocabulary = {f"t{n}": n for n in range(131)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(directory)
-    return directory
 
 
 # ── the regression ─────────────────────────────────────────────────────────────────────────────────────────────

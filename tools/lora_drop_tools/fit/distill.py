@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 
@@ -216,6 +217,16 @@ def _rate(step: int, options: DistillOptions) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, options.steps - warm)))
 
 
+def _check_finite(kl: float, step: int, options: DistillOptions) -> None:
+    if not math.isfinite(kl):
+        raise InputError(
+            "Distillation diverged.",
+            note=f"The KL divergence is {kl} at step {step + 1} of {options.steps}; --learning-rate is "
+            f"{options.learning_rate:g}.",
+            hint=f"Use a smaller one, such as --learning-rate {options.learning_rate / 10:.1g}.",
+        )
+
+
 class _State:
     """What training has reached, in memory and in a file."""
 
@@ -267,6 +278,9 @@ def distill(
         texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
         state_file: holds parameters, optimizer, losses and step, written every `checkpoint_every` steps by the first
             process; where it exists training goes on from there.
+
+    Raises:
+        InputError: the KL is not finite any more.
     """
     import torch
 
@@ -283,6 +297,7 @@ def distill(
         for turn in range(options.accumulate):
             ids, layout = texts(step * per_step + workers.rank * options.accumulate + turn)
             sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, learn=True)
+        _check_finite(sums.figures()["kl"], step, options)
         gradients = [parameter.grad for parameter in state.parameters]
         torch._foreach_div_(gradients, options.accumulate)
         workers.average(gradients)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.command_line import require_export_packages
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts
@@ -31,7 +32,7 @@ from .partial import Partial, load_begin
 from .peft import CONFIG_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
-from .stages import Work, begin, distilled
+from .stages import BASE, CLOSED_FORM, Work, begin, better, distilled
 from .texts import Texts
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ _TOLD = ("tokens", "steps", "learning_rate", "batch", "window", "accumulate", "s
 
 @dataclass(frozen=True)
 class Fit:
-    """What fit.json holds: `stages` are figures on held-out text by the name of the stage."""
+    """What fit.json holds: `stages` are figures on held-out text by the stage's name, `kept` is the one written."""
 
     model: str
     fingerprint: str
     plan: Mapping[str, Any]
     settings: Mapping[str, Any]
     stages: Mapping[str, Mapping[str, float]]
+    kept: str
     losses: Sequence[float]
     versions: Mapping[str, str]
 
@@ -100,7 +102,7 @@ def _fit_loaded(
     work = Work(forcing, plan, settings, seen, unseen, console)
     described = json.loads(json.dumps(_described(loaded, plan, settings)))
     partial = Partial(settings.out.resolve(), described, settings.resume, settings.force, workers)
-    losses: list[float] = []
+    kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:
         pairs, scales, stages = load_begin(partial.begin)
         work.stages.update(stages)
@@ -109,13 +111,21 @@ def _fit_loaded(
         if settings.steps:
             partial.save(pairs, scales, work.stages)
     if settings.steps:
-        pairs, losses = distilled(work, pairs, scales, workers, partial.state)
+        try:
+            learned, losses = distilled(work, pairs, scales, workers, partial.state)
+        except InputError:  # it diverged, and would again
+            partial.remove()
+            raise
+        kept, pairs = better(work, pairs, learned)
+    if work.stages[kept]["kl"] >= work.stages[BASE]["kl"]:
+        console.say("warning: on held-out text these adapters are no better than none")
     result = Fit(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
         plan=dataclasses.asdict(plan),
         settings=described,
         stages=work.stages,
+        kept=kept,
         losses=losses,
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
     )

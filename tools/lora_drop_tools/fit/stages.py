@@ -5,11 +5,13 @@ Enters: a model under teacher forcing, a plan, texts. Leaves: adapters, and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from .settings import FitSettings
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_BATCHES = 4
 _REPORTS = 20  # lines that distillation says on its way
+BASE, CLOSED_FORM, DISTILLATION = "base", "closed form", "distillation"  # the stages by name
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,26 @@ class Work:
     stages: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
     def judge(self, stage: str, pairs: Surrogates) -> None:
-        """Note means over held-out text, each of whose batches is seen in its own phase."""
+        """Note means over held-out text, each of whose batches is seen in its own phase.
+
+        Raises:
+            InputError: the KL is not finite.
+        """
         from .distill import Divergence, run_batch
 
         sums = Divergence()
         for number in range(_HELD_OUT_BATCHES):
             ids, layout = self.unseen(number)
             sums += run_batch(self.forcing, ids, layout, self.plan, pairs, self.plan.refresh_policy)
-        self.stages[stage] = figures = sums.figures()
-        name = "base alone" if stage == "base" else stage
+        figures = sums.figures()
+        name = "base alone" if stage == BASE else stage
+        if not math.isfinite(figures["kl"]):
+            raise InputError(
+                "The KL divergence is not finite.",
+                note=f"It is {figures['kl']} on held-out text ({name}); --dtype is {self.settings.dtype}.",
+                hint="Use --dtype fp32." if stage == BASE else "Use --dtype fp32, or a smaller --learning-rate.",
+            )
+        self.stages[stage] = figures
         self.console.say(
             f"{name}: KL {figures['kl']:.4f}, top-1 agreement {figures['agreement']:.3f}, perplexity "
             f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} (LoRA steps, held-out text)"
@@ -76,7 +90,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
     from .closed_form import Site, balanced, batches_of, solve, walk
 
     forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console
-    work.judge("base", {})
+    work.judge(BASE, {})
     scales: dict[str, Any] = {}
 
     def choose(name: str, site: Site) -> tuple[Any, Any] | None:
@@ -95,7 +109,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
     if not settings.tokens:
         return _blank(work, scales), scales
-    work.judge("closed form", pairs)
+    work.judge(CLOSED_FORM, pairs)
     return pairs, scales
 
 
@@ -114,7 +128,11 @@ def _reporter(console: Console, update: Callable[[str, int, int], None]) -> Call
 def distilled(
     work: Work, pairs: Surrogates, scales: Mapping[str, Any], workers: Workers, state_file: Path
 ) -> tuple[Surrogates, list[float]]:
-    """Better adapters, and each step's loss."""
+    """What distillation made of adapters, and each step's loss.
+
+    Raises:
+        InputError: the KL is not finite.
+    """
     from .distill import DistillOptions, Learner, distill
 
     settings = work.settings
@@ -125,5 +143,18 @@ def distilled(
         losses = distill(
             work.forcing, work.seen, work.plan, work.plan.refresh_policy, learner, options, workers, state_file, report
         )
-    work.judge("distillation", learner.pairs())
+    work.judge(DISTILLATION, learner.pairs())
     return learner.pairs(), losses
+
+
+def better(work: Work, begun: Surrogates, learned: Surrogates) -> tuple[str, Surrogates]:
+    """The stage whose adapters have the lower KL on held-out text, and these: distillation may make them worse."""
+    before = CLOSED_FORM if CLOSED_FORM in work.stages else BASE
+    kept = min((DISTILLATION, before), key=lambda stage: work.stages[stage]["kl"])
+    if kept != DISTILLATION:
+        work.console.say(
+            f"warning: distillation made the adapters worse, KL {work.stages[before]['kl']:.4f} → "
+            f"{work.stages[DISTILLATION]['kl']:.4f}; those before it are kept. A smaller --learning-rate or more "
+            "--text may help."
+        )
+    return kept, learned if kept == DISTILLATION else begun

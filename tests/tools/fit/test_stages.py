@@ -1,0 +1,80 @@
+"""Which adapters a fit keeps: those that are better on held-out text, and none where the figures are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.fit import stages
+from lora_drop_tools.fit.distill import Divergence
+from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.fit.settings import FitSettings
+from safetensors.numpy import load_file
+
+SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512}
+
+
+def settings(text: Path, out: Path, **options) -> FitSettings:
+    return FitSettings(text=(text,), out=out, drop_layers=(3, 5), **(SMALL | options))
+
+
+def same_adapters(a: Path, b: Path) -> bool:
+    ours, theirs = load_file(a / "adapter_model.safetensors"), load_file(b / "adapter_model.safetensors")
+    return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_distillation_that_makes_them_worse_is_not_kept(
+    model_dir: Path,
+    words: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit(str(model_dir), settings(words, tmp_path / "closed", steps=0))
+    capsys.readouterr()
+    result = fit(str(model_dir), settings(words, tmp_path / "spoilt", steps=3, learning_rate=30.0))
+    assert result.stages["distillation"]["kl"] > result.stages["closed form"]["kl"]
+    assert result.kept == json.loads((tmp_path / "spoilt/fit.json").read_text())["kept"] == "closed form"
+    assert same_adapters(tmp_path / "spoilt", tmp_path / "closed")
+    assert "distillation made the adapters worse" in capsys.readouterr().err
+    result = fit(str(model_dir), settings(words, tmp_path / "better", steps=40))
+    assert result.kept == "distillation"
+    assert not same_adapters(tmp_path / "better", tmp_path / "closed")
+
+
+def test_distillation_that_diverges_fails_and_leaves_nothing(
+    model_dir: Path,
+    words: Path,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match=r"(?s)Distillation diverged.*nan.*--learning-rate 1e\+29"):
+        fit(str(model_dir), settings(words, tmp_path / "a", steps=4, learning_rate=1e30))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_figures_are_not_finite_is_refused(
+    model_dir: Path,
+    words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    figures = Divergence.figures
+    monkeypatch.setattr(Divergence, "figures", lambda self: figures(self) | {"kl": float("inf")})
+    with pytest.raises(InputError, match=r"(?s)not finite.*inf.*--dtype fp32"):
+        fit(str(model_dir), settings(words, tmp_path / "a", steps=0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_better_is_judged_by_the_held_out_figure() -> None:
+    said: list[str] = []
+    console = type("Console", (), {"say": staticmethod(said.append)})()
+    work = stages.Work(None, None, None, None, None, console, {"base": {"kl": 0.3}})  # type: ignore[arg-type]
+    begun, learned = {"3": (torch.zeros(1), torch.zeros(1))}, {"3": (torch.ones(1), torch.ones(1))}
+    for closed, distilled, kept in ((0.2, 0.1, learned), (0.1, 0.2, begun), (None, 0.2, learned), (None, 0.4, begun)):
+        own = {"base": {"kl": 0.3}, "distillation": {"kl": distilled}}
+        own |= {"closed form": {"kl": closed}} if closed else {}
+        assert stages.better(dataclasses.replace(work, stages=own), begun, learned)[1] is kept
+    assert len(said) == 2
