@@ -150,6 +150,12 @@ def print_table(result: Verification, console: Console) -> None:
                 f"{np.mean([s.top1_agreement for s in group]):.0%}" + (f" ({ties} near-ties)" if ties else ""),
             )
     console.rich.print(table)
+    absent = [kind.value for kind in StepKind if all(step.kind != kind.value for step in result.steps)]
+    if absent and result.k:
+        console.say(
+            f"{' and '.join(absent)} steps were not compared: in the longest request that the bundle allows, with a "
+            "prompt of one token, there is none"
+        )
     if result.rounded_cosine is not None:
         console.say(
             f"the above with kernels that compute in float32; with those that round activations to 8 bits, which run, "

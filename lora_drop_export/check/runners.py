@@ -80,7 +80,9 @@ class ReferenceRunner(BaseRunner):  # type: ignore[misc]
 
     def activate_impl(self) -> None:
         first, rest = self._feeds[0], self._feeds[1:]
-        tokens = np.stack([feed["token_ids"][:, 0] for feed in rest])
+        tokens = np.array([feed["token_ids"][:, 0] for feed in rest], np.int64).reshape(
+            len(rest), len(first["lengths"])
+        )
         with self._console.progress("reference (eager PyTorch)") as progress:
             self._outputs = iter(
                 self._reference.run(

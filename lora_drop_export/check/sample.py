@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.text import TextCodec
 
 PROMPT_TOKENS = (24, 17)  # a ragged batch
@@ -26,16 +26,15 @@ def sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     return ids[ids < vocab_size]
 
 
+def steps_that_fit(limits: Limits, k: int) -> int:
+    """Decode steps of two whole cycles and one more, or as many as follow a prompt of one token."""
+    return min(max(2 * (k + 1), 4) + 1, limits.max_seq_len - 2)
+
+
 def sample_feeds(bundle: Bundle, steps: int) -> list[dict[str, Any]]:
     """Prompts and forced tokens: a sample text in the model's tokens, or random ids without a tokenizer."""
     limits, vocab_size = bundle.manifest.limits, bundle.manifest.model.vocab_size
     room = min(limits.max_prompt_len, limits.max_seq_len - steps - 1)
-    if room < 1:
-        raise InputError(
-            "The bundle is too short to be verified.",
-            note=f"Two cycles need {steps + 2} tokens, --max-seq-len is {limits.max_seq_len}.",
-            hint="Raise --max-seq-len, lower --k, or use --no-verify.",
-        )
     lengths = np.array([min(n, room) for n in PROMPT_TOKENS[: limits.max_batch]], np.int64)
     needed = (int(lengths.max()) + steps) * len(lengths)
     sample = sample_ids(bundle.root, vocab_size)

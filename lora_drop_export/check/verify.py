@@ -1,8 +1,9 @@
 """Comparing a bundle with eager PyTorch, every step of a teacher-forced run, through Polygraphy.
 
-Enters: a bundle. Leaves: a `Verification` and a table; writes nothing. The run is a ragged batch with a prefill and at
-least two whole cycles of the bundle's schedule. `SessionRunner` wraps the runtime's session, whose buffers alias;
-`ReferenceRunner` wraps reference.py, fed from the bundle's own weight files by tensor name, not by the graphs' offsets.
+Enters: a bundle. Leaves: a `Verification` and a table; writes nothing. The run is a ragged batch with a prefill and two
+whole cycles of the bundle's schedule, or what of them the bundle's limits allow. `SessionRunner` wraps the runtime's
+session, whose buffers alias; `ReferenceRunner` wraps reference.py, fed from the bundle's own weight files by tensor
+name, not by the graphs' offsets.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .figures import (
 )
 from .reference import Reference, adapter_matrices
 from .runners import ReferenceRunner, SessionRunner
-from .sample import sample_feeds
+from .sample import sample_feeds, steps_that_fit
 
 
 def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
@@ -139,7 +140,7 @@ def compare(
     name, _ = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
     schedule, refreshes = PeriodicSchedule(k), policy_named(policy or manifest.plan.policy)
-    steps = max(2 * (k + 1), 4) + 1
+    steps = steps_that_fit(manifest.limits, k)
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
     reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console or Console())

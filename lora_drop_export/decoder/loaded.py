@@ -37,6 +37,7 @@ class LoadedModel:
         tokenizer: transformers' tokenizer, None where there is none.
         fingerprint: of the base weights, as adapters and bundles record it.
         plan: of a bundle, else None.
+        max_seq_len: tokens of the longest text that a bundle allows, else None.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LoadedModel:
     tokenizer: Any
     fingerprint: str
     plan: DropPlan | None
+    max_seq_len: int | None = None
 
     def encode(self, text: str) -> Any:
         """Token ids int64 [T] without special tokens.
@@ -116,11 +118,12 @@ def load_model(
     Raises:
         InputError, ModelError, BundleError: nothing there, or not a model that can be read.
     """
-    path, plan, fingerprint = Path(source).expanduser(), None, None
+    path, plan, fingerprint, max_seq_len = Path(source).expanduser(), None, None, None
     tokenizer_dir = None
     if (path / MANIFEST_NAME).is_file():
         bundle = Bundle.open(path)
         plan, fingerprint = bundle.manifest.plan, bundle.manifest.model.fingerprint
+        max_seq_len = bundle.manifest.limits.max_seq_len
         source, tokenizer_dir = str(path / "weights"), path / "tokenizer"
     with tempfile.TemporaryDirectory(prefix="lora-drop-") as scratch:
         checkpoint = open_checkpoint(source, Path(scratch), trust_remote_code=trust_remote_code, log=log)
@@ -132,4 +135,5 @@ def load_model(
             tokenizer=_tokenizer(tokenizer_dir or checkpoint.directory),
             fingerprint=fingerprint or checkpoint.fingerprint(),
             plan=plan,
+            max_seq_len=max_seq_len,
         )

@@ -95,7 +95,6 @@ def test_drop_list_file_is_missing(export_refused, tmp_path):
         ("--rank -1", ("rank", "-1")),
         (f"--max-seq-len {CONTEXT + 1}", ("--max-seq-len", str(CONTEXT + 1), f"context is {CONTEXT}")),
         ("--max-seq-len 16 --max-prompt-len 16", ("--max-prompt-len", "16", "15")),
-        ("--max-seq-len 4", ("too short to be verified", "--max-seq-len is 4")),
         ("--weights link --target none --dtype bf16", ("linked", "float32", "bfloat16")),
     ],
 )

@@ -16,7 +16,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.cli import main
 
-from lora_drop_export.check.figures import TOLERANCES, compare_logits
+from lora_drop_export.check.figures import TOLERANCES, compare_logits, print_table
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
@@ -52,6 +52,19 @@ def test_a_session_of_another_policy_is_noticed(good, asked, run, monkeypatch):
     genuine = Session.open
     monkeypatch.setattr(Session, "open", lambda path, **options: genuine(path, **{**options, "policy": run}))
     assert not compare(good, threads=1, policy=asked).passed
+
+
+@pytest.mark.parametrize(("max_seq_len", "kinds"), [(2, 0), (4, 2), (6, 4), (11, 9), (12, 9)])
+def test_the_verification_is_as_long_as_the_bundle_allows(max_seq_len, kinds, tmp_path, capsys):
+    """k = 3: two cycles and a step are nine; a prompt of one token leaves room for `max_seq_len` − 2."""
+    bundle = make_bundle("llama", tmp_path / "b", k=3, max_seq_len=max_seq_len)
+    result = compare(bundle, threads=1)
+    assert result.passed
+    assert [step.kind for step in result.steps] == ["prefill", *(["lora"] * 3 + ["refresh"]) * 2, "lora"][: kinds + 1]
+    print_table(result, Console())
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("refresh steps were not compared" in said) == (kinds == 2)
+    assert ("refresh and lora steps were not compared" in said) == (kinds == 0)
 
 
 def test_verify_writes_what_it_found(good, tmp_path):

@@ -37,7 +37,7 @@ from lora_drop_tools.shared.progress import Progress
 from .intervals import Sums
 from .plots import write_plots
 from .report import describe
-from .requests import TaskItems, check, read_speedups, task_items, text_request, text_windows
+from .requests import TaskItems, checked, read_speedups, task_items, text_request, text_windows
 from .result import FULL, EvalResult, EvalRow, TaskFigures, averages, safe_zones, task_figures, text_figures
 from .scoring import Window, score_windows, windows_at_once
 from .settings import EvalSettings
@@ -204,7 +204,7 @@ def eval(
     """
     given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
     opened = open_bundles(given)
-    check(opened, settings)
+    settings = checked(opened, settings)
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import zlib
@@ -41,8 +42,17 @@ class TaskItems:
     shots: list[Item]
 
 
-def check(bundles: Mapping[str, Bundle], settings: EvalSettings) -> None:
-    """Refuse before any work what the bundles do not allow.
+def _windows_that_fit(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettings:
+    """The settings with the windows that all bundles take, where none were asked for."""
+    limits = [bundle.manifest.limits for bundle in bundles.values()]
+    window = min(settings.window_tokens, *(one.max_seq_len for one in limits))
+    changed = settings if settings.window is not None else dataclasses.replace(settings, window=window)
+    prompt = min(changed.prompt_tokens, *(one.max_prompt_len for one in limits))
+    return changed if settings.prompt is not None else dataclasses.replace(changed, prompt=prompt)
+
+
+def checked(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettings:
+    """Refuse before any work what the bundles do not allow; the settings, with windows that fit the bundles.
 
     Raises:
         InputError: labels for other bundles, a bundle without a tokenizer, windows longer than one takes.
@@ -62,15 +72,20 @@ def check(bundles: Mapping[str, Bundle], settings: EvalSettings) -> None:
                 note=f"{name}: {path} does not exist; texts and tasks need one.",
                 hint="Export again from a checkpoint that has its tokenizer.json.",
             )
-    for name, bundle in bundles.items() if settings.text is not None else ():
+    if settings.text is None:
+        return settings
+    settings = _windows_that_fit(bundles, settings)
+    for name, bundle in bundles.items():
         limits = bundle.manifest.limits
-        if settings.window > limits.max_seq_len or settings.prompt > limits.max_prompt_len:
+        window, prompt = settings.window_tokens, settings.prompt_tokens
+        if window > limits.max_seq_len or prompt > limits.max_prompt_len:
             raise InputError(
                 "A window is longer than a bundle allows.",
-                note=f"--window is {settings.window} and --prompt {settings.prompt}, {name} allows "
+                note=f"--window is {window} and --prompt {prompt}, {name} allows "
                 f"{limits.max_seq_len} and {limits.max_prompt_len}.",
                 hint="Use a smaller one, or export with a larger --max-seq-len.",
             )
+    return settings
 
 
 def text_request(settings: EvalSettings) -> TextRequest | None:
@@ -87,7 +102,7 @@ def text_request(settings: EvalSettings) -> TextRequest | None:
         raise InputError(
             "The text cannot be read.", note=f"{settings.text}: {error}.", hint="Give a UTF-8 text file."
         ) from None
-    return TextRequest(text, settings.window, settings.prompt, settings.windows)
+    return TextRequest(text, settings.window_tokens, settings.prompt_tokens, settings.windows)
 
 
 def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int, Window]:

@@ -13,6 +13,8 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
 
+WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
+
 
 @dataclass(frozen=True)
 class EvalSettings:
@@ -23,7 +25,8 @@ class EvalSettings:
         k: LoRA steps between refreshes; 0, the full schedule, is always evaluated too.
         policies: `skip`, `backfill`, or both.
         text: a UTF-8 file for perplexity, agreement and KL.
-        window, prompt: tokens of a window of the text, and of those how many are given.
+        window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
+            many of them as all bundles allow.
         windows: how many windows at most.
         tasks: of `TASKS`; through lm-eval.
         data: the directory of their files.
@@ -54,8 +57,12 @@ class EvalSettings:
         help=f"evaluate these policies: {', '.join(POLICIES)} (default skip)",
     )
     text: Path | None = option(None, metavar="FILE", help="score a text: perplexity, agreement and KL")
-    window: int = option(512, metavar="T", help="cut it into pieces of so many tokens (default 512)")
-    prompt: int = option(32, metavar="T", help="give so many of them without scoring them (default 32)")
+    window: int | None = option(
+        None, metavar="T", help=f"cut it into pieces of so many tokens (default {WINDOW}, or what the bundles allow)"
+    )
+    prompt: int | None = option(
+        None, metavar="T", help=f"give so many of them without scoring them (default {PROMPT}, at most half a piece)"
+    )
     windows: int = option(32, metavar="N", help="score at most so many pieces (default 32)")
     tasks: tuple[str, ...] = option((), metavar="NAME,…", help=f"run some of {', '.join(TASKS)}")
     data: Path | None = option(None, metavar="DIR", help="where the tasks' files lie")
@@ -108,13 +115,22 @@ class EvalSettings:
             raise InputError(
                 "There is nothing to evaluate.", note=f"--windows is {self.windows}.", hint="Use at least 1."
             )
-        if self.prompt <= longest or self.window < self.prompt + longest + 2:
+        window, prompt = self.window_tokens, self.prompt_tokens
+        if prompt <= longest or window < prompt + longest + 2:
             raise InputError(
                 "A window has no room for a prompt and a whole cycle.",
-                note=f"--window is {self.window}, --prompt is {self.prompt}; k = {longest} takes a prompt of "
+                note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of "
                 f"{longest + 1} tokens and {longest + 2} more.",
                 hint="Use for example --window 512 --prompt 32.",
             )
+
+    @property
+    def window_tokens(self) -> int:
+        return WINDOW if self.window is None else self.window
+
+    @property
+    def prompt_tokens(self) -> int:
+        return min(PROMPT, self.window_tokens // 2) if self.prompt is None else self.prompt
 
     @property
     def ks(self) -> list[int]:

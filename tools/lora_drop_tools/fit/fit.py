@@ -26,7 +26,7 @@ from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
-from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts
+from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts, window_that_fits
 
 from .partial import Partial, load_begin
 from .peft import CONFIG_NAME, save_adapters
@@ -95,9 +95,10 @@ def _fit_loaded(
     from lora_drop_export.decoder.anatomy import name_of
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
+    settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     forcing = TeacherForcing(loaded.model)
     plan = plan_to_fit(loaded, forcing, settings, listed)
-    corpus = Corpus.of(loaded, texts, settings.window)
+    corpus = Corpus.of(loaded, texts, settings.window_tokens)
     seen, unseen = (Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
     work = Work(forcing, plan, settings, seen, unseen, console)
     described = json.loads(json.dumps(_described(loaded, plan, settings)))

@@ -12,7 +12,7 @@ from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
-from lora_drop_tools.shared.corpus import DTYPES
+from lora_drop_tools.shared.corpus import DTYPES, WINDOW
 from lora_drop_tools.shared.options import trust_remote_code_option
 from lora_drop_tools.teacher_forcing.layout import check_policy
 
@@ -34,7 +34,8 @@ class FitSettings:
             `skip`, when None.
         alpha: PEFT's; the rank when None, so that the scale is 1.
         tokens: that the closed form sees, 0 to begin with adapters that do nothing.
-        steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens.
+        steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens,
+            which are 256 when None, or as many as the model and the bundle allow.
 
     Raises:
         InputError, PlanError: a value out of range.
@@ -77,7 +78,12 @@ class FitSettings:
         LEARNING_RATE, group=_HOW, metavar="X", help=f"how fast distillation learns (default {LEARNING_RATE})"
     )
     batch: int = option(4, group=_HOW, metavar="B", help="put so many texts into a batch (default 4)")
-    window: int = option(256, group=_HOW, metavar="T", help="take so many tokens of a text (default 256)")
+    window: int | None = option(
+        None,
+        group=_HOW,
+        metavar="T",
+        help=f"take so many tokens of a text (default {WINDOW}, or what the model or the bundle allows)",
+    )
     accumulate: int = option(1, group=_HOW, metavar="N", help="take so many batches in a step (default 1)")
     seed: int = option(0, group=_HOW, metavar="N", help="choose pieces of the text by this number (default 0)")
     device: str = option("cpu", group=_HOW, metavar="NAME", help="run on this device of PyTorch (default cpu)")
@@ -111,10 +117,10 @@ class FitSettings:
         if not self.k or 0 in self.k:
             raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.k}.", hint="Use --k 3.")
         shortest = PROMPT + 2 * max(self.k) + 2
-        if self.window < shortest:
+        if self.window_tokens < shortest:
             raise InputError(
                 "The window is too short.",
-                note=f"--window is {self.window}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
+                note=f"--window is {self.window_tokens}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
                 hint=f"Use --window {max(256, shortest)}.",
             )
         for flag, value, least in (
@@ -136,6 +142,10 @@ class FitSettings:
             )
         if not self.tokens and not self.steps:
             raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
+
+    @property
+    def window_tokens(self) -> int:
+        return WINDOW if self.window is None else self.window
 
     @property
     def lora_alpha(self) -> float:

@@ -102,7 +102,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         pair = balanced(solution.a, solution.b, scale)
         return pair[0].to(forcing.device), pair[1].to(forcing.device)
 
-    count = max(1, settings.tokens // (settings.batch * settings.window))
+    count = max(1, settings.tokens // (settings.batch * settings.window_tokens))
     what = "closed form" if settings.tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (work.seen(number) for number in range(count)))

@@ -35,8 +35,8 @@ class Texts:
 
         of = self._settings
         random = np.random.default_rng([of.seed, self._salt, number])
-        starts = random.integers(0, len(self._ids) - of.window + 1, of.batch)
+        starts = random.integers(0, len(self._ids) - of.window_tokens + 1, of.batch)
         k = int(random.choice(of.k))
         prompt = PROMPT + int(random.integers(0, k + 1))
-        ids = torch.stack([self._ids[start : start + of.window] for start in starts]).to(self._device)
-        return ids, Layout.of(of.window, prompt, PeriodicSchedule(k), self._device)
+        ids = torch.stack([self._ids[start : start + of.window_tokens] for start in starts]).to(self._device)
+        return ids, Layout.of(of.window_tokens, prompt, PeriodicSchedule(k), self._device)

@@ -30,7 +30,7 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
-from lora_drop_tools.shared.corpus import DTYPES, check_window, read_texts
+from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
 
 from .greedy import Greedy, ticks
 from .measures import LayerFigures, layer_figures
@@ -53,7 +53,7 @@ _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 
 def _described(settings: ProfileSettings) -> dict[str, Any]:
     """What profile.json says of the settings: tokens as they were measured, in whole windows."""
-    window = settings.window
+    window = settings.window_tokens
     return {
         "text": [file.name for file in settings.text],
         "k": settings.k,
@@ -73,11 +73,10 @@ def _windows(loaded: LoadedModel, texts: Sequence[str], window: int, count: int,
     """`count` pieces of the texts, drawn without repetition, as token ids [count, window]; none spans two texts.
 
     Raises:
-        InputError: the texts are too short, or the model's context is.
+        InputError: the texts are too short.
     """
     import torch
 
-    check_window(loaded, window)
     pieces = []
     for text in texts:
         ids = loaded.encode(text)
@@ -183,7 +182,8 @@ def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSetting
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.layout import Layout
 
-    window = settings.window
+    settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
+    window = settings.window_tokens
     count, scored = settings.tokens // window, settings.sensitivity_tokens // window
     windows = _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
     forcing = TeacherForcing(loaded.model)

@@ -10,7 +10,7 @@ from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from lora_drop_tools.shared.corpus import DTYPES
+from lora_drop_tools.shared.corpus import DTYPES, WINDOW
 from lora_drop_tools.shared.options import trust_remote_code_option
 from lora_drop_tools.teacher_forcing.layout import check_policy
 
@@ -29,7 +29,8 @@ class ProfileSettings:
         k: LoRA steps between two refreshes.
         policy: of the refreshes, `backfill` or `skip`.
         tokens: how much text the figures of layers are means over.
-        window: tokens of a piece of text; the pieces are drawn from all over it.
+        window: tokens of a piece of text, 256 when None, or as many as the model and the bundle allow; the pieces are
+            drawn from all over it.
         sensitivity_tokens: how much of it `sensitivity` decodes again and again, and how much other text the drop lists
             are compared on. The exact layers of the former stay in memory.
 
@@ -45,7 +46,11 @@ class ProfileSettings:
         RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
     )
     tokens: int = option(8192, metavar="N", help="take the layers' figures on so many tokens (default 8192)")
-    window: int = option(256, metavar="T", help="cut the text into pieces of so many tokens (default 256)")
+    window: int | None = option(
+        None,
+        metavar="T",
+        help=f"cut the text into pieces of so many tokens (default {WINDOW}, or what the model or the bundle allows)",
+    )
     sensitivity_tokens: int = option(
         1024,
         metavar="N",
@@ -71,17 +76,21 @@ class ProfileSettings:
             check_known("ranking", ranking, RANKINGS, "--rankings")
         farthest = max(*DELTAS, self.k)
         shortest = LEADING + farthest + 2
-        if self.window < shortest:
+        if self.window_tokens < shortest:
             raise InputError(
                 "The window is too short.",
-                note=f"--window is {self.window}; tokens up to {farthest} apart are compared, so {shortest} are "
+                note=f"--window is {self.window_tokens}; tokens up to {farthest} apart are compared, so {shortest} are "
                 "needed.",
                 hint=f"Use --window {max(256, shortest)}.",
             )
         for flag, amount in (("--tokens", self.tokens), ("--sensitivity-tokens", self.sensitivity_tokens)):
-            if amount < self.window:
+            if amount < self.window_tokens:
                 raise InputError(
                     f"{flag} is less than a window.",
-                    note=f"It is {amount}, --window is {self.window}.",
-                    hint=f"Use {flag} {4 * self.window}, or a smaller --window.",
+                    note=f"It is {amount}, --window is {self.window_tokens}.",
+                    hint=f"Use {flag} {4 * self.window_tokens}, or a smaller --window.",
                 )
+
+    @property
+    def window_tokens(self) -> int:
+        return WINDOW if self.window is None else self.window

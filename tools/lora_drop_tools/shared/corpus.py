@@ -5,6 +5,7 @@ Enters: files. Leaves: token ids, cut into what is fitted on and what is held ou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
 
 DTYPES = {short: row.name for short, row in BY_SHORT.items() if row.name in MODEL_DTYPES}
+WINDOW = 256  # tokens of a piece of text, where the model and the bundle allow as many
 HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
 
 
@@ -41,15 +43,23 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
     return texts
 
 
-def check_window(loaded: LoadedModel, window: int) -> None:
-    """Refuse windows that are longer than the model's context."""
-    context = getattr(loaded.model.config, "max_position_embeddings", window)
+def window_that_fits(loaded: LoadedModel, window: int | None) -> int:
+    """Tokens of a window; of None the usual number, or what the model's context and the bundle allow.
+
+    Raises:
+        InputError: it is longer than the model's context.
+    """
+    config = loaded.model.config
+    context = int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize)
+    if window is None:
+        return min(WINDOW, context, loaded.max_seq_len or WINDOW)
     if window > context:
         raise InputError(
             "The window is longer than the model's context.",
             note=f"--window is {window}, the context is {context}.",
-            hint=f"Use --window {min(256, context)}.",
+            hint=f"Use --window {min(WINDOW, context)}.",
         )
+    return window
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,9 @@ class Corpus:
 
     @classmethod
     def of(cls, loaded: LoadedModel, texts: Sequence[str], window: int) -> Corpus:
-        """Raises InputError where a part has less than one window of tokens, or the model's context has."""
+        """Raises InputError where a part has less than one window of tokens."""
         import torch
 
-        check_window(loaded, window)
         fit, held_out = [], []
         for text in texts:
             ids = loaded.encode(text)

@@ -1,0 +1,63 @@
+"""Without --window, the tools that cut a text take pieces that the bundle or the model allows."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.settings import EvalSettings
+from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.profile.profile import profile
+from lora_drop_tools.profile.settings import ProfileSettings
+
+from lora_drop_export.compiler.export import export
+from lora_drop_export.compiler.options import ExportOptions
+from tests.support.tokenizers import with_tokenizer
+
+SHORT = 48
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"t{i * i % 127}" for i in range(6000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model whose context is 256 tokens, exported for 48."""
+    root = tmp_path_factory.mktemp("bundle")
+    model = with_tokenizer("llama", root / "model")
+    options = ExportOptions(drop_layers=(3, 5), rank=3, max_seq_len=SHORT, max_prompt_len=10, verify=False)
+    return export(str(model), root / "engines", options).root
+
+
+def test_eval(bundle: Path, text: Path) -> None:
+    settings = {"text": text, "windows": 1, "threads": 1, "k": (1,)}
+    shrunk = eval(bundle, EvalSettings(**settings), out=io.StringIO())
+    asked = eval(bundle, EvalSettings(**settings, window=SHORT, prompt=10), out=io.StringIO())
+    for ours, theirs in zip(shrunk.rows, asked.rows, strict=True):
+        assert ours.text == theirs.text
+        assert ours.text is not None
+    assert shrunk.arguments["window"] == SHORT
+    assert shrunk.arguments["prompt"] == 10
+
+
+def test_fit_and_profile(bundle: Path, text: Path, tmp_path: Path) -> None:
+    fit(str(bundle), FitSettings(text=(text,), out=tmp_path / "a", rank=3, tokens=512, steps=0, batch=2))
+    assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == SHORT
+    found = profile(str(bundle), ProfileSettings(text=(text,), out=tmp_path / "p", tokens=256, sensitivity_tokens=256))
+    assert found.settings["window"] == SHORT
+
+
+def test_a_model_with_a_short_context(text: Path, tmp_path: Path) -> None:
+    model = with_tokenizer("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    fit(str(model), FitSettings(text=(text,), out=tmp_path / "a", rank=3, tokens=512, steps=0, batch=2))
+    assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == 40
