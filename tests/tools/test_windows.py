@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_eval(bundle: Path, text: Path) -> None:
-    settings = {"text": text, "windows": 1, "threads": 1, "k": (1,)}
+    settings = {"text": text, "windows": 6, "threads": 1, "k": (1,)}
     shrunk = eval(bundle, EvalSettings(**settings), out=io.StringIO())
     asked = eval(bundle, EvalSettings(**settings, window=SHORT, prompt=10), out=io.StringIO())
     for ours, theirs in zip(shrunk.rows, asked.rows, strict=True):

@@ -17,6 +17,7 @@ The *offset* of a step is its number mod (k+1): 0 is a refresh, 1 … k are the 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,13 @@ def batches(session: Session, rows: Sequence[Row]) -> Iterator[list[int]]:
         yield batch
 
 
+def _decode_apart(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
+    """As `decode`, in as many batches as the bundle's limits make of them: prompts of other phases differ in length."""
+    for batch in batches(session, rows):
+        for read in decode(session, [rows[index] for index in batch], k):
+            yield dataclasses.replace(read, rows=np.array(batch)[read.rows])
+
+
 def score(session: Session, rows: Sequence[Row], k: int) -> list[Score]:
     """Scores of one batch, in its order: of each row the tokens after position `first`."""
     sums, greedy = np.zeros(len(rows)), np.ones(len(rows), np.bool_)
@@ -193,7 +201,7 @@ def score_windows(
     kept = np.empty((len(windows), windows[0].scored, vocab_size), np.float32)
     for k in (0, *(k for k in ks if k)):
         sums = np.zeros((len(windows), k + 1, len(COLUMNS)))
-        for read in decode(session, [window.row(k) for window in windows], k):
+        for read in _decode_apart(session, [window.row(k) for window in windows], k):
             if not k:
                 kept[read.rows, read.positions - first] = read.log_probs
             full = kept[read.rows, read.positions - first]

@@ -1,0 +1,71 @@
+"""The commands that README and docs/tools.md show work as they stand there, one after the other.
+
+A tiny model stands in for the named one; the two commands that would take minutes get smaller sizes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from lora_drop_tools.cli import main as lora_drop
+
+from lora_drop_export.cli import main as lora_drop_export
+from tests.support.tokenizers import with_tokenizer
+
+ROOT = Path(__file__).parents[1]
+NAMED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
+SMALLER = {
+    "profile": "--tokens 512 --sensitivity-tokens 256 --rankings sensitivity",
+    "fit": "--tokens 1024 --steps 2",
+}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def commands_of(page: str, heading: str) -> list[list[str]]:
+    """The words of each command in the first block of code under a heading."""
+    section = (ROOT / page).read_text().split(f"## {heading}\n", 1)[1]
+    block = re.search(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert block
+    lines = block[1].replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("lora-drop")]
+
+
+def run(words: list[str], model: Path) -> int:
+    words = [str(model) if word in NAMED else word for word in words]
+    if words[0] == "lora-drop-export":
+        return lora_drop_export(words[1:])
+    assert words[0] == "lora-drop"
+    return lora_drop([*words[1:], *SMALLER.get(words[1], "").split()])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = with_tokenizer("llama", tmp_path_factory.mktemp("model"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+def test_readme_and_tools(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("t1 t2\n"))  # for `chat`
+    for name in ("train.txt", "held-out.txt"):
+        Path(name).write_text(" ".join(f"t{i * i % 127}" for i in range(6000)))
+    commands = commands_of("README.md", "Use it") + commands_of("docs/tools.md", "Better text in four commands")
+    assert [words[1] for words in commands if words[0] == "lora-drop"] == [
+        "generate",
+        "chat",
+        "profile",
+        "fit",
+        "eval",
+    ]
+    for words in commands:
+        code = run(words, model)
+        assert code == 0, (words, capsys.readouterr().err)
+    shutil.rmtree(tmp_path / "engines")
