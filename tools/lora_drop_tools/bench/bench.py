@@ -163,7 +163,6 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
             name: {"path": str(bundle.root), "drop_layers": list(bundle.manifest.plan.drop_layers)}
             for name, bundle in bundles.items()
         },
-        load_before=machine.load_average(),
     )
 
 
@@ -222,7 +221,6 @@ def bench(
     prompt = prompts_of(next(iter(opened.values())), longest, 1)[0].tolist()
     with _running_peers(wanted, result, prompt) as peers:
         _measure_all(result, opened, settings.windows, requests, peers, options)
-    result.load_after = machine.load_average()
     judge(result)
     _finish(result, settings, out)
     return result

@@ -7,7 +7,6 @@ from lora_drop_runtime.errors import LoraDropError
 from .result import BenchResult
 
 OVERHEAD_TARGET = 0.03
-LOAD_LIMIT = 0.5  # of the one-minute load average before the run
 FOREIGN_LIMIT = 0.1  # cores that others keep busy during the run
 MEMORY_LIMIT = 0.8  # share of the machine's memory that all arms together should take
 
@@ -20,12 +19,6 @@ class MeasurementError(LoraDropError):
 
 def judge(result: BenchResult) -> None:
     """Warnings about the machine, and the figures that cannot be true."""
-    load = result.load_before
-    if load is not None and load[0] > LOAD_LIMIT:
-        result.warnings.append(
-            f"The load average was {load[0]:.2f} before the run: something else was running, so measure again when "
-            f"it is below {LOAD_LIMIT}."
-        )
     if result.foreign_cores is not None and result.foreign_cores > FOREIGN_LIMIT:
         result.warnings.append(
             f"Other processes kept {result.foreign_cores:.2f} cores busy while it was measured: the figures are noisy."

@@ -15,8 +15,8 @@ from .result import BenchResult, Memory, PeerRow, Row
 NOT_MEASURED = "not measured"
 
 
-def _load(load: tuple[float, float, float] | None) -> str:
-    return NOT_MEASURED if load is None else f"{load[0]:.2f}"
+def _others(cores: float | None) -> str:
+    return NOT_MEASURED if cores is None else f"{cores:.2f} cores were kept busy by other processes meanwhile"
 
 
 def _bundle(entry: dict[str, Any]) -> str:
@@ -176,8 +176,7 @@ def describe(result: BenchResult) -> list[str]:
         f"model      {result.model}, weights {result.weight_dtype}, engine {result.engine}, {result.threads} threads",
         f"machine    {facts['cpu']}, {facts['physical_cores']} cores, {facts['system']}",
         f"versions   {versions}",
-        f"load       {_load(result.load_before)} before, {_load(result.load_after)} after"
-        + ("" if result.foreign_cores is None else f"; others kept {result.foreign_cores:.2f} cores busy meanwhile"),
+        f"others     {_others(result.foreign_cores)}",
         f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
         f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
         f"policy {result.policy}",

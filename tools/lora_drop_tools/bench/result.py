@@ -185,8 +185,6 @@ class BenchResult:
     new_tokens: int
     bundles: dict[str, dict[str, Any]]
     policy: str = DEFAULT_POLICY
-    load_before: tuple[float, float, float] | None = None
-    load_after: tuple[float, float, float] | None = None
     foreign_cores: float | None = None
     rows: list[Row] = field(default_factory=list)
     peer_rows: list[PeerRow] = field(default_factory=list)

@@ -104,13 +104,6 @@ def pss_bytes(pid: int | str = "self") -> dict[str, int] | None:
     return found if "total" in found else None
 
 
-def load_average() -> tuple[float, float, float] | None:
-    try:
-        return os.getloadavg()
-    except (AttributeError, OSError):
-        return None
-
-
 @dataclass(frozen=True)
 class CpuTime:
     """Seconds since some fixed moment: wall, of all cores together while busy, of our own processes."""
