@@ -70,13 +70,18 @@ class ChatSettings(GenerateSettings):
 
 @dataclass
 class Completion:
-    """One prompt's result. `seconds` counts from the prefill on; the rest is what the session says at the end."""
+    """One prompt's result. `seconds` counts from the prefill on; the next two are what the session says at the end.
+
+    Attributes:
+        interrupted: Ctrl-C ended it.
+    """
 
     text: str
     tokens: int
     seconds: float
     kv_bytes: dict[str, int]
     engine_notes: list[str]
+    interrupted: bool = False
 
 
 def _questions() -> Iterator[str]:
@@ -94,7 +99,7 @@ def _stream(
 ) -> Completion:
     """Print one completion as it is made; Ctrl-C ends it early and keeps what is there."""
     pieces = codec.stream(settings.stop)
-    text, tokens = [], 0
+    text, tokens, interrupted = [], 0, False
     begin = time.perf_counter()
 
     def emit(piece: str) -> None:
@@ -110,12 +115,13 @@ def _stream(
             if pieces.stopped:
                 break
     except KeyboardInterrupt:
-        pass
+        interrupted = True
     finally:
         stream.close()
     emit(pieces.finish())
     out.write("\n")
-    return Completion("".join(text), tokens, time.perf_counter() - begin, session.kv_bytes(), session.engine_notes())
+    seconds = time.perf_counter() - begin
+    return Completion("".join(text), tokens, seconds, session.kv_bytes(), session.engine_notes(), interrupted)
 
 
 def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = None) -> None:
@@ -156,6 +162,7 @@ def generate(
 
     Raises:
         InputError, BundleError: what cannot be served.
+        KeyboardInterrupt: Ctrl-C was pressed; what was written until then stands in `out`.
     """
     out = out or sys.stdout
     with settings.open(bundle) as session:
@@ -171,7 +178,10 @@ def generate(
             for prompt in prompts
         ]
         if len(encoded) == 1:
-            return [_stream(session, codec, encoded[0], settings, out)]
+            completion = _stream(session, codec, encoded[0], settings, out)
+            if completion.interrupted:
+                raise KeyboardInterrupt
+            return [completion]
         begin = time.perf_counter()
         rows = session.generate(encoded, settings.max_new_tokens, sampling=settings.sampling)
         seconds = time.perf_counter() - begin

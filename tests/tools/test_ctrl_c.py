@@ -1,0 +1,64 @@
+"""Ctrl-C ends a command with 130 and a reply of `chat` with nothing but the reply."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_tools.cli import main
+
+from tests.support.bundles import make_bundle
+from tests.support.tokenizers import character_tokenizer
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_bundle("llama", tmp_path_factory.mktemp("bundle") / "b").root
+    character_tokenizer(root)
+    (root / "tokenizer/chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    return root
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after two tokens of every request."""
+    genuine = Session.stream
+
+    def stream(self: Session, *given: object, **options: object) -> Iterator[int]:
+        tokens = genuine(self, *given, **options)  # type: ignore[arg-type]
+        try:
+            yield next(tokens)
+            yield next(tokens)
+            raise KeyboardInterrupt
+        finally:
+            tokens.close()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(Session, "stream", stream)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_generate(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(bundle), "--prompt", "ab", "--max-new-tokens", "9", "--threads", "1"]) == 130
+    said = capsys.readouterr()
+    assert said.out.endswith("\n")
+    assert len(said.out) >= 1
+    assert said.err.endswith("interrupted\n")
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_reply_of_chat(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\n"))
+    assert main(["chat", str(bundle), "--threads", "1"]) == 0
+    assert "interrupted" not in capsys.readouterr().err
+
+
+def test_chat_between_replies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", pressed)
+    assert main(["chat", str(bundle), "--threads", "1"]) == 130
