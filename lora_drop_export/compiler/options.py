@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
-from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime.command_line import check_known, check_options, option
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
 from lora_drop_runtime.plan.policy import POLICIES
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
@@ -25,14 +26,6 @@ NO_TARGET = "none"  # graphs only
 KV_DTYPES = ("int8",)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
-
-
-def check_least(flag: str, value: int | None, least: int, why: str = "") -> None:
-    """Refuse a number that is too small; None is not given."""
-    if value is not None and value < least:
-        fact = f"{flag} must be {'positive' if least == 1 else f'at least {least}'}."
-        note = f"It is {value}" + (f"; the smallest possible is {least}, {why}." if why else ".")
-        raise InputError(fact, note=note, hint=f"Use {least} or more.")
 
 
 def check_formats(
@@ -81,17 +74,33 @@ class PlanOptions:
     """What LoRA steps leave out, and what they do in its place."""
 
     drop_ratio: float | None = option(
-        None, group=_PLAN, metavar="ρ", help="drop this fraction of the eligible layers, spread evenly (default 0.5)"
+        None,
+        group=_PLAN,
+        metavar="ρ",
+        bounds=bounds.SHARE,
+        help="drop this fraction of the eligible layers, spread evenly (default 0.5)",
     )
     drop_layers: Sequence[int] | None = option(
-        None, group=_PLAN, metavar="4,6,9", parse=parse_layers, help="drop these layers, counted from 0"
+        None,
+        group=_PLAN,
+        metavar="4,6,9",
+        parse=parse_layers,
+        bounds=bounds.LAYERS,
+        help="drop these layers, counted from 0",
     )
     drop_list: Path | None = option(None, group=_PLAN, metavar="FILE", help="drop the layers that this JSON file names")
     drop_list_fingerprint: str | None = None  # of the model whose profile chose `drop_layers`
-    always_first: int = option(3, group=_PLAN, metavar="N", help="never drop the first N (default 3)")
-    always_last: int = option(1, group=_PLAN, metavar="N", help="never drop the last N (default 1)")
+    always_first: int = option(
+        3, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
+    )
+    always_last: int = option(
+        1, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
+    )
     k: int = option(
-        3, group=_PLAN, help="LoRA steps between two refreshes, 0 for none (default 3; can be changed at run time)"
+        3,
+        group=_PLAN,
+        bounds=bounds.K,
+        help="LoRA steps between two refreshes, 0 for none (default 3; can be changed at run time)",
     )
     surrogate: str | None = option(
         None,
@@ -114,10 +123,15 @@ class PlanOptions:
     )
     adapters: Path | None = option(None, group=_PLAN, metavar="DIR", help="fitted adapters in PEFT's format")
     rank: int | None = option(
-        None, group=_PLAN, metavar="R", help="leave room for adapters of this rank, to be loaded later (default 0)"
+        None,
+        group=_PLAN,
+        metavar="R",
+        bounds=Bounds(0, bounds.RANK.most),
+        help="leave room for adapters of this rank, to be loaded later (default 0)",
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         ways = [] if self.drop_ratio is None else [f"--drop-ratio {self.drop_ratio}"]
         ways += [] if self.drop_layers is None else [f"the layers {', '.join(map(str, self.drop_layers))}"]
         ways += [] if self.drop_list is None or self.drop_layers is None else [f"--drop-list {self.drop_list}"]
@@ -127,9 +141,6 @@ class PlanOptions:
                 note=f"{' and '.join(ways)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
-        if self.drop_ratio is not None:
-            spread_layers((), self.drop_ratio)  # the range checks need no model
-        PeriodicSchedule(self.k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +174,7 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="|".join(map(str, BLOCK_SIZES)),
+        choices=BLOCK_SIZES,
         help=f"weights that share a scale (default {BLOCK_SIZES[0]})",
     )
     kv_dtype: str | None = option(
@@ -172,12 +184,16 @@ class BuildOptions:
         help="what K/V caches hold, for ort on the CPU (default: what activations are computed in)",
     )
     max_seq_len: int | None = option(
-        None, group=_BUILD, metavar="N", help="longest prompt + new tokens (default 2048 or the model's context)"
+        None,
+        group=_BUILD,
+        metavar="N",
+        bounds=Bounds(2, bounds.TOKENS.most),
+        help="longest prompt + new tokens (default 2048 or the model's context)",
     )
     max_prompt_len: int | None = option(
-        None, group=_BUILD, metavar="N", help="longest prompt (default max-seq-len − 1)"
+        None, group=_BUILD, metavar="N", bounds=bounds.TOKENS, help="longest prompt (default max-seq-len − 1)"
     )
-    max_batch: int = option(8, group=_BUILD, metavar="N", help="most prompts at once (default 8)")
+    max_batch: int = option(8, group=_BUILD, metavar="N", bounds=bounds.BATCH, help="most prompts at once (default 8)")
     weights: str = option(
         "copy",
         group=_BUILD,
@@ -186,6 +202,7 @@ class BuildOptions:
     )
 
     def __post_init__(self) -> None:
+        check_options(self)
         for target in self.targets:
             check_known("target", target, (*TARGETS, NO_TARGET), "--target")
         if len(set(self.targets)) != len(self.targets) or (NO_TARGET in self.targets and len(self.targets) > 1):
@@ -209,9 +226,6 @@ class BuildOptions:
                     hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
                 )
             check_known(flag, value, known, flag)
-        check_least("--max-batch", self.max_batch, 1)
-        check_least("--max-seq-len", self.max_seq_len, 2, "a token of the prompt and a new one")
-        check_least("--max-prompt-len", self.max_prompt_len, 1)
 
     @property
     def weights_format(self) -> Quantization | None:
@@ -227,11 +241,13 @@ class RunOptions:
 
     verify: bool = option(True, group=_RUN, flag="--no-verify", help="do not compare the bundle with PyTorch")
     force: bool = option(False, group=_RUN, help="replace an existing bundle at --out")
-    threads: int | None = option(None, group=_RUN, metavar="N", help="threads of the verification")
+    threads: int | None = option(
+        None, group=_RUN, metavar="N", bounds=bounds.THREADS, help="threads of the verification"
+    )
     trust_remote_code: bool = option(False, group=_RUN, help="run the code that a checkpoint brings")
 
     def __post_init__(self) -> None:
-        check_least("--threads", self.threads, 1)
+        check_options(self)
 
 
 @dataclasses.dataclass(frozen=True)

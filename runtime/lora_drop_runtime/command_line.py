@@ -2,7 +2,8 @@
 
 Options are said once, as the fields of a frozen settings class: name, default, help text. `add_options` makes arguments
 of them, `settings_of` the settings of what was given; what was not given is left to the class. A field that is itself a
-settings class stands for the options of that one.
+settings class stands for the options of that one. `check_options` checks values, whether they were typed or come from
+Python.
 
 A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 import types
 import typing
@@ -19,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from .bounds import Bounds
 from .errors import InputError, LoraDropError
 
 # Of the extra `export`, by import name, less what only GGUF files need
@@ -65,6 +68,7 @@ class _Option:
     group: str | None
     nargs: str | None
     const: Any
+    bounds: Bounds | None
 
 
 def option(
@@ -79,6 +83,7 @@ def option(
     group: str | None = None,
     nargs: str | None = None,
     const: Any = None,
+    bounds: Bounds | None = None,
 ) -> Any:
     """A field of a settings class that is also an option of its command.
 
@@ -93,9 +98,10 @@ def option(
         repeat: the option may be given several times; the field is a tuple of what was given.
         group: title of the group that `--help` shows it in.
         nargs, const: as argparse has them.
+        bounds: of a number, or of each of several; `--help` says them.
     """
     known = None if choices is None else tuple(choices)
-    said = _Option(help, flag, metavar, known, parse, repeat, group, nargs, const)
+    said = _Option(help, flag, metavar, known, parse, repeat, group, nargs, const, bounds)
     return dataclasses.field(default=default, metadata={_OPTION: said})
 
 
@@ -149,7 +155,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
             if said.group not in groups:
                 groups[said.group] = parser.add_argument_group(said.group)
             place = groups[said.group]
-        arguments: dict[str, Any] = {"dest": field.name, "help": said.help, "default": argparse.SUPPRESS}
+        text = said.help if said.bounds is None else f"{said.help} [{said.bounds}]"
+        arguments: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
         if _without_none(types_of[field.name]) is bool:
             place.add_argument(_flag(field), action="store_const", const=not field.default, **arguments)
             continue
@@ -203,6 +210,53 @@ def check_known(what: str, chosen: Any, known: Sequence[Any], flag: str = "") ->
             note=f"{chosen!r} was given, {listed}.",
             hint=f"Use {flag} {known[0]}." if flag else f"Use {known[0]}.",
         )
+
+
+def _wrong_type(flag: str, value: object, wanted: str) -> InputError:
+    return InputError(
+        f"{flag} has a value of the wrong type.",
+        note=f"It is {value!r:.60}, of type {type(value).__name__}; needed is {wanted}.",
+        hint="See what the settings class says of it.",
+    )
+
+
+def _checked(flag: str, value: Any, kind: Any, said: _Option) -> Any:
+    """One value, of the type that its field has, within its bounds; the class itself checks choices."""
+    if kind in (int, float) and said.choices is None:
+        assert said.bounds is not None, f"{flag} has no bounds"
+        return said.bounds.whole(flag, value) if kind is int else said.bounds.real(flag, value)
+    if kind is Path:
+        if not isinstance(value, str | os.PathLike):
+            raise _wrong_type(flag, value, "a path")
+        return Path(value)
+    if not isinstance(value, kind):
+        raise _wrong_type(flag, value, {str: "a text", bool: "True or False", int: "a whole number"}[kind])
+    return value
+
+
+def check_options(settings: Any) -> None:
+    """Check types and bounds of the options of a settings object; what numpy made becomes Python's own.
+
+    Call it first in `__post_init__`.
+
+    Raises:
+        InputError: a value of another type, or out of bounds.
+    """
+    types_of = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        said: _Option | None = field.metadata.get(_OPTION)
+        value = getattr(settings, field.name)
+        if said is None or (value is None and field.default is None):
+            continue
+        kind, flag = _without_none(types_of[field.name]), _flag(field)
+        if typing.get_origin(kind) in (tuple, Sequence):
+            item = typing.get_args(kind)[0]
+            if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+                raise _wrong_type(flag, value, "several values, such as a tuple")
+            checked: Any = tuple(_checked(flag, one, item, said) for one in value)
+        else:
+            checked = _checked(flag, value, kind, said)
+        object.__setattr__(settings, field.name, checked)
 
 
 def require_export_packages(reason: str) -> None:

@@ -19,9 +19,9 @@ from tests.support.refused import CONTEXT
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--drop-ratio -0.1", ("drop ratio", "-0.1", "between 0 and 1")),
-        ("--drop-ratio 1.5", ("drop ratio", "1.5")),
-        ("--drop-ratio nan", ("drop ratio", "nan")),
+        ("--drop-ratio -0.1", ("--drop-ratio is too small", "-0.1", "0 to 1")),
+        ("--drop-ratio 1.5", ("--drop-ratio is too large", "1.5")),
+        ("--drop-ratio nan", ("--drop-ratio is not a number", "nan")),
         ("--drop-ratio half", ("--drop-ratio", "half")),
         ("--drop-ratio 0.5 --drop-layers 4,6", ("given twice", "0.5", "4, 6")),
         ("--drop-ratio 0.5 --drop-list LIST", ("given twice", "0.5", "4, 6")),
@@ -86,7 +86,7 @@ def test_drop_list_file_is_missing(export_refused, tmp_path):
     ("arguments", "words"),
     [
         ("--drop-layers 4,8", ("Layer 8", "0 to 7")),
-        ("--drop-layers=-1,4", ("Layer -1", "0 to 7")),
+        ("--drop-layers=-1,4", ("--drop-layers is too small", "-1")),
         ("--drop-layers 4,6,4", ("twice", "4, 4, 6")),
         ("--drop-layers 2,4", ("Layer 2", "first 3")),
         ("--drop-layers 4,7", ("Layer 7", "last 1")),

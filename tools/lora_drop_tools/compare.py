@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_drop_runtime.bounds import K
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import option, require_export_packages
+from lora_drop_runtime.command_line import check_options, option, require_export_packages
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.shared.options import (
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
 class CompareSettings:
     """What is compared. What is None is the bundle's; `target`, `provider` and `threads` as for `Session.open`."""
 
-    k: int | None = option(None, help="compare under this window (default: the bundle's)")
+    k: int | None = option(None, bounds=K, help="compare under this window (default: the bundle's)")
     policy: str | None = policy_option()
     trust_remote_code: bool = trust_remote_code_option()
     json_file: Path | None = json_option("write every step's figures")
     target: str | None = target_option()
     provider: str | None = provider_option()
     threads: int | None = threads_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def compare(bundle: str | Path, settings: CompareSettings) -> Verification:

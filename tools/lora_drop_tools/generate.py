@@ -15,7 +15,8 @@ from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.command_line import option
+from lora_drop_runtime import bounds
+from lora_drop_runtime.command_line import check_options, option
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -35,20 +36,29 @@ class GenerateSettings:
         target, provider, threads: as for `Session.open`.
     """
 
-    max_new_tokens: int = option(64, metavar="N", help="write at most N tokens (default 64)")
-    k: int | None = option(None, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)")
-    policy: str | None = policy_option()
-    temperature: float = option(0.0, metavar="T", help="draw at this temperature; 0 is greedy (default)")
-    top_k: int = option(0, metavar="N", help="draw among the N likeliest; 0 is off (default)")
-    top_p: float = option(1.0, metavar="P", help="draw among those that hold this probability; 1 is off (default)")
-    repetition_penalty: float = option(
-        1.0, metavar="P", help="make what was said already less likely; 1 is off (default)"
+    max_new_tokens: int = option(64, metavar="N", bounds=bounds.TOKENS, help="write at most N tokens (default 64)")
+    k: int | None = option(
+        None, bounds=bounds.K, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)"
     )
-    seed: int | None = option(None, metavar="N", help="draw the same text every time")
+    policy: str | None = policy_option()
+    temperature: float = option(
+        0.0, metavar="T", bounds=bounds.TEMPERATURE, help="draw at this temperature; 0 is greedy (default)"
+    )
+    top_k: int = option(0, metavar="N", bounds=bounds.TOP_K, help="draw among the N likeliest; 0 is off (default)")
+    top_p: float = option(
+        1.0, metavar="P", bounds=bounds.TOP_P, help="draw among those that hold this probability; 1 is off (default)"
+    )
+    repetition_penalty: float = option(
+        1.0, metavar="P", bounds=bounds.PENALTY, help="make what was said already less likely; 1 is off (default)"
+    )
+    seed: int | None = option(None, metavar="N", bounds=bounds.SEED, help="draw the same text every time")
     stop: tuple[str, ...] = option((), repeat=True, metavar="TEXT", help="end before this text; may be repeated")
     target: str | None = target_option()
     provider: str | None = provider_option()
     threads: int | None = threads_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -65,7 +75,7 @@ class GenerateSettings:
 class ChatSettings(GenerateSettings):
     """The same for `chat`, whose replies are longer."""
 
-    max_new_tokens: int = option(256, metavar="N", help="write at most N tokens (default 256)")
+    max_new_tokens: int = option(256, metavar="N", bounds=bounds.TOKENS, help="write at most N tokens (default 256)")
 
 
 @dataclass

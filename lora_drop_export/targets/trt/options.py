@@ -6,14 +6,16 @@ import dataclasses
 import re
 from typing import Any
 
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.manifest import ATTENTION_FORMS, WEIGHT_SHARINGS
-from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime.command_line import check_known, check_options, option
 from lora_drop_runtime.engines.trt.library import library
 from lora_drop_runtime.engines.trt.plugin import plugin_path
 from lora_drop_runtime.errors import InputError
 
 COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")  # GeForce and RTX of the Ampere, Ada and Blackwell generations
 _GROUP = "how TensorRT builds"
+_WORKSPACE, _LEVELS = Bounds(1, 2**20), Bounds(0, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,14 @@ class BuilderOptions:
     """
 
     workspace_mib: int | None = option(
-        None, group=_GROUP, metavar="MIB", help="let no layer use more scratch memory than this"
+        None, group=_GROUP, metavar="MIB", bounds=_WORKSPACE, help="let no layer use more scratch memory than this"
     )
     optimization_level: int | None = option(
-        None, group=_GROUP, metavar="0…5", help="how long the builder searches, 0 for the least (default 3)"
+        None,
+        group=_GROUP,
+        metavar="N",
+        bounds=_LEVELS,
+        help="how long the builder searches, 0 for the least (default 3)",
     )
     hardware_compatible: bool = option(
         False, group=_GROUP, help="build engines that run on Ampere GPUs and all later ones (tensorrt)"
@@ -49,15 +55,7 @@ class BuilderOptions:
     )
 
     def __post_init__(self) -> None:
-        level = self.optimization_level
-        if level is not None and not 0 <= level <= 5:
-            raise InputError(
-                "Unknown optimization level.", note=f"It is {level}, known are 0 to 5.", hint="Leave it out for 3."
-            )
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise InputError(
-                "The workspace must be positive.", note=f"It is {self.workspace_mib} MiB.", hint="Leave it out."
-            )
+        check_options(self)
         if not self.compute_capabilities or len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             raise InputError(
                 "The compute capabilities must be named once each.",
@@ -87,6 +85,7 @@ class TrtOptions:
     builder: BuilderOptions = dataclasses.field(default_factory=BuilderOptions)
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_known("weight sharing", self.weight_sharing, WEIGHT_SHARINGS)
         check_known("form of attention", self.attention, ATTENTION_FORMS)
 

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
+from lora_drop_runtime.bounds import K
 from lora_drop_runtime.errors import PlanError
 
 
@@ -34,12 +35,7 @@ class PeriodicSchedule:
     k: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 0:
-            raise PlanError(
-                "k must be a whole number of LoRA steps between two refreshes.",
-                note=f"k is {self.k!r}, the smallest is 0 (every step a refresh).",
-                hint="Use --k 3, or --k 0 for the full schedule.",
-            )
+        object.__setattr__(self, "k", K.whole("k", self.k, error=PlanError))
 
     def kind(self, step: int) -> StepKind:
         return StepKind.REFRESH if step % (self.k + 1) == 0 else StepKind.LORA

@@ -129,7 +129,8 @@ def test_periodic_schedule(k: int, expected: str) -> None:
 
 @pytest.mark.parametrize("k", [-1, 1.0, 1.5, "3", None])
 def test_schedule_refuses(k: object) -> None:
-    assert_refused(lambda: PeriodicSchedule(k), "k must be a whole number", repr(k), "0")
+    fact = "k is too small" if k == -1 else "k must be a whole number"
+    assert_refused(lambda: PeriodicSchedule(k), fact, str(k), "0")
 
 
 # ── the plan ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +183,7 @@ def test_fewer_layers_may_be_kept_always() -> None:
 @pytest.mark.parametrize(
     ("changes", "fact", "note"),
     [
-        ({"k": -1}, "k must be", ["-1", "0"]),
+        ({"k": -1}, "k is too small", ["-1", "0"]),
         ({"k": 2.0}, "k must be", ["2.0"]),
         ({"surrogate": "mean"}, "--surrogate", ["'mean'", "residual, recurrent, anchor"]),
         ({"injection": "mlp"}, "--injection", ["'mlp'", "block, attn_mlp"]),

@@ -340,7 +340,7 @@ def test_an_interrupted_fit_can_be_resumed(
 @pytest.mark.parametrize(
     ("options", "words_of_error"),
     [
-        (["--k", "0"], ("LoRA steps",)),
+        (["--k", "0"], ("--k is too small",)),
         (["--rank", "65"], ("rank", "65", "64")),
         (["--rank", "0"], ("--rank",)),
         (["--window", "12"], ("window", "12")),
@@ -348,10 +348,10 @@ def test_an_interrupted_fit_can_be_resumed(
         (["--window", "250"], ("too short", "4000")),
         (["--steps", "0", "--tokens", "0"], ("Nothing",)),
         (["--drop-ratio", "0"], ("No layer is dropped",)),
-        (["--drop-ratio", "1.5"], ("drop ratio", "1.5")),
+        (["--drop-ratio", "1.5"], ("--drop-ratio is too large", "1.5")),
         (["--drop-layers", "0"], ("always kept",)),
         (["--drop-layers", "3", "--drop-list", "x.json"], ("twice",)),
-        (["--learning-rate", "0"], ("positive",)),
+        (["--learning-rate", "0"], ("--learning-rate is too small", "above 0")),
         (["--device", "cuda"], ("device", "cuda")),
         (["--resume"], ("no such fit",)),
         (["--text", "nowhere.txt"], ("nowhere.txt",)),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from lora_drop_runtime.errors import InputError
-from lora_drop_tools.fit import stages
-from lora_drop_tools.fit.distill import Divergence
+from lora_drop_tools.fit import distill, stages
+from lora_drop_tools.fit.distill import DistillOptions, Divergence
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
 from safetensors.numpy import load_file
@@ -49,9 +49,12 @@ def test_distillation_that_diverges_fails_and_leaves_nothing(
     model_dir: Path,
     words: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With more than --learning-rate takes, so that a few steps are enough."""
+    monkeypatch.setattr(distill, "DistillOptions", lambda steps, _, accumulate: DistillOptions(steps, 1e30, accumulate))
     with pytest.raises(InputError, match=r"(?s)Distillation diverged.*nan.*--learning-rate 1e\+29"):
-        fit(str(model_dir), settings(words, tmp_path / "a", steps=4, learning_rate=1e30))
+        fit(str(model_dir), settings(words, tmp_path / "a", steps=4))
     assert not list(tmp_path.iterdir())
 
 

@@ -141,7 +141,7 @@ def test_a_bundle_is_its_model(made: tuple[Profile, Path], short: Callable[..., 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--k 0", ("no LoRA steps", "k is 0")),
+        ("--k 0", ("--k is too small", "It is 0")),
         ("--k -1", ("k", "-1")),
         ("--policy lossless", ("--policy", "lossless")),
         ("--rankings influence,size", ("--rankings", "'size'", "temporal")),
@@ -194,7 +194,7 @@ def test_refused_by_the_function(text: Path, tmp_path: Path) -> None:
         (("--sensitivity-tokens", 11 * WINDOW), ("text is too short", "22")),
         (("--window", 257, "--tokens", 257, "--sensitivity-tokens", 257), ("model's context", "257", "256")),
         (("--always-first", 7), ("No layer", "first 7", "last 1")),
-        (("--always-first", -1), ("negative", "-1")),
+        (("--always-first", -1), ("--always-first is too small", "-1")),
         (("--device", "nowhere"), ("device", "nowhere")),
     ],
 )

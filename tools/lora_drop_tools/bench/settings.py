@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import option
-from lora_drop_runtime.decoding.checks import check_threads
+from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
+from lora_drop_runtime.command_line import check_options, option
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.bench.peers.options import PEERS
 from lora_drop_tools.shared.options import (
@@ -21,6 +21,7 @@ from lora_drop_tools.shared.options import (
 )
 
 FEWEST_CYCLES = 2  # in a request, for each k
+_REPEATS = Bounds(2, 10**6)  # the noise is what repeats differ by
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,23 @@ class BenchSettings:
         InputError, PlanError: a value out of range.
     """
 
-    k: tuple[int, ...] = option((1, 3, 5), metavar="K,…", help="measure these windows (default 1,3,5); 0 always runs")
-    contexts: tuple[int, ...] | None = option(
-        None, metavar="T,…", help="give prompts of so many tokens (default 128,2048, or what the bundles allow)"
+    k: tuple[int, ...] = option(
+        (1, 3, 5), metavar="K,…", bounds=bounds.K, help="measure these windows (default 1,3,5); 0 always runs"
     )
-    batches: tuple[int, ...] = option((1,), metavar="B,…", help="run so many rows at once (default 1)")
-    new_tokens: int = option(64, metavar="N", help="generate so many tokens in each row (default 64)")
+    contexts: tuple[int, ...] | None = option(
+        None,
+        metavar="T,…",
+        bounds=bounds.TOKENS,
+        help="give prompts of so many tokens (default 128,2048, or what the bundles allow)",
+    )
+    batches: tuple[int, ...] = option(
+        (1,), metavar="B,…", bounds=bounds.BATCH, help="run so many rows at once (default 1)"
+    )
+    new_tokens: int = option(
+        64, metavar="N", bounds=bounds.TOKENS, help="generate so many tokens in each row (default 64)"
+    )
     policy: str | None = policy_option()
-    repeats: int = option(5, metavar="R", help="run everything so many times (default 5)")
+    repeats: int = option(5, metavar="R", bounds=_REPEATS, help="run everything so many times (default 5)")
     json_file: Path | None = json_option("write every figure and every step's time")
     plots: Path | None = plots_option()
     peers: tuple[str, ...] | None = option(
@@ -79,27 +89,11 @@ class BenchSettings:
     threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
-        if self.repeats < 2:
-            raise InputError(
-                "There are too few repeats.",
-                note=f"--repeats is {self.repeats}; the noise is what repeats differ by, so it takes 2.",
-                hint="Use for example --repeats 5.",
-            )
-        check_threads(self.threads)
-        for k in self.windows:
-            PeriodicSchedule(k)
+        check_options(self)
         if self.contexts == () or not self.batches:
             raise InputError(
                 "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."
             )
-        for context in self.contexts or (1,):
-            for rows in self.batches:
-                if context < 1 or rows < 1:
-                    raise InputError(
-                        "A prompt length or batch is out of range.",
-                        note=f"{context} tokens in {rows} rows were asked for, the smallest is 1.",
-                        hint="Use for example --contexts 128,2048 --batches 1.",
-                    )
         longest = self.windows[-1]
         needed = FEWEST_CYCLES * (longest + 1) + 1
         if self.new_tokens < needed:

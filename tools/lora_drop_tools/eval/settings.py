@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import option
+from lora_drop_runtime import bounds
+from lora_drop_runtime.command_line import check_options, option
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
@@ -49,7 +49,9 @@ class EvalSettings:
         metavar="NAME",
         help="name a bundle in the tables, once for each of them (default: directories)",
     )
-    k: tuple[int, ...] = option((1, 3), metavar="K,…", help="evaluate these windows (default 1,3); 0 always runs")
+    k: tuple[int, ...] = option(
+        (1, 3), metavar="K,…", bounds=bounds.K, help="evaluate these windows (default 1,3); 0 always runs"
+    )
     policies: tuple[str, ...] = option(
         (DEFAULT_POLICY,),
         flag="--policy",
@@ -58,16 +60,24 @@ class EvalSettings:
     )
     text: Path | None = option(None, metavar="FILE", help="score a text: perplexity, agreement and KL")
     window: int | None = option(
-        None, metavar="T", help=f"cut it into pieces of so many tokens (default {WINDOW}, or what the bundles allow)"
+        None,
+        metavar="T",
+        bounds=bounds.TOKENS,
+        help=f"cut it into pieces of so many tokens (default {WINDOW}, or what the bundles allow)",
     )
     prompt: int | None = option(
-        None, metavar="T", help=f"give so many of them without scoring them (default {PROMPT}, at most half a piece)"
+        None,
+        metavar="T",
+        bounds=bounds.TOKENS,
+        help=f"give so many of them without scoring them (default {PROMPT}, at most half a piece)",
     )
-    windows: int = option(32, metavar="N", help="score at most so many pieces (default 32)")
+    windows: int = option(32, metavar="N", bounds=bounds.COUNT, help="score at most so many pieces (default 32)")
     tasks: tuple[str, ...] = option((), metavar="NAME,…", help=f"run some of {', '.join(TASKS)}")
     data: Path | None = option(None, metavar="DIR", help="where the tasks' files lie")
-    limit: int = option(300, metavar="N", help="take at most so many items of a task (default 300)")
-    seed: int = option(0, metavar="N", help="choose subsets and phases by this number (default 0)")
+    limit: int = option(
+        300, metavar="N", bounds=bounds.COUNT, help="take at most so many items of a task (default 300)"
+    )
+    seed: int = option(0, metavar="N", bounds=bounds.SEED, help="choose subsets and phases by this number (default 0)")
     out_dir: Path | None = option(
         None, flag="--out", metavar="DIR", help="keep every item's result there; a rerun goes on from there"
     )
@@ -81,10 +91,7 @@ class EvalSettings:
     threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise InputError("--seed is too small.", note=f"It is {self.seed}.", hint="Use 0 or more.")
-        for k in self.ks:
-            PeriodicSchedule(k)
+        check_options(self)
         unknown = [policy for policy in self.policies if policy not in POLICIES]
         if unknown or not self.policies:
             raise InputError(
@@ -104,17 +111,11 @@ class EvalSettings:
                 note="Neither a text nor a task was given.",
                 hint=f"Use --text FILE, or --tasks with some of {', '.join(TASKS)}.",
             )
-        if self.limit < 1:
-            raise InputError("There is nothing to evaluate.", note=f"--limit is {self.limit}.", hint="Use at least 1.")
         if self.text is not None:
             self._check_windows()
 
     def _check_windows(self) -> None:
         longest = self.ks[-1]
-        if self.windows < 1:
-            raise InputError(
-                "There is nothing to evaluate.", note=f"--windows is {self.windows}.", hint="Use at least 1."
-            )
         window, prompt = self.window_tokens, self.prompt_tokens
         if prompt <= longest or window < prompt + longest + 2:
             raise InputError(

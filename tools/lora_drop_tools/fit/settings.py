@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import check_known, option
+from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
+from lora_drop_runtime.command_line import check_known, check_options, option
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.corpus import DTYPES, WINDOW
@@ -45,47 +46,91 @@ class FitSettings:
     out: Path = option(metavar="DIR", help="write the adapters there, in PEFT's format")
 
     drop_ratio: float | None = option(
-        None, group=_PLAN, metavar="ρ", help="drop this share, as lora-drop-export does (default 0.5)"
+        None,
+        group=_PLAN,
+        metavar="ρ",
+        bounds=bounds.SHARE,
+        help="drop this share, as lora-drop-export does (default 0.5)",
     )
     drop_layers: tuple[int, ...] | None = option(
-        None, group=_PLAN, parse=parse_layers, metavar="4,6,9", help="drop these layers, counted from 0"
+        None,
+        group=_PLAN,
+        parse=parse_layers,
+        metavar="4,6,9",
+        bounds=bounds.LAYERS,
+        help="drop these layers, counted from 0",
     )
     drop_list: Path | None = option(
         None, group=_PLAN, metavar="FILE", help="drop the layers of a file of lora-drop profile"
     )
-    always_first: int | None = option(None, group=_PLAN, metavar="N", help="never drop the first N (default 3)")
-    always_last: int | None = option(None, group=_PLAN, metavar="N", help="never drop the last N (default 1)")
+    always_first: int | None = option(
+        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
+    )
+    always_last: int | None = option(
+        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
+    )
     surrogate: str | None = option(
         None, group=_PLAN, choices=tuple(SURROGATES), help="what stands for a dropped layer (default residual)"
     )
     injection: str | None = option(
         None, group=_PLAN, choices=INJECTIONS, help="replace whole blocks, or attention and MLP apart (default block)"
     )
-    k: tuple[int, ...] = option((3,), group=_PLAN, metavar="K,…", help="windows, mixed if several (default 3)")
+    k: tuple[int, ...] = option(
+        (3,),
+        group=_PLAN,
+        metavar="K,…",
+        bounds=Bounds(1, bounds.K.most),
+        help="windows, mixed if several (default 3)",
+    )
     policy: str | None = option(
         None, group=_PLAN, choices=tuple(POLICIES), help="what refreshes do at deployment (default skip)"
     )
-    rank: int = option(16, group=_PLAN, metavar="R", help="fit matrices of this rank (default 16)")
+    rank: int = option(16, group=_PLAN, metavar="R", bounds=bounds.RANK, help="fit matrices of this rank (default 16)")
     alpha: float | None = option(
-        None, group=_PLAN, metavar="A", help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)"
+        None,
+        group=_PLAN,
+        metavar="A",
+        bounds=Bounds(0.001, 10**6),
+        help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)",
     )
 
     tokens: int = option(
-        32768, group=_HOW, metavar="N", help="show the closed form so many tokens, 0 to skip it (default 32768)"
+        32768,
+        group=_HOW,
+        metavar="N",
+        bounds=bounds.COUNT_OR_NONE,
+        help="show the closed form so many tokens, 0 to skip it (default 32768)",
     )
-    steps: int = option(300, group=_HOW, metavar="N", help="distil so many steps, 0 to skip it (default 300)")
+    steps: int = option(
+        300,
+        group=_HOW,
+        metavar="N",
+        bounds=bounds.COUNT_OR_NONE,
+        help="distil so many steps, 0 to skip it (default 300)",
+    )
     learning_rate: float = option(
-        LEARNING_RATE, group=_HOW, metavar="X", help=f"how fast distillation learns (default {LEARNING_RATE})"
+        LEARNING_RATE,
+        group=_HOW,
+        metavar="X",
+        bounds=Bounds(0, 1000, open=True),
+        help=f"how fast distillation learns (default {LEARNING_RATE})",
     )
-    batch: int = option(4, group=_HOW, metavar="B", help="put so many texts into a batch (default 4)")
+    batch: int = option(
+        4, group=_HOW, metavar="B", bounds=bounds.BATCH, help="put so many texts into a batch (default 4)"
+    )
     window: int | None = option(
         None,
         group=_HOW,
         metavar="T",
+        bounds=bounds.TOKENS,
         help=f"take so many tokens of a text (default {WINDOW}, or what the model or the bundle allows)",
     )
-    accumulate: int = option(1, group=_HOW, metavar="N", help="take so many batches in a step (default 1)")
-    seed: int = option(0, group=_HOW, metavar="N", help="choose pieces of the text by this number (default 0)")
+    accumulate: int = option(
+        1, group=_HOW, metavar="N", bounds=bounds.COUNT, help="take so many batches in a step (default 1)"
+    )
+    seed: int = option(
+        0, group=_HOW, metavar="N", bounds=bounds.SEED, help="choose pieces of the text by this number (default 0)"
+    )
     device: str = option("cpu", group=_HOW, metavar="NAME", help="run on this device of PyTorch (default cpu)")
     dtype: str = option(
         "fp32",
@@ -94,13 +139,18 @@ class FitSettings:
         help="load the model in this dtype; adapters stay fp32 (default fp32)",
     )
     threads: int | None = option(
-        None, group=_HOW, metavar="N", help="run PyTorch on N threads of the CPU (default: its own choice)"
+        None,
+        group=_HOW,
+        metavar="N",
+        bounds=bounds.THREADS,
+        help="run PyTorch on N threads of the CPU (default: its own choice)",
     )
     resume: bool = option(False, group=_HOW, help="go on where an interrupted fit with these options stopped")
     force: bool = option(False, group=_HOW, help="replace adapters at --out, and begin anew")
     trust_remote_code: bool = trust_remote_code_option(group=_HOW)
 
     def __post_init__(self) -> None:
+        check_options(self)
         given = [flag for flag in ("drop_ratio", "drop_layers", "drop_list") if getattr(self, flag) is not None]
         if len(given) > 1:
             raise InputError(
@@ -111,34 +161,16 @@ class FitSettings:
         policy = self.policy or DEFAULT_POLICY
         check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
+        if not self.k:
+            raise PlanError("There are no LoRA steps to fit.", note="--k names no window.", hint="Use --k 3.")
         for k in self.k:
-            PeriodicSchedule(k)
             check_policy(POLICIES[policy], k)
-        if not self.k or 0 in self.k:
-            raise PlanError("There are no LoRA steps to fit.", note=f"k is {self.k}.", hint="Use --k 3.")
         shortest = PROMPT + 2 * max(self.k) + 2
         if self.window_tokens < shortest:
             raise InputError(
                 "The window is too short.",
                 note=f"--window is {self.window_tokens}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
                 hint=f"Use --window {max(256, shortest)}.",
-            )
-        for flag, value, least in (
-            ("--rank", self.rank, 1),
-            ("--tokens", self.tokens, 0),
-            ("--steps", self.steps, 0),
-            ("--batch", self.batch, 1),
-            ("--accumulate", self.accumulate, 1),
-            ("--seed", self.seed, 0),
-            ("--threads", self.threads, 1),
-        ):
-            if value is not None and value < least:
-                raise InputError(f"{flag} is too small.", note=f"It is {value}.", hint=f"Use {least} or more.")
-        if not self.learning_rate > 0 or not self.lora_alpha > 0:
-            raise InputError(
-                "--learning-rate and --alpha must be positive.",
-                note=f"They are {self.learning_rate} and {self.lora_alpha}.",
-                hint="Leave them out for the defaults.",
             )
         if not self.tokens and not self.steps:
             raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_drop_runtime.command_line import check_known, option
-from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
+from lora_drop_runtime.command_line import check_known, check_options, option
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import DTYPES, WINDOW
 from lora_drop_tools.shared.options import trust_remote_code_option
@@ -40,35 +41,37 @@ class ProfileSettings:
 
     text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="measure on this text; repeat for more")
     out: Path = option(metavar="DIR", help="write figures and drop lists there")
-    k: int = option(3, help="put so many LoRA steps between two refreshes (default 3)")
+    k: int = option(3, bounds=Bounds(1, bounds.K.most), help="put so many LoRA steps between two refreshes (default 3)")
     policy: str = option(DEFAULT_POLICY, choices=tuple(POLICIES), help="what refreshes do (default skip)")
     rankings: tuple[str, ...] = option(
         RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
     )
-    tokens: int = option(8192, metavar="N", help="take the layers' figures on so many tokens (default 8192)")
+    tokens: int = option(
+        8192, metavar="N", bounds=bounds.COUNT, help="take the layers' figures on so many tokens (default 8192)"
+    )
     window: int | None = option(
         None,
         metavar="T",
+        bounds=bounds.TOKENS,
         help=f"cut the text into pieces of so many tokens (default {WINDOW}, or what the model or the bundle allows)",
     )
     sensitivity_tokens: int = option(
         1024,
         metavar="N",
+        bounds=bounds.COUNT,
         help="rank by sensitivity, which takes longest, on so many, and compare the lists on as many others "
         "(default 1024)",
     )
-    always_first: int = option(3, metavar="N", help="never drop the first N (default 3)")
-    always_last: int = option(1, metavar="N", help="never drop the last N (default 1)")
-    seed: int = option(0, metavar="N", help="choose pieces of the text by this number (default 0)")
+    always_first: int = option(3, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)")
+    always_last: int = option(1, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)")
+    seed: int = option(0, metavar="N", bounds=bounds.SEED, help="choose pieces of the text by this number (default 0)")
     device: str = option("cpu", metavar="NAME", help="run on this device of PyTorch (default cpu)")
     dtype: str = option("fp32", choices=tuple(DTYPES), help="load the model in this dtype (default fp32)")
     force: bool = option(False, help="replace an existing profile at --out")
     trust_remote_code: bool = trust_remote_code_option()
 
     def __post_init__(self) -> None:
-        if self.k == 0:
-            raise PlanError("There are no LoRA steps to profile.", note="k is 0.", hint="Use --k 3.")
-        PeriodicSchedule(self.k)
+        check_options(self)
         check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
         check_policy(POLICIES[self.policy], self.k)
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")

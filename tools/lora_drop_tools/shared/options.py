@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.command_line import option
 from lora_drop_runtime.plan.policy import POLICIES
 
@@ -27,7 +28,7 @@ def provider_option() -> Any:
 
 def threads_option() -> Any:
     """`int | None`; None is one per physical core."""
-    return option(None, metavar="N", help="run on N threads (default: one per physical core)")
+    return option(None, metavar="N", bounds=THREADS, help="run on N threads (default: one per physical core)")
 
 
 def json_option(what: str) -> Any:

@@ -451,8 +451,8 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
         (["--target", RTX, "--no-alias"], "--no-alias applies only to the attention plugin"),
         (["--target", "ort", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
-        (["--target", RTX, "--optimization-level", "9"], "Unknown optimization level"),
-        (["--target", RTX, "--workspace-mib", "0"], "workspace must be positive"),
+        (["--target", RTX, "--optimization-level", "9"], "--optimization-level is too large"),
+        (["--target", RTX, "--workspace-mib", "0"], "--workspace-mib is too small"),
     ],
 )
 def test_refusals(arguments, message, tmp_path, capsys):
