@@ -22,12 +22,13 @@ SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
-    """How a quantized weight is read: initializers `scales` and, unless all lie in the middle, `zero_points`."""
+    """How a quantized weight is read: initializers `scales` and `zero_points`; `symmetric`: all lie in the middle."""
 
     bits: int
     block_size: int
     scales: ir.Value
-    zero_points: ir.Value | None
+    zero_points: ir.Value
+    symmetric: bool
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBloc
     assert weight is not None
     assert scales is not None
     assert zero_points is not None
-    symmetric = str(zero_points.name).endswith(SYMMETRIC)
     bits = 4 if weight.dtype == ir.DataType.UINT4 else 8
     block_size = node.attributes["block_size"].as_int()
-    return weight, QuantizedBlocks(bits, block_size, scales, None if symmetric else zero_points)
+    symmetric = str(zero_points.name).endswith(SYMMETRIC)
+    return weight, QuantizedBlocks(bits, block_size, scales, zero_points, symmetric)
 
 
 def match_linear(node: ir.Node) -> Linear | None:

@@ -27,10 +27,10 @@ def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.
     else:
         count, block_bytes = in_features // blocks.block_size, blocks.block_size * blocks.bits // 8
         weight = seen_as(graph, linear.weight, ".blocks", ir.DataType.UINT8, [out_features, count, block_bytes])
-        zero_points = blocks.zero_points
-        if zero_points is not None:
+        zero_points = None  # the operator's own are in the middle
+        if not blocks.symmetric:
             shape = [out_features, count * blocks.bits // 8]
-            zero_points = seen_as(graph, zero_points, ".blocks", ir.DataType.UINT8, shape)
+            zero_points = seen_as(graph, blocks.zero_points, ".blocks", ir.DataType.UINT8, shape)
         product = result = ops(
             "MatMulNBits",
             *(x, weight, blocks.scales, zero_points, None, linear.bias),
@@ -51,11 +51,11 @@ def fuse_linears(graph: ir.Graph, group: list[Linear], rows: Rows) -> bool:
     # Case 2; False where the weights do not allow it
     first = group[0]
     blocks = [linear.blocks for linear in group if linear.blocks is not None]
-    forms = {(b.bits, b.block_size, b.zero_points is None) for b in blocks}
+    forms = {(b.bits, b.block_size, b.symmetric) for b in blocks}
     if len(blocks) not in (0, len(group)) or len(forms) > 1:
         return False
     parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
-    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks]]
+    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks if not b.symmetric]]
     named = [[value for value in part if value is not None] for part in parts]
     if not all(lie_back_to_back(part) for part in named):
         return False
@@ -65,7 +65,7 @@ def fuse_linears(graph: ir.Graph, group: list[Linear], rows: Rows) -> bool:
         first, weight=weight, bias=bias, shape=(sum(linear.shape[0] for linear in group), first.shape[1])
     )
     if scales is not None:
-        new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points)
+        new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points or blocks[0].zero_points)
         whole = dataclasses.replace(whole, blocks=new)
     ops = Ops()
     widths = [linear.shape[0] for linear in group]
@@ -91,7 +91,7 @@ def lower_lookup(graph: ir.Graph, node: ir.Node) -> None:
         node.replace_input_with(0, alias)
         return
     ops = Ops()
-    rows = ops(
+    rows = ops(  # zero points are always given: over UINT4 its own are 0, over UINT8 128
         "GatherBlockQuantized",
         *(alias, node.inputs[1], blocks.scales, blocks.zero_points),
         domain=MICROSOFT,
