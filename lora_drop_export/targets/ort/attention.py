@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from lora_drop_runtime.bundle.manifest import OrtEntry
 
 from lora_drop_export.graphs.match import mask_window
 from lora_drop_export.graphs.nodes import Ops, replace_node
@@ -18,6 +19,27 @@ from .rows import HEADS_FIRST, tokens_first
 
 # Query heads that share K and V, from which on folding them pays: 2× as fast with 7, 1.5× with 6, slower with 3
 MIN_FOLD = 4
+
+
+def _resized_heads(ops: Ops, rows: ir.Value, heads: int, before: int, after: int) -> ir.Value:
+    # Case 8; [B, S, H·before] with zeros added to each head, or cut off, as [B, S, H·after]
+    if before == after:
+        return rows
+    split = ops("Reshape", rows, ops.ints([0, 0, heads, before]))
+    if before < after:
+        changed = ops("Pad", split, ops.ints([0] * 7 + [after - before]))
+    else:
+        changed = ops("Slice", split, *(ops.ints([n]) for n in (0, after, 3)))
+    return ops("Reshape", changed, ops.ints([0, 0, heads * after]))
+
+
+def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: int) -> ir.Value:
+    # Case 8; of the channels of int8 caches, float32 [H·before] as [H·after]
+    if before == after:
+        return scales
+    split = ops("Reshape", scales, ops.ints([heads, before]))
+    padded = ops("Pad", split, ops.ints([0, 0, 0, after - before]), ops.constant(np.array(1, np.float32)))
+    return ops("Reshape", padded, ops.ints([heads * after]))
 
 
 def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
@@ -72,7 +94,7 @@ def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations) -> None:
-    # Cases 6 to 8
+    # Cases 6 to 9
     query = node.inputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
@@ -80,7 +102,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations:
     past_key, _, length = key_write.inputs
     past_value = value_write.inputs[0]
     present_key, present_value = key_write.outputs[0], value_write.outputs[0]
-    kv_heads = int(past_key.shape[1])  # type: ignore[union-attr, index, arg-type]
+    kv_heads, padded = int(past_key.shape[1]), OrtEntry.lowered.padded(head_dim)  # type: ignore[union-attr, index, arg-type]
     ops = Ops()
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
     attributes["scale"] = node.attributes["scale"].as_float()
@@ -94,7 +116,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations:
         scales = (
             seen_as(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
         )
-        quantized = [*scales]
+        quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and not quantized and not window
     rows: list[ir.Value | None] = [None, None, None]
     rotary: list[ir.Value | None] = [None] * 5
@@ -104,20 +126,25 @@ def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations:
         rotary = [cos, sin, lengths.positions(), None, None]
         attributes["do_rotary"] = 1
     else:
-        rows = [tokens_first(ops, t) for t in (query, key, value)]  # [B, S, H·D] or [B, S, Hkv·D]
+        rows = [  # [B, S, H·D] or [B, S, Hkv·D]
+            _resized_heads(ops, tokens_first(ops, tensor), count, head_dim, padded)
+            for tensor, count in ((query, heads), (key, kv_heads), (value, kv_heads))
+        ]
+    for past in (past_key, past_value):
+        past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
     inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized]
     while inputs[-1] is None:
         inputs.pop()
     attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
     if folds:
-        folded = _folded(inputs, length, attributes, head_dim)
+        folded = _folded(inputs, length, attributes, padded)
         condition = lengths.folds(length, heads // kv_heads)
         attention = _either(condition, folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
     ops.nodes.append(attention)
-    merged = attention.outputs[0]  # [B, S, H·D]
-    merged.type = query.type
+    merged = _resized_heads(ops, attention.outputs[0], heads, padded, head_dim)  # [B, S, H·D]
+    attention.outputs[0].type = merged.type = query.type
     for made, old in zip(attention.outputs[1:], (present_key, present_value), strict=True):
-        made.name, made.shape, made.type = old.name, old.shape, old.type
+        made.name, made.shape, made.type = old.name, ir.Shape([*old.shape[:3], padded]), old.type  # type: ignore[index]
         old.name = f"{old.name}.neutral"
         graph.outputs[:] = [made if output is old else output for output in graph.outputs]
     (heads_last,) = (use.node for use in node.outputs[0].uses())

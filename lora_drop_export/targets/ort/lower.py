@@ -15,9 +15,12 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
     7. the same for one token   → an If around it: TensorScatter ×2 + GroupQueryAttention over a sequence made of the
        of one row                 query heads that share K and V, which are then read once; where MIN_FOLD or more do,
                                   and once there are as many slots (the operator's own condition)
-    8. RotaryEmbedding          → into the attention where q, k and v are one product, with tables over all positions;
-                                  else on [B, S, H·D], without the transposes around it
-    9. logits                   → float32, whatever the dtype
+    8. heads whose size is no   → with zeros behind them, in the caches too, which GroupQueryAttention asks for
+       multiple of 8
+    9. RotaryEmbedding          → into the attention where q, k and v are one product, with tables over all positions;
+                                  else, and for heads whose size is no multiple of 16, on [B, S, H·D], without the
+                                  transposes around it
+    10. logits                  → float32, whatever the dtype
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where that is dead: before a dropped layer that repeats its state (`recurrent`, `anchor`, rank 0).

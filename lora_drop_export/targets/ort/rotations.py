@@ -12,6 +12,7 @@ from lora_drop_export.graphs.nodes import Ops
 
 from .rows import tokens_first
 
+ROTARY_MULTIPLE = 16  # of which GroupQueryAttention turns heads
 ROTARY_BYTES = 32 << 20  # of tables that are worth a node or two a layer
 
 
@@ -27,6 +28,8 @@ class Rotations:
     ) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         """The one product that q, k and v are split from, and the two tables; None where they are not."""
         assert key is not None
+        if int(query.shape[3]) % ROTARY_MULTIPLE:  # type: ignore[index, arg-type]
+            return None
         if 4 * self.max_positions * int(query.shape[3]) > ROTARY_BYTES:  # type: ignore[index, arg-type]
             return None
         turned, tables = [query.producer(), key.producer()], []

@@ -93,7 +93,7 @@ def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
         assert split is not None
         return ops("Reshape", split, ops.ints([0, 0, heads * head_dim]))
     if node is not None and node.op_type == "RotaryEmbedding" and "rotary_embedding_dim" not in node.attributes:
-        # Case 8
+        # Case 9
         x = tokens_first(ops, node.inputs[0])
         return ops("RotaryEmbedding", x, *node.inputs[1:], num_heads=heads, interleaved=0)
     tokens = ops("Transpose", value, perm=list(HEADS_FIRST))

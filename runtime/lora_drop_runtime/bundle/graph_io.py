@@ -67,10 +67,16 @@ class LoweredIO:
     Attributes:
         joined: one graph holds both steps.
         chooses_tokens: `next_token` [batch, rows] is an output.
+        head_multiple: of which a head in the caches holds as many values; those beyond the model's are zeros.
     """
 
     joined: bool = False
     chooses_tokens: bool = False
+    head_multiple: int = 1
+
+    def padded(self, head_dim: int) -> int:
+        """How many values a head takes in the caches."""
+        return -(-head_dim // self.head_multiple) * self.head_multiple
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,11 @@ def graph_io(
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
     if refresh:
         inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
+    head_dim = cache.head_dim if lowered is None else lowered.padded(cache.head_dim)
     dropped, entry = set(plan.drop_layers), cache.kv_dtype or cache.dtype
     for layer in range(plan.num_layers) if refresh else plan.kept_layers:
         slots = "slots_dropped" if layer in dropped else "slots_kept"
-        shape = ("batch", cache.kv_heads, slots, cache.head_dim)
+        shape = ("batch", cache.kv_heads, slots, head_dim)
         for part in ("key", "value"):
             inputs.append(TensorSpec(f"past_{part}.{layer}", entry, shape))
             outputs.append(TensorSpec(f"present_{part}.{layer}", entry, shape, f"past_{part}.{layer}"))

@@ -120,7 +120,7 @@ class TargetEntry:
 class OrtEntry(TargetEntry):
     """ONNX Runtime: `steps` is the graph that holds both steps."""
 
-    lowered = LoweredIO(joined=True)
+    lowered = LoweredIO(joined=True, head_multiple=8)  # GroupQueryAttention takes no other heads
 
     steps: str
 
