@@ -21,6 +21,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
 from .gguf import read_gguf
+from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 _UNREADABLE = (ValueError, KeyError, ImportError, OSError, RuntimeError, IndexError)  # of transformers and gguf
@@ -182,4 +183,5 @@ def open_checkpoint(
             hint="Download the weights again.",
         )
     name = path.resolve().name if directory is path else model
-    return Checkpoint(name, directory, _config(directory, trust_remote_code), tensors, trust_remote_code)
+    config = _config(directory, trust_remote_code)
+    return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)

@@ -24,7 +24,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import buffer_values, tied_names
+from .anatomy import buffer_values, put_tensor, stored_tensors, tied_names
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,11 @@ def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
         ).eval()
     tied = tied_names(model)
     for name, value in buffer_values(model).items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = value
-    refs = resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
-    for name, ref in refs.items():
-        owner, _, leaf = name.rpartition(".")
+        put_tensor(model, name, value)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model, checkpoint).items()}
+    for name, ref in resolve_tensors(checkpoint, shapes, tied).items():
         values = torch.from_numpy(np.array(ref.read(), np.float32)).to(getattr(torch, dtype))
-        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, False)
+        put_tensor(model, name, values)
     model.tie_weights()
     try:
         return model.to(device)

@@ -237,9 +237,12 @@ def _export(wrapper: Any) -> Any:
             verbose=False,
         )
     except Exception as error:  # torch wraps what its tracer stumbles over in classes of its own
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
         raise ModelError(
             "The model cannot be traced into one graph.",
-            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(reason)}",
             hint="Choose a decoder without control flow that depends on its data.",
         ) from error
 
@@ -272,7 +275,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
         layers = decoder_layers(model)
-        refuse_by_modules(layers)
+        refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)
         calls = _dry_run(wrapper, layers)
         program = _export(wrapper)
@@ -284,7 +287,13 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         fuse_rotary_embedding(program.model)
     parameters = leave_places(program.model)
     heads, kv_heads, head_dim, value_dim = calls.shapes[0]
-    if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
+    if value_dim != head_dim:
+        raise ModelError(
+            "The model's keys and values differ in width.",
+            note=f"A key has {head_dim} channels, a value {value_dim}, as in multi-head latent attention.",
+            hint="Choose a model whose K and V caches have one shape.",
+        )
+    if any(shape != calls.shapes[0] for shape in calls.shapes):
         raise ModelError(
             "The model's attention layers differ in shape.",
             note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",

@@ -101,6 +101,7 @@ def test_weights_do_not_fit_the_dtype(export_refused, model):
 # ── lora-drop-export: features that a step graph cannot hold ───────────────────────────────────────────────────
 
 TINY = SIZES | {"num_hidden_layers": 4}
+FALCON = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 NAMED = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 
 
@@ -121,9 +122,14 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
         "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
         "dynamic_rope": (t.LlamaConfig(**TINY, rope_parameters=dynamic), "RoPE frequencies that depend on"),
         "llava": (t.LlavaConfig(text_config=t.LlamaConfig(**TINY)), "a vision or audio tower"),
-        "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "attention interface"),
-        "falcon": (t.FalconConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4, num_attention_heads=4),
-                   "attention interface"),
+        "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "ALiBi"),
+        "mpt": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4), "ALiBi"),
+        "mpt_without_alibi": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4,
+                                          attn_config={"alibi": False}), "attention in code of its own"),
+        "falcon_alibi": (t.FalconConfig(**FALCON, alibi=True), "ALiBi"),
+        "falcon": (t.FalconConfig(**FALCON), "attention in code of its own"),
+        "doge": (t.DogeConfig(**TINY), "an attention mask of its own"),
+        "doge_moe": (t.DogeConfig(**TINY, is_moe=True, num_experts=4, num_experts_per_tok=2), "an MoE router"),
     }  # fmt: skip
 
 
