@@ -6,6 +6,8 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 
+from lora_drop_export.checkpoint.foreign import refused
+
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 _ALIBI = ("bloom",)  # whose configs do not say so
 _OWN_ATTENTION = ("falcon", "mpt")
@@ -20,14 +22,14 @@ def unsupported(feature: str, config: Any) -> ModelError:
     )
 
 
-def refuse_by_config(config: Any) -> None:
-    """Features that the config tells."""
+def _features_of_config(config: Any) -> list[tuple[Any, str]]:
+    """Whether it has each of the features, and how it is called."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
     recurrent = [t for t in getattr(text, "layer_types", None) or () if "attention" not in t or "linear" in t]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
-    for present, feature in (
+    return [
         (config.is_encoder_decoder, "an encoder (cross attention)"),
         (getattr(text, "add_cross_attention", False), "cross attention"),
         (text is not config, "a vision or audio tower (multimodal config)"),
@@ -35,9 +37,19 @@ def refuse_by_config(config: Any) -> None:
         (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
         (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
         (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
-    ):
-        if present:
-            raise unsupported(feature, config)
+    ]
+
+
+def refuse_by_config(config: Any) -> None:
+    """Features that the config tells.
+
+    Raises:
+        ModelError: the model has one of them, or the config is of no shape that can be read.
+    """
+    with refused("The model's config cannot be used.", "config.json"):
+        for present, feature in _features_of_config(config):
+            if present:
+                raise unsupported(feature, config)
 
 
 def refuse_by_modules(model: Any, layers: Any) -> None:

@@ -28,6 +28,7 @@ from .anatomy import (
     tied_names,
 )
 from .attention_interface import AttentionCall, register_attention
+from .build import build_model
 
 ATTENTION_NAME = "lora_drop_streamed"
 _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
@@ -76,17 +77,11 @@ class StreamedModel:
         round_activations: bool = False,
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         self._checkpoint, self._round = checkpoint, round_activations
         register_attention(ATTENTION_NAME, attend)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                checkpoint.config,
-                attn_implementation=ATTENTION_NAME,
-                dtype=torch.float32,
-                trust_remote_code=checkpoint.trust_remote_code,
-            ).eval()
+            model = build_model(checkpoint, "float32", ATTENTION_NAME)
         self.model = model
         self.layers = decoder_layers(model)
         self._tied = tied_names(model)

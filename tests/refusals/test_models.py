@@ -37,7 +37,7 @@ def test_model_is_not_there(export_refused, place, tmp_path):
     [
         ("config.json", None, ("no config.json",)),
         ("config.json", b"{}", ("cannot read the model's config",)),
-        ("config.json", b"not json", ("cannot read the model's config",)),
+        ("config.json", b"not json", ("config.json is damaged",)),
         ("config.json", b'{"model_type": "hyena-9"}', ("cannot read the model's config", "hyena-9")),
         ("model.safetensors", None, ("no weights", "safetensors")),
         ("model.safetensors", b"", ("not a whole safetensors file",)),
@@ -140,7 +140,8 @@ UNSUPPORTED = _unsupported()
 def test_unsupported_feature(export_refused, tmp_path, name):
     config, feature = UNSUPPORTED[name]
     config.save_pretrained(tmp_path / "model")
-    save_file({"weight": np.zeros(4, np.float32)}, tmp_path / "model" / "model.safetensors")
+    tensors = {f"weight{i}": np.zeros(4, np.float32) for i in range(40)}  # as many as it has layers, at least
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
     export_refused(model=tmp_path / "model", words=(feature, config.model_type))
 
 
