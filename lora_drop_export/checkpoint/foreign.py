@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_drop_runtime.errors import InputError, LoraDropError, ModelError, first_line
+from lora_drop_runtime.errors import InputError, LoraDropError, ModelError
 from lora_drop_runtime.files import read_bounded
 
 _MOST_NOTE = 240  # characters
@@ -21,10 +21,11 @@ _WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # says nothing of what is 
 CHECKPOINT_HINT = "Download or copy the checkpoint again, or take another one."
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """What a foreign error says, in one printable line."""
-    line = "".join(c if c.isprintable() else "�" for c in first_line(error))
     kind = type(error).__name__
+    line = " ".join(str(error).split()) or kind
+    line = "".join(c if c.isprintable() else "�" for c in line)
     line = line if kind in line or isinstance(error, OSError) else f"{kind}: {line}"
     return line if len(line) <= _MOST_NOTE else f"{line[:_MOST_NOTE]}…"
 
@@ -58,7 +59,7 @@ def refused(fact: str, what: object, hint: str = CHECKPOINT_HINT) -> Iterator[No
                 note=f"{what} names Python code that came with it.",
                 hint="Read that code. If you trust it, add --trust-remote-code.",
             ) from None
-        raise ModelError(fact, note=f"{what}: {_said(error)}", hint=hint) from None
+        raise ModelError(fact, note=f"{what}: {said(error)}", hint=hint) from None
 
 
 def read_json(path: Path, fact: str) -> Any:
@@ -73,4 +74,4 @@ def read_json(path: Path, fact: str) -> Any:
     try:
         return json.loads(read_bounded(path, _MOST_JSON_BYTES))
     except (ValueError, RecursionError) as error:
-        raise InputError(fact, note=f"{path}: {_said(error)}", hint=CHECKPOINT_HINT) from None
+        raise InputError(fact, note=f"{path}: {said(error)}", hint=CHECKPOINT_HINT) from None

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.errors import InputError, ModelError, first_line
+from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.files import is_directory, is_file
 
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
-from .foreign import CHECKPOINT_HINT, read_json, refused
+from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import read_gguf
 from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
+_FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
 _CONVERT = "Convert it to a safetensors directory first, or download it again."
 
@@ -115,12 +116,23 @@ def _snapshot(model: str) -> Path:
             raise HFValidationError("it looks like a path")
         return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
+        reason = said(error)
         raise InputError(
             "There is no such model.",
-            note=f"{model!r} is no directory here, and not a repository that the hub gave: {reason}",
+            note=f"{model!r:.120} is no directory here, and not a repository that the hub gave: {reason}",
             hint="Check the spelling; offline, give a local directory or a .gguf file.",
         ) from None
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory, a device or a link to nothing in the place of a file."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _FILES and not is_file(path):
+            raise InputError(
+                "A file of the checkpoint is no file.",
+                note=f"{str(path)!a:.300} is a directory, a device, or a link to nothing.",
+                hint=CHECKPOINT_HINT,
+            )
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -128,9 +140,7 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if not is_file(index):
         single = directory / "model.safetensors"
-        return (
-            [single] if is_file(single) else sorted(path for path in directory.glob("*.safetensors") if is_file(path))
-        )
+        return [single] if is_file(single) else sorted(directory.glob("*.safetensors"))
     damaged = "The checkpoint's index is damaged."
     data = read_json(index, damaged)
     places = data.get("weight_map") if isinstance(data, dict) else None
@@ -226,6 +236,7 @@ def open_checkpoint(
         )
     directory = path if is_directory(path) else _snapshot(model)
     with refused("The model directory cannot be read.", directory, "Check its permissions."):
+        _check_files(directory)
         if not is_file(directory / "config.json"):
             raise InputError(
                 "The model directory has no config.json.",
@@ -233,7 +244,7 @@ def open_checkpoint(
                 hint="Give the directory that save_pretrained wrote.",
             )
         files = _weight_files(directory)
-        pickled = [file for file in directory.glob("*.bin") if is_file(file)]
+        pickled = list(directory.glob("*.bin"))
     if not files and pickled:
         _config(directory, trust_remote_code)
         log("converting the .bin checkpoint to safetensors")

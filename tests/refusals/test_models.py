@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.bundles import family, traced_model
 from tests.support.models import SIZES, build
+
+NO_NAMES = ["~nobody-has-this-name/model", "n" * 300, "n" * 5000, "a/" + "n" * 300, "a\0b"]
 
 # ── lora-drop-export: the model ────────────────────────────────────────────────────────────────────────────────
 
@@ -29,6 +32,72 @@ def test_model_is_not_there(export_refused, place, tmp_path):
     for missing in (tmp_path / "none", "./none/at/all", "no/such/model"):
         export_refused(model=missing, words=("no such model", str(missing)))
     export_refused(model=place / "model" / "config.json", words=("not a GGUF file", ".json"))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_file_has(export_refused, name):
+    """Too long for a file system, of nobody's home, not UTF-8: of the model and of a drop list."""
+    export_refused(model=name)
+    export_refused("--drop-list", name)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_adapters_have(export_refused, name):
+    export_refused("--adapters", name)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_directories_in_the_place_of_files(export_refused, model, file):
+    (model / file).unlink()
+    (model / file).mkdir()
+    export_refused(model=model, words=("is no file", file))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_devices_are_no_files(export_refused, model):
+    """Reading them may never end."""
+    export_refused("--drop-list", "/dev/zero", words=("drop list cannot be read", "/dev/zero"))
+    for file in ("config.json", "model.safetensors"):
+        content = (model / file).read_bytes()
+        (model / file).unlink()
+        (model / file).symlink_to("/dev/zero")
+        export_refused(model=model)
+        (model / file).unlink()
+        (model / file).write_bytes(content)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".", "", "n" * 300])
+def test_index_that_leads_elsewhere(export_refused, model, name):
+    """Shards lie beside their index."""
+    index = {"weight_map": {"model.norm.weight": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    export_refused(model=model, words=("model.safetensors.index.json", name[:50]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_attention_heads": 0}, ("config",)),
+        ({"num_hidden_layers": 10**9}, ("num_hidden_layers is 1000000000", "tensors")),
+        ({"hidden_act": "no_such_function"}, ("cannot build this model", "no_such_function")),
+        ({"hidden_size": 10**12}, ("error",)),
+        ({"vocab_size": None}, ("vocab_size",)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ("error",)),
+        ({"max_position_embeddings": "many"}, ("max_position_embeddings", "many")),
+        ({"eos_token_id": "</s>"}, ("eos_token_id", "</s>")),
+    ],
+)  # fmt: skip
+def test_config_of_other_values(export_refused, model, monkeypatch, changed, words):
+    """What the model's class cannot be made of is said before the model is traced."""
+    monkeypatch.setattr("lora_drop_export.decoder.trace._export", lambda *_: pytest.fail("it was traced"))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    export_refused(model=model, words=words)
 
 
 @pytest.mark.usefixtures("untraced")
