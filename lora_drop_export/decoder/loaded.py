@@ -63,7 +63,8 @@ class LoadedModel:
             )
         import torch
 
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with refused("The checkpoint's tokenizer cannot be used.", self.name):
+            return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:

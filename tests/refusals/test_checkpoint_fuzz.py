@@ -27,6 +27,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_tools.cli import main as tools
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -86,6 +87,7 @@ def whole(tmp_path_factory) -> Path:
     save_adapters(place / "adapters", plan, HIDDEN, fingerprint, rank=2)
     drops = {"drop_layers": [1], "fingerprint": fingerprint, "base_errors": {"residual": {"1": 0.5}}}
     (place / "drops.json").write_text(json.dumps(drops))
+    (place / "text").write_text(" ".join(f"t{i % 32}" for i in range(300)))
     _write_gguf(place / "tiny.gguf")
     return place
 
@@ -154,12 +156,12 @@ def damaged_json(draw: Any, text: bytes, keys: tuple[str, ...] = ()) -> bytes:
     data = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
         if keys and isinstance(data, dict) and draw(st.booleans()):
-            data[draw(st.sampled_from(keys))] = draw(ODD)
+            data[draw(st.sampled_from(keys))] = copy.deepcopy(draw(ODD))
         else:
             paths = list(_places(data))
             shallow = [path for path in paths if len(path) <= 1]
             path = draw(st.sampled_from(shallow if draw(st.booleans()) else paths))
-            data = _changed(data, path, draw(ODD), draw(st.booleans()))
+            data = _changed(data, path, copy.deepcopy(draw(ODD)), draw(st.booleans()))
     return json.dumps(data).encode()
 
 
@@ -195,7 +197,7 @@ def damaged_header(draw: Any, data: bytes) -> bytes:
 # ── how it is judged ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(arguments: list[str], mocked: str, out: Path) -> None:
+def run(arguments: list[str], mocked: str, out: Path, command: Callable[[list[str]], int] = main) -> None:
     """A command that ends with 2 and the three parts of an error, or with the trace; nothing is left in either case."""
     printed = io.StringIO()
     with (
@@ -206,7 +208,7 @@ def run(arguments: list[str], mocked: str, out: Path) -> None:
     ):
         warnings.simplefilter("ignore")
         try:
-            code: int | str = main(arguments)
+            code: int | str = command(arguments)
         except ChecksPassed:
             code = "passed"
     text = printed.getvalue()
@@ -218,9 +220,7 @@ def run(arguments: list[str], mocked: str, out: Path) -> None:
     assert sorted(path.name for path in out.parent.iterdir() if path.name not in ("case", "files")) == []
 
 
-def check(
-    whole: Path, source: str, file: str | None, content: bytes | None, mocked: str, extra: tuple[str, ...] = ()
-) -> None:
+def check(whole: Path, source: str, file: str | None, content: bytes | None, mocked: str) -> None:
     """Export a copy of a checkpoint in which one file has other content; None is a directory of its name."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -232,7 +232,7 @@ def check(
                 (case / file).mkdir()
             else:
                 (case / file).write_bytes(content)
-        run(["--model", str(case), "--out", str(place / "out"), *OPTIONS, *extra], mocked, place / "out")
+        run(["--model", str(case), "--out", str(place / "out"), *OPTIONS], mocked, place / "out")
 
 
 OPTIONS = ("--drop-layers", "1", "--always-first", "0", "--always-last", "0", "--threads", "1")
@@ -240,6 +240,8 @@ TRACE = "lora_drop_export.compiler.export.trace"
 EXPORTED = "lora_drop_export.decoder.trace._export"  # the model has been built and run on shapes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "generation_config.json", "chat_template.jinja")  # fmt: skip
+LOADED = "lora_drop_tools.teacher_forcing.forcing.TeacherForcing.__init__"  # the tools have the model in memory
+SHORT = ("--window", "16", "--tokens", "64", "--sensitivity-tokens", "32")
 KEYS = ("auto_map", "rope_parameters", "rope_scaling", "head_dim", "sliding_window", "layer_types", "torch_dtype",
         "quantization_config", "text_config", "num_experts", "eos_token_id", "chat_template", "tokenizer_class",
         "model_max_length", "added_tokens_decoder", "extra_special_tokens", "bos_token", "transformers_version",
@@ -263,6 +265,20 @@ def test_tokenizer_files(whole, data):
     if name.endswith("json"):
         damaged += [damaged_json(text, KEYS)] * 3
     check(whole, "model", name, data.draw(st.one_of(damaged)), TRACE)
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_tools(whole, data):
+    """`lora-drop profile` on the same: it loads the whole model."""
+    name = data.draw(st.sampled_from(["config.json", "tokenizer_config.json", "tokenizer.json"]))
+    content = data.draw(damaged_json((whole / "model" / name).read_bytes(), KEYS))
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        shutil.copytree(whole / "model", place / "case")
+        (place / "case" / name).write_bytes(content)
+        arguments = ["profile", str(place / "case"), "--text", str(whole / "text"), "--out", str(place / "out")]
+        run([*arguments, *SHORT], LOADED, place / "out", tools)
 
 
 @fuzz(180)
@@ -330,9 +346,22 @@ def test_drop_list(whole, data):
         run(["--model", str(whole / "model"), "--out", str(place / "out"), *options], TRACE, place / "out")
 
 
-def test_whole_ones_pass(whole):
+def test_whole_ones_pass(whole, tmp_path):
     """What is damaged above is refused for its damage."""
     for source, mocked in (("model", EXPORTED), ("sharded", EXPORTED), ("bin", TRACE)):
         seen.clear()
-        check(whole, source, None, None, mocked, ("--drop-list", str(whole / "drops.json"))[:0])
+        check(whole, source, None, None, mocked)
         assert seen == {"passed": 1}, source
+    options = ("--always-first", "0", "--always-last", "0", "--out", str(tmp_path / "out"))
+    for named in (
+        ("--model", str(whole / "tiny.gguf"), "--drop-ratio", "0"),
+        ("--model", str(whole / "model"), "--adapters", str(whole / "adapters")),
+        ("--model", str(whole / "model"), "--drop-list", str(whole / "drops.json")),
+    ):
+        seen.clear()
+        run([*named, *options], TRACE, tmp_path / "out")
+        assert seen == {"passed": 1}, named
+    seen.clear()
+    arguments = ["profile", str(whole / "model"), "--text", str(whole / "text"), "--out", str(tmp_path / "out")]
+    run([*arguments, *SHORT], LOADED, tmp_path / "out", tools)
+    assert seen == {"passed": 1}
