@@ -23,7 +23,7 @@ RUNTIME = [
     ["bundle"],
     ["plan"],
     ["dtypes", "text", "command_line"],
-    ["bounds"],
+    ["templates", "files", "bounds"],
     ["errors"],
 ]
 EXPORT = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class Checkpoint:
         directory: holds config.json, the tokenizer files and the licence.
         config: the transformers config.
         tensors: tensor name → where its values come from; files are real paths, symbolic links resolved.
+        renamed: what the model calls a tensor → its name in `tensors`, where transformers renames on loading.
         trust_remote_code: the user lets the code that the checkpoint brings run.
         owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
             file, or from files that were made for this export.
@@ -52,6 +53,7 @@ class Checkpoint:
     directory: Path
     config: Any
     tensors: Mapping[str, TensorSource]
+    renamed: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
     owned: bool = False
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.files import read_bounded
+
+_MOST_BYTES = 64 << 20
 
 
 def check_drop_list(chosen_for: str | None, name: str, fingerprint: str) -> None:
@@ -50,21 +53,21 @@ def read_drop_list(path: Path) -> DropList:
         InputError: the file cannot be read, or holds no drop list.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(read_bounded(path, _MOST_BYTES))
         facts = data if isinstance(data, dict) else {"drop_layers": data}
         layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
-        if not all(type(layer) is int for layer in layers) or not isinstance(fingerprint, str | None):
+        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+            raise TypeError
+        if not isinstance(fingerprint, str | None):
             raise TypeError
         errors = {
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
         return DropList(tuple(layers), fingerprint, errors)
-    except OSError as error:
-        raise InputError(
-            "The drop list cannot be read.", note=f"{path}: {error.strerror}.", hint="Check the path."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except BundleError as error:
+        raise InputError("The drop list cannot be read.", note=error.note, hint="Check the path.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(
             "The file holds no drop list.",
             note=f'{path} is neither a JSON list of layers nor an object with "drop_layers".',

@@ -151,17 +151,17 @@ def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
     return values.astype(np.float32, copy=False)
 
 
-def read_gguf(path: Path, model: Any) -> dict[str, GgufTensor]:
+def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:
     """The file's tensors under the names of the model's parameters.
 
     Args:
         path: the GGUF file.
+        reader: gguf's, of that file.
         model: the transformers model of its config; its weights are not looked at.
 
     Raises:
-        ValueError, KeyError, OSError, RuntimeError: transformers or gguf cannot read the file.
+        Exception: whatever transformers or gguf stumble over in a damaged file.
     """
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
@@ -170,7 +170,6 @@ def read_gguf(path: Path, model: Any) -> dict[str, GgufTensor]:
         read_field,
     )
 
-    reader = GGUFReader(path)
     architecture = read_field(reader, "general.architecture")[0]
     config = load_gguf_checkpoint(str(path))["config"]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)

@@ -8,72 +8,101 @@ ordinary safetensors directory under `scratch`; a GGUF file's config and tokeniz
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.errors import InputError, ModelError, first_line
+from lora_drop_runtime.errors import InputError, ModelError
+from lora_drop_runtime.files import is_directory, is_file
 
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
+from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import read_gguf
+from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
-_UNREADABLE = (ValueError, KeyError, ImportError, OSError, RuntimeError, IndexError)  # of transformers and gguf
+_FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
+_UNREADABLE = "transformers cannot read this checkpoint."
+_CONVERT = "Convert it to a safetensors directory first, or download it again."
 
 
-def _unreadable(error: BaseException) -> ModelError:
-    return ModelError(
-        "transformers cannot read this checkpoint.",
-        note=first_line(error),
-        hint="Convert it to a safetensors directory first.",
-    )
+def read_tokenizer(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
+    """transformers' tokenizer of a local directory, None where it has none.
 
-
-def _model_directory(model: Any, scratch: Path, source: Path, **kwargs: Any) -> Path:
-    """Config, generation config and tokenizer of a loaded model, in a new directory under `scratch`."""
+    Raises:
+        ModelError: its files are damaged, or it needs code of its own that is not trusted.
+    """
     from transformers import AutoTokenizer
 
+    if not kwargs and not any(is_file(path) for path in directory.glob("tokenizer*")):
+        return None
+    with refused("The checkpoint's tokenizer cannot be read.", directory):
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
+        )
+
+
+def _config(directory: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    if not isinstance(read_json(directory / "config.json", "The model's config.json is damaged."), dict):
+        raise ModelError(
+            "The model's config.json is damaged.",
+            note=f"{directory / 'config.json'} holds no JSON object.",
+            hint=CHECKPOINT_HINT,
+        )
+    hint = "Check config.json; a newer transformers may know this type of model."
+    with refused("transformers cannot read the model's config.", directory / "config.json", hint):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def check_layer_count(config: Any, tensors: int) -> None:
+    """Refuse a config of more layers than there are tensors, before any of them is built."""
+    with refused("The model's config cannot be used.", "config.json"):
+        layers = config.get_text_config().num_hidden_layers
+        if type(layers) is not int or not 0 < layers <= tensors:
+            raise ModelError(
+                "The checkpoint does not hold the model that its config describes.",
+                note=f"num_hidden_layers is {layers!r:.80}, and there are {tensors} tensors.",
+                hint=CHECKPOINT_HINT,
+            )
+
+
+def _model_directory(model: Any, scratch: Path, tokenizer: Any) -> Path:
+    """Config, generation config and tokenizer of a loaded model, in a new directory under `scratch`."""
     target = scratch / "converted"
     target.mkdir(parents=True)
     model.config._name_or_path = ""
     model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    with contextlib.suppress(ValueError, OSError, ImportError):  # without a tokenizer the bundle takes token ids
-        AutoTokenizer.from_pretrained(source, **kwargs).save_pretrained(target)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
     return target
 
 
-def _config(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **kwargs)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(
-            "transformers cannot read the model's config.",
-            note=first_line(error),
-            hint="A newer transformers may know it; for models with code of their own add --trust-remote-code.",
-        ) from None
-
-
-def _gguf(path: Path, scratch: Path) -> Checkpoint:
+def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
     import torch
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with refused("The GGUF file cannot be read.", path, _CONVERT):
+        reader = GGUFReader(path.resolve())
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        check_layer_count(config, len(reader.tensors))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        tensors = read_gguf(path.resolve(), model)
-    except _UNREADABLE as error:
-        raise _unreadable(error) from None
-    target = _model_directory(model, scratch, path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        tensors = read_gguf(path.resolve(), reader, model)
+        try:
+            tokenizer = read_tokenizer(path.parent, False, gguf_file=path.name)
+        except ModelError as error:  # of a kind that transformers cannot convert
+            log(f"the bundle will take token ids only: {error.note}")
+            tokenizer = None
+        target = _model_directory(model, scratch, tokenizer)
     return Checkpoint(path.name, target, _config(target, False), tensors, owned=True)
 
 
@@ -87,36 +116,67 @@ def _snapshot(model: str) -> Path:
             raise HFValidationError("it looks like a path")
         return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
+        reason = said(error)
         raise InputError(
             "There is no such model.",
-            note=f"{model!r} is no directory here, and not a repository that the hub gave: {reason}",
+            note=f"{model!r:.120} is no directory here, and not a repository that the hub gave: {reason}",
             hint="Check the spelling; offline, give a local directory or a .gguf file.",
         ) from None
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory, a device or a link to nothing in the place of a file."""
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _FILES and not is_file(path):
+            raise InputError(
+                "A file of the checkpoint is no file.",
+                note=f"{str(path)!a:.300} is a directory, a device, or a link to nothing.",
+                hint=CHECKPOINT_HINT,
+            )
 
 
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, shards in order."""
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
+    if not is_file(index):
         single = directory / "model.safetensors"
-        return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return [single] if is_file(single) else sorted(directory.glob("*.safetensors"))
+    damaged = "The checkpoint's index is damaged."
+    data = read_json(index, damaged)
+    places = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(damaged, note=f"{index} has no weight_map of tensors to files.", hint=CHECKPOINT_HINT)
+    names = sorted(set(places.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
         raise InputError(
-            "The checkpoint's index is damaged.",
-            note=f"{index} has no weight_map in JSON.",
-            hint="Download it again.",
-        ) from None
-    missing = [name for name in names if not (directory / name).is_file()]
+            damaged,
+            note=f"{index} names {outside[0]!a:.120}; files lie beside it.",
+            hint=CHECKPOINT_HINT,
+        )
+    missing = [name for name in names if not is_file(directory / name)]
     if missing:
         raise InputError(
             "A shard of the checkpoint is missing.",
-            note=f"{index.name} names {len(names)} files, {missing[0]} is not in {directory}.",
+            note=f"{index.name} names {len(names)} files, {ascii(missing[0])[1:-1]:.120} is not in {directory}.",
             hint="Download the rest of the checkpoint.",
         )
     return [directory / name for name in names]
+
+
+def _tensors(directory: Path, files: Sequence[Path]) -> dict[str, TensorSource]:
+    """Where the tensors of a checkpoint's files lie; headers are read, and checked by the safetensors library too."""
+    tensors: dict[str, TensorSource] = {}
+    for file in files:
+        with refused("A file is not a whole safetensors file.", file):
+            tensors |= dequantized_tensors(file.resolve(), read_tensors(file.resolve()))
+    if not tensors:
+        raise InputError(
+            "The model directory has no weights.",
+            note=f"{files[0].name} in {directory} holds no tensor.",
+            hint="Download the weights again.",
+        )
+    return tensors
 
 
 def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Checkpoint:
@@ -125,16 +185,34 @@ def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Check
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=trust_remote_code
+    with refused(_UNREADABLE, directory, _CONVERT):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            weights_only=True,  # no pickled object but tensors
+            output_loading_info=True,
         )
-    except _UNREADABLE as error:
-        raise _unreadable(error) from None
-    target = _model_directory(loaded, scratch, directory)
-    save_file({name: p.detach().contiguous() for name, p in loaded.named_parameters()}, target / "model.safetensors")
+    if report["missing_keys"]:
+        raise ModelError(
+            "The checkpoint does not hold the model that its config describes.",
+            note=f"Parameter {min(report['missing_keys'])} is missing; transformers would take a random one.",
+            hint=CHECKPOINT_HINT,
+        )
+    with refused(_UNREADABLE, directory, _CONVERT):
+        target = _model_directory(loaded, scratch, read_tokenizer(directory, trust_remote_code))
+    if trust_remote_code:
+        for file in directory.glob("*.py"):
+            shutil.copyfile(file, target / file.name)
+    stored = dict(loaded.named_parameters())
+    stored |= {name: buffer for name, buffer in loaded.named_buffers() if name in loaded.state_dict()}
+    save_file({name: value.detach().contiguous() for name, value in stored.items()}, target / "model.safetensors")
     tensors = read_tensors(target / "model.safetensors")
-    return Checkpoint(directory.resolve().name, target, _config(target, False), tensors, owned=True)
+    config = _config(target, trust_remote_code)
+    return Checkpoint(
+        directory.resolve().name, target, config, tensors, trust_remote_code=trust_remote_code, owned=True
+    )
 
 
 def open_checkpoint(
@@ -145,25 +223,30 @@ def open_checkpoint(
     Raises:
         InputError: nothing there, no weights, or a weights file that is not whole.
     """
-    path = Path(model).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    with refused("There is no such model.", ascii(model), "Check the spelling."):  # ~nobody/model
+        path = Path(model).expanduser()
+    if is_file(path) and path.suffix == ".gguf":
         log(f"reading {path.name}")
-        return _gguf(path, scratch)
-    if path.is_file():
+        return _gguf(path, scratch, log)
+    if is_file(path):
         raise InputError(
             "The model is a file, but not a GGUF file.",
             note=f"{path} ends in {path.suffix or 'nothing'}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
-    directory = path if path.is_dir() else _snapshot(model)
-    if not (directory / "config.json").is_file():
-        raise InputError(
-            "The model directory has no config.json.",
-            note=f"{directory} was searched.",
-            hint="Give the directory that save_pretrained wrote.",
-        )
-    files = _weight_files(directory)
-    if not files and any(directory.glob("*.bin")):
+    directory = path if is_directory(path) else _snapshot(model)
+    with refused("The model directory cannot be read.", directory, "Check its permissions."):
+        _check_files(directory)
+        if not is_file(directory / "config.json"):
+            raise InputError(
+                "The model directory has no config.json.",
+                note=f"{directory} was searched.",
+                hint="Give the directory that save_pretrained wrote.",
+            )
+        files = _weight_files(directory)
+        pickled = list(directory.glob("*.bin"))
+    if not files and pickled:
+        _config(directory, trust_remote_code)
         log("converting the .bin checkpoint to safetensors")
         return _converted(scratch, directory, trust_remote_code)
     if not files:
@@ -172,14 +255,7 @@ def open_checkpoint(
             note=f"{directory} holds no *.safetensors file.",
             hint="Download the weights too, or convert them to safetensors.",
         )
-    tensors: dict[str, TensorSource] = {}
-    for file in files:
-        tensors |= dequantized_tensors(file.resolve(), read_tensors(file.resolve()))
-    if not tensors:
-        raise InputError(
-            "The model directory has no weights.",
-            note=f"{files[0].name} in {directory} holds no tensor.",
-            hint="Download the weights again.",
-        )
+    tensors = _tensors(directory, files)
     name = path.resolve().name if directory is path else model
-    return Checkpoint(name, directory, _config(directory, trust_remote_code), tensors, trust_remote_code)
+    config = _config(directory, trust_remote_code)
+    return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)

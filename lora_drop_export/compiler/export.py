@@ -56,7 +56,10 @@ def write_bundle(
     options: ExportOptions,
     console: Console,
 ) -> Bundle:
-    """Everything of an export after the trace and before the verification, into `root`."""
+    """Everything of an export after the trace and before the verification, into `root`.
+
+    The tokenizer is there already (`copy_tokenizer`): what is wrong with it is said before the trace.
+    """
     limits = make_limits(checkpoint.config, options)
     plan = make_plan(traced, options)
     fingerprint = checkpoint.fingerprint()
@@ -82,7 +85,6 @@ def write_bundle(
         )
     make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
-    copy_tokenizer(checkpoint, root / "tokenizer")
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if options.weights_format:
         facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
@@ -141,6 +143,8 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
         dtype = "float32" if options.weights_format else options.dtype or default_dtype(checkpoint, options)
+        copy_tokenizer(checkpoint, root / "tokenizer")
+        special_tokens(checkpoint)  # refuses what would be refused after the trace
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)

@@ -14,11 +14,13 @@ from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
@@ -86,8 +88,15 @@ def make_plan(traced: TracedModel, options: PlanOptions) -> DropPlan:
 
 def _context_length(config: Any) -> int:
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
+        length = getattr(config, name, None)
+        if length:
+            if type(length) is not int or length < 2:
+                raise InputError(
+                    "The model's config does not say how long its context is.",
+                    note=f"{name} is {length!r:.80}; needed is a whole number of tokens, 2 at least.",
+                    hint="Check config.json.",
+                )
+            return length
     return 2048
 
 
@@ -166,13 +175,21 @@ def special_tokens(checkpoint: Checkpoint) -> SpecialTokens:
     """End and padding tokens: the generation config's, else the model config's."""
     from transformers import GenerationConfig
 
-    try:
-        generation: Any = GenerationConfig.from_pretrained(checkpoint.directory)
-    except OSError:
-        generation = checkpoint.config
+    generation: Any = checkpoint.config
+    file = checkpoint.directory / "generation_config.json"
+    if is_file(file):
+        with refused("The checkpoint's generation config cannot be read.", file):
+            generation = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
     eos = getattr(generation, "eos_token_id", None)
     if eos is None:
         eos = getattr(checkpoint.config, "eos_token_id", None)
     pad = getattr(generation, "pad_token_id", None)
-    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    return SpecialTokens(eos=ids, pad=0 if pad is None or pad < 0 else pad)
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    for name, value in (("eos_token_id", ids), ("pad_token_id", () if pad is None else (pad,))):
+        if not all(type(token) is int for token in value):
+            raise InputError(
+                "The checkpoint's special tokens are no token ids.",
+                note=f"{name} is {value!r:.80} in {checkpoint.directory}.",
+                hint="Give whole numbers in generation_config.json and config.json.",
+            )
+    return SpecialTokens(eos=tuple(token for token in ids if token >= 0), pad=0 if pad is None or pad < 0 else pad)

@@ -13,8 +13,12 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, VERIFY_NAME, FileRecord, Manifest
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import is_file
+from lora_drop_runtime.text import TextCodec
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.foreign import refused
+from lora_drop_export.checkpoint.open import read_tokenizer
 from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME
 
 _VERSIONED = (
@@ -37,22 +41,30 @@ _SLACK_BYTES = 64 << 20  # graphs, tokenizer, manifest
 
 
 def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
-    """Tokenizer as transformers sees it, generation config, chat template, licence."""
-    from transformers import AutoTokenizer
+    """Tokenizer as transformers sees it, generation config, chat template, licence.
 
-    directory.mkdir()
-    for pattern in ("generation_config.json", *_LICENCE_FILES):
-        for file in checkpoint.directory.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
-    if not any(checkpoint.directory.glob("tokenizer*")):
+    Raises:
+        ModelError, BundleError: the tokenizer's files are damaged, or need code that is not trusted.
+    """
+    directory.mkdir(parents=True)
+    with refused("The checkpoint's files cannot be copied.", checkpoint.directory):
+        for pattern in ("generation_config.json", *_LICENCE_FILES):
+            for file in checkpoint.directory.glob(pattern):
+                if is_file(file):
+                    shutil.copyfile(file, directory / file.name)
+    tokenizer = read_tokenizer(checkpoint.directory, checkpoint.trust_remote_code)
+    if tokenizer is None:
         return
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    tokenizer.save_pretrained(directory)
+    with refused("The checkpoint's tokenizer cannot be used.", checkpoint.directory):
+        tokenizer.save_pretrained(directory)
+        if (directory / "tokenizer.json").is_file():
+            TextCodec.open(directory)  # as sessions will
 
 
 def make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
     """Config, and code if the model brings some, beside the weights, so that the reference can be built from them."""
-    checkpoint.config.save_pretrained(weights)
+    with refused("The model's config cannot be written.", checkpoint.directory / "config.json"):
+        checkpoint.config.save_pretrained(weights)
     if checkpoint.trust_remote_code:
         for file in checkpoint.directory.glob("*.py"):
             shutil.copyfile(file, weights / file.name)

@@ -6,7 +6,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.weights.resolve import find_tensor
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def name_of(model: Any, wanted: Any) -> str:
 def between_halves(layer: Any) -> Any:
     """The module whose input is the residual stream after attention."""
     for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
-        if hasattr(layer, name):
+        if getattr(layer, name, None) is not None:  # StableLM has a None where halves run in parallel
             return getattr(layer, name)
     return layer
 
@@ -64,9 +68,13 @@ def decoder_layers(model: Any) -> Any:
     import torch
 
     count = model.config.get_text_config().num_hidden_layers
-    found = [
-        module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count > 0
     ]
+    # A layer may have lists of its own that are as long, such as StableLM's norms per head
+    found = [module for name, module in lists if not any(name.startswith(f"{outer}.") for outer, _ in lists)]
     if len(found) != 1:
         raise ModelError(
             "The model's decoder layers were not found.",
@@ -95,6 +103,34 @@ def buffer_values(model: Any) -> dict[str, Any]:
             for name in names:
                 values[f"{prefix}.{name}" if prefix else name] = module._buffers[name]
     return values
+
+
+def stored_tensors(module: Any, checkpoint: Checkpoint, prefix: str = "", recurse: bool = True) -> dict[str, Any]:
+    """Parameters, and those buffers that the checkpoint holds, such as the constants of an activation function.
+
+    Args:
+        prefix: of the module's names in the model, with its dot.
+    """
+    found = dict(module.named_parameters(recurse=recurse))
+    for name, buffer in module.named_buffers(recurse=recurse):
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in module.get_submodule(owner)._non_persistent_buffers_set:
+            source = find_tensor(checkpoint, f"{prefix}{name}")
+            if source is not None and source.dtype in MODEL_DTYPES:
+                found[name] = buffer
+    return found
+
+
+def put_tensor(module: Any, name: str, values: Any) -> None:
+    """Put a tensor that learns nothing in the place of a parameter or buffer."""
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    target = module.get_submodule(owner)
+    if leaf in target._buffers:
+        target._buffers[leaf] = values
+    else:
+        target._parameters[leaf] = torch.nn.Parameter(values, False)
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -18,13 +18,17 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import InputError, first_line
+from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
-from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.checkpoint.foreign import refused
+from lora_drop_export.checkpoint.open import check_layer_count, open_checkpoint, read_tokenizer
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import buffer_values, tied_names
+from .anatomy import buffer_values, put_tensor, stored_tensors, tied_names
+from .build import build_model
+from .refusals import refuse_by_config
 
 
 @dataclass(frozen=True)
@@ -61,27 +65,25 @@ class LoadedModel:
             )
         import torch
 
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with refused("The checkpoint's tokenizer cannot be used.", self.name):
+            return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     """The model that the config describes, its parameters read one at a time."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    refuse_by_config(checkpoint.config)
+    check_layer_count(checkpoint.config, len(checkpoint.tensors))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            checkpoint.config, dtype=getattr(torch, dtype), trust_remote_code=checkpoint.trust_remote_code
-        ).eval()
+        model = build_model(checkpoint, dtype)
     tied = tied_names(model)
     for name, value in buffer_values(model).items():
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._buffers[leaf] = value
-    refs = resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
-    for name, ref in refs.items():
-        owner, _, leaf = name.rpartition(".")
+        put_tensor(model, name, value)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model, checkpoint).items()}
+    for name, ref in resolve_tensors(checkpoint, shapes, tied).items():
         values = torch.from_numpy(np.array(ref.read(), np.float32)).to(getattr(torch, dtype))
-        model.get_submodule(owner)._parameters[leaf] = torch.nn.Parameter(values, False)
+        put_tensor(model, name, values)
     model.tie_weights()
     try:
         return model.to(device)
@@ -91,14 +93,6 @@ def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
             note=f"{device!r} was asked for: {first_line(error)}.",
             hint="Use --device cpu.",
         ) from None
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(directory)
 
 
 def load_model(
@@ -118,9 +112,10 @@ def load_model(
     Raises:
         InputError, ModelError, BundleError: nothing there, or not a model that can be read.
     """
-    path, plan, fingerprint, max_seq_len = Path(source).expanduser(), None, None, None
-    tokenizer_dir = None
-    if (path / MANIFEST_NAME).is_file():
+    with refused("There is no such model.", ascii(source), "Check the spelling."):  # ~nobody/model
+        path = Path(source).expanduser()
+    plan, fingerprint, max_seq_len, tokenizer_dir = None, None, None, None
+    if is_file(path / MANIFEST_NAME):
         bundle = Bundle.open(path)
         plan, fingerprint = bundle.manifest.plan, bundle.manifest.model.fingerprint
         max_seq_len = bundle.manifest.limits.max_seq_len
@@ -132,7 +127,7 @@ def load_model(
         return LoadedModel(
             name=checkpoint.name,
             model=_model(checkpoint, dtype, device),
-            tokenizer=_tokenizer(tokenizer_dir or checkpoint.directory),
+            tokenizer=read_tokenizer(tokenizer_dir or checkpoint.directory, trust_remote_code),
             fingerprint=fingerprint or checkpoint.fingerprint(),
             plan=plan,
             max_seq_len=max_seq_len,

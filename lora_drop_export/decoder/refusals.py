@@ -6,7 +6,11 @@ from typing import Any
 
 from lora_drop_runtime.errors import ModelError
 
+from lora_drop_export.checkpoint.foreign import refused
+
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
+_ALIBI = ("bloom",)  # whose configs do not say so
+_OWN_ATTENTION = ("falcon", "mpt")
 
 
 def unsupported(feature: str, config: Any) -> ModelError:
@@ -18,26 +22,41 @@ def unsupported(feature: str, config: Any) -> ModelError:
     )
 
 
-def refuse_by_config(config: Any) -> None:
-    """Features that the config tells."""
+def _features_of_config(config: Any) -> list[tuple[Any, str]]:
+    """Whether it has each of the features, and how it is called."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
     recurrent = [t for t in getattr(text, "layer_types", None) or () if "attention" not in t or "linear" in t]
-    for present, feature in (
+    alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
+    return [
         (config.is_encoder_decoder, "an encoder (cross attention)"),
         (getattr(text, "add_cross_attention", False), "cross attention"),
         (text is not config, "a vision or audio tower (multimodal config)"),
-        (getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0), "an MoE router"),
+        (alibi or text.model_type in _ALIBI, "ALiBi (position biases on the scores) instead of RoPE"),
+        (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
         (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
         (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
-    ):
-        if present:
-            raise unsupported(feature, config)
+    ]
 
 
-def refuse_by_modules(layers: Any) -> None:
+def refuse_by_config(config: Any) -> None:
+    """Features that the config tells.
+
+    Raises:
+        ModelError: the model has one of them, or the config is of no shape that can be read.
+    """
+    with refused("The model's config cannot be used.", "config.json"):
+        for present, feature in _features_of_config(config):
+            if present:
+                raise unsupported(feature, config)
+
+
+def refuse_by_modules(model: Any, layers: Any) -> None:
+    """Features that the modules show; a family of MoE models may have dense ones, too."""
+    family = type(model).__name__.removesuffix("ForCausalLM")
     for layer in layers:
         for name, module in layer.named_modules():
-            if "moe" in type(module).__name__.lower() or name.endswith((".experts", ".router")):
-                raise unsupported("an MoE router", layer.config if hasattr(layer, "config") else None)
+            kind = type(module).__name__.removeprefix(family).lower()  # each class of Qwen2Moe has it in its name
+            if any(word in kind for word in ("moe", "router", "experts")) or name.endswith((".experts", ".router")):
+                raise unsupported("an MoE router", model.config)

@@ -17,8 +17,18 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.quantize.dequantized import DequantizedTensor
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import Recorder, buffer_values, decoder_layers, head_replaced, name_of, tied_names
+from .anatomy import (
+    Recorder,
+    buffer_values,
+    decoder_layers,
+    head_replaced,
+    name_of,
+    put_tensor,
+    stored_tensors,
+    tied_names,
+)
 from .attention_interface import AttentionCall, register_attention
+from .build import build_model
 
 ATTENTION_NAME = "lora_drop_streamed"
 _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
@@ -67,23 +77,16 @@ class StreamedModel:
         round_activations: bool = False,
     ) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         self._checkpoint, self._round = checkpoint, round_activations
         register_attention(ATTENTION_NAME, attend)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                checkpoint.config,
-                attn_implementation=ATTENTION_NAME,
-                dtype=torch.float32,
-                trust_remote_code=checkpoint.trust_remote_code,
-            ).eval()
+            model = build_model(checkpoint, "float32", ATTENTION_NAME)
         self.model = model
         self.layers = decoder_layers(model)
         self._tied = tied_names(model)
         for name, value in buffer_values(model).items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = value
+            put_tensor(model, name, value)
         inside = f"{name_of(model, self.layers)}."
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for name, module in model.named_modules():
@@ -93,7 +96,7 @@ class StreamedModel:
         table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
         for token in np.unique(np.append(ids, 0)):
             table[token] = ref.rows(token, token + 1)[0]
-        embedding._parameters["weight"] = torch.nn.Parameter(torch.from_numpy(table), False)
+        put_tensor(embedding, "weight", torch.from_numpy(table))
 
     def _tensor(self, name: str, parameter: Any) -> TensorSource:
         """Where a parameter's values are."""
@@ -103,11 +106,11 @@ class StreamedModel:
     def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
         import torch
 
-        for name, parameter in list(module.named_parameters(recurse=recurse)):
-            owner, _, leaf = name.rpartition(".")
-            ref = self._tensor(f"{prefix}.{name}" if prefix else name, parameter)
-            target = module.get_submodule(owner)
-            target._parameters[leaf] = torch.nn.Parameter(as_tensor(ref.read()), False)
+        prefix = f"{prefix}." if prefix else ""
+        for name, tensor in stored_tensors(module, self._checkpoint, prefix, recurse).items():
+            ref = self._tensor(f"{prefix}{name}", tensor)
+            put_tensor(module, name, as_tensor(ref.read()))
+            target = module.get_submodule(name.rpartition(".")[0])
             if self._round and isinstance(ref, DequantizedTensor) and isinstance(target, torch.nn.Linear):
                 target.forward = functools.partial(_rounded_linear, target, ref.block_size)
 

@@ -22,9 +22,13 @@ import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.foreign import refused
+from lora_drop_export.checkpoint.open import check_layer_count
+from lora_drop_export.weights.resolve import resolve_tensors
 
 from .anatomy import buffer_values, decoder_layers, tied_names
 from .attention_interface import AttentionCall, register_attention
+from .build import build_model
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .rotary import fuse_rotary_embedding
@@ -103,23 +107,6 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
         version=1,
     )
     return output
-
-
-def _build(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
-    try:
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=ATTENTION_NAME, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, ImportError, KeyError) as error:  # KeyError: a table of attention classes of its own
-        raise ModelError(
-            "transformers cannot build this model as a causal language model.",
-            note=f"Model type {config.model_type!r}: {first_line(error)}",
-            hint="The model's attention must go through transformers' attention interface.",
-        ) from None
-    return model.eval()
 
 
 def _step_module(model: Any, layers: Any) -> Any:
@@ -237,9 +224,12 @@ def _export(wrapper: Any) -> Any:
             verbose=False,
         )
     except Exception as error:  # torch wraps what its tracer stumbles over in classes of its own
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
         raise ModelError(
             "The model cannot be traced into one graph.",
-            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
+            note=f"Model type {wrapper.model.config.model_type!r}: {first_line(reason)}",
             hint="Choose a decoder without control flow that depends on its data.",
         ) from error
 
@@ -264,19 +254,23 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     Raises:
         ModelError: the model has a feature that a step graph cannot hold; the message names it.
     """
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = checkpoint.config
     refuse_by_config(config)
+    check_layer_count(config, len(checkpoint.tensors))
+    register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
-        model = _build(config, getattr(torch, dtype), checkpoint.trust_remote_code)
+        model = build_model(checkpoint, dtype, ATTENTION_NAME)
         layers = decoder_layers(model)
-        refuse_by_modules(layers)
+        refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)
         calls = _dry_run(wrapper, layers)
+        tied = tied_names(model)
+        resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
         program = _export(wrapper)
-        buffers = buffer_values(model)
+        with refused("The model's config cannot be used.", "config.json"):
+            buffers = buffer_values(model)
     bind_initializers(program.model, buffers, stored=set(model.state_dict()))
     with _quiet():
         program.optimize()
@@ -284,7 +278,13 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         fuse_rotary_embedding(program.model)
     parameters = leave_places(program.model)
     heads, kv_heads, head_dim, value_dim = calls.shapes[0]
-    if any(shape != calls.shapes[0] for shape in calls.shapes) or value_dim != head_dim:
+    if value_dim != head_dim:
+        raise ModelError(
+            "The model's keys and values differ in width.",
+            note=f"A key has {head_dim} channels, a value {value_dim}, as in multi-head latent attention.",
+            hint="Choose a model whose K and V caches have one shape.",
+        )
+    if any(shape != calls.shapes[0] for shape in calls.shapes):
         raise ModelError(
             "The model's attention layers differ in shape.",
             note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",
@@ -301,5 +301,5 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         head_dim=head_dim,
         layers_prefix=next(name for name, module in model.named_modules() if module is layers),
         embedding_only=looked_up(program.model, parameters),
-        tied=tied_names(model),
+        tied=tied,
     )

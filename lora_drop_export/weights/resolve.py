@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 
-_FORMER_NAMES = {"lm_head.weight": "embed_out.weight"}  # as GPT-NeoX checkpoints have it
+
+def find_tensor(checkpoint: Checkpoint, name: str, others: Iterable[str] = ()) -> TensorSource | None:
+    """The checkpoint's tensor of a parameter or buffer, under its name or another one; None where there is none."""
+    for candidate in (name, *others):
+        for spelling in (candidate, candidate.partition(".")[2], f"model.{candidate}"):
+            found = checkpoint.tensors.get(checkpoint.renamed.get(spelling, spelling))
+            if found is not None:
+                return found
+    return None
 
 
 def resolve_tensors(
@@ -26,17 +34,7 @@ def resolve_tensors(
         partners.setdefault(first, []).append(name)
     refs = {}
     for name, shape in shapes.items():
-        spellings = [
-            spelling
-            for candidate in [name, *partners.get(name, [])]
-            for spelling in (
-                candidate,
-                candidate.partition(".")[2],
-                f"model.{candidate}",
-                _FORMER_NAMES.get(candidate, candidate),
-            )
-        ]
-        ref = next((checkpoint.tensors[s] for s in spellings if s in checkpoint.tensors), None)
+        ref = find_tensor(checkpoint, name, partners.get(name, []))
         if ref is None or ref.shape != shape:
             raise ModelError(
                 "The checkpoint does not hold the model that its config describes.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.support.bundles import family, traced_model
 from tests.support.models import SIZES, build
+
+NO_NAMES = ["~nobody-has-this-name/model", "n" * 300, "n" * 5000, "a/" + "n" * 300, "a\0b"]
 
 # ── lora-drop-export: the model ────────────────────────────────────────────────────────────────────────────────
 
@@ -32,12 +35,78 @@ def test_model_is_not_there(export_refused, place, tmp_path):
 
 
 @pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_file_has(export_refused, name):
+    """Too long for a file system, of nobody's home, not UTF-8: of the model and of a drop list."""
+    export_refused(model=name)
+    export_refused("--drop-list", name)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_adapters_have(export_refused, name):
+    export_refused("--adapters", name)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_directories_in_the_place_of_files(export_refused, model, file):
+    (model / file).unlink()
+    (model / file).mkdir()
+    export_refused(model=model, words=("is no file", file))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_devices_are_no_files(export_refused, model):
+    """Reading them may never end."""
+    export_refused("--drop-list", "/dev/zero", words=("drop list cannot be read", "/dev/zero"))
+    for file in ("config.json", "model.safetensors"):
+        content = (model / file).read_bytes()
+        (model / file).unlink()
+        (model / file).symlink_to("/dev/zero")
+        export_refused(model=model)
+        (model / file).unlink()
+        (model / file).write_bytes(content)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ".", "", "n" * 300])
+def test_index_that_leads_elsewhere(export_refused, model, name):
+    """Shards lie beside their index."""
+    index = {"weight_map": {"model.norm.weight": name}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    export_refused(model=model, words=("model.safetensors.index.json", name[:50]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_attention_heads": 0}, ("config",)),
+        ({"num_hidden_layers": 10**9}, ("num_hidden_layers is 1000000000", "tensors")),
+        ({"hidden_act": "no_such_function"}, ("cannot build this model", "no_such_function")),
+        ({"hidden_size": 10**12}, ("error",)),
+        ({"vocab_size": None}, ("vocab_size",)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, ("error",)),
+        ({"max_position_embeddings": "many"}, ("max_position_embeddings", "many")),
+        ({"eos_token_id": "</s>"}, ("eos_token_id", "</s>")),
+    ],
+)  # fmt: skip
+def test_config_of_other_values(export_refused, model, monkeypatch, changed, words):
+    """What the model's class cannot be made of is said before the model is traced."""
+    monkeypatch.setattr("lora_drop_export.decoder.trace._export", lambda *_: pytest.fail("it was traced"))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changed))
+    export_refused(model=model, words=words)
+
+
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
         ("config.json", None, ("no config.json",)),
         ("config.json", b"{}", ("cannot read the model's config",)),
-        ("config.json", b"not json", ("cannot read the model's config",)),
+        ("config.json", b"not json", ("config.json is damaged",)),
         ("config.json", b'{"model_type": "hyena-9"}', ("cannot read the model's config", "hyena-9")),
         ("model.safetensors", None, ("no weights", "safetensors")),
         ("model.safetensors", b"", ("not a whole safetensors file",)),
@@ -101,6 +170,7 @@ def test_weights_do_not_fit_the_dtype(export_refused, model):
 # ── lora-drop-export: features that a step graph cannot hold ───────────────────────────────────────────────────
 
 TINY = SIZES | {"num_hidden_layers": 4}
+FALCON = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 NAMED = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 
 
@@ -121,9 +191,14 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
         "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
         "dynamic_rope": (t.LlamaConfig(**TINY, rope_parameters=dynamic), "RoPE frequencies that depend on"),
         "llava": (t.LlavaConfig(text_config=t.LlamaConfig(**TINY)), "a vision or audio tower"),
-        "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "attention interface"),
-        "falcon": (t.FalconConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4, num_attention_heads=4),
-                   "attention interface"),
+        "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "ALiBi"),
+        "mpt": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4), "ALiBi"),
+        "mpt_without_alibi": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4,
+                                          attn_config={"alibi": False}), "attention in code of its own"),
+        "falcon_alibi": (t.FalconConfig(**FALCON, alibi=True), "ALiBi"),
+        "falcon": (t.FalconConfig(**FALCON), "attention in code of its own"),
+        "doge": (t.DogeConfig(**TINY), "an attention mask of its own"),
+        "doge_moe": (t.DogeConfig(**TINY, is_moe=True, num_experts=4, num_experts_per_tok=2), "an MoE router"),
     }  # fmt: skip
 
 
@@ -134,7 +209,8 @@ UNSUPPORTED = _unsupported()
 def test_unsupported_feature(export_refused, tmp_path, name):
     config, feature = UNSUPPORTED[name]
     config.save_pretrained(tmp_path / "model")
-    save_file({"weight": np.zeros(4, np.float32)}, tmp_path / "model" / "model.safetensors")
+    tensors = {f"weight{i}": np.zeros(4, np.float32) for i in range(40)}  # as many as it has layers, at least
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
     export_refused(model=tmp_path / "model", words=(feature, config.model_type))
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.files import copy_tokenizer
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel, trace
@@ -87,6 +88,7 @@ def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
     source = family(made_from) if isinstance(made_from, str) else made_from
     root.mkdir(parents=True)
     options = {"max_seq_len": 128} | options
+    copy_tokenizer(source.checkpoint, root / "tokenizer")
     return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
 
 

@@ -30,7 +30,7 @@ class HistoryRow(oracle.Row):
     def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
         sites = [site for site in self.outputs if site.partition(".")[0] == str(i)]
         if self.full or not sites:
-            y = own_forward(x, oracle_row=self, **kwargs)
+            y = own_forward(x, **kwargs)
             for site in sites:  # keep_h has seen what lies between the halves
                 self.outputs[site][self.position] = self.h[i] if site.endswith(".attn") else y
             return y

@@ -1,6 +1,7 @@
 """Tiny random models, one function per family: eval, fp32, eager attention, the same weights every time.
 
-All have 8 layers, hidden size 64, 131 tokens, and no stop token; `FAMILIES` maps a name to its builder.
+All have 8 layers (those of `MORE_FAMILIES` 2), hidden size 64, 131 tokens, and no stop token; `FAMILIES` maps a name
+to its builder.
 Weights are large enough that every layer matters and that two logits are rarely close; norm weights lie
 around 1 (so Gemma, which adds 1 to them, multiplies by about 2), biases are not zero: forgetting one shows.
 """
@@ -12,8 +13,17 @@ from typing import Any
 
 import torch
 from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    ExaoneConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -25,6 +35,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 GEMMA2_WINDOW = 5  # positions, the token itself included; layers 0, 2, 4, 6 are windowed
@@ -168,4 +180,46 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         gemma2,
         phi3,
     )
+}
+
+
+FEW = {"num_hidden_layers": 2, "tie_word_embeddings": False}
+
+
+def apertus() -> PreTrainedModel:
+    """An activation function with learned numbers, and with buffers that checkpoints hold."""
+    return build(ApertusForCausalLM, ApertusConfig, seed=41, **FEW)
+
+
+def stablelm_parallel() -> PreTrainedModel:
+    """Attention and MLP read one input, so the norm between them is None; as many norms of heads as layers."""
+    options = FEW | {"num_attention_heads": 2, "use_parallel_residual": True, "qk_layernorm": True}
+    return build(StableLmForCausalLM, StableLmConfig, seed=42, **options)
+
+
+def exaone() -> PreTrainedModel:
+    """A Llama whose checkpoint has names of its own, which transformers changes on loading."""
+    return build(LlamaForCausalLM, ExaoneConfig, seed=43, **FEW)
+
+
+def gptj() -> PreTrainedModel:
+    """Interleaved RoPE on half of each head; attention and MLP read one norm."""
+    return build(GPTJForCausalLM, GPTJConfig, seed=44, **FEW, rotary_dim=8)
+
+
+def codegen() -> PreTrainedModel:
+    """q, k and v in one product, in another order than GPT-J's."""
+    return build(CodeGenForCausalLM, CodeGenConfig, seed=45, **FEW, rotary_dim=8)
+
+
+def deepseek_v3_dense() -> PreTrainedModel:
+    """Latent attention whose keys and values are equally wide, and dense layers only."""
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    options = FEW | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
+    return build(DeepseekV3ForCausalLM, DeepseekV3Config, seed=47, **options)
+
+
+# Of fewer layers and tested in fewer ways: what each of them adds to those above
+MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    builder.__name__: builder for builder in (apertus, stablelm_parallel, exaone, gptj, codegen, deepseek_v3_dense)
 }

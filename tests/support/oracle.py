@@ -55,6 +55,9 @@ def is_refresh(j: int, k: int) -> bool:
     return j % (k + 1) == 0
 
 
+running: Row  # the one that takes a step: not every family hands an argument of its layers on to its attention
+
+
 class Row:
     """One sequence: its caches, its states and its position."""
 
@@ -68,21 +71,25 @@ class Row:
         self.full = True  # whether the running step is a full one
         self.since_refresh: list[int] = []  # the tokens of the LoRA steps after the last full one
         # per layer: the position, K and V `[H_kv, D]` of every token it has written
-        self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in model.model.layers]
+        decoder = model.base_model
+        self.layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+        self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.layers]
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
         self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
 
     @torch.no_grad()
     def step(self, token: int, full: bool) -> Tensor:
         """Consume one token and return the logits `[V]` after it."""
-        self.full = full
+        global running
+        self.full, running = full, self
         with ExitStack() as undo:
             undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
             self.model.set_attn_implementation(ATTENTION_NAME)
-            for i, layer in enumerate(self.model.model.layers):
+            for i, layer in enumerate(self.layers):
                 undo.enter_context(mock.patch.object(layer, "forward", partial(self.run_layer, i, layer.forward)))
                 norm = norm_after_attention(layer)
-                undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
+                if norm is not None:
+                    undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
             ids, position_ids = torch.tensor([[token]]), torch.tensor([[self.position]])
             out = self.model(input_ids=ids, position_ids=position_ids, use_cache=False)
         self.position += 1
@@ -99,7 +106,7 @@ class Row:
     def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
         """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
         if self.full or i not in self.plan.drop_layers:
-            y = own_forward(x, oracle_row=self, **kwargs)  # fills self.slots[i] and self.h[i]
+            y = own_forward(x, **kwargs)  # fills self.slots[i] and self.h[i]
             self.y[i] = y
             return y
         if self.plan.injection == "block":
@@ -129,22 +136,22 @@ class Row:
         self.h[i] = args[0]
 
 
-def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module:
-    """The norm whose input is the post-attention residual stream `h`."""
+def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The norm whose input is the post-attention residual stream `h`; None where attention and MLP run in parallel."""
     # Gemma 2 has both; its post_attention_layernorm comes before the residual is added
     if hasattr(layer, "pre_feedforward_layernorm"):
         return layer.pre_feedforward_layernorm
-    return layer.post_attention_layernorm
+    return getattr(layer, "post_attention_layernorm", None)
 
 
 def attention(
-    module, query, key, value, _mask, scaling, oracle_row, sliding_window=None, softcap=None, **_unused
+    module, query, key, value, _mask, scaling, sliding_window=None, softcap=None, **_unused
 ) -> tuple[Tensor, None]:
     """Softmax attention of one new token over this layer's own list of slots.
 
     query `[1, H, 1, D]`; key, value `[1, H_kv, 1, D]`, RoPE already applied; returns `[1, 1, H, D]`.
     """
-    slots, position = oracle_row.slots[module.layer_idx], oracle_row.position
+    slots, position = running.slots[module.layer_idx], running.position
     slots.append((position, key[0, :, 0], value[0, :, 0]))
     visible = [slot for slot in slots if sliding_window is None or position - slot[0] < sliding_window]
     group = query.shape[1] // key.shape[1]

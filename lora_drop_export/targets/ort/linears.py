@@ -41,7 +41,7 @@ def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.
             block_size=blocks.block_size,
             accuracy_level=4,  # activations as int8: without it the kernels are 2 to 50 times as slow
         )
-    result.type, result.shape = x.type, ir.Shape([*x.shape[:2], out_features])
+    result.type, result.shape = x.type, ir.Shape([*x.shape[:-1], out_features])
     if product is not result:
         rows.register(result, product)
     return result

@@ -34,7 +34,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.graphs.match import linear_groups, match_linear
-from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
+from lora_drop_export.graphs.nodes import Ops, float32_logits, rank, replace_node
 
 from .attention import lower_attention
 from .elementwise import fuse_elementwise
@@ -60,6 +60,8 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
             rows.take_in(node)
             continue
         linear = match_linear(node) if node.op_type == "MatMul" else None
+        if linear is not None and linear.blocks is None and rank(linear.x) != 3:
+            continue  # over heads, as in multi-head latent attention: there are no rows of tokens
         if linear is None or (linear.weight in groups and fuse_linears(graph, groups[linear.weight], rows)):
             continue
         if linear.last.outputs[0].uses() or linear.last.outputs[0].is_graph_output():  # else it was fused

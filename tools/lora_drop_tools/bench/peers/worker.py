@@ -186,7 +186,9 @@ def open_transformers(model: str, threads: int, capacity: int) -> Generate:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, local_files_only=True).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     return _generate_of(loaded)
 
 
@@ -195,7 +197,8 @@ def prepare_optimum(source: str, precision: str, out: str, threads: int) -> dict
 
     model = Path(out) / "optimum"
     shutil.rmtree(f"{model}.part", ignore_errors=True)
-    ORTModelForCausalLM.from_pretrained(source, export=True).save_pretrained(f"{model}.part")
+    exported = ORTModelForCausalLM.from_pretrained(source, export=True, trust_remote_code=False)
+    exported.save_pretrained(f"{model}.part")
     _finish(model)
     return {"model": str(model), "built": "ORTModelForCausalLM.from_pretrained(export=True)"}
 
@@ -208,7 +211,7 @@ def open_optimum(model: str, threads: int, capacity: int) -> Generate:
     torch.set_num_threads(threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return _generate_of(ORTModelForCausalLM.from_pretrained(model, session_options=options))
+    return _generate_of(ORTModelForCausalLM.from_pretrained(model, session_options=options, trust_remote_code=False))
 
 
 PEERS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Generate]]] = {

@@ -1,0 +1,80 @@
+"""Families whose checkpoints, buffers or halves are unlike Llama's: exported, verified and decoded with few layers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import ModelError
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.cli import main
+from lora_drop_export.decoder.loaded import load_model
+from lora_drop_export.decoder.refusals import refuse_by_config, refuse_by_modules
+from tests.support import oracle
+from tests.support.models import MORE_FAMILIES, SIZES
+from tests.support.oracle import OraclePlan
+
+TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
+PROMPT, STEPS, K = [7, 3, 11, 19, 2], 6, 2
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_more_families(name, tmp_path, capsys):
+    """The command verifies the bundle; its logits equal the oracle's, and the tools' model those of transformers."""
+    model = MORE_FAMILIES[name]()
+    model.save_pretrained(tmp_path / "model")
+    options = [
+        "--drop-layers",
+        "1",
+        "--always-first",
+        "0",
+        "--always-last",
+        "0",
+        "--k",
+        str(K),
+        "--max-seq-len",
+        "32",
+        "--threads",
+        "1",
+    ]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
+    assert "against eager PyTorch" in capsys.readouterr().err
+
+    tokens = np.random.default_rng(1).integers(0, 131, STEPS).tolist()
+    with Session.open(tmp_path / "out", threads=1) as session:
+        ours = [session.prefill([PROMPT], max_new_tokens=STEPS + 1)[0].copy()]
+        ours += [session.step([token])[0].copy() for token in tokens]
+    theirs = oracle.decode_row(model, OraclePlan((1,), "residual", "block", None), PROMPT, tokens, K, "skip")
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert np.abs(a - b.numpy()).max() < TOLERANCE * np.abs(b.numpy()).max(), f"step {step}"
+
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        want, got = model(ids).logits, load_model(str(tmp_path / "out")).model(ids).logits
+    assert (want - got).abs().max() < TOLERANCE * want.abs().max()
+
+
+@pytest.mark.parametrize("dense", [(0, 1, 2), (0, 2)])
+def test_dense_models_of_moe_families(dense):
+    """What is refused is a router, not the name of a family."""
+    config = Qwen2MoeConfig(**SIZES | {"num_hidden_layers": 3}, num_experts=4, mlp_only_layers=list(dense))
+    refuse_by_config(config)
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(config)
+    with contextlib.nullcontext() if len(dense) == 3 else pytest.raises(ModelError, match="an MoE router"):
+        refuse_by_modules(model, model.model.layers)
+
+
+def test_names_of_exaone_are_the_checkpoints(tmp_path):
+    """What is renamed keeps its name in the file, of which bundle and fingerprint are made."""
+    MORE_FAMILIES["exaone"]().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path), tmp_path / "scratch")
+    stored = "transformer.h.0.attn.attention.q_proj.weight"
+    assert stored in checkpoint.tensors
+    assert checkpoint.renamed["model.layers.0.self_attn.q_proj.weight"] == stored
+    assert not any(name in checkpoint.tensors for name in checkpoint.renamed)
