@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import LORA_STEP
+from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
@@ -43,6 +43,20 @@ def _trim_heap() -> None:
     """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _totals(inputs: Mapping[str, Any]) -> tuple[dict[str, Array], Callable[[], None]]:
+    """The totals that stand beside a step's lengths, and what sets them before each run."""
+    new_tokens = inputs["input_ids"].shape[1]
+    totals = {total: np.zeros((), np.int32) for length, total in TOTALS.items() if length in inputs}
+    lengths = [inputs[length].data for length in TOTALS if length in inputs]  # int64 [B] each
+    pairs = list(zip(totals.values(), lengths, strict=True))
+
+    def set_totals() -> None:
+        for total, lengths in pairs:
+            total[()] = max(lengths) + new_tokens
+
+    return totals, set_totals
 
 
 class OrtEngine:
@@ -201,8 +215,9 @@ class OrtEngine:
         if self._weights:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
+        totals, set_totals = _totals(inputs) if self._joined else ({}, lambda: None)
         if self._joined:
-            inputs = {**inputs, LORA_STEP: np.array(kind is StepKind.LORA)}
+            inputs = {**inputs, **totals, LORA_STEP: np.array(kind is StepKind.LORA)}
         binding = session.io_binding()
         hosts = []
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -219,9 +234,11 @@ class OrtEngine:
         kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
+            set_totals()
             run(binding)
 
         def device_step(_: Any = kept) -> None:
+            set_totals()
             try:
                 for arguments in hosts:
                     binding.bind_input(*arguments)
