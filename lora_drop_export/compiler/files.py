@@ -26,6 +26,7 @@ _VERSIONED = (
     "onnxscript",
     "onnx-graphsurgeon",
     "onnxruntime",
+    "onnxruntime-gpu",
     "polygraphy",
     "numpy",
     "tensorrt",
