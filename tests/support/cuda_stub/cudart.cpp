@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +31,7 @@ constexpr size_t kAlignment = 256;                 // cudaMalloc's
 struct Counters {
   long long to_device_calls, to_device_bytes;
   long long to_host_calls, to_host_bytes;
-  long long on_device_calls, on_device_bytes;
+  long long on_device_calls, on_device_bytes, on_device_largest;
   long long kernels;
   long long waits;
   long long held_bytes;  // of device memory, now
@@ -77,7 +78,10 @@ class Device {
     const auto size = static_cast<long long>(bytes);
     if (real == cudaMemcpyHostToDevice) ++counters_.to_device_calls, counters_.to_device_bytes += size;
     if (real == cudaMemcpyDeviceToHost) ++counters_.to_host_calls, counters_.to_host_bytes += size;
-    if (real == cudaMemcpyDeviceToDevice) ++counters_.on_device_calls, counters_.on_device_bytes += size;
+    if (real == cudaMemcpyDeviceToDevice) {
+      ++counters_.on_device_calls, counters_.on_device_bytes += size;
+      counters_.on_device_largest = std::max(counters_.on_device_largest, size);
+    }
     memmove(writable(to), writable(const_cast<void*>(from)), bytes);
     return cudaSuccess;
   }

@@ -22,6 +22,7 @@ from lora_drop_runtime.engines.ort import engine
 from lora_drop_runtime.plan.policy import POLICIES
 
 STEPS, WINDOW = 9, 2
+NEW_TOKENS = 50  # that caches have room for, so that a copy of one is larger than any other that a step makes
 LENGTHS = {1: [5], 3: [5, 2, 4]}  # of the prompts of a batch
 
 
@@ -32,7 +33,7 @@ class Counters(ctypes.Structure):
         (name, ctypes.c_longlong)
         for name in (
             "to_device_calls", "to_device_bytes", "to_host_calls", "to_host_bytes", "on_device_calls",
-            "on_device_bytes", "kernels", "waits", "held_bytes",
+            "on_device_bytes", "on_device_largest", "kernels", "waits", "held_bytes",
         )
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ def decode(bundle: str, policy: str, batch: int, library: ctypes.CDLL, watch: Wa
     with Session.open(bundle, provider="cuda", policy=policy, k=WINDOW) as session:
         opening = taken(library)
         lengths = np.array(LENGTHS[batch])
-        session.prefill(np.ones((batch, lengths.max()), np.int64), lengths, max_new_tokens=STEPS + 1)
+        session.prefill(np.ones((batch, lengths.max()), np.int64), lengths, max_new_tokens=NEW_TOKENS)
         prefill, steps = taken(library), []
         for _ in range(STEPS):
             kind = session.next_step
@@ -108,6 +109,7 @@ def decode(bundle: str, policy: str, batch: int, library: ctypes.CDLL, watch: Wa
         return {
             "policy": policy, "batch": batch, "opening": opening, "prefill": prefill, "steps": steps,
             "cache_bytes": min(cache.nbytes for cache in caches.values()), "logits_bytes": logits.nbytes,
+            "layers": session.bundle.manifest.plan.num_layers,
             "in_place": in_place, "moved": watch.moved, "placed": providers,
         }  # fmt: skip
 
