@@ -19,8 +19,12 @@ LEAST_VERSION = (1, 25)  # the first with TensorScatter for the CPU
 
 def installed_packages() -> list[str]:
     """Those that provide the module `onnxruntime` here, by their names."""
-    found = {str(package.metadata["Name"]).lower() for package in importlib.metadata.distributions()}
-    return sorted(found & EXTRAS.keys())
+    found = []
+    for package in EXTRAS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.distribution(package)
+            found.append(package)
+    return found
 
 
 def both_installed() -> str:
@@ -47,13 +51,13 @@ def import_onnxruntime() -> Any:
     Raises:
         InputError: it is not installed, too old, or does not work.
     """
-    packages = installed_packages()
     try:
         import onnxruntime
 
         version = str(onnxruntime.__version__)
         onnxruntime.InferenceSession  # noqa: B018  # a folder that an uninstalled package left imports, and is empty
     except Exception as error:  # beside ImportError whatever a library that does not load makes of itself
+        packages = installed_packages()
         if not packages:
             raise InputError(
                 "ONNX Runtime is not installed.",

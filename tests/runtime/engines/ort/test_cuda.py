@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def run_there(libraries: Path, *arguments: object) -> subprocess.CompletedProces
 def decoded(stub: Path, bundle: Bundle, out: Path) -> list[dict[str, Any]]:
     """What the worker tells of every policy and batch."""
     done = run_there(stub, "-m", "tests.support.cuda_stub.worker", bundle.root, out)
-    assert done.returncode == 0, done.stderr  # −11: the host touched the device's memory
+    assert done.returncode == 0, done.stderr  # -11 where the host touched the device's memory
     assert done.stderr == ""
     runs: list[dict[str, Any]] = json.loads(out.read_text())
     assert {run["batch"] for run in runs} == {1, 3}
@@ -107,6 +108,23 @@ def check(run: dict[str, Any]) -> None:
     on_device = run["placed"]["CUDAExecutionProvider"].keys()
     assert {"GroupQueryAttention", "Gemm", "If", "RMSNormalization"} <= on_device
     assert not [op for op in on_device if op.startswith("Reduce")]  # over several rows they need cuDNN
+
+
+TOUCH = """
+import ctypes
+import numpy
+import onnxruntime
+value = onnxruntime.OrtValue.ortvalue_from_numpy(numpy.arange(4), "cuda", 0)
+print(value.numpy(), flush=True)
+ctypes.string_at(value.data_ptr(), 1)
+"""
+
+
+def test_the_host_cannot_touch_the_devices_memory(stub):
+    """Else the tests below would not see that it does; copies through the provider work."""
+    done = run_there(stub, "-c", TOUCH)
+    assert done.stdout == "[0 1 2 3]\n", done.stderr
+    assert done.returncode == -signal.SIGSEGV
 
 
 def test_steps_run_in_place(stub, bundle, tmp_path):

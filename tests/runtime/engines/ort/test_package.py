@@ -100,8 +100,7 @@ def test_one_that_is_too_old(tmp_path):
 )
 def test_a_provider_that_the_package_has_not(monkeypatch, packages, hint):
     """Where both are installed, the one that came last has the folder: CUDA is not there though its package is."""
-    found = [SimpleNamespace(metadata={"Name": name}) for name in packages | {"numpy"}]
-    monkeypatch.setattr(package.importlib.metadata, "distributions", lambda: found)
+    monkeypatch.setattr(package, "installed_packages", lambda: sorted(packages))
     with pytest.raises(NoDeviceError) as caught:
         check_available("cuda", SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"]))
     assert "'cuda' was asked for, the installed ONNX Runtime has cpu." in caught.value.note
