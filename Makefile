@@ -2,10 +2,12 @@
 # make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved
 # make test    the whole test suite
 # make check   lint, types
-.PHONY: setup demo test check clean
+# make test-cuda   what runs on ONNX Runtime's CUDA provider, without a GPU: needs g++, makes .venv-cuda
+.PHONY: setup demo test check test-cuda clean
 
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
@@ -27,5 +29,18 @@ check: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# The package for CUDA beside the runtime alone. Not the extra `cuda`: tests/support/cuda_stub stands for its libraries,
+# so of NVIDIA's wheels only the headers are needed, out of reach of what loads libraries from wheels. Its libraries have
+# the functions that the provider of this version calls
+$(CUDA_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --editable . 'onnxruntime-gpu==1.31.*'
+	$(CUDA_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --target $(CUDA_VENV)/headers \
+		'nvidia-cuda-runtime==13.*' 'nvidia-cuda-crt==13.*'
+	touch $@
+
+test-cuda: setup $(CUDA_VENV)/.ready
+	CUDA_VENV=$(CUDA_VENV) $(BIN)/python -m pytest -m cuda_stub tests/runtime/engines/ort
+
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) $(CUDA_VENV) .demo

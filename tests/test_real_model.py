@@ -177,10 +177,10 @@ def test_compare_command(exported):
 
 
 def test_runtime_alone(exported, tmp_path):
-    """`pip install lora-drop-export` without extras: numpy, onnxruntime, tokenizers, jinja2, and it generates."""
+    """`pip install 'lora-drop-export[cpu]'`: numpy, onnxruntime, tokenizers, jinja2, and it generates."""
     venv.create(tmp_path / "venv", with_pip=True)
     bin_dir = tmp_path / "venv" / "bin"
-    subprocess.run([bin_dir / "python", "-m", "pip", "install", "--quiet", str(ROOT)], check=True, timeout=600)
+    subprocess.run([bin_dir / "python", "-m", "pip", "install", "--quiet", f"{ROOT}[cpu]"], check=True, timeout=600)
     absent = (
         "from importlib.util import find_spec as f; assert not any(map(f, ['torch', 'transformers', 'onnx', 'rich']))"
     )

@@ -20,7 +20,8 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
-from lora_drop_runtime.errors import NoDeviceError
+from lora_drop_runtime.engines.ort.package import import_onnxruntime
+from lora_drop_runtime.errors import InputError, NoDeviceError
 from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from polygraphy.comparator import Comparator
@@ -193,6 +194,11 @@ def verify_target(
         not_run = {"status": "not run", "reason": error.note}
         console.say(f"{target}: not run on this machine: {error.note}")
         if not runs_on_cpu:
+            return not_run, None
+        try:
+            import_onnxruntime()
+        except InputError as missing:  # a TensorRT target was built without it, and the GPU's machine needs none
+            console.say(f"{target}: its graphs are not compared on the CPU either: {missing.fact} {missing.note}")
             return not_run, None
         console.say(f"{target}: its graphs, on ONNX Runtime's CPU provider:")
         result = check(provider="cpu")

@@ -30,6 +30,7 @@ _VERSIONED = (
     "onnxscript",
     "onnx-graphsurgeon",
     "onnxruntime",
+    "onnxruntime-gpu",
     "polygraphy",
     "numpy",
     "tensorrt",

@@ -49,10 +49,10 @@ def test_not_a_bundle(bundle_refused, bundle, place):
     bundle_refused(bundle / MANIFEST_NAME, "no bundle here", "not a directory")
 
 
-@pytest.mark.parametrize("version", [0, 1, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, "3", None])
 def test_other_format_version(bundle_refused, bundle, version):
     edit_manifest(bundle, lambda data: data.update(format_version=version))
-    bundle_refused(bundle, "another format version", f"version {version}", "version 2")
+    bundle_refused(bundle, "another format version", f"version {version}", "version 3", "Export the model again")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_file_is_missing_or_truncated(bundle_refused, bundle, file):
     bundle_refused(bundle, "missing", file, f"{len(whole)} bytes")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 3}'])
 def test_manifest_is_no_manifest(bundle_refused, bundle, content):
     (bundle / MANIFEST_NAME).write_bytes(content)
     bundle_refused(bundle, "manifest is damaged", MANIFEST_NAME)

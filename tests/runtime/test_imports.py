@@ -201,6 +201,32 @@ def test_compare_without_its_packages(bundle: Path, blocked: tuple[str, ...]) ->
     assert_names_the_extra(python(COMPARE, "compare", bundle, blocked=blocked), blocked)
 
 
+# Where its package says that it is installed, the message is that it does not work
+NO_ENGINE = ("onnxruntime",)
+
+
+def test_commands_without_onnx_runtime(bundle: Path, tmp_path: Path) -> None:
+    """Before the work: the checkpoint, which is not there either, has not been looked for."""
+    commands = (
+        (COMPARE, "generate", bundle, "--prompt", "Hello"),
+        (EXPORT, "--model", tmp_path / "model", "--out", tmp_path / "out"),
+    )
+    for command, *arguments in commands:
+        done = python(command, *arguments, blocked=NO_ENGINE)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        fact, note, hint = done.stderr.splitlines()
+        assert fact == "error: The installed ONNX Runtime does not work."
+        assert "No module named 'onnxruntime'" in note
+        assert "pip install 'lora-drop-export[cpu]'" in hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_need_no_engine(bundle: Path) -> None:
+    done = python(COMPARE, "inspect", bundle, "--check", blocked=NO_ENGINE)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_needs_none_of_them() -> None:
     assert "--drop-ratio" in printed(EXPORT, "--help")
 

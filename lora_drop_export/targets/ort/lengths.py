@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from lora_drop_runtime.bundle.graph_io import TOTALS
 
 from lora_drop_export.graphs.nodes import Ops
 
 
 class Lengths:
-    """What attention needs to know of lengths and positions, made once for each length group."""
+    """What attention needs to know of lengths and positions, made once for each length group.
+
+    Adds the totals to the graph's inputs: GroupQueryAttention reads them on the host before it launches anything.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self.inputs = {value.name: value for value in graph.inputs}
-        self.made: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.inputs = {str(value.name): value for value in graph.inputs}
+        for length, total in TOTALS.items():
+            if length in self.inputs:
+                self.inputs[total] = ir.val(total, ir.DataType.INT32, [])
+                graph.inputs.append(self.inputs[total])
+        self.made: dict[str, ir.Value] = {}
         self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
 
@@ -43,15 +51,13 @@ class Lengths:
         return self.conditions[key]
 
     def get(self, length: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """GroupQueryAttention's two length inputs: last valid slot [B] and total [], both int32."""
+        """GroupQueryAttention's two length inputs: last valid slot [B] and the longest row's total [], both int32."""
         assert length is not None
         assert length.name is not None
         if length.name not in self.made:
             ops = Ops()
             new_tokens = ops("Shape", self.inputs["input_ids"], start=1, end=2)
             total = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
-            last_slot = ops("Sub", total, ops.constant(np.array(1, np.int32)))
-            longest = ops("ReduceMax", total, keepdims=0)
+            self.made[length.name] = ops("Sub", total, ops.constant(np.array(1, np.int32)))
             self.graph.insert_before(self.graph[0], ops.nodes)
-            self.made[length.name] = last_slot, longest
-        return self.made[length.name]
+        return self.made[length.name], self.inputs[TOTALS[length.name]]

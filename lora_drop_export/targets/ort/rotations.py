@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_drop_export.graphs.nodes import Ops
@@ -51,8 +52,6 @@ class Rotations:
 
     def _tables(self, values: tuple[ir.Value | None, ...]) -> list[ir.Value]:
         """[max_positions, D/2] each: what the graph computes as [B, S, D/2], once for all positions."""
-        import onnxruntime
-
         if values not in self.made:
             model = ir.serde.deserialize_model(self.proto)
             graph = model.graph
@@ -65,7 +64,7 @@ class Rotations:
                 if v.name == "input_ids":
                     v.shape = ir.Shape(["batch", "sequence"])
             feeds = {"input_ids": np.zeros((1, self.max_positions), np.int64), "len_kept": np.zeros(1, np.int64)}
-            session = onnxruntime.InferenceSession(
+            session = import_onnxruntime().InferenceSession(
                 ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
             )
             tables = session.run(None, {v.name: feeds[v.name] for v in session.get_inputs()})

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
+from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -22,7 +23,9 @@ class OrtTarget:
     takes_int8_caches = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:
-        """Nothing of the options is its own."""
+        """Nothing of the options is its own; lowering computes with ONNX Runtime, and verification runs on it."""
+        if self.name in targets:
+            import_onnxruntime()
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"  # the one dtype that the CPU computes in

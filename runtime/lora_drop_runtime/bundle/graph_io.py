@@ -16,9 +16,10 @@ s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positio
 wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 
 A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
-`next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both, and
-a scalar `lora_step`, which their engine sets: what a LoRA step leaves alone it gives back as it came. Weights that are
-inputs of an engine are not in this table but in the target's own (`WeightInput` in bundle.py).
+`next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both:
+what a LoRA step leaves alone it gives back as it came. Their engine sets what such a graph takes besides: the scalar
+`lora_step`, and beside each of the lengths a scalar `total_kept` or `total_dropped`. Weights that are inputs of an
+engine are not in this table but in the target's own (`WeightInput` in bundle.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
 Dim = str | int
-LORA_STEP = "lora_step"  # the input of a graph with both steps that chooses, bool []
+# Inputs of a graph with both steps, which its engine sets: which step it is, bool [], and the valid slots of the
+# longest row after the step, int32 [], in each cache group
+LORA_STEP = "lora_step"
+TOTALS = {"len_kept": "total_kept", "len_dropped": "total_dropped"}
 
 
 @dataclass(frozen=True)

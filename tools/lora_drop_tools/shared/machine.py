@@ -26,6 +26,7 @@ VERSIONS_OF = (
     "lora-drop-export",
     "numpy",
     "onnxruntime",
+    "onnxruntime-gpu",
     "onnxruntime-genai",
     "transformers",
     "torch",

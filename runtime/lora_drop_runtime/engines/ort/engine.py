@@ -27,15 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import LORA_STEP
+from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
-from lora_drop_runtime.errors import BundleError, LoraDropError, NoDeviceError, first_line
+from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
-from .providers import PROVIDERS, check_runs, check_version, no_device, rtx_device
+from .package import import_onnxruntime, preload_cuda
+from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device
 from .session_options import packs_weights, session_options
 
 
@@ -43,6 +44,20 @@ def _trim_heap() -> None:
     """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _totals(inputs: Mapping[str, Any]) -> tuple[dict[str, Array], Callable[[], None]]:
+    """The totals that stand beside a step's lengths, and what sets them before each run."""
+    new_tokens = inputs["input_ids"].shape[1]
+    totals = {total: np.zeros((), np.int32) for length, total in TOTALS.items() if length in inputs}
+    lengths = [inputs[length].data for length in TOTALS if length in inputs]  # int64 [B] each
+    pairs = list(zip(totals.values(), lengths, strict=True))
+
+    def set_totals() -> None:
+        for total, lengths in pairs:
+            total[()] = max(lengths) + new_tokens
+
+    return totals, set_totals
 
 
 class OrtEngine:
@@ -56,7 +71,8 @@ class OrtEngine:
         steps: another graph in the place of the target's, for `ort`.
 
     Raises:
-        NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU here.
+        InputError: no ONNX Runtime is installed, or it does not work.
+        NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU or libraries here.
         BundleError: the provider cannot run the target's graphs.
     """
 
@@ -71,23 +87,19 @@ class OrtEngine:
         threads: int | None = None,
         steps: bytes | None = None,
     ) -> None:
-        import onnxruntime
-
         provider = provider or "cpu"
         entry = bundle.target(target)[1]
         check_runs(bundle, target, provider)
+        onnxruntime = import_onnxruntime()
         check_version(onnxruntime.__version__, bundle.manifest.model)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
         self._ep_device = rtx_device(onnxruntime) if provider == "rtx" else None
-        if self._ep_device is None and self._provider not in onnxruntime.get_available_providers():
-            names = [short for short, long in PROVIDERS.items() if long in onnxruntime.get_available_providers()]
-            raise NoDeviceError(
-                "The execution provider is not available.",
-                note=f"{provider!r} was asked for, the installed ONNX Runtime has {', '.join(names)}.",
-                hint="Use --provider cpu, or install the ONNX Runtime package that has it.",
-            )
+        if self._ep_device is None:
+            check_available(provider, onnxruntime)
+        if provider == "cuda":
+            preload_cuda(onnxruntime)
         self._threads = threads
         self._steps = steps
         assert isinstance(entry, OrtEntry | TrtEntry)  # check_runs
@@ -149,6 +161,8 @@ class OrtEngine:
         options = session_options(self._ort, self._bundle.root, self._threads)
         if not packs_weights(self._bundle.manifest.model):
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._memory is not None:
+            options.log_severity_level = 3  # its warnings name shape nodes, which belong on the CPU
         if replaced:
             options.add_external_initializers(list(replaced), list(replaced.values()))
         path = self._bundle.root / file
@@ -169,7 +183,7 @@ class OrtEngine:
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             ) from error
         if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
-            raise no_device(self._provider, RuntimeError(f"it chose {session.get_providers()[0]} instead"))
+            raise not_started(self._provider, session.get_providers()[0], self._ort)
         return session
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
@@ -201,8 +215,9 @@ class OrtEngine:
         if self._weights:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
+        totals, set_totals = _totals(inputs) if self._joined else ({}, lambda: None)
         if self._joined:
-            inputs = {**inputs, LORA_STEP: np.array(kind is StepKind.LORA)}
+            inputs = {**inputs, **totals, LORA_STEP: np.array(kind is StepKind.LORA)}
         binding = session.io_binding()
         hosts = []
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -219,9 +234,11 @@ class OrtEngine:
         kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
+            set_totals()
             run(binding)
 
         def device_step(_: Any = kept) -> None:
+            set_totals()
             try:
                 for arguments in hosts:
                     binding.bind_input(*arguments)

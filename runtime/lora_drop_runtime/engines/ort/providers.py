@@ -8,6 +8,8 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import ModelFacts, OrtEntry, TrtEntry
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 
+from .package import both_installed, install_command, loader_error, upgrade_command
+
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -46,8 +48,22 @@ def check_version(version: str, model: ModelFacts) -> None:
         raise BundleError(
             "The installed ONNX Runtime is too old for the bundle.",
             note=f"It is {version}; int8 caches need {'.'.join(map(str, INT8_CACHES_SINCE))}.",
-            hint="pip install --upgrade onnxruntime; or export without --kv-dtype.",
+            hint=f"{upgrade_command()}; or export without --kv-dtype.",
         )
+
+
+def check_available(provider: str, ort: Any) -> None:
+    """Refuse a provider that the installed package was not built with."""
+    available = ort.get_available_providers()
+    if PROVIDERS[provider] in available:
+        return
+    names = [short for short, long in PROVIDERS.items() if long in available]
+    note = f"{provider!r} was asked for, the installed ONNX Runtime has {', '.join(names)}. {both_installed()}"
+    raise NoDeviceError(
+        "The execution provider is not available.",
+        note=note.strip(),
+        hint=f"Use --provider cpu, or for an NVIDIA GPU: {install_command('cuda')}.",
+    )
 
 
 def no_device(provider: str, error: Exception) -> NoDeviceError:
@@ -56,6 +72,19 @@ def no_device(provider: str, error: Exception) -> NoDeviceError:
         "The execution provider cannot run the bundle here.",
         note=f"{provider}: {first_line(error)}.",
         hint="Check driver, CUDA and cuDNN and the GPU's free memory; or use another --provider.",
+    )
+
+
+def not_started(provider: str, chosen: str, ort: Any) -> NoDeviceError:
+    """For a provider in whose place ONNX Runtime chose another, without an error of its own."""
+    missing = loader_error(ort) if provider == PROVIDERS["cuda"] else None
+    if missing is None:
+        return no_device(provider, RuntimeError(f"ONNX Runtime chose {chosen} instead"))
+    return NoDeviceError(
+        "The execution provider cannot run the bundle here.",
+        note=f"{provider}: {missing}.",
+        hint="pip install 'lora-drop-export[cuda]' brings CUDA and cuDNN, NVIDIA's driver has libcuda; "
+        "or use another --provider.",
     )
 
 

@@ -1,0 +1,191 @@
+"""ONNX Runtime's own CUDA provider, over CUDA libraries that execute nothing (tests/support/cuda_stub).
+
+It shows that graphs load and kernels take their arguments, where nodes and buffers lie, and what is copied. It cannot
+show a number that a kernel computes, nor how long one takes. `make test-cuda` runs this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+
+from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from tests.support.bundles import family, family_trace
+from tests.support.cuda_stub.build import CUDART, LIBRARIES, build_stub
+
+ENVIRONMENT = "CUDA_VENV"
+pytestmark = [
+    pytest.mark.cuda_stub,
+    pytest.mark.skipif(ENVIRONMENT not in os.environ, reason="needs onnxruntime-gpu: `make test-cuda` runs it"),
+]
+
+ROOT = Path(__file__).parents[4]
+OPEN = """
+import sys
+from lora_drop_runtime import LoraDropError, Session
+try:
+    Session.open(sys.argv[1], provider="cuda").close()
+except LoraDropError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory) -> Path:
+    (include,) = Path(os.environ[ENVIRONMENT]).glob("headers/nvidia/*/include")
+    return build_stub(tmp_path_factory.mktemp("cuda") / "stub", include)
+
+
+def halves(name: str, dtype: str, root: Path, **options: Any) -> Bundle:
+    """A bundle that a GPU's provider takes."""
+    root.mkdir(parents=True)
+    exported = ExportOptions(max_seq_len=64, **options)
+    return write_bundle(root, family(name).checkpoint, family_trace(name, dtype), dtype, exported, Console())
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return halves("llama", "float16", tmp_path_factory.mktemp("cuda") / "b", rank=2, surrogate="recurrent")
+
+
+def run_there(libraries: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Python with onnxruntime-gpu, which finds CUDA's libraries in a folder."""
+    program = Path(os.environ[ENVIRONMENT]).absolute() / "bin" / "python"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}:{ROOT / 'runtime'}"}
+    return subprocess.run(
+        [program, "-W", "error", *map(str, arguments)],
+        env=environment | {"LD_LIBRARY_PATH": str(libraries), "HOME": str(libraries)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+
+def decoded(stub: Path, bundle: Bundle, out: Path) -> list[dict[str, Any]]:
+    """What the worker tells of every policy and batch."""
+    done = run_there(stub, "-m", "tests.support.cuda_stub.worker", bundle.root, out)
+    assert done.returncode == 0, done.stderr  # -11 where the host touched the device's memory
+    assert done.stderr == ""
+    runs: list[dict[str, Any]] = json.loads(out.read_text())
+    assert {run["batch"] for run in runs} == {1, 3}
+    assert len({run["policy"] for run in runs}) >= 2
+    return runs
+
+
+def check(run: dict[str, Any]) -> None:
+    """Caches stay where they are, and a step copies its few integers and the logits."""
+    assert [step["kind"] for step in run["steps"]] == ["lora", "lora", "refresh"] * 3
+    assert run["in_place"]
+    assert run["moved"] == []
+    batch = run["batch"]
+    for step in run["steps"]:
+        ran_alone = step["kind"] == "refresh" and run["policy"] == "backfill"  # each row with the tokens taken back
+        runs = batch if ran_alone else 1
+        tokens = batch * (3 if ran_alone else 1)
+        assert step["kernels"] > 50 * runs
+        assert step["to_host_calls"] <= 1 + 2 * runs
+        assert step["to_host_bytes"] <= run["logits_bytes"] + 8 * runs  # the totals, which If has taken to the device
+        assert step["to_device_calls"] <= 13 * runs
+        assert step["to_device_bytes"] <= runs * 64 + tokens * 64  # ids, lengths, index, totals; twice when first bound
+        assert step["on_device_largest"] <= tokens * 256 < run["cache_bytes"]  # a token's queries, cos and sin
+        assert step["on_device_bytes"] <= tokens * 256 * (run["layers"] + 1)
+        assert step["held_bytes"] == run["steps"][0]["held_bytes"]  # the arena does not grow
+    assert run["placed"].keys() == {"CUDAExecutionProvider", "CPUExecutionProvider"}
+    # Shapes of a Reshape, and the number of new tokens: ONNX Runtime keeps such nodes on the host on purpose
+    assert run["placed"]["CPUExecutionProvider"].keys() == {"Concat", "Squeeze"}
+    on_device = run["placed"]["CUDAExecutionProvider"].keys()
+    assert {"GroupQueryAttention", "Gemm", "If", "RMSNormalization"} <= on_device
+    assert not [op for op in on_device if op.startswith("Reduce")]  # over several rows they need cuDNN
+
+
+TOUCH = """
+import ctypes
+import numpy
+import onnxruntime
+value = onnxruntime.OrtValue.ortvalue_from_numpy(numpy.arange(4), "cuda", 0)
+print(value.numpy(), flush=True)
+ctypes.string_at(value.data_ptr(), 1)
+"""
+
+
+def test_the_host_cannot_touch_the_devices_memory(stub):
+    """Else the tests below would not see that it does; copies through the provider work."""
+    done = run_there(stub, "-c", TOUCH)
+    assert done.stdout == "[0 1 2 3]\n", done.stderr
+    assert done.returncode == -signal.SIGSEGV
+
+
+def test_steps_run_in_place(stub, bundle, tmp_path):
+    for run in decoded(stub, bundle, tmp_path / "out.json"):
+        check(run)
+
+
+def test_steps_run_in_bfloat16(stub, tmp_path):
+    """With biases, and a surrogate that has no state."""
+    made = halves("qwen2", "bfloat16", tmp_path / "b")
+    for run in decoded(stub, made, tmp_path / "out.json"):
+        check(run)
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_a_library_that_does_not_load_is_named(stub, bundle, tmp_path, library):
+    """By the loader's own words, whatever else of CUDA this machine has."""
+    shutil.copytree(stub, tmp_path / "broken")
+    (tmp_path / "broken" / library).write_bytes(b"not a library")
+    done = run_there(tmp_path / "broken", "-c", OPEN, bundle.root)
+    assert done.returncode == 0, done.stderr
+    fact, note, hint = done.stdout.splitlines()
+    assert fact == "The execution provider cannot run the bundle here."
+    assert note.startswith("Note: CUDAExecutionProvider: ")
+    assert f"{library}: file too short" in note
+    assert "pip install 'lora-drop-export[cuda]'" in hint
+
+
+def test_a_library_that_is_missing_is_named(stub, bundle, tmp_path):
+    shutil.copytree(stub, tmp_path / "stub")
+    missing = next((name for name in LIBRARIES if name != CUDART and not loads(name)), None)
+    if missing is None:
+        pytest.skip("this machine has all of CUDA's libraries")
+    (tmp_path / "stub" / missing).unlink()
+    done = run_there(tmp_path / "stub", "-c", OPEN, bundle.root)
+    assert done.returncode == 0, done.stderr
+    assert f"Note: CUDAExecutionProvider: {missing}: cannot open shared object file" in done.stdout
+
+
+def loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def test_libraries_from_wheels_are_loaded_first(stub, bundle, tmp_path):
+    """`nvidia` beside the package is where NVIDIA's wheels put theirs; the loader alone does not look there."""
+    site = tmp_path / "site"
+    shutil.copytree(package_of(stub), site / "onnxruntime", symlinks=True)
+    wheels = site / "nvidia" / "cu13" / "lib"
+    shutil.copytree(stub, wheels)
+    (tmp_path / "driver").mkdir()
+    shutil.move(wheels / "libcuda.so.1", tmp_path / "driver")  # not in a wheel, but NVIDIA's driver
+    code = f"import sys\nsys.path.insert(0, {str(site)!r})\n{OPEN}"
+    done = run_there(tmp_path / "driver", "-c", code, bundle.root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def package_of(stub: Path) -> Path:
+    """The folder of the installed onnxruntime."""
+    done = run_there(stub, "-c", "import onnxruntime; print(onnxruntime.__path__[0])")
+    return Path(done.stdout.strip())

@@ -1,0 +1,78 @@
+"""What the wheel asks of pip: which extra brings what, and that none brings two packages of ONNX Runtime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.engines.ort.package import EXTRAS, LEAST_VERSION
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+ENGINES = set(EXTRAS)
+
+
+@pytest.fixture(scope="module")
+def requirements(tmp_path_factory) -> list[Requirement]:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(wheel.read(name).decode())
+    return [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+
+
+def of_extras(requirements: list[Requirement], *extras: str) -> dict[str, Requirement]:
+    """What pip installs for extras, those that they name included."""
+    found: dict[str, Requirement] = {}
+    todo = ["", *extras]
+    for extra in todo:
+        for requirement in requirements:
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+                continue
+            if requirement.name == "lora-drop-export":
+                todo += [name for name in sorted(requirement.extras) if name not in todo]
+            else:
+                found[requirement.name] = requirement
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extras", "engines"),
+    [
+        ((), set()),
+        (("cpu",), {"onnxruntime"}),
+        (("cuda",), {"onnxruntime-gpu"}),
+        (("export",), set()),
+        (("export", "cpu"), {"onnxruntime"}),
+        (("export", "cuda"), {"onnxruntime-gpu"}),
+        (("dev",), {"onnxruntime"}),
+        (("bench", "eval", "tensorrt", "tensorrt-rtx"), set()),
+    ],
+)
+def test_each_extra_brings_one_onnx_runtime_at_most(requirements, extras, engines):
+    found = of_extras(requirements, *extras)
+    assert found.keys() & ENGINES == engines
+    assert {"numpy", "tokenizers", "jinja2"} <= found.keys()
+    assert ("torch" in found) == ("export" in extras)
+
+
+def test_versions_are_those_that_the_runtime_checks(requirements):
+    found = of_extras(requirements, "cpu", "cuda")
+    cpu, cuda = found["onnxruntime"], found["onnxruntime-gpu"]
+    assert str(cpu.specifier) == f">={'.'.join(map(str, LEAST_VERSION))}"
+    assert not cuda.specifier.contains("1.27.0")  # its own extras name packages that are not there
+    assert cuda.specifier.contains("1.28.0")
+    assert cuda.extras == {"cuda", "cudnn"}
+
+
+def test_the_tests_own_requirements_are_in_dev(requirements):
+    assert {"pytest", "pytest-xdist", "hypothesis", "hatchling", "mypy", "ruff"} <= of_extras(
+        requirements, "dev"
+    ).keys()
