@@ -17,7 +17,15 @@ SOURCES = {
     "lora_drop_tools": ROOT / "tools",
 }
 # A room imports from rooms that stand further down, and from itself. Rooms of one line never meet.
-RUNTIME = [["decoding"], ["engines"], ["bundle"], ["plan"], ["dtypes", "text", "command_line"], ["errors"]]
+RUNTIME = [
+    ["decoding"],
+    ["engines"],
+    ["bundle"],
+    ["plan"],
+    ["dtypes", "text", "command_line"],
+    ["templates", "files"],
+    ["errors"],
+]
 EXPORT = [
     ["cli"],
     ["compiler"],

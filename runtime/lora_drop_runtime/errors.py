@@ -62,6 +62,19 @@ class VerificationError(LoraDropError):
     exit_code = 1
 
 
+def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
+    """For an argument of the Python interface that is not of the type that it needs.
+
+    Args:
+        what: begins the sentence: `The number of new tokens`.
+        needed: ends the note: `a whole number`.
+    """
+    shown = ascii(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    note = f"{shown} of type {type(value).__name__} was given, needed is {needed}."
+    return InputError(f"{what} has the wrong type.", note=note, hint=hint)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line; the name of its class when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

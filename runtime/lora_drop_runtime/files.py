@@ -1,0 +1,60 @@
+"""Files that a user names, or that came with a model: asked after and read without surprises.
+
+Enters: a path. Leaves: what is there; an error of ours where it cannot be read. A device or a pipe is no file here:
+reading it may never end.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from .errors import BundleError
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written down: a name or an argument that was no UTF-8 has halves of characters instead."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _mode(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a zero byte
+        return 0
+
+
+def is_file(path: Path) -> bool:
+    """Whether an ordinary file is there; False, too, where the system does not even take the name."""
+    return stat.S_ISREG(_mode(path))
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a directory is there; as `is_file`."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """The content of an ordinary file.
+
+    Raises:
+        BundleError: it cannot be read, or is larger than such a file ever is.
+    """
+    reason = "is no ordinary file"
+    try:
+        if is_file(path):
+            with path.open("rb") as file:
+                data = file.read(most_bytes + 1)
+            if len(data) <= most_bytes:
+                return data
+            reason = f"has more than {most_bytes} bytes"
+    except OSError as error:
+        reason = f"{error.strerror}"
+    raise BundleError(
+        "A file cannot be read.", note=f"{path}: {reason}.", hint="Copy it again, and check its permissions."
+    ) from None
