@@ -7,10 +7,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -64,6 +65,22 @@ def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dic
     return records
 
 
+def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
+    """A step's neutral graph, an onnx.ModelProto, its weights left where they are."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    name = f"{kind.value}.onnx"
+    try:
+        return onnx.load_model_from_string(bundle.graph(name))
+    except DecodeError:
+        raise BundleError(
+            "A graph of the bundle is damaged.",
+            note=f"{bundle.root / name} is no ONNX model.",
+            hint="Copy the whole bundle again, or export the model again.",
+        ) from None
+
+
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
     """Add targets to a bundle, from the graphs and weights that it has.
 
@@ -75,17 +92,12 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     Raises:
         InputError, ModelError, BundleError, VerificationError: the bundle is as it was.
     """
-    import onnx
-
     options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
     _check_addable(bundle, targets, options.force)
     console = Console()
-    graphs = {
-        kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
-        for kind in (StepKind.REFRESH, StepKind.LORA)
-    }
+    graphs = {kind: _neutral_graph(bundle, kind) for kind in (StepKind.REFRESH, StepKind.LORA)}
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
     with staged_directory(root.resolve(), force=True) as staged:
         kept = _stage_the_rest(bundle, targets, staged)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.command_line import Parser, add_options, run_command, settings_of
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, first_line
 
 from lora_drop_tools.bench.command import add_bench, run_bench
 from lora_drop_tools.eval.command import add_eval, run_eval
@@ -26,9 +26,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     for path in args.prompt_file or []:
         try:
             prompts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the name
             raise InputError(
-                "The prompt file cannot be read.", note=f"{path}: {error}.", hint="Give a UTF-8 text file."
+                "The prompt file cannot be read.", note=f"{path}: {first_line(error)}.", hint="Give a UTF-8 text file."
             ) from None
     return prompts
 

@@ -108,7 +108,7 @@ def _types_of(cls: Any) -> dict[str, Any]:
 def _dataclass(cls: type[Any], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         _refuse(where, value, "an object")
-    types_of = _types_of(cls)
+    types_of = _types_of(cls)  # type: ignore[arg-type]  # a class is hashable
     surplus = [name for name in value if name not in types_of]
     if surplus:
         raise ValueError(f"{where} has {_shown(surplus[0])}, which is unknown")

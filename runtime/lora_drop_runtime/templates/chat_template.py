@@ -125,7 +125,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _filter(name: str, value: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, value: Any) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
 
 
@@ -168,10 +168,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
             finalize=jinja2.pass_context(lambda _, value: budget.pay_for_text(value)),
         )
-        filters = {name: function for name, function in self.filters.items() if name not in _LEFT_OUT}
+        filters: dict[str, Any] = {name: f for name, f in self.filters.items() if name not in _LEFT_OUT}
         filters |= {"tojson": _tojson, _STEP: _same, _READ: _same, _SLICED: _same, _LOOPED: _same}
         self.filters = {name: _paid(name, function, budget.pay_for_filter) for name, function in filters.items()}
-        self.tests = {name: _paid(name, function, budget.pay_for_test) for name, function in self.tests.items()}
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: _paid(name, function, budget.pay_for_test) for name, function in tests.items()}
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         self._functions = tuple(self.globals.values())
