@@ -75,7 +75,7 @@ def _check_text(what: str, text: object) -> None:
     if not is_utf8(text):
         raise InputError(
             f"{what} is not UTF-8.",
-            note=f"It holds {text.encode('utf-8', 'surrogatepass').decode('utf-8', 'backslashreplace')!a:.80}.",
+            note=f"It is {text!a:.80}.",
             hint="Give UTF-8 text; a file in another encoding can be converted with iconv.",
         )
 

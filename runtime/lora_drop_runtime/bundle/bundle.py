@@ -176,13 +176,15 @@ class Bundle:
             )
 
     def graph(self, name: str) -> bytes:
-        """A recorded ONNX graph, whose tensors and engines lie in recorded files.
+        """A recorded ONNX graph, unchanged, whose tensors and engines lie in recorded files.
 
         Raises:
-            BundleError: it is no graph, or names another file.
+            BundleError: it has changed, is no graph, or names another file.
         """
         path = self.file(name)
         data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise _damaged_file("A graph of the bundle has changed.", f"{path} does not have the recorded hash.")
         try:
             parts = graph_files(data, name[: name.rfind("/") + 1])
         except ValueError as error:

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.errors import InputError, PlanError, whole_number
 
 
 class StepKind(enum.Enum):
@@ -34,10 +34,16 @@ class PeriodicSchedule:
     k: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 0:
+        try:
+            object.__setattr__(self, "k", whole_number("k", self.k, ""))
+        except InputError:
+            k = -1
+        else:
+            k = self.k
+        if k < 0:
             raise PlanError(
                 "k must be a whole number of LoRA steps between two refreshes.",
-                note=f"k is {self.k!r}, the smallest is 0 (every step a refresh).",
+                note=f"k is {self.k!r:.60}, the smallest is 0 (every step a refresh).",
                 hint="Use --k 3, or --k 0 for the full schedule.",
             )
 
