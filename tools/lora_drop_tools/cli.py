@@ -19,13 +19,27 @@ from .compare import CompareSettings, compare
 from .generate import ChatSettings, GenerateSettings, chat, generate
 from .inspect import inspect
 
+MOST_PROMPT_BYTES = 64 << 20  # many times what the longest context holds
+
+
+def _read_prompt(path: Path) -> str:
+    """A file's text, or standard input's. A pipe has no size, and a device no end, so neither is read whole."""
+    if str(path) == "-":
+        data: str | bytes = sys.stdin.read(MOST_PROMPT_BYTES + 1)
+    else:
+        with path.open("rb") as file:
+            data = file.read(MOST_PROMPT_BYTES + 1)
+    if len(data) > MOST_PROMPT_BYTES:
+        raise ValueError(f"it has more than {MOST_PROMPT_BYTES} bytes")
+    return data if isinstance(data, str) else data.decode("utf-8")
+
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Texts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt or [])
     for path in args.prompt_file or []:
         try:
-            prompts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
+            prompts.append(_read_prompt(path))
         except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the name
             raise InputError(
                 "The prompt file cannot be read.", note=f"{path}: {first_line(error)}.", hint="Give a UTF-8 text file."
