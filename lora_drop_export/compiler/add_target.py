@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -65,20 +66,40 @@ def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dic
     return records
 
 
+def _damaged_graph(bundle: Bundle, name: str, reason: str) -> BundleError:
+    return BundleError(
+        "A graph of the bundle is damaged.",
+        note=f"{bundle.root / name}: {reason}.",
+        hint="Copy the whole bundle again, or export the model again.",
+    )
+
+
 def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
-    """A step's neutral graph, an onnx.ModelProto, its weights left where they are."""
+    """A step's neutral graph, an onnx.ModelProto, its weights left where they are.
+
+    Raises:
+        BundleError: it is none, or its inputs and outputs are not those that the manifest says.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
     name = f"{kind.value}.onnx"
     try:
-        return onnx.load_model_from_string(bundle.graph(name))
+        model = onnx.load_model_from_string(bundle.graph(name))
     except DecodeError:
-        raise BundleError(
-            "A graph of the bundle is damaged.",
-            note=f"{bundle.root / name} is no ONNX model.",
-            hint="Copy the whole bundle again, or export the model again.",
-        ) from None
+        raise _damaged_graph(bundle, name, "it is no ONNX model") from None
+    io = bundle.manifest.io(kind)
+    for specs, values in ((io.inputs, model.graph.input), (io.outputs, model.graph.output)):
+        found = {value.name: value.type.tensor_type for value in values}
+        for spec in specs:
+            dims = [dim.dim_param or dim.dim_value for dim in found[spec.name].shape.dim] if spec.name in found else []
+            if (
+                spec.name not in found
+                or found[spec.name].elem_type != BY_NAME[spec.dtype].onnx
+                or dims != [*spec.shape]
+            ):
+                raise _damaged_graph(bundle, name, f"{spec.name} is not {spec.dtype} {list(spec.shape)}")
+    return model
 
 
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:

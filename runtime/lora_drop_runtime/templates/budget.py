@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from jinja2.utils import Namespace
 
-MOST_STEPS = 1_000_000
+MOST_STEPS = 250_000
 MOST_CHARACTERS = 1 << 24
 STEPS_PER_CHARACTER = 4  # a longer chat may spend more
 CHARACTERS_PER_CHARACTER = 64
