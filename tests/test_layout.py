@@ -27,6 +27,7 @@ RUNTIME = [
     ["errors"],
 ]
 EXPORT = [
+    ["__main__"],
     ["cli"],
     ["compiler"],
     ["targets"],
@@ -38,6 +39,7 @@ EXPORT = [
     ["console", "staging"],
 ]
 TOOLS = [
+    ["__main__"],
     ["cli"],
     ["generate", "inspect", "compare", "profile", "fit", "eval", "bench"],
     ["teacher_forcing"],

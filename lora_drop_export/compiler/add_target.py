@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -64,6 +66,42 @@ def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dic
     return records
 
 
+def _damaged_graph(bundle: Bundle, name: str, reason: str) -> BundleError:
+    return BundleError(
+        "A graph of the bundle is damaged.",
+        note=f"{bundle.root / name}: {reason}.",
+        hint="Copy the whole bundle again, or export the model again.",
+    )
+
+
+def _neutral_graph(bundle: Bundle, kind: StepKind) -> Any:
+    """A step's neutral graph, an onnx.ModelProto, its weights left where they are.
+
+    Raises:
+        BundleError: it is none, or its inputs and outputs are not those that the manifest says.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    name = f"{kind.value}.onnx"
+    try:
+        model = onnx.load_model_from_string(bundle.graph(name))
+    except DecodeError:
+        raise _damaged_graph(bundle, name, "it is no ONNX model") from None
+    io = bundle.manifest.io(kind)
+    for specs, values in ((io.inputs, model.graph.input), (io.outputs, model.graph.output)):
+        found = {value.name: value.type.tensor_type for value in values}
+        for spec in specs:
+            dims = [dim.dim_param or dim.dim_value for dim in found[spec.name].shape.dim] if spec.name in found else []
+            if (
+                spec.name not in found
+                or found[spec.name].elem_type != BY_NAME[spec.dtype].onnx
+                or dims != [*spec.shape]
+            ):
+                raise _damaged_graph(bundle, name, f"{spec.name} is not {spec.dtype} {list(spec.shape)}")
+    return model
+
+
 def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions | None = None) -> Bundle:
     """Add targets to a bundle, from the graphs and weights that it has.
 
@@ -75,17 +113,12 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     Raises:
         InputError, ModelError, BundleError, VerificationError: the bundle is as it was.
     """
-    import onnx
-
     options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
     _check_addable(bundle, targets, options.force)
     console = Console()
-    graphs = {
-        kind: onnx.load(root / f"{kind.value}.onnx", load_external_data=False)
-        for kind in (StepKind.REFRESH, StepKind.LORA)
-    }
+    graphs = {kind: _neutral_graph(bundle, kind) for kind in (StepKind.REFRESH, StepKind.LORA)}
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
     with staged_directory(root.resolve(), force=True) as staged:
         kept = _stage_the_rest(bundle, targets, staged)

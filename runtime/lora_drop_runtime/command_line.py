@@ -11,7 +11,10 @@ A user's error is printed without a traceback and ends with 2 (a failed verifica
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
+import errno
 import importlib.util
 import os
 import sys
@@ -19,10 +22,10 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from .bounds import Bounds
-from .errors import InputError, LoraDropError
+from .errors import InputError, LoraDropError, first_line
 
 # Of the extra `export`, by import name, less what only GGUF files need
 EXPORT_PACKAGES = (
@@ -274,17 +277,116 @@ def require_export_packages(reason: str) -> None:
             )
 
 
-def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
-    """Run a command's body and return its exit code."""
+# Of what the programs print; a terminal of ASCII or Latin-1 shows what is on the right
+_LIKENESS = str.maketrans(
+    {"█": "#", "·": ".", "░": "-", "─": "-", "–": "-", "—": "-", "…": "...", "×": "x", "ρ": "rho"}
+)
+_LIKENESS |= str.maketrans({"→": "->", "γ": "gamma", "∞": "inf", "«": '"', "»": '"', "“": '"', "”": '"', "µ": "u"})
+
+
+def _likeness(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: what can be printed in the place of what cannot."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_LIKENESS)
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
-    except LoraDropError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        text.encode(error.encoding)
+    except UnicodeEncodeError:
+        text = text.encode("ascii", "backslashreplace").decode("ascii")
+    return text, error.end
+
+
+def _ready_streams() -> None:
+    """Let standard output take any text, and nobody find a standard stream missing.
+
+    A closed one becomes the null device, so that no file that is opened later gets its number.
+    """
+    codecs.register_error("likeness", _likeness)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 open as long as the process
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="likeness")
+
+
+def _silence(stream: TextIO) -> None:
+    """Send what a stream still holds to the null device: nobody can take it, and Python would try at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# What the system refuses for reasons that lie outside the program. A missing file is not among them: who reads one says
+# which, so its absence here is a bug
+_REFUSALS = {
+    errno.ENOSPC: "Free some space, or choose another place.",
+    errno.EDQUOT: "Free some space, or choose another place.",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or choose another place.",
+    errno.EROFS: "Choose a place that can be written.",
+    errno.EACCES: "Check the permissions of the file and of its directory.",
+    errno.EPERM: "Check the permissions of the file and of its directory.",
+    errno.EISDIR: "Give a file, not a directory.",
+    errno.ENOTDIR: "Check the path: a part of it is no directory.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "Check the path: its links lead in a circle.",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENFILE: "Close other programs.",
+    errno.ENOMEM: "Free some memory.",
+    errno.EIO: "Check the disk or the terminal.",
+    errno.EBADF: "Check what standard input and output are connected to.",
+    errno.ESTALE: "Check the network file system.",
+}
+
+
+def _refused_by_the_system(error: OSError) -> InputError | None:
+    """The error that a user gets for it; None where it is a bug of ours."""
+    if error.errno not in _REFUSALS:
+        return None
+    what = error.filename if isinstance(error.filename, str | os.PathLike) else "standard input or output"
+    note = f"{os.fspath(what)!s:.300}: {error.strerror}."
+    return InputError("The system refuses to read or write.", note=note, hint=_REFUSALS[error.errno])
+
+
+def _as_ours(error: BaseException) -> LoraDropError | None:
+    """An exception as the error that a user gets for it; None where it is a bug of ours."""
+    if isinstance(error, MemoryError):
+        return InputError(
+            "There is too little memory.",
+            note=f"{first_line(error)}.",
+            hint="Ask for less, such as fewer tokens or a smaller batch, or close other programs.",
+        )
+    if isinstance(error, OSError):
+        return _refused_by_the_system(error)
+    return error if isinstance(error, LoraDropError) else None
+
+
+def _print_end(text: str) -> None:
+    """The last words of a command, and what it has printed before; nobody may be there to take either."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, text)):
+        try:
+            stream.write(last)
+            stream.flush()
+        except OSError:
+            _silence(stream)
+
+
+def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
+    """Run a command's body and return its exit code. An exception that is a bug of ours goes through."""
+    _ready_streams()
+    try:
+        try:
+            command(sys.argv[1:] if arguments is None else arguments)
+        finally:  # also after --help, which ends with SystemExit
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print_end("interrupted\n")
         return 130
     except BrokenPipeError:  # the reader of our output went away
-        sys.stderr.close()
+        _silence(sys.stdout)
         return 141
+    except Exception as error:
+        ours = _as_ours(error)
+        if ours is None:
+            raise
+        _print_end(f"error: {ours}\n")
+        return ours.exit_code
     return 0

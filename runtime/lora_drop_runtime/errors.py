@@ -14,6 +14,9 @@ Commands print the message without a traceback and exit with 2 (VerificationErro
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 
 class LoraDropError(Exception):
     """Base class.
@@ -60,6 +63,35 @@ class VerificationError(LoraDropError):
     """The compiled model and its reference disagree."""
 
     exit_code = 1
+
+
+def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
+    """For an argument of the Python interface that is not of the type that it needs.
+
+    Args:
+        what: begins the sentence: `The number of new tokens`.
+        needed: ends the note: `a whole number`.
+    """
+    shown = ascii(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    note = f"{shown} of type {type(value).__name__} was given, needed is {needed}."
+    return InputError(f"{what} has the wrong type.", note=note, hint=hint)
+
+
+def whole_number(what: str, value: Any, hint: str) -> int:
+    """An argument that has to be an int or a number of numpy's integers; a truth value is none.
+
+    Raises:
+        InputError: it is something else; `what` begins the message.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise wrong_type(what, value, "a whole number", hint)
+    try:
+        return operator.index(value)
+    except TypeError:  # an array of several, or of another type
+        raise wrong_type(what, value, "a whole number", hint) from None
 
 
 def first_line(error: BaseException) -> str:

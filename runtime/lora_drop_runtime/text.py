@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,80 +17,67 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, InputError
+from .errors import BundleError, InputError, first_line, wrong_type
+from .files import is_file, is_utf8, read_bounded
 
 if TYPE_CHECKING:
-    import jinja2
     from tokenizers import Tokenizer
+
+    from .templates.chat_template import ChatTemplate
+
+MOST_CONFIG_BYTES = 64 << 20  # special tokens of a model may be many
+MOST_TOKENIZER_BYTES = 1 << 30
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
 
 
+def _unreadable(fact: str, reason: str) -> BundleError:
+    return BundleError(fact, note=f"{reason}.", hint="Copy the tokenizer's files from the checkpoint again.")
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    """The tokenizer's configuration, {} without one."""
+    if not is_file(path):
         return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError("The tokenizer's configuration cannot be read.", note=f"{path}: {error}") from error
+        config = json.loads(read_bounded(path, MOST_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise _unreadable("The tokenizer's configuration cannot be read.", f"{path}: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise _unreadable("The tokenizer's configuration cannot be read.", f"{path} holds no JSON object")
     return config
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens = {name: value for name, value in config.items() if name.endswith("_token")}
-    texts = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}  # add_bos_token is a bool
 
 
 def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None:
     path = tokenizer_dir / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template: str | list[dict[str, str]] | None = config.get("chat_template")
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template
+    if is_file(path):
+        try:
+            return read_bounded(path, MOST_CONFIG_BYTES).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _unreadable("The model's chat template cannot be read.", f"{path} is not UTF-8 text") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
-def _compile_template(source: str) -> jinja2.Template:
-    """Compiles as `transformers.utils.chat_template_utils` does. Templates come with the model: sandboxed."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):  # pyproject.toml leaves jinja2 untyped
-        """`{% generation %}` marks the assistant's text for training; here it only opens a scope."""
-
-        tags = {"generation"}  # noqa: RUF012 jinja2 declares it an instance variable
-
-        def parse(self, parser: Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source)
+def _check_text(what: str, text: object) -> None:
+    """Refuse what no tokenizer takes: a terminal's or a file's bytes that were no UTF-8 are halves of characters."""
+    if not isinstance(text, str):
+        raise wrong_type(what, text, "a text", "Use a str.")
+    if not is_utf8(text):
+        raise InputError(
+            f"{what} is not UTF-8.",
+            note=f"It is {text!a:.80}.",
+            hint="Give UTF-8 text; a file in another encoding can be converted with iconv.",
+        )
 
 
 class TextStream:
@@ -113,6 +99,10 @@ class TextStream:
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not isinstance(stop, Sequence):
+            raise wrong_type("The list of stop strings", stop, "a list of texts", 'Use for example ["\\n"].')
+        for text in stop:
+            _check_text("A stop string", text)
         if "" in stop:
             raise InputError(
                 "A stop string is empty.",
@@ -185,17 +175,19 @@ class TextCodec:
         """
         from tokenizers import Tokenizer
 
-        path = tokenizer_dir / "tokenizer.json"
-        if not path.is_file():
+        path = Path(tokenizer_dir) / "tokenizer.json"
+        if not is_file(path):
             raise BundleError(
                 "There is no tokenizer.",
                 note=f"{path} does not exist.",
                 hint="Pass token ids instead of text.",
             )
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_buffer(read_bounded(path, MOST_TOKENIZER_BYTES))
+        except BundleError:
+            raise
         except Exception as error:  # tokenizers raises nothing narrower
-            raise BundleError("The tokenizer cannot be read.", note=f"{path}: {error}") from error
+            raise _unreadable("The tokenizer cannot be read.", f"{path}: {first_line(error):.200}") from error
         tokenizer.no_truncation()  # a file may carry its training set-up
         tokenizer.no_padding()
         config = _read_config(tokenizer_dir / "tokenizer_config.json")
@@ -203,7 +195,7 @@ class TextCodec:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Text to ids int64 [T], with the special tokens the tokenizer itself adds (such as BOS)."""
-        return np.array(self._tokenizer.encode(text).ids, np.int64)
+        return self._encoded(text, special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
         """Messages to the ids int64 [T] of a prompt for the assistant's answer.
@@ -211,8 +203,7 @@ class TextCodec:
         Raises:
             InputError: as `render_chat`.
         """
-        text = self.render_chat(messages)  # special tokens included
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return self._encoded(self.render_chat(messages), special_tokens=False)  # the template's own are in it
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Messages, such as {"role": "user", "content": "Hi"}, to the text that the model was trained on.
@@ -220,26 +211,18 @@ class TextCodec:
         Raises:
             InputError: the model has no chat template, there is no message, or the template refuses them.
         """
-        import jinja2
-
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise wrong_type("The chat", messages, "a list of dictionaries", 'Use [{"role": "user", "content": "Hi"}].')
         if not messages:
-            raise InputError("The chat is empty.", hint="give at least one message.")
-        try:
-            text: str = self._compiled_template.render(
-                # transformers, too, drops what is None: many templates would print the word.
-                messages=[{k: v for k, v in message.items() if v is not None} for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError) as error:  # TypeError: content of a type it does not handle
-            raise InputError(
-                "The model's chat template does not accept these messages.",
-                note=str(error),
-                hint="Check the messages' roles, their order and content, or pass a plain prompt.",
-            ) from error
-        return text
+            raise InputError("The chat is empty.", note="There are no messages.", hint="Give at least one message.")
+        variables = {
+            # transformers, too, drops what is None: many templates would print the word.
+            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._compiled_template.render(variables | self._special_tokens)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True) -> str:
         """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD."""
@@ -249,12 +232,26 @@ class TextCodec:
         """A new text stream for one generated sequence."""
         return TextStream(self, stop)
 
+    def _encoded(self, text: str, *, special_tokens: bool) -> NDArray[np.int64]:
+        _check_text("The text", text)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except Exception as error:  # tokenizers raises nothing narrower: an unknown token in a vocabulary without one
+            raise InputError(
+                "The tokenizer cannot take the text.",
+                note=f"{first_line(error):.200}.",
+                hint="Give other text, or pass token ids; the tokenizer of the checkpoint may be damaged.",
+            ) from error
+        return np.array(ids, np.int64)
+
     @cached_property
-    def _compiled_template(self) -> jinja2.Template:
+    def _compiled_template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise InputError(
                 "The model has no chat template.",
                 note="It has no chat_template.jinja, and no (default) chat_template in tokenizer_config.json.",
                 hint="Pass a plain prompt.",
             )
-        return _compile_template(self.chat_template)
+        from .templates.chat_template import ChatTemplate
+
+        return ChatTemplate(self.chat_template)

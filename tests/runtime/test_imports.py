@@ -17,7 +17,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.text import TextCodec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tests.support.bundles import make_bundle
+from tests.support.bundles import make_bundle, record_again
 
 EXPORT_ONLY = (
     "torch",
@@ -94,6 +94,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokenizer" / "chat_template.jinja").write_text(
         "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
     )
+    record_again(root)
     return root
 
 

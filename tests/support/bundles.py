@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.bundle import Bundle, record_file
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
@@ -90,6 +91,15 @@ def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
     options = {"max_seq_len": 128} | options
     copy_tokenizer(source.checkpoint, root / "tokenizer")
     return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
+
+
+def record_again(root: Path) -> None:
+    """Let a bundle's manifest record the files as they lie now, as if it had been written with them."""
+    path = root / MANIFEST_NAME
+    data = json.loads(path.read_text())
+    files = [file for file in root.rglob("*") if file.is_file() and file != path]
+    data["files"] = {file.relative_to(root).as_posix(): dataclasses.asdict(record_file(file)) for file in files}
+    path.write_text(json.dumps(data))
 
 
 def rewritten(name: str) -> Family:

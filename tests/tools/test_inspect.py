@@ -128,7 +128,7 @@ def test_p95_of_a_wide_window(copied: Path) -> None:
 
 
 def test_two_prompt_lengths_where_there_is_room(copied: Path) -> None:
-    change(copied, limits={"max_seq_len": 2048})
+    change(copied, limits={"max_seq_len": 2048}, model={"context_length": 2048})
     prompts = [line.split()[0] for line in described(copied).splitlines() if "saved)" in line]
     assert prompts == ["128", "1024"]
 

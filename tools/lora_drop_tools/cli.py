@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.command_line import Parser, add_options, run_command, settings_of
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, first_line
 
 from lora_drop_tools.bench.command import add_bench, run_bench
 from lora_drop_tools.eval.command import add_eval, run_eval
@@ -19,16 +19,30 @@ from .compare import CompareSettings, compare
 from .generate import ChatSettings, GenerateSettings, chat, generate
 from .inspect import inspect
 
+MOST_PROMPT_BYTES = 64 << 20  # many times what the longest context holds
+
+
+def _read_prompt(path: Path) -> str:
+    """A file's text, or standard input's. A pipe has no size, and a device no end, so neither is read whole."""
+    if str(path) == "-":
+        data: str | bytes = sys.stdin.read(MOST_PROMPT_BYTES + 1)
+    else:
+        with path.open("rb") as file:
+            data = file.read(MOST_PROMPT_BYTES + 1)
+    if len(data) > MOST_PROMPT_BYTES:
+        raise ValueError(f"it has more than {MOST_PROMPT_BYTES} bytes")
+    return data if isinstance(data, str) else data.decode("utf-8")
+
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Texts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt or [])
     for path in args.prompt_file or []:
         try:
-            prompts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            prompts.append(_read_prompt(path))
+        except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the name
             raise InputError(
-                "The prompt file cannot be read.", note=f"{path}: {error}.", hint="Give a UTF-8 text file."
+                "The prompt file cannot be read.", note=f"{path}: {first_line(error)}.", hint="Give a UTF-8 text file."
             ) from None
     return prompts
 

@@ -100,6 +100,12 @@ def _questions() -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise InputError(
+                "What was typed is not UTF-8.",
+                note=f"It holds the byte {error.object[error.start]:#04x}.",
+                hint="Set the terminal to UTF-8, or give UTF-8 text.",
+            ) from None
         if line.strip():
             yield line
 

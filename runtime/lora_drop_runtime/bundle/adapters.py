@@ -12,23 +12,26 @@ The scale is `s = alpha / r` as in PEFT, folded into B here.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError, PlanError
+from lora_drop_runtime.files import is_file, read_bounded
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from .safetensors_file import read_tensors
+from .typed_json import parse_json, typed
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
 _UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
+_MOST_CONFIG_BYTES = 16 << 20
+_TEXTS = ("surrogate", "injection", "base_fingerprint", "policy")  # of the plan that they were fitted for
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
 Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
@@ -50,11 +53,13 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     """The header of an adapter directory. Raises BundleError when it is none, PlanError for other kinds of LoRA."""
     path = directory / "adapter_config.json"
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
-        plan = data.get("lora_drop", {})
-        layers = plan.get("drop_layers")
-        if data.get("peft_type", "LORA") != "LORA" or int(data["r"]) < 1:
-            raise ValueError
+        data = typed(Mapping[str, object], parse_json(read_bounded(path, _MOST_CONFIG_BYTES)), "it")
+        plan = typed(Mapping[str, object], data.get("lora_drop") or {}, "lora_drop")
+        if data.get("peft_type", "LORA") != "LORA":
+            raise ValueError("it is of another type than LORA")
+        rank = typed(int, data.get("r"), "r")
+        if rank < 1:
+            raise ValueError("r is 0")
         unknown = [name for name in _UNSUPPORTED if data.get(name)]
         if unknown:
             raise PlanError(
@@ -63,18 +68,16 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
                 hint="Use adapters written by: lora-drop fit",
             )
         return AdapterConfig(
-            rank=int(data["r"]),
-            alpha=float(data.get("lora_alpha", data["r"])),
-            drop_layers=None if layers is None else tuple(layers),
-            surrogate=plan.get("surrogate"),
-            injection=plan.get("injection"),
-            base_fingerprint=plan.get("base_fingerprint"),
-            policy=plan.get("policy"),
+            rank=rank,
+            alpha=typed(float, data.get("lora_alpha", rank), "lora_alpha"),
+            drop_layers=typed(tuple[int, ...] | None, plan.get("drop_layers"), "lora_drop.drop_layers"),
+            **{name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, BundleError) as error:
+        reason = error.note if isinstance(error, BundleError) else f"{path}: {error}."
         raise BundleError(
             "This is not a directory of LoRA-Drop adapters.",
-            note=f"{path} is missing or is no PEFT config of type LORA with a rank.",
+            note=f"{reason} Needed is a PEFT config of type LORA with a rank.",
             hint="Make one with: lora-drop fit",
         ) from None
 
@@ -109,7 +112,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
                 hint="Use the adapters of this plan, or fit new ones with: lora-drop fit",
             )
     path = directory / "adapter_model.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         raise BundleError(
             "The adapter directory has no weights.",
             note=f"{path} is missing.",
@@ -121,7 +124,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         if match is None or ref.dtype not in MODEL_DTYPES:
             raise PlanError(
                 "The adapter file holds a tensor that is no LoRA-Drop adapter.",
-                note=f"{name} has dtype {ref.dtype}; names end in layers.<i>.lora_A.weight, dtypes are floats.",
+                note=f"{name!a:.80} has dtype {ref.dtype:.20}; names end in layers.<i>.lora_A.weight.",
                 hint="Use a directory written by: lora-drop fit",
             )
         site = match[1] + _HALVES[match[2] or ""]
@@ -146,5 +149,13 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
                 f"A {(plan.rank, hidden_size)} and B {(hidden_size, plan.rank)}.",
                 hint="Use adapters of this base model.",
             )
-        matrices[site] = (a, b * scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = b * scale
+        if not (np.isfinite(a).all() and np.isfinite(scaled).all()):
+            raise PlanError(
+                "An adapter holds values that are not numbers.",
+                note=f"Layer {site} of {directory} has NaN or infinity in A or in B times lora_alpha / r.",
+                hint="Fit the adapters again, or copy the directory again.",
+            )
+        matrices[site] = (a, scaled)
     return matrices

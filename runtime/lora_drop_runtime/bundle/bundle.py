@@ -11,25 +11,38 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
                                  timing.cache (tensorrt), *_context.onnx: EPContext nodes (tensorrt-rtx)
     verify.json                  the last comparison with the reference, step by step
 
-Opening checks format version, presence and sizes. A checkpoint file is recorded by size and the hash of its
-safetensors header, every other file by size and content; `check_hashes` reads them all.
+Opening checks the manifest's every value, and presence and size of the files, which are ordinary ones inside the
+directory. A checkpoint file is recorded by size and the hash of its safetensors header, every other file by size and
+content; `check_hashes` reads them all. What the manifest does not record is not run: not as a graph or an engine, not
+as weights that a graph names, not from the folders that are read as a whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.errors import BundleError, wrong_type
+from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded
 
+from .graph_files import graph_files
 from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
+from .manifest_reader import read_manifest
 from .safetensors_file import header_sha256
+from .typed_json import parse_json, typed
+
+MOST_MANIFEST_BYTES = 64 << 20
+READ_AS_A_WHOLE = ("tokenizer", "weights")  # by their names in them, also by transformers
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,62 @@ def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
     return FileRecord(path.stat().st_size, digest)
 
 
+def _damaged_file(fact: str, note: str) -> BundleError:
+    return BundleError(fact, note=note, hint="Copy the whole bundle again, or export the model again.")
+
+
+def _check_name(name: str) -> None:
+    """Refuse a file's name that means another place on some system."""
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or re.search(r"[\\:\0]", name) or not is_utf8(name):
+        raise _damaged_file(
+            "A file of the bundle has a name that leads out of it.",
+            f"The manifest records {name!a:.60}; needed is a path such as weights/model.safetensors.",
+        )
+
+
+def _check_file(root: Path, real_root: str, name: str, record: FileRecord) -> None:
+    """Whether a recorded file lies inside the bundle, is an ordinary one and has its size."""
+    _check_name(name)
+    file = root / name
+    try:
+        real, status = os.path.realpath(file), file.stat()
+    except OSError:
+        raise _damaged_file(
+            "A file of the bundle is missing.",
+            f"{file} is recorded in the manifest with {record.size_bytes} bytes.",
+        ) from None
+    if os.path.commonpath((real_root, real)) != real_root:
+        raise _damaged_file("A file of the bundle leads out of it.", f"{file} is a link to {real}.")
+    if not stat.S_ISREG(status.st_mode):
+        raise _damaged_file("A file of the bundle is no ordinary file.", f"{file} is a directory or a device.")
+    if status.st_size != record.size_bytes:
+        raise _damaged_file(
+            "A file of the bundle has the wrong size.",
+            f"{file} has {status.st_size} bytes, the manifest says {record.size_bytes}.",
+        )
+
+
+def _check_recorded(root: Path, manifest: Manifest) -> None:
+    """Whether all is recorded that would be read: what targets name, and what lies in folders that are read whole."""
+    for target, entry in manifest.targets.items():
+        for name in entry.files:
+            if name not in manifest.files:
+                raise _damaged_file(
+                    "A target of the bundle names a file that the manifest does not record.",
+                    f"Target {target!r} names {name!a:.60}.",
+                )
+    for folder in READ_AS_A_WHOLE:
+        for file in sorted((root / folder).glob("*")):
+            name = f"{folder}/{file.name}"
+            if not file.name.startswith(".") and not file.is_dir() and name not in manifest.files:
+                raise BundleError(
+                    "There is a file in the bundle that its manifest does not record.",
+                    note=f"{file} would be read, and nobody knows whose it is.",
+                    hint="Move it out of the bundle, or export the model again.",
+                )
+
+
 @dataclass(frozen=True)
 class Bundle:
     root: Path
@@ -64,33 +133,65 @@ class Bundle:
         """Read the manifest and check that every file is there with its size.
 
         Raises:
-            BundleError: no bundle there, another format version, a missing or truncated file.
+            BundleError: no bundle there, another format version, a missing or truncated file, one that is a link out
+                of the bundle, or one that the manifest does not record.
+            PlanError: the manifest's plan is impossible.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise wrong_type("The bundle", path, "the path of its directory", 'Use for example "engines/".')
         root = Path(path)
         manifest_path = root / MANIFEST_NAME
-        if not manifest_path.is_file():
+        if not is_file(manifest_path):
+            state = f"has no {MANIFEST_NAME}" if is_directory(root) else "is not a directory"
             raise BundleError(
                 "There is no bundle here.",
-                note=f"{root} has no {MANIFEST_NAME}." if root.is_dir() else f"{root} is not a directory.",
+                note=f"{root!s:.200} {state}.",
                 hint="Make one with: lora-drop-export --model MODEL --out DIR",
             )
-        manifest = Manifest.from_json(manifest_path.read_bytes(), manifest_path)
+        manifest = read_manifest(read_bounded(manifest_path, MOST_MANIFEST_BYTES), manifest_path)
+        real_root = os.path.realpath(root)
         for name, record in manifest.files.items():
-            file = root / name
-            if not file.is_file():
-                raise BundleError(
-                    "A file of the bundle is missing.",
-                    note=f"{file} is recorded in the manifest with {record.size_bytes} bytes.",
-                    hint="Copy the whole bundle again, or export the model again.",
-                )
-            size = file.stat().st_size
-            if size != record.size_bytes:
-                raise BundleError(
-                    "A file of the bundle has the wrong size.",
-                    note=f"{file} has {size} bytes, the manifest says {record.size_bytes}.",
-                    hint="Copy the whole bundle again, or export the model again.",
-                )
+            _check_file(root, real_root, name, record)
+        _check_recorded(root, manifest)
         return cls(root, manifest)
+
+    def file(self, name: str) -> Path:
+        """Where a recorded file lies.
+
+        Raises:
+            BundleError: the manifest does not record it.
+        """
+        if name not in self.manifest.files:
+            raise _damaged_file("The manifest does not record a file that is to be read.", f"It is {name!a:.60}.")
+        return self.root / name
+
+    def _check_part(self, reader: str, location: str, offset_bytes: int, size_bytes: int) -> None:
+        """Whether a part of a file that another one names is there."""
+        record = self.manifest.files.get(location)
+        if record is None or offset_bytes + size_bytes > record.size_bytes:
+            state = "is not in the manifest" if record is None else f"has {record.size_bytes} bytes"
+            raise _damaged_file(
+                "A file of the bundle names weights that are not there.",
+                f"{reader} reads {size_bytes} bytes at {offset_bytes} of {location!a:.60}, which {state}.",
+            )
+
+    def graph(self, name: str) -> bytes:
+        """A recorded ONNX graph, unchanged, whose tensors and engines lie in recorded files.
+
+        Raises:
+            BundleError: it has changed, is no graph, or names another file.
+        """
+        path = self.file(name)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise _damaged_file("A graph of the bundle has changed.", f"{path} does not have the recorded hash.")
+        try:
+            parts = graph_files(data, name[: name.rfind("/") + 1])
+        except ValueError as error:
+            raise _damaged_file("A graph of the bundle is damaged.", f"{path}: {error}.") from None
+        for part in parts:
+            self._check_part(name, part.location, part.offset_bytes, part.size_bytes or 0)
+        return data
 
     def target(self, name: str | None) -> tuple[str, TargetEntry]:
         """A target's entry; the first one when `name` is None."""
@@ -110,11 +211,19 @@ class Bundle:
         name = self.target(target)[1].weight_table
         if name is None:
             return {}
-        table = json.loads((self.root / name).read_bytes())
-        return {
-            key: WeightInput(entry["dtype"], tuple(entry["shape"]), tuple((f, o, n) for f, o, n in entry["parts"]))
-            for key, entry in table.items()
-        }
+        try:
+            table = typed(Mapping[str, WeightInput], parse_json(self.file(name).read_bytes()), "the table")
+            for weight, entry in table.items():
+                known = BY_NAME.get(entry.dtype)
+                if known is None or math.prod(entry.shape) * known.bits != 8 * entry.size_bytes:
+                    raise ValueError(f"{weight} is {entry.dtype} {entry.shape} of {entry.size_bytes} bytes")
+        except ValueError as error:
+            raise _damaged_file("A target's table of weights is damaged.", f"{self.root / name}: {error}.") from None
+        for entry in table.values():
+            for part in entry.parts:
+                self._check_part(name, *part)
+        weights: dict[str, WeightInput] = table
+        return weights
 
     def mapped_parts(self, weight: WeightInput) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a weight's parts, in order, mapped where they lie."""

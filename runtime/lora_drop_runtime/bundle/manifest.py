@@ -1,4 +1,4 @@
-"""The manifest, `lora_drop.json`, as frozen classes."""
+"""The manifest, `lora_drop.json`, as frozen classes; `read_manifest` (manifest_reader.py) makes them of a file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_drop_runtime.dtypes import BY_NAME
-from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -103,6 +101,11 @@ class TargetEntry:
     on_device: ClassVar[bool] = False
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The files that opening it reads."""
+        return ()
+
+    @property
     def weight_table(self) -> str | None:
         """The file with the table of weights that are inputs of its graphs; None where there are none."""
         return None
@@ -123,6 +126,10 @@ class OrtEntry(TargetEntry):
     lowered = LoweredIO(joined=True, head_multiple=8)  # GroupQueryAttention takes no other heads
 
     steps: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.steps,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +180,11 @@ class TrtEntry(TargetEntry):
         return self.refresh if kind is StepKind.REFRESH else self.lora
 
     @property
+    def files(self) -> tuple[str, ...]:
+        named = (self.refresh, self.lora, *self.graphs.values(), *(self.ep_context or {}).values())
+        return named + tuple(name for name in (self.weights, self.timing_cache) if name is not None)
+
+    @property
     def weight_table(self) -> str | None:
         return self.weights
 
@@ -191,30 +203,6 @@ class OtherEntry(TargetEntry):
 
 
 ENTRIES: dict[str, type[TargetEntry]] = {"ort": OrtEntry, "tensorrt": TrtEntry, "tensorrt-rtx": TrtEntry}
-
-
-def _object(data: Any) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise TypeError(f"{data!r} stands where a JSON object is needed")
-    return data
-
-
-def _from_dict(cls: type[Any], data: Any) -> Any:
-    """A frozen dataclass from JSON, whose lists become tuples."""
-    return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in _object(data).items()})
-
-
-def _entry_from_dict(target: str, data: Any) -> TargetEntry:
-    """A target's entry from JSON, whose lists become tuples also one level down."""
-    if target not in ENTRIES:
-        return OtherEntry(_object(data))
-    inner = {
-        key: {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
-        for key, value in _object(data).items()
-        if isinstance(value, dict)
-    }
-    entry: TargetEntry = _from_dict(ENTRIES[target], data | inner)
-    return entry
 
 
 def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
@@ -249,39 +237,3 @@ class Manifest:
         data = dataclasses.asdict(self)
         data["targets"] = {name: _entry_to_dict(entry) for name, entry in self.targets.items()}
         return json.dumps(data, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
-        try:
-            data = json.loads(text)
-            version = data["format_version"]
-        except (ValueError, KeyError, TypeError):
-            raise BundleError(
-                "The bundle's manifest is damaged.",
-                note=f"{path} is not a manifest in JSON.",
-                hint="Export the model again.",
-            ) from None
-        if version != FORMAT_VERSION:
-            raise BundleError(
-                "The bundle has another format version than this runtime reads.",
-                note=f"{path} says version {version}, this runtime reads version {FORMAT_VERSION}.",
-                hint="Export the model again with this version, or install the version that wrote it.",
-            )
-        try:
-            return cls(
-                model=_from_dict(ModelFacts, data["model"]),
-                plan=_from_dict(DropPlan, data["plan"]),
-                limits=_from_dict(Limits, data["limits"]),
-                special_tokens=_from_dict(SpecialTokens, data["special_tokens"]),
-                targets={name: _entry_from_dict(name, entry) for name, entry in _object(data["targets"]).items()},
-                files={name: FileRecord(**_object(record)) for name, record in _object(data["files"]).items()},
-                versions=_object(data["versions"]),
-                verification=_object(data["verification"]),
-                quantization=_object(data["quantization"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise BundleError(
-                "The bundle's manifest is damaged.",
-                note=f"{path}: {error}.",
-                hint="Export the model again.",
-            ) from None

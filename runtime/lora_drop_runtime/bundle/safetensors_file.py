@@ -8,7 +8,6 @@ Format: 8 bytes little-endian header length, a JSON header, then the data.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,9 @@ import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, float32_from_bfloat16
 from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.files import is_file
+
+from .typed_json import parse_json, typed
 
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -112,25 +114,52 @@ def _not_whole(path: Path, reason: str) -> BundleError:
 
 
 def _read_header(path: Path) -> tuple[bytes, int]:
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+    if not is_file(path):
+        raise _not_whole(path, "is no ordinary file")
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise _not_whole(path, f"cannot be read: {error.strerror}") from None
     if len(prefix) != 8 or len(header) != length or not header.startswith(b"{"):
         raise _not_whole(path, f"announces a header of {length} bytes")
     return header, 8 + length
 
 
-def _parse_header(header: bytes, path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Name → dtype, shape, begin and end of the data."""
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor as a header has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def _parse_header(header: bytes, path: Path) -> dict[str, _Entry]:
     try:
-        return {
-            name: (entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
-            for name, entry in json.loads(header).items()
-            if name != "__metadata__"
+        data = parse_json(header)
+        data.pop("__metadata__", None)
+        entries: dict[str, _Entry] = {
+            name: typed(_Entry, entry, f"tensor {name!a:.80}") for name, entry in data.items()
         }
-    except (ValueError, KeyError, TypeError):
-        raise _not_whole(path, "has a header that does not say where its tensors lie") from None
+    except ValueError as error:
+        raise _not_whole(path, f"has a header that does not say where its tensors lie: {error}") from None
+    return entries
+
+
+def _check_extent(path: Path, name: str, entry: _Entry) -> None:
+    """Whether a tensor's bytes are as many as its shape needs; of an unknown dtype that cannot be said."""
+    begin, end = entry.data_offsets
+    known = BY_SAFETENSORS.get(entry.dtype)
+    needed = end - begin if known is None else math.prod(entry.shape) * known.size_bytes
+    if needed != end - begin:
+        raise _not_whole(
+            path, f"has {end - begin} bytes for tensor {name!a:.80}, {entry.dtype} {list(entry.shape)} needs {needed}"
+        )
+    if end < begin:
+        raise _not_whole(path, f"says that tensor {name!a:.80} ends before it begins")
 
 
 def read_tensors(path: Path) -> dict[str, TensorPlace]:
@@ -138,16 +167,18 @@ def read_tensors(path: Path) -> dict[str, TensorPlace]:
     header, data_start = _read_header(path)
     file_bytes = path.stat().st_size
     places = {}
-    for name, (dtype, shape, begin, end) in _parse_header(header, path).items():
+    for name, entry in _parse_header(header, path).items():
+        begin, end = entry.data_offsets
         if data_start + end > file_bytes:
             raise BundleError(
                 "A weights file is truncated.",
-                note=f"{path} has {file_bytes} bytes, tensor {name} ends at {data_start + end}.",
+                note=f"{path} has {file_bytes} bytes, tensor {name!a:.80} ends at {data_start + end}.",
                 hint="Copy or download the file again.",
             )
-        known = BY_SAFETENSORS.get(dtype)
-        dtype = known.name if known else dtype
-        places[name] = TensorPlace(name, path, dtype, shape, data_start + begin, end - begin)
+        _check_extent(path, name, entry)
+        known = BY_SAFETENSORS.get(entry.dtype)
+        dtype = known.name if known else entry.dtype
+        places[name] = TensorPlace(name, path, dtype, entry.shape, data_start + begin, end - begin)
     return places
 
 

@@ -5,22 +5,65 @@ Enters: ids, lengths, the bundle's limits. Leaves: nothing, or an InputError. Kn
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.bundle.manifest import Limits
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, whole_number, wrong_type
 
 from .prompts import token_mask
 from .request import Ids
+from .sampling import SamplingOptions
 
 
 def check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise InputError(
-            "The number of threads must be positive.",
-            note=f"{threads} was given.",
-            hint="Leave it out for one per physical core.",
-        )
+    if threads is not None:
+        THREADS.whole("The number of threads", threads)
+
+
+def check_name(what: str, name: str | None, hint: str) -> None:
+    """Whether what is chosen by its name is said by one; None is the bundle's, or a default."""
+    if name is not None and not isinstance(name, str):
+        raise wrong_type(what, name, "a name", hint)
+
+
+def check_path(what: str, path: str | Path) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise wrong_type(what, path, "the path of a directory", 'Use for example "adapters/".')
+
+
+def checked_sampling(sampling: SamplingOptions | None) -> SamplingOptions:
+    """Greedy when None."""
+    if sampling is not None and not isinstance(sampling, SamplingOptions):
+        raise wrong_type("The sampling", sampling, "SamplingOptions", "Use for example SamplingOptions(temperature=1).")
+    return sampling or SamplingOptions()
+
+
+def stop_ids(stop_token_ids: Sequence[int] | None, eos: Sequence[int]) -> set[int]:
+    """The ids that end a row; the model's own when None."""
+    hint = "Use for example stop_token_ids=[2]."
+    if stop_token_ids is None:
+        return set(eos)
+    if isinstance(stop_token_ids, str | bytes) or not isinstance(stop_token_ids, Collection | np.ndarray):
+        raise wrong_type("The list of stop tokens", stop_token_ids, "a list of token ids", hint)
+    return {whole_number("A stop token", token, hint) for token in stop_token_ids}
+
+
+def checked_batch(batch: int) -> int:
+    if whole_number("The batch", batch, "Use for example batch=1.") < 1:
+        raise InputError("The batch is empty.", note=f"It has {batch} rows.", hint="Give at least one row.")
+    return int(batch)
+
+
+def new_tokens_asked(max_new_tokens: int | None) -> int | None:
+    if max_new_tokens is None:
+        return None
+    return whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
 
 
 def check_one_prompt(rows: list[Any]) -> None:
@@ -143,6 +186,15 @@ def closed() -> InputError:
         "The session is closed.",
         note="close was called, or its with block has ended.",
         hint="Open it again with Session.open.",
+    )
+
+
+def used_by_another_thread() -> InputError:
+    """For a call that would disturb one that is running, or a stream that is not at its end, in another thread."""
+    return InputError(
+        "The session is in use by another thread.",
+        note="A session serves one request at a time; another thread's is not finished.",
+        hint="Wait for it, close its stream, or open a session for each thread.",
     )
 
 

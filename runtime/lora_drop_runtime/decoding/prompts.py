@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.engines.engine import Array
+from lora_drop_runtime.errors import wrong_type
 
 from .request import Ids
 
+_MOST_ID = 2**63 - 1
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
 
 
+def integers(what: str, value: Any, hint: str) -> Ids:
+    """An argument as int64, of any shape; an empty one has no type.
+
+    Args:
+        what: begins the message: `The prompt`.
+
+    Raises:
+        InputError: it is no array or nested list of whole numbers.
+    """
+    if type(value) is np.ndarray and value.dtype == np.int64:
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):  # lists of different lengths in a list, or anything
+        array = np.asarray(None)
+    mixed = isinstance(value, list | tuple) and any(type(item) is bool for item in value)
+    if (array.dtype.kind not in "iu" and (array.size or array.dtype.kind == "O")) or mixed:
+        raise wrong_type(what, value, "whole numbers", hint)
+    if array.dtype.kind == "u" and array.size and array.max() > _MOST_ID:
+        array = np.minimum(array, _MOST_ID)  # which no vocabulary has either
+    return array.astype(np.int64)
+
+
 def prompt_rows(prompts: Prompts) -> list[Ids]:
-    """One row per prompt; a flat list is one prompt."""
-    rows: Any = [prompts] if len(prompts) and np.ndim(prompts[0]) == 0 else prompts
-    return [np.asarray(row, np.int64).reshape(-1) for row in rows]
+    """One row per prompt; a flat list is one prompt.
+
+    Raises:
+        InputError: they are not token ids.
+    """
+    hint = "Give token ids such as [[1, 2], [3]]; TextCodec turns text into them."
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence | np.ndarray):
+        raise wrong_type("The prompt", prompts, "a list of token ids, or a list of such lists", hint)
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 0:
+        raise wrong_type("The prompt", prompts, "a list of token ids, or a list of such lists", hint)
+    flat = len(prompts) and not isinstance(prompts[0], Sequence | np.ndarray)
+    rows = [integers("The prompt", row, hint) for row in ([prompts] if flat else prompts)]
+    if any(row.ndim != 1 for row in rows):
+        raise wrong_type("The prompt", prompts, "one list of token ids for each row", hint)
+    return rows
 
 
 def padded(rows: list[Ids], pad: int) -> tuple[Ids, Ids]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import BundleError, InputError, whole_number, wrong_type
 
 Ids = NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class SamplingOptions:
         seed: of the random streams; None draws another one each time.
 
     Raises:
-        InputError: a value outside its range.
+        InputError: a value outside its range, or of another type.
     """
 
     temperature: float = 0.0
@@ -42,6 +42,13 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+                raise wrong_type(f"The sampling option {name}", value, "a number", f"Use for example {name}=1.0.")
+        for name in ("top_k",) if self.seed is None else ("top_k", "seed"):
+            hint = f"Use for example {name}=40."
+            object.__setattr__(self, name, whole_number(f"The sampling option {name}", getattr(self, name), hint))
         # Written so that NaN fails every test.
         ranges = [
             ("temperature", 0 <= self.temperature < math.inf, "0 or above, and finite", "0 is greedy"),

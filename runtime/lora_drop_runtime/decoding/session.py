@@ -13,7 +13,9 @@ run tokens of the LoRA steps before it again, which fills their holes; `len_drop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -24,20 +26,21 @@ from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.open import open_engine
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.policy import policy_named
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule
 
 from . import checks
-from .prompts import Prompts, harmless_padding, padded, prompt_rows
+from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
 from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
+from .stream import Chosen, TokenStream, Usage
 
 WARM_UP_STEPS = 64  # at most
 
 
 class Session:
-    """Decodes with the step graphs of one bundle. Use as a context manager, from one thread.
+    """Decodes with the step graphs of one bundle. Use as a context manager, from one thread at a time.
 
     `Session.open` is the way in; the constructor takes an engine, for tests and other targets.
     """
@@ -45,10 +48,13 @@ class Session:
     def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
         self.bundle = bundle
         self.schedule = schedule
-        self.policy = policy_named(policy or bundle.manifest.plan.policy).name
+        checks.check_name("The policy", policy, 'Use for example policy="skip".')
+        self.policy = policy_named(bundle.manifest.plan.policy if policy is None else policy).name
         self._engine: Engine | None = engine
         self._request: Request | None = None
         self._requests_ended = 0
+        self._usage = Usage()
+        self._stream: weakref.ref[TokenStream] | None = None  # the latest one
         self._ended_by: Callable[[], InputError] = checks.ended_by_a_request
 
     @classmethod
@@ -78,9 +84,11 @@ class Session:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
             InputError: k or policy out of range.
         """
+        for what, name in (("The policy", policy), ("The target", target), ("The provider", provider)):
+            checks.check_name(what, name, "Leave it out, or give its name as text.")
         bundle = Bundle.open(path)
         schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
-        policy_named(policy or bundle.manifest.plan.policy)  # refused before an engine is made
+        policy_named(bundle.manifest.plan.policy if policy is None else policy)  # refused before an engine is made
         checks.check_threads(threads)
         engine = open_engine(bundle, target, provider, threads)
         session = cls(bundle, engine, schedule, policy)
@@ -101,11 +109,19 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free buffers and engine; the session cannot be used afterwards."""
-        self._request = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        """Free buffers and engine; the session cannot be used afterwards.
+
+        Raises:
+            InputError: another thread is running a step.
+        """
+        self._usage.enter()
+        try:
+            self._request = None
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+        finally:
+            self._usage.leave()
 
     # ── whole requests ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -132,10 +148,14 @@ class Session:
         """
         rows = prompt_rows(prompts)
         out: list[list[int]] = [[] for _ in rows]
-        for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
-            for row, token in enumerate(tokens):
-                if active[row]:
-                    out[row].append(int(token))
+        self._usage.enter()
+        try:
+            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
+                for row, token in enumerate(tokens):
+                    if active[row]:
+                        out[row].append(int(token))
+        finally:
+            self._usage.leave()
         return [np.array(row, np.int64) for row in out]
 
     def stream(
@@ -146,15 +166,15 @@ class Session:
         k: int | Schedule | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
-    ) -> Generator[int, None, None]:
+    ) -> TokenStream:
         """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`.
 
-        Another request in the same session, or other adapters, end the stream with an InputError.
+        The request begins with the first token. Another one of the same thread in this session, or other adapters, end
+        the stream with an InputError; one of another thread is refused while the stream is not at its end.
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        for tokens, _ in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
-            yield int(tokens[0])
+        return TokenStream(self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids), self._usage, self._own)
 
     def _tokens(
         self,
@@ -163,12 +183,13 @@ class Session:
         k: int | Schedule | None,
         sampling: SamplingOptions | None,
         stop_token_ids: Sequence[int] | None,
-    ) -> Iterator[tuple[Ids, npt.NDArray[np.bool_]]]:
+    ) -> Chosen:
         """Yields (token per row, whether the row is still going) for every new token."""
         manifest = self.bundle.manifest
-        stops = set(manifest.special_tokens.eos if stop_token_ids is None else stop_token_ids)
+        stops = checks.stop_ids(stop_token_ids, manifest.special_tokens.eos)
         ids, lengths = padded(rows, manifest.special_tokens.pad)
-        options = sampling or SamplingOptions()
+        options = checks.checked_sampling(sampling)
+        max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         sampler = None
         if not (self._opened().chooses_tokens and options.takes_the_largest):
             sampler = Sampler(options, rows)
@@ -214,20 +235,29 @@ class Session:
         Raises:
             InputError: empty prompt, ids outside the vocabulary, or more than the bundle allows.
         """
-        self._begin(input_ids, lengths, max_new_tokens, k)
-        return self._logits()
+        self._usage.enter()
+        try:
+            self._begin(input_ids, lengths, max_new_tokens, k)
+            return self._logits()
+        finally:
+            self._usage.leave()
 
     def _begin(
         self, input_ids: Array, lengths: Array | None, max_new_tokens: int | None, k: int | Schedule | None
     ) -> None:
         engine = self._opened()
-        ids = np.asarray(input_ids, np.int64)
+        ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
         checks.check_prompts(ids)
-        lens = np.full(len(ids), ids.shape[1], np.int64) if lengths is None else np.asarray(lengths, np.int64)
+        if lengths is None:
+            lens = np.full(len(ids), ids.shape[1], np.int64)
+        else:
+            lens = integers("The list of lengths", lengths, "Give a length for each row, such as [2, 1].")
         schedule = self.schedule if k is None else as_schedule(k)
         manifest = self.bundle.manifest
-        new_tokens = checks.check_request(ids, lens, max_new_tokens, manifest.limits, manifest.model.vocab_size)
+        asked = checks.new_tokens_asked(max_new_tokens)
+        new_tokens = checks.check_request(ids, lens, asked, manifest.limits, manifest.model.vocab_size)
         ids = harmless_padding(ids, lens)
+        self._check_no_foreign_stream()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
         request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, policy_named(self.policy))
         request.prefill(ids, lens)
@@ -251,11 +281,15 @@ class Session:
         Raises:
             InputError: no prefill yet, another batch, ids outside the vocabulary, or the caches are full.
         """
-        request = self._running()
-        ids = np.asarray(token_ids, np.int64)
-        checks.check_step(ids, request.batch, self.bundle.manifest.model.vocab_size)
-        self._step(ids, None)
-        return self._logits()
+        self._usage.enter()
+        try:
+            request = self._running()
+            ids = integers("The list of tokens", token_ids, "Give one token id per row, such as [5].")
+            checks.check_step(ids, request.batch, self.bundle.manifest.model.vocab_size)
+            self._step(ids, None)
+            return self._logits()
+        finally:
+            self._usage.leave()
 
     def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         request = self._running()
@@ -272,6 +306,7 @@ class Session:
         On a GPU the next request of this batch then finds its memory allocated, its kernels compiled and its steps
         captured as CUDA graphs. `open` does it for one row there.
         """
+        batch = checks.checked_batch(batch)
         most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)
         kinds = [self.schedule.kind(step) for step in range(1, most + 1)]
         # A plain and a captured run of each kind, on either side of a state
@@ -306,11 +341,28 @@ class Session:
         """
         engine = self._opened()
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
+        checks.check_path("The directory of adapters", directory)
         checks.check_room_for_adapters(plan.rank)
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
-        self._end_request(checks.ended_by_a_failure)
-        engine.replace_adapters(matrices)
-        self._ended_by = checks.ended_by_adapters
+        self._usage.enter()
+        try:
+            self._check_no_foreign_stream()
+            self._end_request(checks.ended_by_a_failure)
+            engine.replace_adapters(matrices)
+            self._ended_by = checks.ended_by_adapters
+        finally:
+            self._usage.leave()
+
+    def _own(self, stream: TokenStream) -> None:
+        """Remember the stream whose request is about to begin."""
+        self._check_no_foreign_stream()
+        self._stream = weakref.ref(stream)
+
+    def _check_no_foreign_stream(self) -> None:
+        """Refuse to end another thread's stream; one that nobody holds any more is over."""
+        stream = None if self._stream is None else self._stream()
+        if stream is not None and not stream.is_over and stream.thread != threading.get_ident():
+            raise checks.used_by_another_thread()
 
     def _end_request(self, ended_by: Callable[[], InputError]) -> None:
         """Free its caches; `ended_by` makes what a stream hears that was still reading it."""

@@ -10,6 +10,7 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
+from lora_drop_runtime.bundle.bundle import record_file
 from lora_drop_runtime.bundle.manifest import OrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
@@ -85,12 +86,15 @@ def test_load_adapters_replaces_them_and_ends_the_request(tmp_path) -> None:
 
 
 def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
-    """The bundle's graphs are missing, so loading them would fail with another error."""
+    """The bundle's graph is none, so loading it would fail with another error."""
     manifest = make_manifest(PLAN)
     ort = {"ort": OrtEntry("s.onnx")}
     for name, targets in (("ort", ort), ("none", {})):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "lora_drop.json").write_text(dataclasses.replace(manifest, targets=targets).to_json())
+        (tmp_path / name / "s.onnx").write_bytes(b"no graph")
+        files = {"s.onnx": record_file(tmp_path / name / "s.onnx")}
+        written = dataclasses.replace(manifest, targets=targets, files=files)
+        (tmp_path / name / "lora_drop.json").write_text(written.to_json())
     assert_refused(lambda: Session.open(tmp_path / "ort", policy="backfil"), "policy", "'backfil'", "skip")
     assert_refused(lambda: Session.open(tmp_path / "ort", threads=0), "threads", "0")
     assert_refused(lambda: Session.open(tmp_path / "ort", k=-1), "k must be", "-1", error=PlanError)

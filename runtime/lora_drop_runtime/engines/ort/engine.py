@@ -35,6 +35,7 @@ from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
+from .io_check import check_io
 from .package import import_onnxruntime, preload_cuda
 from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device
 from .session_options import packs_weights, session_options
@@ -133,6 +134,8 @@ class OrtEngine:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
         else:
             self._sessions = {kind: self._open(file, replaced) for kind, file in self._files.items()}
+        for kind, session in self._sessions.items():
+            check_io(session, self._bundle.manifest.io(kind, self.target), self._files[kind])
         _trim_heap()
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
@@ -166,14 +169,13 @@ class OrtEngine:
         if replaced:
             options.add_external_initializers(list(replaced), list(replaced.values()))
         path = self._bundle.root / file
+        graph = self._steps or self._bundle.graph(file)
         try:
             if self._ep_device is not None:  # from its path: the engine is found beside it
                 options.add_provider_for_devices([self._ep_device], {})
                 session = self._ort.InferenceSession(path, options, enable_fallback=0)
             else:
-                session = self._ort.InferenceSession(
-                    self._steps or path.read_bytes(), options, providers=[self._provider], enable_fallback=0
-                )
+                session = self._ort.InferenceSession(graph, options, providers=[self._provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
             if self._memory is not None:
                 raise no_device(self._provider, error) from error
@@ -235,7 +237,10 @@ class OrtEngine:
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             set_totals()
-            run(binding)
+            try:
+                run(binding)
+            except Exception as error:
+                raise self._cannot_run(kind, error) from error
 
         def device_step(_: Any = kept) -> None:
             set_totals()
@@ -248,6 +253,13 @@ class OrtEngine:
                 raise no_device(self._provider, error) from error
 
         return step if self._memory is None else device_step
+
+    def _cannot_run(self, kind: StepKind, error: Exception) -> BundleError:
+        return BundleError(
+            "ONNX Runtime cannot run a step of the bundle.",
+            note=f"{self._bundle.root / self._files[kind]}: {first_line(error)}",
+            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+        )
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         dtype = self._bundle.manifest.model.dtype

@@ -48,14 +48,7 @@ class SessionMemory:
             total = sum(_aligned(weight.size_bytes) for weight in weights.values())
             address = self._device.malloc(total, "The weights")
         for name, weight in weights.items():
-            buffer = DeviceBuffer(name, address, weight.shape, weight.dtype)
-            if buffer.nbytes != weight.size_bytes:
-                raise BundleError(
-                    "The table of weights is damaged.",
-                    note=f"{name} is {weight.dtype} {list(weight.shape)} in {weight.size_bytes} bytes.",
-                    hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
-                )
-            self.weights[name] = buffer
+            self.weights[name] = DeviceBuffer(name, address, weight.shape, weight.dtype)
             for part in bundle.mapped_parts(weight):
                 self._device.upload(address, part)
                 address += part.nbytes

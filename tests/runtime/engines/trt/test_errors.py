@@ -19,6 +19,7 @@ from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.errors import NoDeviceError
 
 from tests.support import fake_trt
+from tests.support.bundles import record_again
 from tests.support.device_steps import RAGGED, assert_close, ort_steps, steps
 from tests.support.fake_cuda import FakeCuda, cudaError_t
 from tests.support.fake_trt import TARGET, FakeTrt, change_manifest, open_device_session
@@ -201,12 +202,18 @@ def test_a_damaged_table_of_weights(copy: Bundle) -> None:
     size = path.stat().st_size
     for entry, fact in (
         ({**whole, "parts": [[*whole["parts"][0][:2], 128]]}, "table of weights is damaged"),
-        ({**whole, "shape": [65]}, "does not fit the bundle's manifest"),
+        ({**whole, "shape": [65]}, "table of weights is damaged"),
+        ({**whole, "shape": [-64]}, "table of weights is damaged"),
+        ({**whole, "dtype": 1}, "table of weights is damaged"),
+        ({**whole, "dtype": "complex"}, "table of weights is damaged"),
         (None, "does not fit the bundle's manifest"),
+        ({**whole, "parts": [["../secret", *whole["parts"][0][1:]]]}, "names weights that are not there"),
+        ({**whole, "parts": [[whole["parts"][0][0], 10**9, whole["parts"][0][2]]]}, "names weights that are not there"),
     ):
         text = json.dumps({k: v for k, v in {**table, name: entry}.items() if v is not None})
         path.write_text(text.ljust(size))
-        refused(lambda: open_device_session(Bundle.open(copy.root)), fact, name)
+        record_again(copy.root)
+        refused(lambda: open_device_session(Bundle.open(copy.root)), fact)
 
 
 def test_a_step_outside_the_profiles(copy: Bundle) -> None:

@@ -1,0 +1,198 @@
+"""From the bytes of `lora_drop.json` to a `Manifest` whose every value has its type and fits the others.
+
+Enters: what anybody may have written. Leaves: a manifest, or a BundleError that names the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.schedule import StepKind
+
+from .manifest import (
+    ATTENTION_FORMS,
+    ENTRIES,
+    FORMAT_VERSION,
+    QUANTIZED_DTYPES,
+    WEIGHT_SHARINGS,
+    FileRecord,
+    Limits,
+    Manifest,
+    ModelFacts,
+    OtherEntry,
+    SpecialTokens,
+    TargetEntry,
+    TrtEntry,
+)
+from .typed_json import parse_json, typed
+
+_COUNTS = ("num_layers", "hidden_size", "vocab_size", "num_heads", "kv_heads", "head_dim", "context_length")
+
+
+def _damaged(path: Path, reason: str) -> BundleError:
+    return BundleError(
+        "The bundle's manifest is damaged.",
+        note=f"{path}: {reason}.",
+        hint="Copy the whole bundle again, or export the model again.",
+    )
+
+
+def _check_positive(where: str, holder: object, *names: str) -> None:
+    for name in names:
+        if getattr(holder, name) < 1:
+            raise ValueError(f"{where}.{name} is {getattr(holder, name)}, needed is a whole number of at least 1")
+
+
+def _check_one_of(where: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{where} is {value!r:.40}, known are {', '.join(map(str, known))}")
+
+
+def _check_model(model: ModelFacts) -> None:
+    """Whether the model's figures fit each other."""
+    _check_positive("model", model, *_COUNTS)
+    for what, found in (("windows", len(model.windows)), ("layer_bytes", len(model.layer_bytes))):
+        if found != model.num_layers:
+            raise ValueError(f"model.{what} has {found} elements, model.num_layers is {model.num_layers}")
+    if not sum(model.layer_bytes):
+        raise ValueError("model.layer_bytes are all 0")
+    _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
+    _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
+    _check_one_of("model.kv_dtype", model.kv_dtype, (None, "int8"))
+
+
+def _check_limits(limits: Limits, context_length: int) -> None:
+    _check_positive("limits", limits, "max_seq_len", "max_prompt_len", "max_batch")
+    for name, value, bound in (
+        ("max_seq_len", limits.max_seq_len, context_length),
+        ("max_prompt_len", limits.max_prompt_len, limits.max_seq_len - 1),
+    ):
+        if value > bound:
+            raise ValueError(f"limits.{name} is {value}, more than {bound}")
+
+
+def _check_device_target(where: str, entry: TrtEntry) -> None:
+    """What its engine looks up by name."""
+    _check_one_of(f"{where}.form", entry.form, ATTENTION_FORMS)
+    _check_one_of(f"{where}.weight_sharing", entry.weight_sharing, WEIGHT_SHARINGS)
+    _check_positive(where, entry, "prefill_chunk")
+    steps = {kind.value for kind in StepKind}
+    for name, found, needed in (
+        ("slots", entry.slots, {"kept", "dropped"}),
+        ("graphs", entry.graphs, steps),
+        ("engine_bytes", entry.engine_bytes, steps),
+        ("ep_context", steps if entry.ep_context is None else entry.ep_context, steps),
+    ):
+        if set(found) != needed:
+            raise ValueError(f"{where}.{name} has {', '.join(found) or 'nothing'}, needed are {', '.join(needed)}")
+    if "decode" not in entry.refresh_profiles:
+        raise ValueError(f"{where}.refresh_profiles has no 'decode'")
+
+
+def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
+    """What `inspect` and the cost formulas read of it; the rest is a record."""
+    if not how and weight_dtype not in QUANTIZED_DTYPES:
+        return
+    for name, kind in (("bits", int), ("block_size", int), ("method", str), ("symmetric", bool)):
+        typed(kind, how.get(name), f"quantization.{name}")
+    if how["block_size"] < 1:
+        raise ValueError("quantization.block_size is 0")
+    if "perplexity" in how:
+        figures = typed(Mapping[str, float], how["perplexity"], "quantization.perplexity")
+        for name in ("tokens", "float", weight_dtype):
+            typed(float, figures.get(name), f"quantization.perplexity.{name}")
+
+
+def _check_result(where: str, data: object) -> None:
+    """A target's verification as `inspect` reads it; the rest is a record."""
+    result: Mapping[str, Any] = typed(Mapping[str, object], data, where)
+    typed(str, result.get("status"), f"{where}.status")
+    typed(str | None, result.get("reason"), f"{where}.reason")
+    if "steps" in result:
+        typed(int, result["steps"], f"{where}.steps")
+        typed(float, result.get("max_abs_error"), f"{where}.max_abs_error")
+    on_cpu = result.get("graphs_on_cpu")
+    if on_cpu is not None:
+        _check_result(f"{where}.graphs_on_cpu", on_cpu)
+        if "steps" not in on_cpu:
+            raise ValueError(f"{where}.graphs_on_cpu has no 'steps'")
+
+
+def _target(name: str, data: object) -> TargetEntry:
+    where = f"targets.{name}"
+    if name not in ENTRIES:
+        return OtherEntry(typed(Mapping[str, object], data, where))
+    entry: TargetEntry = typed(ENTRIES[name], data, where)
+    if isinstance(entry, TrtEntry):
+        _check_device_target(where, entry)
+    return entry
+
+
+def _plan(data: object, layers: int) -> DropPlan:
+    """A plan over the model's layers; a wrong number of them would be counted through before it is refused."""
+    said = typed(Mapping[str, object], data, "plan").get("num_layers")
+    if typed(int, said, "plan.num_layers") != layers:
+        raise ValueError(f"plan.num_layers is {said}, model.num_layers is {layers}")
+    plan: DropPlan = typed(DropPlan, data, "plan")
+    return plan
+
+
+def _manifest(data: Mapping[str, Any]) -> Manifest:
+    def section(name: str, annotation: Any) -> Any:
+        if name not in data:
+            raise ValueError(f"it has no {name!r}")
+        return typed(annotation, data[name], name)
+
+    surplus = [name for name in data if name not in Manifest.__dataclass_fields__]
+    if surplus:
+        raise ValueError(f"it has {surplus[0]!a:.40}, which is unknown")
+    targets = section("targets", Mapping[str, object])
+    model = section("model", ModelFacts)
+    _check_model(model)
+    manifest = Manifest(
+        model=model,
+        plan=_plan(section("plan", object), model.num_layers),
+        limits=section("limits", Limits),
+        special_tokens=section("special_tokens", SpecialTokens),
+        targets={name: _target(name, entry) for name, entry in targets.items()},
+        files=section("files", Mapping[str, FileRecord]),
+        versions=section("versions", Mapping[str, str]),
+        verification=section("verification", Mapping[str, Mapping[str, object]]),
+        quantization=section("quantization", Mapping[str, object]),
+    )
+    _check_limits(manifest.limits, model.context_length)
+    _check_quantization(manifest.quantization, model.weight_dtype)
+    for target, result in manifest.verification.items():
+        _check_result(f"verification.{target}", result)
+    return manifest
+
+
+def read_manifest(text: str | bytes, path: Path) -> Manifest:
+    """A bundle's manifest; `path` is for the message.
+
+    Raises:
+        BundleError: it is damaged, or of another format version.
+        PlanError: its plan is impossible.
+    """
+    try:
+        data = parse_json(text)
+        if not isinstance(data, dict) or "format_version" not in data:
+            raise ValueError("it says no format_version")
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    version = data["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise BundleError(
+            "The bundle has another format version than this runtime reads.",
+            note=f"{path} says version {version!s:.40}, this runtime reads version {FORMAT_VERSION}.",
+            hint="Export the model again with this version, or install the version that wrote it.",
+        )
+    try:
+        return _manifest(data)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
