@@ -34,6 +34,7 @@ class DropList:
     Attributes:
         layers: to be dropped.
         fingerprint: of the model that they were chosen for, None where the file does not say.
+        always_first, always_last: layers that could not be chosen, None where the file does not say.
         base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
             mean; what was measured.
     """
@@ -41,6 +42,8 @@ class DropList:
     layers: tuple[int, ...]
     fingerprint: str | None = None
     base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    always_first: int | None = None
+    always_last: int | None = None
 
 
 def read_drop_list(path: Path) -> DropList:
@@ -53,13 +56,16 @@ def read_drop_list(path: Path) -> DropList:
         data = json.loads(path.read_text())
         facts = data if isinstance(data, dict) else {"drop_layers": data}
         layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
+        always = facts.get("always_first"), facts.get("always_last")
         if not all(type(layer) is int for layer in layers) or not isinstance(fingerprint, str | None):
+            raise TypeError
+        if not all(count is None or type(count) is int for count in always):
             raise TypeError
         errors = {
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
-        return DropList(tuple(layers), fingerprint, errors)
+        return DropList(tuple(layers), fingerprint, errors, *always)
     except OSError as error:
         raise InputError(
             "The drop list cannot be read.", note=f"{path}: {error.strerror}.", hint="Check the path."

@@ -115,7 +115,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     """`one,two` as words."""
-    return tuple(part for part in text.split(",") if part)
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names such as one,two")
+    return found
 
 
 def _without_none(annotation: Any) -> Any:
@@ -240,7 +243,7 @@ def check_options(settings: Any) -> None:
     Call it first in `__post_init__`.
 
     Raises:
-        InputError: a value of another type, or out of bounds.
+        InputError: a value of another type, out of bounds, or twice among several.
     """
     types_of = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -254,9 +257,39 @@ def check_options(settings: Any) -> None:
             if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
                 raise _wrong_type(flag, value, "several values, such as a tuple")
             checked: Any = tuple(_checked(flag, one, item, said) for one in value)
+            twice = [one for place, one in enumerate(checked) if one in checked[:place]]
+            if twice:
+                raise InputError(
+                    f"{flag} names a value twice.",
+                    note=f"{', '.join(map(str, checked))}: {twice[0]} is there more than once.",
+                    hint="Name each once.",
+                )
         else:
             checked = _checked(flag, value, kind, said)
         object.__setattr__(settings, field.name, checked)
+
+
+def refuse_unused(settings: Any, names: Sequence[str], because: str, hint: str) -> None:
+    """Refuse options that were given and would change nothing.
+
+    Args:
+        names: of their fields.
+        because: what takes their effect, such as `--temperature is 0`.
+        hint: what would give it to them.
+
+    Raises:
+        InputError: one was given.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            said = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            given = "It is given" if isinstance(value, bool) else f"It is {said}"
+            raise InputError(
+                f"{_flag(field)} would change nothing.",
+                note=f"{given}, and {because}.",
+                hint=f"Leave it out, or {hint}.",
+            )
 
 
 def require_export_packages(reason: str) -> None:

@@ -16,7 +16,7 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime import bounds
-from lora_drop_runtime.command_line import check_options, option
+from lora_drop_runtime.command_line import check_options, option, refuse_unused
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -59,6 +59,10 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not self.temperature:
+            refuse_unused(self, ("top_k", "top_p", "seed"), "--temperature is 0", "add --temperature 0.8")
+        if self.k == 0:
+            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
 
     @property
     def sampling(self) -> SamplingOptions:

@@ -3,7 +3,8 @@
 Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
 
     adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": drop_layers, surrogate,
-                                 injection, base_fingerprint, and the policy that they were fitted for
+                                 injection, base_fingerprint, always_first and always_last, and the policy that they
+                                 were fitted for
     adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; with injection
                                  attn_mlp …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
 
@@ -44,6 +45,8 @@ class AdapterConfig:
     injection: str | None
     base_fingerprint: str | None
     policy: str | None = None
+    always_first: int | None = None
+    always_last: int | None = None
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -70,6 +73,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             injection=plan.get("injection"),
             base_fingerprint=plan.get("base_fingerprint"),
             policy=plan.get("policy"),
+            always_first=plan.get("always_first"),
+            always_last=plan.get("always_last"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(

@@ -216,10 +216,11 @@ def eval(
     result = _new_result(opened, given, settings, speed_request)
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
         work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], items)
-        for policy in dict.fromkeys(settings.policies):
+        policies = settings.policies or (bundle.manifest.plan.policy,)
+        for policy in policies:
             print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
             rows = _measure(work, policy, settings, speedups)
-            result.rows += [row for row in rows if row.k or policy == settings.policies[0]]
+            result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
     if settings.json_file is not None:
         settings.json_file.write_text(result.to_json())

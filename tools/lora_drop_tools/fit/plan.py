@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def _chosen_plan(forcing: TeacherForcing, settings: FitSettings, listed: DropList | None) -> DropPlan:
     """The plan that was asked for, of a model that brings none."""
     windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
-    first, last = settings.always or (3, 1)
+    first = settings.always_first if listed is None or settings.always_first is not None else listed.always_first
+    last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
+    first, last = 3 if first is None else first, 1 if last is None else last
     ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
     eligible = eligible_layers(len(forcing), first, last, windowed)
     return DropPlan(
@@ -39,7 +41,8 @@ def _check_nothing_chosen(loaded: LoadedModel, settings: FitSettings, listed: Dr
     """Refuse options that would change the plan of a bundle."""
     given = {
         "a drop list": listed if listed is not None else settings.drop_ratio,
-        "--always-first or --always-last": settings.always,
+        "--always-first": settings.always_first,
+        "--always-last": settings.always_last,
         "--surrogate": settings.surrogate,
         "--injection": settings.injection,
     }

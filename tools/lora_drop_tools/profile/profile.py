@@ -217,7 +217,7 @@ def _write(result: Profile, root: Path) -> None:
     for ranked in result.drop_lists:
         facts = {
             **dataclasses.asdict(ranked),
-            **{name: result.settings[name] for name in ("k", "policy")},
+            **{name: result.settings[name] for name in ("k", "policy", "always_first", "always_last")},
             "model": result.model,
             "fingerprint": result.fingerprint,
             "base_errors": {
