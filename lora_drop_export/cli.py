@@ -11,6 +11,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import (
     Parser,
     add_options,
+    add_version,
     given_flags,
     require_export_packages,
     run_command,
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         help="build another target from the graphs of the bundle at --out; --model is not needed",
     )
     add_options(parser, ExportOptions)
+    add_version(parser)
     return parser
 
 

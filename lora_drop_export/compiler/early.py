@@ -15,13 +15,12 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.drop_list import check_drop_list
-from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
-from .facts import adapter_matrices, make_limits, make_plan
+from .facts import adapter_matrices, make_limits, make_plan, native_formats
 from .files import check_disk
 from .options import ExportOptions
 
@@ -47,9 +46,8 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     refs = {name: ref for name, ref in checkpoint.tensors.items() if ref.dtype in MODEL_DTYPES}
     formats = {}
     if options.weights_format:
-        native = {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
         shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
-        formats = block_formats(shapes, native, (), options.weights_format)
+        formats = block_formats(shapes, native_formats(refs), (), options.weights_format)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
     stored = options.dtype if options.dtype in QUANTIZED_DTYPES else dtype
     quantized = bool(options.weights_format)

@@ -44,7 +44,16 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
 
 from .early import check_before_trace
-from .facts import adapter_matrices, chosen_formats, default_dtype, make_limits, make_plan, model_facts, special_tokens
+from .facts import (
+    adapter_matrices,
+    chosen_formats,
+    default_dtype,
+    make_limits,
+    make_plan,
+    model_facts,
+    quantization_facts,
+    special_tokens,
+)
 from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions, write_manifest
 from .options import NO_TARGET, ExportOptions, with_files_read
 from .verify import verify
@@ -99,7 +108,7 @@ def write_bundle(
         limits=limits,
         special_tokens=special_tokens(checkpoint),
         versions=tool_versions(),
-        quantization=dataclasses.asdict(options.weights_format) if options.weights_format else {},
+        quantization=quantization_facts(refs, formats, options.weights_format, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)

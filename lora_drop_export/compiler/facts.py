@@ -5,6 +5,7 @@ Enters: options, checkpoint and trace. Leaves: frozen parts of the manifest. Wri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,19 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.gguf import GgufTensor
+from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
-from lora_drop_export.quantize.choice import Quantization, block_formats
+from lora_drop_export.quantize.choice import Quantization, block_formats, departures
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
 from .options import BuildOptions, PlanOptions, always_kept
+
+
+def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
+    """The block formats that weights of a GGUF file have there."""
+    return {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
 
 
 def chosen_formats(
@@ -42,8 +49,30 @@ def chosen_formats(
     weights = quantizable(traced.graph.graph)
     others = {ref.name for name, ref in refs.items() if name not in weights}
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
-    native = {name: ref.native for name, ref in chosen.items() if isinstance(ref, GgufTensor) and ref.native}
-    return block_formats({name: ref.shape for name, ref in chosen.items()}, native, groups, quantization)
+    return block_formats(
+        {name: ref.shape for name, ref in chosen.items()}, native_formats(chosen), groups, quantization
+    )
+
+
+def quantization_facts(
+    refs: Mapping[str, TensorSource],
+    formats: Mapping[str, BlockFormat],
+    quantization: Quantization | None,
+    console: Console,
+) -> dict[str, Any]:
+    """What the manifest says of quantized weights; weights that are stored otherwise are named on the console, too."""
+    if quantization is None:
+        return {}
+    shapes = {name: ref.shape for name, ref in refs.items()}
+    found = departures(shapes, formats, native_formats(refs), quantization)
+    for one in found:
+        what = f"{one['weights']} ({one['count']})"
+        if one["block_size"] is None:
+            console.say(f"left in float: {what}")
+        else:
+            zero_points = "symmetric" if one["symmetric"] else "with zero points"
+            console.say(f"quantized in blocks of {one['block_size']}, {zero_points}: {what}")
+    return dataclasses.asdict(quantization) | ({"departures": found} if found else {})
 
 
 def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -48,6 +49,12 @@ class Parser(argparse.ArgumentParser):
             note=message[:1].upper() + message[1:] + ".",
             hint=f"See {self.prog} --help.",
         )
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, which prints the package's and ends."""
+    version = importlib.metadata.version("lora-drop-export")
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {version}", help="print the version")
 
 
 Settings = TypeVar("Settings")

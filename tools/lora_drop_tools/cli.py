@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.command_line import Parser, add_options, run_command, settings_of
+from lora_drop_runtime.command_line import Parser, add_options, add_version, run_command, settings_of
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.bench.command import add_bench, run_bench
@@ -60,6 +60,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-drop", description="Run, look at and check bundles made by lora-drop-export.")
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
