@@ -23,6 +23,12 @@ from .inspect import inspect
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Texts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt or [])
+    if [str(path) for path in args.prompt_file or []].count("-") > 1:
+        raise InputError(
+            "Standard input is given twice.",
+            note="--prompt-file - is there more than once, and it is read once.",
+            hint="Give it once, or files by their names.",
+        )
     for path in args.prompt_file or []:
         try:
             prompts.append(sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import check_options, option, refuse_unused, require_export_packages
 from lora_drop_runtime.errors import InputError
 
+from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
     json_option,
     policy_option,
@@ -57,8 +58,10 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     from lora_drop_export.console import Console
 
     console = Console()
+    opened = Bundle.open(bundle)
+    check_session(opened, settings.target, settings.provider, settings.threads)
     result = compare_bundle(
-        Bundle.open(bundle),
+        opened,
         target=settings.target,
         k=settings.k,
         provider=settings.provider,

@@ -31,7 +31,7 @@ from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared import costs, machine
-from lora_drop_tools.shared.bundles import check_writable, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, check_writable, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
 
 from .intervals import Sums
@@ -204,6 +204,8 @@ def eval(
     """
     given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
     opened = open_bundles(given)
+    for one in opened.values():
+        check_session(one, settings.target, settings.provider, settings.threads)
     check(opened, settings)
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, ModelFacts
+from lora_drop_runtime.engines.open import check_engine
 from lora_drop_runtime.errors import InputError
 
 
@@ -15,6 +16,22 @@ def weight_dtype(model: ModelFacts) -> str:
     """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
     stored = getattr(model, "weight_dtype", model.dtype)
     return str(stored) if stored in QUANTIZED_DTYPES else model.dtype
+
+
+def check_session(bundle: Bundle, target: str | None, provider: str | None, threads: int | None) -> None:
+    """Refuse what no session of a bundle can be opened with, and threads that none would use.
+
+    Raises:
+        BundleError: the target or the provider does not run it; NoDeviceError where another machine could.
+        InputError: the engine runs on a GPU.
+    """
+    name = check_engine(bundle, target, provider)
+    if threads is not None and provider is None and bundle.target(name)[1].on_device:
+        raise InputError(
+            "--threads would change nothing.",
+            note=f"It is {threads}, and the engines of {name} run on the GPU.",
+            hint="Leave it out, or choose a --provider of ONNX Runtime.",
+        )
 
 
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
