@@ -13,6 +13,7 @@ from lora_drop_runtime.command_line import (
     add_options,
     add_version,
     given_flags,
+    given_path,
     require_export_packages,
     run_command,
     settings_of,
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile a Hugging Face causal language model into a bundle that decodes with LoRA-Drop.",
     )
     parser.add_argument("--model", metavar="DIR|HUB_ID|FILE.gguf", help="the model to export")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the bundle goes")
+    parser.add_argument("--out", required=True, type=given_path, metavar="DIR", help="where the bundle goes")
     parser.add_argument(
         "--add-target",
         action="append",

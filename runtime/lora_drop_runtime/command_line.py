@@ -43,6 +43,14 @@ EXPORT_PACKAGES = (
 class Parser(argparse.ArgumentParser):
     """An argparse parser that complains in the project's three-part form."""
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Python 3.11 takes the value of `--option=--` for the end of the options, and makes an empty list of it."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(
             "The command line is not understood.",
@@ -128,6 +136,29 @@ def names(text: str) -> tuple[str, ...]:
     return found
 
 
+def given_path(text: str) -> Path:
+    """A path; nothing is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
+    return Path(text)
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what a terminal gave that is not UTF-8: it could neither be printed nor become tokens.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} is not UTF-8.",
+            note=f"{text[error.start : error.end]!a} stands at place {error.start}.",
+            hint="Set the terminal to UTF-8, or give a file where that is possible.",
+        ) from None
+
+
 def _without_none(annotation: Any) -> Any:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
@@ -143,7 +174,7 @@ def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
             return numbers if item is int else names
         annotation = item
     assert annotation in (str, int, float, Path), annotation
-    return typing.cast("Callable[[str], Any]", annotation)
+    return given_path if annotation is Path else typing.cast("Callable[[str], Any]", annotation)
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
@@ -241,6 +272,10 @@ def _checked(flag: str, value: Any, kind: Any, said: _Option) -> Any:
         return Path(value)
     if not isinstance(value, kind):
         raise _wrong_type(flag, value, {str: "a text", bool: "True or False", int: "a whole number"}[kind])
+    if kind is str:
+        check_text(flag, value)
+        if not value:
+            raise InputError(f"{flag} is empty.", note="It is ''; needed is a text.", hint="Leave it out.")
     return value
 
 
@@ -327,4 +362,12 @@ def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[st
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 141
+    except OSError as error:  # such as a name that is too long for the file system
+        refused = InputError(
+            "The system refuses to read or write.",
+            note=f"{error.filename}: {error.strerror}.",
+            hint="Choose another place or name.",
+        )
+        print(f"error: {refused}", file=sys.stderr)
+        return refused.exit_code
     return 0

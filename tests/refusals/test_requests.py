@@ -39,7 +39,7 @@ from tests.support.models import SIZES
         (["--prompt", "t1", "--top-p", "1.5"], ("--top-p is too large", "1.5")),
         (["--prompt", "t1", "--repetition-penalty", "0"], ("--repetition-penalty is too small", "0.0")),
         (["--prompt", "t1", "--seed", "-7"], ("seed", "-7")),
-        (["--prompt", "t1", "--stop", ""], ("stop string",)),
+        (["--prompt", "t1", "--stop", ""], ("--stop is empty",)),
         (["--prompt", "t1", "--chat"], ("chat template",)),
         (["--prompt-file", "/no/such/file"], ("prompt file", "/no/such/file")),
     ],

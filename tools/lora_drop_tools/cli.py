@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from lora_drop_runtime.command_line import Parser, add_options, add_version, run_command, settings_of
+from lora_drop_runtime.command_line import (
+    Parser,
+    add_options,
+    add_version,
+    check_text,
+    given_path,
+    run_command,
+    settings_of,
+)
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.bench.command import add_bench, run_bench
@@ -36,6 +43,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise InputError(
                 "The prompt file cannot be read.", note=f"{path}: {error}.", hint="Give a UTF-8 text file."
             ) from None
+    for prompt in prompts:
+        check_text("A prompt", prompt)
     return prompts
 
 
@@ -53,6 +62,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    check_text("--system", args.system or "")
     chat(args.bundle, settings_of(ChatSettings, args), system=args.system)
 
 
@@ -76,13 +86,13 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_bundle(command: argparse.ArgumentParser, count: str | None = None) -> None:
         what = "directory written by lora-drop-export"
-        command.add_argument("bundle", type=Path, metavar="BUNDLE", nargs=count, help=what)
+        command.add_argument("bundle", type=given_path, metavar="BUNDLE", nargs=count, help=what)
 
     command = add("generate", _generate, "Continue a prompt, streaming; several prompts run as a batch.")
     add_bundle(command)
     command.add_argument("--prompt", action="append", metavar="TEXT", help="continue this text; repeat for a batch")
     command.add_argument(
-        "--prompt-file", action="append", type=Path, metavar="FILE", help="continue a file; - is standard input"
+        "--prompt-file", action="append", type=given_path, metavar="FILE", help="continue a file; - is standard input"
     )
     command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     add_options(command, GenerateSettings)

@@ -50,7 +50,7 @@ def check_engine(bundle: Bundle, target: str | None = None, provider: str | None
             hint="Install the version that wrote the bundle, or choose another target of it.",
         )
     if isinstance(entry, OrtEntry) or (provider is not None and isinstance(entry, TrtEntry)):
-        check_runs(bundle, name, provider or "cpu")
+        check_runs(bundle, name, "cpu" if provider is None else provider)
     return name
 
 

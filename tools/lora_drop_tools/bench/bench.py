@@ -176,6 +176,7 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
     if settings.json_file is not None:
         settings.json_file.write_text(result.to_json())
     if settings.plots is not None:
+        settings.plots.mkdir(parents=True, exist_ok=True)
         write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
     if result.problems:

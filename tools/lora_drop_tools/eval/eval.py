@@ -210,10 +210,10 @@ def eval(
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
-    check_writable(settings.json_file, settings.plots)
-    stores = _open_stores(opened, settings)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
     drawn = {name: text_windows(request, codec, settings.seed) if request else {} for name, codec in codecs.items()}
+    check_writable(settings.json_file, settings.plots)
+    stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
@@ -227,6 +227,7 @@ def eval(
     if settings.json_file is not None:
         settings.json_file.write_text(result.to_json())
     if settings.plots is not None:
+        settings.plots.mkdir(parents=True, exist_ok=True)
         write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
     return result

@@ -59,7 +59,7 @@ def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
 
 
 def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
+    """Refuse before any work what could not be written after it; leaves nothing there."""
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "Figures need matplotlib.",
@@ -68,10 +68,16 @@ def check_writable(json_file: str | Path | None, plots: str | Path | None) -> No
         )
     try:
         if plots is not None:
+            made = [parent for parent in (Path(plots), *Path(plots).parents) if not parent.exists()]
             Path(plots).mkdir(parents=True, exist_ok=True)
+            for directory in made:
+                directory.rmdir()
         if json_file is not None:
+            was_there = Path(json_file).exists()
             with Path(json_file).open("a"):
                 pass
+            if not was_there:
+                Path(json_file).unlink()
     except OSError as error:
         raise InputError(
             "The results cannot be written.",
