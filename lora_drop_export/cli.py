@@ -11,7 +11,9 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import (
     Parser,
     add_options,
+    add_version,
     given_flags,
+    given_path,
     require_export_packages,
     run_command,
     settings_of,
@@ -29,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile a Hugging Face causal language model into a bundle that decodes with LoRA-Drop.",
     )
     parser.add_argument("--model", metavar="DIR|HUB_ID|FILE.gguf", help="the model to export")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the bundle goes")
+    parser.add_argument("--out", required=True, type=given_path, metavar="DIR", help="where the bundle goes")
     parser.add_argument(
         "--add-target",
         action="append",
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         help="build another target from the graphs of the bundle at --out; --model is not needed",
     )
     add_options(parser, ExportOptions)
+    add_version(parser)
     return parser
 
 

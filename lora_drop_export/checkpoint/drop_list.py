@@ -37,6 +37,7 @@ class DropList:
     Attributes:
         layers: to be dropped.
         fingerprint: of the model that they were chosen for, None where the file does not say.
+        always_first, always_last: layers that could not be chosen, None where the file does not say.
         base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
             mean; what was measured.
     """
@@ -44,6 +45,8 @@ class DropList:
     layers: tuple[int, ...]
     fingerprint: str | None = None
     base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    always_first: int | None = None
+    always_last: int | None = None
 
 
 def read_drop_list(path: Path) -> DropList:
@@ -58,13 +61,16 @@ def read_drop_list(path: Path) -> DropList:
         layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
             raise TypeError
+        always = facts.get("always_first"), facts.get("always_last")
         if not isinstance(fingerprint, str | None):
+            raise TypeError
+        if not all(count is None or type(count) is int for count in always):
             raise TypeError
         errors = {
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
-        return DropList(tuple(layers), fingerprint, errors)
+        return DropList(tuple(layers), fingerprint, errors, *always)
     except BundleError as error:
         raise InputError("The drop list cannot be read.", note=error.note, hint="Check the path.") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

@@ -2,6 +2,7 @@
 
     checkpoint/       what the user named → config and places of tensors
     decoder/          config → one graph, shapes only
+    early             what is refused before any of the following begins
     facts             ρ or a list → DropPlan; limits, formats
     weights/          checkpoint → weights/, once                           (quantize/: int4, int8)
     check/calibrate   sample text → scales of int8 caches, which the graphs refer to
@@ -42,9 +43,19 @@ from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, stor
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
 
-from .facts import adapter_matrices, chosen_formats, default_dtype, make_limits, make_plan, model_facts, special_tokens
+from .early import check_before_trace
+from .facts import (
+    adapter_matrices,
+    chosen_formats,
+    default_dtype,
+    make_limits,
+    make_plan,
+    model_facts,
+    quantization_facts,
+    special_tokens,
+)
 from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions, write_manifest
-from .options import NO_TARGET, ExportOptions, with_drop_list_read
+from .options import NO_TARGET, ExportOptions, with_files_read
 from .verify import verify
 
 
@@ -61,10 +72,10 @@ def write_bundle(
     The tokenizer is there already (`copy_tokenizer`): what is wrong with it is said before the trace.
     """
     limits = make_limits(checkpoint.config, options)
-    plan = make_plan(traced, options)
+    plan = make_plan(traced.windows, traced.hidden_size, options)
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
-    matrices = adapter_matrices(plan, traced, fingerprint, options)
+    matrices = adapter_matrices(plan, traced.hidden_size, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options.weights_format)
@@ -99,7 +110,7 @@ def write_bundle(
         limits=limits,
         special_tokens=special_tokens(checkpoint),
         versions=tool_versions(),
-        quantization=dataclasses.asdict(options.weights_format) if options.weights_format else {},
+        quantization=quantization_facts(refs, formats, options.weights_format, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)
@@ -135,14 +146,15 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         InputError, PlanError, ModelError, BundleError: nothing was changed on disk.
         VerificationError: the bundle disagrees with PyTorch; nothing is left at `out` but what was there.
     """
-    options = with_drop_list_read(options or ExportOptions())
     console = Console()
+    options = with_files_read(options or ExportOptions(), console.say)
     out = Path(out)
     with staged_directory(out.resolve(), options.force) as root:
         checkpoint = open_checkpoint(
             model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
         )
         dtype = "float32" if options.weights_format else options.dtype or default_dtype(checkpoint, options)
+        check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
         special_tokens(checkpoint)  # refuses what would be refused after the trace
         with console.phase("tracing the model"):

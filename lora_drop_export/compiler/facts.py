@@ -5,10 +5,12 @@ Enters: options, checkpoint and trace. Leaves: frozen parts of the manifest. Wri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
@@ -22,13 +24,19 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
+from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
-from lora_drop_export.quantize.choice import Quantization, block_formats
+from lora_drop_export.quantize.choice import Quantization, block_formats, departures
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
-from .options import BuildOptions, PlanOptions
+from .options import BuildOptions, PlanOptions, always_kept
+
+
+def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
+    """The block formats that weights of a GGUF file have there."""
+    return {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
 
 
 def chosen_formats(
@@ -43,24 +51,75 @@ def chosen_formats(
     weights = quantizable(traced.graph.graph)
     others = {ref.name for name, ref in refs.items() if name not in weights}
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
-    native = {name: ref.native for name, ref in chosen.items() if isinstance(ref, GgufTensor) and ref.native}
-    return block_formats({name: ref.shape for name, ref in chosen.items()}, native, groups, quantization)
+    return block_formats(
+        {name: ref.shape for name, ref in chosen.items()}, native_formats(chosen), groups, quantization
+    )
 
 
-def make_plan(traced: TracedModel, options: PlanOptions) -> DropPlan:
+def quantization_facts(
+    refs: Mapping[str, TensorSource],
+    formats: Mapping[str, BlockFormat],
+    quantization: Quantization | None,
+    console: Console,
+) -> dict[str, Any]:
+    """What the manifest says of quantized weights; weights that are stored otherwise are named on the console, too."""
+    if quantization is None:
+        return {}
+    shapes = {name: ref.shape for name, ref in refs.items()}
+    found = departures(shapes, formats, native_formats(refs), quantization)
+    for one in found:
+        what = f"{one['weights']} ({one['count']})"
+        if one["block_size"] is None:
+            console.say(f"left in float: {what}")
+        else:
+            zero_points = "symmetric" if one["symmetric"] else "with zero points"
+            console.say(f"quantized in blocks of {one['block_size']}, {zero_points}: {what}")
+    return dataclasses.asdict(quantization) | ({"departures": found} if found else {})
+
+
+def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:
+    """Refuse what can only be a mistake."""
+    if not plan.drop_layers and not plan.eligible_layers and not plan.windowed_layers:
+        given = [options.always_first, options.always_last] != [None, None]
+        if given:
+            raise PlanError(
+                "No layer of the model may be dropped.",
+                note=f"Of {plan.num_layers} the first {plan.always_first} and the last {plan.always_last} are always "
+                "kept.",
+                hint="Lower --always-first or --always-last; for the full model alone use --drop-ratio 0.",
+            )
+    if options.rank:
+        Bounds(0, hidden_size).whole("--rank", options.rank, why="the model's hidden size", error=PlanError)
+        if not plan.drop_layers:
+            raise PlanError(
+                "--rank leaves room for the adapters of dropped layers.",
+                note=f"It is {options.rank}, and no layer is dropped.",
+                hint="Leave it out, or drop layers with --drop-ratio 0.5.",
+            )
+
+
+def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) -> DropPlan:
     """The drop plan that the options ask for, on this model.
 
-    Requires: a drop list's file is read (`with_drop_list_read`).
+    Requires: a drop list's file is read (`with_files_read`).
+
+    Args:
+        windows: sliding window of each layer in positions, 0 for none.
+        hidden_size: of the model.
+
+    Raises:
+        PlanError, BundleError: it does not fit the model, or the adapters.
     """
     assert options.drop_list is None
-    windowed = tuple(i for i, window in enumerate(traced.windows) if window)
-    eligible = eligible_layers(len(traced.windows), options.always_first, options.always_last, windowed)
+    config = None if options.adapters is None else read_adapter_config(options.adapters)
+    first, last = always_kept(options, config)
+    windowed = tuple(i for i, window in enumerate(windows) if window)
+    eligible = eligible_layers(len(windows), first, last, windowed)
     ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
     layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
     rank, policy = options.rank or 0, options.policy
     surrogate, injection = options.surrogate, options.injection
-    if options.adapters is not None:
-        config = read_adapter_config(options.adapters)
+    if config is not None:
         policy = policy or config.policy
         surrogate, injection = surrogate or config.surrogate, injection or config.injection
         if options.rank not in (None, config.rank):
@@ -72,18 +131,20 @@ def make_plan(traced: TracedModel, options: PlanOptions) -> DropPlan:
         rank = config.rank
         if options.drop_layers is None and options.drop_ratio is None and config.drop_layers is not None:
             layers = config.drop_layers
-    return DropPlan(
-        num_layers=len(traced.windows),
+    plan = DropPlan(
+        num_layers=len(windows),
         drop_layers=layers,
         k=options.k,
         surrogate=surrogate or DEFAULT_SURROGATE,
         injection=injection or INJECTIONS[0],
         rank=rank if layers else 0,
         policy=policy or DEFAULT_POLICY,
-        always_first=options.always_first,
-        always_last=options.always_last,
+        always_first=first,
+        always_last=last,
         windowed_layers=windowed,
     )
+    _check_plan(options, plan, hidden_size)
+    return plan
 
 
 def _context_length(config: Any) -> int:
@@ -124,11 +185,10 @@ def default_dtype(checkpoint: Checkpoint, options: BuildOptions) -> str:
     return next((target.dtype(dtype) for name, target in TARGETS.items() if name in options.targets), dtype)
 
 
-def adapter_matrices(plan: DropPlan, traced: TracedModel, fingerprint: str, options: PlanOptions) -> Matrices:
-    """Fitted adapters, or zeros that leave room for some, or none."""
+def adapter_matrices(plan: DropPlan, width: int, fingerprint: str, options: PlanOptions) -> Matrices:
+    """Fitted adapters, or zeros that leave room for some, or none; `width` is the model's hidden size."""
     if options.adapters is not None:
-        return read_adapters(options.adapters, plan, traced.hidden_size, fingerprint)
-    width = traced.hidden_size
+        return read_adapters(options.adapters, plan, width, fingerprint)
     zeros = np.zeros((plan.rank, width), np.float32), np.zeros((width, plan.rank), np.float32)
     return dict.fromkeys(plan.sites, zeros) if plan.rank else {}
 

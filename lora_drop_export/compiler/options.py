@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.bundle.adapters import read_adapter_config
+from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
-from lora_drop_runtime.command_line import check_known, check_options, option
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
-from lora_drop_export.checkpoint.drop_list import read_drop_list, warn_of_base
+from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list, warn_of_base
 from lora_drop_export.quantize.choice import BLOCK_SIZES, Quantization
 from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
@@ -90,11 +90,11 @@ class PlanOptions:
     )
     drop_list: Path | None = option(None, group=_PLAN, metavar="FILE", help="drop the layers that this JSON file names")
     drop_list_fingerprint: str | None = None  # of the model whose profile chose `drop_layers`
-    always_first: int = option(
-        3, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
+    always_first: int | None = option(
+        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
     )
-    always_last: int = option(
-        1, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
+    always_last: int | None = option(
+        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
     )
     k: int = option(
         3,
@@ -141,6 +141,12 @@ class PlanOptions:
                 note=f"{' and '.join(ways)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
+        for what, value, known in (
+            ("surrogate", self.surrogate, SURROGATES),
+            ("injection", self.injection, INJECTIONS),
+            ("refresh policy", self.policy, POLICIES),
+        ):
+            check_known(what, value, tuple(known), "--policy" if known is POLICIES else f"--{what}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +209,15 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not self.targets:
+            raise InputError("There is no target.", note="None was given.", hint=f"Use --target {next(iter(TARGETS))}.")
         for target in self.targets:
             check_known("target", target, (*TARGETS, NO_TARGET), "--target")
-        if len(set(self.targets)) != len(self.targets) or (NO_TARGET in self.targets and len(self.targets) > 1):
+        if NO_TARGET in self.targets and len(self.targets) > 1:
             raise InputError(
                 "The targets exclude each other.",
                 note=f"Given are {', '.join(self.targets)}.",
-                hint="Name each target once; 'none' stands alone.",
+                hint=f"'{NO_TARGET}' stands alone.",
             )
         check_known("dtype", short_name(self.dtype), tuple(BY_SHORT), "--dtype")
         check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
@@ -257,22 +265,60 @@ class ExportOptions(RunOptions, TargetOptions, BuildOptions, PlanOptions):  # fi
     def __post_init__(self) -> None:
         for part in (PlanOptions, BuildOptions, TargetOptions, RunOptions):
             part.__post_init__(self)
+        if not self.verify or NO_TARGET in self.targets:
+            because = "nothing is run, so nothing is verified" if self.verify else "--no-verify was given"
+            refuse_unused(self, ("threads",), because, "let the bundle be verified")
         for target in TARGETS.values():
             target.check(self, self.targets)
 
 
-def with_drop_list_read(options: ExportOptions) -> ExportOptions:
-    """The layers that a drop list names in the place of its path, with a warning where its profile speaks against them.
+def always_kept(options: PlanOptions, adapters: AdapterConfig | None) -> tuple[int, int]:
+    """First and last layers that are never dropped: as asked for, else the adapters', else 3 and 1."""
+    first, last = options.always_first, options.always_last
+    if adapters is not None:
+        first = adapters.always_first if first is None else first
+        last = adapters.always_last if last is None else last
+    return 3 if first is None else first, 1 if last is None else last
+
+
+def _warn_of_always(
+    options: PlanOptions, file: Path, found: AdapterConfig | DropList, say: Callable[[str], None]
+) -> None:
+    """Name what was asked for beside what a file was made with."""
+    for flag, asked, own in (
+        ("--always-first", options.always_first, found.always_first),
+        ("--always-last", options.always_last, found.always_last),
+    ):
+        if None not in (asked, own) and asked != own:
+            say(f"warning: {flag} is {asked}; {file} was made with {own}")
+
+
+def with_files_read(options: ExportOptions, say: Callable[[str], None] = print) -> ExportOptions:
+    """What a drop list says in the place of its path; adapters are looked at, too.
+
+    Args:
+        say: prints a warning: of a base that a profile speaks against, of layers that are kept against a file's word.
 
     Raises:
-        InputError: the file cannot be read, holds no drop list, or the layers are given twice.
+        InputError, BundleError: a file cannot be read, or holds something else; the layers are given twice.
     """
-    if options.drop_list is None:
+    adapters = None
+    if options.adapters is not None:
+        adapters = read_adapter_config(options.adapters)
+        _warn_of_always(options, options.adapters, adapters, say)
+    file = options.drop_list
+    if file is None:
         return options
-    found = read_drop_list(options.drop_list)
-    fitted_for = None if options.adapters is None else read_adapter_config(options.adapters).surrogate
+    found = read_drop_list(file)
+    _warn_of_always(options, file, found, say)
+    fitted_for = None if adapters is None else adapters.surrogate
     options = dataclasses.replace(
-        options, drop_list=None, drop_layers=found.layers, drop_list_fingerprint=found.fingerprint
+        options,
+        drop_list=None,
+        drop_layers=found.layers,
+        drop_list_fingerprint=found.fingerprint,
+        always_first=found.always_first if options.always_first is None else options.always_first,
+        always_last=found.always_last if options.always_last is None else options.always_last,
     )
     warn_of_base(found, options.surrogate or fitted_for or DEFAULT_SURROGATE)
     return options

@@ -69,14 +69,34 @@ class LoadedModel:
             return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
-    """The model that the config describes, its parameters read one at a time."""
+def _no_device(device: str, reason: str) -> InputError:
+    return InputError(
+        "The model cannot be put on the device.",
+        note=f"{device!r} was asked for: {reason}.",
+        hint="Use --device cpu.",
+    )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know, or has not got here."""
+    import torch
+
+    try:
+        if torch.empty(1, device=device).is_meta:
+            raise _no_device(device, "it holds no values")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise _no_device(device, first_line(error)) from None
+
+
+def _model(checkpoint: Checkpoint, dtype: str, device: str, look: Callable[[Any], None]) -> Any:
+    """The model that the config describes, its parameters read one at a time; `look` is given it without them."""
     import torch
 
     refuse_by_config(checkpoint.config)
     check_layer_count(checkpoint.config, len(checkpoint.tensors))
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
+    look(model)
     tied = tied_names(model)
     for name, value in buffer_values(model).items():
         put_tensor(model, name, value)
@@ -88,11 +108,7 @@ def _model(checkpoint: Checkpoint, dtype: str, device: str) -> Any:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # no such device, or too little of its memory
-        raise InputError(
-            "The model cannot be put on the device.",
-            note=f"{device!r} was asked for: {first_line(error)}.",
-            hint="Use --device cpu.",
-        ) from None
+        raise _no_device(device, first_line(error)) from None
 
 
 def load_model(
@@ -102,16 +118,20 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     log: Callable[[str], None] = print,
+    check: Callable[[LoadedModel], None] = lambda loaded: None,
 ) -> LoadedModel:
     """Load a model into memory.
 
     Args:
         source: a Hugging Face directory, a hub id, a GGUF file, or a bundle.
         dtype: `float32`, `float16` or `bfloat16`.
+        check: refuses what will not fit the model, before its weights are read; all else is there, the model on
+            PyTorch's device `meta`.
 
     Raises:
         InputError, ModelError, BundleError: nothing there, or not a model that can be read.
     """
+    _check_device(device)
     with refused("There is no such model.", ascii(source), "Check the spelling."):  # ~nobody/model
         path = Path(source).expanduser()
     plan, fingerprint, max_seq_len, tokenizer_dir = None, None, None, None
@@ -124,11 +144,16 @@ def load_model(
         checkpoint = open_checkpoint(source, Path(scratch), trust_remote_code=trust_remote_code, log=log)
         if plan is not None:
             checkpoint = dataclasses.replace(checkpoint, name=path.resolve().name)
-        return LoadedModel(
+        loaded = LoadedModel(
             name=checkpoint.name,
-            model=_model(checkpoint, dtype, device),
+            model=None,
             tokenizer=read_tokenizer(tokenizer_dir or checkpoint.directory, trust_remote_code),
             fingerprint=fingerprint or checkpoint.fingerprint(),
             plan=plan,
             max_seq_len=max_seq_len,
         )
+
+        def look(model: Any) -> None:
+            check(dataclasses.replace(loaded, model=model))
+
+        return dataclasses.replace(loaded, model=_model(checkpoint, dtype, device, look))

@@ -5,8 +5,10 @@ Enters: a quantization, shapes. Leaves: block formats. Knows no graph: which wei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora_drop_runtime.dtypes import BY_NAME
 
@@ -77,3 +79,37 @@ def block_formats(
         if form is not None:
             formats[name] = form
     return formats
+
+
+def departures(
+    shapes: Mapping[str, tuple[int, ...]],
+    formats: Mapping[str, BlockFormat],
+    native: Mapping[str, BlockFormat],
+    quantization: Quantization,
+) -> list[dict[str, Any]]:
+    """What became of matrices that are not stored as was asked for, those of all layers together.
+
+    Args:
+        shapes: name → shape of every weight.
+        formats: of those that are quantized.
+        native: formats of the checkpoint; one that was kept is no departure.
+
+    Returns:
+        `weights` (a name, * for the layer), `count`, and `block_size` and `symmetric`, None for weights left in float.
+    """
+    asked = BlockFormat(quantization.bits, quantization.block_size, quantization.symmetric)
+    found: dict[tuple[str, BlockFormat | None], int] = {}
+    for name, shape in shapes.items():
+        form = formats.get(name)
+        if len(shape) > 1 and form != asked and (form is None or form != native.get(name)):
+            key = re.sub(r"\.\d+\.", ".*.", name), form
+            found[key] = found.get(key, 0) + 1
+    return [
+        {
+            "weights": name,
+            "count": count,
+            "block_size": None if form is None else form.block_size,
+            "symmetric": None if form is None else form.symmetric,
+        }
+        for (name, form), count in found.items()
+    ]

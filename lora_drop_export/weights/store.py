@@ -65,16 +65,55 @@ def _dtypes(refs: Iterable[TensorSource]) -> str:
     return ", ".join(sorted({ref.dtype for ref in refs}))
 
 
+def _not_linked(source: Path, target: Path, reason: str) -> InputError:
+    return InputError(
+        "The checkpoint's weights cannot be linked.",
+        note=f"{source} to {target}: {reason}.",
+        hint="Use --weights copy, or an --out on the checkpoint's file system.",
+    )
+
+
+def check_linkable(
+    refs: Iterable[TensorSource], root: Path, dtype: str, mode: str, *, owned: bool = False, quantized: bool = False
+) -> None:
+    """Refuse hard links that cannot be made, as far as that is known without making one.
+
+    Args:
+        refs: of the checkpoint.
+        dtype: that the bundle stores.
+        mode: `copy` is never refused.
+        owned: the checkpoint has no files of the user's to take as they lie.
+        quantized: weights will be.
+
+    Raises:
+        InputError: the weights have to be converted, or lie on another file system.
+    """
+    if mode != "link":
+        return
+    refs = list(refs)
+    if quantized or not is_stored_as(refs, dtype):
+        raise InputError(
+            "The checkpoint's weights cannot be linked.",
+            note=f"They are {_dtypes(refs)}, the bundle needs {dtype}: they have to be converted.",
+            hint="Use --weights copy, or the --dtype of the checkpoint with a target that takes it.",
+        )
+    if owned or not all(isinstance(ref, TensorPlace) for ref in refs):
+        raise InputError(
+            "The checkpoint's weights cannot be linked.",
+            note="They do not lie in safetensors files: they have to be converted.",
+            hint="Use --weights copy.",
+        )
+    far = next((ref.file for ref in refs if ref.file.stat().st_dev != root.stat().st_dev), None)
+    if far is not None:
+        raise _not_linked(far, root, "they lie on another file system")
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
         reason = "they lie on another file system" if error.errno == errno.EXDEV else str(error.strerror)
-        raise InputError(
-            "The checkpoint's weights cannot be linked.",
-            note=f"{source} to {target.parent}: {reason}.",
-            hint="Use --weights copy, or an --out on the checkpoint's file system.",
-        ) from None
+        raise _not_linked(source, target.parent, reason) from None
 
 
 def copy_file(source: Path, target: Path, progress: Progress) -> None:
@@ -119,14 +158,9 @@ def store_weights(
     """
     directory = root / "weights"
     directory.mkdir()
+    wanted = f"int{next(iter(formats.values())).bits}" if formats else dtype
+    check_linkable(refs.values(), root, wanted, mode, owned=owned, quantized=bool(formats))
     if not is_taken_as_it_lies(refs.values(), dtype, owned=owned, formats=formats):
-        if mode == "link" and (formats or not is_stored_as(refs.values(), dtype)):
-            wanted = f"int{next(iter(formats.values())).bits}" if formats else dtype
-            raise InputError(
-                "The checkpoint's weights cannot be linked.",
-                note=f"They are {_dtypes(refs.values())}, the bundle needs {wanted}: they have to be converted.",
-                hint="Use --weights copy, or the --dtype of the checkpoint with a target that takes it.",
-            )
         return write(Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)
     places = {}
     for file in sorted({ref.file for ref in refs.values()}):

@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -45,12 +46,26 @@ EXPORT_PACKAGES = (
 class Parser(argparse.ArgumentParser):
     """An argparse parser that complains in the project's three-part form."""
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Python 3.11 takes the value of `--option=--` for the end of the options, and makes an empty list of it."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(
             "The command line is not understood.",
             note=message[:1].upper() + message[1:] + ".",
             hint=f"See {self.prog} --help.",
         )
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """`--version`, which prints the package's and ends."""
+    version = importlib.metadata.version("lora-drop-export")
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {version}", help="print the version")
 
 
 Settings = TypeVar("Settings")
@@ -118,7 +133,33 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def names(text: str) -> tuple[str, ...]:
     """`one,two` as words."""
-    return tuple(part for part in text.split(",") if part)
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of names such as one,two")
+    return found
+
+
+def given_path(text: str) -> Path:
+    """A path; nothing is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a path")
+    return Path(text)
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse what a terminal gave that is not UTF-8: it could neither be printed nor become tokens.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} is not UTF-8.",
+            note=f"{text[error.start : error.end]!a} stands at place {error.start}.",
+            hint="Set the terminal to UTF-8, or give a file where that is possible.",
+        ) from None
 
 
 def _without_none(annotation: Any) -> Any:
@@ -136,7 +177,7 @@ def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
             return numbers if item is int else names
         annotation = item
     assert annotation in (str, int, float, Path), annotation
-    return typing.cast("Callable[[str], Any]", annotation)
+    return given_path if annotation is Path else typing.cast("Callable[[str], Any]", annotation)
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
@@ -234,6 +275,10 @@ def _checked(flag: str, value: Any, kind: Any, said: _Option) -> Any:
         return Path(value)
     if not isinstance(value, kind):
         raise _wrong_type(flag, value, {str: "a text", bool: "True or False", int: "a whole number"}[kind])
+    if kind is str:
+        check_text(flag, value)
+        if not value:
+            raise InputError(f"{flag} is empty.", note="It is ''; needed is a text.", hint="Leave it out.")
     return value
 
 
@@ -243,7 +288,7 @@ def check_options(settings: Any) -> None:
     Call it first in `__post_init__`.
 
     Raises:
-        InputError: a value of another type, or out of bounds.
+        InputError: a value of another type, out of bounds, or twice among several.
     """
     types_of = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
@@ -257,9 +302,39 @@ def check_options(settings: Any) -> None:
             if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
                 raise _wrong_type(flag, value, "several values, such as a tuple")
             checked: Any = tuple(_checked(flag, one, item, said) for one in value)
+            twice = [one for place, one in enumerate(checked) if one in checked[:place]]
+            if twice:
+                raise InputError(
+                    f"{flag} names a value twice.",
+                    note=f"{', '.join(map(str, checked))}: {twice[0]} is there more than once.",
+                    hint="Name each once.",
+                )
         else:
             checked = _checked(flag, value, kind, said)
         object.__setattr__(settings, field.name, checked)
+
+
+def refuse_unused(settings: Any, names: Sequence[str], because: str, hint: str) -> None:
+    """Refuse options that were given and would change nothing.
+
+    Args:
+        names: of their fields.
+        because: what takes their effect, such as `--temperature is 0`.
+        hint: what would give it to them.
+
+    Raises:
+        InputError: one was given.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            said = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            given = "It is given" if isinstance(value, bool) else f"It is {said}"
+            raise InputError(
+                f"{_flag(field)} would change nothing.",
+                note=f"{given}, and {because}.",
+                hint=f"Leave it out, or {hint}.",
+            )
 
 
 def require_export_packages(reason: str) -> None:

@@ -18,6 +18,11 @@ import operator
 from typing import Any
 
 
+def _one_line(text: str) -> str:
+    """A part of a message on one line: what a name may hold beside text, such as a line's end, is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class LoraDropError(Exception):
     """Base class.
 
@@ -30,6 +35,7 @@ class LoraDropError(Exception):
     exit_code = 2
 
     def __init__(self, fact: str, *, note: str = "", hint: str = "") -> None:
+        fact, note, hint = _one_line(fact), _one_line(note), _one_line(hint)
         self.fact, self.note, self.hint = fact, note, hint
         lines = [fact]
         if note:

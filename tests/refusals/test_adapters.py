@@ -43,7 +43,7 @@ A4 = "base_model.model.model.layers.4.lora_A.weight"
 B4 = "base_model.model.model.layers.4.lora_B.weight"
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -59,7 +59,7 @@ def test_adapters_of_another_plan(export_refused, adapters, arguments, words):
     export_refused("--adapters", adapters, *arguments.split(), words=words)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -82,7 +82,7 @@ def test_adapter_config(export_refused, adapters, change, words):
     export_refused("--adapters", adapters, words=words)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -103,7 +103,7 @@ def test_adapter_tensors(export_refused, adapters, change, words):
     export_refused("--adapters", adapters, words=words)
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 def test_not_an_adapter_directory(export_refused, adapters, place, tmp_path):
     for other in (tmp_path / "none", place / "model", place / "model" / "config.json"):
         export_refused("--adapters", other, words=("not a directory of LoRA-Drop adapters", str(other)))

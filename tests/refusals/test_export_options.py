@@ -35,13 +35,26 @@ from tests.support.refused import CONTEXT
         ("--dtype fp8", ("dtype", "fp8")),
         ("--target metal", ("Unknown target", "metal", "ort")),
         ("--target ort --target none", ("targets", "ort, none")),
-        ("--target ort --target ort", ("targets", "ort, ort")),
+        ("--target ort --target ort", ("--target names a value twice", "ort, ort")),
         ("--weights move", ("--weights", "move")),
         ("--max-batch 0", ("--max-batch", "0")),
         ("--max-seq-len 0", ("--max-seq-len", "0")),
         ("--max-prompt-len -4", ("--max-prompt-len", "-4")),
         ("--threads 0", ("--threads", "0")),
         ("--no-such-option", ("--no-such-option",)),
+        ("--drop-layers 4,,5", ("layer numbers", "4,,5")),
+        ("--drop-layers 4,", ("layer numbers", "4,")),
+        ("--drop-layers=", ("layer numbers", "''")),
+        ("--drop-layers 4,6,4", ("--drop-layers names a value twice", "4, 6, 4")),
+        ("--threads 2 --no-verify", ("--threads would change nothing", "It is 2, and --no-verify was given")),
+        ("--threads 2 --target none", ("--threads would change nothing", "nothing is verified")),
+        ("--hardware-compatible", ("--hardware-compatible would change nothing", "the targets are ort")),
+        ("--version-compatible", ("--version-compatible would change nothing", "tensorrt")),
+        ("--weight-sharing constants", ("--weight-sharing would change nothing", "It is constants")),
+        ("--attention plugin", ("--attention would change nothing", "It is plugin")),
+        ("--attention native --target none", ("--attention would change nothing", "the targets are none")),
+        ("--workspace-mib 64", ("--workspace-mib would change nothing", "It is 64")),
+        ("--optimization-level 0", ("--optimization-level would change nothing", "It is 0")),
     ],
 )
 def test_export_options(export_refused, tmp_path, arguments, words):
@@ -81,13 +94,13 @@ def test_drop_list_file_is_missing(export_refused, tmp_path):
     export_refused("--drop-list", tmp_path, words=("cannot be read", str(tmp_path)))
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--drop-layers 4,8", ("Layer 8", "0 to 7")),
         ("--drop-layers=-1,4", ("--drop-layers is too small", "-1")),
-        ("--drop-layers 4,6,4", ("twice", "4, 4, 6")),
+        ("--drop-layers 4,6,4", ("twice", "4, 6, 4")),
         ("--drop-layers 2,4", ("Layer 2", "first 3")),
         ("--drop-layers 4,7", ("Layer 7", "last 1")),
         ("--drop-layers 4 --always-first 5", ("Layer 4", "first 5")),
@@ -108,7 +121,7 @@ def test_windowed_layer_in_the_drop_list(export_refused, monkeypatch):
     export_refused("--drop-layers", "4,5", words=("Layer 4", "sliding window"))
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("arguments", [(), ("--target", "none", "--dtype", "bf16")])
 def test_too_little_disk(export_refused, monkeypatch, arguments):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 << 20))

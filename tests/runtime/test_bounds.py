@@ -128,7 +128,8 @@ def test_seeds_have_one_range_in_all_commands() -> None:
     assert len(found) == 5  # generate, chat, eval, fit, profile
     assert {id(field.metadata["option"].bounds) for field in found.values()} == {id(SEED)}
     for cls in found:
-        assert cls(**CLASSES[cls], seed=np.int64(2**63 - 1)).seed == 2**63 - 1
+        drawn = {"temperature": 1.0} if issubclass(cls, GenerateSettings) else {}
+        assert cls(**CLASSES[cls], **drawn, seed=np.int64(2**63 - 1)).seed == 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True)

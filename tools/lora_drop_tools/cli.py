@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_drop_runtime.command_line import Parser, add_options, run_command, settings_of
+from lora_drop_runtime.command_line import (
+    Parser,
+    add_options,
+    add_version,
+    check_text,
+    given_path,
+    run_command,
+    settings_of,
+)
 from lora_drop_runtime.errors import InputError, first_line
 
 from lora_drop_tools.bench.command import add_bench, run_bench
@@ -37,6 +45,12 @@ def _read_prompt(path: Path) -> str:
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Texts of --prompt, then those of --prompt-file."""
     prompts = list(args.prompt or [])
+    if [str(path) for path in args.prompt_file or []].count("-") > 1:
+        raise InputError(
+            "Standard input is given twice.",
+            note="--prompt-file - is there more than once, and it is read once.",
+            hint="Give it once, or files by their names.",
+        )
     for path in args.prompt_file or []:
         try:
             prompts.append(_read_prompt(path))
@@ -44,6 +58,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise InputError(
                 "The prompt file cannot be read.", note=f"{path}: {first_line(error)}.", hint="Give a UTF-8 text file."
             ) from None
+    for prompt in prompts:
+        check_text("A prompt", prompt)
     return prompts
 
 
@@ -61,6 +77,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    check_text("--system", args.system or "")
     chat(args.bundle, settings_of(ChatSettings, args), system=args.system)
 
 
@@ -74,6 +91,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-drop", description="Run, look at and check bundles made by lora-drop-export.")
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
@@ -83,13 +101,13 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_bundle(command: argparse.ArgumentParser, count: str | None = None) -> None:
         what = "directory written by lora-drop-export"
-        command.add_argument("bundle", type=Path, metavar="BUNDLE", nargs=count, help=what)
+        command.add_argument("bundle", type=given_path, metavar="BUNDLE", nargs=count, help=what)
 
     command = add("generate", _generate, "Continue a prompt, streaming; several prompts run as a batch.")
     add_bundle(command)
     command.add_argument("--prompt", action="append", metavar="TEXT", help="continue this text; repeat for a batch")
     command.add_argument(
-        "--prompt-file", action="append", type=Path, metavar="FILE", help="continue a file; - is standard input"
+        "--prompt-file", action="append", type=given_path, metavar="FILE", help="continue a file; - is standard input"
     )
     command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     add_options(command, GenerateSettings)

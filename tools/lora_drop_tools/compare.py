@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from lora_drop_runtime.bounds import K
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import check_options, option, require_export_packages
+from lora_drop_runtime.command_line import check_options, option, refuse_unused, require_export_packages
 from lora_drop_runtime.errors import InputError
 
+from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
     json_option,
     policy_option,
@@ -40,6 +41,8 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.k == 0:
+            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
 
 
 def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
@@ -55,8 +58,10 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     from lora_drop_export.console import Console
 
     console = Console()
+    opened = Bundle.open(bundle)
+    check_session(opened, settings.target, settings.provider, settings.threads)
     result = compare_bundle(
-        Bundle.open(bundle),
+        opened,
         target=settings.target,
         k=settings.k,
         provider=settings.provider,

@@ -16,12 +16,16 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime import bounds
-from lora_drop_runtime.command_line import check_options, option
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.command_line import check_options, option, refuse_unused
+from lora_drop_runtime.decoding.checks import check_request
+from lora_drop_runtime.decoding.prompts import padded
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 
+from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import policy_option, provider_option, target_option, threads_option
 
 
@@ -59,6 +63,10 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not self.temperature:
+            refuse_unused(self, ("top_k", "top_p", "seed"), "--temperature is 0", "add --temperature 0.8")
+        if self.k == 0:
+            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -163,6 +171,27 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
             messages.append({"role": "assistant", "content": reply.text})
 
 
+def _encoded(
+    bundle: Bundle, prompts: Sequence[str], settings: GenerateSettings, chat: bool
+) -> tuple[TextCodec, list[npt.NDArray[np.int64]]]:
+    """What makes tokens of text and back, and the prompts' tokens; refuses what the bundle does not allow."""
+    if not prompts:
+        raise InputError(
+            "There is no prompt.",
+            note="None was given, at least one is needed.",
+            hint='Give one with --prompt "…" or --prompt-file FILE.',
+        )
+    codec = TextCodec.open(bundle.root / "tokenizer")
+    codec.stream(settings.stop)
+    encoded = [
+        codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt) for prompt in prompts
+    ]
+    model, limits = bundle.manifest.model, bundle.manifest.limits
+    ids, lengths = padded(encoded, 0)
+    check_request(ids, lengths, settings.max_new_tokens, limits, model.vocab_size)
+    return codec, encoded
+
+
 def generate(
     bundle: str | Path,
     prompts: Sequence[str],
@@ -181,18 +210,10 @@ def generate(
         KeyboardInterrupt: Ctrl-C was pressed; what was written until then stands in `out`.
     """
     out = out or sys.stdout
-    with settings.open(bundle) as session:
-        codec = TextCodec.open(session.bundle.root / "tokenizer")
-        if not prompts:
-            raise InputError(
-                "There is no prompt.",
-                note="None was given, at least one is needed.",
-                hint='Give one with --prompt "…" or --prompt-file FILE.',
-            )
-        encoded = [
-            codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt)
-            for prompt in prompts
-        ]
+    opened = Bundle.open(bundle)
+    check_session(opened, settings.target, settings.provider, settings.threads)
+    codec, encoded = _encoded(opened, prompts, settings, chat)
+    with settings.open(opened.root) as session:
         if len(encoded) == 1:
             completion = _stream(session, codec, encoded[0], settings, out)
             if completion.interrupted:

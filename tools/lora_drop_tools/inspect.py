@@ -30,7 +30,13 @@ def _quantization(manifest: Manifest) -> list[str]:
         cost = how["perplexity"]
         before, after = cost["float"], cost[manifest.model.weight_dtype]
         line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
-    return [line]
+    lines = [line]
+    for one in how.get("departures", ()):
+        what = f"{one['weights']} ({one['count']})"
+        zero_points = "symmetric" if one["symmetric"] else "with zero points"
+        blocks = "float" if one["block_size"] is None else f"blocks of {one['block_size']}, {zero_points}"
+        lines.append(f"             {blocks}: {what}")
+    return lines
 
 
 def _sizes(manifest: Manifest) -> list[str]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits, Manifest, TargetEntry, TrtEntry
+from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
+from lora_drop_runtime.engines.trt.library import MODULES
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -26,6 +28,15 @@ if TYPE_CHECKING:  # what brings onnx is imported when a target is built
     from .lower import TrtGraph
     from .profiles import Profile
 
+# Options that both targets read; a row has words of its own for those that it reads alone
+_OWN = (
+    "weight_sharing",
+    "attention",
+    "workspace_mib",
+    "optimization_level",
+    "hardware_compatible",
+    "version_compatible",
+)
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 
 
@@ -72,6 +83,10 @@ class TrtTarget:
         return options.attention or self.default_form
 
     def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
+        if not MODULES.keys() & set(targets):
+            because = f"the targets are {', '.join(targets)}"
+            for part in (options, options.builder):
+                refuse_unused(part, _OWN, because, f"use --target {' or '.join(MODULES)}")
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 

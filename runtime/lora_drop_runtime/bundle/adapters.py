@@ -3,7 +3,8 @@
 Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
 
     adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": drop_layers, surrogate,
-                                 injection, base_fingerprint, and the policy that they were fitted for
+                                 injection, base_fingerprint, always_first and always_last, and the policy that they
+                                 were fitted for
     adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; with injection
                                  attn_mlp …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
 
@@ -32,6 +33,7 @@ _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\
 _UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
 _MOST_CONFIG_BYTES = 16 << 20
 _TEXTS = ("surrogate", "injection", "base_fingerprint", "policy")  # of the plan that they were fitted for
+_COUNTS = ("always_first", "always_last")  # of layers that it could not drop
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
 Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
@@ -47,6 +49,8 @@ class AdapterConfig:
     injection: str | None
     base_fingerprint: str | None
     policy: str | None = None
+    always_first: int | None = None
+    always_last: int | None = None
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -72,6 +76,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             alpha=typed(float, data.get("lora_alpha", rank), "lora_alpha"),
             drop_layers=typed(tuple[int, ...] | None, plan.get("drop_layers"), "lora_drop.drop_layers"),
             **{name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS},
+            **{name: typed(int | None, plan.get(name), f"lora_drop.{name}") for name in _COUNTS},
         )
     except (ValueError, BundleError) as error:
         reason = error.note if isinstance(error, BundleError) else f"{path}: {error}."

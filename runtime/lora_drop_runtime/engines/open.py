@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.errors import BundleError
 
 from .engine import Engine
+from .ort.providers import check_runs
 
 # Bundle, target, provider and threads, as `open_engine` takes them → the engine
 OpenEngine = Callable[[Bundle, str, str | None, int | None], Engine]
@@ -34,6 +36,24 @@ def _open_trt(bundle: Bundle, target: str, provider: str | None, threads: int | 
 ENGINES: dict[str, OpenEngine] = {"ort": _open_ort, "tensorrt": _open_trt, "tensorrt-rtx": _open_trt}
 
 
+def check_engine(bundle: Bundle, target: str | None = None, provider: str | None = None) -> str:
+    """Refuse what `open_engine` would, as far as that is known before an engine is made. Arguments as there.
+
+    Returns:
+        The target's name.
+    """
+    name, entry = bundle.target(target)
+    if name not in ENGINES:
+        raise BundleError(
+            "This runtime has no engine for the target.",
+            note=f"The bundle has {name!r}, engines are there for {', '.join(ENGINES)}.",
+            hint="Install the version that wrote the bundle, or choose another target of it.",
+        )
+    if isinstance(entry, OrtEntry) or (provider is not None and isinstance(entry, TrtEntry)):
+        check_runs(bundle, name, "cpu" if provider is None else provider)
+    return name
+
+
 def open_engine(
     bundle: Bundle, target: str | None = None, provider: str | None = None, threads: int | None = None
 ) -> Engine:
@@ -48,11 +68,5 @@ def open_engine(
     Raises:
         BundleError: the bundle has no such target, or cannot run here; NoDeviceError where only the GPU is missing.
     """
-    name, _ = bundle.target(target)
-    if name not in ENGINES:
-        raise BundleError(
-            "This runtime has no engine for the target.",
-            note=f"The bundle has {name!r}, engines are there for {', '.join(ENGINES)}.",
-            hint="Install the version that wrote the bundle, or choose another target of it.",
-        )
+    name = check_engine(bundle, target, provider)
     return ENGINES[name](bundle, name, provider, threads)

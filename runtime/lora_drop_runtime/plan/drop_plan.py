@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lora_drop_runtime.bounds import SHARE
 from lora_drop_runtime.errors import InputError, PlanError
 
 from .policy import DEFAULT_POLICY, POLICIES, Policy
@@ -38,12 +39,7 @@ def eligible_layers(
 
 def spread_layers(eligible: Sequence[int], drop_ratio: float) -> tuple[int, ...]:
     """`m = floor(ρ·|eligible| + 0.5)` layers spread evenly over the eligible ones (docs/algorithm.md)."""
-    if not 0.0 <= drop_ratio <= 1.0:
-        raise PlanError(
-            "The drop ratio must lie between 0 and 1.",
-            note=f"--drop-ratio is {drop_ratio}; it is a fraction of the {len(eligible)} eligible layers.",
-            hint="Use for example --drop-ratio 0.5.",
-        )
+    drop_ratio = SHARE.real("--drop-ratio", drop_ratio, error=PlanError)
     count = math.floor(drop_ratio * len(eligible) + 0.5)
     return tuple(eligible[math.floor((j + 0.5) * len(eligible) / count)] for j in range(count))
 
@@ -170,7 +166,7 @@ class DropPlan:
 def parse_layers(text: str) -> tuple[int, ...]:
     """`"4,6,9"` as layer indices."""
     try:
-        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(
             "The drop list is not a list of layer numbers.",

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.command_line import check_known
 
 from .schedule import Schedule, StepKind
 
@@ -87,10 +87,5 @@ def policy_named(name: str) -> Policy:
     Raises:
         InputError: there is none of that name.
     """
-    if name not in POLICIES:
-        raise InputError(
-            "Unknown refresh policy.",
-            note=f"{name!r} was given, known is {', '.join(POLICIES)}.",
-            hint=f"Use --policy {DEFAULT_POLICY}.",
-        )
+    check_known("refresh policy", name, tuple(POLICIES))
     return POLICIES[name]

@@ -9,7 +9,7 @@ import pytest
 from lora_drop_runtime.command_line import Parser, add_options, given_flags, settings_of
 from lora_drop_runtime.errors import InputError
 
-from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions, with_drop_list_read
+from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions, with_files_read
 from lora_drop_export.targets.trt.options import BuilderOptions
 
 
@@ -29,12 +29,12 @@ def test_nothing_given_is_the_defaults(parser):
 def test_what_is_given_reaches_its_field(parser):
     line = (
         "--drop-layers 4,6 --always-first 2 --always-last 2 --k 5 --surrogate anchor --injection attn_mlp "
-        "--policy backfill --adapters a --rank 4 --target ort --target none --dtype bf16 --max-seq-len 99 "
+        "--policy backfill --adapters a --rank 4 --target tensorrt-rtx --dtype bf16 --max-seq-len 99 "
         "--max-prompt-len 9 --max-batch 2 --weights link --weight-sharing constants --attention native "
-        "--workspace-mib 7 --optimization-level 2 --hardware-compatible --version-compatible "
-        "--no-verify --force --threads 2 --trust-remote-code"
+        "--workspace-mib 7 --optimization-level 2 --version-compatible "
+        "--force --threads 2 --trust-remote-code"
     )
-    arguments = parser.parse_args(line.replace("--target none ", "").split())
+    arguments = parser.parse_args(line.split())
     assert settings_of(ExportOptions, arguments) == ExportOptions(
         drop_layers=(4, 6),
         always_first=2,
@@ -45,7 +45,7 @@ def test_what_is_given_reaches_its_field(parser):
         policy="backfill",
         adapters=Path("a"),
         rank=4,
-        targets=("ort",),
+        targets=("tensorrt-rtx",),
         dtype="bfloat16",
         max_seq_len=99,
         max_prompt_len=9,
@@ -53,15 +53,13 @@ def test_what_is_given_reaches_its_field(parser):
         weights="link",
         weight_sharing="constants",
         attention="native",
-        builder=BuilderOptions(
-            workspace_mib=7, optimization_level=2, hardware_compatible=True, version_compatible=True
-        ),
-        verify=False,
+        builder=BuilderOptions(workspace_mib=7, optimization_level=2, version_compatible=True),
         force=True,
         threads=2,
         trust_remote_code=True,
     )
-    assert parser.parse_args(line.split()).targets == ["ort", "none"]
+    assert parser.parse_args(["--target", "ort", "--target", "none"]).targets == ["ort", "none"]
+    assert settings_of(ExportOptions, parser.parse_args(["--no-verify"])) == ExportOptions(verify=False)
 
 
 def test_flags_that_were_given_are_known_by_name(parser):
@@ -75,13 +73,13 @@ def test_flags_that_were_given_are_known_by_name(parser):
 def test_a_sequence_of_one_token_is_refused_under_its_own_name(max_prompt_len):
     with pytest.raises(InputError) as refused:
         ExportOptions(max_seq_len=1, max_prompt_len=max_prompt_len)
-    assert refused.value.fact == "--max-seq-len must be at least 2."
+    assert refused.value.fact == "--max-seq-len is too small."
     assert "It is 1; the smallest possible is 2" in refused.value.note
     assert ExportOptions(max_seq_len=2).max_seq_len == 2
 
 
 def test_a_drop_list_is_read_once(tmp_path):
     (tmp_path / "list.json").write_text('{"drop_layers": [6, 4], "fingerprint": "ab"}')
-    options = with_drop_list_read(ExportOptions(drop_list=tmp_path / "list.json", k=2))
+    options = with_files_read(ExportOptions(drop_list=tmp_path / "list.json", k=2))
     assert options == ExportOptions(drop_layers=(6, 4), drop_list_fingerprint="ab", k=2)
-    assert with_drop_list_read(options) is options
+    assert with_files_read(options) is options

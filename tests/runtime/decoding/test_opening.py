@@ -97,7 +97,7 @@ def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
         (tmp_path / name / "lora_drop.json").write_text(written.to_json())
     assert_refused(lambda: Session.open(tmp_path / "ort", policy="backfil"), "policy", "'backfil'", "skip")
     assert_refused(lambda: Session.open(tmp_path / "ort", threads=0), "threads", "0")
-    assert_refused(lambda: Session.open(tmp_path / "ort", k=-1), "k must be", "-1", error=PlanError)
+    assert_refused(lambda: Session.open(tmp_path / "ort", k=-1), "k is too small", "-1", error=PlanError)
     for name, options, fact, *note in (
         ("ort", {"provider": "npu"}, "provider", "'npu'", "cpu"),
         ("none", {}, "no target", "none"),

@@ -29,7 +29,7 @@ REFUSED_PROMPTS = {
     "negative new tokens": ((np.ones((1, 8), np.int64),), {"max_new_tokens": -3}, "nothing to generate", "is -3", "1"),
     "a negative id": ((np.array([[1, -1]]),), {}, "outside the vocabulary", "-1", "0 to 49"),
     "an id past the vocabulary": ((np.array([[1, 2], [50, 3]]),), {}, "outside the vocabulary", "50", "0 to 49"),
-    "a negative k": ((np.array([[1, 2]]),), {"k": -1}, "k must be", "-1", "0"),
+    "a negative k": ((np.array([[1, 2]]),), {"k": -1}, "k is too small", "-1", "0"),
     "half a k": ((np.array([[1, 2]]),), {"k": 1.5}, "k must be", "1.5", "0"),
 }
 
@@ -71,7 +71,7 @@ def test_requests_refuse_what_prefill_refuses() -> None:
         assert_refused(lambda prompts=prompts, count=count: session.generate(prompts, count), fact)
         if len(prompts) != 3 and prompts != [[1], []]:
             assert_refused(lambda prompts=prompts, count=count: next(session.stream(prompts, count)), fact)
-    assert_refused(lambda: session.generate([1], 3, k=-1), "k must be", error=PlanError)
+    assert_refused(lambda: session.generate([1], 3, k=-1), "k is too small", error=PlanError)
     assert_refused(lambda: next(session.stream([[1], [2]], 3)), "one prompt", "2")
     assert not engine.runs
 

@@ -112,7 +112,7 @@ def test_ratio_1_drops_every_eligible_layer() -> None:
 
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, float("nan"), float("inf")])
 def test_spread_refuses(ratio: float) -> None:
-    assert_refused(lambda: spread_layers(range(28), ratio), "between 0 and 1", str(ratio), "28 eligible")
+    assert_refused(lambda: spread_layers(range(28), ratio), "--drop-ratio is ", str(ratio))
 
 
 # ── the schedule ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -207,13 +207,11 @@ def test_plan_refuses(changes: dict, fact: str, note: list[str]) -> None:
 # ── text ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("text", "layers"), [("4,6,9", (4, 6, 9)), (" 9, 4 ", (9, 4)), ("4,", (4,)), ("", ()), ("-1", (-1,))]
-)
+@pytest.mark.parametrize(("text", "layers"), [("4,6,9", (4, 6, 9)), (" 9, 4 ", (9, 4)), ("-1", (-1,))])
 def test_parse_layers(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["4-6", "four", "4;6", "4.0"])
+@pytest.mark.parametrize("text", ["4-6", "four", "4;6", "4.0", "4,", "4,,5", ",", ""])
 def test_parse_layers_refuses(text: str) -> None:
     assert_refused(lambda: parse_layers(text), "not a list of layer numbers", repr(text), error=InputError)

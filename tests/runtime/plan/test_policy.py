@@ -65,8 +65,8 @@ def test_a_name_is_read_once_or_refused() -> None:
     assert policy_named("backfill") is POLICIES["backfill"]
     with pytest.raises(InputError, match="Unknown refresh policy") as caught:
         policy_named("backfil")
-    assert "'backfil' was given, known is skip, backfill." in str(caught.value)
-    assert "--policy skip" in str(caught.value)
+    assert "'backfil' was given, known are skip and backfill." in str(caught.value)
+    assert "Use skip." in str(caught.value)
     with pytest.raises(PlanError, match="Unknown value for --policy"):
         DropPlan(num_layers=6, drop_layers=(3,), policy="backfil")
 

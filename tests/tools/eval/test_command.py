@@ -178,7 +178,7 @@ def test_another_bundle_is_not_taken_for_this_one(
         (["--text", "TEXT", "--k", "-1"], "--k is too small."),
         (["--text", "TEXT", "--k", "x"], "The command line is not understood."),
         (["--text", "TEXT", "--policy", "none"], "Unknown refresh policy."),
-        (["--text", "TEXT", "--policy", ""], "There is no refresh policy."),
+        (["--text", "TEXT", "--policy", ""], "The command line is not understood."),
         (["--text", "TEXT", "--k", "9"], "A window has no room for a prompt and a whole cycle."),
         (["--text", "TEXT", "--window", "12"], "A window has no room for a prompt and a whole cycle."),
         (["--text", "TEXT", "--window", "129"], "A window is longer than a bundle allows."),
@@ -192,7 +192,7 @@ def test_another_bundle_is_not_taken_for_this_one(
         (["--text", "TEXT", "--bench", "OTHER"], "The measured speed-ups are of other bundles."),
         (["--text", "TEXT", "--bench", "TEXT"], "The measured speed-ups cannot be read."),
         (["--tasks", "arc_hard", "--data", "."], "Unknown task."),
-        (["--tasks", "piqa,piqa", "--data", "."], "A task is named twice."),
+        (["--tasks", "piqa,piqa", "--data", "."], "--tasks names a value twice."),
         (["--tasks", "piqa"], "A task's data file is missing."),
         (["--tasks", "piqa", "--data", "DIR"], "A task's data file is not what the task takes."),
         (["--tasks", "arc_easy", "--data", "DIR"], "A task's data file is not what the task takes."),
@@ -225,7 +225,8 @@ def test_refused_before_any_work(
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"\x1f\x8bnothing")
     names = {"TEXT": text, "SHORT": tmp_path / "short", "OTHER": tmp_path / "bench.json", "DIR": tmp_path}
     given = [str(names.get(option, option)) for option in options]
-    assert main(["eval", str(bundle), "--window", "48", "--prompt", "8", *given]) == 2
+    windows = ["--window", "48", "--prompt", "8"] if "--text" in options else []
+    assert main(["eval", str(bundle), *windows, *given]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {fact}")
     assert "\nNote: " in error

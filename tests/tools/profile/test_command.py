@@ -53,7 +53,7 @@ def test_rankings_and_lists(made: tuple[Profile, Path]) -> None:
         assert (facts["ranking"], facts["rho"], facts["kl"]) == (one.ranking, one.rho, one.kl)
         assert (facts["model"], facts["fingerprint"]) == ("tiny-llama", result.fingerprint)
         errors = {base: {i: figures[i].base_errors[base] for i in one.drop_layers} for base in ("recurrent", "anchor")}
-        assert read_drop_list(out / one.file) == DropList(one.drop_layers, result.fingerprint, errors)
+        assert read_drop_list(out / one.file) == DropList(one.drop_layers, result.fingerprint, errors, 3, 1)
     for rho in (0.25, 0.5, 0.75):
         assert result.best(rho).kl == min(one.kl for one in result.drop_lists if one.rho == rho)
 

@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
-from lora_drop_tools.shared.bundles import check_writable, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, check_writable, open_bundles, weight_dtype
 
 from .arms import Arm, SessionOptions, TimedSession, measure, peer_arm, session_arms
 from .judge import MeasurementError, judge
@@ -175,6 +175,7 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
     if settings.json_file is not None:
         settings.json_file.write_text(result.to_json())
     if settings.plots is not None:
+        settings.plots.mkdir(parents=True, exist_ok=True)
         write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
     if result.problems:
@@ -183,6 +184,19 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
             note=" ".join(result.problems),
             hint="Measure again on an idle machine with more --repeats. If it stays, the step's time does not go with "
             "its bytes: look at the GB/s of both kinds of step.",
+        )
+
+
+def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None:
+    """Refuse what cannot run all bundles, and policies of theirs of which none was chosen."""
+    for bundle in bundles.values():
+        check_session(bundle, settings.target, settings.provider, settings.threads)
+    policies = {name: bundle.manifest.plan.policy for name, bundle in bundles.items()}
+    if settings.policy is None and len(set(policies.values())) > 1:
+        raise InputError(
+            "The bundles have different policies.",
+            note=f"{', '.join(f'{name} has {policy}' for name, policy in policies.items())}.",
+            hint="Choose the one that all are measured under with --policy.",
         )
 
 
@@ -201,6 +215,7 @@ def bench(
         MeasurementError: a speed-up above its ceiling by more than the noise; everything is written before.
     """
     opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
+    _check_alike(opened, settings)
     requests = requests_of(opened, settings)
     (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
     on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)

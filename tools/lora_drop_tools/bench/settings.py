@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.command_line import check_options, option
+from lora_drop_runtime.command_line import check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.bench.peers.options import PEERS
@@ -90,6 +90,16 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.peers is None:
+            refuse_unused(self, ("model", "peer_cache", "peer_python"), "--peers was not given", "add --peers")
+        elif 1 not in self.batches:
+            raise InputError(
+                "The peers would not be measured.",
+                note=f"They run batches of 1; --batches is {', '.join(map(str, self.batches))}.",
+                hint="Add 1 to --batches, or leave --peers out.",
+            )
+        if self.windows == [0]:
+            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
         if self.contexts == () or not self.batches:
             raise InputError(
                 "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."

@@ -31,7 +31,7 @@ from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared import costs, machine
-from lora_drop_tools.shared.bundles import check_writable, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, check_writable, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
 
 from .intervals import Sums
@@ -204,26 +204,30 @@ def eval(
     """
     given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
     opened = open_bundles(given)
+    for one in opened.values():
+        check_session(one, settings.target, settings.provider, settings.threads)
     settings = checked(opened, settings)
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
-    check_writable(settings.json_file, settings.plots)
-    stores = _open_stores(opened, settings)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
     drawn = {name: text_windows(request, codec, settings.seed) if request else {} for name, codec in codecs.items()}
+    check_writable(settings.json_file, settings.plots)
+    stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
         work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], items)
-        for policy in dict.fromkeys(settings.policies):
+        policies = settings.policies or (bundle.manifest.plan.policy,)
+        for policy in policies:
             print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
             rows = _measure(work, policy, settings, speedups)
-            result.rows += [row for row in rows if row.k or policy == settings.policies[0]]
+            result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
     if settings.json_file is not None:
         settings.json_file.write_text(result.to_json())
     if settings.plots is not None:
+        settings.plots.mkdir(parents=True, exist_ok=True)
         write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
     return result

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_drop_runtime import bounds
-from lora_drop_runtime.command_line import check_options, option
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.policy import POLICIES
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
@@ -23,7 +23,7 @@ class EvalSettings:
     Attributes:
         labels: names for the tables, one for each bundle; the directories' names when empty.
         k: LoRA steps between refreshes; 0, the full schedule, is always evaluated too.
-        policies: `skip`, `backfill`, or both.
+        policies: `skip`, `backfill`, or both; each bundle's own when empty.
         text: a UTF-8 file for perplexity, agreement and KL.
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
             many of them as all bundles allow.
@@ -53,10 +53,10 @@ class EvalSettings:
         (1, 3), metavar="K,…", bounds=bounds.K, help="evaluate these windows (default 1,3); 0 always runs"
     )
     policies: tuple[str, ...] = option(
-        (DEFAULT_POLICY,),
+        (),
         flag="--policy",
         metavar="NAME,…",
-        help=f"evaluate these policies: {', '.join(POLICIES)} (default skip)",
+        help=f"evaluate these policies: {', '.join(POLICIES)} (default: each bundle's)",
     )
     text: Path | None = option(None, metavar="FILE", help="score a text: perplexity, agreement and KL")
     window: int | None = option(
@@ -92,27 +92,22 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        unknown = [policy for policy in self.policies if policy not in POLICIES]
-        if unknown or not self.policies:
-            raise InputError(
-                "Unknown refresh policy." if unknown else "There is no refresh policy.",
-                note=f"{unknown[0]!r} was given." if unknown else "None was given.",
-                hint=f"Known are {', '.join(POLICIES)}.",
-            )
-        if len(set(self.labels)) < len(self.labels):
-            raise InputError(
-                "The labels do not fit the bundles.",
-                note=f"{', '.join(self.labels)}: one is given twice.",
-                hint="Give a different --label for each bundle, in their order, or none.",
-            )
+        if self.ks == [0]:
+            refuse_unused(self, ("policies",), "with --k 0 every step is a refresh", "use a larger --k")
+        for policy in self.policies:
+            check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         if self.text is None and not self.tasks:
             raise InputError(
                 "There is nothing to evaluate.",
                 note="Neither a text nor a task was given.",
                 hint=f"Use --text FILE, or --tasks with some of {', '.join(TASKS)}.",
             )
-        if self.text is not None:
+        if self.text is None:
+            refuse_unused(self, ("window", "prompt", "windows"), "--text was not given", "add --text FILE")
+        else:
             self._check_windows()
+        if not self.tasks:
+            refuse_unused(self, ("data", "limit"), "--tasks was not given", "add --tasks NAME")
 
     def _check_windows(self) -> None:
         longest = self.ks[-1]

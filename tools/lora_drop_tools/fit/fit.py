@@ -82,6 +82,19 @@ def _written_by_first(staged: Any, out: Path, force: bool, workers: Workers) -> 
     )
 
 
+def _check_early(loaded: LoadedModel, texts: Sequence[str], listed: DropList | None, settings: FitSettings) -> None:
+    """Refuse what will not fit the model, before its weights are read."""
+    from lora_drop_export.checkpoint.drop_list import check_drop_list
+    from lora_drop_export.compiler.early import windows_of_config
+
+    settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
+    check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
+    windows = windows_of_config(loaded.model.config)
+    if windows is not None:
+        plan_to_fit(loaded, windows, settings, listed)
+    Corpus.of(loaded, texts, settings.window_tokens)
+
+
 def _fit_loaded(
     loaded: LoadedModel,
     texts: Sequence[str],
@@ -97,7 +110,7 @@ def _fit_loaded(
 
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     forcing = TeacherForcing(loaded.model)
-    plan = plan_to_fit(loaded, forcing, settings, listed)
+    plan = plan_to_fit(loaded, forcing.windows(), settings, listed)
     corpus = Corpus.of(loaded, texts, settings.window_tokens)
     seen, unseen = (Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
     work = Work(forcing, plan, settings, seen, unseen, console)
@@ -150,7 +163,6 @@ def fit(model: str, settings: FitSettings) -> Fit:
     require_export_packages("fitting runs the model in PyTorch")
     import torch
 
-    from lora_drop_export.checkpoint.drop_list import check_drop_list
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
     from lora_drop_export.staging import staged_directory
@@ -171,8 +183,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
                     device=device,
                     trust_remote_code=settings.trust_remote_code,
                     log=console.say,
+                    check=lambda found: _check_early(found, texts, listed, settings),
                 )
-            check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
             result, partial = _fit_loaded(loaded, texts, listed, settings, workers, console, root)
         partial.remove()
         workers.wait(device)

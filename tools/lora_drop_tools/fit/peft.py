@@ -48,6 +48,8 @@ def save_adapters(
             "base_fingerprint": loaded.fingerprint,
             "k": list(settings.k),
             "policy": plan.policy,
+            "always_first": plan.always_first,
+            "always_last": plan.always_last,
         },
     }
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")

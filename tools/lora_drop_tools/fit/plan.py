@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
@@ -15,17 +17,18 @@ from .settings import FitSettings
 if TYPE_CHECKING:
     from lora_drop_export.checkpoint.drop_list import DropList
     from lora_drop_export.decoder.loaded import LoadedModel
-    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 
-def _chosen_plan(forcing: TeacherForcing, settings: FitSettings, listed: DropList | None) -> DropPlan:
+def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList | None) -> DropPlan:
     """The plan that was asked for, of a model that brings none."""
-    windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
-    first, last = settings.always or (3, 1)
+    windowed = tuple(i for i, size in enumerate(windows) if size)
+    first = settings.always_first if listed is None or settings.always_first is not None else listed.always_first
+    last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
+    first, last = 3 if first is None else first, 1 if last is None else last
     ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
-    eligible = eligible_layers(len(forcing), first, last, windowed)
+    eligible = eligible_layers(len(windows), first, last, windowed)
     return DropPlan(
-        num_layers=len(forcing),
+        num_layers=len(windows),
         drop_layers=spread_layers(eligible, ratio) if listed is None else listed.layers,
         surrogate=settings.surrogate or DEFAULT_SURROGATE,
         injection=settings.injection or "block",
@@ -39,7 +42,8 @@ def _check_nothing_chosen(loaded: LoadedModel, settings: FitSettings, listed: Dr
     """Refuse options that would change the plan of a bundle."""
     given = {
         "a drop list": listed if listed is not None else settings.drop_ratio,
-        "--always-first or --always-last": settings.always,
+        "--always-first": settings.always_first,
+        "--always-last": settings.always_last,
         "--surrogate": settings.surrogate,
         "--injection": settings.injection,
     }
@@ -62,16 +66,19 @@ def listed_layers(settings: FitSettings) -> DropList | None:
 
 
 def plan_to_fit(
-    loaded: LoadedModel, forcing: TeacherForcing, settings: FitSettings, listed: DropList | None
+    loaded: LoadedModel, windows: Sequence[int], settings: FitSettings, listed: DropList | None
 ) -> DropPlan:
     """The bundle's plan, or the one that was asked for, with the rank, window and policy to be fitted.
+
+    Args:
+        windows: each layer's sliding window in positions, 0 for none.
 
     Raises:
         InputError: the model brings a plan, and another one was asked for.
         PlanError: the plan drops nothing, or the rank is larger than the hidden size.
     """
     if loaded.plan is None:
-        plan = _chosen_plan(forcing, settings, listed)
+        plan = _chosen_plan(windows, settings, listed)
         policy = settings.policy or DEFAULT_POLICY
     else:
         _check_nothing_chosen(loaded, settings, listed)
@@ -83,11 +90,6 @@ def plan_to_fit(
             note=f"The drop list of {loaded.name} is empty.",
             hint="Use --drop-ratio 0.5, --drop-layers or --drop-list.",
         )
-    width = forcing.model.get_input_embeddings().weight.shape[1]
-    if settings.rank > width:
-        raise PlanError(
-            "The rank is larger than the hidden size.",
-            note=f"--rank is {settings.rank}, the hidden size is {width}.",
-            hint="Use --rank 16.",
-        )
+    width = loaded.model.get_input_embeddings().weight.shape[1]
+    Bounds(1, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
     return dataclasses.replace(plan, rank=settings.rank, k=settings.k[0], policy=policy)

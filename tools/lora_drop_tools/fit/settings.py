@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.command_line import check_known, check_options, option
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
@@ -174,6 +174,9 @@ class FitSettings:
             )
         if not self.tokens and not self.steps:
             raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
+        if not self.steps:
+            because = "--steps is 0, so nothing is distilled"
+            refuse_unused(self, ("learning_rate", "accumulate", "resume"), because, "give --steps")
 
     @property
     def window_tokens(self) -> int:
@@ -182,13 +185,3 @@ class FitSettings:
     @property
     def lora_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
-
-    @property
-    def always(self) -> tuple[int, int] | None:
-        """First and last layers that are always kept; None where neither was given."""
-        if self.always_first is None and self.always_last is None:
-            return None
-        return (
-            3 if self.always_first is None else self.always_first,
-            1 if self.always_last is None else self.always_last,
-        )

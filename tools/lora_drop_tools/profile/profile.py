@@ -43,7 +43,6 @@ from .settings import ProfileSettings
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import LoadedModel
-    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 PROFILE_NAME = "profile.json"
 RATIOS = (0.25, 0.5, 0.75)
@@ -92,6 +91,13 @@ def _windows(loaded: LoadedModel, texts: Sequence[str], window: int, count: int,
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+def _drawn(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings) -> Any:
+    """All pieces that the figures, the rankings and the comparison take."""
+    window = settings.window_tokens
+    count, scored = settings.tokens // window, settings.sensitivity_tokens // window
+    return _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
+
+
 def _list_length(rho: float, eligible: Sequence[int]) -> int:
     return math.floor(rho * len(eligible) + 0.5)
 
@@ -118,22 +124,22 @@ def _greedy(
         return greedy.order(eligible, count, report)
 
 
-def _plan(forcing: TeacherForcing, settings: ProfileSettings) -> DropPlan:
+def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
     """The plan whose eligible layers are ranked; it drops none.
 
     Raises:
         PlanError: no layer is eligible.
     """
     first, last = settings.always_first, settings.always_last
-    windowed = tuple(i for i, size in enumerate(forcing.windows()) if size)
-    if not eligible_layers(len(forcing), first, last, windowed):
+    windowed = tuple(i for i, size in enumerate(windows) if size)
+    if not eligible_layers(len(windows), first, last, windowed):
         raise PlanError(
             "No layer of the model may be dropped.",
-            note=f"Of {len(forcing)} the first {first} and the last {last} are always kept, and {len(windowed)} attend "
+            note=f"Of {len(windows)} the first {first} and the last {last} are always kept, and {len(windowed)} attend "
             "to a sliding window.",
             hint="Lower --always-first or --always-last.",
         )
-    return DropPlan(len(forcing), (), settings.k, always_first=first, always_last=last, windowed_layers=windowed)
+    return DropPlan(len(windows), (), settings.k, always_first=first, always_last=last, windowed_layers=windowed)
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,17 @@ def _compare(scoring: Scoring, ranked: _Ranked, windows: Any, console: Console) 
     )
 
 
+def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings) -> None:
+    """Refuse what will not fit the model, before its weights are read."""
+    from lora_drop_export.compiler.early import windows_of_config
+
+    settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
+    windows = windows_of_config(loaded.model.config)
+    if windows is not None:
+        _plan(windows, settings)
+    _drawn(loaded, texts, settings)
+
+
 def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings, console: Console) -> Profile:
     """All figures, rankings and lists."""
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
@@ -185,11 +202,11 @@ def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSetting
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     window = settings.window_tokens
     count, scored = settings.tokens // window, settings.sensitivity_tokens // window
-    windows = _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
+    windows = _drawn(loaded, texts, settings)
     forcing = TeacherForcing(loaded.model)
     windows = windows.to(forcing.device)
     comparing, ranking = windows[:scored], windows[scored:]  # of the latter both may be the same text
-    plan = _plan(forcing, settings)
+    plan = _plan(forcing.windows(), settings)
     with console.progress("figures of the layers") as update:
         done = iter(range(1, count + 1))
         figures = layer_figures(forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count))
@@ -217,7 +234,7 @@ def _write(result: Profile, root: Path) -> None:
     for ranked in result.drop_lists:
         facts = {
             **dataclasses.asdict(ranked),
-            **{name: result.settings[name] for name in ("k", "policy")},
+            **{name: result.settings[name] for name in ("k", "policy", "always_first", "always_last")},
             "model": result.model,
             "fingerprint": result.fingerprint,
             "base_errors": {
@@ -253,6 +270,7 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
                 log=console.say,
+                check=lambda found: _check_early(found, texts, settings),
             )
         result = _measure(loaded, texts, settings, console)
         _write(result, root)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, ModelFacts
+from lora_drop_runtime.engines.open import check_engine
 from lora_drop_runtime.errors import InputError
 
 
@@ -15,6 +16,22 @@ def weight_dtype(model: ModelFacts) -> str:
     """How a bundle stores the weights of its matrices; caches and activations have the model's `dtype`."""
     stored = getattr(model, "weight_dtype", model.dtype)
     return str(stored) if stored in QUANTIZED_DTYPES else model.dtype
+
+
+def check_session(bundle: Bundle, target: str | None, provider: str | None, threads: int | None) -> None:
+    """Refuse what no session of a bundle can be opened with, and threads that none would use.
+
+    Raises:
+        BundleError: the target or the provider does not run it; NoDeviceError where another machine could.
+        InputError: the engine runs on a GPU.
+    """
+    name = check_engine(bundle, target, provider)
+    if threads is not None and provider is None and bundle.target(name)[1].on_device:
+        raise InputError(
+            "--threads would change nothing.",
+            note=f"It is {threads}, and the engines of {name} run on the GPU.",
+            hint="Leave it out, or choose a --provider of ONNX Runtime.",
+        )
 
 
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
@@ -42,7 +59,7 @@ def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
 
 
 def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:
-    """Refuse before any work what could not be written after it."""
+    """Refuse before any work what could not be written after it; leaves nothing there."""
     if plots is not None and importlib.util.find_spec("matplotlib") is None:
         raise InputError(
             "Figures need matplotlib.",
@@ -51,10 +68,16 @@ def check_writable(json_file: str | Path | None, plots: str | Path | None) -> No
         )
     try:
         if plots is not None:
+            made = [parent for parent in (Path(plots), *Path(plots).parents) if not parent.exists()]
             Path(plots).mkdir(parents=True, exist_ok=True)
+            for directory in made:
+                directory.rmdir()
         if json_file is not None:
+            was_there = Path(json_file).exists()
             with Path(json_file).open("a"):
                 pass
+            if not was_there:
+                Path(json_file).unlink()
     except OSError as error:
         raise InputError(
             "The results cannot be written.",

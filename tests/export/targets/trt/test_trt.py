@@ -446,7 +446,7 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--target", RTX, "--compute-capability", "9.0"], "does not build for that compute capability"),
-        (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "named once each"),
+        (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "names a value twice"),
         (["--target", RTX, "--attention", "plugin"], "cannot run plugins"),
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
         (["--target", RTX, "--no-alias"], "--no-alias applies only to the attention plugin"),

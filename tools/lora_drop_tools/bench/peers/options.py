@@ -104,6 +104,13 @@ def peer_options(
                 note=f"{text!r} was given; needed is NAME=PATH, NAME one of {', '.join(PEERS)}.",
                 hint="Write for example --peer-python optimum-onnx=venv/bin/python.",
             )
+        if name in chosen or (names and name not in names):
+            raise InputError(
+                "The Python of a peer would not be used.",
+                note=f"{text!r} was given; "
+                + ("another one is given for it." if name in chosen else f"--peers names {', '.join(names)}."),
+                hint="Give one --peer-python for each peer that is measured.",
+            )
         chosen[name] = path_text
     return PeerOptions(tuple(names) or tuple(PEERS), models, cache, chosen)
 

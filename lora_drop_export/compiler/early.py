@@ -1,0 +1,91 @@
+"""What is refused before the model is traced: all that options, config.json and the headers of files tell.
+
+Enters: options, then a checkpoint. Leaves: nothing, or an error; warnings are printed. Trace and weights
+of a large model take minutes. What only the trace tells is checked again after it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
+from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.drop_list import check_drop_list
+from lora_drop_export.console import Console
+from lora_drop_export.decoder.refusals import refuse_by_config
+from lora_drop_export.quantize.choice import block_formats
+from lora_drop_export.weights.store import check_linkable, weights_bytes
+
+from .facts import adapter_matrices, make_limits, make_plan, native_formats
+from .files import check_disk
+from .options import ExportOptions
+
+
+def windows_of_config(config: Any) -> tuple[int, ...] | None:
+    """The sliding window of each layer, 0 for none, as far as a config tells; None where it does not say its layers.
+
+    transformers has two ways to say it: `layer_types` for each layer, or one `sliding_window` for all.
+    """
+    layers, size = getattr(config, "num_hidden_layers", None), getattr(config, "sliding_window", None)
+    if type(layers) is not int or layers < 1:
+        return None
+    size = size if type(size) is int and getattr(config, "use_sliding_window", None) is not False else 0
+    types = getattr(config, "layer_types", None)
+    if isinstance(types, list | tuple) and len(types) == layers:
+        return tuple(size if kind == "sliding_attention" else 0 for kind in types)
+    # Code that a model brings may mean something else by it
+    return (size if type(config).__module__.startswith("transformers.") else 0,) * layers
+
+
+def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root: Path) -> None:
+    """As if every tensor were used, and every matrix quantized where that was asked for."""
+    refs = {name: ref for name, ref in checkpoint.tensors.items() if ref.dtype in MODEL_DTYPES}
+    formats = {}
+    if options.weights_format:
+        shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
+        formats = block_formats(shapes, native_formats(refs), (), options.weights_format)
+    matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
+    stored = options.dtype if options.dtype in QUANTIZED_DTYPES else dtype
+    quantized = bool(options.weights_format)
+    check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=quantized)
+    check_disk(root, weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats))
+
+
+def _warn_of_plan(plan: DropPlan, console: Console) -> None:
+    """Say so when no layer is dropped."""
+    if plan.drop_layers:
+        return
+    windowed = f", {len(plan.windowed_layers)} attend to a sliding window" if plan.windowed_layers else ""
+    console.say(
+        f"warning: no layer is dropped: of {plan.num_layers} the first {plan.always_first} and the last "
+        f"{plan.always_last} are always kept{windowed}. Every step will run the whole model"
+    )
+
+
+def check_before_trace(
+    checkpoint: Checkpoint, dtype: str, options: ExportOptions, root: Path, console: Console
+) -> None:
+    """Refuse what will not fit the model.
+
+    Args:
+        dtype: of activations.
+        root: of the bundle that is being written.
+
+    Raises:
+        InputError, PlanError, ModelError, BundleError: it does not.
+    """
+    config = checkpoint.config
+    refuse_by_config(config)
+    make_limits(config, options)
+    fingerprint = checkpoint.fingerprint()
+    check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
+    windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
+    if windows is not None and type(width) is int:
+        plan = make_plan(windows, width, options)
+        adapter_matrices(plan, width, fingerprint, options)
+        _warn_of_plan(plan, console)
+    _check_disk(checkpoint, dtype, options, root)

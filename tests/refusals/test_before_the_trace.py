@@ -1,0 +1,211 @@
+"""What options, config.json and headers of files tell is refused before the model is traced or its weights written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import lora_drop_export.cli
+from lora_drop_export.compiler.early import windows_of_config
+from lora_drop_export.decoder.trace import trace
+from tests.support.bundles import family, save_adapters, traced_model
+from tests.support.models import SIZES, build
+
+
+class Traced(BaseException):
+    """The checks are passed: the trace would begin."""
+
+
+@pytest.fixture
+def stops_at_the_trace(monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise Traced
+
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", stop)
+
+
+@pytest.fixture
+def passes(place, tmp_path):
+    """Runs an export up to the trace, and returns what it printed."""
+
+    def run(*arguments: object, model: object = None) -> None:
+        given = ("--model", place / "model" if model is None else model, "--out", tmp_path / "passes", *arguments)
+        with pytest.raises(Traced):
+            lora_drop_export.cli.main([str(argument) for argument in given])
+
+    return run
+
+
+def changed_model(place: Path, to: Path, **config: Any) -> Path:
+    """A copy of the tiny Llama with another config."""
+    shutil.copytree(place / "model", to)
+    written = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(written | config))
+    return to
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--adapters nope", ("not a directory of LoRA-Drop adapters", "nope")),
+        ("--drop-list nope", ("drop list cannot be read", "nope")),
+        ("--rank 65", ("--rank is too large", "It is 65; the largest possible is 64, the model's hidden size")),
+        ("--rank 4 --drop-ratio 0", ("--rank leaves room", "no layer is dropped")),
+        ("--always-first 99", ("No layer of the model may be dropped", "Of 8 the first 99 and the last 1")),
+        ("--always-first 4 --always-last 4", ("No layer of the model may be dropped", "first 4", "last 4")),
+        ("--always-last 8 --drop-ratio 0", ("No layer of the model may be dropped", "last 8")),
+        ("--drop-layers 3 --always-first 4", ("always kept", "Layer 3")),
+        ("--drop-layers 3,70000", ("--drop-layers is too large", "70000")),
+        ("--drop-layers 3,999", ("does not have", "Layer 999", "0 to 7")),
+        ("--max-seq-len 300", ("--max-seq-len is too large", "300", "context is 256")),
+        ("--max-prompt-len 256", ("--max-prompt-len is too large", "256")),
+        ("--weights link --target none --dtype bf16", ("cannot be linked", "float32", "bfloat16")),
+        ("--weights link --dtype int4", ("cannot be linked", "float32", "int4")),
+        ("--target tensorrt", ("library of the target is not installed", "tensorrt")),
+        ("--dtype int8 --target tensorrt-rtx", ("cannot take quantized weights", "tensorrt-rtx")),
+        ("--kv-dtype int8 --dtype bf16", ("int8 caches work only with",)),
+    ],
+)
+def test_refused_by_the_config_or_the_options(export_refused, arguments, words):
+    export_refused(*arguments.split(), words=words)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_adapters_that_do_not_fit(export_refused, place, tmp_path):
+    """Of more layers, another width, another rank: the headers tell."""
+    from lora_drop_runtime.bundle.bundle import Bundle
+
+    manifest = Bundle.open(place / "bundle").manifest
+    wide = save_adapters(tmp_path / "wide", manifest.plan, 96, manifest.model.fingerprint)
+    export_refused("--adapters", wide, words=("wrong shape", "(4, 96)", "(4, 64)"))
+    deep = SimpleNamespace(sites=("11",), drop_layers=(11,), surrogate="residual", injection="block")
+    deep = save_adapters(tmp_path / "deep", deep, 64, manifest.model.fingerprint)
+    export_refused("--adapters", deep, words=("does not have", "Layer 11", "0 to 7"))
+    ranked = save_adapters(tmp_path / "rank", manifest.plan, 64, manifest.model.fingerprint)
+    export_refused("--adapters", ranked, "--rank", 5, words=("another rank", "--rank is 5", "has rank 4"))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
+def test_disk_that_is_too_small_by_the_headers(export_refused, place, monkeypatch, dtype):
+    """Less than the headers' bytes: what a weight takes was written down here."""
+    values = sum(p.numel() for p in family("llama").model.parameters())
+    least = {"fp32": 4.0, "int8": 1.0, "int4": 0.5}[dtype] * values  # scales, zero points and 64 MiB come on top
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=int(least + (64 << 20)) - 1))
+    export_refused("--dtype", dtype, words=("too little free disk space",))
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
+def test_enough_disk_passes(passes, monkeypatch):
+    size = sum(p.numel() for p in family("llama").model.parameters()) * 4
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size + (65 << 20)))
+    passes("--dtype", "fp32")
+    passes("--dtype", "int4")
+
+
+@pytest.mark.usefixtures("untraced")
+def test_weights_that_cannot_be_linked_across_file_systems(export_refused, tmp_path, place, monkeypatch):
+    real = Path.stat
+
+    def far(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        if path.name != "model.safetensors":
+            return found
+        return os.stat_result([*found[:2], found.st_dev + 1, *found[3:10]])
+
+    monkeypatch.setattr(Path, "stat", far)
+    export_refused("--weights", "link", "--target", "none", words=("cannot be linked", "another file system"))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("config", "arguments", "words"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"] * 4, "sliding_window": 5}, "--drop-layers 4,5",
+         ("Layer 5", "sliding window")),
+        ({"num_local_experts": 4}, "", ("MoE",)),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "", ("RoPE",)),
+    ],
+)  # fmt: skip
+def test_features_that_the_config_tells(export_refused, place, tmp_path, config, arguments, words):
+    model = changed_model(place, tmp_path / "model", **config)
+    if "layer_types" in config:
+        model = changed_model(place, tmp_path / "qwen", model_type="qwen2", **config, use_sliding_window=True)
+    export_refused(*arguments.split(), model=model, words=words)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "mistral", "phi3"])
+def test_windows_of_a_config_are_those_of_the_trace(name):
+    source = family(name)
+    assert windows_of_config(source.checkpoint.config) == source.traced.windows
+
+
+def test_one_window_for_all_layers():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    model = build(MistralForCausalLM, MistralConfig, seed=3, sliding_window=7, num_hidden_layers=2)
+    made = traced_model(model)
+    assert windows_of_config(made.checkpoint.config) == trace(made.checkpoint, "float32").windows == (7, 7)
+
+
+def test_windows_of_strange_configs():
+    """A config that does not say its layers is left to the trace."""
+    assert windows_of_config(SimpleNamespace()) is None
+    assert windows_of_config(SimpleNamespace(num_hidden_layers="8")) is None
+    assert windows_of_config(SimpleNamespace(num_hidden_layers=2, sliding_window="wide")) == (0, 0)
+    assert windows_of_config(SimpleNamespace(num_hidden_layers=2, sliding_window=4)) == (0, 0)  # code of its own
+    strange = SimpleNamespace(num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention"])
+    assert windows_of_config(strange) == (0, 0)
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
+@pytest.mark.parametrize("arguments", [("--drop-ratio", "0"), ("--drop-ratio", "0.1")])
+def test_a_plan_that_drops_nothing_is_said(passes, capsys, arguments):
+    passes(*arguments)
+    assert "warning: no layer is dropped: of 8 the first 3 and the last 1 are always kept." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
+def test_a_model_of_windows_alone_says_why_nothing_is_dropped(passes, place, tmp_path, capsys):
+    passes(model=changed_model(place, tmp_path / "model", model_type="mistral", sliding_window=9))
+    assert "8 attend to a sliding window" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
+def test_layers_that_are_always_kept_come_with_the_files(passes, place, tmp_path, capsys, monkeypatch):
+    """Of adapters and of drop lists: taken where nothing is asked for, else the difference is named."""
+    from lora_drop_runtime.bundle.bundle import Bundle
+
+    from lora_drop_export.compiler import early
+
+    plans = []
+    monkeypatch.setattr(early, "_warn_of_plan", lambda plan, console: plans.append(plan))
+    listed = tmp_path / "list.json"
+    listed.write_text('{"drop_layers": [1, 4], "always_first": 1, "always_last": 2}')
+    passes("--drop-list", listed)
+    assert (plans[-1].always_first, plans[-1].always_last) == (1, 2)
+    assert "warning" not in capsys.readouterr().err
+    passes("--drop-list", listed, "--always-first", 0)
+    assert (plans[-1].always_first, plans[-1].always_last) == (0, 2)
+    assert f"warning: --always-first is 0; {listed} was made with 1" in capsys.readouterr().err
+    passes("--drop-list", listed, "--always-first", 1)
+    assert "warning" not in capsys.readouterr().err
+
+    manifest = Bundle.open(place / "bundle").manifest
+    plan = SimpleNamespace(sites=("1",), drop_layers=(1,), surrogate="residual", injection="block")
+    adapters = save_adapters(tmp_path / "adapters", plan, SIZES["hidden_size"], manifest.model.fingerprint)
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    config["lora_drop"] |= {"always_first": 0, "always_last": 3}
+    (adapters / "adapter_config.json").write_text(json.dumps(config))
+    passes("--adapters", adapters)
+    assert (plans[-1].always_first, plans[-1].always_last) == (0, 3)
+    passes("--adapters", adapters, "--always-last", 1)
+    assert (plans[-1].always_first, plans[-1].always_last) == (0, 1)
+    assert f"warning: --always-last is 1; {adapters} was made with 3" in capsys.readouterr().err
