@@ -14,10 +14,10 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
-from lora_drop_export.staging import staged_directory
+from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import build_target
 
-from .files import tool_versions, verification_details, write_manifest, write_verification
+from .files import BUNDLE, tool_versions, verification_details, write_manifest, write_verification
 from .options import NO_TARGET, ExportOptions, check_formats
 from .verify import verify
 
@@ -87,7 +87,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         for kind in (StepKind.REFRESH, StepKind.LORA)
     }
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
-    with staged_directory(root.resolve(), force=True) as staged:
+    with staged_directory(root, force=True, kind=BUNDLE) as staged:
         kept = _stage_the_rest(bundle, targets, staged)
         entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
         for target in targets:

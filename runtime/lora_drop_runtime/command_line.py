@@ -4,18 +4,22 @@ Options are said once, as the fields of a frozen settings class: name, default, 
 of them, `settings_of` the settings of what was given; what was not given is left to the class. A field that is itself a
 settings class stands for the options of that one.
 
-A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130.
+A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130, SIGTERM
+with 143, SIGHUP with 129.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -220,10 +224,35 @@ def require_export_packages(reason: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
+
+    Those that something else handles, or that are ignored as by `nohup`, are left alone.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [signal.Signals[name] for name in names]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # where Python lets nobody handle signals
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
     """Run a command's body and return its exit code."""
     try:
-        command(sys.argv[1:] if arguments is None else arguments)
+        with _ended_by_signals():
+            command(sys.argv[1:] if arguments is None else arguments)
     except LoraDropError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -11,8 +11,8 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
                                  timing.cache (tensorrt), *_context.onnx: EPContext nodes (tensorrt-rtx)
     verify.json                  the last comparison with the reference, step by step
 
-Opening checks format version, presence and sizes. A checkpoint file is recorded by size and the hash of its
-safetensors header, every other file by size and content; `check_hashes` reads them all.
+Opening checks format version, presence and sizes. Every file but the manifest is recorded by its size and the hash of
+its content; `check_unchanged` reads them all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy.typing as npt
 from lora_drop_runtime.errors import BundleError
 
 from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
-from .safetensors_file import header_sha256
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,8 @@ class WeightInput:
         return sum(size for _, _, size in self.parts)
 
 
-def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
+def record_file(path: Path) -> FileRecord:
     """Size and hash of a file as the manifest keeps them."""
-    if header_only:
-        return FileRecord(path.stat().st_size, header_sha256(path), True)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)
@@ -126,5 +123,28 @@ class Bundle:
         return [
             name
             for name, record in self.manifest.files.items()
-            if record_file(self.root / name, header_only=record.header_only) != record
+            if not record.header_only and record_file(self.root / name) != record
         ]
+
+    def check_unchanged(self) -> None:
+        """Hash every file.
+
+        Raises:
+            BundleError: a hash is not the recorded one, or the manifest does not record that of the whole file.
+        """
+        wrong = self.check_hashes()
+        if wrong:
+            raise BundleError(
+                "A file of the bundle has changed.",
+                note=f"{wrong[0]} does not have the recorded hash"
+                + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
+                hint="Copy the bundle again, or export the model again.",
+            )
+        partly = [name for name, record in self.manifest.files.items() if record.header_only]
+        if partly:
+            raise BundleError(
+                "The bundle does not record the hash of every file.",
+                note=f"Version 0.1 wrote it, which recorded of {', '.join(partly)} only the header. All others are as "
+                "they were.",
+                hint="Export the model again, and the whole of it is recorded.",
+            )
