@@ -37,8 +37,8 @@ from tests.support.profiles import saved
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
-TINY_FIT = "--drop-layers 3,5 --window 32 --batch 2 --tokens 512 --steps 4 --threads 1".split()
-TINY_PROFILE = "--tokens 128 --sensitivity-tokens 64 --window 32 --k 3 --rankings influence".split()
+TINY_FIT = ("--drop-layers", "3,5", "--window", 32, "--batch", 2, "--tokens", 512, "--steps", 4, "--threads", 1)
+TINY_PROFILE = ("--tokens", 128, "--sensitivity-tokens", 64, "--window", 32, "--k", 3, "--rankings", "influence")
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def run(count: int, seed: int) -> Trials:
         for index in itertools.count():
             if trials.hits == count:
                 break
-            trials.trial(known[index % len(known)], SIGNALS[index // len(known) % len(SIGNALS)])
+            trials.trial(known[index % len(known)], SIGNALS[(index + index // len(known)) % len(SIGNALS)])
             if sys.stderr.isatty():
                 print(f"\r{trials.hits} of {count}", end="", file=sys.stderr)
     return trials
@@ -219,7 +219,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="Choose the moments by this number (default 0).")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lora-drop-traces-") as traces:
-        os.environ["LORA_DROP_TEST_TRACES"] = traces
+        os.environ.setdefault("LORA_DROP_TEST_TRACES", traces)
         trials = run(given.count, given.seed)
     for what, count in sorted(trials.counts.items()):
         print(f"{count:5}  {', '.join(what)}")

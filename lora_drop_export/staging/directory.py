@@ -21,7 +21,7 @@ from .rename import exchange, rename_new
 
 
 def _flush(root: Path) -> None:
-    """Have everything on disk: some file systems say only then that it is full."""
+    """Have everything on disk before what it replaces is removed: some file systems say only then that it is full."""
     for directory, _, names in os.walk(root):
         for name in names:
             descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
@@ -56,9 +56,11 @@ def _replace(area: Area, place: Path, force: bool, kind: Kind) -> None:
 
 def _publish(area: Area, place: Path, force: bool, kind: Kind) -> None:
     """Make the result visible at its place."""
-    _flush(area.new)
+    replaces = os.path.lexists(place)
+    if replaces:
+        _flush(area.new)
     try:
-        if os.path.lexists(place):
+        if replaces:
             _replace(area, place, force, kind)
         else:
             rename_new(area.new, place)

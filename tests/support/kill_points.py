@@ -1,7 +1,7 @@
 """Ends a process at each point of a staging where the file system is about to change, one run after the other.
 
 Run as a program: it prints, as JSON, what was there after each end and after the next run. The points are Python's own
-audit events (open, mkdir, rename, remove, flock, …) below the place, and either side of the renames that go through ctypes.
+audit events (open below the place, mkdir, rename, remove, flock, …), and either side of the renames through ctypes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.command_line import run_command
+
 from lora_drop_export.staging import rename
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.file import write_file
 from lora_drop_export.staging.owned import Kind
-from lora_drop_runtime.command_line import run_command
 
+MEMORY = "/dev/shm"  # where nobody waits for a disk
 MARKER = "marker.json"
 PLACE = "place with a name"
 
@@ -67,9 +69,9 @@ def _end_at(point: int, place: Path, number: int) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        if event == "lora_drop.rename" or (
-            event.partition(".")[0] in ("open", "os", "shutil", "tempfile", "fcntl")
-            and any(str(a).startswith(str(place.parent)) for a in arguments if isinstance(a, str | os.PathLike))
+        paths = [str(a) for a in arguments if isinstance(a, str | os.PathLike)]
+        if event.startswith(("lora_drop.", "os.", "shutil.", "fcntl.")) or (
+            event == "open" and any(path.startswith(str(place.parent)) for path in paths)
         ):
             count += 1
             if count == point:
@@ -101,7 +103,7 @@ def in_child(body: Callable[[], object]) -> int:
 
 
 def _one(stage: Callable[[Path, bool], None], old: bool, number: int, point: int, force_next: bool) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.path.isdir(MEMORY) else None) as directory:
         place = Path(directory).resolve() / PLACE
         if old and stage is stage_directory:
             write_directory(place, "old")
