@@ -208,8 +208,9 @@ def run(count: int, seed: int) -> Trials:
             if trials.hits == count:
                 break
             trials.trial(known[index % len(known)], SIGNALS[(index + index // len(known)) % len(SIGNALS)])
-            if sys.stderr.isatty():
-                print(f"\r{trials.hits} of {count}", end="", file=sys.stderr)
+            if sys.stderr.isatty() or trials.hits % 10 == 0:
+                failed = f", {len(trials.failures)} failures" if trials.failures else ""
+                print(f"{trials.hits} of {count}{failed}", end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr)
     return trials
 
 
