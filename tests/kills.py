@@ -100,6 +100,9 @@ def start(body: Callable[[], int], log: str = os.devnull) -> int:
         printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which `nohup` has ignored
+            signal.signal(number, signal.SIG_DFL)
         code = 1
         try:
             code = body()

@@ -14,6 +14,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.staging.area import refuse_others, resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import build_target
 
@@ -78,6 +79,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     import onnx
 
     options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
+    refuse_others(resolved(Path(out)))  # first, since a killed one may have left the bundle beside its place
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
     _check_addable(bundle, targets, options.force)

@@ -224,6 +224,17 @@ def require_export_packages(reason: str) -> None:
             )
 
 
+class _Ended(SystemExit):
+    """A signal told the command to end."""
+
+
+def _end_behind(error: BaseException | None) -> BaseException | None:
+    """The Ctrl-C or signal that a library made an error of its own of, as an import of C code does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | _Ended):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
@@ -232,7 +243,7 @@ def _ended_by_signals() -> Iterator[None]:
     """
 
     def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        raise _Ended(128 + number)
 
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [signal.Signals[name] for name in names]
@@ -243,6 +254,11 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        end = _end_behind(error)
+        if end is None:
+            raise
+        raise end from None
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
