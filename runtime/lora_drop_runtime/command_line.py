@@ -255,10 +255,10 @@ def _ended_by_signals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        end = _end_behind(error)
-        if end is None:
+        cause = _end_behind(error)
+        if cause is None:
             raise
-        raise end from None
+        raise cause from None
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
