@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 NAMES = ("time", "perf_counter", "monotonic", "process_time", "thread_time")
 CLOCKS = {*NAMES, *(f"{name}_ns" for name in NAMES)}
 EXCEPTIONS = {
+    "kills.py",  # kills at random moments of a run, whose time it takes first: a command
     "overhead.py",  # prints times: a command, which pytest does not collect
     "test_no_wall_clock.py",  # this one, whose examples are text
 }

@@ -16,10 +16,11 @@ from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
-from lora_drop_export.staging import staged_directory
+from lora_drop_export.staging.area import refuse_others, resolved
+from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import build_target
 
-from .files import tool_versions, verification_details, write_manifest, write_verification
+from .files import BUNDLE, tool_versions, verification_details, write_manifest, write_verification
 from .options import NO_TARGET, ExportOptions, check_formats
 from .verify import verify
 
@@ -114,13 +115,14 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
         InputError, ModelError, BundleError, VerificationError: the bundle is as it was.
     """
     options = dataclasses.replace(options or ExportOptions(), targets=tuple(targets))
+    refuse_others(resolved(Path(out)))  # first, since a killed one may have left the bundle beside its place
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
     _check_addable(bundle, targets, options.force)
     console = Console()
     graphs = {kind: _neutral_graph(bundle, kind) for kind in (StepKind.REFRESH, StepKind.LORA)}
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
-    with staged_directory(root.resolve(), force=True) as staged:
+    with staged_directory(root, force=True, kind=BUNDLE) as staged:
         kept = _stage_the_rest(bundle, targets, staged)
         entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
         for target in targets:

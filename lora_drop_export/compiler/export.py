@@ -18,7 +18,6 @@ lowering, with the graphs of a bundle.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -37,11 +36,11 @@ from lora_drop_export.graphs.early_rows import with_rows_chosen_early
 from lora_drop_export.graphs.lora import lora_step_from_refresh
 from lora_drop_export.graphs.match import fusable_groups
 from lora_drop_export.graphs.refresh import refresh_from_trace
-from lora_drop_export.staging import staged_directory
+from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import build_target
 from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
-from lora_drop_export.weights.store import is_taken_as_it_lies, store_weights, weights_bytes
+from lora_drop_export.weights.store import store_weights, weights_bytes
 
 from .early import check_before_trace
 from .facts import (
@@ -54,8 +53,9 @@ from .facts import (
     quantization_facts,
     special_tokens,
 )
-from .files import check_disk, copy_tokenizer, file_records, make_model_directory, tool_versions, write_manifest
+from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
 from .options import NO_TARGET, ExportOptions, with_files_read
+from .records import HashedMeanwhile, file_records
 from .verify import verify
 
 
@@ -79,7 +79,6 @@ def write_bundle(
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options.weights_format)
-    as_it_lay = is_taken_as_it_lies(refs.values(), dtype, owned=checkpoint.owned, formats=formats)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed)
     with console.progress("weights") as progress:
@@ -94,6 +93,7 @@ def write_bundle(
             method=options.weights_format.method if options.weights_format else "rtn",
             progress=progress,
         )
+    hashed = HashedMeanwhile(root / "weights")
     make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
@@ -123,7 +123,8 @@ def write_bundle(
         for target in options.targets
         if target != NO_TARGET
     }
-    return write_manifest(root, dataclasses.replace(manifest, targets=targets, files=file_records(root, as_it_lay)))
+    files = file_records(root, hashed.records())
+    return write_manifest(root, dataclasses.replace(manifest, targets=targets, files=files))
 
 
 def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, console: Console) -> Bundle:
@@ -149,9 +150,9 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     console = Console()
     options = with_files_read(options or ExportOptions(), console.say)
     out = Path(out)
-    with staged_directory(out.resolve(), options.force) as root:
+    with staged_directory(out, options.force, BUNDLE) as root:
         checkpoint = open_checkpoint(
-            model, root / "scratch", trust_remote_code=options.trust_remote_code, log=console.say
+            model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say
         )
         dtype = "float32" if options.weights_format else options.dtype or default_dtype(checkpoint, options)
         check_before_trace(checkpoint, dtype, options, root, console)
@@ -162,7 +163,6 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         if options.weights_format and options.verify:
             bundle = _with_perplexity(bundle, checkpoint, console)
-        shutil.rmtree(root / "scratch", ignore_errors=True)
         if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")
         elif options.verify:

@@ -1,4 +1,4 @@
-"""The files of a bundle that are neither graphs nor weights, the records of all of them, and the disk they need."""
+"""The files of a bundle that are neither graphs nor weights, how a bundle is known, and the disk it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.open import read_tokenizer
-from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME
+from lora_drop_export.staging.owned import Kind
 
 _VERSIONED = (
     "lora-drop-export",
@@ -79,15 +79,22 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def file_records(root: Path, as_it_lay: bool) -> dict[str, FileRecord]:
-    """Size and hash of every file; of a checkpoint taken as it lay only the headers, since it may be huge."""
-    records = {}
-    for file in sorted(p for p in root.rglob("*") if p.is_file() and "scratch" not in p.relative_to(root).parts):
-        name = file.relative_to(root).as_posix()
-        if name != MANIFEST_NAME:
-            of_checkpoint = file.match("weights/*.safetensors") and file.name not in (ADAPTERS_NAME, KV_SCALES_NAME)
-            records[name] = record_file(file, header_only=of_checkpoint and as_it_lay)
-    return records
+def _bundle_files(root: Path) -> frozenset[str] | None:
+    """The files that a bundle's manifest names, itself among them; None where it is no manifest of this program.
+
+    Of any format version, so that a bundle that this one cannot read can be replaced.
+    """
+    try:
+        data = json.loads((root / MANIFEST_NAME).read_bytes())
+        signs = data["format_version"], data["model"]["fingerprint"], data["plan"]["drop_layers"]
+        sizes = {name: record["size_bytes"] for name, record in data["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    types = isinstance(signs[0], int) and isinstance(signs[1], str) and isinstance(signs[2], list)
+    return frozenset((MANIFEST_NAME, *sizes)) if types else None
+
+
+BUNDLE = Kind("bundle", MANIFEST_NAME, _bundle_files)
 
 
 def check_disk(root: Path, needed_bytes: int) -> None:

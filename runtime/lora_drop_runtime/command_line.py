@@ -5,7 +5,8 @@ of them, `settings_of` the settings of what was given; what was not given is lef
 settings class stands for the options of that one. `check_options` checks values, whether they were typed or come from
 Python.
 
-A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130.
+A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130, SIGTERM
+with 143, SIGHUP with 129.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
@@ -444,12 +447,53 @@ def _print_end(text: str) -> None:
             _silence(stream)
 
 
+class _Ended(SystemExit):
+    """A signal told the command to end."""
+
+
+def _end_behind(error: BaseException | None) -> BaseException | None:
+    """The Ctrl-C or signal that a library made an error of its own of, as an import of C code does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | _Ended):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
+
+    Those that something else handles, or that are ignored as by `nohup`, are left alone.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [signal.Signals[name] for name in names]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # where Python lets nobody handle signals
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    except Exception as error:
+        cause = _end_behind(error)
+        if cause is None:
+            raise
+        raise cause from None
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:
     """Run a command's body and return its exit code. An exception that is a bug of ours goes through."""
     _ready_streams()
     try:
         try:
-            command(sys.argv[1:] if arguments is None else arguments)
+            with _ended_by_signals():
+                command(sys.argv[1:] if arguments is None else arguments)
         finally:  # also after --help, which ends with SystemExit
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from lora_drop_runtime.bounds import K
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import check_options, option, refuse_unused, require_export_packages
-from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
@@ -22,9 +21,12 @@ from lora_drop_tools.shared.options import (
     threads_option,
     trust_remote_code_option,
 )
+from lora_drop_tools.shared.results import check_results, write_json
 
 if TYPE_CHECKING:
     from lora_drop_export.check.figures import Verification
+
+_KEYS = ("target", "k", "prompt_lengths", "tolerance", "steps")  # of what --json writes
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
 
     Raises:
         VerificationError: a step disagrees.
-        InputError: the exporter's packages are not installed.
+        InputError: the exporter's packages are not installed, or the figures cannot be written.
     """
     require_export_packages("comparing needs PyTorch as the reference")
     from lora_drop_export.check.figures import failure, print_table
     from lora_drop_export.check.verify import compare as compare_bundle
     from lora_drop_export.console import Console
 
+    check_results(settings.json_file, _KEYS)
     console = Console()
     opened = Bundle.open(bundle)
     check_session(opened, settings.target, settings.provider, settings.threads)
@@ -72,14 +75,7 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     )
     print_table(result, console)
     if settings.json_file is not None:
-        try:
-            settings.json_file.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-        except OSError as error:
-            raise InputError(
-                "The figures cannot be written.",
-                note=f"{settings.json_file}: {error.strerror}.",
-                hint="Give another --json.",
-            ) from None
+        write_json(settings.json_file, json.dumps(dataclasses.asdict(result), indent=1) + "\n", _KEYS)
     if not result.passed:
         raise failure(result)
     return result

@@ -65,7 +65,7 @@ def _progress_monitor(trt: Any, progress: Progress) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.phases: dict[str, tuple[int, int]] = {}
-            self.interrupted = False
+            self.interrupted: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.phases[phase_name] = (0, num_steps)
@@ -76,9 +76,9 @@ def _progress_monitor(trt: Any, progress: Progress) -> Any:
                 self.phases[phase_name] = (done + 1, total)
                 if phase_name == next(iter(self.phases)):
                     progress(phase_name, done + 1, total)
-            except KeyboardInterrupt:  # raised here when the user presses Ctrl-C during the build
-                self.interrupted = True
-            return not self.interrupted
+            except (KeyboardInterrupt, SystemExit) as end:  # raised here at Ctrl-C or SIGTERM during the build
+                self.interrupted = end
+            return self.interrupted is None
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.pop(phase_name, None)
@@ -184,8 +184,8 @@ class EngineBuilder:
         with self._console.progress(f"{self._target}: {proto.graph.name} engine") as progress:
             monitor = config.progress_monitor = _progress_monitor(trt, progress)
             plan = builder.build_serialized_network(network, config)
-        if monitor.interrupted:
-            raise KeyboardInterrupt
+        if monitor.interrupted is not None:
+            raise monitor.interrupted
         if plan is None:
             raise self._error("cannot build an engine", proto, list(self._logger.lines))
         unused = [line for line in self._logger.warnings if re.search(r"unused input", line, re.IGNORECASE)]

@@ -12,9 +12,9 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
     verify.json                  the last comparison with the reference, step by step
 
 Opening checks the manifest's every value, and presence and size of the files, which are ordinary ones inside the
-directory. A checkpoint file is recorded by size and the hash of its safetensors header, every other file by size and
-content; `check_hashes` reads them all. What the manifest does not record is not run: not as a graph or an engine, not
-as weights that a graph names, not from the folders that are read as a whole.
+directory. Every file but the manifest is recorded by its size and the hash of its content; `check_unchanged` reads them
+all. What the manifest does not record is not run: not as a graph or an engine, not as weights that a graph names, not
+from the folders that are read as a whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded
 from .graph_files import graph_files
 from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
 from .manifest_reader import read_manifest
-from .safetensors_file import header_sha256
 from .typed_json import parse_json, typed
 
 MOST_MANIFEST_BYTES = 64 << 20
@@ -58,10 +57,8 @@ class WeightInput:
         return sum(size for _, _, size in self.parts)
 
 
-def record_file(path: Path, *, header_only: bool = False) -> FileRecord:
+def record_file(path: Path) -> FileRecord:
     """Size and hash of a file as the manifest keeps them."""
-    if header_only:
-        return FileRecord(path.stat().st_size, header_sha256(path), True)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(path.stat().st_size, digest)
@@ -235,5 +232,28 @@ class Bundle:
         return [
             name
             for name, record in self.manifest.files.items()
-            if record_file(self.root / name, header_only=record.header_only) != record
+            if not record.header_only and record_file(self.root / name) != record
         ]
+
+    def check_unchanged(self) -> None:
+        """Hash every file.
+
+        Raises:
+            BundleError: a hash is not the recorded one, or the manifest does not record that of the whole file.
+        """
+        wrong = self.check_hashes()
+        if wrong:
+            raise BundleError(
+                "A file of the bundle has changed.",
+                note=f"{wrong[0]} does not have the recorded hash"
+                + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
+                hint="Copy the bundle again, or export the model again.",
+            )
+        partly = [name for name, record in self.manifest.files.items() if record.header_only]
+        if partly:
+            raise BundleError(
+                "The bundle does not record the hash of every file.",
+                note=f"Version 0.1 wrote it, which recorded of {', '.join(partly)} only the header. All others are as "
+                "they were.",
+                hint="Export the model again, and the whole of it is recorded.",
+            )

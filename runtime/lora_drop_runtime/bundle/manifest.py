@@ -78,7 +78,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """`sha256` covers the content, or only the safetensors header where `header_only`."""
+    """`sha256` covers the content; in a bundle of version 0.1 only the safetensors header where `header_only`."""
 
     size_bytes: int
     sha256: str

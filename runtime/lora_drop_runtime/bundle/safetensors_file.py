@@ -7,7 +7,6 @@ Format: 8 bytes little-endian header length, a JSON header, then the data.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +179,3 @@ def read_tensors(path: Path) -> dict[str, TensorPlace]:
         dtype = known.name if known else entry.dtype
         places[name] = TensorPlace(name, path, dtype, entry.shape, data_start + begin, end - begin)
     return places
-
-
-def header_sha256(path: Path) -> str:
-    """Hash of the header: a cheap identity of a file too large to hash at every opening."""
-    return hashlib.sha256(_read_header(path)[0]).hexdigest()

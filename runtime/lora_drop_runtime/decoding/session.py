@@ -67,6 +67,7 @@ class Session:
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
+        check: bool = False,
     ) -> Session:
         """Open a bundle.
 
@@ -79,6 +80,7 @@ class Session:
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
+            check: hash every file and compare it with the manifest; otherwise only sizes are looked at.
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
@@ -90,6 +92,8 @@ class Session:
         schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
         policy_named(bundle.manifest.plan.policy if policy is None else policy)  # refused before an engine is made
         checks.check_threads(threads)
+        if check:
+            bundle.check_unchanged()
         engine = open_engine(bundle, target, provider, threads)
         session = cls(bundle, engine, schedule, policy)
         if engine.warms_up:

@@ -27,6 +27,7 @@ from tests.support.bundles import family, make_bundle
 from tests.support.models import FAMILIES
 from tests.support.profiles import ELIGIBLE, TOLERANCE, WINDOW, K, add_tokenizer, make_scoring, saved
 
+OLD = json.dumps({"fingerprint": "", "layers": [{}], "rankings": {}, "drop_lists": []})  # of an earlier profile
 profile_module = importlib.import_module("lora_drop_tools.profile.profile")  # the name in the package is the function
 
 
@@ -233,10 +234,9 @@ def test_an_existing_directory(llama_dir: Path, text: Path, tmp_path: Path, caps
     assert "exists already" in capsys.readouterr().err
     assert main(arguments(llama_dir, text, out, "--force")) == 2
     assert "is not a profile" in capsys.readouterr().err
-    (out / "profile.json").write_text("{}")
-    (out / "old.txt").write_text("old")
+    (out / "profile.json").write_text(OLD)
     assert main(arguments(llama_dir, text, out, "--force", "--rankings", "influence")) == 0
-    assert not (out / "old.txt").exists()
+    assert (out / "profile.json").read_text() != OLD
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -248,7 +248,7 @@ def test_nothing_is_left_behind(
     pytest.importorskip("matplotlib", reason="matplotlib, of the extra `bench`, is not installed")
     old = tmp_path / "old"
     old.mkdir()
-    (old / "profile.json").write_text("old")
+    (old / "profile.json").write_text(OLD)
 
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")
@@ -263,4 +263,4 @@ def test_nothing_is_left_behind(
             with pytest.raises(RuntimeError, match="in the middle"):
                 main(command)
     assert [file.name for file in tmp_path.rglob("*")] == ["old", "profile.json"]
-    assert (old / "profile.json").read_text() == "old"
+    assert (old / "profile.json").read_text() == OLD

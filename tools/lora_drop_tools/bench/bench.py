@@ -26,15 +26,16 @@ from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
-from lora_drop_tools.shared.bundles import check_session, check_writable, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
+from lora_drop_tools.shared.results import check_results, write_json
 
 from .arms import Arm, SessionOptions, TimedSession, measure, peer_arm, session_arms
 from .judge import MeasurementError, judge
 from .memory import measure_memory
-from .plots import write_plots
+from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import prompts_of, requests_of
-from .result import BenchResult, PeerRow, Request, Run, make_row, median_ratio, quantile
+from .result import KEYS, BenchResult, PeerRow, Request, Run, make_row, median_ratio, quantile
 from .settings import BenchSettings
 
 
@@ -167,17 +168,16 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
 
 
 def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) -> None:
-    """Write and print everything.
+    """Print and write everything.
 
     Raises:
         MeasurementError: after that, where a figure cannot be true.
     """
-    if settings.json_file is not None:
-        settings.json_file.write_text(result.to_json())
-    if settings.plots is not None:
-        settings.plots.mkdir(parents=True, exist_ok=True)
-        write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
+    if settings.json_file is not None:
+        write_json(settings.json_file, result.to_json(), KEYS)
+    if settings.plots is not None:
+        write_plots(result, settings.plots)
     if result.problems:
         raise MeasurementError(
             "A speed-up is above what the bytes allow.",
@@ -220,7 +220,7 @@ def bench(
     (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
     on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)
     wanted = _wanted_peers(settings, on_cpu, settings.provider or target)
-    check_writable(settings.json_file, settings.plots)
+    check_results(settings.json_file, KEYS, settings.plots, FIGURES)
 
     result = _new_result(opened, settings, target)
     options = SessionOptions(result.policy, settings.target, settings.provider, settings.threads)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_tools.shared import costs
+from lora_drop_tools.shared.results import save_figure
 
 from .result import BenchResult, Row
 
@@ -51,6 +52,10 @@ def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylabel("K/V of generated tokens saved (%)")
 
 
+_DRAWN = {"speedup": _draw_speedup, "latency": _draw_latency, "kv_saving": _draw_kv_saving}
+FIGURES = tuple(f"{name}_context*_batch*.png" for name in _DRAWN)  # patterns of their names
+
+
 def write_plots(result: BenchResult, directory: Path) -> list[Path]:
     """Speed-up against ρ with its ceilings, latencies, and K/V saving against ρ, for each context and batch."""
     from matplotlib.figure import Figure
@@ -59,13 +64,12 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
     for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
         own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
         title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
-        for name, draw in (("speedup", _draw_speedup), ("latency", _draw_latency), ("kv_saving", _draw_kv_saving)):
+        for name, draw in _DRAWN.items():
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")
             axes = figure.add_subplot()
             draw(axes, own)
             axes.set_title(title, fontsize="small")
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
-            written.append(directory / f"{name}_context{context}_batch{rows}.png")
-            figure.savefig(written[-1], dpi=150)
+            written.append(save_figure(figure, directory / f"{name}_context{context}_batch{rows}.png"))
     return written

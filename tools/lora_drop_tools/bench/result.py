@@ -169,6 +169,9 @@ class Memory:
     pss: dict[str, int] | None
 
 
+KEYS = ("command", "begun", "machine", "engine", "bundles", "rows", "raw")  # by which an earlier --json is known
+
+
 @dataclass
 class BenchResult:
     """Everything that was measured; `to_json` is what --json writes."""

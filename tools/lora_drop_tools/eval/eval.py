@@ -31,14 +31,15 @@ from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared import costs, machine
-from lora_drop_tools.shared.bundles import check_session, check_writable, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
+from lora_drop_tools.shared.results import check_results, write_json
 
 from .intervals import Sums
-from .plots import write_plots
+from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import TaskItems, checked, read_speedups, task_items, text_request, text_windows
-from .result import FULL, EvalResult, EvalRow, TaskFigures, averages, safe_zones, task_figures, text_figures
+from .result import FULL, KEYS, EvalResult, EvalRow, TaskFigures, averages, safe_zones, task_figures, text_figures
 from .scoring import Window, score_windows, windows_at_once
 from .settings import EvalSettings
 from .store import Key, Store, digest
@@ -210,9 +211,9 @@ def eval(
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
+    check_results(settings.json_file, KEYS, settings.plots, FIGURES)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
     drawn = {name: text_windows(request, codec, settings.seed) if request else {} for name, codec in codecs.items()}
-    check_writable(settings.json_file, settings.plots)
     stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
@@ -224,10 +225,9 @@ def eval(
             rows = _measure(work, policy, settings, speedups)
             result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
-    if settings.json_file is not None:
-        settings.json_file.write_text(result.to_json())
-    if settings.plots is not None:
-        settings.plots.mkdir(parents=True, exist_ok=True)
-        write_plots(result, settings.plots)
     print("\n".join(describe(result)), file=out or sys.stdout)
+    if settings.json_file is not None:
+        write_json(settings.json_file, result.to_json(), KEYS)
+    if settings.plots is not None:
+        write_plots(result, settings.plots)
     return result

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_drop_tools.shared.results import save_figure
 from lora_drop_tools.shared.table import MIB
 
 from .intervals import Figure
@@ -16,6 +17,7 @@ _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
     ("accuracy", "average accuracy", lambda row: row.average),
     ("perplexity", "perplexity over the full schedule's", lambda row: row.text.ratio if row.text else None),
 )
+FIGURES = ("offsets.png", *(f"{name}_{cost}.png" for name, *_ in _QUALITIES for cost in ("speedup", "kv")))
 
 
 def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], quality: str, cost: str) -> None:
@@ -64,8 +66,7 @@ def write_plots(result: EvalResult, directory: Path) -> list[Path]:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         figure.suptitle(f"{result.model}, {result.weight_dtype}", fontsize="small")
-        written.append(directory / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+        written.append(save_figure(figure, directory / f"{name}.png"))
 
     for name, what, quality in _QUALITIES:
         rows = [(row, found) for row in result.rows if (found := quality(row)) is not None]

@@ -128,6 +128,9 @@ def safe_zones(rows: Sequence[EvalRow]) -> list[SafeZone]:
     return zones
 
 
+KEYS = ("command", "begun", "machine", "kv_request", "rows", "safe_zones")  # by which an earlier --json is known
+
+
 @dataclass
 class EvalResult:
     """Everything that was measured; `to_json` is what --json writes."""

@@ -26,6 +26,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _cannot_be_kept(error: OSError, path: Path) -> InputError:
+    return InputError(
+        "The results cannot be kept.",
+        note=f"{error.filename or path}: {error.strerror}.",
+        hint="Free some space, or give another --out. What was kept is kept.",
+    )
+
+
 class Store:
     """Values by key; a directory of None keeps them in memory alone.
 
@@ -46,11 +54,7 @@ class Store:
             if not self._path.stat().st_size:
                 self._append(identity)
         except OSError as error:
-            raise InputError(
-                "The results cannot be kept.",
-                note=f"{error.filename}: {error.strerror}.",
-                hint="Give another --out.",
-            ) from None
+            raise _cannot_be_kept(error, self._path) from None
 
     def __contains__(self, key: Key) -> bool:
         return key in self._values
@@ -82,6 +86,10 @@ class Store:
                 ) from None
 
     def _append(self, entry: Mapping[str, Any]) -> None:
+        """Raises InputError where it cannot be written; what was kept before stays."""
         assert self._path is not None
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise _cannot_be_kept(error, self._path) from None

@@ -10,6 +10,7 @@ sees that accumulates n times as many gradients.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,9 +256,11 @@ class _State:
 
         if self._file is None:
             return
-        part = self._file.with_suffix(".part")
         state = {"step": len(self.losses), "losses": self.losses, "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "parameters": [parameter.data for parameter in self.parameters]}, part)
+        data = io.BytesIO()  # an error of the disk is then Python's, which says what it is
+        torch.save({**state, "parameters": [parameter.data for parameter in self.parameters]}, data)
+        part = self._file.with_suffix(".part")
+        part.write_bytes(data.getvalue())
         part.replace(self._file)
 
 

@@ -26,10 +26,12 @@ from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
+from lora_drop_export.staging.area import resolved
+from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts, window_that_fits
 
-from .partial import Partial, load_begin
-from .peft import CONFIG_NAME, save_adapters
+from .partial import Partial, begun_with_force, load_begin
+from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
 from .stages import BASE, CLOSED_FORM, Work, begin, better, distilled
@@ -75,11 +77,9 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
     }
 
 
-def _written_by_first(staged: Any, out: Path, force: bool, workers: Workers) -> Any:
+def _written_by_first(out: Path, force: bool, workers: Workers) -> contextlib.AbstractContextManager[Path]:
     """The staging of the process that writes; the others write nothing."""
-    return (
-        staged(out, force, CONFIG_NAME, "directory of adapters") if workers.rank == 0 else contextlib.nullcontext(out)
-    )
+    return staged_directory(out, force, ADAPTERS) if workers.rank == 0 else contextlib.nullcontext(out)
 
 
 def _check_early(loaded: LoadedModel, texts: Sequence[str], listed: DropList | None, settings: FitSettings) -> None:
@@ -115,7 +115,7 @@ def _fit_loaded(
     seen, unseen = (Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
     work = Work(forcing, plan, settings, seen, unseen, console)
     described = json.loads(json.dumps(_described(loaded, plan, settings)))
-    partial = Partial(settings.out.resolve(), described, settings.resume, settings.force, workers)
+    partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
     kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:
         pairs, scales, stages = load_begin(partial.begin)
@@ -123,7 +123,7 @@ def _fit_loaded(
     else:
         pairs, scales = begin(work)
         if settings.steps:
-            partial.save(pairs, scales, work.stages)
+            partial.save(pairs, scales, work.stages, root.with_name("partial"))
     if settings.steps:
         try:
             learned, losses = distilled(work, pairs, scales, workers, partial.state)
@@ -145,7 +145,7 @@ def _fit_loaded(
     )
     if workers.rank == 0:
         save_adapters(root, pairs, plan, loaded, settings, name_of(loaded.model, forcing.layers))
-        (root / "fit.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        (root / RESULT_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     return result, partial
 
 
@@ -165,17 +165,17 @@ def fit(model: str, settings: FitSettings) -> Fit:
 
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
-    from lora_drop_export.staging import staged_directory
 
     from .distill import Workers
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    console, out = Console(), settings.out.resolve()
+    console, out = Console(), resolved(settings.out)
+    force = settings.force or (settings.resume and begun_with_force(out))
     with Workers.joined(settings.device) as workers:
         console.rich.quiet = workers.rank > 0
         device = workers.device(settings.device)
-        with _written_by_first(staged_directory, out, settings.force, workers) as root:
+        with _written_by_first(out, force, workers) as root:
             with console.phase("loading the model"):
                 loaded = load_model(
                     model,

@@ -2,66 +2,112 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import BundleError, InputError
 
+from lora_drop_export.staging.owned import Kind, foreign_entries, refuse_foreign, remove_files
+from lora_drop_export.staging.rename import rename_new
+
 if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
     from .distill import Workers
 
+_SETTINGS, _BEGIN, _STATE = "settings.json", "begin.pt", "state.pt"
+_FILES = frozenset((_SETTINGS, _BEGIN, _STATE, "state.part"))
 
-def _difference(found: str, wanted: str) -> str:
-    before, now = json.loads(found), json.loads(wanted)
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
+
+
+def _place(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    """What an unfinished fit was told: its `settings`, and whether it may replace what is at --out (`force`)."""
+    try:
+        found = json.loads((root / _SETTINGS).read_bytes())
+        return found if isinstance(found["settings"], dict) and isinstance(found["force"], bool) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+_KIND = Kind("unfinished fit", _SETTINGS, lambda root: None if _read(root) is None else _FILES)
+
+
+def begun_with_force(out: Path) -> bool:
+    """Whether an unfinished fit is there that was begun with --force, which --resume need not repeat."""
+    found = _read(_place(out))
+    return found is not None and found["force"]
 
 
 class Partial:
     """The directory beside `out` that an interrupted fit leaves; all processes read it, the first one changes it."""
 
     def __init__(self, out: Path, settings: Mapping[str, Any], resume: bool, force: bool, workers: Workers) -> None:
-        self.root = out.with_name(f"{out.name}.partial")
-        self.state, self.begin = self.root / "state.pt", self.root / "begin.pt"
-        self._described = self.root / "settings.json"
-        self._text = json.dumps(settings, indent=1)
+        self.root = _place(out)
+        self.state, self.begin = self.root / _STATE, self.root / _BEGIN
+        self._settings, self._force = dict(settings), force
         self._writes = workers.rank == 0
+        found = _read(self.root)
         if resume:
-            found = self._described.read_text() if self._described.is_file() else None
-            if found != self._text:
-                differs = "there is none" if found is None else f"it was begun with {_difference(found, self._text)}"
+            if found is None or found["settings"] != self._settings:
+                differs = (
+                    "there is none"
+                    if found is None
+                    else f"it was begun with {_difference(found['settings'], self._settings)}"
+                )
                 raise InputError(
                     "There is no such fit to resume.",
                     note=f"{self.root}: {differs}.",
                     hint="Give the same options as before, or leave --resume out.",
                 )
             return
-        if self.root.exists() and not force and self._writes:
-            raise InputError(
-                "An unfinished fit is there.",
-                note=f"{self.root} is not touched.",
-                hint="Go on with it by --resume, or begin anew by --force.",
-            )
+        if os.path.lexists(self.root) and self._writes:
+            if not force:
+                raise InputError(
+                    "An unfinished fit is there.",
+                    note=f"{self.root} is not touched.",
+                    hint="Go on with it by --resume, or begin anew by --force.",
+                )
+            if found is None:
+                raise InputError(
+                    "The place of an unfinished fit is taken.",
+                    note=f"{self.root} is not one, so --force will not replace it.",
+                    hint="Move it away, or choose another --out.",
+                )
+            refuse_foreign(self.root, _KIND, foreign_entries(self.root, _FILES))
 
-    def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any]) -> None:
-        """Keep what distillation begins with."""
+    def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any], staged: Path) -> None:
+        """Keep what distillation begins with, as a whole or not at all.
+
+        Args:
+            staged: where the directory is made before it takes its place.
+        """
         import torch
 
         if not self._writes:
             return
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.root.mkdir(parents=True)
-        torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, self.begin)
-        self._described.write_text(self._text)  # last: without it there is nothing to resume
+        staged.mkdir()
+        data = io.BytesIO()  # an error of the disk is then Python's, which says what it is
+        torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, data)
+        (staged / _BEGIN).write_bytes(data.getvalue())
+        (staged / _SETTINGS).write_text(json.dumps({"settings": self._settings, "force": self._force}, indent=1))
+        self.remove()
+        rename_new(staged, self.root)
 
     def remove(self) -> None:
         """Forget it: the adapters are where they belong."""
         if self._writes:
-            shutil.rmtree(self.root, ignore_errors=True)
+            remove_files(self.root, _FILES)
 
 
 def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:

@@ -9,21 +9,38 @@ from typing import TYPE_CHECKING
 import numpy as np
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
+from lora_drop_export.staging.owned import Kind
+
 from .settings import FitSettings
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
     from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME, WEIGHTS_NAME, RESULT_NAME = "adapter_config.json", "adapter_model.safetensors", "fit.json"
 _HALVES = {"": "", "attn": "self_attn.", "mlp": "mlp."}
+
+
+def _files(root: Path) -> frozenset[str] | None:
+    """The files that a fit writes; None where it did not write these, such as other adapters of PEFT's."""
+    try:
+        plan = json.loads((root / CONFIG_NAME).read_bytes())["lora_drop"]
+        result = json.loads((root / RESULT_NAME).read_bytes())
+        known = isinstance(plan["drop_layers"], list) and plan["base_fingerprint"] == result["fingerprint"]
+        known = known and isinstance(result["stages"], dict) and isinstance(result["losses"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return frozenset((CONFIG_NAME, WEIGHTS_NAME, RESULT_NAME)) if known else None
+
+
+ADAPTERS = Kind("directory of fitted adapters", CONFIG_NAME, _files)
 
 
 def save_adapters(
     directory: Path, pairs: Surrogates, plan: DropPlan, loaded: LoadedModel, settings: FitSettings, layers: str
 ) -> None:
     """PEFT's two files; `layers` is the name of the model's list of decoder layers."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {}
     for site, (a, b) in pairs.items():
@@ -32,9 +49,7 @@ def save_adapters(
         tensors[f"{prefix}lora_A.weight"] = np.ascontiguousarray(a.detach().cpu().float().numpy())
         scaled = b.detach().cpu().float().numpy() * (plan.rank / settings.lora_alpha)
         tensors[f"{prefix}lora_B.weight"] = np.ascontiguousarray(scaled)
-    path = directory / "adapter_model.safetensors"
-    save_file(tensors, path)
-    path.chmod(0o644)  # the library leaves it to its owner alone
+    (directory / WEIGHTS_NAME).write_bytes(save(tensors))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

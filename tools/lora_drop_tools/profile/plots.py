@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_drop_tools.shared.results import figure_bytes
 
 from .measures import DELTAS
 from .report import BASES
@@ -83,21 +85,25 @@ def _draw_sensitivity(axes: Any, result: Profile) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
 
 
+_FIGURES: tuple[tuple[str, int, Callable[[Any, Profile], None]], ...] = (  # name, panels, what draws them
+    ("similarity", 2, _draw_similarity),
+    ("similarity_map", 2, _draw_similarity_map),
+    ("influence", 1, _draw_influence),
+    ("base_errors", 1, _draw_base_errors),
+    ("sensitivity", 2, _draw_sensitivity),
+)
+FIGURE_FILES = frozenset(f"{name}.png" for name, *_ in _FIGURES)
+
+
 def write_plots(result: Profile, directory: Path) -> list[Path]:
     """Similarity as curves and as a map (the paper's Figs. 1 and 4), influence, base errors, sensitivity."""
     from matplotlib.figure import Figure
 
     written = []
-    for name, panels, draw in (
-        ("similarity", 2, _draw_similarity),
-        ("similarity_map", 2, _draw_similarity_map),
-        ("influence", 1, _draw_influence),
-        ("base_errors", 1, _draw_base_errors),
-        ("sensitivity", 2, _draw_sensitivity),
-    ):
+    for name, panels, draw in _FIGURES:
         figure = Figure(figsize=(6.4, 4.0 * panels), layout="constrained")
         figure.suptitle(result.model, fontsize="medium")
         draw(figure.subplots(panels, 1, squeeze=False)[:, 0], result)
         written.append(directory / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
+        written[-1].write_bytes(figure_bytes(figure))
     return written

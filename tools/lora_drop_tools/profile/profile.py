@@ -30,13 +30,15 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
+from lora_drop_export.staging.directory import staged_directory
+from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
 
 from .greedy import Greedy, ticks
 from .measures import LayerFigures, layer_figures
-from .plots import write_plots
+from .plots import FIGURE_FILES, write_plots
 from .report import describe
-from .result import LayerProfile, Profile, RankedList
+from .result import PROFILE_NAME, LayerProfile, Profile, RankedList, profile_files
 from .scoring import Scoring
 from .settings import ProfileSettings
 
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import LoadedModel
 
-PROFILE_NAME = "profile.json"
 RATIOS = (0.25, 0.5, 0.75)
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
@@ -246,6 +247,12 @@ def _write(result: Profile, root: Path) -> None:
         (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def _files(root: Path) -> frozenset[str] | None:
+    """The files of a profile, its figures among them."""
+    files = profile_files(root)
+    return None if files is None else files | FIGURE_FILES
+
+
 def profile(model: str, settings: ProfileSettings) -> Profile:
     """Measure a model's layers on text, rank them, and write drop lists.
 
@@ -259,10 +266,9 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
     require_export_packages("profiling runs the model in PyTorch")
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
-    from lora_drop_export.staging import staged_directory
 
     console = Console()
-    with staged_directory(settings.out.resolve(), settings.force, PROFILE_NAME, "profile") as root:
+    with staged_directory(settings.out, settings.force, Kind("profile", PROFILE_NAME, _files)) as root:
         with console.phase("loading the model"):
             loaded = load_model(
                 model,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .measures import LayerFigures
+
+PROFILE_NAME = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,11 @@ class LayerProfile(LayerFigures):
     layer: int
     eligible: bool
     kl_alone: float | None
+
+
+def list_file(ranking: str, rho: float) -> str:
+    """The file of a drop list in the profile's directory."""
+    return f"drop-{ranking}-{rho:g}.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class RankedList:
 
     @property
     def file(self) -> str:
-        return f"drop-{self.ranking}-{self.rho:g}.json"
+        return list_file(self.ranking, self.rho)
 
 
 @dataclass(frozen=True)
@@ -63,3 +72,14 @@ class Profile:
     def best(self, rho: float) -> RankedList:
         """The list with the least KL; of equal ones the first ranking's."""
         return min((ranked for ranked in self.drop_lists if ranked.rho == rho), key=lambda ranked: ranked.kl)
+
+
+def profile_files(root: Path) -> frozenset[str] | None:
+    """The files of a profile beside its figures, as its profile.json has them; None where it is not of this program."""
+    try:
+        data = json.loads((root / PROFILE_NAME).read_bytes())
+        lists = [list_file(one["ranking"], one["rho"]) for one in data["drop_lists"]]
+        known = isinstance(data["fingerprint"], str) and isinstance(data["rankings"], dict) and bool(data["layers"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return frozenset((PROFILE_NAME, *lists)) if known else None

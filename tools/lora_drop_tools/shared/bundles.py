@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,31 +55,3 @@ def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
                 hint="Give bundles of one checkpoint and one dtype, with different drop lists.",
             )
     return bundles
-
-
-def check_writable(json_file: str | Path | None, plots: str | Path | None) -> None:
-    """Refuse before any work what could not be written after it; leaves nothing there."""
-    if plots is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "Figures need matplotlib.",
-            note="--plots was given, and matplotlib is not installed.",
-            hint="pip install 'lora-drop-export[bench]', or leave --plots out.",
-        )
-    try:
-        if plots is not None:
-            made = [parent for parent in (Path(plots), *Path(plots).parents) if not parent.exists()]
-            Path(plots).mkdir(parents=True, exist_ok=True)
-            for directory in made:
-                directory.rmdir()
-        if json_file is not None:
-            was_there = Path(json_file).exists()
-            with Path(json_file).open("a"):
-                pass
-            if not was_there:
-                Path(json_file).unlink()
-    except OSError as error:
-        raise InputError(
-            "The results cannot be written.",
-            note=f"{error.filename}: {error.strerror}.",
-            hint="Give another --json or --plots.",
-        ) from None

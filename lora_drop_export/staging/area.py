@@ -1,0 +1,257 @@
+"""A hidden directory beside a place, in which its next result is made.
+
+    .NAME.xxxxxxxx.lora-drop/
+        lock       held by the process as long as it lives (flock), so that others can tell the dead; has its number
+        new        the result that is being made
+        scratch    what is needed on the way
+        partial    an unfinished fit that is being saved
+        journal    before directories are exchanged: which of them is the old one, and its files
+        old        the old directory on its way out, where two cannot be exchanged at once
+
+A process that is killed leaves its area. The next one that works on the same place finds it and settles it: the old
+directory is put back where nothing came in its place, and the rest is removed. `settle` is also how a living process
+ends, whatever ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from lora_drop_runtime.errors import InputError
+
+from .owned import remove_files
+from .rename import rename_new
+
+try:
+    import fcntl
+except ImportError:  # Windows: the dead cannot be told from the living, so what they leave stays
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".lora-drop"
+_LONGEST_NAME = 200  # bytes of a place's name that an area's own can hold; file systems allow 255
+_CONTENT = {"lock", "new", "scratch", "partial", "journal", "old"}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+
+@dataclass(frozen=True)
+class Area:
+    """An area of this process, whose lock it holds."""
+
+    root: Path
+
+    @property
+    def new(self) -> Path:
+        return self.root / "new"
+
+    @property
+    def old(self) -> Path:
+        return self.root / "old"
+
+    def write_journal(self, place: Path, files: Collection[str]) -> None:
+        """Say, before the exchange, what is at `place` now: the files that a command of ours wrote."""
+        inodes = {"old": place.lstat().st_ino, "new": self.new.lstat().st_ino}
+        (self.root / "journal").write_text(json.dumps(inodes | {"files": sorted(files)}))
+
+
+def resolved(path: Path) -> Path:
+    """The place that a path means, links followed.
+
+    Raises:
+        InputError: it cannot be found out, or has no name.
+    """
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no working directory, a circle of links, a NUL
+        raise InputError("The path cannot be used.", note=f"{path}: {error}.", hint="Choose another.") from None
+    if not place.name:
+        raise InputError("The path has no name.", note=f"{path} is {place}.", hint="Choose another.")
+    return place
+
+
+def _prefix(place: Path) -> str:
+    name = os.fsencode(place.name)
+    return f".{place.name}." if len(name) <= _LONGEST_NAME else f".{sha256(name).hexdigest()[:16]}."
+
+
+def _areas(place: Path) -> list[Path]:
+    """All areas of a place, of the living and the dead. A directory with anything else in it is none."""
+    pattern = re.compile(re.escape(_prefix(place)) + r"[a-z0-9_]{8}" + re.escape(_SUFFIX))
+    try:
+        names = [name for name in os.listdir(place.parent) if pattern.fullmatch(name)]
+    except OSError:
+        return []
+    found = []
+    for root in (place.parent / name for name in sorted(names)):
+        with contextlib.suppress(OSError):
+            if not root.is_symlink() and set(os.listdir(root)) <= _CONTENT:
+                found.append(root)
+    return found
+
+
+def _locked(path: Path) -> tuple[int | None, bool]:
+    """(a descriptor that holds the lock, or None; whether another process holds it)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError:
+        return None, False
+    held = False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino == os.fstat(descriptor).st_ino:  # else the area was settled a moment before
+            return descriptor, False
+    except BlockingIOError:
+        held = True
+    except (OSError, AttributeError):  # a file system, or a system, without such locks
+        pass
+    os.close(descriptor)
+    return None, held
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_ino
+    except OSError:
+        return None
+
+
+def _settle_exchange(root: Path, place: Path) -> bool:
+    """Bring an exchange to its end, or undo it; whether all that is left in the area may be removed."""
+    try:
+        journal = json.loads((root / "journal").read_bytes())
+        inodes, files = (journal["old"], journal["new"]), journal["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return not os.path.lexists(root / "old")  # none was begun
+    replaced = next((path for path in (root / "new", root / "old") if _inode(path) == inodes[0]), None)
+    if replaced is None:
+        return not os.path.lexists(root / "old")
+    at_place = _inode(place)
+    if at_place is None:
+        with contextlib.suppress(OSError):
+            rename_new(replaced, place)
+            return True
+    return at_place == inodes[1] and remove_files(replaced, files)
+
+
+def _settle(root: Path, place: Path) -> None:
+    """Bring an area to its end. What is neither the new result's nor the old one's by its journal is kept."""
+    if not _settle_exchange(root, place):
+        print(f"warning: {root} has what was at {place} and was not written by a command; it stays", file=sys.stderr)
+        return
+    for name in sorted(_CONTENT - {"lock"}):
+        path = root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):
+        (root / "lock").unlink()
+        root.rmdir()
+
+
+def settle_dead(place: Path) -> list[Path]:
+    """Settle the areas that dead processes left at a place; returns those of the living."""
+    living = []
+    for root in _areas(place):
+        descriptor, held = _locked(root / "lock")
+        if held:
+            living.append(root)
+        elif descriptor is not None:
+            try:
+                _settle(root, place)
+            finally:
+                os.close(descriptor)
+    return living
+
+
+def refuse_others(place: Path, but: Path | None = None) -> None:
+    """Settle what dead processes left.
+
+    Raises:
+        InputError: a living one works on the same place; `but` is one's own area.
+    """
+    for root in settle_dead(place):
+        if root != but:
+            with contextlib.suppress(OSError):  # it is done by now
+                process = (root / "lock").read_text() or "unknown"
+                raise InputError(
+                    "Another command is writing there.",
+                    note=f"{place}: process {process}.",
+                    hint="Wait until it is done, or choose another --out.",
+                )
+
+
+def _make(place: Path) -> tuple[Path, int | None]:
+    """A new area and the descriptor that holds its lock; None where the file system has no locks."""
+    while True:
+        root = Path(tempfile.mkdtemp(prefix=_prefix(place), suffix=_SUFFIX, dir=place.parent))
+        descriptor, held = _locked(root / "lock")
+        if descriptor is not None:
+            os.write(descriptor, str(os.getpid()).encode())
+            return root, descriptor
+        if root.exists() and not held:
+            return root, None
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a second Ctrl-C wait until what the first one began is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    ours = [number for number, handler in before.items() if callable(handler)]
+    for number in ours:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+@contextlib.contextmanager
+def area_of(place: Path, parents: bool = True) -> Iterator[Area]:
+    """An area for a place, settled at the end whatever happened.
+
+    Args:
+        place: resolved.
+        parents: make the directories above it that are missing; they go as well where nothing came to be at `place`.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [parent for parent in place.parents if not parent.exists()]  # the nearest first
+    descriptor: int | None = None
+    root: Path | None = None
+    settle_dead(place)
+    try:
+        if parents:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        root, descriptor = _make(place)
+        yield Area(root)
+    finally:
+        with _undisturbed():
+            if root is not None:
+                _settle(root, place)
+            if descriptor is not None:
+                os.close(descriptor)
+            if parents and not os.path.lexists(place):
+                with contextlib.suppress(OSError):
+                    for parent in missing:
+                        parent.rmdir()

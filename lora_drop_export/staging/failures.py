@@ -1,0 +1,53 @@
+"""Writes that the system refuses: a user's error, not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_drop_runtime.errors import InputError, LoraDropError
+
+_REFUSED = {  # what it means, and what to do about it
+    errno.ENOSPC: ("The disk is full.", "Free some space, or choose another {option}."),
+    errno.EDQUOT: ("The disk quota is used up.", "Remove files of yours, or choose another {option}."),
+    errno.EFBIG: ("A file would be larger than is allowed here.", "Raise the limit (ulimit -f), or write less."),
+    errno.EROFS: ("The file system has become read-only.", "Choose another {option}."),
+}
+# How libraries in Rust say what the system said: «No space left on device (os error 28)», «Os { code: 28, kind: …»
+_FROM_RUST = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)\b")
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    said = _FROM_RUST.search(str(error))
+    return int(said[1] or said[2]) if said else None
+
+
+@contextlib.contextmanager
+def refused_writes(place: Path, option: str) -> Iterator[None]:
+    """Turn an error that says that nothing more can be written into an InputError; others pass.
+
+    Args:
+        place: where the result shall be.
+        option: that the user chose it with.
+    """
+    try:
+        yield
+    except LoraDropError:
+        raise
+    except Exception as error:
+        number = _number(error)
+        if number not in _REFUSED:
+            raise
+        fact, hint = _REFUSED[number]
+        where = getattr(error, "filename", None) or f"beside {place}"
+        raise InputError(
+            fact,
+            note=f"Writing {where} failed: {os.strerror(number)}. What was at {place} is untouched.",
+            hint=hint.format(option=option),
+        ) from None

@@ -1,0 +1,313 @@
+"""What may be replaced, what never is, and what a write that the system refuses leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.staging import area, directory, rename
+from lora_drop_export.staging.directory import staged_directory
+from lora_drop_export.staging.failures import refused_writes
+from tests.support.kill_points import KIND, held, write_directory
+
+NAMES = ["marker.json", "a", "deep/er/old"]
+
+
+@pytest.fixture(params=["exchange", "journal"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two directories exchanged in one step, or one after the other."""
+    if request.param == "journal":
+        monkeypatch.setattr(rename, "_renameat2", lambda *_: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An old result, alone in its directory."""
+    (tmp_path / "in").mkdir()
+    write_directory(tmp_path / "in" / "place", "old")
+    return tmp_path / "in" / "place"
+
+
+def stage(place: Path, force: bool = True, meanwhile: Callable[[], object] = lambda: None) -> None:
+    with staged_directory(place, force, KIND) as root:
+        write_directory(root, "new")
+        meanwhile()
+
+
+def all_below(root: Path) -> dict[str, str | None]:
+    """Every entry: a file's text, a link's target, None for a directory."""
+    return {
+        str(path.relative_to(root)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_text()
+        if path.is_file()
+        else None
+        for path in sorted(root.rglob("*"))
+    }
+
+
+# ── foreign files ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_file(root: Path) -> str:
+    (root / "deep" / "mine").write_text("mine")
+    return "deep/mine"
+
+
+def make_empty_directory(root: Path) -> str:
+    (root / "notes").mkdir()
+    return "notes/"
+
+
+def make_hidden_file(root: Path) -> str:
+    (root / ".git").write_text("mine")
+    return ".git"
+
+
+def make_link_in_place_of_a_file(root: Path) -> str:
+    (root / "a").rename(root.parent.parent / "moved")
+    (root / "a").symlink_to("../../moved")
+    return "a"
+
+
+def make_link_to_a_directory(root: Path) -> str:
+    (root.parent.parent / "precious").mkdir()
+    (root.parent.parent / "precious" / "file").write_text("mine")
+    (root / "link").symlink_to(root.parent.parent / "precious")
+    return "link"
+
+
+def make_odd_name(root: Path) -> str:
+    (root / "two\nlines").write_text("mine")
+    return "two\\nlines"
+
+
+FOREIGN = [
+    make_file,
+    make_empty_directory,
+    make_hidden_file,
+    make_link_in_place_of_a_file,
+    make_link_to_a_directory,
+    make_odd_name,
+]
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_foreign_entries_are_named_and_stay(place: Path, make, tmp_path: Path) -> None:
+    name = make(place)
+    before = all_below(tmp_path)
+    with pytest.raises(InputError, match="holds more than was written there") as refused:
+        stage(place)
+    assert f"has 1 entry that is not of this thing: {name}." in str(refused.value)
+    assert all_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_what_comes_while_the_new_one_is_made_stays(place: Path, make, how: str, tmp_path: Path) -> None:
+    made = []
+    with pytest.raises(InputError, match="holds more"):
+        stage(place, meanwhile=lambda: made.append((make(place), all_below(place))))
+    assert all_below(place) == made[0][1]
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_what_comes_in_the_last_moment_goes_back(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last look at the place, before the exchange."""
+    genuine, looks = directory.owned_files, []
+
+    def then_one_comes(*arguments: Any) -> frozenset[str]:
+        files = genuine(*arguments)
+        looks.append(files)
+        if len(looks) == 2:
+            (place / "late").write_text("mine")
+        return files
+
+    monkeypatch.setattr(directory, "owned_files", then_one_comes)
+    with pytest.raises(InputError, match="late"):
+        stage(place)
+    assert (place / "late").read_text() == "mine"
+    assert (place / "a").read_text() == "old"
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_what_comes_into_the_old_one_after_the_exchange_is_kept(
+    place: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a process that works in it; where it is now is said, also by the next run."""
+    here = os.open(place, os.O_RDONLY)
+    genuine = directory.refuse_foreign
+
+    def then_one_comes(*arguments: object) -> None:
+        genuine(*arguments)
+        os.close(os.open("late", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+
+    monkeypatch.setattr(directory, "refuse_foreign", then_one_comes)
+    stage(place)
+    monkeypatch.undo()
+    os.close(here)
+    assert held(place)["a"] == "new"
+    (kept,) = [path for path in place.parent.iterdir() if path != place]
+    assert [path.name for path in kept.rglob("*") if path.name in ("late", *NAMES)] == ["late"]
+    assert f"warning: {kept} has what was at {place}" in capsys.readouterr().err
+    stage(place)
+    assert str(kept) in capsys.readouterr().err
+    assert next(kept.rglob("late")).exists()
+
+
+def test_a_marker_that_leads_outside_removes_nothing(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (place / "marker.json").write_text(json.dumps([*NAMES, "../../mine", str(tmp_path / "mine")]))
+    stage(place)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert held(place)["a"] == "new"
+
+
+# ── places ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("deeper", [".", "deep", "deep/er"])
+def test_the_current_directory_is_not_replaced(place: Path, deeper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place / deeper)
+    before = all_below(place)
+    for out in (place, Path(os.path.relpath(place))):
+        with pytest.raises(InputError, match="runs in") as refused:
+            stage(out)
+        assert f"cd {place.parent}, and --out place" in str(refused.value)
+    assert all_below(place) == before
+
+
+def test_a_link_is_followed_and_stays(place: Path, how: str) -> None:
+    (place.parent / "link").symlink_to("place")
+    stage(place.parent / "link")
+    assert (place.parent / "link").is_symlink()
+    assert held(place)["a"] == "new"
+    assert sorted(os.listdir(place.parent)) == ["link", "place"]
+
+
+def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(InputError, match="cannot be used"):
+        stage(tmp_path / "one")
+
+
+@pytest.mark.parametrize("comes", ["directory", "file"])
+def test_a_place_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path, how: str, comes: str) -> None:
+    """An empty directory too, which a plain rename would replace."""
+    place = tmp_path / "place"
+    with pytest.raises(InputError, match="exists already"):
+        stage(place, False, place.mkdir if comes == "directory" else lambda: place.write_text("mine"))
+    assert os.listdir(tmp_path) == ["place"]
+    assert list(place.iterdir()) == [] if comes == "directory" else place.read_text() == "mine"
+
+
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path, how: str) -> None:
+    place = tmp_path / ("ä" * 127)
+    stage(place)
+    stage(place)
+    assert os.listdir(tmp_path) == [place.name]
+
+
+def test_a_user_s_directory_of_a_similar_name_is_no_area(place: Path) -> None:
+    similar = place.parent / ".place.abcdefgh.lora-drop"
+    similar.mkdir()
+    (similar / "diary").write_text("mine")
+    stage(place)
+    assert (similar / "diary").read_text() == "mine"
+
+
+# ── several processes ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_living_process_is_left_alone(place: Path) -> None:
+    """Another one is refused, with its number; what it makes is not touched."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom lora_drop_export.staging.directory import staged_directory\n"
+        "from tests.support.kill_points import KIND, write_directory\n"
+        "with staged_directory(Path(sys.argv[1]), True, KIND) as root:\n"
+        "    write_directory(root, 'new')\n    print('here', flush=True)\n    input()\n"
+    )
+    repository = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", script, str(place)]
+    with subprocess.Popen(command, cwd=repository, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        with pytest.raises(InputError, match="Another command is writing there") as refused:
+            stage(place)
+        assert f"{place}: process {other.pid}." in str(refused.value)
+        assert held(place)["a"] == "old"
+        other.communicate("\n", timeout=600)
+    assert other.returncode == 0
+    assert held(place)["a"] == "new"
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_without_locks_nothing_of_others_is_removed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that has none, the dead cannot be told from the living."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left = place.parent / ".place.abcdefgh.lora-drop"
+    (left / "new").mkdir(parents=True)
+    monkeypatch.setattr(area.fcntl, "flock", no_locks)
+    stage(place)
+    assert held(place)["a"] == "new"
+    assert (left / "new").is_dir()
+    monkeypatch.undo()
+    stage(place)
+    assert os.listdir(place.parent) == ["place"]
+
+
+# ── writes that the system refuses ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "fact"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "The disk is full."),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota"),
+        (OSError(errno.EFBIG, "File too large"), "larger than is allowed"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (Exception("No space left on device (os error 28)"), "The disk is full."),
+        (RuntimeError('I/O error: Os { code: 27, kind: FileTooLarge, message: "File too large" }'), "larger than"),
+    ],
+)
+def test_a_disk_that_takes_no_more(place: Path, error: Exception, fact: str) -> None:
+    """Whoever writes: Python, or a library in Rust."""
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(InputError, match=fact):
+        stage(place, meanwhile=fail)
+    assert held(place)["a"] == "old"
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_an_exchange_that_the_system_refuses(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(directory, "exchange", refuse)
+    monkeypatch.setattr(directory, "rename_new", refuse)
+    for out, before in ((place, "old"), (place.parent / "b" / "c", None)):
+        with pytest.raises(InputError, match="cannot take its place"):
+            stage(out)
+        assert held(out) is None if before is None else held(out)["a"] == before
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), refused_writes(tmp_path, "--out"):
+        (tmp_path / "no").read_text()

@@ -1,0 +1,109 @@
+"""Where a command's results go: looked at before the work, written after it.
+
+What is there is replaced only where an earlier run of the command wrote it: JSON is known by its keys, a figure by its
+metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.staging import file as staging
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SOFTWARE = "lora-drop"  # as the metadata of our figures names what wrote them
+_SIGN = b"tEXtSoftware\0" + _SOFTWARE.encode()  # how PNG has it, before the image's data
+
+
+def _refuse_another(path: Path, what: str, option: str) -> None:
+    raise InputError(
+        f"The file at {option} is not {what}, so it will not be replaced.",
+        note=f"{path} is not touched.",
+        hint=f"Remove it, or give another {option}.",
+    )
+
+
+def _check_json(path: Path, keys: Collection[str]) -> None:
+    """Refuse a file that holds something else than a JSON object with these keys."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        _refuse_another(path, "a result of this command", "--json")
+
+
+def _check_figure(path: Path) -> None:
+    """Refuse a file that is no figure of ours."""
+    try:
+        if path.is_file() and path.stat().st_size:
+            with path.open("rb") as file:
+                if _SIGN not in file.read(4096):
+                    _refuse_another(path, "a figure of this command", "--plots")
+    except OSError:
+        _refuse_another(path, "a figure that can be read", "--plots")
+
+
+def check_results(
+    json_file: Path | None, keys: Collection[str], plots: Path | None = None, patterns: Collection[str] = ()
+) -> None:
+    """Refuse before any work what could not be written after it.
+
+    Args:
+        keys: of a result that an earlier run of the command may have written to `json_file`.
+        patterns: of the figures' names in `plots`.
+
+    Raises:
+        InputError: it cannot be written, something else is there, or matplotlib is missing.
+    """
+    if plots is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise InputError(
+                "Figures need matplotlib.",
+                note="--plots was given, and matplotlib is not installed.",
+                hint="pip install 'lora-drop-export[bench]', or leave --plots out.",
+            )
+        if plots.exists() and not plots.is_dir():
+            raise InputError(
+                "The results cannot be written.",
+                note=f"{plots} is not a directory.",
+                hint="Give another --plots.",
+            )
+        staging.check_writable(plots / "figure.png", "--plots", parents=True)
+        for pattern in patterns:
+            for path in sorted(plots.glob(pattern)):
+                _check_figure(path)
+    if json_file is not None:
+        staging.check_writable(json_file, "--json")
+        _check_json(json_file, keys)
+
+
+def write_json(path: Path, text: str, keys: Collection[str]) -> None:
+    """Write a result as a whole. Raises InputError where it cannot be written, or something else has come there."""
+    _check_json(path, keys)
+    staging.write_file(path, text.encode(), "--json")
+
+
+def figure_bytes(figure: Figure) -> bytes:
+    """A figure as PNG that says who drew it."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": _SOFTWARE})
+    return data.getvalue()
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure of --plots as a whole; makes the directory. Raises InputError as `write_json` does."""
+    _check_figure(path)
+    staging.write_file(path, figure_bytes(figure), "--plots", parents=True)
+    return path
