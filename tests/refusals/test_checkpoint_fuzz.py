@@ -39,7 +39,8 @@ from tests.support.models import build
 
 MESSAGE = re.compile(r"^error: .+\nNote: .+\nHint: .+\n\Z", re.MULTILINE)
 HIDDEN = 16
-TINY = {"num_hidden_layers": 2, "hidden_size": HIDDEN, "intermediate_size": 24, "vocab_size": 32}
+TINY = {"num_hidden_layers": 2, "hidden_size": HIDDEN, "intermediate_size": 24, "vocab_size": 32,
+        "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 seen: collections.Counter[str] = collections.Counter()
 

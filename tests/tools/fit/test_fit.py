@@ -239,7 +239,7 @@ def test_from_text_to_a_bundle(model_dir: Path, words: Path, tmp_path: Path) -> 
 def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tiny tokenizer, whatever class transformers has for the family."""
     with_tokenizer(name, tmp_path / "m")
-    monkeypatch.setattr(torch_model, "_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr(torch_model, "read_tokenizer", lambda path, _: PreTrainedTokenizerFast.from_pretrained(path))
     result = run_fit(tmp_path / "m", words, tmp_path / "a", drop_ratio=0.5, steps=2)
     bundle = make_bundle(name, tmp_path / "b", adapters=tmp_path / "a")
     assert list(bundle.manifest.plan.drop_layers) == list(result.plan["drop_layers"])
@@ -267,7 +267,7 @@ def test_a_bundle_brings_its_plan(
     source = "llama" if dtype is None else rewritten("llama")
     bundle = make_bundle(source, tmp_path / "b", drop_layers=(3, 5), policy="backfill", rank=3, dtype=dtype)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
-    monkeypatch.setattr(torch_model, "_tokenizer", lambda directory: tokenizer)
+    monkeypatch.setattr(torch_model, "read_tokenizer", lambda *_: tokenizer)
     result = run_fit(bundle.root, words, tmp_path / "a")
     assert list(result.plan["drop_layers"]) == [3, 5]
     assert result.plan["policy"] == "backfill"
