@@ -42,6 +42,7 @@ class Family:
     directory: Path
     checkpoint: Checkpoint
     traced: TracedModel
+    dtype: str = "float32"  # of the trace
 
 
 @functools.cache
@@ -55,6 +56,12 @@ def family(name: str) -> Family:
 def family_trace(name: str, dtype: str) -> TracedModel:
     """A family's trace in another dtype."""
     return _traced_once(name, family(name).checkpoint, dtype)
+
+
+def traced_family(name: str, model: PreTrainedModel, dtype: str) -> Family:
+    """Save any model and trace it in a dtype; the trace is shared by all that say this name."""
+    model, directory, checkpoint = _saved(model)
+    return Family(model, directory, checkpoint, _traced_once(name, checkpoint, dtype), dtype)
 
 
 def traced_model(model: PreTrainedModel) -> Family:
@@ -90,7 +97,7 @@ def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
     root.mkdir(parents=True)
     options = {"max_seq_len": 128} | options
     copy_tokenizer(source.checkpoint, root / "tokenizer")
-    return write_bundle(root, source.checkpoint, source.traced, "float32", ExportOptions(**options), Console())
+    return write_bundle(root, source.checkpoint, source.traced, source.dtype, ExportOptions(**options), Console())
 
 
 def record_again(root: Path) -> None:

@@ -30,13 +30,14 @@ class OraclePlan:
     """Which layers are dropped and what stands for them.
 
     `adapters` maps "4" (injection block) or "4.attn" and "4.mlp" (attn_mlp) to `(A [r, d], B [d, r], scale)`;
-    a missing key is no adapter.
+    a missing key is no adapter. `kv_scales` maps a layer to the scales `[H_kv, D]` of its K and V, which are then int8.
     """
 
     drop_layers: tuple[int, ...]
     surrogate: str = "residual"  # residual | recurrent | anchor
     injection: str = "block"  # block | attn_mlp
     adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None
+    kv_scales: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a misspelt plan, which would silently test something else."""
@@ -152,7 +153,13 @@ def attention(
     query `[1, H, 1, D]`; key, value `[1, H_kv, 1, D]`, RoPE already applied; returns `[1, 1, H, D]`.
     """
     slots, position = running.slots[module.layer_idx], running.position
-    slots.append((position, key[0, :, 0], value[0, :, 0]))
+    new = key[0, :, 0], value[0, :, 0]
+    if running.plan.kv_scales is not None:
+        scales = running.plan.kv_scales[module.layer_idx]
+        new = tuple(
+            torch.clamp(torch.round(x / scale), -128, 127) * scale for x, scale in zip(new, scales, strict=True)
+        )
+    slots.append((position, *new))
     visible = [slot for slot in slots if sliding_window is None or position - slot[0] < sliding_window]
     group = query.shape[1] // key.shape[1]
     K = torch.stack([k for _, k, _ in visible]).repeat_interleave(group, dim=1)  # [T, H, D]
