@@ -199,7 +199,8 @@ def _make(place: Path) -> tuple[Path, int | None]:
         root = Path(tempfile.mkdtemp(prefix=_prefix(place), suffix=_SUFFIX, dir=place.parent))
         descriptor, held = _locked(root / "lock")
         if descriptor is not None:
-            os.write(descriptor, str(os.getpid()).encode())
+            with contextlib.suppress(OSError):  # a full disk: others are then refused without the number
+                os.write(descriptor, str(os.getpid()).encode())
             return root, descriptor
         if root.exists() and not held:
             return root, None

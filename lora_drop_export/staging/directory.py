@@ -34,14 +34,12 @@ def _flush(root: Path) -> None:
                 os.close(descriptor)
 
 
-def _replace(area: Area, place: Path, force: bool, kind: Kind) -> None:
+def _replace(area: Area, place: Path, kind: Kind, files: frozenset[str]) -> None:
     """Let the new directory take the place of the old one, which is then in the area.
 
     The old one is looked through again when nobody can find it by its name any more; with files that came there in the
     last moment it goes back.
     """
-    files = owned_files(place, force, kind)
-    area.write_journal(place, files)
     if exchange(area.new, place):
         foreign = foreign_entries(area.new, files)
         if foreign:
@@ -59,9 +57,11 @@ def _publish(area: Area, place: Path, force: bool, kind: Kind) -> None:
     replaces = os.path.lexists(place)
     if replaces:
         _flush(area.new)
+        files = owned_files(place, force, kind)
+        area.write_journal(place, files)
     try:
         if replaces:
-            _replace(area, place, force, kind)
+            _replace(area, place, kind, files)
         else:
             rename_new(area.new, place)
     except FileExistsError:  # a moment ago

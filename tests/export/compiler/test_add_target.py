@@ -87,3 +87,19 @@ def test_what_the_bundle_does_not_fix_may_be_given(tmp_path: Path, capsys):
     more = ["--force", "--no-verify", "--threads", "1", "--weight-sharing", "inputs", "--workspace-mib", "64"]
     assert main(["--out", str(made.root), "--add-target", "ort", *more]) == 0
     assert capsys.readouterr().out == "targets: ort\n"
+
+
+@pytest.mark.parametrize("where", ["at its place", "on its way out"])
+def test_what_a_killed_one_left_is_settled_first(where, tmp_path, capsys):
+    """Also where the bundle has the target already, so that nothing is to be done."""
+    made = make_bundle("llama", tmp_path / "b")
+    left = tmp_path / ".b.abcdefgh.lora-drop"
+    (left / "new").mkdir(parents=True)
+    if where == "on its way out":
+        inodes = {"old": made.root.stat().st_ino, "new": (left / "new").stat().st_ino}
+        (left / "journal").write_text(json.dumps(inodes | {"files": []}))
+        made.root.rename(left / "old")
+    assert main(["--out", str(tmp_path / "b"), "--add-target", "ort"]) == 2
+    assert "has that target already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert not Bundle.open(tmp_path / "b").check_hashes()

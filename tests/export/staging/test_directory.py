@@ -311,3 +311,30 @@ def test_an_exchange_that_the_system_refuses(place: Path, how: str, monkeypatch:
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), refused_writes(tmp_path, "--out"):
         (tmp_path / "no").read_text()
+
+
+def test_a_disk_with_no_room_for_the_number_of_the_process(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The area is made, and nothing can be written into it."""
+    genuine = Path.mkdir
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(area.os, "write", full)
+    monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: full() if path.name == "new" else genuine(path, *a, **k))
+    with pytest.raises(InputError, match="No space left"):
+        stage(place)
+    monkeypatch.undo()
+    assert os.listdir(place.parent) == ["place"]
+    assert held(place)["a"] == "old"
+
+
+def test_a_disk_with_no_room_for_the_journal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(area.Area, "write_journal", full)
+    with pytest.raises(InputError, match="The disk is full"):
+        stage(place)
+    assert os.listdir(place.parent) == ["place"]
+    assert held(place)["a"] == "old"
