@@ -1,0 +1,130 @@
+"""Commands on closed and full streams, narrow terminals and names that are no text: exit codes, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.command_line import run_command
+
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("", "runtime", "tools"))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    from tests.support.bundles import make_bundle
+
+    return make_bundle("llama", tmp_path_factory.mktemp("streams") / "bundle", drop_ratio=0.5).root
+
+
+def shell(line: str, bundle: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a line of bash; `$RUN` is `lora-drop`, `$EXPORT` is `lora-drop-export`, `$B` a bundle."""
+    names = {"RUN": f"{sys.executable} -m lora_drop_tools", "EXPORT": f"{sys.executable} -m lora_drop_export"}
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": PATHS, "B": str(bundle), **names, **environment}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, cwd="/", timeout=600)
+    assert b"Traceback" not in done.stderr, done.stderr
+    assert b"Exception ignored" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("$RUN inspect $B >/dev/full", 2, b"No space left on device"),
+        ("$RUN inspect $B >/dev/full 2>/dev/full", 2, b""),
+        ("$RUN inspect /nowhere 2>/dev/full", 2, b""),
+        ("$RUN --help >/dev/full", 2, b"No space left on device"),
+        ("$RUN inspect $B >&-", 0, b""),
+        ("$RUN inspect /nowhere 2>&-", 2, b""),
+        ("$RUN generate $B --prompt-file - <&-", 2, b"no tokenizer"),
+        ("$RUN inspect $'/tmp/\\xff'", 2, b"no bundle here"),
+        ("$RUN inspect $(printf 'x%.0s' {1..300})", 2, b"no bundle here"),
+        ("$RUN inspect $B | exec 0<&-; exit ${PIPESTATUS[0]}", 141, b""),
+        ("$EXPORT --model /nowhere --out $(printf 'x%.0s' {1..300})", 2, b"Hint"),
+    ],
+)
+def test_streams_and_names(bundle, line, code, words) -> None:
+    done = shell(line, bundle)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)  # fmt: skip
+def test_narrow_terminals(bundle, environment) -> None:
+    """What is known has a likeness, and the columns stay."""
+    printed = shell("$RUN inspect $B", bundle, **environment).stdout.decode("latin-1")
+    assert "# kept" in printed
+    assert "rho 0.50" in printed
+    assert "K/V full -> LoRA-Drop" in printed
+    for line in ("$RUN eval --help", "$EXPORT --help"):
+        assert shell(line, bundle, **environment).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["lora_drop_tools", "lora_drop_export"])
+@pytest.mark.parametrize("module", ["numpy", "argparse", "lora_drop_runtime.errors"])
+def test_ctrl_c_while_packages_are_imported(bundle, package, module) -> None:
+    """What the commands' scripts do, with Ctrl-C at the import of a module."""
+    code = (
+        "import sys, importlib.abc\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"from {package}.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = shell(f"{sys.executable} -c '{code.replace(chr(39), chr(34))}'", bundle)
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
+def test_functions_have_the_names_of_their_modules() -> None:
+    """Also once the modules are imported."""
+    import lora_drop_tools
+    import lora_drop_tools.bench.bench
+
+    assert lora_drop_tools.bench is sys.modules["lora_drop_tools.bench.bench"].bench
+    assert lora_drop_tools.inspect is sys.modules["lora_drop_tools.inspect"].inspect
+    assert {name for name in lora_drop_tools.__all__ if not hasattr(lora_drop_tools, name)} == set()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied", "x")]
+)
+def test_what_the_system_refuses(capsys, error) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    assert run_command(fail, []) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: The system refuses to read or write.\nNote: ")
+    assert f"{error.strerror}.\nHint: " in printed
+
+
+def test_too_little_memory(capsys) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    assert run_command(fail, []) == 2
+    assert "too little memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), AssertionError(), FileNotFoundError(2, "x", "y")])
+def test_a_bug_of_ours_is_seen(error) -> None:
+    """It is not dressed up as an error of the user's."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(fail, [])
