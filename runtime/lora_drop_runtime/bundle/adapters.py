@@ -58,6 +58,9 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         layers = plan.get("drop_layers")
         if data.get("peft_type", "LORA") != "LORA" or int(data["r"]) < 1:
             raise ValueError
+        always = plan.get("always_first"), plan.get("always_last")
+        if not all(count is None or type(count) is int for count in always):
+            raise TypeError
         unknown = [name for name in _UNSUPPORTED if data.get(name)]
         if unknown:
             raise PlanError(
@@ -73,8 +76,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             injection=plan.get("injection"),
             base_fingerprint=plan.get("base_fingerprint"),
             policy=plan.get("policy"),
-            always_first=plan.get("always_first"),
-            always_last=plan.get("always_last"),
+            always_first=always[0],
+            always_last=always[1],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BundleError(

@@ -151,6 +151,7 @@ def fit(model: str, settings: FitSettings) -> Fit:
     require_export_packages("fitting runs the model in PyTorch")
     import torch
 
+    from lora_drop_export.compiler.options import warn_of_always
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
     from lora_drop_export.staging import staged_directory
@@ -160,6 +161,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     console, out = Console(), settings.out.resolve()
+    if settings.drop_list is not None and listed is not None:
+        warn_of_always(settings, settings.drop_list, listed, console.say)
     with Workers.joined(settings.device) as workers:
         console.rich.quiet = workers.rank > 0
         device = workers.device(settings.device)
