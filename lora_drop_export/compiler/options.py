@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
@@ -281,10 +282,8 @@ def always_kept(options: PlanOptions, adapters: AdapterConfig | None) -> tuple[i
     return 3 if first is None else first, 1 if last is None else last
 
 
-def _warn_of_always(
-    options: PlanOptions, file: Path, found: AdapterConfig | DropList, say: Callable[[str], None]
-) -> None:
-    """Name what was asked for beside what a file was made with."""
+def warn_of_always(options: Any, file: Path, found: AdapterConfig | DropList, say: Callable[[str], None]) -> None:
+    """Name what was asked for, `options.always_first` and `always_last`, beside what a file was made with."""
     for flag, asked, own in (
         ("--always-first", options.always_first, found.always_first),
         ("--always-last", options.always_last, found.always_last),
@@ -305,12 +304,12 @@ def with_files_read(options: ExportOptions, say: Callable[[str], None] = print) 
     adapters = None
     if options.adapters is not None:
         adapters = read_adapter_config(options.adapters)
-        _warn_of_always(options, options.adapters, adapters, say)
+        warn_of_always(options, options.adapters, adapters, say)
     file = options.drop_list
     if file is None:
         return options
     found = read_drop_list(file)
-    _warn_of_always(options, file, found, say)
+    warn_of_always(options, file, found, say)
     fitted_for = None if adapters is None else adapters.surrogate
     options = dataclasses.replace(
         options,

@@ -67,6 +67,7 @@ def test_adapters_of_another_plan(export_refused, adapters, arguments, words):
         (lambda c: c["lora_drop"].update(drop_layers=[4, 7]), ("Layer 7", "always kept")),
         (lambda c: c["lora_drop"].update(surrogate="sideways"), ("--surrogate", "sideways", "recurrent")),
         (lambda c: c.update(r=5), ("wrong shape", "(4, 64)", "(5, 64)")),
+        (lambda c: c["lora_drop"].update(always_first="three"), ("not a directory of LoRA-Drop adapters",)),
         (lambda c: c.update(r=0), ("not a directory of LoRA-Drop adapters",)),
         (lambda c: c.update(r="four"), ("not a directory of LoRA-Drop adapters",)),
         (lambda c: c.pop("r"), ("not a directory of LoRA-Drop adapters",)),

@@ -163,6 +163,7 @@ def fit(model: str, settings: FitSettings) -> Fit:
     require_export_packages("fitting runs the model in PyTorch")
     import torch
 
+    from lora_drop_export.compiler.options import warn_of_always
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
 
@@ -172,6 +173,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
         torch.set_num_threads(settings.threads)
     console, out = Console(), resolved(settings.out)
     force = settings.force or (settings.resume and begun_with_force(out))
+    if settings.drop_list is not None and listed is not None:
+        warn_of_always(settings, settings.drop_list, listed, console.say)
     with Workers.joined(settings.device) as workers:
         console.rich.quiet = workers.rank > 0
         device = workers.device(settings.device)

@@ -1,0 +1,126 @@
+"""`fit` and `profile` refuse what will not fit the model before they read its weights, sessions before an engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_tools.cli import main
+from lora_drop_tools.eval.eval import eval
+from lora_drop_tools.eval.settings import EvalSettings
+
+from tests.support.bundles import family, make_bundle
+from tests.support.profiles import add_tokenizer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("one two three four five six " * 200)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The tiny Llama with a tokenizer."""
+    source = family("llama").directory
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).symlink_to(source / name)
+    add_tokenizer(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fail(*_: Any, **__: Any) -> None:
+    pytest.fail("the work began before the refusal")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("fit --drop-layers 3,9", ("does not have", "Layer 9", "0 to 7")),
+        ("fit --drop-layers 0", ("always kept", "Layer 0")),
+        ("fit --drop-ratio 0", ("No layer is dropped",)),
+        ("fit --always-first 7", ("No layer is dropped",)),
+        ("fit --rank 65", ("--rank is too large", "It is 65; the largest possible is 64, the model's hidden size")),
+        ("fit --drop-list LIST", ("another model",)),
+        ("fit --window 512", ("context", "512", "256")),
+        ("fit --window 256", ("text is too short",)),
+        ("fit --device cuda:7", ("device", "cuda:7")),
+        ("fit --device meta", ("device", "meta", "holds no values")),
+        ("profile --always-first 7", ("No layer of the model may be dropped", "first 7")),
+        ("profile --window 512 --tokens 512 --sensitivity-tokens 512", ("context", "512", "256")),
+        ("profile --tokens 999999", ("text is too short",)),
+        ("profile --device nowhere", ("device", "nowhere")),
+    ],
+)
+def test_of_a_model(
+    line: str, words: tuple[str, ...], model: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("lora_drop_export.decoder.loaded.resolve_tensors", fail)
+    (tmp_path / "list.json").write_text(json.dumps({"drop_layers": [4], "fingerprint": "beef" * 16}))
+    command, *more = line.replace("LIST", str(tmp_path / "list.json")).split()
+    sizes = ["--window", "32"] + (["--tokens", "64", "--sensitivity-tokens", "32"] if command == "profile" else [])
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command, str(model), "--text", str(text), "--out", str(tmp_path / "out"), *sizes, *more]) == 2
+    error = capsys.readouterr().err
+    for word in (*words, "\nNote: ", "\nHint: "):
+        assert word in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("generate BUNDLE", ("There is no prompt",)),
+        ("generate BUNDLE --prompt one --max-new-tokens 999", ("longer than the bundle allows", "999")),
+        ("generate BUNDLE --prompt one --provider cuda", ("provider", "cuda")),
+        ("generate BUNDLE --prompt one --provider=", ("--provider is empty",)),
+        ("generate BUNDLE --prompt one --target tensorrt", ("cannot run on that target", "tensorrt")),
+        ("compare BUNDLE --provider cuda", ("provider", "cuda")),
+        ("bench BUNDLE --provider rtx --k 1 --new-tokens 8", ("provider", "rtx")),
+        ("bench BUNDLE --new-tokens 999 --k 1", ("does not allow", "--max-seq-len")),
+        ("eval BUNDLE --text TEXT --window 32 --prompt 8 --provider cuda", ("provider", "cuda")),
+    ],
+)
+def test_of_a_bundle(
+    line: str, words: tuple[str, ...], text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    root = make_bundle("llama", tmp_path / "bundle").root
+    add_tokenizer(root / "tokenizer")
+    monkeypatch.setattr("lora_drop_runtime.decoding.session.open_engine", fail)
+    monkeypatch.setattr("lora_drop_export.check.verify._reference", fail)
+    monkeypatch.setattr("lora_drop_tools.shared.machine.read_bandwidth", fail)
+    given = line.replace("BUNDLE", str(root)).replace("TEXT", str(text))
+    assert main(given.split(" ")) == 2
+    error = capsys.readouterr().err
+    for word in (*words, "\nNote: ", "\nHint: "):
+        assert word in error
+
+
+def test_threads_of_engines_that_run_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle("llama", tmp_path / "bundle")
+    written = json.loads((bundle.root / MANIFEST_NAME).read_text())
+    named = ("form", "weight_sharing", "version", "refresh", "lora")
+    entry = dict.fromkeys(named, "x") | {"slots": {}, "prefill_chunk": 1, "refresh_profiles": {}, "graphs": {}}
+    entry |= {"engine_bytes": {}, "compute_capabilities": [], "hardware_compatible": False}
+    entry |= {"version_compatible": False, "weight_bytes": 0}
+    written["targets"] = {"tensorrt-rtx": entry}
+    (bundle.root / MANIFEST_NAME).write_text(json.dumps(written))
+    assert main(["generate", str(bundle.root), "--prompt", "t1", "--threads", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "--threads would change nothing." in error
+    assert "It is 2, and the engines of tensorrt-rtx run on the GPU." in error
+
+
+def test_eval_takes_each_bundles_own_policy(text: Path, tmp_path: Path) -> None:
+    bundles = []
+    for policy in ("skip", "backfill"):
+        bundles.append(make_bundle("llama", tmp_path / policy, policy=policy).root)
+        add_tokenizer(bundles[-1] / "tokenizer")
+    result = eval(bundles, EvalSettings(text=text, window=16, prompt=4, windows=1, k=(1,)))
+    assert [(row.bundle, row.policy) for row in result.rows if row.k] == [("skip", "skip"), ("backfill", "backfill")]
+    assert [Bundle.open(root).manifest.plan.policy for root in bundles] == ["skip", "backfill"]

@@ -1,0 +1,113 @@
+"""Options that would change nothing are refused, each with what takes its effect; so are lists with holes or twins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.bench.bench import _check_alike
+from lora_drop_tools.bench.peers.options import peer_options
+from lora_drop_tools.bench.settings import BenchSettings
+from lora_drop_tools.cli import main
+from lora_drop_tools.compare import CompareSettings
+from lora_drop_tools.eval.settings import EvalSettings
+from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.generate import GenerateSettings
+
+from tests.support.bundles import make_bundle
+
+FILE = Path("text.txt")
+FIT: dict[str, Any] = {"text": (FILE,), "out": Path("out")}
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "flag", "because"),
+    [
+        (GenerateSettings, {"top_k": 5}, "--top-k", "--temperature is 0"),
+        (GenerateSettings, {"top_p": 0.5}, "--top-p", "--temperature is 0"),
+        (GenerateSettings, {"seed": 0}, "--seed", "--temperature is 0"),
+        (GenerateSettings, {"policy": "skip", "k": 0}, "--policy", "every step is a refresh"),
+        (CompareSettings, {"policy": "backfill", "k": 0}, "--policy", "every step is a refresh"),
+        (BenchSettings, {"model": (FILE,)}, "--model", "--peers was not given"),
+        (BenchSettings, {"peer_cache": FILE}, "--peer-cache", "--peers was not given"),
+        (BenchSettings, {"peer_python": ("llama.cpp=python",)}, "--peer-python", "--peers was not given"),
+        (BenchSettings, {"policy": "skip", "k": (0,)}, "--policy", "every step is a refresh"),
+        (EvalSettings, {"tasks": ("piqa",), "window": 64}, "--window", "--text was not given"),
+        (EvalSettings, {"tasks": ("piqa",), "prompt": 9}, "--prompt", "--text was not given"),
+        (EvalSettings, {"tasks": ("piqa",), "windows": 9}, "--windows", "--text was not given"),
+        (EvalSettings, {"text": FILE, "data": FILE}, "--data", "--tasks was not given"),
+        (EvalSettings, {"text": FILE, "limit": 7}, "--limit", "--tasks was not given"),
+        (EvalSettings, {"text": FILE, "k": (0,), "policies": ("skip",)}, "--policy", "every step is a refresh"),
+        (FitSettings, {**FIT, "steps": 0, "learning_rate": 0.5}, "--learning-rate", "--steps is 0"),
+        (FitSettings, {**FIT, "steps": 0, "accumulate": 2}, "--accumulate", "--steps is 0"),
+        (FitSettings, {**FIT, "steps": 0, "resume": True}, "--resume", "--steps is 0"),
+    ],
+)
+def test_options_that_would_change_nothing(cls: type, given: dict[str, Any], flag: str, because: str) -> None:
+    with pytest.raises(InputError) as refused:
+        cls(**given)
+    assert refused.value.fact == f"{flag} would change nothing."
+    assert because in refused.value.note
+    assert refused.value.hint.startswith("Leave it out, or ")
+
+
+def test_options_that_change_something_are_taken() -> None:
+    GenerateSettings(temperature=0.5, top_k=5, top_p=0.5, seed=0)
+    GenerateSettings(policy="skip", k=1)
+    BenchSettings(peers=(), model=(FILE,), batches=(1, 4))
+    EvalSettings(text=FILE, window=64, windows=9)
+    EvalSettings(tasks=("piqa",), data=FILE, limit=7)
+    FitSettings(**FIT, steps=1, learning_rate=0.5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bench b --k 1,,3", ("--k", "'1,,3' is not a list")),
+        ("bench b --k 1,3,1", ("--k names a value twice", "1, 3, 1")),
+        ("bench b --contexts 8,8", ("--contexts names a value twice", "8")),
+        ("bench b --batches 2 --peers", ("peers would not be measured", "--batches is 2")),
+        ("bench b --peers a,,b", ("--peers", "'a,,b' is not a list")),
+        ("eval b --text t --policy skip,skip", ("--policy names a value twice",)),
+        ("eval b --text t --policy skip,", ("--policy", "'skip,' is not a list")),
+        ("fit m --text t --text t --out o", ("--text names a value twice", "t, t")),
+        ("fit m --text t --out o --drop-layers 3,,5", ("layer numbers", "3,,5")),
+        ("fit m --text t --out o --drop-layers 3,3", ("--drop-layers names a value twice", "3, 3")),
+        ("fit m --text t --out o --k 0", ("--k is too small", "It is 0")),
+        ("profile m --text t --out o --rankings temporal,temporal", ("--rankings names a value twice",)),
+        ("generate b --prompt-file - --prompt-file -", ("Standard input is given twice",)),
+        ("generate b --stop=", ("--stop is empty",)),
+        ("generate b --prompt-file=", ("--prompt-file", "'' is not a path")),
+        ("compare b --threads 0", ("--threads is too small", "It is 0")),
+    ],
+)
+def test_lists_and_names(line: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split(" ")) == 2
+    error = capsys.readouterr().err
+    for word in (*words, "Note: ", "Hint: "):
+        assert word in error
+
+
+def test_pythons_of_peers_that_would_not_be_used(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "python").write_text("")
+    python = f"llama.cpp={tmp_path}/python"
+    assert peer_options(("llama.cpp",), [tmp_path], None, [python]).pythons == {"llama.cpp": f"{tmp_path}/python"}
+    for names, pythons, word in (
+        (("transformers",), [python], "--peers names transformers"),
+        ((), [python, python], "another one is given for it"),
+    ):
+        with pytest.raises(InputError, match="would not be used") as refused:
+            peer_options(names, [tmp_path], None, pythons)
+        assert word in refused.value.note
+
+
+def test_bundles_of_different_policies_are_not_benched_under_the_first_one(tmp_path: Path) -> None:
+    bundles = {name: make_bundle("llama", tmp_path / name, policy=name) for name in ("skip", "backfill")}
+    with pytest.raises(InputError, match="different policies") as refused:
+        _check_alike(bundles, BenchSettings())
+    assert refused.value.note == "skip has skip, backfill has backfill."
+    _check_alike(bundles, BenchSettings(policy="skip"))
+    _check_alike({"skip": bundles["skip"]}, BenchSettings())
