@@ -9,6 +9,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.foreign import refused
 
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ALIBI = ("bloom",)  # whose configs do not say so
 _OWN_ATTENTION = ("falcon", "mpt")
 
@@ -47,6 +48,14 @@ def refuse_by_config(config: Any) -> None:
         ModelError: the model has one of them, or the config is of no shape that can be read.
     """
     with refused("The model's config cannot be used.", "config.json"):
+        for name in _SIZES:
+            size = getattr(config.get_text_config(), name, None)
+            if size is not None and (type(size) is not int or size < 1):
+                raise ModelError(
+                    "The model's config cannot be used.",
+                    note=f"{name} is {size!r:.80}; needed is a whole number, 1 at least.",
+                    hint="Check config.json.",
+                )
         for present, feature in _features_of_config(config):
             if present:
                 raise unsupported(feature, config)

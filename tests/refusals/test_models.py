@@ -81,7 +81,8 @@ def test_index_that_leads_elsewhere(export_refused, model, name):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"num_attention_heads": 0}, ("config",)),
+        ({"num_attention_heads": 0}, ("cannot read the model's config", "ZeroDivisionError")),
+        ({"hidden_size": -64}, ("hidden_size is -64",)),
         ({"num_hidden_layers": 10**9}, ("num_hidden_layers is 1000000000", "tensors")),
         ({"hidden_act": "no_such_function"}, ("cannot build this model", "no_such_function")),
         ({"hidden_size": 10**12}, ("error",)),
