@@ -148,14 +148,22 @@ def _stream(
     return Completion("".join(text), tokens, seconds, session.kv_bytes(), session.engine_notes(), interrupted)
 
 
+def _codec(bundle: Bundle, settings: GenerateSettings) -> TextCodec:
+    """What makes tokens of text and back; refuses settings that no session of the bundle can be opened with."""
+    check_session(bundle, settings.target, settings.provider, settings.threads)
+    codec = TextCodec.open(bundle.root / "tokenizer")
+    codec.stream(settings.stop)
+    return codec
+
+
 def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = None) -> None:
     """Talk to a model on the terminal. Ctrl-C ends a reply, end of input ends the chat.
 
     Args:
         system: a system message that the conversation begins with.
     """
+    codec = _codec(Bundle.open(bundle), settings)
     with settings.open(bundle) as session:
-        codec = TextCodec.open(session.bundle.root / "tokenizer")
         messages = [{"role": "system", "content": system}] if system else []
         for line in _questions():
             messages.append({"role": "user", "content": line})
@@ -181,8 +189,7 @@ def _encoded(
             note="None was given, at least one is needed.",
             hint='Give one with --prompt "…" or --prompt-file FILE.',
         )
-    codec = TextCodec.open(bundle.root / "tokenizer")
-    codec.stream(settings.stop)
+    codec = _codec(bundle, settings)
     encoded = [
         codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt) for prompt in prompts
     ]
@@ -211,7 +218,6 @@ def generate(
     """
     out = out or sys.stdout
     opened = Bundle.open(bundle)
-    check_session(opened, settings.target, settings.provider, settings.threads)
     codec, encoded = _encoded(opened, prompts, settings, chat)
     with settings.open(opened.root) as session:
         if len(encoded) == 1:
