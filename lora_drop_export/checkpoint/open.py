@@ -60,7 +60,7 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def check_layer_count(config: Any, tensors: int) -> None:
+def _check_layer_count(config: Any, tensors: int) -> None:
     """Refuse a config of more layers than there are tensors, before any of them is built."""
     with refused("The model's config cannot be used.", "config.json"):
         layers = config.get_text_config().num_hidden_layers
@@ -93,7 +93,7 @@ def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     with refused("The GGUF file cannot be read.", path, _CONVERT):
         reader = GGUFReader(path.resolve())
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        check_layer_count(config, len(reader.tensors))
+        _check_layer_count(config, len(reader.tensors))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         tensors = read_gguf(path.resolve(), reader, model)
@@ -258,4 +258,5 @@ def open_checkpoint(
     tensors = _tensors(directory, files)
     name = path.resolve().name if directory is path else model
     config = _config(directory, trust_remote_code)
+    _check_layer_count(config, len(tensors))
     return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)

@@ -23,7 +23,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
-from lora_drop_export.checkpoint.open import check_layer_count, open_checkpoint, read_tokenizer
+from lora_drop_export.checkpoint.open import open_checkpoint, read_tokenizer
 from lora_drop_export.weights.resolve import resolve_tensors
 
 from .anatomy import buffer_values, put_tensor, stored_tensors, tied_names
@@ -93,7 +93,6 @@ def _model(checkpoint: Checkpoint, dtype: str, device: str, look: Callable[[Any]
     import torch
 
     refuse_by_config(checkpoint.config)
-    check_layer_count(checkpoint.config, len(checkpoint.tensors))
     with torch.device("meta"):
         model = build_model(checkpoint, dtype)
     look(model)

@@ -23,7 +23,6 @@ from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
-from lora_drop_export.checkpoint.open import check_layer_count
 from lora_drop_export.weights.resolve import resolve_tensors
 
 from .anatomy import buffer_values, decoder_layers, tied_names
@@ -258,7 +257,6 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
 
     config = checkpoint.config
     refuse_by_config(config)
-    check_layer_count(config, len(checkpoint.tensors))
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         model = build_model(checkpoint, dtype, ATTENTION_NAME)
