@@ -58,7 +58,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     path = directory / "adapter_config.json"
     try:
         data = typed(Mapping[str, object], parse_json(read_bounded(path, _MOST_CONFIG_BYTES)), "it")
-        plan = typed(Mapping[str, object], data.get("lora_drop") or {}, "lora_drop")
+        plan = typed(Mapping[str, object], data.get("lora_drop", {}), "lora_drop")
         if data.get("peft_type", "LORA") != "LORA":
             raise ValueError("it is of another type than LORA")
         rank = typed(int, data.get("r"), "r")
