@@ -1,47 +1,115 @@
-"""What quantization costs: perplexity on the sample text before and after."""
+"""What quantization costs: perplexity of the checkpoint in PyTorch and of the bundle in its engine."""
 
 from __future__ import annotations
 
 import functools
 
+import numpy as np
+import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.engine import Engine
+from lora_drop_runtime.engines.open import open_engine
+from lora_drop_runtime.errors import NoDeviceError
+from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
-from lora_drop_export.checkpoint.open import open_checkpoint
-from lora_drop_export.console import Console
+from lora_drop_export.console import Console, Progress
 
 from .reference import Reference
+from .runners import execution
 from .sample import PERPLEXITY_TOKENS, sample_ids
 
+_CHUNK = 128  # tokens of a run, so that their logits take little memory
 
-def report_perplexity(bundle: Bundle, checkpoint: Checkpoint, *, console: Console) -> dict[str, float] | None:
+
+def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> float:
+    """Negative log likelihood of each row's token, summed; logits [n, V], tokens [n]."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(tokens)), tokens]).sum())
+
+
+def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
+    """exp of the mean negative log likelihood of each token but the first, by refreshes over some tokens each."""
+    io = bundle.manifest.io(StepKind.REFRESH, engine.target)
+    sizes = {"batch": 1, **engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})}
+    held = {  # caches and states
+        spec.alias: engine.allocate_resident(spec.alias, spec.sized(sizes), spec.dtype)
+        for spec in io.outputs
+        if spec.alias is not None
+    }
+    lengths = {name: engine.allocate(name, (1,), "int64") for name in ("len_kept", "len_dropped")}
+    chunk = min(_CHUNK, engine.prefill_chunk or _CHUNK)
+    nats = 0.0
+    for begin in range(0, len(ids) - 1, chunk):
+        tokens = np.ascontiguousarray(ids[None, begin : begin + chunk])
+        following = ids[begin + 1 : begin + 1 + chunk]
+        for length in lengths.values():
+            length[:] = begin
+        inputs = held | lengths | {"input_ids": tokens, "logits_index": np.arange(tokens.shape[1])[None]}
+        own = {spec.name: spec.sized(sizes | {"rows": tokens.shape[1]}) for spec in io.outputs if spec.alias is None}
+        outputs = {
+            spec.name: engine.allocate_resident(spec.name, own[spec.name], spec.dtype)
+            if spec.alias is None
+            else held[spec.alias]
+            for spec in io.outputs
+        }
+        engine.prepare(StepKind.REFRESH, {spec.name: inputs[spec.name] for spec in io.inputs}, outputs)()
+        nats += _nats(engine.read(outputs["logits"])[0, : len(following)], following)
+        progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
+    with np.errstate(over="ignore"):  # of a wrong bundle it may be infinite
+        return float(np.exp(nats / (len(ids) - 1)))
+
+
+def report_perplexity(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    target: str,
+    *,
+    provider: str | None,
+    console: Console,
+    threads: int | None = None,
+) -> dict[str, float] | None:
     """What quantization costs: perplexity on the sample text, all layers in full, before and after.
 
     Args:
-        checkpoint: the weights that the bundle's were made from.
+        checkpoint: the weights that the bundle's were made from; they run in PyTorch, the bundle in its engine.
+        target, provider: what runs the bundle, as `Session.open` has it.
 
     Returns:
         `tokens`, and the perplexity as `float` and under the name of the weights' dtype; None where there is no
-        tokenizer to measure with.
+        tokenizer to measure with, or this machine cannot execute the target.
+
+    Raises:
+        VerificationError: the engine cannot execute the bundle.
     """
     manifest = bundle.manifest
+
+    def not_measured(why: str) -> None:
+        console.say(f"perplexity of the quantized weights: not measured, {why}")
+
     ids = sample_ids(bundle.root, manifest.model.vocab_size)
     if ids is None:
-        console.say("perplexity of the quantized weights: not measured, the model brings no tokenizer")
+        not_measured("the model brings no tokenizer")
         return None
-    ids = ids[: min(PERPLEXITY_TOKENS, manifest.model.context_length)]
+    ids = ids[: min(PERPLEXITY_TOKENS, manifest.limits.max_seq_len)]
     if len(ids) < 2:
-        console.say("perplexity of the quantized weights: not measured, the sample text has no tokens of the model")
+        not_measured("the sample text has no tokens of the model")
         return None
-    stored = open_checkpoint(
-        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=checkpoint.trust_remote_code
-    )
-    found = []
-    for what, source in (("checkpoint", checkpoint), ("bundle", stored)):  # the bundle's as its engine computes
-        with console.progress(f"perplexity of the {what}") as progress:
-            reference = Reference(source, manifest.plan, {}, round_activations=True)
-            found.append(reference.perplexity(ids, functools.partial(progress, f"perplexity of the {what}")))
-    before, after = found
+    try:
+        with execution(target), console.progress("perplexity of the bundle") as progress:
+            engine = open_engine(bundle, target, provider, threads)
+            try:
+                after = _engine_perplexity(engine, bundle, ids, progress)
+            finally:
+                engine.close()
+    except NoDeviceError as error:
+        not_measured(f"{target} was not run on this machine: {error.note}")
+        return None
+    what = "perplexity of the checkpoint"
+    with console.progress(what) as progress:
+        before = Reference(checkpoint, manifest.plan, {}).perplexity(ids, functools.partial(progress, what))
     dtype, change = manifest.model.weight_dtype, 100 * (after / before - 1)
-    console.say(f"perplexity on {len(ids)} tokens: float {before:.2f} → {dtype} {after:.2f} ({change:+.1f} %)")
+    both = f"float {before:.2f} in PyTorch → {dtype} {after:.2f} in {target}"
+    console.say(f"perplexity on {len(ids)} tokens: {both} ({change:+.1f} %)")
     return {"tokens": len(ids), "float": before, dtype: after}

@@ -90,20 +90,18 @@ class Reference:
         matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
         checkpoint: the bundle's own weight files, looked up by tensor name.
         kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D] of int8 caches.
-        round_activations: round what enters quantized weights to 8 bits, as an engine's kernels do.
     """
 
     checkpoint: Checkpoint
     plan: DropPlan
     matrices: Matrices
-    round_activations: bool = False
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     _states: dict[str, Any] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
 
     def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
         """`ids`: all that will be looked up."""
-        return StreamedModel(self.checkpoint, ids, lambda call: _attend(self._cache, call), self.round_activations)
+        return StreamedModel(self.checkpoint, ids, lambda call: _attend(self._cache, call))
 
     def run(
         self,

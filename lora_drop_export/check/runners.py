@@ -5,8 +5,10 @@ Enters: forced tokens, step by step. Leaves: logits float32 [B, V]. Knows no tol
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,21 @@ from polygraphy.common import TensorMetadata
 from lora_drop_export.console import Console
 
 from .reference import Reference
+
+
+@contextlib.contextmanager
+def execution(target: str) -> Iterator[None]:
+    """What an engine raises while it executes a bundle, as a VerificationError."""
+    try:
+        yield
+    except LoraDropError:
+        raise
+    except Exception as error:  # each engine has exceptions of its own
+        raise VerificationError(
+            f"The bundle on {target} cannot be executed.",
+            note=first_line(error),
+            hint="This is a bug, or an engine older than the bundle needs.",
+        ) from error
 
 
 def _input_metadata() -> TensorMetadata:
@@ -50,20 +67,12 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy ships no ty
     def infer_impl(self, feed_dict: dict[str, Any]) -> OrderedDict[str, Any]:
         ids, lengths = feed_dict["token_ids"], feed_dict["lengths"]
         begin = time.perf_counter()
-        try:
+        with execution(self.name):
             if not self._begun:
                 logits = self._session.prefill(ids, lengths, max_new_tokens=self._steps + 1, k=self._k)
                 self._begun = True
             else:
                 logits = self._session.step(ids[:, 0])
-        except LoraDropError:
-            raise
-        except Exception as error:  # each engine has exceptions of its own
-            raise VerificationError(
-                f"The bundle on {self.name} cannot be executed.",
-                note=first_line(error),
-                hint="This is a bug, or an engine older than the bundle needs.",
-            ) from error
         self.inference_time = time.perf_counter() - begin
         return OrderedDict(logits=logits.copy())
 

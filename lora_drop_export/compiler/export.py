@@ -37,7 +37,7 @@ from lora_drop_export.graphs.lora import lora_step_from_refresh
 from lora_drop_export.graphs.match import fusable_groups
 from lora_drop_export.graphs.refresh import refresh_from_trace
 from lora_drop_export.staging.directory import staged_directory
-from lora_drop_export.targets.target import build_target
+from lora_drop_export.targets.target import TARGETS, build_target
 from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
@@ -127,9 +127,11 @@ def write_bundle(
     return write_manifest(root, dataclasses.replace(manifest, targets=targets, files=files))
 
 
-def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, console: Console) -> Bundle:
-    """Measure what quantization costs, and say it in the manifest."""
-    perplexity = report_perplexity(bundle, checkpoint, console=console)
+def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None, console: Console) -> Bundle:
+    """Measure what quantization costs, on the first target, and say it in the manifest."""
+    name, _ = bundle.target(None)
+    provider = TARGETS[name].provider(bundle.manifest.model.dtype)
+    perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
     if perplexity is None:
         return bundle
     said = bundle.manifest.quantization | {"perplexity": perplexity}
@@ -161,8 +163,8 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
-        if options.weights_format and options.verify:
-            bundle = _with_perplexity(bundle, checkpoint, console)
+        if bundle.manifest.targets and options.weights_format and options.verify:
+            bundle = _with_perplexity(bundle, checkpoint, options.threads, console)
         if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")
         elif options.verify:

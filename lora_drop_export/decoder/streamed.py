@@ -6,7 +6,6 @@ weights until they are asked for. Knows no plan, no step and no cache.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.quantize.dequantized import DequantizedTensor
 from lora_drop_export.weights.resolve import resolve_tensors
 
 from .anatomy import (
@@ -42,23 +40,6 @@ def as_tensor(array: npt.NDArray[Any]) -> Any:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def rounded_activations(x: Any, block_size: int) -> Any:
-    """What the engine's kernels for quantized weights make of their input: int8 with a scale per block.
-
-    ONNX Runtime's MatMulNBits with accuracy_level 4: scale = max |x| / 127 over a block of the weight's size, and the
-    nearest integer. x [.., K], K a multiple of block_size.
-    """
-    blocks = x.unflatten(-1, (-1, block_size))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (blocks / scale.clamp(min=1e-30)).round().mul(scale).flatten(-2)
-
-
-def _rounded_linear(linear: Any, block_size: int, x: Any) -> Any:
-    import torch
-
-    return torch.nn.functional.linear(rounded_activations(x, block_size), linear.weight, linear.bias)
-
-
 class StreamedModel:
     """The model that a checkpoint's config describes, its weights read when they are wanted.
 
@@ -66,7 +47,6 @@ class StreamedModel:
         checkpoint: where they are.
         ids: int64, all token ids that will be looked up; the embedding's other rows are zero.
         attend: what its attention layers call.
-        round_activations: round what enters quantized weights to 8 bits, as an engine's kernels do.
     """
 
     def __init__(
@@ -74,11 +54,10 @@ class StreamedModel:
         checkpoint: Checkpoint,
         ids: npt.NDArray[np.int64],
         attend: Callable[[AttentionCall], Any],
-        round_activations: bool = False,
     ) -> None:
         import torch
 
-        self._checkpoint, self._round = checkpoint, round_activations
+        self._checkpoint = checkpoint
         register_attention(ATTENTION_NAME, attend)
         with torch.device("meta"):
             model = build_model(checkpoint, "float32", ATTENTION_NAME)
@@ -104,15 +83,10 @@ class StreamedModel:
         return ref
 
     def _load(self, module: Any, prefix: str, recurse: bool = True) -> None:
-        import torch
-
         prefix = f"{prefix}." if prefix else ""
         for name, tensor in stored_tensors(module, self._checkpoint, prefix, recurse).items():
             ref = self._tensor(f"{prefix}{name}", tensor)
             put_tensor(module, name, as_tensor(ref.read()))
-            target = module.get_submodule(name.rpartition(".")[0])
-            if self._round and isinstance(ref, DequantizedTensor) and isinstance(target, torch.nn.Linear):
-                target.forward = functools.partial(_rounded_linear, target, ref.block_size)
 
     def embed(self, ids: Any, positions: Any) -> tuple[Any, list[tuple[Any, Any]]]:
         """The first layer's input [B, S, d], and the arguments that each layer gets beside its input.
@@ -161,8 +135,6 @@ class StreamedModel:
         weight = self._tensor(f"{name}.weight", head.weight)
         bias = None if head.bias is None else as_tensor(self._tensor(f"{name}.bias", head.bias).read())
         result = torch.empty(*x.shape[:2], weight.shape[0])
-        if self._round and isinstance(weight, DequantizedTensor):
-            x = rounded_activations(x, weight.block_size)
         for begin in range(0, weight.shape[0], _HEAD_ROWS):
             rows = as_tensor(weight.rows(begin, begin + _HEAD_ROWS))
             result[..., begin : begin + len(rows)] = x @ rows.T

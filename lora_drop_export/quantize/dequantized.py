@@ -39,11 +39,6 @@ class DequantizedTensor:
         return self.stored.shape
 
     @property
-    def block_size(self) -> int:
-        assert self.stored.blocks is not None
-        return self.stored.blocks.block_size
-
-    @property
     def size_bytes(self) -> int:
         return 4 * self.shape[0] * self.shape[1]
 
