@@ -9,7 +9,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
-from lora_drop_runtime.errors import NoDeviceError
+from lora_drop_runtime.errors import NoDeviceError, VerificationError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -30,7 +30,11 @@ def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> flo
 
 
 def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
-    """exp of the mean negative log likelihood of each token but the first, by refreshes over some tokens each."""
+    """exp of the mean negative log likelihood of each token but the first, by refreshes over some tokens each.
+
+    Raises:
+        VerificationError: it is not finite.
+    """
     io = bundle.manifest.io(StepKind.REFRESH, engine.target)
     sizes = {"batch": 1, **engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})}
     held = {  # caches and states
@@ -57,8 +61,15 @@ def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64
         engine.prepare(StepKind.REFRESH, {spec.name: inputs[spec.name] for spec in io.inputs}, outputs)()
         nats += _nats(engine.read(outputs["logits"])[0, : len(following)], following)
         progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
-    with np.errstate(over="ignore"):  # of a wrong bundle it may be infinite
-        return float(np.exp(nats / (len(ids) - 1)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        perplexity = float(np.exp(nats / (len(ids) - 1)))
+    if not np.isfinite(perplexity):
+        raise VerificationError(
+            "The bundle computes logits that are not numbers, or far from the text.",
+            note=f"Its perplexity on {len(ids)} tokens of a sample text is {perplexity}, target {engine.target}.",
+            hint="This is a bug, or a checkpoint with damaged weights; --dtype fp32 shows which.",
+        )
+    return perplexity
 
 
 def report_perplexity(

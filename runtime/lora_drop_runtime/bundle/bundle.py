@@ -229,17 +229,13 @@ class Bundle:
 
     def check_hashes(self) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle."""
-        return [
-            name
-            for name, record in self.manifest.files.items()
-            if not record.header_only and record_file(self.root / name) != record
-        ]
+        return [name for name, record in self.manifest.files.items() if record_file(self.root / name) != record]
 
     def check_unchanged(self) -> None:
         """Hash every file.
 
         Raises:
-            BundleError: a hash is not the recorded one, or the manifest does not record that of the whole file.
+            BundleError: a hash is not the recorded one.
         """
         wrong = self.check_hashes()
         if wrong:
@@ -248,12 +244,4 @@ class Bundle:
                 note=f"{wrong[0]} does not have the recorded hash"
                 + (f", nor have {len(wrong) - 1} others." if wrong[1:] else "."),
                 hint="Copy the bundle again, or export the model again.",
-            )
-        partly = [name for name, record in self.manifest.files.items() if record.header_only]
-        if partly:
-            raise BundleError(
-                "The bundle does not record the hash of every file.",
-                note=f"Version 0.1 wrote it, which recorded of {', '.join(partly)} only the header. All others are as "
-                "they were.",
-                hint="Export the model again, and the whole of it is recorded.",
             )

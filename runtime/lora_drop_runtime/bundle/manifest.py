@@ -78,11 +78,10 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """`sha256` covers the content; in a bundle of version 0.1 only the safetensors header where `header_only`."""
+    """A file's size, and the SHA-256 of its content."""
 
     size_bytes: int
     sha256: str
-    header_only: bool = False
 
 
 @dataclass(frozen=True)

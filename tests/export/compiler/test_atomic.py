@@ -372,7 +372,6 @@ def test_manifest_is_self_describing(place, more):
     for name, record in data["files"].items():
         content = files[name].read_bytes()
         assert record["size_bytes"] == len(content), name
-        assert not record["header_only"], name
         assert record["sha256"] == hashlib.sha256(content).hexdigest(), name
 
 
