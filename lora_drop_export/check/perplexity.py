@@ -23,10 +23,12 @@ _CHUNK = 128  # tokens of a run, so that their logits take little memory
 
 
 def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> float:
-    """Negative log likelihood of each row's token, summed; logits [n, V], tokens [n]."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return float((np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(tokens)), tokens]).sum())
+    """Negative log likelihood of each row's token, summed; tokens [n], logits [n, V] are overwritten: copies are large."""
+    with np.errstate(invalid="ignore"):  # the caller looks for NaN
+        logits -= logits.max(axis=1, keepdims=True)
+    own = logits[np.arange(len(tokens)), tokens]
+    np.exp(logits, out=logits)
+    return float((np.log(logits.sum(axis=1, dtype=np.float64)) - own).sum())
 
 
 def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
