@@ -23,7 +23,7 @@ _CHUNK = 128  # tokens of a run, so that their logits take little memory
 
 
 def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> float:
-    """Negative log likelihood of each row's token, summed; tokens [n], logits [n, V] are overwritten: copies are large."""
+    """Negative log likelihood of each row's token, summed; of logits [n, V], which are overwritten, and tokens [n]."""
     with np.errstate(invalid="ignore"):  # the caller looks for NaN
         logits -= logits.max(axis=1, keepdims=True)
     own = logits[np.arange(len(tokens)), tokens]
