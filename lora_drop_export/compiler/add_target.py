@@ -109,7 +109,8 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     Args:
         out: an existing bundle.
         targets: one that the bundle has already is built again with `options.force`.
-        options: of the build and the verification; plan, dtype and limits are the bundle's.
+        options: of the build and the verification, with the same targets where it has any of theirs; plan, dtype and
+            limits are the bundle's.
 
     Raises:
         InputError, ModelError, BundleError, VerificationError: the bundle is as it was.

@@ -55,6 +55,8 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
                     shutil.copyfile(file, directory / file.name)
     tokenizer = read_tokenizer(checkpoint.directory, checkpoint.trust_remote_code)
     if tokenizer is None:
+        if not any(directory.iterdir()):
+            directory.rmdir()
         return
     with refused("The checkpoint's tokenizer cannot be used.", checkpoint.directory):
         tokenizer.save_pretrained(directory)

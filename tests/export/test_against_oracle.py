@@ -182,7 +182,7 @@ def test_nothing_dropped_is_generate(name, tmp_path):
 def test_plan(surrogate, injection, drop_ratio, tmp_path):
     """All surrogates, both injections and all ratios with random adapters, all windows, a ragged batch and one row."""
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": drop_ratio}
-    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4)
+    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0)
     adapters = None
     if empty.manifest.plan.drop_layers:
         model = empty.manifest.model

@@ -122,7 +122,7 @@ def is_allowed(row: Mapping[str, Any]) -> bool:
             return False
     if row.get("weights") == "link" and (row.get("rounding") or row.get("block_size") or stored == "bfloat16"):
         return False
-    return not (row.get("plan") == "none" and row.get("adapters") not in (None, "none", "room"))
+    return not (row.get("plan") == "none" and row.get("adapters") not in (None, "none"))
 
 
 @functools.cache

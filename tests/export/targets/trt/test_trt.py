@@ -340,7 +340,11 @@ def test_target_tensorrt(tmp_path, monkeypatch):
         assert "SkipWriteKVAttention" in {node.op_type for node in proto.graph.node}
     assert (made.root / entry.timing_cache).read_bytes() == b"measured"
     options = ExportOptions(
-        force=True, verify=False, attention="native", builder=BuilderOptions(version_compatible=True)
+        targets=("tensorrt",),
+        force=True,
+        verify=False,
+        attention="native",
+        builder=BuilderOptions(version_compatible=True),
     )
     again = add_target(made.root, ["tensorrt"], options)
     entry = again.target("tensorrt")[1]

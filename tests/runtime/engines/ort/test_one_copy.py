@@ -39,9 +39,10 @@ def refresh_alone(root, graph):
     options = session_options(onnxruntime, root, 1)
     session = onnxruntime.InferenceSession(graph, options)
     sizes = {"batch": 1, "sequence": 1, "rows": 1}
+    types = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}  # int32: a total, of the one token
     inputs = {
-        i.name: np.zeros([sizes.get(d, 16) if isinstance(d, str) else d for d in i.shape],
-                         np.int64 if "int64" in i.type else np.float32)
+        i.name: np.full([sizes.get(d, 16) if isinstance(d, str) else d for d in i.shape],
+                        int(i.type == "tensor(int32)"), types.get(i.type, np.float32))
         for i in session.get_inputs()
     }
     for _ in range(6):
