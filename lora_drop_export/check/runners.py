@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import LoraDropError, VerificationError, first_line
+from lora_drop_runtime.errors import BundleError, LoraDropError, VerificationError, first_line
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 from polygraphy.backend.base import BaseRunner
@@ -26,15 +26,15 @@ from .reference import Reference
 
 @contextlib.contextmanager
 def execution(target: str) -> Iterator[None]:
-    """What an engine raises while it executes a bundle, as a VerificationError."""
+    """What an engine raises while it executes a bundle, as a VerificationError; not that this machine lacks a device."""
     try:
         yield
-    except LoraDropError:
-        raise
-    except Exception as error:  # each engine has exceptions of its own
+    except Exception as error:  # engines have exceptions of their own, too
+        if isinstance(error, LoraDropError) and type(error) is not BundleError:
+            raise
         raise VerificationError(
             f"The bundle on {target} cannot be executed.",
-            note=first_line(error),
+            note=error.note if isinstance(error, BundleError) else first_line(error),
             hint="This is a bug, or an engine older than the bundle needs.",
         ) from error
 

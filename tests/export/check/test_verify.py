@@ -20,7 +20,7 @@ from lora_drop_export.check.figures import TOLERANCES, compare_logits, print_tab
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
-from tests.support.bundles import make_bundle, save_adapters
+from tests.support.bundles import make_bundle, record_again, save_adapters
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,7 @@ def rewire(root, step, change) -> None:
     branch = {"lora": "then_branch", "refresh": "else_branch"}[step]
     change(next(a.g for a in model.graph.node[0].attribute if a.name == branch))
     path.write_bytes(model.SerializeToString())
-    manifest = json.loads((root / "lora_drop.json").read_text())
-    manifest["files"]["ort/steps.onnx"]["size_bytes"] = path.stat().st_size
-    (root / "lora_drop.json").write_text(json.dumps(manifest))
+    record_again(root)
 
 
 def swap_weights(graph) -> None:

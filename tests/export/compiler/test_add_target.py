@@ -84,7 +84,7 @@ def test_an_option_that_the_bundle_fixes_is_seen_also_with_its_default(arguments
 
 def test_what_the_bundle_does_not_fix_may_be_given(tmp_path: Path, capsys):
     made = make_bundle("llama", tmp_path / "b")
-    more = ["--force", "--no-verify", "--threads", "1", "--weight-sharing", "inputs", "--workspace-mib", "64"]
+    more = ["--force", "--no-verify", "--trust-remote-code"]
     assert main(["--out", str(made.root), "--add-target", "ort", *more]) == 0
     assert capsys.readouterr().out == "targets: ort\n"
 

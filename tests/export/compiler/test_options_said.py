@@ -48,7 +48,7 @@ def test_a_record_of_verifications_that_cannot_be_read_is_in_nobodys_way(tmp_pat
         (lambda path: FitSettings(text=(path,), out=path, seed=-1), "--seed is too small"),
         (lambda path: FitSettings(text=(path,), out=path, threads=0), "--threads is too small"),
         (
-            lambda path: FitSettings(text=(path,), out=path, drop_ratio=2.0, drop_layers=(4,)),
+            lambda path: FitSettings(text=(path,), out=path, drop_ratio=0.5, drop_layers=(4,)),
             "--drop-ratio and --drop-l",
         ),
         (lambda path: EvalSettings(text=path, seed=-1), "--seed is too small"),
