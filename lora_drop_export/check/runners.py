@@ -26,7 +26,7 @@ from .reference import Reference
 
 @contextlib.contextmanager
 def execution(target: str) -> Iterator[None]:
-    """What an engine raises while it executes a bundle, as a VerificationError; not that this machine lacks a device."""
+    """What an engine raises while it executes a bundle, as a VerificationError; but not that there is no device."""
     try:
         yield
     except Exception as error:  # engines have exceptions of their own, too
