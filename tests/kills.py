@@ -72,17 +72,18 @@ def commands(scratch: Path, out: Path) -> list[Command]:
     text.write_text(" ".join(f"w{number}" for number in random.Random(0).choices(range(131), k=4000)))
 
     def exported(*more: object) -> Callable[[], int]:
-        arguments = ["--out", out, "--threads", 1, *more]
+        arguments = ["--out", out, *more]
         return functools.partial(lora_drop_export.cli.main, [str(argument) for argument in arguments])
 
     def tool(name: str, *more: object) -> Callable[[], int]:
         arguments = [name, model, "--text", text, "--out", out, *more]
         return functools.partial(lora_drop_tools.cli.main, [str(argument) for argument in arguments])
 
-    new = ("--model", model, "--max-seq-len", 64)
+    new, alone = ("--model", model, "--max-seq-len", 64), ("--threads", 1)
+    add = exported("--add-target", "ort", *alone)
     return [
-        Command("export", exported(*new, "--force"), exported(*new, "--drop-layers", "5")),
-        Command("add-target", exported("--add-target", "ort"), exported(*new, "--target", "none"), fresh=False),
+        Command("export", exported(*new, *alone, "--force"), exported(*new, *alone, "--drop-layers", "5")),
+        Command("add-target", add, exported(*new, "--target", "none"), fresh=False),
         Command(
             "fit",
             tool("fit", *TINY_FIT, "--rank", 3, "--force"),
@@ -101,7 +102,7 @@ def start(body: Callable[[], int], log: str = os.devnull) -> int:
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP):  # which `nohup` has ignored
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which a process in the background may ignore
             signal.signal(number, signal.SIG_DFL)
         code = 1
         try:

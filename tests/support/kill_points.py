@@ -94,6 +94,9 @@ def in_child(body: Callable[[], object]) -> int:
     pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which a process in the background may ignore
+            signal.signal(number, signal.SIG_DFL)
         try:
             code = run_command(lambda _: body() and None, ())
         except SystemExit as end:
