@@ -130,7 +130,6 @@ def test_weights_that_cannot_be_linked_across_file_systems(export_refused, tmp_p
     [
         ({"layer_types": ["full_attention", "sliding_attention"] * 4, "sliding_window": 5}, "--drop-layers 4,5",
          ("Layer 5", "sliding window")),
-        ({"num_local_experts": 4}, "", ("MoE",)),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "", ("RoPE",)),
     ],
 )  # fmt: skip

@@ -242,7 +242,7 @@ EXPORTED = "lora_drop_export.decoder.trace._export"  # the model has been built 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "generation_config.json", "chat_template.jinja")  # fmt: skip
 LOADED = "lora_drop_tools.teacher_forcing.forcing.TeacherForcing.__init__"  # the tools have the model in memory
-SHORT = ("--window", "16", "--tokens", "64", "--sensitivity-tokens", "32")
+SHORT = ("--window", "16", "--tokens", "64", "--sensitivity-tokens", "32", "--always-first", "0", "--always-last", "0")
 KEYS = ("auto_map", "rope_parameters", "rope_scaling", "head_dim", "sliding_window", "layer_types", "torch_dtype",
         "quantization_config", "text_config", "num_experts", "eos_token_id", "chat_template", "tokenizer_class",
         "model_max_length", "added_tokens_decoder", "extra_special_tokens", "bos_token", "transformers_version",

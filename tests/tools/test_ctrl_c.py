@@ -10,7 +10,7 @@ import pytest
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_tools.cli import main
 
-from tests.support.bundles import make_bundle
+from tests.support.bundles import make_bundle, record_again
 from tests.support.tokenizers import character_tokenizer
 
 
@@ -19,6 +19,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_bundle("llama", tmp_path_factory.mktemp("bundle") / "b").root
     character_tokenizer(root)
     (root / "tokenizer/chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    record_again(root)
     return root
 
 

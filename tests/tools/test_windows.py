@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lora_drop_tools.cli import main
 from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.fit.fit import fit
@@ -46,6 +47,14 @@ def test_eval(bundle: Path, text: Path) -> None:
         assert ours.text is not None
     assert shrunk.arguments["window"] == SHORT
     assert shrunk.arguments["prompt"] == 10
+
+
+def test_generate(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tokens of a prompt leave room for 46; the usual number is 64."""
+    assert main(["generate", str(bundle), "--prompt", "t1 t2", "--threads", "1"]) == 0
+    assert capsys.readouterr().err.startswith("46 tokens in ")
+    assert main(["generate", str(bundle), "--prompt", "t1 t2", "--max-new-tokens", "47"]) == 2
+    assert "2 + 47 tokens, the bundle allows 48" in capsys.readouterr().err
 
 
 def test_fit_and_profile(bundle: Path, text: Path, tmp_path: Path) -> None:

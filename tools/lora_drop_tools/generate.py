@@ -28,19 +28,27 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import policy_option, provider_option, target_option, threads_option
 
+NEW_TOKENS, REPLY_TOKENS = 64, 256  # of `generate` and of `chat`, where the bundle has room for as many
+
 
 @dataclass(frozen=True)
 class GenerateSettings:
     """How text is continued. What is None is the bundle's.
 
     Attributes:
+        max_new_tokens: 64 when None, in a chat 256, or what the bundle has room for.
         k: LoRA steps between refreshes, 0 for the full schedule.
         temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
         stop: strings that end a text, themselves left out.
         target, provider, threads: as for `Session.open`.
     """
 
-    max_new_tokens: int = option(64, metavar="N", bounds=bounds.TOKENS, help="write at most N tokens (default 64)")
+    max_new_tokens: int | None = option(
+        None,
+        metavar="N",
+        bounds=bounds.TOKENS,
+        help=f"write at most N tokens (default {NEW_TOKENS}, or what the bundle has room for)",
+    )
     k: int | None = option(
         None, bounds=bounds.K, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)"
     )
@@ -83,7 +91,12 @@ class GenerateSettings:
 class ChatSettings(GenerateSettings):
     """The same for `chat`, whose replies are longer."""
 
-    max_new_tokens: int = option(256, metavar="N", bounds=bounds.TOKENS, help="write at most N tokens (default 256)")
+    max_new_tokens: int | None = option(
+        None,
+        metavar="N",
+        bounds=bounds.TOKENS,
+        help=f"write at most N tokens (default {REPLY_TOKENS}, or what the bundle has room for)",
+    )
 
 
 @dataclass
@@ -131,7 +144,7 @@ def _stream(
         out.write(piece)
         out.flush()
 
-    stream = session.stream(ids, settings.max_new_tokens, sampling=settings.sampling)
+    stream = session.stream(ids, settings.max_new_tokens or NEW_TOKENS, sampling=settings.sampling)
     try:
         for token in stream:
             tokens += 1
@@ -174,15 +187,19 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                     note=f"It has {len(ids)} tokens, the bundle allows {session.bundle.manifest.limits.max_seq_len}.",
                     hint="Start a new chat, or export with a larger --max-seq-len.",
                 )
-            fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens, room))
+            fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
             reply = _stream(session, codec, ids, fitting, sys.stdout)
             messages.append({"role": "assistant", "content": reply.text})
 
 
 def _encoded(
     bundle: Bundle, prompts: Sequence[str], settings: GenerateSettings, chat: bool
-) -> tuple[TextCodec, list[npt.NDArray[np.int64]]]:
-    """What makes tokens of text and back, and the prompts' tokens; refuses what the bundle does not allow."""
+) -> tuple[TextCodec, list[npt.NDArray[np.int64]], GenerateSettings]:
+    """What makes tokens of text and back, the prompts' tokens, and the settings with a number of new tokens.
+
+    Raises:
+        InputError: the bundle does not allow as many.
+    """
     if not prompts:
         raise InputError(
             "There is no prompt.",
@@ -195,8 +212,10 @@ def _encoded(
     ]
     model, limits = bundle.manifest.model, bundle.manifest.limits
     ids, lengths = padded(encoded, 0)
-    check_request(ids, lengths, settings.max_new_tokens, limits, model.vocab_size)
-    return codec, encoded
+    room = check_request(ids, lengths, settings.max_new_tokens, limits, model.vocab_size)
+    if settings.max_new_tokens is None:
+        settings = dataclasses.replace(settings, max_new_tokens=min(NEW_TOKENS, room))
+    return codec, encoded, settings
 
 
 def generate(
@@ -218,7 +237,7 @@ def generate(
     """
     out = out or sys.stdout
     opened = Bundle.open(bundle)
-    codec, encoded = _encoded(opened, prompts, settings, chat)
+    codec, encoded, settings = _encoded(opened, prompts, settings, chat)
     with settings.open(opened.root) as session:
         if len(encoded) == 1:
             completion = _stream(session, codec, encoded[0], settings, out)
@@ -226,7 +245,7 @@ def generate(
                 raise KeyboardInterrupt
             return [completion]
         begin = time.perf_counter()
-        rows = session.generate(encoded, settings.max_new_tokens, sampling=settings.sampling)
+        rows = session.generate(encoded, settings.max_new_tokens or NEW_TOKENS, sampling=settings.sampling)
         seconds = time.perf_counter() - begin
         completions = []
         for prompt, row in zip(prompts, rows, strict=True):
