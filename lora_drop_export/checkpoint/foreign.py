@@ -6,7 +6,6 @@ transformers, tokenizers, safetensors, torch and gguf throw whatever a damaged f
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 from lora_drop_runtime.errors import InputError, LoraDropError, ModelError
 from lora_drop_runtime.files import read_bounded
 
+from lora_drop_export.staging.failures import refused_write
+
 _MOST_NOTE = 240  # characters
 _MOST_JSON_BYTES = 256 << 20
-_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # says nothing of what is read
 CHECKPOINT_HINT = "Download or copy the checkpoint again, or take another one."
 
 
@@ -33,7 +33,7 @@ def said(error: BaseException) -> str:
 def _is_ours(error: BaseException) -> bool:
     """Whether an error is none of the file's: our own, Ctrl-C, or a full disk."""
     if isinstance(error, Exception):
-        return isinstance(error, LoraDropError) or (isinstance(error, OSError) and error.errno in _WRITING)
+        return isinstance(error, LoraDropError) or refused_write(error) is not None
     return type(error).__name__ != "PanicException"  # of libraries written in Rust, no Exception
 
 

@@ -21,11 +21,12 @@ _REFUSED = {  # what it means, and what to do about it
 _FROM_RUST = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)\b")
 
 
-def _number(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    said = _FROM_RUST.search(str(error))
-    return int(said[1] or said[2]) if said else None
+def refused_write(error: BaseException) -> int | None:
+    """The system's number of an error that says that nothing more can be written; None of any other."""
+    number = error.errno if isinstance(error, OSError) else None
+    if said := None if number else _FROM_RUST.search(str(error)):
+        number = int(said[1] or said[2])
+    return number if number in _REFUSED else None
 
 
 @contextlib.contextmanager
@@ -41,8 +42,8 @@ def refused_writes(place: Path, option: str) -> Iterator[None]:
     except LoraDropError:
         raise
     except Exception as error:
-        number = _number(error)
-        if number not in _REFUSED:
+        number = refused_write(error)
+        if number is None:
             raise
         fact, hint = _REFUSED[number]
         where = getattr(error, "filename", None) or f"beside {place}"

@@ -90,6 +90,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator(["Hello world, the quick brown fox jumps over the lazy dog. " * 9] * 9, trainer)
     assert tokenizer.get_vocab_size() == 131
+    (root / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(str(root / "tokenizer" / "tokenizer.json"))
     (root / "tokenizer" / "chat_template.jinja").write_text(
         "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"

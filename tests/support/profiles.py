@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -16,6 +17,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.support.bundles import record_again
+
 WINDOW, PROMPT, K = 24, 6, 3
 ELIGIBLE = (3, 4, 5, 6)
 TOLERANCE = 2e-4  # relative, of sums of float32 in another order
@@ -26,10 +29,12 @@ def random_windows(count: int, seed: int = 3) -> torch.Tensor:
 
 
 def add_tokenizer(directory: Path) -> None:
-    """Word `w<i>` is token i."""
+    """Word `w<i>` is token i; put into a model's directory or a bundle's."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(131)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+    if (directory.parent / MANIFEST_NAME).is_file():
+        record_again(directory.parent)
 
 
 def saved(model: PreTrainedModel, directory: Path) -> Path:

@@ -106,8 +106,8 @@ def test_of_a_bundle(
 def test_threads_of_engines_that_run_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = make_bundle("llama", tmp_path / "bundle")
     written = json.loads((bundle.root / MANIFEST_NAME).read_text())
-    named = ("form", "weight_sharing", "version", "refresh", "lora")
-    entry = dict.fromkeys(named, "x") | {"slots": {}, "prefill_chunk": 1, "refresh_profiles": {}, "graphs": {}}
+    named = {"form": "native", "weight_sharing": "constants", "version": "1", "refresh": "r", "lora": "l"}
+    entry = named | {"slots": {}, "prefill_chunk": 1, "refresh_profiles": {}, "graphs": {}}
     entry |= {"engine_bytes": {}, "compute_capabilities": [], "hardware_compatible": False}
     entry |= {"version_compatible": False, "weight_bytes": 0}
     written["targets"] = {"tensorrt-rtx": entry}

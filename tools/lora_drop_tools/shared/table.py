@@ -27,7 +27,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     On a terminal that is too narrow the table is cut between columns into parts, which all have the columns that name a
     row: the first, and a second without a heading. A file or a pipe gets it whole.
     """
-    room = shutil.get_terminal_size((sys.maxsize, 24)).columns
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     columns = list(zip(headings, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     lines: list[str] = []
