@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.settings import EvalSettings
 
 from tests.support.bundles import family, make_bundle
+from tests.support.fake_trt import make_device_bundle
 from tests.support.profiles import add_tokenizer
 
 
@@ -104,15 +104,8 @@ def test_of_a_bundle(
 
 
 def test_threads_of_engines_that_run_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = make_bundle("llama", tmp_path / "bundle")
-    written = json.loads((bundle.root / MANIFEST_NAME).read_text())
-    named = {"form": "native", "weight_sharing": "constants", "version": "1", "refresh": "r", "lora": "l"}
-    entry = named | {"slots": {}, "prefill_chunk": 1, "refresh_profiles": {}, "graphs": {}}
-    entry |= {"engine_bytes": {}, "compute_capabilities": [], "hardware_compatible": False}
-    entry |= {"version_compatible": False, "weight_bytes": 0}
-    written["targets"] = {"tensorrt-rtx": entry}
-    (bundle.root / MANIFEST_NAME).write_text(json.dumps(written))
-    assert main(["generate", str(bundle.root), "--prompt", "t1", "--threads", "2"]) == 2
+    bundle = make_device_bundle("llama", tmp_path / "bundle")
+    assert main(["generate", str(bundle.root), "--prompt", "t1", "--threads", "2", "--target", "tensorrt-rtx"]) == 2
     error = capsys.readouterr().err
     assert "--threads would change nothing." in error
     assert "It is 2, and the engines of tensorrt-rtx run on the GPU." in error
