@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.errors import InputError, LoraDropError, VerificationError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -56,6 +56,7 @@ class StepResult:
     top1_agreement: float
     near_ties: int
     passed: bool
+    reference_is_finite: bool = True
 
     def __bool__(self) -> bool:
         return self.passed
@@ -127,6 +128,7 @@ def compare_logits(
         top1_agreement=float(same.mean()),
         near_ties=int(near_tie.sum()),
         passed=passed,
+        reference_is_finite=bool(np.isfinite(b).all()),
     )
 
 
@@ -163,8 +165,15 @@ def print_table(result: Verification, console: Console) -> None:
         )
 
 
-def failure(result: Verification) -> VerificationError:
+def failure(result: Verification) -> LoraDropError:
     """The error for a comparison that failed."""
+    undefined = next((step for step in result.steps if not step.reference_is_finite), None)
+    if undefined is not None:
+        return InputError(
+            "The model computes logits that are not numbers.",
+            note=f"So does PyTorch with its weights: step {undefined.step} ({undefined.kind}) has NaN or infinity.",
+            hint="Look for NaN, infinity or far too large values in the checkpoint and in the adapters.",
+        )
     if all(result.steps):
         return VerificationError(
             f"The bundle on {result.target} disagrees with PyTorch.",

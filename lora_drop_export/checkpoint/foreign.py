@@ -31,9 +31,9 @@ def said(error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether an error is none of the file's: our own, Ctrl-C, or a full disk."""
+    """Whether an error is none of the file's: our own, Ctrl-C, too little memory, or a full disk."""
     if isinstance(error, Exception):
-        return isinstance(error, LoraDropError) or refused_write(error) is not None
+        return isinstance(error, LoraDropError | MemoryError) or refused_write(error) is not None
     return type(error).__name__ != "PanicException"  # of libraries written in Rust, no Exception
 
 
@@ -62,6 +62,10 @@ def refused(fact: str, what: object, hint: str = CHECKPOINT_HINT) -> Iterator[No
         raise ModelError(fact, note=f"{what}: {said(error)}", hint=hint) from None
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
 def read_json(path: Path, fact: str) -> Any:
     """What a JSON file of a checkpoint holds.
 
@@ -72,6 +76,6 @@ def read_json(path: Path, fact: str) -> Any:
         InputError, BundleError: it cannot be read, or holds no JSON.
     """
     try:
-        return json.loads(read_bounded(path, _MOST_JSON_BYTES))
+        return json.loads(read_bounded(path, _MOST_JSON_BYTES), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise InputError(fact, note=f"{path}: {said(error)}", hint=CHECKPOINT_HINT) from None

@@ -6,6 +6,7 @@ of a large model take minutes. What only the trace tells is checked again after 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,16 @@ def _warn_of_plan(plan: DropPlan, console: Console) -> None:
         f"warning: no layer is dropped: of {plan.num_layers} the first {plan.always_first} and the last "
         f"{plan.always_last} are always kept{windowed}. Every step will run the whole model"
     )
+
+
+def warn_of_layers(checkpoint: Checkpoint, layers: int, console: Console) -> None:
+    """Say so when the checkpoint holds layers that its config does not tell of, such as those that predict further."""
+    found = (re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name) for name in checkpoint.tensors)
+    count = 1 + max((int(match[1]) for match in found if match), default=-1)
+    if count > layers:
+        console.say(
+            f"warning: the checkpoint holds {count} layers and config.json says {layers}: the others are left out"
+        )
 
 
 def check_before_trace(

@@ -42,7 +42,7 @@ from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, stor
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
-from .early import check_before_trace
+from .early import check_before_trace, warn_of_layers
 from .facts import (
     adapter_matrices,
     chosen_formats,
@@ -77,6 +77,7 @@ def write_bundle(
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     matrices = adapter_matrices(plan, traced.hidden_size, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
+    warn_of_layers(checkpoint, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options.weights_format)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)

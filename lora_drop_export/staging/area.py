@@ -73,6 +73,8 @@ def resolved(path: Path) -> Path:
     """
     try:
         place = path.resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            place.lstat()  # which a name that is too long ends
     except (OSError, RuntimeError, ValueError) as error:  # no working directory, a circle of links, a NUL
         raise InputError("The path cannot be used.", note=f"{path}: {error}.", hint="Choose another.") from None
     if not place.name:

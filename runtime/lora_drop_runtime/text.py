@@ -184,7 +184,7 @@ class TextCodec:
             )
         try:
             tokenizer = Tokenizer.from_buffer(read_bounded(path, MOST_TOKENIZER_BYTES))
-        except BundleError:
+        except (BundleError, MemoryError):
             raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise _unreadable("The tokenizer cannot be read.", f"{path}: {first_line(error):.200}") from error

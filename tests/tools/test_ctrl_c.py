@@ -61,5 +61,6 @@ def test_chat_between_replies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def pressed(prompt: str) -> str:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", pressed)
     assert main(["chat", str(bundle), "--threads", "1"]) == 130

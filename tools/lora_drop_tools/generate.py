@@ -28,6 +28,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import policy_option, provider_option, target_option, threads_option
 
+MOST_QUESTION = 1 << 20  # characters of a line
 NEW_TOKENS, REPLY_TOKENS = 64, 256  # of `generate` and of `chat`, where the bundle has room for as many
 
 
@@ -115,10 +116,28 @@ class Completion:
     interrupted: bool = False
 
 
+def _piped_question() -> str:
+    """A line of standard input, which may be a device without an end.
+
+    Raises:
+        EOFError: there is none.
+    """
+    line = sys.stdin.readline(MOST_QUESTION + 1)
+    if len(line) > MOST_QUESTION:
+        raise InputError(
+            "A message is too long.",
+            note=f"A line of standard input has more than {MOST_QUESTION} characters.",
+            hint="Send shorter lines.",
+        )
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
 def _questions() -> Iterator[str]:
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> ") if sys.stdin.isatty() else _piped_question()
         except EOFError:
             return
         except UnicodeDecodeError as error:

@@ -30,7 +30,7 @@ from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts, window_that_fits
 
-from .partial import Partial, begun_with_force, load_begin
+from .partial import Partial, begun_with_force, check_place, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
@@ -179,6 +179,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
         console.rich.quiet = workers.rank > 0
         device = workers.device(settings.device)
         with _written_by_first(out, force, workers) as root:
+            if workers.rank == 0:
+                check_place(out, settings.resume, settings.force)
             with console.phase("loading the model"):
                 loaded = load_model(
                     model,

@@ -49,6 +49,41 @@ def begun_with_force(out: Path) -> bool:
     return found is not None and found["force"]
 
 
+def _nothing_to_resume(root: Path, difference: str | None) -> InputError:
+    return InputError(
+        "There is no such fit to resume.",
+        note=f"{root}: " + ("there is none." if difference is None else f"it was begun with {difference}."),
+        hint="Give the same options as before, or leave --resume out.",
+    )
+
+
+def check_place(out: Path, resume: bool, force: bool) -> None:
+    """Refuse what lies at the place of an unfinished fit, before any work; its settings are not looked at.
+
+    Raises:
+        InputError: there is nothing to resume, or something is there that must not be replaced.
+    """
+    root = _place(out)
+    found = _read(root)
+    if resume and found is None:
+        raise _nothing_to_resume(root, None)
+    if resume or not os.path.lexists(root):
+        return
+    if not force:
+        raise InputError(
+            "An unfinished fit is there.",
+            note=f"{root} is not touched.",
+            hint="Go on with it by --resume, or begin anew by --force.",
+        )
+    if found is None:
+        raise InputError(
+            "The place of an unfinished fit is taken.",
+            note=f"{root} is not one, so --force will not replace it.",
+            hint="Move it away, or choose another --out.",
+        )
+    refuse_foreign(root, _KIND, foreign_entries(root, _FILES))
+
+
 class Partial:
     """The directory beside `out` that an interrupted fit leaves; all processes read it, the first one changes it."""
 
@@ -57,34 +92,14 @@ class Partial:
         self.state, self.begin = self.root / _STATE, self.root / _BEGIN
         self._settings, self._force = dict(settings), force
         self._writes = workers.rank == 0
-        found = _read(self.root)
         if resume:
+            found = _read(self.root)
             if found is None or found["settings"] != self._settings:
-                differs = (
-                    "there is none"
-                    if found is None
-                    else f"it was begun with {_difference(found['settings'], self._settings)}"
-                )
-                raise InputError(
-                    "There is no such fit to resume.",
-                    note=f"{self.root}: {differs}.",
-                    hint="Give the same options as before, or leave --resume out.",
-                )
+                difference = None if found is None else _difference(found["settings"], self._settings)
+                raise _nothing_to_resume(self.root, difference)
             return
-        if os.path.lexists(self.root) and self._writes:
-            if not force:
-                raise InputError(
-                    "An unfinished fit is there.",
-                    note=f"{self.root} is not touched.",
-                    hint="Go on with it by --resume, or begin anew by --force.",
-                )
-            if found is None:
-                raise InputError(
-                    "The place of an unfinished fit is taken.",
-                    note=f"{self.root} is not one, so --force will not replace it.",
-                    hint="Move it away, or choose another --out.",
-                )
-            refuse_foreign(self.root, _KIND, foreign_entries(self.root, _FILES))
+        if self._writes:
+            check_place(out, resume, force)
 
     def save(self, pairs: Surrogates, scales: Mapping[str, Any], stages: Mapping[str, Any], staged: Path) -> None:
         """Keep what distillation begins with, as a whole or not at all.

@@ -153,8 +153,8 @@ def better(work: Work, begun: Surrogates, learned: Surrogates) -> tuple[str, Sur
     kept = min((DISTILLATION, before), key=lambda stage: work.stages[stage]["kl"])
     if kept != DISTILLATION:
         work.console.say(
-            f"warning: distillation made the adapters worse, KL {work.stages[before]['kl']:.4f} → "
-            f"{work.stages[DISTILLATION]['kl']:.4f}; those before it are kept. A smaller --learning-rate or more "
+            f"warning: distillation made the adapters worse, KL {work.stages[before]['kl']:.4g} → "
+            f"{work.stages[DISTILLATION]['kl']:.4g}; those before it are kept. A smaller --learning-rate or more "
             "--text may help."
         )
     return kept, learned if kept == DISTILLATION else begun

@@ -1,0 +1,92 @@
+"""Weights and configs that hold no numbers, layers that the config does not tell of, names and lines without an end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import lora_drop_tools.cli
+import pytest
+import torch
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.text import TextCodec
+from safetensors.torch import load_file, save_file
+
+import lora_drop_export.cli
+from lora_drop_export.check.figures import failure
+from lora_drop_export.check.verify import compare
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.export import export
+from lora_drop_export.compiler.options import ExportOptions
+from tests.support.bundles import Family, family, make_bundle
+
+
+@pytest.fixture
+def copied(place: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(place / "model", tmp_path / "model")
+
+
+def change_config(model: Path, **values: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+def test_infinity_among_the_weights_is_the_checkpoints(copied: Path, tmp_path: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    weights["model.layers.4.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    source = family("llama")
+    checkpoint = open_checkpoint(str(copied), tmp_path / "scratch")
+    bundle = make_bundle(Family(source.model, copied, checkpoint, source.traced), tmp_path / "b")
+    result = compare(bundle, threads=1)
+    assert not result.passed
+    error = failure(result)
+    assert isinstance(error, InputError)
+    assert "logits that are not numbers" in str(error)
+    assert "bug" not in str(error)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_in_the_config(export_refused, copied: Path, value: float) -> None:
+    change_config(copied, rms_norm_eps=value)
+    export_refused(model=copied, words=("config.json is damaged", "NaN" if value != value else "Infinity"))
+
+
+def test_more_layers_than_the_config_says(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(copied, num_hidden_layers=5)
+    options = ExportOptions(drop_layers=(3,), max_seq_len=32, verify=False, targets=("none",))
+    export(str(copied), tmp_path / "b", options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: the checkpoint holds 8 layers and config.json says 5" in said
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_name_that_no_file_system_takes(refused, place: Path) -> None:
+    model, out = place / "model", place / ("x" * 300)
+    refused(lora_drop_export.cli.main, "--model", model, "--out", out, words=("cannot be used", "too long"))
+
+
+def test_a_line_without_an_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/zero").open() as zeros:
+        monkeypatch.setattr(sys, "stdin", zeros)
+        assert lora_drop_tools.cli.main(["chat", str(place / "bundle"), "--threads", "1"]) == 2
+    assert "A message is too long." in capsys.readouterr().err
+
+
+def test_too_little_memory_is_no_damaged_tokenizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("lora_drop_runtime.text.read_bounded", full)
+    with pytest.raises(MemoryError):
+        TextCodec.open(place / "bundle" / "tokenizer")
+
+
+def test_a_prompt_without_tokens(refused, place: Path) -> None:
+    arguments = ("generate", place / "bundle", "--prompt", "t1", "--prompt", "")
+    refused(lora_drop_tools.cli.main, *arguments, words=("A prompt is empty.", "Row 1 has no tokens."))
