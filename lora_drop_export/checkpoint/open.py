@@ -223,6 +223,12 @@ def open_checkpoint(
     Raises:
         InputError: nothing there, no weights, or a weights file that is not whole.
     """
+    if not model:  # which would mean the current directory
+        raise InputError(
+            "The name of the model is empty.",
+            note="It names nothing.",
+            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+        )
     with refused("There is no such model.", ascii(model), "Check the spelling."):  # ~nobody/model
         path = Path(model).expanduser()
     if is_file(path) and path.suffix == ".gguf":

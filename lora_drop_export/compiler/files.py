@@ -104,7 +104,8 @@ def check_disk(root: Path, needed_bytes: int) -> None:
     if free < needed_bytes + _SLACK_BYTES:
         raise InputError(
             "There is too little free disk space.",
-            note=f"The bundle needs {(needed_bytes + _SLACK_BYTES) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.",
+            note=f"The weights take {needed_bytes / 2**20:.0f} MiB, graphs and tokenizer may take {_SLACK_BYTES >> 20} "
+            f"more; {free / 2**20:.0f} MiB are free.",
             hint="Free some space, choose another --out, or use --weights link.",
         )
 

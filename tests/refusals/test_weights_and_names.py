@@ -90,3 +90,11 @@ def test_too_little_memory_is_no_damaged_tokenizer(place: Path, monkeypatch: pyt
 def test_a_prompt_without_tokens(refused, place: Path) -> None:
     arguments = ("generate", place / "bundle", "--prompt", "t1", "--prompt", "")
     refused(lora_drop_tools.cli.main, *arguments, words=("A prompt is empty.", "Row 1 has no tokens."))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_an_empty_name_is_not_the_current_directory(
+    export_refused, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place / "model")
+    export_refused(model="", words=("name of the model is empty",))
