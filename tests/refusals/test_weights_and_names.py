@@ -89,7 +89,7 @@ def test_too_little_memory_is_no_damaged_tokenizer(place: Path, monkeypatch: pyt
 
 def test_a_prompt_without_tokens(refused, place: Path) -> None:
     arguments = ("generate", place / "bundle", "--prompt", "t1", "--prompt", "")
-    refused(lora_drop_tools.cli.main, *arguments, words=("A prompt is empty.", "Row 1 has no tokens."))
+    refused(lora_drop_tools.cli.main, *arguments, words=("A prompt is empty.", "Prompt 2 has no tokens."))
 
 
 @pytest.mark.usefixtures("untraced")

@@ -229,6 +229,11 @@ def _encoded(
     encoded = [
         codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt) for prompt in prompts
     ]
+    for number, tokens in enumerate(encoded, 1):
+        if not tokens.size:
+            raise InputError(
+                "A prompt is empty.", note=f"Prompt {number} has no tokens.", hint="Give it at least one word."
+            )
     model, limits = bundle.manifest.model, bundle.manifest.limits
     ids, lengths = padded(encoded, 0)
     room = check_request(ids, lengths, settings.max_new_tokens, limits, model.vocab_size)

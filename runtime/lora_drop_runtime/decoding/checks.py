@@ -98,10 +98,8 @@ def _check_lengths(ids: Ids, lengths: Ids) -> None:
         empty = lengths.shape == (len(ids),) and lengths.min() < 1
         raise InputError(
             "A prompt is empty." if empty else "The lengths do not fit the prompts.",
-            note=f"Row {int(lengths.argmin())} has no tokens."
-            if empty
-            else f"lengths is {lengths.tolist()}, input_ids has shape {ids.shape}.",
-            hint="Give it at least one." if empty else "Give each row between 1 and T tokens.",
+            note=f"lengths is {lengths.tolist()}, input_ids has shape {ids.shape}.",
+            hint="Give each row between 1 and T tokens.",
         )
 
 
