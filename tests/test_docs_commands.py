@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -72,4 +71,3 @@ def test_readme_and_tools(
     for words in commands:
         code = run(words, model)
         assert code == 0, (words, capsys.readouterr().err)
-    shutil.rmtree(tmp_path / "engines")
