@@ -20,6 +20,7 @@ from lora_drop_runtime.command_line import (
 )
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.sites import listed
 
 from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions
 from lora_drop_export.targets.target import TARGETS
@@ -58,8 +59,10 @@ def _refuse_what_the_bundle_fixes(arguments: argparse.Namespace) -> None:
 def _print_exported(bundle: Bundle, out: Path) -> None:
     manifest = bundle.manifest
     plan, limits = manifest.plan, manifest.limits
-    dropped = ", ".join(map(str, plan.drop_layers)) or "none"
-    print(f"dropped layers: {dropped} ({len(plan.drop_layers)} of {plan.num_layers}), k = {plan.k}")
+    what = f"{len(plan.dropped_layers)} of {plan.num_layers}"
+    if plan.halves_alone:
+        what += f", and {len(plan.halves_alone)} halves"
+    print(f"dropped layers: {listed(plan.sites) or 'none'} ({what}), k = {plan.k}, policy {plan.policy}")
     print(
         f"limits: {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}"
         " (--max-seq-len, --max-prompt-len, --max-batch)"

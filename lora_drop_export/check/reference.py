@@ -17,6 +17,7 @@ from lora_drop_runtime.bundle.adapters import Matrices
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.decoder.anatomy import between_halves
@@ -36,6 +37,7 @@ class _Cache:
     new_tokens: Sequence[int] = ()
     scales: tuple[Any, Any] | None = None  # of K and V entries that are int8, [Hkv, 1, D]
     largest: tuple[Any, Any] | None = None  # |K| and |V| of the last call, [Hkv, 1, D]
+    writes: bool = True  # whether new tokens join it; where they do not, nothing is attended to
 
 
 def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
@@ -56,6 +58,8 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
     batch, heads, sequence, _ = query.shape
     output = torch.zeros(batch, sequence, heads, value.shape[3])
     group = heads // key.shape[1]
+    if not cache.writes:
+        return output
     cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
     if cache.scales is not None:
         key, value = (
@@ -79,6 +83,25 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
         output[row, :new] = torch.einsum("hsc,chd->shd", weights, values)
     return output
+
+
+def _run(layer: Any, x: Any, call: tuple[Any, Any], middle: Any = None) -> tuple[Any, Any]:
+    """A layer's residual stream between its halves, and its output; with `middle`, of a second half that begins there.
+
+    Its own attention then runs for nothing: what that adds to the stream is taken out again.
+    """
+    seen: list[Any] = []
+
+    def begin(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        seen.append(args[0])
+        return None if middle is None else (middle, *args[1:])
+
+    hook = between_halves(layer).register_forward_pre_hook(begin)
+    args, kwargs = call
+    y = layer(x, *args, **kwargs)
+    hook.remove()
+    y = y[0] if isinstance(y, tuple) else y
+    return seen[0], y if middle is None else y - seen[0] + middle
 
 
 @dataclass
@@ -234,44 +257,52 @@ class Reference:
         if self.kv_scales:
             cache.scales = tuple(as_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
         self._states = {}
-        middle: list[Any] = []  # the residual stream between the halves, of the last full run
-        hook = between_halves(layer).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
+        sites, rows = self.plan.sites_of(index), torch.arange(batch)
         outputs = []
         for x, call, kind, count, stale in zip(hidden, calls, kinds, counts, again, strict=True):
-            if kind is StepKind.LORA and index in self.plan.drop_layers:
-                outputs.append(self._surrogate(index, x))
-                continue
             cache.new_tokens = count
-            if stale and index not in self.plan.drop_layers:  # a dropped layer has not written them
+            if kind is StepKind.LORA and sites:
+                outputs.append(self._lora_layer(index, layer, x, call[index]))
+                continue
+            if stale and index not in self.plan.dropped_attentions:  # which have not written them
                 cache.keys = [keys[:-stale] for keys in cache.keys]
                 cache.values = [values[:-stale] for values in cache.values]
-            args, kwargs = call[index]
-            y = layer(x, *args, **kwargs)
-            if isinstance(y, tuple):
-                y = y[0]
+            middle, y = _run(layer, x, call[index])
             last = torch.tensor(count) - 1
-            rows = torch.arange(batch)
-            self._states = {"mlp": y[rows, last][:, None], "attn": middle[-1][rows, last][:, None]}  # [B, 1, d]
-            middle.clear()
+            self._states = {"": y[rows, last][:, None], ATTENTION: middle[rows, last][:, None]}  # [B, 1, d]
+            self._states[MLP] = self._states[""]
             outputs.append(y)
-        hook.remove()
         return outputs
 
-    def _surrogate(self, index: int, x: Any) -> Any:
-        """`y = base + s·B·A·x`, for the block or for each half."""
+    def _lora_layer(self, index: int, layer: Any, x: Any, call: tuple[Any, Any]) -> Any:
+        """A layer with dropped sites on a LoRA step: [B, 1, d]."""
+        no_attention, no_mlp = index in self.plan.dropped_attentions, index in self.plan.dropped_mlps
+        first, *second = self.plan.sites_of(index)
+        self._cache.writes = not no_attention or self.plan.refresh_policy.fills
+        made = self._surrogate(first, x) if no_attention else None  # in the place of the attention, or of the layer
+        middle, y = made, made
+        if self._cache.writes or not no_mlp:
+            middle, y = _run(layer, x, call, None if no_mlp else made)
+        self._cache.writes = True
+        if not no_mlp:
+            return y
+        if not no_attention:
+            return self._surrogate(first, middle)
+        return self._surrogate(second[0], made) if second else made
+
+    def _surrogate(self, site: str, x: Any) -> Any:
+        """`y = base + s·B·A·x`."""
         form = self.plan.form
-        halves = (("", "mlp"),) if self.plan.injection == "block" else ((".attn", "attn"), (".mlp", "mlp"))
-        for suffix, state in halves:
-            base = self._states[state] if form.has_state else x
-            pair = self.matrices.get(f"{index}{suffix}")
-            x = base if pair is None else base + x @ as_tensor(pair[0]).T @ as_tensor(pair[1]).T
-            if form.updates_state:
-                self._states[state] = x
-        return x
+        base = self._states[half_of(site)] if form.has_state else x
+        pair = self.matrices.get(site)
+        y = base if pair is None else base + x @ as_tensor(pair[0]).T @ as_tensor(pair[1]).T
+        if form.updates_state:
+            self._states[half_of(site)] = y
+        return y
 
 
 def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:
     """The bundle's own adapters (s already in B) from `weights/adapters.safetensors`."""
     return {
-        site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.sites if plan.rank
+        site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.adapted_sites
     }

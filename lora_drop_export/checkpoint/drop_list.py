@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.files import read_bounded
+from lora_drop_runtime.plan.sites import half_of, layer_of, sorted_sites
 
 _MOST_BYTES = 64 << 20
 
@@ -35,14 +36,14 @@ class DropList:
     """What a drop list's file says.
 
     Attributes:
-        layers: to be dropped.
+        sites: to be dropped.
         fingerprint: of the model that they were chosen for, None where the file does not say.
         always_first, always_last: layers that could not be chosen, None where the file does not say.
         base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
             mean; what was measured.
     """
 
-    layers: tuple[int, ...]
+    sites: tuple[str, ...]
     fingerprint: str | None = None
     base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     always_first: int | None = None
@@ -50,16 +51,18 @@ class DropList:
 
 
 def read_drop_list(path: Path) -> DropList:
-    """A drop list from a JSON file: a list of layers, or an object with `drop_layers` as `lora-drop profile` writes it.
+    """A drop list from a JSON file: a list of sites, or an object as `lora-drop profile` writes it.
+
+    The object has them as `sites`; one of version 0.1 has layers as `drop_layers`.
 
     Raises:
         InputError: the file cannot be read, or holds no drop list.
     """
     try:
         data = json.loads(read_bounded(path, _MOST_BYTES))
-        facts = data if isinstance(data, dict) else {"drop_layers": data}
-        layers, fingerprint = facts["drop_layers"], facts.get("fingerprint")
-        if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        facts = data if isinstance(data, dict) else {"sites": data}
+        sites, fingerprint = facts["sites" if "sites" in facts else "drop_layers"], facts.get("fingerprint")
+        if not isinstance(sites, list) or not all(type(site) in (int, str) for site in sites):
             raise TypeError
         always = facts.get("always_first"), facts.get("always_last")
         if not isinstance(fingerprint, str | None):
@@ -70,13 +73,13 @@ def read_drop_list(path: Path) -> DropList:
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
-        return DropList(tuple(layers), fingerprint, errors, *always)
+        return DropList(sorted_sites(sites), fingerprint, errors, *always)
     except BundleError as error:
         raise InputError("The drop list cannot be read.", note=error.note, hint="Check the path.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(
             "The file holds no drop list.",
-            note=f'{path} is neither a JSON list of layers nor an object with "drop_layers".',
+            note=f'{path} is neither a JSON list of sites nor an object with "sites".',
             hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
         ) from None
 
@@ -86,7 +89,8 @@ def warn_of_base(drop_list: DropList, surrogate: str) -> None:
     from lora_drop_export.console import Console
 
     errors = drop_list.base_errors.get(surrogate, {})
-    bad = {layer: errors[layer] for layer in sorted(drop_list.layers) if errors.get(layer, 0.0) > 1.0}
+    layers = sorted({layer_of(site) for site in drop_list.sites if not half_of(site)})
+    bad = {layer: errors[layer] for layer in layers if errors.get(layer, 0.0) > 1.0}
     if bad:
         Console().say(
             f"warning: --surrogate {surrogate} starts from something worse than the mean of the layer's outputs in "

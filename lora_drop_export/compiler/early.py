@@ -58,7 +58,7 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
 
 def _warn_of_plan(plan: DropPlan, console: Console) -> None:
     """Say so when no layer is dropped."""
-    if plan.drop_layers:
+    if plan.sites:
         return
     windowed = f", {len(plan.windowed_layers)} attend to a sliding window" if plan.windowed_layers else ""
     console.say(

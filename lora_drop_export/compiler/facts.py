@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.bundle.adapters import Matrices, read_adapter_config, read_adapters
+from lora_drop_runtime.bundle.adapters import AdapterConfig, Matrices, read_adapter_config, read_adapters
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.files import is_file
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, DropPlan, eligible_layers, spread_layers
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, policy_named
+from lora_drop_runtime.plan.sites import half_of, in_halves, sorted_sites
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
@@ -27,6 +28,7 @@ from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
+from lora_drop_export.graphs.refresh import half_parameters
 from lora_drop_export.quantize.choice import Quantization, block_formats, departures
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.targets.target import TARGETS
@@ -79,7 +81,7 @@ def quantization_facts(
 
 def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:
     """Refuse what can only be a mistake."""
-    if not plan.drop_layers and not plan.eligible_layers and not plan.windowed_layers:
+    if not plan.sites and not plan.eligible_layers and not plan.windowed_layers:
         given = [options.always_first, options.always_last] != [None, None]
         if given:
             raise PlanError(
@@ -90,12 +92,45 @@ def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:
             )
     if options.rank:
         Bounds(0, hidden_size).whole("--rank", options.rank, why="the model's hidden size", error=PlanError)
-        if not plan.drop_layers:
+        if not plan.sites:
             raise PlanError(
                 "--rank leaves room for the adapters of dropped layers.",
                 note=f"It is {options.rank}, and no layer is dropped.",
                 hint="Leave it out, or drop layers with --drop-ratio 0.5.",
             )
+
+
+def leaves_holes(policy: str) -> bool:
+    """Whether windowed layers are not eligible."""
+    return policy_named(policy).leaves_holes
+
+
+def _chosen_sites(
+    options: PlanOptions,
+    config: AdapterConfig | None,
+    num_layers: int,
+    first: int,
+    last: int,
+    windowed: Sequence[int],
+) -> tuple[str, ...]:
+    """The drop list that the options ask for, or the one that the adapters were fitted for."""
+    fitted = () if config is None or config.sites is None else config.sites
+    if options.drop_layers is not None:
+        sites = sorted_sites(options.drop_layers)
+    elif fitted and options.drop_ratio is None:
+        sites = fitted
+    else:
+        ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
+        sites = sorted_sites(spread_layers(eligible_layers(num_layers, first, last, windowed), ratio))
+    halves = [site for site in sites if half_of(site)]
+    if options.injection == "block" and halves:
+        raise PlanError(
+            "--injection block puts a surrogate in the place of whole layers.",
+            note=f"The drop list names {halves[0]}.",
+            hint="Leave --injection out.",
+        )
+    all_halves = bool(fitted) and all(half_of(site) for site in fitted)
+    return in_halves(sites) if options.injection == "attn_mlp" or (all_halves and not options.injection) else sites
 
 
 def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) -> DropPlan:
@@ -114,14 +149,11 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     config = None if options.adapters is None else read_adapter_config(options.adapters)
     first, last = always_kept(options, config)
     windowed = tuple(i for i, window in enumerate(windows) if window)
-    eligible = eligible_layers(len(windows), first, last, windowed)
-    ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
-    layers = spread_layers(eligible, ratio) if options.drop_layers is None else tuple(options.drop_layers)
-    rank, policy = options.rank or 0, options.policy
-    surrogate, injection = options.surrogate, options.injection
+    policy = options.policy or (None if config is None else config.policy) or DEFAULT_POLICY
+    rank, surrogate = options.rank or 0, options.surrogate
+    sites = _chosen_sites(options, config, len(windows), first, last, windowed if leaves_holes(policy) else ())
     if config is not None:
-        policy = policy or config.policy
-        surrogate, injection = surrogate or config.surrogate, injection or config.injection
+        surrogate = surrogate or config.surrogate
         if options.rank not in (None, config.rank):
             raise PlanError(
                 "The adapters have another rank.",
@@ -129,16 +161,14 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
                 hint="Leave --rank out when --adapters is given.",
             )
         rank = config.rank
-        if options.drop_layers is None and options.drop_ratio is None and config.drop_layers is not None:
-            layers = config.drop_layers
     plan = DropPlan(
         num_layers=len(windows),
-        drop_layers=layers,
+        sites=sites,
         k=options.k,
         surrogate=surrogate or DEFAULT_SURROGATE,
-        injection=injection or INJECTIONS[0],
-        rank=rank if layers else 0,
-        policy=policy or DEFAULT_POLICY,
+        rank=rank if sites else 0,
+        bare_sites=() if config is None else tuple(site for site in config.bare_sites if site in sites),
+        policy=policy,
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
@@ -190,7 +220,7 @@ def adapter_matrices(plan: DropPlan, width: int, fingerprint: str, options: Plan
     if options.adapters is not None:
         return read_adapters(options.adapters, plan, width, fingerprint)
     zeros = np.zeros((plan.rank, width), np.float32), np.zeros((width, plan.rank), np.float32)
-    return dict.fromkeys(plan.sites, zeros) if plan.rank else {}
+    return dict.fromkeys(plan.adapted_sites, zeros)
 
 
 def model_facts(
@@ -208,6 +238,10 @@ def model_facts(
             layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.bytes_read
         elif name not in traced.embedding_only:
             head_bytes += tensor.bytes_read
+    attention_bytes, kv_bytes = (
+        tuple(sum(stored[name].bytes_read for name in names if name in stored) for names in half)
+        for half in zip(*half_parameters(traced), strict=True)
+    )
     rows = [t for name, t in stored.items() if not name.startswith(prefix) and t.shape[1:] == (traced.hidden_size,)]
     tables = [t.bytes_read // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
     embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
@@ -225,6 +259,8 @@ def model_facts(
         dtype=dtype,
         windows=traced.windows,
         layer_bytes=tuple(layer_bytes),
+        attention_bytes=attention_bytes,
+        kv_bytes=kv_bytes,
         head_bytes=head_bytes,
         embedding_row_bytes=embedding_row_bytes,
         weight_dtype=dtype,

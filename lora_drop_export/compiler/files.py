@@ -88,11 +88,12 @@ def _bundle_files(root: Path) -> frozenset[str] | None:
     """
     try:
         data = json.loads((root / MANIFEST_NAME).read_bytes())
-        signs = data["format_version"], data["model"]["fingerprint"], data["plan"]["drop_layers"]
+        signs = data["format_version"], data["model"]["fingerprint"], data["plan"]
+        sites = signs[2]["sites" if "sites" in signs[2] else "drop_layers"]
         sizes = {name: record["size_bytes"] for name, record in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    types = isinstance(signs[0], int) and isinstance(signs[1], str) and isinstance(signs[2], list)
+    types = isinstance(signs[0], int) and isinstance(signs[1], str) and isinstance(sites, list)
     return frozenset((MANIFEST_NAME, *sizes)) if types else None
 
 

@@ -14,8 +14,8 @@ from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
 from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list, warn_of_base
@@ -81,13 +81,12 @@ class PlanOptions:
         bounds=bounds.SHARE,
         help="drop this fraction of the eligible layers, spread evenly (default 0.5)",
     )
-    drop_layers: Sequence[int] | None = option(
+    drop_layers: Sequence[int | str] | None = option(
         None,
         group=_PLAN,
-        metavar="4,6,9",
-        parse=parse_layers,
-        bounds=bounds.LAYERS,
-        help="drop these layers, counted from 0",
+        metavar="4,9.attn",
+        parse=parse_sites,
+        help="drop these layers, counted from 0, or halves of them (9.attn, 9.mlp)",
     )
     drop_list: Path | None = option(None, group=_PLAN, metavar="FILE", help="drop the layers that this JSON file names")
     drop_list_fingerprint: str | None = None  # of the model whose profile chose `drop_layers`
@@ -133,6 +132,8 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.drop_layers is not None:
+            object.__setattr__(self, "drop_layers", sorted_sites(self.drop_layers))
         ways = [] if self.drop_ratio is None else [f"--drop-ratio {self.drop_ratio}"]
         ways += [] if self.drop_layers is None else [f"the layers {', '.join(map(str, self.drop_layers))}"]
         ways += [] if self.drop_list is None or self.drop_layers is None else [f"--drop-list {self.drop_list}"]
@@ -314,7 +315,7 @@ def with_files_read(options: ExportOptions, say: Callable[[str], None] = print) 
     options = dataclasses.replace(
         options,
         drop_list=None,
-        drop_layers=found.layers,
+        drop_layers=found.sites,
         drop_list_fingerprint=found.fingerprint,
         always_first=found.always_first if options.always_first is None else options.always_first,
         always_last=found.always_last if options.always_last is None else options.always_last,

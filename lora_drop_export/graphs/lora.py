@@ -1,4 +1,4 @@
-"""refresh.onnx → lora.onnx: dropped layers give way to surrogates.
+"""refresh.onnx → lora.onnx: dropped sites give way to surrogates.
 
 Enters: the neutral refresh graph, the plan, the places of the adapters. Leaves: the LoRA step's graph, which names the
 same tensors in the same files. The residual stream's names tell where a layer begins and ends.
@@ -17,9 +17,10 @@ from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from .values import IR_VERSION, external
+from .values import IR_VERSION, external, middle_name
 
 
 @dataclass
@@ -61,7 +62,7 @@ class _SurrogateBuilder:
             down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
             up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
             result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
-            if self.plan.updates_state:
+            if site in self.plan.updated_states:
                 result.name = f"present_state.{site}"
                 self.states_out[result.name] = result
         assert result is not None
@@ -97,13 +98,14 @@ def lora_step_from_refresh(
     cache: CacheShape,
     adapters: Mapping[str, tuple[TensorPlace, TensorPlace]],
 ) -> onnx.ModelProto:
-    """The LoRA step: the refresh graph with its dropped layers cut out and their surrogates put in.
+    """The LoRA step: the refresh graph with its dropped sites cut out and their surrogates put in.
 
     Args:
         refresh: the refresh graph; its external weights are neither read nor needed.
         adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
 
-    Ensures: no node, weight, cache input or output of a dropped layer remains; S = 1; logits [B, 1, V].
+    Ensures: no node, weight, cache input or output of a dropped site remains, but under `fill` what makes K and V of a
+        dropped attention and writes them; S = 1; logits [B, 1, V].
     """
     graph = gs.import_onnx(refresh)
     tensors = graph.tensors()
@@ -114,14 +116,16 @@ def lora_step_from_refresh(
         outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
-    for layer in plan.drop_layers:
-        x, y = tensors[f"hidden_states.{layer}"], tensors[f"hidden_states.{layer + 1}"]
-        if plan.injection == "block":
-            new = builder.surrogate(str(layer), x)
-        else:
-            new = builder.surrogate(f"{layer}.mlp", builder.surrogate(f"{layer}.attn", x))
-        _replace_uses(y, new)
-        tensors[f"hidden_states.{layer + 1}"] = new
+    for site in plan.sites:
+        layer, half = layer_of(site), half_of(site)
+        x, y = f"hidden_states.{layer}", f"hidden_states.{layer + 1}"
+        if half == ATTENTION:
+            y = middle_name(layer)
+        elif half == MLP:
+            x = middle_name(layer)
+        new = builder.surrogate(site, tensors[x])
+        _replace_uses(tensors[y], new)
+        tensors[y] = new
     # Case 2: one token per row, so the gather of the rows that want logits is the identity
     for node in [n for n in graph.nodes if n.op == "GatherND" and "logits_index" in _ancestors(n.inputs[1])]:
         _replace_uses(node.outputs[0], node.inputs[0])

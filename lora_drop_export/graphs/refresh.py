@@ -11,7 +11,7 @@ protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,13 +22,14 @@ from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.decoder.trace import DOMAIN, TracedModel
 
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
-from .values import IR_VERSION, OPSET, external, initializer, named, typed_value
+from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, typed_value
 
 
 def _ints(value: int | list[int]) -> ir.Node:
@@ -49,7 +50,7 @@ class _Masks:
     made: dict[tuple[str, int], ir.Value] = field(default_factory=dict)
 
     def length(self, layer: int) -> ir.Value:
-        return self.inputs["len_dropped" if layer in self.plan.drop_layers else "len_kept"]
+        return self.inputs["len_dropped" if layer in self.plan.dropped_attentions else "len_kept"]
 
     def get(self, layer: int, window: int) -> ir.Value:
         length = self.length(layer)
@@ -136,8 +137,41 @@ def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], l
     raise ModelError(
         "The model's layers have no residual stream between attention and MLP.",
         note=f"Nothing inside layer {layer} adds hidden_states.{layer}: its halves run in parallel.",
-        hint="Use --injection block.",
+        hint="Use --injection block, and drop whole layers.",
     )
+
+
+def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset[str]]]:
+    """For each layer the names of its attention half's parameters, and of those that K and V are made with.
+
+    Nothing is in the first where a layer has no halves, since they run in parallel.
+    """
+    graph = traced.graph.graph
+    values: dict[str | None, ir.Value] = {value.name: value for node in graph for value in node.outputs}
+    attentions = {n.attributes["layer"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"}
+
+    def parameters(ends: Sequence[ir.Value | None], begin: str) -> frozenset[str]:
+        found, seen, todo = set(), set(), list(ends)
+        while todo:
+            value = todo.pop()
+            if value is None or value.name == begin or value in seen:
+                continue
+            seen.add(value)
+            if value.is_initializer():
+                found.add(str(value.name))
+            elif (node := value.producer()) is not None:
+                todo.extend(node.inputs)
+        return frozenset(found & set(traced.parameters))
+
+    halves = []
+    for layer in range(len(traced.windows)):
+        begin = f"hidden_states.{layer}"
+        made = parameters(attentions[layer].inputs[1:3], begin) if layer in attentions else frozenset()
+        try:
+            halves.append((parameters([attention_residual(graph, values, layer)], begin), made))
+        except ModelError:
+            halves.append((frozenset(), frozenset()))
+    return halves
 
 
 def _state_outputs(
@@ -148,12 +182,8 @@ def _state_outputs(
     graph.extend([end, last])
     outputs = {}
     for site in plan.sites:
-        layer, _, half = site.partition(".")
-        source = (
-            attention_residual(graph, values, int(layer))
-            if half == "attn"
-            else values[f"hidden_states.{int(layer) + 1}"]
-        )
+        layer = layer_of(site)
+        source = values[middle_name(layer) if half_of(site) == ATTENTION else f"hidden_states.{layer + 1}"]
         state = ir.node("GatherND", [source, last.outputs[0]], {"batch_dims": 1})  # [B, d]
         graph.append(state)
         outputs[f"present_state.{site}"] = state.outputs[0]
@@ -207,9 +237,10 @@ def refresh_from_trace(
     masks = _Masks(inputs, plan)
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
         presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
-    if plan.injection == "attn_mlp":
-        for layer in plan.drop_layers:
-            attention_residual(graph, values, layer)  # refuses halves that run in parallel
+    for layer in sorted({layer_of(site) for site in plan.sites if half_of(site)}):
+        middle = attention_residual(graph, values, layer)  # refuses halves that run in parallel
+        middle.name = middle_name(layer)
+        values[middle.name] = middle
     if plan.has_state:
         presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
     if masks.nodes:

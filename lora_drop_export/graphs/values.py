@@ -11,6 +11,11 @@ OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
 
 
+def middle_name(layer: int) -> str:
+    """The residual stream between a layer's halves, where one of them is dropped."""
+    return f"hidden_states.{layer}.attn"
+
+
 def external(name: str, stored: TensorPlace) -> ir.ExternalTensor:
     return ir.ExternalTensor(
         stored.location,

@@ -5,13 +5,16 @@ Enters: a bundle. Leaves: text: layers as a strip, sizes, what the paper's equat
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.sites import listed
 
 from lora_drop_tools.shared import costs
 
@@ -62,8 +65,18 @@ def _targets(manifest: Manifest) -> list[str]:
     return lines
 
 
+def _kv_savings(manifest: Manifest) -> str:
+    """Eq. 16 under each policy that the bundle runs, equal ones together."""
+    plan, names = manifest.plan, dict[str, list[str]]()
+    for policy in POLICIES.values():
+        with contextlib.suppress(PlanError):
+            plan.check_policy(policy)
+            names.setdefault(f"{costs.kv_saving(manifest, plan.k, policy):.1%}", []).append(policy.name)
+    return ", ".join(f"{saving} under {' and '.join(which)}" for saving, which in names.items())
+
+
 def _predictions(manifest: Manifest) -> list[str]:
-    plan, k, policy = manifest.plan, manifest.plan.k, manifest.plan.refresh_policy
+    k, policy = manifest.plan.k, manifest.plan.refresh_policy
     half = manifest.limits.max_seq_len // 2
     lines = [
         f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
@@ -82,8 +95,7 @@ def _predictions(manifest: Manifest) -> list[str]:
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
     lines += [
         f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
-        f"Eq. 16: {costs.kv_saving(manifest, k):.1%} of the K/V of generated tokens saved"
-        + ("" if policy.leaves_holes else f" under {DEFAULT_POLICY}, none under {policy.name}"),
+        f"Eq. 16: {_kv_savings(manifest)} of the K/V of generated tokens saved",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     return lines
@@ -93,22 +105,40 @@ def _figures(result: dict[str, Any]) -> str:
     return f"{result['steps']} steps, max abs error {result['max_abs_error']:.1e}"
 
 
+def _drop_list(manifest: Manifest) -> list[str]:
+    """The sites, and how much of the eligible layers they are."""
+    plan, share = manifest.plan, costs.shares(manifest)
+    eligible = len(plan.eligible_layers)
+    if not plan.halves_alone:
+        counted = f"{len(plan.dropped_layers)} of {eligible} eligible, ρ {plan.rho:.2f}, ρ_eff {plan.rho_eff:.3f}"
+        return [f"drop list    {listed(plan.sites) or 'none'}: {counted}"]
+    return [
+        f"drop list    {listed(plan.sites)}",
+        f"             {share.attentions:.0%} of the eligible attentions, {share.weight_bytes:.0%} of the eligible "
+        f"layers' weight bytes; no more to read than at ρ {share.rho:.2f}",
+    ]
+
+
 def describe(bundle: Bundle) -> list[str]:
     """The lines that `inspect` prints."""
     manifest = bundle.manifest
     model, plan, limits = manifest.model, manifest.plan, manifest.limits
-    dropped = set(plan.drop_layers)
-    strip = "".join("·" if i in dropped else "█" for i in range(plan.num_layers))
+    attentions, mlps = set(plan.dropped_attentions), set(plan.dropped_mlps)
+    strip = "".join("█▄▀·"[(i in attentions) + 2 * (i in mlps)] for i in range(plan.num_layers))
+    legend = "█ kept, · dropped on LoRA steps"
+    if plan.halves_alone:
+        legend += ", ▄ without its attention, ▀ without its MLP"
     adapters = f"rank {plan.rank}" if plan.rank else "no adapters"
+    if plan.bare_sites:
+        adapters += f", none for {listed(plan.bare_sites)}"
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
         f"{model.num_heads}/{model.kv_heads} heads, {model.dtype}"
         f"{', K/V int8' if model.kv_dtype else ''})",
         *_quantization(manifest),
-        f"layers       {strip}   █ kept, · dropped on LoRA steps",
-        f"drop list    {', '.join(map(str, plan.drop_layers)) or 'none'}: {len(dropped)} of "
-        f"{len(plan.eligible_layers)} eligible, ρ {plan.rho:.2f}, ρ_eff {plan.rho_eff:.3f}",
-        f"surrogate    {plan.surrogate}, {plan.injection}, {adapters}",
+        f"layers       {strip}   {legend}",
+        *_drop_list(manifest),
+        f"surrogate    {plan.surrogate}, {adapters}",
         f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh; policy {plan.policy}",
         f"limits       {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}",
         "",

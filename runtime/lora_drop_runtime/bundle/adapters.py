@@ -2,11 +2,12 @@
 
 Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, as float32.
 
-    adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": drop_layers, surrogate,
-                                 injection, base_fingerprint, always_first and always_last, and the policy that they
-                                 were fitted for
-    adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; with injection
-                                 attn_mlp …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
+    adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": sites, surrogate,
+                                 base_fingerprint, always_first and always_last, the policy that they were fitted
+                                 for, and bare_sites: those without an adapter. Version 0.1 wrote drop_layers and
+                                 injection in the place of sites
+    adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; of halves
+                                 …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
 
 The scale is `s = alpha / r` as in PEFT, folded into B here.
 """
@@ -25,6 +26,7 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError, PlanError
 from lora_drop_runtime.files import is_file, read_bounded
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
 from .safetensors_file import read_tensors
 from .typed_json import parse_json, typed
@@ -32,7 +34,7 @@ from .typed_json import parse_json, typed
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:(self_attn|mlp)\.)?lora_([AB])(?:\.default)?\.weight$")
 _UNSUPPORTED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")  # each changes the scale or the matrices
 _MOST_CONFIG_BYTES = 16 << 20
-_TEXTS = ("surrogate", "injection", "base_fingerprint", "policy")  # of the plan that they were fitted for
+_TEXTS = ("surrogate", "base_fingerprint", "policy")  # of the plan that they were fitted for
 _COUNTS = ("always_first", "always_last")  # of layers that it could not drop
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
 Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
@@ -44,13 +46,25 @@ class AdapterConfig:
 
     rank: int
     alpha: float
-    drop_layers: tuple[int, ...] | None
+    sites: tuple[str, ...] | None
     surrogate: str | None
-    injection: str | None
     base_fingerprint: str | None
+    bare_sites: tuple[str, ...] = ()
     policy: str | None = None
     always_first: int | None = None
     always_last: int | None = None
+
+
+def _sites(plan: Mapping[str, object]) -> tuple[str, ...] | None:
+    """The drop list that they were fitted for, also as version 0.1 wrote it."""
+    sites = typed(tuple[str, ...] | None, plan.get("sites"), "lora_drop.sites")
+    if sites is not None:
+        return sorted_sites(sites)
+    layers = typed(tuple[int, ...] | None, plan.get("drop_layers"), "lora_drop.drop_layers")
+    if layers is None:
+        return None
+    injection = typed(str | None, plan.get("injection"), "lora_drop.injection")
+    return in_halves(layers) if injection == "attn_mlp" else sorted_sites(layers)
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -74,7 +88,8 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         return AdapterConfig(
             rank=rank,
             alpha=typed(float, data.get("lora_alpha", rank), "lora_alpha"),
-            drop_layers=typed(tuple[int, ...] | None, plan.get("drop_layers"), "lora_drop.drop_layers"),
+            sites=_sites(plan),
+            bare_sites=sorted_sites(typed(tuple[str, ...], plan.get("bare_sites", []), "lora_drop.bare_sites")),
             **{name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS},
             **{name: typed(int | None, plan.get(name), f"lora_drop.{name}") for name in _COUNTS},
         )
@@ -91,7 +106,7 @@ def _short(value: object) -> str:
     if isinstance(value, str):
         return value[:12]
     if isinstance(value, tuple):
-        return "layers " + ",".join(map(str, value))
+        return ",".join(map(str, value)) or "none"
     return str(value)
 
 
@@ -105,9 +120,9 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
     config = read_adapter_config(directory)
     for what, found, wanted in (
         ("base model", config.base_fingerprint, fingerprint),
-        ("drop list", config.drop_layers, plan.drop_layers),
+        ("drop list", config.sites, plan.sites),
+        ("choice of sites without an adapter", config.bare_sites if config.sites else None, plan.bare_sites),
         ("surrogate", config.surrogate, plan.surrogate),
-        ("injection", config.injection, plan.injection),
         ("rank", config.rank, plan.rank),
     ):
         if found is not None and found != wanted:
@@ -134,18 +149,18 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
             )
         site = match[1] + _HALVES[match[2] or ""]
         found_matrices[site, match[3]] = np.asarray(ref.read(), np.float32)
-    expected = {(site, part) for site in plan.sites for part in "AB"}
+    expected = {(site, part) for site in plan.adapted_sites for part in "AB"}
     if set(found_matrices) != expected:
         odd = sorted(set(found_matrices) ^ expected)[0]
         state = "is missing" if odd in expected else "is there but not in the plan"
         raise PlanError(
             "The adapters do not cover the dropped layers.",
-            note=f"lora_{odd[1]} of layer {odd[0]} {state}; dropped are {_short(plan.drop_layers)}.",
+            note=f"lora_{odd[1]} of layer {odd[0]} {state}; dropped are {_short(plan.sites)}.",
             hint="Fit adapters for this drop list, or export with theirs.",
         )
     scale = np.float32(config.alpha / config.rank)
     matrices: Matrices = {}
-    for site in plan.sites:
+    for site in plan.adapted_sites:
         a, b = found_matrices[site, "A"], found_matrices[site, "B"]
         if a.shape != (plan.rank, hidden_size) or b.shape != (hidden_size, plan.rank):
             raise PlanError(

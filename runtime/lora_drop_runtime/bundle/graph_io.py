@@ -7,11 +7,12 @@ The exporter declares its graphs from this table and the session binds its buffe
     refresh  input_ids len_kept [len_dropped] logits_index       logits
              past_key.i past_value.i          for every layer    present_key.i present_value.i
                                                                  present_state.s  (recurrent, anchor)
-    lora     input_ids len_kept                                  logits
-             past_key.i past_value.i          for kept layers    present_key.i present_value.i
-             past_state.s (recurrent, anchor)                    present_state.s  (recurrent, rank > 0)
+    lora     input_ids len_kept [len_dropped]                    logits
+             past_key.i past_value.i     for kept attentions,    present_key.i present_value.i
+                                         for all under `fill`
+             past_state.s (recurrent, anchor)                    present_state.s  (recurrent, with an adapter)
 
-`len_kept` and `len_dropped` are the valid slots of each cache group before the step, per row; the position of the
+A cache belongs to the group `kept` or `dropped` by whether its layer's attention is dropped. `len_kept` and `len_dropped` are the valid slots of each cache group before the step, per row; the position of the
 s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are
 wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 
@@ -109,13 +110,14 @@ def graph_io(
     outputs = [TensorSpec("logits", "float32" if lowered else cache.dtype, ("batch", rows, vocab_size))]
     if lowered is not None and lowered.chooses_tokens:
         outputs.append(TensorSpec("next_token", "int64", ("batch", rows)))
-    if refresh and plan.drop_layers:
+    fills = plan.refresh_policy.fills
+    if (refresh or fills) and plan.dropped_attentions:
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
     if refresh:
         inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
     head_dim = cache.head_dim if lowered is None else lowered.padded(cache.head_dim)
-    dropped, entry = set(plan.drop_layers), cache.kv_dtype or cache.dtype
-    for layer in range(plan.num_layers) if refresh else plan.kept_layers:
+    dropped, entry = set(plan.dropped_attentions), cache.kv_dtype or cache.dtype
+    for layer in range(plan.num_layers) if refresh or fills else plan.kept_attentions:
         slots = "slots_dropped" if layer in dropped else "slots_kept"
         shape = ("batch", cache.kv_heads, slots, head_dim)
         for part in ("key", "value"):
@@ -125,6 +127,6 @@ def graph_io(
         row: tuple[Dim, ...] = ("batch", hidden_size)
         if not refresh or joined:
             inputs.append(TensorSpec(f"past_state.{site}", cache.dtype, row))
-        if refresh or plan.updates_state:
+        if refresh or site in plan.updated_states:
             outputs.append(TensorSpec(f"present_state.{site}", cache.dtype, row, f"past_state.{site}"))
     return GraphIO(tuple(inputs), tuple(outputs))

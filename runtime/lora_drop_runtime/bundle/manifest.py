@@ -14,7 +14,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from .graph_io import CacheShape, GraphIO, LoweredIO, graph_io
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
@@ -29,6 +29,8 @@ class ModelFacts:
     `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
     sliding window in positions, 0 for none; `dtype` is of activations and, unless `kv_dtype` is `int8`, of caches;
     `weight_dtype` is `int4` or `int8` where linear layers are quantized; the byte counts are as stored in the bundle.
+    Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K and V of
+    the layer's input; 0 where a layer has no halves.
     """
 
     name: str
@@ -44,6 +46,8 @@ class ModelFacts:
     dtype: str
     windows: tuple[int, ...]
     layer_bytes: tuple[int, ...]
+    attention_bytes: tuple[int, ...]
+    kv_bytes: tuple[int, ...]
     head_bytes: int
     embedding_row_bytes: int
     weight_dtype: str = "float32"

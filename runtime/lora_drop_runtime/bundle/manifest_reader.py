@@ -56,9 +56,13 @@ def _check_one_of(where: str, value: object, known: tuple[object, ...]) -> None:
 def _check_model(model: ModelFacts) -> None:
     """Whether the model's figures fit each other."""
     _check_positive("model", model, *_COUNTS)
-    for what, found in (("windows", len(model.windows)), ("layer_bytes", len(model.layer_bytes))):
+    for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes"):
+        found = len(getattr(model, what))
         if found != model.num_layers:
             raise ValueError(f"model.{what} has {found} elements, model.num_layers is {model.num_layers}")
+    halves = zip(model.layer_bytes, model.attention_bytes, model.kv_bytes, strict=True)
+    if any(not 0 <= kv <= attention <= layer for layer, attention, kv in halves):
+        raise ValueError("model.kv_bytes are more than model.attention_bytes, or those more than model.layer_bytes")
     if not sum(model.layer_bytes):
         raise ValueError("model.layer_bytes are all 0")
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)

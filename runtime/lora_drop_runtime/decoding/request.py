@@ -64,9 +64,12 @@ class Request:
         }
         outputs = {spec.name: spec for spec in io.outputs}
         states: list[dict[str, Buffer]] = []
-        for side in range(2 if manifest.plan.updates_state else 1):
+        for side in range(2 if manifest.plan.updated_states else 1):
             states.append({})
             for site in manifest.plan.sites if manifest.plan.has_state else ():
+                if side and site not in manifest.plan.updated_states:
+                    states[side][site] = states[0][site]
+                    continue
                 spec = outputs[f"present_state.{site}"]
                 states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
         logits = outputs["logits"]
@@ -158,7 +161,7 @@ class Request:
         for row, goes_on in enumerate(going):
             if goes_on:
                 self.kept[row] += 1
-                if refresh:
+                if refresh or self.policy.fills:
                     self.dropped[row] += taken_back + 1
         if refresh:
             self.side = 0
@@ -173,8 +176,8 @@ class Request:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
         plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
         return {
-            "kept": int(self.len_kept.sum()) * len(plan.kept_layers) * token_bytes,
-            "dropped": int(self.len_dropped.sum()) * len(plan.drop_layers) * token_bytes,
+            "kept": int(self.len_kept.sum()) * len(plan.kept_attentions) * token_bytes,
+            "dropped": int(self.len_dropped.sum()) * len(plan.dropped_attentions) * token_bytes,
             "allocated": sum(buffer.nbytes for buffer in self.caches.values()),
         }
 

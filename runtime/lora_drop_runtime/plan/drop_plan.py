@@ -1,4 +1,4 @@
-"""The drop list and the schedule: the one place that knows which layers are dropped and when.
+"""The drop list and the schedule: the one place that knows which sites are dropped and when.
 
 Enters: layer counts, ρ, k, names typed by a user. Leaves: a validated `DropPlan` and the kind of each step.
 Knows nothing of graphs, weights, caches or tokens. Words and formulas: docs/algorithm.md.
@@ -11,21 +11,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bounds import SHARE
-from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.errors import PlanError
 
 from .policy import DEFAULT_POLICY, POLICIES, Policy
 from .schedule import PeriodicSchedule
+from .sites import ATTENTION, MLP, half_of, layer_of, listed, sorted_sites
 from .surrogate import DEFAULT_SURROGATE, SURROGATES, SurrogateForm
-
-INJECTIONS = ("block", "attn_mlp")
 
 
 def eligible_layers(
     num_layers: int, always_first: int = 3, always_last: int = 1, windowed: Iterable[int] = ()
 ) -> tuple[int, ...]:
-    """Layers that may be dropped: all but the first, the last, and those with a sliding window.
+    """Layers that may be dropped whole: all but the first, the last, and those with a sliding window.
 
-    A window counts positions while a compact cache counts slots, so a windowed layer cannot have holes.
+    A window counts positions while a compact cache counts slots, so a windowed layer cannot have holes. Where the
+    policy leaves none, no layer is `windowed`.
     """
     if always_first < 0 or always_last < 0:
         raise PlanError(
@@ -44,26 +44,30 @@ def spread_layers(eligible: Sequence[int], drop_ratio: float) -> tuple[int, ...]
     return tuple(eligible[math.floor((j + 0.5) * len(eligible) / count)] for j in range(count))
 
 
+def _without_holes() -> str:
+    return next(policy.name for policy in POLICIES.values() if not policy.leaves_holes)
+
+
 @dataclass(frozen=True)
 class DropPlan:
     """What is baked into the two graphs, and the default window and policy.
 
     Attributes:
         num_layers: `n`, the decoder blocks of the model.
-        drop_layers: the drop list, sorted.
+        sites: the drop list, sorted: `4` for a whole layer, `9.attn` and `9.mlp` for its halves. Numbers are taken, too.
         k: default number of LoRA steps between two refreshes.
         surrogate: name of the surrogates' form, one of SURROGATES; `form` is the object.
-        injection: `block` (one surrogate per layer) or `attn_mlp` (one per half).
         rank: `r` of the adapters, 0 for none.
+        bare_sites: those that have no adapter although others have one.
         policy: name of the refreshes' default policy, one of POLICIES; `refresh_policy` is the object.
     """
 
     num_layers: int
-    drop_layers: tuple[int, ...]
+    sites: tuple[str, ...]
     k: int = 3
     surrogate: str = DEFAULT_SURROGATE
-    injection: str = "block"
     rank: int = 0
+    bare_sites: tuple[str, ...] = ()
     always_first: int = 3
     always_last: int = 1
     windowed_layers: tuple[int, ...] = ()
@@ -73,7 +77,6 @@ class DropPlan:
         PeriodicSchedule(self.k)
         for option, value, known in (
             ("--surrogate", self.surrogate, tuple(SURROGATES)),
-            ("--injection", self.injection, INJECTIONS),
             ("--policy", self.policy, tuple(POLICIES)),
         ):
             if value not in known:
@@ -88,53 +91,111 @@ class DropPlan:
                 note=f"--rank is {self.rank}.",
                 hint="Use 0 for no adapters.",
             )
-        object.__setattr__(self, "drop_layers", tuple(sorted(self.drop_layers)))
-        drop_list = ", ".join(map(str, self.drop_layers))
-        if len(set(self.drop_layers)) != len(self.drop_layers):
+        object.__setattr__(self, "sites", sorted_sites(self.sites))
+        object.__setattr__(self, "bare_sites", sorted_sites(self.bare_sites) if self.rank else ())
+        self._check_sites()
+        odd = [site for site in self.bare_sites if site not in self.sites]
+        if odd:
+            raise PlanError(
+                "A site without an adapter is not in the drop list.",
+                note=f"It is {odd[0]}, the drop list is {listed(self.sites)}.",
+                hint="Leave it out.",
+            )
+
+    def _check_sites(self) -> None:
+        if len(set(self.sites)) != len(self.sites):
             raise PlanError(
                 "The drop list names a layer twice.",
-                note=f"It is {drop_list}.",
+                note=f"It is {listed(self.sites)}.",
                 hint="Name each layer once.",
             )
-        outside = [i for i in self.drop_layers if not 0 <= i < self.num_layers]
+        both = [site for site in self.sites if half_of(site) and str(layer_of(site)) in self.sites]
+        if both:
+            raise PlanError(
+                "The drop list names a layer and a half of it.",
+                note=f"It names {layer_of(both[0])} and {both[0]}.",
+                hint="Name the whole layer, or its halves.",
+            )
+        outside = [layer_of(site) for site in self.sites if layer_of(site) >= self.num_layers]
         if outside:
             raise PlanError(
                 "The drop list names layers that the model does not have.",
                 note=f"Layer {outside[0]} is named, the model has layers 0 to {self.num_layers - 1}.",
                 hint="Layers are counted from 0.",
             )
-        always_kept = [i for i in self.drop_layers if i not in self.eligible_layers]
+        always_kept = [site for site in self.sites if not self.may_drop(site)]
         if always_kept:
-            windowed = [i for i in always_kept if i in self.windowed_layers]
+            windowed = [site for site in always_kept if layer_of(site) in self.windowed_layers]
             reason = (
-                "it attends to a sliding window"
+                f"it attends to a sliding window, and policy {self.policy} leaves holes in its cache"
                 if windowed
                 else f"the first {self.always_first} and the last {self.always_last} layers are always kept"
             )
             raise PlanError(
                 "The drop list contains a layer that is always kept.",
                 note=f"Layer {(windowed or always_kept)[0]} is named, but {reason}.",
-                hint="Leave it out." if windowed else "Leave it out, or lower --always-first or --always-last.",
+                hint=f"Leave it out, name {layer_of(windowed[0])}.{MLP}, or use --policy {_without_holes()}."
+                if windowed
+                else "Leave it out, or lower --always-first or --always-last.",
             )
+
+    def may_drop(self, site: str) -> bool:
+        """Whether a site of the model is eligible under the plan's policy."""
+        outer = eligible_layers(self.num_layers, self.always_first, self.always_last)
+        return layer_of(site) in (outer if half_of(site) == MLP else self.eligible_layers)
 
     @property
     def eligible_layers(self) -> tuple[int, ...]:
-        return eligible_layers(self.num_layers, self.always_first, self.always_last, self.windowed_layers)
+        """Layers that may be dropped whole, and so may their attentions."""
+        windowed = self.windowed_layers if self.refresh_policy.leaves_holes else ()
+        return eligible_layers(self.num_layers, self.always_first, self.always_last, windowed)
 
     @property
-    def kept_layers(self) -> tuple[int, ...]:
-        dropped = set(self.drop_layers)
+    def dropped_attentions(self) -> tuple[int, ...]:
+        """Layers whose attention is dropped, with the layer or alone: those whose K/V LoRA steps leave out."""
+        return tuple(layer_of(site) for site in self.sites if half_of(site) != MLP)
+
+    @property
+    def dropped_mlps(self) -> tuple[int, ...]:
+        """Layers whose MLP is dropped, with the layer or alone."""
+        return tuple(layer_of(site) for site in self.sites if half_of(site) != ATTENTION)
+
+    @property
+    def kept_attentions(self) -> tuple[int, ...]:
+        """All other layers: their caches get every token."""
+        dropped = set(self.dropped_attentions)
         return tuple(i for i in range(self.num_layers) if i not in dropped)
 
     @property
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Layers of which nothing is left: dropped whole, or both of their halves."""
+        mlps = set(self.dropped_mlps)
+        return tuple(i for i in self.dropped_attentions if i in mlps)
+
+    @property
+    def halves_alone(self) -> tuple[str, ...]:
+        """Dropped halves whose other half is kept."""
+        gone = set(self.dropped_layers)
+        return tuple(site for site in self.sites if layer_of(site) not in gone)
+
+    def sites_of(self, layer: int) -> tuple[str, ...]:
+        """What is dropped of a layer, in the order of its computation."""
+        return tuple(site for site in self.sites if layer_of(site) == layer)
+
+    @property
     def rho(self) -> float:
-        """Dropped fraction of the eligible layers (ρ)."""
-        return len(self.drop_layers) / max(1, len(self.eligible_layers))
+        """Dropped fraction of the eligible layers (ρ); it counts whole layers."""
+        return len(self.dropped_layers) / max(1, len(self.eligible_layers))
 
     @property
     def rho_eff(self) -> float:
         """Dropped fraction of all layers, the ρ of the paper's Eqs. 7–10."""
-        return len(self.drop_layers) / self.num_layers
+        return len(self.dropped_layers) / self.num_layers
+
+    @property
+    def attention_share(self) -> float:
+        """Share of all layers whose attention is dropped: `(1 − a/n) · p` of Eqs. 13–16."""
+        return len(self.dropped_attentions) / self.num_layers
 
     @property
     def form(self) -> SurrogateForm:
@@ -146,30 +207,39 @@ class DropPlan:
         """What refreshes do about the LoRA steps before them, unless a request asks for another policy."""
         return POLICIES[self.policy]
 
+    def check_policy(self, policy: Policy) -> None:
+        """Whether the plan's graphs can be run under a policy.
+
+        Raises:
+            PlanError: its LoRA steps write K/V of dropped attentions, or do not, and the policy wants the opposite; or
+                a windowed attention is dropped and the policy leaves holes in its cache.
+        """
+        if policy.fills != self.refresh_policy.fills:
+            does = "do" if self.refresh_policy.fills else "do not"
+            raise PlanError(
+                f"The bundle cannot be decoded under policy {policy.name}.",
+                note=f"It was exported with --policy {self.policy}: its LoRA steps {does} write K/V of dropped layers.",
+                hint=f"Use policy {self.policy}, or export the model with --policy {policy.name}.",
+            )
+        windowed = sorted(set(self.dropped_attentions) & set(self.windowed_layers))
+        if windowed and policy.leaves_holes:
+            raise PlanError(
+                f"The bundle cannot be decoded under policy {policy.name}.",
+                note=f"Layer {windowed[0]} attends to a sliding window and is dropped: holes in its cache would shift it.",
+                hint=f"Use policy {self.policy}.",
+            )
+
     @property
     def has_state(self) -> bool:
-        """Whether dropped layers keep a `[B, d]` state between steps."""
+        """Whether dropped sites keep a `[B, d]` state between steps."""
         return self.form.has_state
 
     @property
-    def updates_state(self) -> bool:
-        """Whether LoRA steps change the state; without adapters a form that would keeps repeating y at the anchor."""
-        return self.form.updates_state and self.rank > 0
+    def adapted_sites(self) -> tuple[str, ...]:
+        """Sites with an adapter."""
+        return tuple(site for site in self.sites if site not in self.bare_sites) if self.rank else ()
 
     @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the surrogates: `"4"` for layer 4, or `"4.attn"` and `"4.mlp"` for its halves."""
-        halves = ("",) if self.injection == "block" else (".attn", ".mlp")
-        return tuple(f"{layer}{half}" for layer in self.drop_layers for half in halves)
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`"4,6,9"` as layer indices."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            "The drop list is not a list of layer numbers.",
-            note=f"{text!r} was given.",
-            hint="Write it as --drop-layers 4,6,9.",
-        ) from None
+    def updated_states(self) -> tuple[str, ...]:
+        """Sites whose state LoRA steps change; one without an adapter keeps repeating its output at the anchor."""
+        return self.adapted_sites if self.form.updates_state else ()

@@ -8,6 +8,8 @@ into kept layers is overwritten, the hole that it left in dropped layers is fill
 
     skip (the paper)   takes none back: it runs one token and leaves the holes
     backfill           takes all back since the last refresh: afterwards every cache is the full model's
+    fill               takes none back and leaves no holes: LoRA steps write K/V of dropped attentions, made of the
+                       input that the surrogate gets. That is another graph, so it is chosen at the export
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ class Policy(ABC):
         leaves_holes: whether tokens of LoRA steps stay missing in dropped layers, which is what saves K/V. A policy
             that leaves none gives dropped layers as many slots as kept ones.
         exact_refreshes: whether all caches and logits are the full model's after a refresh.
+        fills: whether LoRA steps write K/V of dropped attentions.
     """
 
     name: str
     leaves_holes: ClassVar[bool]
     exact_refreshes: ClassVar[bool]
+    fills: ClassVar[bool] = False
 
     @abstractmethod
     def steps_taken_back(self, lora_steps: int) -> int:
@@ -77,8 +81,21 @@ class Backfill(Policy):
         return lora_steps
 
 
+class Fill(Policy):
+    """LoRA steps write K/V of dropped attentions, too, from approximated inputs; the refresh runs one token."""
+
+    leaves_holes = False
+    exact_refreshes = False
+    fills = True
+
+    def steps_taken_back(self, lora_steps: int) -> int:
+        return 0
+
+
 DEFAULT_POLICY = "skip"
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Skip(DEFAULT_POLICY), Backfill("backfill"))}
+POLICIES: dict[str, Policy] = {
+    policy.name: policy for policy in (Skip(DEFAULT_POLICY), Backfill("backfill"), Fill("fill"))
+}
 
 
 def policy_named(name: str) -> Policy:

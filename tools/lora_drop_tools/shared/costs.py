@@ -6,6 +6,8 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Manifest
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -40,20 +42,70 @@ def full_layer_macs(manifest: Manifest, context: int) -> float:
 
 def surrogate_macs(manifest: Manifest) -> float:
     """Eq. 6: `C_LoRA = Θ(r d)`: two products per surrogate, `2 r d` each."""
-    sites = len(manifest.plan.sites) / max(1, len(manifest.plan.drop_layers))
-    return 2 * manifest.plan.rank * manifest.model.hidden_size * sites
+    return 2 * manifest.plan.rank * manifest.model.hidden_size
+
+
+def dropped_weight_bytes(manifest: Manifest) -> int:
+    """Bytes of weights that a LoRA step does not read, surrogates aside; under `fill` it reads what makes K and V."""
+    model, plan = manifest.model, manifest.plan
+    whole, saved = set(plan.dropped_layers), sum(model.layer_bytes[i] for i in plan.dropped_layers)
+    saved += sum(model.attention_bytes[i] for i in plan.dropped_attentions if i not in whole)
+    saved += sum(model.layer_bytes[i] - model.attention_bytes[i] for i in plan.dropped_mlps if i not in whole)
+    if plan.refresh_policy.fills:
+        saved -= sum(model.kv_bytes[i] for i in plan.dropped_attentions)
+    return saved
+
+
+def dropped_macs_share(manifest: Manifest, context: int) -> float:
+    """ρ of Eqs. 7–10 as the share of all layers' multiply-adds that a LoRA step spares; |𝕃|/n for whole layers."""
+    plan, model = manifest.plan, manifest.model
+    if not plan.halves_alone and not plan.refresh_policy.fills:
+        return plan.rho_eff
+    full = model.num_layers * full_layer_macs(manifest, context)
+    attention = 2 * model.num_heads * model.head_dim * context * len(plan.dropped_attentions)
+    return (dropped_weight_bytes(manifest) * 8 / _bits_per_weight(manifest) + attention) / full
 
 
 def macs_speedup(manifest: Manifest, context: int, k: int) -> float:
-    """Eq. 9: `S(L) = 1 / [(1 − ρ) + ρ/(k+1) + (ρk/(k+1)) γ(L)]`, with Eq. 8's γ."""
-    rho = manifest.plan.rho_eff
-    gamma = surrogate_macs(manifest) / full_layer_macs(manifest, context)
-    return 1 / ((1 - rho) + rho / (k + 1) + rho * k / (k + 1) * gamma)
+    """Eq. 9: `S(L) = 1 / [(1 − ρ) + ρ/(k+1) + (ρk/(k+1)) γ(L)]`, with Eq. 8's γ; a term for each surrogate."""
+    rho = dropped_macs_share(manifest, context)
+    layers = manifest.model.num_layers * full_layer_macs(manifest, context)
+    surrogates = len(manifest.plan.adapted_sites) * surrogate_macs(manifest) / layers  # ρ γ
+    return 1 / ((1 - rho) + rho / (k + 1) + k / (k + 1) * surrogates)
 
 
 def asymptotic_speedup(manifest: Manifest, k: int) -> float:
-    """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`."""
-    return (k + 1) / ((k + 1) - manifest.plan.rho_eff * k)
+    """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`, of the weights alone."""
+    return (k + 1) / ((k + 1) - dropped_macs_share(manifest, 0) * k)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a plan with halves drops of the eligible layers.
+
+    Attributes:
+        attentions: share of their attentions, whose K/V LoRA steps leave out.
+        weight_bytes: share of the bytes of their weights that a LoRA step does not read.
+        rho: the largest ρ of whole layers that leaves a LoRA step no more weights to read than this plan does.
+    """
+
+    attentions: float
+    weight_bytes: float
+    rho: float
+
+
+def shares(manifest: Manifest) -> Shares:
+    """Shares of the eligible layers; of a plan of whole layers all three are ρ, where layers are equal."""
+    plan, model = manifest.plan, manifest.model
+    eligible = plan.eligible_layers or tuple(range(plan.always_first, plan.num_layers - plan.always_last))
+    sizes = sorted((model.layer_bytes[i] for i in eligible), reverse=True)
+    saved = dropped_weight_bytes(manifest)
+    whole = 0
+    while whole < len(sizes) and sum(sizes[: whole + 1]) <= saved:
+        whole += 1
+    count = max(1, len(sizes))
+    rho = plan.rho if not plan.halves_alone and not plan.refresh_policy.fills else whole / count
+    return Shares(len(plan.dropped_attentions) / count, saved / max(1, sum(sizes)), rho)
 
 
 def slow_share(k: int) -> float:
@@ -67,24 +119,27 @@ def quantile_is_refresh(k: int, quantile: float) -> bool:
 
 
 def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
-    """Entries of a kept and of a dropped layer after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋ · e`.
+    """Entries of a kept and of a dropped attention after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋ · e`.
 
-    `e` are the entries that a refresh makes: one, and one for each LoRA step that the policy takes back.
+    `e` are the entries that a refresh makes: one, and one for each LoRA step that the policy takes back. Where LoRA
+    steps write them, too, there are as many as in a kept one.
     """
+    if policy.fills:
+        return prompt + steps, prompt + steps
     return prompt + steps, prompt + steps // (k + 1) * policy.refresh_tokens(k)
 
 
 def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
-    """Eq. 13 with the prompt's entries: bytes of valid K/V in kept and in dropped layers, one row."""
+    """Eq. 13 with the prompt's entries: bytes of valid K/V of kept and of dropped attentions, one row."""
     kept, dropped = kv_entries(prompt, steps, k, policy)
     plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
-    return kept * len(plan.kept_layers) * token_bytes, dropped * len(plan.drop_layers) * token_bytes
+    return kept * len(plan.kept_attentions) * token_bytes, dropped * len(plan.dropped_attentions) * token_bytes
 
 
 def kv_reserved_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> int:
     """Bytes of the K/V slots that one row of a request needs in all layers."""
     plan, dropped = manifest.plan, policy.dropped_slots(prompt, steps, PeriodicSchedule(k))
-    slots = (prompt + steps) * len(plan.kept_layers) + dropped * len(plan.drop_layers)
+    slots = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
     return slots * manifest.model.token_kv_bytes
 
 
@@ -95,23 +150,23 @@ def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
 
 def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
     """Eq. 16: `(1 − a/n) · p · (1 − e/w)`, w = k + 1, per generated token; the paper's refresh makes e = 1 entry."""
-    return manifest.plan.rho_eff * (1 - policy.refresh_tokens(k) / (k + 1))
+    return manifest.plan.attention_share * (1 - policy.refresh_tokens(k) / (k + 1)) * policy.leaves_holes
 
 
 def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
     """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written.
 
-    The contexts are the entries of a kept and of a dropped layer before the step, the same in all rows.
+    The contexts are the entries of a kept and of a dropped attention before the step, the same in all rows.
     """
     model, plan = manifest.model, manifest.plan
     outside = model.head_bytes + rows * model.embedding_row_bytes
-    kept_weights = sum(model.layer_bytes[i] for i in plan.kept_layers)
-    kept_kv = rows * len(plan.kept_layers) * (context + 1) * model.token_kv_bytes
-    dropped_weights = sum(model.layer_bytes[i] for i in plan.drop_layers)
-    dropped_kv = rows * len(plan.drop_layers) * (dropped_context + 1) * model.token_kv_bytes
-    adapters = len(plan.sites) * 2 * plan.rank * model.hidden_size * BY_NAME[model.dtype].size_bytes
-    lora = outside + kept_weights + kept_kv + adapters
-    return outside + kept_weights + kept_kv + dropped_weights + dropped_kv, lora
+    weights = sum(model.layer_bytes)
+    kept_kv = rows * len(plan.kept_attentions) * (context + 1) * model.token_kv_bytes
+    dropped_kv = rows * len(plan.dropped_attentions) * (dropped_context + 1) * model.token_kv_bytes
+    written = rows * len(plan.dropped_attentions) * model.token_kv_bytes * plan.refresh_policy.fills
+    adapters = len(plan.adapted_sites) * 2 * plan.rank * model.hidden_size * BY_NAME[model.dtype].size_bytes
+    lora = outside + weights - dropped_weight_bytes(manifest) + kept_kv + written + adapters
+    return outside + weights + kept_kv + dropped_kv, lora
 
 
 def request_bytes(
