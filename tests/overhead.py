@@ -25,7 +25,7 @@ from tests.support.fake_engine import IdleEngine, open_session
 from tests.support.large import engines_without_weights, graphs_only, measured, sparse_checkpoint
 
 STEPS = 3000
-DEEP = DropPlan(num_layers=30, drop_layers=tuple(range(3, 29, 2)))
+DEEP = DropPlan(num_layers=30, sites=tuple(range(3, 29, 2)))
 
 
 def median_us(next_one: Callable[[], Any]) -> float:

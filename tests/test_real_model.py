@@ -65,7 +65,7 @@ def eager(model_file):
 
 def test_verified(exported):
     bundle = Bundle.open(exported)
-    assert bundle.manifest.plan.drop_layers == (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
+    assert bundle.manifest.plan.dropped_layers == (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28)
     assert bundle.manifest.verification["ort"]["status"] == "passed"
     assert bundle.manifest.verification["ort"]["steps"] >= 2 * 4 + 1
     assert bundle.check_hashes() == []

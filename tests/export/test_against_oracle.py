@@ -54,7 +54,7 @@ def assert_same_run(session: Session, model, plan, prompts: list[list[int]], k: 
 def test_family(name, tmp_path):
     """Every family, its default plan at ρ = 0.5, batch 1 and a ragged batch, all windows."""
     bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
-    assert bundle.manifest.plan.drop_layers
+    assert bundle.manifest.plan.dropped_layers
     with Session.open(bundle.root, threads=1) as session:
         for k in WINDOWS:
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
@@ -107,7 +107,7 @@ def test_caches_after_backfill_are_the_full_models(name, tmp_path):
                         for name, cache in caches.items()
                     }
                     seen.append((logits.copy(), valid))
-                    kv, dropped = session.kv_bytes(), len(bundle.manifest.plan.drop_layers)
+                    kv, dropped = session.kv_bytes(), len(bundle.manifest.plan.dropped_layers)
                     assert kv["dropped"] * (8 - dropped) == kv["kept"] * dropped  # as many entries in every layer
                     assert kv["allocated"] == sum(cache.nbytes for cache in caches.values())
                     assert len({cache.shape for cache in caches.values()}) == 1
@@ -184,7 +184,7 @@ def test_plan(surrogate, injection, drop_ratio, tmp_path):
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": drop_ratio}
     empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0)
     adapters = None
-    if empty.manifest.plan.drop_layers:
+    if empty.manifest.plan.dropped_layers:
         model = empty.manifest.model
         adapters = save_adapters(tmp_path / "a", empty.manifest.plan, model.hidden_size, model.fingerprint)
     bundle = make_bundle("llama", tmp_path / "b", **options, adapters=adapters)
@@ -210,7 +210,7 @@ def test_no_adapters(surrogate, injection, tmp_path):
 def test_all_layers_dropped(tmp_path):
     """No layer is always kept: LoRA steps have no cache at all."""
     bundle = make_bundle("llama", tmp_path / "b", always_first=0, always_last=0, drop_ratio=1.0)
-    assert bundle.manifest.plan.kept_layers == ()
+    assert bundle.manifest.plan.kept_attentions == ()
     with Session.open(bundle.root, threads=1) as session:
         assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
 
@@ -232,19 +232,18 @@ def golden_source():
     return traced_model(golden.golden_model())
 
 
-@pytest.mark.parametrize("case", golden.GOLDEN, ids=lambda case: f"{case.plan.surrogate}-{case.plan.injection}")
+@pytest.mark.parametrize("case", golden.GOLDEN, ids=lambda case: "-".join((case.plan.surrogate, *case.plan.sites)))
 def test_golden(case, golden_source, tmp_path):
     """The hand-computed cases through export and runtime."""
     plan = case.plan
     options = {
-        "drop_layers": plan.drop_layers,
+        "drop_layers": plan.sites,
         "surrogate": plan.surrogate,
-        "injection": plan.injection,
         "always_first": 1,
         "always_last": 0,
         "max_seq_len": 32,
     }
-    drop_plan = DropPlan(2, plan.drop_layers, 2, plan.surrogate, plan.injection, 1, always_first=1, always_last=0)
+    drop_plan = DropPlan(2, plan.sites, 2, plan.surrogate, 1, always_first=1, always_last=0)
     adapters = save_adapters(tmp_path / "a", drop_plan, 2, None, 1, plan.adapters)
     bundle = make_bundle(golden_source, tmp_path / "b", adapters=adapters, **options)
     with Session.open(bundle.root, k=case.k, threads=1) as session:

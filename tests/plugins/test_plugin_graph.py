@@ -89,7 +89,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
             (
                 len(PROMPTS),
                 model.kv_heads,
-                slots["dropped" if layer in plan.drop_layers else "kept"],
+                slots["dropped" if layer in plan.dropped_layers else "kept"],
                 model.head_dim,
             ),
             np.nan,
@@ -123,7 +123,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
             assert error < TOLERANCE, f"row {row}, step {step}: {error:.1e}"
     for name_, cache in caches.items():  # padding of the prefill and what was never reached: not written
         layer = int(name_.rpartition(".")[2])
-        written = feed["len_dropped" if layer in plan.drop_layers else "len_kept"]
+        written = feed["len_dropped" if layer in plan.dropped_layers else "len_kept"]
         for row, length in enumerate(written):
             assert np.isfinite(cache[row, :, :length]).all(), name_
             assert np.isnan(cache[row, :, length:]).all(), name_

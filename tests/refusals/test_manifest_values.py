@@ -39,7 +39,7 @@ def bundle(place, tmp_path) -> Path:
         ("model.weight_dtype", "int4", ("quantization.bits is null",)),
         ("model.name", "a\x1b[2Jb", ("model.name", "control characters")),
         ("plan.num_layers", 2**40, ("plan.num_layers is 1099511627776",)),
-        ("plan.drop_layers", [[4]], ("plan.drop_layers[0] is a list",)),
+        ("plan.dropped_layers", [[4]], ("plan.dropped_layers[0] is a list",)),
         ("plan.k", None, ("plan.k is null",)),
         ("limits", None, ("limits is null", "object")),
         ("limits.max_batch", 0, ("limits.max_batch is 0",)),

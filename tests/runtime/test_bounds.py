@@ -40,6 +40,7 @@ NUMBERS = [
     for field in dataclasses.fields(cls)
     for hint in [str(get_type_hints(cls)[field.name])]
     if field.metadata and field.metadata["option"].choices is None and ("int" in hint or "float" in hint)
+    if field.name != "drop_layers"  # sites, which have a check of their own
 ]
 
 

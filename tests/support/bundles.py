@@ -127,7 +127,7 @@ def save_adapters(
     generator = np.random.default_rng(5)
     names = {"": "", ".attn": "self_attn.", ".mlp": "mlp."}
     tensors = {}
-    for site in plan.sites:
+    for site in plan.adapted_sites if plan.rank else plan.sites:
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
         for part, shape in (("A", (rank, hidden_size)), ("B", (hidden_size, rank))):
@@ -142,9 +142,9 @@ def save_adapters(
         "r": rank,
         "lora_alpha": rank * (2 if matrices is None else matrices[plan.sites[0]][2]),
         "lora_drop": {
-            "drop_layers": list(plan.drop_layers),
+            "sites": list(plan.sites),
+            "bare_sites": list(plan.bare_sites),
             "surrogate": plan.surrogate,
-            "injection": plan.injection,
             "base_fingerprint": fingerprint,
         },
     }
@@ -169,4 +169,4 @@ def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:
                 key = layer + {"l": "", "s": ".attn", "m": ".mlp"}[half[0]]
                 b = tensors[name.replace("lora_A", "lora_B")]
                 matrices[key] = (a.to(torch.float32), b.to(torch.float32), config["lora_alpha"] / config["r"])
-    return OraclePlan(plan.drop_layers, plan.surrogate, plan.injection, matrices)
+    return OraclePlan(plan.sites, plan.surrogate, matrices, fill=plan.policy == "fill")

@@ -6,6 +6,8 @@ from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, Spec
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 
 D, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 128256  # LLaMA3-8B
+KV_WEIGHTS = D * KV_HEADS * HEAD_DIM * 2 + D  # with the norm before them
+ATTENTION_WEIGHTS = D * HEADS * HEAD_DIM * 2 + KV_WEIGHTS
 LAYER_WEIGHTS = D * HEADS * HEAD_DIM * 2 + D * KV_HEADS * HEAD_DIM * 2 + 3 * D * FFN + 2 * D
 HEAD_WEIGHTS = VOCAB * D + D  # lm_head and the last norm
 
@@ -26,8 +28,10 @@ def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", **plan: object) -> Ma
         dtype=dtype,
         windows=(0,) * 32,
         layer_bytes=(size * LAYER_WEIGHTS,) * 32,
+        attention_bytes=(size * ATTENTION_WEIGHTS,) * 32,
+        kv_bytes=(size * KV_WEIGHTS,) * 32,
         head_bytes=size * HEAD_WEIGHTS,
         embedding_row_bytes=size * D,
     )
-    drop_plan = DropPlan(num_layers=32, drop_layers=spread_layers(eligible_layers(32), ratio), **plan)
+    drop_plan = DropPlan(num_layers=32, sites=spread_layers(eligible_layers(32), ratio), **plan)
     return Manifest(model, drop_plan, Limits(8192, 8000, 8), SpecialTokens())

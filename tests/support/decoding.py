@@ -9,14 +9,15 @@ import pytest
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.sites import in_halves
 
 from tests.support.fake_engine import next_token
 
 REFRESH, LORA = StepKind.REFRESH, StepKind.LORA
 WINDOWS = (0, 1, 2, 3, 5, 19)
-PLAN = DropPlan(num_layers=6, drop_layers=(3, 4))
+PLAN = DropPlan(num_layers=6, sites=(3, 4))
 RECURRENT = dataclasses.replace(PLAN, surrogate="recurrent", rank=2)
-HALVES = dataclasses.replace(RECURRENT, injection="attn_mlp")
+HALVES = dataclasses.replace(RECURRENT, sites=in_halves(RECURRENT.sites))
 PLANS = {
     "residual": PLAN,
     "recurrent": RECURRENT,
@@ -25,7 +26,7 @@ PLANS = {
     "anchor, rank 2": dataclasses.replace(RECURRENT, surrogate="anchor"),
     "recurrent, attn_mlp": HALVES,
     "anchor, attn_mlp": dataclasses.replace(HALVES, surrogate="anchor"),
-    "nothing dropped": dataclasses.replace(PLAN, drop_layers=()),
+    "nothing dropped": dataclasses.replace(PLAN, sites=()),
 }
 RAGGED = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]
 

@@ -95,7 +95,7 @@ OPTION_FACTORS: dict[str, tuple[Any, ...]] = {
     "weights": ("copy", "link"),
     "plan": tuple(PLANS),
     "surrogate": tuple(SURROGATES),
-    "injection": ("block", "attn_mlp"),
+    "sites": ("block", "attn_mlp", "attn", "mlp"),
     "adapters": ("none", "room", "exported", "loaded"),
     "k": (0, 1, 3),
     "policy": tuple(POLICIES),
@@ -196,11 +196,21 @@ def new_tokens(k: int) -> int:
     return 2 * (k + 1) + 2
 
 
+def _plan_options(row: Row) -> dict[str, Any]:
+    """What is dropped: layers, both of their halves, or one of them."""
+    options = dict(PLANS[row["plan"]])
+    if row["sites"] in ("block", "attn_mlp"):
+        return options | {"injection": row["sites"]}
+    eligible = eligible_layers(LAYERS, options.get("always_first", 3), options.get("always_last", 1))
+    layers = options.get("drop_layers", spread_layers(eligible, options.pop("drop_ratio", 0.5)))
+    return options | {"drop_layers": tuple(f"{layer}.{row['sites']}" for layer in layers)}
+
+
 def exported(row: Row, root: Path) -> tuple[Bundle, Path | None]:
     """The bundle of a row, and the adapters that it has or will load."""
-    options = {name: row[name] for name in ("block_size", "kv_dtype", "weights", "surrogate", "injection", "k")}
+    options = {name: row[name] for name in ("block_size", "kv_dtype", "weights", "surrogate", "k")}
     options |= {"dtype": row["dtype"], "policy": row["policy"], "max_batch": row["max_batch"]}
-    options |= {"quantization": row["rounding"], "max_seq_len": None} | PLANS[row["plan"]]
+    options |= {"quantization": row["rounding"], "max_seq_len": None} | _plan_options(row)
     prompt = max(map(len, PROMPTS))
     if row["max_seq_len"] == "tight":
         options["max_seq_len"] = prompt + new_tokens(row["k"])

@@ -49,6 +49,8 @@ def make_manifest(
         dtype="float32",
         windows=(0,) * plan.num_layers,
         layer_bytes=(1000,) * plan.num_layers,
+        attention_bytes=(400,) * plan.num_layers,
+        kv_bytes=(100,) * plan.num_layers,
         head_bytes=500,
         embedding_row_bytes=4 * HIDDEN,
     )
@@ -168,7 +170,7 @@ class FakeEngine:
         self.runs.append(run)
         for name in binding.inputs:
             if name.startswith(("past_key.", "past_value.")):
-                dropped = int(name.partition(".")[2]) in self.plan.drop_layers
+                dropped = int(name.partition(".")[2]) in self.plan.dropped_attentions
                 self._write(name, run, run.len_dropped if dropped else run.len_kept)
         for name, array in binding.outputs.items():
             if name.startswith("present_state."):

@@ -132,7 +132,7 @@ GOLDEN: list[GoldenCase] = [
     # y_t = x_t + s B A x_t
     GoldenCase(
         "residual-block",
-        OraclePlan((1,), "residual", "block", _BLOCK),
+        OraclePlan(("1",), "residual", _BLOCK),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full
@@ -147,7 +147,7 @@ GOLDEN: list[GoldenCase] = [
     # y_t = y_(t-1) + s B A x_t
     GoldenCase(
         "recurrent-block",
-        OraclePlan((1,), "recurrent", "block", _BLOCK),
+        OraclePlan(("1",), "recurrent", _BLOCK),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full
@@ -162,7 +162,7 @@ GOLDEN: list[GoldenCase] = [
     # y_t = y_a + s B A x_t
     GoldenCase(
         "anchor-block",
-        OraclePlan((1,), "anchor", "block", _BLOCK),
+        OraclePlan(("1",), "anchor", _BLOCK),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full
@@ -177,7 +177,7 @@ GOLDEN: list[GoldenCase] = [
     # h_t = x_t + s B1 A1 x_t, then y_t = h_t + s B2 A2 h_t; "sum" is h1 + h2 of h_t
     GoldenCase(
         "residual-attn_mlp",
-        OraclePlan((1,), "residual", "attn_mlp", _ATTN_MLP),
+        OraclePlan(("1.attn", "1.mlp"), "residual", _ATTN_MLP),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full
@@ -192,7 +192,7 @@ GOLDEN: list[GoldenCase] = [
     # h_t = h_(t-1) + s B1 A1 x_t, then y_t = y_(t-1) + s B2 A2 h_t
     GoldenCase(
         "recurrent-attn_mlp",
-        OraclePlan((1,), "recurrent", "attn_mlp", _ATTN_MLP),
+        OraclePlan(("1.attn", "1.mlp"), "recurrent", _ATTN_MLP),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full, h = (18, 2)
@@ -207,7 +207,7 @@ GOLDEN: list[GoldenCase] = [
     # h_t = h_a + s B1 A1 x_t, then y_t = y_a + s B2 A2 h_t
     GoldenCase(
         "anchor-attn_mlp",
-        OraclePlan((1,), "anchor", "attn_mlp", _ATTN_MLP),
+        OraclePlan(("1.attn", "1.mlp"), "anchor", _ATTN_MLP),
         **_ROW,
         logits=[
             _logits(9, 1),  # 1: full, h = (18, 2)

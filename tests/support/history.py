@@ -19,7 +19,7 @@ class HistoryRow(oracle.Row):
     def __init__(self, model: PreTrainedModel, plan: oracle.OraclePlan, base: Base) -> None:
         super().__init__(model, plan)
         self.kind = base
-        self.outputs: dict[str, dict[int, Tensor]] = {site: {} for site in plan.adapter_keys()}
+        self.outputs: dict[str, dict[int, Tensor]] = {site: {} for site in plan.sites}
         self.full_positions: list[int] = []
 
     def step(self, token: int, full: bool) -> Tensor:
@@ -55,7 +55,7 @@ def history_plan(
     drop_layers: tuple[int, ...], injection: str, adapters: dict[str, tuple[Tensor, Tensor, float]] | None
 ) -> oracle.OraclePlan:
     """The oracle's plan; it has no name for the form."""
-    return oracle.OraclePlan(drop_layers, injection=injection, adapters=adapters)
+    return oracle.OraclePlan(oracle.sites_of(drop_layers, injection), adapters=adapters)
 
 
 def random_matrices(sites: tuple[str, ...], width: int, rank: int) -> dict[str, tuple[Tensor, Tensor]]:

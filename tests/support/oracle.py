@@ -27,28 +27,29 @@ ATTENTION_NAME = "lora_drop_oracle"
 
 @dataclass
 class OraclePlan:
-    """Which layers are dropped and what stands for them.
+    """Which layers and halves are dropped and what stands for them.
 
-    `adapters` maps "4" (injection block) or "4.attn" and "4.mlp" (attn_mlp) to `(A [r, d], B [d, r], scale)`;
-    a missing key is no adapter. `kv_scales` maps a layer to the scales `[H_kv, D]` of its K and V, which are then int8.
+    `sites` are "4" for a layer, "4.attn" and "4.mlp" for its halves. `adapters` maps them to
+    `(A [r, d], B [d, r], scale)`; a missing key is no adapter. `fill`: LoRA steps write K and V of dropped attentions.
+    `kv_scales` maps a layer to the scales `[H_kv, D]` of its K and V, which are then int8.
     """
 
-    drop_layers: tuple[int, ...]
+    sites: tuple[str, ...]
     surrogate: str = "residual"  # residual | recurrent | anchor
-    injection: str = "block"  # block | attn_mlp
     adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None = None
+    fill: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a misspelt plan, which would silently test something else."""
         assert self.surrogate in ("residual", "recurrent", "anchor"), self.surrogate
-        assert self.injection in ("block", "attn_mlp"), self.injection
-        assert set(self.adapters or {}) <= set(self.adapter_keys()), self.adapter_keys()
+        assert all(isinstance(site, str) for site in self.sites), self.sites
+        assert set(self.adapters or {}) <= set(self.sites), self.sites
 
-    def adapter_keys(self) -> list[str]:
-        """The places an adapter can take."""
-        halves = ("",) if self.injection == "block" else (".attn", ".mlp")
-        return [f"{i}{half}" for i in self.drop_layers for half in halves]
+
+def sites_of(layers, injection: str = "block") -> tuple[str, ...]:
+    """Layers as sites, or both halves of each."""
+    return tuple(f"{i}{half}" for i in layers for half in (("",) if injection == "block" else (".attn", ".mlp")))
 
 
 def is_refresh(j: int, k: int) -> bool:
@@ -70,6 +71,8 @@ class Row:
         self.plan = plan
         self.position = 0  # of the next token
         self.full = True  # whether the running step is a full one
+        self.attends = True  # whether the running layer's attention runs and writes
+        self.second_half_of: Tensor | None = None  # what the running layer's MLP reads in the place of its own h
         self.since_refresh: list[int] = []  # the tokens of the LoRA steps after the last full one
         # per layer: the position, K and V `[H_kv, D]` of every token it has written
         decoder = model.base_model
@@ -106,20 +109,39 @@ class Row:
 
     def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
         """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
-        if self.full or i not in self.plan.drop_layers:
+        layer, attn, mlp = (f"{i}{half}" in self.plan.sites for half in ("", ".attn", ".mlp"))
+        if self.full or not (layer or attn or mlp):
             y = own_forward(x, **kwargs)  # fills self.slots[i] and self.h[i]
             self.y[i] = y
             return y
-        if self.plan.injection == "block":
+        states = self.h.get(i), self.y[i]
+        if layer:
             y = self.base(x, self.y[i]) + self.adapter(f"{i}", x)
-        else:
+        elif attn:
             h = self.base(x, self.h[i]) + self.adapter(f"{i}.attn", x)
+            y = self.base(h, self.y[i]) + self.adapter(f"{i}.mlp", h) if mlp else None
+        self.attends = self.plan.fill or not (layer or attn)
+        if self.attends or not (layer or mlp):
+            own = self.own_halves(i, own_forward, x, kwargs, h if attn and not mlp else None)
+        self.attends = True
+        self.h[i], self.y[i] = states
+        if attn and not mlp:
+            y = own[1]
+        elif mlp and not attn:
+            h = own[0]
             y = self.base(h, self.y[i]) + self.adapter(f"{i}.mlp", h)
-            if self.plan.surrogate == "recurrent":
-                self.h[i] = h
         if self.plan.surrogate == "recurrent":
+            if attn:
+                self.h[i] = h
             self.y[i] = y
         return y
+
+    def own_halves(self, i: int, own_forward, x: Tensor, kwargs, h: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h and y of the layer itself; with an h given, that one and the y whose MLP starts from it."""
+        self.second_half_of = h
+        y = own_forward(x, **kwargs)
+        self.second_half_of = None
+        return (self.h.get(i), y) if h is None else (h, y - self.h[i] + h)
 
     def base(self, value: Tensor, state: Tensor) -> Tensor:
         """What the adapter's product is added to: this step's own value, or the state."""
@@ -132,9 +154,10 @@ class Row:
         A, B, scale = self.plan.adapters[key]
         return (scale * (B @ (A @ x[0, 0]))).reshape(x.shape)
 
-    def keep_h(self, i: int, _norm, args: tuple[Tensor]) -> None:
-        """Pre-hook of the norm after attention; a surrogate never reaches it."""
+    def keep_h(self, i: int, _norm, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Pre-hook of the norm after attention."""
         self.h[i] = args[0]
+        return None if self.second_half_of is None else (self.second_half_of,)
 
 
 def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
@@ -152,6 +175,8 @@ def attention(
 
     query `[1, H, 1, D]`; key, value `[1, H_kv, 1, D]`, RoPE already applied; returns `[1, 1, H, D]`.
     """
+    if not running.attends:
+        return torch.zeros_like(query.transpose(1, 2)), None
     slots, position = running.slots[module.layer_idx], running.position
     new = key[0, :, 0], value[0, :, 0]
     if running.plan.kv_scales is not None:

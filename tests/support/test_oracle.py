@@ -41,10 +41,10 @@ def random_tokens(count, seed):
 
 def random_plan(drop_layers, surrogate="residual", injection="block", d=64, r=4):
     generator = torch.Generator().manual_seed(7)
-    plan = OraclePlan(drop_layers, surrogate, injection)
+    plan = OraclePlan(oracle.sites_of(drop_layers, injection), surrogate)
     plan.adapters = {
         key: (torch.randn(r, d, generator=generator) / d**0.5, torch.randn(d, r, generator=generator), 0.5)
-        for key in plan.adapter_keys()
+        for key in plan.sites
     }
     return plan
 
@@ -78,7 +78,7 @@ def parallel_form(model, plan, prompt, forced, k):
             for t in holes:
                 anchor = max(s for s in range(t) if s not in holes)
                 before = {"residual": None, "recurrent": t - 1, "anchor": anchor}[plan.surrogate]
-                if plan.injection == "block":
+                if f"{i}" in plan.sites:
                     y[0, t] = (x[0, t] if before is None else y[0, before]) + adapter(f"{i}", x[0, t])
                 else:
                     h[0, t] = (x[0, t] if before is None else h[0, before]) + adapter(f"{i}.attn", x[0, t])
@@ -87,7 +87,7 @@ def parallel_form(model, plan, prompt, forced, k):
 
         return mock.patch.object(layer, "forward", forward)
 
-    patches = [dropped_layer(i, model.model.layers[i]) for i in plan.drop_layers]
+    patches = [dropped_layer(i, model.model.layers[i]) for i in sorted({int(site.partition(".")[0]) for site in plan.sites})]
     for patch in patches:
         patch.start()
     try:
@@ -138,7 +138,7 @@ def test_golden(case):
 
 def test_golden_arithmetic_of_the_layers():
     """The two tables of golden.py's docstring: every layer's input, and layer 1 with and without holes."""
-    model, plan = golden.golden_model(), OraclePlan((1,))
+    model, plan = golden.golden_model(), OraclePlan(("1",))
     row = oracle.Row(model, plan)
     inputs = []
     keep = model.model.layers[1].register_forward_pre_hook(lambda _layer, args: inputs.append(args[0][0, 0]))
@@ -192,7 +192,7 @@ def test_lora_steps_and_holes_change_logits(name):
     """Last layer dropped: the kept caches stay exact, so a LoRA step differs by the surrogate alone
     and a refresh by the holes alone."""
     model, prompt, forced = family(name), random_tokens(4, 1), random_tokens(6, 2)
-    logits = oracle.decode_row(model, OraclePlan((7,)), prompt, forced, k=2)
+    logits = oracle.decode_row(model, OraclePlan(("7",)), prompt, forced, k=2)
     full = whole_sequence(model, prompt + forced)[3:]
     difference = [(a - b).abs().max().item() for a, b in zip(logits, full, strict=True)]
     assert difference[0] < TOLERANCE["atol"]  # prompt
@@ -214,7 +214,7 @@ def test_surrogates_and_injections_differ():
 
 def test_slots_per_layer():
     """docs/algorithm.md, KV cache: T + m entries in a kept layer, T + floor(m / (k + 1)) in a dropped one."""
-    row, _ = oracle.prefill(family("llama"), OraclePlan(DROPPED), random_tokens(5, 1))
+    row, _ = oracle.prefill(family("llama"), OraclePlan(oracle.sites_of(DROPPED)), random_tokens(5, 1))
     for j, token in enumerate(random_tokens(11, 2), start=1):
         row.step(token, full=oracle.is_refresh(j, k=3))
     assert [len(slots) for slots in row.slots] == [16, 16, 16, 7, 16, 7, 16, 16]

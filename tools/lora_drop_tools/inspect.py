@@ -94,7 +94,7 @@ def _predictions(manifest: Manifest) -> list[str]:
         )
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
     lines += [
-        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {plan.rho_eff:.3f}; "
+        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {costs.dropped_macs_share(manifest, 0):.3f}; "
         f"Eq. 16: {_kv_savings(manifest)} of the K/V of generated tokens saved",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]

@@ -27,7 +27,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import InputError, whole_number
-from lora_drop_runtime.plan.policy import policy_named
+from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule
 
 from . import checks
@@ -37,6 +37,14 @@ from .sampling import Sampler, SamplingOptions
 from .stream import Chosen, TokenStream, Usage
 
 WARM_UP_STEPS = 64  # at most
+
+
+def _policy(bundle: Bundle, name: str | None) -> Policy:
+    """The policy that is asked for, or the bundle's own. Raises InputError where the bundle cannot run it."""
+    plan = bundle.manifest.plan
+    policy = policy_named(plan.policy if name is None else name)
+    plan.check_policy(policy)
+    return policy
 
 
 class Session:
@@ -49,7 +57,7 @@ class Session:
         self.bundle = bundle
         self.schedule = schedule
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
-        self.policy = policy_named(bundle.manifest.plan.policy if policy is None else policy).name
+        self.policy = _policy(bundle, policy).name
         self._engine: Engine | None = engine
         self._request: Request | None = None
         self._requests_ended = 0
@@ -75,7 +83,7 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
-            policy: what a refresh does about the tokens of the LoRA steps before it, `skip` or `backfill`
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip`, `backfill` or `fill`
                 (plan/policy.py); the bundle's own when None.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
@@ -90,7 +98,7 @@ class Session:
             checks.check_name(what, name, "Leave it out, or give its name as text.")
         bundle = Bundle.open(path)
         schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
-        policy_named(bundle.manifest.plan.policy if policy is None else policy)  # refused before an engine is made
+        _policy(bundle, policy)  # refused before an engine is made
         checks.check_threads(threads)
         if check:
             bundle.check_unchanged()

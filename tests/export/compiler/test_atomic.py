@@ -182,7 +182,7 @@ def test_bundle_that_appears_during_the_export(place, monkeypatch, capsys):
     )
     assert main(arguments(place / "engines", "--drop-layers", "5")) == 2
     assert "exists already" in capsys.readouterr().err
-    assert Bundle.open(place / "engines").manifest.plan.drop_layers == (4, 6)
+    assert Bundle.open(place / "engines").manifest.plan.dropped_layers == (4, 6)
     assert [path.name for path in place.iterdir()] == ["engines"]
 
 
@@ -195,7 +195,7 @@ def test_force_exchanges_a_bundle(place):
     opened = Session.open(old.root)  # a session of the old bundle goes on
     assert main(arguments(place / "engines", "--force", "--drop-layers", "3,5,6", "--k", 2)) == 0
     new = Bundle.open(place / "engines")
-    assert new.manifest.plan.drop_layers == (3, 5, 6)
+    assert new.manifest.plan.dropped_layers == (3, 5, 6)
     assert new.manifest.plan.k == 2
     assert new.root.stat().st_ino != inode
     assert [path.name for path in place.iterdir()] == ["engines"]
@@ -212,7 +212,7 @@ def test_force_through_a_link(place):
     (place / "engines").symlink_to("disk/bundle")
     assert main(arguments(place / "engines", "--force", "--drop-layers", "5")) == 0
     assert (place / "engines").is_symlink()
-    assert Bundle.open(place / "disk" / "bundle").manifest.plan.drop_layers == (5,)
+    assert Bundle.open(place / "disk" / "bundle").manifest.plan.dropped_layers == (5,)
     assert [path.name for path in (place / "disk").iterdir()] == ["bundle"]
     assert sorted(path.name for path in place.iterdir()) == ["disk", "engines"]
 
@@ -277,7 +277,7 @@ def test_killed_at_the_end(place):
     assert snapshot(place / "engines") == before
     assert tokens(place / "engines") == expected
     assert main(arguments(place / "engines", "--force", "--drop-layers", "5")) == 0
-    assert Bundle.open(place / "engines").manifest.plan.drop_layers == (5,)
+    assert Bundle.open(place / "engines").manifest.plan.dropped_layers == (5,)
     assert staging(place) == []
 
 

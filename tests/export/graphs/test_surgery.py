@@ -34,7 +34,7 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
     bundle = make_bundle("llama_bias", tmp_path / "b", surrogate=surrogate, injection=injection, rank=rank, k=1)
     plan = bundle.manifest.plan
     refresh, lora = load(bundle, "refresh"), load(bundle, "lora")
-    dropped, sites = len(plan.drop_layers), len(plan.sites)
+    dropped, sites = len(plan.dropped_layers), len(plan.sites)
     assert dropped == 2
     ours = [node for node in lora.graph.node if node.name.startswith("surrogate.")]
     assert Counter(node.op_type for node in ours if node.op_type not in ("Reshape", "Constant")) == (
@@ -50,7 +50,7 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
         for op in ("Attention", "RotaryEmbedding", "RMSNormalization", "MatMul", "TensorScatter", "Sigmoid"):
             outside = before[op] % n  # final norm, lm_head
             assert after[op] == (before[op] - outside) * (n - dropped) // n + outside, op
-    gone = tuple(f"model.layers.{i}." for i in plan.drop_layers)
+    gone = tuple(f"model.layers.{i}." for i in plan.dropped_layers)
     weights = names(lora.graph.initializer)
     assert not [name for name in weights if name.startswith(gone)]
     assert [name for name in names(refresh.graph.initializer) if name.startswith(gone)]
@@ -58,7 +58,7 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
     for value in [*names(lora.graph.input), *names(lora.graph.output)]:
         kind, _, where = value.partition(".")
         if kind.endswith(("_key", "_value")):
-            assert int(where) in plan.kept_layers
+            assert int(where) in plan.kept_attentions
     assert "len_dropped" not in names(lora.graph.input)
     assert "len_dropped" in names(refresh.graph.input)
 
@@ -104,7 +104,7 @@ def test_graphs_pass_the_checker_and_are_plain(name, tmp_path):
         model = load(bundle, kind)
         assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
         assert model.opset_import[0].version == 24
-        layers = 8 if kind == "refresh" else len(bundle.manifest.plan.kept_layers)
+        layers = 8 if kind == "refresh" else len(bundle.manifest.plan.kept_attentions)
         count = Counter(node.op_type for node in model.graph.node)
         assert count["Attention"] == layers
         assert count["TensorScatter"] == count["RotaryEmbedding"] == 2 * layers

@@ -41,12 +41,12 @@ def test_the_table() -> None:
 
 def test_a_plan_knows_the_rows_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="Unknown value for --surrogate") as caught:
-        DropPlan(num_layers=6, drop_layers=(3,), surrogate="homemade")
+        DropPlan(num_layers=6, sites=(3,), surrogate="homemade")
     assert "'homemade' was given, residual, recurrent, anchor are known." in str(caught.value)
     form = SurrogateForm("homemade", Base.PREVIOUS)
     monkeypatch.setitem(SURROGATES, form.name, form)
     for rank, updates in ((0, False), (2, True)):
-        plan = DropPlan(num_layers=6, drop_layers=(3,), surrogate="homemade", rank=rank)
+        plan = DropPlan(num_layers=6, sites=(3,), surrogate="homemade", rank=rank)
         assert (plan.form, plan.has_state, plan.updates_state) == (form, True, updates)
 
 

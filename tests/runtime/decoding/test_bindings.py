@@ -19,13 +19,12 @@ def test_names_bound_by_each_step(plan: DropPlan) -> None:
     session, engine = open_session(plan, k=2)
     session.generate(RAGGED, 7)
     everywhere = {f"{part}.{layer}" for part in ("key", "value") for layer in range(6)}
-    kept = {f"{part}.{layer}" for part in ("key", "value") for layer in range(6) if layer not in plan.drop_layers}
-    sites = {"block": ["3", "4"], "attn_mlp": ["3.attn", "3.mlp", "4.attn", "4.mlp"]}[plan.injection]
-    states = {f"state.{site}" for site in sites} if plan.surrogate != "residual" and plan.drop_layers else set()
+    kept = {f"{part}.{layer}" for part in ("key", "value") for layer in range(6) if layer not in plan.dropped_layers}
+    states = {f"state.{site}" for site in plan.sites} if plan.surrogate != "residual" and plan.dropped_layers else set()
     updated = states if plan.surrogate == "recurrent" and plan.rank else set()
     for binding in engine.bindings:
         if binding.kind is REFRESH:
-            lengths = {"len_kept", "len_dropped"} if plan.drop_layers else {"len_kept"}
+            lengths = {"len_kept", "len_dropped"} if plan.dropped_layers else {"len_kept"}
             assert set(binding.inputs) == {"input_ids", "logits_index"} | lengths | {f"past_{n}" for n in everywhere}
             assert set(binding.outputs) == {"logits"} | {f"present_{n}" for n in everywhere | states}
         else:
@@ -42,8 +41,8 @@ def test_a_lora_step_binds_no_buffer_of_a_dropped_layer(plan: DropPlan) -> None:
     session, engine = open_session(plan, k=2)
     session.generate(RAGGED, 7)
     refresh = next(b for b in engine.bindings if b.kind is REFRESH)
-    of_dropped = [array for name, array in refresh.inputs.items() if name.split(".")[-1] in map(str, plan.drop_layers)]
-    assert len(of_dropped) == 2 * len(plan.drop_layers)
+    of_dropped = [array for name, array in refresh.inputs.items() if name.split(".")[-1] in map(str, plan.dropped_layers)]
+    assert len(of_dropped) == 2 * len(plan.dropped_layers)
     lora = [b for b in engine.bindings if b.kind is LORA]
     assert lora
     for binding in lora:
@@ -84,7 +83,7 @@ def test_nothing_is_allocated_or_prepared_per_step(k: int, plan: DropPlan) -> No
         session.step([1, 2, 3])
     assert len(engine.runs) == 100
     assert len(engine.allocated) == allocated
-    two_sides = plan.surrogate == "recurrent" and plan.rank > 0 and bool(plan.drop_layers)
+    two_sides = plan.surrogate == "recurrent" and plan.rank > 0 and bool(plan.dropped_layers)
     assert len(engine.bindings) <= 3 + two_sides
     engine.forget()
     session.generate(RAGGED, 100)
@@ -118,7 +117,7 @@ def states_read(plan: DropPlan, k: int, steps: int) -> tuple[list[StepKind], lis
 @pytest.mark.parametrize("k", [k for k in WINDOWS if k])
 @pytest.mark.parametrize("injection", ["block", "attn_mlp"])
 def test_recurrent_state_is_what_the_step_before_wrote(k: int, injection: str) -> None:
-    plan = dataclasses.replace(RECURRENT, injection=injection)
+    plan = RECURRENT if injection == "block" else HALVES
     kinds, states = states_read(plan, k, 3 * (k + 1) + 2)
     for number, (kind, read) in enumerate(zip(kinds, states, strict=True), 1):
         if kind is LORA:

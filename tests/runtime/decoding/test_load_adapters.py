@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.support.fake_engine import HIDDEN, FakeEngine, next_token, open_session
 
-PLAN = DropPlan(num_layers=6, drop_layers=(3, 4), rank=2)
+PLAN = DropPlan(num_layers=6, sites=(3, 4), rank=2)
 
 
 class FullEngine(FakeEngine):

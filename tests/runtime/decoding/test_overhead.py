@@ -15,8 +15,8 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from tests.support.fake_engine import IdleEngine, open_session
 
-DEEP = DropPlan(num_layers=30, drop_layers=tuple(range(3, 29, 2)))
-SHALLOW = DropPlan(num_layers=6, drop_layers=(3,))
+DEEP = DropPlan(num_layers=30, sites=tuple(range(3, 29, 2)))
+SHALLOW = DropPlan(num_layers=6, sites=(3,))
 MOST_LINES, MOST_CALLS = 130, 64  # twice those of a streamed step, 65 and 32; 56 and 28 without the stream
 
 

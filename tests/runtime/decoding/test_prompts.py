@@ -131,7 +131,7 @@ def test_long_prompts_of_an_engine_that_takes_rows_together(plan: DropPlan) -> N
         strict=True,
     ):
         assert run.len_kept.tolist() == begins
-        if plan.drop_layers:
+        if plan.dropped_layers:
             assert run.len_dropped.tolist() == begins
         assert run.logits_index.tolist() == [[max(count - 1, 0)] for count in counts]
         for row, (begin, count) in enumerate(zip(begins, counts, strict=True)):

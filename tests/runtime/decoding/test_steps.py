@@ -107,7 +107,7 @@ def test_what_the_engine_sees_at_every_step(k: int, plan: DropPlan) -> None:
             assert run.len_kept.tolist() == (lengths + j - 1).tolist()
         if run.kind is REFRESH:
             assert run.logits_index.tolist() == ([[4], [0], [2]] if j == 0 else [[0], [0], [0]])
-            if plan.drop_layers:
+            if plan.dropped_layers:
                 assert run.len_dropped.tolist() == ([0, 0, 0] if j == 0 else (lengths + refreshes).tolist())
             refreshes += j > 0
         else:
@@ -167,7 +167,7 @@ def test_capacities(k: int, new_tokens: int, plan: DropPlan) -> None:
     for binding in engine.bindings:
         for name, array in (binding.inputs | binding.outputs).items():
             if "_key." in name or "_value." in name:
-                dropped = int(name.split(".")[1]) in plan.drop_layers
+                dropped = int(name.split(".")[1]) in plan.dropped_layers
                 tokens = 5 + ((new_tokens - 1) // (k + 1) if dropped else new_tokens - 1)
                 assert array.shape == (3, 2, tokens, 4), name
 

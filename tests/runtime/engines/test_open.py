@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from tests.support.fake_engine import FakeEngine, make_manifest, next_token
 
-PLAN = DropPlan(num_layers=6, drop_layers=(3, 4))
+PLAN = DropPlan(num_layers=6, sites=(3, 4))
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, parse_layers, spread_layers
+from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
-PLAN = DropPlan(num_layers=8, drop_layers=(3, 5))
+PLAN = DropPlan(num_layers=8, sites=(3, 5))
 
 
 def assert_refused(call: Callable[[], object], fact: str, *note: str, error: type[InputError] = PlanError) -> None:
@@ -59,10 +59,10 @@ def test_spread_over_32_layers() -> None:
     """docs/algorithm.md's example: 28 eligible layers, m = 14, every second one, ρ_eff = 0.4375."""
     layers = spread_layers(eligible_layers(32), 0.5)
     assert layers == (4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-    plan = DropPlan(num_layers=32, drop_layers=layers)
+    plan = DropPlan(num_layers=32, sites=layers)
     assert plan.rho == 0.5
     assert plan.rho_eff == 0.4375
-    assert len(plan.kept_layers) == 18
+    assert len(plan.kept_attentions) == 18
 
 
 def test_spread_over_30_layers() -> None:
@@ -137,20 +137,21 @@ def test_schedule_refuses(k: object) -> None:
 
 
 def test_the_drop_list_is_sorted_and_splits_the_layers() -> None:
-    plan = DropPlan(num_layers=8, drop_layers=(5, 3))
+    plan = DropPlan(num_layers=8, sites=(5, 3))
     assert plan == PLAN
-    assert plan.drop_layers == (3, 5)
-    assert plan.kept_layers == (0, 1, 2, 4, 6, 7)
+    assert plan.sites == ("3", "5")
+    assert plan.dropped_layers == plan.dropped_attentions == plan.dropped_mlps == (3, 5)
+    assert plan.kept_attentions == (0, 1, 2, 4, 6, 7)
     assert plan.eligible_layers == (3, 4, 5, 6)
     assert plan.rho == 0.5
     assert plan.rho_eff == 0.25
-    assert (plan.k, plan.surrogate, plan.injection, plan.rank) == (3, "residual", "block", 0)
+    assert (plan.k, plan.surrogate, plan.rank, plan.policy) == (3, "residual", 0, "skip")
 
 
 def test_a_plan_may_drop_nothing() -> None:
-    plan = DropPlan(num_layers=3, drop_layers=())
+    plan = DropPlan(num_layers=3, sites=())
     assert plan.eligible_layers == ()
-    assert plan.kept_layers == (0, 1, 2)
+    assert plan.kept_attentions == (0, 1, 2)
     assert (plan.rho, plan.rho_eff) == (0.0, 0.0)
     assert plan.sites == ()
 
@@ -168,16 +169,15 @@ def test_a_plan_may_drop_nothing() -> None:
 )
 def test_state(surrogate: str, rank: int, has_state: bool, updates_state: bool) -> None:
     plan = dataclasses.replace(PLAN, surrogate=surrogate, rank=rank)
-    assert (plan.has_state, plan.updates_state) == (has_state, updates_state)
+    assert (plan.has_state, plan.updated_states) == (has_state, PLAN.sites if updates_state else ())
 
 
 def test_sites() -> None:
     assert PLAN.sites == ("3", "5")
-    assert dataclasses.replace(PLAN, injection="attn_mlp").sites == ("3.attn", "3.mlp", "5.attn", "5.mlp")
 
 
 def test_fewer_layers_may_be_kept_always() -> None:
-    assert DropPlan(num_layers=4, drop_layers=(0, 3), always_first=0, always_last=0).kept_layers == (1, 2)
+    assert DropPlan(num_layers=4, sites=(0, 3), always_first=0, always_last=0).kept_attentions == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -186,32 +186,18 @@ def test_fewer_layers_may_be_kept_always() -> None:
         ({"k": -1}, "k is too small", ["-1", "0"]),
         ({"k": 2.0}, "k must be", ["2.0"]),
         ({"surrogate": "mean"}, "--surrogate", ["'mean'", "residual, recurrent, anchor"]),
-        ({"injection": "mlp"}, "--injection", ["'mlp'", "block, attn_mlp"]),
         ({"rank": -2}, "rank cannot be negative", ["-2"]),
         ({"always_first": -1}, "cannot be negative", ["-1"]),
         ({"always_last": -1}, "cannot be negative", ["-1"]),
-        ({"drop_layers": (4, 3, 4)}, "twice", ["3, 4, 4"]),
-        ({"drop_layers": (8,)}, "does not have", ["Layer 8", "0 to 7"]),
-        ({"drop_layers": (-1, 4)}, "does not have", ["Layer -1", "0 to 7"]),
-        ({"drop_layers": (2, 4)}, "always kept", ["Layer 2", "first 3", "last 1"]),
-        ({"drop_layers": (4, 7)}, "always kept", ["Layer 7", "first 3", "last 1"]),
-        ({"drop_layers": (6,), "always_last": 2}, "always kept", ["Layer 6", "last 2"]),
-        ({"drop_layers": (3, 4), "windowed_layers": (0, 2, 4)}, "always kept", ["Layer 4", "sliding window"]),
+        ({"sites": (4, 3, 4)}, "twice", ["3, 4, 4"]),
+        ({"sites": (8,)}, "does not have", ["Layer 8", "0 to 7"]),
+        ({"sites": (-1, 4)}, "no layer", ["'-1'"]),
+        ({"sites": (2, 4)}, "always kept", ["Layer 2", "first 3", "last 1"]),
+        ({"sites": (4, 7)}, "always kept", ["Layer 7", "first 3", "last 1"]),
+        ({"sites": (6,), "always_last": 2}, "always kept", ["Layer 6", "last 2"]),
+        ({"sites": (3, 4), "windowed_layers": (0, 2, 4)}, "always kept", ["Layer 4", "sliding window"]),
     ],
     ids=str,
 )
 def test_plan_refuses(changes: dict, fact: str, note: list[str]) -> None:
     assert_refused(lambda: dataclasses.replace(PLAN, **changes), fact, *note)
-
-
-# ── text ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("text", "layers"), [("4,6,9", (4, 6, 9)), (" 9, 4 ", (9, 4)), ("-1", (-1,))])
-def test_parse_layers(text: str, layers: tuple[int, ...]) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["4-6", "four", "4;6", "4.0", "4,", "4,,5", ",", ""])
-def test_parse_layers_refuses(text: str) -> None:
-    assert_refused(lambda: parse_layers(text), "not a list of layer numbers", repr(text), error=InputError)

@@ -53,10 +53,10 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Policy:
 
 
 def test_the_table() -> None:
-    assert list(POLICIES) == ["skip", "backfill"]
+    assert list(POLICIES)[:3] == ["skip", "backfill", "fill"]
     assert [policy.name for policy in POLICIES.values()] == list(POLICIES)
-    facts = [(policy.leaves_holes, policy.exact_refreshes) for policy in POLICIES.values()]
-    assert facts == [(True, False), (False, True)]
+    facts = [(policy.leaves_holes, policy.exact_refreshes, policy.fills) for policy in POLICIES.values()]
+    assert facts[:3] == [(True, False, False), (False, True, False), (False, False, True)]
     assert [POLICIES["skip"].refresh_tokens(k) for k in WINDOWS] == [1] * 6
     assert [POLICIES["backfill"].refresh_tokens(k) for k in WINDOWS] == [1, 2, 3, 4, 6, 20]
 
@@ -65,10 +65,10 @@ def test_a_name_is_read_once_or_refused() -> None:
     assert policy_named("backfill") is POLICIES["backfill"]
     with pytest.raises(InputError, match="Unknown refresh policy") as caught:
         policy_named("backfil")
-    assert "'backfil' was given, known are skip and backfill." in str(caught.value)
+    assert "'backfil' was given, known are skip, backfill" in str(caught.value)
     assert "Use skip." in str(caught.value)
     with pytest.raises(PlanError, match="Unknown value for --policy"):
-        DropPlan(num_layers=6, drop_layers=(3,), policy="backfil")
+        DropPlan(num_layers=6, sites=(3,), policy="backfil")
 
 
 @pytest.mark.parametrize("k", WINDOWS)
@@ -93,7 +93,7 @@ def test_dropped_slots_of_another_schedule() -> None:
 @pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("name", ["skip", "backfill", "half"])
 def test_slots_of_an_engine_with_static_caches(name: str, k: int, half: Policy) -> None:
-    plan = DropPlan(num_layers=6, drop_layers=(3,), k=k, policy=name)
+    plan = DropPlan(num_layers=6, sites=(3,), k=k, policy=name)
     found = static_slots(plan, Limits(max_seq_len=50, max_prompt_len=20, max_batch=1))
     cycles = 29 // (k + 1)
     assert found == {"kept": 49, "dropped": 20 + {"skip": cycles, "backfill": 29, "half": cycles * (1 + k // 2)}[name]}
@@ -103,7 +103,7 @@ def test_slots_of_an_engine_with_static_caches(name: str, k: int, half: Policy) 
 
 
 def test_a_plan_takes_it_and_stores_its_name(half: Policy) -> None:
-    plan = DropPlan(num_layers=6, drop_layers=(3, 4), policy="half")
+    plan = DropPlan(num_layers=6, sites=(3, 4), policy="half")
     assert plan.refresh_policy is half
     assert dataclasses.asdict(plan)["policy"] == "half"
 
@@ -113,7 +113,7 @@ def test_a_plan_takes_it_and_stores_its_name(half: Policy) -> None:
 @pytest.mark.parametrize("k", WINDOWS)
 def test_a_session_runs_what_it_takes_back(k: int, chunk: int | None, together: bool, half: Policy) -> None:
     """Ragged rows on the fake engine: each cache holds the tokens that its layer should have written, in order."""
-    plan = DropPlan(num_layers=6, drop_layers=(3, 4), k=k, policy="half")
+    plan = DropPlan(num_layers=6, sites=(3, 4), k=k, policy="half")
     engine = FakeEngine(plan)
     engine.prefill_chunk, engine.batched_chunks = chunk, together
     session, _ = open_session(plan, k=k, engine=engine)
@@ -136,7 +136,7 @@ def test_a_session_runs_what_it_takes_back(k: int, chunk: int | None, together: 
         assert len(engine.runs) == (runs if refresh else 1)
         assert engine.runs[0].len_kept[0] == len(kept[0]) - 1 - (again if refresh else 0)
         for name, cache in session._running().caches.items():
-            own = dropped if int(name.split(".")[1]) in plan.drop_layers else kept
+            own = dropped if int(name.split(".")[1]) in plan.dropped_layers else kept
             for row in range(3):
                 assert (cache[row, 0, : len(own[row]), 0] - 1).astype(int).tolist() == own[row], (j, name)
     caches = session._running().caches
@@ -146,7 +146,7 @@ def test_a_session_runs_what_it_takes_back(k: int, chunk: int | None, together: 
 
 def test_rows_that_are_over_stay_as_they_are(half: Policy) -> None:
     """A row that ended at once has fewer tokens than a refresh takes back."""
-    plan = DropPlan(num_layers=6, drop_layers=(3, 4), policy="half")
+    plan = DropPlan(num_layers=6, sites=(3, 4), policy="half")
     stop, count = 9, 16
     ends = (0, 15, 4)
     script = [[stop if j == ends[row] else 20 + row for row in range(3)] for j in range(count)]
@@ -161,7 +161,7 @@ def test_rows_that_are_over_stay_as_they_are(half: Policy) -> None:
 
 
 def test_an_interrupted_refresh_can_be_taken_again(half: Policy) -> None:
-    plan = DropPlan(num_layers=6, drop_layers=(3, 4), policy="half")
+    plan = DropPlan(num_layers=6, sites=(3, 4), policy="half")
     engine = FakeEngine(plan)
     engine.prefill_chunk = 2
     session, _ = open_session(plan, k=5, engine=engine)

@@ -92,7 +92,7 @@ def tiny_manifest() -> Any:
         head_bytes=40,
         embedding_row_bytes=10,
     )
-    plan = DropPlan(num_layers=2, drop_layers=(1,), always_first=1, always_last=0)
+    plan = DropPlan(num_layers=2, sites=(1,), always_first=1, always_last=0)
     return dataclasses.replace(manifest, model=model, plan=plan)
 
 
@@ -190,7 +190,7 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
 def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that ticks when it is read: once between the engine's begin and end, three times in a step."""
     monkeypatch.setattr(arms, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
-    plan = DropPlan(num_layers=8, drop_layers=(4, 6))
+    plan = DropPlan(num_layers=8, sites=(4, 6))
     session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
     timed_session = TimedSession(session.bundle, engine)
     run = timed_session.run(np.array([[3, 4, 5], [6, 7, 8]]), 6, k=1)

@@ -32,7 +32,7 @@ from lora_drop_tools.eval.scoring import (
 from tests.support.bundles import family
 from tests.support.fake_engine import VOCAB, FakeEngine, Run, open_session
 
-PLAN = DropPlan(num_layers=8, drop_layers=(4, 6))
+PLAN = DropPlan(num_layers=8, sites=(4, 6))
 
 
 class LogitsEngine(FakeEngine):

@@ -41,7 +41,7 @@ def manifest(weight_dtype: str, layer_bytes: float, quantization: dict[str, Any]
         embedding_row_bytes=0,
         weight_dtype=weight_dtype,
     )
-    plan = DropPlan(num_layers=LAYERS, drop_layers=DROPPED, rank=RANK)
+    plan = DropPlan(num_layers=LAYERS, sites=DROPPED, rank=RANK)
     return Manifest(model, plan, Limits(2048, 2048, 1), SpecialTokens(), quantization=quantization)
 
 
@@ -69,7 +69,7 @@ def test_equation_9(weight_dtype: str, bytes_per_weight: float, quantization: di
 def test_inspect_prints_it(dtype: str | None, tmp_path: Path) -> None:
     """8 layers of 30848 parameters, two dropped; a down projection of 96 columns has smaller blocks than 32."""
     source = family("llama")
-    plan = DropPlan(num_layers=8, drop_layers=(3, 5))
+    plan = DropPlan(num_layers=8, sites=(3, 5))
     adapters = save_adapters(tmp_path / "adapters", plan, 64, source.checkpoint.fingerprint(), rank=16)
     bundle = make_bundle("llama", tmp_path / "bundle", drop_layers=(3, 5), adapters=adapters, dtype=dtype, k=3)
     out = io.StringIO()

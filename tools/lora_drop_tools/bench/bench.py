@@ -161,7 +161,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         new_tokens=settings.new_tokens,
         policy=policy_named(settings.policy or manifest.plan.policy).name,
         bundles={
-            name: {"path": str(bundle.root), "drop_layers": list(bundle.manifest.plan.drop_layers)}
+            name: {"path": str(bundle.root), "sites": list(bundle.manifest.plan.sites)}
             for name, bundle in bundles.items()
         },
     )

@@ -41,14 +41,13 @@ def _draw_latency(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
-    eligible_share = max((row.rho_eff / row.rho for row in rows if row.rho), default=0.0)  # 1 − a/n
     for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
         colour = f"C{index}"
-        line = [0.0, max(1e-9, *(row.rho for row in own))]
-        equation = [100 * eligible_share * rho * (1 - costs.slow_share(k)) for rho in line]
+        line = [0.0, max(1e-9, *(row.attention_share for row in own))]
+        equation = [100 * share * (1 - costs.slow_share(k)) for share in line]
         axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
-        axes.plot([r.rho for r in own], [100 * r.kv_saved for r in own], "o", color=colour, label=f"k = {k}, measured")
-    axes.set_xlabel("ρ, dropped share of the eligible layers")
+        axes.plot([r.attention_share for r in own], [100 * r.kv_saved for r in own], "o", color=colour, label=f"k = {k}, measured")
+    axes.set_xlabel("share of all layers whose attention is dropped")
     axes.set_ylabel("K/V of generated tokens saved (%)")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lora_drop_runtime.plan.sites import listed
+
 from lora_drop_tools.shared.table import table
 
 from .result import BenchResult, Memory, PeerRow, Row
@@ -20,7 +22,7 @@ def _others(cores: float | None) -> str:
 
 
 def _bundle(entry: dict[str, Any]) -> str:
-    return f"drops {', '.join(map(str, entry['drop_layers'])) or 'nothing'} ({entry['path']})"
+    return f"drops {listed(entry['sites']) or 'nothing'} ({entry['path']})"
 
 
 def _name(row: Row) -> str:

@@ -92,6 +92,8 @@ class Row:
 
     Attributes:
         speedups: of each repeat, time per token of the full schedule over this one's.
+        rho: of whole layers; of a plan with halves the largest that leaves LoRA steps no more to read.
+        attention_share: share of all layers whose K/V LoRA steps leave out.
         noise: what the repeats differ by, largest minus smallest speed-up.
         own_speedup: from the medians of the request's own refreshes and LoRA steps: what drifts from request to request
             cancels out. None without both kinds, or where a refresh is more than a full step (backfill).
@@ -102,7 +104,7 @@ class Row:
 
     bundle: str
     rho: float
-    rho_eff: float
+    attention_share: float
     k: int
     context: int
     rows: int
@@ -276,8 +278,8 @@ def make_row(
     grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))
     return Row(
         bundle=name,
-        rho=manifest.plan.rho,
-        rho_eff=manifest.plan.rho_eff,
+        rho=costs.shares(manifest).rho,
+        attention_share=manifest.plan.attention_share,
         k=k,
         context=request.context,
         rows=rows,
@@ -297,7 +299,7 @@ def make_row(
         ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
         asymptotic=costs.asymptotic_speedup(manifest, k),
         tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
-        if manifest.plan.drop_layers and len(figures) > 1
+        if manifest.plan.sites and len(figures) > 1
         else [],
         over_peers={},
     )

@@ -106,14 +106,16 @@ def _measure_tasks(
 
 def _row(name: str, label: str, bundle: Bundle, policy: Policy, k: int, speedups: Mapping[Key, float]) -> EvalRow:
     """What is known of an arm before anything is measured."""
-    plan, arm = bundle.manifest.plan, policy.name if k else FULL
+    plan, arm, share = bundle.manifest.plan, policy.name if k else FULL, costs.shares(bundle.manifest)
     return EvalRow(
         bundle=name,
         label=label,
         surrogate=plan.surrogate,
         rank=plan.rank,
-        drop_layers=plan.drop_layers,
-        rho=plan.rho,
+        sites=plan.sites,
+        rho=share.rho,
+        attentions=share.attentions,
+        weight_bytes=share.weight_bytes,
         policy=arm,
         k=k,
         kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),

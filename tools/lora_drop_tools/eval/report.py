@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_drop_runtime.plan.sites import half_of, listed
+
 from lora_drop_tools.shared.table import MIB, table
 
 from .intervals import Figure
@@ -16,11 +18,20 @@ from .result import EvalResult, EvalRow, SafeZone
 MISSING = "–"
 
 
+def _how_much(row: EvalRow) -> str:
+    if not any(half_of(site) for site in row.sites):
+        return f"ρ = {row.rho:.2f}"
+    return (
+        f"{row.attentions:.0%} of the eligible attentions, {row.weight_bytes:.0%} of the eligible layers' weight bytes; "
+        f"LoRA steps read no more than at ρ = {row.rho:.2f}"
+    )
+
+
 def _bundle(row: EvalRow) -> str:
     adapters = f"adapters of rank {row.rank}" if row.rank else "no adapters"
     return (
-        f"{row.label}: {row.surrogate}, {adapters}, drops {', '.join(map(str, row.drop_layers)) or 'nothing'} "
-        f"(ρ = {row.rho:.2f})"
+        f"{row.label}: {row.surrogate}, {adapters}, drops {listed(row.sites) or 'nothing'} "
+        f"({_how_much(row)})"
     )
 
 

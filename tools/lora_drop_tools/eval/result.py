@@ -82,6 +82,7 @@ class EvalRow:
     """A bundle under a policy and a window k.
 
     Attributes:
+        rho, attentions, weight_bytes: `costs.Shares`.
         policy: "full" under k = 0, where all policies are one.
         kv_bytes: of valid K/V at the end of the request that `EvalResult.kv_request` names.
         speedup: measured by `lora-drop bench`, None where it was not.
@@ -92,8 +93,10 @@ class EvalRow:
     label: str
     surrogate: str
     rank: int
-    drop_layers: tuple[int, ...]
+    sites: tuple[str, ...]
     rho: float
+    attentions: float
+    weight_bytes: float
     policy: str
     k: int
     kv_bytes: int

@@ -9,7 +9,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import INJECTIONS, parse_layers
+from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
@@ -55,7 +55,7 @@ class FitSettings:
     drop_layers: tuple[int, ...] | None = option(
         None,
         group=_PLAN,
-        parse=parse_layers,
+        parse=parse_sites,
         metavar="4,6,9",
         bounds=bounds.LAYERS,
         help="drop these layers, counted from 0",

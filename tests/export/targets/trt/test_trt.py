@@ -75,7 +75,7 @@ def test_the_parsed_network_has_the_inputs_and_outputs_of_the_table(kind, bundle
     assert list(outputs) == [spec.name for spec in io.outputs]
     types = [network.get_layer(i).type for i in range(network.num_layers)]
     plan = bundle.manifest.plan
-    layers = plan.num_layers if kind is StepKind.REFRESH else len(plan.kept_layers)
+    layers = plan.num_layers if kind is StepKind.REFRESH else len(plan.kept_attentions)
     natives = {"KV_CACHE_UPDATE": 2, "ROTARY_EMBEDDING": 2, "ATTENTION_INPUT": 1, "ATTENTION_OUTPUT": 1}
     for name, each in natives.items():  # TensorRT's own layers, not arithmetic
         assert types.count(getattr(trt.LayerType, name)) == each * layers, name
@@ -95,7 +95,7 @@ def test_every_weight_is_an_input_once(bundle):
     assert {(f, offset): size for f, offset, size in places} == {key: t.size_bytes for key, t in tensors.items()}
     named = {kind: {i.name for i in graph_of(bundle, kind).graph.input} & set(table) for kind in StepKind}
     assert named[StepKind.REFRESH] | named[StepKind.LORA] == set(table)
-    kept = [n for n in named[StepKind.REFRESH] if not any(f".{i}." in n for i in bundle.manifest.plan.drop_layers)]
+    kept = [n for n in named[StepKind.REFRESH] if not any(f".{i}." in n for i in bundle.manifest.plan.dropped_layers)]
     assert set(kept) < named[StepKind.LORA]
     assert not any(t.external_data for kind in StepKind for t in graph_of(bundle, kind).graph.initializer)
 
@@ -137,7 +137,7 @@ def test_inputs_leave_no_weight_in_the_engines(bundle, tmp_path):
     assert len(matrices) == 7 * 8
     for made, expected in ((bundle, False), (constants, True)):
         engines = {kind: (made.root / made.target(RTX)[1].engine(kind)).read_bytes() for kind in StepKind}
-        dropped = made.manifest.plan.drop_layers
+        dropped = made.manifest.plan.dropped_layers
         for name, values in matrices.items():
             is_dropped = int(name.split(".layers.")[1].partition(".")[0]) in dropped
             assert holds(engines[StepKind.REFRESH], values) is expected, name
@@ -179,7 +179,7 @@ def test_one_copy_where_attention_is_dead(surrogate, tmp_path):
     refresh = trt_from_neutral(neutral(made, StepKind.REFRESH), slots)
     lora = trt_from_neutral(neutral(made, StepKind.LORA), slots, refresh=refresh)
     table = check_one_copy([refresh.weights, lora.weights])
-    before = min(made.manifest.plan.drop_layers) - 1
+    before = min(made.manifest.plan.dropped_layers) - 1
     fused = f"model.layers.{before}.self_attn.q_proj+k_proj+v_proj.weight"
     assert fused in lora.weights
     assert set(table) == set(refresh.weights)
@@ -215,7 +215,7 @@ def test_half_precision_engines(name, dtype, tmp_path):
 def test_plugin_form(bundle):
     """One node per attention, with RoPE in it; no cache write, attention, mask or rotary node is left."""
     plan = bundle.manifest.plan
-    for kind, layers in ((StepKind.REFRESH, range(plan.num_layers)), (StepKind.LORA, plan.kept_layers)):
+    for kind, layers in ((StepKind.REFRESH, range(plan.num_layers)), (StepKind.LORA, plan.kept_attentions)):
         graph = trt_from_neutral(neutral(bundle, kind), {"kept": 127, "dropped": 60}, form="plugin").proto.graph
         nodes = [node for node in graph.node if node.op_type == "SkipWriteKVAttention"]
         assert [node.output[1] for node in nodes] == [f"present_key.{i}" for i in layers]
@@ -226,7 +226,7 @@ def test_plugin_form(bundle):
             assert attributes["kv_heads"] == 2
             assert attributes["head_dim"] == attributes["rotary_dim"] == 16
             assert attributes["has_count"] == (kind is StepKind.REFRESH)
-            assert node.input[5] == ("len_dropped" if layer in plan.drop_layers else "len_kept")
+            assert node.input[5] == ("len_dropped" if layer in plan.dropped_layers else "len_kept")
             assert len(node.input) == 8 + attributes["has_count"]
 
 

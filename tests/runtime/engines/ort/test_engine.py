@@ -28,7 +28,7 @@ def prefill(session: Session, k: int, new_tokens: int = 12) -> np.ndarray:
 
 
 def dropped_buffers(session: Session) -> list[np.ndarray]:
-    layers = session.bundle.manifest.plan.drop_layers
+    layers = session.bundle.manifest.plan.dropped_layers
     caches = session._request.caches
     return [caches[f"past_{part}.{layer}"] for layer in layers for part in ("key", "value")]
 
@@ -61,7 +61,7 @@ def test_nothing_past_a_length_is_read(tmp_path):
         for logits in clean:
             for name, buffer in request.caches.items():
                 layer = int(name.rpartition(".")[2])
-                lengths = request.len_dropped if layer in bundle.manifest.plan.drop_layers else request.len_kept
+                lengths = request.len_dropped if layer in bundle.manifest.plan.dropped_layers else request.len_kept
                 for row, length in enumerate(lengths):
                     buffer[row, :, length:] = np.nan
             np.testing.assert_array_equal(session.step([3, 5, 7]), logits)
@@ -80,7 +80,7 @@ def test_step_writes_its_slot_only(tmp_path):
             before = {name: buffer.copy() for name, buffer in request.caches.items()}
             session.step([3, 5, 7])
             for name, buffer in request.caches.items():
-                is_dropped = int(name.rpartition(".")[2]) in plan.drop_layers
+                is_dropped = int(name.rpartition(".")[2]) in plan.dropped_layers
                 changed = (buffer != before[name]).any(axis=(1, 3))  # [B, slots]
                 wanted = np.zeros_like(changed)
                 if not is_dropped or kind is StepKind.REFRESH:

@@ -1,0 +1,130 @@
+"""Halves of layers and policy `fill`, exported and run, against the oracle; what they leave of the LoRA step's graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import PlanError
+
+from tests.export.test_against_oracle import PROMPTS, assert_same_run
+from tests.support import oracle
+from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
+
+MIXED = ("3.attn", "4.mlp", "5", "6.attn", "6.mlp")
+
+
+def _run(bundle, adapters, name, prompts, k, policy=None):
+    with Session.open(bundle.root, threads=1, policy=policy) as session:
+        if adapters is not None:
+            session.load_adapters(adapters)
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), prompts, k)
+
+
+def _fitted(bundle, directory):
+    model = bundle.manifest.model
+    return save_adapters(directory, bundle.manifest.plan, model.hidden_size, model.fingerprint)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, drop_layers=MIXED, rank=4, policy=policy)
+    _run(bundle, _fitted(bundle, tmp_path / "a"), "llama", PROMPTS, 3)
+
+
+@pytest.mark.parametrize("name", ["llama_bias", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("policy", ["skip", "fill"])
+def test_families(name, policy, tmp_path):
+    sites = MIXED
+    if name == "gemma2" and policy == "skip":  # every other layer has a window
+        windows = family(name).traced.windows
+        sites = tuple(site for site in MIXED if site.endswith(".mlp") or not windows[int(site[0])])
+    bundle = make_bundle(name, tmp_path / "b", surrogate="recurrent", drop_layers=sites, rank=4, policy=policy)
+    _run(bundle, _fitted(bundle, tmp_path / "a"), name, PROMPTS[:1] if name != "qwen3" else PROMPTS, 2)
+
+
+@pytest.mark.parametrize("sites", [("4",), ("4.attn",), ("4.mlp",)])
+def test_fill_alone(sites, tmp_path):
+    """Long enough for several cycles, without adapters."""
+    bundle = make_bundle("llama_tied", tmp_path / "b", drop_layers=sites, policy="fill")
+    _run(bundle, None, "llama_tied", PROMPTS[:1], 3)
+
+
+def test_k_0_is_the_full_schedule(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=MIXED, policy="fill")
+    _run(bundle, None, "llama", PROMPTS, 0)
+
+
+def test_static_flexidepth(tmp_path):
+    """Attentions without an adapter, MLPs with one."""
+    sites = tuple(f"{i}.{half}" for i in (3, 5) for half in ("attn", "mlp"))
+    options = {"drop_layers": sites, "policy": "fill", "surrogate": "recurrent", "rank": 4}
+    room = make_bundle("llama", tmp_path / "room", **options)
+    plan = room.manifest.plan
+    object.__setattr__(plan, "bare_sites", ("3.attn", "5.attn"))
+    adapters = _fitted(room, tmp_path / "a")
+    del options["rank"]
+    bundle = make_bundle("llama", tmp_path / "b", **options, adapters=adapters)
+    assert bundle.manifest.plan.adapted_sites == ("3.mlp", "5.mlp")
+    _run(bundle, adapters, "llama", PROMPTS, 3)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+    assert set(oracle_plan(bundle, adapters).adapters) == {"3.mlp", "5.mlp"}
+
+
+def _reads(bundle):
+    """Names of the weights that the LoRA step reads."""
+    return {tensor.name for tensor in onnx.load(bundle.root / "lora.onnx", load_external_data=False).graph.initializer}
+
+
+@pytest.mark.parametrize("policy", ["skip", "fill"])
+def test_what_is_left_of_a_half(policy, tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=("3.attn", "4.mlp", "5"), policy=policy)
+    read = _reads(bundle)
+
+    def left(layer):
+        return {name.split(f"layers.{layer}.")[1] for name in read if f"layers.{layer}." in name}
+
+    mlp = {"post_attention_layernorm.weight", *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))}
+    attention = {"input_layernorm.weight", *(f"self_attn.{p}_proj.weight" for p in "qkvo")}
+    filled = {"input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}
+    filled = filled if policy == "fill" else set()
+    assert (left(3), left(4), left(5)) == (mlp | filled, attention, filled)
+    outputs = {value.name for value in onnx.load(bundle.root / "lora.onnx", load_external_data=False).graph.output}
+    assert ("present_key.5" in outputs) == (policy == "fill")
+    model = bundle.manifest.model
+    own = {name: p.numel() * 4 for name, p in family("llama").model.named_parameters()}
+    kv = ("input_layernorm.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
+    assert model.attention_bytes[3] == sum(own[f"model.layers.3.{name}"] for name in attention)
+    assert model.kv_bytes[3] == sum(own[f"model.layers.3.{name}"] for name in kv)
+
+
+def test_another_policy_is_refused(tmp_path):
+    for own, asked in (("fill", "skip"), ("fill", "backfill"), ("skip", "fill")):
+        root = tmp_path / own
+        if not root.exists():
+            make_bundle("llama", root, drop_layers=(4,), policy=own)
+        with pytest.raises(PlanError, match=f"policy {asked}"):
+            Session.open(root, policy=asked)
+
+
+def test_fill_keeps_as_much_as_the_full_schedule(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=("3", "4.attn", "5.mlp"), policy="fill")
+    with Session.open(bundle.root, k=3, threads=1) as session:
+        session.prefill(np.array([[1, 2, 3]]), max_new_tokens=6)
+        for step in range(5):
+            session.step(np.array([step]))
+        kv, entry = session.kv_bytes(), bundle.manifest.model.token_kv_bytes
+    assert (kv["kept"], kv["dropped"]) == (8 * 6 * entry, 8 * 2 * entry)
+
+
+def test_the_oracle_tells_halves_from_layers():
+    """Each kind of site gives other logits, and `fill` others than `skip`."""
+    model, tokens = family("llama").model, [5, 6, 7, 8, 9, 10]
+    plans = [oracle.OraclePlan(sites) for sites in (("4",), ("4.attn",), ("4.mlp",))]
+    plans.append(oracle.OraclePlan(("4",), fill=True))
+    last = [oracle.decode_row(model, plan, [1, 2, 3], tokens, 3)[-1] for plan in plans]
+    for i, one in enumerate(last):
+        assert all((one - other).abs().max() > 1e-4 for other in last[:i])
