@@ -93,6 +93,21 @@ def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name
     return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
 
 
+def pad_cache_write(graph: ir.Graph, node: ir.Node) -> None:
+    # Case 8, where a cache is written and nothing attends to it
+    past, rows = node.inputs[:2]
+    head_dim = int(past.shape[3])  # type: ignore[union-attr, index, arg-type]
+    padded = OrtEntry.lowered.padded(head_dim)
+    if padded == head_dim or not node.outputs[0].is_graph_output():
+        return
+    ops = Ops()
+    wide = ops("Pad", rows, ops.ints([0] * 7 + [padded - head_dim]))
+    graph.insert_before(node, ops.nodes)
+    node.replace_input_with(1, wide)
+    for value in (past, node.outputs[0]):
+        value.shape = ir.Shape([*value.shape[:3], padded])  # type: ignore[union-attr, index]
+
+
 def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations) -> None:
     # Cases 6 to 9
     query = node.inputs[0]

@@ -23,7 +23,8 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
     10. logits                  → float32, whatever the dtype
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
-attention only where that is dead: before a dropped layer that repeats its state (`recurrent`, `anchor`, rank 0).
+attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
+layer that repeats its state (`recurrent`, `anchor`, rank 0).
 GroupQueryAttention takes S > 1 with a past only at B = 1; the session runs longer prompts row by row.
 """
 
@@ -36,7 +37,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from lora_drop_export.graphs.match import linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops, float32_logits, rank, replace_node
 
-from .attention import lower_attention
+from .attention import lower_attention, pad_cache_write
 from .elementwise import fuse_elementwise
 from .join import joined
 from .lengths import Lengths
@@ -72,6 +73,9 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     for node in list(graph):
         if node.op_type == "Attention":
             lower_attention(graph, node, lengths, rotations)
+    for node in list(graph):
+        if node.op_type == "TensorScatter":
+            pad_cache_write(graph, node)
     graph.sort()
     RemoveUnusedNodesPass()(model)
     fuse_elementwise(graph)
