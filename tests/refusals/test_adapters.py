@@ -48,11 +48,11 @@ B4 = "base_model.model.model.layers.4.lora_B.weight"
     ("arguments", "words"),
     [
         ("--rank 8", ("rank", "8", "4")),
-        ("--drop-layers 3,5", ("another drop list", "layers 4,6", "layers 3,5")),
-        ("--drop-ratio 1", ("another drop list", "layers 4,6", "layers 3,4,5,6")),
-        ("--drop-ratio 0", ("another drop list", "layers 4,6")),
+        ("--drop-layers 3,5", ("another drop list", "has 4,6", "needs 3,5")),
+        ("--drop-ratio 1", ("another drop list", "has 4,6", "needs 3,4,5,6")),
+        ("--drop-ratio 0", ("another drop list", "has 4,6", "needs none")),
         ("--surrogate anchor", ("another surrogate", "residual", "anchor")),
-        ("--injection attn_mlp", ("another injection", "block", "attn_mlp")),
+        ("--injection attn_mlp", ("another drop list", "4.attn,4.mlp")),
     ],
 )
 def test_adapters_of_another_plan(export_refused, adapters, arguments, words):
@@ -64,7 +64,7 @@ def test_adapters_of_another_plan(export_refused, adapters, arguments, words):
     ("change", "words"),
     [
         (lambda c: c["lora_drop"].update(base_fingerprint="beef" * 16), ("another base model", "beefbeefbeef")),
-        (lambda c: c["lora_drop"].update(drop_layers=[4, 7]), ("Layer 7", "always kept")),
+        (lambda c: c["lora_drop"].update(sites=["4", "7"]), ("Layer 7", "always kept")),
         (lambda c: c["lora_drop"].update(surrogate="sideways"), ("--surrogate", "sideways", "recurrent")),
         (lambda c: c.update(r=5), ("wrong shape", "(4, 64)", "(5, 64)")),
         (lambda c: c["lora_drop"].update(always_first="three"), ("not a directory of LoRA-Drop adapters",)),

@@ -96,7 +96,7 @@ def test_manifest_is_damaged(bundle_refused, bundle, section):
 
 
 def test_manifest_holds_an_impossible_plan(bundle_refused, bundle):
-    edit_manifest(bundle, lambda data: data["plan"].update(drop_layers=[4, 9]))
+    edit_manifest(bundle, lambda data: data["plan"].update(sites=["4", "9"]))
     bundle_refused(bundle, "Layer 9")
 
 

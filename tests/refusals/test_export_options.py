@@ -80,7 +80,7 @@ def test_export_without_model_or_out(refused, arguments, words):
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     "content",
-    [b"", b"4,6", b"{}", b'{"drop_layers": null}', b'{"drop_layers": 4}', b'[4, "6"]', b"[4.5]", b"[true]", b'"46"',
+    [b"", b"4,6", b"{}", b'{"drop_layers": null}', b'{"drop_layers": 4}', b'[4, "six"]', b"[4.5]", b"[true]", b'"46"',
      b"7", b"\x89PNG\xff\x00"],
 )  # fmt: skip
 def test_drop_list_file_is_garbage(export_refused, tmp_path, content):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
+from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
 D, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 128256  # LLaMA3-8B
 KV_WEIGHTS = D * KV_HEADS * HEAD_DIM * 2 + D  # with the norm before them
@@ -12,7 +13,7 @@ LAYER_WEIGHTS = D * HEADS * HEAD_DIM * 2 + D * KV_HEADS * HEAD_DIM * 2 + 3 * D *
 HEAD_WEIGHTS = VOCAB * D + D  # lm_head and the last norm
 
 
-def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", **plan: object) -> Manifest:
+def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", injection: str = "block", **plan: object) -> Manifest:
     size = {"bfloat16": 2, "float32": 4}[dtype]
     model = ModelFacts(
         name="llama3-8b",
@@ -33,5 +34,7 @@ def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", **plan: object) -> Ma
         head_bytes=size * HEAD_WEIGHTS,
         embedding_row_bytes=size * D,
     )
-    drop_plan = DropPlan(num_layers=32, sites=spread_layers(eligible_layers(32), ratio), **plan)
+    layers = spread_layers(eligible_layers(32), ratio)
+    sites = in_halves(layers) if injection == "attn_mlp" else sorted_sites(layers)
+    drop_plan = DropPlan(num_layers=32, **{"sites": sites, **plan})
     return Manifest(model, drop_plan, Limits(8192, 8000, 8), SpecialTokens())

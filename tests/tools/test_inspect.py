@@ -152,7 +152,7 @@ def test_other_plans(tmp_path: Path) -> None:
     text = described(root)
     assert "████████" in text
     assert "none: 0 of 4 eligible, ρ 0.00, ρ_eff 0.000" in text
-    plan = dataclasses.replace(Bundle.open(root).manifest.plan, drop_layers=(3, 5), surrogate="recurrent", rank=4)
+    plan = dataclasses.replace(Bundle.open(root).manifest.plan, sites=(3, 5), surrogate="recurrent", rank=4)
     adapters = save_adapters(tmp_path / "adapters", plan, 64, source.checkpoint.fingerprint())
     root = make_bundle("llama", tmp_path / "fitted", drop_layers=(3, 5), surrogate="recurrent", adapters=adapters).root
     text = described(root, check=True)

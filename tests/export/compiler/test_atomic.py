@@ -352,8 +352,8 @@ def test_manifest_is_self_describing(place, more):
     data = json.loads((out / MANIFEST_NAME).read_text())
     assert data["format_version"] == 3
     model, plan = data["model"], data["plan"]
-    assert (plan["drop_layers"], plan["k"], plan["num_layers"]) == ([3, 6], 5, SIZES["num_hidden_layers"])
-    assert (plan["always_first"], plan["always_last"], plan["injection"]) == (2, 1, "block")
+    assert (plan["sites"], plan["k"], plan["num_layers"]) == (["3", "6"], 5, SIZES["num_hidden_layers"])
+    assert (plan["always_first"], plan["always_last"]) == (2, 1)
     assert plan["surrogate"] == ("recurrent" if "recurrent" in more else "residual")
     assert plan["rank"] == (3 if "--rank" in more else 0)
     assert data["limits"] == {"max_seq_len": 64, "max_prompt_len": 40, "max_batch": 3}

@@ -36,7 +36,7 @@ def test_what_is_given_reaches_its_field(parser):
     )
     arguments = parser.parse_args(line.split())
     assert settings_of(ExportOptions, arguments) == ExportOptions(
-        drop_layers=(4, 6),
+        drop_layers=("4", "6"),
         always_first=2,
         always_last=2,
         k=5,
@@ -81,5 +81,5 @@ def test_a_sequence_of_one_token_is_refused_under_its_own_name(max_prompt_len):
 def test_a_drop_list_is_read_once(tmp_path):
     (tmp_path / "list.json").write_text('{"drop_layers": [6, 4], "fingerprint": "ab"}')
     options = with_files_read(ExportOptions(drop_list=tmp_path / "list.json", k=2))
-    assert options == ExportOptions(drop_layers=(6, 4), drop_list_fingerprint="ab", k=2)
+    assert options == ExportOptions(drop_layers=(4, 6), drop_list_fingerprint="ab", k=2)
     assert with_files_read(options) is options

@@ -119,9 +119,8 @@ def test_layers_of_different_sizes() -> None:
     """A quantized or pruned model: each layer's own bytes count."""
     manifest = llama3_8b()
     layer_bytes = tuple(1000 * (i + 1) for i in range(32))
-    model = ModelFacts(
-        **{**vars(manifest.model), "layer_bytes": layer_bytes, "head_bytes": 7, "embedding_row_bytes": 5}
-    )
+    others = {"attention_bytes": (0,) * 32, "kv_bytes": (0,) * 32, "head_bytes": 7, "embedding_row_bytes": 5}
+    model = ModelFacts(**{**vars(manifest.model), "layer_bytes": layer_bytes, **others})
     manifest = Manifest(model, manifest.plan, manifest.limits, manifest.special_tokens)
     refresh, lora = costs.step_bytes(manifest, 0, 0)
     entry_bytes = 2 * KV_HEADS * HEAD_DIM * 2
