@@ -87,7 +87,7 @@ def test_adapter_config(export_refused, adapters, change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: (t.pop(A4), t.pop(B4)), ("do not cover", "layer 4 is missing", "layers 4,6")),
+        (lambda t: (t.pop(A4), t.pop(B4)), ("do not cover", "layer 4 is missing", "4,6")),
         (lambda t: t.pop(B4), ("do not cover", "lora_B of layer 4 is missing")),
         (lambda t: t.update({A4.replace("4", "5"): t[A4]}), ("do not cover", "layer 5 is there but not in the plan")),
         (lambda t: t.update({A4.replace("lora_A", "self_attn.lora_A"): t[A4]}), ("do not cover", "layer 4.attn")),

@@ -62,7 +62,7 @@ def changed_model(place: Path, to: Path, **config: Any) -> Path:
         ("--always-first 4 --always-last 4", ("No layer of the model may be dropped", "first 4", "last 4")),
         ("--always-last 8 --drop-ratio 0", ("No layer of the model may be dropped", "last 8")),
         ("--drop-layers 3 --always-first 4", ("always kept", "Layer 3")),
-        ("--drop-layers 3,70000", ("--drop-layers is too large", "70000")),
+        ("--drop-layers 3,70000", ("does not have", "Layer 70000")),
         ("--drop-layers 3,999", ("does not have", "Layer 999", "0 to 7")),
         ("--max-seq-len 300", ("--max-seq-len is too large", "300", "context is 256")),
         ("--max-prompt-len 256", ("--max-prompt-len is too large", "256")),
@@ -85,7 +85,7 @@ def test_adapters_that_do_not_fit(export_refused, place, tmp_path):
     manifest = Bundle.open(place / "bundle").manifest
     wide = save_adapters(tmp_path / "wide", manifest.plan, 96, manifest.model.fingerprint)
     export_refused("--adapters", wide, words=("wrong shape", "(4, 96)", "(4, 64)"))
-    deep = SimpleNamespace(sites=("11",), adapted_sites=("11",), bare_sites=(), surrogate="residual")
+    deep = SimpleNamespace(sites=("11",), adapted_sites=("11",), bare_sites=(), rank=4, surrogate="residual")
     deep = save_adapters(tmp_path / "deep", deep, 64, manifest.model.fingerprint)
     export_refused("--adapters", deep, words=("does not have", "Layer 11", "0 to 7"))
     ranked = save_adapters(tmp_path / "rank", manifest.plan, 64, manifest.model.fingerprint)
@@ -198,7 +198,7 @@ def test_layers_that_are_always_kept_come_with_the_files(passes, place, tmp_path
     assert "warning" not in capsys.readouterr().err
 
     manifest = Bundle.open(place / "bundle").manifest
-    plan = SimpleNamespace(sites=("1",), adapted_sites=("1",), bare_sites=(), surrogate="residual")
+    plan = SimpleNamespace(sites=("1",), adapted_sites=("1",), bare_sites=(), rank=4, surrogate="residual")
     adapters = save_adapters(tmp_path / "adapters", plan, SIZES["hidden_size"], manifest.model.fingerprint)
     config = json.loads((adapters / "adapter_config.json").read_text())
     config["lora_drop"] |= {"always_first": 0, "always_last": 3}

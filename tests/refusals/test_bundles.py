@@ -52,7 +52,7 @@ def test_not_a_bundle(bundle_refused, bundle, place):
 @pytest.mark.parametrize("version", [0, 1, 2, "3", None])
 def test_other_format_version(bundle_refused, bundle, version):
     edit_manifest(bundle, lambda data: data.update(format_version=version))
-    bundle_refused(bundle, "another format version", f"version {version}", "version 3", "Export the model again")
+    bundle_refused(bundle, "another format version", f"version {version}", "version 4", "Export the model again")
 
 
 @pytest.mark.parametrize(

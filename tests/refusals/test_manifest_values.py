@@ -30,7 +30,7 @@ def bundle(place, tmp_path) -> Path:
         ("model.hidden_size", 2**63, ("63 bits",)),
         ("model.layer_bytes", None, ("model.layer_bytes is null", "list")),
         ("model.layer_bytes", [1], ("model.layer_bytes has 1 elements", "num_layers is 8")),
-        ("model.layer_bytes", [0] * 8, ("layer_bytes are all 0",)),
+        ("model.layer_bytes", [0] * 8, ("layer_bytes",)),
         ("model.layer_bytes", [1] * 7 + ["x"], ("model.layer_bytes[7] is 'x'",)),
         ("model.windows", [0] * 9, ("model.windows has 9 elements",)),
         ("model.num_layers", 2**40, ("num_layers",)),

@@ -58,7 +58,7 @@ def test_model_and_plan(made: Path) -> None:
     assert "(llama, 8 layers, d 64, 4/2 heads, float32)" in row(text, "model")
     assert row(text, "layers").split() == ["layers", "████·█·█", "█", "kept,", "·", "dropped", "on", "LoRA", "steps"]
     assert row(text, "drop list").split(maxsplit=2)[2] == "4, 6: 2 of 4 eligible, ρ 0.50, ρ_eff 0.250"
-    assert row(text, "surrogate").split(maxsplit=1)[1] == "residual, block, no adapters"
+    assert row(text, "surrogate").split(maxsplit=1)[1] == "residual, no adapters"
     assert row(text, "schedule").split(maxsplit=1)[1] == "k = 3: 3 LoRA steps, then a refresh; policy skip"
     assert row(text, "limits").split(maxsplit=1)[1] == "128 tokens, prompts of 127, batches of 8"
 
@@ -116,7 +116,7 @@ def test_predictions(made: Path) -> None:
         *(f"({saved:.1%}", "saved)"),
     ]
     assert "Eq. 10: at most 1.231× with ρ_eff 0.250" in text  # 4 / (4 − 0.75)
-    assert "Eq. 16: 18.8% of the K/V" in text  # 0.25 · 0.75
+    assert "Eq. 16: 18.8% under skip, 0.0% under backfill" in text  # 0.25 · 0.75
     assert "Eq. 11: one token in 4 takes a refresh, so the p95 latency is that of a refresh" in text
 
 
@@ -157,7 +157,7 @@ def test_other_plans(tmp_path: Path) -> None:
     root = make_bundle("llama", tmp_path / "fitted", drop_layers=(3, 5), surrogate="recurrent", adapters=adapters).root
     text = described(root, check=True)
     assert "███·█·██" in text
-    assert row(text, "surrogate").split(maxsplit=1)[1] == "recurrent, block, rank 4"
+    assert row(text, "surrogate").split(maxsplit=1)[1] == "recurrent, rank 4"
     flip(root / "weights" / "adapters.safetensors", -1)
     with pytest.raises(BundleError, match=r"weights/adapters\.safetensors"):
         inspect(root, check=True, out=io.StringIO())
@@ -238,7 +238,7 @@ def test_a_damaged_bundle_is_refused(copied: Path, tmp_path: Path, capsys: pytes
     lora.unlink()
     refused("missing", "lora.onnx", f"{len(data)} bytes")
     change(copied, format_version=99)
-    refused("format version", "version 99", "version 3")
+    refused("format version", "version 99", "version 4")
     (copied / MANIFEST_NAME).write_text("{")
     refused("damaged", MANIFEST_NAME)
     (copied / MANIFEST_NAME).unlink()

@@ -37,6 +37,8 @@ def manifest(weight_dtype: str, layer_bytes: float, quantization: dict[str, Any]
         dtype="float32",
         windows=(0,) * LAYERS,
         layer_bytes=(int(layer_bytes),) * LAYERS,
+        attention_bytes=(0,) * LAYERS,
+        kv_bytes=(0,) * LAYERS,
         head_bytes=0,
         embedding_row_bytes=0,
         weight_dtype=weight_dtype,
