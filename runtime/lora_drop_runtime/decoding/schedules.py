@@ -1,0 +1,66 @@
+"""The schedule that a user named, with the threshold that the bundle was calibrated to.
+
+Enters: a manifest, the name of a schedule, what was said of window and policy. Leaves: a schedule and a policy's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_drop_runtime.bundle.manifest import Calibration, Manifest
+from lora_drop_runtime.command_line import check_known
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, Schedule, as_schedule
+
+
+def _calibration(manifest: Manifest, name: str) -> Calibration:
+    found = manifest.calibration.get(name)
+    if found is None:
+        stored = ", ".join(manifest.calibration) or "none"
+        raise InputError(
+            f"The bundle is not calibrated for the {name} schedule.",
+            note=f"A threshold is stored for: {stored}.",
+            hint=f"Use: lora-drop eval BUNDLE --calibrate 0.95 --schedule {name} --text FILE",
+        )
+    return found
+
+
+def _check_same(name: str, what: str, asked: Any, calibrated: Any) -> None:
+    if asked is not None and asked != calibrated:
+        raise InputError(
+            f"The bundle is calibrated for another {what}.",
+            note=f"The threshold of the {name} schedule was found for {calibrated}; {asked} was asked for.",
+            hint=f"Leave the {what} out, or calibrate again: lora-drop eval BUNDLE --calibrate 0.95 "
+            f"--schedule {name} --{what} {asked} --text FILE",
+        )
+
+
+def named_schedule(
+    manifest: Manifest, name: str | None, k: int | Schedule | None, policy: str | None
+) -> tuple[Schedule, str]:
+    """The schedule and the policy of a session.
+
+    Args:
+        name: one of SCHEDULES; None is `periodic`, or the schedule that `k` is.
+        k: LoRA steps between two refreshes, at most where the schedule is adaptive; None is the bundle's window, or the
+            one that it was calibrated for.
+        policy: None likewise.
+
+    Raises:
+        InputError: an unknown name, a name beside a schedule object, or no threshold for this window and policy.
+        PlanError: a window out of range.
+    """
+    check_known("schedule", name, SCHEDULES)
+    if name is not None and hasattr(k, "kind"):
+        raise InputError(
+            "The schedule is given twice.",
+            note=f"schedule is {name!r}, and k is a schedule of its own, {type(k).__name__}.",
+            hint="Leave schedule out, or give k as a number.",
+        )
+    periodic = as_schedule(manifest.plan.k if k is None else k)
+    if name is None or name not in ADAPTIVE:
+        return periodic, manifest.plan.policy if policy is None else policy
+    found = _calibration(manifest, name)
+    _check_same(name, "k", k, found.k)
+    _check_same(name, "policy", policy, found.policy)
+    return ADAPTIVE[name](found.k, found.threshold), found.policy
