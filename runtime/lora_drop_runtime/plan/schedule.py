@@ -4,8 +4,8 @@ Enters: a decode step's number, and how sure the logits before it are. Leaves: t
 come from a function that is called when a schedule asks for them.
 
     periodic   k LoRA steps, then a refresh (the paper)
-    margin     as soon as the two largest logits are closer than a threshold, and after at most k LoRA steps
-    entropy    as soon as the entropy is above a threshold, and after at most k LoRA steps
+    margin     after the LoRA step whose two largest logits are closer than a threshold, at the latest after k
+    entropy    after the LoRA step whose entropy is above a threshold, at the latest after k
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class PeriodicSchedule:
 
 @dataclass(frozen=True)
 class AdaptiveSchedule(ABC):
-    """A refresh as soon as the last logits are unsure, and after at most `k` LoRA steps.
+    """A refresh follows a LoRA step whose logits are unsure, and at the latest the k-th.
 
-    All logits count, whatever step made them, also those of the prefill. So one limit of the threshold is the periodic
-    schedule, the other the full one.
+    Logits of a refresh or the prefill do not count: a LoRA step always follows, for k above 0. So one limit of the
+    threshold is the periodic schedule of k, the other the periodic schedule of one LoRA step.
 
     Attributes:
         threshold: what the logits are compared with; may be infinite.
@@ -132,19 +132,21 @@ class AdaptiveSchedule(ABC):
 
     @abstractmethod
     def is_sure(self, last: LastLogits) -> bool:
-        """Whether the logits allow a LoRA step; those that are not numbers never do."""
+        """Whether another LoRA step may follow one with these logits; never where one is not a number."""
 
     def kind(self, step: int, last: LastLogits | None) -> StepKind:
         assert last is not None, "an adaptive schedule chooses by logits"
+        if last.lora_steps == 0:
+            return StepKind.LORA if self.k else StepKind.REFRESH
         return StepKind.LORA if last.lora_steps < self.k and self.is_sure(last) else StepKind.REFRESH
 
     def most_refreshes(self, steps: int) -> int:
-        """All steps, where no logits are sure."""
-        return steps
+        """Every second step, where no logits are sure."""
+        return steps // 2 if self.k else steps
 
 
 class MarginSchedule(AdaptiveSchedule):
-    """Unsure is a margin below `threshold`: −∞ is the periodic schedule, +∞ the full one."""
+    """Unsure is a margin below `threshold`: at −∞ none is, at +∞ every one."""
 
     name = "margin"
 
@@ -153,7 +155,7 @@ class MarginSchedule(AdaptiveSchedule):
 
 
 class EntropySchedule(AdaptiveSchedule):
-    """Unsure is an entropy above `threshold` nats: +∞ is the periodic schedule, −∞ the full one."""
+    """Unsure is an entropy above `threshold` nats: at +∞ none is, at −∞ every one."""
 
     name = "entropy"
 

@@ -6,6 +6,7 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Manifest
@@ -141,6 +142,19 @@ def kv_reserved_bytes(manifest: Manifest, prompt: int, steps: int, k: int, polic
     plan, dropped = manifest.plan, policy.dropped_slots(prompt, steps, PeriodicSchedule(k))
     slots = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
     return slots * manifest.model.token_kv_bytes
+
+
+def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Sequence[float], policy: Policy) -> int:
+    """Bytes of valid K/V of one row under a schedule that is known by what it did.
+
+    Args:
+        steps_at: how many steps were refreshes, first LoRA steps after one, second ones, and so on.
+    """
+    longer = [*steps_at[1:], 0]
+    made = sum((n - more) * policy.refresh_tokens(c) for c, (n, more) in enumerate(zip(steps_at, longer, strict=True)))
+    plan, dropped = manifest.plan, prompt + (steps if policy.fills else round(steps * made / sum(steps_at)))
+    entries = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
+    return entries * manifest.model.token_kv_bytes
 
 
 def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
