@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import importlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Calibration
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.requests import prompts_of
 from lora_drop_tools.bench.result import Request, Run, make_row
 from lora_drop_tools.bench.settings import BenchSettings
+from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs
 
 from tests.support.bundles import make_bundle
+from tests.tools.bench.conftest import held
 from tests.tools.bench.test_result import tiny_manifest
 
+bench_module = importlib.import_module("lora_drop_tools.bench.bench")  # the name in the package is the function
 KINDS = {"R": StepKind.REFRESH, "L": StepKind.LORA}
 
 
@@ -73,33 +77,34 @@ def test_a_row_of_an_adaptive_schedule() -> None:
     assert row.tails == []
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An adaptive arm beside the periodic ones: the kinds that the engine ran, K/V by them."""
-    root = tmp_path / "b"
-    manifest = make_bundle("llama", root, drop_ratio=0.5).manifest
+    monkeypatch.setattr(bench_module, "measure_memory", held(None))
+    root, written = tmp_path / "b", tmp_path / "figures.json"
+    bundle = make_bundle("llama", root, drop_ratio=0.5)
     found = Calibration(0.1, 3, "skip", 0.9, 0.91, 0.4, 93, 0.89, 0.41, 93)
-    data = json.loads((root / MANIFEST_NAME).read_text())
-    (root / MANIFEST_NAME).write_text(json.dumps(data | {"calibration": {"margin": dataclasses.asdict(found)}}))
-    given = {"contexts": (8,), "new_tokens": 20, "repeats": 2, "threads": 1, "k": (2,)}
-    settings = BenchSettings(schedules=("periodic", "margin"), **given)  # type: ignore[arg-type]
-    out = io.StringIO()
-    try:
-        result = bench(root, settings, out=out)
-    except Exception as error:  # noise of a tiny model: everything was printed before
-        assert "above what the bytes allow" in str(error)
-        return
-    assert [(row.k, row.schedule) for row in result.rows] == [(0, "periodic"), (2, "periodic"), (3, "margin")]
-    row = result.rows[-1]
-    (raw,) = [one for one in result.raw if one["schedule"] == "margin"]
+    (root / MANIFEST_NAME).write_text(dataclasses.replace(bundle.manifest, calibration={"margin": found}).to_json())
+    options = "--contexts 8 --new-tokens 20 --repeats 2 --threads 1 --k 2 --schedule periodic,margin --json"
+    code = main(["bench", str(root), *options.split(), str(written)])
+    data = json.loads(written.read_text())
+    assert code == (1 if data["problems"] else 0)  # real times of a model of nothing: either may be
+    rows = [(row["k"], row["schedule"]) for row in data["rows"]]
+    assert rows == [(0, "periodic"), (2, "periodic"), (3, "margin")]
+    row = data["rows"][-1]
+    (raw,) = [one for one in data["raw"] if one["schedule"] == "margin"]
     kinds = raw["runs"][0]["kinds"]
     assert raw["runs"][1]["kinds"] == kinds
-    assert len(kinds) == 19
-    assert row.refresh_share == kinds.count("refresh") / 19
-    plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
-    dropped = len(plan.sites)
-    assert row.kv_bytes["dropped"] == dropped * (8 + kinds.count("refresh")) * token_bytes
-    assert f"k=3 margin ({row.refresh_share:.0%} refreshes)" in out.getvalue()
-    assert np.isfinite(row.ceiling)
+    with Session.open(root, schedule="margin", threads=1) as session:
+        ids = prompts_of(bundle, 8, 1)
+        logits, expected = session.prefill(ids, max_new_tokens=20), []
+        for _ in range(19):
+            expected.append(session.next_step.value)
+            logits = session.step(logits.argmax(axis=1))
+    assert kinds == expected
+    assert row["refresh_share"] == kinds.count("refresh") / 19
+    sites, token_bytes = len(bundle.manifest.plan.sites), bundle.manifest.model.token_kv_bytes
+    assert row["kv_bytes"]["dropped"] == sites * (8 + kinds.count("refresh")) * token_bytes
+    assert f"k=3 margin ({row['refresh_share']:.0%} refreshes)" in capsys.readouterr().out
 
 
 def test_refusals(tmp_path: Path) -> None:
