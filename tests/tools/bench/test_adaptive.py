@@ -32,9 +32,9 @@ KINDS = {"R": StepKind.REFRESH, "L": StepKind.LORA}
 def test_bytes_of_counted_steps_by_hand() -> None:
     """Weights 100 a layer and 50 outside, K/V 4 a token and layer; a LoRA step leaves the second layer out."""
     kinds = [KINDS[letter] for letter in "LRLLLR"]
-    for policy, held in ((POLICIES["skip"], [0, 0, 1, 1, 1, 1]), (POLICIES["backfill"], [0, 0, 2, 2, 2, 2])):
+    for policy, before in ((POLICIES["skip"], [0, 0, 1, 1, 1, 1]), (POLICIES["backfill"], [0, 0, 2, 2, 2, 2])):
         expected = [
-            50 + 100 + 4 * (10 + done + 1) + (100 + 4 * (10 + held[done] + 1) if kind is KINDS["R"] else 0)
+            50 + 100 + 4 * (10 + done + 1) + (100 + 4 * (10 + before[done] + 1) if kind is KINDS["R"] else 0)
             for done, kind in enumerate(kinds)
         ]
         assert costs.bytes_of_steps(tiny_manifest(), 10, kinds, policy=policy) == expected
