@@ -10,7 +10,8 @@ from typing import Any
 from lora_drop_runtime.bundle.manifest import Calibration, Manifest
 from lora_drop_runtime.command_line import check_known
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, Schedule, as_schedule
+from lora_drop_runtime.plan.policy import policy_named
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, Schedule
 
 
 def _calibration(manifest: Manifest, name: str) -> Calibration:
@@ -35,10 +36,24 @@ def _check_same(name: str, what: str, asked: Any, calibrated: Any) -> None:
         )
 
 
+def check_adaptive(name: str, policy: str | None) -> None:
+    """Refuse an adaptive schedule beside a policy that decides by itself when to refresh.
+
+    Raises:
+        InputError: the policy verifies drafts, or is unknown.
+    """
+    if policy is not None and getattr(policy_named(policy), "verifies", False):
+        raise InputError(
+            f"The policy {policy} follows no {name} schedule.",
+            note="It verifies drafts, and decides by itself how many come before a refresh.",
+            hint="Leave the schedule out, or use --policy backfill.",
+        )
+
+
 def named_schedule(
     manifest: Manifest, name: str | None, k: int | Schedule | None, policy: str | None
-) -> tuple[Schedule, str]:
-    """The schedule and the policy of a session.
+) -> tuple[int | Schedule, str]:
+    """What `k` and the policy of a session are.
 
     Args:
         name: one of SCHEDULES; None is `periodic`, or the schedule that `k` is.
@@ -48,7 +63,6 @@ def named_schedule(
 
     Raises:
         InputError: an unknown name, a name beside a schedule object, or no threshold for this window and policy.
-        PlanError: a window out of range.
     """
     check_known("schedule", name, SCHEDULES)
     if name is not None and hasattr(k, "kind"):
@@ -57,9 +71,9 @@ def named_schedule(
             note=f"schedule is {name!r}, and k is a schedule of its own, {type(k).__name__}.",
             hint="Leave schedule out, or give k as a number.",
         )
-    periodic = as_schedule(manifest.plan.k if k is None else k)
     if name is None or name not in ADAPTIVE:
-        return periodic, manifest.plan.policy if policy is None else policy
+        return manifest.plan.k if k is None else k, manifest.plan.policy if policy is None else policy
+    check_adaptive(name, policy)
     found = _calibration(manifest, name)
     _check_same(name, "k", k, found.k)
     _check_same(name, "policy", policy, found.policy)

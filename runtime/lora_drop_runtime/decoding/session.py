@@ -103,7 +103,8 @@ class Session:
         for what, name in names.items():
             checks.check_name(what, name, "Leave it out, or give its name as text.")
         bundle = Bundle.open(path)
-        chosen, policy = named_schedule(bundle.manifest, schedule, k, policy)
+        k, policy = named_schedule(bundle.manifest, schedule, k, policy)
+        chosen = as_schedule(k)
         _policy(bundle, policy)  # refused before an engine is made
         checks.check_threads(threads)
         if check:

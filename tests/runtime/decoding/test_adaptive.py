@@ -14,7 +14,8 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Calibration
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import POLICIES, Backfill
 from lora_drop_runtime.plan.schedule import (
     AdaptiveSchedule,
     EntropySchedule,
@@ -261,8 +262,8 @@ FOUND = Calibration(1.25, 3, "backfill", 0.9, 0.91, 0.4, 500, 0.89, 0.41, 480)
 
 def test_names_of_schedules() -> None:
     manifest = dataclasses.replace(make_manifest(PLAN), calibration={"margin": FOUND})
-    assert named_schedule(manifest, None, None, None) == (PeriodicSchedule(3), "skip")
-    assert named_schedule(manifest, "periodic", 5, "backfill") == (PeriodicSchedule(5), "backfill")
+    assert named_schedule(manifest, None, None, None) == (3, "skip")
+    assert named_schedule(manifest, "periodic", 5, "backfill") == (5, "backfill")
     for k, policy in ((None, None), (3, None), (None, "backfill"), (3, "backfill")):
         assert named_schedule(manifest, "margin", k, policy) == (MarginSchedule(3, 1.25), "backfill")
     own = MarginSchedule(2, 0.5)
@@ -278,5 +279,14 @@ def test_names_of_schedules() -> None:
         with pytest.raises(InputError) as caught:
             named_schedule(manifest, *arguments)
         assert all(word in str(caught.value) for word in words), caught.value
-    with pytest.raises(PlanError):
-        named_schedule(manifest, "margin", -1, None)
+
+
+def test_a_policy_that_decides_by_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Verifying(Backfill):
+        verifies = True
+
+    monkeypatch.setitem(POLICIES, "verifying", Verifying("verifying"))
+    manifest = dataclasses.replace(make_manifest(PLAN), calibration={"margin": FOUND})
+    assert named_schedule(manifest, None, None, "verifying") == (3, "verifying")
+    with pytest.raises(InputError, match="The policy verifying follows no margin schedule"):
+        named_schedule(manifest, "margin", None, "verifying")

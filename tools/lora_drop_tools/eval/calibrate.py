@@ -22,6 +22,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Calibration, Manifest
 from lora_drop_runtime.bundle.manifest_reader import read_manifest
+from lora_drop_runtime.decoding.schedules import check_adaptive
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import ADAPTIVE, LastLogits
@@ -267,6 +268,7 @@ def calibrate(bundle: str | Path, settings: EvalSettings, *, out: TextIO | None 
         )
     policy = settings.policies[0] if settings.policies else plan.policy
     names, half = settings.schedules or tuple(ADAPTIVE), (len(windows) + 1) // 2
+    check_adaptive(" or ".join(names), policy)
     total = len(windows) + len(names) * (len(windows) + half * MOST_TRIED + 2 * (len(windows) - half))
     results = []
     with (
