@@ -17,13 +17,23 @@ from lora_drop_runtime.errors import (
     VerificationError,
 )
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.schedule import (
+    EntropySchedule,
+    LastLogits,
+    MarginSchedule,
+    PeriodicSchedule,
+    Schedule,
+    StepKind,
+)
 
 __all__ = [
     "BundleError",
     "DropPlan",
+    "EntropySchedule",
     "InputError",
+    "LastLogits",
     "LoraDropError",
+    "MarginSchedule",
     "ModelError",
     "NoDeviceError",
     "PeriodicSchedule",

@@ -260,10 +260,11 @@ def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> 
 
 def test_public_names() -> None:
     names = {
-        "lora_drop_runtime": "BundleError DropPlan InputError LoraDropError ModelError NoDeviceError "
-        "PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind VerificationError",
+        "lora_drop_runtime": "BundleError DropPlan EntropySchedule InputError LastLogits LoraDropError MarginSchedule "
+        "ModelError NoDeviceError PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind "
+        "VerificationError",
         "lora_drop_tools": "BenchSettings ChatSettings CompareSettings EvalSettings FitSettings GenerateSettings "
-        "ProfileSettings bench chat compare eval fit generate inspect profile",
+        "ProfileSettings bench calibrate chat compare eval fit generate inspect profile",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():

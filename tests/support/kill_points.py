@@ -20,6 +20,7 @@ from lora_drop_runtime.command_line import run_command
 from lora_drop_export.staging import rename
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.file import write_file
+from lora_drop_export.staging.inside import change_file
 from lora_drop_export.staging.owned import Kind
 
 MEMORY = "/dev/shm"  # where nobody waits for a disk
@@ -52,6 +53,10 @@ def stage_file(place: Path, force: bool) -> None:
     if place.exists() and not force:
         raise SystemExit(2)
     write_file(place, b"new", "--json")
+
+
+def stage_inside(place: Path, force: bool) -> None:
+    change_file(place, "a", lambda data: data.replace(b"old", b"new"), "--calibrate")
 
 
 def held(path: Path) -> dict[str, str] | str | None:
@@ -108,7 +113,7 @@ def in_child(body: Callable[[], object]) -> int:
 def _one(stage: Callable[[Path, bool], None], old: bool, number: int, point: int, force_next: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=MEMORY if os.path.isdir(MEMORY) else None) as directory:
         place = Path(directory).resolve() / PLACE
-        if old and stage is stage_directory:
+        if old and stage is not stage_file:
             write_directory(place, "old")
         elif old:
             place.write_text("old")
@@ -128,7 +133,7 @@ def main(what: str, how: str, old: str, name: str, following: str) -> None:
     """Print the results of all points, until one is not reached any more."""
     if how == "journal":
         rename._renameat2 = lambda *_: False
-    stage = stage_directory if what == "directory" else stage_file
+    stage = {"directory": stage_directory, "file": stage_file, "inside": stage_inside}[what]
     number, results = signal.Signals[name], []
     while not results or results[-1]["status"]:
         results.append(_one(stage, old == "old", number, len(results) + 1, following == "force"))

@@ -1,8 +1,10 @@
 """The tools around a bundle: one function per `lora-drop` command, with its name, and the class of its settings.
 
+`calibrate` is `lora-drop eval --calibrate`.
+
 generate, chat, inspect   need the runtime only
 bench                     the same; matplotlib for --plots, other runtimes for --peers
-eval                      the same as bench; lm-eval for --tasks
+eval, calibrate           the same as bench; lm-eval for --tasks
 compare                   needs the exporter (torch, transformers)
 profile                   the same; matplotlib for its figures
 fit                       the same
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lora_drop_tools.bench.bench import bench
     from lora_drop_tools.bench.settings import BenchSettings
     from lora_drop_tools.compare import CompareSettings, compare
+    from lora_drop_tools.eval.calibrate import calibrate
     from lora_drop_tools.eval.eval import eval
     from lora_drop_tools.eval.settings import EvalSettings
     from lora_drop_tools.fit.fit import fit
@@ -37,6 +40,7 @@ __all__ = [
     "GenerateSettings",
     "ProfileSettings",
     "bench",
+    "calibrate",
     "chat",
     "compare",
     "eval",
@@ -55,6 +59,7 @@ _MODULES = {
     "GenerateSettings": "generate",
     "ProfileSettings": "profile.settings",
     "bench": "bench.bench",
+    "calibrate": "eval.calibrate",
     "chat": "generate",
     "compare": "compare",
     "eval": "eval.eval",

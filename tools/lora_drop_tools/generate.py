@@ -17,16 +17,23 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import check_options, option, refuse_unused
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.decoding.checks import check_request
 from lora_drop_runtime.decoding.prompts import padded
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.shared.bundles import check_session
-from lora_drop_tools.shared.options import policy_option, provider_option, target_option, threads_option
+from lora_drop_tools.shared.options import (
+    policy_option,
+    provider_option,
+    schedule_option,
+    target_option,
+    threads_option,
+)
 
 MOST_QUESTION = 1 << 20  # characters of a line
 NEW_TOKENS, REPLY_TOKENS = 64, 256  # of `generate` and of `chat`, where the bundle has room for as many
@@ -39,6 +46,7 @@ class GenerateSettings:
     Attributes:
         max_new_tokens: 64 when None, in a chat 256, or what the bundle has room for.
         k: LoRA steps between refreshes, 0 for the full schedule.
+        schedule: when refreshes come, as for `Session.open`.
         temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
         stop: strings that end a text, themselves left out.
         target, provider, threads: as for `Session.open`.
@@ -53,6 +61,7 @@ class GenerateSettings:
     k: int | None = option(
         None, bounds=bounds.K, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)"
     )
+    schedule: str | None = schedule_option()
     policy: str | None = policy_option()
     temperature: float = option(
         0.0, metavar="T", bounds=bounds.TEMPERATURE, help="draw at this temperature; 0 is greedy (default)"
@@ -74,8 +83,9 @@ class GenerateSettings:
         check_options(self)
         if not self.temperature:
             refuse_unused(self, ("top_k", "top_p", "seed"), "--temperature is 0", "add --temperature 0.8")
+        check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         if self.k == 0:
-            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(self, ("policy", "schedule"), "with --k 0 every step is a refresh", "use a larger --k")
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -84,7 +94,13 @@ class GenerateSettings:
     def open(self, bundle: str | Path) -> Session:
         """A session under this schedule."""
         return Session.open(
-            bundle, k=self.k, policy=self.policy, target=self.target, provider=self.provider, threads=self.threads
+            bundle,
+            k=self.k,
+            schedule=self.schedule,
+            policy=self.policy,
+            target=self.target,
+            provider=self.provider,
+            threads=self.threads,
         )
 
 

@@ -119,6 +119,15 @@ def _drop_list(manifest: Manifest) -> list[str]:
     ]
 
 
+def _calibration(manifest: Manifest) -> list[str]:
+    return [
+        f"{'':<13}{name}: threshold {one.threshold:.4g} for k = {one.k}, {one.policy}: "
+        f"{one.held_out_agreement:.1%} agree "
+        f"with {one.held_out_refresh_share:.1%} refreshes on other text"
+        for name, one in manifest.calibration.items()
+    ]
+
+
 def describe(bundle: Bundle) -> list[str]:
     """The lines that `inspect` prints."""
     manifest = bundle.manifest
@@ -140,6 +149,7 @@ def describe(bundle: Bundle) -> list[str]:
         *_drop_list(manifest),
         f"surrogate    {plan.surrogate}, {adapters}",
         f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh; policy {plan.policy}",
+        *_calibration(manifest),
         f"limits       {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}",
         "",
         *_sizes(manifest),

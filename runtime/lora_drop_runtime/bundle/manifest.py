@@ -89,6 +89,30 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The threshold of an adaptive schedule, and what `lora-drop eval --calibrate` measured with it.
+
+    Attributes:
+        threshold: in logits (`margin`) or nats (`entropy`).
+        k, policy: what it was found for: the most LoRA steps between two refreshes, and what refreshes do.
+        wanted: the share of decode steps whose likeliest token shall be the full schedule's.
+        agreement, refresh_share: what was reached on the text that it was found on, over `tokens` decode steps.
+        held_out_agreement, held_out_refresh_share, held_out_tokens: the same on other text.
+    """
+
+    threshold: float
+    k: int
+    policy: str
+    wanted: float
+    agreement: float
+    refresh_share: float
+    tokens: int
+    held_out_agreement: float
+    held_out_refresh_share: float
+    held_out_tokens: int
+
+
+@dataclass(frozen=True)
 class TargetEntry:
     """What the manifest says of a target: a class each, found by the target's name in `ENTRIES`.
 
@@ -218,7 +242,11 @@ def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`quantization`: bits, block size, method, and what it cost in perplexity; empty for weights as they were."""
+    """All that a bundle says of itself.
+
+    `quantization`: bits, block size, method, and what it cost in perplexity; empty for weights as they were.
+    `calibration`: by the name of the adaptive schedule; left out of the file where it is empty.
+    """
 
     model: ModelFacts
     plan: DropPlan
@@ -229,6 +257,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Calibration] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
@@ -239,4 +268,6 @@ class Manifest:
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         data["targets"] = {name: _entry_to_dict(entry) for name, entry in self.targets.items()}
+        if not self.calibration:
+            del data["calibration"]
         return json.dumps(data, indent=1) + "\n"

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.bounds import K
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import ADAPTIVE, StepKind
 
 from .manifest import (
     ATTENTION_FORMS,
@@ -20,6 +22,7 @@ from .manifest import (
     FORMAT_VERSION,
     QUANTIZED_DTYPES,
     WEIGHT_SHARINGS,
+    Calibration,
     FileRecord,
     Limits,
     Manifest,
@@ -127,6 +130,16 @@ def _check_result(where: str, data: object) -> None:
             raise ValueError(f"{where}.graphs_on_cpu has no 'steps'")
 
 
+def _check_calibration(calibration: Mapping[str, Calibration]) -> None:
+    """Whether sessions can run under the schedules with these thresholds."""
+    for name, found in calibration.items():
+        where = f"calibration.{name}"
+        _check_one_of("a key of calibration", name, tuple(ADAPTIVE))
+        _check_one_of(f"{where}.policy", found.policy, tuple(POLICIES))
+        if found.k > K.most:
+            raise ValueError(f"{where}.k is {found.k}, more than {K.most}")
+
+
 def _target(name: str, data: object) -> TargetEntry:
     where = f"targets.{name}"
     if name not in ENTRIES:
@@ -168,7 +181,9 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         versions=section("versions", Mapping[str, str]),
         verification=section("verification", Mapping[str, Mapping[str, object]]),
         quantization=section("quantization", Mapping[str, object]),
+        calibration=section("calibration", Mapping[str, Calibration]) if "calibration" in data else {},
     )
+    _check_calibration(manifest.calibration)
     _check_limits(manifest.limits, model.context_length)
     _check_quantization(manifest.quantization, model.weight_dtype)
     for target, result in manifest.verification.items():

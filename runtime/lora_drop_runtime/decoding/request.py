@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Buffer, Engine, Step
-from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import Schedule, StepKind
+from lora_drop_runtime.plan.schedule import LastLogits, Schedule, StepKind, kind_of_step, most_refreshes
 
 Ids = npt.NDArray[np.int64]
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
@@ -94,6 +94,8 @@ class Request:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
         self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
         self._since_refresh: list[Ids] = []  # the tokens [B] of each LoRA step since the last refresh
+        self._next_kind: StepKind | None = None  # until its step is done, once it was asked for
+        self._refreshes_left = most_refreshes(self.schedule, self.max_steps)
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
@@ -147,9 +149,32 @@ class Request:
             )
         return tokens
 
+    def next_kind(self, active: npt.NDArray[np.bool_] | None) -> StepKind:
+        """What the next step runs; the schedule is asked once, and sees the logits of the rows that are active.
+
+        Raises:
+            InputError: it returns something else, or more refreshes than it said there would be.
+        """
+        if self._next_kind is None:
+
+            def read() -> npt.NDArray[np.float32]:
+                logits = self.engine.read(self.logits)[:, 0]  # [B, V]
+                return logits if active is None else logits[active]
+
+            kind = kind_of_step(self.schedule, self.steps_done + 1, LastLogits(len(self._since_refresh), read))
+            if kind is StepKind.REFRESH and not self._refreshes_left:
+                raise InputError(
+                    "The schedule has more refreshes than it said.",
+                    note=f"Its most_refreshes({self.max_steps}) is {most_refreshes(self.schedule, self.max_steps)}; "
+                    f"step {self.steps_done + 1} would be one more.",
+                    hint="Leave most_refreshes out; dropped layers then get a slot for every step.",
+                )
+            self._next_kind = kind
+        return self._next_kind
+
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
-        kind = self.schedule.kind(self.steps_done + 1)
+        kind = self.next_kind(active)
         refresh = kind is StepKind.REFRESH
         going = [True] * self.batch if active is None else active.tolist()
         self.input_ids[:, 0] = token_ids
@@ -163,8 +188,10 @@ class Request:
                 self.kept[row] += 1
                 if refresh or self.policy.fills:
                     self.dropped[row] += taken_back + 1
+        self._next_kind = None
         if refresh:
             self.side = 0
+            self._refreshes_left -= 1
             self._since_refresh.clear()
         else:
             self._since_refresh.append(self.input_ids[:, 0].copy())

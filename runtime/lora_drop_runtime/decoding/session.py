@@ -28,12 +28,13 @@ from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.policy import Policy, policy_named
-from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule
+from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule, periodic_like
 
 from . import checks
 from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
 from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
+from .schedules import named_schedule
 from .stream import Chosen, TokenStream, Usage
 
 WARM_UP_STEPS = 64  # at most
@@ -71,6 +72,7 @@ class Session:
         path: str | Path,
         *,
         k: int | Schedule | None = None,
+        schedule: str | None = None,
         policy: str | None = None,
         target: str | None = None,
         provider: str | None = None,
@@ -83,6 +85,9 @@ class Session:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
                 window when None.
+            schedule: `periodic`, or `margin` or `entropy`, which refresh when the logits are unsure: at most `k` LoRA
+                steps between two refreshes, and the threshold that `lora-drop eval --calibrate` stored in the bundle,
+                whose window and policy these then are when None. A request's own `k` as a number is periodic.
             policy: what a refresh does about the tokens of the LoRA steps before it, `skip`, `backfill` or `fill`
                 (plan/policy.py); the bundle's own when None.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
@@ -92,18 +97,20 @@ class Session:
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
-            InputError: k or policy out of range.
+            InputError: k or policy out of range, or no threshold is stored for the schedule.
         """
-        for what, name in (("The policy", policy), ("The target", target), ("The provider", provider)):
+        names = {"The policy": policy, "The target": target, "The provider": provider, "The schedule": schedule}
+        for what, name in names.items():
             checks.check_name(what, name, "Leave it out, or give its name as text.")
         bundle = Bundle.open(path)
-        schedule = as_schedule(bundle.manifest.plan.k if k is None else k)
+        k, policy = named_schedule(bundle.manifest, schedule, k, policy)
+        chosen = as_schedule(k)
         _policy(bundle, policy)  # refused before an engine is made
         checks.check_threads(threads)
         if check:
             bundle.check_unchanged()
         engine = open_engine(bundle, target, provider, threads)
-        session = cls(bundle, engine, schedule, policy)
+        session = cls(bundle, engine, chosen, policy)
         if engine.warms_up:
             try:
                 session.warm_up()
@@ -279,7 +286,7 @@ class Session:
     def next_step(self) -> StepKind:
         """What the next `step` runs."""
         request = self._running()
-        return request.schedule.kind(request.steps_done + 1)
+        return request.next_kind(None)
 
     def step(self, token_ids: Array) -> npt.NDArray[np.float32]:
         """Run one decode step.
@@ -320,11 +327,12 @@ class Session:
         """
         batch = checks.checked_batch(batch)
         most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)
-        kinds = [self.schedule.kind(step) for step in range(1, most + 1)]
+        schedule = periodic_like(self.schedule, self.bundle.manifest.plan.k)
+        kinds = [schedule.kind(step) for step in range(1, most + 1)]
         # A plain and a captured run of each kind, on either side of a state
         enough = next((n for n in range(most) if all(kinds[:n].count(kind) >= 4 for kind in set(kinds))), most)
         tokens = np.zeros((batch, 1), np.int64)
-        self.prefill(tokens, max_new_tokens=enough + 1)
+        self.prefill(tokens, max_new_tokens=enough + 1, k=schedule)
         for _ in range(enough):
             self.step(tokens[:, 0])
         self._request = None

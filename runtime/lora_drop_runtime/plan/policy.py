@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from lora_drop_runtime.command_line import check_known
 
-from .schedule import Schedule, StepKind
+from .schedule import PeriodicSchedule, Schedule, StepKind, most_refreshes
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,16 @@ class Policy(ABC):
         return self.steps_taken_back(lora_steps) + 1
 
     def dropped_slots(self, prompt: int, steps: int, schedule: Schedule) -> int:
-        """Slots that a row needs in a dropped layer's cache: `prompt` tokens, then decode steps 1 … `steps`."""
+        """Slots that a row needs in a dropped layer's cache: `prompt` tokens, then decode steps 1 … `steps`.
+
+        Exact for the periodic schedule. Of another only the most refreshes are known: one slot for each, and for the
+        LoRA steps that they take back as many as if one refresh took them all.
+        """
         if not self.leaves_holes:
             return prompt + steps
+        if not isinstance(schedule, PeriodicSchedule):
+            refreshes = most_refreshes(schedule, steps)
+            return prompt + refreshes + (self.steps_taken_back(steps - refreshes) if refreshes else 0)
         slots, lora_steps = prompt, 0
         for step in range(1, steps + 1):
             if schedule.kind(step) is StepKind.REFRESH:

@@ -24,7 +24,7 @@ def ended(*arguments: str) -> list[dict[str, Any]]:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert len(results) > (10 if arguments[0] == "file" else 30)
+    assert len(results) > (30 if arguments[0] == "directory" else 10)
     assert results[-1]["status"] == 0  # ran to its end
     return results
 
@@ -75,6 +75,22 @@ def test_a_file_at_every_point(old: str, name: str) -> None:
     for result in ended("file", "exchange", old, name, "force"):
         assert result["first"]["at_place"] in (before, "new")
         assert result["after"] == {"at_place": "new", "beside": []}
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_a_file_of_a_directory_at_every_point(name: str) -> None:
+    """Never anything foreign in the directory; what is left beside it the next run removes."""
+    changed = OLD | {"a": "new"}
+    seen = []
+    for result in ended("inside", "exchange", "old", name, "force"):
+        seen.append(result["first"]["at_place"])
+        assert seen[-1] in (OLD, changed), result["point"]
+        if name != "SIGKILL" and result["status"]:
+            assert result["status"] == EXIT_CODES[name] << 8
+        assert result["next_status"] == 0
+        assert result["after"] == {"at_place": changed, "beside": []}
+    assert OLD in seen
+    assert changed in seen
 
 
 def test_commands_at_random_moments() -> None:

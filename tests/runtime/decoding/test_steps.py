@@ -68,8 +68,11 @@ def test_k_per_request() -> None:
 
 def test_a_custom_schedule_chooses_kinds_and_sizes_the_caches() -> None:
     class Squares:
-        def kind(self, step: int) -> StepKind:
+        def kind(self, step: int, last: object) -> StepKind:
             return REFRESH if step in (1, 4, 9) else LORA
+
+        def most_refreshes(self, steps: int) -> int:
+            return sum(step <= steps for step in (1, 4, 9))
 
     session, engine = open_session(PLAN, schedule=Squares())
     session.generate([5, 6], 9)  # 8 decode steps, 2 refreshes

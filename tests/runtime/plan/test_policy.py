@@ -83,11 +83,21 @@ def test_dropped_slots(k: int) -> None:
 
 def test_dropped_slots_of_another_schedule() -> None:
     class TwoOfSeven:
-        def kind(self, step: int) -> StepKind:
+        def kind(self, step: int, last: object) -> StepKind:
             return StepKind.REFRESH if step in (1, 7) else StepKind.LORA
 
-    for policy, expected in ((POLICIES["skip"], [0, 1, 1, 1, 1, 1, 1, 2, 2]), (Half(""), [0, 1, 1, 1, 1, 1, 1, 4, 4])):
-        assert [policy.dropped_slots(0, steps, TwoOfSeven()) for steps in range(9)] == expected
+    class Counted(TwoOfSeven):
+        def most_refreshes(self, steps: int) -> int:
+            return (steps >= 1) + (steps >= 7)
+
+    policies = (
+        (POLICIES["skip"], list(range(9)), [0, 1, 1, 1, 1, 1, 1, 2, 2]),
+        (POLICIES["backfill"], list(range(9)), list(range(9))),
+        (Half(""), list(range(9)), [0, 1, 1, 2, 2, 3, 3, 4, 5]),  # at most half of the other steps
+    )
+    for policy, uncounted, counted in policies:
+        assert [policy.dropped_slots(0, steps, TwoOfSeven()) for steps in range(9)] == uncounted
+        assert [policy.dropped_slots(0, steps, Counted()) for steps in range(9)] == counted
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])

@@ -11,23 +11,24 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, StepKind
 
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 
 from .requests import Ids
-from .result import Request, Run, rotated
+from .result import PERIODIC, Request, Run, rotated
 
 Say = Callable[[str], None]
 SETTLE_SECONDS = 0.05  # between two runs: threads that spin after their last work fall asleep
 
 
 class TimedEngine:
-    """An engine that notes the seconds of each run."""
+    """An engine that notes the seconds and the kind of each run."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.run_seconds: list[float] = []
+        self.last_kind = StepKind.REFRESH
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -39,6 +40,7 @@ class TimedEngine:
             begin = clock()
             step()
             seconds.append(clock() - begin)
+            self.last_kind = kind
 
         return timed
 
@@ -80,36 +82,39 @@ class TimedSession:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def run(self, prompts: Ids, new_tokens: int, k: int) -> Run:
+    def run(self, prompts: Ids, new_tokens: int, k: int | AdaptiveSchedule) -> Run:
         """One greedy request, prompts int64 [B, T]; end tokens are ignored."""
         clock, runs = time.perf_counter, self._engine.run_seconds
         runs.clear()
         seconds: list[float] = []
+        kinds: list[str] = []
         engine: list[float] = []  # of a step, which is several runs where rows are backfilled one by one
         kv_prompt: dict[str, int] = {}
         begin = clock()
         for _ in self.session._tokens(list(prompts), new_tokens, k, None, ()):
             seconds.append(clock() - begin)
             engine.append(sum(runs))
+            kinds.append(self._engine.last_kind.value)
             runs.clear()
             if not kv_prompt:
                 kv_prompt = self.session.kv_bytes()
             begin = clock()
-        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, self.session.kv_bytes())
+        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, self.session.kv_bytes(), kinds[1:])
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Something that answers requests: a bundle under a window, or a peer (`bundle` is "" there)."""
+    """Something that answers requests: a bundle under a schedule, or a peer (`bundle` is "" there)."""
 
     bundle: str
     k: int
     peer: str
     run: Callable[[Ids, int], Run]
+    schedule: str = PERIODIC
 
     @property
     def label(self) -> str:
-        return self.peer or f"{self.bundle} k={self.k}"
+        return self.peer or f"{self.bundle} k={self.k}" + ("" if self.schedule == PERIODIC else f" {self.schedule}")
 
 
 def measure(
@@ -140,13 +145,13 @@ def measure(
     return {index: own for index, own in runs.items() if index not in failed}, failed
 
 
-def session_arms(name: str, timed: TimedSession, windows: Sequence[int]) -> Iterator[Arm]:
+def session_arms(name: str, timed: TimedSession, windows: Sequence[int | AdaptiveSchedule]) -> Iterator[Arm]:
     for k in windows:
 
-        def run(prompts: Ids, new_tokens: int, k: int = k) -> Run:
+        def run(prompts: Ids, new_tokens: int, k: int | AdaptiveSchedule = k) -> Run:
             return timed.run(prompts, new_tokens, k)
 
-        yield Arm(name, k, "", run)
+        yield Arm(name, k, "", run) if isinstance(k, int) else Arm(name, k.k, "", run, k.name)
 
 
 def peer_arm(peer: Peer) -> Arm:

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
+from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 
 from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
@@ -71,12 +73,13 @@ def _measure_request(
     for index, own in runs.items():
         arm = arms[index]
         result.raw.append(
-            {"bundle": arm.bundle, "k": arm.k, "peer": arm.peer, "request": dataclasses.asdict(request)}
+            {"bundle": arm.bundle, "k": arm.k, "schedule": arm.schedule, "peer": arm.peer}
+            | {"request": dataclasses.asdict(request)}
             | {"runs": [dataclasses.asdict(run) for run in own]}
         )
         if not arm.peer:
             manifest, policy = bundles[arm.bundle].manifest, POLICIES[result.policy]
-            row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy)
+            row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy, arm.schedule)
             for name, other in by_peer.items():
                 row.over_peers[name] = median_ratio(
                     [run.decode_seconds for run in other], [run.decode_seconds for run in own]
@@ -88,7 +91,7 @@ def _measure_request(
 def _measure_all(
     result: BenchResult,
     bundles: Mapping[str, Bundle],
-    windows: Sequence[int],
+    windows: Mapping[str, Sequence[int | AdaptiveSchedule]],
     requests: Sequence[Request],
     peers: Sequence[Peer],
     options: SessionOptions,
@@ -97,12 +100,14 @@ def _measure_all(
     with contextlib.ExitStack() as stack:
         ours: list[Arm] = []
         for name, bundle in bundles.items():
-            ours += session_arms(name, stack.enter_context(TimedSession.open(bundle, options)), windows)
+            ours += session_arms(name, stack.enter_context(TimedSession.open(bundle, options)), windows[name])
         theirs = [peer_arm(peer) for peer in peers]
         largest = max(requests, key=lambda request: request.context * request.rows)
         _say("warming up")
         for arm in ours:
-            arm.run(prompts_of(next(iter(bundles.values())), largest.context, largest.rows), max(windows) + 3)
+            arm.run(
+                prompts_of(next(iter(bundles.values())), largest.context, largest.rows), max(arm.k for arm in ours) + 3
+            )
         begin = machine.cpu_time(peer.pid for peer in peers)
         for request in requests:
             arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
@@ -187,6 +192,24 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
         )
 
 
+def _windows(bundles: Mapping[str, Bundle], settings: BenchSettings) -> Mapping[str, Sequence[int | AdaptiveSchedule]]:
+    """The windows of the periodic schedule, and the adaptive schedules as each bundle was calibrated for them.
+
+    Raises:
+        InputError: it was not, or for another policy, or there are too few new tokens for their cycles.
+    """
+    found: dict[str, list[int | AdaptiveSchedule]] = {}
+    for name, bundle in bundles.items():
+        found[name] = [*settings.windows]
+        policy = settings.policy or bundle.manifest.plan.policy
+        for schedule in settings.schedules:
+            one, _ = named_schedule(bundle.manifest, schedule, None, policy)
+            if isinstance(one, AdaptiveSchedule):
+                settings.check_cycles(one.k)
+                found[name].append(one)
+    return found
+
+
 def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None:
     """Refuse what cannot run all bundles, and policies of theirs of which none was chosen."""
     for bundle in bundles.values():
@@ -216,6 +239,7 @@ def bench(
     """
     opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
     _check_alike(opened, settings)
+    windows = _windows(opened, settings)
     requests = requests_of(opened, settings)
     (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
     on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)
@@ -231,11 +255,13 @@ def bench(
     for name, bundle in opened.items():
         _say(f"memory of {name}: a process of its own")
         prompts = prompts_of(bundle, largest.context, largest.rows)
-        result.memory += measure_memory(name, bundle, [settings.windows[-1], 0], largest, prompts, options)
+        result.memory += measure_memory(
+            name, bundle, [*dict.fromkeys((settings.windows[-1], 0))], largest, prompts, options
+        )
     longest = max(request.context for request in requests)
     prompt = prompts_of(next(iter(opened.values())), longest, 1)[0].tolist()
     with _running_peers(wanted, result, prompt) as peers:
-        _measure_all(result, opened, settings.windows, requests, peers, options)
+        _measure_all(result, opened, windows, requests, peers, options)
     judge(result)
     _finish(result, settings, out)
     return result

@@ -9,7 +9,7 @@ from typing import Any
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.results import save_figure
 
-from .result import BenchResult, Row
+from .result import PERIODIC, BenchResult, Row
 
 
 def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int, list[Row]]:
@@ -61,7 +61,8 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
 
     written = []
     for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):
-        own = [row for row in result.rows if (row.context, row.rows) == (context, rows)]
+        periodic = (row for row in result.rows if row.schedule == PERIODIC)
+        own = [row for row in periodic if (row.context, row.rows) == (context, rows)]
         title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
         for name, draw in _DRAWN.items():
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")

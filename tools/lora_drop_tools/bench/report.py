@@ -12,7 +12,7 @@ from lora_drop_runtime.plan.sites import listed
 
 from lora_drop_tools.shared.table import table
 
-from .result import BenchResult, Memory, PeerRow, Row
+from .result import PERIODIC, BenchResult, Memory, PeerRow, Row
 
 NOT_MEASURED = "not measured"
 
@@ -26,7 +26,8 @@ def _bundle(entry: dict[str, Any]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.bundle} ρ={row.rho:.2f} k={row.k}"
+    name = f"{row.bundle} ρ={row.rho:.2f} k={row.k}"
+    return name if row.schedule == PERIODIC else f"{name} {row.schedule} ({row.refresh_share:.0%} refreshes)"
 
 
 def _percent(value: float | None) -> str:

@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.machine import Bandwidth
 
 T = TypeVar("T")
 QUANTILES = (0.50, 0.95, 0.99)
+PERIODIC = "periodic"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
         step_seconds: of the N − 1 decode steps, in order.
         engine_seconds: the part of each step that the engine's run call took; None for a peer.
         kv_prompt, kv: `Session.kv_bytes` after the prefill and at the end; None for a peer.
+        kinds: of the decode steps, as they ran; None for a peer.
     """
 
     prefill_seconds: float
@@ -50,6 +52,7 @@ class Run:
     engine_seconds: list[float] | None = None
     kv_prompt: dict[str, int] | None = None
     kv: dict[str, int] | None = None
+    kinds: list[str] | None = None
 
     @property
     def decode_seconds(self) -> float:
@@ -98,8 +101,11 @@ class Row:
         own_speedup: from the medians of the request's own refreshes and LoRA steps: what drifts from request to request
             cancels out. None without both kinds, or where a refresh is more than a full step (backfill).
         ceiling: what the bytes of the request's own steps allow.
-        kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says.
+        kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says, of an adaptive
+            schedule with its refreshes as counted, and `asymptotic` likewise Eq. 10.
         over_peers: our tokens/s over a peer's, median over the repeats.
+        schedule: `periodic`, or the adaptive one.
+        refresh_share: of the steps, as counted.
     """
 
     bundle: str
@@ -125,6 +131,8 @@ class Row:
     asymptotic: float
     tails: list[Tail]
     over_peers: dict[str, float]
+    schedule: str = PERIODIC
+    refresh_share: float = 1.0
 
     @property
     def share(self) -> float:
@@ -240,7 +248,9 @@ def _figures_of_steps(
     figures = {}
     for kind in dict.fromkeys(kinds):
         own = [index for index in range(len(kinds)) if kinds[index] == kind]
-        seconds = statistics.median(run.step_seconds[index] for run in runs for index in own)
+        seconds = statistics.median(
+            run.step_seconds[index] for run in runs for index, one in enumerate(run.kinds or kinds) if one == kind
+        )
         mean_bytes = statistics.fmean(moved[index] for index in own)
         rate = mean_bytes / seconds
         share = None if bandwidth is None else rate / bandwidth
@@ -257,16 +267,21 @@ def make_row(
     full: Sequence[Run],
     bandwidth: float | None,
     policy: Policy = POLICIES[DEFAULT_POLICY],
+    schedule: str = PERIODIC,
 ) -> Row:
     """What `runs` under k say, `full` being those of the full schedule in the same repeats.
 
     Args:
         bandwidth: bytes a second the machine reads, None where it does not apply.
+        schedule: of an adaptive one what the bytes allow is computed from the kinds of steps in the first run; greedy
+            runs are alike.
     """
     steps, rows = request.new_tokens - 1, request.rows
-    schedule = PeriodicSchedule(k)
-    kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
-    moved = costs.request_bytes(manifest, request.context, steps, k, rows, policy)
+    periodic, counted = schedule == PERIODIC, runs[0].kinds or []
+    chosen = costs.periodic_kinds(steps, k) if periodic else [StepKind(kind) for kind in counted]
+    kinds, share = [kind.value for kind in chosen], chosen.count(StepKind.REFRESH) / steps
+    moved = costs.bytes_of_steps(manifest, request.context, chosen, rows, policy)
+    unsaved = costs.entries_made(chosen, policy)[-1] / steps
     figures = _figures_of_steps(runs, kinds, moved, bandwidth)
     own_speedup = None
     if len(figures) > 1 and policy.refresh_tokens(k) == 1:
@@ -289,17 +304,19 @@ def make_row(
         first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
         kv_bytes=kv,
         kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
-        kv_saving=costs.kv_saving(manifest, k, policy),
+        kv_saving=costs.kv_saving(manifest, k, policy) if periodic else manifest.plan.attention_share * (1 - unsaved),
         overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
         steps=figures,
         speedup=statistics.median(speedups),
         speedups=speedups,
         noise=max(speedups) - min(speedups),
         own_speedup=own_speedup,
-        ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
-        asymptotic=costs.asymptotic_speedup(manifest, k),
+        ceiling=sum(costs.request_bytes(manifest, request.context, steps, 0, rows, policy)) / sum(moved),
+        asymptotic=costs.asymptotic_speedup(manifest, k if periodic else (1 - share) / max(share, 1 / steps)),
         tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
-        if manifest.plan.sites and len(figures) > 1
+        if manifest.plan.sites and len(figures) > 1 and periodic
         else [],
         over_peers={},
+        schedule=schedule,
+        refresh_share=share,
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.command_line import check_options, option, refuse_unused
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES
 
 from lora_drop_tools.bench.peers.options import PEERS
 from lora_drop_tools.shared.options import (
@@ -34,6 +35,7 @@ class BenchSettings:
         batches: rows of a request.
         new_tokens: of each row; the first comes from the prefill, so there is one step less.
         policy: of the refreshes; the first bundle's when None.
+        schedules: of `SCHEDULES`; an adaptive one runs as the bundle was calibrated for it. `periodic` when empty.
         repeats: how often each arm runs; at least 2.
         json_file: gets all figures, every step's time among them.
         plots: a directory for figures; needs matplotlib.
@@ -64,6 +66,12 @@ class BenchSettings:
         64, metavar="N", bounds=bounds.TOKENS, help="generate so many tokens in each row (default 64)"
     )
     policy: str | None = policy_option()
+    schedules: tuple[str, ...] = option(
+        (),
+        flag="--schedule",
+        metavar="NAME,…",
+        help=f"measure these schedules: {', '.join(SCHEDULES)} (default {SCHEDULES[0]})",
+    )
     repeats: int = option(5, metavar="R", bounds=_REPEATS, help="run everything so many times (default 5)")
     json_file: Path | None = json_option("write every figure and every step's time")
     plots: Path | None = plots_option()
@@ -98,13 +106,18 @@ class BenchSettings:
                 note=f"They run batches of 1; --batches is {', '.join(map(str, self.batches))}.",
                 hint="Add 1 to --batches, or leave --peers out.",
             )
-        if self.windows == [0]:
+        for schedule in self.schedules:
+            check_known("schedule", schedule, SCHEDULES, "--schedule")
+        if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
         if self.contexts == () or not self.batches:
             raise InputError(
                 "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."
             )
-        longest = self.windows[-1]
+        self.check_cycles(self.windows[-1])
+
+    def check_cycles(self, longest: int) -> None:
+        """Refuse fewer new tokens than a few cycles of so many LoRA steps have."""
         needed = FEWEST_CYCLES * (longest + 1) + 1
         if self.new_tokens < needed:
             raise InputError(
@@ -115,5 +128,5 @@ class BenchSettings:
 
     @property
     def windows(self) -> list[int]:
-        """All windows that are measured, ascending; the first is 0."""
-        return sorted({0, *self.k})
+        """All windows that are measured under the periodic schedule, ascending; the first is 0."""
+        return sorted({0, *(self.k if SCHEDULES[0] in (self.schedules or SCHEDULES) else ())})

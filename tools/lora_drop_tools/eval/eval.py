@@ -24,9 +24,12 @@ from typing import TextIO
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES, Policy
+from lora_drop_runtime.plan.schedule import SCHEDULES, AdaptiveSchedule
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
@@ -39,8 +42,19 @@ from .intervals import Sums
 from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import TaskItems, checked, read_speedups, task_items, text_request, text_windows
-from .result import FULL, KEYS, EvalResult, EvalRow, TaskFigures, averages, safe_zones, task_figures, text_figures
-from .scoring import Window, score_windows, windows_at_once
+from .result import (
+    FULL,
+    KEYS,
+    PERIODIC,
+    EvalResult,
+    EvalRow,
+    TaskFigures,
+    averages,
+    safe_zones,
+    task_figures,
+    text_figures,
+)
+from .scoring import Window, WindowK, longest, score_windows, windows_at_once
 from .settings import EvalSettings
 from .store import Key, Store, digest
 
@@ -61,23 +75,28 @@ def _open_stores(bundles: Mapping[str, Bundle], settings: EvalSettings) -> dict[
     return stores
 
 
-def _measure_text(
-    session: Session, windows: Mapping[int, Window], ks: Sequence[int], store: Store
-) -> dict[int, list[Sums]]:
-    """Sums of every window for each k, from the store or the session."""
+def _said(k: WindowK) -> str:
+    return str(k) if isinstance(k, int) else f"{k.k} {k.name}"
 
-    def key(place: int, k: int) -> Key:
+
+def _measure_text(
+    session: Session, windows: Mapping[int, Window], ks: Sequence[WindowK], store: Store
+) -> dict[WindowK, list[Sums]]:
+    """Sums of every window for each k or adaptive schedule, from the store or the session."""
+
+    def key(place: int, k: WindowK) -> Key:
         window = windows[place]
-        question = digest([window.ids.tolist(), window.context, window.phase])
-        return session.policy if k else FULL, k, "text", place, question
+        adaptive = [] if isinstance(k, int) else [k.name, k.threshold]
+        question = digest([window.ids.tolist(), window.context, window.phase, *adaptive])
+        return session.policy if k else FULL, longest(k), "text", place, question
 
     todo = [place for place in windows if any(key(place, k) not in store for k in ks)]
-    with Progress(f"text, k = {', '.join(map(str, ks))}", len(todo) * len(ks)) as progress:
+    with Progress(f"text, k = {', '.join(map(_said, ks))}", len(todo) * len(ks)) as progress:
         at_once = windows_at_once(session, next(iter(windows.values())))
         for begin in range(0, len(todo), at_once):
             batch = todo[begin : begin + at_once]
 
-            def done(k: int, sums: list[Sums], batch: list[int] = batch) -> None:
+            def done(k: WindowK, sums: list[Sums], batch: list[int] = batch) -> None:
                 for place, own in zip(batch, sums, strict=True):
                     if key(place, k) not in store:
                         store[key(place, k)] = own.tolist()
@@ -104,8 +123,11 @@ def _measure_tasks(
     return found, cut
 
 
-def _row(name: str, label: str, bundle: Bundle, policy: Policy, k: int, speedups: Mapping[Key, float]) -> EvalRow:
+def _row(
+    name: str, label: str, bundle: Bundle, policy: Policy, given: WindowK, speedups: Mapping[Key, float]
+) -> EvalRow:
     """What is known of an arm before anything is measured."""
+    k = longest(given)
     plan, arm, share = bundle.manifest.plan, policy.name if k else FULL, costs.shares(bundle.manifest)
     return EvalRow(
         bundle=name,
@@ -119,11 +141,13 @@ def _row(name: str, label: str, bundle: Bundle, policy: Policy, k: int, speedups
         policy=arm,
         k=k,
         kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),
-        speedup=speedups.get((name, arm, k)),
+        speedup=speedups.get((name, arm, k)) if isinstance(given, int) else None,
         text=None,
         tasks={},
         average=None,
         average_difference=None,
+        schedule=PERIODIC if isinstance(given, int) else given.name,
+        threshold=None if isinstance(given, int) else given.threshold,
     )
 
 
@@ -172,13 +196,27 @@ class _Work:
     tasks: Mapping[str, TaskItems]
 
 
-def _measure(work: _Work, policy: str, settings: EvalSettings, speedups: Mapping[Key, float]) -> list[EvalRow]:
-    """A row for each window k under one policy; those of k = 0 are the same under all."""
-    ks, seed, bundle = settings.ks, settings.seed, work.bundle
+def _adaptive_row(row: EvalRow, manifest: Manifest, policy: Policy, sums: Sequence[Sums], seed: int) -> EvalRow:
+    """The row of an adaptive schedule: its K/V are those of as many refreshes as there were."""
+    steps_at = np.sum(sums, axis=0)[:, 0].tolist()
+    held = costs.kv_bytes_of_cycles(manifest, *KV_REQUEST, steps_at, policy)
+    return dataclasses.replace(_filled(row, sums, {}, seed), kv_bytes=held)
+
+
+def _measure(
+    work: _Work,
+    policy: str,
+    ks: Sequence[int],
+    schedules: Sequence[AdaptiveSchedule],
+    settings: EvalSettings,
+    speedups: Mapping[Key, float],
+) -> list[EvalRow]:
+    """A row for each window k and each adaptive schedule under one policy; those of k = 0 are the same under all."""
+    seed, bundle = settings.seed, work.bundle
     with Session.open(
         bundle.root, policy=policy, target=settings.target, provider=settings.provider, threads=settings.threads
     ) as session:
-        sums = _measure_text(session, work.windows, ks, work.store) if work.windows else {}
+        sums = _measure_text(session, work.windows, [*ks, *schedules], work.store) if work.windows else {}
         measured, cut = _measure_tasks(session, work.codec, work.tasks, ks, seed, work.store)
     rows = []
     for k in ks:
@@ -189,7 +227,27 @@ def _measure(work: _Work, policy: str, settings: EvalSettings, speedups: Mapping
         }
         row = _row(work.name, work.label, bundle, POLICIES[policy], k, speedups)
         rows.append(_filled(row, sums.get(k), found, seed))
+    for schedule in schedules:
+        row = _row(work.name, work.label, bundle, POLICIES[policy], schedule, speedups)
+        rows.append(_adaptive_row(row, bundle.manifest, POLICIES[policy], sums[schedule], seed))
     return rows
+
+
+def _schedules(bundle: Bundle, settings: EvalSettings) -> dict[str, list[AdaptiveSchedule]]:
+    """The adaptive schedules that are evaluated, by the policy that the bundle was calibrated for.
+
+    Raises:
+        InputError: it was not, or not for one of these policies, or windows of the text have no room for a cycle.
+    """
+    found: dict[str, list[AdaptiveSchedule]] = {}
+    for name in settings.schedules:
+        schedule, policy = named_schedule(bundle.manifest, name, None, None)
+        if isinstance(schedule, AdaptiveSchedule):
+            if settings.policies and policy not in settings.policies:
+                named_schedule(bundle.manifest, name, None, settings.policies[0])
+            settings.check_cycle(schedule.k)
+            found.setdefault(policy, []).append(schedule)
+    return found
 
 
 def eval(
@@ -206,10 +264,17 @@ def eval(
         BundleError: a bundle is damaged or cannot run here.
     """
     given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
+    if settings.calibrate is not None:
+        raise InputError(
+            "eval finds no thresholds.",
+            note=f"The settings say calibrate={settings.calibrate}.",
+            hint="Call lora_drop_tools.calibrate(bundle, settings).",
+        )
     opened = open_bundles(given)
     for one in opened.values():
         check_session(one, settings.target, settings.provider, settings.threads)
     settings = checked(opened, settings)
+    adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)
     items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
@@ -221,10 +286,11 @@ def eval(
     result = _new_result(opened, given, settings, speed_request)
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
         work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], items)
-        policies = settings.policies or (bundle.manifest.plan.policy,)
+        policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
+        periodic = settings.ks if SCHEDULES[0] in (settings.schedules or SCHEDULES) else [0]
         for policy in policies:
             print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
-            rows = _measure(work, policy, settings, speedups)
+            rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
             result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
     print("\n".join(describe(result)), file=out or sys.stdout)

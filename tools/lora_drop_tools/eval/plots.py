@@ -11,7 +11,7 @@ from lora_drop_tools.shared.table import MIB
 
 from .intervals import Figure
 from .report import schedule_name
-from .result import EvalResult, EvalRow
+from .result import FULL, PERIODIC, EvalResult, EvalRow
 
 _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
     ("accuracy", "average accuracy", lambda row: row.average),
@@ -20,16 +20,24 @@ _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
 FIGURES = ("offsets.png", *(f"{name}_{cost}.png" for name, *_ in _QUALITIES for cost in ("speedup", "kv")))
 
 
+def _arm(row: EvalRow) -> str:
+    return f"{row.label} {row.policy}" + ("" if row.schedule == PERIODIC else f" {row.schedule}")
+
+
 def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], quality: str, cost: str) -> None:
-    """A line for each bundle and policy over its windows; the full schedule is where they begin."""
-    arms = dict.fromkeys((row.bundle, row.policy) for row, _, _ in points if row.k)
-    for bundle, policy in arms:
-        own = [one for one in points if one[0].bundle == bundle and one[0].policy in (policy, "full")]
+    """A line for each bundle, policy and schedule over its windows; the full schedule is where they begin."""
+    arms = dict.fromkeys((row.bundle, row.policy, row.schedule) for row, _, _ in points if row.k)
+    for bundle, policy, schedule in arms:
+        own = [
+            one
+            for one in points
+            if one[0].bundle == bundle and (one[0].policy, one[0].schedule) in ((policy, schedule), (FULL, PERIODIC))
+        ]
         own.sort(key=lambda one: one[0].k)
         x, y = [one[2] for one in own], [one[1].value for one in own]
         low = [max(0.0, one[1].value - one[1].low) for one in own]
         high = [max(0.0, one[1].high - one[1].value) for one in own]
-        axes.errorbar(x, y, [low, high], fmt="o-", capsize=3, label=f"{own[0][0].label} {policy}")
+        axes.errorbar(x, y, [low, high], fmt="o-", capsize=3, label=_arm(own[-1][0]))
         for row, figure, at in own:
             axes.annotate(
                 f"k={row.k}", (at, figure.value), textcoords="offset points", xytext=(5, 4), fontsize="x-small"

@@ -13,7 +13,7 @@ from lora_drop_runtime.plan.sites import half_of, listed
 from lora_drop_tools.shared.table import MIB, table
 
 from .intervals import Figure
-from .result import EvalResult, EvalRow, SafeZone
+from .result import PERIODIC, EvalResult, EvalRow, SafeZone
 
 MISSING = "–"
 
@@ -36,7 +36,8 @@ def _bundle(row: EvalRow) -> str:
 
 
 def schedule_name(row: EvalRow) -> str:
-    return f"{row.label} k={row.k} {row.policy}"
+    adaptive = "" if row.schedule == PERIODIC else f" {row.schedule}"
+    return f"{row.label} k={row.k} {row.policy}{adaptive}"
 
 
 def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
@@ -46,11 +47,12 @@ def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
 
 
 def _text_table(rows: Sequence[EvalRow]) -> list[str]:
-    headings = ("text", "tokens", "perplexity", "over full", "agree %", "agree % (LoRA)", "KL", "KL (LoRA)")
+    names = "text|tokens|refreshes %|perplexity|over full|agree %|agree % (LoRA)|KL|KL (LoRA)"
     cells = [
         (
             schedule_name(row),
             str(row.text.tokens),
+            f"{100 * row.text.refresh_share.value:.1f}",
             _with_half(row.text.perplexity, 1, 2),
             _with_half(row.text.ratio, 1, 3) if row.k else MISSING,
             _with_half(row.text.agreement, 100, 1) if row.k else MISSING,
@@ -62,7 +64,7 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
         if row.text
     ]
     return [
-        *table(headings, cells),
+        *table(names.split("|"), cells),
         "agree: the likeliest token is the full schedule's; KL: of its distribution to this one's, in nats; "
         "(LoRA): LoRA steps alone",
     ]
@@ -83,8 +85,8 @@ def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
     for row in rows:
         for what, pick in _OFFSET_LINES if row.text and row.k else ():
             assert row.text is not None
-            found = [pick(one) for one in row.text.offsets]
-            cells.append((schedule_name(row), what, *found, *[""] * (longest - row.k)))
+            found = {one.offset: pick(one) for one in row.text.offsets}
+            cells.append((schedule_name(row), what, *(found.get(offset, "") for offset in range(longest + 1))))
     return table(headings, cells) if cells else []
 
 
@@ -133,7 +135,7 @@ def _notes(result: EvalResult) -> list[str]:
 
 def _cost_table(result: EvalResult) -> list[str]:
     prompt, steps = result.kv_request
-    headings = ("cost", "ρ", "k", "policy", "speed-up", "KV MiB", "of full")
+    headings = ("cost", "ρ", "k", "policy", "schedule", "speed-up", "KV MiB", "of full")
     base = {row.bundle: row.kv_bytes for row in result.rows if not row.k}
     cells = [
         (
@@ -141,6 +143,7 @@ def _cost_table(result: EvalResult) -> list[str]:
             f"{row.rho:.2f}" if row.k else MISSING,
             str(row.k),
             row.policy,
+            row.schedule if row.k else MISSING,
             MISSING if row.speedup is None else f"{row.speedup:.2f}×",
             f"{row.kv_bytes / MIB:.2f}",
             f"{row.kv_bytes / base[row.bundle]:.1%}",

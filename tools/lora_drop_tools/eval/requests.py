@@ -18,7 +18,7 @@ from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
 
-from .result import FULL
+from .result import FULL, PERIODIC
 from .scoring import Window, phase_of
 from .settings import EvalSettings
 from .store import Key
@@ -163,7 +163,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
         found: dict[Key, float] = {
             (row["bundle"], row.get("policy", policy) if row["k"] else FULL, row["k"]): row["speedup"]
             for row in data["rows"]
-            if (row["rows"], -row["context"]) == (batch, context)
+            if (row["rows"], -row["context"]) == (batch, context) and row.get("schedule", PERIODIC) == PERIODIC
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

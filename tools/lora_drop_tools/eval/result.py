@@ -20,6 +20,7 @@ import numpy as np
 
 from .intervals import Figure, Sums, average, bootstrap, paired_difference, share
 
+PERIODIC = "periodic"
 THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
 
 
@@ -43,6 +44,8 @@ class TextFigures:
         perplexity, ratio: over all decode steps; the ratio to the perplexity under k = 0.
         agreement, kl: over all decode steps; how often the likeliest token is that of k = 0, and KL(p₀ ‖ p_k) in nats.
         lora_agreement, lora_kl: over LoRA steps alone; None under k = 0.
+        refresh_share: of the steps; an adaptive schedule's is what it came to.
+        offsets: those that there were.
     """
 
     windows: int
@@ -53,6 +56,7 @@ class TextFigures:
     kl: Figure
     lora_agreement: Figure | None
     lora_kl: Figure | None
+    refresh_share: Figure
     offsets: list[OffsetFigures]
 
 
@@ -84,7 +88,9 @@ class EvalRow:
     Attributes:
         rho, attentions, weight_bytes: `costs.Shares`.
         policy: "full" under k = 0, where all policies are one.
-        kv_bytes: of valid K/V at the end of the request that `EvalResult.kv_request` names.
+        kv_bytes: of valid K/V at the end of the request that `EvalResult.kv_request` names; of an adaptive schedule
+            with as many refreshes as it had on the text.
+        schedule: `periodic`, or the adaptive one, whose `threshold` it ran with.
         speedup: measured by `lora-drop bench`, None where it was not.
         average: of the tasks' shares; `average_difference` to k = 0.
     """
@@ -105,6 +111,8 @@ class EvalRow:
     tasks: dict[str, TaskFigures]
     average: Figure | None
     average_difference: Figure | None
+    schedule: str = PERIODIC
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +178,9 @@ def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
             float(divergence / count),
         )
         for offset, (count, own, whole, same, divergence) in enumerate(stacked.sum(axis=0))
+        if count
     ]
-    has_lora = len(offsets) > 1
+    has_lora = any(one.offset for one in offsets)
     return TextFigures(
         windows=len(windows),
         tokens=int(tokens.sum()),
@@ -181,6 +190,7 @@ def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
         kl=bootstrap(kl, tokens, seed),
         lora_agreement=bootstrap(lora[:, 3], lora[:, 0], seed) if has_lora else None,
         lora_kl=bootstrap(lora[:, 4], lora[:, 0], seed) if has_lora else None,
+        refresh_share=bootstrap(stacked[:, 0, 0], tokens, seed),
         offsets=offsets,
     )
 

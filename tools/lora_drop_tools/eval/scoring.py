@@ -12,7 +12,11 @@ request would, at any place of the cycle, the last c tokens of the given context
 uniform in 0 … k, at least one token stays in the prefill, and u is drawn once for each item, the same for all k. With
 c = 0 the first scored token comes from the prefill, which is exact for every k.
 
-The *offset* of a step is its number mod (k+1): 0 is a refresh, 1 … k are the LoRA steps after it.
+The *offset* of a step is how many LoRA steps there were since the last refresh, itself counted: 0 is a refresh, 1 … k
+are the LoRA steps after it. Under the periodic schedule it is the step's number mod (k+1).
+
+An adaptive schedule refreshes a batch as soon as one row is unsure, so what it does to a row depends on the others. To
+score it as it is for one row, rows are decoded one by one.
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.plan.schedule import AdaptiveSchedule, StepKind
 from lora_drop_runtime.text import TextCodec
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.float64]
+WindowK = int | AdaptiveSchedule  # k of the periodic schedule, or another schedule
 KEPT_BYTES = 2**30  # of the full schedule's log-probabilities, kept for one batch of windows
 COLUMNS = ("tokens", "nll", "nll_full", "agree", "kl")  # of a window's sums, a row for each offset
 
@@ -75,6 +81,11 @@ class Score:
     greedy: bool
 
 
+def longest(k: WindowK) -> int:
+    """The most LoRA steps between two refreshes."""
+    return k if isinstance(k, int) else k.k
+
+
 def prompt_length(context: int, phase: float, k: int) -> int:
     """How many of `context` given tokens are prefilled, for u = `phase` in [0, 1)."""
     return context - min(int(phase * (k + 1)), context - 1)
@@ -108,7 +119,7 @@ def log_softmax(logits: Floats) -> Floats:
     return log_probs
 
 
-def decode(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
+def decode(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
     """Decode a batch under k and yield what is to be read of each step, the prefill being step 0.
 
     Rows may differ in everything: the steps are counted from each row's own prompt. A row that has no token left is
@@ -123,13 +134,15 @@ def decode(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
         ids[index, : len(row.ids)] = row.ids
     every = np.arange(len(rows))
     logits = session.prefill(ids[:, : lengths.max()], lengths, max_new_tokens=steps + 1, k=k)
+    offset = 0
     for step in range(steps + 1):
         positions = lengths - 1 + step
         read = np.flatnonzero((positions >= firsts) & (positions < ends))
         if read.size:
             at = positions[read]
-            yield Read(step % (k + 1), read, at, ids[read, at + 1], log_softmax(logits[read]))
+            yield Read(offset, read, at, ids[read, at + 1], log_softmax(logits[read]))
         if step < steps:
+            offset = 0 if session.next_step is StepKind.REFRESH else offset + 1
             logits = session.step(ids[every, positions + 1])
 
 
@@ -147,9 +160,10 @@ def batches(session: Session, rows: Sequence[Row]) -> Iterator[list[int]]:
         yield batch
 
 
-def _decode_apart(session: Session, rows: Sequence[Row], k: int) -> Iterator[Read]:
+def _decode_apart(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
     """As `decode`, in as many batches as the bundle's limits make of them: prompts of other phases differ in length."""
-    for batch in batches(session, rows):
+    one_by_one = ([index] for index in range(len(rows)))
+    for batch in batches(session, rows) if isinstance(k, int) else one_by_one:
         for read in decode(session, [rows[index] for index in batch], k):
             yield dataclasses.replace(read, rows=np.array(batch)[read.rows])
 
@@ -174,8 +188,8 @@ class Window:
     context: int
     phase: float
 
-    def row(self, k: int) -> Row:
-        return Row(self.ids, prompt_length(self.context, self.phase, k), self.context)
+    def row(self, k: WindowK) -> Row:
+        return Row(self.ids, prompt_length(self.context, self.phase, longest(k)), self.context)
 
     @property
     def scored(self) -> int:
@@ -189,18 +203,20 @@ def windows_at_once(session: Session, window: Window) -> int:
 
 
 def score_windows(
-    session: Session, windows: Sequence[Window], ks: Sequence[int], done: Callable[[int, list[Sums]], None]
+    session: Session, windows: Sequence[Window], ks: Sequence[WindowK], done: Callable[[WindowK, list[Sums]], None]
 ) -> None:
     """Decode a batch of equally long windows under k = 0, then under every one of `ks`; compare the same positions.
 
     Args:
-        done: gets k and for each window float64 [k + 1, 5], the sums of `COLUMNS` for each offset: tokens scored,
-            −log p of them, the same under k = 0, how often the likeliest token is that of k = 0, KL(p₀ ‖ p_k) in nats.
+        ks: windows k, or adaptive schedules.
+        done: gets one of them and for each window float64 [k + 1, 5], the sums of `COLUMNS` for each offset: tokens
+            scored, −log p of them, the same under k = 0, how often the likeliest token is that of k = 0, KL(p₀ ‖ p_k)
+            in nats.
     """
     first, vocab_size = windows[0].context, session.bundle.manifest.model.vocab_size
     kept = np.empty((len(windows), windows[0].scored, vocab_size), np.float32)
     for k in (0, *(k for k in ks if k)):
-        sums = np.zeros((len(windows), k + 1, len(COLUMNS)))
+        sums = np.zeros((len(windows), longest(k) + 1, len(COLUMNS)))
         for read in _decode_apart(session, [window.row(k) for window in windows], k):
             if not k:
                 kept[read.rows, read.positions - first] = read.log_probs

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
 
 WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
+WINDOWS_K = (1, 3)
+_WANTED = Bounds(0, 1, open=True)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,12 @@ class EvalSettings:
 
     Attributes:
         labels: names for the tables, one for each bundle; the directories' names when empty.
-        k: LoRA steps between refreshes; 0, the full schedule, is always evaluated too.
+        k: LoRA steps between refreshes; 0, the full schedule, is always evaluated too. 1 and 3 when None; with
+            `calibrate` it is one, the bundle's own when None.
+        schedules: of `SCHEDULES`; an adaptive one runs as the bundle was calibrated for it. `periodic` when empty; with
+            `calibrate` the adaptive ones.
+        calibrate: find the thresholds of adaptive schedules at which this share of the likeliest tokens is the full
+            schedule's, and store them in the bundle; nothing is evaluated.
         policies: `skip`, `backfill`, or both; each bundle's own when empty.
         text: a UTF-8 file for perplexity, agreement and KL.
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
@@ -49,8 +58,20 @@ class EvalSettings:
         metavar="NAME",
         help="name a bundle in the tables, once for each of them (default: directories)",
     )
-    k: tuple[int, ...] = option(
-        (1, 3), metavar="K,…", bounds=bounds.K, help="evaluate these windows (default 1,3); 0 always runs"
+    k: tuple[int, ...] | None = option(
+        None, metavar="K,…", bounds=bounds.K, help="evaluate these windows (default 1,3); 0 always runs"
+    )
+    schedules: tuple[str, ...] = option(
+        (),
+        flag="--schedule",
+        metavar="NAME,…",
+        help=f"evaluate these schedules: {', '.join(SCHEDULES)} (default {SCHEDULES[0]}); the others after --calibrate",
+    )
+    calibrate: float | None = option(
+        None,
+        metavar="SHARE",
+        bounds=_WANTED,
+        help="find and store the threshold at which so many of the likeliest tokens are the full schedule's",
     )
     policies: tuple[str, ...] = option(
         (),
@@ -92,10 +113,20 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.ks == [0]:
+        if self.ks == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policies",), "with --k 0 every step is a refresh", "use a larger --k")
         for policy in self.policies:
             check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        for schedule in self.schedules:
+            check_known("schedule", schedule, SCHEDULES, "--schedule")
+        if self.calibrate is not None:
+            self._check_calibration()
+        if self.tasks and set(self.schedules) & set(ADAPTIVE):
+            raise InputError(
+                "Tasks are evaluated under the periodic schedule alone.",
+                note=f"--schedule is {', '.join(self.schedules)}: an adaptive one refreshes a batch by all its rows.",
+                hint="Leave --tasks or --schedule out.",
+            )
         if self.text is None and not self.tasks:
             raise InputError(
                 "There is nothing to evaluate.",
@@ -105,12 +136,40 @@ class EvalSettings:
         if self.text is None:
             refuse_unused(self, ("window", "prompt", "windows"), "--text was not given", "add --text FILE")
         else:
-            self._check_windows()
+            self.check_cycle(self.ks[-1])
         if not self.tasks:
             refuse_unused(self, ("data", "limit"), "--tasks was not given", "add --tasks NAME")
 
-    def _check_windows(self) -> None:
-        longest = self.ks[-1]
+    def _check_calibration(self) -> None:
+        unused = ("labels", "tasks", "data", "out_dir", "bench_file", "json_file", "plots")
+        refuse_unused(self, unused, "--calibrate measures agreement on a text", "leave --calibrate out")
+        if self.text is None:
+            raise InputError(
+                "There is nothing to calibrate on.", note="--text was not given.", hint="Use --text FILE, of prose."
+            )
+        if SCHEDULES[0] in self.schedules:
+            raise InputError(
+                "The periodic schedule has no threshold.",
+                note=f"--schedule is {', '.join(self.schedules)}.",
+                hint=f"Use --schedule {' or '.join(ADAPTIVE)}, or leave it out for both.",
+            )
+        given: tuple[tuple[str, tuple[object, ...]], ...] = (("--k", self.k or ()), ("--policy", self.policies))
+        for flag, several in given:
+            if len(several) > 1:
+                raise InputError(
+                    f"{flag} names several, and a threshold is found for one.",
+                    note=f"It is {', '.join(map(str, several))}.",
+                    hint="Name one, or leave it out for the bundle's own.",
+                )
+        if self.k == (0,):
+            raise InputError(
+                "There is no LoRA step to calibrate.",
+                note="--k is 0, where every step is a refresh.",
+                hint="Use for example --k 3.",
+            )
+
+    def check_cycle(self, longest: int) -> None:
+        """Refuse windows of the text without room for a cycle of so many LoRA steps."""
         window, prompt = self.window_tokens, self.prompt_tokens
         if prompt <= longest or window < prompt + longest + 2:
             raise InputError(
@@ -131,4 +190,4 @@ class EvalSettings:
     @property
     def ks(self) -> list[int]:
         """All windows k that are evaluated, ascending; the first is 0."""
-        return sorted({0, *self.k})
+        return sorted({0, *(WINDOWS_K if self.k is None else self.k)})

@@ -6,6 +6,7 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Manifest
@@ -74,7 +75,7 @@ def macs_speedup(manifest: Manifest, context: int, k: int) -> float:
     return 1 / ((1 - rho) + rho / (k + 1) + k / (k + 1) * surrogates)
 
 
-def asymptotic_speedup(manifest: Manifest, k: int) -> float:
+def asymptotic_speedup(manifest: Manifest, k: float) -> float:
     """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`, of the weights alone."""
     return (k + 1) / ((k + 1) - dropped_macs_share(manifest, 0) * k)
 
@@ -143,6 +144,19 @@ def kv_reserved_bytes(manifest: Manifest, prompt: int, steps: int, k: int, polic
     return slots * manifest.model.token_kv_bytes
 
 
+def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Sequence[float], policy: Policy) -> int:
+    """Bytes of valid K/V of one row under a schedule that is known by what it did.
+
+    Args:
+        steps_at: how many steps were refreshes, first LoRA steps after one, second ones, and so on.
+    """
+    longer = [*steps_at[1:], 0]
+    made = sum((n - more) * policy.refresh_tokens(c) for c, (n, more) in enumerate(zip(steps_at, longer, strict=True)))
+    plan, dropped = manifest.plan, prompt + (steps if policy.fills else round(steps * made / sum(steps_at)))
+    entries = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
+    return entries * manifest.model.token_kv_bytes
+
+
 def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
     """Eq. 12: bytes of K/V of the full model, one row."""
     return tokens * manifest.model.num_layers * manifest.model.token_kv_bytes
@@ -169,18 +183,45 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     return outside + weights + kept_kv + dropped_kv, lora
 
 
-def request_bytes(
-    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
+def entries_made(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
+    """Entries of a dropped attention that there are after each step, beside the prompt's."""
+    if policy.fills:
+        return [*range(1, len(kinds) + 1)]
+    entries, made, lora_steps = [], 0, 0
+    for kind in kinds:
+        if kind is StepKind.REFRESH:
+            made, lora_steps = made + policy.refresh_tokens(lora_steps), 0
+        else:
+            lora_steps += 1
+        entries.append(made)
+    return entries
+
+
+def periodic_kinds(steps: int, k: int) -> list[StepKind]:
+    """Of the decode steps 1 … `steps`."""
+    schedule = PeriodicSchedule(k)
+    return [schedule.kind(step) for step in range(1, steps + 1)]
+
+
+def bytes_of_steps(
+    manifest: Manifest, prompt: int, kinds: Sequence[StepKind], rows: int = 1, policy: Policy = _SKIP
 ) -> list[int]:
-    """Bytes that each of the decode steps 1 … `steps` moves, at its own context.
+    """Bytes that each decode step moves, at its own context, given the kinds of all of them.
 
     Of the tokens that a refresh takes back only the entries that later steps read count, so that a ceiling stays one.
     """
-    schedule, moved = PeriodicSchedule(k), []
-    for step in range(1, steps + 1):
-        refresh, lora = step_bytes(manifest, *kv_entries(prompt, step - 1, k, policy), rows)
-        moved.append(refresh if schedule.kind(step) is StepKind.REFRESH else lora)
+    moved, dropped = [], [0, *entries_made(kinds, policy)]
+    for done, kind in enumerate(kinds):
+        refresh, lora = step_bytes(manifest, prompt + done, prompt + dropped[done], rows)
+        moved.append(refresh if kind is StepKind.REFRESH else lora)
     return moved
+
+
+def request_bytes(
+    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
+) -> list[int]:
+    """`bytes_of_steps` of the periodic schedule."""
+    return bytes_of_steps(manifest, prompt, periodic_kinds(steps, k), rows, policy)
 
 
 def request_ceiling(

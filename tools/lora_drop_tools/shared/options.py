@@ -7,12 +7,19 @@ from typing import Any
 from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.command_line import option
 from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import SCHEDULES
 
 
 def policy_option() -> Any:
     """`str | None`; None is the bundle's."""
     what = "what refreshes do: skip leaves holes, backfill fills them (default: the bundle's)"
     return option(None, help=what, choices=tuple(POLICIES))
+
+
+def schedule_option() -> Any:
+    """`str | None`; None is periodic."""
+    what = "refresh periodically (default), or after unsure logits (see lora-drop eval --calibrate)"
+    return option(None, help=what, choices=SCHEDULES)
 
 
 def target_option() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, Policy
-from lora_drop_runtime.plan.schedule import Schedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Layout:
     is_lora: Any
 
     @classmethod
-    def of(cls, tokens: int, prompt: int, schedule: Schedule, device: Any = "cpu") -> Layout:
+    def of(cls, tokens: int, prompt: int, schedule: PeriodicSchedule, device: Any = "cpu") -> Layout:
         """`prompt` tokens at once, then one per decode step."""
         import torch
 

@@ -1,0 +1,80 @@
+"""The schedule that a user named, with the threshold that the bundle was calibrated to.
+
+Enters: a manifest, the name of a schedule, what was said of window and policy. Leaves: a schedule and a policy's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_drop_runtime.bundle.manifest import Calibration, Manifest
+from lora_drop_runtime.command_line import check_known
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import policy_named
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, Schedule
+
+
+def _calibration(manifest: Manifest, name: str) -> Calibration:
+    found = manifest.calibration.get(name)
+    if found is None:
+        stored = ", ".join(manifest.calibration) or "none"
+        raise InputError(
+            f"The bundle is not calibrated for the {name} schedule.",
+            note=f"A threshold is stored for: {stored}.",
+            hint=f"Use: lora-drop eval BUNDLE --calibrate 0.95 --schedule {name} --text FILE",
+        )
+    return found
+
+
+def _check_same(name: str, what: str, asked: Any, calibrated: Any) -> None:
+    if asked is not None and asked != calibrated:
+        raise InputError(
+            f"The bundle is calibrated for another {what}.",
+            note=f"The threshold of the {name} schedule was found for {calibrated}; {asked} was asked for.",
+            hint=f"Leave the {what} out, or calibrate again: lora-drop eval BUNDLE --calibrate 0.95 "
+            f"--schedule {name} --{what} {asked} --text FILE",
+        )
+
+
+def check_adaptive(name: str, policy: str | None) -> None:
+    """Refuse an adaptive schedule beside a policy that decides by itself when to refresh.
+
+    Raises:
+        InputError: the policy verifies drafts, or is unknown.
+    """
+    if policy is not None and getattr(policy_named(policy), "verifies", False):
+        raise InputError(
+            f"The policy {policy} follows no {name} schedule.",
+            note="It verifies drafts, and decides by itself how many come before a refresh.",
+            hint="Leave the schedule out, or use --policy backfill.",
+        )
+
+
+def named_schedule(
+    manifest: Manifest, name: str | None, k: int | Schedule | None, policy: str | None
+) -> tuple[int | Schedule, str]:
+    """What `k` and the policy of a session are.
+
+    Args:
+        name: one of SCHEDULES; None is `periodic`, or the schedule that `k` is.
+        k: LoRA steps between two refreshes, at most where the schedule is adaptive; None is the bundle's window, or the
+            one that it was calibrated for.
+        policy: None likewise.
+
+    Raises:
+        InputError: an unknown name, a name beside a schedule object, or no threshold for this window and policy.
+    """
+    check_known("schedule", name, SCHEDULES)
+    if name is not None and hasattr(k, "kind"):
+        raise InputError(
+            "The schedule is given twice.",
+            note=f"schedule is {name!r}, and k is a schedule of its own, {type(k).__name__}.",
+            hint="Leave schedule out, or give k as a number.",
+        )
+    if name is None or name not in ADAPTIVE:
+        return manifest.plan.k if k is None else k, manifest.plan.policy if policy is None else policy
+    check_adaptive(name, policy)
+    found = _calibration(manifest, name)
+    _check_same(name, "k", k, found.k)
+    _check_same(name, "policy", policy, found.policy)
+    return ADAPTIVE[name](found.k, found.threshold), found.policy

@@ -1,0 +1,275 @@
+"""`lora-drop eval --calibrate` and what is then evaluated: agreement recomputed with PyTorch and the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.text import TextCodec
+from lora_drop_tools.cli import main
+from lora_drop_tools.eval.calibrate import calibrate, store_calibration
+from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.requests import text_request, text_windows
+from lora_drop_tools.eval.scoring import Window
+from lora_drop_tools.eval.settings import EvalSettings
+
+from tests.support import oracle
+from tests.support.bundles import family, oracle_plan
+
+TEXT = "".join(f"{a} boats and {b} gulls; the tide is {a * b}.\n" for a in range(12) for b in range(6))
+K, POLICY = 3, "backfill"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def own(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that may be written to."""
+    return Path(shutil.copytree(bundle, tmp_path / "own"))
+
+
+def settings(text: Path, wanted: float | None, **more: Any) -> EvalSettings:
+    given = {"k": (K,), "policies": (POLICY,), "schedules": ("margin",), "threads": 1} | more
+    return EvalSettings(text=text, window=40, prompt=8, windows=4, calibrate=wanted, **given)
+
+
+def margin(logits: torch.Tensor) -> float:
+    best = sorted(logits.tolist())
+    return best[-1] - best[-2]
+
+
+def recomputed(bundle: Path, windows: list[Window], sure: Callable[[torch.Tensor], bool]) -> tuple[float, float]:
+    """Agreement with one forward pass of PyTorch, and the share of refreshes, of scored steps by the oracle."""
+    plan, model = oracle_plan(Bundle.open(bundle)), family("llama").model
+    agree, refreshes, steps = 0, 0, 0
+    for window in windows:
+        ids = window.ids.tolist()
+        with torch.no_grad():
+            full = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        begin = window.context - min(int(window.phase * (K + 1)), window.context - 1)
+        row, logits = oracle.prefill(model, plan, ids[:begin])
+        since = 0
+        for position in range(begin, len(ids) - 1):
+            refresh = since > 0 and (since == K or not sure(logits))
+            logits = row.backfill(ids[position]) if refresh else row.step(ids[position], full=False)
+            since = 0 if refresh else since + 1
+            if position >= window.context:
+                agree += int(logits.argmax()) == full[position]
+                refreshes += refresh
+                steps += 1
+    return agree / steps, refreshes / steps
+
+
+def halves(bundle: Path, given: EvalSettings) -> tuple[list[Window], list[Window]]:
+    request = text_request(given)
+    assert request is not None
+    windows = list(text_windows(request, TextCodec.open(bundle / "tokenizer"), 0).values())
+    return windows[:2], windows[2:]
+
+
+def test_the_threshold_reaches_what_was_wanted(own: Path, text: Path) -> None:
+    """Stored, found again by an independent run, and no better one among those of the same search."""
+    searched, held_out = halves(own, settings(text, 0.5))
+    periodic, _ = recomputed(own, searched, lambda _: True)
+    most, half = recomputed(own, searched, lambda _: False)
+    assert periodic < most
+    wanted = (periodic + most) / 2
+    out = io.StringIO()
+    (found,) = calibrate(own, settings(text, wanted), out=out)
+    stored = Bundle.open(own).manifest.calibration["margin"]
+    assert stored == found.stored
+    assert (stored.k, stored.policy, stored.wanted) == (K, POLICY, wanted)
+    assert stored.agreement >= wanted
+    for windows, expected, tokens in (
+        (searched, (stored.agreement, stored.refresh_share), stored.tokens),
+        (held_out, (stored.held_out_agreement, stored.held_out_refresh_share), stored.held_out_tokens),
+    ):
+        assert recomputed(own, windows, lambda logits: margin(logits) >= stored.threshold) == pytest.approx(expected)
+        assert tokens == 2 * 31
+    assert found.periodic[0].agreement == pytest.approx(periodic)
+    assert (found.most.agreement, found.most.refresh_share) == pytest.approx((most, half))
+    assert found.periodic[0].refresh_share < stored.refresh_share <= half
+    assert f"margin: the threshold {stored.threshold:.4g} is stored in the bundle" in out.getvalue()
+    assert "beside it: periodic, k = " in out.getvalue()
+
+
+def test_what_is_stored_is_run_and_evaluated(
+    own: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    searched, held_out = halves(own, settings(text, 0.5))
+    most, _ = recomputed(own, searched, lambda _: False)
+    (found,) = calibrate(own, settings(text, most - 1e-9), out=io.StringIO())
+    stored = found.stored
+    assert stored is not None
+    with Session.open(own, schedule="margin", threads=1) as session:
+        assert session.policy == POLICY
+        assert (session.schedule.k, session.schedule.threshold) == (K, stored.threshold)  # type: ignore[attr-defined]
+    given = settings(text, None, k=(1,), schedules=("periodic", "margin"), policies=())
+    written = tmp_path / "eval.json"
+    kept = dataclasses.replace(given, out_dir=tmp_path / "kept", json_file=written)
+    for _ in range(2):  # the second time from what was kept
+        result = eval(own, kept, out=io.StringIO())
+        named = [(row.policy, row.k, row.schedule) for row in result.rows]
+        periodic_backfill = (POLICY, 1, "periodic")
+        assert named == [
+            ("full", 0, "periodic"),
+            ("skip", 1, "periodic"),
+            periodic_backfill,
+            (POLICY, K, "margin"),
+        ]
+        row = result.rows[-1]
+        agree, share = recomputed(own, searched + held_out, lambda logits: margin(logits) >= stored.threshold)
+        assert row.text is not None
+        assert row.text.agreement.value == pytest.approx(agree)
+        assert row.text.refresh_share.value == pytest.approx(share)
+        assert row.text.refresh_share.value == pytest.approx((stored.refresh_share + stored.held_out_refresh_share) / 2)
+        assert row.threshold == stored.threshold
+        assert row.kv_bytes == result.rows[0].kv_bytes  # backfill saves none
+    assert json.loads(written.read_text())["rows"][-1]["schedule"] == "margin"
+    line = [
+        "generate",
+        str(own),
+        "--prompt",
+        "a tide",
+        "--max-new-tokens",
+        "9",
+        "--schedule",
+        "margin",
+        "--threads",
+        "1",
+    ]
+    assert main(line) == 0
+    assert main([*line, "--k", "2"]) == 2
+    assert "calibrated for another k" in capsys.readouterr().err
+    assert main(["inspect", str(own)]) == 0
+    assert f"margin: threshold {stored.threshold:.4g} for k = 3, backfill" in capsys.readouterr().out
+
+
+def test_kv_of_an_adaptive_schedule_under_skip(own: Path, text: Path) -> None:
+    """A dropped layer has an entry for each refresh that there was."""
+    skipping = settings(text, 0.05, policies=("skip",))
+    data = json.loads((own / MANIFEST_NAME).read_text())
+    data["calibration"] = {
+        "margin": dataclasses.asdict(calibration(threshold=0.2, k=K, policy="skip")),
+    }
+    (own / MANIFEST_NAME).write_text(json.dumps(data))
+    given = dataclasses.replace(skipping, calibrate=None, k=(0,), policies=())
+    full, row = eval(own, given, out=io.StringIO()).rows
+    assert row.text is not None
+    manifest = Bundle.open(own).manifest
+    prompt, steps = KV_REQUEST
+    refreshes = round(steps * row.text.refresh_share.value)
+    dropped = len(manifest.plan.sites)
+    entries = (manifest.model.num_layers - dropped) * (prompt + steps) + dropped * (prompt + refreshes)
+    assert row.kv_bytes == entries * manifest.model.token_kv_bytes < full.kv_bytes
+
+
+def calibration(**changes: Any) -> Any:
+    from lora_drop_runtime.bundle.manifest import Calibration
+
+    return dataclasses.replace(Calibration(1.0, K, POLICY, 0.9, 0.91, 0.4, 93, 0.89, 0.41, 93), **changes)
+
+
+def test_not_needed_and_out_of_reach(own: Path, text: Path) -> None:
+    before = (own / MANIFEST_NAME).read_bytes()
+    for wanted, words in ((1e-6, "not needed, the periodic schedule of k = 3 agrees on"), (1.0, "out of reach")):
+        out = io.StringIO()
+        (found,) = calibrate(own, settings(text, wanted), out=out)
+        assert found.stored is None
+        assert words in out.getvalue()
+        assert "nothing is stored" in out.getvalue()
+    assert (own / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ("--calibrate 0.9", "There is nothing to calibrate on."),
+        ("--calibrate 0", "--calibrate is too small."),
+        ("--calibrate 1.1 --text TEXT", "--calibrate is too large."),
+        ("--calibrate 0.9 --text TEXT --schedule periodic,margin", "The periodic schedule has no threshold."),
+        ("--calibrate 0.9 --text TEXT --k 1,3", "--k names several"),
+        ("--calibrate 0.9 --text TEXT --k 0", "There is no LoRA step to calibrate."),
+        ("--calibrate 0.9 --text TEXT --policy skip,backfill", "--policy names several"),
+        ("--calibrate 0.9 --text TEXT --json out.json", "--json would change nothing."),
+        ("--calibrate 0.9 --text TEXT --windows 1", "The text is too short."),
+        ("--calibrate 0.9 --text nowhere.txt", "The text cannot be read."),
+        ("--schedule margin --text TEXT", "The bundle is not calibrated for the margin schedule."),
+        ("--schedule often --text TEXT", "Unknown schedule."),
+        ("--schedule margin --tasks piqa", "Tasks are evaluated under the periodic schedule alone."),
+    ],
+)
+def test_refused_before_any_work(
+    options: str, fact: str, bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Session, "open", lambda *_, **__: pytest.fail("work has begun"))
+    windows = ["--window", "40", "--prompt", "8"] if "--text" in options else []
+    assert main(["eval", str(bundle), *windows, *options.replace("TEXT", str(text)).split()]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {fact}")
+
+
+def test_two_bundles_are_refused(bundle: Path, text: Path, capsys: Any) -> None:
+    assert main(["eval", str(bundle), str(bundle), "--calibrate", "0.9", "--text", str(text)]) == 2
+    assert "A threshold is found for one bundle." in capsys.readouterr().err
+    with pytest.raises(InputError, match="eval finds no thresholds"):
+        eval(bundle, settings(text, 0.9))
+
+
+def test_the_manifest_keeps_what_came_meanwhile_and_is_not_another_bundle_s(own: Path) -> None:
+    opened = Bundle.open(own)
+    store_calibration(opened, {"margin": calibration()})
+    store_calibration(opened, {"entropy": calibration(threshold=2.0)})  # opened before the first was stored
+    assert Bundle.open(own).manifest.calibration == {"margin": calibration(), "entropy": calibration(threshold=2.0)}
+    assert sorted(os.listdir(own.parent)) == ["own"]
+    Bundle.open(own).check_unchanged()
+    data = json.loads((own / MANIFEST_NAME).read_text())
+    data["plan"]["k"] = 7
+    (own / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(InputError, match="exported again meanwhile"):
+        store_calibration(opened, {"margin": calibration(threshold=9.0)})
+    assert json.loads((own / MANIFEST_NAME).read_text()) == data
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"margn": {}}, "calibration"),
+        ({"margin": {}}, "calibration.'margin' has no 'threshold'"),
+        ({"margin": {"threshold": "1"}}, "threshold is '1'"),
+        ({"margin": {"k": 2**40}}, "more than"),
+        ({"margin": {"policy": "none"}}, "policy is 'none'"),
+        ({"periodic": {}}, "a key of calibration is 'periodic'"),
+    ],
+)
+def test_a_manifest_with_a_wrong_calibration_is_refused(change: dict[str, Any], reason: str, own: Path) -> None:
+    data = json.loads((own / MANIFEST_NAME).read_text())
+    whole = dataclasses.asdict(calibration())
+    filled = {name: (whole | one if one or name == "periodic" else one) for name, one in change.items()}
+    (own / MANIFEST_NAME).write_text(json.dumps(data | {"calibration": filled}))
+    with pytest.raises(BundleError, match="manifest is damaged") as caught:
+        Bundle.open(own)
+    assert reason in str(caught.value)
+
+
+def test_settings_from_python() -> None:
+    with pytest.raises(InputError, match="no agreement to calibrate to"):
+        calibrate("nowhere", EvalSettings(text=Path("t")))
+    assert math.isclose(EvalSettings(text=Path("t"), calibrate=0.9).calibrate or 0, 0.9)
