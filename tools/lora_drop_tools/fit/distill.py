@@ -2,7 +2,7 @@
 
 Enters: a model, a plan, a source of texts, adapters to begin with. Leaves: better adapters. The model is frozen; its
 logits are computed once per batch, by the exact stream that the decoded one needs anyway. The loss is
-KL(full ‖ decoded), averaged over the tokens of LoRA steps (under `skip` over refreshes too, which see holes), with the
+KL(full ‖ decoded), averaged over the tokens of LoRA steps (and of refreshes where these are not exact, under `skip` and `fill`), with the
 caches and masks of deployment (forcing.py). Under torchrun n processes see the texts that one process
 sees that accumulates n times as many gradients.
 """
