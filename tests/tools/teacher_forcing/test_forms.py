@@ -13,7 +13,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base, SurrogateForm
 from lora_drop_tools.fit.closed_form import Site, batches_of, walk
 from lora_drop_tools.fit.distill import run_batch
-from lora_drop_tools.profile.measures import layer_figures
+from lora_drop_tools.profile.measures import site_figures
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout, check_policy
 
@@ -67,7 +67,7 @@ def test_a_policy_counts_by_its_facts(policy: Policy) -> None:
 def test_a_profile_has_a_figure_for_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SURROGATES, "homemade", SurrogateForm("homemade", Base.ANCHOR))
     forcing = TeacherForcing(FAMILIES["llama"]())
-    for figures in layer_figures(forcing, torch.randint(0, 131, (1, 24)), 3, lambda: None):
+    for figures in site_figures(forcing, torch.randint(0, 131, (1, 24)), 3, lambda: None).values():
         assert list(figures.base_errors) == ["residual", "recurrent", "anchor", "homemade"]
         assert figures.base_errors["homemade"] == figures.base_errors["anchor"] != figures.base_errors["recurrent"]
 

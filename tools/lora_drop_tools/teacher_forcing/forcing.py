@@ -296,3 +296,29 @@ class TeacherForcing:
         output = self._call(index, hidden, state, lambda _, args: middle.append(args[0]))
         assert state.seen is not None
         return output, middle[0], state.seen
+
+    def parameters_of(self, index: int) -> tuple[list[Any], list[Any], int]:
+        """Parameters that a layer's first half computes with, those for K and V alone, and how many K and V are a token.
+
+        They are found by what has a gradient.
+        """
+        import torch
+
+        parameters, positions = list(self.layers[index].parameters()), torch.arange(2, device=self.device)
+        learned = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
+                _, middle, seen = self._run(index, hidden, Attention(positions))
+                ends = ([middle], list(seen))
+                found = [
+                    torch.autograd.grad([end.sum() for end in group], parameters, retain_graph=True, allow_unused=True)
+                    for group in ends
+                ]
+        finally:
+            for parameter, before in zip(parameters, learned, strict=True):
+                parameter.requires_grad_(before)
+        used = [[p for p, grad in zip(parameters, grads, strict=True) if grad is not None] for grads in found]
+        return used[0], used[1], sum(part.shape[1] * part.shape[3] for part in seen)
