@@ -152,7 +152,7 @@ def test_only_the_cheapest_are_measured_again() -> None:
     greedy.costs = counted  # type: ignore[method-assign,assignment]
     alone, order = greedy.order(saved_bytes.candidates(True), lambda sites: len(sites) == 3, lambda *_: None, 2)
     assert [len(sites) for sites in measured] == [8, 2, 2]
-    assert list(alone)[0] == order[0][0]
+    assert next(iter(alone)) == order[0][0]
     assert set(measured[1]) == set(list(alone)[1:3])  # the cheapest for their bytes but the one that was dropped
 
 

@@ -75,7 +75,7 @@ def describe(result: Profile, out: Path) -> list[str]:
         *table(headings, rows),
         f"sim: cosine of a {what}'s outputs at t and t+1; centred: the same less their mean; influence: cosine of a",
         f"{what}'s input and output; {', '.join(BASES)}: distance of the surrogate's base from the output,",
-        f"over that of the mean; KL alone: of LoRA steps when the {what} alone is dropped; then its place in each ranking",
+        "over that of the mean; KL alone: of LoRA steps when it alone is dropped; then its place in each ranking",
         "",
         *_compared(result),
         f"on {settings['sensitivity_tokens']} other tokens, k = {settings['k']}, policy {settings['policy']}, "

@@ -298,7 +298,7 @@ class TeacherForcing:
         return output, middle[0], state.seen
 
     def parameters_of(self, index: int) -> tuple[list[Any], list[Any], int]:
-        """Parameters that a layer's first half computes with, those for K and V alone, and how many K and V are a token.
+        """Parameters that a layer's first half computes with, those for K and V alone, and K's and V's values a token.
 
         They are found by what has a gradient.
         """
