@@ -18,7 +18,8 @@ from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
 
 from lora_drop_tools.teacher_forcing.dropped import DroppedLayer
-from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
+from lora_drop_tools.teacher_forcing.exact import ExactLayer
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates, product
 

@@ -11,7 +11,7 @@ from lora_drop_runtime.plan.sites import layer_of
 from .scoring import Scoring, Tick
 
 if TYPE_CHECKING:
-    from lora_drop_tools.teacher_forcing.forcing import ExactLayer
+    from lora_drop_tools.teacher_forcing.exact import ExactLayer
 
 SURVIVORS = 4  # sites that are compared on all of the text when a drop list grows
 SCREENED = 12  # halves that are measured when a list of halves grows: those that were cheapest when last measured

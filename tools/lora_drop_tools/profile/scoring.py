@@ -13,7 +13,8 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 
 if TYPE_CHECKING:
-    from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
+    from lora_drop_tools.teacher_forcing.exact import ExactLayer
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.layout import Layout
 
 HEAD_ROWS = 128  # tokens whose logits are in memory at once, beside those of one window in full

@@ -46,7 +46,7 @@ def _bits(parameter: Any, dtype: str) -> float:
 
 def _stored(parameters: Iterable[Any], dtype: str) -> float:
     """Bytes of parameters in a bundle."""
-    return sum(parameter.numel() * _bits(parameter, dtype) / 8 for parameter in parameters)
+    return sum(int(parameter.numel()) * _bits(parameter, dtype) / 8 for parameter in parameters)
 
 
 def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> list[LayerBytes]:

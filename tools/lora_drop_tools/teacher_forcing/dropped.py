@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.sites import ATTENTION, half_of
 
+from .attention import Attention
+from .exact import ExactLayer
 from .layout import Layout
 from .surrogates import features
 
-if TYPE_CHECKING:
-    from .forcing import ExactLayer, TeacherForcing
+
+class Halves(Protocol):
+    """What runs the model's own layers (forcing.py)."""
+
+    def sight(self, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy) -> Attention: ...
+
+    def full_tokens(self, index: int, hidden: Any, layout: Layout, policy: Policy) -> tuple[Any, Any]: ...
+
+    def first_half(self, index: int, hidden: Any, state: Attention) -> Any: ...
+
+    def second_half(self, index: int, middle: Any) -> Any: ...
 
 
 class DroppedLayer:
@@ -28,7 +39,7 @@ class DroppedLayer:
 
     def __init__(
         self,
-        forcing: TeacherForcing,
+        forcing: Halves,
         index: int,
         hidden: Any,
         exact: ExactLayer,

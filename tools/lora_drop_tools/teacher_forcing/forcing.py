@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.errors import ModelError
@@ -35,6 +34,7 @@ from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_l
 from . import attention
 from .attention import Attention
 from .dropped import DroppedLayer
+from .exact import ExactLayer
 from .layout import Layout
 from .surrogates import Surrogates, product
 
@@ -59,22 +59,6 @@ def _near(a: Any, b: Any) -> bool:
 
     eps = 32 * torch.finfo(b.dtype).eps
     return bool(torch.allclose(a, b, rtol=eps, atol=eps * float(b.abs().mean())))
-
-
-@dataclass(frozen=True)
-class ExactLayer:
-    """What the decoded stream needs of the exact one at a layer.
-
-    Attributes:
-        keys, values: [B, Hkv, T, D], RoPE applied.
-        output: [B, T, d].
-        middle: the residual stream between attention and MLP, [B, T, d].
-    """
-
-    keys: Any
-    values: Any
-    output: Any
-    middle: Any
 
 
 class TeacherForcing:
