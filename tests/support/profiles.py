@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.support.bundles import record_again
 
 WINDOW, PROMPT, K = 24, 6, 3
-ELIGIBLE = (3, 4, 5, 6)
+ELIGIBLE = ("3", "4", "5", "6")
 TOLERANCE = 2e-4  # relative, of sums of float32 in another order
 
 
@@ -45,4 +45,4 @@ def saved(model: PreTrainedModel, directory: Path) -> Path:
 
 def make_scoring(model: PreTrainedModel, policy: str, k: int = K) -> Scoring:
     layout = Layout.of(WINDOW, PROMPT, PeriodicSchedule(k))
-    return Scoring(TeacherForcing(model), DropPlan(8, (), k), layout, POLICIES[policy])
+    return Scoring(TeacherForcing(model), DropPlan(8, (), k, policy=policy), layout, POLICIES[policy])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile.greedy import Greedy
-from lora_drop_tools.profile.measures import layer_figures
+from lora_drop_tools.profile.measures import site_figures
 from lora_drop_tools.profile.profile import profile
 from lora_drop_tools.profile.result import Profile
 from lora_drop_tools.profile.scoring import Scoring
@@ -36,25 +36,27 @@ profile_module = importlib.import_module("lora_drop_tools.profile.profile")  # t
 
 def test_rankings_and_lists(made: tuple[Profile, Path]) -> None:
     result, out = made
-    figures = result.layers
-    assert [layer.layer for layer in figures if layer.eligible] == list(ELIGIBLE)
+    figures = {one.site: one for one in result.sites}
+    assert [site for site, one in figures.items() if one.eligible] == list(ELIGIBLE)
     for ranking, key in (
         ("temporal", lambda i: -sum(figures[i].similarity.values())),
         ("influence", lambda i: -figures[i].influence_cosine),
     ):
         assert list(result.rankings[ranking]) == sorted(ELIGIBLE, key=key)
     assert len(result.rankings["sensitivity"]) == len(result.greedy_kl) == 3
-    assert {i for i, layer in enumerate(figures) if layer.kl_alone is not None} == set(ELIGIBLE)
+    assert {site for site, one in figures.items() if one.kl_alone is not None} == set(ELIGIBLE)
     assert [(one.ranking, one.rho) for one in result.drop_lists] == list(itertools.product(RANKINGS, (0.25, 0.5, 0.75)))
     for one in result.drop_lists:
         count = {0.25: 1, 0.5: 2, 0.75: 3}[one.rho]
-        assert one.drop_layers == tuple(sorted(result.rankings[one.ranking][:count]))
+        assert one.sites == tuple(sorted(result.rankings[one.ranking][:count]))
         facts = json.loads((out / one.file).read_text())
-        assert facts["drop_layers"] == list(one.drop_layers)
+        assert facts["sites"] == list(one.sites)
         assert (facts["ranking"], facts["rho"], facts["kl"]) == (one.ranking, one.rho, one.kl)
         assert (facts["model"], facts["fingerprint"]) == ("tiny-llama", result.fingerprint)
-        errors = {base: {i: figures[i].base_errors[base] for i in one.drop_layers} for base in ("recurrent", "anchor")}
-        assert read_drop_list(out / one.file) == DropList(one.drop_layers, result.fingerprint, errors, 3, 1)
+        errors = {
+            base: {int(site): figures[site].base_errors[base] for site in one.sites} for base in ("recurrent", "anchor")
+        }
+        assert read_drop_list(out / one.file) == DropList(one.sites, result.fingerprint, errors, 3, 1)
     for rho in (0.25, 0.5, 0.75):
         assert result.best(rho).kl == min(one.kl for one in result.drop_lists if one.rho == rho)
 
@@ -67,12 +69,14 @@ def test_lists_are_compared_on_text_that_no_ranking_saw(
     drawn = ids[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
     scoring = make_scoring(FAMILIES["llama"](), "skip")  # the default
     result = made[0]
-    found = scoring.of_lists(drawn[:2], [one.drop_layers for one in result.drop_lists], lambda: None)
+    found = scoring.of_lists(drawn[:2], [one.sites for one in result.drop_lists], lambda: None)
     assert [one.kl for one in result.drop_lists] == pytest.approx(found, rel=TOLERANCE)
     alone = Greedy(scoring, drawn[2:4]).costs(ELIGIBLE)
-    assert {i: result.layers[i].kl_alone for i in ELIGIBLE} == pytest.approx(alone, rel=TOLERANCE)
-    figures = layer_figures(scoring.forcing, drawn[2:10], K, lambda: None)
-    assert [layer.influence_cosine for layer in result.layers] == pytest.approx([f.influence_cosine for f in figures])
+    measured = {one.site: one for one in result.sites}
+    assert {site: measured[site].kl_alone for site in ELIGIBLE} == pytest.approx(alone, rel=TOLERANCE)
+    figures = site_figures(scoring.forcing, drawn[2:10], K, lambda: None)
+    wanted = {site: own.influence_cosine for site, own in figures.items()}
+    assert {site: one.influence_cosine for site, one in measured.items()} == pytest.approx(wanted)
 
 
 def test_profile_json(made: tuple[Profile, Path]) -> None:
@@ -90,8 +94,8 @@ def test_profile_json(made: tuple[Profile, Path]) -> None:
 
 def test_windowed_layers_are_not_eligible(short: Callable[..., Profile], tmp_path: Path) -> None:
     result = short(saved(FAMILIES["gemma2"](), tmp_path / "model"), tmp_path / "out", policy="skip")
-    assert [layer.layer for layer in result.layers if layer.eligible] == [3, 5]
-    assert [len(one.drop_layers) for one in result.drop_lists] == [1, 1, 2] * 3
+    assert [one.site for one in result.sites if one.eligible] == ["3", "5"]
+    assert [len(one.sites) for one in result.drop_lists] == [1, 1, 2] * 3
 
 
 def arguments(model: Path, text: Path, out: Path, *more: object) -> list[str]:
@@ -112,7 +116,7 @@ def test_what_it_prints(llama_dir: Path, text: Path, tmp_path: Path, capsys: pyt
     assert rows[0][-3:] == ["–", "kept", "kept"]
     facts = json.loads((tmp_path / "out" / "profile.json").read_text())
     best = min((one for one in facts["drop_lists"] if one["rho"] == 0.5), key=lambda one: one["kl"])
-    layers = ", ".join(map(str, best["drop_layers"]))
+    layers = ", ".join(best["sites"])
     assert f"  {tmp_path}/out/drop-{best['ranking']}-0.5.json: {layers}" in lines
     assert "figures of the layers" in printed.err
     assert "sensitivity" not in printed.err
@@ -240,7 +244,7 @@ def test_an_existing_directory(llama_dir: Path, text: Path, tmp_path: Path, caps
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("where", ["load_model", "layer_figures", "of_lists", "write_plots"])
+@pytest.mark.parametrize("where", ["load_model", "site_figures", "of_lists", "write_plots"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_nothing_is_left_behind(
     where: str, error: type[BaseException], llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any

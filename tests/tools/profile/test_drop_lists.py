@@ -27,9 +27,7 @@ def test_export_takes_a_list(
     result, out = made
     best = result.best(0.5)
     assert export("--drop-list", out / best.file) == 0
-    assert json.loads((tmp_path / "bundle" / "lora_drop.json").read_text())["plan"]["drop_layers"] == list(
-        best.drop_layers
-    )
+    assert json.loads((tmp_path / "bundle" / "lora_drop.json").read_text())["plan"]["sites"] == list(best.sites)
     assert "warning" not in capsys.readouterr().err
 
 

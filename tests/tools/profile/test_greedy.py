@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.profile.greedy import Greedy, ticks
 from lora_drop_tools.profile.result import Profile
 from transformers import PreTrainedModel
@@ -33,16 +34,21 @@ def uneven() -> PreTrainedModel:
     return model
 
 
+def three(sites: Sequence[str]) -> bool:
+    return len(sites) == 3
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {**FAMILIES, "uneven": uneven}
 
 
-def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], policy: str, k: int = K) -> float:
+def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[str, ...], policy: str, k: int = K) -> float:
     """Mean KL(full ‖ LoRA step), one token at a time."""
     model, found = MODELS[name](), []
     for ids in windows.tolist():
         with torch.no_grad():
             full = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        steps = oracle.decode_row(model, oracle.OraclePlan(dropped), ids[:PROMPT], ids[PROMPT:], k, policy)
+        plan = oracle.OraclePlan(dropped, fill=policy == "fill")
+        steps = oracle.decode_row(model, plan, ids[:PROMPT], ids[PROMPT:], k, policy)
         for j, logits in enumerate(steps):
             if j and not oracle.is_refresh(j, k):
                 wanted = full[PROMPT - 1 + j]
@@ -50,27 +56,27 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[int, ...], pol
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring_module, "HEAD_ROWS", 5)  # of 14 LoRA steps a window
     windows = random_windows(2)
     scoring = make_scoring(FAMILIES[name](), policy)
-    lists = [(5,), (3, 5), ()]
-    expected = [kl_by_oracle(name, windows, one, policy) for one in lists[:2]]
+    lists = [("5",), ("3", "5"), (), ("3.mlp", "5.attn")]
+    expected = [kl_by_oracle(name, windows, one, policy) for one in lists if one]
     found = scoring.of_lists(windows, lists, lambda: None)
-    assert found == pytest.approx([*expected, 0.0], rel=TOLERANCE, abs=1e-6)
+    assert found == pytest.approx([*expected[:2], 0.0, expected[2]], rel=TOLERANCE, abs=1e-6)
     greedy = Greedy(scoring, windows)
-    assert greedy.costs([3, 5])[5] == pytest.approx(expected[0], rel=TOLERANCE)
-    greedy.drop(3)
-    assert greedy.costs([5])[5] == pytest.approx(expected[1], rel=TOLERANCE)
+    assert greedy.costs(["3", "5"])["5"] == pytest.approx(expected[0], rel=TOLERANCE)
+    greedy.drop("3")
+    assert greedy.costs(["5"])["5"] == pytest.approx(expected[1], rel=TOLERANCE)
     assert greedy.kept_bytes > 2 * 8 * WINDOW * SIZES["hidden_size"] * 4
 
 
 @functools.cache
-def greedy_by_oracle(name: str, policy: str) -> tuple[dict[int, float], list[tuple[int, float]]]:
+def greedy_by_oracle(name: str, policy: str) -> tuple[dict[str, float], list[tuple[str, float]]]:
     windows, order = random_windows(2), []
-    alone: dict[int, float] = {}
+    alone: dict[str, float] = {}
     for _ in range(3):
         before = [layer for layer, _ in order]
         costs = {
@@ -91,8 +97,8 @@ ORDERED = [("uneven", "backfill"), ("uneven", "skip"), ("qwen2", "skip")]
 def test_greedy_order_is_the_oracles(name: str, policy: str) -> None:
     expected_alone, expected = greedy_by_oracle(name, policy)
     ticked, reported = [], []
-    greedy = Greedy(make_scoring(MODELS[name](), policy), random_windows(2), lambda: ticked.append(1))
-    alone, order = greedy.order(ELIGIBLE, 3, lambda *found: reported.append(found))
+    greedy = Greedy(make_scoring(MODELS[name](), policy), random_windows(2), tick=lambda: ticked.append(1))
+    alone, order = greedy.order(ELIGIBLE, three, lambda *found: reported.append(found))
     assert alone == pytest.approx(expected_alone, rel=TOLERANCE)
     assert [layer for layer, _ in order] == [layer for layer, _ in expected]
     assert [kl for _, kl in order] == pytest.approx([kl for _, kl in expected], rel=TOLERANCE)
@@ -113,7 +119,7 @@ def test_the_greedy_order_is_measured_again() -> None:
 def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.MonkeyPatch) -> None:
     windows, ticked = random_windows(3), []
     scoring = make_scoring(FAMILIES["llama"](), "backfill")
-    greedy = Greedy(scoring, windows, lambda: ticked.append(1))
+    greedy = Greedy(scoring, windows, tick=lambda: ticked.append(1))
     whole = greedy.costs(ELIGIBLE)
     on_first = Greedy(scoring, windows[:1]).costs(ELIGIBLE)
     on_second = Greedy(scoring, windows[1:2]).costs(ELIGIBLE)
@@ -125,7 +131,7 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert greedy.costs(ELIGIBLE, 3).keys() == set(sorted(ELIGIBLE, key=lambda i: on_first[i])[:3])
     monkeypatch.setattr(greedy_module, "SURVIVORS", 1)
     ticked.clear()
-    greedy.order(ELIGIBLE, 3, lambda *_: None)
+    greedy.order(ELIGIBLE, three, lambda *_: None)
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)
 
 
@@ -135,7 +141,7 @@ def test_a_layer_that_does_nothing_comes_first(short: Callable[..., Profile], tm
         model.model.layers[5].self_attn.o_proj.weight.zero_()
         model.model.layers[5].mlp.down_proj.weight.zero_()
     result = short(saved(model, tmp_path / "model"), tmp_path / "out")
-    assert result.layers[5].influence_cosine == pytest.approx(1, abs=1e-6)
-    assert result.layers[5].base_errors["residual"] == 0
-    assert result.layers[5].kl_alone == pytest.approx(0, abs=1e-6)
-    assert result.rankings["influence"][0] == result.rankings["sensitivity"][0] == 5
+    assert result.sites[5].influence_cosine == pytest.approx(1, abs=1e-6)
+    assert result.sites[5].base_errors["residual"] == 0
+    assert result.sites[5].kl_alone == pytest.approx(0, abs=1e-6)
+    assert result.rankings["influence"][0] == result.rankings["sensitivity"][0] == "5"

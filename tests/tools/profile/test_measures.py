@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lora_drop_tools.profile.measures import DELTAS, LEADING, LayerFigures, layer_figures
+from lora_drop_tools.profile.measures import DELTAS, LEADING, SiteFigures, site_figures
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from transformers import PreTrainedModel
 
@@ -31,7 +31,7 @@ def streams(model: PreTrainedModel, ids: torch.Tensor) -> list[np.ndarray]:
     return [h[0].double().numpy()[LEADING:] for h in hidden]
 
 
-def by_hand(model: PreTrainedModel, windows: torch.Tensor, layer: int, k: int) -> LayerFigures:
+def by_hand(model: PreTrainedModel, windows: torch.Tensor, layer: int, k: int) -> SiteFigures:
     similar: dict[int, list[float]] = {delta: [] for delta in DELTAS}
     centred: dict[int, list[float]] = {delta: [] for delta in DELTAS}
     kept: list[float] = []
@@ -59,7 +59,7 @@ def by_hand(model: PreTrainedModel, windows: torch.Tensor, layer: int, k: int) -
         "recurrent": np.mean(by_offset[1]),
         "anchor": np.mean([np.mean(of_offset) for of_offset in by_offset.values()]),
     }
-    return LayerFigures(
+    return SiteFigures(
         similarity={delta: float(np.mean(values)) for delta, values in similar.items()},
         centred_similarity={delta: float(np.mean(values)) for delta, values in centred.items()},
         influence_cosine=float(np.mean(kept)),
@@ -72,9 +72,9 @@ def by_hand(model: PreTrainedModel, windows: torch.Tensor, layer: int, k: int) -
 def test_figures_by_hand(name: str) -> None:
     windows, counted = random_windows(3), []
     forcing = TeacherForcing(FAMILIES[name]())
-    figures = layer_figures(forcing, windows, K, lambda: counted.append(1))
+    figures = site_figures(forcing, windows, K, lambda: counted.append(1))
     assert (len(figures), len(counted)) == (8, 3)
-    for layer, found in enumerate(figures):
-        expected = dataclasses.asdict(by_hand(FAMILIES[name](), windows, layer, K))
+    for layer, found in figures.items():
+        expected = dataclasses.asdict(by_hand(FAMILIES[name](), windows, int(layer), K))
         for field, value in dataclasses.asdict(found).items():
             assert value == pytest.approx(expected[field], rel=TOLERANCE, abs=1e-5), (layer, field)

@@ -13,10 +13,11 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base, SurrogateForm
 from lora_drop_tools.fit.closed_form import Site, batches_of, walk
 from lora_drop_tools.fit.distill import run_batch
-from lora_drop_tools.profile.measures import layer_figures
+from lora_drop_tools.profile.measures import site_figures
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout, check_policy
 
+from tests.support import oracle
 from tests.support.history import decode_row, history_plan, random_matrices
 from tests.support.models import FAMILIES
 
@@ -32,9 +33,9 @@ def texts() -> torch.Tensor:
 @pytest.mark.parametrize("base", Base, ids=[base.name for base in Base])
 def test_a_new_form_is_decoded_as_the_oracle_does(base: Base, injection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SURROGATES, "homemade", SurrogateForm("homemade", base))
-    plan = DropPlan(8, (3, 4, 6), surrogate="homemade", injection=injection, rank=3)
+    plan = DropPlan(8, oracle.sites_of((3, 4, 6), injection), surrogate="homemade", rank=3)
     model, ids, matrices = FAMILIES["llama"](), texts(), random_matrices(plan.sites, 64, 3)
-    theirs = history_plan(plan.drop_layers, injection, {site: (a, b, 1.0) for site, (a, b) in matrices.items()})
+    theirs = history_plan((3, 4, 6), injection, {site: (a, b, 1.0) for site, (a, b) in matrices.items()})
     forcing, layout = TeacherForcing(copy.deepcopy(model)), Layout.of(TOKENS, PROMPT, PeriodicSchedule(3))
     with torch.no_grad():
         ours = forcing.logits(forcing.decode(forcing.exact(ids), ids, layout, plan, matrices, Skip("another name")))
@@ -47,7 +48,7 @@ def test_a_new_form_is_decoded_as_the_oracle_does(base: Base, injection: str, mo
 @pytest.mark.parametrize("policy", [Skip("another name"), Backfill("another name")], ids=["holes", "exact"])
 def test_a_policy_counts_by_its_facts(policy: Policy) -> None:
     """The same facts under another name give the same figures, and other facts other ones."""
-    plan, ids, layout = DropPlan(8, (3, 5)), texts(), Layout.of(TOKENS, PROMPT, PeriodicSchedule(2))
+    plan, ids, layout = DropPlan(8, ("3", "5.attn")), texts(), Layout.of(TOKENS, PROMPT, PeriodicSchedule(2))
     found = {}
     for name, one in (*POLICIES.items(), ("toy", policy)):
         forcing = TeacherForcing(FAMILIES["qwen2"]())
@@ -66,7 +67,7 @@ def test_a_policy_counts_by_its_facts(policy: Policy) -> None:
 def test_a_profile_has_a_figure_for_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SURROGATES, "homemade", SurrogateForm("homemade", Base.ANCHOR))
     forcing = TeacherForcing(FAMILIES["llama"]())
-    for figures in layer_figures(forcing, torch.randint(0, 131, (1, 24)), 3, lambda: None):
+    for figures in site_figures(forcing, torch.randint(0, 131, (1, 24)), 3, lambda: None).values():
         assert list(figures.base_errors) == ["residual", "recurrent", "anchor", "homemade"]
         assert figures.base_errors["homemade"] == figures.base_errors["anchor"] != figures.base_errors["recurrent"]
 

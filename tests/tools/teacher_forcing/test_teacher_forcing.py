@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
+from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
+from transformers import PreTrainedModel
 
 from tests.support import oracle
-from tests.support.models import FAMILIES, GEMMA2_WINDOW
+from tests.support.models import FAMILIES, GEMMA2_WINDOW, gptj, stablelm_parallel
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 19
@@ -26,18 +30,17 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
             torch.randn(rank, width, generator=generator) * 0.2,
             torch.randn(width, rank, generator=generator) * 0.2,
         )
-        for site in plan.sites
+        for site in plan.adapted_sites
     }
 
 
-def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt: int = PROMPT) -> None:
+def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt: int = PROMPT, rows: int = 1) -> None:
     model = FAMILIES[name]()
-    ids = torch.randint(0, 131, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 131, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
     matrices = random_adapters(plan, 64)
-    theirs = oracle.OraclePlan(
-        plan.drop_layers, plan.surrogate, plan.injection, {site: (a, b, 1.0) for site, (a, b) in matrices.items()}
-    )
-    rows = [oracle.decode_row(model, theirs, row[:prompt].tolist(), row[prompt:].tolist(), k, policy) for row in ids]
+    adapters = {site: (a, b, 1.0) for site, (a, b) in matrices.items()}
+    theirs = oracle.OraclePlan(plan.sites, plan.surrogate, adapters, fill=policy == "fill")
+    found = [oracle.decode_row(model, theirs, row[:prompt].tolist(), row[prompt:].tolist(), k, policy) for row in ids]
     forcing = TeacherForcing(copy.deepcopy(model))
     layout = Layout.of(TOKENS, prompt, PeriodicSchedule(k))
     exact = forcing.exact(ids)
@@ -45,8 +48,8 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
         hidden = forcing.decode(exact, ids, layout, plan, matrices, POLICIES[policy])
         ours = forcing.logits(hidden if policy == "backfill" else hidden[:, layout.lora])
         refreshes = forcing.logits(exact[-1].output if policy == "backfill" else hidden)
-    for row in range(2):
-        wanted = torch.stack(rows[row])  # after the prompt, then after each token
+    for row in range(rows):
+        wanted = torch.stack(found[row])  # after the prompt, then after each token
         for at, position in enumerate(layout.lora.tolist()):
             expected = wanted[position - prompt + 1]
             assert (ours[row, at] - expected).abs().max() < TOLERANCE * expected.abs().max(), (row, position)
@@ -55,25 +58,59 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
             assert (refreshes[row, position] - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill"])
+POLICY_NAMES = tuple(POLICIES)
+HALVES = {
+    "whole": ("3", "4", "6"),
+    "both halves": ("3.attn", "3.mlp", "4.attn", "4.mlp"),
+    "attentions": ("3.attn", "4.attn", "6.attn"),
+    "MLPs": ("3.mlp", "4.mlp", "6.mlp"),
+    "mixed": ("3.mlp", "4", "5.attn", "6.attn", "6.mlp"),
+}
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, policy: str) -> None:
     windowed = (0, 2, 4, 6) if name == "gemma2" else ()
-    plan = DropPlan(8, (3, 5), windowed_layers=windowed, rank=3)
-    assert_as_the_oracle(name, plan, policy, 3)
+    sites = ("3", "4.mlp", "5.attn") if policy == "skip" else ("3", "4", "5.attn", "6.mlp")
+    assert_as_the_oracle(name, DropPlan(8, sites, windowed_layers=windowed, rank=3, policy=policy), policy, 3)
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill"])
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("halves", HALVES)
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
-def test_plan(surrogate: str, injection: str, policy: str) -> None:
-    for k in (1, 2, 5):
-        plan = DropPlan(8, (3, 4, 6), surrogate=surrogate, injection=injection, rank=3)
-        assert_as_the_oracle("llama", plan, policy, k)
-    plan = DropPlan(8, (0, 1, 7), surrogate=surrogate, injection=injection, rank=3, always_first=0, always_last=0)
-    assert_as_the_oracle("qwen2", plan, policy, 3, prompt=1)
-    everything = DropPlan(8, tuple(range(8)), surrogate=surrogate, rank=3, always_first=0, always_last=0)
+def test_plan(surrogate: str, halves: str, policy: str) -> None:
+    sites = HALVES[halves]
+    plan = DropPlan(8, sites, surrogate=surrogate, rank=3, policy=policy)
+    assert_as_the_oracle("llama", plan, policy, 5, rows=2)
+    if halves == "mixed":
+        assert_as_the_oracle("llama", plan, policy, 1)
+        bare = dataclasses.replace(plan, bare_sites=sites[::2])
+        assert_as_the_oracle("qwen2", bare, policy, 3, prompt=1)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_the_first_and_the_last_layer(surrogate: str, policy: str) -> None:
+    options = {"surrogate": surrogate, "rank": 3, "always_first": 0, "always_last": 0, "policy": policy}
+    ends = DropPlan(8, ("0.attn", "1", "7.attn", "7.mlp"), **options)
+    assert_as_the_oracle("qwen2", ends, policy, 3, prompt=1)
+    everything = DropPlan(8, tuple(range(8)), **options)
     assert_as_the_oracle("llama_tied", everything, policy, 2)
+
+
+@pytest.mark.parametrize("build", [gptj, stablelm_parallel])
+def test_halves_that_run_beside_each_other_are_refused(build: Callable[[], PreTrainedModel]) -> None:
+    forcing = TeacherForcing(build())
+    first = DropPlan(2, ("1",), always_first=0, always_last=0)
+    forcing.check_halves(first)
+    with pytest.raises(ModelError, match=r"(?s)no halves.*layer 1.*Name whole layers"):
+        forcing.check_halves(dataclasses.replace(first, sites=("1.attn",)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_has_halves(name: str) -> None:
+    TeacherForcing(FAMILIES[name]()).check_halves(DropPlan(8, ("3.attn", "5.mlp")))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,11 +135,11 @@ def test_layout() -> None:
     assert layout.segment_begin.tolist() == [0, 0, 2, 2, 4]
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
 def test_gradients_are_those_of_finite_differences(surrogate: str, policy: str) -> None:
     model = FAMILIES["llama"]().double()
-    plan = DropPlan(8, (3, 5), surrogate=surrogate, rank=3)
+    plan = DropPlan(8, ("3", "4.mlp", "5.attn"), surrogate=surrogate, rank=3, policy=policy)
     ids = torch.randint(0, 131, (1, 9), generator=torch.Generator().manual_seed(3))
     pairs = {site: tuple(m.double().requires_grad_() for m in pair) for site, pair in random_adapters(plan, 64).items()}
     forcing = TeacherForcing(model)
@@ -113,7 +150,13 @@ def test_gradients_are_those_of_finite_differences(surrogate: str, policy: str) 
         return forcing.logits(hidden).log_softmax(-1)[..., 0].sum()
 
     loss().backward()
-    for site, part, at in (("3", 0, (1, 5)), ("3", 1, (7, 2)), ("5", 0, (2, 60)), ("5", 1, (11, 0))):
+    for site, part, at in (
+        ("3", 0, (1, 5)),
+        ("3", 1, (7, 2)),
+        ("4.mlp", 0, (0, 9)),
+        ("5.attn", 0, (2, 60)),
+        ("5.attn", 1, (11, 0)),
+    ):
         matrix, step = pairs[site][part], 3e-3  # the norms compute in float32 whatever the dtype
         with torch.no_grad():
             before = matrix[at].item()

@@ -3,7 +3,8 @@
 Enters: texts, a plan. Leaves: A and B per surrogate, and what error each leaves. A surrogate is linear in B·A
 (surrogates.features), so the matrix that brings its output closest to the full model's is a least-squares problem,
 and its best approximation of rank r is known. Layers are done in order: the inputs of a layer carry the errors of the
-surrogates before it, and its target, the full model's own output, lets it mend some of them.
+surrogates before it, and its target, the full model's own output, lets it mend some of them. The target of an
+attention's surrogate is the stream between the halves.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
 
-from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
+from lora_drop_tools.teacher_forcing.dropped import DroppedLayer
+from lora_drop_tools.teacher_forcing.exact import ExactLayer
+from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
-from lora_drop_tools.teacher_forcing.surrogates import Surrogates, features, product
+from lora_drop_tools.teacher_forcing.surrogates import Surrogates, product
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
 _HELD_OUT = 6  # every so many batches one chooses the ridge
@@ -87,28 +91,25 @@ def _dropped_layer(
     for batch in batches:
         if batch.decoded is None:
             batch.decoded = batch.exact[:, batch.layout.lora] if policy.exact_refreshes else batch.exact
-    fulls = [
-        forcing.full_tokens(index, batch.decoded, layer, batch.layout, policy)
+    layers = [
+        DroppedLayer(forcing, index, batch.decoded, layer, batch.layout, plan, policy)
         for batch, layer in zip(batches, exact, strict=True)
     ]
-    inputs = [batch.decoded if policy.exact_refreshes else batch.decoded[:, batch.layout.lora] for batch in batches]
-    names = [name for name, _ in forcing.sites(index, plan, fulls[0])]
-    for half, name in enumerate(names):
-        site = Site()
-        pairs = []
-        for number, (batch, layer, full) in enumerate(zip(batches, exact, fulls, strict=True)):
-            state = forcing.sites(index, plan, full)[half][1]
-            feature, base = features(inputs[number], state, batch.layout, plan.form)
-            wanted = layer.output if name == names[-1] else layer.middle
-            moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
-            moments.add(feature, wanted[:, batch.layout.lora] - base)
-            pairs.append((feature, base))
-        pair = choose(name, site)
+    for name in plan.sites_of(index):
+        site, pairs = Site(), [layer.features(name) for layer in layers]
+        pair = None
+        if name not in plan.bare_sites:
+            for number, (batch, full, (feature, base)) in enumerate(zip(batches, exact, pairs, strict=True)):
+                wanted = full.middle if half_of(name) == ATTENTION else full.output
+                moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
+                moments.add(feature, wanted[:, batch.layout.lora] - base)
+            pair = choose(name, site)
         if pair is not None:
             chosen[name] = pair
-        inputs = [base + product(feature, pair) for feature, base in pairs]
-    for batch, lora, full in zip(batches, inputs, fulls, strict=True):
-        batch.decoded = forcing.joined(lora, full, batch.layout, policy)
+        for layer, (feature, base) in zip(layers, pairs, strict=True):
+            layer.x = base + product(feature, pair)
+    for batch, layer in zip(batches, layers, strict=True):
+        batch.decoded = layer.output()
 
 
 def walk(
@@ -121,19 +122,19 @@ def walk(
 ) -> Surrogates:
     """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
 
-    Only two hidden states per batch are held, and one layer's K and V.
+    A bare site goes on with its base, unasked. Only two hidden states per batch are held, and one layer's K and V.
     """
     import torch
 
     chosen: dict[str, tuple[Any, Any]] = {}
-    last = max(plan.drop_layers, default=-1)
+    last = max(map(layer_of, plan.sites), default=-1)
     with torch.no_grad():
         for index in range(last + 1):
             exact = [forcing.exact_layer(index, batch.exact) for batch in batches]
-            if index in plan.drop_layers:
+            if plan.sites_of(index):
                 _dropped_layer(forcing, batches, exact, index, plan, policy, choose, chosen)
             for batch, layer in zip(batches, exact, strict=True):
-                if index not in plan.drop_layers and batch.decoded is not None:
+                if not plan.sites_of(index) and batch.decoded is not None:
                     batch.decoded = forcing.kept_layer(index, batch.decoded, layer, batch.layout, policy)
                 batch.exact = layer.output
             progress(index + 1, last + 1)

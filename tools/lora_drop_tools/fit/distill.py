@@ -2,9 +2,9 @@
 
 Enters: a model, a plan, a source of texts, adapters to begin with. Leaves: better adapters. The model is frozen; its
 logits are computed once per batch, by the exact stream that the decoded one needs anyway. The loss is
-KL(full ‖ decoded), averaged over the tokens of LoRA steps (under `skip` over refreshes too, which see holes), with the
-caches and masks of deployment (forcing.py). Under torchrun n processes see the texts that one process
-sees that accumulates n times as many gradients.
+KL(full ‖ decoded), averaged over the tokens of LoRA steps (and of refreshes where these are not exact: they see holes,
+or what LoRA steps filled in), with the caches and masks of deployment (forcing.py). Under torchrun n processes see the
+texts that one process sees that accumulates n times as many gradients.
 """
 
 from __future__ import annotations

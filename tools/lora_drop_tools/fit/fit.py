@@ -68,7 +68,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
         "text": [file.name for file in settings.text],
-        **{name: getattr(plan, name) for name in ("drop_layers", "surrogate", "injection")},
+        **{name: getattr(plan, name) for name in ("sites", "bare_sites", "surrogate")},
         "windows": settings.k,
         "policy": plan.policy,
         "rank": settings.rank,
@@ -111,6 +111,7 @@ def _fit_loaded(
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     forcing = TeacherForcing(loaded.model)
     plan = plan_to_fit(loaded, forcing.windows(), settings, listed)
+    forcing.check_halves(plan)
     corpus = Corpus.of(loaded, texts, settings.window_tokens)
     seen, unseen = (Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
     work = Work(forcing, plan, settings, seen, unseen, console)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
 from lora_drop_export.staging.owned import Kind, foreign_entries, refuse_foreign, remove_files
 from lora_drop_export.staging.rename import rename_new
@@ -31,12 +32,23 @@ def _place(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+def _with_sites(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the drop list as sites; version 0.1 wrote layers and an injection."""
+    if "drop_layers" not in settings:
+        return settings
+    others = {name: value for name, value in settings.items() if name not in ("drop_layers", "injection")}
+    as_sites = in_halves if settings.get("injection") == "attn_mlp" else sorted_sites
+    return others | {"sites": list(as_sites(settings["drop_layers"])), "bare_sites": []}
+
+
 def _read(root: Path) -> dict[str, Any] | None:
     """What an unfinished fit was told: its `settings`, and whether it may replace what is at --out (`force`)."""
     try:
         found = json.loads((root / _SETTINGS).read_bytes())
-        return found if isinstance(found["settings"], dict) and isinstance(found["force"], bool) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        if not isinstance(found["settings"], dict) or not isinstance(found["force"], bool):
+            return None
+        return {"settings": _with_sites(found["settings"]), "force": found["force"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, PlanError):
         return None
 
 

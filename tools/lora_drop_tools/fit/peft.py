@@ -26,7 +26,8 @@ def _files(root: Path) -> frozenset[str] | None:
     try:
         plan = json.loads((root / CONFIG_NAME).read_bytes())["lora_drop"]
         result = json.loads((root / RESULT_NAME).read_bytes())
-        known = isinstance(plan["drop_layers"], list) and plan["base_fingerprint"] == result["fingerprint"]
+        sites = plan["sites" if "sites" in plan else "drop_layers"]  # version 0.1 wrote the latter
+        known = isinstance(sites, list) and plan["base_fingerprint"] == result["fingerprint"]
         known = known and isinstance(result["stages"], dict) and isinstance(result["losses"], list)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -57,9 +58,9 @@ def save_adapters(
         "r": plan.rank,
         "lora_alpha": settings.lora_alpha,
         "lora_drop": {
-            "drop_layers": list(plan.drop_layers),
+            "sites": list(plan.sites),
+            "bare_sites": list(plan.bare_sites),
             "surrogate": plan.surrogate,
-            "injection": plan.injection,
             "base_fingerprint": loaded.fingerprint,
             "k": list(settings.k),
             "policy": plan.policy,

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.sites import half_of, in_halves, sorted_sites
+from lora_drop_runtime.plan.sites import listed as listed_sites
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from .settings import FitSettings
@@ -19,19 +21,57 @@ if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
 
 
+def _chosen_sites(settings: FitSettings, listed: DropList | None, eligible: Sequence[int]) -> tuple[str, ...]:
+    """The drop list that was asked for, as whole layers or in halves."""
+    ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
+    sites = sorted_sites(spread_layers(eligible, ratio)) if listed is None else listed.sites
+    halves = [site for site in sites if half_of(site)]
+    if settings.injection == "block" and halves:
+        raise PlanError(
+            "--injection block puts a surrogate in the place of whole layers.",
+            note=f"The drop list names {halves[0]}.",
+            hint="Leave --injection out.",
+        )
+    return in_halves(sites) if settings.injection == "attn_mlp" else sites
+
+
+def _bare_sites(sites: Sequence[str], adapters_for: str) -> tuple[str, ...]:
+    """Those that get no adapter."""
+    if adapters_for == "all":
+        return ()
+    whole = [site for site in sites if not half_of(site)]
+    if whole:
+        raise PlanError(
+            f"--adapters-for {adapters_for} chooses between halves.",
+            note=f"Layer {whole[0]} is dropped whole.",
+            hint="Use --injection attn_mlp, which drops both halves of each layer.",
+        )
+    bare = tuple(site for site in sites if half_of(site) != adapters_for)
+    if len(bare) == len(sites):
+        raise PlanError(
+            "No dropped half would have an adapter, so there is nothing to fit.",
+            note=f"--adapters-for is {adapters_for}, the drop list is {listed_sites(sites)}.",
+            hint="Leave --adapters-for out.",
+        )
+    return bare
+
+
 def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList | None) -> DropPlan:
     """The plan that was asked for, of a model that brings none."""
     windowed = tuple(i for i, size in enumerate(windows) if size)
     first = settings.always_first if listed is None or settings.always_first is not None else listed.always_first
     last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
     first, last = 3 if first is None else first, 1 if last is None else last
-    ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
-    eligible = eligible_layers(len(windows), first, last, windowed)
+    policy = settings.policy or DEFAULT_POLICY
+    eligible = eligible_layers(len(windows), first, last, windowed if POLICIES[policy].leaves_holes else ())
+    sites = _chosen_sites(settings, listed, eligible)
     return DropPlan(
         num_layers=len(windows),
-        drop_layers=spread_layers(eligible, ratio) if listed is None else listed.layers,
+        sites=sites,
         surrogate=settings.surrogate or DEFAULT_SURROGATE,
-        injection=settings.injection or "block",
+        rank=settings.rank,
+        bare_sites=_bare_sites(sites, settings.adapters_for or "all"),
+        policy=policy,
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
@@ -46,6 +86,7 @@ def _check_nothing_chosen(loaded: LoadedModel, settings: FitSettings, listed: Dr
         "--always-last": settings.always_last,
         "--surrogate": settings.surrogate,
         "--injection": settings.injection,
+        "--adapters-for": settings.adapters_for,
     }
     odd = [name for name, value in given.items() if value is not None]
     if odd:
@@ -62,7 +103,7 @@ def listed_layers(settings: FitSettings) -> DropList | None:
 
     if settings.drop_list is not None:
         return read_drop_list(settings.drop_list)
-    return None if settings.drop_layers is None else DropList(settings.drop_layers)
+    return None if settings.drop_layers is None else DropList(sorted_sites(settings.drop_layers))
 
 
 def plan_to_fit(
@@ -75,21 +116,23 @@ def plan_to_fit(
 
     Raises:
         InputError: the model brings a plan, and another one was asked for.
-        PlanError: the plan drops nothing, or the rank is larger than the hidden size.
+        PlanError: the plan drops nothing or leaves all bare, the rank is larger than the hidden size, or a bundle
+            cannot be decoded under the policy.
     """
+    width = loaded.model.get_input_embeddings().weight.shape[1]
+    Bounds(1, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
     if loaded.plan is None:
         plan = _chosen_plan(windows, settings, listed)
-        policy = settings.policy or DEFAULT_POLICY
     else:
         _check_nothing_chosen(loaded, settings, listed)
         plan = loaded.plan
-        policy = settings.policy or plan.policy
-    if not plan.drop_layers:
+        if settings.policy is not None:
+            plan.check_policy(POLICIES[settings.policy])
+        plan = dataclasses.replace(plan, rank=settings.rank, policy=settings.policy or plan.policy)
+    if not plan.sites:
         raise PlanError(
             "No layer is dropped, so there is nothing to fit.",
             note=f"The drop list of {loaded.name} is empty.",
             hint="Use --drop-ratio 0.5, --drop-layers or --drop-list.",
         )
-    width = loaded.model.get_input_embeddings().weight.shape[1]
-    Bounds(1, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
-    return dataclasses.replace(plan, rank=settings.rank, k=settings.k[0], policy=policy)
+    return dataclasses.replace(plan, k=settings.k[0])

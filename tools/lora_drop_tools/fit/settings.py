@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,15 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.sites import ATTENTION, INJECTIONS, MLP, parse_sites, sorted_sites
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.corpus import DTYPES, WINDOW
 from lora_drop_tools.shared.options import trust_remote_code_option
 from lora_drop_tools.teacher_forcing.layout import check_policy
 
+ADAPTED = ("all", ATTENTION, MLP)
 LEARNING_RATE = 0.015
 PROMPT = 8  # tokens at least, before the first decode step
 _PLAN, _HOW = "the plan (of a bundle: its own)", "how"  # groups of --help
@@ -29,7 +31,8 @@ class FitSettings:
     Attributes:
         text: UTF-8 files.
         out: a directory; must not exist unless `force`.
-        drop_layers, drop_list: the layers to drop, or a file of `lora-drop profile` that says them; at most one.
+        drop_layers, drop_list: the sites to drop, or a file of `lora-drop profile` that says them; at most one.
+        adapters_for: `attn` and `mlp` leave the other halves without an adapter.
         k: LoRA steps between refreshes; of several each batch draws one.
         policy: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's, else
             `skip`, when None.
@@ -52,13 +55,12 @@ class FitSettings:
         bounds=bounds.SHARE,
         help="drop this share, as lora-drop-export does (default 0.5)",
     )
-    drop_layers: tuple[int, ...] | None = option(
+    drop_layers: Sequence[int | str] | None = option(
         None,
         group=_PLAN,
         parse=parse_sites,
-        metavar="4,6,9",
-        bounds=bounds.LAYERS,
-        help="drop these layers, counted from 0",
+        metavar="4,9.attn",
+        help="drop these layers, counted from 0, or halves of them (9.attn, 9.mlp)",
     )
     drop_list: Path | None = option(
         None, group=_PLAN, metavar="FILE", help="drop the layers of a file of lora-drop profile"
@@ -74,6 +76,13 @@ class FitSettings:
     )
     injection: str | None = option(
         None, group=_PLAN, choices=INJECTIONS, help="replace whole blocks, or attention and MLP apart (default block)"
+    )
+    adapters_for: str | None = option(
+        None,
+        group=_PLAN,
+        choices=ADAPTED,
+        help="fit adapters for all that is dropped, or for dropped attentions or MLPs alone; the other halves are "
+        "skipped (default all)",
     )
     k: tuple[int, ...] = option(
         (3,),
@@ -161,6 +170,9 @@ class FitSettings:
         policy = self.policy or DEFAULT_POLICY
         check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
+        check_known("choice of adapters", self.adapters_for or ADAPTED[0], ADAPTED, "--adapters-for")
+        if self.drop_layers is not None:
+            object.__setattr__(self, "drop_layers", sorted_sites(self.drop_layers))
         if not self.k:
             raise PlanError("There are no LoRA steps to fit.", note="--k names no window.", hint="Use --k 3.")
         for k in self.k:

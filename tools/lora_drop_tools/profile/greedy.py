@@ -1,4 +1,4 @@
-"""A drop list by greedy sensitivity: the layer that costs least goes first."""
+"""A drop list by greedy sensitivity: the site that costs least for what it saves goes first."""
 
 from __future__ import annotations
 
@@ -6,44 +6,53 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.plan.sites import layer_of
+
 from .scoring import Scoring, Tick
 
 if TYPE_CHECKING:
-    from lora_drop_tools.teacher_forcing.forcing import ExactLayer
+    from lora_drop_tools.teacher_forcing.exact import ExactLayer
 
-SURVIVORS = 4  # layers that are compared on all of the text when a drop list grows
+SURVIVORS = 4  # sites that are compared on all of the text when a drop list grows
+SCREENED = 12  # halves that are measured when a list of halves grows: those that were cheapest when last measured
+Saved = Callable[[str], float]  # bytes that a site saves
 
 
-def _cheapest(costs: Mapping[int, float], count: int) -> dict[int, float]:
-    """The `count` layers of least cost, in ascending order of it."""
-    return {layer: costs[layer] for layer in sorted(costs, key=lambda layer: (costs[layer], layer))[:count]}
+def _cheapest(costs: Mapping[str, float], count: int | None = None) -> list[str]:
+    """The `count` sites of least cost, in ascending order of it; of equal ones the earlier site."""
+    return sorted(costs, key=lambda site: (costs[site], layer_of(site), site))[:count]
 
 
 def _left(count: int, survivors: int | None) -> int:
-    """How many layers go on to the next window."""
+    """How many sites go on to the next window."""
     return count if survivors is None else max(count // 2, min(count, survivors))
 
 
 class Greedy:
-    """A drop list that grows by the layer that costs least given those in it, measured again whenever it has grown.
+    """A drop list that grows by the site that adds least KL for each byte it saves, measured again when it has grown.
 
     Of every window the exact layers are kept, and the decoded stream of the current list at each layer's input: another
     layer's drop changes nothing before it.
 
     Args:
         windows: token ids [N, T].
-        tick: called `ticks(…)` times in all.
+        saved: bytes of a site; whole layers of one size are compared by their KL alone.
+        tick: called `ticks(…)` times at most.
     """
 
-    def __init__(self, scoring: Scoring, windows: Any, tick: Tick = lambda: None) -> None:
+    def __init__(
+        self, scoring: Scoring, windows: Any, saved: Saved = lambda site: 1.0, tick: Tick = lambda: None
+    ) -> None:
         import torch
 
-        self.scoring, self.tick = scoring, tick
-        self.dropped: list[int] = []
+        self.scoring, self.saved, self.tick = scoring, saved, tick
+        self.dropped: list[str] = []
+        self.prices: dict[str, float] = {}  # of each site when it was last measured
         self.windows: list[tuple[list[ExactLayer], list[Any]]] = []
+        self._reached = [0.0] * len(windows)  # sum of KL over each window, of the current list
         with torch.no_grad():
             for ids in windows:
-                # Halves of a block are not scored: what lies between them is not kept
+                # Without adapters no base is the stream between the halves: it is not kept
                 exact = [dataclasses.replace(e, middle=e.output) for e in scoring.forcing.exact(ids[None])]
                 stream = [scoring.forcing.embed(ids[None]), *(layer.output for layer in exact)]
                 if scoring.policy.exact_refreshes:
@@ -56,67 +65,84 @@ class Greedy:
         kept = [t for exact, stream in self.windows for t in (*stream, *(t for e in exact for t in vars(e).values()))]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
 
-    def costs(self, layers: Sequence[int], survivors: int | None = None) -> dict[int, float]:
-        """KL of the current list with each of these layers added.
+    def _price(self, site: str, kl: float, windows: int) -> float:
+        """What a site adds to the current list's KL for each byte, per window of the first ones, of which `kl` is."""
+        return (kl - sum(self._reached[:windows])) / windows / self.saved(site)
+
+    def costs(self, sites: Sequence[str], survivors: int | None = None) -> dict[str, float]:
+        """KL of the current list with each of these sites added, the cheapest for its bytes first.
 
         Args:
-            survivors: the costlier half of the layers is given up after each window, until so many are left; only those
+            survivors: the dearer half of the sites is given up after each window, until so many are left; only those
                 are returned. None gives up none.
         """
         import torch
 
-        found = dict.fromkeys(layers, 0.0)
+        found = dict.fromkeys(sites, 0.0)
         with torch.no_grad():
-            for exact, stream in self.windows:
+            for number, (exact, stream) in enumerate(self.windows, start=1):
                 reference = self.scoring.reference(exact)
-                for layer in found:
-                    *_, hidden = self.scoring.decoded(stream[layer], exact, [*self.dropped, layer], layer)
-                    found[layer] += self.scoring.kl(reference, hidden)
+                for site in found:
+                    first = layer_of(site)
+                    *_, hidden = self.scoring.decoded(stream[first], exact, [*self.dropped, site], first)
+                    found[site] += self.scoring.kl(reference, hidden)
                     self.tick()
-                found = _cheapest(found, _left(len(found), survivors))
+                prices = {site: self._price(site, kl, number) for site, kl in found.items()}
+                self.prices |= prices
+                found = {site: found[site] for site in _cheapest(prices, _left(len(found), survivors))}
         steps = len(self.windows) * len(self.scoring.layout.lora)
-        return {layer: total / steps for layer, total in found.items()}
+        return {site: total / steps for site, total in found.items()}
 
-    def drop(self, layer: int) -> None:
-        """Add a layer to the current list."""
+    def drop(self, site: str) -> None:
+        """Add a site to the current list."""
         import torch
 
-        self.dropped.append(layer)
+        self.dropped.append(site)
+        first = layer_of(site)
         with torch.no_grad():
-            for exact, stream in self.windows:
-                stream[layer + 1 :] = self.scoring.decoded(stream[layer], exact, self.dropped, layer)
+            for number, (exact, stream) in enumerate(self.windows):
+                stream[first + 1 :] = self.scoring.decoded(stream[first], exact, self.dropped, first)
+                self._reached[number] = self.scoring.kl(self.scoring.reference(exact), stream[-1])
 
     def order(
-        self, eligible: Sequence[int], count: int, report: Callable[[int, float], None]
-    ) -> tuple[dict[int, float], list[tuple[int, float]]]:
-        """The first `count` layers of the greedy order, each with the KL of the list that it completes.
+        self,
+        candidates: Sequence[str],
+        enough: Callable[[Sequence[str]], bool],
+        report: Callable[[str, float], None],
+        screened: int | None = None,
+    ) -> tuple[dict[str, float], list[tuple[str, float]]]:
+        """The greedy order until a list is long enough, each site with the KL of the list that it completes.
 
-        A layer that is among the costlier half on the first windows is not measured on the others, which may lose it
-        where costs are nearly the same.
+        A site that is among the dearer half on the first windows is not measured on the others, which may lose it
+        where prices are nearly the same.
 
         Args:
+            enough: told the sites of the order so far.
             report: called with each of them as it is found.
+            screened: only so many candidates are measured when the list grows, those whose last price was the lowest.
+                A price mostly grows with the list, so that one that was not measured comes up in its turn.
 
         Returns:
-            The KL of each eligible layer dropped alone, and the order.
+            The KL of each candidate dropped alone, and the order.
         """
-        alone = self.costs(eligible)
-        found, order = alone, list[tuple[int, float]]()
-        while len(order) < count:
+        found = alone = self.costs(candidates)
+        order = list[tuple[str, float]]()
+        while len(order) < len(candidates) and not enough(self.dropped):
             if order:
-                found = self.costs([layer for layer in eligible if layer not in self.dropped], SURVIVORS)
-            ((best, kl),) = _cheapest(found, 1).items()
+                left = {site: self.prices[site] for site in candidates if site not in self.dropped}
+                found = self.costs([site for site in left if site in _cheapest(left, screened)], SURVIVORS)
+            best, kl = next(iter(found.items()))
             self.drop(best)
             order.append((best, kl))
             report(best, kl)
         return alone, order
 
 
-def ticks(eligible: int, count: int, windows: int) -> int:
-    """How often `Greedy.order` ticks."""
-    total = eligible * windows
-    for candidates in range(eligible - 1, eligible - count, -1):
-        left = candidates
+def ticks(candidates: int, rounds: int, windows: int, screened: int | None = None) -> int:
+    """How often `Greedy.order` ticks in so many rounds."""
+    total = candidates * windows
+    for unlisted in range(candidates - 1, candidates - rounds, -1):
+        left = unlisted if screened is None else min(screened, unlisted)
         for _ in range(windows):
             total, left = total + left, _left(left, SURVIVORS)
     return total

@@ -1,7 +1,7 @@
 """What `lora-drop profile` measures, one window of a text after the other.
 
-Enters: a model under teacher forcing, windows of token ids, a window k and a policy. Leaves: figures of each layer, the
-KL of drop lists, the greedy order. Knows no files and no other rankings.
+Enters: a model under teacher forcing, windows of token ids, a window k. Leaves: figures of each layer, or of each half.
+Knows no files and no rankings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.plan.sites import ATTENTION, MLP
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base
 
 from .scoring import Tick
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 DELTAS = (1, 2, 3, 5, 10)  # of Eq. 17
-LEADING = 4  # first tokens of a window that no figure of a layer counts: many models park attention there
+LEADING = 4  # first tokens of a window that no figure counts: many models park attention there
 
 
 @dataclass(frozen=True)
-class LayerFigures:
-    """Of one layer with input x and output y (residual stream, [T, d] a window), means over tokens and windows.
+class SiteFigures:
+    """Of one layer or half with input x and output y (residual stream, [T, d] a window), means over tokens and windows.
 
     Attributes:
         similarity: Δ → cosine of y_t and y_{t+Δ} (Eq. 17).
@@ -53,12 +54,12 @@ def _window_means(x: Any, y: Any, k: int) -> Any:
     return torch.stack([*means, centred.norm(dim=-1).mean(), y.norm(dim=-1).mean()]).double()
 
 
-def _figures(means: list[float]) -> LayerFigures:
+def _figures(means: list[float]) -> SiteFigures:
     count = len(DELTAS)
     cosine, residual, recurrent, anchor, spread, norm = means[2 * count :]
     of_base = {Base.INPUT: residual, Base.PREVIOUS: recurrent, Base.ANCHOR: anchor}
     distances = {name: of_base[form.base] for name, form in SURROGATES.items()}
-    return LayerFigures(
+    return SiteFigures(
         similarity=dict(zip(DELTAS, means[:count], strict=True)),
         centred_similarity=dict(zip(DELTAS, means[count : 2 * count], strict=True)),
         influence_cosine=cosine,
@@ -67,17 +68,26 @@ def _figures(means: list[float]) -> LayerFigures:
     )
 
 
-def layer_figures(forcing: TeacherForcing, windows: Any, k: int, tick: Tick) -> list[LayerFigures]:
-    """Figures of every layer over windows of token ids [N, T]; `tick` is called after each window."""
+def site_figures(
+    forcing: TeacherForcing, windows: Any, k: int, tick: Tick, halves: bool = False
+) -> dict[str, SiteFigures]:
+    """Figures of every layer, or half, over windows of token ids [N, T]; `tick` is called after each window."""
     import torch
 
-    sums: Any = 0.0
+    sums: dict[str, Any] = {}
     with torch.no_grad():
         for ids in windows:
-            hidden, rows = forcing.embed(ids[None]), []
-            for layer in forcing.exact(ids[None]):
-                rows.append(_window_means(hidden[0, LEADING:].float(), layer.output[0, LEADING:].float(), k))
+            hidden = forcing.embed(ids[None])
+            for index, layer in enumerate(forcing.exact(ids[None])):
+                ends = {f"{index}": (hidden, layer.output)}
+                if halves:
+                    ends = {
+                        f"{index}.{ATTENTION}": (hidden, layer.middle),
+                        f"{index}.{MLP}": (layer.middle, layer.output),
+                    }
+                for site, (x, y) in ends.items():
+                    means = _window_means(x[0, LEADING:].float(), y[0, LEADING:].float(), k)
+                    sums[site] = sums.get(site, 0.0) + means
                 hidden = layer.output
-            sums = sums + torch.stack(rows)
             tick()
-    return [_figures((row / len(windows)).tolist()) for row in sums]
+    return {site: _figures((means / len(windows)).tolist()) for site, means in sums.items()}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.plan.sites import MLP, half_of, layer_of
+
 from lora_drop_tools.shared.results import figure_bytes
 
 from .measures import DELTAS
@@ -17,67 +19,81 @@ if TYPE_CHECKING:
 
 def _similarities(result: Profile) -> tuple[tuple[str, list[Mapping[int, float]]], ...]:
     return (
-        ("hidden states", [layer.similarity for layer in result.layers]),
-        ("less their mean over the window", [layer.centred_similarity for layer in result.layers]),
+        ("hidden states", [site.similarity for site in result.sites]),
+        ("less their mean over the window", [site.centred_similarity for site in result.sites]),
     )
 
 
-def _label(panel: Any, what: str, title: str) -> None:
-    panel.set_xlabel("layer")
+def _places(result: Profile) -> tuple[list[float], float, str]:
+    """Where sites stand on an axis of layers, how wide one is, and what the axis is called."""
+    places = [layer_of(one.site) + (0.5 if half_of(one.site) == MLP else 0.0) for one in result.sites]
+    halves = any(half_of(one.site) for one in result.sites)
+    return places, 0.4 if halves else 0.8, "layer (its MLP half a place to the right)" if halves else "layer"
+
+
+def _label(panel: Any, result: Profile, what: str, title: str) -> None:
+    panel.set_xlabel(_places(result)[2])
     panel.set_ylabel(what)
     panel.set_title(title, fontsize="small")
     panel.grid(alpha=0.3)
 
 
 def _draw_similarity(axes: Any, result: Profile) -> None:
-    for panel, (title, layers) in zip(axes, _similarities(result), strict=True):
+    for panel, (title, sites) in zip(axes, _similarities(result), strict=True):
         for delta in DELTAS:
-            panel.plot([layer[delta] for layer in layers], ".-", label=f"Δ = {delta}")
-        _label(panel, "cosine of outputs at t and t+Δ", title)
+            panel.plot(_places(result)[0], [site[delta] for site in sites], ".-", label=f"Δ = {delta}")
+        _label(panel, result, "cosine of outputs at t and t+Δ", title)
         panel.set_ylim(min(0.0, panel.get_ylim()[0]), 1.0)
         panel.legend(fontsize="small", ncols=len(DELTAS))
 
 
 def _draw_similarity_map(axes: Any, result: Profile) -> None:
-    for panel, (title, layers) in zip(axes, _similarities(result), strict=True):
-        image = panel.imshow([[layer[delta] for layer in layers] for delta in DELTAS], aspect="auto", cmap="viridis")
+    for panel, (title, sites) in zip(axes, _similarities(result), strict=True):
+        places, width, what = _places(result)
+        span = (places[0] - width / 1.6, places[-1] + width / 1.6, len(DELTAS) - 0.5, -0.5)
+        rows = [[site[delta] for site in sites] for delta in DELTAS]
+        image = panel.imshow(rows, aspect="auto", cmap="viridis", extent=span)
         panel.figure.colorbar(image, ax=panel, label="cosine")
         panel.set_yticks(range(len(DELTAS)), list(map(str, DELTAS)))
-        panel.set_xlabel("layer")
+        panel.set_xlabel(what)
         panel.set_ylabel("Δ, tokens apart")
         panel.set_title(title, fontsize="small")
 
 
 def _draw_influence(axes: Any, result: Profile) -> None:
-    values = [1 - layer.influence_cosine for layer in result.layers]
-    axes[0].bar(range(len(values)), values, color=["C0" if layer.eligible else "lightgrey" for layer in result.layers])
+    places, width, _ = _places(result)
+    values = [1 - site.influence_cosine for site in result.sites]
+    colors = ["lightgrey" if not one.eligible else "C1" if half_of(one.site) == MLP else "C0" for one in result.sites]
+    axes[0].bar(places, values, width, color=colors)
     axes[0].set_yscale("log")
-    _label(axes[0], "1 − cosine of input and output", "block influence; grey layers are always kept")
+    _label(axes[0], result, "1 − cosine of input and output", "influence; grey ones are always kept")
 
 
 def _draw_base_errors(axes: Any, result: Profile) -> None:
     for base in BASES:
-        axes[0].plot([layer.base_errors[base] for layer in result.layers], ".-", label=base)
+        axes[0].plot(_places(result)[0], [site.base_errors[base] for site in result.sites], ".-", label=base)
     axes[0].axhline(1, color="grey", linestyle="--", linewidth=0.8, label="the mean of the outputs")
-    _label(axes[0], "distance from the layer's output", "what a surrogate starts from; 1 is no better than the mean")
+    _label(axes[0], result, "distance from the output", "what a surrogate starts from; 1 is no better than the mean")
     axes[0].set_ylim(bottom=0)
     axes[0].legend(fontsize="small")
 
 
 def _draw_sensitivity(axes: Any, result: Profile) -> None:
-    """Each layer alone, and lists as they grow: the greedy one where it was ranked, the lists on other text."""
-    alone = {layer.layer: layer.kl_alone for layer in result.layers if layer.kl_alone is not None}
-    axes[0].bar(list(alone), list(alone.values()))
-    _label(axes[0], "KL of LoRA steps (nats)", "one layer dropped" if alone else "one layer dropped: not measured")
+    """Each site alone, and lists as they grow: the greedy one where it was ranked, the lists on other text."""
+    places, width, _ = _places(result)
+    alone = [(at, one.kl_alone) for at, one in zip(places, result.sites, strict=True) if one.kl_alone is not None]
+    axes[0].bar([at for at, _ in alone], [kl for _, kl in alone], width)
+    what = "one half dropped" if width < 0.5 else "one layer dropped"
+    _label(axes[0], result, "KL of LoRA steps (nats)", what if alone else f"{what}: not measured")
     if result.greedy_kl:
         axes[1].plot(
             range(1, len(result.greedy_kl) + 1), result.greedy_kl, "-", color="grey", label="greedy, as ranked"
         )
     for name in result.rankings:
         lists = [ranked for ranked in result.drop_lists if ranked.ranking == name]
-        axes[1].plot([len(r.drop_layers) for r in lists], [r.kl for r in lists], "o--", label=f"{name}, other text")
-    _label(axes[1], "KL of LoRA steps (nats)", "drop lists")
-    axes[1].set_xlabel("dropped layers")
+        axes[1].plot([len(r.sites) for r in lists], [r.kl for r in lists], "o--", label=f"{name}, other text")
+    _label(axes[1], result, "KL of LoRA steps (nats)", "drop lists")
+    axes[1].set_xlabel(f"dropped {result.settings['sites']}")
     axes[1].legend(fontsize="small")
     for panel in axes:
         panel.set_yscale("symlog", linthresh=0.01)

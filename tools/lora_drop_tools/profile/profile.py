@@ -1,4 +1,4 @@
-"""`lora-drop profile`: which layers of a model can be dropped, measured on text.
+"""`lora-drop profile`: which layers of a model, or halves of them, can be dropped, measured on text.
 
 Enters: what load_model takes, text files. Leaves: a directory, whole or not at all:
 
@@ -6,9 +6,9 @@ Enters: what load_model takes, text files. Leaves: a directory, whole or not at 
     drop-<ranking>-<ρ>.json      a drop list for `lora-drop-export --drop-list`, with what was measured of it
     *.png                        the figures drawn, where matplotlib is installed
 
-Rankings of the eligible layers, the first to be dropped first: `temporal` (the paper: similarity of Eq. 17, mean over
-Δ, descending), `influence` (cosine of a layer's input and output, descending), `sensitivity` (greedy, see
-greedy.py). All are made from one part of the text; the drop lists are compared on another.
+Rankings of the eligible sites, the first to be dropped first: `temporal` (the paper: similarity of Eq. 17, mean over
+Δ, descending), `influence` (cosine of a site's input and output, descending), `sensitivity` (greedy by KL for what is
+saved, see greedy.py and sizes.py). All are made from one part of the text; the drop lists are compared on another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +27,21 @@ from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.sites import half_of, sorted_sites
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
 
-from .greedy import Greedy, ticks
-from .measures import LayerFigures, layer_figures
+from .greedy import SCREENED, Greedy, ticks
+from .measures import SiteFigures, site_figures
 from .plots import FIGURE_FILES, write_plots
 from .report import describe
-from .result import PROFILE_NAME, LayerProfile, Profile, RankedList, profile_files
+from .result import PROFILE_NAME, Profile, RankedList, SiteProfile, profile_files
 from .scoring import Scoring
 from .settings import ProfileSettings
+from .sizes import Savings, savings
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 RATIOS = (0.25, 0.5, 0.75)
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
+_LISTED = ("k", "policy", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 
 
@@ -58,6 +60,7 @@ def _described(settings: ProfileSettings) -> dict[str, Any]:
         "text": [file.name for file in settings.text],
         "k": settings.k,
         "policy": settings.policy,
+        **{name: getattr(settings, name) for name in ("sites", "objective", "context", "bundle_dtype", "rank")},
         "tokens": settings.tokens // window * window,
         "window": window,
         "prompt": window // _PROMPT_SHARE,
@@ -99,88 +102,109 @@ def _drawn(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings)
     return _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
 
 
-def _list_length(rho: float, eligible: Sequence[int]) -> int:
-    return math.floor(rho * len(eligible) + 0.5)
+def _rounds(candidates: Sequence[str], saved: Savings) -> int:
+    """How long the longest list can become: with the sites that save least."""
+    return len(saved.list_under(sorted(candidates, key=saved.of), max(RATIOS)))
 
 
 def _greedy(
-    scoring: Scoring, windows: Any, eligible: Sequence[int], console: Console
-) -> tuple[dict[int, float], list[tuple[int, float]]]:
-    """The KL of each layer dropped alone, and the greedy order as far as the longest list needs it, with its KLs."""
-    count = _list_length(max(RATIOS), eligible)
+    scoring: Scoring, windows: Any, candidates: Sequence[str], saved: Savings, console: Console
+) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    """The KL of each site dropped alone, and the greedy order as far as the longest list needs it, with its KLs."""
+    screened = SCREENED if any(map(half_of, candidates)) else None
     with console.progress("sensitivity") as update:
-        total, done = ticks(len(eligible), count, len(windows)), 0
+        total, done = ticks(len(candidates), _rounds(candidates, saved), len(windows), screened), 0
 
         def tick() -> None:
             nonlocal done
             done += 1
             update("sensitivity", done, total)
 
-        greedy = Greedy(scoring, windows, tick)
+        greedy = Greedy(scoring, windows, saved.of, tick)
         console.say(f"sensitivity: {windows.numel()} tokens, {greedy.kept_bytes / 2**20:.0f} MiB of their layers kept")
 
-        def report(layer: int, kl: float) -> None:
-            console.say(f"sensitivity: {len(greedy.dropped)} of {count}, layer {layer}, KL {kl:.4f}")
+        def report(site: str, kl: float) -> None:
+            what = "half" if half_of(site) else "layer"
+            console.say(f"sensitivity: {len(greedy.dropped)} dropped, {what} {site}, KL {kl:.4f}")
 
-        return greedy.order(eligible, count, report)
+        def enough(sites: Sequence[str]) -> bool:
+            return saved.reaches(sites, max(RATIOS))
+
+        return greedy.order(candidates, enough, report, screened)
 
 
 def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
-    """The plan whose eligible layers are ranked; it drops none.
+    """The plan whose eligible sites are ranked; it drops none.
 
     Raises:
         PlanError: no layer is eligible.
     """
     first, last = settings.always_first, settings.always_last
     windowed = tuple(i for i, size in enumerate(windows) if size)
-    if not eligible_layers(len(windows), first, last, windowed):
+    holes = POLICIES[settings.policy].leaves_holes
+    no_mlps = not settings.halves or settings.objective == "kv"
+    if not eligible_layers(len(windows), first, last, windowed if holes and no_mlps else ()):
         raise PlanError(
             "No layer of the model may be dropped.",
             note=f"Of {len(windows)} the first {first} and the last {last} are always kept, and {len(windowed)} attend "
             "to a sliding window.",
             hint="Lower --always-first or --always-last.",
         )
-    return DropPlan(len(windows), (), settings.k, always_first=first, always_last=last, windowed_layers=windowed)
+    return DropPlan(
+        len(windows),
+        (),
+        settings.k,
+        policy=settings.policy,
+        always_first=first,
+        always_last=last,
+        windowed_layers=windowed,
+    )
 
 
 @dataclass(frozen=True)
 class _Ranked:
     """The rankings by name, and what `sensitivity` measured on the way where it was asked for."""
 
-    orders: Mapping[str, Sequence[int]]
-    alone: Mapping[int, float]
+    orders: Mapping[str, Sequence[str]]
+    alone: Mapping[str, float]
     greedy_kl: tuple[float, ...]
 
 
 def _rank(
-    scoring: Scoring, figures: Sequence[LayerFigures], windows: Any, settings: ProfileSettings, console: Console
+    scoring: Scoring,
+    figures: Mapping[str, SiteFigures],
+    windows: Any,
+    saved: Savings,
+    settings: ProfileSettings,
+    console: Console,
 ) -> _Ranked:
-    """Rank the eligible layers, the first to be dropped first."""
-    eligible, alone, greedy = scoring.plan.eligible_layers, dict[int, float](), list[tuple[int, float]]()
-    orders: dict[str, list[int]] = {
-        "temporal": sorted(eligible, key=lambda i: -sum(figures[i].similarity.values())),
-        "influence": sorted(eligible, key=lambda i: -figures[i].influence_cosine),
+    """Rank the eligible sites, the first to be dropped first."""
+    alone, greedy = dict[str, float](), list[tuple[str, float]]()
+    candidates = saved.candidates(settings.halves)
+    orders: dict[str, list[str]] = {
+        "temporal": sorted(candidates, key=lambda i: -sum(figures[i].similarity.values())),
+        "influence": sorted(candidates, key=lambda i: -figures[i].influence_cosine),
     }
     if "sensitivity" in settings.rankings:
-        alone, greedy = _greedy(scoring, windows, eligible, console)
-        orders["sensitivity"] = [layer for layer, _ in greedy]
+        alone, greedy = _greedy(scoring, windows, candidates, saved, console)
+        orders["sensitivity"] = [site for site, _ in greedy]
     names = dict.fromkeys(settings.rankings)
     return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy))
 
 
-def _compare(scoring: Scoring, ranked: _Ranked, windows: Any, console: Console) -> tuple[RankedList, ...]:
+def _compare(
+    scoring: Scoring, ranked: _Ranked, windows: Any, saved: Savings, console: Console
+) -> tuple[RankedList, ...]:
     """The drop list of each ranking and ratio, scored on text that no ranking saw."""
-    eligible = scoring.plan.eligible_layers
-    wanted = [
-        (name, rho, order[: _list_length(rho, eligible)]) for name, order in ranked.orders.items() for rho in RATIOS
-    ]
+    wanted = [(name, rho, saved.list_under(order, rho)) for name, order in ranked.orders.items() for rho in RATIOS]
     with console.progress("drop lists on other text") as update:
         done = iter(range(1, len(windows) + 1))
         scores = scoring.of_lists(
-            windows, [layers for *_, layers in wanted], lambda: update("drop lists", next(done), len(windows))
+            windows, [sites for *_, sites in wanted], lambda: update("drop lists", next(done), len(windows))
         )
     return tuple(
-        RankedList(name, rho, tuple(sorted(layers)), kl) for (name, rho, layers), kl in zip(wanted, scores, strict=True)
+        RankedList(name, rho, sorted_sites(sites), kl, saved.share(sites, "attentions"), saved.share(sites, "weights"))
+        for (name, rho, sites), kl in zip(wanted, scores, strict=True)
     )
 
 
@@ -208,38 +232,56 @@ def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSetting
     windows = windows.to(forcing.device)
     comparing, ranking = windows[:scored], windows[scored:]  # of the latter both may be the same text
     plan = _plan(forcing.windows(), settings)
-    with console.progress("figures of the layers") as update:
+    saved = savings(forcing, plan, settings)
+    candidates = saved.candidates(settings.halves)
+    if not candidates:
+        raise PlanError(
+            f"No {'half of a layer' if settings.halves else 'layer'} saves any bytes.",
+            note=f"An adapter of rank {settings.rank} takes as many as what it stands for.",
+            hint="Lower --rank.",
+        )
+    forcing.check_halves(dataclasses.replace(plan, sites=candidates))
+    with console.progress(f"figures of the {settings.sites}") as update:
         done = iter(range(1, count + 1))
-        figures = layer_figures(forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count))
+        figures = site_figures(
+            forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count), settings.halves
+        )
     layout = Layout.of(window, window // _PROMPT_SHARE, PeriodicSchedule(settings.k), forcing.device)
     scoring = Scoring(forcing, plan, layout, POLICIES[settings.policy])
-    ranked = _rank(scoring, figures, ranking[:scored], settings, console)
+    ranked = _rank(scoring, figures, ranking[:scored], saved, settings, console)
     return Profile(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
         settings=_described(settings),
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
-        layers=tuple(
-            LayerProfile(**vars(own), layer=i, eligible=i in plan.eligible_layers, kl_alone=ranked.alone.get(i))
-            for i, own in enumerate(figures)
+        sites=tuple(
+            SiteProfile(
+                **vars(own),
+                site=site,
+                eligible=plan.may_drop(site),
+                saved_bytes=saved.of(site),
+                kl_alone=ranked.alone.get(site),
+            )
+            for site, own in figures.items()
         ),
         rankings={name: tuple(order) for name, order in ranked.orders.items()},
         greedy_kl=ranked.greedy_kl,
-        drop_lists=_compare(scoring, ranked, comparing, console),
+        drop_lists=_compare(scoring, ranked, comparing, saved, console),
     )
 
 
 def _write(result: Profile, root: Path) -> None:
     """profile.json and the drop lists."""
     (root / PROFILE_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    measured = {one.site: one for one in result.sites}
     for ranked in result.drop_lists:
         facts = {
             **dataclasses.asdict(ranked),
-            **{name: result.settings[name] for name in ("k", "policy", "always_first", "always_last")},
+            **{name: result.settings[name] for name in _LISTED},
             "model": result.model,
             "fingerprint": result.fingerprint,
             "base_errors": {
-                name: {i: result.layers[i].base_errors[name] for i in ranked.drop_layers}
+                name: {site: measured[site].base_errors[name] for site in ranked.sites if not half_of(site)}
                 for name, form in SURROGATES.items()
                 if form.has_state
             },

@@ -5,8 +5,9 @@ Enters: a `Profile`. Leaves: lines of text; with matplotlib, PNG files. Measures
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
@@ -22,44 +23,69 @@ def _ratios(result: Profile) -> list[float]:
     return sorted({ranked.rho for ranked in result.drop_lists})
 
 
+def _compared(result: Profile) -> list[str]:
+    """The KL of the drop lists: of whole layers all are equally long."""
+    settings, names = result.settings, tuple(result.rankings)
+    lists = {(ranked.ranking, ranked.rho): ranked for ranked in result.drop_lists}
+    share = "attentions" if settings["objective"] == "kv" else "ρ"
+    rows = []
+    for rho in _ratios(result):
+        ranked = [lists[name, rho] for name in names]
+        if settings["sites"] == "halves":
+            rows.append((f"{share} = {rho:g}", *(f"{one.kl:.4f} of {len(one.sites):2}" for one in ranked)))
+        else:
+            rows.append((f"{share} = {rho:g}", f"{len(ranked[0].sites)}", *(f"{one.kl:.4f}" for one in ranked)))
+    lengths = () if settings["sites"] == "halves" else ("layers",)
+    return table(("KL of LoRA steps, nats", *lengths, *names), rows)
+
+
+def _objective(settings: Mapping[str, Any]) -> str:
+    """What `sensitivity` weighed KL against."""
+    if settings["objective"] == "kv":
+        return "sensitivity: KL per byte of K/V that is not stored"
+    dtype = f"weights in {settings['bundle_dtype']}" if settings["bundle_dtype"] else "weights as loaded"
+    adapters = f", adapters of rank {settings['rank']}" if settings["rank"] else ""
+    return f"sensitivity: KL per byte that a LoRA step does not read ({dtype}, {settings['context']} tokens{adapters})"
+
+
 def describe(result: Profile, out: Path) -> list[str]:
     """The lines that `profile` prints."""
-    settings, ratios = result.settings, _ratios(result)
-    names = tuple(result.rankings)
-    places = {name: {layer: str(i + 1) for i, layer in enumerate(order)} for name, order in result.rankings.items()}
-    headings = ("layer", "sim Δ=1", "centred", "influence", *BASES, "KL alone", *names)
+    settings, names = result.settings, tuple(result.rankings)
+    what = "half" if settings["sites"] == "halves" else "layer"
+    places = {name: {site: str(i + 1) for i, site in enumerate(order)} for name, order in result.rankings.items()}
+    headings = (what, "sim Δ=1", "centred", "influence", *BASES, "KL alone", *names)
     rows = [
         (
-            str(layer.layer),
-            f"{layer.similarity[1]:.3f}",
-            f"{layer.centred_similarity[1]:.3f}",
-            f"{layer.influence_cosine:.4f}",
-            *(f"{layer.base_errors[base]:.2f}" for base in BASES),
-            "–" if layer.kl_alone is None else f"{layer.kl_alone:.4f}",
-            *(places[name].get(layer.layer, "–" if layer.eligible else "kept") for name in names),
+            one.site,
+            f"{one.similarity[1]:.3f}",
+            f"{one.centred_similarity[1]:.3f}",
+            f"{one.influence_cosine:.4f}",
+            *(f"{one.base_errors[base]:.2f}" for base in BASES),
+            "–" if one.kl_alone is None else f"{one.kl_alone:.4f}",
+            *(places[name].get(one.site, "–" if one.eligible else "kept") for name in names),
         )
-        for layer in result.layers
+        for one in result.sites
     ]
-    lists = {(ranked.ranking, ranked.rho): ranked for ranked in result.drop_lists}
-    scores = [
-        (f"ρ = {rho:g}", str(len(lists[names[0], rho].drop_layers)), *(f"{lists[n, rho].kl:.4f}" for n in names))
-        for rho in ratios
-    ]
-    best = [result.best(rho) for rho in ratios]
+    best = [result.best(rho) for rho in _ratios(result)]
+    shares = [f"{one.attention_share:.0%} of attentions, {one.weight_share:.0%} of weights" for one in best]
     return [
         "",
         f"{result.model}: {settings['tokens']} tokens in windows of {settings['window']}",
         "",
         *table(headings, rows),
-        "sim: cosine of a layer's outputs at t and t+1; centred: the same less their mean; influence: cosine of a",
-        "layer's input and output; residual, recurrent, anchor: distance of the surrogate's base from the output, over",
-        "that of the mean; KL alone: of LoRA steps when the layer alone is dropped; then its place in each ranking",
+        f"sim: cosine of a {what}'s outputs at t and t+1; centred: the same less their mean; influence: cosine of a",
+        f"{what}'s input and output; {', '.join(BASES)}: distance of the surrogate's base from the output,",
+        "over that of the mean; KL alone: of LoRA steps when it alone is dropped; then its place in each ranking",
         "",
-        *table(("KL of LoRA steps, nats", "layers", *names), scores),
+        *_compared(result),
         f"on {settings['sensitivity_tokens']} other tokens, k = {settings['k']}, policy {settings['policy']}, "
         "residual without adapters",
+        *([_objective(settings)] if "sensitivity" in names else []),
         "",
         "recommended, the least KL:",
-        *(f"  {out / ranked.file}: {', '.join(map(str, ranked.drop_layers)) or 'none'}" for ranked in best),
+        *(
+            f"  {out / ranked.file}: {', '.join(ranked.sites) or 'none'}" + (f" ({share})" if what == "half" else "")
+            for ranked, share in zip(best, shares, strict=True)
+        ),
         "use one: lora-drop-export --model … --drop-list FILE --out DIR",
     ]

@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .measures import LayerFigures
+from .measures import SiteFigures
 
 PROFILE_NAME = "profile.json"
 
 
 @dataclass(frozen=True)
-class LayerProfile(LayerFigures):
+class SiteProfile(SiteFigures):
     """Attributes:
-    layer: its index.
+    site: a layer, or a half of one.
     eligible: whether it may be dropped.
+    saved_bytes: that a LoRA step does not read when it is dropped, as the objective counts them.
     kl_alone: KL of LoRA steps when it alone is dropped; None where that was not measured.
     """
 
-    layer: int
+    site: str
     eligible: bool
+    saved_bytes: float
     kl_alone: float | None
 
 
@@ -36,14 +38,19 @@ class RankedList:
     """A drop list.
 
     Attributes:
-        rho: asked for; `m = floor(ρ·|eligible| + 0.5)` layers are dropped.
+        rho: asked for; sizes.py says which lists stand under it.
+        sites: of the list, in order.
         kl: mean KL(full model ‖ LoRA step) in nats, on text that no ranking saw.
+        attention_share: of the eligible layers' attentions, how many are dropped.
+        weight_share: of the bytes of the eligible layers' weights, how many a LoRA step does not read.
     """
 
     ranking: str
     rho: float
-    drop_layers: tuple[int, ...]
+    sites: tuple[str, ...]
     kl: float
+    attention_share: float
+    weight_share: float
 
     @property
     def file(self) -> str:
@@ -56,16 +63,17 @@ class Profile:
 
     Attributes:
         settings: the arguments, and how much text was measured.
-        rankings: name → eligible layers, the first to be dropped first; of `sensitivity` as many as were found.
-        greedy_kl: of the lists that `sensitivity` grows by one layer each, on the text that it ranks on.
+        sites: every layer, or every half.
+        rankings: name → eligible sites, the first to be dropped first; of `sensitivity` as many as were found.
+        greedy_kl: of the lists that `sensitivity` grows by one site each, on the text that it ranks on.
     """
 
     model: str
     fingerprint: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    layers: tuple[LayerProfile, ...]
-    rankings: Mapping[str, tuple[int, ...]]
+    sites: tuple[SiteProfile, ...]
+    rankings: Mapping[str, tuple[str, ...]]
     greedy_kl: tuple[float, ...]
     drop_lists: tuple[RankedList, ...]
 
@@ -79,7 +87,8 @@ def profile_files(root: Path) -> frozenset[str] | None:
     try:
         data = json.loads((root / PROFILE_NAME).read_bytes())
         lists = [list_file(one["ranking"], one["rho"]) for one in data["drop_lists"]]
-        known = isinstance(data["fingerprint"], str) and isinstance(data["rankings"], dict) and bool(data["layers"])
+        measured = data["sites" if "sites" in data else "layers"]  # version 0.1 wrote the latter
+        known = isinstance(data["fingerprint"], str) and isinstance(data["rankings"], dict) and bool(measured)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return frozenset((PROFILE_NAME, *lists)) if known else None

@@ -1,4 +1,4 @@
-"""What dropping a list of layers costs, in KL against the full model."""
+"""What dropping a list of sites costs, in KL against the full model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 
 if TYPE_CHECKING:
-    from lora_drop_tools.teacher_forcing.forcing import ExactLayer, TeacherForcing
+    from lora_drop_tools.teacher_forcing.exact import ExactLayer
+    from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.layout import Layout
 
 HEAD_ROWS = 128  # tokens whose logits are in memory at once, beside those of one window in full
@@ -25,7 +26,7 @@ class Scoring:
     """How drop lists are scored: KL(full model ‖ LoRA step) in nats, `residual` without adapters, mean over LoRA steps.
 
     Attributes:
-        plan: without dropped layers.
+        plan: without sites.
         layout: of every window.
     """
 
@@ -34,11 +35,9 @@ class Scoring:
     layout: Layout
     policy: Policy
 
-    def decoded(
-        self, hidden: Any, exact: Sequence[ExactLayer], drop_layers: Sequence[int], first: int
-    ) -> Iterator[Any]:
+    def decoded(self, hidden: Any, exact: Sequence[ExactLayer], sites: Sequence[str], first: int) -> Iterator[Any]:
         """The decoded stream after each layer from `first` on, whose input `hidden` is."""
-        plan = dataclasses.replace(self.plan, drop_layers=tuple(drop_layers))
+        plan = dataclasses.replace(self.plan, sites=tuple(sites))
         for index in range(first, len(exact)):
             hidden = self.forcing.decoded_layer(index, hidden, exact[index], self.layout, plan, {}, self.policy)
             yield hidden
@@ -66,7 +65,7 @@ class Scoring:
             )
         return total
 
-    def of_lists(self, windows: Any, lists: Sequence[Sequence[int]], tick: Tick) -> list[float]:
+    def of_lists(self, windows: Any, lists: Sequence[Sequence[str]], tick: Tick) -> list[float]:
         """Of each drop list over windows of token ids [N, T], one window in memory; `tick` after each window."""
         import torch
 
@@ -75,8 +74,8 @@ class Scoring:
             for ids in windows:
                 exact = self.forcing.exact(ids[None])
                 reference = self.reference(exact)
-                for index, drop_layers in enumerate(lists):
-                    plan = dataclasses.replace(self.plan, drop_layers=tuple(drop_layers))
+                for index, sites in enumerate(lists):
+                    plan = dataclasses.replace(self.plan, sites=tuple(sites))
                     hidden = self.forcing.decode(exact, ids[None], self.layout, plan, {}, self.policy)
                     sums[index] += self.kl(reference, hidden)
                 tick()

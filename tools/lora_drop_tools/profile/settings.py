@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.command_line import check_known, check_options, option
+from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
+from lora_drop_runtime.dtypes import BY_SHORT
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
@@ -18,6 +19,9 @@ from lora_drop_tools.teacher_forcing.layout import check_policy
 from .measures import DELTAS, LEADING
 
 RANKINGS = ("sensitivity", "influence", "temporal")
+SITES = ("layers", "halves")
+OBJECTIVES = ("speed", "kv")
+CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,13 @@ class ProfileSettings:
         text: UTF-8 files.
         out: a directory; must not exist unless `force`.
         k: LoRA steps between two refreshes.
-        policy: of the refreshes, `backfill` or `skip`.
+        policy: that will be decoded under, one of POLICIES.
+        sites: what is ranked, `layers`, or `halves`: their attentions and MLPs apart.
+        objective: what a drop list is to save, and what the greedy ranking weighs KL against: `speed`, the bytes that a
+            LoRA step does not read, weights and K/V; or `kv`, the bytes of K/V that are not stored.
+        context: tokens in the caches when `speed` counts K/V.
+        bundle_dtype: that weights are counted in, as loaded when None.
+        rank: of the adapters whose bytes are counted.
         tokens: how much text the figures of layers are means over.
         window: tokens of a piece of text, 256 when None, or as many as the model and the bundle allow; the pieces are
             drawn from all over it.
@@ -43,6 +53,31 @@ class ProfileSettings:
     out: Path = option(metavar="DIR", help="write figures and drop lists there")
     k: int = option(3, bounds=Bounds(1, bounds.K.most), help="put so many LoRA steps between two refreshes (default 3)")
     policy: str = option(DEFAULT_POLICY, choices=tuple(POLICIES), help="what refreshes do (default skip)")
+    sites: str = option(
+        SITES[0], choices=SITES, help="rank whole layers, or attentions and MLPs apart (default layers)"
+    )
+    objective: str = option(
+        OBJECTIVES[0],
+        choices=OBJECTIVES,
+        help="save bytes that LoRA steps read, weights and K/V, or K/V that is stored (default speed)",
+    )
+    context: int = option(
+        CONTEXT,
+        metavar="T",
+        bounds=bounds.TOKENS,
+        help=f"count the K/V that a LoRA step reads after so many tokens (default {CONTEXT})",
+    )
+    bundle_dtype: str | None = option(
+        None,
+        choices=tuple(BY_SHORT),
+        help="count weights as a bundle of this dtype stores them (default: as they are loaded)",
+    )
+    rank: int = option(
+        0,
+        metavar="R",
+        bounds=Bounds(0, bounds.RANK.most),
+        help="count the bytes of adapters of this rank, which LoRA steps read (default 0)",
+    )
     rankings: tuple[str, ...] = option(
         RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
     )
@@ -75,6 +110,9 @@ class ProfileSettings:
         check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
         check_policy(POLICIES[self.policy], self.k)
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
+        check_known("choice of sites", self.sites, SITES, "--sites")
+        check_known("objective", self.objective, OBJECTIVES, "--objective")
+        self._check_objective()
         for ranking in self.rankings or ("",):
             check_known("ranking", ranking, RANKINGS, "--rankings")
         farthest = max(*DELTAS, self.k)
@@ -93,6 +131,24 @@ class ProfileSettings:
                     note=f"It is {amount}, --window is {self.window_tokens}.",
                     hint=f"Use {flag} {4 * self.window_tokens}, or a smaller --window.",
                 )
+
+    def _check_objective(self) -> None:
+        """Refuse a saving that there is not, and options that would change nothing."""
+        if self.objective == "speed":
+            check_known("dtype", self.bundle_dtype or next(iter(BY_SHORT)), tuple(BY_SHORT), "--bundle-dtype")
+            return
+        if not POLICIES[self.policy].leaves_holes:
+            raise InputError(
+                "No K/V is saved under this policy.",
+                note=f"--objective is {self.objective}; under {self.policy} every token is stored in every layer.",
+                hint=f"Use --policy {DEFAULT_POLICY}, or leave --objective out.",
+            )
+        because = f"--objective {self.objective} counts no weights"
+        refuse_unused(self, ("bundle_dtype", "rank"), because, "use --objective speed")
+
+    @property
+    def halves(self) -> bool:
+        return self.sites == SITES[1]
 
     @property
     def window_tokens(self) -> int:

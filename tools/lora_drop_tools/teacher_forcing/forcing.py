@@ -8,110 +8,57 @@ Because the tokens are given, layer i needs only layer i − 1. What a token att
 deployment (docs/algorithm.md), so there are two streams through the layers:
 
     exact      [B, T, d]   every token through the full model
-    decoded    what a bundle computes. If refreshes are exact [B, S, d], the S tokens of LoRA steps: in kept layers
-               they attend to exact K/V up to the last refresh and to this stream's own since.
-               If refreshes take nothing back [B, T, d]: in a kept layer every token attends to all before it; in a
-               dropped layer only prompt and refresh tokens run, and they see only each other (holes).
+    decoded    what a bundle computes. If refreshes are exact [B, S, d], the S tokens of LoRA steps: in kept
+               attentions they attend to exact K/V up to the last refresh and to this stream's own since.
+               If refreshes take nothing back [B, T, d]: in a kept attention every token attends to all before it; in
+               a dropped one only prompt and refresh tokens run. They see only each other (holes), or all tokens
+               before them, where LoRA steps write K/V of what they are given (the policy fills).
                Other policies have no such stream (layout.check_policy)
+
+A half that is kept runs alone: the first one is left at what lies between them, the second one begins there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.sites import layer_of
 
 from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
-from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
 
+from . import attention
+from .attention import Attention
+from .dropped import DroppedLayer
+from .exact import ExactLayer
 from .layout import Layout
-from .surrogates import Surrogates, features, product
-
-ATTENTION_NAME = "lora_drop_teacher_forcing"
-
-
-@dataclass(frozen=True)
-class ExactLayer:
-    """What the decoded stream needs of the exact one at a layer.
-
-    Attributes:
-        keys, values: [B, Hkv, T, D], RoPE applied.
-        output: [B, T, d].
-        middle: the residual stream between attention and MLP, [B, T, d].
-    """
-
-    keys: Any
-    values: Any
-    output: Any
-    middle: Any
-
-
-@dataclass
-class _Attention:
-    """What the attention function of the layer that is running may see, and what it saw."""
-
-    positions: Any  # of the queries, [S]
-    memory: tuple[Any, Any] | None = None  # K and V before the layer's own
-    memory_positions: Any = None
-    last_visible: Any = None  # of the memory, for each query; [S]
-    seen: tuple[Any, Any] | None = None
-    window: int = 0
-    masks: dict[Any, Any] | None = None
-
-
-_attention_state: _Attention  # the attention interface passes no user data
-
-
-def _mask(state: _Attention) -> Any:
-    """bool [S, M + S]: which K/V a query sees, those of the memory first."""
-    import torch
-
-    assert state.masks is not None
-    memory = 0 if state.memory is None else len(state.memory_positions)
-    key = (tuple(state.positions.tolist()), memory, state.window)
-    if key not in state.masks:
-        rows = state.positions[:, None]
-        own = state.positions[None] <= rows
-        places = state.positions
-        if state.memory is not None:
-            own = own & (state.positions[None] > state.last_visible[:, None])
-            own = torch.cat([state.memory_positions[None] <= state.last_visible[:, None], own], dim=1)
-            places = torch.cat([state.memory_positions, places])
-        if state.window:
-            own = own & (places[None] > rows - state.window)
-        state.masks[key] = own
-    return state.masks[key]
-
-
-def _attend(call: AttentionCall) -> Any:
-    """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
-    import torch
-
-    query, key, value, softcap = call.query, call.key, call.value, call.softcap
-    state = _attention_state
-    state.seen, state.window = (key, value), call.window
-    causal = state.memory is None and not call.window
-    if state.memory is not None:
-        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
-    group = query.shape[1] // key.shape[1]
-    if group > 1:
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    if causal and not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
-        return mixed.transpose(1, 2).contiguous()
-    mask = _mask(state)
-    if not softcap:
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
-        return mixed.transpose(1, 2).contiguous()
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * call.scale / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return (weights @ value).transpose(1, 2).contiguous()
-
+from .surrogates import Surrogates, product
 
 _LAYOUTS = 16  # arguments and masks of so many are kept
+
+
+class _Between(Exception):
+    """A layer has come to what lies between its halves."""
+
+
+def _without_halves(index: int) -> ModelError:
+    return ModelError(
+        "The model's layers have no halves.",
+        note=f"Attention and MLP of layer {index} run beside each other, or what lies between them was not found.",
+        hint="Name whole layers.",
+    )
+
+
+def _near(a: Any, b: Any) -> bool:
+    """Equal as far as the dtype's sums in another order are."""
+    import torch
+
+    eps = 32 * torch.finfo(b.dtype).eps
+    return bool(torch.allclose(a, b, rtol=eps, atol=eps * float(b.abs().mean())))
 
 
 class TeacherForcing:
@@ -122,8 +69,7 @@ class TeacherForcing:
     """
 
     def __init__(self, model: Any) -> None:
-        register_attention(ATTENTION_NAME, _attend)
-        model.set_attn_implementation(ATTENTION_NAME)
+        attention.exchange_attention(model)
         self.model = model
         self.layers = decoder_layers(model)
         self.device = model.get_input_embeddings().weight.device
@@ -147,8 +93,9 @@ class TeacherForcing:
         with torch.no_grad():
             hidden, found = self.embed(ids), []
             for index in range(len(self)):
-                hidden = self.exact_layer(index, hidden).output
-                found.append(_attention_state.window)
+                state = Attention(torch.arange(2, device=self.device))
+                hidden = self._run(index, hidden, state)[0]
+                found.append(state.window)
         return tuple(found)
 
     def exact_layer(self, index: int, hidden: Any) -> ExactLayer:
@@ -156,7 +103,7 @@ class TeacherForcing:
         import torch
 
         positions = torch.arange(hidden.shape[1], device=self.device)
-        output, middle, (keys, values) = self._run(index, hidden, _Attention(positions))
+        output, middle, (keys, values) = self._run(index, hidden, Attention(positions))
         return ExactLayer(keys, values, output, middle)
 
     def exact(self, ids: Any) -> list[ExactLayer]:
@@ -180,53 +127,91 @@ class TeacherForcing:
         surrogates: Surrogates,
         policy: Policy,
     ) -> Any:
-        """A layer, kept or dropped, of the decoded stream: [B, S, d] if refreshes are exact, else [B, T, d]."""
-        if index not in plan.drop_layers:
+        """A layer of the decoded stream, with or without sites: [B, S, d] if refreshes are exact, else [B, T, d]."""
+        if not plan.sites_of(index):
             return self.kept_layer(index, hidden, exact, layout, policy)
-        full = self.full_tokens(index, hidden, exact, layout, policy)
-        x = hidden if policy.exact_refreshes else hidden[:, layout.lora]
-        for site, state in self.sites(index, plan, full):
-            feature, base = features(x, state, layout, plan.form)
-            x = base + product(feature, surrogates.get(site))
-        return self.joined(x, full, layout, policy)
+        layer = DroppedLayer(self, index, hidden, exact, layout, plan, policy)
+        for site in layer.sites:
+            feature, base = layer.features(site)
+            layer.x = base + product(feature, surrogates.get(site))
+        return layer.output()
 
-    def kept_layer(self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy) -> Any:
-        """A kept layer over the decoded stream."""
+    def sight(self, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy) -> Attention:
+        """What the tokens of the decoded stream see in a kept attention."""
         import torch
 
         if not policy.exact_refreshes:
-            return self._run(index, hidden, _Attention(torch.arange(hidden.shape[1], device=self.device)))[0]
-        state = _Attention(
+            return Attention(torch.arange(hidden.shape[1], device=self.device))
+        return Attention(
             layout.lora,
             memory=(exact.keys, exact.values),
             memory_positions=torch.arange(exact.keys.shape[2], device=self.device),
             last_visible=layout.anchor,
         )
-        return self._run(index, hidden, state)[0]
 
-    def full_tokens(
-        self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy
-    ) -> tuple[Any, Any]:
-        """What a dropped layer computes of prompt and refresh tokens: middle and output, [B, T − S, d] each."""
-        if policy.exact_refreshes:
-            return exact.middle[:, layout.full], exact.output[:, layout.full]
-        output, middle, _ = self._run(index, hidden[:, layout.full], _Attention(layout.full))
-        return middle, output
+    def kept_layer(self, index: int, hidden: Any, exact: ExactLayer, layout: Layout, policy: Policy) -> Any:
+        """A kept layer over the decoded stream."""
+        return self._run(index, hidden, self.sight(hidden, exact, layout, policy))[0]
 
-    def sites(self, index: int, plan: DropPlan, full: tuple[Any, Any]) -> list[tuple[str, Any]]:
-        """A dropped layer's surrogates by name, in order, each with what the full tokens gave there."""
-        if plan.injection == "block":
-            return [(f"{index}", full[1])]
-        return [(f"{index}.attn", full[0]), (f"{index}.mlp", full[1])]
+    def full_tokens(self, index: int, hidden: Any, layout: Layout, policy: Policy) -> tuple[Any, Any]:
+        """Output and middle of prompt and refresh tokens, [B, T − S, d] each, in a layer whose attention is dropped.
 
-    def joined(self, lora: Any, full: tuple[Any, Any], layout: Layout, policy: Policy) -> Any:
-        """A dropped layer's output in the decoded stream, from that of LoRA steps [B, S, d] and of full tokens."""
+        Requires: refreshes take nothing back.
+        """
         import torch
 
-        if policy.exact_refreshes:
-            return lora
-        output = torch.empty(lora.shape[0], len(layout.is_lora), lora.shape[2], dtype=lora.dtype, device=lora.device)
-        return output.index_copy(1, layout.lora, lora).index_copy(1, layout.full, full[1])
+        if not policy.fills:
+            return self._run(index, hidden[:, layout.full], Attention(layout.full))[:2]
+        output, middle, _ = self._run(index, hidden, Attention(torch.arange(hidden.shape[1], device=self.device)))
+        return output[:, layout.full], middle[:, layout.full]
+
+    def first_half(self, index: int, hidden: Any, state: Attention) -> Any:
+        """The residual stream after a layer's attention [B, S, d]; its MLP is not run."""
+        reached: list[Any] = []
+
+        def leave(_: Any, args: tuple[Any, ...]) -> None:
+            reached.append(args[0])
+            raise _Between
+
+        with contextlib.suppress(_Between):
+            self._call(index, hidden, state, leave)
+        return reached[0]
+
+    def second_half(self, index: int, middle: Any) -> Any:
+        """A layer's output [B, S, d] of the residual stream after its attention.
+
+        A layer has one forward: its attention runs over a single token of zeros, which the stream then replaces.
+        """
+        import torch
+
+        own: list[Any] = []
+
+        def begin(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            own.append(args[0])  # [1, 1, d], added to every token of the MLP's output
+            return (middle, *args[1:])
+
+        nothing = torch.zeros_like(middle[:1, :1])
+        output = self._call(index, nothing, Attention(torch.arange(1, device=self.device)), begin)
+        return output - own[0] + middle
+
+    def check_halves(self, plan: DropPlan) -> None:
+        """Refuse halves of layers that have none, since attention and MLP run beside each other.
+
+        Raises:
+            ModelError: they do in a layer of the plan.
+        """
+        import torch
+
+        halved = {layer_of(site) for site in plan.sites if not site.isdecimal()}
+        with torch.no_grad():
+            hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
+            for index in range(max(halved, default=-1) + 1):
+                layer = self.exact_layer(index, hidden)
+                if index in halved and between_halves(self.layers[index]) is self.layers[index]:
+                    raise _without_halves(index)
+                if index in halved and not _near(self.second_half(index, layer.middle), layer.output):
+                    raise _without_halves(index)
+                hidden = layer.output
 
     def decode(
         self,
@@ -238,7 +223,7 @@ class TeacherForcing:
         policy: Policy,
     ) -> Any:
         """The last layer's output of the decoded stream; with gradients for the surrogates."""
-        first = min(plan.drop_layers, default=len(exact))
+        first = min(map(layer_of, plan.sites), default=len(exact))
         before = exact[first - 1].output if first else self.embed(ids)  # nothing differs before the first dropped layer
         hidden = before[:, layout.lora] if policy.exact_refreshes else before
         for index in range(first, len(exact)):
@@ -268,11 +253,10 @@ class TeacherForcing:
             recorded.restore()
         return recorded.inputs[0], recorded.arguments
 
-    def _run(self, index: int, hidden: Any, state: _Attention) -> tuple[Any, Any, tuple[Any, Any]]:
-        """One layer; its output, the stream between its halves, and its K and V."""
+    def _call(self, index: int, hidden: Any, state: Attention, between: Callable[..., Any]) -> Any:
+        """One layer's output; `between` is called as a hook before what follows its attention."""
         import torch
 
-        global _attention_state
         key = (hidden.shape[0], tuple(state.positions.tolist()))
         if key not in self._arguments:
             if len(self._arguments) >= _LAYOUTS:
@@ -281,11 +265,44 @@ class TeacherForcing:
             ids = torch.zeros((hidden.shape[0], len(state.positions)), dtype=torch.int64, device=self.device)
             self._arguments[key] = self._record(ids, state.positions)[1]
         state.masks = self._masks
-        _attention_state = state
-        middle: list[Any] = []
-        hook = between_halves(self.layers[index]).register_forward_pre_hook(lambda _, args: middle.append(args[0]))
+        attention.begin(state)
+        hook = between_halves(self.layers[index]).register_forward_pre_hook(between)
         args, kwargs = self._arguments[key][index]
-        output = self.layers[index](hidden, *args, **kwargs)
-        hook.remove()
+        try:
+            output = self.layers[index](hidden, *args, **kwargs)
+        finally:
+            hook.remove()
+        return output[0] if isinstance(output, tuple) else output
+
+    def _run(self, index: int, hidden: Any, state: Attention) -> tuple[Any, Any, tuple[Any, Any]]:
+        """One layer; its output, the stream between its halves, and its K and V."""
+        middle: list[Any] = []
+        output = self._call(index, hidden, state, lambda _, args: middle.append(args[0]))
         assert state.seen is not None
-        return output[0] if isinstance(output, tuple) else output, middle[0], state.seen
+        return output, middle[0], state.seen
+
+    def parameters_of(self, index: int) -> tuple[list[Any], list[Any], int]:
+        """Parameters that a layer's first half computes with, those for K and V alone, and K's and V's values a token.
+
+        They are found by what has a gradient.
+        """
+        import torch
+
+        parameters, positions = list(self.layers[index].parameters()), torch.arange(2, device=self.device)
+        learned = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
+                _, middle, seen = self._run(index, hidden, Attention(positions))
+                ends = ([middle], list(seen))
+                found = [
+                    torch.autograd.grad([end.sum() for end in group], parameters, retain_graph=True, allow_unused=True)
+                    for group in ends
+                ]
+        finally:
+            for parameter, before in zip(parameters, learned, strict=True):
+                parameter.requires_grad_(before)
+        used = [[p for p, grad in zip(parameters, grads, strict=True) if grad is not None] for grads in found]
+        return used[0], used[1], sum(part.shape[1] * part.shape[3] for part in seen)

@@ -1,0 +1,98 @@
+"""What a token may attend to where all tokens of a text run at once.
+
+Enters: the positions of the queries, K and V from before. Leaves: the attention function that transformers calls. The
+attention interface passes no user data, so what the running layer may see is set before it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_export.decoder.attention_interface import AttentionCall, register_attention
+
+ATTENTION_NAME = "lora_drop_teacher_forcing"
+
+
+@dataclass
+class Attention:
+    """What the attention function of the layer that is running may see, and what it saw.
+
+    Attributes:
+        positions: of the queries, [S].
+        memory: K and V before the layer's own.
+        memory_positions: theirs.
+        last_visible: of the memory, for each query; [S].
+        seen: K and V of the layer's own tokens, [B, Hkv, S, D].
+        window: positions of a sliding window, 0 for none.
+        masks: those that were made before.
+    """
+
+    positions: Any
+    memory: tuple[Any, Any] | None = None
+    memory_positions: Any = None
+    last_visible: Any = None
+    seen: tuple[Any, Any] | None = None
+    window: int = 0
+    masks: dict[Any, Any] | None = None
+
+
+_running: Attention
+
+
+def _mask(state: Attention) -> Any:
+    """bool [S, M + S]: which K/V a query sees, those of the memory first."""
+    import torch
+
+    assert state.masks is not None
+    memory = 0 if state.memory is None else len(state.memory_positions)
+    key = (tuple(state.positions.tolist()), memory, state.window)
+    if key not in state.masks:
+        rows = state.positions[:, None]
+        own = state.positions[None] <= rows
+        places = state.positions
+        if state.memory is not None:
+            own = own & (state.positions[None] > state.last_visible[:, None])
+            own = torch.cat([state.memory_positions[None] <= state.last_visible[:, None], own], dim=1)
+            places = torch.cat([state.memory_positions, places])
+        if state.window:
+            own = own & (places[None] > rows - state.window)
+        state.masks[key] = own
+    return state.masks[key]
+
+
+def _attend(call: AttentionCall) -> Any:
+    """Attention of tokens [B, H, S, D] to the memory as far as each may see it, and causally to each other."""
+    import torch
+
+    query, key, value, softcap = call.query, call.key, call.value, call.softcap
+    state = _running
+    state.seen, state.window = (key, value), call.window
+    causal = state.memory is None and not call.window
+    if state.memory is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(state.memory, (key, value), strict=True))
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if causal and not softcap:
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=call.scale)
+        return mixed.transpose(1, 2).contiguous()
+    mask = _mask(state)
+    if not softcap:
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)
+        return mixed.transpose(1, 2).contiguous()
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * call.scale / softcap)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def exchange_attention(model: Any) -> None:
+    """Let a model's layers call `_attend`, for good."""
+    register_attention(ATTENTION_NAME, _attend)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
+def begin(state: Attention) -> None:
+    """The next layer sees this."""
+    global _running
+    _running = state
