@@ -109,7 +109,8 @@ def option(
     """A field of a settings class that is also an option of its command.
 
     The field's type chooses how text is read: str, int, float, Path, `tuple[int, ...]` and `tuple[str, ...]` (with
-    commas between), bool (a flag that turns the default around), each also with `| None`.
+    commas between), bool (a flag that turns the default around), each also with `| None`, numbers also with a word in
+    their place: `int | Literal["auto"]`.
 
     Args:
         default: without one the option is required.
@@ -165,22 +166,57 @@ def check_text(what: str, text: str) -> None:
         ) from None
 
 
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """Of a union, else the type itself."""
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if union else (annotation,)
+
+
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    """The type of an option's values: not None, and no word that stands for a value."""
+    kinds = (part for part in _parts(annotation) if typing.get_origin(part) is not typing.Literal)
+    (annotation,) = (part for part in kinds if part is not type(None))
     return annotation
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """Words that stand for a value: of `int | Literal["auto"]`, or of several such values."""
+    if typing.get_origin(annotation) in (tuple, Sequence):
+        annotation = typing.get_args(annotation)[0]
+    literals = (part for part in _parts(annotation) if typing.get_origin(part) is typing.Literal)
+    return tuple(word for part in literals for word in typing.get_args(part))
+
+
+def _or_word(read: Callable[[str], Any], words: Sequence[str]) -> Callable[[str], Any]:
+    """A reader that leaves some words as they are."""
+
+    def read_or_word(text: str) -> Any:
+        return text if text in words else read(text)
+
+    read_or_word.__name__ = read.__name__  # which argparse says
+    return read_or_word if words else read
+
+
+def _several(words: Sequence[str]) -> Callable[[str], tuple[Any, ...]]:
+    """Reads `1,3,auto`."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        return tuple(one for part in text.split(",") for one in ((part,) if part in words else numbers(part)))
+
+    return read if words else numbers
 
 
 def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
     """What reads an option's text, by its field's type."""
-    annotation = _without_none(annotation)
+    words, annotation = _words(annotation), _without_none(annotation)
     if typing.get_origin(annotation) in (tuple, Sequence):
-        item = typing.get_args(annotation)[0]
+        item = _without_none(typing.get_args(annotation)[0])
+        words = _words(annotation)
         if not repeat:
-            return numbers if item is int else names
+            return _several(words) if item is int else names
         annotation = item
     assert annotation in (str, int, float, Path), annotation
-    return given_path if annotation is Path else typing.cast("Callable[[str], Any]", annotation)
+    return given_path if annotation is Path else _or_word(typing.cast("Callable[[str], Any]", annotation), words)
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
@@ -299,12 +335,16 @@ def check_options(settings: Any) -> None:
         value = getattr(settings, field.name)
         if said is None or (value is None and field.default is None):
             continue
+        if isinstance(value, str) and value in _words(types_of[field.name]):
+            continue
         kind, flag = _without_none(types_of[field.name]), _flag(field)
         if typing.get_origin(kind) in (tuple, Sequence):
-            item = typing.get_args(kind)[0]
+            item, words = _without_none(typing.get_args(kind)[0]), _words(kind)
             if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
                 raise _wrong_type(flag, value, "several values, such as a tuple")
-            checked: Any = tuple(_checked(flag, one, item, said) for one in value)
+            checked: Any = tuple(
+                one if isinstance(one, str) and one in words else _checked(flag, one, item, said) for one in value
+            )
             twice = [one for place, one in enumerate(checked) if one in checked[:place]]
             if twice:
                 raise InputError(

@@ -61,7 +61,6 @@ class Lossless:
         source: where drafts come from.
         pace: how many.
         clock: seconds.
-        confidence: below which drafting stops.
     """
 
     def __init__(
@@ -74,10 +73,9 @@ class Lossless:
         source: DraftSource,
         pace: Pace,
         clock: Clock,
-        confidence: float = CONFIDENCE,
     ) -> None:
         self._request, self._source, self._pace, self._clock = request, source, pace, clock
-        self._stops, self._confidence = stops, confidence
+        self._stops = stops
         self._steps = Speculation(request)
         self._sampler = sampler
         self._rows = [
@@ -180,7 +178,7 @@ class Lossless:
                 for row in drafting:
                     behind[row.index] += 1
                     draft, likeliest = drafted(row.sampler, logits[row.index])
-                    row.stopped = likeliest < self._confidence
+                    row.stopped = likeliest < CONFIDENCE
                     if not row.stopped:
                         row.drafts.append(draft)
                         row.sampler.remember(draft.token)
