@@ -26,7 +26,7 @@ ALLOWED = 0.05  # that drafting may cost over the full schedule
 MOST_DRAFTS = 8
 _REMEMBERED = 9  # times that a median is taken of
 _FORGETTING = 0.97  # of what earlier cycles said about acceptance, with each cycle
-_HOPE = (1.6, 2.0)  # successes and trials that every place begins with: drafts are tried
+_HOPE, _WEIGHT = 0.8, 2.0  # the share that the first place begins with: drafts are tried; and for how many trials
 _REFRESH_AGAIN = 32  # cycles after which the one-token refresh is timed again: the context grows
 _LONGEST_WAIT = 64  # cycles between two trials of what did not pay
 _TRIALS = 8  # before it is said that drafts do not pay
@@ -109,40 +109,46 @@ class _Median:
         return min(self._times) if len(self._times) < 3 else statistics.median(self._times)
 
 
-class _Share:
-    """How often something happened of late, beginning with hope."""
+class _Shares:
+    """How often something happened of late at each place of a draft; a place that was hardly reached is as the one
+    before it, the first is hoped for."""
 
     def __init__(self) -> None:
-        self._yes, self._all = 0.0, 0.0
+        self._yes, self._all = [0.0] * MOST_DRAFTS, [0.0] * MOST_DRAFTS
 
     def forget(self) -> None:
-        self._yes, self._all = self._yes * _FORGETTING, self._all * _FORGETTING
+        self._yes = [yes * _FORGETTING for yes in self._yes]
+        self._all = [count * _FORGETTING for count in self._all]
 
-    def add(self, yes: bool) -> None:
-        self._yes, self._all = self._yes + yes, self._all + 1
+    def add(self, place: int, yes: bool) -> None:
+        self._yes[place] += yes
+        self._all[place] += 1
 
-    @property
-    def value(self) -> float:
-        return (self._yes + _HOPE[0]) / (self._all + _HOPE[1])
+    def values(self) -> list[float]:
+        values, before = [], _HOPE
+        for yes, count in zip(self._yes, self._all, strict=True):
+            before = (yes + _WEIGHT * before) / (count + _WEIGHT)
+            values.append(before)
+        return values
 
 
 @dataclass
 class _Source:
     """One source of drafts: how often its places go on and are accepted, and when it is tried again."""
 
-    goes_on: list[_Share] = field(default_factory=lambda: [_Share() for _ in range(MOST_DRAFTS)])
-    accepted: list[_Share] = field(default_factory=lambda: [_Share() for _ in range(MOST_DRAFTS)])
+    goes_on: _Shares = field(default_factory=_Shares)
+    accepted: _Shares = field(default_factory=_Shares)
     trials: int = 0
     wait: int = 1
     waited: int = 0
 
     def add(self, row: RowOutcome) -> None:
-        for share in (*self.goes_on, *self.accepted):
-            share.forget()
+        self.goes_on.forget()
+        self.accepted.forget()
         for place in range(min(row.drafted + row.stopped, MOST_DRAFTS)):
-            self.goes_on[place].add(place < row.drafted)
+            self.goes_on.add(place, place < row.drafted)
         for place in range(min(row.drafted, row.accepted + 1, MOST_DRAFTS)):
-            self.accepted[place].add(place < row.accepted)
+            self.accepted.add(place, place < row.accepted)
         self.trials += 1
 
 
@@ -167,7 +173,7 @@ class AutoPace:
         if refresh is None or self._since_refresh >= _REFRESH_AGAIN or not most:
             return 0
         state = self._sources.setdefault(source, _Source())
-        rates = [self._rate(source, state, count, refresh, runs) for count in range(most + 1)]
+        rates = self._rates(source, state, most, refresh, runs)
         count = max(range(most + 1), key=rates.__getitem__)
         if rates[count] > 1 / refresh and count:
             state.wait = 1
@@ -217,17 +223,22 @@ class AutoPace:
             further = min(further, max(0.0, begin - runs * refresh) / (below - 1))
         return begin + (width - below) * further
 
-    def _rate(self, source: str, state: _Source, count: int, refresh: float, runs: int) -> float:
-        """Expected tokens per second of a row with up to `count` drafts."""
-        reached, alive, tokens, seconds = 1.0, 1.0, 1.0, 0.0
-        for place in range(count):
-            seconds += reached * self._lora_seconds(source, refresh)
-            goes_on = state.goes_on[place].value if source != "ngram" else 1.0
-            seconds += reached * (1 - goes_on) * self._wide_seconds(place + 1, refresh, runs, worst=False)
-            reached *= goes_on
-            alive *= goes_on * state.accepted[place].value
+    def _rates(self, source: str, state: _Source, most: int, refresh: float, runs: int) -> list[float]:
+        """Expected tokens per second of a row with up to 0, 1, …, `most` drafts."""
+        looked_up = source == "ngram"  # all at once, without a stop
+        goes_on, accepted = state.goes_on.values(), state.accepted.values()
+        reached, alive, tokens, spent = 1.0, 1.0, 1.0, 0.0
+        rates = [1 / refresh]
+        for place in range(most):
+            verification = self._wide_seconds(place + 1, refresh, runs, worst=False)
+            share = 1.0 if looked_up else goes_on[place]
+            spent += reached * (self._lora_seconds(source, refresh) + (1 - share) * verification)
+            reached *= share
+            alive *= share * accepted[place]
             tokens += alive
-        return tokens / (seconds + reached * self._wide_seconds(count + 1, refresh, runs, worst=False))
+            further = self._wide_seconds(place + 2, refresh, runs, worst=False)
+            rates.append(tokens / (spent + reached * further))
+        return rates
 
     def _affordable(self, source: str, count: int, refresh: float, runs: int, width: int) -> bool:
         cost = count * self._lora_seconds(source, refresh)
@@ -239,7 +250,7 @@ class AutoPace:
             return
         step = self._lora_seconds(source, refresh) / refresh
         wide = self._wide_seconds(2, refresh, runs, worst=False) / refresh
-        share = state.goes_on[0].value * state.accepted[0].value if source != "ngram" else state.accepted[0].value
+        share = state.accepted.values()[0] * (1 if source == "ngram" else state.goes_on.values()[0])
         made = f"a LoRA step takes {step:.2f} of a refresh and " if step else ""
         self.note = (
             f"drafts do not pay here: {made}a refresh that verifies one draft takes {wide:.2f} of one that verifies "
