@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -127,10 +128,10 @@ def option(
     return dataclasses.field(default=default, metadata={_OPTION: said})
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """`1,3,5` as whole numbers."""
+def numbers(text: str, words: Sequence[str] = ()) -> tuple[Any, ...]:
+    """`1,3,5` as whole numbers; `words` stay as they are."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(part if part in words else int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,3,5") from None
 
@@ -197,15 +198,6 @@ def _or_word(read: Callable[[str], Any], words: Sequence[str]) -> Callable[[str]
     return read_or_word if words else read
 
 
-def _several(words: Sequence[str]) -> Callable[[str], tuple[Any, ...]]:
-    """Reads `1,3,auto`."""
-
-    def read(text: str) -> tuple[Any, ...]:
-        return tuple(one for part in text.split(",") for one in ((part,) if part in words else numbers(part)))
-
-    return read if words else numbers
-
-
 def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
     """What reads an option's text, by its field's type."""
     words, annotation = _words(annotation), _without_none(annotation)
@@ -213,7 +205,7 @@ def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
         item = _without_none(typing.get_args(annotation)[0])
         words = _words(annotation)
         if not repeat:
-            return _several(words) if item is int else names
+            return functools.partial(numbers, words=words) if item is int else names
         annotation = item
     assert annotation in (str, int, float, Path), annotation
     return given_path if annotation is Path else _or_word(typing.cast("Callable[[str], Any]", annotation), words)

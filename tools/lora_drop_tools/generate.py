@@ -64,8 +64,8 @@ class GenerateSettings:
     k: int | Literal["auto"] | None = option(
         None,
         bounds=bounds.K,
-        help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's); auto: as many as pay, under "
-        "--policy lossless",
+        help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's); auto, under --policy "
+        "lossless: as many as pay",
     )
     policy: str | None = policy_option()
     draft: str | None = draft_option()

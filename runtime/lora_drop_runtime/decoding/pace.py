@@ -1,7 +1,7 @@
 """How many drafts a cycle makes: a fixed number, or as many as pay, within a budget.
 
-Enters: what a cycle took and what was accepted. Leaves: the number of drafts of the next one. Reads no clock itself: who
-runs the cycles says how long they took. Knows no token and no engine.
+Enters: what a cycle took and what was accepted. Leaves: the number of drafts of the next one. Reads no clock itself:
+who runs the cycles says how long they took. Knows no token and no engine.
 
 `AutoPace` compares with the full schedule, which makes a token in the time of a one-token refresh. It keeps running
 medians of the times of that refresh, of a LoRA step and of a verification by its width, and for each place of a draft

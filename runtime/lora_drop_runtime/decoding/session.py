@@ -212,7 +212,9 @@ class Session:
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        return TokenStream(self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft), self._usage, self._own)
+        return TokenStream(
+            self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft), self._usage, self._own
+        )
 
     def _tokens(
         self,
@@ -339,7 +341,7 @@ class Session:
 
     @property
     def next_step(self) -> StepKind:
-        """What the next `step` runs; always a refresh where refreshes verify drafts, which a single step has none of."""
+        """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none."""
         request = self._running()
         return request.schedule.kind(request.steps_done + 1)
 

@@ -120,7 +120,8 @@ class Speculation:
         step.ids[0] = tokens
         step.index[0] = np.arange(len(tokens))
         step.run()
-        return self._engine.read(step.logits)[0]  # [n, V]
+        logits: Logits = self._engine.read(step.logits)[0]  # [n, V]
+        return logits
 
     def _verification(self, width: int, row: int | None) -> _Verification:
         """Of all rows, or of one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,7 +84,8 @@ def test_the_tokens_and_caches_are_those_of_the_full_schedule(k: int, errs, toge
                 for cache in request.caches.values():
                     assert slots(cache, row, sure) == whole[:sure]
             assert request.steps_done == request.max_steps
-            assert_refused(lambda session=session, n=len(prompts): session.step([1] * n), "caches are full")
+            full = functools.partial(session.step, [1] * len(prompts))
+            assert_refused(full, "caches are full")
 
 
 def test_a_cycle_feeds_what_was_chosen_to_lora_steps_and_verifies_it_in_one_run() -> None:
@@ -166,8 +168,7 @@ def test_an_interrupt_anywhere_leaves_lengths_that_the_request_can_go_on_from(pl
     session = lossless(engine, 3)
     stream, tokens = session.stream([5, 6, 7], 20, stop_token_ids=()), []
     with pytest.raises(KeyboardInterrupt):
-        for token in stream:
-            tokens.append(token)
+        tokens.extend(iter(functools.partial(next, stream), None))
     assert tokens == continued([5, 6, 7], len(tokens))
     request = session._running()
     assert request.len_kept.tolist() == request.len_dropped.tolist() == [3 + len(tokens) - 1]

@@ -7,6 +7,7 @@ their rate, the speed-up beside its ceiling, Eq. 11; all of that in a `BenchResu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.decoding.pace import MOST_DRAFTS
+from lora_drop_runtime.decoding.statistics import Cycle, Statistics
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
@@ -43,6 +46,9 @@ class Run:
         step_seconds: of the N − 1 decode steps, in order.
         engine_seconds: the part of each step that the engine's run call took; None for a peer.
         kv_prompt, kv: `Session.kv_bytes` after the prefill and at the end; None for a peer.
+        cycles: of drafts and their verification, where drafts are verified; `step_seconds` then has what a caller waits
+            for a token, which for all but the first of a cycle is nearly nothing.
+        note: what the session found about drafts that do not pay.
     """
 
     prefill_seconds: float
@@ -50,6 +56,8 @@ class Run:
     engine_seconds: list[float] | None = None
     kv_prompt: dict[str, int] | None = None
     kv: dict[str, int] | None = None
+    cycles: tuple[Cycle, ...] | None = None
+    note: str = ""
 
     @property
     def decode_seconds(self) -> float:
@@ -100,12 +108,13 @@ class Row:
         ceiling: what the bytes of the request's own steps allow.
         kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says.
         over_peers: our tokens/s over a peer's, median over the repeats.
+        tokens_per_refresh: counted, where drafts are verified.
     """
 
     bundle: str
     rho: float
     attention_share: float
-    k: int
+    k: int | str
     context: int
     rows: int
     latency_ms: dict[str, float]
@@ -125,6 +134,7 @@ class Row:
     asymptotic: float
     tails: list[Tail]
     over_peers: dict[str, float]
+    tokens_per_refresh: float | None = None
 
     @property
     def share(self) -> float:
@@ -166,7 +176,7 @@ class Memory:
     """A fresh process that has opened one bundle and answered one request under `k`; `pss` None: not measured."""
 
     bundle: str
-    k: int
+    k: int | str
     request: Request
     pss: dict[str, int] | None
 
@@ -190,6 +200,7 @@ class BenchResult:
     new_tokens: int
     bundles: dict[str, dict[str, Any]]
     policy: str = DEFAULT_POLICY
+    draft: str = ""  # where drafts come from, under a policy that verifies them
     foreign_cores: float | None = None
     rows: list[Row] = field(default_factory=list)
     peer_rows: list[PeerRow] = field(default_factory=list)
@@ -234,13 +245,13 @@ def tails_of(k: int, medians_ms: Mapping[str, float], quantiles_ms: Mapping[floa
 
 
 def _figures_of_steps(
-    runs: Sequence[Run], kinds: Sequence[str], moved: Sequence[int], bandwidth: float | None
+    seconds_of_runs: Sequence[Sequence[float]], kinds: Sequence[str], moved: Sequence[int], bandwidth: float | None
 ) -> dict[str, StepFigures]:
     """Figures of each kind of step, given the kind and the bytes of every step of the request."""
     figures = {}
     for kind in dict.fromkeys(kinds):
         own = [index for index in range(len(kinds)) if kinds[index] == kind]
-        seconds = statistics.median(run.step_seconds[index] for run in runs for index in own)
+        seconds = statistics.median(seconds[index] for seconds in seconds_of_runs for index in own)
         mean_bytes = statistics.fmean(moved[index] for index in own)
         rate = mean_bytes / seconds
         share = None if bandwidth is None else rate / bandwidth
@@ -248,10 +259,61 @@ def _figures_of_steps(
     return figures
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Kinds of a request's steps, their bytes and their figures; what follows from them."""
+
+    figures: dict[str, StepFigures]
+    ceiling: float
+    own_speedup: float | None = None
+    tails: tuple[Tail, ...] = ()
+    tokens_per_refresh: float | None = None
+
+
+def _scheduled_steps(
+    manifest: Manifest,
+    k: int,
+    request: Request,
+    runs: Sequence[Run],
+    bandwidth: float | None,
+    policy: Policy,
+    quantiles_ms: Mapping[float, float],
+) -> _Steps:
+    """Of a schedule that is known beforehand."""
+    steps, schedule = request.new_tokens - 1, PeriodicSchedule(k)
+    kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
+    moved = costs.request_bytes(manifest, request.context, steps, k, request.rows, policy)
+    figures = _figures_of_steps([run.step_seconds for run in runs], kinds, moved, bandwidth)
+    own_speedup = None
+    if len(figures) > 1 and policy.refresh_tokens(k) == 1:
+        mixed = sum(one.steps * one.median_ms for one in figures.values())
+        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
+    ceiling = costs.request_ceiling(manifest, request.context, steps, k, request.rows, policy)
+    medians_ms = {kind: one.median_ms for kind, one in figures.items()}
+    both = manifest.plan.sites and len(figures) > 1
+    return _Steps(figures, ceiling, own_speedup, tuple(tails_of(k, medians_ms, quantiles_ms)) if both else ())
+
+
+def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], bandwidth: float | None) -> _Steps:
+    """Of the cycles that were counted; of several repeats that differ the figures are the last one's, the ceiling the
+    highest."""
+    steps, cycles, seconds = request.new_tokens - 1, runs[-1].cycles or (), []
+    waits = iter(runs[-1].step_seconds)
+    for cycle in cycles:
+        seconds.append(sum(itertools.islice(waits, max(cycle.made))))
+    kinds = [f"refresh after {cycle.lora_steps}" for cycle in cycles]
+    figures = _figures_of_steps([seconds], kinds, costs.verified_bytes(manifest, request.context, cycles), bandwidth)
+    ceilings = [
+        costs.verified_ceiling(manifest, request.context, steps, run.cycles or (), request.rows) for run in runs
+    ]
+    tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
+    return _Steps(figures, max(ceilings), tokens_per_refresh=tokens)
+
+
 def make_row(
     name: str,
     manifest: Manifest,
-    k: int,
+    k: int | str,
     request: Request,
     runs: Sequence[Run],
     full: Sequence[Run],
@@ -264,15 +326,12 @@ def make_row(
         bandwidth: bytes a second the machine reads, None where it does not apply.
     """
     steps, rows = request.new_tokens - 1, request.rows
-    schedule = PeriodicSchedule(k)
-    kinds = [schedule.kind(step).value for step in range(1, steps + 1)]
-    moved = costs.request_bytes(manifest, request.context, steps, k, rows, policy)
-    figures = _figures_of_steps(runs, kinds, moved, bandwidth)
-    own_speedup = None
-    if len(figures) > 1 and policy.refresh_tokens(k) == 1:
-        mixed = sum(one.steps * one.median_ms for one in figures.values())
-        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
     quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
+    most = k if isinstance(k, int) else MOST_DRAFTS
+    if k == 0 or runs[-1].cycles is None:
+        own = _scheduled_steps(manifest, most, request, runs, bandwidth, policy, quantiles_ms)
+    else:
+        own = _verified_steps(manifest, request, runs, bandwidth)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
     kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
     grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))
@@ -289,17 +348,16 @@ def make_row(
         first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
         kv_bytes=kv,
         kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
-        kv_saving=costs.kv_saving(manifest, k, policy),
+        kv_saving=costs.kv_saving(manifest, most, policy),
         overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
-        steps=figures,
+        steps=own.figures,
         speedup=statistics.median(speedups),
         speedups=speedups,
         noise=max(speedups) - min(speedups),
-        own_speedup=own_speedup,
-        ceiling=costs.request_ceiling(manifest, request.context, steps, k, rows, policy),
-        asymptotic=costs.asymptotic_speedup(manifest, k),
-        tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
-        if manifest.plan.sites and len(figures) > 1
-        else [],
+        own_speedup=own.own_speedup,
+        ceiling=own.ceiling,
+        asymptotic=costs.asymptotic_speedup(manifest, most),
+        tails=list(own.tails),
         over_peers={},
+        tokens_per_refresh=own.tokens_per_refresh,
     )

@@ -13,8 +13,8 @@ from lora_drop_runtime.plan.policy import POLICIES
 def policy_option() -> Any:
     """`str | None`; None is the bundle's."""
     what = (
-        "what refreshes do: skip leaves holes, backfill fills them, lossless also verifies what the LoRA steps chose, so "
-        "that the text is the full schedule's (default: the bundle's)"
+        "what refreshes do: skip leaves holes, backfill fills them, lossless also verifies what the LoRA steps chose, "
+        "so that the text is the full schedule's (default: the bundle's)"
     )
     return option(None, help=what, choices=tuple(POLICIES))
 
