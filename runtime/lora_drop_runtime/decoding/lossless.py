@@ -26,7 +26,7 @@ from .sampling import RowSampler, Sampler
 from .speculation import Logits, Speculation
 from .statistics import Cycle, Statistics
 
-CONFIDENCE = 0.6  # drafting stops where the likeliest token has less probability (docs/algorithm.md says how chosen)
+CONFIDENCE = 0.2  # drafting stops where the likeliest token has less probability (docs/algorithm.md says how chosen)
 Clock = Callable[[], float]
 
 
