@@ -232,7 +232,8 @@ class Session:
         options = checks.checked_sampling(sampling)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         source = self._source if draft is None else self._draft_source(draft)
-        if self._policy.verifies:
+        schedule = self.schedule if k is None else scheduled(k, self._policy)
+        if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
             self._begin(ids, lengths, max_new_tokens, k)
             yield from self._verified_tokens(rows, Sampler(options, rows), stops, max_new_tokens, source)
             return
@@ -284,7 +285,7 @@ class Session:
         return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites))
 
     def statistics(self) -> Statistics | None:
-        """What the latest request has counted so far, under a policy that verifies drafts; else None."""
+        """What the latest request has counted so far, where it has drafts to verify; else None."""
         return None if self._lossless is None else self._lossless.statistics()
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────

@@ -82,17 +82,17 @@ def scheduled(k: int | str | Schedule, policy: Policy) -> Schedule:
     return VerifiedSchedule(k)  # type: ignore[arg-type]  # checked there
 
 
-def draft_source(name: Any, policy: Policy, dropped_layers: int) -> DraftSource:
+def draft_source(name: Any, policy: Policy, sites: int) -> DraftSource:
     """Where drafts come from; what suits the bundle when None.
 
     Args:
-        dropped_layers: how many the bundle has.
+        sites: that the bundle drops.
 
     Raises:
         InputError: there is none of that name, the policy has no drafts, or the bundle makes none of that kind.
     """
     if name is None:
-        return DRAFTS["lora" if dropped_layers else "ngram"]
+        return DRAFTS["lora" if sites else "ngram"]
     check_known("draft", name, tuple(DRAFTS))
     if not policy.verifies:
         raise InputError(
@@ -101,7 +101,7 @@ def draft_source(name: Any, policy: Policy, dropped_layers: int) -> DraftSource:
             hint="Leave draft out, or use the policy lossless.",
         )
     source = DRAFTS[name]
-    if source.runs_lora_steps and not dropped_layers:
+    if source.runs_lora_steps and not sites:
         raise InputError(
             "The bundle makes no drafts of that kind.",
             note=f"draft is {name!r}, which takes LoRA steps, and the bundle drops no layer.",

@@ -213,7 +213,7 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
 
 
 def test_a_timed_request_under_lossless_brings_its_cycles() -> None:
-    plan = DropPlan(num_layers=8, drop_layers=(4, 6))
+    plan = DropPlan(num_layers=8, sites=("4", "6"))
     session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
     timed_session = TimedSession(session.bundle, engine, "lossless", "ngram")
     run = timed_session.run(np.array([[3, 4, 5]]), 12, k=3)

@@ -164,7 +164,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         repeats=settings.repeats,
         new_tokens=settings.new_tokens,
         policy=policy.name,
-        draft=draft_source(settings.draft, policy, len(manifest.plan.drop_layers)).name if policy.verifies else "",
+        draft=draft_source(settings.draft, policy, len(manifest.plan.sites)).name if policy.verifies else "",
         bundles={
             name: {"path": str(bundle.root), "sites": list(bundle.manifest.plan.sites)}
             for name, bundle in bundles.items()
@@ -205,7 +205,7 @@ def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None
         )
     for bundle in bundles.values():
         policy = policy_named(settings.policy or bundle.manifest.plan.policy)
-        draft_source(settings.draft, policy, len(bundle.manifest.plan.drop_layers))
+        draft_source(settings.draft, policy, len(bundle.manifest.plan.sites))
         for k in settings.windows:
             scheduled(k, policy)
 
