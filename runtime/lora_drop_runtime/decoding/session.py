@@ -397,7 +397,7 @@ class Session:
         self._request = None
 
     def _warm_up_verification(self, tokens: Ids, most: int) -> None:
-        """Run LoRA steps and refreshes of every width twice each, as a request will."""
+        """Run LoRA steps, and refreshes of every width, as a request will."""
         assert isinstance(self.schedule, VerifiedSchedule)
         drafts = MOST_DRAFTS if self.schedule.drafts is None else self.schedule.drafts
         self.prefill(tokens, max_new_tokens=most + 1)
@@ -405,7 +405,7 @@ class Session:
         widest = min(drafts + 1, most, most if steps.most is None else steps.most)
         for width in range(2, widest + 1):
             for _ in range(4):
-                if self._source.runs_lora_steps and width == 2:
+                for _ in range(2 if self._source.runs_lora_steps and width == 2 else 0):  # on either side of a state
                     steps.draft(dict.fromkeys(range(len(tokens)), 0), [0] * len(tokens))
                 steps.verify({row: [0] * width for row in range(len(tokens))})
 

@@ -189,6 +189,20 @@ def test_single_steps_are_the_full_schedule() -> None:
     assert session.statistics() is None
 
 
+@pytest.mark.parametrize("plan", [PLAN, PLANS["recurrent"]])
+def test_warming_up_runs_every_width_and_both_sides_of_a_state(plan: DropPlan) -> None:
+    engine = Drafter(plan)
+    engine.batched_chunks = True
+    session = lossless(engine, 3)
+    session.warm_up(2)
+    assert {run.input_ids.shape for run in engine.runs if run.kind is REFRESH} == {(2, width) for width in range(1, 5)}
+    drafts = [binding for binding in engine.bindings if binding.kind is LORA]
+    assert len(drafts) == (2 if plan.updated_states else 1)
+    warm = len(engine.runs)
+    assert session.generate([[5], [6]], 9, stop_token_ids=())[0].tolist() == continued([5], 9)
+    assert len(engine.runs) > warm
+
+
 def test_no_verification_is_wider_than_the_engine_takes() -> None:
     for name in ("prefill_chunk", "verified_tokens"):
         engine = Drafter()
