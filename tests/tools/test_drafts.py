@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_tools.cli import main
 
+from lora_drop_export.check.verify import compare
 from tests.support.bundles import make_bundle
 from tests.support.tokenizers import character_tokenizer
 
@@ -35,6 +37,13 @@ def test_the_text_is_the_full_schedules_and_what_was_counted_is_printed(
         assert text == whole
         assert "tokens per refresh" in counted
         assert "refreshes by accepted drafts: 0: " in counted
+
+
+def test_the_steps_of_such_a_bundle_are_compared_one_by_one(bundle: Path) -> None:
+    """LoRA steps among them, which single steps under the policy itself have none of."""
+    result = compare(Bundle.open(bundle), policy="lossless", k=2)
+    assert result.passed
+    assert {step.kind for step in result.steps} == {"prefill", "lora", "refresh"}
 
 
 @pytest.mark.parametrize(

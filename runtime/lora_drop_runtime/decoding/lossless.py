@@ -207,6 +207,8 @@ class Lossless:
             own = made[row.index]
             agreed = sum(draft.token == token for draft, token in zip(row.drafts, own, strict=False))
             drafts[row.index], accepted[row.index] = len(row.drafts), agreed
-            outcomes.append(RowOutcome(row.source, min(len(row.drafts), len(own)), agreed, row.stopped))
+            outcomes.append(
+                RowOutcome(row.source, len(row.drafts), min(len(row.drafts), len(own)), agreed, row.stopped)
+            )
         self._cycles.append(Cycle(times.lora_steps, tuple(drafts), tuple(accepted), tuple(map(len, made))))
         self._pace.saw(times, outcomes)

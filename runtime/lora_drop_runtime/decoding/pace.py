@@ -34,10 +34,17 @@ _TRIALS = 8  # before it is said that drafts do not pay
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of one row's drafts: made, accepted, and whether drafting stopped at a low confidence."""
+    """What became of one row's drafts.
+
+    Attributes:
+        drafted, judged, accepted: how many were made; of them, up to the first that was rejected or ended the row; of
+            those, all that agreed.
+        stopped: whether drafting stopped at a low confidence.
+    """
 
     source: str
     drafted: int
+    judged: int
     accepted: int
     stopped: bool
 
@@ -147,7 +154,7 @@ class _Source:
         self.accepted.forget()
         for place in range(min(row.drafted + row.stopped, MOST_DRAFTS)):
             self.goes_on.add(place, place < row.drafted)
-        for place in range(min(row.drafted, row.accepted + 1, MOST_DRAFTS)):
+        for place in range(min(row.judged, MOST_DRAFTS)):
             self.accepted.add(place, place < row.accepted)
         self.trials += 1
 
