@@ -180,6 +180,12 @@ def _without_none(annotation: Any) -> Any:
     return annotation
 
 
+def _without_words(annotation: Any) -> Any:
+    """The type of one of several values, which may be a union, less the words that stand for one."""
+    kinds = [part for part in _parts(annotation) if typing.get_origin(part) is not typing.Literal]
+    return kinds[0] if len(kinds) == 1 else annotation
+
+
 def _words(annotation: Any) -> tuple[str, ...]:
     """Words that stand for a value: of `int | Literal["auto"]`, or of several such values."""
     if typing.get_origin(annotation) in (tuple, Sequence):
@@ -202,7 +208,7 @@ def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
     """What reads an option's text, by its field's type."""
     words, annotation = _words(annotation), _without_none(annotation)
     if typing.get_origin(annotation) in (tuple, Sequence):
-        item = _without_none(typing.get_args(annotation)[0])
+        item = _without_words(typing.get_args(annotation)[0])
         words = _words(annotation)
         if not repeat:
             return functools.partial(numbers, words=words) if item is int else names
@@ -331,7 +337,7 @@ def check_options(settings: Any) -> None:
             continue
         kind, flag = _without_none(types_of[field.name]), _flag(field)
         if typing.get_origin(kind) in (tuple, Sequence):
-            item, words = _without_none(typing.get_args(kind)[0]), _words(kind)
+            item, words = _without_words(typing.get_args(kind)[0]), _words(kind)
             if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
                 raise _wrong_type(flag, value, "several values, such as a tuple")
             checked: Any = tuple(
