@@ -303,6 +303,4 @@ class Reference:
 
 def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:
     """The bundle's own adapters (s already in B) from `weights/adapters.safetensors`."""
-    return {
-        site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.adapted_sites
-    }
+    return {site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.adapted_sites}

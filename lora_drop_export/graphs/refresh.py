@@ -148,7 +148,9 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
     """
     graph = traced.graph.graph
     values: dict[str | None, ir.Value] = {value.name: value for node in graph for value in node.outputs}
-    attentions = {n.attributes["layer"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"}
+    attentions = {
+        n.attributes["layer"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"
+    }
 
     def parameters(ends: Sequence[ir.Value | None], begin: str) -> frozenset[str]:
         found, seen, todo = set(), set(), list(ends)

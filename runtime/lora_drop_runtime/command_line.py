@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -109,7 +110,8 @@ def option(
     """A field of a settings class that is also an option of its command.
 
     The field's type chooses how text is read: str, int, float, Path, `tuple[int, ...]` and `tuple[str, ...]` (with
-    commas between), bool (a flag that turns the default around), each also with `| None`.
+    commas between), bool (a flag that turns the default around), each also with `| None`, numbers also with a word in
+    their place: `int | Literal["auto"]`.
 
     Args:
         default: without one the option is required.
@@ -126,10 +128,10 @@ def option(
     return dataclasses.field(default=default, metadata={_OPTION: said})
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """`1,3,5` as whole numbers."""
+def numbers(text: str, words: Sequence[str] = ()) -> tuple[Any, ...]:
+    """`1,3,5` as whole numbers; `words` stay as they are."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(part if part in words else int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,3,5") from None
 
@@ -165,22 +167,54 @@ def check_text(what: str, text: str) -> None:
         ) from None
 
 
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """Of a union, else the type itself."""
+    union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+    return typing.get_args(annotation) if union else (annotation,)
+
+
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    """The type of an option's values: not None, and no word that stands for a value."""
+    kinds = (part for part in _parts(annotation) if typing.get_origin(part) is not typing.Literal)
+    (annotation,) = (part for part in kinds if part is not type(None))
     return annotation
+
+
+def _without_words(annotation: Any) -> Any:
+    """The type of one of several values, which may be a union, less the words that stand for one."""
+    kinds = [part for part in _parts(annotation) if typing.get_origin(part) is not typing.Literal]
+    return kinds[0] if len(kinds) == 1 else annotation
+
+
+def _words(annotation: Any) -> tuple[str, ...]:
+    """Words that stand for a value: of `int | Literal["auto"]`, or of several such values."""
+    if typing.get_origin(annotation) in (tuple, Sequence):
+        annotation = typing.get_args(annotation)[0]
+    literals = (part for part in _parts(annotation) if typing.get_origin(part) is typing.Literal)
+    return tuple(word for part in literals for word in typing.get_args(part))
+
+
+def _or_word(read: Callable[[str], Any], words: Sequence[str]) -> Callable[[str], Any]:
+    """A reader that leaves some words as they are."""
+
+    def read_or_word(text: str) -> Any:
+        return text if text in words else read(text)
+
+    read_or_word.__name__ = read.__name__  # which argparse says
+    return read_or_word if words else read
 
 
 def _reader(annotation: Any, repeat: bool) -> Callable[[str], Any]:
     """What reads an option's text, by its field's type."""
-    annotation = _without_none(annotation)
+    words, annotation = _words(annotation), _without_none(annotation)
     if typing.get_origin(annotation) in (tuple, Sequence):
-        item = typing.get_args(annotation)[0]
+        item = _without_words(typing.get_args(annotation)[0])
+        words = _words(annotation)
         if not repeat:
-            return numbers if item is int else names
+            return functools.partial(numbers, words=words) if item is int else names
         annotation = item
     assert annotation in (str, int, float, Path), annotation
-    return given_path if annotation is Path else typing.cast("Callable[[str], Any]", annotation)
+    return given_path if annotation is Path else _or_word(typing.cast("Callable[[str], Any]", annotation), words)
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
@@ -299,12 +333,16 @@ def check_options(settings: Any) -> None:
         value = getattr(settings, field.name)
         if said is None or (value is None and field.default is None):
             continue
+        if isinstance(value, str) and value in _words(types_of[field.name]):
+            continue
         kind, flag = _without_none(types_of[field.name]), _flag(field)
         if typing.get_origin(kind) in (tuple, Sequence):
-            item = typing.get_args(kind)[0]
+            item, words = _without_words(typing.get_args(kind)[0]), _words(kind)
             if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
                 raise _wrong_type(flag, value, "several values, such as a tuple")
-            checked: Any = tuple(_checked(flag, one, item, said) for one in value)
+            checked: Any = tuple(
+                one if isinstance(one, str) and one in words else _checked(flag, one, item, said) for one in value
+            )
             twice = [one for place, one in enumerate(checked) if one in checked[:place]]
             if twice:
                 raise InputError(

@@ -71,6 +71,10 @@ class VerificationError(LoraDropError):
     exit_code = 1
 
 
+class DraftsDoNotPay(UserWarning):
+    """Under `k="auto"`: drafts cost more than they bring with this bundle, on this machine and text. No error."""
+
+
 def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
     """For an argument of the Python interface that is not of the type that it needs.
 

@@ -1,4 +1,4 @@
-"""Halves of layers and policy `fill`, exported and run, against the oracle; what they leave of the LoRA step's graph."""
+"""Halves of layers and policy `fill`, exported and run, against the oracle; what is left of the LoRA step."""
 
 from __future__ import annotations
 

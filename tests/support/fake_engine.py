@@ -95,6 +95,7 @@ class FakeEngine:
     target = "fake"  # a graph for each step
     chooses_tokens = False
     prefill_chunk: int | None = None
+    verified_tokens: int | None = None
     batched_chunks = False
     warms_up = False
 
@@ -190,13 +191,13 @@ class FakeEngine:
     def _predict(self, run: Run) -> None:
         logits = run.binding.outputs["logits"]  # [b, 1, V]
         rows = np.arange(len(logits))
-        index = np.zeros(len(rows), np.int64) if run.logits_index is None else run.logits_index[:, 0]
+        index = np.zeros((len(rows), 1), np.int64) if run.logits_index is None else run.logits_index
         if self.script is not None:
-            tokens = np.array(self.script[len(self.runs) - 1])
+            tokens = np.array(self.script[len(self.runs) - 1])[:, None]
         else:
-            tokens = next_token(run.input_ids[rows, index], run.len_kept + index, logits.shape[2])
+            tokens = next_token(run.input_ids[rows[:, None], index], run.len_kept[:, None] + index, logits.shape[2])
         logits[...] = 0
-        logits[rows, 0, tokens] = 1
+        np.put_along_axis(logits, tokens[:, :, None], 1, 2)
 
 
 def next_token(token: Any, position: Any, vocab_size: int = VOCAB) -> Any:

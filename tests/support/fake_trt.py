@@ -59,7 +59,7 @@ def make_device_bundle(
     plan, limits = bundle.manifest.plan, bundle.manifest.limits
     slots = static_slots(plan, limits)
     profiles = {
-        StepKind.REFRESH: refresh_profiles(plan.k, limits.max_batch, chunk),
+        StepKind.REFRESH: refresh_profiles(plan.k + 1, limits.max_batch, chunk),
         StepKind.LORA: lora_profiles(limits.max_batch),
     }
     (root / TARGET).mkdir()
@@ -115,12 +115,17 @@ def change_manifest(bundle: Bundle, entry: TrtEntry) -> Bundle:
 
 
 def open_device_session(
-    bundle: Bundle, k: int | None = None, *, cuda: FakeCuda | None = None, trt: FakeTrt | None = None
+    bundle: Bundle,
+    k: int | None = None,
+    *,
+    policy: str | None = None,
+    cuda: FakeCuda | None = None,
+    trt: FakeTrt | None = None,
 ) -> tuple[Session, TrtEngine, FakeCuda]:
     cuda = cuda or FakeCuda()
     engine = TrtEngine(bundle, TARGET, trt=trt or FakeTrt(cuda), device=CudaDevice(cuda))
     schedule = PeriodicSchedule(bundle.manifest.plan.k if k is None else k)
-    return Session(bundle, engine, schedule), engine, cuda
+    return Session(bundle, engine, schedule, policy), engine, cuda
 
 
 class DataType(enum.Enum):

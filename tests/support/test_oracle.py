@@ -87,7 +87,9 @@ def parallel_form(model, plan, prompt, forced, k):
 
         return mock.patch.object(layer, "forward", forward)
 
-    patches = [dropped_layer(i, model.model.layers[i]) for i in sorted({int(site.partition(".")[0]) for site in plan.sites})]
+    patches = [
+        dropped_layer(i, model.model.layers[i]) for i in sorted({int(site.partition(".")[0]) for site in plan.sites})
+    ]
     for patch in patches:
         patch.start()
     try:

@@ -14,7 +14,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.compare import CompareSettings
 from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.fit.settings import FitSettings
-from lora_drop_tools.generate import GenerateSettings
+from lora_drop_tools.generate import ChatSettings, GenerateSettings
 
 from tests.support.bundles import make_bundle
 
@@ -29,6 +29,9 @@ FIT: dict[str, Any] = {"text": (FILE,), "out": Path("out")}
         (GenerateSettings, {"top_p": 0.5}, "--top-p", "--temperature is 0"),
         (GenerateSettings, {"seed": 0}, "--seed", "--temperature is 0"),
         (GenerateSettings, {"policy": "skip", "k": 0}, "--policy", "every step is a refresh"),
+        (GenerateSettings, {"draft": "ngram", "k": 0}, "--draft", "every step is a refresh"),
+        (ChatSettings, {"draft": "ngram", "policy": "skip"}, "--draft", "--policy skip verifies no drafts"),
+        (BenchSettings, {"draft": "both", "policy": "backfill"}, "--draft", "--policy backfill verifies no drafts"),
         (CompareSettings, {"policy": "backfill", "k": 0}, "--policy", "every step is a refresh"),
         (BenchSettings, {"model": (FILE,)}, "--model", "--peers was not given"),
         (BenchSettings, {"peer_cache": FILE}, "--peer-cache", "--peers was not given"),
@@ -56,6 +59,8 @@ def test_options_that_would_change_nothing(cls: type, given: dict[str, Any], fla
 def test_options_that_change_something_are_taken() -> None:
     GenerateSettings(temperature=0.5, top_k=5, top_p=0.5, seed=0)
     GenerateSettings(policy="skip", k=1)
+    GenerateSettings(policy="lossless", k="auto", draft="both")
+    assert BenchSettings(policy="lossless", k=("auto", 1), draft="ngram").windows == [0, 1, "auto"]
     BenchSettings(peers=(), model=(FILE,), batches=(1, 4))
     EvalSettings(text=FILE, window=64, windows=9)
     EvalSettings(tasks=("piqa",), data=FILE, limit=7)
@@ -65,6 +70,9 @@ def test_options_that_change_something_are_taken() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("generate b --k automatic", ("--k", "'automatic'")),
+        ("bench b --k auto,,3", ("'auto,,3' is not a list",)),
+        ("bench b --k auto,auto --policy lossless", ("--k names a value twice", "auto, auto")),
         ("bench b --k 1,,3", ("--k", "'1,,3' is not a list")),
         ("bench b --k 1,3,1", ("--k names a value twice", "1, 3, 1")),
         ("bench b --contexts 8,8", ("--contexts names a value twice", "8")),

@@ -70,7 +70,7 @@ def _generate(args: argparse.Namespace) -> None:
     print(
         f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s with prefill); "
         f"K/V {(kv['kept'] + kv['dropped']) / 2**20:.2f} MiB",
-        *completions[0].engine_notes,
+        *completions[0].notes,
         sep="\n",
         file=sys.stderr,
     )

@@ -5,13 +5,15 @@ Enters: a bundle and prompts. Leaves: text, printed as it comes. Token ids are t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +24,17 @@ from lora_drop_runtime.decoding.checks import check_request
 from lora_drop_runtime.decoding.prompts import padded
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.decoding.statistics import Statistics
+from lora_drop_runtime.errors import DraftsDoNotPay, InputError
 from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
+    draft_option,
     policy_option,
     provider_option,
+    refuse_idle_drafts,
     schedule_option,
     target_option,
     threads_option,
@@ -45,8 +50,9 @@ class GenerateSettings:
 
     Attributes:
         max_new_tokens: 64 when None, in a chat 256, or what the bundle has room for.
-        k: LoRA steps between refreshes, 0 for the full schedule.
+        k: LoRA steps between refreshes, 0 for the full schedule; `auto` under a policy that verifies.
         schedule: when refreshes come, as for `Session.open`.
+        draft: where drafts come from, under a policy that verifies.
         temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
         stop: strings that end a text, themselves left out.
         target, provider, threads: as for `Session.open`.
@@ -58,11 +64,15 @@ class GenerateSettings:
         bounds=bounds.TOKENS,
         help=f"write at most N tokens (default {NEW_TOKENS}, or what the bundle has room for)",
     )
-    k: int | None = option(
-        None, bounds=bounds.K, help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's)"
+    k: int | Literal["auto"] | None = option(
+        None,
+        bounds=bounds.K,
+        help="put so many LoRA steps between refreshes, 0 for none (default: the bundle's); auto, under --policy "
+        "lossless: as many as pay",
     )
     schedule: str | None = schedule_option()
     policy: str | None = policy_option()
+    draft: str | None = draft_option()
     temperature: float = option(
         0.0, metavar="T", bounds=bounds.TEMPERATURE, help="draw at this temperature; 0 is greedy (default)"
     )
@@ -85,7 +95,10 @@ class GenerateSettings:
             refuse_unused(self, ("top_k", "top_p", "seed"), "--temperature is 0", "add --temperature 0.8")
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         if self.k == 0:
-            refuse_unused(self, ("policy", "schedule"), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(
+                self, ("policy", "schedule", "draft"), "with --k 0 every step is a refresh", "use a larger --k"
+            )
+        refuse_idle_drafts(self, self.policy)
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -98,6 +111,7 @@ class GenerateSettings:
             k=self.k,
             schedule=self.schedule,
             policy=self.policy,
+            draft=self.draft,
             target=self.target,
             provider=self.provider,
             threads=self.threads,
@@ -122,6 +136,7 @@ class Completion:
 
     Attributes:
         interrupted: Ctrl-C ended it.
+        drafts: what the session counted, where drafts are verified.
     """
 
     text: str
@@ -130,6 +145,21 @@ class Completion:
     kv_bytes: dict[str, int]
     engine_notes: list[str]
     interrupted: bool = False
+    drafts: Statistics | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for who measures."""
+        counted = [] if self.drafts is None else [self.drafts.describe()]
+        return [*counted, *([self.drafts.note] if self.drafts and self.drafts.note else []), *self.engine_notes]
+
+
+@contextlib.contextmanager
+def _said_by_us() -> Iterator[None]:
+    """No warning of Python's for what stands in the completion's notes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DraftsDoNotPay)
+        yield
 
 
 def _piped_question() -> str:
@@ -193,7 +223,8 @@ def _stream(
     emit(pieces.finish())
     out.write("\n")
     seconds = time.perf_counter() - begin
-    return Completion("".join(text), tokens, seconds, session.kv_bytes(), session.engine_notes(), interrupted)
+    kv, notes, drafts = session.kv_bytes(), session.engine_notes(), session.statistics()
+    return Completion("".join(text), tokens, seconds, kv, notes, interrupted, drafts)
 
 
 def _codec(bundle: Bundle, settings: GenerateSettings) -> TextCodec:
@@ -211,7 +242,8 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
         system: a system message that the conversation begins with.
     """
     codec = _codec(Bundle.open(bundle), settings)
-    with settings.open(bundle) as session:
+    with settings.open(bundle) as session, _said_by_us():
+        said = False
         messages = [{"role": "system", "content": system}] if system else []
         for line in _questions():
             messages.append({"role": "user", "content": line})
@@ -224,6 +256,9 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                 )
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
             reply = _stream(session, codec, ids, fitting, sys.stdout)
+            if reply.drafts is not None and reply.drafts.note and not said:
+                said = True
+                print(reply.drafts.note, file=sys.stderr, flush=True)
             messages.append({"role": "assistant", "content": reply.text})
 
 
@@ -278,7 +313,7 @@ def generate(
     out = out or sys.stdout
     opened = Bundle.open(bundle)
     codec, encoded, settings = _encoded(opened, prompts, settings, chat)
-    with settings.open(opened.root) as session:
+    with settings.open(opened.root) as session, _said_by_us():
         if len(encoded) == 1:
             completion = _stream(session, codec, encoded[0], settings, out)
             if completion.interrupted:
@@ -291,6 +326,7 @@ def generate(
         for prompt, row in zip(prompts, rows, strict=True):
             pieces = codec.stream(settings.stop)
             text = "".join(pieces.push(int(token)) for token in row) + pieces.finish()
-            completions.append(Completion(text, len(row), seconds, session.kv_bytes(), session.engine_notes()))
+            kv, notes, drafts = session.kv_bytes(), session.engine_notes(), session.statistics()
+            completions.append(Completion(text, len(row), seconds, kv, notes, drafts=drafts))
             print(f"── {prompt}\n{text}", file=out, flush=True)
         return completions

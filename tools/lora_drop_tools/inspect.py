@@ -93,8 +93,9 @@ def _predictions(manifest: Manifest) -> list[str]:
             f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
         )
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
+    spared = costs.dropped_macs_share(manifest, 0)
     lines += [
-        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {costs.dropped_macs_share(manifest, 0):.3f}; "
+        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {spared:.3f}; "
         f"Eq. 16: {_kv_savings(manifest)} of the K/V of generated tokens saved",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]

@@ -11,11 +11,14 @@ Range = tuple[int, int, int]  # smallest, most frequent, largest
 Profile = Mapping[str, Range]  # symbolic size → its range
 
 
-def refresh_profiles(k: int, max_batch: int, prefill_chunk: int) -> dict[str, Profile]:
-    """One profile for decode steps, of up to k + 1 tokens a row, and one for chunks of a prefill."""
+LEAST_VERIFIED = 9  # tokens of a row: eight drafts and the one before them, whatever the plan's k
+
+
+def refresh_profiles(tokens: int, max_batch: int, prefill_chunk: int) -> dict[str, Profile]:
+    """One profile for decode steps, of up to so many tokens a row and their logits, one for chunks of a prefill."""
     batch = (1, 1, max_batch)
     return {
-        "decode": {"batch": batch, "sequence": (1, 1, k + 1), "rows": (1, 1, k + 1)},
+        "decode": {"batch": batch, "sequence": (1, 1, tokens), "rows": (1, 1, tokens)},
         "prefill": {"batch": batch, "sequence": (1, prefill_chunk, prefill_chunk), "rows": (1, 1, 1)},
     }
 

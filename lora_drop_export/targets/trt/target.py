@@ -115,14 +115,16 @@ class TrtTarget:
     ) -> TrtEntry:
         from .build import EngineBuilder
         from .lower import trt_from_neutral
-        from .profiles import lora_profiles, refresh_profiles
+        from .profiles import LEAST_VERIFIED, lora_profiles, refresh_profiles
 
         plan, limits = manifest.plan, manifest.limits
         sharing, form = options.weight_sharing or "inputs", self.form(options)
         slots = static_slots(plan, limits)
         chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
         profiles: dict[StepKind, dict[str, Profile]] = {
-            StepKind.REFRESH: refresh_profiles(min(plan.k, *(n - 1 for n in slots.values())), limits.max_batch, chunk),
+            StepKind.REFRESH: refresh_profiles(
+                min(max(plan.k + 1, LEAST_VERIFIED), *slots.values()), limits.max_batch, chunk
+            ),
             StepKind.LORA: lora_profiles(limits.max_batch),
         }
         builder = EngineBuilder(self.name, root, options.builder, console, self._timing_cache(earlier))

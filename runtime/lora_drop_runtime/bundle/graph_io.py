@@ -12,9 +12,10 @@ The exporter declares its graphs from this table and the session binds its buffe
                                          for all under `fill`
              past_state.s (recurrent, anchor)                    present_state.s  (recurrent, with an adapter)
 
-A cache belongs to the group `kept` or `dropped` by whether its layer's attention is dropped. `len_kept` and `len_dropped` are the valid slots of each cache group before the step, per row; the position of the
-s-th new token is `len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are
-wanted; the state is taken at the last of them. `present_x` is `past_x` updated in place (its alias).
+A cache belongs to the group `kept` or `dropped` by whether its layer's attention is dropped. `len_kept` and
+`len_dropped` are the valid slots of each group before the step, per row; the position of the s-th new token is
+`len_kept + s`. `logits_index` [batch, rows] picks the positions of a refresh whose logits are wanted; the state is
+taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 
 A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
 `next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both:

@@ -107,6 +107,7 @@ class Request:
             self._prefill_row_by_row(ids, lengths, chunk)
         self.logits_index[:] = 0
         self.steps_done, self.side = 0, 0
+        self._prompts = lengths.copy()
 
     @property
     def _chunk(self) -> int:
@@ -182,7 +183,7 @@ class Request:
         if taken_back:
             self._run_again(self._since_refresh[-taken_back:], going)
         else:
-            self._run_one_token(kind)
+            self.run_one_token(kind)
         for row, goes_on in enumerate(going):
             if goes_on:
                 self.kept[row] += 1
@@ -199,6 +200,12 @@ class Request:
                 self.side = 1 - self.side
         self.steps_done += 1
 
+    def advance(self, row: int, tokens: int) -> None:
+        """A refresh has run so many tokens of a row that stay."""
+        self.kept[row] += tokens
+        self.dropped[row] += tokens
+        self.steps_done = max(self.steps_done, int(self.kept[row] - self._prompts[row]))
+
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""
         plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
@@ -208,7 +215,8 @@ class Request:
             "allocated": sum(buffer.nbytes for buffer in self.caches.values()),
         }
 
-    def _run_one_token(self, kind: StepKind) -> None:
+    def run_one_token(self, kind: StepKind) -> None:
+        """Run `input_ids` through a step graph at `len_kept`, which stays."""
         key = kind, self.side if kind is StepKind.LORA else 0
         prepared = self._prepared.get(key)
         if prepared is None:
@@ -253,6 +261,12 @@ class Request:
             self._prepared_chunks[key] = ids, step
         return self._prepared_chunks[key]
 
+    def prepare_verification(self, ids: Ids, rows: slice, index: Ids, logits: Buffer, next_token: Ids) -> Step:
+        """A refresh over `ids` [b, S] for some rows, with logits [b, R, V] at the positions `index` [b, R]."""
+        return self._prepare(
+            StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0], chosen=(logits, next_token)
+        )
+
     def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
         """A refresh over `ids` [b, S] for some rows, from position `len_kept` on."""
         index = index[rows] if len(index) == self.batch else index
@@ -270,14 +284,19 @@ class Request:
         rows: slice,
         before: dict[str, Buffer],
         after: dict[str, Buffer],
+        chosen: tuple[Buffer, Ids] | None = None,
     ) -> Step:
-        """Bind what the engine's graph of this step reads and writes; `before` and `after` are states."""
+        """Bind what the engine's graph of this step reads and writes; `before` and `after` are states.
+
+        `chosen` are the logits and chosen tokens of the rows, the request's own when None.
+        """
         io = self.bundle.manifest.io(kind, self.engine.target)
         inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
         inputs |= {"len_kept": self.len_kept[rows], "len_dropped": self.len_dropped[rows]}
         inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
         inputs |= {name: cache[rows] for name, cache in self.caches.items()}
-        outputs = {"logits": self.logits[rows], "next_token": self.next_token[rows]}
+        logits, next_token = (self.logits[rows], self.next_token[rows]) if chosen is None else chosen
+        outputs = {"logits": logits, "next_token": next_token}
         outputs |= {f"present_state.{site}": state[rows] for site, state in after.items()}
         outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
         return self.engine.prepare(

@@ -104,6 +104,56 @@ def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple
     return ids, probs
 
 
+class RowSampler:
+    """The token choice of one row: its random stream, and the tokens that the repetition penalty has seen.
+
+    Attributes:
+        seen: int64 [N], replaced and never written, so that who keeps it can put it back.
+    """
+
+    def __init__(
+        self, options: SamplingOptions, prompt: NDArray[np.integer[Any]], stream: np.random.SeedSequence, row: int
+    ) -> None:
+        self.options = options
+        self.generator = np.random.default_rng(stream)
+        self.seen: Ids = np.unique(prompt).astype(np.int64)
+        self._row = row
+
+    def penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [V] under the repetition penalty.
+
+        Raises:
+            BundleError: the largest is NaN or infinite.
+        """
+        penalty = self.options.repetition_penalty
+        scores = logits if penalty == 1 else penalize(logits, self.seen, penalty)
+        largest = scores[scores.argmax()]
+        if not math.isfinite(largest):
+            raise BundleError(
+                "The model computed logits that are not numbers.",
+                note=f"The largest logit of row {self._row} is {largest}.",
+                hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
+            )
+        return scores
+
+    def draw(self, ids: Ids, probs: NDArray[np.float64]) -> int:
+        """One of `ids` [C], whose probabilities need not sum to 1."""
+        cumulative = np.cumsum(probs)
+        cumulative /= cumulative[-1]  # the last is exactly 1 and random() below it: the index is in range
+        return int(ids[np.searchsorted(cumulative, self.generator.random(), side="right")])
+
+    def choose(self, scores: NDArray[np.float32]) -> int:
+        """A token by penalized logits [V]."""
+        if self.options.temperature > 0:
+            return self.draw(*distribution(scores, self.options))
+        return int(scores.argmax())
+
+    def remember(self, token: int) -> None:
+        """The token belongs to the text from now on."""
+        if self.options.repetition_penalty != 1 and token not in self.seen:
+            self.seen = np.append(self.seen, token)
+
+
 class Sampler:
     """The token choice of a batch of requests.
 
@@ -116,10 +166,11 @@ class Sampler:
     """
 
     def __init__(self, options: SamplingOptions, prompts: Sequence[NDArray[np.integer[Any]]]) -> None:
-        self._options = options
         streams = np.random.SeedSequence(options.seed).spawn(len(prompts))
-        self._generators = [np.random.default_rng(stream) for stream in streams]
-        self._seen: list[Ids] = [np.unique(prompt).astype(np.int64) for prompt in prompts]
+        self.rows = [
+            RowSampler(options, prompt, stream, row)
+            for row, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
+        ]
 
     def sample(self, logits: NDArray[np.float32], active: NDArray[np.bool_]) -> Ids:
         """Chooses, and remembers, one token for each active row.
@@ -134,30 +185,11 @@ class Sampler:
         Raises:
             BundleError: the largest logit of an active row is NaN or infinite.
         """
-        assert len(logits) == len(active) == len(self._generators)
+        assert len(logits) == len(active) == len(self.rows)
         tokens = np.zeros(len(logits), np.int64)
         for row, is_active in enumerate(active.tolist()):
             if is_active:
-                tokens[row] = self._choose(row, logits[row])
+                sampler = self.rows[row]
+                tokens[row] = sampler.choose(sampler.penalized(logits[row]))
+                sampler.remember(int(tokens[row]))
         return tokens
-
-    def _choose(self, row: int, scores: NDArray[np.float32]) -> int:
-        penalty = self._options.repetition_penalty
-        if penalty != 1:
-            scores = penalize(scores, self._seen[row], penalty)
-        token = int(scores.argmax())
-        if not math.isfinite(scores[token]):
-            raise BundleError(
-                "The model computed logits that are not numbers.",
-                note=f"The largest logit of row {row} is {scores[token]}.",
-                hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
-            )
-        if self._options.temperature > 0:
-            ids, probs = distribution(scores, self._options)
-            cumulative = np.cumsum(probs)
-            cumulative /= cumulative[-1]  # the last is exactly 1 and random() below it: the index is in range
-            drawn = np.searchsorted(cumulative, self._generators[row].random(), side="right")
-            token = int(ids[drawn])
-        if penalty != 1 and token not in self._seen[row]:
-            self._seen[row] = np.append(self._seen[row], token)
-        return token

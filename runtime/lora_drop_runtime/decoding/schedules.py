@@ -42,7 +42,7 @@ def check_adaptive(name: str, policy: str | None) -> None:
     Raises:
         InputError: the policy verifies drafts, or is unknown.
     """
-    if policy is not None and getattr(policy_named(policy), "verifies", False):
+    if policy is not None and policy_named(policy).verifies:
         raise InputError(
             f"The policy {policy} follows no {name} schedule.",
             note="It verifies drafts, and decides by itself how many come before a refresh.",
@@ -51,8 +51,8 @@ def check_adaptive(name: str, policy: str | None) -> None:
 
 
 def named_schedule(
-    manifest: Manifest, name: str | None, k: int | Schedule | None, policy: str | None
-) -> tuple[int | Schedule, str]:
+    manifest: Manifest, name: str | None, k: int | str | Schedule | None, policy: str | None
+) -> tuple[int | str | Schedule, str]:
     """What `k` and the policy of a session are.
 
     Args:

@@ -14,6 +14,8 @@ run tokens of the LoRA steps before it again, which fills their holes; `len_drop
 from __future__ import annotations
 
 import threading
+import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,15 +28,20 @@ from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.engines.open import open_engine
-from lora_drop_runtime.errors import InputError, whole_number
+from lora_drop_runtime.errors import DraftsDoNotPay, InputError, whole_number
+from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy, policy_named
-from lora_drop_runtime.plan.schedule import Schedule, StepKind, as_schedule, periodic_like
+from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
+from .lossless import Clock, Lossless
+from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
 from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
 from .request import Ids, Request
 from .sampling import Sampler, SamplingOptions
 from .schedules import named_schedule
+from .speculation import Speculation
+from .statistics import Statistics
 from .stream import Chosen, TokenStream, Usage
 
 WARM_UP_STEPS = 64  # at most
@@ -54,11 +61,19 @@ class Session:
     `Session.open` is the way in; the constructor takes an engine, for tests and other targets.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: Engine, schedule: Schedule, policy: str | None = None, draft: str | None = None
+    ) -> None:
         self.bundle = bundle
-        self.schedule = schedule
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
-        self.policy = _policy(bundle, policy).name
+        self._policy = _policy(bundle, policy)
+        self.policy = self._policy.name
+        self.schedule = scheduled(schedule, self._policy)
+        self._source = self._draft_source(draft)
+        self._clock: Clock = time.perf_counter
+        self._paces: dict[int, AutoPace] = {}  # by the number of rows
+        self._warned = False
+        self._lossless: Lossless | None = None  # of the running request, where drafts are verified
         self._engine: Engine | None = engine
         self._request: Request | None = None
         self._requests_ended = 0
@@ -71,9 +86,10 @@ class Session:
         cls,
         path: str | Path,
         *,
-        k: int | Schedule | None = None,
+        k: int | str | Schedule | None = None,
         schedule: str | None = None,
         policy: str | None = None,
+        draft: str | None = None,
         target: str | None = None,
         provider: str | None = None,
         threads: int | None = None,
@@ -84,12 +100,16 @@ class Session:
         Args:
             path: the bundle's directory.
             k: LoRA steps between two refreshes, 0 for the full schedule, or a schedule object; the bundle's own
-                window when None.
+                window when None. Under `lossless` the most drafts that a refresh verifies, or `"auto"` for as many
+                as pay.
             schedule: `periodic`, or `margin` or `entropy`, which refresh when the logits are unsure: at most `k` LoRA
                 steps between two refreshes, and the threshold that `lora-drop eval --calibrate` stored in the bundle,
                 whose window and policy these then are when None. A request's own `k` as a number is periodic.
-            policy: what a refresh does about the tokens of the LoRA steps before it, `skip`, `backfill` or `fill`
+            policy: what a refresh does about the tokens of the LoRA steps before it, `skip`, `backfill`, `lossless`
+                or `fill`
                 (plan/policy.py); the bundle's own when None.
+            draft: under `lossless` where drafts come from: `lora`, `ngram` or `both` (plan/drafting.py); `lora` when
+                None, or `ngram` where the bundle drops no layer.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
             threads: of ONNX Runtime, one per physical core when None.
@@ -97,20 +117,22 @@ class Session:
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here; NoDeviceError where only the GPU is missing.
-            InputError: k or policy out of range, or no threshold is stored for the schedule.
+            InputError: k, policy or draft out of range, or one that the others have no use for; no threshold is stored
+                for the schedule.
         """
-        names = {"The policy": policy, "The target": target, "The provider": provider, "The schedule": schedule}
-        for what, name in names.items():
+        names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
+        for what, name in {**names, "The schedule": schedule}.items():
             checks.check_name(what, name, "Leave it out, or give its name as text.")
         bundle = Bundle.open(path)
         k, policy = named_schedule(bundle.manifest, schedule, k, policy)
-        chosen = as_schedule(k)
-        _policy(bundle, policy)  # refused before an engine is made
+        verifier = _policy(bundle, policy)  # refused before an engine is made
+        chosen = scheduled(k, verifier)
+        draft_source(draft, verifier, len(bundle.manifest.plan.sites))
         checks.check_threads(threads)
         if check:
             bundle.check_unchanged()
         engine = open_engine(bundle, target, provider, threads)
-        session = cls(bundle, engine, chosen, policy)
+        session = cls(bundle, engine, chosen, policy, draft)
         if engine.warms_up:
             try:
                 session.warm_up()
@@ -135,7 +157,7 @@ class Session:
         """
         self._usage.enter()
         try:
-            self._request = None
+            self._request = self._lossless = None
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
@@ -149,7 +171,8 @@ class Session:
         prompts: Prompts,
         max_new_tokens: int,
         *,
-        k: int | Schedule | None = None,
+        k: int | str | Schedule | None = None,
+        draft: str | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> list[Ids]:
@@ -159,6 +182,7 @@ class Session:
             prompts: token ids per prompt; one flat list is one prompt.
             max_new_tokens: upper bound per prompt.
             k: LoRA steps between refreshes for this request, or a schedule object; the session's when None.
+            draft: where this request's drafts come from, under a policy that verifies them; the session's when None.
             sampling: greedy when None.
             stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
 
@@ -169,7 +193,7 @@ class Session:
         out: list[list[int]] = [[] for _ in rows]
         self._usage.enter()
         try:
-            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids):
+            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft):
                 for row, token in enumerate(tokens):
                     if active[row]:
                         out[row].append(int(token))
@@ -182,7 +206,8 @@ class Session:
         prompt_ids: Sequence[int] | Array,
         max_new_tokens: int,
         *,
-        k: int | Schedule | None = None,
+        k: int | str | Schedule | None = None,
+        draft: str | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> TokenStream:
@@ -193,22 +218,31 @@ class Session:
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        return TokenStream(self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids), self._usage, self._own)
+        return TokenStream(
+            self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft), self._usage, self._own
+        )
 
     def _tokens(
         self,
         rows: list[Ids],
         max_new_tokens: int,
-        k: int | Schedule | None,
+        k: int | str | Schedule | None,
         sampling: SamplingOptions | None,
         stop_token_ids: Sequence[int] | None,
+        draft: str | None = None,
     ) -> Chosen:
-        """Yields (token per row, whether the row is still going) for every new token."""
+        """Yields (token per row, whether the row has one) for every new token."""
         manifest = self.bundle.manifest
         stops = checks.stop_ids(stop_token_ids, manifest.special_tokens.eos)
         ids, lengths = padded(rows, manifest.special_tokens.pad)
         options = checks.checked_sampling(sampling)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
+        source = self._source if draft is None else self._draft_source(draft)
+        schedule = self.schedule if k is None else scheduled(k, self._policy)
+        if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
+            self._begin(ids, lengths, max_new_tokens, k)
+            yield from self._verified_tokens(rows, Sampler(options, rows), stops, max_new_tokens, source)
+            return
         sampler = None
         if not (self._opened().chooses_tokens and options.takes_the_largest):
             sampler = Sampler(options, rows)
@@ -230,6 +264,36 @@ class Session:
                     raise self._ended_by()
                 self._step(tokens, active)
 
+    def _verified_tokens(
+        self, rows: list[Ids], sampler: Sampler, stops: set[int], new_tokens: int, source: DraftSource
+    ) -> Chosen:
+        """The same for the request that has begun, where refreshes verify drafts."""
+        request, ended = self._running(), self._requests_ended
+        schedule = request.schedule
+        assert isinstance(schedule, VerifiedSchedule)
+        pace: Pace = self._paces.setdefault(len(rows), AutoPace())
+        if schedule.drafts is not None:
+            pace = FixedPace(schedule.drafts)
+        self._lossless = Lossless(request, rows, sampler, stops, new_tokens, source, pace, self._clock)
+
+        def go_on() -> None:
+            if self._requests_ended != ended:
+                raise self._ended_by()
+            self._opened()
+            if pace.note and not self._warned:
+                self._warned = True
+                warnings.warn(f"{pace.note[0].upper()}{pace.note[1:]}.", DraftsDoNotPay, stacklevel=2)
+
+        yield from self._lossless.tokens(self._logits(), go_on)
+
+    def _draft_source(self, draft: str | None) -> DraftSource:
+        checks.check_name("The draft", draft, 'Use for example draft="ngram".')
+        return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites))
+
+    def statistics(self) -> Statistics | None:
+        """What the latest request has counted so far, where it has drafts to verify; else None."""
+        return None if self._lossless is None else self._lossless.statistics()
+
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
 
     def prefill(
@@ -238,7 +302,7 @@ class Session:
         lengths: Array | None = None,
         *,
         max_new_tokens: int | None = None,
-        k: int | Schedule | None = None,
+        k: int | str | Schedule | None = None,
     ) -> npt.NDArray[np.float32]:
         """Begin a request: run all prompts in full and fill every cache.
 
@@ -262,7 +326,7 @@ class Session:
             self._usage.leave()
 
     def _begin(
-        self, input_ids: Array, lengths: Array | None, max_new_tokens: int | None, k: int | Schedule | None
+        self, input_ids: Array, lengths: Array | None, max_new_tokens: int | None, k: int | str | Schedule | None
     ) -> None:
         engine = self._opened()
         ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
@@ -271,25 +335,25 @@ class Session:
             lens = np.full(len(ids), ids.shape[1], np.int64)
         else:
             lens = integers("The list of lengths", lengths, "Give a length for each row, such as [2, 1].")
-        schedule = self.schedule if k is None else as_schedule(k)
+        schedule = self.schedule if k is None else scheduled(k, self._policy)
         manifest = self.bundle.manifest
         asked = checks.new_tokens_asked(max_new_tokens)
         new_tokens = checks.check_request(ids, lens, asked, manifest.limits, manifest.model.vocab_size)
         ids = harmless_padding(ids, lens)
         self._check_no_foreign_stream()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
-        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, policy_named(self.policy))
+        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self._policy)
         request.prefill(ids, lens)
         self._request = request
 
     @property
     def next_step(self) -> StepKind:
-        """What the next `step` runs."""
+        """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none."""
         request = self._running()
         return request.next_kind(None)
 
     def step(self, token_ids: Array) -> npt.NDArray[np.float32]:
-        """Run one decode step.
+        """Run one decode step. Under a policy that verifies drafts it is a refresh of one token.
 
         Args:
             token_ids: int64 [B], the tokens to append.
@@ -327,15 +391,31 @@ class Session:
         """
         batch = checks.checked_batch(batch)
         most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)
-        schedule = periodic_like(self.schedule, self.bundle.manifest.plan.k)
-        kinds = [schedule.kind(step) for step in range(1, most + 1)]
+        tokens = np.zeros((batch, 1), np.int64)
+        verifies = isinstance(self.schedule, VerifiedSchedule)
+        if verifies and most > 1:
+            self._warm_up_verification(tokens, most)
+        schedule = self.schedule if verifies else periodic_like(self.schedule, self.bundle.manifest.plan.k)
+        kinds = [schedule.kind(step, None) for step in range(1, most + 1)]
         # A plain and a captured run of each kind, on either side of a state
         enough = next((n for n in range(most) if all(kinds[:n].count(kind) >= 4 for kind in set(kinds))), most)
-        tokens = np.zeros((batch, 1), np.int64)
         self.prefill(tokens, max_new_tokens=enough + 1, k=schedule)
         for _ in range(enough):
             self.step(tokens[:, 0])
         self._request = None
+
+    def _warm_up_verification(self, tokens: Ids, most: int) -> None:
+        """Run LoRA steps, and refreshes of every width, as a request will."""
+        assert isinstance(self.schedule, VerifiedSchedule)
+        drafts = MOST_DRAFTS if self.schedule.drafts is None else self.schedule.drafts
+        self.prefill(tokens, max_new_tokens=most + 1)
+        steps = Speculation(self._running())
+        widest = min(drafts + 1, most, most if steps.most is None else steps.most)
+        for width in range(2, widest + 1):
+            for _ in range(4):
+                for _ in range(2 if self._source.runs_lora_steps and width == 2 else 0):  # on either side of a state
+                    steps.draft(dict.fromkeys(range(len(tokens)), 0), [0] * len(tokens))
+                steps.verify({row: [0] * width for row in range(len(tokens))})
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request.
@@ -368,6 +448,7 @@ class Session:
         try:
             self._check_no_foreign_stream()
             self._end_request(checks.ended_by_a_failure)
+            self._paces.clear()
             engine.replace_adapters(matrices)
             self._ended_by = checks.ended_by_adapters
         finally:
@@ -386,7 +467,7 @@ class Session:
 
     def _end_request(self, ended_by: Callable[[], InputError]) -> None:
         """Free its caches; `ended_by` makes what a stream hears that was still reading it."""
-        self._request = None
+        self._request = self._lossless = None
         self._requests_ended += 1
         self._ended_by = ended_by
 

@@ -63,6 +63,7 @@ class Engine(Protocol):
         chooses_tokens: whether the graphs have an output `next_token`, the index of the largest logit; −1 in a row
             with NaN or +∞ among its logits.
         prefill_chunk: the most tokens of a row in one run, None for no limit.
+        verified_tokens: the most tokens of a row in one run that gives logits for each of them, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
         warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
             its opening.
@@ -71,6 +72,7 @@ class Engine(Protocol):
     target: str
     chooses_tokens: bool
     prefill_chunk: int | None
+    verified_tokens: int | None
     batched_chunks: bool
     warms_up: bool
 

@@ -54,7 +54,8 @@ class DropPlan:
 
     Attributes:
         num_layers: `n`, the decoder blocks of the model.
-        sites: the drop list, sorted: `4` for a whole layer, `9.attn` and `9.mlp` for its halves. Numbers are taken, too.
+        sites: the drop list, sorted: `4` for a whole layer (the number is taken, too), `9.attn` and `9.mlp` for its
+            halves.
         k: default number of LoRA steps between two refreshes.
         surrogate: name of the surrogates' form, one of SURROGATES; `form` is the object.
         rank: `r` of the adapters, 0 for none.
@@ -225,7 +226,7 @@ class DropPlan:
         if windowed and policy.leaves_holes:
             raise PlanError(
                 f"The bundle cannot be decoded under policy {policy.name}.",
-                note=f"Layer {windowed[0]} attends to a sliding window and is dropped: holes in its cache would shift it.",
+                note=f"Layer {windowed[0]} is dropped and attends to a sliding window, which holes in its cache would shift.",
                 hint=f"Use policy {self.policy}.",
             )
 

@@ -10,6 +10,8 @@ into kept layers is overwritten, the hole that it left in dropped layers is fill
     backfill           takes all back since the last refresh: afterwards every cache is the full model's
     fill               takes none back and leaves no holes: LoRA steps write K/V of dropped attentions, made of the
                        input that the surrogate gets. That is another graph, so it is chosen at the export
+    lossless           as backfill, and its logits judge the LoRA steps' tokens, which are drafts: what the full model
+                       would not have chosen goes (decoding/lossless.py)
 """
 
 from __future__ import annotations
@@ -33,12 +35,20 @@ class Policy(ABC):
             that leaves none gives dropped layers as many slots as kept ones.
         exact_refreshes: whether all caches and logits are the full model's after a refresh.
         fills: whether LoRA steps write K/V of dropped attentions.
+        verifies: whether tokens of LoRA steps are drafts that a refresh accepts or not, so that a request's tokens are
+            those of the full schedule, and single steps (`Session.step`) are all refreshes.
     """
 
     name: str
     leaves_holes: ClassVar[bool]
     exact_refreshes: ClassVar[bool]
     fills: ClassVar[bool] = False
+    verifies: ClassVar[bool] = False
+
+    @property
+    def in_steps(self) -> Policy:
+        """The policy that runs the same steps on tokens that are given, one call for each."""
+        return self
 
     @abstractmethod
     def steps_taken_back(self, lora_steps: int) -> int:
@@ -99,9 +109,20 @@ class Fill(Policy):
         return 0
 
 
+class Lossless(Backfill):
+    """Backfill whose logits verify the tokens of the LoRA steps: the output is the full schedule's."""
+
+    verifies = True
+
+    @property
+    def in_steps(self) -> Policy:
+        return _BACKFILL
+
+
 DEFAULT_POLICY = "skip"
+_BACKFILL = Backfill("backfill")
 POLICIES: dict[str, Policy] = {
-    policy.name: policy for policy in (Skip(DEFAULT_POLICY), Backfill("backfill"), Fill("fill"))
+    policy.name: policy for policy in (Skip(DEFAULT_POLICY), _BACKFILL, Fill("fill"), Lossless("lossless"))
 }
 
 

@@ -31,7 +31,7 @@ def sorted_sites(sites: Iterable[int | str]) -> tuple[str, ...]:
     Raises:
         PlanError: one is no site.
     """
-    names = [str(site) if isinstance(site, int) and not isinstance(site, bool) else site for site in sites]
+    names: list[str] = [str(site) if type(site) is int else site for site in sites]  # type: ignore[misc]
     for name in names:
         if not isinstance(name, str) or _NAME.fullmatch(name) is None:
             raise PlanError(

@@ -73,6 +73,7 @@ class ToyEngine:
     target = "toy"
     chooses_tokens = batched_chunks = warms_up = False
     prefill_chunk = None
+    verified_tokens = None
 
     def __init__(self, bundle: Bundle) -> None:
         entry = bundle.target("toy")[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -41,7 +39,9 @@ def test_a_lora_step_binds_no_buffer_of_a_dropped_layer(plan: DropPlan) -> None:
     session, engine = open_session(plan, k=2)
     session.generate(RAGGED, 7)
     refresh = next(b for b in engine.bindings if b.kind is REFRESH)
-    of_dropped = [array for name, array in refresh.inputs.items() if name.split(".")[-1] in map(str, plan.dropped_layers)]
+    of_dropped = [
+        array for name, array in refresh.inputs.items() if name.split(".")[-1] in map(str, plan.dropped_layers)
+    ]
     assert len(of_dropped) == 2 * len(plan.dropped_layers)
     lora = [b for b in engine.bindings if b.kind is LORA]
     assert lora

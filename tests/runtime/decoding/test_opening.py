@@ -107,4 +107,4 @@ def test_open_refuses_before_it_loads_an_engine(tmp_path) -> None:
         call = functools.partial(Session.open, tmp_path / name, **options)
         assert_refused(call, fact, *note, error=BundleError)
     with pytest.raises(InputError, match="policy"):
-        Session(open_session(PLAN)[0].bundle, FakeEngine(PLAN), PeriodicSchedule(3), policy="lossless")
+        Session(open_session(PLAN)[0].bundle, FakeEngine(PLAN), PeriodicSchedule(3), policy="painless")

@@ -53,10 +53,11 @@ def half(monkeypatch: pytest.MonkeyPatch) -> Policy:
 
 
 def test_the_table() -> None:
-    assert list(POLICIES)[:3] == ["skip", "backfill", "fill"]
+    assert list(POLICIES) == ["skip", "backfill", "fill", "lossless"]
     assert [policy.name for policy in POLICIES.values()] == list(POLICIES)
     facts = [(policy.leaves_holes, policy.exact_refreshes, policy.fills) for policy in POLICIES.values()]
-    assert facts[:3] == [(True, False, False), (False, True, False), (False, False, True)]
+    assert facts == [(True, False, False), (False, True, False), (False, False, True), (False, True, False)]
+    assert [policy.verifies for policy in POLICIES.values()] == [False, False, False, True]
     assert [POLICIES["skip"].refresh_tokens(k) for k in WINDOWS] == [1] * 6
     assert [POLICIES["backfill"].refresh_tokens(k) for k in WINDOWS] == [1, 2, 3, 4, 6, 20]
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.bench import arms
@@ -24,6 +25,8 @@ from lora_drop_tools.shared.table import table
 
 from tests.support.costs import llama3_8b
 from tests.support.fake_engine import IdleEngine, open_session
+
+LOSSLESS = POLICIES["lossless"]
 
 # ── arithmetic ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,6 +141,28 @@ def test_figures_of_a_row() -> None:
     assert [tail.predicted for tail in row.tails] == ["lora", "refresh", "refresh"]
 
 
+def test_the_ceiling_under_lossless_is_that_of_the_cycles_that_were_counted() -> None:
+    """4 steps in two cycles: 2 LoRA steps and a refresh that made 3 tokens, then a refresh that made 1."""
+    request = Request(context=5, rows=1, new_tokens=5)
+    cycles = (Cycle(2, (2,), (2,), (3,)), Cycle(0, (0,), (0,), (1,)))
+    run = Run(0.5, [2.0, 0.0, 0.0, 1.0], [1.9, 0.0, 0.0, 0.9], cycles=cycles)
+    for k in (3, "auto"):
+        row = make_row("b", tiny_manifest(), k, request, [run, run], [Run(0.5, [1.5] * 4)] * 2, 1000.0, LOSSLESS)
+        refresh, lora, last = 298, 174 + 178, 322  # at contexts 5 (LoRA: 5 and 6), and 8
+        assert row.ceiling == pytest.approx((298 + 306 + 314 + 322) / (refresh + lora + last))
+        assert row.speedup == 2
+        assert row.tokens_per_refresh == 2
+        assert row.kv_saving == 0
+        assert row.own_speedup is None
+        assert row.tails == []
+        first, second = row.steps["refresh after 2"], row.steps["refresh after 0"]
+        assert (first.steps, first.median_ms, first.mean_bytes) == (1, 2000, refresh + lora)
+        assert (second.steps, second.median_ms, second.mean_bytes) == (1, 1000, last)
+    whole = make_row("b", tiny_manifest(), 0, request, [Run(0.5, [1.5] * 4, cycles=())] * 2, [run] * 2, None, LOSSLESS)
+    assert whole.tokens_per_refresh is None
+    assert list(whole.steps) == ["refresh"]
+
+
 def test_a_ratio_within_the_noise_is_not_above_the_ceiling() -> None:
     request = Request(context=5, rows=1, new_tokens=5)
     full = [Run(0.5, [seconds] * 4) for seconds in (1.3, 1.4, 1.2)]
@@ -185,6 +210,17 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
 
 
 # ── one request of a session ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_timed_request_under_lossless_brings_its_cycles() -> None:
+    plan = DropPlan(num_layers=8, sites=("4", "6"))
+    session, engine = open_session(plan, engine=IdleEngine(plan), eos=(0,))
+    timed_session = TimedSession(session.bundle, engine, "lossless", "ngram")
+    run = timed_session.run(np.array([[3, 4, 5]]), 12, k=3)
+    assert run.cycles is not None
+    assert sum(cycle.made[0] for cycle in run.cycles) == len(run.step_seconds) == 11
+    assert max(cycle.made[0] for cycle in run.cycles) == 4  # token 0 comes each time, which the look-up soon knows
+    assert TimedSession(session.bundle, IdleEngine(plan)).run(np.array([[3]]), 4, k=3).cycles is None
 
 
 def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:

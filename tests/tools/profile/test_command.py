@@ -148,7 +148,7 @@ def test_a_bundle_is_its_model(made: tuple[Profile, Path], short: Callable[..., 
     [
         ("--k 0", ("--k is too small", "It is 0")),
         ("--k -1", ("k", "-1")),
-        ("--policy lossless", ("--policy", "lossless")),
+        ("--policy painless", ("--policy", "painless")),
         ("--rankings influence,size", ("--rankings", "'size'", "temporal")),
         ("--rankings ,", ("--rankings",)),
         ("--window 12", ("window is too short", "12", "16")),
@@ -182,7 +182,7 @@ def test_refused_without_the_model(
 def test_refused_by_the_function(text: Path, tmp_path: Path) -> None:
     """What argparse would refuse before."""
     for options, word in (
-        ({"policy": "lossless"}, "refresh policy"),
+        ({"policy": "painless"}, "refresh policy"),
         ({"dtype": "int4"}, "dtype"),
         ({"rankings": ()}, "ranking"),
     ):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 from lora_drop_runtime.plan.policy import POLICIES
-
 from lora_drop_tools.shared import costs
+
 from tests.support.costs import (
     ATTENTION_WEIGHTS,
-    D,
     HEAD_DIM,
     HEAD_WEIGHTS,
     HEADS,
     KV_HEADS,
     KV_WEIGHTS,
     LAYER_WEIGHTS,
+    D,
     llama3_8b,
 )
 

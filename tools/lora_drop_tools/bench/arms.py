@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
+from lora_drop_runtime.errors import DraftsDoNotPay
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, StepKind
 
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
@@ -50,6 +52,7 @@ class SessionOptions:
     """How all sessions of a benchmark run; as for `Session.open`."""
 
     policy: str
+    draft: str | None = None
     target: str | None = None
     provider: str | None = None
     threads: int | None = None
@@ -58,16 +61,16 @@ class SessionOptions:
 class TimedSession:
     """A session whose engine notes its runs, and whose token loop runs whole batches. Use as a context manager."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, policy: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, policy: str | None = None, draft: str | None = None) -> None:
         self._engine = TimedEngine(engine)
         schedule = PeriodicSchedule(bundle.manifest.plan.k)  # every request brings its own
-        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy)
+        self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft)
 
     @classmethod
     def open(cls, bundle: Bundle, options: SessionOptions) -> TimedSession:
         """Raises BundleError where the bundle cannot run here."""
         engine = open_engine(bundle, options.target, options.provider, options.threads)
-        timed = cls(bundle, engine, options.policy)
+        timed = cls(bundle, engine, options.policy, options.draft)
         if engine.warms_up:
             try:
                 timed.session.warm_up()
@@ -82,8 +85,13 @@ class TimedSession:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def run(self, prompts: Ids, new_tokens: int, k: int | AdaptiveSchedule) -> Run:
+    def run(self, prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule) -> Run:
         """One greedy request, prompts int64 [B, T]; end tokens are ignored."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DraftsDoNotPay)  # it stands in the report
+            return self._run(prompts, new_tokens, k)
+
+    def _run(self, prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule) -> Run:
         clock, runs = time.perf_counter, self._engine.run_seconds
         runs.clear()
         seconds: list[float] = []
@@ -99,7 +107,10 @@ class TimedSession:
             if not kv_prompt:
                 kv_prompt = self.session.kv_bytes()
             begin = clock()
-        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, self.session.kv_bytes(), kinds[1:])
+        counted = self.session.statistics()
+        cycles, note = (None, "") if counted is None else (counted.cycles, counted.note)
+        kv = self.session.kv_bytes()
+        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, kv, kinds[1:], cycles, note)
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ class Arm:
     """Something that answers requests: a bundle under a schedule, or a peer (`bundle` is "" there)."""
 
     bundle: str
-    k: int
+    k: int | str
     peer: str
     run: Callable[[Ids, int], Run]
     schedule: str = PERIODIC
@@ -139,19 +150,19 @@ def measure(
                 failed[index] = str(error)
                 continue
             runs[index].append(run)
-            speeds[index] = request.rows * len(run.step_seconds) / run.decode_seconds
+            speeds[index] = request.rows * (request.new_tokens - 1) / run.decode_seconds
         shown = ", ".join(f"{arms[index].label} {speeds[index]:.1f}" for index in sorted(speeds))
         say(f"context {request.context}, batch {request.rows}, repeat {repeat + 1} of {repeats}, tokens/s: {shown}")
     return {index: own for index, own in runs.items() if index not in failed}, failed
 
 
-def session_arms(name: str, timed: TimedSession, windows: Sequence[int | AdaptiveSchedule]) -> Iterator[Arm]:
+def session_arms(name: str, timed: TimedSession, windows: Sequence[int | str | AdaptiveSchedule]) -> Iterator[Arm]:
     for k in windows:
 
-        def run(prompts: Ids, new_tokens: int, k: int | AdaptiveSchedule = k) -> Run:
+        def run(prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule = k) -> Run:
             return timed.run(prompts, new_tokens, k)
 
-        yield Arm(name, k, "", run) if isinstance(k, int) else Arm(name, k.k, "", run, k.name)
+        yield Arm(name, k.k, "", run, k.name) if isinstance(k, AdaptiveSchedule) else Arm(name, k, "", run)
 
 
 def peer_arm(peer: Peer) -> Arm:

@@ -22,6 +22,7 @@ from typing import TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 
@@ -79,6 +80,7 @@ def _measure_request(
         )
         if not arm.peer:
             manifest, policy = bundles[arm.bundle].manifest, POLICIES[result.policy]
+            result.warnings += [f"{arm.label}: {note}." for note in {run.note for run in own} if note]
             row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy, arm.schedule)
             for name, other in by_peer.items():
                 row.over_peers[name] = median_ratio(
@@ -91,7 +93,7 @@ def _measure_request(
 def _measure_all(
     result: BenchResult,
     bundles: Mapping[str, Bundle],
-    windows: Mapping[str, Sequence[int | AdaptiveSchedule]],
+    windows: Mapping[str, Sequence[int | str | AdaptiveSchedule]],
     requests: Sequence[Request],
     peers: Sequence[Peer],
     options: SessionOptions,
@@ -105,9 +107,8 @@ def _measure_all(
         largest = max(requests, key=lambda request: request.context * request.rows)
         _say("warming up")
         for arm in ours:
-            arm.run(
-                prompts_of(next(iter(bundles.values())), largest.context, largest.rows), max(arm.k for arm in ours) + 3
-            )
+            longest = max(one.k for one in ours if isinstance(one.k, int))
+            arm.run(prompts_of(next(iter(bundles.values())), largest.context, largest.rows), longest + 3)
         begin = machine.cpu_time(peer.pid for peer in peers)
         for request in requests:
             arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
@@ -153,6 +154,7 @@ def _running_peers(
 def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: str) -> BenchResult:
     """What is known before anything is measured."""
     manifest = next(iter(bundles.values())).manifest
+    policy = policy_named(settings.policy or manifest.plan.policy)
     return BenchResult(
         command=" ".join(sys.argv),
         begun=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -164,7 +166,8 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         bandwidth=None,
         repeats=settings.repeats,
         new_tokens=settings.new_tokens,
-        policy=policy_named(settings.policy or manifest.plan.policy).name,
+        policy=policy.name,
+        draft=draft_source(settings.draft, policy, len(manifest.plan.sites)).name if policy.verifies else "",
         bundles={
             name: {"path": str(bundle.root), "sites": list(bundle.manifest.plan.sites)}
             for name, bundle in bundles.items()
@@ -192,13 +195,15 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
         )
 
 
-def _windows(bundles: Mapping[str, Bundle], settings: BenchSettings) -> Mapping[str, Sequence[int | AdaptiveSchedule]]:
+def _windows(
+    bundles: Mapping[str, Bundle], settings: BenchSettings
+) -> Mapping[str, Sequence[int | str | AdaptiveSchedule]]:
     """The windows of the periodic schedule, and the adaptive schedules as each bundle was calibrated for them.
 
     Raises:
         InputError: it was not, or for another policy, or there are too few new tokens for their cycles.
     """
-    found: dict[str, list[int | AdaptiveSchedule]] = {}
+    found: dict[str, list[int | str | AdaptiveSchedule]] = {}
     for name, bundle in bundles.items():
         found[name] = [*settings.windows]
         policy = settings.policy or bundle.manifest.plan.policy
@@ -221,6 +226,11 @@ def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None
             note=f"{', '.join(f'{name} has {policy}' for name, policy in policies.items())}.",
             hint="Choose the one that all are measured under with --policy.",
         )
+    for bundle in bundles.values():
+        policy = policy_named(settings.policy or bundle.manifest.plan.policy)
+        draft_source(settings.draft, policy, len(bundle.manifest.plan.sites))
+        for k in settings.windows:
+            scheduled(k, policy)
 
 
 def bench(
@@ -247,7 +257,7 @@ def bench(
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
 
     result = _new_result(opened, settings, target)
-    options = SessionOptions(result.policy, settings.target, settings.provider, settings.threads)
+    options = SessionOptions(result.policy, settings.draft, settings.target, settings.provider, settings.threads)
     if on_cpu:
         result.bandwidth = machine.read_bandwidth(result.threads)
         _say(f"read bandwidth: {result.bandwidth.describe()}")

@@ -32,7 +32,7 @@ def report_memory(argument: str) -> None:
 
 
 def measure_memory(
-    name: str, bundle: Bundle, windows: Sequence[int], request: Request, prompts: Ids, options: SessionOptions
+    name: str, bundle: Bundle, windows: Sequence[int | str], request: Request, prompts: Ids, options: SessionOptions
 ) -> list[Memory]:
     """Memory under each window, one after the other in one process.
 

@@ -12,9 +12,9 @@ from lora_drop_tools.shared.results import save_figure
 from .result import PERIODIC, BenchResult, Row
 
 
-def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int, list[Row]]:
+def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int | str, list[Row]]:
     """Rows of each k, by ρ."""
-    windows = sorted({row.k for row in rows if row.k or not skip_full})
+    windows = list(dict.fromkeys(row.k for row in rows if row.k or not skip_full))
     return {k: sorted((row for row in rows if row.k == k), key=lambda row: row.rho) for k in windows}
 
 
@@ -44,9 +44,11 @@ def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
     for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
         colour = f"C{index}"
         line = [0.0, max(1e-9, *(row.attention_share for row in own))]
-        equation = [100 * share * (1 - costs.slow_share(k)) for share in line]
-        axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
-        axes.plot([r.attention_share for r in own], [100 * r.kv_saved for r in own], "o", color=colour, label=f"k = {k}, measured")
+        if isinstance(k, int):  # `auto` saves nothing
+            equation = [100 * share * (1 - costs.slow_share(k)) for share in line]
+            axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
+        saved = [100 * row.kv_saved for row in own]
+        axes.plot([row.attention_share for row in own], saved, "o", color=colour, label=f"k = {k}, measured")
     axes.set_xlabel("share of all layers whose attention is dropped")
     axes.set_ylabel("K/V of generated tokens saved (%)")
 

@@ -35,6 +35,7 @@ def _percent(value: float | None) -> str:
 
 
 def _speed_table(rows: Sequence[Row]) -> list[str]:
+    counted = any(row.tokens_per_refresh for row in rows)
     headings = (
         "speed-up",
         "tokens/s",
@@ -45,6 +46,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         "own steps",
         "of its gain",
         "Eq. 10",
+        *(["tokens/refresh"] if counted else []),
     )
     cells = [
         (
@@ -57,6 +59,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
             _percent(row.own_share),
             _percent(row.gain_share),
             f"{row.asymptotic:.3f}×",
+            *([f"{row.tokens_per_refresh:.2f}" if row.tokens_per_refresh else "–"] if counted else []),
         )
         for row in rows
     ]
@@ -182,7 +185,7 @@ def describe(result: BenchResult) -> list[str]:
         f"others     {_others(result.foreign_cores)}",
         f"reading    {result.bandwidth.describe()}" if result.bandwidth else "reading    not measured: not on the CPU",
         f"requests   {result.new_tokens} new tokens, {result.repeats} repeats, all in turn; medians over the repeats; "
-        f"policy {result.policy}",
+        f"policy {result.policy}" + (f", drafts {result.draft}" if result.draft else ""),
         *(f"bundle     {name}: {_bundle(entry)}" for name, entry in result.bundles.items()),
     ]
     for context, rows in dict.fromkeys((row.context, row.rows) for row in result.rows):

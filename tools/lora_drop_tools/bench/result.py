@@ -7,6 +7,7 @@ their rate, the speed-up beside its ceiling, Eq. 11; all of that in a `BenchResu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.decoding.pace import MOST_DRAFTS
+from lora_drop_runtime.decoding.statistics import Cycle, Statistics
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -45,6 +48,9 @@ class Run:
         engine_seconds: the part of each step that the engine's run call took; None for a peer.
         kv_prompt, kv: `Session.kv_bytes` after the prefill and at the end; None for a peer.
         kinds: of the decode steps, as they ran; None for a peer.
+        cycles: of drafts and their verification, where drafts are verified; `step_seconds` then has what a caller waits
+            for a token, which for all but the first of a cycle is nearly nothing.
+        note: what the session found about drafts that do not pay.
     """
 
     prefill_seconds: float
@@ -53,6 +59,8 @@ class Run:
     kv_prompt: dict[str, int] | None = None
     kv: dict[str, int] | None = None
     kinds: list[str] | None = None
+    cycles: tuple[Cycle, ...] | None = None
+    note: str = ""
 
     @property
     def decode_seconds(self) -> float:
@@ -106,12 +114,13 @@ class Row:
         over_peers: our tokens/s over a peer's, median over the repeats.
         schedule: `periodic`, or the adaptive one.
         refresh_share: of the steps, as counted.
+        tokens_per_refresh: counted, where drafts are verified.
     """
 
     bundle: str
     rho: float
     attention_share: float
-    k: int
+    k: int | str
     context: int
     rows: int
     latency_ms: dict[str, float]
@@ -133,6 +142,7 @@ class Row:
     over_peers: dict[str, float]
     schedule: str = PERIODIC
     refresh_share: float = 1.0
+    tokens_per_refresh: float | None = None
 
     @property
     def share(self) -> float:
@@ -174,7 +184,7 @@ class Memory:
     """A fresh process that has opened one bundle and answered one request under `k`; `pss` None: not measured."""
 
     bundle: str
-    k: int
+    k: int | str
     request: Request
     pss: dict[str, int] | None
 
@@ -198,6 +208,7 @@ class BenchResult:
     new_tokens: int
     bundles: dict[str, dict[str, Any]]
     policy: str = DEFAULT_POLICY
+    draft: str = ""  # where drafts come from, under a policy that verifies them
     foreign_cores: float | None = None
     rows: list[Row] = field(default_factory=list)
     peer_rows: list[PeerRow] = field(default_factory=list)
@@ -242,14 +253,24 @@ def tails_of(k: int, medians_ms: Mapping[str, float], quantiles_ms: Mapping[floa
 
 
 def _figures_of_steps(
-    runs: Sequence[Run], kinds: Sequence[str], moved: Sequence[int], bandwidth: float | None
+    seconds_of_runs: Sequence[Sequence[float]],
+    kinds: Sequence[str],
+    moved: Sequence[int],
+    bandwidth: float | None,
+    kinds_of_runs: Sequence[Sequence[str]] = (),
 ) -> dict[str, StepFigures]:
-    """Figures of each kind of step, given the kind and the bytes of every step of the request."""
+    """Figures of each kind of step, given the kind and the bytes of every step of the request.
+
+    Where each run had its own kinds, times are sorted by `kinds_of_runs`.
+    """
     figures = {}
     for kind in dict.fromkeys(kinds):
         own = [index for index in range(len(kinds)) if kinds[index] == kind]
         seconds = statistics.median(
-            run.step_seconds[index] for run in runs for index, one in enumerate(run.kinds or kinds) if one == kind
+            seconds[index]
+            for seconds, own_kinds in zip(seconds_of_runs, kinds_of_runs or [kinds] * len(seconds_of_runs), strict=True)
+            for index, one in enumerate(own_kinds)
+            if one == kind
         )
         mean_bytes = statistics.fmean(moved[index] for index in own)
         rate = mean_bytes / seconds
@@ -258,10 +279,79 @@ def _figures_of_steps(
     return figures
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Kinds of a request's steps, their bytes and their figures; what follows from them."""
+
+    figures: dict[str, StepFigures]
+    ceiling: float
+    kv_saving: float
+    asymptotic: float
+    refresh_share: float = 1.0
+    own_speedup: float | None = None
+    tails: tuple[Tail, ...] = ()
+    tokens_per_refresh: float | None = None
+
+
+def _scheduled_steps(
+    manifest: Manifest,
+    k: int,
+    request: Request,
+    runs: Sequence[Run],
+    bandwidth: float | None,
+    policy: Policy,
+    schedule: str,
+    quantiles_ms: Mapping[float, float],
+) -> _Steps:
+    """Of a schedule that is known beforehand; of an adaptive one as the first run's steps were."""
+    steps, periodic = request.new_tokens - 1, schedule == PERIODIC
+    kinds = costs.periodic_kinds(steps, k) if periodic else [StepKind(kind) for kind in runs[0].kinds or ()]
+    names, share = [kind.value for kind in kinds], kinds.count(StepKind.REFRESH) / steps
+    moved = costs.bytes_of_steps(manifest, request.context, kinds, request.rows, policy)
+    own_kinds = () if periodic else [run.kinds or names for run in runs]
+    figures = _figures_of_steps([run.step_seconds for run in runs], names, moved, bandwidth, own_kinds)
+    own_speedup = None
+    if len(figures) > 1 and policy.refresh_tokens(k) == 1:
+        mixed = sum(one.steps * one.median_ms for one in figures.values())
+        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
+    saving = costs.kv_saving(manifest, k, policy)
+    if not periodic:
+        saving = manifest.plan.attention_share * (1 - costs.entries_made(kinds, policy)[-1] / steps)
+    medians_ms = {kind: one.median_ms for kind, one in figures.items()}
+    both = manifest.plan.sites and len(figures) > 1 and periodic
+    return _Steps(
+        figures,
+        sum(costs.request_bytes(manifest, request.context, steps, 0, request.rows, policy)) / sum(moved),
+        saving,
+        costs.asymptotic_speedup(manifest, k if periodic else (1 - share) / max(share, 1 / steps)),
+        share,
+        own_speedup,
+        tuple(tails_of(k, medians_ms, quantiles_ms)) if both else (),
+    )
+
+
+def _verified_steps(
+    manifest: Manifest, most: int, request: Request, runs: Sequence[Run], bandwidth: float | None
+) -> _Steps:
+    """Of the cycles that were counted; of several repeats that differ the figures are the last one's, the ceiling the
+    highest."""
+    steps, cycles, seconds = request.new_tokens - 1, runs[-1].cycles or (), []
+    waits = iter(runs[-1].step_seconds)
+    for cycle in cycles:
+        seconds.append(sum(itertools.islice(waits, max(cycle.made))))
+    kinds = [f"refresh after {cycle.lora_steps}" for cycle in cycles]
+    figures = _figures_of_steps([seconds], kinds, costs.verified_bytes(manifest, request.context, cycles), bandwidth)
+    ceilings = [
+        costs.verified_ceiling(manifest, request.context, steps, run.cycles or (), request.rows) for run in runs
+    ]
+    tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
+    return _Steps(figures, max(ceilings), 0.0, costs.asymptotic_speedup(manifest, most), tokens_per_refresh=tokens)
+
+
 def make_row(
     name: str,
     manifest: Manifest,
-    k: int,
+    k: int | str,
     request: Request,
     runs: Sequence[Run],
     full: Sequence[Run],
@@ -277,17 +367,12 @@ def make_row(
             runs are alike.
     """
     steps, rows = request.new_tokens - 1, request.rows
-    periodic, counted = schedule == PERIODIC, runs[0].kinds or []
-    chosen = costs.periodic_kinds(steps, k) if periodic else [StepKind(kind) for kind in counted]
-    kinds, share = [kind.value for kind in chosen], chosen.count(StepKind.REFRESH) / steps
-    moved = costs.bytes_of_steps(manifest, request.context, chosen, rows, policy)
-    unsaved = costs.entries_made(chosen, policy)[-1] / steps
-    figures = _figures_of_steps(runs, kinds, moved, bandwidth)
-    own_speedup = None
-    if len(figures) > 1 and policy.refresh_tokens(k) == 1:
-        mixed = sum(one.steps * one.median_ms for one in figures.values())
-        own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
     quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
+    most = k if isinstance(k, int) else MOST_DRAFTS
+    if k == 0 or runs[-1].cycles is None:
+        own = _scheduled_steps(manifest, most, request, runs, bandwidth, policy, schedule, quantiles_ms)
+    else:
+        own = _verified_steps(manifest, most, request, runs, bandwidth)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
     kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
     grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))
@@ -304,19 +389,18 @@ def make_row(
         first_token_ms=1000 * statistics.median(run.prefill_seconds for run in runs),
         kv_bytes=kv,
         kv_saved=1 - grown / (rows * costs.kv_base_bytes(manifest, steps)),
-        kv_saving=costs.kv_saving(manifest, k, policy) if periodic else manifest.plan.attention_share * (1 - unsaved),
+        kv_saving=own.kv_saving,
         overhead_share=statistics.median(1 - sum(run.engine_seconds or []) / run.decode_seconds for run in runs),
-        steps=figures,
+        steps=own.figures,
         speedup=statistics.median(speedups),
         speedups=speedups,
         noise=max(speedups) - min(speedups),
-        own_speedup=own_speedup,
-        ceiling=sum(costs.request_bytes(manifest, request.context, steps, 0, rows, policy)) / sum(moved),
-        asymptotic=costs.asymptotic_speedup(manifest, k if periodic else (1 - share) / max(share, 1 / steps)),
-        tails=tails_of(k, {kind: one.median_ms for kind, one in figures.items()}, quantiles_ms)
-        if manifest.plan.sites and len(figures) > 1 and periodic
-        else [],
+        own_speedup=own.own_speedup,
+        ceiling=own.ceiling,
+        asymptotic=own.asymptotic,
+        tails=list(own.tails),
         over_peers={},
         schedule=schedule,
-        refresh_share=share,
+        refresh_share=own.refresh_share,
+        tokens_per_refresh=own.tokens_per_refresh,
     )

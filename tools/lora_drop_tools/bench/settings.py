@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
@@ -13,10 +14,12 @@ from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES
 
 from lora_drop_tools.bench.peers.options import PEERS
 from lora_drop_tools.shared.options import (
+    draft_option,
     json_option,
     plots_option,
     policy_option,
     provider_option,
+    refuse_idle_drafts,
     target_option,
     threads_option,
 )
@@ -30,12 +33,13 @@ class BenchSettings:
     """What is measured, and how.
 
     Attributes:
-        k: windows; 0, the full schedule, is always measured too.
+        k: windows; 0, the full schedule, is always measured too; `auto` under a policy that verifies.
         contexts: tokens of the prompts; 128 and 2048 when None, or as many of them as all bundles allow.
         batches: rows of a request.
         new_tokens: of each row; the first comes from the prefill, so there is one step less.
         policy: of the refreshes; the first bundle's when None.
         schedules: of `SCHEDULES`; an adaptive one runs as the bundle was calibrated for it. `periodic` when empty.
+        draft: where drafts come from, under a policy that verifies them.
         repeats: how often each arm runs; at least 2.
         json_file: gets all figures, every step's time among them.
         plots: a directory for figures; needs matplotlib.
@@ -50,8 +54,11 @@ class BenchSettings:
         InputError, PlanError: a value out of range.
     """
 
-    k: tuple[int, ...] = option(
-        (1, 3, 5), metavar="K,…", bounds=bounds.K, help="measure these windows (default 1,3,5); 0 always runs"
+    k: tuple[int | Literal["auto"], ...] = option(
+        (1, 3, 5),
+        metavar="K,…",
+        bounds=bounds.K,
+        help="measure these windows (default 1,3,5); 0 always runs; auto: as many as pay, under lossless",
     )
     contexts: tuple[int, ...] | None = option(
         None,
@@ -72,6 +79,7 @@ class BenchSettings:
         metavar="NAME,…",
         help=f"measure these schedules: {', '.join(SCHEDULES)} (default {SCHEDULES[0]})",
     )
+    draft: str | None = draft_option()
     repeats: int = option(5, metavar="R", bounds=_REPEATS, help="run everything so many times (default 5)")
     json_file: Path | None = json_option("write every figure and every step's time")
     plots: Path | None = plots_option()
@@ -109,12 +117,13 @@ class BenchSettings:
         for schedule in self.schedules:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
         if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):
-            refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(self, ("policy", "draft"), "with --k 0 every step is a refresh", "use a larger --k")
+        refuse_idle_drafts(self, self.policy)
         if self.contexts == () or not self.batches:
             raise InputError(
                 "There is nothing to measure.", note="No context or no batch was given.", hint="Use --contexts 128."
             )
-        self.check_cycles(self.windows[-1])
+        self.check_cycles(max(window for window in self.windows if isinstance(window, int)))
 
     def check_cycles(self, longest: int) -> None:
         """Refuse fewer new tokens than a few cycles of so many LoRA steps have."""
@@ -127,6 +136,7 @@ class BenchSettings:
             )
 
     @property
-    def windows(self) -> list[int]:
-        """All windows that are measured under the periodic schedule, ascending; the first is 0."""
-        return sorted({0, *(self.k if SCHEDULES[0] in (self.schedules or SCHEDULES) else ())})
+    def windows(self) -> list[int | str]:
+        """All windows that are measured under the periodic schedule, ascending; the first is 0, and `auto` the last."""
+        given = self.k if SCHEDULES[0] in (self.schedules or SCHEDULES) else ()
+        return sorted({0, *given}, key=lambda window: (isinstance(window, str), window))

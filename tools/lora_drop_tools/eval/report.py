@@ -22,17 +22,15 @@ def _how_much(row: EvalRow) -> str:
     if not any(half_of(site) for site in row.sites):
         return f"ρ = {row.rho:.2f}"
     return (
-        f"{row.attentions:.0%} of the eligible attentions, {row.weight_bytes:.0%} of the eligible layers' weight bytes; "
+        f"{row.attentions:.0%} of the eligible attentions, {row.weight_bytes:.0%} of the eligible layers' weight "
+        "bytes; "
         f"LoRA steps read no more than at ρ = {row.rho:.2f}"
     )
 
 
 def _bundle(row: EvalRow) -> str:
     adapters = f"adapters of rank {row.rank}" if row.rank else "no adapters"
-    return (
-        f"{row.label}: {row.surrogate}, {adapters}, drops {listed(row.sites) or 'nothing'} "
-        f"({_how_much(row)})"
-    )
+    return f"{row.label}: {row.surrogate}, {adapters}, drops {listed(row.sites) or 'nothing'} ({_how_much(row)})"
 
 
 def schedule_name(row: EvalRow) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Manifest
+from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -233,6 +234,30 @@ def request_ceiling(
     """
     full, ours = (sum(request_bytes(manifest, prompt, steps, window, rows, policy)) for window in (0, k))
     return full / ours
+
+
+def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> list[int]:
+    """Bytes that each cycle of a request under a policy that verifies moves: the LoRA steps that ran, and the refresh.
+
+    Each at the context of the shortest row that was going. Of drafts only the entries that stay count, so that a
+    ceiling stays one.
+    """
+    lengths = [prompt] * len(cycles[0].made) if cycles else []
+    moved = []
+    for cycle in cycles:
+        rows = sum(made > 0 for made in cycle.made)
+        context = min(length for length, made in zip(lengths, cycle.made, strict=True) if made)
+        refresh, _ = step_bytes(manifest, context, context, rows)
+        lora = sum(step_bytes(manifest, context + step, context, rows)[1] for step in range(cycle.lora_steps))
+        moved.append(refresh + lora)
+        lengths = [length + made for length, made in zip(lengths, cycle.made, strict=True)]
+    return moved
+
+
+def verified_ceiling(manifest: Manifest, prompt: int, steps: int, cycles: Sequence[Cycle], rows: int = 1) -> float:
+    """The byte-weighted ceiling of the cycles that were counted: bytes of the full schedule for `steps` tokens of each
+    row, over those of the cycles that made them."""
+    return sum(request_bytes(manifest, prompt, steps, 0, rows)) / sum(verified_bytes(manifest, prompt, cycles))
 
 
 def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> float:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lora_drop_runtime.bounds import THREADS
-from lora_drop_runtime.command_line import option
+from lora_drop_runtime.command_line import option, refuse_unused
+from lora_drop_runtime.plan.drafting import DRAFTS
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import SCHEDULES
 
 
 def policy_option() -> Any:
     """`str | None`; None is the bundle's."""
-    what = "what refreshes do: skip leaves holes, backfill fills them (default: the bundle's)"
+    what = (
+        "what refreshes do: skip leaves holes, backfill fills them, lossless also verifies what the LoRA steps chose, "
+        "so that the text is the full schedule's (default: the bundle's)"
+    )
     return option(None, help=what, choices=tuple(POLICIES))
 
 
@@ -20,6 +24,25 @@ def schedule_option() -> Any:
     """`str | None`; None is periodic."""
     what = "refresh periodically (default), or after unsure logits (see lora-drop eval --calibrate)"
     return option(None, help=what, choices=SCHEDULES)
+
+
+def draft_option() -> Any:
+    """`str | None`; None is what suits the bundle."""
+    what = (
+        "under --policy lossless, where drafts come from: lora, ngram (looked up in the text so far), or both: looked "
+        "up first (default lora, or ngram where no layer is dropped)"
+    )
+    return option(None, help=what, choices=tuple(DRAFTS))
+
+
+def refuse_idle_drafts(settings: Any, policy: str | None) -> None:
+    """Refuse `--draft` and `--k auto` beside a policy that verifies no drafts; None is the bundle's, not known yet.
+
+    Raises:
+        InputError: one was given.
+    """
+    if policy is not None and policy in POLICIES and not POLICIES[policy].verifies:
+        refuse_unused(settings, ("draft",), f"--policy {policy} verifies no drafts", "use --policy lossless")
 
 
 def target_option() -> Any:

@@ -110,6 +110,7 @@ class OrtEngine:
         # GroupQueryAttention (target ort) takes several tokens after others in one row only
         self.batched_chunks = not self._joined
         self.prefill_chunk: int | None = None
+        self.verified_tokens: int | None = None
         self._capacities: Mapping[str, int] | None = None
         if isinstance(entry, OrtEntry):
             self._files: Mapping[StepKind, str] = dict.fromkeys(StepKind, entry.steps)
@@ -119,7 +120,8 @@ class OrtEngine:
             if provider == "rtx":
                 assert entry.ep_context is not None  # check_runs
                 files = entry.ep_context
-                self.prefill_chunk = entry.refresh_profiles["decode"][1]  # the provider takes the first profile
+                # The provider takes the first profile
+                self.prefill_chunk = self.verified_tokens = entry.refresh_profiles["decode"][1]
             self._files = {kind: files[kind.value] for kind in StepKind}
         self._memory: DeviceMemory | None = None
         if provider != "cpu":

@@ -66,6 +66,7 @@ class TrtEngine:
         assert isinstance(entry, TrtEntry)
         self._entry = entry
         self.prefill_chunk: int | None = entry.prefill_chunk
+        self.verified_tokens: int | None = entry.refresh_profiles["decode"][1]
         self._captures = Captures()
         self._steps: dict[Any, EngineStep] = {}
         self._made: weakref.WeakSet[EngineStep] = weakref.WeakSet()

@@ -263,9 +263,9 @@ def test_the_smallest_capacities(tmp_path):
 
 
 def test_profiles():
-    profiles = refresh_profiles(3, 8, 512)
+    profiles = refresh_profiles(4, 8, 512)
     assert list(profiles) == ["decode", "prefill"]
-    assert profiles["decode"]["sequence"] == (1, 1, 4)
+    assert profiles["decode"]["sequence"] == profiles["decode"]["rows"] == (1, 1, 4)
     assert profiles["prefill"]["sequence"] == (1, 512, 512)
     assert lora_profiles(8) == {"decode": {"batch": (1, 1, 8)}}
 

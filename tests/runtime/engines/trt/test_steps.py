@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lora_drop_runtime import InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding import lossless
 
 from tests.support import oracle
 from tests.support.bundles import family, oracle_plan
@@ -147,3 +148,17 @@ def test_a_smaller_k_than_the_slots_allow_is_refused_with_the_numbers(bundle: Bu
         with pytest.raises(InputError, match="no running request"):
             session.step([1])
         assert len(session.generate(prompt, 12, k=0)[0]) == 12  # 40 + 11
+
+
+def test_several_tokens_of_several_rows_are_verified_in_one_run(bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits at each of a row's tokens, rows of different widths in one step; the full schedule's tokens come out."""
+    monkeypatch.setattr(lossless, "CONFIDENCE", 0.0)
+    made = bundles("recurrent")
+    session, engine, _ = open_device_session(made, policy="lossless")
+    with session:
+        whole = session.generate(RAGGED, 9, k=0, stop_token_ids=())
+        assert engine.verified_tokens == made.manifest.plan.k + 1
+        for draft in ("lora", "ngram", "both"):
+            drafted = session.generate(RAGGED, 9, k=3, draft=draft, stop_token_ids=())
+            assert [row.tolist() for row in drafted] == [row.tolist() for row in whole]
+            assert session.statistics().drafted or draft == "ngram"  # where nothing may be found

@@ -1,0 +1,83 @@
+"""Which drafts of a row are accepted: the rule of speculative sampling (Leviathan et al. 2023; Chen et al. 2023).
+
+Enters: drafts, each with what it was drawn from, and the verifier's logits at each of them. Leaves: the tokens that the
+verifier would have chosen itself, greedily or, where it draws, in distribution. Knows no engine and no cache.
+
+With p the verifier's distribution and q the draft's, both after penalty, temperature, top-k and top-p, a draft d is
+accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft that was
+looked up is drawn from the distribution that knows no other: accepted with p(d), else p without d. Greedy, a draft is
+accepted iff it is the verifier's own choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sampling import Ids, RowSampler, distribution
+
+Distribution = tuple[Ids, NDArray[np.float64]]  # ids [C] and their probabilities [C]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A token that the verifier is to judge; `drawn_from` is None where it was looked up, or taken greedily."""
+
+    token: int
+    drawn_from: Distribution | None = None
+
+
+def drafted(row: RowSampler, logits: NDArray[np.float32]) -> tuple[Draft, float]:
+    """A draft by a LoRA step's logits [V], and the probability of the likeliest token there.
+
+    The probability does not depend on what was drawn: who stops at a low one changes no distribution.
+    """
+    scores = row.penalized(logits)
+    if row.options.temperature > 0:
+        ids, probs = distribution(scores, row.options)
+        return Draft(row.draw(ids, probs), (ids, probs)), float(probs.max())
+    token = int(scores.argmax())
+    return Draft(token), float(1 / np.exp(scores - scores[token]).sum(dtype=np.float64))
+
+
+def _probability(ids: Ids, probs: NDArray[np.float64], token: int) -> float:
+    return float(probs[ids == token].sum())
+
+
+def judged(row: RowSampler, scores: NDArray[np.float32], draft: Draft) -> int:
+    """The verifier's token by penalized logits [V]: the draft's, if it is accepted."""
+    if row.options.temperature == 0:
+        return int(scores.argmax())
+    ids, probs = distribution(scores, row.options)
+    ours = _probability(ids, probs, draft.token)
+    theirs = 1.0 if draft.drawn_from is None else _probability(*draft.drawn_from, draft.token)
+    if row.generator.random() * theirs < ours:
+        return draft.token
+    rest = np.zeros(len(scores))
+    rest[ids] = probs
+    if draft.drawn_from is None:
+        rest[draft.token] = 0
+    else:
+        rest[draft.drawn_from[0]] -= draft.drawn_from[1]
+    left = np.flatnonzero(rest > 0)
+    return row.draw(left, rest[left]) if left.size else draft.token  # p = q but for their last bits
+
+
+def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float32]) -> list[int]:
+    """The accepted drafts and one token of the verifier's; the row remembers them.
+
+    Args:
+        logits: float32 [n + 1, V], after the row's last token and after each of the n drafts.
+    """
+    tokens: list[int] = []
+    for place, draft in enumerate(drafts):
+        tokens.append(judged(row, row.penalized(logits[place]), draft))
+        row.remember(tokens[-1])
+        if tokens[-1] != draft.token:
+            return tokens
+    tokens.append(row.choose(row.penalized(logits[len(drafts)])))
+    row.remember(tokens[-1])
+    return tokens

@@ -1,0 +1,110 @@
+"""What a policy that verifies drafts is told: how many drafts, and where they come from. Read once, at the edge.
+
+Enters: k and the name of a draft as the user gave them. Leaves: a schedule, a `DraftSource`, or an InputError. Knows no
+token and no cache.
+
+    lora     LoRA steps
+    ngram    what followed the last tokens at their latest earlier occurrence in the row's own text (prompt look-up)
+    both     that, and LoRA steps where it finds nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_runtime.bounds import K
+from lora_drop_runtime.command_line import check_known
+from lora_drop_runtime.errors import InputError, PlanError
+
+from .policy import Policy
+from .schedule import LastLogits, PeriodicSchedule, Schedule, StepKind, as_schedule
+
+AUTO = "auto"  # as k: as many drafts as pay
+
+
+@dataclass(frozen=True)
+class DraftSource:
+    """Where drafts come from."""
+
+    name: str
+    looks_up: bool
+    runs_lora_steps: bool
+
+
+DRAFTS = {
+    source.name: source
+    for source in (DraftSource("lora", False, True), DraftSource("ngram", True, False), DraftSource("both", True, True))
+}
+
+
+@dataclass(frozen=True)
+class VerifiedSchedule:
+    """Every step is a refresh, and each verifies up to `drafts` tokens beside its own; None for as many as pay."""
+
+    drafts: int | None
+
+    def __post_init__(self) -> None:
+        if self.drafts is not None:
+            object.__setattr__(self, "drafts", K.whole("k", self.drafts, error=PlanError))
+
+    def kind(self, step: int, last: LastLogits | None = None) -> StepKind:
+        return StepKind.REFRESH
+
+
+def scheduled(k: int | str | Schedule, policy: Policy) -> Schedule:
+    """The schedule that a policy runs under a window k, `auto`, or a schedule object.
+
+    Raises:
+        InputError: `auto` or a schedule object where the policy has no use for it.
+        PlanError: k out of range.
+    """
+    if isinstance(k, VerifiedSchedule):
+        return k if policy.verifies else PeriodicSchedule(k.drafts or 0)
+    if not policy.verifies:
+        if isinstance(k, str) and k == AUTO:
+            raise InputError(
+                "k cannot be chosen by itself under this policy.",
+                note=f"k is {AUTO!r}, the policy {policy.name!r}; it needs one that verifies its drafts.",
+                hint="Use --policy lossless, or a number.",
+            )
+        return as_schedule(k)  # type: ignore[arg-type]  # of another text it says that it is no number
+    if isinstance(k, str) and k == AUTO:
+        return VerifiedSchedule(None)
+    if isinstance(k, PeriodicSchedule):
+        return VerifiedSchedule(k.k)
+    if hasattr(k, "kind"):
+        raise InputError(
+            "This policy follows no schedule object.",
+            note=f"A {type(k).__name__} was given; under {policy.name} k says how many drafts a refresh verifies.",
+            hint=f"Give a number or {AUTO!r} as k, or use another policy.",
+        )
+    return VerifiedSchedule(k)  # type: ignore[arg-type]  # checked there
+
+
+def draft_source(name: Any, policy: Policy, sites: int) -> DraftSource:
+    """Where drafts come from; what suits the bundle when None.
+
+    Args:
+        sites: that the bundle drops.
+
+    Raises:
+        InputError: there is none of that name, the policy has no drafts, or the bundle makes none of that kind.
+    """
+    if name is None:
+        return DRAFTS["lora" if sites else "ngram"]
+    check_known("draft", name, tuple(DRAFTS))
+    if not policy.verifies:
+        raise InputError(
+            "The policy has no drafts.",
+            note=f"draft is {name!r}, the policy {policy.name!r}, which verifies none.",
+            hint="Leave draft out, or use the policy lossless.",
+        )
+    source = DRAFTS[name]
+    if source.runs_lora_steps and not sites:
+        raise InputError(
+            "The bundle makes no drafts of that kind.",
+            note=f"draft is {name!r}, which takes LoRA steps, and the bundle drops no layer.",
+            hint="Use the draft ngram, or export with a drop list.",
+        )
+    return source

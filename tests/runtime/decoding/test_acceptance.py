@@ -1,0 +1,169 @@
+"""What the rule of acceptance makes of drafts, against the distribution that the verifier alone draws from.
+
+χ² over 10⁵ draws in all, with fixed seeds: small vocabularies, all kinds of filters, drafts that were drawn and
+drafts that were looked up, near to the verifier and far from it. The expected frequencies are computed here, from the
+definitions, not by the code under test.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from lora_drop_runtime.decoding.acceptance import Draft, drafted, judged, verified
+from lora_drop_runtime.decoding.sampling import RowSampler, SamplingOptions
+from lora_drop_runtime.errors import BundleError
+
+DRAWS = 100_000  # over all cases of this file
+LEAST_P = 1e-3  # the seeds are fixed: a right rule passes always, a wrong one has p-values of 0
+
+LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -0.5, -1.0, -4.0], np.float32)
+NEAR = LOGITS + np.array([-0.3, 0.4, 0.1, -0.2, 0.3, 0.0, 1.0], np.float32)
+FAR = LOGITS[::-1].copy()
+FILTERS = {
+    "temperature 1": SamplingOptions(1.0),
+    "temperature 0.6": SamplingOptions(0.6),
+    "temperature 2": SamplingOptions(2.0),
+    "top-k 3": SamplingOptions(1.0, top_k=3),
+    "top-k 2, ties": SamplingOptions(0.8, top_k=2),
+    "top-p 0.7": SamplingOptions(1.0, top_p=0.7),
+    "all": SamplingOptions(1.3, top_k=5, top_p=0.8),
+    "penalty": SamplingOptions(1.0, repetition_penalty=1.7),
+}
+
+
+def expected(logits: np.ndarray, options: SamplingOptions, seen: list[int]) -> np.ndarray:
+    """Probabilities [V] by the definitions of penalty, temperature, top-k and top-p, token by token."""
+    scores = [float(x) for x in logits]
+    for token in set(seen):
+        penalty = options.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    kept = set(range(len(scores)))
+    if options.top_k:
+        kth = sorted(scores, reverse=True)[options.top_k - 1]
+        kept = {token for token in kept if scores[token] >= kth}
+    weights = {token: math.exp(scores[token] / options.temperature) for token in kept}
+    total = sum(weights.values())
+    probs = {token: weight / total for token, weight in weights.items()}
+    order, held, nucleus = sorted(kept, key=lambda token: (-probs[token], token)), 0.0, set()
+    for token in order:
+        nucleus.add(token)
+        held += probs[token]
+        if held > options.top_p:
+            break
+    total = sum(probs[token] for token in nucleus)
+    return np.array([probs[token] / total if token in nucleus else 0.0 for token in range(len(scores))])
+
+
+def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
+    """Of Pearson's χ²; outcomes without probability must not have been drawn."""
+    assert not counts[probs == 0].any()
+    wanted = probs[probs > 0] * counts.sum()
+    statistic, freedom = float(((counts[probs > 0] - wanted) ** 2 / wanted).sum()), int((probs > 0).sum()) - 1
+    if not freedom:
+        return 1.0
+    # The upper regularized gamma function Q(freedom / 2, statistic / 2), by its recurrence from Q(1/2) or Q(1)
+    x, half = statistic / 2, 0.5 if freedom % 2 else 1.0
+    tail = math.erfc(math.sqrt(x)) if freedom % 2 else math.exp(-x)
+    while half < freedom / 2:
+        tail += math.exp(half * math.log(x) - x - math.lgamma(half + 1)) if x else 0.0
+        half += 1
+    return tail
+
+
+def row(options: SamplingOptions, prompt: tuple[int, ...] = (1, 4), seed: int = 7) -> RowSampler:
+    return RowSampler(options, np.array(prompt, np.int64), np.random.SeedSequence(seed), 0)
+
+
+def test_the_p_value_is_that_of_the_tables() -> None:
+    """5 % points of the χ² distribution."""
+    for freedom, point in ((1, 3.841), (2, 5.991), (3, 7.815), (4, 9.488), (6, 12.592)):
+        probs = np.full(freedom + 1, 1 / (freedom + 1))
+        counts = np.full(freedom + 1, 1e6)
+        shift = math.sqrt(point * 1e6 / 2)  # adds `point` to the statistic
+        counts[0], counts[1] = counts[0] + shift, counts[1] - shift
+        assert p_value(counts, probs) == pytest.approx(0.05, abs=1e-4)
+    assert p_value(np.array([60_000.0, 40_000.0]), np.array([0.5, 0.5])) < 1e-12
+
+
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
+@pytest.mark.parametrize("theirs", [NEAR, FAR, LOGITS], ids=["near", "far", "same"])
+def test_drawn_drafts_leave_the_verifiers_distribution(options: SamplingOptions, theirs: np.ndarray) -> None:
+    sampler = row(options)
+    scores = sampler.penalized(LOGITS)
+    counts = np.zeros(len(LOGITS))
+    accepted = 0
+    for _ in range(DRAWS // 40):
+        draft, _ = drafted(sampler, theirs)
+        token = judged(sampler, scores, draft)
+        accepted += token == draft.token
+        counts[token] += 1
+    target, draft_probs = expected(LOGITS, options, [1, 4]), expected(theirs, options, [1, 4])
+    assert p_value(counts, target) > LEAST_P
+    share = np.minimum(target, draft_probs).sum()  # what the rule accepts, at least: min(p, q)
+    assert abs(accepted / counts.sum() - share) < 5 * math.sqrt(0.25 / counts.sum())
+
+
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
+@pytest.mark.parametrize("token", [0, 2, 6])
+def test_looked_up_drafts_leave_the_verifiers_distribution(options: SamplingOptions, token: int) -> None:
+    sampler = row(options)
+    scores = sampler.penalized(LOGITS)
+    counts = np.bincount(
+        [judged(sampler, scores, Draft(token)) for _ in range(DRAWS // 40)], minlength=len(LOGITS)
+    ).astype(float)
+    assert p_value(counts, expected(LOGITS, options, [1, 4])) > LEAST_P
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_all_tokens_of_a_cycle_are_distributed_as_without_drafts(looked_up: bool) -> None:
+    """Over a model with memory: the joint distribution of a text's next two tokens, however many a cycle makes."""
+    options = SamplingOptions(1.0, top_k=3, repetition_penalty=1.3)
+    generator = np.random.default_rng(11)
+    model = generator.standard_normal((4, 4)).astype(np.float32)  # logits after each token
+    draft_model = model + generator.standard_normal((4, 4)).astype(np.float32)
+    probs = np.zeros((4, 4))
+    for first, p in enumerate(expected(model[0], options, [0])):
+        probs[first] = p * expected(model[first], options, [0, first])
+    counts = np.zeros((4, 4))
+    sampler = row(options, (0,))
+    start = sampler.seen
+    for _ in range(DRAWS // 8):
+        sampler.seen, drafts = start, []
+        if looked_up:
+            drafts = [Draft(2), Draft(1)]
+        else:
+            last = 0
+            for _ in range(2):
+                drafts.append(drafted(sampler, draft_model[last])[0])
+                last = drafts[-1].token
+                sampler.remember(last)
+            sampler.seen = start
+        logits = np.stack([model[0], *(model[draft.token] for draft in drafts)])
+        tokens = verified(sampler, drafts, logits)
+        if len(tokens) == 1:  # the next cycle's
+            tokens.append(verified(sampler, [], model[tokens[0]][None])[0])
+        counts[tokens[0], tokens[1]] += 1
+    assert p_value(counts.ravel(), probs.ravel()) > LEAST_P
+
+
+def test_greedy_accepts_what_the_verifier_would_choose_under_its_penalty() -> None:
+    sampler = row(SamplingOptions(0.0, repetition_penalty=10.0), (6,))
+    logits = np.stack([LOGITS, LOGITS, LOGITS])
+    tokens = verified(sampler, [Draft(0), Draft(1)], logits)
+    assert tokens == [0, 1, 2]  # each is taken once: the penalty sees them in order
+    assert sorted(sampler.seen.tolist()) == [0, 1, 2, 6]
+    assert verified(row(SamplingOptions()), [Draft(3), Draft(0)], logits) == [0]
+
+
+def test_the_confidence_is_the_likeliest_tokens_probability_whatever_is_drawn() -> None:
+    for options in (SamplingOptions(), SamplingOptions(0.7, top_k=4)):
+        of = options if options.temperature else SamplingOptions(1.0)
+        assert drafted(row(options), LOGITS)[1] == pytest.approx(expected(LOGITS, of, []).max(), rel=1e-6)
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(BundleError, match="not numbers"):
+            verified(row(SamplingOptions()), [Draft(0)], np.full((2, 7), bad, np.float32))

@@ -1,0 +1,171 @@
+"""`k="auto"` with a fake clock: it never costs more than 5 % over the full schedule, and finds what pays.
+
+No test here reads a real clock: every run of a graph moves the fake one by its price.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import DraftsDoNotPay
+from lora_drop_runtime.plan.drafting import VerifiedSchedule
+
+from tests.support.decoding import LORA, PLAN, RAGGED, continued
+from tests.support.fake_engine import FakeEngine, Run, open_session
+
+ALLOWED = 1.05
+
+
+@dataclass
+class Prices:
+    """Seconds of a LoRA step, of a refresh of one token and of each further one."""
+
+    lora: float
+    refresh: float = 1.0
+    further: float = 0.1
+
+
+@dataclass
+class Timed(FakeEngine):
+    """The fake model; its LoRA steps agree where `agrees(position)`, and each run moves the clock."""
+
+    prices: Prices
+    agrees: Callable[[int], bool]
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__init__(PLAN)
+
+    def _predict(self, run: Run) -> None:
+        super()._predict(run)
+        logits = run.binding.outputs["logits"]
+        logits *= 20
+        if run.kind is LORA:
+            self.now += self.prices.lora
+            for row, position in enumerate(run.len_kept.tolist()):
+                if not self.agrees(position):
+                    logits[row] = np.roll(logits[row], 1)
+        else:
+            self.now += self.prices.refresh + self.prices.further * (run.input_ids.shape[1] - 1)
+
+
+def auto(engine: Timed, draft: str = "lora") -> Session:
+    bundle = open_session(PLAN, engine=engine)[0].bundle
+    session = Session(bundle, engine, VerifiedSchedule(None), "lossless", draft)
+    session._clock = lambda: engine.now
+    return session
+
+
+def run(session: Session, engine: Timed, count: int) -> float:
+    """Decode so many tokens; the time over the full schedule's."""
+    stream = session.stream([5, 6, 7], count, stop_token_ids=())
+    next(stream)  # the prefill's
+    begin = engine.now
+    assert len(list(stream)) == count - 1
+    assert session.statistics().tokens == count - 1
+    return (engine.now - begin) / (engine.prices.refresh * (count - 1))
+
+
+def worst_share(session: Session, engine: Timed, count: int) -> float:
+    """The largest ratio to the full schedule's time that a cycle ends with."""
+    worst = 0.0
+    stream = session.stream([5, 6, 7], count, stop_token_ids=())
+    next(stream)
+    begin = engine.now
+    for _ in stream:
+        worst = max(worst, (engine.now - begin) / (engine.prices.refresh * session.statistics().tokens))
+    return worst
+
+
+AGREES: dict[str, Callable[[int], bool]] = {
+    "never": lambda position: False,
+    "always": lambda position: True,
+    "until it does not": lambda position: position < 300,
+    "in runs of 50": lambda position: position // 50 % 2 == 0,
+    "seldom": lambda position: position % 7 == 0,
+}
+PRICES = {
+    "cheap drafts": Prices(0.3),
+    "usual": Prices(0.75, further=0.2),
+    "dear verification": Prices(0.5, further=0.5),
+    "drafts as dear as refreshes": Prices(1.0, further=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lora_drop_runtime.errors.DraftsDoNotPay")
+@pytest.mark.parametrize("prices", PRICES.values(), ids=PRICES.keys())
+@pytest.mark.parametrize("agrees", AGREES.values(), ids=AGREES.keys())
+@pytest.mark.parametrize("draft", ["lora", "both"])
+def test_it_never_costs_more_than_five_per_cent(prices: Prices, agrees: Callable[[int], bool], draft: str) -> None:
+    """After every cycle, whatever the drafts are worth and however that changes."""
+    engine = Timed(prices, agrees)
+    assert worst_share(auto(engine, draft), engine, 700) <= ALLOWED + 1e-9
+
+
+@pytest.mark.filterwarnings("ignore::lora_drop_runtime.errors.DraftsDoNotPay")
+def test_an_adversary_who_sees_the_drafts_gains_no_more() -> None:
+    """Drafts agree until the longest are made, and then not, again and again."""
+    engine = Timed(Prices(0.4, further=0.1), lambda position: True)
+    session = auto(engine)
+    engine.agrees = lambda position: engine.runs[-1].kind is LORA and engine.kinds[-3:].count(LORA) < 3
+    assert worst_share(session, engine, 1500) <= ALLOWED + 1e-9
+
+
+@pytest.mark.filterwarnings("ignore::lora_drop_runtime.errors.DraftsDoNotPay")
+def test_a_draft_dearer_than_anyone_thought_is_paid_once() -> None:
+    engine = Timed(Prices(6.0, further=3.0), AGREES["never"])
+    session = auto(engine)
+    spent = run(session, engine, 1500) * 1499
+    assert 1499 < spent <= ALLOWED * 1499 + 9
+
+
+def test_it_finds_what_pays() -> None:
+    """Cheap drafts that agree are made, the more of them the better; drafts that never agree are left."""
+    engine = Timed(Prices(0.2, further=0.05), AGREES["always"])
+    session = auto(engine)
+    assert run(session, engine, 600) < 0.5  # 8 drafts cost 3.0 for 9 tokens: 0.33
+    assert len(session.statistics().accepted_lengths) == 9
+    assert not session.statistics().note
+    assert run(session, engine, 200) < 0.36  # the session has learned
+
+
+def test_it_comes_back_to_drafts_that_pay_again() -> None:
+    engine = Timed(Prices(0.2, further=0.05), lambda position: not 100 < position < 1000)
+    session = auto(engine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DraftsDoNotPay)
+        run(session, engine, 2000)
+        late = session.statistics().cycles[-40:]
+    assert sum(sum(cycle.made) for cycle in late) / len(late) > 4
+
+
+def test_it_says_once_that_a_plan_does_not_pay() -> None:
+    engine = Timed(Prices(0.9, further=0.4), AGREES["never"])
+    session = auto(engine)
+    with pytest.warns(DraftsDoNotPay, match="Drafts do not pay here: a LoRA step takes 0.90 of a refresh"):
+        session.generate([[5, 6, 7]], 1500, stop_token_ids=())
+    session.generate([[5, 6, 7]], 1500, stop_token_ids=())  # a second warning would be an error here
+    note = session.statistics().note
+    assert "verifies one draft takes 1.40" in note
+    share = session.statistics().lora_steps / 1499
+    assert share < 0.03  # it is tried ever more seldom, and costs less than it might
+
+
+@pytest.mark.filterwarnings("ignore::lora_drop_runtime.errors.DraftsDoNotPay")
+def test_rows_of_a_batch_share_a_pace_of_their_own() -> None:
+    for together in (False, True):
+        engine = Timed(Prices(0.3), AGREES["always"])
+        engine.batched_chunks = together
+        session = auto(engine)
+        rows: Any = session.generate(RAGGED, 300, stop_token_ids=())
+        assert [row.tolist() for row in rows] == [continued(prompt, 300) for prompt in RAGGED]
+        cycles = session.statistics().cycles
+        share = sum(any(cycle.drafted) for cycle in cycles) / len(cycles)
+        assert share > 0.5 if together else share < 0.1  # three verifications in the place of one refresh do not pay
+        assert list(session._paces) == [3]
