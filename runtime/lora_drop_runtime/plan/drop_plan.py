@@ -226,7 +226,7 @@ class DropPlan:
         if windowed and policy.leaves_holes:
             raise PlanError(
                 f"The bundle cannot be decoded under policy {policy.name}.",
-                note=f"Layer {windowed[0]} is dropped and attends to a sliding window, which holes in its cache would shift.",
+                note=f"Layer {windowed[0]} is dropped and attends to a sliding window, which holes would shift.",
                 hint=f"Use policy {self.policy}.",
             )
 
