@@ -57,7 +57,23 @@ def test_average_and_perplexity_of_items() -> None:
 def row(k: int, speedup: float | None, difference: float | None, half: float = 0.001) -> EvalRow:
     figure = None if difference is None else Figure(difference, difference - half, difference + half, 3)
     return EvalRow(
-        "b", "b", "residual", 0, (4,), 0.25, "skip" if k else "full", k, 1000, speedup, None, {}, None, figure
+        bundle="b",
+        label="b",
+        method="LoRA-Drop",
+        surrogate="residual",
+        rank=0,
+        sites=("4",),
+        rho=0.25,
+        attentions=0.25,
+        weight_bytes=0.25,
+        policy="skip" if k else "full",
+        k=k,
+        kv_bytes=1000,
+        speedup=speedup,
+        text=None,
+        tasks={},
+        average=None,
+        average_difference=figure,
     )
 
 

@@ -39,6 +39,7 @@ from lora_drop_tools.shared.progress import Progress
 from lora_drop_tools.shared.results import check_results, write_json
 
 from .intervals import Sums
+from .methods import method_of
 from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import TaskItems, checked, read_speedups, task_items, text_request, text_windows
@@ -132,6 +133,7 @@ def _row(
     return EvalRow(
         bundle=name,
         label=label,
+        method=method_of(plan),
         surrogate=plan.surrogate,
         rank=plan.rank,
         sites=plan.sites,

@@ -30,7 +30,8 @@ def _how_much(row: EvalRow) -> str:
 
 def _bundle(row: EvalRow) -> str:
     adapters = f"adapters of rank {row.rank}" if row.rank else "no adapters"
-    return f"{row.label}: {row.surrogate}, {adapters}, drops {listed(row.sites) or 'nothing'} ({_how_much(row)})"
+    what = f"drops {listed(row.sites) or 'nothing'} ({_how_much(row)})"
+    return f"{row.label}: {row.method}, {row.surrogate}, {adapters}, {what}"
 
 
 def schedule_name(row: EvalRow) -> str:

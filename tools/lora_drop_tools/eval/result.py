@@ -86,6 +86,7 @@ class EvalRow:
     """A bundle under a policy and a window k.
 
     Attributes:
+        method: what the literature calls such a plan.
         rho, attentions, weight_bytes: `costs.Shares`.
         policy: "full" under k = 0, where all policies are one.
         kv_bytes: of valid K/V at the end of the request that `EvalResult.kv_request` names; of an adaptive schedule
@@ -97,6 +98,7 @@ class EvalRow:
 
     bundle: str
     label: str
+    method: str
     surrogate: str
     rank: int
     sites: tuple[str, ...]
