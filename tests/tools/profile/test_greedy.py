@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.profile.greedy import Greedy, ticks
 from lora_drop_tools.profile.result import Profile
 from transformers import PreTrainedModel
@@ -56,7 +55,7 @@ def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[str, ...], pol
     return float(np.mean(found))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring_module, "HEAD_ROWS", 5)  # of 14 LoRA steps a window

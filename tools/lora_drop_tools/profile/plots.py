@@ -14,7 +14,7 @@ from .measures import DELTAS
 from .report import BASES
 
 if TYPE_CHECKING:
-    from .result import Profile
+    from .result import Profile, SiteProfile
 
 
 def _similarities(result: Profile) -> tuple[tuple[str, list[Mapping[int, float]]], ...]:
@@ -29,6 +29,10 @@ def _places(result: Profile) -> tuple[list[float], float, str]:
     places = [layer_of(one.site) + (0.5 if half_of(one.site) == MLP else 0.0) for one in result.sites]
     halves = any(half_of(one.site) for one in result.sites)
     return places, 0.4 if halves else 0.8, "layer (its MLP half a place to the right)" if halves else "layer"
+
+
+def _color(one: SiteProfile) -> str:
+    return "C1" if half_of(one.site) == MLP else "C0"
 
 
 def _label(panel: Any, result: Profile, what: str, title: str) -> None:
@@ -63,7 +67,7 @@ def _draw_similarity_map(axes: Any, result: Profile) -> None:
 def _draw_influence(axes: Any, result: Profile) -> None:
     places, width, _ = _places(result)
     values = [1 - site.influence_cosine for site in result.sites]
-    colors = ["lightgrey" if not one.eligible else "C1" if half_of(one.site) == MLP else "C0" for one in result.sites]
+    colors = [_color(one) if one.eligible else "lightgrey" for one in result.sites]
     axes[0].bar(places, values, width, color=colors)
     axes[0].set_yscale("log")
     _label(axes[0], result, "1 − cosine of input and output", "influence; grey ones are always kept")
@@ -81,8 +85,9 @@ def _draw_base_errors(axes: Any, result: Profile) -> None:
 def _draw_sensitivity(axes: Any, result: Profile) -> None:
     """Each site alone, and lists as they grow: the greedy one where it was ranked, the lists on other text."""
     places, width, _ = _places(result)
-    alone = [(at, one.kl_alone) for at, one in zip(places, result.sites, strict=True) if one.kl_alone is not None]
-    axes[0].bar([at for at, _ in alone], [kl for _, kl in alone], width)
+    alone = [(at, one) for at, one in zip(places, result.sites, strict=True) if one.kl_alone is not None]
+    colors = [_color(one) for _, one in alone]
+    axes[0].bar([at for at, _ in alone], [one.kl_alone for _, one in alone], width, color=colors)
     what = "one half dropped" if width < 0.5 else "one layer dropped"
     _label(axes[0], result, "KL of LoRA steps (nats)", what if alone else f"{what}: not measured")
     if result.greedy_kl:
