@@ -13,6 +13,7 @@ import pytest
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, PlanError
 
+from lora_drop_export.compiler.files import BUNDLE
 from tests.support.bundles import make_bundle
 from tests.support.refused import Refused
 
@@ -53,6 +54,15 @@ def test_not_a_bundle(bundle_refused, bundle, place):
 def test_other_format_version(bundle_refused, bundle, version):
     edit_manifest(bundle, lambda data: data.update(format_version=version))
     bundle_refused(bundle, "another format version", f"version {version}", "version 4", "Export the model again")
+
+
+def test_a_bundle_of_0_1(bundle_refused, tmp_path):
+    """One error with the export's command; and an export may replace it, as it may any bundle."""
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copyfile(Path(__file__).with_name("bundle_of_0_1.json"), old / MANIFEST_NAME)
+    bundle_refused(old, "another format version", "version 2", "version 4", "lora-drop-export --model")
+    assert BUNDLE.files(old) >= {MANIFEST_NAME, "refresh.onnx", "ort/steps.onnx"}
 
 
 @pytest.mark.parametrize(
