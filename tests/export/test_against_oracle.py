@@ -156,7 +156,7 @@ def test_graphs_of_tensorrt(name, tmp_path):
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 4
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
-        session.policy = "backfill"
+        session = Session(bundle, engine, PeriodicSchedule(2), "backfill")
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)

@@ -79,7 +79,7 @@ def test_file_is_missing_or_truncated(bundle_refused, bundle, file):
     bundle_refused(bundle, "missing", file, f"{len(whole)} bytes")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 3}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 4}'])
 def test_manifest_is_no_manifest(bundle_refused, bundle, content):
     (bundle / MANIFEST_NAME).write_bytes(content)
     bundle_refused(bundle, "manifest is damaged", MANIFEST_NAME)

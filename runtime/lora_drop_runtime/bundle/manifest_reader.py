@@ -209,7 +209,8 @@ def read_manifest(text: str | bytes, path: Path) -> Manifest:
         raise BundleError(
             "The bundle has another format version than this runtime reads.",
             note=f"{path} says version {version!s:.40}, this runtime reads version {FORMAT_VERSION}.",
-            hint="Export the model again: lora-drop-export --model … --out … --force; or install the version that wrote it.",
+            hint="Export the model again (lora-drop-export --model … --out … --force), or install the version that "
+            "wrote it.",
         )
     try:
         return _manifest(data)

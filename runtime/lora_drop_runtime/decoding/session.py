@@ -67,7 +67,6 @@ class Session:
         self.bundle = bundle
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
         self._policy = _policy(bundle, policy)
-        self.policy = self._policy.name
         self.schedule = scheduled(schedule, self._policy)
         self._source = self._draft_source(draft)
         self._clock: Clock = time.perf_counter
@@ -106,8 +105,7 @@ class Session:
                 steps between two refreshes, and the threshold that `lora-drop eval --calibrate` stored in the bundle,
                 whose window and policy these then are when None. A request's own `k` as a number is periodic.
             policy: what a refresh does about the tokens of the LoRA steps before it, `skip`, `backfill`, `lossless`
-                or `fill`
-                (plan/policy.py); the bundle's own when None.
+                or `fill` (plan/policy.py); the bundle's own when None.
             draft: under `lossless` where drafts come from: `lora`, `ngram` or `both` (plan/drafting.py); `lora` when
                 None, or `ngram` where the bundle drops no layer.
             target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
@@ -140,6 +138,11 @@ class Session:
                 session.close()
                 raise
         return session
+
+    @property
+    def policy(self) -> str:
+        """The name of its policy."""
+        return self._policy.name
 
     def __enter__(self) -> Session:
         return self
