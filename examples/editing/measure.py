@@ -1,0 +1,105 @@
+"""How much faster `lossless` with drafts looked up in the text edits passages than the full schedule does.
+
+    python examples/editing/measure.py BUNDLE [--draft ngram] [--k auto] [--count N] [--json FILE]
+
+Each of the passages of edits.json goes into the model's chat template with its edit; those named `module:function` are
+read from Python's own library. Both runs are greedy and alternate. Printed are the median of the ratios of decoding
+time, the tokens that a refresh made, and after how many tokens the outputs part, which rounding may let them do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import statistics
+import textwrap
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lora_drop_runtime import Session
+from lora_drop_runtime.text import TextCodec
+
+ROOM = 1.3  # new tokens that an edit may take, over those of the passage
+
+
+def passage(entry: dict[str, str]) -> str:
+    """The text to be edited."""
+    if "text" in entry:
+        return entry["text"]
+    module, _, name = entry["source"].partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return "```python\n" + textwrap.dedent(inspect.getsource(found)) + "```"
+
+
+def timed(session: Session, prompt: Any, new_tokens: int, k: int | str | None) -> tuple[list[int], float]:
+    """Tokens, and seconds from the first to the last."""
+    tokens, begin = [], 0.0
+    for token in session.stream(prompt, new_tokens, k=k):
+        if not tokens:
+            begin = time.perf_counter()
+        tokens.append(token)
+    return tokens, time.perf_counter() - begin
+
+
+def parted(ours: list[int], theirs: list[int]) -> int | None:
+    """The tokens before the first that differs; None where there is none."""
+    if ours == theirs:
+        return None
+    pairs = zip(ours, theirs, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("bundle")
+    parser.add_argument("--draft", default="ngram")
+    parser.add_argument("--k", default="auto")
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    k = options.k if options.k == "auto" else int(options.k)
+    entries = json.loads(Path(__file__).with_name("edits.json").read_text())[: options.count]
+    warnings.simplefilter("ignore")
+    rows = []
+    with Session.open(options.bundle, policy="lossless", draft=options.draft, k=k) as session:
+        codec = TextCodec.open(session.bundle.root / "tokenizer")
+        for entry in entries:
+            text = passage(entry)
+            content = f"{entry['edit']} Answer with the edited text only.\n\n{text}"
+            prompt = codec.encode_chat([{"role": "user", "content": content}])
+            count = int(ROOM * len(codec.encode(text))) + 16
+            ratios, where, made = [], None, 0
+            for _ in range(options.repeats):
+                theirs, full = timed(session, prompt, count, 0)
+                ours, seconds = timed(session, prompt, count, None)
+                ratios.append(full / len(theirs) / (seconds / len(ours)))
+                where, made = parted(ours, theirs), len(ours)
+            counted = session.statistics()
+            per_refresh = 1.0 if counted is None else counted.tokens_per_refresh
+            rows.append({"name": entry["name"], "tokens": made, "speedup": statistics.median(ratios)})
+            rows[-1] |= {"tokens_per_refresh": per_refresh, "parts_after": where}
+            print(
+                f"{entry['name']:<22}{made:5d} tokens  {rows[-1]['speedup']:5.2f}×  {per_refresh:5.2f} a refresh  "
+                f"{'same' if where is None else f'parts after {where}'}",
+                flush=True,
+            )
+    speedups = [row["speedup"] for row in rows]
+    print(
+        f"median of {len(rows)}: {statistics.median(speedups):.2f}× (prose "
+        f"{statistics.median([r['speedup'] for r in rows if r['name'].startswith('prose')] or [1]):.2f}×, code "
+        f"{statistics.median([r['speedup'] for r in rows if r['name'].startswith('code')] or [1]):.2f}×), lowest "
+        f"{min(speedups):.2f}×; {sum(row['parts_after'] is None for row in rows)} outputs are the full schedule's"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
