@@ -6,8 +6,11 @@ import numpy as np
 import onnx
 import pytest
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
+from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
 from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
@@ -50,6 +53,16 @@ def test_fill_alone(sites, tmp_path):
     """Long enough for several cycles, without adapters."""
     bundle = make_bundle("llama_tied", tmp_path / "b", drop_layers=sites, policy="fill")
     _run(bundle, None, "llama_tied", PROMPTS[:1], 3)
+
+
+def test_graphs_of_tensorrt(tmp_path):
+    """TensorRT-RTX builds engines of halves under `fill`, and the ONNX that its parser got decodes right."""
+    options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24, "policy": "fill"}
+    options["builder"] = BuilderOptions(compute_capabilities=("8.9",))
+    bundle = make_bundle("llama", tmp_path / "b", **options, drop_layers=MIXED)
+    assert bundle.target("tensorrt-rtx")[1].slots == {"kept": 39, "dropped": 39}
+    with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
+        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
 
 
 def test_k_0_is_the_full_schedule(tmp_path):

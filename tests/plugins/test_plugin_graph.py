@@ -66,10 +66,21 @@ def attention_op(library: ctypes.CDLL) -> type[OpRun]:
     return SkipWriteKVAttention
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
-    """A ragged prefill and two cycles: RoPE, norms of q and k, softcap and windows inside the plugin."""
-    bundle = make_bundle(name, tmp_path / "b", targets=("none",), k=K, max_seq_len=24, max_prompt_len=8)
+HALVES = {"drop_layers": ("3.attn", "4.mlp", "5")}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("qwen3", {}), ("gemma2", {}), ("llama", HALVES), ("qwen3", {"policy": "fill", **HALVES})],
+    ids=["llama", "qwen3", "gemma2", "halves", "fill"],
+)
+def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
+    """A ragged prefill and two cycles: RoPE, norms of q and k, softcap and windows inside the plugin.
+
+    What a LoRA step writes under `fill` has no attention: a plain TensorScatter stands beside the plugin's nodes.
+    """
+    options = {"targets": ("none",), "k": K, "max_seq_len": 24, "max_prompt_len": 8, **options}
+    bundle = make_bundle(name, tmp_path / "b", **options)
     plan, model = bundle.manifest.plan, bundle.manifest.model
     slots = static_slots(plan, bundle.manifest.limits)
     runs, weights = {}, {}
@@ -89,7 +100,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
             (
                 len(PROMPTS),
                 model.kv_heads,
-                slots["dropped" if layer in plan.dropped_layers else "kept"],
+                slots["dropped" if layer in plan.dropped_attentions else "kept"],
                 model.head_dim,
             ),
             np.nan,
@@ -103,7 +114,13 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
     def run(kind: StepKind, tokens: np.ndarray, index: np.ndarray) -> np.ndarray:
         wanted = {value.name for value in runs[kind].proto_.graph.input}
         given = {n: v for n, v in (feed | {"input_ids": tokens, "logits_index": index}).items() if n in wanted}
-        logits, next_token = runs[kind].run(["logits", "next_token"], given)
+        filled = [f"{part}.{layer}" for layer in plan.dropped_attentions for part in ("key", "value")]
+        filled = filled if plan.refresh_policy.fills and kind is StepKind.LORA else []
+        logits, next_token, *presents = runs[kind].run(
+            ["logits", "next_token", *(f"present_{n}" for n in filled)], given
+        )
+        for entry, present in zip(filled, presents, strict=True):
+            caches[f"past_{entry}"][:] = present
         np.testing.assert_array_equal(next_token, logits.argmax(-1))
         return logits[:, 0]
 
@@ -115,7 +132,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
         kind = PeriodicSchedule(K).kind(step)
         ours.append(run(kind, forced[step - 1][:, None], np.zeros((3, 1), np.int64)))
         feed["len_kept"] += 1
-        feed["len_dropped"] += kind is StepKind.REFRESH
+        feed["len_dropped"] += kind is StepKind.REFRESH or plan.refresh_policy.fills
     for row, prompt in enumerate(PROMPTS):
         theirs = oracle.decode_row(family(name).model, oracle_plan(bundle), prompt, forced[:, row].tolist(), K)
         for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -123,7 +140,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, kernel, tmp_path):
             assert error < TOLERANCE, f"row {row}, step {step}: {error:.1e}"
     for name_, cache in caches.items():  # padding of the prefill and what was never reached: not written
         layer = int(name_.rpartition(".")[2])
-        written = feed["len_dropped" if layer in plan.dropped_layers else "len_kept"]
+        written = feed["len_dropped" if layer in plan.dropped_attentions else "len_kept"]
         for row, length in enumerate(written):
             assert np.isfinite(cache[row, :, :length]).all(), name_
             assert np.isnan(cache[row, :, length:]).all(), name_
