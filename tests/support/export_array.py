@@ -23,6 +23,7 @@ import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.plan.drafting import VerifiedSchedule
 from lora_drop_runtime.plan.drop_plan import eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -269,7 +270,8 @@ def errors_of(row: Row, root: Path) -> Errors:
     assert (steps is not None) == (row["dtype"] in ("int8", "int4"))
     with Session.open(bundle.root, provider="cpu", threads=1) as session:
         assert session.policy == row["policy"]
-        assert session.schedule == PeriodicSchedule(row["k"])
+        verifies = POLICIES[row["policy"]].verifies
+        assert session.schedule == (VerifiedSchedule if verifies else PeriodicSchedule)(row["k"])
         if row["adapters"] == "loaded":
             session.load_adapters(adapters)
         tokens = np.stack(session.generate(prompts, count, stop_token_ids=()))
@@ -284,7 +286,8 @@ def errors_of(row: Row, root: Path) -> Errors:
     exact, cosines = [], []
     for index, prompt in enumerate(prompts):
         forced = tokens[index, :-1].tolist()
-        theirs = oracle.decode_row(reference, plan, prompt, forced, row["k"], row["policy"])
+        window = 0 if verifies else row["k"]  # step by step it is the full schedule
+        theirs = oracle.decode_row(reference, plan, prompt, forced, window, row["policy"])
         for a, c, tensor in zip(ours, rounded, theirs, strict=True):
             b = tensor.numpy()
             exact.append(np.abs(a[index] - b).max() / np.abs(b).max())
@@ -306,8 +309,8 @@ def rows_of_part(part: int) -> list[Row]:
 # every activation, the oracle none: 0.011 seen (loaded adapters of scale 2, after which activations are large).
 MOST = {"float32": 3e-5, "int8": 3e-5, "int4": 3e-5, "float16": 0.03}
 # An entry of an int8 cache that lies between two integers falls one way or the other, and is then off by 1/127 of its
-# channel's largest: single steps may be off by as much (0.007 seen), but half of them must be free of it.
-MOST_INT8_CACHES = 0.04
+# channel's largest: single steps may be off by as much (0.007 seen), and those after it by less (median 0.0013 seen).
+MOST_INT8_CACHES, MOST_MEDIAN_INT8_CACHES = 0.04, 0.004
 # MatMulNBits with accuracy_level 4, as users run it, rounds activations to 8 bits, which tiny random models amplify.
 LEAST_ROUNDED_COSINE = 0.95  # median over rows and steps
 
@@ -317,7 +320,7 @@ def assert_bundle_is_right(row: Row, root: Path) -> None:
     errors = errors_of(row, root)
     most = MOST[row["dtype"]]
     if row["kv_dtype"]:
-        assert np.median(errors.exact) < most
+        assert np.median(errors.exact) < MOST_MEDIAN_INT8_CACHES
         most = MOST_INT8_CACHES
     assert errors.exact.max() < most
     assert np.median(errors.rounded_cosines) > LEAST_ROUNDED_COSINE

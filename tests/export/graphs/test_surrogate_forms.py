@@ -47,7 +47,7 @@ def test_a_plan_knows_the_rows_of_the_table_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(SURROGATES, form.name, form)
     for rank, updates in ((0, False), (2, True)):
         plan = DropPlan(num_layers=6, sites=(3,), surrogate="homemade", rank=rank)
-        assert (plan.form, plan.has_state, plan.updates_state) == (form, True, updates)
+        assert (plan.form, plan.has_state, plan.updated_states) == (form, True, ("3",) if updates else ())
 
 
 @pytest.mark.parametrize("injection", ["block", "attn_mlp"])
