@@ -128,7 +128,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "a refresh where a LoRA step is due, and the reverse": (
         PeriodicSchedule,
         "kind",
-        lambda self, step, kind=PeriodicSchedule.kind: kind(self, step + 1),
+        lambda self, step, last=None, kind=PeriodicSchedule.kind: kind(self, step + 1),
     ),
     "the refresh engine for a LoRA step": (
         Request,
