@@ -37,8 +37,10 @@ def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
     _run(bundle, _fitted(bundle, tmp_path / "a"), "llama", PROMPTS, 3)
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "qwen2", "qwen3", "gemma2", "phi3"])
-@pytest.mark.parametrize("policy", ["skip", "fill"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("qwen3", "skip"), ("gemma2", "skip"), ("llama_bias", "fill"), ("gemma2", "fill"), ("phi3", "fill")],
+)
 def test_families(name, policy, tmp_path):
     sites = MIXED
     if name == "gemma2" and policy == "skip":  # every other layer has a window

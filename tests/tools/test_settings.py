@@ -81,7 +81,7 @@ def test_options_that_change_something_are_taken() -> None:
         ("eval b --text t --policy skip,skip", ("--policy names a value twice",)),
         ("eval b --text t --policy skip,", ("--policy", "'skip,' is not a list")),
         ("fit m --text t --text t --out o", ("--text names a value twice", "t, t")),
-        ("fit m --text t --out o --drop-layers 3,,5", ("layer numbers", "3,,5")),
+        ("fit m --text t --out o --drop-layers 3,,5", ("no layer and no half", "''")),
         ("fit m --text t --out o --drop-layers 3,3", ("--drop-layers names a value twice", "3, 3")),
         ("fit m --text t --out o --k 0", ("--k is too small", "It is 0")),
         ("profile m --text t --out o --rankings temporal,temporal", ("--rankings names a value twice",)),

@@ -21,7 +21,6 @@ FORMS = {
     "int4": {"dtype": "int4"},
     "int8 caches": {"kv_dtype": "int8"},
     "fill": {"policy": "fill"},
-    "fill, int8": {"policy": "fill", "dtype": "int8"},
     "fill, int8 caches": {"policy": "fill", "kv_dtype": "int8"},
 }
 PLAN = {"drop_layers": (1,), "always_first": 1, "k": 2, "rank": 2}
@@ -56,7 +55,7 @@ def test_against_pytorch(model: Family, form: str, tmp_path: Path) -> None:
         if node.op_type == "GroupQueryAttention"
     ]
     assert rotated
-    if form in ("int8", "int4", "fill, int8"):  # q, k and v are one product
+    if form in ("int8", "int4"):  # q, k and v are one product
         assert all(rotated) if bundle.manifest.model.head_dim == 32 else not any(rotated)
 
 
