@@ -91,11 +91,14 @@ def main() -> None:
                 flush=True,
             )
     speedups = [row["speedup"] for row in rows]
+    kinds = []
+    for kind in ("prose", "code"):
+        own = [row["speedup"] for row in rows if row["name"].startswith(kind)]
+        kinds += [f"{kind} {statistics.median(own):.2f}×"] if own else []
+    same = sum(row["parts_after"] is None for row in rows)
     print(
-        f"median of {len(rows)}: {statistics.median(speedups):.2f}× (prose "
-        f"{statistics.median([r['speedup'] for r in rows if r['name'].startswith('prose')] or [1]):.2f}×, code "
-        f"{statistics.median([r['speedup'] for r in rows if r['name'].startswith('code')] or [1]):.2f}×), lowest "
-        f"{min(speedups):.2f}×; {sum(row['parts_after'] is None for row in rows)} outputs are the full schedule's"
+        f"median of {len(rows)}: {statistics.median(speedups):.2f}× ({', '.join(kinds)}), lowest "
+        f"{min(speedups):.2f}×; {same} outputs are the full schedule's"
     )
     if options.json is not None:
         options.json.write_text(json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1))

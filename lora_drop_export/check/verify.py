@@ -140,7 +140,9 @@ def compare(
     manifest = bundle.manifest
     name, _ = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
-    schedule, refreshes = PeriodicSchedule(k), policy_named(policy or manifest.plan.policy).in_steps
+    chosen = policy_named(policy or manifest.plan.policy)
+    manifest.plan.check_policy(chosen)
+    schedule, refreshes = PeriodicSchedule(k), chosen.in_steps
     steps = steps_that_fit(manifest.limits, k)
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]

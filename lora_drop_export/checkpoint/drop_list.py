@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.files import read_bounded
-from lora_drop_runtime.plan.sites import half_of, layer_of, sorted_sites
+from lora_drop_runtime.plan.sites import half_of, layer_of, listed, sorted_sites
 
 _MOST_BYTES = 64 << 20
 
@@ -73,7 +73,7 @@ def read_drop_list(path: Path) -> DropList:
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
-        return DropList(sorted_sites(sites), fingerprint, errors, *always)
+        found = DropList(sorted_sites(sites), fingerprint, errors, *always)
     except BundleError as error:
         raise InputError("The drop list cannot be read.", note=error.note, hint="Check the path.") from None
     except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -82,6 +82,13 @@ def read_drop_list(path: Path) -> DropList:
             note=f'{path} is neither a JSON list of sites nor an object with "sites".',
             hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
         ) from None
+    if len(set(found.sites)) < len(found.sites):
+        raise InputError(
+            "The drop list names a layer twice.",
+            note=f"{path} says {listed(found.sites)}.",
+            hint="Name each layer once.",
+        )
+    return found
 
 
 def warn_of_base(drop_list: DropList, surrogate: str) -> None:

@@ -62,7 +62,7 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     check_results(settings.json_file, _KEYS)
     console = Console()
     opened = Bundle.open(bundle)
-    check_session(opened, settings.target, settings.provider, settings.threads)
+    check_session(opened, settings.target, settings.provider, settings.threads, [settings.policy])
     result = compare_bundle(
         opened,
         target=settings.target,

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import listed
 
@@ -72,14 +73,15 @@ def _kv_savings(manifest: Manifest) -> str:
         with contextlib.suppress(PlanError):
             plan.check_policy(policy)
             names.setdefault(f"{costs.kv_saving(manifest, plan.k, policy):.1%}", []).append(policy.name)
-    return ", ".join(f"{saving} under {' and '.join(which)}" for saving, which in names.items())
+    return "; ".join(f"{saving} under {', '.join(which)}" for saving, which in names.items())
 
 
 def _predictions(manifest: Manifest) -> list[str]:
     k, policy = manifest.plan.k, manifest.plan.refresh_policy
     half = manifest.limits.max_seq_len // 2
     lines = [
-        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens)",
+        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens"
+        + ("; as if every draft were accepted)" if policy.verifies else ")"),
         "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
     ]
     for prompt in sorted({min(128, half), half}):
@@ -93,10 +95,10 @@ def _predictions(manifest: Manifest) -> list[str]:
             f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
         )
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
-    spared = costs.dropped_macs_share(manifest, 0)
+    spared = costs.most_macs_share(manifest)
     lines += [
         f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {spared:.3f}; "
-        f"Eq. 16: {_kv_savings(manifest)} of the K/V of generated tokens saved",
+        f"Eq. 16, K/V of generated tokens saved: {_kv_savings(manifest)}",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     return lines
@@ -104,6 +106,16 @@ def _predictions(manifest: Manifest) -> list[str]:
 
 def _figures(result: dict[str, Any]) -> str:
     return f"{result['steps']} steps, max abs error {result['max_abs_error']:.1e}"
+
+
+def _schedule(plan: DropPlan) -> str:
+    if not plan.k:
+        return "k = 0: every step is a refresh"
+    steps = f"k = {plan.k}: {plan.k} LoRA step{'s' if plan.k > 1 else ''}"
+    if plan.refresh_policy.verifies:
+        drafts = steps if plan.sites else f"k = {plan.k}: {plan.k} drafts from the text"
+        return f"{drafts} at most, then a refresh that verifies what they chose"
+    return f"{steps}, then a refresh"
 
 
 def _drop_list(manifest: Manifest) -> list[str]:
@@ -149,7 +161,7 @@ def describe(bundle: Bundle) -> list[str]:
         f"layers       {strip}   {legend}",
         *_drop_list(manifest),
         f"surrogate    {plan.surrogate}, {adapters}",
-        f"schedule     k = {plan.k}: {plan.k} LoRA steps, then a refresh; policy {plan.policy}",
+        f"schedule     {_schedule(plan)}; policy {plan.policy}",
         *_calibration(manifest),
         f"limits       {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}",
         "",

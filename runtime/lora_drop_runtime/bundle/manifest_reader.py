@@ -136,8 +136,11 @@ def _check_calibration(calibration: Mapping[str, Calibration]) -> None:
         where = f"calibration.{name}"
         _check_one_of("a key of calibration", name, tuple(ADAPTIVE))
         _check_one_of(f"{where}.policy", found.policy, tuple(POLICIES))
-        if found.k > K.most:
-            raise ValueError(f"{where}.k is {found.k}, more than {K.most}")
+        if not 1 <= found.k <= K.most:
+            raise ValueError(f"{where}.k is {found.k}, needed is a number from 1 to {K.most}")
+        for share in ("wanted", "agreement", "refresh_share", "held_out_agreement", "held_out_refresh_share"):
+            if not 0 <= getattr(found, share) <= 1:
+                raise ValueError(f"{where}.{share} is {getattr(found, share):g}, needed is a share from 0 to 1")
 
 
 def _target(name: str, data: object) -> TargetEntry:
@@ -156,6 +159,8 @@ def _plan(data: object, layers: int) -> DropPlan:
     if typed(int, said, "plan.num_layers") != layers:
         raise ValueError(f"plan.num_layers is {said}, model.num_layers is {layers}")
     plan: DropPlan = typed(DropPlan, data, "plan")
+    if any(layer >= layers for layer in plan.windowed_layers):
+        raise ValueError(f"plan.windowed_layers names layer {max(plan.windowed_layers)}, there are {layers}")
     return plan
 
 

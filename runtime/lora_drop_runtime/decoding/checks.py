@@ -206,6 +206,14 @@ def no_request() -> InputError:
     )
 
 
+def read_by_a_stream() -> InputError:
+    return InputError(
+        "A stream is reading the tokens of this request.",
+        note="A step would put another token between its own.",
+        hint="Close the stream first, or begin a request of your own with prefill.",
+    )
+
+
 def caches_full(steps: int) -> InputError:
     return InputError(
         "The request's caches are full.",

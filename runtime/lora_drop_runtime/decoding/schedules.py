@@ -46,7 +46,7 @@ def check_adaptive(name: str, policy: str | None) -> None:
         raise InputError(
             f"The policy {policy} follows no {name} schedule.",
             note="It verifies drafts, and decides by itself how many come before a refresh.",
-            hint="Leave the schedule out, or use --policy backfill.",
+            hint="Use --policy backfill, or leave --schedule or --calibrate out.",
         )
 
 

@@ -78,6 +78,7 @@ class Session:
         self._requests_ended = 0
         self._usage = Usage()
         self._stream: weakref.ref[TokenStream] | None = None  # the latest one
+        self._streamed = -1  # the value of `_requests_ended` while its request runs
         self._ended_by: Callable[[], InputError] = checks.ended_by_a_request
 
     @classmethod
@@ -294,7 +295,7 @@ class Session:
         return draft_source(draft, self._policy, len(self.bundle.manifest.plan.sites))
 
     def statistics(self) -> Statistics | None:
-        """What the latest request has counted so far, where it has drafts to verify; else None."""
+        """What the latest request has counted so far, where its refreshes verify drafts; else None, as for k = 0."""
         return None if self._lossless is None else self._lossless.statistics()
 
     # ── step by step ───────────────────────────────────────────────────────────────────────────────────────
@@ -352,8 +353,7 @@ class Session:
     @property
     def next_step(self) -> StepKind:
         """What the next `step` runs; where refreshes verify drafts always a refresh, since a single step has none."""
-        request = self._running()
-        return request.next_kind(None)
+        return self._with_room().next_kind(None)
 
     def step(self, token_ids: Array) -> npt.NDArray[np.float32]:
         """Run one decode step. Under a policy that verifies drafts it is a refresh of one token.
@@ -365,11 +365,14 @@ class Session:
             float32 [B, V]; valid until the next call.
 
         Raises:
-            InputError: no prefill yet, another batch, ids outside the vocabulary, or the caches are full.
+            InputError: no prefill yet, another batch, ids outside the vocabulary, the caches are full, or a stream is
+                reading the request.
         """
         self._usage.enter()
         try:
             request = self._running()
+            if self._is_streamed():
+                raise checks.read_by_a_stream()
             ids = integers("The list of tokens", token_ids, "Give one token id per row, such as [5].")
             checks.check_step(ids, request.batch, self.bundle.manifest.model.vocab_size)
             self._step(ids, None)
@@ -377,11 +380,15 @@ class Session:
         finally:
             self._usage.leave()
 
-    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
+    def _with_room(self) -> Request:
+        """The running request, which has a step left. Raises InputError where it has none."""
         request = self._running()
         if request.steps_done == request.max_steps:
             raise checks.caches_full(request.max_steps)
-        request.step(token_ids, active)
+        return request
+
+    def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
+        self._with_room().step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
         return self._opened().read(self._running().logits)[:, 0]  # [B, V]
@@ -460,7 +467,12 @@ class Session:
     def _own(self, stream: TokenStream) -> None:
         """Remember the stream whose request is about to begin."""
         self._check_no_foreign_stream()
-        self._stream = weakref.ref(stream)
+        self._stream, self._streamed = weakref.ref(stream), self._requests_ended + 1
+
+    def _is_streamed(self) -> bool:
+        """Whether a stream that is not over reads the running request."""
+        stream = None if self._stream is None else self._stream()
+        return stream is not None and not stream.is_over and self._streamed == self._requests_ended
 
     def _check_no_foreign_stream(self) -> None:
         """Refuse to end another thread's stream; one that nobody holds any more is over."""

@@ -69,6 +69,8 @@ class Statistics:
 
     def describe(self) -> str:
         """One line."""
+        if not self.cycles:
+            return "no refresh ran after the prompt"
         share = f" ({self.accepted / self.drafted:.0%})" if self.drafted else ""
         lengths = ", ".join(f"{length}: {count}" for length, count in enumerate(self.accepted_lengths))
         return (

@@ -93,7 +93,7 @@ class DropPlan:
                 hint="Use 0 for no adapters.",
             )
         object.__setattr__(self, "sites", sorted_sites(self.sites))
-        object.__setattr__(self, "bare_sites", sorted_sites(self.bare_sites) if self.rank else ())
+        object.__setattr__(self, "bare_sites", sorted_sites(self.bare_sites))
         self._check_sites()
         odd = [site for site in self.bare_sites if site not in self.sites]
         if odd:
@@ -102,6 +102,8 @@ class DropPlan:
                 note=f"It is {odd[0]}, the drop list is {listed(self.sites)}.",
                 hint="Leave it out.",
             )
+        if not self.rank:
+            object.__setattr__(self, "bare_sites", ())
 
     def _check_sites(self) -> None:
         if len(set(self.sites)) != len(self.sites):

@@ -218,7 +218,7 @@ def _windows(
 def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None:
     """Refuse what cannot run all bundles, and policies of theirs of which none was chosen."""
     for bundle in bundles.values():
-        check_session(bundle, settings.target, settings.provider, settings.threads)
+        check_session(bundle, settings.target, settings.provider, settings.threads, [settings.policy])
     policies = {name: bundle.manifest.plan.policy for name, bundle in bundles.items()}
     if settings.policy is None and len(set(policies.values())) > 1:
         raise InputError(

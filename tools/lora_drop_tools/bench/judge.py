@@ -31,7 +31,8 @@ def judge(result: BenchResult) -> None:
             "from disk. Measure fewer at a time."
         )
     for row in result.rows:
-        what = f"{row.bundle} (ρ {row.rho:.2f}, k = {row.k}, context {row.context}, batch {row.rows})"
+        kind = "" if row.schedule == "periodic" else f"{row.schedule}, "
+        what = f"{row.bundle} (ρ {row.rho:.2f}, {kind}k = {row.k}, context {row.context}, batch {row.rows})"
         if row.overhead_share > OVERHEAD_TARGET:
             result.warnings.append(
                 f"{what}: {row.overhead_share:.1%} of a step is not the engine's, more than {OVERHEAD_TARGET:.0%}."

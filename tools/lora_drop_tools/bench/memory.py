@@ -31,6 +31,13 @@ def report_memory(argument: str) -> None:
     print(json.dumps(found))
 
 
+def _said(stderr: str) -> str:
+    """What an error of ours said, or else the last line."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    notes = [line.removeprefix("Note: ") for line in lines if line.startswith("Note: ")]
+    return (notes or lines[-1:] or [""])[0]
+
+
 def measure_memory(
     name: str, bundle: Bundle, windows: Sequence[int | str], request: Request, prompts: Ids, options: SessionOptions
 ) -> list[Memory]:
@@ -51,7 +58,7 @@ def measure_memory(
     if done.returncode:
         raise InputError(
             "The process that measures the memory failed.",
-            note=(done.stderr.strip().splitlines() or [f"It ended with code {done.returncode}."])[-1],
+            note=_said(done.stderr) or f"It ended with code {done.returncode}.",
             hint="Run the bundle with: lora-drop generate",
         )
     found = json.loads(done.stdout.splitlines()[-1])

@@ -58,7 +58,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
             _percent(row.share) + ("!" if row.above_ceiling else ""),
             _percent(row.own_share),
             _percent(row.gain_share),
-            f"{row.asymptotic:.3f}×",
+            "–" if row.asymptotic is None else f"{row.asymptotic:.3f}×",
             *([f"{row.tokens_per_refresh:.2f}" if row.tokens_per_refresh else "–"] if counted else []),
         )
         for row in rows

@@ -110,7 +110,8 @@ class Row:
             cancels out. None without both kinds, or where a refresh is more than a full step (backfill).
         ceiling: what the bytes of the request's own steps allow.
         kv_saved: share of the generated tokens' K/V that is not kept; `kv_saving` is what Eq. 16 says, of an adaptive
-            schedule with its refreshes as counted, and `asymptotic` likewise Eq. 10.
+            schedule with its refreshes as counted, and `asymptotic` likewise Eq. 10,
+            which says nothing where drafts are verified.
         over_peers: our tokens/s over a peer's, median over the repeats.
         schedule: `periodic`, or the adaptive one.
         refresh_share: of the steps, as counted.
@@ -137,7 +138,7 @@ class Row:
     noise: float
     own_speedup: float | None
     ceiling: float
-    asymptotic: float
+    asymptotic: float | None
     tails: list[Tail]
     over_peers: dict[str, float]
     schedule: str = PERIODIC
@@ -286,7 +287,7 @@ class _Steps:
     figures: dict[str, StepFigures]
     ceiling: float
     kv_saving: float
-    asymptotic: float
+    asymptotic: float | None
     refresh_share: float = 1.0
     own_speedup: float | None = None
     tails: tuple[Tail, ...] = ()
@@ -330,9 +331,7 @@ def _scheduled_steps(
     )
 
 
-def _verified_steps(
-    manifest: Manifest, most: int, request: Request, runs: Sequence[Run], bandwidth: float | None
-) -> _Steps:
+def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], bandwidth: float | None) -> _Steps:
     """Of the cycles that were counted; of several repeats that differ the figures are the last one's, the ceiling the
     highest."""
     steps, cycles, seconds = request.new_tokens - 1, runs[-1].cycles or (), []
@@ -345,7 +344,7 @@ def _verified_steps(
         costs.verified_ceiling(manifest, request.context, steps, run.cycles or (), request.rows) for run in runs
     ]
     tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
-    return _Steps(figures, max(ceilings), 0.0, costs.asymptotic_speedup(manifest, most), tokens_per_refresh=tokens)
+    return _Steps(figures, max(ceilings), 0.0, None, tokens_per_refresh=tokens)
 
 
 def make_row(
@@ -372,7 +371,7 @@ def make_row(
     if k == 0 or runs[-1].cycles is None:
         own = _scheduled_steps(manifest, most, request, runs, bandwidth, policy, schedule, quantiles_ms)
     else:
-        own = _verified_steps(manifest, most, request, runs, bandwidth)
+        own = _verified_steps(manifest, request, runs, bandwidth)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
     kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
     grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))

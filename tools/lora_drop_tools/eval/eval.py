@@ -274,7 +274,7 @@ def eval(
         )
     opened = open_bundles(given)
     for one in opened.values():
-        check_session(one, settings.target, settings.provider, settings.threads)
+        check_session(one, settings.target, settings.provider, settings.threads, settings.policies)
     settings = checked(opened, settings)
     adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)

@@ -133,6 +133,8 @@ def plan_to_fit(
         raise PlanError(
             "No layer is dropped, so there is nothing to fit.",
             note=f"The drop list of {loaded.name} is empty.",
-            hint="Use --drop-ratio 0.5, --drop-layers or --drop-list.",
+            hint="Use --drop-ratio 0.5, --drop-layers or --drop-list."
+            if loaded.plan is None
+            else "Give the model that the bundle was made from, with --drop-ratio, --drop-layers or --drop-list.",
         )
     return dataclasses.replace(plan, k=settings.k[0])

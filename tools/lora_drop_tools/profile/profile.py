@@ -146,9 +146,11 @@ def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
     if not eligible_layers(len(windows), first, last, windowed if holes and no_mlps else ()):
         raise PlanError(
             "No layer of the model may be dropped.",
-            note=f"Of {len(windows)} the first {first} and the last {last} are always kept, and {len(windowed)} attend "
-            "to a sliding window.",
-            hint="Lower --always-first or --always-last.",
+            note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
+            + (f", and {len(windowed)} attend to a sliding window." if windowed else "."),
+            hint="Use --policy backfill, or --sites halves for their MLPs."
+            if windowed and holes and eligible_layers(len(windows), first, last)
+            else "Lower --always-first or --always-last.",
         )
     return DropPlan(
         len(windows),

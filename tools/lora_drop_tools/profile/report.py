@@ -87,5 +87,5 @@ def describe(result: Profile, out: Path) -> list[str]:
             f"  {out / ranked.file}: {', '.join(ranked.sites) or 'none'}" + (f" ({share})" if what == "half" else "")
             for ranked, share in zip(best, shares, strict=True)
         ),
-        "use one: lora-drop-export --model … --drop-list FILE --out DIR",
+        f"use one: lora-drop-export --model … --drop-list FILE --policy {settings['policy']} --out DIR",
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, ModelFacts
 from lora_drop_runtime.engines.open import check_engine
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.policy import policy_named
 
 
 def weight_dtype(model: ModelFacts) -> str:
@@ -17,13 +18,22 @@ def weight_dtype(model: ModelFacts) -> str:
     return str(stored) if stored in QUANTIZED_DTYPES else model.dtype
 
 
-def check_session(bundle: Bundle, target: str | None, provider: str | None, threads: int | None) -> None:
+def check_session(
+    bundle: Bundle,
+    target: str | None,
+    provider: str | None,
+    threads: int | None,
+    policies: Iterable[str | None] = (),
+) -> None:
     """Refuse what no session of a bundle can be opened with, and threads that none would use.
 
     Raises:
         BundleError: the target or the provider does not run it; NoDeviceError where another machine could.
-        InputError: the engine runs on a GPU.
+        InputError: the engine runs on a GPU, or the bundle cannot run one of the policies; None is its own.
     """
+    for policy in policies:
+        if policy is not None:
+            bundle.manifest.plan.check_policy(policy_named(policy))
     name = check_engine(bundle, target, provider)
     if threads is not None and provider is None and bundle.target(name)[1].on_device:
         raise InputError(

@@ -76,9 +76,14 @@ def macs_speedup(manifest: Manifest, context: int, k: int) -> float:
     return 1 / ((1 - rho) + rho / (k + 1) + k / (k + 1) * surrogates)
 
 
+def most_macs_share(manifest: Manifest) -> float:
+    """The largest ρ of Eqs. 7–10 at any context: that of the weights without one, of the attentions at a long one."""
+    return max(dropped_macs_share(manifest, 0), manifest.plan.attention_share)
+
+
 def asymptotic_speedup(manifest: Manifest, k: float) -> float:
-    """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`, of the weights alone."""
-    return (k + 1) / ((k + 1) - dropped_macs_share(manifest, 0) * k)
+    """Eq. 10: `S_∞ = (k+1) / ((k+1) − ρk)`, with the largest ρ at any context."""
+    return (k + 1) / ((k + 1) - most_macs_share(manifest) * k)
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,9 @@ def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple
     """Entries of a kept and of a dropped attention after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋ · e`.
 
     `e` are the entries that a refresh makes: one, and one for each LoRA step that the policy takes back. Where LoRA
-    steps write them, too, there are as many as in a kept one.
+    steps write them, too, or drafts are counted only when verified, there are as many as in a kept one.
     """
-    if policy.fills:
+    if policy.fills or policy.verifies:
         return prompt + steps, prompt + steps
     return prompt + steps, prompt + steps // (k + 1) * policy.refresh_tokens(k)
 

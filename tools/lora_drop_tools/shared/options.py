@@ -15,7 +15,8 @@ def policy_option() -> Any:
     """`str | None`; None is the bundle's."""
     what = (
         "what refreshes do: skip leaves holes, backfill fills them, lossless also verifies what the LoRA steps chose, "
-        "so that the text is the full schedule's (default: the bundle's)"
+        "so that the text is the full schedule's; fill, which only a bundle exported with it runs, has no holes "
+        "(default: the bundle's)"
     )
     return option(None, help=what, choices=tuple(POLICIES))
 

@@ -211,9 +211,10 @@ class OrtEngine:
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         if kind not in self._sessions:
             raise BundleError(
-                "The session lost its graphs when its adapters were replaced.",
-                note="ONNX Runtime could load them neither with the new adapters nor again with those from before.",
-                hint="Close the session, free memory, and open it again with Session.open.",
+                "The session has no graphs.",
+                note="It was closed while a request ran; or ONNX Runtime could load them neither with new adapters nor "
+                "again with those from before.",
+                hint="Open it again with Session.open; free memory where that was the reason.",
             )
         session = self._sessions[kind]
         if self._weights:
