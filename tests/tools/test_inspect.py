@@ -116,7 +116,9 @@ def test_predictions(made: Path) -> None:
         *(f"({saved:.1%}", "saved)"),
     ]
     assert "Eq. 10: at most 1.231× with ρ_eff 0.250" in text  # 4 / (4 − 0.75)
-    assert "Eq. 16: 18.8% under skip, 0.0% under backfill" in text  # 0.25 · 0.75
+    assert (
+        "Eq. 16, K/V of generated tokens saved: 18.8% under skip; 0.0% under backfill, lossless" in text
+    )  # 0.25 · 0.75
     assert "Eq. 11: one token in 4 takes a refresh, so the p95 latency is that of a refresh" in text
 
 

@@ -5,6 +5,8 @@ Expected values are worked out from docs/algorithm.md here, not with the product
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.manifest import Limits
@@ -184,3 +186,34 @@ def test_without_max_new_tokens_the_caches_have_room_for_what_the_bundle_allows(
         session.step([1])
     with pytest.raises(InputError, match="full"):
         session.step([1])
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
+def test_a_step_inside_a_stream_is_refused(policy: str) -> None:
+    """It would put a token between the stream's own; the stream goes on as if nothing had been asked."""
+    session, _ = open_session(dataclasses.replace(PLAN, policy=policy), k=2)
+    whole = list(session.stream([7, 3], 9))
+    stream = session.stream([7, 3], 9)
+    begun = [next(stream), next(stream)]
+    with pytest.raises(InputError, match="A stream is reading"):
+        session.step([5])
+    assert begun + list(stream) == whole
+    stream = session.stream([7, 3], 9)
+    next(stream)
+    session.prefill([[7, 3]], max_new_tokens=3)  # a request of one's own ends it
+    session.step([5])
+    with pytest.raises(InputError):
+        list(stream)
+    stream = session.stream([7, 3], 9)
+    next(stream)
+    stream.close()
+    session.step([5])
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_request_without_a_step_left_says_so(k: int) -> None:
+    session, _ = open_session(PLAN, k=k)
+    session.generate([[7, 3]], 4)
+    for ask in (lambda: session.next_step, lambda: session.step([5])):
+        with pytest.raises(InputError, match="caches are full"):
+            ask()

@@ -191,7 +191,7 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
 
 def entries_made(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
     """Entries of a dropped attention that there are after each step, beside the prompt's."""
-    if policy.fills:
+    if policy.fills or policy.verifies:
         return [*range(1, len(kinds) + 1)]
     entries, made, lora_steps = [], 0, 0
     for kind in kinds:
