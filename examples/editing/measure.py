@@ -1,10 +1,11 @@
 """How much faster `lossless` with drafts looked up in the text edits passages than the full schedule does.
 
-    python examples/editing/measure.py BUNDLE [--draft ngram] [--k auto] [--count N] [--json FILE]
+    python examples/editing/measure.py BUNDLE [--task edit] [--draft ngram] [--k auto] [--json FILE]
 
 Each of the passages of edits.json goes into the model's chat template with its edit; those named `module:function` are
-read from Python's own library. Both runs are greedy and alternate. Printed are the median of the ratios of decoding
+read from Python's own library. Both runs are greedy, and alternate. Printed are the median of the ratios of decoding
 time, the tokens that a refresh made, and after how many tokens the outputs part, which rounding may let them do.
+`--task continue` goes on from the prose passages instead, by draws at temperature 0.8: text in which little repeats.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime import Session
+from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.text import TextCodec
 
 ROOM = 1.3  # new tokens that an edit may take, over those of the passage
+CONTINUED = 128  # new tokens of a passage that is continued
+DRAWS = SamplingOptions(temperature=0.8, seed=1)
 
 
 def passage(entry: dict[str, str]) -> str:
@@ -37,10 +41,12 @@ def passage(entry: dict[str, str]) -> str:
     return "```python\n" + textwrap.dedent(inspect.getsource(found)) + "```"
 
 
-def timed(session: Session, prompt: Any, new_tokens: int, k: int | str | None) -> tuple[list[int], float]:
+def timed(
+    session: Session, prompt: Any, new_tokens: int, k: int | str | None, sampling: SamplingOptions | None
+) -> tuple[list[int], float]:
     """Tokens, and seconds from the first to the last."""
     tokens, begin = [], 0.0
-    for token in session.stream(prompt, new_tokens, k=k):
+    for token in session.stream(prompt, new_tokens, k=k, sampling=sampling):
         if not tokens:
             begin = time.perf_counter()
         tokens.append(token)
@@ -58,6 +64,7 @@ def parted(ours: list[int], theirs: list[int]) -> int | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle")
+    parser.add_argument("--task", choices=("edit", "continue"), default="edit")
     parser.add_argument("--draft", default="ngram")
     parser.add_argument("--k", default="auto")
     parser.add_argument("--count", type=int)
@@ -66,6 +73,9 @@ def main() -> None:
     options = parser.parse_args()
     k = options.k if options.k == "auto" else int(options.k)
     entries = json.loads(Path(__file__).with_name("edits.json").read_text())[: options.count]
+    edits = options.task == "edit"
+    entries = entries if edits else [entry for entry in entries if "text" in entry]
+    sampling = None if edits else DRAWS
     warnings.simplefilter("ignore")
     rows = []
     with Session.open(options.bundle, policy="lossless", draft=options.draft, k=k) as session:
@@ -75,10 +85,12 @@ def main() -> None:
             content = f"{entry['edit']} Answer with the edited text only.\n\n{text}"
             prompt = codec.encode_chat([{"role": "user", "content": content}])
             count = int(ROOM * len(codec.encode(text))) + 16
+            if not edits:
+                prompt, count = codec.encode(text), CONTINUED
             ratios, where, made = [], None, 0
             for _ in range(options.repeats):
-                theirs, full = timed(session, prompt, count, 0)
-                ours, seconds = timed(session, prompt, count, None)
+                theirs, full = timed(session, prompt, count, 0, sampling)
+                ours, seconds = timed(session, prompt, count, None, sampling)
                 ratios.append(full / len(theirs) / (seconds / len(ours)))
                 where, made = parted(ours, theirs), len(ours)
             counted = session.statistics()
@@ -87,7 +99,7 @@ def main() -> None:
             rows[-1] |= {"tokens_per_refresh": per_refresh, "parts_after": where}
             print(
                 f"{entry['name']:<22}{made:5d} tokens  {rows[-1]['speedup']:5.2f}×  {per_refresh:5.2f} a refresh  "
-                f"{'same' if where is None else f'parts after {where}'}",
+                f"{'' if sampling else 'same' if where is None else f'parts after {where}'}",
                 flush=True,
             )
     speedups = [row["speedup"] for row in rows]
@@ -98,7 +110,7 @@ def main() -> None:
     same = sum(row["parts_after"] is None for row in rows)
     print(
         f"median of {len(rows)}: {statistics.median(speedups):.2f}× ({', '.join(kinds)}), lowest "
-        f"{min(speedups):.2f}×; {same} outputs are the full schedule's"
+        f"{min(speedups):.2f}×" + (f"; {same} outputs are the full schedule's" if edits else "")
     )
     if options.json is not None:
         options.json.write_text(json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1))
