@@ -229,7 +229,7 @@ def _stream(
 
 def _codec(bundle: Bundle, settings: GenerateSettings) -> TextCodec:
     """What makes tokens of text and back; refuses settings that no session of the bundle can be opened with."""
-    check_session(bundle, settings.target, settings.provider, settings.threads)
+    check_session(bundle, settings.target, settings.provider, settings.threads, [settings.policy])
     codec = TextCodec.open(bundle.root / "tokenizer")
     codec.stream(settings.stop)
     return codec
