@@ -9,9 +9,10 @@ how often drafting went on there and how often the draft was accepted, old cycle
 the one with the most expected tokens per second. One that is not expected to pay is tried again all the same, ever more
 seldom, since texts change.
 
-The budget holds always: a cycle drafts only if, should every draft be rejected, the time spent since the session began
-still is at most 1.05 times what the full schedule would have taken for the same tokens. What no one has timed yet is
-taken to be dear: a LoRA step as a refresh, a further token of a verification as half of one.
+The budget holds always: a cycle drafts only if, should every draft be rejected, the time spent since the request began
+still is at most 1.05 times what the full schedule would have taken for the same tokens. A request begins with at most
+one refresh of what those before it gained. What no one has timed yet is taken to be dear: a LoRA step as a refresh, a
+further token of a verification as half of one.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ class Pace(Protocol):
 
     note: str
 
+    def begin(self) -> None:
+        """A request begins."""
+        ...
+
     def drafts(self, source: str, most: int, *, runs: int, width: int) -> int:
         """How many drafts of a source the next cycle makes in a row, at most `most`.
 
@@ -92,6 +97,9 @@ class FixedPace:
 
     k: int
     note: str = ""
+
+    def begin(self) -> None:
+        pass
 
     def drafts(self, source: str, most: int, *, runs: int, width: int) -> int:
         return min(self.k, most)
@@ -164,7 +172,8 @@ class AutoPace:
 
     Attributes:
         note: a sentence once it is known that drafts do not pay, else empty.
-        spent, full: seconds of all cycles, and what the full schedule would have taken for their tokens.
+        spent, full: seconds of the request's cycles, and what the full schedule would have taken for their tokens; it
+            begins with what earlier ones took too long, or with the refresh that they left.
     """
 
     def __init__(self) -> None:
@@ -174,6 +183,10 @@ class AutoPace:
         self._wide: dict[int, _Median] = {}
         self._sources: dict[str, _Source] = {}
         self._since_refresh = 0
+
+    def begin(self) -> None:
+        """What earlier requests gained is theirs: of it one refresh is left for this one's first drafts."""
+        self.spent, self.full = max(self.spent - self.full, -(self._refresh.seconds or 0.0)), 0.0
 
     def drafts(self, source: str, most: int, *, runs: int, width: int) -> int:
         refresh, most = self._refresh.seconds, min(most, MOST_DRAFTS)

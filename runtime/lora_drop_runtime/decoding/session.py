@@ -278,6 +278,7 @@ class Session:
         pace: Pace = self._paces.setdefault(len(rows), AutoPace())
         if schedule.drafts is not None:
             pace = FixedPace(schedule.drafts)
+        pace.begin()
         self._lossless = Lossless(request, rows, sampler, stops, new_tokens, source, pace, self._clock)
 
         def go_on() -> None:

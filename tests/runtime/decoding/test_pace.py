@@ -169,3 +169,17 @@ def test_rows_of_a_batch_share_a_pace_of_their_own() -> None:
         share = sum(any(cycle.drafted) for cycle in cycles) / len(cycles)
         assert share > 0.5 if together else share < 0.1  # three verifications in the place of one refresh do not pay
         assert list(session._paces) == [3]
+
+
+@pytest.mark.filterwarnings("ignore::lora_drop_runtime.errors.DraftsDoNotPay")
+@pytest.mark.parametrize("tokens", [20, 100, 400])
+def test_a_request_does_not_spend_what_others_gained(tokens: int) -> None:
+    """After one whose drafts were all accepted, one whose are not costs 5 % at most, and one refresh."""
+    good = True
+    engine = Timed(Prices(0.3), lambda position: good)
+    session = auto(engine)
+    assert run(session, engine, 600) < 0.8
+    good = False
+    assert run(session, engine, tokens) <= ALLOWED + 1 / (tokens - 1) + 1e-9
+    good = True
+    assert run(session, engine, 600) < 0.95  # it is tried again
