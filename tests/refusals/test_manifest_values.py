@@ -106,6 +106,8 @@ def test_json_that_no_bundle_holds(refused, bundle, old, new, words) -> None:
         ("model", {"kv_heads": 1}),
         ("model", {"kv_dtype": "int8"}),
         ("plan", {"sites": []}),
+        ("plan", {"sites": ["4", "5"]}),
+        ("plan", {"policy": "fill"}),
         ("plan", {"surrogate": "recurrent"}),
     ],
 )

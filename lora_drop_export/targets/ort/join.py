@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx
-from lora_drop_runtime.bundle.graph_io import LORA_STEP
+from lora_drop_runtime.bundle.graph_io import LORA_STEP, steps_name
 from onnx import helper
 
 
@@ -57,6 +57,10 @@ def joined(lora: onnx.ModelProto, refresh: onnx.ModelProto) -> onnx.ModelProto:
     )
     which = helper.make_tensor_value_info(LORA_STEP, onnx.TensorProto.BOOL, [])
     graph = helper.make_graph(
-        [choice], "steps", [which, *inputs.values()], list(outputs.values()), list(weights.values())
+        [choice],
+        steps_name(value.name for value in lora.graph.output),
+        [which, *inputs.values()],
+        list(outputs.values()),
+        list(weights.values()),
     )
     return helper.make_model(graph, opset_imports=refresh.opset_import, ir_version=refresh.ir_version)

@@ -26,7 +26,7 @@ engine are not in this table but in the target's own (`WeightInput` in bundle.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -37,6 +37,16 @@ Dim = str | int
 # longest row after the step, int32 [], in each cache group
 LORA_STEP = "lora_step"
 TOTALS = {"len_kept": "total_kept", "len_dropped": "total_dropped"}
+
+
+def steps_name(outputs: Iterable[str]) -> str:
+    """The name of a graph with both steps, which says what its inputs and outputs do not: the caches of its LoRA step.
+
+    Args:
+        outputs: of the LoRA step alone.
+    """
+    layers = sorted(int(name.rpartition(".")[2]) for name in outputs if name.startswith("present_key."))
+    return f"steps; LoRA steps write the caches {','.join(map(str, layers)) or 'of no layer'}"
 
 
 @dataclass(frozen=True)

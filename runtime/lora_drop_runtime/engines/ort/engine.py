@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS
+from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS, steps_name
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
@@ -35,7 +35,7 @@ from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
-from .io_check import check_io
+from .io_check import check_io, check_name
 from .package import import_onnxruntime, preload_cuda
 from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device
 from .session_options import packs_weights, session_options
@@ -136,6 +136,10 @@ class OrtEngine:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
         else:
             self._sessions = {kind: self._open(file, replaced) for kind, file in self._files.items()}
+        if self._joined:
+            written = self._bundle.manifest.io(StepKind.LORA).outputs
+            file = self._files[StepKind.LORA]
+            check_name(self._sessions[StepKind.LORA], steps_name(spec.name for spec in written), file)
         for kind, session in self._sessions.items():
             check_io(session, self._bundle.manifest.io(kind, self.target), self._files[kind])
         _trim_heap()

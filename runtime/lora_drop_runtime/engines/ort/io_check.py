@@ -27,6 +27,21 @@ def _shapes_fit(found: Sequence[Any], wanted: Sequence[Any]) -> bool:
     )
 
 
+def check_name(session: Any, name: str, file: str) -> None:
+    """Refuse a graph with both steps whose LoRA step writes other caches than the plan says.
+
+    Raises:
+        BundleError: it does.
+    """
+    found = str(session.get_modelmeta().graph_name)
+    if found != name:
+        raise BundleError(
+            "A graph does not fit the bundle's manifest.",
+            note=f"{file} is called {found!r:.200}, the manifest's plan needs {name!r:.200}.",
+            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+        )
+
+
 def check_io(session: Any, io: GraphIO, file: str) -> None:
     """Refuse a graph that lacks an input or output of the table, or has it with another dtype or shape.
 
