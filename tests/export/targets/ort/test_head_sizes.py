@@ -20,7 +20,6 @@ FORMS = {
     "int8": {"dtype": "int8"},
     "int4": {"dtype": "int4"},
     "int8 caches": {"kv_dtype": "int8"},
-    "fill": {"policy": "fill"},
     "fill, int8 caches": {"policy": "fill", "kv_dtype": "int8"},
 }
 PLAN = {"drop_layers": (1,), "always_first": 1, "k": 2, "rank": 2}
