@@ -61,7 +61,7 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
     plan, limits = manifest.plan, manifest.limits
     what = f"{len(plan.dropped_layers)} of {plan.num_layers}"
     if plan.halves_alone:
-        what += f", and {len(plan.halves_alone)} hal{'f' if len(plan.halves_alone) == 1 else 'ves'} of others"
+        what += f", and {len(plan.halves_alone)} {'half' if len(plan.halves_alone) == 1 else 'halves'} of others"
     print(f"dropped layers: {listed(plan.sites) or 'none'} ({what}), k = {plan.k}, policy {plan.policy}")
     print(
         f"limits: {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}"

@@ -15,17 +15,21 @@ import importlib
 import inspect
 import json
 import statistics
+import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime import Session
+from lora_drop_runtime.command_line import run_command
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.text import TextCodec
 
 ROOM = 1.3  # new tokens that an edit may take, over those of the passage
+ENTRIES = json.loads(Path(__file__).with_name("edits.json").read_text())
 CONTINUED = 128  # new tokens of a passage that is continued
 DRAWS = SamplingOptions(temperature=0.8, seed=1)
 
@@ -61,19 +65,23 @@ def parted(ours: list[int], theirs: list[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
-def main() -> None:
+def measure(arguments: Sequence[str]) -> None:
+    """Parse the arguments, measure, print a line for each passage and the medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--task", choices=("edit", "continue"), default="edit")
     parser.add_argument("--draft", default="ngram")
     parser.add_argument("--k", default="auto")
-    parser.add_argument("--count", type=int)
+    parser.add_argument("--count", type=int, default=len(ENTRIES), help="the first so many passages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if min(options.count, options.repeats) < 1:
+        parser.error("--count and --repeats are at least 1")
+    if options.k != "auto" and not options.k.isdecimal():
+        parser.error(f"--k is {options.k}, possible is a number or auto")
     k = options.k if options.k == "auto" else int(options.k)
-    entries = json.loads(Path(__file__).with_name("edits.json").read_text())[: options.count]
-    edits = options.task == "edit"
+    entries, edits = ENTRIES[: options.count], options.task == "edit"
     entries = entries if edits else [entry for entry in entries if "text" in entry]
     sampling = None if edits else DRAWS
     warnings.simplefilter("ignore")
@@ -117,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(measure, None))

@@ -18,8 +18,8 @@ from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY, policy_named
-from lora_drop_runtime.plan.sites import half_of, in_halves, sorted_sites
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.sites import INJECTIONS, half_of, injected
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
@@ -100,37 +100,18 @@ def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:
             )
 
 
-def leaves_holes(policy: str) -> bool:
-    """Whether windowed layers are not eligible."""
-    return policy_named(policy).leaves_holes
-
-
-def _chosen_sites(
-    options: PlanOptions,
-    config: AdapterConfig | None,
-    num_layers: int,
-    first: int,
-    last: int,
-    windowed: Sequence[int],
-) -> tuple[str, ...]:
+def _chosen_sites(options: PlanOptions, config: AdapterConfig | None, eligible: Sequence[int]) -> tuple[str, ...]:
     """The drop list that the options ask for, or the one that the adapters were fitted for."""
     fitted = () if config is None or config.sites is None else config.sites
+    sites: Sequence[int | str]
     if options.drop_layers is not None:
-        sites = sorted_sites(options.drop_layers)
+        sites = options.drop_layers
     elif fitted and options.drop_ratio is None:
         sites = fitted
     else:
-        ratio = 0.5 if options.drop_ratio is None else options.drop_ratio
-        sites = sorted_sites(spread_layers(eligible_layers(num_layers, first, last, windowed), ratio))
-    halves = [site for site in sites if half_of(site)]
-    if options.injection == "block" and halves:
-        raise PlanError(
-            "--injection block puts a surrogate in the place of whole layers.",
-            note=f"The drop list names {halves[0]}.",
-            hint="Leave --injection out.",
-        )
-    all_halves = bool(fitted) and all(half_of(site) for site in fitted)
-    return in_halves(sites) if options.injection == "attn_mlp" or (all_halves and not options.injection) else sites
+        sites = spread_layers(eligible, 0.5 if options.drop_ratio is None else options.drop_ratio)
+    in_halves = bool(fitted) and all(map(half_of, fitted))  # as the adapters are
+    return injected(sites, options.injection or (INJECTIONS[1] if in_halves else None))
 
 
 def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) -> DropPlan:
@@ -151,7 +132,7 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     windowed = tuple(i for i, window in enumerate(windows) if window)
     policy = options.policy or (None if config is None else config.policy) or DEFAULT_POLICY
     rank, surrogate = options.rank or 0, options.surrogate
-    sites = _chosen_sites(options, config, len(windows), first, last, windowed if leaves_holes(policy) else ())
+    sites = _chosen_sites(options, config, eligible_layers(len(windows), first, last, windowed, policy))
     if config is not None:
         surrogate = surrogate or config.surrogate
         if options.rank not in (None, config.rank):

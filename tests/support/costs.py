@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.sites import in_halves, sorted_sites
+from lora_drop_tools.shared import costs
 
 D, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 4096, 32, 8, 128, 14336, 128256  # LLaMA3-8B
 KV_WEIGHTS = D * KV_HEADS * HEAD_DIM * 2 + D  # with the norm before them
@@ -38,3 +39,8 @@ def llama3_8b(ratio: float = 0.5, dtype: str = "bfloat16", injection: str = "blo
     sites = in_halves(layers) if injection == "attn_mlp" else sorted_sites(layers)
     drop_plan = DropPlan(num_layers=32, **{"sites": sites, **plan})
     return Manifest(model, drop_plan, Limits(8192, 8000, 8), SpecialTokens())
+
+
+def request_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> float:
+    """Of the periodic schedule under `skip`."""
+    return costs.request_ceiling(manifest, prompt, steps, costs.request_bytes(manifest, prompt, steps, k, rows), rows)

@@ -20,12 +20,16 @@ from .surrogate import DEFAULT_SURROGATE, SURROGATES, SurrogateForm
 
 
 def eligible_layers(
-    num_layers: int, always_first: int = 3, always_last: int = 1, windowed: Iterable[int] = ()
+    num_layers: int,
+    always_first: int = 3,
+    always_last: int = 1,
+    windowed: Iterable[int] = (),
+    policy: str = DEFAULT_POLICY,
 ) -> tuple[int, ...]:
     """Layers that may be dropped whole: all but the first, the last, and those with a sliding window.
 
     A window counts positions while a compact cache counts slots, so a windowed layer cannot have holes. Where the
-    policy leaves none, no layer is `windowed`.
+    policy leaves none, it may be dropped.
     """
     if always_first < 0 or always_last < 0:
         raise PlanError(
@@ -33,7 +37,7 @@ def eligible_layers(
             note=f"--always-first is {always_first}, --always-last is {always_last}.",
             hint="Use 0 or more.",
         )
-    blocked = set(windowed)
+    blocked = set(windowed) if POLICIES[policy].leaves_holes else set()
     return tuple(i for i in range(always_first, num_layers - always_last) if i not in blocked)
 
 
@@ -150,8 +154,13 @@ class DropPlan:
     @property
     def eligible_layers(self) -> tuple[int, ...]:
         """Layers that may be dropped whole, and so may their attentions."""
-        windowed = self.windowed_layers if self.refresh_policy.leaves_holes else ()
-        return eligible_layers(self.num_layers, self.always_first, self.always_last, windowed)
+        first, last = self.always_first, self.always_last
+        return eligible_layers(self.num_layers, first, last, self.windowed_layers, self.policy)
+
+    @property
+    def counted_layers(self) -> tuple[int, ...]:
+        """Layers that shares count: the eligible ones, or where only MLPs may be dropped those of the MLPs."""
+        return self.eligible_layers or eligible_layers(self.num_layers, self.always_first, self.always_last)
 
     @property
     def dropped_attentions(self) -> tuple[int, ...]:

@@ -46,6 +46,11 @@ class Policy(ABC):
     verifies: ClassVar[bool] = False
 
     @property
+    def keeps_up(self) -> bool:
+        """Whether dropped attentions have every token that kept ones have, after each step and not each refresh."""
+        return self.fills or self.verifies
+
+    @property
     def in_steps(self) -> Policy:
         """The policy that runs the same steps on tokens that are given, one call for each."""
         return self

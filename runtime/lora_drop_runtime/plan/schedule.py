@@ -164,7 +164,8 @@ class EntropySchedule(AdaptiveSchedule):
 
 
 ADAPTIVE: dict[str, type[AdaptiveSchedule]] = {one.name: one for one in (MarginSchedule, EntropySchedule)}
-SCHEDULES = ("periodic", *ADAPTIVE)
+PERIODIC = "periodic"
+SCHEDULES = (PERIODIC, *ADAPTIVE)
 
 
 def as_schedule(k: int | Schedule) -> Schedule:

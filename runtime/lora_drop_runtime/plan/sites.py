@@ -50,6 +50,23 @@ def in_halves(sites: Iterable[int | str]) -> tuple[str, ...]:
     return tuple(halves)
 
 
+def injected(sites: Iterable[int | str], injection: str | None) -> tuple[str, ...]:
+    """A drop list under `--injection`: `attn_mlp` writes both halves in the place of each layer.
+
+    Raises:
+        PlanError: `block`, and the list names a half.
+    """
+    sites = sorted_sites(sites)
+    halves = [site for site in sites if half_of(site)]
+    if injection == INJECTIONS[0] and halves:
+        raise PlanError(
+            "--injection block puts a surrogate in the place of whole layers.",
+            note=f"The drop list names {halves[0]}.",
+            hint="Leave --injection out.",
+        )
+    return in_halves(sites) if injection == INJECTIONS[1] else sites
+
+
 def parse_sites(text: str) -> tuple[str, ...]:
     """`"4,9.attn"` as sites."""
     return sorted_sites(part.strip() for part in text.split(","))

@@ -23,6 +23,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import weight_dtype
 
+from tests.support.costs import request_ceiling
 from tests.tools.bench.conftest import held
 
 bench_module = importlib.import_module("lora_drop_tools.bench.bench")  # the name in the package is the function
@@ -49,7 +50,7 @@ def test_command_end_to_end(bundles: list[Path], tmp_path: Path, capsys: pytest.
         manifest = Bundle.open(next(path for path in bundles if path.name == row["bundle"])).manifest
         kept, dropped = costs.kv_bytes(manifest, row["context"], 11, row["k"])
         assert (row["kv_bytes"]["kept"], row["kv_bytes"]["dropped"]) == (row["rows"] * kept, row["rows"] * dropped)
-        assert row["ceiling"] == costs.request_ceiling(manifest, row["context"], 11, row["k"], row["rows"])
+        assert row["ceiling"] == request_ceiling(manifest, row["context"], 11, row["k"], row["rows"])
         assert 0 < row["overhead_share"] < 1
         assert sum(step["steps"] for step in row["steps"].values()) == 11
         if row["k"] == 0:

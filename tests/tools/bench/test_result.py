@@ -23,7 +23,7 @@ from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, q
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.table import table
 
-from tests.support.costs import llama3_8b
+from tests.support.costs import llama3_8b, request_ceiling
 from tests.support.fake_engine import IdleEngine, open_session
 
 LOSSLESS = POLICIES["lossless"]
@@ -60,8 +60,8 @@ def test_bytes_of_a_request() -> None:
     assert costs.request_bytes(manifest, 10, 5, 1) == expected
     full = [costs.step_bytes(manifest, 10 + step, 10 + step)[0] for step in range(5)]
     assert costs.request_bytes(manifest, 10, 5, 0) == full
-    assert costs.request_ceiling(manifest, 10, 5, 1) == sum(full) / sum(expected)
-    assert costs.request_ceiling(manifest, 10, 5, 0) == 1
+    assert request_ceiling(manifest, 10, 5, 1) == sum(full) / sum(expected)
+    assert request_ceiling(manifest, 10, 5, 0) == 1
 
 
 def test_ceiling_of_a_request_by_hand() -> None:
@@ -70,16 +70,14 @@ def test_ceiling_of_a_request_by_hand() -> None:
     # LoRA step: 40 + 10 + 100 + (5 + 1)·4 = 174; refresh after it: 50 + 200 + (6 + 1)·4 + (5 + 1)·4 = 302
     assert costs.request_bytes(manifest, 5, 2, 1) == [174, 302]
     # Full: 250 + 2·6·4 = 298, then 250 + 2·7·4 = 306
-    assert costs.request_ceiling(manifest, 5, 2, 1) == pytest.approx((298 + 306) / (174 + 302))
+    assert request_ceiling(manifest, 5, 2, 1) == pytest.approx((298 + 306) / (174 + 302))
     # Three rows: weights once, embedding rows and K/V three times
     assert costs.request_bytes(manifest, 5, 1, 1, rows=3) == [40 + 30 + 100 + 3 * 24]
 
 
 def test_a_long_request_tends_to_the_ceiling_at_its_end() -> None:
     manifest = llama3_8b()
-    assert costs.request_ceiling(manifest, 4000, 8, 3) == pytest.approx(
-        costs.speedup_ceiling(manifest, 4000, 8, 3), rel=1e-3
-    )
+    assert request_ceiling(manifest, 4000, 8, 3) == pytest.approx(costs.speedup_ceiling(manifest, 4000, 8, 3), rel=1e-3)
 
 
 def tiny_manifest() -> Any:

@@ -13,12 +13,12 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import DraftsDoNotPay
-from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, StepKind
+from lora_drop_runtime.plan.schedule import PERIODIC, AdaptiveSchedule, PeriodicSchedule, StepKind
 
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 
 from .requests import Ids
-from .result import PERIODIC, Request, Run, rotated
+from .result import Request, Run, rotated
 
 Say = Callable[[str], None]
 SETTLE_SECONDS = 0.05  # between two runs: threads that spin after their last work fall asleep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_drop_runtime.errors import LoraDropError
+from lora_drop_runtime.plan.schedule import PERIODIC
 
 from .result import BenchResult
 
@@ -31,7 +32,7 @@ def judge(result: BenchResult) -> None:
             "from disk. Measure fewer at a time."
         )
     for row in result.rows:
-        kind = "" if row.schedule == "periodic" else f"{row.schedule}, "
+        kind = "" if row.schedule == PERIODIC else f"{row.schedule}, "
         what = f"{row.bundle} (ρ {row.rho:.2f}, {kind}k = {row.k}, context {row.context}, batch {row.rows})"
         if row.overhead_share > OVERHEAD_TARGET:
             result.warnings.append(

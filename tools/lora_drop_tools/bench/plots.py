@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.plan.schedule import PERIODIC
+
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.results import save_figure
 
-from .result import PERIODIC, BenchResult, Row
+from .result import BenchResult, Row
 
 
 def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int | str, list[Row]]:

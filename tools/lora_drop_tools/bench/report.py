@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.plan.sites import listed
 
 from lora_drop_tools.shared.table import table
 
-from .result import PERIODIC, BenchResult, Memory, PeerRow, Row
+from .result import BenchResult, Memory, PeerRow, Row
 
 NOT_MEASURED = "not measured"
 

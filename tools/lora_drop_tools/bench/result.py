@@ -19,14 +19,13 @@ from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.decoding.pace import MOST_DRAFTS
 from lora_drop_runtime.decoding.statistics import Cycle, Statistics
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
-from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.plan.schedule import PERIODIC, StepKind
 
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.machine import Bandwidth
 
 T = TypeVar("T")
 QUANTILES = (0.50, 0.95, 0.99)
-PERIODIC = "periodic"
 
 
 @dataclass(frozen=True)
@@ -322,7 +321,7 @@ def _scheduled_steps(
     both = manifest.plan.sites and len(figures) > 1 and periodic
     return _Steps(
         figures,
-        sum(costs.request_bytes(manifest, request.context, steps, 0, request.rows, policy)) / sum(moved),
+        costs.request_ceiling(manifest, request.context, steps, moved, request.rows),
         saving,
         costs.asymptotic_speedup(manifest, k if periodic else (1 - share) / max(share, 1 / steps)),
         share,
@@ -339,10 +338,9 @@ def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], b
     for cycle in cycles:
         seconds.append(sum(itertools.islice(waits, max(cycle.made))))
     kinds = [f"refresh after {cycle.lora_steps}" for cycle in cycles]
-    figures = _figures_of_steps([seconds], kinds, costs.verified_bytes(manifest, request.context, cycles), bandwidth)
-    ceilings = [
-        costs.verified_ceiling(manifest, request.context, steps, run.cycles or (), request.rows) for run in runs
-    ]
+    moved = [costs.verified_bytes(manifest, request.context, run.cycles or ()) for run in runs]
+    figures = _figures_of_steps([seconds], kinds, moved[-1], bandwidth)
+    ceilings = [costs.request_ceiling(manifest, request.context, steps, one, request.rows) for one in moved]
     tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
     return _Steps(figures, max(ceilings), 0.0, None, tokens_per_refresh=tokens)
 

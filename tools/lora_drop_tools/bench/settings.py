@@ -10,7 +10,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES
+from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
 from lora_drop_tools.bench.peers.options import PEERS
 from lora_drop_tools.shared.options import (
@@ -77,7 +77,7 @@ class BenchSettings:
         (),
         flag="--schedule",
         metavar="NAME,…",
-        help=f"measure these schedules: {', '.join(SCHEDULES)} (default {SCHEDULES[0]})",
+        help=f"measure these schedules: {', '.join(SCHEDULES)} (default {PERIODIC})",
     )
     draft: str | None = draft_option()
     repeats: int = option(5, metavar="R", bounds=_REPEATS, help="run everything so many times (default 5)")
@@ -138,5 +138,5 @@ class BenchSettings:
     @property
     def windows(self) -> list[int | str]:
         """All windows that are measured under the periodic schedule, ascending; the first is 0, and `auto` the last."""
-        given = self.k if SCHEDULES[0] in (self.schedules or SCHEDULES) else ()
+        given = self.k if PERIODIC in (self.schedules or SCHEDULES) else ()
         return sorted({0, *given}, key=lambda window: (isinstance(window, str), window))

@@ -29,7 +29,7 @@ from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES, Policy
-from lora_drop_runtime.plan.schedule import SCHEDULES, AdaptiveSchedule
+from lora_drop_runtime.plan.schedule import PERIODIC, SCHEDULES, AdaptiveSchedule
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import TASKS
@@ -46,7 +46,6 @@ from .requests import TaskItems, checked, read_speedups, task_items, text_reques
 from .result import (
     FULL,
     KEYS,
-    PERIODIC,
     EvalResult,
     EvalRow,
     TaskFigures,
@@ -289,7 +288,7 @@ def eval(
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
         work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], items)
         policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
-        periodic = settings.ks if SCHEDULES[0] in (settings.schedules or SCHEDULES) else [0]
+        periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
         for policy in policies:
             print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
             rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)

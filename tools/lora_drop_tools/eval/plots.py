@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.plan.schedule import PERIODIC
+
 from lora_drop_tools.shared.results import save_figure
 from lora_drop_tools.shared.table import MIB
 
 from .intervals import Figure
 from .report import schedule_name
-from .result import FULL, PERIODIC, EvalResult, EvalRow
+from .result import FULL, EvalResult, EvalRow
 
 _QUALITIES: tuple[tuple[str, str, Callable[[EvalRow], Figure | None]], ...] = (
     ("accuracy", "average accuracy", lambda row: row.average),

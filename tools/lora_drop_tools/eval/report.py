@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.plan.sites import half_of, listed
 
 from lora_drop_tools.shared.table import MIB, table
 
 from .intervals import Figure
-from .result import PERIODIC, EvalResult, EvalRow, SafeZone
+from .result import EvalResult, EvalRow, SafeZone
 
 MISSING = "–"
 

@@ -14,11 +14,12 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
 
-from .result import FULL, PERIODIC
+from .result import FULL
 from .scoring import Window, phase_of
 from .settings import EvalSettings
 from .store import Key

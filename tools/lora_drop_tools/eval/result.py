@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.plan.schedule import PERIODIC
 
 from .intervals import Figure, Sums, average, bootstrap, paired_difference, share
 
-PERIODIC = "periodic"
 THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
 
 

@@ -10,7 +10,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
-from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES
+from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
 from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
@@ -65,7 +65,7 @@ class EvalSettings:
         (),
         flag="--schedule",
         metavar="NAME,…",
-        help=f"evaluate these schedules: {', '.join(SCHEDULES)} (default {SCHEDULES[0]}); the others after --calibrate",
+        help=f"evaluate these schedules: {', '.join(SCHEDULES)} (default {PERIODIC}); the others after --calibrate",
     )
     calibrate: float | None = option(
         None,
@@ -147,7 +147,7 @@ class EvalSettings:
             raise InputError(
                 "There is nothing to calibrate on.", note="--text was not given.", hint="Use --text FILE, of prose."
             )
-        if SCHEDULES[0] in self.schedules:
+        if PERIODIC in self.schedules:
             raise InputError(
                 "The periodic schedule has no threshold.",
                 note=f"--schedule is {', '.join(self.schedules)}.",

@@ -10,7 +10,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
-from lora_drop_runtime.plan.sites import half_of, in_halves, sorted_sites
+from lora_drop_runtime.plan.sites import half_of, injected, sorted_sites
 from lora_drop_runtime.plan.sites import listed as listed_sites
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
@@ -19,20 +19,6 @@ from .settings import FitSettings
 if TYPE_CHECKING:
     from lora_drop_export.checkpoint.drop_list import DropList
     from lora_drop_export.decoder.loaded import LoadedModel
-
-
-def _chosen_sites(settings: FitSettings, listed: DropList | None, eligible: Sequence[int]) -> tuple[str, ...]:
-    """The drop list that was asked for, as whole layers or in halves."""
-    ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
-    sites = sorted_sites(spread_layers(eligible, ratio)) if listed is None else listed.sites
-    halves = [site for site in sites if half_of(site)]
-    if settings.injection == "block" and halves:
-        raise PlanError(
-            "--injection block puts a surrogate in the place of whole layers.",
-            note=f"The drop list names {halves[0]}.",
-            hint="Leave --injection out.",
-        )
-    return in_halves(sites) if settings.injection == "attn_mlp" else sites
 
 
 def _bare_sites(sites: Sequence[str], adapters_for: str) -> tuple[str, ...]:
@@ -63,8 +49,9 @@ def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList
     last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
     first, last = 3 if first is None else first, 1 if last is None else last
     policy = settings.policy or DEFAULT_POLICY
-    eligible = eligible_layers(len(windows), first, last, windowed if POLICIES[policy].leaves_holes else ())
-    sites = _chosen_sites(settings, listed, eligible)
+    eligible = eligible_layers(len(windows), first, last, windowed, policy)
+    ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
+    sites = injected(spread_layers(eligible, ratio) if listed is None else listed.sites, settings.injection)
     return DropPlan(
         num_layers=len(windows),
         sites=sites,

@@ -141,15 +141,15 @@ def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
     """
     first, last = settings.always_first, settings.always_last
     windowed = tuple(i for i, size in enumerate(windows) if size)
-    holes = POLICIES[settings.policy].leaves_holes
+    layers = eligible_layers(len(windows), first, last)
     no_mlps = not settings.halves or settings.objective == "kv"
-    if not eligible_layers(len(windows), first, last, windowed if holes and no_mlps else ()):
+    if not (eligible_layers(len(windows), first, last, windowed, settings.policy) if no_mlps else layers):
         raise PlanError(
             "No layer of the model may be dropped.",
             note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
             + (f", and {len(windowed)} attend to a sliding window." if windowed else "."),
             hint="Use --policy backfill, or --sites halves for their MLPs."
-            if windowed and holes and eligible_layers(len(windows), first, last)
+            if layers
             else "Lower --always-first or --always-last.",
         )
     return DropPlan(

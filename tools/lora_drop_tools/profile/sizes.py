@@ -112,17 +112,11 @@ class Savings:
         names = [f"{i}.{half}" if halves else f"{i}" for i in range(plan.num_layers) for half in (ATTENTION, MLP)]
         return tuple(site for site in dict.fromkeys(names) if plan.may_drop(site) and self.of(site) > 0)
 
-    @property
-    def eligible(self) -> tuple[int, ...]:
-        """Layers that ρ counts: all but those that are always kept where only MLPs may be dropped."""
-        plan = self.plan
-        return plan.eligible_layers or tuple(range(plan.always_first, plan.num_layers - plan.always_last))
-
     def share(self, sites: Sequence[str], what: str) -> float:
         """Share of the eligible layers' `weights` or `attentions` that a list leaves out."""
         if what == "attentions":
-            return sum(half_of(site) != MLP for site in sites) / len(self.eligible)
-        return sum(self.weights(site) for site in sites) / sum(self.layers[i].weights for i in self.eligible)
+            return sum(half_of(site) != MLP for site in sites) / len(self.plan.counted_layers)
+        return sum(self.weights(site) for site in sites) / sum(self.layers[i].weights for i in self.plan.counted_layers)
 
     def reaches(self, sites: Sequence[str], rho: float) -> bool:
         """Whether a list stands under ρ.
@@ -130,11 +124,11 @@ class Savings:
         One of whole layers, or for K/V, does with `m = floor(ρ·|eligible| + 0.5)` layers or attentions; one with halves
         when a LoRA step reads no more weights, and at the context no more bytes, than the largest m layers leave.
         """
-        count = math.floor(rho * len(self.eligible) + 0.5)
+        count = math.floor(rho * len(self.plan.counted_layers) + 0.5)
         if self.objective == "kv" or not any(map(half_of, sites)):
             return sum(half_of(site) != MLP for site in sites) >= count
-        largest = sorted((self.layers[i].weights for i in self.eligible), reverse=True)[:count]
-        cached = sorted((self.kv(f"{i}") for i in self.eligible), reverse=True)[:count]
+        largest = sorted((self.layers[i].weights for i in self.plan.counted_layers), reverse=True)[:count]
+        cached = sorted((self.kv(f"{i}") for i in self.plan.counted_layers), reverse=True)[:count]
         saved = sum(map(self.weights, sites))
         return saved >= sum(largest) and saved + sum(map(self.kv, sites)) >= sum(largest) + sum(cached)
 

@@ -104,8 +104,7 @@ class Shares:
 def shares(manifest: Manifest) -> Shares:
     """Shares of the eligible layers; of a plan of whole layers all three are ρ, where layers are equal."""
     plan, model = manifest.plan, manifest.model
-    eligible = plan.eligible_layers or tuple(range(plan.always_first, plan.num_layers - plan.always_last))
-    sizes = sorted((model.layer_bytes[i] for i in eligible), reverse=True)
+    sizes = sorted((model.layer_bytes[i] for i in plan.counted_layers), reverse=True)
     saved = dropped_weight_bytes(manifest)
     whole = 0
     while whole < len(sizes) and sum(sizes[: whole + 1]) <= saved:
@@ -131,7 +130,7 @@ def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple
     `e` are the entries that a refresh makes: one, and one for each LoRA step that the policy takes back. Where LoRA
     steps write them, too, or drafts are counted only when verified, there are as many as in a kept one.
     """
-    if policy.fills or policy.verifies:
+    if policy.keeps_up:
         return prompt + steps, prompt + steps
     return prompt + steps, prompt + steps // (k + 1) * policy.refresh_tokens(k)
 
@@ -191,7 +190,7 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
 
 def entries_made(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
     """Entries of a dropped attention that there are after each step, beside the prompt's."""
-    if policy.fills or policy.verifies:
+    if policy.keeps_up:
         return [*range(1, len(kinds) + 1)]
     entries, made, lora_steps = [], 0, 0
     for kind in kinds:
@@ -230,15 +229,16 @@ def request_bytes(
     return bytes_of_steps(manifest, prompt, periodic_kinds(steps, k), rows, policy)
 
 
-def request_ceiling(
-    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
-) -> float:
-    """The byte-weighted ceiling over a whole request: bytes of all its steps, full schedule over LoRA-Drop.
+def request_ceiling(manifest: Manifest, prompt: int, steps: int, moved: Sequence[int], rows: int = 1) -> float:
+    """The byte-weighted ceiling over a whole request: bytes of the full schedule over those that LoRA-Drop moved.
 
     Unlike `speedup_ceiling` it takes the steps that the request really has, which need not be whole cycles.
+
+    Args:
+        steps: after which each row has as many tokens more.
+        moved: bytes of all steps, or cycles, that made them.
     """
-    full, ours = (sum(request_bytes(manifest, prompt, steps, window, rows, policy)) for window in (0, k))
-    return full / ours
+    return sum(request_bytes(manifest, prompt, steps, 0, rows)) / sum(moved)
 
 
 def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> list[int]:
@@ -257,12 +257,6 @@ def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> 
         moved.append(refresh + lora)
         lengths = [length + made for length, made in zip(lengths, cycle.made, strict=True)]
     return moved
-
-
-def verified_ceiling(manifest: Manifest, prompt: int, steps: int, cycles: Sequence[Cycle], rows: int = 1) -> float:
-    """The byte-weighted ceiling of the cycles that were counted: bytes of the full schedule for `steps` tokens of each
-    row, over those of the cycles that made them."""
-    return sum(request_bytes(manifest, prompt, steps, 0, rows)) / sum(verified_bytes(manifest, prompt, cycles))
 
 
 def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> float:
