@@ -97,6 +97,7 @@ class FakeEngine:
     prefill_chunk: int | None = None
     verified_tokens: int | None = None
     batched_chunks = False
+    idle_rows = False
     warms_up = False
 
     def __init__(
@@ -182,11 +183,16 @@ class FakeEngine:
 
     def _write(self, name: str, run: Run, lengths: Array) -> None:
         cache = run.binding.outputs[name.replace("past_", "present_")]  # [b, H, slots, D]
-        count = run.input_ids.shape[1]
+        width = run.input_ids.shape[1]
         for row, length in enumerate(lengths.tolist()):
+            count = width
+            if self.idle_rows and run.logits_index is not None:
+                count = int(run.logits_index[row, -1]) + 1
+            if not count:
+                continue
             room = cache.shape[2] - length
-            assert 0 < count <= room, f"{name}, row {row}: {length} + {count} tokens in {cache.shape[2]} slots"
-            cache[row, :, length : length + count] = run.input_ids[row, :, None] + 1
+            assert 0 < count <= width <= room, f"{name}, row {row}: {length} + {count} tokens in {cache.shape[2]} slots"
+            cache[row, :, length : length + count] = run.input_ids[row, :count, None] + 1
 
     def _predict(self, run: Run) -> None:
         logits = run.binding.outputs["logits"]  # [b, 1, V]

@@ -14,6 +14,7 @@ from lora_drop_export.graphs.nodes import Ops, replace_node
 from .initializers import seen_as
 from .lengths import Lengths
 from .linears import MICROSOFT
+from .packing import Packing, choice
 from .rotations import Rotations
 from .rows import HEADS_FIRST, tokens_first
 
@@ -62,9 +63,9 @@ def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Va
 
 def _folded(
     inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
-) -> list[ir.Node]:
-    # Case 7; the TensorScatters make the caches, the last node makes what attention makes
-    query, key, value, past_key, past_value, last_slot, total = inputs
+) -> tuple[Ops, list[ir.Value]]:
+    # Case 7; outputs like GroupQueryAttention
+    query, key, value, past_key, past_value, last_slot, total = inputs[:7]  # of one row, which has its token
     kv_heads, group = attributes["kv_num_heads"], attributes["num_heads"] // attributes["kv_num_heads"]
     ops = Ops()
     split = ops("Reshape", query, ops.ints([1, kv_heads, group, head_dim]))
@@ -79,18 +80,8 @@ def _folded(
     heads_last = ops(
         "Transpose", ops("Reshape", mixed, ops.ints([1, group, kv_heads, head_dim])), perm=list(HEADS_FIRST)
     )
-    ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
-    return ops.nodes
-
-
-def _either(condition: ir.Value, folded: list[ir.Node], attention: ir.Node, name: str) -> ir.Node:
-    """If: the folded form, else the other; outputs like GroupQueryAttention."""
-    for number, value in enumerate(value for node in (*folded, attention) for value in node.outputs):
-        value.name = f"{name}.{number}"  # a name given later could be one of the graph around it
-    writes = [node.outputs[0] for node in folded if node.op_type == "TensorScatter"]
-    then = ir.Graph([], [folded[-1].outputs[0], *writes], nodes=folded, name=f"{name}.folded")
-    other = ir.Graph([], list(attention.outputs), nodes=[attention], name=f"{name}.any")
-    return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, num_outputs=3)
+    rows = ops("Reshape", heads_last, ops.ints([1, 1, attributes["num_heads"] * head_dim]))
+    return ops, [rows, *caches]
 
 
 def pad_cache_write(graph: ir.Graph, node: ir.Node) -> None:
@@ -108,8 +99,10 @@ def pad_cache_write(graph: ir.Graph, node: ir.Node) -> None:
         value.shape = ir.Shape([*value.shape[:3], padded])  # type: ignore[union-attr, index]
 
 
-def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations) -> None:
-    # Cases 6 to 9
+def lower_attention(
+    graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations: Rotations, packing: Packing | None
+) -> None:
+    # Cases 6 to 9 and 11
     query = node.inputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
@@ -132,7 +125,8 @@ def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations:
             seen_as(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
         )
         quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
-    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and not quantized and not window
+    plain = query.dtype == ir.DataType.FLOAT and not quantized and not window
+    folds = plain and heads // kv_heads >= MIN_FOLD
     rows: list[ir.Value | None] = [None, None, None]
     rotary: list[ir.Value | None] = [None] * 5
     rotated = None if folds or query.dtype != ir.DataType.FLOAT else rotations.joined(query, key, value)
@@ -147,14 +141,29 @@ def lower_attention(graph: ir.Graph, node: ir.Node, lengths: Lengths, rotations:
         ]
     for past in (past_key, past_value):
         past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
-    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized]
+    scales_or_none = [*quantized, *[None] * (2 - len(quantized))]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *scales_or_none]
+    inputs += [None, None, lengths.new_tokens]
     while inputs[-1] is None:
         inputs.pop()
+    name, any_rows = f"layer_{past_key.name}", Ops()  # type: ignore[union-attr]
     attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
+    any_rows.nodes.append(attention)
+    if packing is not None:
+        ragged = Ops()
+        chunks = [packing.chunks(ragged, row) for row in rows]
+        padded_rows = ir.node(
+            "GroupQueryAttention", [*chunks, *inputs[3:]], attributes, domain=MICROSOFT, num_outputs=3
+        )
+        ragged.nodes.append(padded_rows)
+        mixed = packing.packed(ragged, padded_rows.outputs[0], heads * padded)
+        sides = (ragged, [mixed, *padded_rows.outputs[1:]]), (any_rows, list(attention.outputs))
+        attention, any_rows = choice(packing.condition, *sides, f"{name}.rows"), Ops()
+        any_rows.nodes.append(attention)
     if folds:
-        folded = _folded(inputs, length, attributes, padded)
+        one_row = _folded(inputs, length, attributes, padded)
         condition = lengths.folds(length, heads // kv_heads)
-        attention = _either(condition, folded, attention, f"layer_{past_key.name}")  # type: ignore[union-attr]
+        attention = choice(condition, one_row, (any_rows, list(attention.outputs)), name)
     ops.nodes.append(attention)
     merged = _resized_heads(ops, attention.outputs[0], heads, padded, head_dim)  # [B, S, H·D]
     attention.outputs[0].type = merged.type = query.type

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle.graph_io import TOTALS
+from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, NEW_TOKENS, TOTALS
 
 from lora_drop_export.graphs.nodes import Ops
 
@@ -13,18 +13,27 @@ class Lengths:
     """What attention needs to know of lengths and positions, made once for each length group.
 
     Adds the totals to the graph's inputs: GroupQueryAttention reads them on the host before it launches anything.
+
+    Args:
+        ragged: whether rows may have different numbers of new tokens; they are an input then.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, ragged: bool) -> None:
         self.graph = graph
         self.inputs = {str(value.name): value for value in graph.inputs}
-        for length, total in TOTALS.items():
-            if length in self.inputs:
-                self.inputs[total] = ir.val(total, ir.DataType.INT32, [])
-                graph.inputs.append(self.inputs[total])
         self.made: dict[str, ir.Value] = {}
         self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
+        self.new_tokens = self._input(NEW_TOKENS, ["batch"]) if ragged else None  # int32 [B]
+        for length in TOTALS.keys() & self.inputs.keys():
+            self._input(TOTALS[length], [])
+            if ragged:
+                self._input(LAST_SLOTS[length], ["batch"])
+
+    def _input(self, name: str, shape: list[str]) -> ir.Value:
+        value = self.inputs[name] = ir.val(name, ir.DataType.INT32, shape)
+        self.graph.inputs.append(value)
+        return value
 
     def positions(self) -> ir.Value:
         """The position of each new token, int64 [B, S]."""
@@ -54,10 +63,13 @@ class Lengths:
         """GroupQueryAttention's two length inputs: last valid slot [B] and the longest row's total [], both int32."""
         assert length is not None
         assert length.name is not None
+        total = self.inputs[TOTALS[length.name]]
+        if self.new_tokens is not None:
+            return self.inputs[LAST_SLOTS[length.name]], total
         if length.name not in self.made:
             ops = Ops()
             new_tokens = ops("Shape", self.inputs["input_ids"], start=1, end=2)
-            total = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
-            self.made[length.name] = ops("Sub", total, ops.constant(np.array(1, np.int32)))
+            after = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
+            self.made[length.name] = ops("Sub", after, ops.constant(np.array(1, np.int32)))
             self.graph.insert_before(self.graph[0], ops.nodes)
-        return self.made[length.name], self.inputs[TOTALS[length.name]]
+        return self.made[length.name], total

@@ -10,7 +10,7 @@ from lora_drop_export.graphs.match import Linear, match_weight
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
 from .initializers import TABLE, join, lie_back_to_back, seen_as
-from .rows import Rows, tokens_shape
+from .rows import Rows
 
 MICROSOFT = "com.microsoft"
 
@@ -23,7 +23,7 @@ def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.
     if blocks is None:
         bias = () if linear.bias is None else (linear.bias,)
         product = ops("Gemm", rows.get(x), linear.weight, *bias, transB=1)  # [B·S, out]
-        result = ops("Reshape", product, tokens_shape(graph, ops, x, out_features))
+        result = ops("Reshape", product, rows.tokens_shape(ops, x, out_features))
     else:
         count, block_bytes = in_features // blocks.block_size, blocks.block_size * blocks.bits // 8
         weight = seen_as(graph, linear.weight, ".blocks", ir.DataType.UINT8, [out_features, count, block_bytes])

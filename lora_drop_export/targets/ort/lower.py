@@ -42,19 +42,29 @@ from .elementwise import fuse_elementwise
 from .join import joined
 from .lengths import Lengths
 from .linears import MICROSOFT, fuse_linears, linear_product, lower_lookup
+from .packing import Packing, keep_idle_states
 from .rotations import Rotations
 from .rows import Rows
 
 
-def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
-    """One step alone, with its own inputs and outputs."""
+def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False) -> onnx.ModelProto:
+    """One step alone, with its own inputs and outputs.
+
+    Args:
+        max_positions: tokens of the longest row.
+        ragged: whether rows may have different numbers of new tokens, which are an input then.
+    """
     model = ir.serde.deserialize_model(proto)
     graph = model.graph
     model.opset_imports[MICROSOFT] = 1
+    lengths = Lengths(graph, ragged)
+    packing = None
+    if lengths.new_tokens is not None and "logits_index" in lengths.inputs:
+        packing = Packing(graph, lengths.new_tokens)
     for node in list(graph):
         if node.op_type == "Gather":
             lower_lookup(graph, node)
-    rows = Rows(graph)
+    rows = Rows(graph, packing)
     groups = {group[0].weight: group for group in linear_groups(graph)}
     for node in list(graph):  # in order, so that a layer finds the twins of the one before
         if node.op_type == "Reshape" and str(node.name).startswith("surrogate."):
@@ -69,10 +79,10 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
             ops = Ops()
             replace_node(graph, linear.last, ops, linear_product(graph, ops, linear, rows))
     rows.settle()
-    lengths, rotations = Lengths(graph), Rotations(proto, graph, max_positions)
+    rotations = Rotations(proto, graph, max_positions)
     for node in list(graph):
         if node.op_type == "Attention":
-            lower_attention(graph, node, lengths, rotations)
+            lower_attention(graph, node, lengths, rotations, packing)
     for node in list(graph):
         if node.op_type == "TensorScatter":
             pad_cache_write(graph, node)
@@ -80,6 +90,10 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     RemoveUnusedNodesPass()(model)
     fuse_elementwise(graph)
     float32_logits(graph)
+    if packing is not None:
+        packing.unpack_logits(graph)
+    if lengths.new_tokens is not None:
+        keep_idle_states(graph, lengths.new_tokens)
     graph.sort()
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
@@ -87,10 +101,13 @@ def lower_step(proto: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
     return ir.serde.serialize_model(model)
 
 
-def ort_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int) -> onnx.ModelProto:
+def ort_from_neutral(
+    refresh: onnx.ModelProto, lora: onnx.ModelProto, max_positions: int, ragged: bool
+) -> onnx.ModelProto:
     """Lower both steps and join them; the arguments are left as they were.
 
     Args:
         max_positions: tokens of the longest row.
+        ragged: whether rows may have different numbers of new tokens.
     """
-    return joined(lower_step(lora, max_positions), lower_step(refresh, max_positions))
+    return joined(lower_step(lora, max_positions, ragged), lower_step(refresh, max_positions, ragged))

@@ -7,28 +7,34 @@ import onnx_ir as ir
 from lora_drop_export.graphs.match import is_row_wise
 from lora_drop_export.graphs.nodes import Ops, rank
 
+from .packing import Packing
+
 HEADS_FIRST = (0, 2, 1, 3)
-
-
-def tokens_shape(graph: ir.Graph, ops: Ops, x: ir.Value, width: int) -> ir.Value:
-    """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
-    inputs = {value.name: value for value in graph.inputs}
-    if inputs["input_ids"].shape[1] == 1:  # type: ignore[index]
-        return ops.ints([-1, 1, width])
-    lead = x
-    for name in ("input_ids", "logits_index"):  # graph inputs of the same size, so that all layers share one node
-        if name in inputs and x.shape is not None and x.shape[:2] == inputs[name].shape[:2]:  # type: ignore[index]
-            lead = inputs[name]
-    return ops("Concat", ops("Shape", lead, start=0, end=2), ops.ints([width]), axis=0)
 
 
 class Rows:
     """The [B·S, width] twins of [B, S, width] tensors, made where they are asked for."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, packing: Packing | None = None) -> None:
         self.graph = graph
+        inputs = {str(value.name): value for value in graph.inputs}
+        # Of the same leading sizes as what is computed of them, so that all layers share one shape
+        self.leads = [inputs[name] for name in ("input_ids", "logits_index") if name in inputs]
+        self.like = [value.shape for value in self.leads]
+        if packing is not None:
+            self.leads = [packing.ids, packing.index]
         self.made: dict[ir.Value, ir.Value] = {}
         self.cloned: list[ir.Value] = []
+
+    def tokens_shape(self, ops: Ops, x: ir.Value, width: int) -> ir.Value:
+        """The shape [B, S, width] for a tensor with the leading sizes of `x`; a constant where S = 1."""
+        if self.like[0][1] == 1:  # type: ignore[index]
+            return ops.ints([-1, 1, width])
+        lead = x
+        for value, shape in zip(self.leads, self.like, strict=True):
+            if x.shape is not None and x.shape[:2] == shape[:2]:  # type: ignore[index]
+                lead = value
+        return ops("Concat", ops("Shape", lead, start=0, end=2), ops.ints([width]), axis=0)
 
     def settle(self) -> None:
         """What still reads a tensor whose operator has a twin reads the twin, so that one of the two goes."""
@@ -36,7 +42,7 @@ class Rows:
             ops = Ops()
             assert value.shape is not None
             width = int(value.shape[2])  # type: ignore[arg-type]
-            whole = ops("Reshape", self.made[value], tokens_shape(self.graph, ops, value, width))
+            whole = ops("Reshape", self.made[value], self.tokens_shape(ops, value, width))
             whole.type, whole.shape = value.type, value.shape
             value.replace_all_uses_with(whole)
             self.graph.extend(ops.nodes)

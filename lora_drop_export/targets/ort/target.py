@@ -9,6 +9,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
+from lora_drop_runtime.engines.ort.providers import takes_ragged_rows
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -43,7 +44,9 @@ class OrtTarget:
 
         entry = OrtEntry(steps=f"{self.name}/steps.onnx")
         with console.phase("lowering to ONNX Runtime"):
-            joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], manifest.limits.max_seq_len)
+            ragged = takes_ragged_rows(manifest.model)
+            steps = (graphs[StepKind.REFRESH], graphs[StepKind.LORA])
+            joined = ort_from_neutral(*steps, manifest.limits.max_seq_len, ragged)
             (root / entry.steps).write_bytes(joined.SerializeToString())
         return entry
 

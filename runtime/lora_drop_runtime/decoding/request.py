@@ -97,6 +97,7 @@ class Request:
         self._next_kind: StepKind | None = None  # until its step is done, once it was asked for
         self._refreshes_left = most_refreshes(self.schedule, self.max_steps)
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
+        self._idle = -1 if self.engine.idle_rows else 0  # the logits_index of a row that is not to run
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, in one go where they are short, else in chunks."""
@@ -117,8 +118,8 @@ class Request:
     def _prefill_rows_together(self, ids: Ids, lengths: Ids, chunk: int) -> None:
         """Chunks counted from each row's end, so that the last run leaves the logits and states of all rows.
 
-        A row that has not begun runs padding, over which its tokens are written later: from slot 0, at most `chunk`
-        slots, so within the longest row's capacity.
+        A row that has not begun stands still; or it runs padding, over which its tokens are written later: from slot 0,
+        at most `chunk` slots, so within the longest row's capacity.
         """
         width = ids.shape[1]
         for left in range((width - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
@@ -126,7 +127,7 @@ class Request:
             begins = np.maximum(ends - chunk, 0)  # what the run before left in the caches
             counts = ends - begins
             columns = np.minimum(begins[:, None] + np.arange(counts.max()), width - 1)  # [B, S]
-            self.logits_index[:, 0] = np.maximum(counts - 1, 0)
+            self.logits_index[:, 0] = np.maximum(counts - 1, self._idle)
             self._prepare_refresh(np.take_along_axis(ids, columns, 1), slice(None), self.logits_index)()
             self.len_kept[:] = self.len_dropped[:] = ends
 

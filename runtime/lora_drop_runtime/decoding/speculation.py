@@ -92,26 +92,38 @@ class Speculation:
         """
         request = self._request
         kept, dropped = request.len_kept.copy(), request.len_dropped.copy()
-        width = max(map(len, fed.values()))
-        fits = all(kept[row] + width <= self._slots for row in fed)
+        together = self._batch == 1 or self._engine.batched_chunks
         try:
-            if width == 1 or self._batch == 1 or (self._engine.batched_chunks and fits):
-                return self._verify_together(fed, width)
-            return {row: self._verify_row(row, tokens).copy() for row, tokens in fed.items()}
+            if not together and max(map(len, fed.values())) > 1:
+                return {row: self._verify_row(row, tokens).copy() for row, tokens in fed.items()}
+            parts: dict[int, list[Logits]] = {row: [] for row in fed}
+            left = dict(fed)
+            while left:  # once, unless a row comes to its last slots while others have more tokens than it
+                room = min(self._slots - int(request.len_kept[row]) for row in left)
+                width = min(room, max(map(len, left.values())))
+                found = self._verify_together({row: tokens[:width] for row, tokens in left.items()}, width)
+                left = {row: tokens[width:] for row, tokens in left.items() if tokens[width:]}
+                for row, logits in found.items():
+                    parts[row].append(logits.copy() if left else logits)
+                    request.len_kept[row] += len(logits)
+                    request.len_dropped[row] += len(logits)
+            return {row: found[0] if len(found) == 1 else np.concatenate(found) for row, found in parts.items()}
         finally:
             request.len_kept[:], request.len_dropped[:] = kept, dropped
             request.side = 0
 
     def _verify_together(self, fed: Mapping[int, Sequence[int]], width: int) -> dict[int, Logits]:
-        """Shorter rows run padding behind their tokens, and their state is that of their last token."""
+        """Shorter rows have padding behind their tokens, and their state is that of their last token."""
+        kept, dropped = self._request.len_kept.copy(), self._request.len_dropped.copy()
         self._keep_within(width)
         step = self._verification(width, None)
         step.ids[:] = 0
-        step.index[:] = 0
+        step.index[:] = -1 if self._engine.idle_rows else 0
         for row, tokens in fed.items():
             step.ids[row, : len(tokens)] = tokens
             step.index[row] = np.minimum(np.arange(width), len(tokens) - 1)
         step.run()
+        self._request.len_kept[:], self._request.len_dropped[:] = kept, dropped
         logits = self._engine.read(step.logits)  # [B, S, V]
         return {row: logits[row, : len(tokens)] for row, tokens in fed.items()}
 

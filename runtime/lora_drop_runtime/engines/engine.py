@@ -65,6 +65,7 @@ class Engine(Protocol):
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         verified_tokens: the most tokens of a row in one run that gives logits for each of them, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
+        idle_rows: whether rows stand still where `logits_index` is −1 (graph_io.py), in both steps.
         warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
             its opening.
     """
@@ -74,6 +75,7 @@ class Engine(Protocol):
     prefill_chunk: int | None
     verified_tokens: int | None
     batched_chunks: bool
+    idle_rows: bool
     warms_up: bool
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:

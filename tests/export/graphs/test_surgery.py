@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS
+from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS, PACKED_STEP, TOTALS
 from lora_drop_runtime.plan.schedule import StepKind
 
 from tests.support import oracle
@@ -79,11 +79,13 @@ def test_io_is_the_table(tmp_path):
         for file, target in ((kind.value, None), ("ort/steps", "ort")):
             graph = load(bundle, file).graph
             if target:
-                own = {LORA_STEP: (onnx.TensorProto.BOOL, [])}
+                own = dict.fromkeys((LORA_STEP, PACKED_STEP), (onnx.TensorProto.BOOL, []))
                 own |= dict.fromkeys(TOTALS.values(), (onnx.TensorProto.INT32, []))
+                own |= dict.fromkeys((NEW_TOKENS, *LAST_SLOTS.values()), (onnx.TensorProto.INT32, ["batch"]))
                 for value in [value for value in graph.input if value.name in own]:  # which the engine sets
                     kind_of = value.type.tensor_type
-                    assert (kind_of.elem_type, list(kind_of.shape.dim)) == own.pop(value.name)
+                    sizes = [d.dim_param or d.dim_value for d in kind_of.shape.dim]
+                    assert (kind_of.elem_type, sizes) == own.pop(value.name)
                     graph.input.remove(value)
                 assert not own
             io = bundle.manifest.io(StepKind.REFRESH if target else kind, target)

@@ -71,7 +71,7 @@ class ToyEngine:
     """The runtime's `Engine` over ToyEntry's graphs: numpy arrays in, numpy arrays out, a copy each."""
 
     target = "toy"
-    chooses_tokens = batched_chunks = warms_up = False
+    chooses_tokens = batched_chunks = idle_rows = warms_up = False
     prefill_chunk = None
     verified_tokens = None
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS, steps_name
+from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS, PACKED_STEP, TOTALS, steps_name
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
@@ -37,7 +37,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from .device_memory import DeviceMemory
 from .io_check import check_io, check_name
 from .package import import_onnxruntime, preload_cuda
-from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device
+from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device, takes_ragged_rows
 from .session_options import packs_weights, session_options
 
 
@@ -47,18 +47,49 @@ def _trim_heap() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _totals(inputs: Mapping[str, Any]) -> tuple[dict[str, Array], Callable[[], None]]:
-    """The totals that stand beside a step's lengths, and what sets them before each run."""
-    new_tokens = inputs["input_ids"].shape[1]
-    totals = {total: np.zeros((), np.int32) for length, total in TOTALS.items() if length in inputs}
-    lengths = [inputs[length].data for length in TOTALS if length in inputs]  # int64 [B] each
-    pairs = list(zip(totals.values(), lengths, strict=True))
+class _BesideLengths:
+    """What stands beside a step's lengths in a graph with both steps; called before each run.
 
-    def set_totals() -> None:
-        for total, lengths in pairs:
-            total[()] = max(lengths) + new_tokens
+    Args:
+        inputs: of the step.
+        slots: of each length, how many its caches have.
+        ragged: whether rows may have different numbers of new tokens.
+    """
 
-    return totals, set_totals
+    def __init__(self, inputs: Mapping[str, Any], slots: Mapping[str, int], ragged: bool) -> None:
+        # Plain Python over memory views: after a step that streamed all weights, numpy's code is no longer in the caches
+        self._batch, self._width = inputs["input_ids"].shape
+        totals = {length: np.zeros((), np.int32) for length in TOTALS if length in inputs}
+        self.arrays: dict[str, Array] = {TOTALS[length]: total for length, total in totals.items()}
+        self._ragged = ragged
+        self._index = inputs["logits_index"].data
+        self._last_index = inputs["logits_index"].shape[1] - 1
+        counts, self._packed = np.zeros(self._batch, np.int32), np.array(False)
+        lasts = {length: np.zeros(self._batch, np.int32) for length in totals}
+        if ragged:
+            self.arrays |= {NEW_TOKENS: counts, PACKED_STEP: self._packed}
+            self.arrays |= {LAST_SLOTS[length]: last for length, last in lasts.items()}
+        self._counts = counts.data
+        self._groups = [(totals[n], lasts[n].data, inputs[n].data, slots[n] - self._width) for n in totals]
+
+    def __call__(self) -> None:
+        if not self._ragged:
+            for total, _, lengths, _ in self._groups:
+                total[()] = max(lengths) + self._width
+            return
+        tokens = 0
+        for row in range(self._batch):
+            self._counts[row] = count = self._index[row, self._last_index] + 1
+            tokens += count
+        for total, lasts, lengths, most in self._groups:
+            longest = self._width
+            for row, count in enumerate(self._counts):
+                # The operator wants a slot, and room for the whole chunk, of a row that stands still as well
+                end = lengths[row] + count if count else max(1, min(lengths[row], most))
+                lasts[row] = end - 1
+                longest = max(longest, end)
+            total[()] = longest
+        self._packed[()] = self._width > 1 and tokens < self._batch * self._width
 
 
 class OrtEngine:
@@ -107,8 +138,10 @@ class OrtEngine:
         self.target = target
         self._joined = isinstance(entry, OrtEntry)
         self.chooses_tokens = not self._joined
-        # GroupQueryAttention (target ort) takes several tokens after others in one row only
-        self.batched_chunks = not self._joined
+        self._ragged = self._joined and takes_ragged_rows(bundle.manifest.model)
+        # Else GroupQueryAttention (target ort) takes several tokens after others in one row only
+        self.batched_chunks = self._ragged or not self._joined
+        self.idle_rows = self._ragged
         self.prefill_chunk: int | None = None
         self.verified_tokens: int | None = None
         self._capacities: Mapping[str, int] | None = None
@@ -224,9 +257,10 @@ class OrtEngine:
         if self._weights:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
-        totals, set_totals = _totals(inputs) if self._joined else ({}, lambda: None)
+        set_beside: Callable[[], None] = lambda: None  # noqa: E731
         if self._joined:
-            inputs = {**inputs, **totals, LORA_STEP: np.array(kind is StepKind.LORA)}
+            set_beside = beside = _BesideLengths(inputs, self._slots_of(inputs), self._ragged)
+            inputs = {**inputs, **beside.arrays, LORA_STEP: np.array(kind is StepKind.LORA)}
         binding = session.io_binding()
         hosts = []
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
@@ -243,14 +277,14 @@ class OrtEngine:
         kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
-            set_totals()
+            set_beside()
             try:
                 run(binding)
             except Exception as error:
                 raise self._cannot_run(kind, error) from error
 
         def device_step(_: Any = kept) -> None:
-            set_totals()
+            set_beside()
             try:
                 for arguments in hosts:
                     binding.bind_input(*arguments)
@@ -260,6 +294,16 @@ class OrtEngine:
                 raise no_device(self._provider, error) from error
 
         return step if self._memory is None else device_step
+
+    def _slots_of(self, inputs: Mapping[str, Any]) -> dict[str, int]:
+        """Of each length, how many slots its caches have."""
+        dropped = set(self._bundle.manifest.plan.dropped_attentions)
+        keys = [name for name in inputs if name.startswith("past_key.")]
+        found = {
+            "len_dropped" if int(name.rpartition(".")[2]) in dropped else "len_kept": inputs[name].shape[2]
+            for name in keys
+        }
+        return dict.fromkeys(TOTALS, 2**31) | found
 
     def _cannot_run(self, kind: StepKind, error: Exception) -> BundleError:
         return BundleError(

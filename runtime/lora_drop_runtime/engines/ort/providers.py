@@ -16,6 +16,7 @@ PROVIDERS = {
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
 INT8_CACHES_SINCE = (1, 29)
+RAGGED_ROWS_SINCE = (1, 32)  # GroupQueryAttention's query_seqlens; no onnxruntime-gpu has it yet
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
 
@@ -42,14 +43,26 @@ def check_runs(bundle: Bundle, target: str, provider: str) -> None:
         )
 
 
+def takes_ragged_rows(model: ModelFacts) -> bool:
+    """Whether graphs are lowered for rows with different numbers of new tokens: those that the CPU computes.
+
+    Others are for the CUDA provider, whose newest release does not know the operator's input.
+    """
+    return model.dtype == "float32"
+
+
 def check_version(version: str, model: ModelFacts) -> None:
-    """Refuse an ONNX Runtime whose attention does not take the bundle's caches."""
-    if model.kv_dtype and tuple(map(int, version.split(".")[:2])) < INT8_CACHES_SINCE:
-        raise BundleError(
-            "The installed ONNX Runtime is too old for the bundle.",
-            note=f"It is {version}; int8 caches need {'.'.join(map(str, INT8_CACHES_SINCE))}.",
-            hint=f"{upgrade_command()}; or export without --kv-dtype.",
-        )
+    """Refuse an ONNX Runtime whose attention does not take the bundle's rows or caches."""
+    needs = {"graphs for the CPU need": RAGGED_ROWS_SINCE} if takes_ragged_rows(model) else {}
+    needs |= {"int8 caches need": INT8_CACHES_SINCE} if model.kv_dtype else {}
+    for what, least in needs.items():
+        if tuple(map(int, version.split(".")[:2])) < least:
+            raise BundleError(
+                "The installed ONNX Runtime is too old for the bundle.",
+                note=f"It is {version}; {what} {'.'.join(map(str, least))} or newer.",
+                hint=f"{upgrade_command()}"
+                + ("." if what.startswith("graphs") else "; or export without --kv-dtype.")
+            )
 
 
 def check_available(provider: str, ort: Any) -> None:

@@ -58,6 +58,7 @@ class TrtEngine:
 
     chooses_tokens = True
     batched_chunks = True
+    idle_rows = False
     warms_up = True
 
     def __init__(self, bundle: Bundle, target: str, *, trt: Any = None, device: CudaDevice | None = None) -> None:
