@@ -1,10 +1,13 @@
 """The runtime of LoRA-Drop bundles: numpy and an engine, no torch, no transformers.
 
 Reading order: plan/ (drop list, surrogate, schedule, policy), bundle/graph_io.py (inputs and outputs of the step
-graphs), bundle/ (files), decoding/session.py and request.py (requests, caches, steps), engines/engine.py (what a
+graphs), bundle/ (files), decoding/session.py and request.py (requests, caches, steps),
+decoding/batch.py, row.py and slots.py (rows that join and leave), engines/engine.py (what a
 session needs of one), engines/ort/, engines/trt/, decoding/sampling.py, text.py.
 """
 
+from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.row import Event
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import (
@@ -27,9 +30,11 @@ from lora_drop_runtime.plan.schedule import (
 )
 
 __all__ = [
+    "Batch",
     "BundleError",
     "DropPlan",
     "EntropySchedule",
+    "Event",
     "InputError",
     "LastLogits",
     "LoraDropError",

@@ -79,9 +79,9 @@ class Packing:
             places,
             chunks,
         ]
-        none = other.constant(np.zeros((0, 0), np.int64))
-        whole = [*(other("Identity", value) for value in (ids, index, positions)), other.constant(np.zeros(0, np.int64))]
-        made = choice(self.condition, (then, packed), (other, [*whole, none]), "packing")
+        whole = [other("Identity", value) for value in (ids, index, positions)]
+        whole += [other.constant(np.zeros(shape, np.int64)) for shape in ((0,), (0, 0))]  # nothing is moved
+        made = choice(self.condition, (then, packed), (other, whole), "packing")
         self.ids, self.index, self.positions, self._places, self._chunks = made.outputs
         for value, shape in (
             (self.ids, LEAD),
@@ -91,7 +91,7 @@ class Packing:
             (self._chunks, ("chunk_rows", "chunk_width")),
         ):
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
-        for results in (packed, [*whole, none]):
+        for results in (packed, whole):
             for value, outer in zip(results, made.outputs, strict=True):
                 value.type, value.shape = outer.type, outer.shape
         own = {*plain.nodes, *then.nodes, *other.nodes}

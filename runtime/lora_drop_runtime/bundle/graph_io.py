@@ -37,10 +37,10 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
 Dim = str | int
-# Inputs of a graph with both steps, which its engine sets: which step it is, bool [], and for each cache group the valid
-# slots of the longest row after the step, int32 []. Where rows may have different numbers of new tokens, also these,
-# int32 [batch], and the last valid slot of each row after the step, int32 [batch]; and a bool [] that says whether a
-# refresh computes the tokens that there are instead of [batch, sequence]
+# Inputs of a graph with both steps, which its engine sets: which step it is, bool [], and for each cache group the
+# valid slots of the longest row after the step, int32 []. Where rows may have different numbers of new tokens, also
+# these, int32 [batch], and the last valid slot of each row after the step, int32 [batch]; and a bool [] that says
+# whether a refresh computes the tokens that there are instead of [batch, sequence]
 LORA_STEP, PACKED_STEP, NEW_TOKENS = "lora_step", "packed_step", "new_tokens"
 TOTALS = {"len_kept": "total_kept", "len_dropped": "total_dropped"}
 LAST_SLOTS = {"len_kept": "last_kept", "len_dropped": "last_dropped"}

@@ -17,8 +17,7 @@ from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.errors import InputError, whole_number, wrong_type
 
 from .prompts import token_mask
-from .request import Ids
-from .sampling import SamplingOptions
+from .sampling import Ids, SamplingOptions
 
 
 def check_threads(threads: int | None) -> None:
@@ -71,6 +70,64 @@ def check_one_prompt(rows: list[Any]) -> None:
         raise InputError(
             "A stream continues one prompt.", note=f"{len(rows)} were given.", hint="Use generate for a batch."
         )
+
+
+def one_prompt(rows: list[Ids]) -> list[Ids]:
+    if len(rows) != 1:
+        raise InputError(
+            "A row of a batch is one prompt.", note=f"{len(rows)} were given.", hint="Call add for each of them."
+        )
+    return rows
+
+
+def checked_slots(slots: int, limits: Limits) -> int:
+    if not 1 <= whole_number("The number of slots", slots, "Use for example slots=8.") <= limits.max_batch:
+        raise InputError(
+            "The bundle does not allow so many slots.",
+            note=f"It is {slots}; possible is 1 to {limits.max_batch}.",
+            hint="Use fewer slots, or export with a larger --max-batch.",
+        )
+    return int(slots)
+
+
+def limit(what: str, tokens: int | None, most: int, name: str) -> int:
+    """Tokens of a row in a batch, at most what the bundle allows; that when None."""
+    if tokens is None:
+        return most
+    least = 2 if name == "max_seq_len" else 1
+    if not least <= whole_number(what, tokens, f"Use for example {name}={most}.") <= most:
+        raise InputError(
+            f"{what} have an impossible length.",
+            note=f"{name} is {tokens}; possible is {least} to {most}.",
+            hint=f"Leave {name} out, or export with a larger --{name.replace('_', '-')}.",
+        )
+    return int(tokens)
+
+
+def batch_limits(max_seq_len: int, max_prompt_len: int) -> Limits:
+    """Of one row of a batch."""
+    return Limits(max_seq_len, max_prompt_len, 1)
+
+
+def check_fits(needed: int, slots: int) -> None:
+    if needed > slots:
+        raise InputError(
+            "The row does not fit into the caches of the dropped layers.",
+            note=f"It needs {needed} slots, the batch has {slots}.",
+            hint="Ask for fewer new tokens or a larger k, or open the batch with a smaller k, or with policy backfill.",
+        )
+
+
+def checked_logprobs(logprobs: int | None) -> int | None:
+    if logprobs is None:
+        return None
+    if not 0 <= whole_number("The number of logprobs", logprobs, "Use for example logprobs=5.") <= 1024:
+        raise InputError(
+            "The number of logprobs is out of range.",
+            note=f"It is {logprobs}; possible is 0 to 1024.",
+            hint="Use for example logprobs=5; 0 tells that of the chosen token alone.",
+        )
+    return int(logprobs)
 
 
 def check_prompts(ids: Ids) -> None:
@@ -186,6 +243,14 @@ def closed() -> InputError:
         "The session is closed.",
         note="close was called, or its with block has ended.",
         hint="Open it again with Session.open.",
+    )
+
+
+def closed_batch() -> InputError:
+    return InputError(
+        "The batch is closed.",
+        note="close was called, or its with block has ended.",
+        hint="Open it again with Batch.open.",
     )
 
 

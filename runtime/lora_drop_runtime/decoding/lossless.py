@@ -21,8 +21,8 @@ from lora_drop_runtime.plan.drafting import DraftSource
 from .acceptance import Draft, drafted, verified
 from .drafts import Text
 from .pace import CycleTimes, Pace, RowOutcome
-from .request import Ids, Request
-from .sampling import RowSampler, Sampler
+from .request import Request
+from .sampling import Ids, RowSampler, Sampler
 from .speculation import Logits, Speculation
 from .statistics import Cycle, Statistics
 

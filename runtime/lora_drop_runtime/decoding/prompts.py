@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lora_drop_runtime.engines.engine import Array
 from lora_drop_runtime.errors import wrong_type
 
-from .request import Ids
+from .sampling import Ids
 
 _MOST_ID = 2**63 - 1
 Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array

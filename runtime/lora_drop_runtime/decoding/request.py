@@ -7,18 +7,20 @@ what reaches it was checked by the session.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Buffer, Engine, Step
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import LastLogits, Schedule, StepKind, kind_of_step, most_refreshes
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
-Ids = npt.NDArray[np.int64]
+from .buffers import RowBuffers
+from .cycle import Cycle
+from .sampling import Ids
+
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
 
@@ -26,8 +28,8 @@ PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in 
 class Request:
     """The buffers and counters of one request; prepared steps are made when first needed.
 
-    A state that LoRA steps update is double-buffered: a LoRA step reads `states[side]` and writes `states[1 − side]`.
-    `next_token` is empty where the engine does not choose.
+    A LoRA step reads the states of `side` and writes those of the other. `next_token` is empty where the engine does
+    not choose.
     """
 
     bundle: Bundle
@@ -36,15 +38,13 @@ class Request:
     policy: Policy
     batch: int
     max_steps: int
-    caches: dict[str, Buffer]
-    states: tuple[dict[str, Buffer], dict[str, Buffer]]
+    buffers: RowBuffers
     len_kept: Ids
     len_dropped: Ids
     input_ids: Ids
     logits: Buffer
     logits_index: Ids
     next_token: Ids
-    steps_done: int = 0
     side: int = 0
 
     @classmethod
@@ -55,24 +55,10 @@ class Request:
         manifest = bundle.manifest
         batch, longest, steps = len(lengths), int(lengths.max()), new_tokens - 1
         needed = {"slots_kept": longest + steps, "slots_dropped": policy.dropped_slots(longest, steps, schedule)}
-        sizes = {"batch": batch, "rows": 1, **engine.slots(needed)}
-        io = manifest.io(StepKind.REFRESH, engine.target)
-        caches = {
-            spec.name: engine.allocate_resident(spec.name, spec.sized(sizes), spec.dtype)
-            for spec in io.inputs
-            if spec.name.startswith(("past_key.", "past_value."))
-        }
-        outputs = {spec.name: spec for spec in io.outputs}
-        states: list[dict[str, Buffer]] = []
-        for side in range(2 if manifest.plan.updated_states else 1):
-            states.append({})
-            for site in manifest.plan.sites if manifest.plan.has_state else ():
-                if side and site not in manifest.plan.updated_states:
-                    states[side][site] = states[0][site]
-                    continue
-                spec = outputs[f"present_state.{site}"]
-                states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
-        logits = outputs["logits"]
+        buffers = RowBuffers.allocate(bundle, engine, batch, engine.slots(needed))
+        outputs = manifest.io(StepKind.REFRESH, engine.target).outputs
+        logits = next(spec for spec in outputs if spec.name == "logits")
+        sizes = {"batch": batch, "rows": 1}
         return cls(
             bundle=bundle,
             engine=engine,
@@ -80,8 +66,7 @@ class Request:
             policy=policy,
             batch=batch,
             max_steps=steps,
-            caches=caches,
-            states=(states[0], states[-1]),
+            buffers=buffers,
             len_kept=engine.allocate("len_kept", (batch,), "int64"),
             len_dropped=engine.allocate("len_dropped", (batch,), "int64"),
             input_ids=engine.allocate("input_ids", (batch, 1), "int64"),
@@ -94,10 +79,14 @@ class Request:
         self._prepared: dict[tuple[StepKind, int], Step] = {}
         self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
         self._since_refresh: list[Ids] = []  # the tokens [B] of each LoRA step since the last refresh
-        self._next_kind: StepKind | None = None  # until its step is done, once it was asked for
-        self._refreshes_left = most_refreshes(self.schedule, self.max_steps)
+        self._cycle = Cycle(self.schedule, self.max_steps)
+        self.steps_done = 0
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
         self._idle = -1 if self.engine.idle_rows else 0  # the logits_index of a row that is not to run
+
+    @property
+    def caches(self) -> dict[str, Buffer]:
+        return self.buffers.caches
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, in one go where they are short, else in chunks."""
@@ -157,22 +146,12 @@ class Request:
         Raises:
             InputError: it returns something else, or more refreshes than it said there would be.
         """
-        if self._next_kind is None:
 
-            def read() -> npt.NDArray[np.float32]:
-                logits = self.engine.read(self.logits)[:, 0]  # [B, V]
-                return logits if active is None else logits[active]
+        def read() -> npt.NDArray[np.float32]:
+            logits = self.engine.read(self.logits)[:, 0]  # [B, V]
+            return logits if active is None else logits[active]
 
-            kind = kind_of_step(self.schedule, self.steps_done + 1, LastLogits(len(self._since_refresh), read))
-            if kind is StepKind.REFRESH and not self._refreshes_left:
-                raise InputError(
-                    "The schedule has more refreshes than it said.",
-                    note=f"Its most_refreshes({self.max_steps}) is {most_refreshes(self.schedule, self.max_steps)}; "
-                    f"step {self.steps_done + 1} would be one more.",
-                    hint="Leave most_refreshes out; dropped layers then get a slot for every step.",
-                )
-            self._next_kind = kind
-        return self._next_kind
+        return self._cycle.next_kind(read)
 
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step; the lengths of rows that are not active stay, what they write is overwritten later."""
@@ -190,14 +169,13 @@ class Request:
                 self.kept[row] += 1
                 if refresh or self.policy.fills:
                     self.dropped[row] += taken_back + 1
-        self._next_kind = None
+        self._cycle.done()
         if refresh:
             self.side = 0
-            self._refreshes_left -= 1
             self._since_refresh.clear()
         else:
             self._since_refresh.append(self.input_ids[:, 0].copy())
-            if self.states[0] is not self.states[1]:
+            if self.buffers.are_double:
                 self.side = 1 - self.side
         self.steps_done += 1
 
@@ -264,44 +242,25 @@ class Request:
 
     def prepare_verification(self, ids: Ids, rows: slice, index: Ids, logits: Buffer, next_token: Ids) -> Step:
         """A refresh over `ids` [b, S] for some rows, with logits [b, R, V] at the positions `index` [b, R]."""
-        return self._prepare(
-            StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0], chosen=(logits, next_token)
-        )
+        return self._prepare(StepKind.REFRESH, ids, index, rows, (logits, next_token))
 
     def _prepare_refresh(self, ids: Ids, rows: slice, index: Ids) -> Step:
         """A refresh over `ids` [b, S] for some rows, from position `len_kept` on."""
         index = index[rows] if len(index) == self.batch else index
-        return self._prepare(StepKind.REFRESH, ids, index, rows, self.states[0], self.states[0])
+        return self._prepare(StepKind.REFRESH, ids, index, rows)
 
     def _prepare_lora(self) -> Step:
-        before, after = self.states[self.side], self.states[1 - self.side]
-        return self._prepare(StepKind.LORA, self.input_ids, self.logits_index, slice(None), before, after)
+        return self._prepare(StepKind.LORA, self.input_ids, self.logits_index, slice(None))
 
     def _prepare(
-        self,
-        kind: StepKind,
-        ids: Ids,
-        index: Ids,
-        rows: slice,
-        before: dict[str, Buffer],
-        after: dict[str, Buffer],
-        chosen: tuple[Buffer, Ids] | None = None,
+        self, kind: StepKind, ids: Ids, index: Ids, rows: slice, chosen: tuple[Buffer, Ids] | None = None
     ) -> Step:
-        """Bind what the engine's graph of this step reads and writes; `before` and `after` are states.
-
-        `chosen` are the logits and chosen tokens of the rows, the request's own when None.
-        """
-        io = self.bundle.manifest.io(kind, self.engine.target)
-        inputs: dict[str, Any] = {"input_ids": ids, "logits_index": index}
+        """Bind a step of some rows; `chosen` are their logits and chosen tokens, the request's own when None."""
+        inputs = {"input_ids": ids, "logits_index": index}
         inputs |= {"len_kept": self.len_kept[rows], "len_dropped": self.len_dropped[rows]}
-        inputs |= {f"past_state.{site}": state[rows] for site, state in before.items()}
-        inputs |= {name: cache[rows] for name, cache in self.caches.items()}
+        states = self.buffers.states
+        before = after = states[0]
+        if kind is StepKind.LORA:
+            before, after = states[self.side], states[1 - self.side]
         logits, next_token = (self.logits[rows], self.next_token[rows]) if chosen is None else chosen
-        outputs = {"logits": logits, "next_token": next_token}
-        outputs |= {f"present_state.{site}": state[rows] for site, state in after.items()}
-        outputs |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
-        return self.engine.prepare(
-            kind,
-            {spec.name: inputs[spec.name] for spec in io.inputs},
-            {spec.name: outputs[spec.name] for spec in io.outputs},
-        )
+        return self.buffers.bind(kind, rows, inputs, logits, next_token, before, after)

@@ -27,32 +27,22 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import DraftsDoNotPay, InputError, whole_number
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft_source, scheduled
-from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
 from .lossless import Clock, Lossless
+from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
 from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
-from .request import Ids, Request
-from .sampling import Sampler, SamplingOptions
-from .schedules import named_schedule
+from .request import Request
+from .sampling import Ids, Sampler, SamplingOptions
 from .speculation import Speculation
 from .statistics import Statistics
 from .stream import Chosen, TokenStream, Usage
 
 WARM_UP_STEPS = 64  # at most
-
-
-def _policy(bundle: Bundle, name: str | None) -> Policy:
-    """The policy that is asked for, or the bundle's own. Raises InputError where the bundle cannot run it."""
-    plan = bundle.manifest.plan
-    policy = policy_named(plan.policy if name is None else name)
-    plan.check_policy(policy)
-    return policy
 
 
 class Session:
@@ -66,7 +56,7 @@ class Session:
     ) -> None:
         self.bundle = bundle
         checks.check_name("The policy", policy, 'Use for example policy="skip".')
-        self._policy = _policy(bundle, policy)
+        self._policy = checked_policy(bundle, policy)
         self.schedule = scheduled(schedule, self._policy)
         self._source = self._draft_source(draft)
         self._clock: Clock = time.perf_counter
@@ -119,20 +109,19 @@ class Session:
             InputError: k, policy or draft out of range, or one that the others have no use for; no threshold is stored
                 for the schedule.
         """
-        names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
-        for what, name in {**names, "The schedule": schedule}.items():
-            checks.check_name(what, name, "Leave it out, or give its name as text.")
-        bundle = Bundle.open(path)
-        k, policy = named_schedule(bundle.manifest, schedule, k, policy)
-        verifier = _policy(bundle, policy)  # refused before an engine is made
-        chosen = scheduled(k, verifier)
-        draft_source(draft, verifier, len(bundle.manifest.plan.sites))
-        checks.check_threads(threads)
-        if check:
-            bundle.check_unchanged()
-        engine = open_engine(bundle, target, provider, threads)
-        session = cls(bundle, engine, chosen, policy, draft)
-        if engine.warms_up:
+        opened = open_bundle(
+            path,
+            k=k,
+            schedule=schedule,
+            policy=policy,
+            draft=draft,
+            target=target,
+            provider=provider,
+            threads=threads,
+            check=check,
+        )
+        session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft)
+        if opened.engine.warms_up:
             try:
                 session.warm_up()
             except BaseException:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from lora_drop_runtime.engines.engine import Buffer, Step
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .request import Ids, Request
+from .request import Request
+from .sampling import Ids
 
 Logits = NDArray[np.float32]
 
@@ -77,7 +78,7 @@ class Speculation:
             request.run_one_token(StepKind.LORA)
         finally:
             request.len_kept[:], request.len_dropped[:] = kept, dropped
-        if request.states[0] is not request.states[1]:
+        if request.buffers.are_double:
             request.side = 1 - request.side
         return self._engine.read(request.logits)[:, 0]  # [B, V]
 

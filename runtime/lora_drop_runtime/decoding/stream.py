@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import checks
-from .request import Ids
+from .sampling import Ids
 
 Chosen = Generator[tuple[Ids, npt.NDArray[np.bool_]], None, None]  # a token per row, whether the row is still going
 

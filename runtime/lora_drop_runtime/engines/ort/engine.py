@@ -37,7 +37,16 @@ from lora_drop_runtime.plan.schedule import StepKind
 from .device_memory import DeviceMemory
 from .io_check import check_io, check_name
 from .package import import_onnxruntime, preload_cuda
-from .providers import PROVIDERS, check_available, check_runs, check_version, no_device, not_started, rtx_device, takes_ragged_rows
+from .providers import (
+    PROVIDERS,
+    check_available,
+    check_runs,
+    check_version,
+    no_device,
+    not_started,
+    rtx_device,
+    takes_ragged_rows,
+)
 from .session_options import packs_weights, session_options
 
 
@@ -57,7 +66,7 @@ class _BesideLengths:
     """
 
     def __init__(self, inputs: Mapping[str, Any], slots: Mapping[str, int], ragged: bool) -> None:
-        # Plain Python over memory views: after a step that streamed all weights, numpy's code is no longer in the caches
+        # Plain Python over memory views: after a step that streamed all weights, numpy is no longer in the CPU's caches
         self._batch, self._width = inputs["input_ids"].shape
         totals = {length: np.zeros((), np.int32) for length in TOTALS if length in inputs}
         self.arrays: dict[str, Array] = {TOTALS[length]: total for length, total in totals.items()}

@@ -60,8 +60,7 @@ def check_version(version: str, model: ModelFacts) -> None:
             raise BundleError(
                 "The installed ONNX Runtime is too old for the bundle.",
                 note=f"It is {version}; {what} {'.'.join(map(str, least))} or newer.",
-                hint=f"{upgrade_command()}"
-                + ("." if what.startswith("graphs") else "; or export without --kv-dtype.")
+                hint=f"{upgrade_command()}" + ("." if what.startswith("graphs") else "; or export without --kv-dtype."),
             )
 
 

@@ -1,0 +1,333 @@
+"""A running batch: rows join when they come and leave when they end, and every tick is one engine call.
+
+Enters: prompts, any time. Leaves: events. All rows of a tick run the same step, refresh or LoRA; a row that is not due
+for it stands still. The kind that most rows wait for runs next, LoRA where as many wait for either: so rows of one
+window come to refresh together, and a new row's prompt joins them there. No row waits longer than a cycle of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.engine import Array, Engine
+from lora_drop_runtime.errors import InputError, whole_number
+from lora_drop_runtime.plan.drafting import draft_source, scheduled
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
+
+from . import checks
+from .opening import checked_policy, open_bundle
+from .prompts import prompt_rows
+from .row import Event, Row, RowOptions
+from .sampling import RowSampler, SamplingOptions
+from .schedules import named_schedule
+from .slots import Slots
+from .statistics import Statistics
+from .stream import Usage
+
+CHUNK = 128  # tokens of a prompt in one tick, beside rows that decode
+
+
+class Batch:
+    """Decodes many requests of one bundle. Use as a context manager, from one thread at a time.
+
+    `Batch.open` is the way in; the constructor takes an engine, for tests.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        schedule: Schedule,
+        policy: str | None = None,
+        draft: str | None = None,
+        *,
+        slots: int = 8,
+        max_seq_len: int | None = None,
+        max_prompt_len: int | None = None,
+    ) -> None:
+        if not engine.idle_rows:
+            raise InputError(
+                "The engine cannot run a batch that rows join and leave.",
+                note=f"It runs the target {engine.target}, in which no row can stand still.",
+                hint="Use the target ort of a bundle in fp32, int8 or int4, or Session.generate.",
+            )
+        self.bundle, self._engine = bundle, engine
+        self._policy = checked_policy(bundle, policy)
+        self._schedule = scheduled(schedule, self._policy)
+        self._draft = draft
+        limits = bundle.manifest.limits
+        self._count = checks.checked_slots(slots, limits)
+        self.max_seq_len = checks.limit("The sequences of a batch", max_seq_len, limits.max_seq_len, "max_seq_len")
+        longest = min(limits.max_prompt_len, self.max_seq_len - 1)
+        self.max_prompt_len = checks.limit("The prompts of a batch", max_prompt_len, longest, "max_prompt_len")
+        self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
+        needed = self._policy.dropped_slots(
+            self.max_prompt_len, self.max_seq_len - self.max_prompt_len - 1, self._schedule
+        )
+        self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
+        # Attention wants room for a whole chunk behind a row that has a single token beside it
+        room = {name: count + self._chunk for name, count in self._capacity.items()}
+        self._slots = Slots(bundle, engine, self._count, engine.slots(room))
+        self._rows: list[Row] = []  # by slot
+        self._waiting: deque[Row] = deque()
+        self._ended: list[Event] = []  # of rows that were cancelled
+        self._numbers = itertools.count()
+        self._usage = Usage()
+        self._is_open = True
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        slots: int = 8,
+        max_seq_len: int | None = None,
+        max_prompt_len: int | None = None,
+        k: int | str | Schedule | None = None,
+        schedule: str | None = None,
+        policy: str | None = None,
+        draft: str | None = None,
+        target: str | None = None,
+        provider: str | None = None,
+        threads: int | None = None,
+        check: bool = False,
+    ) -> Batch:
+        """Open a bundle, allocate the slots, and say on standard error what they take.
+
+        Args:
+            slots: rows that run at once; more wait for a free one.
+            max_seq_len, max_prompt_len: tokens of a row (prompt and new), and of its prompt; the bundle's when None.
+                Where the policy leaves holes, dropped layers get room for `max_prompt_len` tokens and a refresh in
+                every k + 1 after them.
+
+        The other arguments are those of `Session.open`, and what rows do that are added without their own.
+
+        Raises:
+            BundleError: the bundle is damaged, or cannot run here.
+            InputError: an argument out of range, or an engine in which no row can stand still.
+        """
+        opened = open_bundle(
+            path,
+            k=k,
+            schedule=schedule,
+            policy=policy,
+            draft=draft,
+            target=target,
+            provider=provider,
+            threads=threads,
+            check=check,
+        )
+        try:
+            batch = cls(
+                opened.bundle,
+                opened.engine,
+                opened.schedule,
+                opened.policy,
+                draft,
+                slots=slots,
+                max_seq_len=max_seq_len,
+                max_prompt_len=max_prompt_len,
+            )
+        except BaseException:
+            opened.engine.close()
+            raise
+        print(batch.describe(), file=sys.stderr)
+        return batch
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free slots and engine; the batch cannot be used afterwards.
+
+        Raises:
+            InputError: another thread is running a tick.
+        """
+        self._usage.enter()
+        try:
+            if self._is_open:
+                self._is_open = False
+                self._rows, self._waiting = [], deque()
+                del self._slots
+                self._engine.close()
+        finally:
+            self._usage.leave()
+
+    def describe(self) -> str:
+        """How many slots there are, and what they take."""
+        return (
+            f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
+            f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows that run or wait."""
+        return len(self._rows) + len(self._waiting)
+
+    def add(
+        self,
+        prompt_ids: Sequence[int] | Array,
+        max_new_tokens: int,
+        *,
+        k: int | str | Schedule | None = None,
+        schedule: str | None = None,
+        policy: str | None = None,
+        draft: str | None = None,
+        sampling: SamplingOptions | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        logprobs: int | None = None,
+    ) -> int:
+        """Add a row, which begins at the next tick for which a slot is free. It draws as the one prompt of a session.
+
+        Args:
+            prompt_ids: at least one token.
+            max_new_tokens: upper bound.
+            k, schedule, policy, draft: of this row; the batch's when None.
+            sampling: greedy when None.
+            stop_token_ids: end the row; the model's end tokens when None.
+            logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
+
+        Returns:
+            The row's number, as its events have it.
+
+        Raises:
+            InputError: the row can never fit, or an argument is out of range.
+        """
+        self._check_open()
+        (prompt,) = checks.one_prompt(prompt_rows(prompt_ids))
+        manifest = self.bundle.manifest
+        lengths = np.array([len(prompt)], np.int64)
+        checks.check_prompts(prompt[None])
+        new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
+        limits = checks.batch_limits(self.max_seq_len, self.max_prompt_len)
+        checks.check_request(prompt[None], lengths, new_tokens, limits, manifest.model.vocab_size)
+        checks.check_name("The policy", policy, 'Use for example policy="skip".')
+        checks.check_name("The draft", draft, 'Use for example draft="ngram".')
+        verifier = self._policy if policy is None else checked_policy(self.bundle, policy)
+        if schedule is not None:
+            k, name = named_schedule(manifest, schedule, k, policy)
+            verifier = checked_policy(self.bundle, name)
+        chosen = scheduled(self._schedule if k is None else k, verifier)
+        draft = self._draft if draft is None and verifier.verifies else draft
+        source = draft_source(draft, verifier, len(manifest.plan.sites))
+        needed = verifier.dropped_slots(len(prompt), new_tokens - 1, chosen)
+        checks.check_fits(needed, self._capacity["slots_dropped"])
+        stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
+        options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs))
+        sampling = checks.checked_sampling(sampling)
+        (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
+        number = next(self._numbers)
+        sampler = RowSampler(sampling, prompt, stream, number)
+        self._waiting.append(Row(number, prompt, options, sampler, self._chunk, self._engine.verified_tokens))
+        return number
+
+    def cancel(self, row: int) -> None:
+        """Give a row up: its slot is free at once, and the next tick has its last event. One that is over stays so."""
+        self._check_open()
+        self._usage.enter()
+        try:
+            for rows in (self._rows, self._waiting):
+                for slot, one in enumerate(rows):
+                    if one.number == row:
+                        self._ended.append(one.cancelled())
+                        if rows is self._rows:
+                            self._free(slot)
+                        else:
+                            self._waiting.remove(one)
+                        return
+        finally:
+            self._usage.leave()
+
+    def tick(self) -> list[Event]:
+        """Run one step for the rows that are due for it; returns their events, several of a row under `lossless`.
+
+        Nothing happens where there is no row. A tick that was interrupted can be taken again.
+
+        Raises:
+            BundleError: the engine cannot run the step.
+            InputError: the batch is closed, or in use by another thread.
+        """
+        self._check_open()
+        self._usage.enter()
+        try:
+            while self._waiting and len(self._rows) < self._count:
+                self._rows.append(self._waiting.popleft())
+            events = [] if self._rows else self._told()
+            if self._rows:
+                events = self._run()
+            return events
+        finally:
+            self._usage.leave()
+
+    def statistics(self, row: int) -> Statistics | None:
+        """What a row that runs has counted, where its refreshes verify drafts; None of one that does not run."""
+        return next((one.statistics() for one in self._rows if one.number == row), None)
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all slots."""
+        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
+        return {
+            "kept": sum(row.kept for row in self._rows) * len(plan.kept_attentions) * token_bytes,
+            "dropped": sum(row.dropped for row in self._rows) * len(plan.dropped_attentions) * token_bytes,
+            "allocated": sum(buffer.nbytes for buffer in self._slots.buffers.caches.values()),
+        }
+
+    def _run(self) -> list[Event]:
+        kind = self._next_kind()
+        runs = [row.run for row in self._rows if row.run is not None]
+        assert len(runs) == len(self._rows)
+        due = [slot for slot, run in enumerate(runs) if run.kind is kind]
+        begin = time.perf_counter()
+        logits = self._slots.run(kind, runs, due)
+        seconds = time.perf_counter() - begin
+        events = self._told()
+        for slot, row in enumerate(self._rows):
+            if slot in logits:
+                events += row.advance(logits[slot], seconds)
+            else:
+                row.waited += 1
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].run is None:
+                self._free(slot)
+        return events
+
+    def _next_kind(self) -> StepKind:
+        """What the next tick runs."""
+        wanted = [row.run.kind for row in self._rows if row.run is not None]
+        for row, kind in zip(self._rows, wanted, strict=True):
+            if row.waited >= row.patience:  # those that wait all wait for one kind: the other ran
+                return kind
+        return StepKind.REFRESH if 2 * wanted.count(StepKind.REFRESH) > len(wanted) else StepKind.LORA
+
+    def _free(self, slot: int) -> None:
+        """Take a row out; the last one moves to its slot."""
+        last = self._rows.pop()
+        if slot == len(self._rows):
+            return
+        self._rows[slot] = last
+        assert last.run is not None
+        valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))
+        self._slots.move(len(self._rows), slot, *valid)
+
+    def _told(self) -> list[Event]:
+        events, self._ended = self._ended, []
+        return events
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise checks.closed_batch()

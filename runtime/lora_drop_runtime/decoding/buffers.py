@@ -1,0 +1,90 @@
+"""The buffers that steps share, and how they are bound: caches and states of some rows, and what one step reads.
+
+Enters: a bundle, an engine, how many slots a row needs. Leaves: buffers by name, and prepared steps. Knows no schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.engine import Buffer, Engine, Step
+from lora_drop_runtime.plan.schedule import StepKind
+
+from .sampling import Ids
+
+States = dict[str, Buffer]  # by site, [B, d]
+
+
+@dataclass(frozen=True)
+class RowBuffers:
+    """Caches and states of some rows, by the names of the step graphs.
+
+    A state that LoRA steps update is double-buffered: they read one of `states` and write the other. Else both are one.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    caches: dict[str, Buffer]
+    states: tuple[States, States]
+
+    @classmethod
+    def allocate(cls, bundle: Bundle, engine: Engine, rows: int, slots: Mapping[str, int]) -> RowBuffers:
+        """Args:
+        slots: {"slots_kept": n, "slots_dropped": m}, of each row.
+        """
+        manifest, sizes = bundle.manifest, {"batch": rows, "rows": 1, **slots}
+        io = manifest.io(StepKind.REFRESH, engine.target)
+        caches = {
+            spec.name: engine.allocate_resident(spec.name, spec.sized(sizes), spec.dtype)
+            for spec in io.inputs
+            if spec.name.startswith(("past_key.", "past_value."))
+        }
+        outputs = {spec.name: spec for spec in io.outputs}
+        states: list[States] = []
+        for side in range(2 if manifest.plan.updated_states else 1):
+            states.append({})
+            for site in manifest.plan.sites if manifest.plan.has_state else ():
+                if side and site not in manifest.plan.updated_states:
+                    states[side][site] = states[0][site]
+                    continue
+                spec = outputs[f"present_state.{site}"]
+                states[side][site] = engine.allocate_resident(f"state.{site}.{side}", spec.sized(sizes), spec.dtype)
+        return cls(bundle, engine, caches, (states[0], states[-1]))
+
+    @property
+    def are_double(self) -> bool:
+        """Whether LoRA steps change sides."""
+        return self.states[0] is not self.states[1]
+
+    def bind(
+        self,
+        kind: StepKind,
+        rows: slice,
+        inputs: Mapping[str, Any],
+        logits: Buffer,
+        next_token: Ids,
+        before: States,
+        after: States,
+    ) -> Step:
+        """Bind what the engine's graph of this step reads and writes.
+
+        Args:
+            rows: of the caches and states; the rest is of these rows already.
+            inputs: ids, index and lengths.
+            before, after: the states that it reads and writes.
+        """
+        io = self.bundle.manifest.io(kind, self.engine.target)
+        read = dict(inputs)
+        read |= {f"past_state.{site}": state[rows] for site, state in before.items()}
+        read |= {name: cache[rows] for name, cache in self.caches.items()}
+        written: dict[str, Any] = {"logits": logits, "next_token": next_token}
+        written |= {f"present_state.{site}": state[rows] for site, state in after.items()}
+        written |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
+        return self.engine.prepare(
+            kind,
+            {spec.name: read[spec.name] for spec in io.inputs},
+            {spec.name: written[spec.name] for spec in io.outputs},
+        )

@@ -1,0 +1,61 @@
+"""Opening a bundle for decoding: what the user asked for, checked before an engine is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.engine import Engine
+from lora_drop_runtime.engines.open import open_engine
+from lora_drop_runtime.plan.drafting import draft_source, scheduled
+from lora_drop_runtime.plan.policy import Policy, policy_named
+from lora_drop_runtime.plan.schedule import Schedule
+
+from . import checks
+from .schedules import named_schedule
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle with its engine, and what rows of it do by default."""
+
+    bundle: Bundle
+    engine: Engine
+    schedule: Schedule
+    policy: str
+
+
+def checked_policy(bundle: Bundle, name: str | None) -> Policy:
+    """The policy that is asked for, or the bundle's own. Raises InputError where the bundle cannot run it."""
+    plan = bundle.manifest.plan
+    policy = policy_named(plan.policy if name is None else name)
+    plan.check_policy(policy)
+    return policy
+
+
+def open_bundle(
+    path: str | Path,
+    *,
+    k: int | str | Schedule | None,
+    schedule: str | None,
+    policy: str | None,
+    draft: str | None,
+    target: str | None,
+    provider: str | None,
+    threads: int | None,
+    check: bool,
+) -> Opened:
+    """Arguments and errors as for `Session.open`."""
+    names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
+    for what, name in {**names, "The schedule": schedule}.items():
+        checks.check_name(what, name, "Leave it out, or give its name as text.")
+    bundle = Bundle.open(path)
+    k, policy = named_schedule(bundle.manifest, schedule, k, policy)
+    verifier = checked_policy(bundle, policy)
+    chosen = scheduled(k, verifier)
+    draft_source(draft, verifier, len(bundle.manifest.plan.sites))
+    checks.check_threads(threads)
+    if check:
+        bundle.check_unchanged()
+    return Opened(bundle, open_engine(bundle, target, provider, threads), chosen, policy)

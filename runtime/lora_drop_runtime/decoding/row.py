@@ -1,0 +1,288 @@
+"""One row of a batch: what it wants to run next, and what it makes of the logits.
+
+Enters: a prompt, then the logits of each run that the row asked for. Leaves: runs, and events. A row knows its own
+lengths alone: nothing of the other rows, of the slot that it lies in, or of when its runs come. So its tokens are those
+of the row alone, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.errors import LoraDropError
+from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule
+from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.schedule import Schedule, StepKind
+
+from .acceptance import Draft, drafted, verified
+from .cycle import Cycle
+from .drafts import Text
+from .lossless import CONFIDENCE
+from .pace import MOST_DRAFTS, AutoPace, CycleTimes, FixedPace, Pace, RowOutcome
+from .sampling import Ids, RowSampler
+from .statistics import Cycle as VerifiedCycle
+from .statistics import Statistics
+
+Logits = npt.NDArray[np.float32]
+STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
+_USUAL_WAIT = 4  # ticks, of a row whose schedule does not say its window
+
+
+@dataclass(frozen=True)
+class Event:
+    """A token of a row, or its end.
+
+    Attributes:
+        row: as `Batch.add` named it.
+        token: None where the row ends without one: a stop token is none, and a cancelled row makes no more.
+        logprob: natural logarithm of the token's probability by the logits as they are, before penalty and
+            temperature; None where it was not asked for.
+        top_logprobs: the likeliest tokens and their logprobs, as many as were asked for.
+        kind: the step that made it.
+        finished: None while the row goes on; `stop`, `length`, `cancelled`, or `failed`.
+        error: why it failed.
+    """
+
+    row: int
+    token: int | None
+    kind: StepKind
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finished: str | None = None
+    error: LoraDropError | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row wants to run.
+
+    Attributes:
+        tokens: of the row, at least one; a LoRA step runs one.
+        kept, dropped: the slots that are valid before it.
+        each: whether logits after each token are wanted, else after the last.
+    """
+
+    kind: StepKind
+    tokens: Sequence[int]
+    kept: int
+    dropped: int
+    each: bool = False
+
+
+Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own."""
+
+    new_tokens: int
+    policy: Policy
+    schedule: Schedule
+    source: DraftSource
+    stops: frozenset[int]
+    logprobs: int | None = None
+
+
+@dataclass
+class _Drafts:
+    """The drafts of a cycle."""
+
+    source: str = "lora"
+    made: list[Draft] = field(default_factory=list)
+    stopped: bool = False  # at a low confidence
+    lora_seconds: float = 0.0
+    lora_steps: int = 0
+
+
+class Row:
+    """A row from its prompt to its end.
+
+    Args:
+        number: its name.
+        prompt: int64 [T].
+        chunk: the most tokens in one run.
+        most_verified: of them the most whose logits are wanted; None for no limit.
+
+    Attributes:
+        run: what it wants to run; None once it is over.
+        kept, dropped: valid slots of its caches.
+        waited: ticks since its last run.
+        patience: ticks that it waits at most.
+    """
+
+    def __init__(
+        self, number: int, prompt: Ids, options: RowOptions, sampler: RowSampler, chunk: int, most_verified: int | None
+    ) -> None:
+        self.number, self.options = number, options
+        self.kept = self.dropped = self.waited = 0
+        self._prompt: list[int] = prompt.tolist()
+        self._sampler, self._chunk = sampler, chunk
+        self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
+        self._left = options.new_tokens
+        self._events: list[Event] = []
+        self._cycles: list[VerifiedCycle] = []
+        schedule = options.schedule
+        self._pace: Pace = AutoPace()
+        window = getattr(schedule, "k", _USUAL_WAIT - 1)
+        if isinstance(schedule, VerifiedSchedule):
+            window = MOST_DRAFTS if schedule.drafts is None else schedule.drafts
+            if schedule.drafts is not None:
+                self._pace = FixedPace(schedule.drafts)
+        self.patience = window + 1
+        self._runs = self._steps()
+        self.run: Run | None = next(self._runs)
+
+    def advance(self, logits: Logits, seconds: float) -> list[Event]:
+        """Its run is done, and gave these logits [n, V]; returns the events of it."""
+        self.waited = 0
+        try:
+            self.run = self._runs.send((logits, seconds))
+        except StopIteration:
+            self.run = None
+        except LoraDropError as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
+            assert self.run is not None
+            self._events.append(Event(self.number, None, self.run.kind, finished=FAILED, error=error))
+            self.run = None
+        events, self._events = self._events, []
+        return events
+
+    def cancelled(self) -> Event:
+        """The last event of a row that is given up."""
+        kind = StepKind.REFRESH if self.run is None else self.run.kind
+        self._runs.close()
+        self.run = None
+        return Event(self.number, None, kind, finished=CANCELLED)
+
+    def statistics(self) -> Statistics:
+        """What was counted, where refreshes verify drafts."""
+        return Statistics(tuple(self._cycles), self._pace.note)
+
+    def _steps(self) -> Runs:
+        logits = yield from self._prefill()
+        schedule = self.options.schedule
+        if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
+            yield from self._verified_tokens(logits)
+        else:
+            yield from self._scheduled_tokens(logits)
+
+    def _prefill(self) -> Generator[Run, tuple[Logits, float], Logits]:
+        """Returns the logits [V] after the prompt."""
+        for begin in range(0, len(self._prompt), self._chunk):
+            tokens = self._prompt[begin : begin + self._chunk]
+            logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped)
+            self.kept += len(tokens)
+            self.dropped += len(tokens)
+        return logits[-1]
+
+    def _event(self, token: int, logits: Logits, kind: StepKind) -> bool:
+        """Tell a token; returns whether the row goes on."""
+        if token in self.options.stops:
+            self._events.append(Event(self.number, None, kind, finished=STOP))
+            return False
+        self._left -= 1
+        logprob, top = None, list[tuple[int, float]]()
+        if self.options.logprobs is not None:
+            shifted = logits - logits.max()
+            total = np.log(np.exp(shifted).sum(dtype=np.float64))
+            logprob = float(shifted[token] - total)
+            likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
+            top = [(int(one), float(shifted[one] - total)) for one in likeliest]
+        finished = None if self._left else LENGTH
+        self._events.append(Event(self.number, token, kind, logprob, tuple(top), finished))
+        return bool(self._left)
+
+    # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _scheduled_tokens(self, logits: Logits) -> Runs:
+        policy, cycle = self.options.policy, Cycle(self.options.schedule, self.options.new_tokens - 1)
+        kind, since_refresh = StepKind.REFRESH, list[int]()
+        while True:
+            token = self._sampler.choose(self._sampler.penalized(logits))
+            self._sampler.remember(token)
+            if not self._event(token, logits, kind):
+                return
+            kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
+            if kind is StepKind.LORA:
+                found, _ = yield Run(kind, [token], self.kept, self.dropped)
+                since_refresh.append(token)
+                self.dropped += policy.fills
+            else:
+                back = policy.steps_taken_back(len(since_refresh))
+                tokens = [*since_refresh[len(since_refresh) - back :], token]
+                for begin in range(0, len(tokens), self._chunk):
+                    part = tokens[begin : begin + self._chunk]
+                    found, _ = yield Run(kind, part, self.kept - back + begin, self.dropped + begin)
+                since_refresh.clear()
+                self.dropped += back + 1
+            self.kept += 1
+            cycle.done()
+            logits = found[-1].copy()  # the next run's may lie in the same memory, and a schedule may look at these
+
+    # ── drafts and their verification ──────────────────────────────────────────────────────────────────────
+
+    def _verified_tokens(self, logits: Logits) -> Runs:
+        source = self.options.source
+        text = Text(self._prompt if source.looks_up else ())
+        token = self._sampler.choose(self._sampler.penalized(logits))
+        self._sampler.remember(token)
+        self._pace.begin()
+        made, found = [token], logits[None]
+        while True:
+            for place, token in enumerate(made):
+                if not self._event(token, found[place], StepKind.REFRESH):
+                    return
+                if source.looks_up:
+                    text.append(token)
+            last, drafts = made[-1], _Drafts()
+            most = min(self._left, self._most_verified) - 1
+            if source.looks_up and most:
+                self._look_up(text, most, drafts)
+            if source.runs_lora_steps and drafts.source == "lora" and most:
+                yield from self._draft(last, most, drafts)
+            fed = [last, *(draft.token for draft in drafts.made)]
+            found, seconds = yield Run(StepKind.REFRESH, fed, self.kept, self.dropped, each=True)
+            made = verified(self._sampler, drafts.made, found)
+            stop = next((place for place, token in enumerate(made, 1) if token in self.options.stops), len(made))
+            made = made[:stop]
+            self.kept += len(made)
+            self.dropped += len(made)
+            self._note(drafts, made, seconds)
+
+    def _look_up(self, text: Text, most: int, drafts: _Drafts) -> None:
+        known = text.continuation(most)
+        if known:
+            drafts.source = "ngram"
+            count = self._pace.drafts("ngram", most, runs=1, width=1)
+            drafts.made = [Draft(token) for token in known[:count]]
+
+    def _draft(self, last: int, most: int, drafts: _Drafts) -> Runs:
+        count = min(most, self._pace.drafts("lora", most, runs=1, width=1))
+        seen = self._sampler.seen
+        try:
+            while len(drafts.made) < count:
+                behind = len(drafts.made)
+                token = drafts.made[-1].token if drafts.made else last
+                logits, seconds = yield Run(StepKind.LORA, [token], self.kept + behind, self.dropped)
+                drafts.lora_seconds += seconds
+                drafts.lora_steps += 1
+                draft, likeliest = drafted(self._sampler, logits[0])
+                if likeliest < CONFIDENCE:
+                    drafts.stopped = True
+                    return
+                drafts.made.append(draft)
+                self._sampler.remember(draft.token)
+        finally:  # drafts are no part of the text yet
+            self._sampler.seen = seen
+
+    def _note(self, drafts: _Drafts, made: Sequence[int], seconds: float) -> None:
+        agreed = sum(draft.token == token for draft, token in zip(drafts.made, made, strict=False))
+        count = len(drafts.made)
+        self._cycles.append(VerifiedCycle(drafts.lora_steps, (count,), (agreed,), (len(made),)))
+        outcome = RowOutcome(drafts.source, count, min(count, len(made)), agreed, drafts.stopped)
+        times = CycleTimes(drafts.lora_steps, drafts.lora_seconds, count + 1, seconds, len(made))
+        self._pace.saw(times, [outcome])
