@@ -209,7 +209,7 @@ class Batch:
             InputError: the row can never fit, or an argument is out of range.
         """
         self._check_open()
-        (prompt,) = checks.one_prompt(prompt_rows(prompt_ids))
+        prompt = checks.one_prompt(prompt_rows(prompt_ids))
         manifest = self.bundle.manifest
         lengths = np.array([len(prompt)], np.int64)
         checks.check_prompts(prompt[None])

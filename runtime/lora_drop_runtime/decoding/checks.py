@@ -72,12 +72,13 @@ def check_one_prompt(rows: list[Any]) -> None:
         )
 
 
-def one_prompt(rows: list[Ids]) -> list[Ids]:
-    if len(rows) != 1:
+def one_prompt(rows: list[Ids]) -> Ids:
+    """The one row that `add` takes, int64 [T]; T may be 0."""
+    if len(rows) > 1:
         raise InputError(
             "A row of a batch is one prompt.", note=f"{len(rows)} were given.", hint="Call add for each of them."
         )
-    return rows
+    return rows[0] if rows else np.zeros(0, np.int64)
 
 
 def checked_slots(slots: int, limits: Limits) -> int:

@@ -177,7 +177,8 @@ class Row:
             logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped)
             self.kept += len(tokens)
             self.dropped += len(tokens)
-        return logits[-1]
+        after: Logits = logits[-1]
+        return after
 
     def _event(self, token: int, logits: Logits, kind: StepKind) -> bool:
         """Tell a token; returns whether the row goes on."""

@@ -1,0 +1,393 @@
+"""A batch that rows join and leave: each row's tokens are its own, whatever else is there and wherever it lies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lora_drop_runtime import Batch, Event, SamplingOptions, Session
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.batch import CHUNK
+from lora_drop_runtime.errors import BundleError, PlanError
+from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
+
+from tests.support.bundles import make_bundle
+from tests.support.decoding import LORA, PLAN, REFRESH, assert_refused, slots
+from tests.support.fake_engine import TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
+
+NEAR = 1e-4  # logprobs that are nearer than this may change places
+WIDE = 0.05  # a margin that some steps of the tiny models have and some have not
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a row is asked, and after how many ticks; `cancel` ticks later it is given up."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    k: int
+    policy: str
+    adaptive: bool
+    temperature: float
+    seed: int
+    arrives: int
+    cancel: int | None = None
+    draft: str | None = None
+    stops: tuple[int, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        adaptive = self.adaptive and self.policy != "lossless"
+        return {
+            "k": MarginSchedule(self.k, WIDE) if adaptive else self.k,
+            "draft": self.draft if self.policy == "lossless" and self.k else None,
+            "sampling": SamplingOptions(temperature=self.temperature, seed=self.seed),
+            "stop_token_ids": self.stops,
+        }
+
+
+@st.composite
+def requests(draw, vocab: int, longest: int, policies: tuple[str, ...]) -> Request:
+    return Request(
+        prompt=tuple(draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=longest))),
+        new_tokens=draw(st.integers(1, 18)),
+        k=draw(st.integers(0, 4)),
+        policy=draw(st.sampled_from(policies)),
+        adaptive=draw(st.integers(0, 3)) == 0,
+        temperature=draw(st.sampled_from((0.0, 0.0, 1.0))),
+        seed=draw(st.integers(0, 99)),
+        arrives=draw(st.integers(0, 25)),
+        cancel=draw(st.none() | st.none() | st.integers(0, 12)),
+        draft=draw(st.sampled_from((None, "ngram", "both"))),
+        stops=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=2))),
+    )
+
+
+def decoded(batch: Batch, script: list[Request], logprobs: int | None = None) -> list[list[Event]]:
+    """Each request's events; every row waits for its step no longer than a cycle of its own."""
+    events: dict[int, list[Event]] = defaultdict(list)
+    numbers: dict[int, int] = {}
+    coming = sorted(range(len(script)), key=lambda one: script[one].arrives)
+    tick = 0
+    while coming or batch.rows:
+        while coming and script[coming[0]].arrives <= tick:
+            request = script[coming[0]]
+            number = batch.add(
+                request.prompt, request.new_tokens, policy=request.policy, logprobs=logprobs, **request.options
+            )
+            numbers[coming.pop(0)] = number
+        for one, number in numbers.items():
+            cancel = script[one].cancel
+            if cancel is not None and script[one].arrives + cancel == tick:
+                batch.cancel(number)
+        for event in batch.tick():
+            events[event.row].append(event)
+        for row in batch._rows:
+            assert row.waited <= row.patience
+        tick += 1
+        assert tick < 5000
+    batch_left = batch.tick()  # rows that were cancelled while nothing else ran
+    for event in batch_left:
+        events[event.row].append(event)
+    return [events[numbers[one]] for one in range(len(script))]
+
+
+def check_ends(request: Request, events: list[Event]) -> list[int]:
+    """One event a token, and the last one says why the row is over; returns the tokens."""
+    tokens = [event.token for event in events if event.token is not None]
+    assert all(event.finished is None for event in events[:-1])
+    assert all(event.token is not None for event in events[:-1])
+    last = events[-1]
+    assert (last.token is None) == (last.finished in ("stop", "cancelled"))
+    assert (last.finished == "length") == (len(tokens) == request.new_tokens and last.token is not None)
+    assert not set(tokens) & set(request.stops)
+    if request.cancel is None:
+        assert last.finished in ("stop", "length")
+    return tokens
+
+
+# ── on an engine that records what it is asked ─────────────────────────────────────────────────────────────────
+
+
+def fake_batch(policy: str = "backfill", k: int = 2, **options: Any) -> tuple[Batch, FakeEngine]:
+    engine = FakeEngine(PLAN)
+    engine.batched_chunks = engine.idle_rows = True
+    bundle = open_session(PLAN, engine=engine)[0].bundle
+    return Batch(bundle, engine, PeriodicSchedule(k), policy, **options), engine
+
+
+def fake_tokens(request: Request) -> list[int]:
+    """What the fake model makes of a request, greedily."""
+    text = list(request.prompt)
+    for _ in range(request.new_tokens):
+        token = int(next_token(text[-1], len(text) - 1))
+        if token in request.stops:
+            break
+        text.append(token)
+    return text[len(request.prompt) :]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9), st.integers(1, 4))
+def test_rows_do_not_disturb_each_other(script: list[Request], count: int) -> None:
+    """Tokens, and every valid cache entry after every tick."""
+    script = [Request(**{**vars(one), "temperature": 0.0}) for one in script]
+    batch, _ = fake_batch(slots=count)
+    plain = batch.tick
+
+    def ticked() -> list[Event]:
+        events = plain()
+        for slot, row in enumerate(batch._rows):
+            told = [event.token for event in history[row.number] if event.token is not None]
+            told += [event.token for event in events if event.row == row.number and event.token is not None]
+            text = row._prompt + told
+            for name, cache in batch._slots.buffers.caches.items():
+                if int(name.partition(".")[2]) not in PLAN.dropped_attentions:
+                    assert slots(cache, slot, row.kept) == text[: row.kept]
+                elif row.options.policy.name == "backfill":
+                    assert slots(cache, slot, row.dropped) == text[: row.dropped]
+        for event in events:
+            history[event.row].append(event)
+        return events
+
+    history: dict[int, list[Event]] = defaultdict(list)
+    batch.tick = ticked  # type: ignore[method-assign]
+    for request, events in zip(script, decoded(batch, script), strict=True):
+        tokens = check_ends(request, events)
+        wanted = fake_tokens(request)
+        assert tokens == wanted[: len(tokens)]
+        if request.cancel is None:
+            assert tokens == wanted
+
+
+def test_rows_of_one_window_share_a_cycle_and_never_wait() -> None:
+    batch, engine = fake_batch(k=3, slots=4)
+    for prompt in ([1, 2], [3], [4, 5, 6]):
+        batch.add(prompt, 14)
+    while batch.rows:
+        batch.tick()
+        assert all(row.waited == 0 for row in batch._rows)
+    assert engine.kinds == [REFRESH, *[LORA, LORA, LORA, REFRESH] * 3, LORA]
+
+
+def test_a_row_that_comes_between_joins_at_the_next_refresh() -> None:
+    batch, engine = fake_batch(k=3, slots=4)
+    batch.add([1, 2], 12)
+    for _ in range(3):  # the prompt and two LoRA steps
+        batch.tick()
+    number = batch.add([7, 8, 9], 4)
+    assert [event.row for _ in range(2) for event in batch.tick()] == [0, 0, number]
+    assert engine.kinds == [REFRESH, LORA, LORA, LORA, REFRESH]
+    widths = [run.input_ids.shape for run in engine.runs]
+    assert widths[-1] == (2, 4)  # four tokens are run again beside a prompt of three
+    batch.close()
+
+
+def test_a_long_prompt_comes_in_chunks_beside_running_rows() -> None:
+    batch, engine = fake_batch(k=1, slots=2)
+    batch.add([1], 20)
+    batch.add([token % VOCAB for token in range(2 * CHUNK + 3)], 3)
+    last = []
+    while batch.rows:
+        batch.tick()
+        if engine.kinds[-1] is REFRESH:
+            last.append(engine.runs[-1].logits_index[:, -1].tolist())
+    assert last[0] == [0, CHUNK - 1]
+    assert [index[1] for index in last[:3]] == [CHUNK - 1, CHUNK - 1, 2]
+
+
+def test_slots_are_allocated_once_and_lora_ticks_touch_no_dropped_cache() -> None:
+    batch, engine = fake_batch("skip", k=3, slots=3)
+    allocated = batch.kv_bytes()["allocated"]
+    layers, longest = 6, batch.max_seq_len - 1 + CHUNK
+    prompts = batch.max_prompt_len
+    few = prompts + (batch.max_seq_len - prompts - 1) // 4 + CHUNK
+    dropped = len(PLAN.dropped_attentions)
+    assert allocated == 3 * ((layers - dropped) * longest + dropped * few) * TOKEN_BYTES
+    for prompt in ([1, 2], [3], [4, 5, 6], [7]):
+        batch.add(prompt, 9)
+    while batch.rows:
+        batch.tick()
+    assert batch.kv_bytes() == {"kept": 0, "dropped": 0, "allocated": allocated}
+    for run in engine.runs:
+        names = [name for name in run.binding.inputs if name.startswith("past_key.")]
+        assert len(names) == (layers - dropped if run.kind is LORA else layers)
+
+
+def test_a_tick_that_was_interrupted_can_be_taken_again() -> None:
+    batch, engine = fake_batch(k=2, slots=2)
+    request = Request((1, 2), 8, 2, "backfill", False, 0.0, 0, 0)
+    batch.add(request.prompt, 8)
+    tokens = []
+    while batch.rows:
+        interrupted = engine.interrupt_at is None
+        engine.interrupt_at = len(engine.runs) + 1 if interrupted else None
+        try:
+            tokens += [event.token for event in batch.tick()]
+        except KeyboardInterrupt:
+            continue
+    assert tokens == fake_tokens(request)
+
+
+def test_a_row_that_fails_fails_alone() -> None:
+    batch, engine = fake_batch(slots=2)
+    plain = engine._predict
+
+    def broken(run) -> None:
+        plain(run)
+        run.binding.outputs["logits"][1 if len(run.input_ids) > 1 else 0, :, 3] = np.nan if spoiled else 0
+
+    spoiled = False
+    engine._predict = broken
+    batch.add([1, 2], 6, stop_token_ids=[])
+    second = batch.add([3, 4], 6, stop_token_ids=[])
+    events = batch.tick()
+    spoiled = True
+    events += batch.tick()
+    spoiled = False
+    while batch.rows:
+        events += batch.tick()
+    (failed,) = (event for event in events if event.finished == "failed")
+    assert failed.row == second
+    assert isinstance(failed.error, BundleError)
+    assert [event.token for event in events if event.row == 0] == fake_tokens(
+        Request((1, 2), 6, 2, "backfill", False, 0.0, 0, 0)
+    )
+
+
+def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
+    batch, _ = fake_batch("skip", k=3, slots=2, max_seq_len=12, max_prompt_len=4)
+    assert_refused(lambda: batch.add([], 3), "The prompt is empty.")
+    assert_refused(lambda: batch.add([[1], [2]], 3), "A row of a batch is one prompt.", "2 were given.")
+    assert_refused(lambda: batch.add([1, 2, 3, 4, 5], 3), "A prompt is longer", "5 tokens", "allows 4")
+    assert_refused(lambda: batch.add([1, 2], 11), "longer than the bundle allows", "2 + 11", "12")
+    assert_refused(lambda: batch.add([VOCAB], 3), "outside the vocabulary")
+    assert_refused(lambda: batch.add([1, 2, 3, 4], 8, k=0), "does not fit into the caches of the dropped", "11", "5")
+    assert_refused(lambda: batch.add([1], 3, policy="both"), "refresh policy")
+    assert_refused(lambda: batch.add([1], 3, policy="skip", draft="ngram"), "The policy has no drafts.")
+    assert_refused(lambda: batch.add([1], 3, logprobs=-1), "The number of logprobs is out of range.", "-1")
+    with pytest.raises(PlanError):
+        batch.add([1], 3, k=-1)
+    assert batch.rows == 0
+    assert batch.tick() == []
+    batch.cancel(17)
+    batch.close()
+    batch.close()
+    assert_refused(batch.tick, "The batch is closed.")
+    assert_refused(lambda: batch.add([1], 1), "The batch is closed.")
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"slots": 0}, "so many slots"),
+        ({"slots": 10**6}, "so many slots"),
+        ({"max_seq_len": 10**6}, "impossible length"),
+        ({"max_seq_len": 1}, "impossible length"),
+        ({"max_prompt_len": 0}, "impossible length"),
+        ({"max_seq_len": 8, "max_prompt_len": 8}, "impossible length"),
+    ],
+    ids=str,
+)
+def test_slots_that_cannot_be_are_refused(options: dict[str, int], fact: str) -> None:
+    assert_refused(lambda: fake_batch(**options), fact)
+
+
+def test_an_engine_in_which_no_row_stands_still_is_refused() -> None:
+    engine = FakeEngine(PLAN)
+    bundle = open_session(PLAN, engine=engine)[0].bundle
+    assert_refused(lambda: Batch(bundle, engine, PeriodicSchedule(2)), "cannot run a batch", "fake")
+
+
+# ── on ONNX Runtime ────────────────────────────────────────────────────────────────────────────────────────────
+
+BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "residual": ("llama", {}, ("skip", "backfill", "lossless")),
+    "recurrent": ("qwen2", {"surrogate": "recurrent"}, ("skip", "backfill", "lossless")),
+    "anchor, halves": ("llama_mqa", {"surrogate": "anchor", "injection": "attn_mlp"}, ("skip", "backfill", "lossless")),
+    "fill": ("qwen2", {"policy": "fill"}, ("fill",)),
+    "int8 caches": ("llama", {"kv_dtype": "int8"}, ("skip", "backfill")),
+}
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, tuple[str, ...]]:
+    name, options, policies = BUNDLES[request.param]
+    root = tmp_path_factory.mktemp("batch") / "b"
+    return make_bundle(name, root, max_batch=8, **options), policies
+
+
+def alone(bundle: Bundle, request: Request) -> list[int]:
+    with Session.open(bundle.root, policy=request.policy, threads=1) as session:
+        (tokens,) = session.generate([request.prompt], request.new_tokens, **request.options)
+    return tokens.tolist()
+
+
+def test_tokens_are_those_of_each_row_alone(served: tuple[Bundle, tuple[str, ...]], capsys) -> None:
+    """Strict: whenever rows come and go, whatever k, policy and schedule the others have, greedily and by draws."""
+    bundle, policies = served
+    near_ties = compared = 0
+
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(requests(90, 24, policies), min_size=2, max_size=8), st.integers(2, 4))
+    def check(script: list[Request], count: int) -> None:
+        nonlocal near_ties, compared
+        policy = "fill" if policies == ("fill",) else "backfill"
+        with Batch.open(bundle.root, slots=count, policy=policy, threads=1) as batch:
+            found = decoded(batch, script, logprobs=2)
+        for request, events in zip(script, found, strict=True):
+            tokens, wanted = check_ends(request, events), alone(bundle, request)
+            compared += len(wanted)
+            place = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), None)
+            if place is None:
+                assert tokens == wanted[: len(tokens)]
+                assert request.cancel is not None or tokens == wanted
+                continue
+            (_, first), (_, second) = events[place].top_logprobs
+            assert not request.temperature, f"another draw: {request}"
+            assert first - second < NEAR, f"{request}: {tokens} and alone {wanted}"
+            near_ties += 1
+
+    check()
+    assert compared > 100
+    assert near_ties <= 1, f"{near_ties} near-ties in {compared} tokens"
+
+
+def test_logprobs_are_those_of_the_full_softmax(tmp_path) -> None:
+    bundle = make_bundle("llama", tmp_path / "b", max_batch=4)
+    prompt = [3, 14, 15, 92]
+    with Batch.open(bundle.root, slots=2, k=0, threads=1) as batch:
+        batch.add(prompt, 3, logprobs=4, stop_token_ids=[])
+        events = [event for _ in range(3) for event in batch.tick()]
+    text = list(prompt)
+    with Session.open(bundle.root, k=0, threads=1) as session:
+        for event in events:
+            logits = session.prefill(np.array([text]))[0].astype(np.float64)
+            wanted = logits - np.log(np.exp(logits).sum())
+            assert event.token == int(logits.argmax())
+            assert event.logprob == pytest.approx(wanted.max(), abs=1e-4)
+            best = np.argsort(-wanted)[:4]
+            assert [token for token, _ in event.top_logprobs] == best.tolist()
+            assert [logprob for _, logprob in event.top_logprobs] == pytest.approx(wanted[best].tolist(), abs=1e-4)
+            text.append(event.token)
+    assert [event.finished for event in events] == [None, None, "length"]
+
+
+def test_rows_reach_the_last_slot_beside_a_prompt(tmp_path) -> None:
+    """A row that fills its slot to the end while another's prompt comes in: nothing is written past it."""
+    bundle = make_bundle("llama", tmp_path / "b", max_batch=4, max_seq_len=40)
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 90, count).tolist() for count in (4, 30))
+    script = [
+        Request(tuple(first), 36, 2, "backfill", False, 0.0, 0, 0),
+        Request(tuple(second), 10, 2, "backfill", False, 0.0, 0, 33),
+    ]
+    with Batch.open(bundle.root, slots=2, policy="backfill", threads=1) as batch:
+        found = decoded(batch, script)
+    for request, events in zip(script, found, strict=True):
+        assert check_ends(request, events) == alone(bundle, request)
