@@ -231,6 +231,11 @@ class Request:
             self.len_kept[:], self.len_dropped[:] = kept, dropped
             self.logits_index[:] = 0
 
+    def chunk(self, width: int) -> Step:
+        """A refresh over so many tokens in every row, from the lengths on, which it leaves as they are."""
+        self.logits_index[:] = width - 1
+        return self._chunk_step(width, slice(None))[1]
+
     def _chunk_step(self, width: int, rows: slice) -> tuple[Ids, Step]:
         """The ids [b, width] of some rows, and a refresh over them."""
         key = width, rows.start or 0

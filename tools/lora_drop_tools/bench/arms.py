@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import Engine
@@ -21,6 +23,7 @@ from .requests import Ids
 from .result import Request, Run, rotated
 
 Say = Callable[[str], None]
+CHUNK_REPEATS = 7
 SETTLE_SECONDS = 0.05  # between two runs: threads that spin after their last work fall asleep
 
 
@@ -90,6 +93,16 @@ class TimedSession:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DraftsDoNotPay)  # it stands in the report
             return self._run(prompts, new_tokens, k)
+
+    def chunk_seconds(self, context: int, tokens: int) -> float:
+        """The median time of a run of so many tokens of one row behind a prompt of `context`."""
+        self.session.prefill(np.zeros((1, context), np.int64), max_new_tokens=tokens + 1, k=0)
+        step = self.session._running().chunk(tokens)
+        runs = self._engine.run_seconds
+        runs.clear()
+        for _ in range(CHUNK_REPEATS + 1):
+            step()
+        return statistics.median(runs[1:])
 
     def _run(self, prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule) -> Run:
         clock, runs = time.perf_counter, self._engine.run_seconds

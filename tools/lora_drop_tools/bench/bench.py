@@ -62,7 +62,12 @@ def _peer_row(peer: Peer, request: Request, runs: Sequence[Run]) -> PeerRow:
 
 
 def _measure_request(
-    result: BenchResult, request: Request, arms: Sequence[Arm], bundles: Mapping[str, Bundle], peers: Sequence[Peer]
+    result: BenchResult,
+    request: Request,
+    arms: Sequence[Arm],
+    bundles: Mapping[str, Bundle],
+    peers: Sequence[Peer],
+    sessions: Mapping[str, TimedSession],
 ) -> None:
     """Run one request on all arms and fill in their rows and raw figures."""
     prompts = prompts_of(next(iter(bundles.values())), request.context, request.rows)
@@ -81,7 +86,10 @@ def _measure_request(
         if not arm.peer:
             manifest, policy = bundles[arm.bundle].manifest, POLICIES[result.policy]
             result.warnings += [f"{arm.label}: {note}." for note in {run.note for run in own} if note]
-            row = make_row(arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy, arm.schedule)
+            chunk_seconds = sessions[arm.bundle].chunk_seconds
+            row = make_row(
+                arm.bundle, manifest, arm.k, request, own, full[arm.bundle], rate, policy, arm.schedule, chunk_seconds
+            )
             for name, other in by_peer.items():
                 row.over_peers[name] = median_ratio(
                     [run.decode_seconds for run in other], [run.decode_seconds for run in own]
@@ -101,8 +109,10 @@ def _measure_all(
     """Fill in rows, raw figures and how busy others were."""
     with contextlib.ExitStack() as stack:
         ours: list[Arm] = []
+        sessions: dict[str, TimedSession] = {}
         for name, bundle in bundles.items():
-            ours += session_arms(name, stack.enter_context(TimedSession.open(bundle, options)), windows[name])
+            sessions[name] = stack.enter_context(TimedSession.open(bundle, options))
+            ours += session_arms(name, sessions[name], windows[name])
         theirs = [peer_arm(peer) for peer in peers]
         largest = max(requests, key=lambda request: request.context * request.rows)
         _say("warming up")
@@ -112,7 +122,7 @@ def _measure_all(
         begin = machine.cpu_time(peer.pid for peer in peers)
         for request in requests:
             arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
-            _measure_request(result, request, arms, bundles, peers)
+            _measure_request(result, request, arms, bundles, peers, sessions)
         alive = [peer.pid for peer in peers if peer.name not in result.peers_left_out]
         if len(alive) == len(peers):  # one that has gone took its processor time with it
             result.foreign_cores = machine.foreign_cores(begin, machine.cpu_time(alive))

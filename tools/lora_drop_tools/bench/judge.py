@@ -38,6 +38,11 @@ def judge(result: BenchResult) -> None:
             result.warnings.append(
                 f"{what}: {row.overhead_share:.1%} of a step is not the engine's, more than {OVERHEAD_TARGET:.0%}."
             )
+        if row.operations_ceiling is not None and row.operations_ceiling < 1:
+            result.warnings.append(
+                f"{what}: a refresh of k + 1 tokens of each row is bound by arithmetic, and operations allow "
+                f"{row.operations_ceiling:.2f}×: this policy cannot pay at that batch on this machine."
+            )
         if row.above_ceiling:
             result.problems.append(
                 f"{what}: {row.speedup:.3f}× is above the ceiling of {row.ceiling:.3f}× by more than the repeats "

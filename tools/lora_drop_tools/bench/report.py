@@ -35,8 +35,15 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
+def _with_operations(row: Row) -> tuple[str, str]:
+    if row.operations_ceiling is None:
+        return "–", "–"
+    return f"{row.operations_ceiling:.3f}×", _percent(row.speedup / row.operations_ceiling)
+
+
 def _speed_table(rows: Sequence[Row]) -> list[str]:
     counted = any(row.tokens_per_refresh for row in rows)
+    batched = any(row.operations_ceiling for row in rows)
     headings = (
         "speed-up",
         "tokens/s",
@@ -48,6 +55,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         "of its gain",
         "Eq. 10",
         *(["tokens/refresh"] if counted else []),
+        *(["with operations", "of that"] if batched else []),
     )
     cells = [
         (
@@ -61,6 +69,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
             _percent(row.gain_share),
             "–" if row.asymptotic is None else f"{row.asymptotic:.3f}×",
             *([f"{row.tokens_per_refresh:.2f}" if row.tokens_per_refresh else "–"] if counted else []),
+            *(_with_operations(row) if batched else ()),
         )
         for row in rows
     ]

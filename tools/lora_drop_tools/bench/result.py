@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -96,6 +96,9 @@ class StepFigures:
     bandwidth_share: float | None
 
 
+ChunkSeconds = Callable[[int, int], float]  # of a context, and so many tokens of one row behind it
+
+
 @dataclass(frozen=True)
 class Row:
     """A bundle under a window: medians over the repeats.
@@ -115,6 +118,7 @@ class Row:
         schedule: `periodic`, or the adaptive one.
         refresh_share: of the steps, as counted.
         tokens_per_refresh: counted, where drafts are verified.
+        operations_ceiling: of several rows whose refreshes run k + 1 tokens, what bytes and operations allow.
     """
 
     bundle: str
@@ -143,6 +147,7 @@ class Row:
     schedule: str = PERIODIC
     refresh_share: float = 1.0
     tokens_per_refresh: float | None = None
+    operations_ceiling: float | None = None
 
     @property
     def share(self) -> float:
@@ -355,10 +360,12 @@ def make_row(
     bandwidth: float | None,
     policy: Policy = POLICIES[DEFAULT_POLICY],
     schedule: str = PERIODIC,
+    chunk_seconds: ChunkSeconds | None = None,
 ) -> Row:
     """What `runs` under k say, `full` being those of the full schedule in the same repeats.
 
     Args:
+        chunk_seconds: times prompt chunks; asked where a batch runs several tokens of a row in its refreshes.
         bandwidth: bytes a second the machine reads, None where it does not apply.
         schedule: of an adaptive one what the bytes allow is computed from the kinds of steps in the first run; greedy
             runs are alike.
@@ -370,6 +377,17 @@ def make_row(
         own = _scheduled_steps(manifest, most, request, runs, bandwidth, policy, schedule, quantiles_ms)
     else:
         own = _verified_steps(manifest, request, runs, bandwidth)
+    operations = None
+    if (
+        chunk_seconds is not None
+        and rows > 1
+        and k
+        and k == most
+        and policy.refresh_tokens(most) > 1
+        and own.asymptotic
+    ):
+        times = (chunk_seconds(request.context, rows * count) for count in (1, most + 1))
+        operations = costs.operations_ceiling(manifest, request.context, most, rows, *times)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
     kv, kv_prompt = runs[-1].kv or {}, runs[-1].kv_prompt or {}
     grown = sum(kv.get(part, 0) - kv_prompt.get(part, 0) for part in ("kept", "dropped"))
@@ -400,4 +418,5 @@ def make_row(
         schedule=schedule,
         refresh_share=own.refresh_share,
         tokens_per_refresh=own.tokens_per_refresh,
+        operations_ceiling=operations,
     )

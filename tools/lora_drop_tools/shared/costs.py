@@ -241,6 +241,21 @@ def request_ceiling(manifest: Manifest, prompt: int, steps: int, moved: Sequence
     return sum(request_bytes(manifest, prompt, steps, 0, rows)) / sum(moved)
 
 
+def operations_ceiling(
+    manifest: Manifest, prompt: int, k: int, rows: int, step_seconds: float, refresh_seconds: float
+) -> float:
+    """What a cycle of a batch allows whose refreshes run k + 1 tokens of every row, when operations are counted too.
+
+    (k + 1) · T(B) / (k · T(B) · bytes_LoRA / bytes_refresh + T(B · (k + 1))), where T(n) is the time of a prompt chunk
+    of n tokens of one row at that context. Such a refresh is bound by arithmetic, and below 1 it cannot pay.
+
+    Args:
+        step_seconds, refresh_seconds: T(B) and T(B · (k + 1)), of the same run.
+    """
+    refresh, lora = step_bytes(manifest, prompt, prompt, rows)
+    return (k + 1) * step_seconds / (k * step_seconds * lora / refresh + refresh_seconds)
+
+
 def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> list[int]:
     """Bytes that each cycle of a request under a policy that verifies moves: the LoRA steps that ran, and the refresh.
 
