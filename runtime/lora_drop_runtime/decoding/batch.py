@@ -21,7 +21,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
-from lora_drop_runtime.plan.schedule import Schedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 from . import checks
 from .opening import checked_policy, open_bundle
@@ -53,6 +53,7 @@ class Batch:
         slots: int = 8,
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
+        join_early: bool = False,
     ) -> None:
         if not engine.idle_rows:
             raise InputError(
@@ -63,16 +64,15 @@ class Batch:
         self.bundle, self._engine = bundle, engine
         self._policy = checked_policy(bundle, policy)
         self._schedule = scheduled(schedule, self._policy)
-        self._draft = draft
+        self._draft, self._join_early = draft, checks.flag("join_early", join_early)
         limits = bundle.manifest.limits
         self._count = checks.checked_slots(slots, limits)
         self.max_seq_len = checks.limit("The sequences of a batch", max_seq_len, limits.max_seq_len, "max_seq_len")
         longest = min(limits.max_prompt_len, self.max_seq_len - 1)
         self.max_prompt_len = checks.limit("The prompts of a batch", max_prompt_len, longest, "max_prompt_len")
         self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
-        needed = self._policy.dropped_slots(
-            self.max_prompt_len, self.max_seq_len - self.max_prompt_len - 1, self._schedule
-        )
+        steps = self.max_seq_len - self.max_prompt_len - 1
+        needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
         self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
         # Attention wants room for a whole chunk behind a row that has a single token beside it
         room = {name: count + self._chunk for name, count in self._capacity.items()}
@@ -92,6 +92,7 @@ class Batch:
         slots: int = 8,
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
+        join_early: bool = False,
         k: int | str | Schedule | None = None,
         schedule: str | None = None,
         policy: str | None = None,
@@ -108,6 +109,8 @@ class Batch:
             max_seq_len, max_prompt_len: tokens of a row (prompt and new), and of its prompt; the bundle's when None.
                 Where the policy leaves holes, dropped layers get room for `max_prompt_len` tokens and a refresh in
                 every k + 1 after them.
+            join_early: run a new prompt at once, not beside the next refresh, and shorten the row's first cycle so that
+                it refreshes with rows of its `k`. Its first token comes sooner, and its tokens depend on when it came.
 
         The other arguments are those of `Session.open`, and what rows do that are added without their own.
 
@@ -136,6 +139,7 @@ class Batch:
                 slots=slots,
                 max_seq_len=max_seq_len,
                 max_prompt_len=max_prompt_len,
+                join_early=join_early,
             )
         except BaseException:
             opened.engine.close()
@@ -225,7 +229,10 @@ class Batch:
         chosen = scheduled(self._schedule if k is None else k, verifier)
         draft = self._draft if draft is None and verifier.verifies else draft
         source = draft_source(draft, verifier, len(manifest.plan.sites))
+        joined = self._join_early and isinstance(chosen, PeriodicSchedule)
         needed = verifier.dropped_slots(len(prompt), new_tokens - 1, chosen)
+        if joined and verifier.leaves_holes:
+            needed += 1  # its first refresh may come sooner
         checks.check_fits(needed, self._capacity["slots_dropped"])
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs))
@@ -289,6 +296,7 @@ class Batch:
 
     def _run(self) -> list[Event]:
         kind = self._next_kind()
+        self._join(kind)
         runs = [row.run for row in self._rows if row.run is not None]
         assert len(runs) == len(self._rows)
         due = [slot for slot, run in enumerate(runs) if run.kind is kind]
@@ -306,8 +314,23 @@ class Batch:
                 self._free(slot)
         return events
 
+    def _join(self, kind: StepKind) -> None:
+        """New rows whose prompts end in this tick join those of their window."""
+        for row in self._rows if self._join_early and kind is StepKind.REFRESH else ():
+            schedule = row.options.schedule
+            if row.ends_its_prompt and isinstance(schedule, PeriodicSchedule) and not row.options.policy.verifies:
+                others = (
+                    one.phase
+                    for one in self._rows
+                    if not one.is_new and one.run is not None and one.run.kind is StepKind.LORA
+                    if getattr(one.options.schedule, "k", None) == schedule.k
+                )
+                row.join(next(others, 0))
+
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""
+        if self._join_early and any(row.is_new for row in self._rows):
+            return StepKind.REFRESH
         wanted = [row.run.kind for row in self._rows if row.run is not None]
         for row, kind in zip(self._rows, wanted, strict=True):
             if row.waited >= row.patience:  # those that wait all wait for one kind: the other ran

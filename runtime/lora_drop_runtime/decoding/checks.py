@@ -110,6 +110,12 @@ def batch_limits(max_seq_len: int, max_prompt_len: int) -> Limits:
     return Limits(max_seq_len, max_prompt_len, 1)
 
 
+def flag(what: str, value: bool) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise wrong_type(f"The option {what}", value, "True or False", f"Use for example {what}=True.")
+    return bool(value)
+
+
 def check_fits(needed: int, slots: int) -> None:
     if needed > slots:
         raise InputError(

@@ -8,7 +8,7 @@ of the row alone, whatever else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lora_drop_runtime.errors import LoraDropError
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import Schedule, StepKind
+from lora_drop_runtime.plan.schedule import JoinedSchedule, PeriodicSchedule, Schedule, StepKind
 
 from .acceptance import Draft, drafted, verified
 from .cycle import Cycle
@@ -113,6 +113,8 @@ class Row:
         kept, dropped: valid slots of its caches.
         waited: ticks since its last run.
         patience: ticks that it waits at most.
+        is_new: whether its prompt is not done.
+        phase: LoRA steps since its last refresh, of a periodic schedule.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class Row:
             if schedule.drafts is not None:
                 self._pace = FixedPace(schedule.drafts)
         self.patience = window + 1
+        self.phase = 0
+        self.is_new = True
         self._runs = self._steps()
         self.run: Run | None = next(self._runs)
 
@@ -150,6 +154,18 @@ class Row:
             self.run = None
         events, self._events = self._events, []
         return events
+
+    def join(self, ahead: int) -> None:
+        """Let a new row's first cycle be shorter by so many LoRA steps, so that it refreshes with the others."""
+        assert self.is_new
+        assert isinstance(self.options.schedule, PeriodicSchedule)
+        self.options = replace(self.options, schedule=JoinedSchedule(self.options.schedule.k, ahead))
+        self.phase = ahead
+
+    @property
+    def ends_its_prompt(self) -> bool:
+        """Whether its next run is the last of its prompt."""
+        return self.is_new and self.run is not None and self.kept + len(self.run.tokens) == len(self._prompt)
 
     def cancelled(self) -> Event:
         """The last event of a row that is given up."""
@@ -177,6 +193,7 @@ class Row:
             logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped)
             self.kept += len(tokens)
             self.dropped += len(tokens)
+        self.is_new = False
         after: Logits = logits[-1]
         return after
 
@@ -212,6 +229,7 @@ class Row:
                 found, _ = yield Run(kind, [token], self.kept, self.dropped)
                 since_refresh.append(token)
                 self.dropped += policy.fills
+                self.phase += 1
             else:
                 back = policy.steps_taken_back(len(since_refresh))
                 tokens = [*since_refresh[len(since_refresh) - back :], token]
@@ -220,6 +238,7 @@ class Row:
                     found, _ = yield Run(kind, part, self.kept - back + begin, self.dropped + begin)
                 since_refresh.clear()
                 self.dropped += back + 1
+                self.phase = 0
             self.kept += 1
             cycle.done()
             logits = found[-1].copy()  # the next run's may lie in the same memory, and a schedule may look at these

@@ -104,6 +104,24 @@ class PeriodicSchedule:
 
 
 @dataclass(frozen=True)
+class JoinedSchedule:
+    """The periodic schedule of a row that joins others in the midst of their cycle: its first refresh is theirs.
+
+    Attributes:
+        ahead: LoRA steps of the cycle that the others have run, 0 to k.
+    """
+
+    k: int
+    ahead: int
+
+    def kind(self, step: int, last: LastLogits | None = None) -> StepKind:
+        return PeriodicSchedule(self.k).kind(step + self.ahead)
+
+    def most_refreshes(self, steps: int) -> int:
+        return (steps + self.ahead) // (self.k + 1)
+
+
+@dataclass(frozen=True)
 class AdaptiveSchedule(ABC):
     """A refresh follows a LoRA step whose logits are unsure, and at the latest the k-th.
 

@@ -68,8 +68,10 @@ def requests(draw, vocab: int, longest: int, policies: tuple[str, ...]) -> Reque
     )
 
 
-def decoded(batch: Batch, script: list[Request], logprobs: int | None = None) -> list[list[Event]]:
-    """Each request's events; every row waits for its step no longer than a cycle of its own."""
+def decoded(
+    batch: Batch, script: list[Request], logprobs: int | None = None, patient: bool = True
+) -> list[list[Event]]:
+    """Each request's events; with `patient`, every row waits for its step no longer than a cycle of its own."""
     events: dict[int, list[Event]] = defaultdict(list)
     numbers: dict[int, int] = {}
     coming = sorted(range(len(script)), key=lambda one: script[one].arrives)
@@ -88,7 +90,7 @@ def decoded(batch: Batch, script: list[Request], logprobs: int | None = None) ->
         for event in batch.tick():
             events[event.row].append(event)
         for row in batch._rows:
-            assert row.waited <= row.patience
+            assert row.waited <= row.patience or not patient
         tick += 1
         assert tick < 5000
     batch_left = batch.tick()  # rows that were cancelled while nothing else ran
@@ -186,6 +188,33 @@ def test_a_row_that_comes_between_joins_at_the_next_refresh() -> None:
     widths = [run.input_ids.shape for run in engine.runs]
     assert widths[-1] == (2, 4)  # four tokens are run again beside a prompt of three
     batch.close()
+
+
+def test_a_row_may_join_early_and_then_refreshes_with_the_others() -> None:
+    """Its prompt runs at once, and its first cycle is what is left of theirs: as if it were alone with that cycle."""
+    batch, engine = fake_batch("skip", k=3, slots=4, join_early=True)
+    batch.add([1, 2], 12, stop_token_ids=[])
+    for _ in range(3):  # the prompt and two LoRA steps
+        batch.tick()
+    request = Request((7, 8, 9), 6, 3, "skip", False, 0.0, 0, 0)
+    number = batch.add(request.prompt, request.new_tokens, stop_token_ids=[])
+    events = batch.tick()
+    assert [event.row for event in events] == [number]
+    while batch.rows:
+        events += batch.tick()
+    assert engine.kinds[3:9] == [REFRESH, LORA, REFRESH, LORA, LORA, LORA]
+    assert [event.token for event in events if event.row == number] == fake_tokens(request)
+    kinds = [event.kind for event in events if event.row == number]
+    assert kinds == [REFRESH, LORA, REFRESH, LORA, LORA, LORA]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9), st.integers(1, 4))
+def test_rows_that_join_early_write_what_they_should(script: list[Request], count: int) -> None:
+    script = [Request(**{**vars(one), "temperature": 0.0, "cancel": None}) for one in script]
+    batch, _ = fake_batch(slots=count, join_early=True)
+    for request, events in zip(script, decoded(batch, script, patient=False), strict=True):
+        assert check_ends(request, events) == fake_tokens(request)
 
 
 def test_a_long_prompt_comes_in_chunks_beside_running_rows() -> None:

@@ -154,3 +154,15 @@ def test_nothing_dropped_gains_nothing() -> None:
     assert costs.macs_speedup(manifest, 100, 3) == 1
     assert costs.asymptotic_speedup(manifest, 3) == 1
     assert costs.kv_saving(manifest, 3) == 0
+
+
+@pytest.mark.parametrize(("rows", "k"), [(4, 3), (8, 1)])
+def test_operations_limit_a_batch(rows: int, k: int) -> None:
+    """By hand: LLaMA3-8B without context, k LoRA steps at their share of the bytes, a refresh as it was timed."""
+    manifest = llama3_8b(0.5)
+    own = 2 * (LAYER_WEIGHTS * 32 + HEAD_WEIGHTS) + rows * 2 * D + rows * 32 * 2 * 2 * KV_HEADS * HEAD_DIM
+    dropped = len(manifest.plan.dropped_layers)
+    saved = 2 * LAYER_WEIGHTS * dropped + rows * dropped * 2 * 2 * KV_HEADS * HEAD_DIM
+    step, refresh = 0.125, 0.5
+    wanted = (k + 1) * step / (k * step * (own - saved) / own + refresh)
+    assert costs.operations_ceiling(manifest, 0, k, rows, step, refresh) == pytest.approx(wanted)
