@@ -220,8 +220,7 @@ class Row:
         policy, cycle = self.options.policy, Cycle(self.options.schedule, self.options.new_tokens - 1)
         kind, since_refresh = StepKind.REFRESH, list[int]()
         while True:
-            token = self._sampler.choose(self._sampler.penalized(logits))
-            self._sampler.remember(token)
+            token = self._sampler.take(logits)
             if not self._event(token, logits, kind):
                 return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
@@ -241,15 +240,14 @@ class Row:
                 self.phase = 0
             self.kept += 1
             cycle.done()
-            logits = found[-1].copy()  # the next run's may lie in the same memory, and a schedule may look at these
+            logits = found[-1]
 
     # ── drafts and their verification ──────────────────────────────────────────────────────────────────────
 
     def _verified_tokens(self, logits: Logits) -> Runs:
         source = self.options.source
         text = Text(self._prompt if source.looks_up else ())
-        token = self._sampler.choose(self._sampler.penalized(logits))
-        self._sampler.remember(token)
+        token = self._sampler.take(logits)
         self._pace.begin()
         made, found = [token], logits[None]
         while True:

@@ -125,16 +125,21 @@ class RowSampler:
         Raises:
             BundleError: the largest is NaN or infinite.
         """
+        return self._penalized(logits)[0]
+
+    def _penalized(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+        """The same, and the index of the largest."""
         penalty = self.options.repetition_penalty
         scores = logits if penalty == 1 else penalize(logits, self.seen, penalty)
-        largest = scores[scores.argmax()]
+        index = int(scores.argmax())
+        largest = scores[index]
         if not math.isfinite(largest):
             raise BundleError(
                 "The model computed logits that are not numbers.",
                 note=f"The largest logit of row {self._row} is {largest}.",
                 hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
             )
-        return scores
+        return scores, index
 
     def draw(self, ids: Ids, probs: NDArray[np.float64]) -> int:
         """One of `ids` [C], whose probabilities need not sum to 1."""
@@ -147,6 +152,13 @@ class RowSampler:
         if self.options.temperature > 0:
             return self.draw(*distribution(scores, self.options))
         return int(scores.argmax())
+
+    def take(self, logits: NDArray[np.float32]) -> int:
+        """Choose, and remember, a token by logits [V]. Raises BundleError as `penalized` does."""
+        scores, largest = self._penalized(logits)
+        token = largest if self.options.temperature == 0 else self.choose(scores)
+        self.remember(token)
+        return token
 
     def remember(self, token: int) -> None:
         """The token belongs to the text from now on."""
@@ -189,7 +201,5 @@ class Sampler:
         tokens = np.zeros(len(logits), np.int64)
         for row, is_active in enumerate(active.tolist()):
             if is_active:
-                sampler = self.rows[row]
-                tokens[row] = sampler.choose(sampler.penalized(logits[row]))
-                sampler.remember(int(tokens[row]))
+                tokens[row] = self.rows[row].take(logits[row])
         return tokens
