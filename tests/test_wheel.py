@@ -9,7 +9,8 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.engines.ort.package import EXTRAS, LEAST_VERSION
+from lora_drop_runtime.engines.ort.package import EXTRAS
+from lora_drop_runtime.engines.ort.providers import RAGGED_ROWS_SINCE
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_each_extra_brings_one_onnx_runtime_at_most(requirements, extras, engine
 def test_versions_are_those_that_the_runtime_checks(requirements):
     found = of_extras(requirements, "cpu", "cuda")
     cpu, cuda = found["onnxruntime"], found["onnxruntime-gpu"]
-    assert str(cpu.specifier) == f">={'.'.join(map(str, LEAST_VERSION))}"
+    assert str(cpu.specifier) == f">={'.'.join(map(str, RAGGED_ROWS_SINCE))}"
     assert not cuda.specifier.contains("1.27.0")  # its own extras name packages that are not there
     assert cuda.specifier.contains("1.28.0")
     assert cuda.extras == {"cuda", "cudnn"}

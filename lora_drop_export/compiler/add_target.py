@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.staging.area import refuse_others, resolved
 from lora_drop_export.staging.directory import staged_directory
-from lora_drop_export.targets.target import build_target
+from lora_drop_export.targets.target import TARGETS, build_target
 
 from .files import BUNDLE, tool_versions, verification_details, write_manifest, write_verification
 from .options import NO_TARGET, ExportOptions, check_formats
@@ -47,6 +47,8 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
         )
     if NO_TARGET in targets:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
+    for target in targets:
+        TARGETS[target].check_dtype(manifest.model.dtype)
     check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, root)
 
 

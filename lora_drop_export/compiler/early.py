@@ -19,11 +19,12 @@ from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
+from lora_drop_export.targets.target import TARGETS
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
 from .facts import adapter_matrices, make_limits, make_plan, native_formats
 from .files import check_disk
-from .options import ExportOptions
+from .options import NO_TARGET, ExportOptions
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -89,6 +90,9 @@ def check_before_trace(
     Raises:
         InputError, PlanError, ModelError, BundleError: it does not.
     """
+    for target in options.targets:
+        if target != NO_TARGET:
+            TARGETS[target].check_dtype(dtype)
     config = checkpoint.config
     refuse_by_config(config)
     make_limits(config, options)

@@ -217,7 +217,7 @@ def test_all_layers_dropped(tmp_path):
 
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent"])
 def test_long_prompts_in_chunks(surrogate, tmp_path, monkeypatch):
-    """Prompts longer than a prefill chunk run row by row; the chunks join without a seam."""
+    """Prompts longer than a prefill chunk join without a seam; shorter ones begin with a later chunk."""
     monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 4)
     assert PREFILL_CHUNK > 4
     prompts = [list(range(3, 16)), [5], list(range(40, 48))]

@@ -51,6 +51,21 @@ def changed_model(place: Path, to: Path, **config: Any) -> Path:
 
 
 @pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("arguments", ["", "--dtype int4", "--kv-dtype int8", "--target tensorrt-rtx --target ort"])
+def test_an_old_onnx_runtime(export_refused, monkeypatch, arguments):
+    """What lowers the graphs in float32 runs them too, in the verification."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
+    export_refused(*arguments.split(), words=("too old for graphs in float32", "1.31.2; 1.32 or newer", "[cpu]"))
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
+@pytest.mark.parametrize("arguments", ["--dtype fp16", "--dtype bf16", "--target none"])
+def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
+    passes(*arguments.split())
+
+
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -28,7 +28,7 @@ from lora_drop_export.compiler.files import copy_tokenizer
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel, trace
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, llama
 from tests.support.oracle import OraclePlan
 
 PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
@@ -62,6 +62,13 @@ def traced_family(name: str, model: PreTrainedModel, dtype: str) -> Family:
     """Save any model and trace it in a dtype; the trace is shared by all that say this name."""
     model, directory, checkpoint = _saved(model)
     return Family(model, directory, checkpoint, _traced_once(name, checkpoint, dtype), dtype)
+
+
+@functools.cache
+def heads_of(head_dim: int, kv_heads: int) -> Family:
+    """A Llama of three layers with four query heads of this size."""
+    model = llama(head_dim=head_dim, num_key_value_heads=kv_heads, num_hidden_layers=3)
+    return traced_family(f"llama.{kv_heads}_heads_of_{head_dim}", model, "float32")
 
 
 def traced_model(model: PreTrainedModel) -> Family:

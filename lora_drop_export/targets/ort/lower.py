@@ -21,11 +21,15 @@ them by an If: one session holds each weight once, also where ONNX Runtime packs
                                   else, and for heads whose size is no multiple of 16, on [B, S, H·D], without the
                                   transposes around it
     10. logits                  → float32, whatever the dtype
+    11. rows with fewer than S  → in float32: products, norms and the head over one packed sequence of the tokens that
+        new tokens                there are, each attention with its query_seqlens over padded chunks, by an If of its
+                                  own; a row without any keeps its caches and states (packing.py)
 
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
-layer that repeats its state (`recurrent`, `anchor`, rank 0).
-GroupQueryAttention takes S > 1 with a past only at B = 1; the session runs longer prompts row by row.
+layer that repeats its state (`recurrent`, `anchor`, rank 0); with case 11 it is a ScatterND.
+In half precision GroupQueryAttention takes S > 1 with a past only at B = 1, and the session runs such steps row by row:
+no onnxruntime-gpu has query_seqlens yet.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from .elementwise import fuse_elementwise
 from .join import joined
 from .lengths import Lengths
 from .linears import MICROSOFT, fuse_linears, linear_product, lower_lookup
-from .packing import Packing, keep_idle_states
+from .packing import Packing, keep_idle_caches, keep_idle_states
 from .rotations import Rotations
 from .rows import Rows
 
@@ -93,6 +97,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     if packing is not None:
         packing.unpack_logits(graph)
     if lengths.new_tokens is not None:
+        keep_idle_caches(graph, lengths.new_tokens)
         keep_idle_states(graph, lengths.new_tokens)
     graph.sort()
     CommonSubexpressionEliminationPass()(model)

@@ -4,6 +4,8 @@ A refresh takes `input_ids` [B, S]. Where rows have fewer than S new tokens (`pa
 head run over one packed sequence [1, T] of the real tokens; attention alone takes chunks [B, S], padded on the right.
 Else all run over [B, S], and nothing is moved. Two small Ifs do it: one makes the tokens, one in each layer stands
 around the attention. No weight may lie in an If within an If: ONNX Runtime would not pack it for its kernels.
+
+In both steps a row may stand still: no cache and no state of it changes.
 """
 
 from __future__ import annotations
@@ -181,3 +183,27 @@ def keep_idle_states(graph: ir.Graph, new_tokens: ir.Value) -> None:
         kept.type, kept.shape, kept.name = state.type, state.shape, name
         graph.extend(ops.nodes)
         graph.outputs[place] = kept
+
+
+def keep_idle_caches(graph: ir.Graph, new_tokens: ir.Value) -> None:
+    """A LoRA step's TensorScatters without an attention write rows that have a token, and no others."""
+    moving: ir.Value | None = None  # [m], the rows
+    places: dict[ir.Value, ir.Value] = {}  # of each length: where the rows' entries go, [m, H, 1, 3]
+    for write in [node for node in graph if node.op_type == "TensorScatter"]:
+        past, entries, length = write.inputs
+        assert past is not None
+        assert length is not None
+        assert past.shape is not None
+        ops = Ops()
+        if moving is None:
+            has_token = ops("Greater", new_tokens, ops.constant(np.array(0, np.int32)))
+            moving = ops("Squeeze", ops("NonZero", has_token), ops.ints([0]))
+        if length not in places:
+            heads = int(past.shape[1])  # type: ignore[arg-type]
+            shape = ops("Concat", ops("Shape", moving), ops.ints([heads, 1, 1]), axis=0)
+            each_head = ops.constant(np.arange(heads, dtype=np.int64).reshape(1, heads, 1, 1))
+            row, slot = (ops("Reshape", v, ops.ints([-1, 1, 1, 1])) for v in (moving, ops("Gather", length, moving)))
+            places[length] = ops("Concat", *(ops("Expand", v, shape) for v in (row, each_head, slot)), axis=3)
+        written = ops("ScatterND", past, places[length], ops("Gather", entries, moving, axis=0))
+        replace_node(graph, write, ops, written)
+        graph.remove(write, safe=True)

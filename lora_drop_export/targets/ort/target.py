@@ -9,7 +9,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
-from lora_drop_runtime.engines.ort.providers import takes_ragged_rows
+from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_rows
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
@@ -28,6 +28,9 @@ class OrtTarget:
         if self.name in targets:
             import_onnxruntime()
 
+    def check_dtype(self, dtype: str) -> None:
+        check_version(import_onnxruntime().__version__, dtype)
+
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"  # the one dtype that the CPU computes in
 
@@ -44,7 +47,7 @@ class OrtTarget:
 
         entry = OrtEntry(steps=f"{self.name}/steps.onnx")
         with console.phase("lowering to ONNX Runtime"):
-            ragged = takes_ragged_rows(manifest.model)
+            ragged = takes_ragged_rows(manifest.model.dtype)
             steps = (graphs[StepKind.REFRESH], graphs[StepKind.LORA])
             joined = ort_from_neutral(*steps, manifest.limits.max_seq_len, ragged)
             (root / entry.steps).write_bytes(joined.SerializeToString())

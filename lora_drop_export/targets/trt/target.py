@@ -90,6 +90,9 @@ class TrtTarget:
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 
+    def check_dtype(self, dtype: str) -> None:
+        """Engines take any."""
+
     def dtype(self, of_checkpoint: str) -> str:
         return "bfloat16" if of_checkpoint == "float32" else of_checkpoint
 

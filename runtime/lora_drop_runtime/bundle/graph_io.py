@@ -20,12 +20,14 @@ taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
 `next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both:
 what a LoRA step leaves alone it gives back as it came. Their engine sets what such a graph takes besides: the scalar
-`lora_step`, and beside each of the lengths a scalar `total_kept` or `total_dropped`. Weights that are inputs of an
-engine are not in this table but in the target's own (`WeightInput` in bundle.py).
+`lora_step`, and beside each of the lengths a scalar `total_kept` or `total_dropped`; where rows may have different
+numbers of new tokens, also `new_tokens`, `packed_step`, and `last_kept` or `last_dropped`. Weights that are inputs of
+an engine are not in this table but in the target's own (`WeightInput` in bundle.py).
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
-it changes, and its logits mean nothing.
+it changes, and its logits mean nothing. One row at least has a token, and a row that has some has room for
+[sequence] of them in its caches.
 """
 
 from __future__ import annotations
@@ -44,6 +46,18 @@ Dim = str | int
 LORA_STEP, PACKED_STEP, NEW_TOKENS = "lora_step", "packed_step", "new_tokens"
 TOTALS = {"len_kept": "total_kept", "len_dropped": "total_dropped"}
 LAST_SLOTS = {"len_kept": "last_kept", "len_dropped": "last_dropped"}
+
+
+def beside_inputs(lengths: Iterable[str], ragged: bool) -> list[str]:
+    """What the engine sets in a graph with both steps.
+
+    Args:
+        lengths: those of `len_kept` and `len_dropped` that the graph takes.
+        ragged: rows may have different numbers of new tokens.
+    """
+    names = [(TOTALS[length], LAST_SLOTS[length]) for length in lengths]
+    rows = [NEW_TOKENS, PACKED_STEP, *(last for _, last in names)] if ragged else []
+    return [LORA_STEP, *(total for total, _ in names), *rows]
 
 
 def steps_name(outputs: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from safetensors.numpy import save_file
 
@@ -151,13 +151,3 @@ def test_caches_take_a_quarter(tmp_path):
             session.generate([[7, 3, 11]], 6, stop_token_ids=())
             counted.append(session.kv_bytes())
     assert counted[0] == {name: 4 * size for name, size in counted[1].items()}
-
-
-def test_old_onnx_runtime_is_named(tmp_path, monkeypatch):
-    import onnxruntime
-
-    bundle = make_bundle("llama", tmp_path / "b", kv_dtype="int8", drop_layers=(4,))
-    monkeypatch.setattr(onnxruntime, "__version__", "1.28.3")
-    with pytest.raises(BundleError, match="too old") as refused:
-        Session.open(bundle.root)
-    assert "1.29" in refused.value.note

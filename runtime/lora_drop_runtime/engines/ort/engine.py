@@ -27,7 +27,15 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS, PACKED_STEP, TOTALS, steps_name
+from lora_drop_runtime.bundle.graph_io import (
+    LAST_SLOTS,
+    LORA_STEP,
+    NEW_TOKENS,
+    PACKED_STEP,
+    TOTALS,
+    beside_inputs,
+    steps_name,
+)
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
@@ -35,7 +43,7 @@ from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .device_memory import DeviceMemory
-from .io_check import check_io, check_name
+from .io_check import check_beside, check_io, check_name
 from .package import import_onnxruntime, preload_cuda
 from .providers import (
     PROVIDERS,
@@ -66,7 +74,7 @@ class _BesideLengths:
     """
 
     def __init__(self, inputs: Mapping[str, Any], slots: Mapping[str, int], ragged: bool) -> None:
-        # Plain Python over memory views: after a step that streamed all weights, numpy is no longer in the CPU's caches
+        # Plain Python over memory views: after a step that streamed all weights, numpy's code has left the CPU's caches
         self._batch, self._width = inputs["input_ids"].shape
         totals = {length: np.zeros((), np.int32) for length in TOTALS if length in inputs}
         self.arrays: dict[str, Array] = {TOTALS[length]: total for length, total in totals.items()}
@@ -112,7 +120,7 @@ class OrtEngine:
         steps: another graph in the place of the target's, for `ort`.
 
     Raises:
-        InputError: no ONNX Runtime is installed, or it does not work.
+        InputError: no ONNX Runtime is installed, or it is too old or does not work.
         NoDeviceError: the provider is not in the installed ONNX Runtime, or has no GPU or libraries here.
         BundleError: the provider cannot run the target's graphs.
     """
@@ -132,7 +140,9 @@ class OrtEngine:
         entry = bundle.target(target)[1]
         check_runs(bundle, target, provider)
         onnxruntime = import_onnxruntime()
-        check_version(onnxruntime.__version__, bundle.manifest.model)
+        self._joined = isinstance(entry, OrtEntry)
+        if self._joined:
+            check_version(onnxruntime.__version__, bundle.manifest.model.dtype)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
@@ -145,9 +155,8 @@ class OrtEngine:
         self._steps = steps
         assert isinstance(entry, OrtEntry | TrtEntry)  # check_runs
         self.target = target
-        self._joined = isinstance(entry, OrtEntry)
         self.chooses_tokens = not self._joined
-        self._ragged = self._joined and takes_ragged_rows(bundle.manifest.model)
+        self._ragged = self._joined and takes_ragged_rows(bundle.manifest.model.dtype)
         # Else GroupQueryAttention (target ort) takes several tokens after others in one row only
         self.batched_chunks = self._ragged or not self._joined
         self.idle_rows = self._ragged
@@ -181,7 +190,10 @@ class OrtEngine:
         if self._joined:
             written = self._bundle.manifest.io(StepKind.LORA).outputs
             file = self._files[StepKind.LORA]
-            check_name(self._sessions[StepKind.LORA], steps_name(spec.name for spec in written), file)
+            session = self._sessions[StepKind.LORA]
+            check_name(session, steps_name(spec.name for spec in written), file)
+            lengths = {spec.name for spec in self._bundle.manifest.io(StepKind.REFRESH).inputs} & TOTALS.keys()
+            check_beside(session, beside_inputs(lengths, self._ragged), file)
         for kind, session in self._sessions.items():
             check_io(session, self._bundle.manifest.io(kind, self.target), self._files[kind])
         _trim_heap()

@@ -5,7 +5,7 @@ A manifest that says other sizes than the graph has is refused when the bundle i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lora_drop_runtime.bundle.graph_io import GraphIO
@@ -39,6 +39,21 @@ def check_name(session: Any, name: str, file: str) -> None:
             "A graph does not fit the bundle's manifest.",
             note=f"{file} is called {found!r:.200}, the manifest's plan needs {name!r:.200}.",
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+        )
+
+
+def check_beside(session: Any, names: Collection[str], file: str) -> None:
+    """Refuse a graph without the inputs that the engine sets beside those of the table.
+
+    Raises:
+        BundleError: it lacks one.
+    """
+    missing = sorted(set(names) - {value.name for value in session.get_inputs()})
+    if missing:
+        raise BundleError(
+            "A graph of the bundle is not of the form that this version runs.",
+            note=f"{file} has no input {', '.join(missing)}.",
+            hint="Export the model again.",
         )
 
 

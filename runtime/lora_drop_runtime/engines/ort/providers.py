@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import ModelFacts, OrtEntry, TrtEntry
-from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
+from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
+from lora_drop_runtime.errors import BundleError, InputError, NoDeviceError, first_line
 
-from .package import both_installed, install_command, loader_error, upgrade_command
+from .package import both_installed, install_command, loader_error
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
-INT8_CACHES_SINCE = (1, 29)
 RAGGED_ROWS_SINCE = (1, 32)  # GroupQueryAttention's query_seqlens; no onnxruntime-gpu has it yet
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
@@ -43,25 +42,33 @@ def check_runs(bundle: Bundle, target: str, provider: str) -> None:
         )
 
 
-def takes_ragged_rows(model: ModelFacts) -> bool:
-    """Whether graphs are lowered for rows with different numbers of new tokens: those that the CPU computes.
+def takes_ragged_rows(dtype: str) -> bool:
+    """Whether the graphs of target ort are lowered for rows with different numbers of new tokens: those for the CPU.
 
     Others are for the CUDA provider, whose newest release does not know the operator's input.
+
+    Args:
+        dtype: of activations.
     """
-    return model.dtype == "float32"
+    return dtype == "float32"
 
 
-def check_version(version: str, model: ModelFacts) -> None:
-    """Refuse an ONNX Runtime whose attention does not take the bundle's rows or caches."""
-    needs = {"graphs for the CPU need": RAGGED_ROWS_SINCE} if takes_ragged_rows(model) else {}
-    needs |= {"int8 caches need": INT8_CACHES_SINCE} if model.kv_dtype else {}
-    for what, least in needs.items():
-        if tuple(map(int, version.split(".")[:2])) < least:
-            raise BundleError(
-                "The installed ONNX Runtime is too old for the bundle.",
-                note=f"It is {version}; {what} {'.'.join(map(str, least))} or newer.",
-                hint=f"{upgrade_command()}" + ("." if what.startswith("graphs") else "; or export without --kv-dtype."),
-            )
+def check_version(version: str, dtype: str) -> None:
+    """Refuse an ONNX Runtime that cannot run graphs of target ort.
+
+    Args:
+        version: of the installed one.
+        dtype: of activations.
+
+    Raises:
+        InputError: its attention does not take their rows.
+    """
+    if takes_ragged_rows(dtype) and tuple(map(int, version.split(".")[:2])) < RAGGED_ROWS_SINCE:
+        raise InputError(
+            "The installed ONNX Runtime is too old for graphs in float32.",
+            note=f"It is {version}; {'.'.join(map(str, RAGGED_ROWS_SINCE))} or newer is needed.",
+            hint=f"{install_command('cpu')}; or for a GPU export with --dtype fp16 or bf16.",
+        )
 
 
 def check_available(provider: str, ort: Any) -> None:

@@ -12,8 +12,7 @@ from lora_drop_runtime.decoding.session import Session
 
 from lora_drop_export.check.verify import compare
 from tests.support import oracle
-from tests.support.bundles import Family, make_bundle, oracle_plan, traced_model
-from tests.support.models import llama
+from tests.support.bundles import Family, heads_of, make_bundle, oracle_plan
 
 FORMS = {
     "fp32": {},
@@ -29,7 +28,7 @@ PLAN = {"drop_layers": (1,), "always_first": 1, "k": 2, "rank": 2}
 def model(request: pytest.FixtureRequest) -> Family:
     """With one K/V head to four query heads, which are folded, or with two."""
     head_dim, kv_heads = request.param
-    source = traced_model(llama(head_dim=head_dim, num_key_value_heads=kv_heads, num_hidden_layers=3))
+    source = heads_of(head_dim, kv_heads)
     return dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
 
 

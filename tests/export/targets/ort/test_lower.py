@@ -61,7 +61,7 @@ def test_a_layer_is_ten_nodes(tmp_path, name, step, dtype):
         "SkipSimplifiedLayerNormalization": 2,
         product: 4,
         "Split": 1,
-        "GroupQueryAttention": 1,
+        "GroupQueryAttention" if step == "lora" else "If": 1,  # the If is around attentions of packed and of whole rows
         "QuickGelu": 1,
         "Mul": 1,
     }
@@ -92,9 +92,29 @@ def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least
     monkeypatch.setattr("lora_drop_export.targets.ort.attention.MIN_FOLD", least)
     graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))  # two query heads share K and V
     layers = {name: layer_nodes(step, 2) for name, step in branches(graph).items()}
-    assert all(nodes["If"] == (1 if least == 1 else 0) for nodes in layers.values())
+    assert layers["lora"]["If"] == (1 if least == 1 else 0)
+    assert layers["refresh"]["If"] == 1  # around packed and whole rows; the folded form lies around that
     folded = [n for n in everywhere(graph) if any(a.name == "causal" for a in n.attribute)]
     assert len(folded) == (family("llama").checkpoint.config.num_hidden_layers * 2 - 1 if least == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("llama", {}), ("llama_mqa", {}), ("llama", {"dtype": "int4"}), ("llama", {"policy": "fill"})]
+)
+def test_no_weight_is_read_in_an_if_within_an_if(tmp_path, name, options):
+    """ONNX Runtime packs weights for its kernels in the branches of one If, and in none of deeper ones."""
+    graph = steps_graph(make_bundle(name, tmp_path / "b", drop_layers=(4,), **options))
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+    deeper = [
+        node
+        for step in branches(graph).values()
+        for choice in step.node
+        for attribute in choice.attribute
+        if attribute.HasField("g")
+        for node in everywhere(attribute.g)
+    ]
+    assert {node.op_type for node in deeper} >= {"GroupQueryAttention", "Gather", "NonZero"}
+    assert not weights & {name for node in deeper for name in node.input}
 
 
 def test_rotary_tables_are_the_models(tmp_path):
