@@ -79,7 +79,7 @@ class Batch:
         self._slots = Slots(bundle, engine, self._count, engine.slots(room))
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
-        self._ended: list[Event] = []  # of rows that were cancelled
+        self._untold: list[Event] = []
         self._numbers = itertools.count()
         self._usage = Usage()
         self._is_open = True
@@ -180,8 +180,8 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """Rows that run or wait."""
-        return len(self._rows) + len(self._waiting)
+        """Rows that run or wait, or whose last event has not been told."""
+        return len(self._rows) + len(self._waiting) + sum(event.finished is not None for event in self._untold)
 
     def add(
         self,
@@ -251,7 +251,7 @@ class Batch:
             for rows in (self._rows, self._waiting):
                 for slot, one in enumerate(rows):
                     if one.number == row:
-                        self._ended.append(one.cancelled())
+                        self._untold.append(one.cancelled())
                         if rows is self._rows:
                             self._free(slot)
                         else:
@@ -274,9 +274,9 @@ class Batch:
         try:
             while self._waiting and len(self._rows) < self._count:
                 self._rows.append(self._waiting.popleft())
-            events = [] if self._rows else self._told()
             if self._rows:
-                events = self._run()
+                self._run()
+            events, self._untold = self._untold, []
             return events
         finally:
             self._usage.leave()
@@ -294,7 +294,7 @@ class Batch:
             "allocated": sum(buffer.nbytes for buffer in self._slots.buffers.caches.values()),
         }
 
-    def _run(self) -> list[Event]:
+    def _run(self) -> None:
         kind = self._next_kind()
         self._join(kind)
         runs = [row.run for row in self._rows if row.run is not None]
@@ -303,16 +303,20 @@ class Batch:
         begin = time.perf_counter()
         logits = self._slots.run(kind, runs, due)
         seconds = time.perf_counter() - begin
-        events = self._told()
+        interrupts = list[BaseException]()
         for slot, row in enumerate(self._rows):
-            if slot in logits:
-                events += row.advance(logits[slot], seconds)
-            else:
+            if slot not in logits:
                 row.waited += 1
+                continue
+            try:
+                self._untold += row.advance(logits[slot], seconds)
+            except BaseException as interrupt:  # the others have run, too: they take what they got first
+                interrupts.append(interrupt)
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].run is None:
                 self._free(slot)
-        return events
+        if interrupts:
+            raise interrupts[0]
 
     def _join(self, kind: StepKind) -> None:
         """New rows whose prompts end in this tick join those of their window."""
@@ -346,10 +350,6 @@ class Batch:
         assert last.run is not None
         valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))
         self._slots.move(len(self._rows), slot, *valid)
-
-    def _told(self) -> list[Event]:
-        events, self._ended = self._ended, []
-        return events
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.errors import LoraDropError
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import JoinedSchedule, PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.schedule import AdaptiveSchedule, JoinedSchedule, PeriodicSchedule, Schedule, StepKind
 
 from .acceptance import Draft, drafted, verified
 from .cycle import Cycle
@@ -53,7 +52,7 @@ class Event:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finished: str | None = None
-    error: LoraDropError | None = None
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Row:
         self._cycles: list[VerifiedCycle] = []
         schedule = options.schedule
         self._pace: Pace = AutoPace()
-        window = getattr(schedule, "k", _USUAL_WAIT - 1)
+        window = schedule.k if isinstance(schedule, PeriodicSchedule | AdaptiveSchedule) else _USUAL_WAIT - 1
         if isinstance(schedule, VerifiedSchedule):
             window = MOST_DRAFTS if schedule.drafts is None else schedule.drafts
             if schedule.drafts is not None:
@@ -148,10 +147,14 @@ class Row:
             self.run = self._runs.send((logits, seconds))
         except StopIteration:
             self.run = None
-        except LoraDropError as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
+        except Exception as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
             assert self.run is not None
             self._events.append(Event(self.number, None, self.run.kind, finished=FAILED, error=error))
             self.run = None
+        except BaseException:  # an interrupt ends the row: its steps cannot be taken up again
+            self._events.clear()
+            self.run = None
+            raise
         events, self._events = self._events, []
         return events
 

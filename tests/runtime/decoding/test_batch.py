@@ -93,9 +93,6 @@ def decoded(
             assert row.waited <= row.patience or not patient
         tick += 1
         assert tick < 5000
-    batch_left = batch.tick()  # rows that were cancelled while nothing else ran
-    for event in batch_left:
-        events[event.row].append(event)
     return [events[numbers[one]] for one in range(len(script))]
 
 
@@ -287,6 +284,31 @@ def test_a_row_that_fails_fails_alone() -> None:
     assert [event.token for event in events if event.row == 0] == fake_tokens(
         Request((1, 2), 6, 2, "backfill", False, 0.0, 0, 0)
     )
+
+
+def test_a_schedule_that_fails_ends_its_own_row() -> None:
+    class Wrong:
+        def kind(self, step, last):
+            raise ValueError("not today")
+
+    batch, _ = fake_batch(slots=2)
+    first, second = batch.add([1, 2], 4, stop_token_ids=[]), batch.add([3], 4, k=Wrong(), stop_token_ids=[])
+    events = [event for _ in iter(lambda: batch.rows, 0) for event in batch.tick()]
+    assert [event.token for event in events if event.row == first] == fake_tokens(
+        Request((1, 2), 4, 2, "backfill", False, 0.0, 0, 0)
+    )
+    *_, last = (event for event in events if event.row == second)
+    assert (last.finished, str(last.error)) == ("failed", "not today")
+
+
+def test_a_row_that_was_cancelled_counts_until_that_is_told() -> None:
+    batch, _ = fake_batch(slots=1)
+    numbers = [batch.add([1], 4), batch.add([2], 4)]
+    for number in (*numbers, numbers[0]):
+        batch.cancel(number)
+    assert batch.rows == 2
+    assert [(event.row, event.finished) for event in batch.tick()] == [(number, "cancelled") for number in numbers]
+    assert batch.rows == 0
 
 
 def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
