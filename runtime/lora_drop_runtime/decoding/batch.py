@@ -7,7 +7,6 @@ window come to refresh together, and a new row's prompt joins them there. No row
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .opening import checked_policy, open_bundle
 from .prompts import prompt_rows
-from .row import Event, Row, RowOptions
+from .row import Event, Logits, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
 from .schedules import named_schedule
 from .slots import Slots
@@ -80,8 +79,9 @@ class Batch:
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
-        self._numbers = itertools.count()
-        self._usage = Usage()
+        self._got: list[tuple[Row, Logits, float]] = []  # rows that have run, and have not been given their logits
+        self._added = 0
+        self._usage = Usage("batch")
         self._is_open = True
 
     @classmethod
@@ -148,6 +148,7 @@ class Batch:
         return batch
 
     def __enter__(self) -> Batch:
+        self._check_open()
         return self
 
     def __exit__(
@@ -173,6 +174,7 @@ class Batch:
 
     def describe(self) -> str:
         """How many slots there are, and what they take."""
+        self._check_open()
         return (
             f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
             f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
@@ -238,14 +240,21 @@ class Batch:
         options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs))
         sampling = checks.checked_sampling(sampling)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
-        number = next(self._numbers)
+        number = self._added
+        self._added += 1
         sampler = RowSampler(sampling, prompt, stream, number)
-        self._waiting.append(Row(number, prompt, options, sampler, self._chunk, self._engine.verified_tokens))
+        limits_of_runs = self._chunk, self._engine.verified_tokens
+        self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, self._tell))
         return number
 
     def cancel(self, row: int) -> None:
-        """Give a row up: its slot is free at once, and the next tick has its last event. One that is over stays so."""
+        """Give a row up: its slot is free at once, and the next tick has its last event. One that is over stays so.
+
+        Raises:
+            InputError: no row has that number.
+        """
         self._check_open()
+        checks.check_row(row, self._added)
         self._usage.enter()
         try:
             for rows in (self._rows, self._waiting):
@@ -263,7 +272,8 @@ class Batch:
     def tick(self) -> list[Event]:
         """Run one step for the rows that are due for it; returns their events, several of a row under `lossless`.
 
-        Nothing happens where there is no row. A tick that was interrupted can be taken again.
+        Nothing happens where there is no row. After an interrupt the next tick goes on; a row whose tokens were being
+        chosen then has `failed`.
 
         Raises:
             BundleError: the engine cannot run the step.
@@ -272,10 +282,12 @@ class Batch:
         self._check_open()
         self._usage.enter()
         try:
+            self._settle()  # what an interrupted tick has left
             while self._waiting and len(self._rows) < self._count:
                 self._rows.append(self._waiting.popleft())
             if self._rows:
                 self._run()
+                self._settle()
             events, self._untold = self._untold, []
             return events
         finally:
@@ -283,10 +295,13 @@ class Batch:
 
     def statistics(self, row: int) -> Statistics | None:
         """What a row that runs has counted, where its refreshes verify drafts; None of one that does not run."""
+        self._check_open()
+        checks.check_row(row, self._added)
         return next((one.statistics() for one in self._rows if one.number == row), None)
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all slots."""
+        self._check_open()
         plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
         return {
             "kept": sum(row.kept for row in self._rows) * len(plan.kept_attentions) * token_bytes,
@@ -303,20 +318,27 @@ class Batch:
         begin = time.perf_counter()
         logits = self._slots.run(kind, runs, due)
         seconds = time.perf_counter() - begin
-        interrupts = list[BaseException]()
+        self._got = [(self._rows[slot], logits[slot], seconds) for slot in due]
         for slot, row in enumerate(self._rows):
-            if slot not in logits:
-                row.waited += 1
-                continue
+            row.waited += slot not in logits
+
+    def _settle(self) -> None:
+        """Give rows the logits of the last run, tell their events, and take out those that are over.
+
+        An interrupt ends the row that it comes upon; the others take what they got all the same, here or later.
+        """
+        interrupt: BaseException | None = None
+        while self._got:
+            row, logits, seconds = self._got.pop(0)
             try:
-                self._untold += row.advance(logits[slot], seconds)
-            except BaseException as interrupt:  # the others have run, too: they take what they got first
-                interrupts.append(interrupt)
+                row.advance(logits, seconds)
+            except BaseException as error:
+                interrupt = interrupt or error
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].run is None:
                 self._free(slot)
-        if interrupts:
-            raise interrupts[0]
+        if interrupt is not None:
+            raise interrupt
 
     def _join(self, kind: StepKind) -> None:
         """New rows whose prompts end in this tick join those of their window."""
@@ -343,13 +365,16 @@ class Batch:
 
     def _free(self, slot: int) -> None:
         """Take a row out; the last one moves to its slot."""
-        last = self._rows.pop()
-        if slot == len(self._rows):
-            return
-        self._rows[slot] = last
-        assert last.run is not None
-        valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))
-        self._slots.move(len(self._rows), slot, *valid)
+        rows, last = self._rows[:-1], self._rows[-1]
+        if slot < len(rows):
+            assert last.run is not None
+            valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))
+            self._slots.move(len(rows), slot, *valid)
+            rows[slot] = last
+        self._rows = rows
+
+    def _tell(self, event: Event) -> None:
+        self._untold.append(event)
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -48,7 +48,8 @@ def stop_ids(stop_token_ids: Sequence[int] | None, eos: Sequence[int]) -> set[in
     hint = "Use for example stop_token_ids=[2]."
     if stop_token_ids is None:
         return set(eos)
-    if isinstance(stop_token_ids, str | bytes) or not isinstance(stop_token_ids, Collection | np.ndarray):
+    scalar = isinstance(stop_token_ids, np.ndarray) and not stop_token_ids.ndim
+    if scalar or isinstance(stop_token_ids, str | bytes) or not isinstance(stop_token_ids, Collection | np.ndarray):
         raise wrong_type("The list of stop tokens", stop_token_ids, "a list of token ids", hint)
     return {whole_number("A stop token", token, hint) for token in stop_token_ids}
 
@@ -108,6 +109,12 @@ def limit(what: str, tokens: int | None, most: int, name: str) -> int:
 def batch_limits(max_seq_len: int, max_prompt_len: int) -> Limits:
     """Of one row of a batch."""
     return Limits(max_seq_len, max_prompt_len, 1)
+
+
+def check_row(row: int, added: int) -> None:
+    hint = "Use what add returned."
+    if not 0 <= whole_number("The row", row, hint) < added:
+        raise InputError("The batch has no such row.", note=f"It is {row}, {added} were added.", hint=hint)
 
 
 def flag(what: str, value: bool) -> bool:
@@ -261,8 +268,14 @@ def closed_batch() -> InputError:
     )
 
 
-def used_by_another_thread() -> InputError:
+def used_by_another_thread(what: str = "session") -> InputError:
     """For a call that would disturb one that is running, or a stream that is not at its end, in another thread."""
+    if what == "batch":
+        return InputError(
+            "The batch is in use by another thread.",
+            note="A tick of another thread is running, or was interrupted there.",
+            hint="Tick, cancel and close from one thread; add may come from any.",
+        )
     return InputError(
         "The session is in use by another thread.",
         note="A session serves one request at a time; another thread's is not finished.",

@@ -7,7 +7,7 @@ of the row alone, whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -52,7 +52,7 @@ class Event:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finished: str | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Row:
         prompt: int64 [T].
         chunk: the most tokens in one run.
         most_verified: of them the most whose logits are wanted; None for no limit.
+        tell: is given each event as it happens.
 
     Attributes:
         run: what it wants to run; None once it is over.
@@ -117,15 +118,21 @@ class Row:
     """
 
     def __init__(
-        self, number: int, prompt: Ids, options: RowOptions, sampler: RowSampler, chunk: int, most_verified: int | None
+        self,
+        number: int,
+        prompt: Ids,
+        options: RowOptions,
+        sampler: RowSampler,
+        chunk: int,
+        most_verified: int | None,
+        tell: Callable[[Event], None],
     ) -> None:
-        self.number, self.options = number, options
+        self.number, self.options, self._tell = number, options, tell
         self.kept = self.dropped = self.waited = 0
         self._prompt: list[int] = prompt.tolist()
         self._sampler, self._chunk = sampler, chunk
         self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
         self._left = options.new_tokens
-        self._events: list[Event] = []
         self._cycles: list[VerifiedCycle] = []
         schedule = options.schedule
         self._pace: Pace = AutoPace()
@@ -140,23 +147,19 @@ class Row:
         self._runs = self._steps()
         self.run: Run | None = next(self._runs)
 
-    def advance(self, logits: Logits, seconds: float) -> list[Event]:
-        """Its run is done, and gave these logits [n, V]; returns the events of it."""
-        self.waited = 0
+    def advance(self, logits: Logits, seconds: float) -> None:
+        """Its run is done, and gave these logits [n, V]."""
+        assert self.run is not None
+        kind, self.waited = self.run.kind, 0
         try:
             self.run = self._runs.send((logits, seconds))
         except StopIteration:
             self.run = None
-        except Exception as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
-            assert self.run is not None
-            self._events.append(Event(self.number, None, self.run.kind, finished=FAILED, error=error))
+        except BaseException as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
             self.run = None
-        except BaseException:  # an interrupt ends the row: its steps cannot be taken up again
-            self._events.clear()
-            self.run = None
-            raise
-        events, self._events = self._events, []
-        return events
+            self._tell(Event(self.number, None, kind, finished=FAILED, error=error))
+            if not isinstance(error, Exception):
+                raise
 
     def join(self, ahead: int) -> None:
         """Let a new row's first cycle be shorter by so many LoRA steps, so that it refreshes with the others."""
@@ -203,7 +206,7 @@ class Row:
     def _event(self, token: int, logits: Logits, kind: StepKind) -> bool:
         """Tell a token; returns whether the row goes on."""
         if token in self.options.stops:
-            self._events.append(Event(self.number, None, kind, finished=STOP))
+            self._tell(Event(self.number, None, kind, finished=STOP))
             return False
         self._left -= 1
         logprob, top = None, list[tuple[int, float]]()
@@ -214,7 +217,7 @@ class Row:
             likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
             top = [(int(one), float(shifted[one] - total)) for one in likeliest]
         finished = None if self._left else LENGTH
-        self._events.append(Event(self.number, token, kind, logprob, tuple(top), finished))
+        self._tell(Event(self.number, token, kind, logprob, tuple(top), finished))
         return bool(self._left)
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────

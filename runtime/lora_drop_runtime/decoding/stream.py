@@ -15,16 +15,17 @@ Chosen = Generator[tuple[Ids, npt.NDArray[np.bool_]], None, None]  # a token per
 
 
 class Usage:
-    """Which thread is inside a session. None is shut out by itself, even where an interrupt left it inside."""
+    """Which thread is inside a session or batch. None is shut out by itself, even where an interrupt left it there."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "session") -> None:
+        self._what = what
         self._inside: dict[str, int] = {}
 
     def enter(self) -> None:
         """Begin a call. Raises InputError while another thread's is running."""
         me = threading.get_ident()
         if self._inside.setdefault("thread", me) != me:  # one bytecode of C: no thread comes between
-            raise checks.used_by_another_thread()
+            raise checks.used_by_another_thread(self._what)
 
     def leave(self) -> None:
         self._inside.pop("thread", None)

@@ -237,6 +237,10 @@ def most_refreshes(schedule: Schedule, steps: int) -> int:
     own: Callable[[int], int] | None = getattr(schedule, "most_refreshes", None)
     if own is None:
         return steps
+    if not callable(own):
+        raise wrong_type(
+            f"{type(schedule).__name__}.most_refreshes", own, "a method", "Write def most_refreshes(self, steps): …."
+        )
     most = own(steps)
     if isinstance(most, bool) or not isinstance(most, numbers.Integral) or not 0 <= most <= steps:
         raise InputError(

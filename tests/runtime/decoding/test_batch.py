@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import CHUNK
-from lora_drop_runtime.errors import BundleError, PlanError
+from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.bundles import make_bundle
@@ -260,6 +262,57 @@ def test_a_tick_that_was_interrupted_can_be_taken_again() -> None:
     assert tokens == fake_tokens(request)
 
 
+class Interrupt:
+    """Raises KeyboardInterrupt in the `count`-th line that is run in the modules of a batch.
+
+    Not in the last line of a tick, where its events are on their way to the caller.
+    """
+
+    FILES = ("batch.py", "row.py", "slots.py", "cycle.py", "sampling.py")
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        lines = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and "return events" not in lines:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("count", range(1, 400, 7))
+def test_an_interrupt_ends_at_most_the_row_that_it_comes_upon(count: int) -> None:
+    """Wherever in a tick: no token is lost or told twice, and every row has a last event."""
+    batch, _ = fake_batch(k=1, slots=3)
+    asked = [Request(prompt, 5, 1, "backfill", False, 0.0, 0, 0) for prompt in ((1, 2), (3,), (4, 5, 6))]
+    for request in asked:
+        batch.add(request.prompt, 5, stop_token_ids=[])
+    events = batch.tick()
+    tracing = sys.gettrace()
+    sys.settrace(Interrupt(count))
+    try:
+        events += batch.tick()
+        events += batch.tick()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    while batch.rows:
+        events += batch.tick()
+    for number, request in enumerate(asked):
+        own = [event for event in events if event.row == number]
+        tokens = [event.token for event in own if event.token is not None]
+        failed = own[-1].finished == "failed"
+        assert failed or own[-1].finished == "length"
+        assert tokens == fake_tokens(request)[: len(tokens)]
+        assert failed or len(tokens) == 5
+    assert sum(event.finished == "failed" for event in events) <= 1
+
+
 def test_a_row_that_fails_fails_alone() -> None:
     batch, engine = fake_batch(slots=2)
     plain = engine._predict
@@ -326,11 +379,15 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
         batch.add([1], 3, k=-1)
     assert batch.rows == 0
     assert batch.tick() == []
-    batch.cancel(17)
+    assert_refused(lambda: batch.cancel(17), "The batch has no such row.", "17", "0 were added")
+    for wrong in (True, 0.0, None, np.array([1, 2])):
+        with pytest.raises(InputError):
+            batch.cancel(wrong)
+    assert_refused(lambda: batch.add([1], 3, stop_token_ids=np.array(2)), "The list of stop tokens")
     batch.close()
     batch.close()
-    assert_refused(batch.tick, "The batch is closed.")
-    assert_refused(lambda: batch.add([1], 1), "The batch is closed.")
+    for call in (batch.tick, lambda: batch.add([1], 1), batch.kv_bytes, batch.describe, batch.__enter__):
+        assert_refused(call, "The batch is closed.")
 
 
 @pytest.mark.parametrize(
