@@ -288,10 +288,10 @@ class Batch:
             if self._rows:
                 self._run()
                 self._settle()
-            events, self._untold = self._untold, []
-            return events
         finally:
             self._usage.leave()
+        events, self._untold = self._untold, []
+        return events
 
     def statistics(self, row: int) -> Statistics | None:
         """What a row that runs has counted, where its refreshes verify drafts; None of one that does not run."""
