@@ -86,6 +86,15 @@ def rewire(root, step, change) -> None:
     record_again(root)
 
 
+def nodes_of(graph):
+    """With those of the graphs within it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+
+
 def swap_weights(graph) -> None:
     """Two weights of the same shape trade places, as a wrong offset would do."""
     names = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv"]
@@ -95,16 +104,17 @@ def swap_weights(graph) -> None:
 
 
 def swap_caches(graph) -> None:
-    (node,) = [n for n in graph.node if n.op_type == "GroupQueryAttention" and "past_key.1" in n.input]
-    node.input[3], node.input[4] = node.input[4], node.input[3]
+    found = [n for n in nodes_of(graph) if n.op_type == "GroupQueryAttention" and "past_key.1" in n.input]
+    assert found
+    for node in found:
+        node.input[3], node.input[4] = node.input[4], node.input[3]
 
 
 def wrong_length_group(graph) -> None:
     """A dropped layer counts slots like a kept one."""
-    for node in graph.node:
+    for node in nodes_of(graph):
         for i, name in enumerate(node.input):
-            if name == "len_dropped":
-                node.input[i] = "len_kept"
+            node.input[i] = {"len_dropped": "len_kept", "last_dropped": "last_kept"}.get(name, name)
 
 
 def no_base(graph) -> None:
@@ -150,8 +160,9 @@ def scales_of_another(graph) -> None:
 
 
 def cache_scales_swapped(graph) -> None:
-    node = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
-    node.input[12], node.input[13] = node.input[13], node.input[12]
+    layer = next(n.input[3] for n in nodes_of(graph) if n.op_type == "GroupQueryAttention")
+    for node in (n for n in nodes_of(graph) if n.op_type == "GroupQueryAttention" and n.input[3] == layer):
+        node.input[12], node.input[13] = node.input[13], node.input[12]
 
 
 @pytest.fixture(scope="module")
