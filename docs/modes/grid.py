@@ -73,7 +73,9 @@ def cells(model: str) -> list[Cell]:
 
 
 def table(found: list[Cell]) -> None:
-    print("| policy | ρ | k | speed | perplexity, prose | code | K/V saved |\n|---|---|---|---|---|---|---|")
+    print(
+        "| policy | ρ | k | speed | perplexity, prose | perplexity, code | K/V saved |\n|---|---|---|---|---|---|---|"
+    )
     for cell in found:
         speed = "" if cell.speed is None else f"{cell.speed:.2f}×"
         texts = " | ".join(f"{cell.perplexity[text]:.3f}" if text in cell.perplexity else "" for text in TEXTS)
@@ -105,11 +107,13 @@ def draw(grids: dict[str, list[Cell]], name: str, label: str, x: Callable[[Cell]
 
 
 def main() -> None:
+    print("# The grid of modes.md\n\nMade by `python docs/modes/grid.py`. Perplexity is over the full schedule's.")
     grids = {model: found for model in MODELS if (found := cells(model))}
     for model, found in grids.items():
-        print(f"\n### {MODELS[model]}\n")
+        print(f"\n## {MODELS[model]}\n")
         table(found)
-    draw(grids, "speed.png", "decoding speed over the full schedule's", lambda cell: cell.speed)
+    if any(cell.speed for found in grids.values() for cell in found):
+        draw(grids, "speed.png", "decoding speed over the full schedule's", lambda cell: cell.speed)
     saving = {model: [cell for cell in found if cell.policy == "skip"] for model, found in grids.items()}
     draw(saving, "kv.png", "share of the generated tokens' K/V that is not kept", lambda cell: cell.saved)
 
