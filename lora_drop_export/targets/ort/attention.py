@@ -118,15 +118,14 @@ def lower_attention(
         attributes["softcap"] = node.attributes["softcap"].as_float()
     if window := mask_window(node):
         attributes["local_window_size"] = window
-    quantized: list[ir.Value | None] = []
+    quantized: list[ir.Value | None] = [None, None]
     if key_scale is not None and value_scale is not None:
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         scales = (
             seen_as(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
         )
         quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
-    plain = query.dtype == ir.DataType.FLOAT and not quantized and not window
-    folds = plain and heads // kv_heads >= MIN_FOLD
+    folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window
     rows: list[ir.Value | None] = [None, None, None]
     rotary: list[ir.Value | None] = [None] * 5
     rotated = None if folds or query.dtype != ir.DataType.FLOAT else rotations.joined(query, key, value)
@@ -141,9 +140,7 @@ def lower_attention(
         ]
     for past in (past_key, past_value):
         past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
-    scales_or_none = [*quantized, *[None] * (2 - len(quantized))]
-    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *scales_or_none]
-    inputs += [None, None, lengths.new_tokens]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized, None, None, lengths.new_tokens]
     while inputs[-1] is None:
         inputs.pop()
     name, any_rows = f"layer_{past_key.name}", Ops()  # type: ignore[union-attr]

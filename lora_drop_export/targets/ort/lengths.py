@@ -25,7 +25,7 @@ class Lengths:
         self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
         self.new_tokens = self._input(NEW_TOKENS, ["batch"]) if ragged else None  # int32 [B]
-        for length in TOTALS.keys() & self.inputs.keys():
+        for length in [name for name in TOTALS if name in self.inputs]:  # in order: a graph is the same each time
             self._input(TOTALS[length], [])
             if ragged:
                 self._input(LAST_SLOTS[length], ["batch"])

@@ -59,8 +59,7 @@ class Packing:
         graph.inputs.append(self.condition)
         plain = Ops()
         zero, one = (plain.constant(np.array(n, np.int64)) for n in (0, 1))
-        self._flat = plain.ints([-1])
-        front = plain.ints([0])
+        flat, front = plain.ints([-1]), plain.ints([0])
         width = plain("Squeeze", plain("Shape", ids, start=1, end=2))  # S
         columns = plain("Range", zero, width, one)  # [S]
         positions = plain("Add", plain("Unsqueeze", kept, plain.ints([1])), columns)  # [B, S]
@@ -75,9 +74,9 @@ class Packing:
         chunks = then("Min", then("Add", begins, columns), last)  # [B, S]: where each place lies in [T]
         rows = then("Min", then("Add", begins, then("Max", index, zero)), last)  # [B, R]: the same of what has logits
         packed = [
-            then("Unsqueeze", then("Gather", then("Reshape", ids, self._flat), places), front),
-            then("Unsqueeze", then("Reshape", rows, self._flat), front),
-            then("Unsqueeze", then("Gather", then("Reshape", positions, self._flat), places), front),
+            then("Unsqueeze", then("Gather", then("Reshape", ids, flat), places), front),
+            then("Unsqueeze", then("Reshape", rows, flat), front),
+            then("Unsqueeze", then("Gather", then("Reshape", positions, flat), places), front),
             places,
             chunks,
         ]

@@ -82,6 +82,7 @@ def test_io_is_the_table(tmp_path):
                 own = dict.fromkeys((LORA_STEP, PACKED_STEP), (onnx.TensorProto.BOOL, []))
                 own |= dict.fromkeys(TOTALS.values(), (onnx.TensorProto.INT32, []))
                 own |= dict.fromkeys((NEW_TOKENS, *LAST_SLOTS.values()), (onnx.TensorProto.INT32, ["batch"]))
+                assert [value.name for value in graph.input if value.name in TOTALS.values()] == list(TOTALS.values())
                 for value in [value for value in graph.input if value.name in own]:  # which the engine sets
                     kind_of = value.type.tensor_type
                     sizes = [d.dim_param or d.dim_value for d in kind_of.shape.dim]
