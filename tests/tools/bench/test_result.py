@@ -174,6 +174,31 @@ def test_a_ratio_within_the_noise_is_not_above_the_ceiling() -> None:
     assert backfill.own_speedup is None  # its refreshes are longer than the full schedule's
 
 
+@pytest.mark.parametrize(
+    ("policy", "rows", "schedule", "counts"),
+    [
+        ("backfill", 2, "periodic", True),
+        ("backfill", 1, "periodic", False),
+        ("skip", 2, "periodic", False),
+        ("backfill", 2, "margin", False),
+    ],
+)
+def test_operations_count_where_a_batch_runs_several_tokens_at_once(policy, rows, schedule, counts) -> None:
+    """By chunks of B and of B · (k + 1) tokens behind the context, and for no cycle that is not known beforehand."""
+    asked = []
+
+    def chunk_seconds(context: int, tokens: int) -> float:
+        asked.append((context, tokens))
+        return tokens / 10
+
+    manifest, request = tiny_manifest(), Request(10, rows, 5)
+    runs = [Run(0.5, [1.0] * 4, kinds=["lora", "refresh"] * 2)] * 2
+    row = make_row("b", manifest, 1, request, runs, runs, None, POLICIES[policy], schedule, chunk_seconds)
+    assert asked == ([(10, 2), (10, 4)] if counts else [])
+    wanted = costs.operations_ceiling(manifest, 10, 1, 2, 0.2, 0.4) if counts else None
+    assert row.operations_ceiling == wanted
+
+
 def test_median_of_ratios() -> None:
     assert median_ratio([1.0, 8.0, 3.0], [1.0, 2.0, 1.0]) == 3  # of 1, 4 and 3
 

@@ -66,6 +66,7 @@ class TimedSession:
 
     def __init__(self, bundle: Bundle, engine: Engine, policy: str | None = None, draft: str | None = None) -> None:
         self._engine = TimedEngine(engine)
+        self._chunks: dict[tuple[int, int], float] = {}
         schedule = PeriodicSchedule(bundle.manifest.plan.k)  # every request brings its own
         self.session = Session(bundle, cast("Engine", self._engine), schedule, policy, draft)
 
@@ -95,14 +96,17 @@ class TimedSession:
             return self._run(prompts, new_tokens, k)
 
     def chunk_seconds(self, context: int, tokens: int) -> float:
-        """The median time of a run of so many tokens of one row behind a prompt of `context`."""
+        """The median time of a run of so many tokens of one row behind a prompt of `context`; measured once."""
+        if (context, tokens) in self._chunks:
+            return self._chunks[context, tokens]
         self.session.prefill(np.zeros((1, context), np.int64), max_new_tokens=tokens + 1, k=0)
         step = self.session._running().chunk(tokens)
         runs = self._engine.run_seconds
         runs.clear()
         for _ in range(CHUNK_REPEATS + 1):
             step()
-        return statistics.median(runs[1:])
+        self._chunks[context, tokens] = statistics.median(runs[1:])  # the first run prepares
+        return self._chunks[context, tokens]
 
     def _run(self, prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule) -> Run:
         clock, runs = time.perf_counter, self._engine.run_seconds

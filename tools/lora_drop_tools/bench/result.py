@@ -378,14 +378,8 @@ def make_row(
     else:
         own = _verified_steps(manifest, request, runs, bandwidth)
     operations = None
-    if (
-        chunk_seconds is not None
-        and rows > 1
-        and k
-        and k == most
-        and policy.refresh_tokens(most) > 1
-        and own.asymptotic
-    ):
+    several = policy.refresh_tokens(most) > 1 and not policy.verifies and schedule == PERIODIC
+    if chunk_seconds is not None and rows > 1 and several:
         times = (chunk_seconds(request.context, rows * count) for count in (1, most + 1))
         operations = costs.operations_ceiling(manifest, request.context, most, rows, *times)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]
