@@ -257,10 +257,11 @@ class Batch:
         checks.check_row(row, self._added)
         self._usage.enter()
         try:
+            self._settle()  # what an interrupted tick has left
             for rows in (self._rows, self._waiting):
                 for slot, one in enumerate(rows):
                     if one.number == row:
-                        self._untold.append(one.cancelled())
+                        one.cancel()
                         if rows is self._rows:
                             self._free(slot)
                         else:

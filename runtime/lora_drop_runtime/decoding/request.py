@@ -80,9 +80,13 @@ class Request:
         self._prepared_chunks: dict[tuple[int, int], tuple[Ids, Step]] = {}
         self._since_refresh: list[Ids] = []  # the tokens [B] of each LoRA step since the last refresh
         self._cycle = Cycle(self.schedule, self.max_steps)
-        self.steps_done = 0
         self.kept, self.dropped = self.len_kept.data, self.len_dropped.data
         self._idle = -1 if self.engine.idle_rows else 0  # the logits_index of a row that is not to run
+
+    @property
+    def steps_done(self) -> int:
+        """Decode steps after the prefill; where drafts are verified the tokens of the longest row."""
+        return self._cycle.steps_done
 
     @property
     def caches(self) -> dict[str, Buffer]:
@@ -96,7 +100,7 @@ class Request:
         else:
             self._prefill_row_by_row(ids, lengths, chunk)
         self.logits_index[:] = 0
-        self.steps_done, self.side = 0, 0
+        self.side = 0
         self._prompts = lengths.copy()
 
     @property
@@ -177,13 +181,12 @@ class Request:
             self._since_refresh.append(self.input_ids[:, 0].copy())
             if self.buffers.are_double:
                 self.side = 1 - self.side
-        self.steps_done += 1
 
     def advance(self, row: int, tokens: int) -> None:
         """A refresh has run so many tokens of a row that stay."""
         self.kept[row] += tokens
         self.dropped[row] += tokens
-        self.steps_done = max(self.steps_done, int(self.kept[row] - self._prompts[row]))
+        self._cycle.steps_done = max(self.steps_done, int(self.kept[row] - self._prompts[row]))
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""

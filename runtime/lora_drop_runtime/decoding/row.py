@@ -173,12 +173,12 @@ class Row:
         """Whether its next run is the last of its prompt."""
         return self.is_new and self.run is not None and self.kept + len(self.run.tokens) == len(self._prompt)
 
-    def cancelled(self) -> Event:
-        """The last event of a row that is given up."""
-        kind = StepKind.REFRESH if self.run is None else self.run.kind
+    def cancel(self) -> None:
+        """Give the row up, while it wants to run."""
+        assert self.run is not None
+        kind, self.run = self.run.kind, None
         self._runs.close()
-        self.run = None
-        return Event(self.number, None, kind, finished=CANCELLED)
+        self._tell(Event(self.number, None, kind, finished=CANCELLED))
 
     def statistics(self) -> Statistics:
         """What was counted, where refreshes verify drafts."""

@@ -49,7 +49,8 @@ class Slots:
         self._kept_lengths, self._dropped_lengths = (
             engine.allocate(name, (count,), "int64") for name in ("len_kept", "len_dropped")
         )
-        self._side = 0
+        self._side, self._count = 0, count
+        self._logits: dict[int, Buffer] = {}  # of all slots, by how many a row wants; read before the next run
         self._prepared: OrderedDict[tuple[StepKind, int, int, int, int], _Prepared] = OrderedDict()
 
     @property
@@ -111,8 +112,10 @@ class Slots:
         engine, states = self._engine, self.buffers.states
         sizes = ((width, "ids"), (wanted, "index"), (wanted * engine.chooses_tokens, "token"))
         ids, index, token = (engine.allocate(f"batch_{name}", (rows, count), "int64") for count, name in sizes)
-        shape = self._spec.sized({"batch": rows, "rows": wanted})
-        logits = engine.allocate_resident(f"batch_logits.{rows}.{wanted}", shape, self._spec.dtype)
+        if wanted not in self._logits:
+            shape = self._spec.sized({"batch": self._count, "rows": wanted})
+            self._logits[wanted] = engine.allocate_resident(f"batch_logits.{wanted}", shape, self._spec.dtype)
+        logits = self._logits[wanted][:rows]
         lengths = {"len_kept": self._kept_lengths[:rows], "len_dropped": self._dropped_lengths[:rows]}
         inputs = {"input_ids": ids, "logits_index": index, **lengths}
         after = states[1 - side] if kind is StepKind.LORA else states[side]

@@ -313,6 +313,28 @@ def test_an_interrupt_ends_at_most_the_row_that_it_comes_upon(count: int) -> Non
     assert sum(event.finished == "failed" for event in events) <= 1
 
 
+@pytest.mark.parametrize("count", range(1, 200, 5))
+def test_rows_are_cancelled_after_an_interrupt(count: int) -> None:
+    """Each has one last event, whether the interrupt ended it or not."""
+    batch, _ = fake_batch(k=1, slots=3)
+    for prompt in ([1, 2], [3], [4, 5, 6]):
+        batch.add(prompt, 5, stop_token_ids=[])
+    events = batch.tick()
+    tracing = sys.gettrace()
+    sys.settrace(Interrupt(count))
+    try:
+        events += batch.tick()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    for number in range(3):
+        batch.cancel(number)
+    events += batch.tick()
+    assert batch.rows == 0
+    assert sorted(event.row for event in events if event.finished) == [0, 1, 2]
+
+
 def test_a_row_that_fails_fails_alone() -> None:
     batch, engine = fake_batch(slots=2)
     plain = engine._predict
