@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from lora_drop_runtime.decoding import lossless
+from lora_drop_runtime.decoding import drafter
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -34,7 +34,7 @@ near_ties: list[str] = []
 
 @pytest.fixture(autouse=True)
 def whatever_the_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lossless, "CONFIDENCE", 0.0)
+    monkeypatch.setattr(drafter, "CONFIDENCE", 0.0)
 
 
 @pytest.fixture(

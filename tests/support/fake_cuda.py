@@ -37,6 +37,7 @@ class cudaError_t(enum.IntEnum):
 class cudaMemcpyKind(enum.IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class cudaDeviceAttr(enum.IntEnum):
@@ -219,6 +220,8 @@ class FakeCuda:
                 self._refuse_in_capture()
                 staged = host(src, count).copy()
                 self.enqueue(lambda: np.copyto(self.view(dst, count), staged))
+        elif kind == cudaMemcpyKind.cudaMemcpyDeviceToDevice:
+            self.enqueue(lambda: np.copyto(self.view(dst, count), self.view(src, count).copy()))
         else:
             assert self._is_pinned(dst, count), "a copy out of the device that would make the host wait"
             self.enqueue(lambda: np.copyto(host(dst, count), self.view(src, count)))

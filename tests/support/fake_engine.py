@@ -21,6 +21,7 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.engine import copy_arrays
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from numpy.typing import NDArray
@@ -98,6 +99,7 @@ class FakeEngine:
     verified_tokens: int | None = None
     batched_chunks = False
     idle_rows = False
+    many_requests = True
     warms_up = False
 
     def __init__(
@@ -137,6 +139,9 @@ class FakeEngine:
 
     def read(self, buffer: Array) -> Array:
         return buffer
+
+    def copy(self, source: Array, target: Array, slots: int | None) -> None:
+        copy_arrays(source, target, slots)
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         binding = Binding(kind, dict(inputs), dict(outputs))

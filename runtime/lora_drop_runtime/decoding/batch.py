@@ -25,10 +25,10 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .opening import checked_policy, open_bundle
 from .prompts import prompt_rows
-from .row import Event, Logits, Row, RowOptions
+from .row import Event, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
 from .schedules import named_schedule
-from .slots import Slots
+from .slots import Logits, Slots
 from .statistics import Statistics
 from .stream import Usage
 
@@ -303,12 +303,7 @@ class Batch:
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all slots."""
         self._check_open()
-        plan, token_bytes = self.bundle.manifest.plan, self.bundle.manifest.model.token_kv_bytes
-        return {
-            "kept": sum(row.kept for row in self._rows) * len(plan.kept_attentions) * token_bytes,
-            "dropped": sum(row.dropped for row in self._rows) * len(plan.dropped_attentions) * token_bytes,
-            "allocated": sum(buffer.nbytes for buffer in self._slots.buffers.caches.values()),
-        }
+        return self._slots.kv_bytes(sum(row.kept for row in self._rows), sum(row.dropped for row in self._rows))
 
     def _run(self) -> None:
         kind = self._next_kind()
@@ -317,11 +312,12 @@ class Batch:
         assert len(runs) == len(self._rows)
         due = [slot for slot, run in enumerate(runs) if run.kind is kind]
         begin = time.perf_counter()
-        logits = self._slots.run(kind, runs, due)
+        self._slots.run(kind, runs, due, once=any(self._rows[slot].is_new for slot in due))
+        logits = self._slots.logits()
         seconds = time.perf_counter() - begin
-        self._got = [(self._rows[slot], logits[slot], seconds) for slot in due]
+        self._got = [(self._rows[slot], logits[slot, : runs[slot].wanted], seconds) for slot in due]
         for slot, row in enumerate(self._rows):
-            row.waited += slot not in logits
+            row.waited += slot not in due
 
     def _settle(self) -> None:
         """Give rows the logits of the last run, tell their events, and take out those that are over.

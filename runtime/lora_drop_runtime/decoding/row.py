@@ -7,26 +7,23 @@ of the row alone, whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, JoinedSchedule, PeriodicSchedule, Schedule, StepKind
 
-from .acceptance import Draft, drafted, verified
 from .cycle import Cycle
-from .drafts import Text
-from .lossless import CONFIDENCE
-from .pace import MOST_DRAFTS, AutoPace, CycleTimes, FixedPace, Pace, RowOutcome
+from .drafter import Drafter
+from .pace import MOST_DRAFTS, AutoPace, CycleTimes, FixedPace, Pace
 from .sampling import Ids, RowSampler
+from .slots import Logits, Run
 from .statistics import Cycle as VerifiedCycle
 from .statistics import Statistics
 
-Logits = npt.NDArray[np.float32]
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 _USUAL_WAIT = 4  # ticks, of a row whose schedule does not say its window
 
@@ -55,23 +52,6 @@ class Event:
     error: BaseException | None = None
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a row wants to run.
-
-    Attributes:
-        tokens: of the row, at least one; a LoRA step runs one.
-        kept, dropped: the slots that are valid before it.
-        each: whether logits after each token are wanted, else after the last.
-    """
-
-    kind: StepKind
-    tokens: Sequence[int]
-    kept: int
-    dropped: int
-    each: bool = False
-
-
 Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
 
 
@@ -85,17 +65,6 @@ class RowOptions:
     source: DraftSource
     stops: frozenset[int]
     logprobs: int | None = None
-
-
-@dataclass
-class _Drafts:
-    """The drafts of a cycle."""
-
-    source: str = "lora"
-    made: list[Draft] = field(default_factory=list)
-    stopped: bool = False  # at a low confidence
-    lora_seconds: float = 0.0
-    lora_steps: int = 0
 
 
 class Row:
@@ -251,62 +220,39 @@ class Row:
     # ── drafts and their verification ──────────────────────────────────────────────────────────────────────
 
     def _verified_tokens(self, logits: Logits) -> Runs:
-        source = self.options.source
-        text = Text(self._prompt if source.looks_up else ())
-        token = self._sampler.take(logits)
+        options = self.options
+        drafter = Drafter(self._sampler, options.source, options.stops, self._prompt)
+        made, found = [self._sampler.take(logits)], logits[None]
         self._pace.begin()
-        made, found = [token], logits[None]
         while True:
             for place, token in enumerate(made):
                 if not self._event(token, found[place], StepKind.REFRESH):
                     return
-                if source.looks_up:
-                    text.append(token)
-            last, drafts = made[-1], _Drafts()
-            most = min(self._left, self._most_verified) - 1
-            if source.looks_up and most:
-                self._look_up(text, most, drafts)
-            if source.runs_lora_steps and drafts.source == "lora" and most:
-                yield from self._draft(last, most, drafts)
-            fed = [last, *(draft.token for draft in drafts.made)]
+            drafter.begin(made, min(self._left, self._most_verified) - 1)
+            if drafter.may_look_up:
+                drafter.look_up(self._pace.drafts("ngram", drafter.most, runs=1, width=1))
+            lora_steps, lora_seconds = yield from self._draft(drafter)
+            fed = drafter.fed
             found, seconds = yield Run(StepKind.REFRESH, fed, self.kept, self.dropped, each=True)
-            made = verified(self._sampler, drafts.made, found)
-            stop = next((place for place, token in enumerate(made, 1) if token in self.options.stops), len(made))
-            made = made[:stop]
+            made = drafter.judge(found)
             self.kept += len(made)
             self.dropped += len(made)
-            self._note(drafts, made, seconds)
+            outcome = drafter.outcome(made)
+            count = (outcome.drafted,), (outcome.accepted,), (len(made),)
+            self._cycles.append(VerifiedCycle(lora_steps, *count))
+            self._pace.saw(CycleTimes(lora_steps, lora_seconds, len(fed), seconds, len(made)), [outcome])
 
-    def _look_up(self, text: Text, most: int, drafts: _Drafts) -> None:
-        known = text.continuation(most)
-        if known:
-            drafts.source = "ngram"
-            count = self._pace.drafts("ngram", most, runs=1, width=1)
-            drafts.made = [Draft(token) for token in known[:count]]
-
-    def _draft(self, last: int, most: int, drafts: _Drafts) -> Runs:
-        count = min(most, self._pace.drafts("lora", most, runs=1, width=1))
-        seen = self._sampler.seen
+    def _draft(self, drafter: Drafter) -> Generator[Run, tuple[Logits, float], tuple[int, float]]:
+        """Returns how many LoRA steps ran, and their seconds."""
+        steps, total = 0, 0.0
+        count = self._pace.drafts("lora", drafter.most, runs=1, width=1) if drafter.may_draft else 0
+        drafter.begin_steps()
         try:
-            while len(drafts.made) < count:
-                behind = len(drafts.made)
-                token = drafts.made[-1].token if drafts.made else last
-                logits, seconds = yield Run(StepKind.LORA, [token], self.kept + behind, self.dropped)
-                drafts.lora_seconds += seconds
-                drafts.lora_steps += 1
-                draft, likeliest = drafted(self._sampler, logits[0])
-                if likeliest < CONFIDENCE:
-                    drafts.stopped = True
-                    return
-                drafts.made.append(draft)
-                self._sampler.remember(draft.token)
-        finally:  # drafts are no part of the text yet
-            self._sampler.seen = seen
-
-    def _note(self, drafts: _Drafts, made: Sequence[int], seconds: float) -> None:
-        agreed = sum(draft.token == token for draft, token in zip(drafts.made, made, strict=False))
-        count = len(drafts.made)
-        self._cycles.append(VerifiedCycle(drafts.lora_steps, (count,), (agreed,), (len(made),)))
-        outcome = RowOutcome(drafts.source, count, min(count, len(made)), agreed, drafts.stopped)
-        times = CycleTimes(drafts.lora_steps, drafts.lora_seconds, count + 1, seconds, len(made))
-        self._pace.saw(times, [outcome])
+            while drafter.may_draft and steps < count:
+                logits, seconds = yield Run(StepKind.LORA, drafter.fed[-1:], self.kept + steps, self.dropped)
+                steps += 1
+                total += seconds
+                drafter.saw(logits[0])
+        finally:
+            drafter.end_steps()
+        return steps, total

@@ -32,13 +32,13 @@ from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
-from .lossless import Clock, Lossless
+from .lossless import Clock, Lossless, most_verified
 from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
 from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
 from .request import Request
 from .sampling import Ids, Sampler, SamplingOptions
-from .speculation import Speculation
+from .slots import Run
 from .statistics import Statistics
 from .stream import Chosen, TokenStream, Usage
 
@@ -336,7 +336,7 @@ class Session:
         ids = harmless_padding(ids, lens)
         self._check_no_foreign_stream()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
-        request = Request.allocate(self.bundle, engine, lens, new_tokens, schedule, self._policy)
+        request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)
         request.prefill(ids, lens)
         self._request = request
 
@@ -381,7 +381,8 @@ class Session:
         self._with_room().step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
-        return self._opened().read(self._running().logits)[:, 0]  # [B, V]
+        self._opened()
+        return self._running().logits()
 
     def warm_up(self, batch: int = 1) -> None:
         """Run a short request of `batch` rows that nobody sees; ends the running request.
@@ -409,13 +410,16 @@ class Session:
         assert isinstance(self.schedule, VerifiedSchedule)
         drafts = MOST_DRAFTS if self.schedule.drafts is None else self.schedule.drafts
         self.prefill(tokens, max_new_tokens=most + 1)
-        steps = Speculation(self._running())
-        widest = min(drafts + 1, most, most if steps.most is None else steps.most)
+        request, engine, rows = self._running(), self._opened(), range(len(tokens))
+        verified = most_verified((engine.prefill_chunk, engine.verified_tokens))
+        widest = min(drafts + 1, most, most if verified is None else verified)
+        kept = request.kept[0]
         for width in range(2, widest + 1):
             for _ in range(4):
                 for _ in range(2 if self._source.runs_lora_steps and width == 2 else 0):  # on either side of a state
-                    steps.draft(dict.fromkeys(range(len(tokens)), 0), [0] * len(tokens))
-                steps.verify({row: [0] * width for row in range(len(tokens))})
+                    request.slots.run(StepKind.LORA, [Run(StepKind.LORA, [0], kept, kept)] * len(rows), rows)
+                refresh = Run(StepKind.REFRESH, [0] * width, kept, kept, each=True)
+                request.slots.run(StepKind.REFRESH, [refresh] * len(rows), rows)
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers; 0 without a request.

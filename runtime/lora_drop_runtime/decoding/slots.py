@@ -1,35 +1,63 @@
-"""The slots of a batch: caches and states, and runs of some rows in which the others stand still.
+"""The slots of some rows: caches and states, and runs of some rows in which the others stand still.
 
 Enters: for each row what it runs, and on which lengths. Leaves: logits. Knows no token's choice and no schedule. The
 rows that are there lie in the first slots, so that a run takes one slice of every buffer.
+
+An engine in which rows stand still (`Engine.idle_rows`) takes any rows in one call. In another one a row that is not
+due writes behind its valid entries, which its own next run overwrites, or the rows that are due run one by one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.engine import Buffer, Engine, Step
+from lora_drop_runtime.engines.engine import Array, Buffer, Engine, Step
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .buffers import RowBuffers
-from .row import Logits, Run
 from .sampling import Ids
 
+Logits = npt.NDArray[np.float32]
 _PREPARED = 64  # steps of different sizes that stay bound
+
+
+class Run(NamedTuple):
+    """What a row wants to run.
+
+    Attributes:
+        tokens: of the row; a LoRA step runs one. None of a row that is over: its entries stay if they can.
+        kept, dropped: the slots that are valid before it.
+        each: whether logits after each token are wanted, else after the last.
+    """
+
+    kind: StepKind
+    tokens: Sequence[int]
+    kept: int
+    dropped: int
+    each: bool = False
+
+    @property
+    def wanted(self) -> int:
+        return len(self.tokens) if self.each else 1
+
+    def behind(self, count: int) -> Run:
+        """What is left of it after so many of its tokens."""
+        return self._replace(tokens=self.tokens[count:], kept=self.kept + count, dropped=self.dropped + count)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A step over ids [b, S] with logits [b, R, V] at `index` [b, R]."""
+    """A step over ids [b, S] with logits at some places [b, R]; both also as views, which plain Python writes to."""
 
     ids: Ids
-    index: Ids
-    logits: Buffer
+    id_view: memoryview
+    index_view: memoryview
     step: Step
 
 
@@ -41,17 +69,22 @@ class Slots:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int]) -> None:
-        self._engine = engine
+        self._engine, self._count = engine, count
+        self._plan, self._token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
         self.buffers = RowBuffers.allocate(bundle, engine, count, slots)
         outputs = bundle.manifest.io(StepKind.REFRESH, engine.target).outputs
         self._spec = next(spec for spec in outputs if spec.name == "logits")
-        self._dropped = set(bundle.manifest.plan.dropped_attentions)
-        self._kept_lengths, self._dropped_lengths = (
-            engine.allocate(name, (count,), "int64") for name in ("len_kept", "len_dropped")
-        )
-        self._side, self._count = 0, count
-        self._logits: dict[int, Buffer] = {}  # of all slots, by how many a row wants; read before the next run
-        self._prepared: OrderedDict[tuple[StepKind, int, int, int, int], _Prepared] = OrderedDict()
+        self._dropped = set(self._plan.dropped_attentions)
+        self._most_kept, self._most_dropped = self._capacities()
+        self._lengths = {name: engine.allocate(name, (count,), "int64") for name in ("len_kept", "len_dropped")}
+        self._kept_now, self._dropped_now = (lengths.data for lengths in self._lengths.values())
+        self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
+        self._side = 0
+        self._outputs: dict[int, tuple[Buffer, Ids]] = {}  # of all slots, by how many a row wants; read before the next
+        self._prepared: dict[tuple[StepKind, int, int, int, int, int], _Prepared] = {}
+        self._wanted = 1  # of the latest run
+        self._keeps = True  # what is prepared now
+        self._parts: Logits | None = None  # of the latest run, where it took several calls
 
     @property
     def nbytes(self) -> int:
@@ -59,65 +92,165 @@ class Slots:
         held = {id(one): one for states in self.buffers.states for one in states.values()}
         return sum(one.nbytes for one in (*self.buffers.caches.values(), *held.values()))
 
-    def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> dict[int, Logits]:
-        """Run what some rows want; the others stand still.
+    def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
+        """Bytes of so many valid entries in kept and in dropped layers, and of all K/V buffers."""
+        return {
+            "kept": kept * len(self._plan.kept_attentions) * self._token_bytes,
+            "dropped": dropped * len(self._plan.dropped_attentions) * self._token_bytes,
+            "allocated": sum(buffer.nbytes for buffer in self.buffers.caches.values()),
+        }
+
+    def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False) -> None:
+        """Run what some rows want; the others stand still. An interrupt leaves every row's valid entries as they are.
 
         Args:
+            kind: of all runs that are due.
             runs: of the rows in the first slots.
-            due: which of them, by slot; at least one.
-
-        Returns:
-            by slot logits float32 [n, V] after each of the row's tokens, or [1, V]; valid until the next run.
+            due: which of them run, by slot; at least one.
+            once: a run of this size hardly comes again, as one of a prompt: nothing is kept for it, and an engine that
+                captures steps does not capture it.
         """
-        width = max(len(runs[slot].tokens) for slot in due)
-        wanted = max(len(runs[slot].tokens) if runs[slot].each else 1 for slot in due)
-        prepared = self._step(kind, len(runs), width, wanted)
-        ids, index = prepared.ids, prepared.index
-        if width > 1:
-            ids[:] = 0
-        for slot, run in enumerate(runs):
-            self._kept_lengths[slot], self._dropped_lengths[slot] = run.kept, run.dropped
-            last = len(run.tokens) - 1
-            if slot not in due:
-                index[slot] = -1
-                continue
-            ids[slot, : last + 1] = run.tokens
-            index[slot] = np.minimum(np.arange(wanted), last) if run.each else last
-        prepared.step()
+        self._keeps = not once
+        width = 1 if kind is StepKind.LORA else max([len(runs[slot].tokens) for slot in due])
+        self._wanted = 1 if width == 1 else max([runs[slot].wanted for slot in due])
+        self._parts = None
+        if self.buffers.are_double:
+            self._choose_side(kind, runs)
+        if not self._goes_in_one_call(kind, runs, due, width):
+            for slot in due:
+                self._call(kind, runs, (slot,), slot, slot + 1, len(runs[slot].tokens))
+        elif width == 1 or width <= self._room(kind, [runs[slot] for slot in due]):
+            self._call(kind, runs, due, 0, len(runs), width)
+        else:
+            self._run_in_parts(kind, runs, due)
         if kind is StepKind.LORA and self.buffers.are_double:
             self._side = 1 - self._side
-        logits = self._engine.read(prepared.logits)  # [b, R, V]
-        return {slot: logits[slot, : len(runs[slot].tokens) if runs[slot].each else 1] for slot in due}
+
+    def logits(self) -> Logits:
+        """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want."""
+        return self._engine.read(self._outputs[self._wanted][0]) if self._parts is None else self._parts
+
+    def chosen(self) -> Ids:
+        """int64 [b]: what the engine chose in the latest run, where it chooses and one token a row was wanted."""
+        return self._outputs[1][1][:, 0]
 
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
         """Copy a row's valid entries and its state to another slot."""
+        self.copy(self, source, target, kept, dropped)
+
+    def copy(self, other: Slots, source: int, target: int, kept: int, dropped: int) -> None:
+        """Copy a row's valid entries, and its state, from other slots of the same bundle and engine."""
         for name, cache in self.buffers.caches.items():
             valid = dropped if int(name.rpartition(".")[2]) in self._dropped else kept
-            cache[target : target + 1][:, :, :valid] = cache[source : source + 1][:, :, :valid]
-        for state in self.buffers.states[self._side].values():
-            state[target : target + 1][:] = state[source : source + 1]
+            self._engine.copy(other.buffers.caches[name][source : source + 1], cache[target : target + 1], valid)
+        for name, state in self.buffers.states[self._side].items():
+            before = other.buffers.states[other._side][name]
+            self._engine.copy(before[source : source + 1], state[target : target + 1], None)
 
-    def _step(self, kind: StepKind, rows: int, width: int, wanted: int) -> _Prepared:
-        key = kind, rows, width, wanted, self._side
-        found = self._prepared.get(key)
-        if found is None:
-            found = self._prepared[key] = self._prepare(*key)
-            if len(self._prepared) > _PREPARED:
-                self._prepared.popitem(last=False)
-        else:
-            self._prepared.move_to_end(key)
-        return found
+    def _choose_side(self, kind: StepKind, runs: Sequence[Run]) -> None:
+        """A refresh writes the first side, but beside a row whose next LoRA step reads the other one."""
+        if kind is StepKind.REFRESH and not any(run.kind is StepKind.LORA for run in runs if run.tokens):
+            self._side = 0
 
-    def _prepare(self, kind: StepKind, rows: int, width: int, wanted: int, side: int) -> _Prepared:
-        engine, states = self._engine, self.buffers.states
-        sizes = ((width, "ids"), (wanted, "index"), (wanted * engine.chooses_tokens, "token"))
-        ids, index, token = (engine.allocate(f"batch_{name}", (rows, count), "int64") for count, name in sizes)
-        if wanted not in self._logits:
-            shape = self._spec.sized({"batch": self._count, "rows": wanted})
-            self._logits[wanted] = engine.allocate_resident(f"batch_logits.{wanted}", shape, self._spec.dtype)
-        logits = self._logits[wanted][:rows]
-        lengths = {"len_kept": self._kept_lengths[:rows], "len_dropped": self._dropped_lengths[:rows]}
-        inputs = {"input_ids": ids, "logits_index": index, **lengths}
+    # ── one call of the engine ─────────────────────────────────────────────────────────────────────────────────
+
+    def _goes_in_one_call(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int) -> bool:
+        engine = self._engine
+        if engine.idle_rows or len(runs) == 1:
+            return True
+        there = [run for run in runs if run.tokens]
+        if width > 1 and not engine.batched_chunks and (len(due) == 1 or any(run.kept for run in there)):
+            return False
+        # A refresh writes the state of every row that it runs, and a LoRA step is about to read it
+        writes_states = kind is StepKind.REFRESH and self._plan.has_state
+        if writes_states and any(run.kind is StepKind.LORA for run in there):
+            return False
+        return width <= self._room(kind, there)
+
+    def _run_in_parts(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
+        """A row comes to its last slots while others have more tokens than it: these go on without it."""
+        found = np.zeros((len(runs), *self._spec.sized({"batch": 1, "rows": self._wanted})[1:]), np.float32)
+        left, done = list(runs), dict.fromkeys(due, 0)
+        while going := [slot for slot in due if left[slot].tokens]:
+            width = min(self._room(kind, [left[slot] for slot in going]), max(len(left[slot].tokens) for slot in going))
+            now = list(left)
+            for slot in going:
+                now[slot] = left[slot]._replace(tokens=left[slot].tokens[:width])
+            self._call(kind, now, going, 0, len(runs), width)
+            logits = self._engine.read(self._outputs[self._wanted][0])
+            for slot in going:
+                count, place = now[slot].wanted, done[slot] if now[slot].each else 0
+                found[slot, place : place + count] = logits[slot, :count]
+                done[slot] += len(now[slot].tokens)
+                left[slot] = runs[slot].behind(done[slot])
+        self._parts = found
+
+    def _call(
+        self, kind: StepKind, runs: Sequence[Run], due: Collection[int], first: int, end: int, width: int
+    ) -> None:
+        """Bind and run the rows of some slots. Plain Python writes single values: after a step that has streamed all
+        weights, numpy's own code has left the CPU's caches."""
+        wanted = self._wanted
+        prepared = self._prepared.get((kind, first, end, width, wanted, self._side))
+        if prepared is None:
+            prepared = self._prepare(kind, first, end, width, wanted, self._side)
+        ids, index = prepared.id_view, prepared.index_view
+        if width > 1:
+            prepared.ids[:] = 0
+        for slot in range(first, end):
+            _, tokens, kept, dropped, each = runs[slot]
+            row, last = slot - first, len(tokens) - 1
+            if last < 0:  # what it writes all the same lies within its slots
+                kept, dropped = min(kept, self._most_kept - width), min(dropped, self._most_dropped - width)
+            self._kept_now[slot], self._dropped_now[slot] = kept, dropped
+            if slot not in due:
+                for place in range(wanted):
+                    index[row, place] = self._idle
+                continue
+            if last:
+                prepared.ids[row, : last + 1] = tokens
+            else:
+                ids[row, 0] = tokens[0]
+            for place in range(wanted):
+                index[row, place] = min(place, last) if each else last
+        prepared.step()
+
+    def _capacities(self) -> tuple[int, int]:
+        """Slots of kept and of dropped layers."""
+        found = {True: 2**62, False: 2**62}
+        for name, cache in self.buffers.caches.items():
+            group = int(name.rpartition(".")[2]) in self._dropped
+            found[group] = min(found[group], cache.shape[2])
+        return found[False], found[True]
+
+    def _room(self, kind: StepKind, runs: Collection[Run]) -> int:
+        """New tokens that every one of these rows has slots for."""
+        if kind is StepKind.LORA and not self._plan.refresh_policy.fills:  # writes no dropped cache
+            return min([self._most_kept - run.kept for run in runs])
+        return min([min(self._most_kept - run.kept, self._most_dropped - run.dropped) for run in runs])
+
+    def _prepare(self, kind: StepKind, first: int, end: int, width: int, wanted: int, side: int) -> _Prepared:
+        engine, states, rows = self._engine, self.buffers.states, slice(first, end)
+        sizes = {"input_ids": (end - first, width), "logits_index": (end - first, wanted)}
+        ids, index = (
+            engine.allocate(f"{name}.{first}.{end}.{width}.{wanted}", shape, "int64")
+            if self._keeps
+            else np.zeros(shape, np.int64)
+            for name, shape in sizes.items()
+        )
+        if wanted not in self._outputs:
+            name, shape = "logits" if wanted == 1 else f"logits.{wanted}", {"batch": self._count, "rows": wanted}
+            logits = engine.allocate_resident(name, self._spec.sized(shape), self._spec.dtype)
+            tokens = engine.allocate(f"next_{name}", (self._count, wanted * engine.chooses_tokens), "int64")
+            self._outputs[wanted] = logits, tokens
+        logits, tokens = self._outputs[wanted]
+        inputs: dict[str, Array] = {"input_ids": ids, "logits_index": index}
+        inputs |= {name: lengths[rows] for name, lengths in self._lengths.items()}
         after = states[1 - side] if kind is StepKind.LORA else states[side]
-        step = self.buffers.bind(kind, slice(rows), inputs, logits, token, states[side], after)
-        return _Prepared(ids, index, logits, step)
+        step = self.buffers.bind(kind, rows, inputs, logits[rows], tokens[rows], states[side], after)
+        found = _Prepared(ids, ids.data, index.data, step)
+        if self._keeps:
+            self._prepared[kind, first, end, width, wanted, side] = found
+            if len(self._prepared) > _PREPARED:
+                del self._prepared[next(iter(self._prepared))]
+        return found

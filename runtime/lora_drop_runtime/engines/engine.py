@@ -56,7 +56,8 @@ class DeviceBuffer:
 
 
 class Engine(Protocol):
-    """Serves one request at a time: asking for a buffer again ends the use of the one of that name.
+    """Gives memory to a request, and runs its steps. Where `many_requests` is false, asking for a buffer again ends the
+    use of the one of that name.
 
     Attributes:
         target: whose graphs it runs; names their table of inputs and outputs (graph_io.py).
@@ -65,6 +66,7 @@ class Engine(Protocol):
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         verified_tokens: the most tokens of a row in one run that gives logits for each of them, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
+        many_requests: whether several requests may have their buffers at the same time.
         idle_rows: whether rows stand still where `logits_index` is −1 (graph_io.py), in both steps.
         warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
             its opening.
@@ -75,6 +77,7 @@ class Engine(Protocol):
     prefill_chunk: int | None
     verified_tokens: int | None
     batched_chunks: bool
+    many_requests: bool
     idle_rows: bool
     warms_up: bool
 
@@ -98,6 +101,11 @@ class Engine(Protocol):
         """The values of a resident buffer, valid until the next call of the engine."""
         ...
 
+    def copy(self, source: Any, target: Any, slots: int | None) -> None:
+        """Copy the first `slots` of a cache's rows [b, H, slots, D] to another's of any number of slots, or all of a
+        buffer when None; between two steps."""
+        ...
+
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         """Bind buffers by name; the returned callable runs the step on them, again and again, and waits for it."""
         ...
@@ -119,6 +127,24 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def head_spans(source: DeviceBuffer, target: DeviceBuffer, slots: int | None) -> list[tuple[int, int, int]]:
+    """What `Engine.copy` copies: (address to, address from, bytes), one for each row and head."""
+    if slots is None:
+        return [(target.address, source.address, source.nbytes)]
+    heads = source.shape[0] * source.shape[1]
+    strides = [buffer.nbytes // heads for buffer in (target, source)]
+    count = slots * (strides[1] // source.shape[2])
+    return [(target.address + n * strides[0], source.address + n * strides[1], count) for n in range(heads)]
+
+
+def copy_arrays(source: Array, target: Array, slots: int | None) -> None:
+    """`Engine.copy` of numpy arrays."""
+    if slots is None:
+        target[...] = source
+    else:
+        target[:, :, :slots] = source[:, :, :slots]
 
 
 def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> Mapping[str, int]:

@@ -15,6 +15,7 @@ from lora_drop_runtime import Session, StepKind
 from lora_drop_runtime.bundle import manifest as manifests
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, OtherEntry, TargetEntry
+from lora_drop_runtime.engines.engine import copy_arrays
 from lora_drop_runtime.engines.open import ENGINES
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_tools.inspect import describe
@@ -75,6 +76,7 @@ class ToyEngine:
 
     target = "toy"
     chooses_tokens = batched_chunks = idle_rows = warms_up = False
+    many_requests = True
     prefill_chunk = None
     verified_tokens = None
 
@@ -100,6 +102,9 @@ class ToyEngine:
 
     def read(self, buffer):
         return buffer
+
+    def copy(self, source, target, slots):
+        copy_arrays(source, target, slots)
 
     def prepare(self, kind, inputs, outputs):
         def step():

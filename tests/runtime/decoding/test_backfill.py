@@ -45,8 +45,8 @@ def test_a_backfill_runs_the_tokens_since_the_last_refresh(k: int, chunk: int | 
                 assert run.logits_index[at, 0] == run.input_ids.shape[1] - 1
                 fed[row] += run.input_ids[at].tolist()
         assert fed == {row: tokens[row][exact:j] for row in range(3)}
-        runs = -(-(k + 1) // (chunk or k + 1))
-        assert len(engine.runs) == runs * (1 if together or k == 0 else 3)
+        parts = [min(chunk or k + 1, k + 1 - begin) for begin in range(0, k + 1, chunk or k + 1)]
+        assert len(engine.runs) == sum(1 if together or part == 1 else 3 for part in parts)
         caches = session._running().caches
         for row, prompt in enumerate(RAGGED):
             for name in caches:

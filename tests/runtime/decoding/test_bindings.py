@@ -82,7 +82,7 @@ def test_nothing_is_allocated_or_prepared_per_step(k: int, plan: DropPlan) -> No
     for _ in range(99):
         session.step([1, 2, 3])
     assert len(engine.runs) == 100
-    assert len(engine.allocated) == allocated
+    assert len(engine.allocated) == allocated + 2 * (len(engine.bindings) - 1)  # ids and places of each binding
     two_sides = plan.surrogate == "recurrent" and plan.rank > 0 and bool(plan.dropped_layers)
     assert len(engine.bindings) <= 3 + two_sides
     engine.forget()

@@ -75,13 +75,9 @@ def test_long_prompts_go_row_by_row_in_chunks(surrogate: str) -> None:
     logits = session.prefill(*padded(prompts), max_new_tokens=6)
     assert logits.argmax(1).tolist() == [continued(prompt, 1)[0] for prompt in prompts]
 
-    expected = [
-        (row, begin, min(PREFILL_CHUNK, length - begin))
-        for row, length in enumerate(lengths)
-        for begin in range(0, length, PREFILL_CHUNK)
-    ]
     full = PREFILL_CHUNK
-    assert [count for _, _, count in expected] == [full, full, 3, 5, full, full, 1, 1]
+    expected = [(0, 0, 3), (0, 3, full), (3, 0, 1)]  # row, begin, count: chunks are counted from a row's end
+    expected += [(0, full + 3, full), (1, 0, 5), (2, 0, full), (3, 1, full), (4, 0, 1)]
     assert engine.kinds == [REFRESH] * len(expected)
     last_run_of_row = {}
     for number, (run, (row, begin, count)) in enumerate(zip(engine.runs, expected, strict=True), 1):

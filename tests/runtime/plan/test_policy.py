@@ -143,7 +143,8 @@ def test_a_session_runs_what_it_takes_back(k: int, chunk: int | None, together: 
             kept[row].append(token)
             if refresh:
                 dropped[row] += kept[row][-(again + 1) :]
-        runs = -(-(again + 1) // (chunk or again + 1)) * (3 if again and not together else 1)
+        parts = [min(chunk or again + 1, again + 1 - begin) for begin in range(0, again + 1, chunk or again + 1)]
+        runs = sum(1 if together or part == 1 else 3 for part in parts)
         assert len(engine.runs) == (runs if refresh else 1)
         assert engine.runs[0].len_kept[0] == len(kept[0]) - 1 - (again if refresh else 0)
         for name, cache in session._running().caches.items():

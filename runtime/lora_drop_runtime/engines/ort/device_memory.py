@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer, head_spans
 from lora_drop_runtime.errors import first_line
 
 from .providers import no_device
@@ -54,12 +54,27 @@ class DeviceMemory:
         return value
 
     def read(self, buffer: DeviceBuffer) -> Array:
-        """The bytes of a whole buffer."""
-        value = self._values[buffer.name]
-        assert value.data_ptr() == buffer.address
+        """The bytes of a whole buffer, or of its first rows."""
+        assert self._values[buffer.name].data_ptr() == buffer.address
+        return self._content(buffer.name)[: buffer.nbytes]
+
+    def _content(self, name: str) -> Array:
+        value = self._values[name]
         if self._info is not None:
             host = self._ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.uint8)
             self._ort.copy_tensors([value], [host])
             value = host
         content: Array = value.numpy()
-        return content[: buffer.nbytes]
+        return content
+
+    def copy(self, source: DeviceBuffer, target: DeviceBuffer, slots: int | None) -> None:
+        """As `Engine.copy`, by way of the host: ONNX Runtime copies whole values only."""
+        begins = [self._values[buffer.name].data_ptr() for buffer in (target, source)]
+        there, content = self._content(target.name).copy(), self._content(source.name)
+        for to, origin, count in head_spans(source, target, slots):
+            there[to - begins[0] :][:count] = content[origin - begins[1] :][:count]
+        value = self._values[target.name]
+        if self._info is None:
+            value.update_inplace(there)
+        else:
+            self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(there)], [value])

@@ -38,7 +38,14 @@ from lora_drop_runtime.bundle.graph_io import (
 )
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME, in_dtype
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
+from lora_drop_runtime.engines.engine import (
+    Array,
+    DeviceBuffer,
+    Step,
+    constant_adapters,
+    copy_arrays,
+    fitting_slots,
+)
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -160,6 +167,7 @@ class OrtEngine:
         # Else GroupQueryAttention (target ort) takes several tokens after others in one row only
         self.batched_chunks = self._ragged or not self._joined
         self.idle_rows = self._ragged
+        self.many_requests = provider == "cpu"
         self.prefill_chunk: int | None = None
         self.verified_tokens: int | None = None
         self._capacities: Mapping[str, int] | None = None
@@ -265,6 +273,15 @@ class OrtEngine:
             return buffer
         assert self._memory is not None
         return self._memory.read(buffer).view(np.float32).reshape(buffer.shape)
+
+    def copy(self, source: Array | DeviceBuffer, target: Array | DeviceBuffer, slots: int | None) -> None:
+        if isinstance(source, np.ndarray) and isinstance(target, np.ndarray):
+            copy_arrays(source, target, slots)
+            return
+        assert self._memory is not None
+        assert isinstance(source, DeviceBuffer)
+        assert isinstance(target, DeviceBuffer)
+        self._memory.copy(source, target, slots)
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         if kind not in self._sessions:

@@ -151,6 +151,11 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host_address, address, size_bytes, kind, self._stream)
 
+    def copy_within(self, address: int, source_address: int, size_bytes: int) -> None:
+        """Device to device, asynchronous."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", address, source_address, size_bytes, kind, self._stream)
+
     # ── the stream and its graphs ──────────────────────────────────────────────────────────────────────────
 
     def synchronize(self) -> None:

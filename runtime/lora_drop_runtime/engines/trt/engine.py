@@ -31,7 +31,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.dtypes import float32_from_bfloat16, in_dtype
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots
+from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, head_spans
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .cuda_device import ALIGNMENT, CudaDevice
@@ -58,6 +58,7 @@ class TrtEngine:
 
     chooses_tokens = True
     batched_chunks = True
+    many_requests = False
     idle_rows = False
     warms_up = True
 
@@ -104,6 +105,10 @@ class TrtEngine:
         if buffer.dtype == "bfloat16":
             return float32_from_bfloat16(array)
         return array.astype(np.float32, copy=False)
+
+    def copy(self, source: DeviceBuffer, target: DeviceBuffer, slots: int | None) -> None:
+        for to, origin, size_bytes in head_spans(source, target, slots):
+            self._device.copy_within(to, origin, size_bytes)
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         bindings = self._bindings(kind, inputs, outputs)

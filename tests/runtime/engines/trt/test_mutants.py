@@ -10,6 +10,7 @@ import pytest
 from lora_drop_runtime import BundleError, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.request import Request
+from lora_drop_runtime.decoding.slots import Run, Slots
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import TrtEngine
 from lora_drop_runtime.engines.trt.step import EngineStep
@@ -69,11 +70,11 @@ def _after_prefill(change: Callable[[Any], None]) -> tuple[Any, str, Any]:
 
 
 def _kept_off_by_one(request: Any) -> None:
-    request.len_kept -= 1
+    request.kept = [length - 1 for length in request.kept]
 
 
 def _dropped_off_by_one(request: Any) -> None:
-    request.len_dropped += 1
+    request.dropped = [length + 1 for length in request.dropped]
 
 
 def _without_copy_of(name: str) -> tuple[Any, str, Any]:
@@ -89,13 +90,19 @@ def _without_copy_of(name: str) -> tuple[Any, str, Any]:
     return EngineStep, "_enqueue", changed
 
 
-def _one_side(self: Any, token_ids: Any, active: Any, step: Any = Request.step) -> None:
-    step(self, token_ids, active)
-    self.side = 0
+def _one_side(self: Slots, *args: Any, run: Any = Slots.run, **keywords: Any) -> None:
+    run(self, *args, **keywords)
+    self._side = 0
 
 
-def _lora_for_refresh(self: Any, ids: Any, rows: slice, index: Any, prepare: Any = Request._prepare_refresh) -> Any:
-    return self._prepare_lora() if ids is self.input_ids else prepare(self, ids, rows, index)
+def _prepared_as(kind: StepKind) -> tuple[Any, str, Any]:
+    """Steps of one token run another kind."""
+    prepare = Slots._prepare
+
+    def changed(self: Slots, wanted: StepKind, first: int, end: int, width: int, *rest: int) -> Any:
+        return prepare(self, kind if width == 1 else wanted, first, end, width, *rest)
+
+    return Slots, "_prepare", changed
 
 
 def _reversed_parts(self: Bundle, target: str, table: Any = Bundle.weight_inputs) -> Any:
@@ -104,13 +111,14 @@ def _reversed_parts(self: Bundle, target: str, table: Any = Bundle.weight_inputs
     return {k: dataclasses.replace(w, parts=w.parts[::-1]) for k, w in table(self, target).items()}
 
 
-def _front_chunks(self: Any, ids: Any, lengths: Any, chunk: int) -> None:
+def _front_chunks(self: Request, ids: Any, lengths: Any) -> None:
     """Chunks from the front, all rows together: rows that have ended run on padding and lose logits and state."""
-    for begin in range(0, ids.shape[1], chunk):
-        part = np.ascontiguousarray(ids[:, begin : begin + chunk])
-        self.logits_index[:, 0] = np.clip(lengths - begin - 1, 0, part.shape[1] - 1)
-        self._prepare_refresh(part, slice(None), self.logits_index)()
-        self.len_kept[:] = self.len_dropped[:] = np.minimum(lengths, begin + chunk)
+    for begin in range(0, ids.shape[1], self._chunk):
+        parts = ids[:, begin : begin + self._chunk].tolist()
+        runs = [Run(REFRESH, part, *at) for part, *at in zip(parts, self.kept, self.dropped, strict=True)]
+        self.slots.run(REFRESH, runs, range(self.batch), once=True)
+        self.kept = np.minimum(lengths, begin + self._chunk).tolist()
+        self.dropped = list(self.kept)
 
 
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
@@ -130,17 +138,13 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
         "kind",
         lambda self, step, last=None, kind=PeriodicSchedule.kind: kind(self, step + 1),
     ),
-    "the refresh engine for a LoRA step": (
-        Request,
-        "_prepare_lora",
-        lambda self: self._prepare_refresh(self.input_ids, slice(None), self.logits_index),
-    ),
-    "the LoRA engine for a refresh": (Request, "_prepare_refresh", _lora_for_refresh),
-    "the state's sides never change": (Request, "step", _one_side),
+    "the refresh engine for a LoRA step": _prepared_as(REFRESH),
+    "the LoRA engine for a refresh": _prepared_as(LORA),
+    "the state's sides never change": (Slots, "run", _one_side),
     "parts of fused weights in the wrong order": (Bundle, "weight_inputs", _reversed_parts),
     "caches that are not zeroed": (CudaDevice, "zero", lambda *_: None),
     "no wait for the step": (CudaDevice, "synchronize", lambda *_: None),
-    "chunks from the front": (Request, "_prefill_rows_together", _front_chunks),
+    "chunks from the front": (Request, "prefill", _front_chunks),
 }
 
 

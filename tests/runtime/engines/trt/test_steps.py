@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lora_drop_runtime import InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding import lossless
+from lora_drop_runtime.decoding import drafter
 
 from tests.support import oracle
 from tests.support.bundles import family, oracle_plan
@@ -152,7 +152,7 @@ def test_a_smaller_k_than_the_slots_allow_is_refused_with_the_numbers(bundle: Bu
 
 def test_several_tokens_of_several_rows_are_verified_in_one_run(bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits at each of a row's tokens, rows of different widths in one step; the full schedule's tokens come out."""
-    monkeypatch.setattr(lossless, "CONFIDENCE", 0.0)
+    monkeypatch.setattr(drafter, "CONFIDENCE", 0.0)
     made = bundles("recurrent")
     session, engine, _ = open_device_session(made, policy="lossless")
     with session:
