@@ -181,7 +181,8 @@ class FakeEngine:
                 self._write(name, run, run.len_dropped if dropped else run.len_kept)
         for name, array in binding.outputs.items():
             if name.startswith("present_state."):
-                array[...] = len(self.runs)
+                stands = self.idle_rows and run.logits_index is not None
+                array[run.logits_index[:, -1] >= 0 if stands else slice(None)] = len(self.runs)
         if len(self.runs) == self.interrupt_at:
             raise KeyboardInterrupt
         self._predict(run)

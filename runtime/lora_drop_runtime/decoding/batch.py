@@ -1,4 +1,4 @@
-"""A running batch: rows join when they come and leave when they end, and every tick is one engine call.
+"""A running batch: rows join when they come and leave when they end, and every tick is one step of the engine.
 
 Enters: prompts, any time. Leaves: events. All rows of a tick run the same step, refresh or LoRA; a row that is not due
 for it stands still. The kind that most rows wait for runs next, LoRA where as many wait for either: so rows of one
@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.errors import InputError, whole_number
+from lora_drop_runtime.errors import whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
@@ -54,12 +54,6 @@ class Batch:
         max_prompt_len: int | None = None,
         join_early: bool = False,
     ) -> None:
-        if not engine.idle_rows:
-            raise InputError(
-                "The engine cannot run a batch that rows join and leave.",
-                note=f"It runs the target {engine.target}, in which no row can stand still.",
-                hint="Use the target ort of a bundle in fp32, int8 or int4, or Session.generate.",
-            )
         self.bundle, self._engine = bundle, engine
         self._policy = checked_policy(bundle, policy)
         self._schedule = scheduled(schedule, self._policy)
@@ -73,9 +67,9 @@ class Batch:
         steps = self.max_seq_len - self.max_prompt_len - 1
         needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
         self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
-        # Attention wants room for a whole chunk behind a row that has a single token beside it
-        room = {name: count + self._chunk for name, count in self._capacity.items()}
-        self._slots = Slots(bundle, engine, self._count, engine.slots(room))
+        # Ragged attention wants room for a whole chunk behind a row that has a single token beside it
+        room = self._chunk if engine.idle_rows else 0
+        self._slots = Slots(bundle, engine, self._count, engine.slots({n: c + room for n, c in self._capacity.items()}))
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
@@ -116,7 +110,7 @@ class Batch:
 
         Raises:
             BundleError: the bundle is damaged, or cannot run here.
-            InputError: an argument out of range, or an engine in which no row can stand still.
+            InputError: an argument out of range.
         """
         opened = open_bundle(
             path,

@@ -74,10 +74,13 @@ class Slots:
         self.buffers = RowBuffers.allocate(bundle, engine, count, slots)
         outputs = bundle.manifest.io(StepKind.REFRESH, engine.target).outputs
         self._spec = next(spec for spec in outputs if spec.name == "logits")
+        self._state_specs = [spec for spec in outputs if spec.name.startswith("present_state.")]
+        self._aside: dict[str, Buffer] = {}  # states of rows that stand still in an engine where none does
         self._dropped = set(self._plan.dropped_attentions)
         self._most_kept, self._most_dropped = self._capacities()
         self._lengths = {name: engine.allocate(name, (count,), "int64") for name in ("len_kept", "len_dropped")}
         self._kept_now, self._dropped_now = (lengths.data for lengths in self._lengths.values())
+        self._most_verified = engine.verified_tokens or self._most_kept
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
         self._side = 0
         self._outputs: dict[int, tuple[Buffer, Ids]] = {}  # of all slots, by how many a row wants; read before the next
@@ -116,13 +119,21 @@ class Slots:
         self._parts = None
         if self.buffers.are_double:
             self._choose_side(kind, runs)
-        if not self._goes_in_one_call(kind, runs, due, width):
+        engine = self._engine
+        if engine.idle_rows or len(runs) == 1:
+            if width == 1 or width <= self._room(kind, [runs[slot] for slot in due]):
+                self._call(kind, runs, due, 0, len(runs), width)
+            else:
+                self._run_in_parts(kind, runs, due, [])
+        elif engine.batched_chunks or not self._runs_one_by_one(kind, runs, due, width):
+            beside = [slot for slot, run in enumerate(runs) if run.tokens and slot not in due]
+            if width <= self._room(kind, [runs[slot] for slot in (*beside, *due)]):
+                self._call_beside(kind, runs, due, width, beside)
+            else:
+                self._run_in_parts(kind, runs, due, beside)
+        else:
             for slot in due:
                 self._call(kind, runs, (slot,), slot, slot + 1, len(runs[slot].tokens))
-        elif width == 1 or width <= self._room(kind, [runs[slot] for slot in due]):
-            self._call(kind, runs, due, 0, len(runs), width)
-        else:
-            self._run_in_parts(kind, runs, due)
         if kind is StepKind.LORA and self.buffers.are_double:
             self._side = 1 - self._side
 
@@ -154,29 +165,26 @@ class Slots:
 
     # ── one call of the engine ─────────────────────────────────────────────────────────────────────────────────
 
-    def _goes_in_one_call(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int) -> bool:
-        engine = self._engine
-        if engine.idle_rows or len(runs) == 1:
-            return True
+    def _runs_one_by_one(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int) -> bool:
+        """Whether an engine that takes no batched chunks runs these rows alone."""
         there = [run for run in runs if run.tokens]
-        if width > 1 and not engine.batched_chunks and (len(due) == 1 or any(run.kept for run in there)):
-            return False
-        # A refresh writes the state of every row that it runs, and a LoRA step is about to read it
-        writes_states = kind is StepKind.REFRESH and self._plan.has_state
-        if writes_states and any(run.kind is StepKind.LORA for run in there):
-            return False
-        return width <= self._room(kind, there)
+        if width > 1 and (len(due) == 1 or any(run.kept for run in there)):
+            return True
+        if kind is StepKind.REFRESH and self._plan.has_state and any(run.kind is StepKind.LORA for run in there):
+            return True
+        return width > self._room(kind, there)
 
-    def _run_in_parts(self, kind: StepKind, runs: Sequence[Run], due: Collection[int]) -> None:
-        """A row comes to its last slots while others have more tokens than it: these go on without it."""
+    def _run_in_parts(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], beside: Sequence[int]) -> None:
+        """Rows have fewer free slots than others have tokens: these go on without them, a few tokens at a time."""
         found = np.zeros((len(runs), *self._spec.sized({"batch": 1, "rows": self._wanted})[1:]), np.float32)
         left, done = list(runs), dict.fromkeys(due, 0)
         while going := [slot for slot in due if left[slot].tokens]:
-            width = min(self._room(kind, [left[slot] for slot in going]), max(len(left[slot].tokens) for slot in going))
+            room = self._room(kind, [left[slot] for slot in (*beside, *going)])
+            width = min(max(room, 1), max(len(left[slot].tokens) for slot in going))
             now = list(left)
             for slot in going:
                 now[slot] = left[slot]._replace(tokens=left[slot].tokens[:width])
-            self._call(kind, now, going, 0, len(runs), width)
+            self._call_beside(kind, now, going, width, [slot for slot in (*beside, *due) if slot not in going])
             logits = self._engine.read(self._outputs[self._wanted][0])
             for slot in going:
                 count, place = now[slot].wanted, done[slot] if now[slot].each else 0
@@ -184,6 +192,28 @@ class Slots:
                 done[slot] += len(now[slot].tokens)
                 left[slot] = runs[slot].behind(done[slot])
         self._parts = found
+
+    def _call_beside(
+        self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int, beside: Sequence[int]
+    ) -> None:
+        """Call with all rows. A refresh writes the state of every one: those beside the due ones get theirs back."""
+        engine = self._engine
+        writes = kind is StepKind.REFRESH and self._plan.has_state and not engine.idle_rows
+        rows = [slice(slot, slot + 1) for slot in beside] if writes else []
+        states = self.buffers.states[self._side]
+        if rows and not self._aside:
+            for spec in self._state_specs:
+                name, shape = spec.name.removeprefix("present_state."), {"batch": self._count, "rows": 1}
+                self._aside[name] = engine.allocate_resident(f"aside.{name}", spec.sized(shape), spec.dtype)
+        for name, state in states.items() if rows else ():
+            for row in rows:
+                engine.copy(state[row], self._aside[name][row], None)
+        try:
+            self._call(kind, runs, due, 0, len(runs), width)
+        finally:
+            for name, state in states.items() if rows else ():
+                for row in rows:
+                    engine.copy(self._aside[name][row], state[row], None)
 
     def _call(
         self, kind: StepKind, runs: Sequence[Run], due: Collection[int], first: int, end: int, width: int
@@ -202,6 +232,8 @@ class Slots:
             row, last = slot - first, len(tokens) - 1
             if last < 0:  # what it writes all the same lies within its slots
                 kept, dropped = min(kept, self._most_kept - width), min(dropped, self._most_dropped - width)
+            elif slot not in due:  # and behind what it is to run again
+                kept, dropped = kept + last, dropped + last
             self._kept_now[slot], self._dropped_now[slot] = kept, dropped
             if slot not in due:
                 for place in range(wanted):
@@ -224,10 +256,11 @@ class Slots:
         return found[False], found[True]
 
     def _room(self, kind: StepKind, runs: Collection[Run]) -> int:
-        """New tokens that every one of these rows has slots for."""
+        """New tokens that every one of these rows has slots for, and that the engine takes with the logits wanted."""
+        most = self._most_verified if self._wanted > 1 else self._most_kept
         if kind is StepKind.LORA and not self._plan.refresh_policy.fills:  # writes no dropped cache
-            return min([self._most_kept - run.kept for run in runs])
-        return min([min(self._most_kept - run.kept, self._most_dropped - run.dropped) for run in runs])
+            return min(most, min([self._most_kept - run.kept for run in runs]))
+        return min(most, min([min(self._most_kept - run.kept, self._most_dropped - run.dropped) for run in runs]))
 
     def _prepare(self, kind: StepKind, first: int, end: int, width: int, wanted: int, side: int) -> _Prepared:
         engine, states, rows = self._engine, self.buffers.states, slice(first, end)

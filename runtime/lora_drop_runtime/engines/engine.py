@@ -154,8 +154,8 @@ def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> M
             raise InputError(
                 f"The request does not fit into the caches of the {group} layers.",
                 note=f"It needs {needed[f'slots_{group}']} slots in a row, the engines have {capacity}.",
-                hint="Ask for fewer new tokens (max_new_tokens), for a larger k with policy skip, or export with a "
-                "smaller --k.",
+                hint="Ask for fewer new tokens (max_new_tokens; for a batch max_seq_len), for a larger k with policy "
+                "skip, or export with a smaller --k.",
             )
     return {f"slots_{group}": capacity for group, capacity in capacities.items()}
 

@@ -16,10 +16,11 @@ from lora_drop_runtime import Batch, Event, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import CHUNK
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.bundles import make_bundle
-from tests.support.decoding import LORA, PLAN, REFRESH, assert_refused, slots
+from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, slots
 from tests.support.fake_engine import TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
 
 NEAR = 1e-4  # logprobs that are nearer than this may change places
@@ -115,10 +116,16 @@ def check_ends(request: Request, events: list[Event]) -> list[int]:
 # ── on an engine that records what it is asked ─────────────────────────────────────────────────────────────────
 
 
-def fake_batch(policy: str = "backfill", k: int = 2, **options: Any) -> tuple[Batch, FakeEngine]:
-    engine = FakeEngine(PLAN)
-    engine.batched_chunks = engine.idle_rows = True
-    bundle = open_session(PLAN, engine=engine)[0].bundle
+# Rows stand still; or several rows take several tokens, but write what is not theirs; or not even that
+KINDS = {"idle rows": (True, True), "together": (True, False), "one by one": (False, False)}
+
+
+def fake_batch(
+    policy: str = "backfill", k: int = 2, kind: str = "idle rows", plan: DropPlan = PLAN, **options: Any
+) -> tuple[Batch, FakeEngine]:
+    engine = FakeEngine(plan)
+    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    bundle = open_session(plan, engine=engine)[0].bundle
     return Batch(bundle, engine, PeriodicSchedule(k), policy, **options), engine
 
 
@@ -134,11 +141,15 @@ def fake_tokens(request: Request) -> list[int]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9), st.integers(1, 4))
-def test_rows_do_not_disturb_each_other(script: list[Request], count: int) -> None:
+@given(
+    st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.sampled_from(tuple(KINDS)),
+)
+def test_rows_do_not_disturb_each_other(script: list[Request], count: int, kind: str) -> None:
     """Tokens, and every valid cache entry after every tick."""
     script = [Request(**{**vars(one), "temperature": 0.0}) for one in script]
-    batch, _ = fake_batch(slots=count)
+    batch, _ = fake_batch(slots=count, kind=kind)
     plain = batch.tick
 
     def ticked() -> list[Event]:
@@ -166,8 +177,9 @@ def test_rows_do_not_disturb_each_other(script: list[Request], count: int) -> No
             assert tokens == wanted
 
 
-def test_rows_of_one_window_share_a_cycle_and_never_wait() -> None:
-    batch, engine = fake_batch(k=3, slots=4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_window_share_a_cycle_and_never_wait(kind: str) -> None:
+    batch, engine = fake_batch("skip", k=3, slots=4, kind=kind)
     for prompt in ([1, 2], [3], [4, 5, 6]):
         batch.add(prompt, 14)
     while batch.rows:
@@ -428,10 +440,25 @@ def test_slots_that_cannot_be_are_refused(options: dict[str, int], fact: str) ->
     assert_refused(lambda: fake_batch(**options), fact)
 
 
-def test_an_engine_in_which_no_row_stands_still_is_refused() -> None:
-    engine = FakeEngine(PLAN)
-    bundle = open_session(PLAN, engine=engine)[0].bundle
-    assert_refused(lambda: Batch(bundle, engine, PeriodicSchedule(2)), "cannot run a batch", "fake")
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_are_those_of_each_row(kind: str) -> None:
+    """A LoRA step reads what its own row's step before it wrote, whatever ran in between."""
+    batch, engine = fake_batch("skip", kind=kind, plan=PLANS["recurrent"], slots=3)
+    for k, count in ((1, 9), (3, 12), (2, 7)):
+        batch.add([k, k + 1], count, k=k, stop_token_ids=[])
+    wrote: dict[int, int] = {}  # by row: the number of the run that it took part in last
+    while batch.rows:
+        rows, begin = list(batch._rows) or list(batch._waiting), len(engine.runs)
+        wanted = {slot: row.run.kind for slot, row in enumerate(rows)}
+        batch.tick()
+        runs = engine.runs[begin:]
+        due = [slot for slot, one in wanted.items() if one is runs[0].kind]
+        for place, slot in enumerate(due):
+            run = runs[place] if len(runs) > 1 else runs[0]
+            if run.kind is LORA:
+                for state in run.past_states.values():
+                    assert state[slot, 0] == wrote[rows[slot].number]
+            wrote[rows[slot].number] = begin + 1 + (place if len(runs) > 1 else 0)
 
 
 # ── on ONNX Runtime ────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from lora_drop_runtime import BundleError, InputError, Session
+from lora_drop_runtime import Batch, BundleError, InputError, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, NEW_TOKENS, PACKED_STEP
 
@@ -65,6 +65,14 @@ def test_graphs_for_a_gpu_run_with_an_old_one(tmp_path, monkeypatch):
         batch = session.generate(PROMPTS, 6, stop_token_ids=())
         for prompt, tokens in zip(PROMPTS, batch, strict=True):
             np.testing.assert_array_equal(session.generate([prompt], 6, stop_token_ids=())[0], tokens)
+    with Batch.open(bundle.root, slots=2, threads=1, policy="backfill", k=2) as rows:
+        for prompt in PROMPTS:
+            rows.add(prompt, 6, stop_token_ids=())
+        made: dict[int, list[int]] = {}
+        while rows.rows:
+            for event in rows.tick():
+                made.setdefault(event.row, []).append(event.token)
+    assert [made[row] for row in range(len(PROMPTS))] == [tokens.tolist() for tokens in batch]
 
 
 def test_a_target_that_is_added(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_drop_runtime import InputError, SamplingOptions, Session
+from lora_drop_runtime import Batch, InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import drafter
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support import oracle
 from tests.support.bundles import family, oracle_plan
@@ -162,3 +163,29 @@ def test_several_tokens_of_several_rows_are_verified_in_one_run(bundles, monkeyp
             drafted = session.generate(RAGGED, 9, k=3, draft=draft, stop_token_ids=())
             assert [row.tolist() for row in drafted] == [row.tolist() for row in whole]
             assert session.statistics().drafted or draft == "ngram"  # where nothing may be found
+
+
+# ── rows that come and go ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
+@pytest.mark.parametrize("name", ["residual", "recurrent"])
+def test_rows_of_a_batch_are_those_of_each_row_alone(bundles, name: str, policy: str) -> None:
+    """They join between steps, have windows of their own and leave; what a row leaves behind, another one takes."""
+    made = bundles(name)
+    asked = [([7, 3, 11, 19, 2, 40], 9, 1, 0), ([5], 12, 3, 1), ([23, 29, 31], 4, 2, 2), (list(range(20)), 7, 1, 6)]
+    _, engine, _ = open_device_session(made)
+    with Batch(made, engine, PeriodicSchedule(1), policy, slots=3, max_seq_len=50) as batch:
+        tokens: list[list[int]] = [[] for _ in asked]
+        tick, added = 0, 0
+        while added < len(asked) or batch.rows:
+            while added < len(asked) and asked[added][3] <= tick:
+                prompt, count, k, _ = asked[added]
+                assert batch.add(prompt, count, k=k, stop_token_ids=()) == added
+                added += 1
+            for event in batch.tick():
+                tokens[event.row] += [event.token]
+            tick += 1
+    with Session.open(made.root, target="ort", policy=policy, threads=1) as session:
+        for (prompt, count, k, _), ours in zip(asked, tokens, strict=True):
+            assert session.generate([prompt], count, k=k, stop_token_ids=())[0].tolist() == ours
