@@ -197,9 +197,16 @@ def _questions() -> Iterator[str]:
 
 
 def _stream(
-    session: Session, codec: TextCodec, ids: npt.NDArray[np.int64], settings: GenerateSettings, out: TextIO
+    session: Session,
+    codec: TextCodec,
+    ids: npt.NDArray[np.int64],
+    settings: GenerateSettings,
+    out: TextIO,
+    *,
+    goes_on: bool = False,
 ) -> Completion:
-    """Print one completion as it is made; Ctrl-C ends it early and keeps what is there."""
+    """Print one completion as it is made; Ctrl-C ends it early and keeps what is there. One that goes on keeps the
+    caches of what it has in common with the one before."""
     pieces = codec.stream(settings.stop)
     text, tokens, interrupted = [], 0, False
     begin = time.perf_counter()
@@ -209,7 +216,8 @@ def _stream(
         out.write(piece)
         out.flush()
 
-    stream = session.stream(ids, settings.max_new_tokens or NEW_TOKENS, sampling=settings.sampling)
+    count = settings.max_new_tokens or NEW_TOKENS
+    stream = session.stream(ids, count, sampling=settings.sampling, reuse_prefix=goes_on)
     try:
         for token in stream:
             tokens += 1
@@ -255,7 +263,7 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                     hint="Start a new chat, or export with a larger --max-seq-len.",
                 )
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
-            reply = _stream(session, codec, ids, fitting, sys.stdout)
+            reply = _stream(session, codec, ids, fitting, sys.stdout, goes_on=True)
             if reply.drafts is not None and reply.drafts.note and not said:
                 said = True
                 print(reply.drafts.note, file=sys.stderr, flush=True)

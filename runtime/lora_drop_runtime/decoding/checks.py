@@ -73,6 +73,42 @@ def check_one_prompt(rows: list[Any]) -> None:
         )
 
 
+def lengths_that_stay(tokens: int | Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """How many tokens stay in each row, which have so many."""
+    hint = "Use for example tokens=20."
+    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str):
+        asked = [whole_number("The number of tokens that stay", one, hint) for one in tokens]
+        if len(asked) != len(lengths):
+            raise InputError(
+                "The list of tokens that stay does not fit the request.",
+                note=f"It has {len(asked)} numbers, the request {len(lengths)} rows.",
+                hint="Give a number for each row, or one for all.",
+            )
+    else:
+        asked = [whole_number("The number of tokens that stay", tokens, hint)] * len(lengths)
+    if min(asked) < 1:
+        raise InputError(
+            "No token of a row would stay.", note=f"Asked for are {min(asked)}, at least 1 is needed.", hint=hint
+        )
+    return [min(one, length) for one, length in zip(asked, lengths, strict=True)]
+
+
+def cannot_fork(target: str) -> InputError:
+    return InputError(
+        "The session cannot be forked.",
+        note=f"Its engine ({target} on a GPU) holds the caches of one request at a time.",
+        hint="Open another session; or use the target ort on the CPU.",
+    )
+
+
+def forks_use_the_adapters(count: int) -> InputError:
+    return InputError(
+        "The adapters are in use by other sessions.",
+        note=f"{count} fork(s) of this session are open.",
+        hint="Close them first.",
+    )
+
+
 def one_prompt(rows: list[Ids]) -> Ids:
     """The one row that `add` takes, int64 [T]; T may be 0."""
     if len(rows) > 1:

@@ -115,7 +115,7 @@ class Lossless:
         new: list[list[int]] = [[] for _ in self._rows]
         for row in self._going:
             new[row] = self._rows[row].judge(logits[row])
-            self._request.advance(row, len(new[row]))
+            self._request.advance(row, self._rows[row].fed[: len(new[row])])
         width = max(len(self._rows[row].fed) for row in self._going)
         mean = sum(map(len, new)) / len(self._going)
         self._note(new, CycleTimes(lora_steps, middle - begin, width, self._clock() - middle, mean))

@@ -6,6 +6,7 @@ checked by the session.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,30 @@ from .slots import Logits, Run, Slots
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
 
 
+class Written:
+    """Which of a row's tokens its dropped layers have entries of, as spans that lie apart."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, int]] = []  # of positions: from, and to before
+
+    def add(self, end: int, count: int) -> None:
+        """The tokens before position `end`, so many, have entries behind all others."""
+        begin = end - count
+        if self._spans and self._spans[-1][1] == begin:
+            begin = self._spans.pop()[0]
+        self._spans.append((begin, end))
+
+    def count(self, tokens: int) -> int:
+        """Entries of the first `tokens`."""
+        return sum(min(end, tokens) - begin for begin, end in self._spans if begin < tokens)
+
+    def first(self, tokens: int) -> Written:
+        """Those of the first `tokens`."""
+        found = Written()
+        found._spans = [(begin, min(end, tokens)) for begin, end in self._spans if begin < tokens]
+        return found
+
+
 class Request:
     """The slots and counters of one request. Its caches have prompt + new − 1 kept slots, and as many dropped ones as
     the policy needs.
@@ -33,6 +58,7 @@ class Request:
         new_tokens: of each row.
 
     Attributes:
+        tokens: that each row has in its caches, prompt and decoded.
         kept, dropped: valid entries of each row.
         max_steps: decode steps that there is room for.
     """
@@ -47,11 +73,15 @@ class Request:
             "slots_kept": longest + self.max_steps,
             "slots_dropped": policy.dropped_slots(longest, self.max_steps, schedule),
         }
-        self.slots = Slots(bundle, engine, self.batch, engine.slots(needed))
-        self.kept, self.dropped = [0] * self.batch, [0] * self.batch
-        self._since_refresh: list[list[int]] = []  # the tokens [B] of each LoRA step since the last refresh
-        self._cycle = Cycle(schedule, self.max_steps)
+        self._capacities = engine.slots(needed)
+        self.slots = Slots(bundle, engine, self.batch, self._capacities)
         self._all = range(self.batch)
+        self.tokens: list[list[int]] = [[] for _ in self._all]
+        self.kept, self.dropped = [0] * self.batch, [0] * self.batch
+        self._written = [Written() for _ in self._all]
+        self._since_refresh: list[list[int]] = []  # the tokens [B] of each LoRA step since the last refresh
+        self._again: list[list[int]] | None = None  # of each row, what the next step runs first; after a truncation
+        self._cycle = Cycle(schedule, self.max_steps)
 
     @property
     def steps_done(self) -> int:
@@ -71,22 +101,27 @@ class Request:
         return np.array(self.dropped, np.int64)
 
     def prefill(self, ids: Ids, lengths: Ids) -> None:
-        """Run the prompts, int64 [B, T], in chunks that are counted from each row's end: the last run leaves the logits
-        and states of all rows."""
-        ends = lengths.tolist()
-        chunk, longest = self._chunk, max(end - begin for begin, end in zip(self.kept, ends, strict=True))
+        """Run the prompts, int64 [B, T], from the tokens on that rows have already."""
+        ends: list[int] = lengths.tolist()
+        self._feed({row: ids[row, self.kept[row] : end].tolist() for row, end in enumerate(ends)})
+        self._prompts = ends
+
+    def _feed(self, fed: dict[int, list[int]]) -> None:
+        """Run tokens of rows in full, in chunks that are counted from each row's end: the last run leaves the logits
+        and states of all rows. The rows that are not fed are over."""
+        chunk, longest = self._chunk, max(map(len, fed.values()))
         for left in range((longest - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
             runs, due = [], []
-            for row, end in enumerate(ends):
-                begin, end = self.kept[row], end - left
-                if end > begin:
+            for row, (kept, dropped) in enumerate(zip(self.kept, self.dropped, strict=True)):
+                tokens = fed.get(row, [])
+                begin, end = max(len(tokens) - left - chunk, 0), len(tokens) - left
+                if end > 0:
                     due.append(row)
-                tokens = ids[row, begin : max(end, begin + 1)].tolist()  # one, of a row that does not begin yet
-                runs.append(Run(StepKind.REFRESH, tokens, begin, self.dropped[row]))
+                part = tokens[begin : max(end, begin + 1)]  # one, of a row that does not begin yet
+                runs.append(Run(StepKind.REFRESH, part, kept + begin, dropped + begin))
             self.slots.run(StepKind.REFRESH, runs, due, once=True)
-            for row in due:
-                self._advance(row, len(runs[row].tokens))
-        self._prompts = ends
+        for row, tokens in fed.items():
+            self._fed(row, tokens, len(tokens))
 
     @property
     def _chunk(self) -> int:
@@ -119,7 +154,7 @@ class Request:
             logits = self.logits()
             return logits if active is None else logits[active]
 
-        return self._cycle.next_kind(read)
+        return StepKind.REFRESH if self._again is not None else self._cycle.next_kind(read)
 
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step in the rows that are active; all when None."""
@@ -128,15 +163,16 @@ class Request:
         going = self._all if active is None else [row for row, goes_on in enumerate(active.tolist()) if goes_on]
         refresh = kind is StepKind.REFRESH
         back = self.policy.steps_taken_back(len(self._since_refresh)) if refresh else 0
+        if self._again is not None:
+            self._go_on(going, tokens)
+            return
         if back:
             self._run_again(going, [*self._since_refresh[-back:], tokens])
         else:
             self._run(kind, going, [(token,) for token in tokens], self.kept, self.dropped)
-        writes_dropped = refresh or self.policy.fills
+        written = back + 1 if refresh or self.policy.fills else 0
         for row in going:
-            self.kept[row] += 1
-            if writes_dropped:
-                self.dropped[row] += back + 1
+            self._fed(row, (tokens[row],), written)
         self._cycle.done()
         if refresh:
             self._since_refresh.clear()
@@ -167,14 +203,94 @@ class Request:
                 runs[row] = Run(kind, (), self.kept[row], self.dropped[row])
         self.slots.run(kind, runs, going)
 
-    def advance(self, row: int, tokens: int) -> None:
-        """A refresh that verified drafts has run so many tokens of a row that stay."""
-        self._advance(row, tokens)
+    def advance(self, row: int, tokens: Sequence[int]) -> None:
+        """A refresh that verified drafts has run these tokens of a row, which stay."""
+        self._fed(row, tokens, len(tokens))
         self._cycle.steps_done = max(self.steps_done, self.kept[row] - self._prompts[row])
 
-    def _advance(self, row: int, tokens: int) -> None:
-        self.kept[row] += tokens
-        self.dropped[row] += tokens
+    def _fed(self, row: int, tokens: Sequence[int], written: int) -> None:
+        """A row has got tokens, and its dropped layers the entries of the latest `written` ones."""
+        self.tokens[row] += tokens
+        self.kept[row] += len(tokens)
+        self.dropped[row] += written
+        if written:
+            self._written[row].add(self.kept[row], written)
+
+    # ── what stays of it ───────────────────────────────────────────────────────────────────────────────────
+
+    def entries(self, row: int, tokens: int) -> tuple[int, int]:
+        """Valid entries (kept, dropped) of the first `tokens` of a row, at most those that it has.
+
+        Where a policy leaves no holes because a refresh runs the tokens before it again, only those count that one has
+        run: so the caches are the full model's.
+        """
+        if not self.policy.leaves_holes and not self.policy.fills:
+            tokens = min(tokens, self.dropped[row])
+        return tokens, self._written[row].count(tokens)
+
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """(row, count) of the row that has entries of the most of these tokens, from the first on."""
+        best = 0, 0
+        for row in self._all:
+            same = next((n for n, (a, b) in enumerate(zip(self.tokens[row], tokens, strict=False)) if a != b), None)
+            count, _ = self.entries(row, min(len(self.tokens[row]), len(tokens)) if same is None else same)
+            best = max(best, (row, count), key=lambda one: one[1])
+        return best
+
+    def take_over(self, other: Request, source: int, row: int, tokens: int) -> None:
+        """Begin a row with the first `tokens` of another request's row, or with fewer."""
+        kept, dropped = other.entries(source, tokens)
+        self.slots.copy(other.slots, source, row, kept, dropped)
+        self.tokens[row] = other.tokens[source][:kept]
+        self.kept[row], self.dropped[row] = kept, dropped
+        self._written[row] = other._written[source].first(kept)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Cut each row back to so many tokens. The next step runs in full, and the schedule begins anew."""
+        self._again = []
+        for row, length in enumerate(lengths):
+            kept, dropped = self.entries(row, length)
+            self._again.append(self.tokens[row][kept:length])
+            self.tokens[row] = self.tokens[row][:kept]
+            self.kept[row], self.dropped[row] = kept, dropped
+            self._written[row] = self._written[row].first(kept)
+        self._since_refresh.clear()
+        self._prompts = list(lengths)
+        self.max_steps = self._steps_left()
+        self._cycle = Cycle(self.schedule, max(self.max_steps - 1, 0))
+
+    def _steps_left(self) -> int:
+        """Steps that there are slots for, the first of them in full."""
+        longest = max(kept + len(again) for kept, again in zip(self.kept, self._again or (), strict=True))
+        steps, dropped = self._capacities["slots_kept"] - longest, max(self.dropped)
+        again = max(map(len, self._again or ()))
+        while (
+            steps > 0
+            and self.policy.leaves_holes
+            and self._capacities["slots_dropped"]
+            < self.policy.dropped_slots(dropped + again + 1, steps - 1, self.schedule)
+        ):
+            steps -= 1
+        return steps
+
+    def _go_on(self, going: Sequence[int], tokens: Sequence[int]) -> None:
+        """The step after a truncation."""
+        assert self._again is not None
+        self._feed({row: [*self._again[row], tokens[row]] for row in going})
+        self._again = None
+        self._prompts = [length + 1 for length in self._prompts]
+        self.max_steps -= 1
+
+    def fork(self, bundle: Bundle) -> Request:
+        """The same with slots of its own."""
+        new = copy.copy(self)
+        new.slots = self.slots.fork(bundle, self._capacities, self.kept, self.dropped)
+        new.tokens = [list(tokens) for tokens in self.tokens]
+        new.kept, new.dropped = list(self.kept), list(self.dropped)
+        new._written = [written.first(kept) for written, kept in zip(self._written, self.kept, strict=True)]
+        new._since_refresh = list(self._since_refresh)
+        new._cycle = copy.copy(self._cycle)
+        return new
 
     def kv_bytes(self) -> dict[str, int]:
         """Bytes of valid K/V entries in kept and in dropped layers, and of all K/V buffers."""

@@ -64,6 +64,7 @@ class Session:
         self._warned = False
         self._lossless: Lossless | None = None  # of the running request, where drafts are verified
         self._engine: Engine | None = engine
+        self._family: weakref.WeakSet[Session] = weakref.WeakSet([self])  # the sessions on this engine
         self._request: Request | None = None
         self._requests_ended = 0
         self._usage = Usage()
@@ -143,7 +144,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free buffers and engine; the session cannot be used afterwards.
+        """Free buffers, and the engine unless a fork uses it; the session cannot be used afterwards.
 
         Raises:
             InputError: another thread is running a step.
@@ -151,8 +152,10 @@ class Session:
         self._usage.enter()
         try:
             self._request = self._lossless = None
+            self._family.discard(self)
             if self._engine is not None:
-                self._engine.close()
+                if not self._family:
+                    self._engine.close()
                 self._engine = None
         finally:
             self._usage.leave()
@@ -168,6 +171,7 @@ class Session:
         draft: str | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        reuse_prefix: bool = False,
     ) -> list[Ids]:
         """Continue a batch of prompts of any lengths.
 
@@ -178,6 +182,9 @@ class Session:
             draft: where this request's drafts come from, under a policy that verifies them; the session's when None.
             sampling: greedy when None.
             stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
+            reuse_prefix: do not run again what a row of the request before begins with; its caches are taken over. They
+                are the full model's at tokens of its prompt, and under `backfill` and `lossless` at all tokens; `skip`
+                left holes at decoded ones, `fill` approximations. An engine on a GPU runs the whole prompt.
 
         Returns:
             One int64 array of new tokens per prompt.
@@ -186,7 +193,7 @@ class Session:
         out: list[list[int]] = [[] for _ in rows]
         self._usage.enter()
         try:
-            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft):
+            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix):
                 for row, token in enumerate(tokens):
                     if active[row]:
                         out[row].append(int(token))
@@ -203,6 +210,7 @@ class Session:
         draft: str | None = None,
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
+        reuse_prefix: bool = False,
     ) -> TokenStream:
         """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`.
 
@@ -211,9 +219,8 @@ class Session:
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        return TokenStream(
-            self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft), self._usage, self._own
-        )
+        tokens = self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix)
+        return TokenStream(tokens, self._usage, self._own)
 
     def _tokens(
         self,
@@ -223,6 +230,7 @@ class Session:
         sampling: SamplingOptions | None,
         stop_token_ids: Sequence[int] | None,
         draft: str | None = None,
+        reuse_prefix: bool = False,
     ) -> Chosen:
         """Yields (token per row, whether the row has one) for every new token."""
         manifest = self.bundle.manifest
@@ -233,13 +241,13 @@ class Session:
         source = self._source if draft is None else self._draft_source(draft)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
         if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
-            self._begin(ids, lengths, max_new_tokens, k)
+            self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
             yield from self._verified_tokens(rows, Sampler(options, rows), stops, max_new_tokens, source)
             return
         sampler = None
         if not (self._opened().chooses_tokens and options.takes_the_largest):
             sampler = Sampler(options, rows)
-        self._begin(ids, lengths, max_new_tokens, k)
+        self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
         ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
@@ -297,6 +305,7 @@ class Session:
         *,
         max_new_tokens: int | None = None,
         k: int | str | Schedule | None = None,
+        reuse_prefix: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Begin a request: run all prompts in full and fill every cache.
 
@@ -305,6 +314,7 @@ class Session:
             lengths: int64 [B], real tokens per row; T when None.
             max_new_tokens: sizes the caches; what the bundle allows when None.
             k: LoRA steps between refreshes for this request, or a schedule object; the session's when None.
+            reuse_prefix: as for `generate`.
 
         Returns:
             float32 [B, V], logits at each row's last real token; valid until the next call.
@@ -314,15 +324,21 @@ class Session:
         """
         self._usage.enter()
         try:
-            self._begin(input_ids, lengths, max_new_tokens, k)
+            self._begin(input_ids, lengths, max_new_tokens, k, reuse_prefix)
             return self._logits()
         finally:
             self._usage.leave()
 
     def _begin(
-        self, input_ids: Array, lengths: Array | None, max_new_tokens: int | None, k: int | str | Schedule | None
+        self,
+        input_ids: Array,
+        lengths: Array | None,
+        max_new_tokens: int | None,
+        k: int | str | Schedule | None,
+        reuse_prefix: bool,
     ) -> None:
         engine = self._opened()
+        before = self._request if checks.flag("reuse_prefix", reuse_prefix) and engine.many_requests else None
         ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
         checks.check_prompts(ids)
         if lengths is None:
@@ -337,6 +353,10 @@ class Session:
         self._check_no_foreign_stream()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
         request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)
+        if before is not None:
+            for row, length in enumerate(lens.tolist()):
+                source, count = before.longest_prefix(ids[row, : length - 1].tolist())  # a token has to give the logits
+                request.take_over(before, source, row, count)
         request.prefill(ids, lens)
         self._request = request
 
@@ -367,6 +387,51 @@ class Session:
             checks.check_step(ids, request.batch, self.bundle.manifest.model.vocab_size)
             self._step(ids, None)
             return self._logits()
+        finally:
+            self._usage.leave()
+
+    def truncate(self, tokens: int | Sequence[int]) -> None:
+        """Cut the running request back to its first tokens, prompt and decoded; another text can then follow.
+
+        The next step runs in full, and the schedule begins anew behind it. In what stays `skip` leaves the holes, and
+        `fill` the approximations, that it made there.
+
+        Args:
+            tokens: that stay in each row, at least one, or a list with a number for each row. A row that has no more
+                stays as it is.
+
+        Raises:
+            InputError: no running request, a number below 1, or a stream is reading the request.
+        """
+        self._usage.enter()
+        try:
+            request = self._running()
+            if self._is_streamed():
+                raise checks.read_by_a_stream()
+            request.truncate(checks.lengths_that_stay(tokens, [len(row) for row in request.tokens]))
+            self._lossless = None
+        finally:
+            self._usage.leave()
+
+    def fork(self) -> Session:
+        """Another session that goes on from where this one is, with caches of its own and the same weights.
+
+        Close both; the engine is freed with the last one.
+
+        Raises:
+            InputError: no running request, or an engine on a GPU, which serves one request at a time.
+        """
+        self._usage.enter()
+        try:
+            engine, request = self._opened(), self._running()
+            if not engine.many_requests:
+                raise checks.cannot_fork(engine.target)
+            new = Session(self.bundle, engine, self.schedule, self._policy.name)
+            new._source = self._source
+            new._request = request.fork(self.bundle)
+            self._family.add(new)
+            new._family = self._family
+            return new
         finally:
             self._usage.leave()
 
@@ -440,13 +505,15 @@ class Session:
 
         Raises:
             PlanError: fitted for another base model, plan or rank; the running request goes on.
-            InputError: the bundle has no room for adapters.
+            InputError: the bundle has no room for adapters, or a fork of the session is open.
             BundleError: the engine cannot take them; the adapters from before go on working.
         """
         engine = self._opened()
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
         checks.check_path("The directory of adapters", directory)
         checks.check_room_for_adapters(plan.rank)
+        if len(self._family) > 1:
+            raise checks.forks_use_the_adapters(len(self._family) - 1)
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
         self._usage.enter()
         try:

@@ -158,6 +158,15 @@ class Slots:
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
 
+    def fork(self, bundle: Bundle, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> Slots:
+        """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""
+        new = Slots(bundle, self._engine, self._count, slots)
+        new._side, new._wanted = self._side, self._wanted
+        for row, valid in enumerate(zip(kept, dropped, strict=True)):
+            new.copy(self, row, row, *valid)
+        new._parts = np.array(self.logits())
+        return new
+
     def _choose_side(self, kind: StepKind, runs: Sequence[Run]) -> None:
         """A refresh writes the first side, but beside a row whose next LoRA step reads the other one."""
         if kind is StepKind.REFRESH and not any(run.kind is StepKind.LORA for run in runs if run.tokens):
