@@ -167,7 +167,7 @@ class TextCodec:
         self.chat_template = chat_template
 
     @classmethod
-    def open(cls, tokenizer_dir: Path) -> TextCodec:
+    def open(cls, tokenizer_dir: str | Path) -> TextCodec:
         """Reads tokenizer.json and, where present, tokenizer_config.json and chat_template.jinja.
 
         Raises:
@@ -175,7 +175,8 @@ class TextCodec:
         """
         from tokenizers import Tokenizer
 
-        path = Path(tokenizer_dir) / "tokenizer.json"
+        tokenizer_dir = Path(tokenizer_dir)
+        path = tokenizer_dir / "tokenizer.json"
         if not is_file(path):
             raise BundleError(
                 "There is no tokenizer.",

@@ -117,7 +117,7 @@ def reference(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def codec(reference: PreTrainedTokenizerFast, tmp_path: Path) -> TextCodec:
     reference.save_pretrained(tmp_path)
-    return TextCodec.open(tmp_path)
+    return TextCodec.open(str(tmp_path))
 
 
 def byte_level_codec() -> TextCodec:

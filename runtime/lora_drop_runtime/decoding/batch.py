@@ -279,7 +279,8 @@ class Batch:
         try:
             self._settle()  # what an interrupted tick has left
             while self._waiting and len(self._rows) < self._count:
-                self._rows.append(self._waiting.popleft())
+                self._rows.append(self._waiting[0])
+                self._waiting.popleft()
             if self._rows:
                 self._run()
                 self._settle()
@@ -314,11 +315,14 @@ class Batch:
             row.waited += slot not in due
 
     def _settle(self) -> None:
-        """Give rows the logits of the last run, tell their events, and take out those that are over.
+        """Give rows the logits of the last run, tell their events, and take out those that are over and those that do
+        not wait any more.
 
         An interrupt ends the row that it comes upon; the others take what they got all the same, here or later.
         """
         interrupt: BaseException | None = None
+        if self._rows and self._waiting and self._rows[-1] is self._waiting[0]:  # an interrupt came as it was admitted
+            self._waiting.popleft()
         while self._got:
             row, logits, seconds = self._got.pop(0)
             try:

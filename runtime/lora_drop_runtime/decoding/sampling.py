@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_drop_runtime.errors import BundleError, InputError, whole_number, wrong_type
+from lora_drop_runtime.bounds import PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P
+from lora_drop_runtime.errors import BundleError
 
 Ids = NDArray[np.int64]
 
@@ -42,25 +43,12 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-                raise wrong_type(f"The sampling option {name}", value, "a number", f"Use for example {name}=1.0.")
-        for name in ("top_k",) if self.seed is None else ("top_k", "seed"):
-            hint = f"Use for example {name}=40."
-            object.__setattr__(self, name, whole_number(f"The sampling option {name}", getattr(self, name), hint))
-        # Written so that NaN fails every test.
-        ranges = [
-            ("temperature", 0 <= self.temperature < math.inf, "0 or above, and finite", "0 is greedy"),
-            ("top_k", self.top_k >= 0, "0 or above", "0 is off"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1", "1 is off"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite", "1 is off"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or above", "without one, each run differs"),
-        ]
-        for name, is_valid, expected, hint in ranges:
-            if not is_valid:
-                note = f"it is {getattr(self, name)}, expected {expected}."
-                raise InputError(f"The sampling option {name} is out of range.", note=note, hint=f"{hint}.")
+        reals = {"temperature": TEMPERATURE, "top_p": TOP_P, "repetition_penalty": PENALTY}
+        for name, bounds in reals.items():
+            object.__setattr__(self, name, bounds.real(f"The sampling option {name}", getattr(self, name)))
+        for name, bounds in {"top_k": TOP_K, "seed": SEED}.items():
+            if (value := getattr(self, name)) is not None or name == "top_k":
+                object.__setattr__(self, name, bounds.whole(f"The sampling option {name}", value))
 
     @property
     def takes_the_largest(self) -> bool:

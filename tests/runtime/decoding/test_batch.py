@@ -325,6 +325,28 @@ def test_an_interrupt_ends_at_most_the_row_that_it_comes_upon(count: int) -> Non
     assert sum(event.finished == "failed" for event in events) <= 1
 
 
+@pytest.mark.parametrize("count", range(1, 40))
+def test_an_interrupt_as_rows_are_admitted_loses_none(count: int) -> None:
+    batch, _ = fake_batch(k=1, slots=2)
+    asked = [Request(prompt, 3, 1, "backfill", False, 0.0, 0, 0) for prompt in ((1, 2), (3,), (4, 5, 6))]
+    for request in asked:
+        batch.add(request.prompt, 3, stop_token_ids=[])
+    tracing, events = sys.gettrace(), []
+    sys.settrace(Interrupt(count))
+    try:
+        events += batch.tick()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    while batch.rows:
+        events += batch.tick()
+    for number, request in enumerate(asked):
+        tokens = [event.token for event in events if event.row == number and event.finished != "failed"]
+        assert tokens == fake_tokens(request)[: len(tokens)]
+        assert sum(event.finished is not None for event in events if event.row == number) == 1
+
+
 @pytest.mark.parametrize("count", range(1, 200, 5))
 def test_rows_are_cancelled_after_an_interrupt(count: int) -> None:
     """Each has one last event, whether the interrupt ended it or not."""
