@@ -65,15 +65,30 @@ def test_command_end_to_end(bundles: list[Path], tmp_path: Path, capsys: pytest.
     assert data["weight_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("share", [0.9, 0.3])
 def test_above_the_ceiling(
-    bundles: list[Path], tmp_path: Path, scripted: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    share: float,
+    bundles: list[Path],
+    tmp_path: Path,
+    scripted: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The results are written and printed, then the command ends with 1."""
+    """The results are written and printed, then the command ends with 1; with a warning where bytes bound nothing."""
     scripted({0: 0.010, 3: 0.004})
+    manifest = Bundle.open(bundles[1]).manifest
+    moved = costs.bytes_of_steps(manifest, 8, costs.periodic_kinds(11, 0), 1, manifest.plan.refresh_policy)
+    rate = sum(moved) / len(moved) / 0.010 / share
+    monkeypatch.setattr(machine, "read_bandwidth", lambda threads: machine.Bandwidth(rate, threads, 1, "max", {}))
     written = tmp_path / "figures.json"
     options = ["--k", "3", "--contexts", "8", "--new-tokens", "12", "--repeats", "2", "--json", str(written)]
-    assert main(["bench", str(bundles[1]), *options]) == 1
+    code = main(["bench", str(bundles[1]), *options])
     printed = capsys.readouterr()
+    if share == 0.3:
+        assert code == 0
+        assert "The full schedule reads at 30% of the machine's bandwidth" in printed.out + printed.err
+        return
+    assert code == 1
     assert "error: A speed-up is above what the bytes allow." in printed.err
     assert "Note: rho0.5 (ρ 0.50, k = 3, context 8, batch 1): 2.500× is above the ceiling of 1." in printed.err
     assert "Hint: " in printed.err
