@@ -3,7 +3,8 @@
     python docs/modes/grid.py
 
 Reads what `lora-drop eval --json` and `lora-drop bench --json` wrote: `eval-MODEL-TEXT.json` with every bundle under
-its own policy, and `bench-MODEL-POLICY.json`. Prints Markdown, and writes speed.png and kv.png beside itself.
+its own policy, and `bench-MODEL-POLICY.json`; and what lossless.py wrote. Prints Markdown, and writes speed.png and
+kv.png beside itself.
 """
 
 from __future__ import annotations
@@ -82,6 +83,22 @@ def table(found: list[Cell]) -> None:
         print(f"| `{cell.policy}` | {cell.rho} | {cell.k} | {speed} | {texts} | {cell.saved:.1%} |")
 
 
+def drafts(model: str) -> None:
+    """What lossless.py measured."""
+    data = _read(f"lossless-{model}.json")
+    if data is None:
+        return
+    rows = {(row["bundle"].split("-")[-1], row["k"], row["text"]): row for row in data["rows"]}
+    print(
+        "\nUnder `lossless`, LoRA steps as drafts. `parts` counts greedy continuations that are not the full "
+        f"schedule's token for token, of {next(iter(rows.values()))['windows']}.\n\n"
+        "| ρ | k | text | tokens per refresh | drafts accepted | speed | parts |\n|---|---|---|---|---|---|---|"
+    )
+    for (rho, k, text), row in sorted(rows.items(), key=lambda one: (one[0][0], one[0][1], TEXTS.index(one[0][2]))):
+        figures = f"{row['tokens_per_refresh']:.2f} | {row['accepted']:.0%} | {row['speed']:.2f}×"
+        print(f"| {rho} | {k} | {text} | {figures} | {len(row['parts'])} |")
+
+
 def draw(grids: dict[str, list[Cell]], name: str, label: str, x: Callable[[Cell], float | None]) -> None:
     """A panel a model, a line over k for each policy and ρ; the prose."""
     import matplotlib
@@ -112,6 +129,7 @@ def main() -> None:
     for model, found in grids.items():
         print(f"\n## {MODELS[model]}\n")
         table(found)
+        drafts(model)
     if any(cell.speed for found in grids.values() for cell in found):
         draw(grids, "speed.png", "decoding speed over the full schedule's", lambda cell: cell.speed)
     saving = {model: [cell for cell in found if cell.policy == "skip"] for model, found in grids.items()}

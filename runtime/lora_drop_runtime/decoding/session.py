@@ -357,6 +357,7 @@ class Session:
             for row, length in enumerate(lens.tolist()):
                 source, count = before.longest_prefix(ids[row, : length - 1].tolist())  # a token has to give the logits
                 request.take_over(before, source, row, count)
+            before = None  # its caches go before the prompts run
         request.prefill(ids, lens)
         self._request = request
 
