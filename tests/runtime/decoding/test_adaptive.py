@@ -205,7 +205,7 @@ def test_engines_that_choose_are_read_only_when_a_schedule_asks() -> None:
         engine = Choosing(table(1))
         session = opened(engine, schedule)
         request_ids = np.array([[1]])
-        session._begin(request_ids, None, 9, None)
+        session._begin(request_ids, None, 9, None, False)
         for _ in range(8):
             session._step(np.array([2]), None)
         assert engine.reads == reads, schedule  # after the first and the second of three LoRA steps
