@@ -128,7 +128,7 @@ class Slots:
         elif engine.batched_chunks or not self._runs_one_by_one(kind, runs, due, width):
             beside = [slot for slot, run in enumerate(runs) if run.tokens and slot not in due]
             if width <= self._room(kind, [runs[slot] for slot in (*beside, *due)]):
-                self._call_beside(kind, runs, due, width, beside)
+                self._call_beside(kind, runs, due, width, self._about_to_read(runs, beside))
             else:
                 self._run_in_parts(kind, runs, due, beside)
         else:
@@ -193,7 +193,8 @@ class Slots:
             now = list(left)
             for slot in going:
                 now[slot] = left[slot]._replace(tokens=left[slot].tokens[:width])
-            self._call_beside(kind, now, going, width, [slot for slot in (*beside, *due) if slot not in going])
+            done_or_waiting = [*self._about_to_read(runs, beside), *(slot for slot in due if slot not in going)]
+            self._call_beside(kind, now, going, width, done_or_waiting)
             logits = self._engine.read(self._outputs[self._wanted][0])
             for slot in going:
                 count, place = now[slot].wanted, done[slot] if now[slot].each else 0
@@ -202,10 +203,14 @@ class Slots:
                 left[slot] = runs[slot].behind(done[slot])
         self._parts = found
 
+    def _about_to_read(self, runs: Sequence[Run], beside: Sequence[int]) -> list[int]:
+        """Those whose next LoRA step reads their state."""
+        return [slot for slot in beside if runs[slot].kind is StepKind.LORA]
+
     def _call_beside(
         self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int, beside: Sequence[int]
     ) -> None:
-        """Call with all rows. A refresh writes the state of every one: those beside the due ones get theirs back."""
+        """Call with all rows. A refresh writes the state of every one: those `beside` the due ones get theirs back."""
         engine = self._engine
         writes = kind is StepKind.REFRESH and self._plan.has_state and not engine.idle_rows
         rows = [slice(slot, slot + 1) for slot in beside] if writes else []
