@@ -7,6 +7,7 @@ checked by the session.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,8 +80,8 @@ class Request:
         self.tokens: list[list[int]] = [[] for _ in self._all]
         self.kept, self.dropped = [0] * self.batch, [0] * self.batch
         self._written = [Written() for _ in self._all]
-        self._since_refresh: list[list[int]] = []  # the tokens [B] of each LoRA step since the last refresh
-        self._again: list[list[int]] | None = None  # of each row, what the next step runs first; after a truncation
+        self._since_refresh: list[list[int]] = [[] for _ in self._all]  # tokens of each row's LoRA steps
+        self._next_is_full = False  # after a truncation
         self._cycle = Cycle(schedule, self.max_steps)
 
     @property
@@ -103,12 +104,15 @@ class Request:
     def prefill(self, ids: Ids, lengths: Ids) -> None:
         """Run the prompts, int64 [B, T], from the tokens on that rows have already."""
         ends: list[int] = lengths.tolist()
-        self._feed({row: ids[row, self.kept[row] : end].tolist() for row, end in enumerate(ends)})
+        fed = {row: ids[row, self.kept[row] : end].tolist() for row, end in enumerate(ends)}
+        self._run_in_full(fed, dict.fromkeys(fed, 0), once=True)
+        for row, tokens in fed.items():
+            self._fed(row, tokens, len(tokens))
         self._prompts = ends
 
-    def _feed(self, fed: dict[int, list[int]]) -> None:
-        """Run tokens of rows in full, in chunks that are counted from each row's end: the last run leaves the logits
-        and states of all rows. The rows that are not fed are over."""
+    def _run_in_full(self, fed: dict[int, list[int]], back: dict[int, int], *, once: bool) -> None:
+        """Run tokens of rows, the first of them so many before a row's last entry, in chunks that are counted from each
+        row's end: the last run leaves the logits and states of all rows. The rows that are not fed are over."""
         chunk, longest = self._chunk, max(map(len, fed.values()))
         for left in range((longest - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
             runs, due = [], []
@@ -118,10 +122,8 @@ class Request:
                 if end > 0:
                     due.append(row)
                 part = tokens[begin : max(end, begin + 1)]  # one, of a row that does not begin yet
-                runs.append(Run(StepKind.REFRESH, part, kept + begin, dropped + begin))
-            self.slots.run(StepKind.REFRESH, runs, due, once=True)
-        for row, tokens in fed.items():
-            self._fed(row, tokens, len(tokens))
+                runs.append(Run(StepKind.REFRESH, part, kept - back.get(row, 0) + begin, dropped + begin))
+            self.slots.run(StepKind.REFRESH, runs, due, once=once)
 
     @property
     def _chunk(self) -> int:
@@ -154,53 +156,42 @@ class Request:
             logits = self.logits()
             return logits if active is None else logits[active]
 
-        return StepKind.REFRESH if self._again is not None else self._cycle.next_kind(read)
+        return StepKind.REFRESH if self._next_is_full else self._cycle.next_kind(read)
 
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
         """Run the next step in the rows that are active; all when None."""
         kind = self.next_kind(active)
         tokens: list[int] = token_ids.tolist()
         going = self._all if active is None else [row for row, goes_on in enumerate(active.tolist()) if goes_on]
-        refresh = kind is StepKind.REFRESH
-        back = self.policy.steps_taken_back(len(self._since_refresh)) if refresh else 0
-        if self._again is not None:
-            self._go_on(going, tokens)
-            return
-        if back:
-            self._run_again(going, [*self._since_refresh[-back:], tokens])
+        if kind is StepKind.LORA:
+            self._run_one_token(kind, going, tokens)
+            for row in going:
+                self._fed(row, (tokens[row],), int(self.policy.fills))
+                self._since_refresh[row].append(tokens[row])
         else:
-            self._run(kind, going, [(token,) for token in tokens], self.kept, self.dropped)
-        written = back + 1 if refresh or self.policy.fills else 0
-        for row in going:
-            self._fed(row, (tokens[row],), written)
-        self._cycle.done()
-        if refresh:
-            self._since_refresh.clear()
+            back = {row: self.policy.steps_taken_back(len(self._since_refresh[row])) for row in going}
+            if any(back.values()):
+                again = {row: self._since_refresh[row][-count:] if count else [] for row, count in back.items()}
+                self._run_in_full({row: [*again[row], tokens[row]] for row in going}, back, once=False)
+            else:
+                self._run_one_token(kind, going, tokens)
+            for row in going:
+                self._fed(row, (tokens[row],), back[row] + 1)
+                self._since_refresh[row].clear()
+        if self._next_is_full:
+            self._next_is_full = False
+            self._prompts = [length + 1 for length in self._prompts]
+            self.max_steps -= 1
         else:
-            self._since_refresh.append(tokens)
+            self._cycle.done()
 
-    def _run_again(self, going: Sequence[int], steps: Sequence[Sequence[int]]) -> None:
-        """Run the tokens of some LoRA steps, [B] each, and the new ones through the refresh graph, from their first
-        slot on."""
-        chunk, behind = self._chunk, 1 - len(steps)
-        for begin in range(0, len(steps), chunk):
-            fed = [[step[row] for step in steps[begin : begin + chunk]] for row in self._all]
-            kept, dropped = [n + behind + begin for n in self.kept], [n + begin for n in self.dropped]
-            self._run(StepKind.REFRESH, going, fed, kept, dropped)
-
-    def _run(
-        self,
-        kind: StepKind,
-        going: Sequence[int],
-        fed: Sequence[Sequence[int]],
-        kept: Sequence[int],
-        dropped: Sequence[int],
-    ) -> None:
-        """Run what each row is fed behind so many entries; the rows that are not going are over."""
-        runs = [Run(kind, *one) for one in zip(fed, kept, dropped, strict=True)]
+    def _run_one_token(self, kind: StepKind, going: Sequence[int], tokens: Sequence[int]) -> None:
+        """The rows that are not going are over."""
+        entries = zip(self.kept, self.dropped, strict=True)
+        runs = [Run(kind, (token,), kept, dropped) for token, (kept, dropped) in zip(tokens, entries, strict=True)]
         if len(going) < self.batch:
             for row in set(self._all).difference(going):
-                runs[row] = Run(kind, (), self.kept[row], self.dropped[row])
+                runs[row] = runs[row]._replace(tokens=())
         self.slots.run(kind, runs, going)
 
     def advance(self, row: int, tokens: Sequence[int]) -> None:
@@ -247,39 +238,27 @@ class Request:
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Cut each row back to so many tokens. The next step runs in full, and the schedule begins anew."""
-        self._again = []
         for row, length in enumerate(lengths):
             kept, dropped = self.entries(row, length)
-            self._again.append(self.tokens[row][kept:length])
-            self.tokens[row] = self.tokens[row][:kept]
-            self.kept[row], self.dropped[row] = kept, dropped
+            again = self.tokens[row][kept:length]  # where they count only once they have run in full
+            self.tokens[row] = self.tokens[row][:length]
+            self.kept[row], self.dropped[row] = length, dropped
             self._written[row] = self._written[row].first(kept)
-        self._since_refresh.clear()
+            self._since_refresh[row] = again
+        self._next_is_full = True
         self._prompts = list(lengths)
         self.max_steps = self._steps_left()
         self._cycle = Cycle(self.schedule, max(self.max_steps - 1, 0))
 
     def _steps_left(self) -> int:
         """Steps that there are slots for, the first of them in full."""
-        longest = max(kept + len(again) for kept, again in zip(self.kept, self._again or (), strict=True))
-        steps, dropped = self._capacities["slots_kept"] - longest, max(self.dropped)
-        again = max(map(len, self._again or ()))
+        steps, room = self._capacities["slots_kept"] - max(self.kept), self._capacities["slots_dropped"]
+        begun = max(map(operator.add, self.dropped, map(len, self._since_refresh))) + 1
         while (
-            steps > 0
-            and self.policy.leaves_holes
-            and self._capacities["slots_dropped"]
-            < self.policy.dropped_slots(dropped + again + 1, steps - 1, self.schedule)
+            steps > 0 and self.policy.leaves_holes and self.policy.dropped_slots(begun, steps - 1, self.schedule) > room
         ):
             steps -= 1
         return steps
-
-    def _go_on(self, going: Sequence[int], tokens: Sequence[int]) -> None:
-        """The step after a truncation."""
-        assert self._again is not None
-        self._feed({row: [*self._again[row], tokens[row]] for row in going})
-        self._again = None
-        self._prompts = [length + 1 for length in self._prompts]
-        self.max_steps -= 1
 
     def fork(self, bundle: Bundle) -> Request:
         """The same with slots of its own."""
@@ -288,7 +267,7 @@ class Request:
         new.tokens = [list(tokens) for tokens in self.tokens]
         new.kept, new.dropped = list(self.kept), list(self.dropped)
         new._written = [written.first(kept) for written, kept in zip(self._written, self.kept, strict=True)]
-        new._since_refresh = list(self._since_refresh)
+        new._since_refresh = [list(tokens) for tokens in self._since_refresh]
         new._cycle = copy.copy(self._cycle)
         return new
 

@@ -42,12 +42,10 @@ class Holes:
         elif refresh:
             self.seen.append(len(self.tokens) - 1)
 
-    def cut(self, count: int, policy: str) -> list[int]:
-        """Keep the first tokens; returns those that `backfill` has still to run in full."""
-        full = min(count, len(self.seen)) if policy == "backfill" else count
-        again, self.tokens = self.tokens[full:count], self.tokens[:full]
-        self.seen = [place for place in self.seen if place < full]
-        return again
+    def cut(self, count: int) -> None:
+        """Keep the first tokens."""
+        self.tokens = self.tokens[:count]
+        self.seen = [place for place in self.seen if place < count]
 
     def run(self, tokens: list[int]) -> None:
         self.seen += range(len(self.tokens), len(self.tokens) + len(tokens))
@@ -100,13 +98,14 @@ def test_caches_are_those_of_what_ran(acts: list[Any], k: int, policy: str, data
             if cut is not None and step == count // 2:
                 if data.draw(st.booleans()):
                     session = session.fork()
-                again = [row.cut(min(cut, len(row.tokens)), policy) for row in rows]
+                for row in rows:
+                    row.cut(min(cut, len(row.tokens)))
                 session.truncate(cut)
                 check_caches(session, rows)
                 assert session.next_step is REFRESH
                 session.step([7] * len(rows))
-                for row, tokens in zip(rows, again, strict=True):
-                    row.run([*tokens, 7])
+                for row in rows:
+                    row.step(7, True, policy)
                 check_caches(session, rows)
                 since = 0
                 continue
@@ -145,6 +144,32 @@ def test_a_stream_that_was_closed_or_verified_is_a_prefix(policy: str) -> None:
     begin = len(engine.runs)
     session.prefill([[5, 6, 7, *tokens, 1]], reuse_prefix=True)
     assert engine.runs[begin].input_ids.shape == (1, 13 - min(len(fed), 12))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_steps_after_rows_have_ended_at_different_places(policy: str, kind: str) -> None:
+    """A refresh runs each row's own tokens again, also those of a row that stood still for some steps."""
+    session, _ = opened(policy, k=3, kind=kind)
+    prompts = [[5], [6, 7]]
+    texts = [continued(prompt, 12) for prompt in prompts]
+    stops = [texts[0][2], texts[1][6]]
+    ends = [min(text.index(stop) for stop in stops if stop in text) for text in texts]
+    rows = session.generate(prompts, 12, stop_token_ids=stops)
+    assert [len(row) for row in rows] == ends
+    assert ends[0] != ends[1]
+    request, holes = session._running(), [Holes(prompt) for prompt in prompts]
+    for row, (one, text) in enumerate(zip(holes, texts, strict=True)):
+        for step, token in enumerate(text[: ends[row]], 1):
+            one.step(token, step % 4 == 0, policy)
+    check_caches(session, holes)
+    for step in range(request.steps_done + 1, request.max_steps + 1):
+        kind_of_step = session.next_step
+        assert (kind_of_step is REFRESH) == (step % 4 == 0)
+        session.step([1, 2])
+        for one, token in zip(holes, (1, 2), strict=True):
+            one.step(token, kind_of_step is REFRESH, policy)
+        check_caches(session, holes)
 
 
 def test_rows_of_another_request_take_the_longest_prefix() -> None:
