@@ -64,3 +64,28 @@ def test_chat_between_replies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("builtins.input", pressed)
     assert main(["chat", str(bundle), "--threads", "1"]) == 130
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_question_that_is_too_long_for_the_bundle(
+    typed: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who types loses that question alone; a pipe ends there with the error."""
+    questions = ["ab", "a b " * 2000, "cd"]
+    if typed:
+        lines = iter(questions)
+
+        def asked(prompt: str) -> str:
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        monkeypatch.setattr("builtins.input", asked)
+    else:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
+    assert main(["chat", str(bundle), "--threads", "1", "--max-new-tokens", "3"]) == (0 if typed else 2)
+    said = capsys.readouterr()
+    assert "The conversation is longer than the bundle allows." in said.err
+    assert said.out.count("\n") >= (2 if typed else 1)

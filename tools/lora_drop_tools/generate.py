@@ -255,13 +255,20 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
         messages = [{"role": "system", "content": system}] if system else []
         for line in _questions():
             messages.append({"role": "user", "content": line})
-            room = session.bundle.manifest.limits.max_seq_len - len(ids := codec.encode_chat(messages))
-            if room < 1:
-                raise InputError(
+            ids, limits = codec.encode_chat(messages), session.bundle.manifest.limits
+            most = min(limits.max_seq_len - 1, limits.max_prompt_len)
+            if len(ids) > most:
+                error = InputError(
                     "The conversation is longer than the bundle allows.",
-                    note=f"It has {len(ids)} tokens, the bundle allows {session.bundle.manifest.limits.max_seq_len}.",
-                    hint="Start a new chat, or export with a larger --max-seq-len.",
+                    note=f"It has {len(ids)} tokens, the bundle allows {most}.",
+                    hint="Start a new chat, or export with a larger --max-seq-len and --max-prompt-len.",
                 )
+                if not sys.stdin.isatty():
+                    raise error
+                messages.pop()  # who types can go on with a shorter one
+                print(error, file=sys.stderr, flush=True)
+                continue
+            room = limits.max_seq_len - len(ids)
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
             reply = _stream(session, codec, ids, fitting, sys.stdout, goes_on=True)
             if reply.drafts is not None and reply.drafts.note and not said:

@@ -76,7 +76,10 @@ def check_one_prompt(rows: list[Any]) -> None:
 def lengths_that_stay(tokens: int | Sequence[int], lengths: Sequence[int]) -> list[int]:
     """How many tokens stay in each row, which have so many."""
     hint = "Use for example tokens=20."
-    if isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str):
+    texts = str | bytes | bytearray | memoryview
+    if (isinstance(tokens, np.ndarray) and tokens.ndim) or (
+        isinstance(tokens, Sequence) and not isinstance(tokens, texts)
+    ):
         asked = [whole_number("The number of tokens that stay", one, hint) for one in tokens]
         if len(asked) != len(lengths):
             raise InputError(
@@ -322,7 +325,7 @@ def used_by_another_thread(what: str = "session") -> InputError:
 def no_request() -> InputError:
     return InputError(
         "There is no running request.",
-        note="step and next_step come after prefill.",
+        note="step, next_step, truncate and fork need one.",
         hint="Call prefill first.",
     )
 
@@ -330,7 +333,7 @@ def no_request() -> InputError:
 def read_by_a_stream() -> InputError:
     return InputError(
         "A stream is reading the tokens of this request.",
-        note="A step would put another token between its own.",
+        note="A step, a truncation or a fork would come between its tokens.",
         hint="Close the stream first, or begin a request of your own with prefill.",
     )
 

@@ -239,16 +239,27 @@ class Request:
     def truncate(self, lengths: Sequence[int]) -> None:
         """Cut each row back to so many tokens. The next step runs in full, and the schedule begins anew."""
         for row, length in enumerate(lengths):
-            kept, dropped = self.entries(row, length)
-            again = self.tokens[row][kept:length]  # where they count only once they have run in full
-            self.tokens[row] = self.tokens[row][:length]
-            self.kept[row], self.dropped[row] = length, dropped
-            self._written[row] = self._written[row].first(kept)
-            self._since_refresh[row] = again
+            self.cut(row, length)
         self._next_is_full = True
         self._prompts = list(lengths)
         self.max_steps = self._steps_left()
         self._cycle = Cycle(self.schedule, max(self.max_steps - 1, 0))
+
+    def take_back(self, told: Sequence[int]) -> None:
+        """Forget what verified drafts have put behind the tokens that were told, so many of each row: the last of them
+        is not fed yet."""
+        for row, count in enumerate(told):
+            self.cut(row, self._prompts[row] + max(count - 1, 0))
+        self._cycle.steps_done = max(kept - begin for kept, begin in zip(self.kept, self._prompts, strict=True))
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget a row's tokens behind the first so many."""
+        length = min(length, self.kept[row])
+        kept, dropped = self.entries(row, length)
+        self.tokens[row] = self.tokens[row][:length]
+        self._since_refresh[row] = self.tokens[row][kept:]  # where they count only once they have run in full
+        self.kept[row], self.dropped[row] = length, dropped
+        self._written[row] = self._written[row].first(kept)
 
     def _steps_left(self) -> int:
         """Steps that there are slots for, the first of them in full."""

@@ -136,6 +136,7 @@ class Session:
         return self._policy.name
 
     def __enter__(self) -> Session:
+        self._opened()
         return self
 
     def __exit__(
@@ -286,7 +287,16 @@ class Session:
                 self._warned = True
                 warnings.warn(f"{pace.note[0].upper()}{pace.note[1:]}.", DraftsDoNotPay, stacklevel=2)
 
-        yield from self._lossless.tokens(self._logits(), go_on)
+        told, is_over = [0] * len(rows), False
+        try:
+            for tokens, active in self._lossless.tokens(self._logits(), go_on):
+                for row in np.flatnonzero(active):
+                    told[row] += 1
+                yield tokens, active
+            is_over = True
+        finally:
+            if not is_over and self._request is request:  # the caches may be ahead of what was told
+                request.take_back(told)
 
     def _draft_source(self, draft: str | None) -> DraftSource:
         checks.check_name("The draft", draft, 'Use for example draft="ngram".')
@@ -420,11 +430,13 @@ class Session:
         Close both; the engine is freed with the last one.
 
         Raises:
-            InputError: no running request, or an engine on a GPU, which serves one request at a time.
+            InputError: no running request, or a stream is reading it; an engine on a GPU serves one at a time.
         """
         self._usage.enter()
         try:
             engine, request = self._opened(), self._running()
+            if self._is_streamed():
+                raise checks.read_by_a_stream()
             if not engine.many_requests:
                 raise checks.cannot_fork(engine.target)
             new = Session(self.bundle, engine, self.schedule, self._policy.name)
