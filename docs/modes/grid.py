@@ -3,8 +3,8 @@
     python docs/modes/grid.py
 
 Reads what `lora-drop eval --json` and `lora-drop bench --json` wrote: `eval-MODEL-TEXT.json` with every bundle under
-its own policy, and `bench-MODEL-POLICY.json`; and what lossless.py wrote. Prints Markdown, and writes speed.png and
-kv.png beside itself.
+its own policy, `bench-MODEL-POLICY.json` and the same of float32; and what lossless.py wrote. Prints Markdown, and
+writes speed.png and kv.png beside itself.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ MARKS = {"0.25": "o", "0.5": "s", "0.75": "^"}
 
 @dataclass(frozen=True)
 class Cell:
-    """A policy, ρ and k: perplexity over the full schedule's by text, the speed over it, share of K/V not kept."""
+    """A policy, ρ and k: perplexity over the full schedule's by text, the speed over it, share of K/V not kept. All in
+    int4 but `float32`, which is the speed there."""
 
     policy: str
     rho: str
     k: int
     perplexity: dict[str, float]
     speed: float | None
+    float32: float | None
     saved: float
 
 
@@ -62,25 +64,29 @@ def cells(model: str) -> list[Cell]:
                 place = (*_key(row["label"]), row["k"])
                 quality.setdefault(place, {})[text] = row["text"]["ratio"]["value"]
                 saved[place] = _saved(row, full[row["label"]], data["kv_request"])
-    speeds = {}
+    speeds: dict[str, dict[tuple[str, str, int], float]] = {"": {}, "-float32": {}}
     for policy in COLOURS:
-        for row in (_read(f"bench-{model}-{policy}.json") or {"rows": []})["rows"]:
-            speeds[(*_key(row["bundle"]), row["k"])] = row["speedup"]
+        for dtype, of_dtype in speeds.items():
+            for row in (_read(f"bench-{model}-{policy}{dtype}.json") or {"rows": []})["rows"]:
+                of_dtype[(*_key(row["bundle"]), row["k"])] = row["speedup"]
     order = {policy: number for number, policy in enumerate(COLOURS)}
     return [
-        Cell(*place, found, speeds.get(place), saved[place])
+        Cell(*place, found, speeds[""].get(place), speeds["-float32"].get(place), saved[place])
         for place, found in sorted(quality.items(), key=lambda one: (order[one[0][0]], *one[0][1:]))
     ]
 
 
 def table(found: list[Cell]) -> None:
-    print(
-        "| policy | ρ | k | speed | perplexity, prose | perplexity, code | K/V saved |\n|---|---|---|---|---|---|---|"
-    )
+    """The speed in float32 where it was measured."""
+    wide = any(cell.float32 for cell in found)
+    more, line = (" speed, float32 |", "---|") if wide else ("", "")
+    print(f"| policy | ρ | k | speed |{more} perplexity, prose | perplexity, code | K/V saved |")
+    print(f"|---|---|---|---|{line}---|---|---|")
     for cell in found:
-        speed = "" if cell.speed is None else f"{cell.speed:.2f}×"
+        speeds = [cell.speed, cell.float32][: 1 + wide]
+        said = " | ".join("" if speed is None else f"{speed:.2f}×" for speed in speeds)
         texts = " | ".join(f"{cell.perplexity[text]:.3f}" if text in cell.perplexity else "" for text in TEXTS)
-        print(f"| `{cell.policy}` | {cell.rho} | {cell.k} | {speed} | {texts} | {cell.saved:.1%} |")
+        print(f"| `{cell.policy}` | {cell.rho} | {cell.k} | {said} | {texts} | {cell.saved:.1%} |")
 
 
 def drafts(model: str) -> None:
