@@ -96,7 +96,7 @@ def drafts(model: str) -> None:
         return
     rows = {(row["bundle"].split("-")[-1], row["k"], row["text"]): row for row in data["rows"]}
     print(
-        "\nUnder `lossless`, LoRA steps as drafts. `parts` counts greedy continuations that are not the full "
+        "\nUnder `lossless`, LoRA steps as drafts. `parts` counts greedy continuations that are not the full\n"
         f"schedule's token for token, of {next(iter(rows.values()))['windows']}.\n\n"
         "| ρ | k | text | tokens per refresh | drafts accepted | speed | parts |\n|---|---|---|---|---|---|---|"
     )

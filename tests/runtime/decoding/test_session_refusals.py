@@ -79,7 +79,7 @@ def test_requests_refuse_what_prefill_refuses() -> None:
 def test_step_refuses() -> None:
     session, engine = open_session(PLAN, limits=LIMITS)
     for call in (lambda: session.step([1, 2]), lambda: session.next_step):
-        assert_refused(call, "no running request", "after prefill")
+        assert_refused(call, "no running request", "truncate and fork need one")
     session.prefill(np.array([[4, 2], [1, 1]]), max_new_tokens=3)
     for tokens, shape in (([1], "(1,)"), ([1, 2, 3], "(3,)"), ([[1], [2]], "(2, 1)"), (1, "()")):
         assert_refused(lambda tokens=tokens: session.step(tokens), "another batch", shape, "2 rows")
