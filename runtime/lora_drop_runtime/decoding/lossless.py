@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.plan.drafting import DraftSource
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -29,9 +30,10 @@ from .statistics import Cycle, Statistics
 Clock = Callable[[], float]
 
 
-def most_verified(engine_limits: Sequence[int | None]) -> int | None:
+def most_verified(engine: Engine) -> int | None:
     """Tokens of a row that one refresh verifies, the row's own among them; None for no limit."""
-    return min((limit for limit in engine_limits if limit is not None), default=None)
+    limits = engine.prefill_chunk, engine.verified_tokens
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Lossless:
@@ -62,7 +64,7 @@ class Lossless:
         self._request, self._pace, self._clock = request, pace, clock
         self._stops, self._sampler = stops, sampler
         engine = request.engine
-        self._most = most_verified((engine.prefill_chunk, engine.verified_tokens))
+        self._most = most_verified(engine)
         self._together = engine.batched_chunks
         self._rows = [Drafter(sampler.rows[row], source, stops, prompt.tolist()) for row, prompt in enumerate(prompts)]
         self._left = [new_tokens] * len(self._rows)

@@ -271,10 +271,10 @@ class Request:
             steps -= 1
         return steps
 
-    def fork(self, bundle: Bundle) -> Request:
+    def fork(self) -> Request:
         """The same with slots of its own."""
         new = copy.copy(self)
-        new.slots = self.slots.fork(bundle, self._capacities, self.kept, self.dropped)
+        new.slots = self.slots.fork(self._capacities, self.kept, self.dropped)
         new.tokens = [list(tokens) for tokens in self.tokens]
         new.kept, new.dropped = list(self.kept), list(self.dropped)
         new._written = [written.first(kept) for written, kept in zip(self._written, self.kept, strict=True)]

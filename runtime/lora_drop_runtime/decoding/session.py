@@ -441,7 +441,7 @@ class Session:
                 raise checks.cannot_fork(engine.target)
             new = Session(self.bundle, engine, self.schedule, self._policy.name)
             new._source = self._source
-            new._request = request.fork(self.bundle)
+            new._request = request.fork()
             self._family.add(new)
             new._family = self._family
             return new
@@ -488,8 +488,8 @@ class Session:
         assert isinstance(self.schedule, VerifiedSchedule)
         drafts = MOST_DRAFTS if self.schedule.drafts is None else self.schedule.drafts
         self.prefill(tokens, max_new_tokens=most + 1)
-        request, engine, rows = self._running(), self._opened(), range(len(tokens))
-        verified = most_verified((engine.prefill_chunk, engine.verified_tokens))
+        request, rows = self._running(), range(len(tokens))
+        verified = most_verified(request.engine)
         widest = min(drafts + 1, most, most if verified is None else verified)
         kept = request.kept[0]
         for width in range(2, widest + 1):

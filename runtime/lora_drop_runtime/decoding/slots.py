@@ -158,9 +158,9 @@ class Slots:
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
 
-    def fork(self, bundle: Bundle, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> Slots:
+    def fork(self, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> Slots:
         """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""
-        new = Slots(bundle, self._engine, self._count, slots)
+        new = Slots(self.buffers.bundle, self._engine, self._count, slots)
         new._side, new._wanted = self._side, self._wanted
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
             new.copy(self, row, row, *valid)

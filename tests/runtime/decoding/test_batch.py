@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,7 +282,7 @@ class Interrupt:
     Not in the last line of a tick, where its events are on their way to the caller.
     """
 
-    FILES = ("batch.py", "row.py", "slots.py", "cycle.py", "sampling.py")
+    FILES = ("/batch.py", "/row.py", "/slots.py", "/cycle.py", "/sampling.py")
 
     def __init__(self, count: int) -> None:
         self.left = count
@@ -296,6 +298,18 @@ class Interrupt:
         return self
 
 
+@contextlib.contextmanager
+def interrupted(count: int) -> Iterator[None]:
+    """Ctrl-C in the `count`-th line, which ends the block."""
+    tracing = sys.gettrace()
+    sys.settrace(Interrupt(count))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        sys.settrace(tracing)
+
+
 @pytest.mark.parametrize("count", range(1, 400, 7))
 def test_an_interrupt_ends_at_most_the_row_that_it_comes_upon(count: int) -> None:
     """Wherever in a tick: no token is lost or told twice, and every row has a last event."""
@@ -304,15 +318,9 @@ def test_an_interrupt_ends_at_most_the_row_that_it_comes_upon(count: int) -> Non
     for request in asked:
         batch.add(request.prompt, 5, stop_token_ids=[])
     events = batch.tick()
-    tracing = sys.gettrace()
-    sys.settrace(Interrupt(count))
-    try:
+    with interrupted(count):
         events += batch.tick()
         events += batch.tick()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(tracing)
     while batch.rows:
         events += batch.tick()
     for number, request in enumerate(asked):
@@ -331,14 +339,9 @@ def test_an_interrupt_as_rows_are_admitted_loses_none(count: int) -> None:
     asked = [Request(prompt, 3, 1, "backfill", False, 0.0, 0, 0) for prompt in ((1, 2), (3,), (4, 5, 6))]
     for request in asked:
         batch.add(request.prompt, 3, stop_token_ids=[])
-    tracing, events = sys.gettrace(), []
-    sys.settrace(Interrupt(count))
-    try:
+    events: list[Event] = []
+    with interrupted(count):
         events += batch.tick()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(tracing)
     while batch.rows:
         events += batch.tick()
     for number, request in enumerate(asked):
@@ -354,14 +357,8 @@ def test_rows_are_cancelled_after_an_interrupt(count: int) -> None:
     for prompt in ([1, 2], [3], [4, 5, 6]):
         batch.add(prompt, 5, stop_token_ids=[])
     events = batch.tick()
-    tracing = sys.gettrace()
-    sys.settrace(Interrupt(count))
-    try:
+    with interrupted(count):
         events += batch.tick()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(tracing)
     for number in range(3):
         batch.cancel(number)
     events += batch.tick()
