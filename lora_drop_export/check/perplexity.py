@@ -7,6 +7,8 @@ import functools
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.paged_slots import slots_for
+from lora_drop_runtime.decoding.slots import Run
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import NoDeviceError, VerificationError
@@ -37,31 +39,16 @@ def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64
     Raises:
         VerificationError: it is not finite.
     """
-    io = bundle.manifest.io(StepKind.REFRESH, engine.target)
-    sizes = {"batch": 1, **engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})}
-    held = {  # caches and states
-        spec.alias: engine.allocate_resident(spec.alias, spec.sized(sizes), spec.dtype)
-        for spec in io.outputs
-        if spec.alias is not None
-    }
-    lengths = {name: engine.allocate(name, (1,), "int64") for name in ("len_kept", "len_dropped")}
+    needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
+    slots = slots_for(bundle, engine, 1, needed)
+    slots.admit(0, needed)
     chunk = min(_CHUNK, engine.prefill_chunk or _CHUNK)
     nats = 0.0
     for begin in range(0, len(ids) - 1, chunk):
-        tokens = np.ascontiguousarray(ids[None, begin : begin + chunk])
         following = ids[begin + 1 : begin + 1 + chunk]
-        for length in lengths.values():
-            length[:] = begin
-        inputs = held | lengths | {"input_ids": tokens, "logits_index": np.arange(tokens.shape[1])[None]}
-        own = {spec.name: spec.sized(sizes | {"rows": tokens.shape[1]}) for spec in io.outputs if spec.alias is None}
-        outputs = {
-            spec.name: engine.allocate_resident(spec.name, own[spec.name], spec.dtype)
-            if spec.alias is None
-            else held[spec.alias]
-            for spec in io.outputs
-        }
-        engine.prepare(StepKind.REFRESH, {spec.name: inputs[spec.name] for spec in io.inputs}, outputs)()
-        nats += _nats(engine.read(outputs["logits"])[0, : len(following)], following)
+        run = Run(StepKind.REFRESH, ids[begin : begin + chunk].tolist(), begin, begin, each=True)
+        slots.run(StepKind.REFRESH, [run], (0,), once=True)
+        nats += _nats(slots.logits()[0, : len(following)], following)
         progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
     with np.errstate(over="ignore", invalid="ignore"):
         perplexity = float(np.exp(nats / (len(ids) - 1)))

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OrtEntry
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry, OrtEntry
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.engine import Engine
+from lora_drop_runtime.engines.open import check_engine
+from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.errors import InputError, NoDeviceError
@@ -74,11 +77,11 @@ def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.
 
 
 def _unrounded(bundle: Bundle, target: str) -> bytes:
-    """A target's graph with the kernels for quantized weights that compute in float32, exact and slow."""
+    """The graph of target ort with the kernels for quantized weights that compute in float32, exact and slow."""
     import onnx
 
     entry = bundle.target(target)[1]
-    assert isinstance(entry, OrtEntry)  # no other target takes quantized weights
+    assert isinstance(entry, OrtEntry)
     model = onnx.load(bundle.root / entry.steps, load_external_data=False)
     graphs = [model.graph]
     for graph in graphs:
@@ -90,13 +93,17 @@ def _unrounded(bundle: Bundle, target: str) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _open(
-    bundle: Bundle, schedule: PeriodicSchedule, policy: Policy, steps: bytes | None, *, target: str, **options: Any
+def _open_exact(
+    bundle: Bundle, schedule: PeriodicSchedule, policy: Policy, *, target: str, threads: int | None, **options: Any
 ) -> Session:
-    """A session over a target, or over another graph in its place."""
-    if steps is None:
-        return Session.open(bundle.root, k=schedule.k, policy=policy.name, target=target, **options)
-    return Session(bundle, OrtEngine(bundle, target, steps=steps, **options), schedule, policy.name)
+    """A session whose products of quantized weights are computed in float32."""
+    engine: Engine
+    if isinstance(bundle.target(target)[1], OpenVinoEntry):
+        check_engine(bundle, target, options["provider"])
+        engine = OpenVinoEngine(bundle, target, threads=threads, exact=True)
+    else:
+        engine = OrtEngine(bundle, target, steps=_unrounded(bundle, target), threads=threads, **options)
+    return Session(bundle, engine, schedule, policy.name)
 
 
 def _judged(
@@ -149,12 +156,12 @@ def compare(
     reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console or Console())
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
     rounded: list[npt.NDArray[np.float32]] = []
-    steps_graph = None
+    open_session = functools.partial(Session.open, bundle.root, k=schedule.k, policy=refreshes.name)
     if manifest.model.weight_dtype in QUANTIZED_DTYPES:  # one after the other: each session holds the weights
         with Session.open(bundle.root, k=k, policy=refreshes.name, **engine) as session, _quiet():
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
-        steps_graph = _unrounded(bundle, name)
-    with _open(bundle, schedule, refreshes, steps_graph, **engine) as session, _quiet():
+        open_session = functools.partial(_open_exact, bundle, schedule, refreshes)
+    with open_session(**engine) as session, _quiet():
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
     tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]

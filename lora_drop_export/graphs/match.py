@@ -121,6 +121,24 @@ def joined_name(names: list[str]) -> str:
     return ".".join([*parts[0][:shared], inner, parts[0][-1]])
 
 
+def cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
+    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
+    assert read is not None
+    node = read.producer()
+    assert node is not None
+    if node.op_type == "TensorScatter":
+        return node, node.inputs[1], None
+    cast, scale = node.inputs
+    write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
+    assert node.op_type == "Mul"
+    assert write is not None
+    assert write.op_type == "TensorScatter"
+    steps = write.inputs[1]
+    while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
+        steps = steps.producer().inputs[0]  # type: ignore[union-attr]
+    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]
+
+
 def mask_window(attention: ir.Node) -> int:
     """The sliding window that the mask of an Attention node was made with, 0 for none."""
     mask = attention.inputs[3].producer()  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,22 @@ def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> 
     """Put the new nodes in the place of `node`, whose output `result` becomes."""
     old = node.outputs[0]
     result.shape, result.type = old.shape, old.type
-    if old.is_graph_output():
+    if old.is_graph_output() or (old.name and not result.name):
         result.name, old.name = old.name, f"{old.name}.neutral"
+    if old.is_graph_output():
         graph.outputs[:] = [result if output is old else output for output in graph.outputs]
     old.replace_all_uses_with(result)
     graph.insert_after(node, ops.nodes)
+
+
+def choice(
+    condition: ir.Value, then: tuple[Ops, Sequence[ir.Value]], other: tuple[Ops, Sequence[ir.Value]], name: str
+) -> ir.Node:
+    """An If: the nodes of each side, and what it gives."""
+    graphs = {}
+    for side, (ops, results) in (("then_branch", then), ("else_branch", other)):
+        for number, value in enumerate(value for node in ops.nodes for value in node.outputs):
+            if value.name != "":
+                value.name = f"{name}.{side}.{number}"  # one given later could be one of the graph around it
+        graphs[side] = ir.Graph([], list(results), nodes=ops.nodes, name=f"{name}.{side}")
+    return ir.node("If", [condition], graphs, num_outputs=len(then[1]))

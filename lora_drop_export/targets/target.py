@@ -16,6 +16,7 @@ from lora_drop_runtime.bundle.manifest import Manifest, TargetEntry
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.targets.openvino.target import OpenVinoTarget
 from lora_drop_export.targets.ort.target import OrtTarget
 from lora_drop_export.targets.trt.options import TrtOptions
 from lora_drop_export.targets.trt.target import TensorRt, TensorRtRtx
@@ -76,7 +77,9 @@ class Target(Protocol):
 
 
 # In the order in which they choose the dtype of a bundle for several
-TARGETS: dict[str, Target] = {target.name: target for target in (OrtTarget(), TensorRt(), TensorRtRtx())}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in (OrtTarget(), OpenVinoTarget(), TensorRt(), TensorRtRtx())
+}
 
 
 def build_target(

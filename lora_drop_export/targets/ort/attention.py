@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.bundle.manifest import OrtEntry
 
-from lora_drop_export.graphs.match import mask_window
-from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.initializers import seen_as
+from lora_drop_export.graphs.match import cache_write, mask_window
+from lora_drop_export.graphs.nodes import Ops, choice, replace_node
 
-from .initializers import seen_as
 from .lengths import Lengths
 from .linears import MICROSOFT
-from .packing import Packing, choice
+from .packing import Packing
 from .rotations import Rotations
 from .rows import HEADS_FIRST, tokens_first
 
@@ -41,24 +41,6 @@ def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: i
     split = ops("Reshape", scales, ops.ints([heads, before]))
     padded = ops("Pad", split, ops.ints([0, 0, 0, after - before]), ops.constant(np.array(1, np.float32)))
     return ops("Reshape", padded, ops.ints([heads * after]))
-
-
-def _cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
-    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
-    assert read is not None
-    node = read.producer()
-    assert node is not None
-    if node.op_type == "TensorScatter":
-        return node, node.inputs[1], None
-    cast, scale = node.inputs
-    write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
-    assert node.op_type == "Mul"
-    assert write is not None
-    assert write.op_type == "TensorScatter"
-    steps = write.inputs[1]
-    while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
-        steps = steps.producer().inputs[0]  # type: ignore[union-attr]
-    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]
 
 
 def _folded(
@@ -106,7 +88,7 @@ def lower_attention(
     query = node.inputs[0]
     assert query is not None
     heads, head_dim = int(query.shape[1]), int(query.shape[3])  # type: ignore[index, arg-type]
-    (key_write, key, key_scale), (value_write, value, value_scale) = (_cache_write(v) for v in node.inputs[1:3])
+    (key_write, key, key_scale), (value_write, value, value_scale) = (cache_write(v) for v in node.inputs[1:3])
     past_key, _, length = key_write.inputs
     past_value = value_write.inputs[0]
     present_key, present_value = key_write.outputs[0], value_write.outputs[0]

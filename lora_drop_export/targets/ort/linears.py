@@ -6,10 +6,10 @@ import dataclasses
 
 import onnx_ir as ir
 
+from lora_drop_export.graphs.initializers import TABLE, join, lie_back_to_back, seen_as
 from lora_drop_export.graphs.match import Linear, match_weight
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
-from .initializers import TABLE, join, lie_back_to_back, seen_as
 from .rows import Rows
 
 MICROSOFT = "com.microsoft"

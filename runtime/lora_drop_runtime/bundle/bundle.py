@@ -227,6 +227,19 @@ class Bundle:
         for file, offset, size in weight.parts:
             yield np.memmap(self.root / file, np.uint8, "r", offset, (size,))
 
+    def mapped_part(self, reader: str, location: str, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        """Bytes of a recorded file that a graph, `reader`, names; mapped where they lie.
+
+        Raises:
+            BundleError: they are not there.
+        """
+        if min(offset, size) < 0:
+            raise _damaged_file("A graph of the bundle is damaged.", f"{reader} reads {size} bytes at {offset}.")
+        self._check_part(reader, location, offset, size)
+        if not size:
+            return np.zeros(0, np.uint8)
+        return np.memmap(self.root / location, np.uint8, "r", offset, (size,))
+
     def check_hashes(self) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle."""
         return [name for name, record in self.manifest.files.items() if record_file(self.root / name) != record]

@@ -159,6 +159,17 @@ class OrtEntry(TargetEntry):
         return (self.steps,)
 
 
+@dataclass(frozen=True)
+class OpenVinoEntry(TargetEntry):
+    """OpenVINO: `steps` is the graph that holds both steps, over paged caches (paged_io.py)."""
+
+    steps: str
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.steps,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrtEntry(TargetEntry):
     """TensorRT or TensorRT-RTX: an engine for each step.
@@ -229,7 +240,12 @@ class OtherEntry(TargetEntry):
     data: Mapping[str, object]
 
 
-ENTRIES: dict[str, type[TargetEntry]] = {"ort": OrtEntry, "tensorrt": TrtEntry, "tensorrt-rtx": TrtEntry}
+ENTRIES: dict[str, type[TargetEntry]] = {
+    "ort": OrtEntry,
+    "openvino": OpenVinoEntry,
+    "tensorrt": TrtEntry,
+    "tensorrt-rtx": TrtEntry,
+}
 
 
 def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:

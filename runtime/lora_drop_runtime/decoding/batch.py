@@ -24,11 +24,12 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 from . import checks
 from .opening import checked_policy, open_bundle
+from .paged_slots import slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
 from .schedules import named_schedule
-from .slots import Logits, Slots
+from .slots import Logits
 from .statistics import Statistics
 from .stream import Usage
 
@@ -53,6 +54,7 @@ class Batch:
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
         join_early: bool = False,
+        kv_cache_bytes: int | None = None,
     ) -> None:
         self.bundle, self._engine = bundle, engine
         self._policy = checked_policy(bundle, policy)
@@ -67,9 +69,12 @@ class Batch:
         steps = self.max_seq_len - self.max_prompt_len - 1
         needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
         self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
-        # Ragged attention wants room for a whole chunk behind a row that has a single token beside it
-        room = self._chunk if engine.idle_rows else 0
-        self._slots = Slots(bundle, engine, self._count, engine.slots({n: c + room for n, c in self._capacity.items()}))
+        # Padded attention wants room for a whole chunk behind a row that has a single token beside it
+        self._paged = engine.block_slots is not None
+        room = self._chunk if engine.idle_rows and not self._paged else 0
+        most = engine.slots({name: count + room for name, count in self._capacity.items()})
+        self._slots = slots_for(bundle, engine, self._count, most)
+        self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
@@ -87,6 +92,7 @@ class Batch:
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
         join_early: bool = False,
+        kv_cache_bytes: int | None = None,
         k: int | str | Schedule | None = None,
         schedule: str | None = None,
         policy: str | None = None,
@@ -105,6 +111,8 @@ class Batch:
                 every k + 1 after them.
             join_early: run a new prompt at once, not beside the next refresh, and shorten the row's first cycle so that
                 it refreshes with rows of its `k`. Its first token comes sooner, and its tokens depend on when it came.
+            kv_cache_bytes: the most that the rows' K/V may take, where caches are paged (target openvino); what all
+                slots can need when None. A row waits until its blocks fit beside those of the rows that run.
 
         The other arguments are those of `Session.open`, and what rows do that are added without their own.
 
@@ -134,6 +142,7 @@ class Batch:
                 max_seq_len=max_seq_len,
                 max_prompt_len=max_prompt_len,
                 join_early=join_early,
+                kv_cache_bytes=kv_cache_bytes,
             )
         except BaseException:
             opened.engine.close()
@@ -169,10 +178,12 @@ class Batch:
     def describe(self) -> str:
         """How many slots there are, and what they take."""
         self._check_open()
-        return (
-            f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
-            f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
-        )
+        slots = f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
+        if not self._paged:
+            return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
+        most = self._count * self._slots.bytes_of(self._capacity)
+        most = most if self._most_bytes is None else min(most, self._most_bytes)
+        return slots + f"K/V grows with the rows, to at most {most / 2**20:,.1f} MiB"
 
     @property
     def rows(self) -> int:
@@ -229,9 +240,12 @@ class Batch:
         needed = verifier.dropped_slots(len(prompt), new_tokens - 1, chosen)
         if joined and verifier.leaves_holes:
             needed += 1  # its first refresh may come sooner
-        checks.check_fits(needed, self._capacity["slots_dropped"])
+        if not self._paged:
+            checks.check_fits(needed, self._capacity["slots_dropped"])
+        takes = {"slots_kept": len(prompt) + new_tokens - 1, "slots_dropped": needed}
+        checks.check_pool(self._slots.bytes_of(takes), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
-        options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs))
+        options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs), takes)
         sampling = checks.checked_sampling(sampling)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
         number = self._added
@@ -278,7 +292,8 @@ class Batch:
         self._usage.enter()
         try:
             self._settle()  # what an interrupted tick has left
-            while self._waiting and len(self._rows) < self._count:
+            while self._waiting and len(self._rows) < self._count and self._has_room(self._waiting[0]):
+                self._slots.admit(len(self._rows), self._waiting[0].options.slots)
                 self._rows.append(self._waiting[0])
                 self._waiting.popleft()
             if self._rows:
@@ -348,6 +363,13 @@ class Batch:
                 )
                 row.join(next(others, 0))
 
+    def _has_room(self, row: Row) -> bool:
+        """Whether its blocks fit beside those of the rows that run."""
+        if self._most_bytes is None:
+            return True
+        taken = sum(self._slots.bytes_of(one.options.slots) for one in self._rows)
+        return taken + self._slots.bytes_of(row.options.slots) <= self._most_bytes
+
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""
         if self._join_early and any(row.is_new for row in self._rows):
@@ -366,6 +388,7 @@ class Batch:
             valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))
             self._slots.move(len(rows), slot, *valid)
             rows[slot] = last
+        self._slots.release(len(rows))
         self._rows = rows
 
     def _tell(self, event: Event) -> None:

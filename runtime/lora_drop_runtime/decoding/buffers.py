@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.engine import Buffer, Engine, Step
+from lora_drop_runtime.engines.engine import BindingEngine, Buffer, Step
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .sampling import Ids
@@ -26,12 +26,12 @@ class RowBuffers:
     """
 
     bundle: Bundle
-    engine: Engine
+    engine: BindingEngine
     caches: dict[str, Buffer]
     states: tuple[States, States]
 
     @classmethod
-    def allocate(cls, bundle: Bundle, engine: Engine, rows: int, slots: Mapping[str, int]) -> RowBuffers:
+    def allocate(cls, bundle: Bundle, engine: BindingEngine, rows: int, slots: Mapping[str, int]) -> RowBuffers:
         """Args:
         slots: {"slots_kept": n, "slots_dropped": m}, of each row.
         """

@@ -171,6 +171,34 @@ def check_fits(needed: int, slots: int) -> None:
         )
 
 
+def checked_cache_bytes(most: int | None, paged: bool) -> int | None:
+    """The most bytes of K/V in a batch; None for no limit."""
+    if most is None:
+        return None
+    if not paged:
+        raise InputError(
+            "The target's caches are allocated in advance.",
+            note=f"kv_cache_bytes is {most}, and applies only where caches are paged (target openvino).",
+            hint="Leave it out, and use fewer slots or a smaller max_seq_len.",
+        )
+    if whole_number("The size of the K/V caches", most, "Use for example kv_cache_bytes=2**30.") < 1:
+        raise InputError(
+            "The size of the K/V caches is out of range.",
+            note=f"It is {most}; needed is a number of bytes above 0.",
+            hint="Use for example kv_cache_bytes=2**30.",
+        )
+    return int(most)
+
+
+def check_pool(needed: int, most: int | None) -> None:
+    if most is not None and needed > most:
+        raise InputError(
+            "The row can never fit into the K/V caches.",
+            note=f"Its blocks take {needed} bytes, the batch has {most}.",
+            hint="Ask for fewer new tokens, or open the batch with a larger kv_cache_bytes.",
+        )
+
+
 def checked_logprobs(logprobs: int | None) -> int | None:
     if logprobs is None:
         return None

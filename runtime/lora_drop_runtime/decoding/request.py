@@ -20,6 +20,7 @@ from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 from .cycle import Cycle
+from .paged_slots import slots_for
 from .sampling import Ids
 from .slots import Logits, Run, Slots
 
@@ -75,8 +76,10 @@ class Request:
             "slots_dropped": policy.dropped_slots(longest, self.max_steps, schedule),
         }
         self._capacities = engine.slots(needed)
-        self.slots = Slots(bundle, engine, self.batch, self._capacities)
+        self.slots = slots_for(bundle, engine, self.batch, self._capacities)
         self._all = range(self.batch)
+        for row in self._all:
+            self.slots.admit(row, self._capacities)
         self.tokens: list[list[int]] = [[] for _ in self._all]
         self.kept, self.dropped = [0] * self.batch, [0] * self.batch
         self._written = [Written() for _ in self._all]
@@ -91,6 +94,7 @@ class Request:
 
     @property
     def caches(self) -> dict[str, Buffer]:
+        assert isinstance(self.slots, Slots)
         return self.slots.buffers.caches
 
     @property
@@ -231,7 +235,7 @@ class Request:
     def take_over(self, other: Request, source: int, row: int, tokens: int) -> None:
         """Begin a row with the first `tokens` of another request's row, or with fewer."""
         kept, dropped = other.entries(source, tokens)
-        self.slots.copy(other.slots, source, row, kept, dropped)
+        self.slots.copy(other.slots, source, row, kept, dropped)  # type: ignore[arg-type]  # of one engine
         self.tokens[row] = other.tokens[source][:kept]
         self.kept[row], self.dropped[row] = kept, dropped
         self._written[row] = other._written[source].first(kept)

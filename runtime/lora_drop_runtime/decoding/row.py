@@ -7,7 +7,7 @@ of the row alone, whatever else is in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,14 +57,18 @@ Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1,
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own."""
+    """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own.
+
+    `slots` are those that its caches need in all, {"slots_kept": n, "slots_dropped": m}.
+    """
 
     new_tokens: int
     policy: Policy
     schedule: Schedule
     source: DraftSource
     stops: frozenset[int]
-    logprobs: int | None = None
+    logprobs: int | None
+    slots: Mapping[str, int]
 
 
 class Row:

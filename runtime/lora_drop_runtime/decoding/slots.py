@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.engine import Array, Buffer, Engine, Step
+from lora_drop_runtime.engines.engine import Array, BindingEngine, Buffer, Step
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .buffers import RowBuffers
@@ -68,7 +68,7 @@ class Slots:
         slots: {"slots_kept": n, "slots_dropped": m}, of each row.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int]) -> None:
+    def __init__(self, bundle: Bundle, engine: BindingEngine, count: int, slots: Mapping[str, int]) -> None:
         self._engine, self._count = engine, count
         self._plan, self._token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
         self.buffers = RowBuffers.allocate(bundle, engine, count, slots)
@@ -102,6 +102,16 @@ class Slots:
             "dropped": dropped * len(self._plan.dropped_attentions) * self._token_bytes,
             "allocated": sum(buffer.nbytes for buffer in self.buffers.caches.values()),
         }
+
+    def bytes_of(self, slots: Mapping[str, int]) -> int:
+        """What a row needs beside what is allocated: nothing."""
+        return 0
+
+    def admit(self, slot: int, slots: Mapping[str, int]) -> None:
+        """A row begins; its memory is there."""
+
+    def release(self, slot: int) -> None:
+        """A row is over."""
 
     def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False) -> None:
         """Run what some rows want; the others stand still. An interrupt leaves every row's valid entries as they are.

@@ -8,7 +8,7 @@ steps touch (caches, states, logits) is a `Buffer`, which may lie on a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -56,10 +56,10 @@ class DeviceBuffer:
 
 
 class Engine(Protocol):
-    """Gives memory to a request, and runs its steps. Where `many_requests` is false, asking for a buffer again ends the
-    use of the one of that name.
+    """Runs the steps of requests: a `BindingEngine`, or a `PagedEngine` where `block_slots` is a number.
 
     Attributes:
+        block_slots: slots of a block where caches are paged; None where each row has caches of its own.
         target: whose graphs it runs; names their table of inputs and outputs (graph_io.py).
         chooses_tokens: whether the graphs have an output `next_token`, the index of the largest logit; −1 in a row
             with NaN or +∞ among its logits.
@@ -72,6 +72,7 @@ class Engine(Protocol):
             its opening.
     """
 
+    block_slots: int | None
     target: str
     chooses_tokens: bool
     prefill_chunk: int | None
@@ -88,6 +89,29 @@ class Engine(Protocol):
             InputError: the engine has fewer.
         """
         ...
+
+    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+        """Use other adapter matrices (A, s·B) from now on; prepared steps are void.
+
+        Raises:
+            InputError: the engine's adapters are constants.
+            BundleError: it cannot take them; those from before go on working, or if they cannot be had again, every
+                later step says so.
+        """
+        ...
+
+    def notes(self) -> list[str]:
+        """What a user who measures should know of the engine, a line each."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+class BindingEngine(Engine, Protocol):
+    """Gives memory by name, and binds it to steps. Where `many_requests` is false, asking for a buffer again ends the
+    use of the one of that name."""
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         """Zeros that the host reads and writes between steps."""
@@ -110,22 +134,81 @@ class Engine(Protocol):
         """Bind buffers by name; the returned callable runs the step on them, again and again, and waits for it."""
         ...
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        """Use other adapter matrices (A, s·B) from now on; prepared steps are void.
 
-        Raises:
-            InputError: the engine's adapters are constants.
-            BundleError: it cannot take them; those from before go on working, or if they cannot be had again, every
-                later step says so.
-        """
+class Pool(Protocol):
+    """Blocks of cache slots of one kind of layers; a block's number is the same in all of them."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block in all layers."""
         ...
 
-    def notes(self) -> list[str]:
-        """What a user who measures should know of the engine, a line each."""
+    def take(self, count: int) -> list[int]:
+        """Blocks of one's own."""
         ...
 
-    def close(self) -> None:
-        """Free what the engine holds."""
+    def share(self, blocks: Iterable[int]) -> None:
+        """Another row has these as well."""
+        ...
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """A row has these no more."""
+        ...
+
+    def is_shared(self, block: int) -> bool: ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what is in a block."""
+        ...
+
+
+class Feed(Protocol):
+    """What a call over paged caches reads; written in place (bundle/paged_io.py).
+
+    Attributes:
+        ids, positions: int64 [1, T]. index: int64 [R]. last: int64 [b]. states: float32 [sites, b, d].
+        tables: of each group past_lens [b], begins [b + 1], blocks [n], block_begins [b + 1] and longest [], int32.
+    """
+
+    ids: Array
+    positions: Array
+    index: Array
+    last: Array
+    states: Array
+    tables: list[list[Array]]
+
+
+class PagedSteps(Protocol):
+    """Calls of one request, whose results stay until its next."""
+
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...]) -> Feed:
+        """What a call reads of so many tokens in all, logits that are wanted, rows, and blocks of each pool."""
+        ...
+
+    def run(self) -> None:
+        """One call with the latest feed."""
+        ...
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """float32 [R, V]."""
+        ...
+
+    def states(self) -> npt.NDArray[np.float32]:
+        """float32 [sites, b, d]."""
+        ...
+
+
+class PagedEngine(Engine, Protocol):
+    """Has pools of blocks, of kept and of dropped layers; rows with any numbers of new tokens run in one call."""
+
+    pools: list[Any]
+
+    def states_shape(self, rows: int) -> tuple[int, int, int]:
+        """Of the states of so many rows, [sites, rows, d]; no site where the plan has none."""
+        ...
+
+    def steps(self) -> PagedSteps:
+        """For one request."""
         ...
 
 

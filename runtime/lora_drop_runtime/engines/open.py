@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
-from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.bundle.manifest import OpenVinoEntry, OrtEntry, TrtEntry
+from lora_drop_runtime.errors import BundleError, InputError
 
 from .engine import Engine
 from .ort.providers import check_runs
@@ -33,7 +33,18 @@ def _open_trt(bundle: Bundle, target: str, provider: str | None, threads: int | 
     return TrtEngine(bundle, target)
 
 
-ENGINES: dict[str, OpenEngine] = {"ort": _open_ort, "tensorrt": _open_trt, "tensorrt-rtx": _open_trt}
+def _open_openvino(bundle: Bundle, target: str, provider: str | None, threads: int | None) -> Engine:
+    from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
+
+    return OpenVinoEngine(bundle, target, threads=threads)
+
+
+ENGINES: dict[str, OpenEngine] = {
+    "ort": _open_ort,
+    "openvino": _open_openvino,
+    "tensorrt": _open_trt,
+    "tensorrt-rtx": _open_trt,
+}
 
 
 def check_engine(bundle: Bundle, target: str | None = None, provider: str | None = None) -> str:
@@ -49,6 +60,12 @@ def check_engine(bundle: Bundle, target: str | None = None, provider: str | None
             note=f"The bundle has {name!r}, engines are there for {', '.join(ENGINES)}.",
             hint="Install the version that wrote the bundle, or choose another target of it.",
         )
+    if isinstance(entry, OpenVinoEntry) and provider is not None:
+        raise InputError(
+            "Target openvino takes no execution provider.",
+            note=f"{provider!r} was asked for; providers are ONNX Runtime's, OpenVINO computes on the CPU.",
+            hint="Leave --provider out, or use another --target of the bundle.",
+        )
     if isinstance(entry, OrtEntry) or (provider is not None and isinstance(entry, TrtEntry)):
         check_runs(bundle, name, "cpu" if provider is None else provider)
     return name
@@ -63,7 +80,7 @@ def open_engine(
         bundle: an opened bundle.
         target: the bundle's first when None.
         provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
-        threads: of ONNX Runtime, one per physical core when None.
+        threads: of a step on the CPU, one per physical core when None.
 
     Raises:
         BundleError: the bundle has no such target, or cannot run here; NoDeviceError where only the GPU is missing.

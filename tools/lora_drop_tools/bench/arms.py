@@ -49,6 +49,31 @@ class TimedEngine:
 
         return timed
 
+    def steps(self) -> Any:
+        """Of an engine whose caches are paged."""
+        return _TimedSteps(self, self._engine.steps())
+
+
+class _TimedSteps:
+    """Calls of one request, noted by the engine."""
+
+    def __init__(self, engine: TimedEngine, steps: Any) -> None:
+        self._engine, self._steps = engine, steps
+        self._kind = StepKind.REFRESH
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._steps, name)
+
+    def feed(self, kind: StepKind, *sizes: Any) -> Any:
+        self._kind = kind
+        return self._steps.feed(kind, *sizes)
+
+    def run(self) -> None:
+        begin = time.perf_counter()
+        self._steps.run()
+        self._engine.run_seconds.append(time.perf_counter() - begin)
+        self._engine.last_kind = self._kind
+
 
 @dataclass(frozen=True)
 class SessionOptions:

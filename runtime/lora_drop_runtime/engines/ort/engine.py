@@ -133,6 +133,7 @@ class OrtEngine:
     """
 
     warms_up = False
+    block_slots: int | None = None
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class TrtEngine:
     many_requests = False
     idle_rows = False
     warms_up = True
+    block_slots: int | None = None
 
     def __init__(self, bundle: Bundle, target: str, *, trt: Any = None, device: CudaDevice | None = None) -> None:
         self.target = target

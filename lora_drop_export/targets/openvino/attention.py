@@ -1,0 +1,109 @@
+"""Cache writes and Attention → PagedAttention."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from lora_drop_runtime.bundle.paged_io import BLOCK, DOMAIN, TABLES, cache_names, table_names
+from lora_drop_runtime.errors import ModelError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+from lora_drop_export.graphs.match import cache_write, mask_window
+from lora_drop_export.graphs.nodes import Ops, rank, replace_node
+
+HEADS_FIRST = (0, 2, 1, 3)
+
+
+def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:
+    """[B, H, S, D] as [B, S, H, D]; RoPE, which treats heads alike, goes behind the transpose."""
+    assert value is not None
+    node = value.producer()
+    if node is not None and node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == HEADS_FIRST:
+        assert node.inputs[0] is not None
+        return node.inputs[0]
+    if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3 and rank(value) == 4:
+        x = tokens_first(ops, node.inputs[0])
+        head_dim = int(value.shape[3])  # type: ignore[index, arg-type]
+        rotary = node.attributes["rotary_embedding_dim"].as_int() if "rotary_embedding_dim" in node.attributes else 0
+        interleaved = node.attributes["interleaved"].as_int() if "interleaved" in node.attributes else 0
+        turned = ops(
+            "Rotary", x, *node.inputs[1:], domain=DOMAIN, rotary_dim=rotary or head_dim, interleaved=interleaved
+        )
+        turned.type, turned.shape = value.type, x.shape
+        return turned
+    assert value.shape is not None
+    swapped = ops("Transpose", value, perm=list(HEADS_FIRST))
+    swapped.type, swapped.shape = value.type, ir.Shape([value.shape[n] for n in HEADS_FIRST])
+    return swapped
+
+
+def _packed(ops: Ops, value: ir.Value | None) -> ir.Value:
+    """[1, H, T, D] as [T, H·D]."""
+    split = tokens_first(ops, value)
+    heads, head_dim = (int(size) for size in list(split.shape)[2:])  # type: ignore[arg-type]
+    packed = ops("Reshape", split, ops.ints([-1, heads * head_dim]))
+    packed.type, packed.shape = split.type, ir.Shape(["tokens", heads * head_dim])
+    return packed
+
+
+def _cache(name: str, like: ir.Value | None) -> ir.Value:
+    heads, head_dim = (int(like.shape[n]) for n in (1, 3))  # type: ignore[union-attr, index, arg-type]
+    return ir.val(name, ir.DataType.FLOAT, ["blocks", heads, BLOCK, head_dim])
+
+
+def _tables(group: str) -> list[ir.Value]:
+    shapes: tuple[list[str], ...] = ([f"{group}.rows"], [f"{group}.ends"], [f"{group}.blocks"], [f"{group}.ends"], [])
+    assert len(shapes) == len(TABLES)
+    return [ir.val(name, ir.DataType.INT32, shape) for name, shape in zip(table_names(group), shapes, strict=True)]
+
+
+def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value]) -> None:
+    writes = [cache_write(value) for value in node.inputs[1:3]]
+    if "softcap" in node.attributes:
+        raise ModelError(
+            "The model's attention has a soft cap, which OpenVINO's paged attention does not know.",
+            note=f"Layer {layer} caps its scores at {node.attributes['softcap'].as_float():g}.",
+            hint="Use --target ort.",
+        )
+    caches = [_cache(name, write.inputs[0]) for name, (write, _, _) in zip(cache_names([layer]), writes, strict=True)]
+    graph.inputs.extend(caches)
+    ops = Ops()
+    query, key, value = (_packed(ops, new) for new in (node.inputs[0], *(entry for _, entry, _ in writes)))
+    (heads_last,) = (use.node for use in node.outputs[0].uses())
+    assert heads_last.op_type == "Transpose"
+    heads, head_dim = (int(size) for size in list(heads_last.outputs[0].shape)[2:])  # type: ignore[arg-type]
+    scale, window = node.attributes["scale"].as_float(), mask_window(node)
+    attended = ops(
+        "PagedAttention",
+        *(query, key, value, *caches, *tables),
+        domain=DOMAIN,
+        scale=scale,
+        window=window,
+        heads=heads,
+    )
+    attended.name = f"attended.{layer}"
+    attended.type, attended.shape = query.type, ir.Shape(["tokens", heads * head_dim])
+    replace_node(graph, heads_last, ops, ops("Reshape", attended, ops.ints([1, -1, heads, head_dim])))
+
+
+def lower_attention(graph: ir.Graph, plan: DropPlan) -> None:
+    """Every attention, and the inputs that they need."""
+    dropped = set(plan.dropped_attentions)
+    groups = {group: _tables(group) for group in ("kept", "dropped")}
+    for group, used in (("kept", len(dropped) < plan.num_layers), ("dropped", bool(dropped))):
+        if used:
+            graph.inputs.extend(groups[group])
+    for node in list(graph):
+        if node.op_type != "Attention":
+            continue
+        past = cache_write(node.inputs[1])[0].inputs[0]
+        layer = int(str(past.name).rpartition(".")[2])  # type: ignore[union-attr]
+        _lower_one(graph, node, layer, groups["dropped" if layer in dropped else "kept"])
+
+
+def rotate_tokens_first(graph: ir.Graph) -> None:
+    """RoPE that no attention reads directly, as of a part of a head, likewise."""
+    for node in list(graph):
+        if node.op_type == "RotaryEmbedding" and rank(node.outputs[0]) == 4 and len(node.inputs) == 3:
+            ops = Ops()
+            turned = tokens_first(ops, node.outputs[0])
+            replace_node(graph, node, ops, ops("Transpose", turned, perm=list(HEADS_FIRST)))

@@ -1,0 +1,90 @@
+"""Linear layers → Linear, several that read one tensor → one; looked-up tables → Lookup."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+from lora_drop_runtime.bundle.paged_io import DOMAIN
+
+from lora_drop_export.graphs.initializers import join, lie_back_to_back, seen_as
+from lora_drop_export.graphs.match import Linear, QuantizedBlocks, linear_groups, match_linear, match_weight
+from lora_drop_export.graphs.nodes import Ops, replace_node
+
+_BLOCKS = ".blocks"
+
+
+def _weight_inputs(graph: ir.Graph, weight: ir.Value, blocks: QuantizedBlocks | None) -> tuple[list[ir.Value], int]:
+    """What stands for a weight [N, K], and how it is quantized: [N, K / block, block], scales [N, K / block, 1] and
+    zero points likewise."""
+    if blocks is None:
+        return [weight], 0
+    rows, columns = (int(size) for size in weight.shape)  # type: ignore[union-attr, arg-type]
+    count = columns // blocks.block_size
+    assert weight.dtype is not None
+    inputs = [seen_as(graph, weight, _BLOCKS, weight.dtype, [rows, count, blocks.block_size])]
+    inputs.append(seen_as(graph, blocks.scales, _BLOCKS, ir.DataType.FLOAT, [rows, count, 1]))
+    if blocks.symmetric:
+        return inputs, 1
+    return [*inputs, seen_as(graph, blocks.zero_points, _BLOCKS, weight.dtype, [rows, count, 1])], 2
+
+
+def _product(graph: ir.Graph, ops: Ops, linear: Linear) -> ir.Value:
+    weight, quantized = _weight_inputs(graph, linear.weight, linear.blocks)
+    bias = [] if linear.bias is None else [linear.bias]
+    result = ops("Linear", linear.x, *weight, *bias, domain=DOMAIN, quantized=quantized, bias=len(bias))
+    assert linear.x.shape is not None
+    result.type, result.shape = linear.x.type, ir.Shape([*list(linear.x.shape)[:-1], linear.shape[0]])
+    return result
+
+
+def _fuse(graph: ir.Graph, group: list[Linear]) -> bool:
+    """Make one of several; False where the weights do not allow it."""
+    first = group[0]
+    blocks = [linear.blocks for linear in group if linear.blocks is not None]
+    if len(blocks) not in (0, len(group)) or len({(b.bits, b.block_size, b.symmetric) for b in blocks}) > 1:
+        return False
+    parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
+    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks if not b.symmetric]]
+    named = [[value for value in part if value is not None] for part in parts]
+    if not all(lie_back_to_back(part) for part in named):
+        return False
+    weight, bias, scales, zero_points = (join(graph, part) for part in named)
+    assert weight is not None
+    widths = [linear.shape[0] for linear in group]
+    whole = dataclasses.replace(first, weight=weight, bias=bias, shape=(sum(widths), first.shape[1]))
+    if scales is not None:
+        new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points or blocks[0].zero_points)
+        whole = dataclasses.replace(whole, blocks=new)
+    ops = Ops()
+    product = _product(graph, ops, whole)
+    split = ir.node("Split", [product, ops.ints(widths)], {"axis": -1}, num_outputs=len(group))
+    ops.nodes.append(split)
+    graph.insert_before(next(use.node for use in first.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
+    for linear, part in zip(group, split.outputs, strict=True):
+        part.type, part.shape = product.type, linear.last.outputs[0].shape
+        linear.last.outputs[0].replace_all_uses_with(part)
+    return True
+
+
+def lower_linears(graph: ir.Graph) -> None:
+    groups = {group[0].weight: group for group in linear_groups(graph)}
+    for node in list(graph):
+        linear = match_linear(node) if node.op_type == "MatMul" else None
+        if linear is None or (linear.weight in groups and _fuse(graph, groups[linear.weight])):
+            continue
+        if linear.last.outputs[0].uses() or linear.last.outputs[0].is_graph_output():  # else it was fused
+            ops = Ops()
+            replace_node(graph, linear.last, ops, _product(graph, ops, linear))
+
+
+def lower_lookups(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type != "Gather":
+            continue
+        table, blocks = match_weight(node.inputs[0])
+        if table is None or not isinstance(table.const_value, ir.ExternalTensor):
+            continue
+        inputs, quantized = _weight_inputs(graph, table, blocks)
+        ops = Ops()
+        replace_node(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))

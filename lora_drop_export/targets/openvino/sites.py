@@ -1,0 +1,247 @@
+"""What dropped sites compute, behind Ifs on `lora_step`.
+
+    a layer or its attention    If(K, V, q of it | nothing) → PagedAttention → If(the rest | surrogate)
+    an MLP                      If(the MLP | surrogate)
+
+Under `fill` both steps make K and V of dropped attentions, outside the Ifs; a LoRA step's queries are zeros there, and
+nobody reads what they attend to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PAST_STATES, PRESENT_STATES
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
+
+from lora_drop_export.graphs.nodes import Ops
+from lora_drop_export.graphs.values import middle_name
+
+
+class _Branch:
+    """A side of an If: copies of nodes of the graph around it, with the weights that they read as its own.
+
+    Args:
+        name: begins the names of all that it makes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.ops = name, Ops()
+        self.initializers: dict[str, ir.Value] = {}
+
+    def weight(self, value: ir.Value) -> ir.Value:
+        """An initializer of another graph as one of its own."""
+        name = f"{self.name}/{value.name}"
+        if name not in self.initializers:
+            own = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+            self.initializers[name] = own
+        return self.initializers[name]
+
+    def copy(self, nodes: Iterable[ir.Node]) -> dict[ir.Value, ir.Value]:
+        """Copies of nodes, in order; returns what stands for what they make."""
+        made: dict[ir.Value, ir.Value] = {}
+        for node in nodes:
+            inputs: list[ir.Value | None] = []
+            for value in node.inputs:
+                if value is not None and value.is_initializer():
+                    inputs.append(self.weight(value))
+                else:
+                    inputs.append(None if value is None else made.get(value, value))
+            attributes = list(node.attributes.values())
+            new = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
+            for before, after in zip(node.outputs, new.outputs, strict=True):
+                after.type, after.shape = before.type, before.shape
+                made[before] = after
+            self.ops.nodes.append(new)
+        return made
+
+    def graph(self, results: Sequence[ir.Value]) -> ir.Graph:
+        for number, value in enumerate(value for node in self.ops.nodes for value in node.outputs):
+            value.name = f"{self.name}/{number}"
+        return ir.Graph(
+            [], list(results), nodes=self.ops.nodes, initializers=list(self.initializers.values()), name=self.name
+        )
+
+
+def _between(ends: Iterable[ir.Value], begins: set[ir.Value]) -> list[ir.Node]:
+    """The nodes that make `ends` of `begins`, in order, with the constants that they read; what else depends on the
+    graph's inputs is taken as it is."""
+    depends: dict[ir.Value, bool] = dict.fromkeys(begins, True)
+    from_inputs: dict[ir.Value, bool] = {}
+    order: dict[ir.Node, None] = {}
+
+    def visit(value: ir.Value) -> None:
+        stack = [(value, False)]
+        while stack:
+            current, ready = stack.pop()
+            node = current.producer()
+            if current in depends and not ready:
+                continue
+            if node is None:
+                depends[current], from_inputs[current] = False, not current.is_initializer()
+                continue
+            inputs = [one for one in node.inputs if one is not None]
+            if ready:
+                found = any(depends[one] for one in inputs)
+                outer = any(from_inputs.get(one, False) for one in inputs if not depends[one])
+                for made in node.outputs:
+                    depends[made], from_inputs[made] = found, outer
+                if found or not outer:
+                    order[node] = None
+            else:
+                stack.append((current, True))
+                stack += [(one, False) for one in inputs if one not in depends]
+
+    for end in ends:
+        visit(end)
+    return _needed(list(order), set(ends), depends, from_inputs)
+
+
+def _needed(
+    nodes: list[ir.Node], ends: set[ir.Value], depends: Mapping[ir.Value, bool], outer: Mapping[ir.Value, bool]
+) -> list[ir.Node]:
+    """Of nodes in order those that lead to the ends through others of them."""
+    wanted, kept = set(ends), []
+    for node in reversed(nodes):
+        if wanted.isdisjoint(node.outputs):
+            continue
+        if not any(depends[value] for value in node.outputs) and any(outer.get(value) for value in node.outputs):
+            continue
+        kept.append(node)
+        wanted.update(value for value in node.inputs if value is not None)
+    return kept[::-1]
+
+
+class _Sites:
+    """Args:
+    lora: the neutral LoRA step, which has the adapters.
+    """
+
+    def __init__(self, graph: ir.Graph, lora: ir.Graph, plan: DropPlan) -> None:
+        self.graph, self.plan, self.lora = graph, plan, lora
+        inputs = {str(value.name): value for value in graph.inputs}
+        self.step = ir.val(LORA_STEP, ir.DataType.BOOL, [])
+        graph.inputs.insert(3, self.step)
+        self.values = {str(value.name): value for node in graph for value in node.outputs}
+        self.hidden = self.values["hidden_states.0"]
+        self.inputs = inputs
+        self.states: ir.Value | None = None
+        self.last: ir.Value | None = None
+        self.present: list[ir.Value] = []
+        if plan.has_state:
+            width = self.hidden.shape[2]  # type: ignore[index]
+            self.last = ir.val(LAST_TOKENS, ir.DataType.INT64, ["states"])
+            self.states = ir.val(PAST_STATES, self.hidden.dtype, [len(plan.sites), "states", int(width)])  # type: ignore[arg-type]
+            graph.inputs.extend([self.last, self.states])
+
+    def put(self, place: int, site: str) -> None:
+        """Put one site behind Ifs."""
+        layer, half = layer_of(site), half_of(site)
+        begin, end = f"hidden_states.{layer}", f"hidden_states.{layer + 1}"
+        if half == ATTENTION:
+            end = middle_name(layer)
+        elif half == MLP:
+            begin = middle_name(layer)
+        x, y = self.values[begin], self.values[end]
+        begins = {x}
+        attended = self.values.get(f"attended.{layer}")
+        if half != MLP:
+            assert attended is not None
+            self._put_before_attention(site, x, attended.producer())  # type: ignore[arg-type]
+            begins.add(attended)
+        full, surrogate = _Branch(f"site.{site}/full"), _Branch(f"site.{site}/lora")
+        nodes = _between([y], begins)
+        results = [full.copy(nodes)[y]]
+        instead = [self._surrogate(surrogate, place, site, x)]
+        if self.states is not None:
+            ops = full.ops
+            row = ops("Gather", results[0], self.last, axis=1)  # [1, b, d]
+            results.append(row)
+            base = self._base(surrogate, place)
+            instead.append(instead[0] if site in self.plan.updated_states else base)
+        if instead[0] is x:
+            instead[0] = surrogate.ops("Identity", x)
+        for values in (results, instead):
+            for value in values:
+                value.type, value.shape = y.type, y.shape if value is values[0] else None
+        if len({id(value) for value in instead}) < len(instead):
+            instead[1] = surrogate.ops("Identity", instead[1])
+            instead[1].type = y.type
+        sides = {"then_branch": surrogate.graph(instead), "else_branch": full.graph(results)}
+        chosen = ir.node("If", [self.step], sides, num_outputs=len(results), name=f"site.{site}")
+        new = chosen.outputs[0]
+        new.type, new.shape = y.type, y.shape
+        y.replace_all_uses_with(new)
+        y.name, new.name = f"{end}.full", end
+        self.values[end] = new
+        self.graph.append(chosen)
+        if self.states is not None:
+            chosen.outputs[1].type = y.type
+            self.present.append(chosen.outputs[1])
+
+    def _put_before_attention(self, site: str, x: ir.Value, attention: ir.Node) -> None:
+        """The queries, and but under `fill` keys and values, of a refresh alone."""
+        count = 1 if self.plan.refresh_policy.fills else 3
+        ends = [value for value in attention.inputs[:count] if value is not None]
+        full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
+        made = full.copy(_between(ends, {x}))
+        results = [made[value] for value in ends]
+        instead = []
+        for value in ends:
+            width = int(value.shape[1])  # type: ignore[index, arg-type]
+            ops = nothing.ops
+            # A Constant without elements would be read as a scalar
+            rows = ops("Shape", x, start=1, end=2) if count == 1 else ops.ints([0])
+            shape = ops("Concat", rows, ops.ints([width]), axis=0)
+            zero = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
+            zero.type = ir.TensorType(ir.DataType.FLOAT)
+            instead.append(zero)
+        sides = {"then_branch": nothing.graph(instead), "else_branch": full.graph(results)}
+        chosen = ir.node("If", [self.step], sides, num_outputs=count, name=f"site.{site}.before")
+        for place, (value, new) in enumerate(zip(ends, chosen.outputs, strict=True)):
+            new.type, new.shape = value.type, value.shape
+            attention.replace_input_with(place, new)
+        self.graph.append(chosen)
+
+    def _base(self, branch: _Branch, place: int) -> ir.Value:
+        """The state before the step, [1, b, d]."""
+        ops = branch.ops
+        assert self.states is not None
+        row = ops("Gather", self.states, ops.ints([place]), axis=0)
+        row.type = self.states.type
+        return row
+
+    def _surrogate(self, branch: _Branch, place: int, site: str, x: ir.Value) -> ir.Value:
+        """y = base + x Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
+        ops, matrices = branch.ops, [self.lora.initializers.get(f"surrogate.{site}.lora_{part}") for part in "AB"]
+        base = x if self.states is None else self._base(branch, place)
+        a, b = matrices
+        if a is None or b is None:
+            return base
+        down = ops("Linear", x, branch.weight(a), domain=DOMAIN, quantized=0, bias=0)
+        up = ops("Linear", down, branch.weight(b), domain=DOMAIN, quantized=0, bias=0)
+        total = ops("Add", up, base)
+        for value in (down, up, total):
+            value.type = x.type
+        return total
+
+    def finish(self) -> None:
+        if self.states is None:
+            return
+        ops = Ops()
+        present = ops("Concat", *self.present, axis=0)
+        present.name, present.type = PRESENT_STATES, self.states.type
+        present.shape = self.states.shape
+        self.graph.extend(ops.nodes)
+        self.graph.outputs.append(present)
+
+
+def put_behind_ifs(graph: ir.Graph, lora: ir.Graph, plan: DropPlan) -> None:
+    """All sites of a plan, in the order in which a token goes through them."""
+    sites = _Sites(graph, lora, plan)
+    for place, site in sorted(enumerate(plan.sites), key=lambda one: (layer_of(one[1]), half_of(one[1]) == MLP)):
+        sites.put(place, site)
+    sites.finish()

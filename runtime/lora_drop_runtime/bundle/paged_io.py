@@ -1,0 +1,47 @@
+"""The inputs and outputs of a graph with both steps over paged caches, and the nodes that its engine builds itself.
+
+Enters: a drop plan. Leaves: names. The exporter declares the graph by them and the engine binds its memory by them.
+
+    input_ids, positions      int64 [1, T]       the new tokens of all rows of a call, one row after the other
+    logits_index              int64 [R]          places among them whose logits are wanted
+    last_tokens               int64 [b]          places of each row's last one (recurrent, anchor)
+    lora_step                 bool []            which step it is
+    past_states               [sites, b, d]      of the plan's sites, in its order (recurrent, anchor)
+    <group>.past_lens         int32 [b]          valid slots before the step, of `kept` or `dropped` layers
+    <group>.begins            int32 [b + 1]      where each row's tokens begin among those that the group gets
+    <group>.blocks            int32 [n]          the blocks of all rows, a row's in the order of its slots
+    <group>.block_begins      int32 [b + 1]      where each row's blocks begin
+    <group>.longest           int32 []           slots of the longest row after the step
+    key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
+
+    logits                    float32 [1, R, V]
+    present_states            [sites, b, d]
+
+A LoRA step has one token a row; dropped layers get none then, but under `fill`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+DOMAIN = "lora_drop"
+# Its nodes: inputs, attributes
+#   Linear          x, weight [, scales][, zero_points][, bias]; quantized: 0, 1 symmetric, 2; bias: 0, 1
+#   Lookup          ids, table [, scales][, zero_points]; quantized
+#   RMSNorm         x, weight; epsilon
+#   Rotary          x [1, T, H, D], cos, sin [1, T, R / 2]; interleaved; rotary_dim R
+#   PagedAttention  query, key, value [T, H·D], key_cache, value_cache, the tables of a group; scale, window, heads
+BLOCK = 32  # slots of a block; the operator's own
+GROUPS = ("kept", "dropped")
+TABLES = ("past_lens", "begins", "blocks", "block_begins", "longest")
+LORA_STEP, POSITIONS, LAST_TOKENS = "lora_step", "positions", "last_tokens"
+PAST_STATES, PRESENT_STATES = "past_states", "present_states"
+
+
+def table_names(group: str) -> list[str]:
+    """The inputs with a group's tables, in the order of PagedAttention's inputs."""
+    return [f"{group}.{table}" for table in TABLES]
+
+
+def cache_names(layers: Iterable[int]) -> list[str]:
+    return [f"{part}_cache.{layer}" for layer in layers for part in ("key", "value")]

@@ -1,0 +1,243 @@
+"""The slots of some rows whose caches are paged: a table of blocks for each row and kind of layer.
+
+Enters: for each row what it runs, and on which lengths. Leaves: logits. One call takes rows with any numbers of new
+tokens; the others are not in it. Rows may have blocks in common: one that is about to be written is copied first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedEngine, Pool
+from lora_drop_runtime.plan.schedule import StepKind
+
+from .sampling import Ids
+from .slots import Logits, Run, Slots
+
+
+class _Row:
+    """A row's blocks, of kept and of dropped layers; given back when it goes."""
+
+    def __init__(self, engine: PagedEngine, blocks: Iterable[list[int]]) -> None:
+        self.blocks = list(blocks)
+        self._give_back = weakref.finalize(self, _give_back, list(engine.pools), self.blocks)
+
+    def release(self) -> None:
+        self._give_back()
+
+
+def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
+    for pool, own in zip(pools, blocks, strict=True):
+        pool.give_back(own)
+        own.clear()
+
+
+class PagedSlots:
+    """`Slots` over paged caches. Rows are admitted before they run.
+
+    Args:
+        count: the most rows.
+    """
+
+    def __init__(self, bundle: Bundle, engine: PagedEngine, count: int) -> None:
+        self._bundle, self._engine, self._count = bundle, engine, count
+        self._plan, self._token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
+        assert engine.block_slots is not None
+        self._size = engine.block_slots
+        self._fills = self._plan.refresh_policy.fills
+        self._steps = engine.steps()
+        self._rows: list[_Row | None] = [None] * count
+        self._states = np.zeros(engine.states_shape(count), np.float32)
+        self._vocabulary = bundle.manifest.model.vocab_size
+        self._latest: tuple[list[int], list[int], int] | None = None  # due rows, what each wanted, rows that are there
+        self._copied: Logits | None = None
+
+    # ── whose blocks ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _counts(self, slots: Mapping[str, int]) -> list[tuple[Pool, int]]:
+        """Each pool, and how many of its blocks hold {"slots_kept": n, "slots_dropped": m}."""
+        counts = (-(-slots[name] // self._size) for name in ("slots_kept", "slots_dropped"))
+        return list(zip(self._engine.pools, counts, strict=True))
+
+    def bytes_of(self, slots: Mapping[str, int]) -> int:
+        """What a row's blocks take once they are all written."""
+        return sum(count * pool.block_bytes for pool, count in self._counts(slots))
+
+    def admit(self, slot: int, slots: Mapping[str, int]) -> None:
+        """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later."""
+        self.release(slot)
+        self._rows[slot] = _Row(self._engine, [pool.take(count) for pool, count in self._counts(slots)])
+
+    def release(self, slot: int) -> None:
+        """A row is over."""
+        row, self._rows[slot] = self._rows[slot], None
+        if row is not None:
+            row.release()
+
+    def move(self, source: int, target: int, kept: int, dropped: int) -> None:
+        """A row takes another slot, whose row is over."""
+        self.release(target)
+        self._rows[target], self._rows[source] = self._rows[source], None
+        self._states[:, target] = self._states[:, source]
+
+    def copy(self, other: PagedSlots, source: int, target: int, kept: int, dropped: int) -> None:
+        """Begin an admitted row with valid entries of another one, whose blocks it shares, and with its state."""
+        theirs, ours = other._rows[source], self._rows[target]
+        assert theirs is not None
+        assert ours is not None
+        size = self._size
+        for pool, valid, there, here in zip(
+            self._engine.pools, (kept, dropped), theirs.blocks, ours.blocks, strict=True
+        ):
+            shared = -(-valid // size)
+            pool.share(there[:shared])
+            pool.give_back(here[:shared])
+            here[:shared] = there[:shared]
+        self._states[:, target] = other._states[:, source]
+
+    def fork(self, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> PagedSlots:
+        """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""
+        new = PagedSlots(self._bundle, self._engine, self._count)
+        for row, valid in enumerate(zip(kept, dropped, strict=True)):
+            new.admit(row, slots)
+            new.copy(self, row, row, *valid)
+        new._copied = np.array(self.logits())
+        return new
+
+    def _own(self, pool: Pool, own: list[int], begin: int, end: int) -> list[int]:
+        """The blocks of the first `end` slots, at least one; those from `begin` on are about to be written, and are
+        copied where other rows have them as well."""
+        if end > begin:
+            for place in range(begin // self._size, -(-end // self._size)):
+                if pool.is_shared(own[place]):
+                    (new,) = pool.take(1)
+                    pool.copy(own[place], new)
+                    pool.give_back([own[place]])
+                    own[place] = new
+        return own[: max(1, -(-end // self._size))]
+
+    # ── sizes ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows' blocks, those that nobody has written among them, and of states."""
+        return self._allocated() + self._states.nbytes
+
+    def _allocated(self) -> int:
+        found = 0
+        for number, pool in enumerate(self._engine.pools):
+            blocks = {block for row in self._rows if row is not None for block in row.blocks[number]}
+            found += len(blocks) * pool.block_bytes
+        return found
+
+    def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
+        """Bytes of so many valid entries in kept and in dropped layers, and of the blocks that the rows have."""
+        return {
+            "kept": kept * len(self._plan.kept_attentions) * self._token_bytes,
+            "dropped": dropped * len(self._plan.dropped_attentions) * self._token_bytes,
+            "allocated": self._allocated(),
+        }
+
+    # ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False) -> None:
+        """Run what some rows want. An interrupt leaves every row's valid entries as they are.
+
+        Args:
+            kind: of all runs that are due.
+            runs: of the rows in the first slots.
+            due: which of them run, by slot; at least one.
+        """
+        order = sorted(due)
+        chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
+        writes_dropped = kind is StepKind.REFRESH or self._fills
+        blocks: list[list[list[int]]] = [[], []]
+        for run, row in zip(chosen, rows, strict=True):
+            assert row is not None
+            for number, (pool, begin) in enumerate(zip(self._engine.pools, (run.kept, run.dropped), strict=True)):
+                end = begin + (len(run.tokens) if writes_dropped or not number else 0)
+                blocks[number].append(self._own(pool, row.blocks[number], begin, end))
+        tokens = sum(len(run.tokens) for run in chosen)
+        wanted = [run.wanted for run in chosen]
+        sizes = sum(map(len, blocks[0])), sum(map(len, blocks[1]))
+        feed = self._steps.feed(kind, tokens, sum(wanted), len(order), sizes)
+        self._fill(feed, chosen, blocks, writes_dropped)
+        if self._plan.has_state:
+            feed.states[...] = self._states[:, order]
+        self._copied = None
+        self._latest = order, wanted, len(runs)
+        self._steps.run()
+        if self._plan.has_state and (kind is StepKind.REFRESH or self._plan.updated_states):
+            self._states[:, order] = self._steps.states()
+
+    def _fill(
+        self, feed: Feed, runs: Sequence[Run], blocks: Sequence[Sequence[list[int]]], writes_dropped: bool
+    ) -> None:
+        """Write what a call reads. Single values of small calls are written by plain Python."""
+        place = wanted = 0
+        ids, positions = feed.ids[0], feed.positions[0]
+        for number, run in enumerate(runs):
+            count = len(run.tokens)
+            if count == 1:
+                ids[place], positions[place] = run.tokens[0], run.kept
+            else:
+                ids[place : place + count] = run.tokens
+                positions[place : place + count] = np.arange(run.kept, run.kept + count)
+            if run.each:
+                feed.index[wanted : wanted + count] = np.arange(place, place + count)
+            else:
+                feed.index[wanted] = place + count - 1
+            wanted += run.wanted
+            place += count
+            feed.last[number] = place - 1
+        for group, (lengths, begins, numbers, block_begins, longest) in enumerate(feed.tables):
+            at = used = most = 0
+            for number, run in enumerate(runs):
+                past = run.dropped if group else run.kept
+                count = len(run.tokens) if writes_dropped or not group else 0
+                own = blocks[group][number]
+                lengths[number] = past
+                at += count
+                begins[number + 1] = at
+                numbers[used : used + len(own)] = own
+                used += len(own)
+                block_begins[number + 1] = used
+                most = max(most, past + count)
+            longest[...] = most
+
+    def logits(self) -> Logits:
+        """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want."""
+        if self._copied is not None:
+            return self._copied
+        assert self._latest is not None
+        due, wanted, there = self._latest
+        found, most = self._steps.logits(), max(wanted)
+        if len(due) == there and min(wanted) == most:
+            return found.reshape(there, most, self._vocabulary)
+        whole = np.zeros((there, most, self._vocabulary), np.float32)
+        begin = 0
+        for slot, count in zip(due, wanted, strict=True):
+            whole[slot, :count] = found[begin : begin + count]
+            begin += count
+        self._copied = whole
+        return whole
+
+    def chosen(self) -> Ids:
+        """The engine chooses none."""
+        raise AssertionError("the engine chooses no tokens")
+
+
+def slots_for(bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int]) -> Slots | PagedSlots:
+    """Memory for so many rows, as the engine has it.
+
+    Args:
+        slots: the most of a row, {"slots_kept": n, "slots_dropped": m}.
+    """
+    if engine.block_slots is None:
+        return Slots(bundle, cast("BindingEngine", engine), count, slots)
+    return PagedSlots(bundle, cast("PagedEngine", engine), count)

@@ -1,0 +1,269 @@
+"""A bundle's steps as one compiled model: weights once in a process, whatever the number of sessions.
+
+Enters: a bundle, and how it shall compute. Leaves: a `Compiled`, shared by all who ask for the same; it is freed with
+the last of them. Knows no row and no token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import mmap
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry
+from lora_drop_runtime.bundle.paged_io import BLOCK
+from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
+
+from .package import import_openvino
+
+Array = npt.NDArray[Any]
+_CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}
+_TYPES_OF_MEMORY = {"f32": np.float32, "bf16": np.uint16, "u8": np.uint8}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """In what a step computes, and on how many threads; every property of OpenVINO's is set, for its defaults round.
+
+    Attributes:
+        threads: of a step.
+        exact: products of quantized weights in float32, without rounding activations to 8 bits.
+    """
+
+    threads: int
+    exact: bool = False
+
+
+@dataclass
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        model: OpenVINO's.
+        inputs, outputs: name → place.
+        cache_shapes: of each cache, of a block [H, 32, entry].
+        cache_type, memory_type: what caches hold, for OpenVINO and for numpy.
+        held: what constants lie in.
+        notes: what a user who measures should know.
+    """
+
+    model: Any
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    cache_shapes: Mapping[str, tuple[int, ...]]
+    cache_type: Any
+    memory_type: type
+    held: list[Array] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+_lock = threading.Lock()
+_open: weakref.WeakValueDictionary[tuple[Any, ...], Compiled] = weakref.WeakValueDictionary()
+
+
+def properties(ov: Any, bundle: Bundle, settings: Settings, group: int) -> dict[str, Any]:
+    """What OpenVINO is told; `group` is how many activations share a scale in products of quantized weights, 0 where
+    they are not rounded."""
+    model = bundle.manifest.model
+    precision = "bf16" if model.dtype == "bfloat16" else "f32"
+    return {
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": _CACHE_TYPES[model.kv_dtype or model.dtype],
+        "KEY_CACHE_QUANT_MODE": "BY_TOKEN",  # a scale for each channel would be spoiled by a roll-back
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+        "INFERENCE_NUM_THREADS": settings.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+class _Weights:
+    """Gives a graph's weights, mapped where they lie.
+
+    Args:
+        replaced: name → adapter matrix in the place of the bundle's.
+    """
+
+    def __init__(self, bundle: Bundle, replaced: Mapping[str, Array]) -> None:
+        self.bundle, self.replaced = bundle, replaced
+        self.mapped: dict[tuple[str, int, int], npt.NDArray[np.uint8]] = {}
+        self.held: list[Array] = []
+        self.error: LoraDropError | None = None  # OpenVINO makes exceptions of its own out of ours
+
+    def get(self, reader: str, name: str, location: str, offset: int, size: int) -> Array:
+        if name in self.replaced:
+            return self.replaced[name]
+        key = (location, offset, size)
+        if key not in self.mapped:
+            try:
+                self.mapped[key] = self.bundle.mapped_part(reader, location, offset, size)
+            except LoraDropError as error:
+                self.error = error
+                raise
+        return self.mapped[key]
+
+    def forget_pages(self) -> None:
+        """The kernels have copies of their own: the files' pages need not stay in this process."""
+        advise = getattr(ctypes.CDLL(None), "madvise", None)
+        if advise is None:
+            return
+        for array in self.mapped.values():
+            begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+            length = array.ctypes.data + array.nbytes - begin
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(4))  # MADV_DONTNEED
+
+
+def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
+    """Whether this processor's kernel for rounded activations gives a product at all: some give an empty one."""
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(0)
+    rows, columns = 32, 2 * group
+    packed = rng.integers(0, 256, (rows, columns // group, group // 2), np.uint8)
+    weight = ov.op.Constant(ov.Tensor(packed, ov.Shape([rows, columns // group, group]), ov.Type.u4))
+    scales = op.constant(np.full((rows, columns // group, 1), 0.01, np.float32))
+    zero = op.convert(op.constant(np.array(8, np.uint8), dtype=ov.Type.u4), "f32")
+    values = op.multiply(op.subtract(op.convert(weight, "f32"), zero), scales)
+    matrix = op.reshape(values, op.constant(np.array([rows, columns], np.int64)), False)
+    x = op.parameter([-1, columns], np.float32)
+    model = ov.Model([op.result(op.matmul(x, matrix, False, True))], [x], "probe")
+    vector = rng.standard_normal((1, columns)).astype(np.float32)
+    integers = np.stack([packed & 15, packed >> 4], -1).reshape(rows, columns).astype(np.float32)
+    wanted = vector @ ((integers - 8) * np.float32(0.01)).T
+    try:
+        found = ov.Core().compile_model(model, "CPU", dict(told))([vector])[0]
+    except RuntimeError:
+        return False
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
+
+
+def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
+    """Whether this processor multiplies in bfloat16."""
+    from openvino import opset13 as op
+
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((64, 64)).astype(np.float32)
+    x = op.parameter([-1, 64], np.float32)
+    model = ov.Model([op.result(op.matmul(x, op.constant(matrix), False, True))], [x], "probe")
+    vector = rng.standard_normal((1, 64)).astype(np.float32)
+    core = ov.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return False
+    try:
+        found = core.compile_model(model, "CPU", dict(told))([vector])[0]
+    except RuntimeError:
+        return False
+    wanted = vector @ matrix.T
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
+
+
+def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[str, Array]) -> Compiled:
+    ov = import_openvino()
+    from .conversion import Conversions
+
+    entry = bundle.target(target)[1]
+    assert isinstance(entry, OpenVinoEntry)
+    weights = _Weights(bundle, replaced)
+    path = bundle.root / entry.steps
+    conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held)
+    graph = bundle.graph(entry.steps)
+    core, notes = ov.Core(), []
+    for extension in conversions.extensions():
+        core.add_extension(extension)
+    model_facts = bundle.manifest.model
+    try:
+        model = core.read_model(io.BytesIO(graph))
+        _leave_cache_types_open(ov, model)
+        group = 0 if settings.exact else conversions.least_block or 0
+        told = properties(ov, bundle, settings, group)
+        if model_facts.dtype == "bfloat16" and not _computes_halves(ov, told):
+            raise _no_halves()
+        if group and model_facts.weight_dtype in QUANTIZED_DTYPES and not _rounds_rightly(ov, group, told):
+            notes.append("This processor has no kernels that round activations to 8 bits: products are slower")
+            told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        compiled = core.compile_model(model, "CPU", told)
+    except LoraDropError:
+        raise
+    except Exception as error:  # OpenVINO's are RuntimeErrors, and what a conversion raises becomes one
+        if weights.error is not None:
+            raise weights.error from None
+        raise BundleError(
+            "OpenVINO cannot load a graph of the bundle.",
+            note=f"{path}: {_said(error)}",
+            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+        ) from error
+    weights.forget_pages()
+    return _described(ov, compiled, [*weights.held, *weights.mapped.values()], notes)
+
+
+def _said(error: Exception) -> str:
+    """The line of an error of OpenVINO's that says what is wrong: those before it name its source files."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (said or lines or [first_line(error)])[0][:300]
+
+
+def _no_halves() -> BundleError:
+    return BundleError(
+        "This processor cannot compute in bfloat16.",
+        note="OpenVINO does not offer it here, or its product of a small matrix is wrong.",
+        hint="Export with --dtype fp32, or run the bundle on a processor with AVX-512 BF16 or AMX.",
+    )
+
+
+def _leave_cache_types_open(ov: Any, model: Any) -> None:
+    """The plugin chooses the layout of its caches by what they are to hold."""
+    for parameter in model.get_parameters():
+        if "_cache." in parameter.get_friendly_name():
+            parameter.set_element_type(ov.Type.dynamic)
+            parameter.set_partial_shape(ov.PartialShape([-1] * 4))
+    model.validate_nodes_and_infer_types()
+
+
+def _described(ov: Any, compiled: Any, held: list[Array], notes: list[str]) -> Compiled:
+    inputs = {name: place for place, one in enumerate(compiled.inputs) for name in one.names}
+    outputs = {name: place for place, one in enumerate(compiled.outputs) for name in one.names}
+    shapes: dict[str, tuple[int, ...]] = {}
+    cache_type = ov.Type.f32
+    for name, place in inputs.items():
+        if "_cache." not in name:
+            continue
+        port = compiled.inputs[place]
+        shapes[name] = tuple(size.get_length() for size in list(port.partial_shape)[1:])
+        assert shapes[name][1] == BLOCK, shapes[name]
+        cache_type = port.element_type
+    memory_type = _TYPES_OF_MEMORY[cache_type.to_string()]
+    return Compiled(compiled, inputs, outputs, shapes, cache_type, memory_type, held, notes)
+
+
+def compiled_model(
+    bundle: Bundle, target: str, settings: Settings, replaced: Mapping[str, Array] | None = None
+) -> Compiled:
+    """The compiled steps of a bundle; with `replaced` adapters one of its own.
+
+    Raises:
+        InputError: no OpenVINO is installed, or another version.
+        BundleError: OpenVINO cannot load the graph, or this processor cannot compute it.
+    """
+    if replaced:
+        return _compile(bundle, target, settings, replaced)
+    entry = bundle.target(target)[1]
+    assert isinstance(entry, OpenVinoEntry)
+    read = tuple((name, one.sha256) for name, one in bundle.manifest.files.items() if name.startswith("weights/"))
+    graph = bundle.manifest.files[entry.steps].sha256
+    key = (str(bundle.root.resolve()), graph, read, bundle.manifest.model, settings)
+    with _lock:
+        found = _open.get(key)
+        if found is None:
+            found = _open[key] = _compile(bundle, target, settings, {})
+        return found

@@ -1,0 +1,241 @@
+"""The nodes of the domain `lora_drop`, built out of what the installed OpenVINO has.
+
+Enters: a node of the lowered graph (bundle/paged_io.py), as OpenVINO's ONNX frontend gives it. Leaves: OpenVINO's own
+nodes, in the forms that its CPU plugin makes one kernel of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+from openvino import opset13 as op
+
+from lora_drop_runtime.bundle.paged_io import DOMAIN
+
+Node = Any  # what OpenVINO hands a conversion
+Output = Any
+_TYPES = {
+    "float32": ov.Type.f32,
+    "bfloat16": ov.Type.bf16,
+    "int64": ov.Type.i64,
+    "uint8": ov.Type.u8,
+    "uint4": ov.Type.u4,
+}
+
+
+def _ints(values: Any) -> Output:
+    return op.constant(np.array(values, np.int64))
+
+
+def _as_output(value: Any) -> Output:
+    return value if isinstance(value, ov.Output) else value.output(0)
+
+
+def _widened(weight: Output) -> Output:
+    """Weights as float32, which stay in memory as they are."""
+    if weight.get_element_type() == ov.Type.f32:
+        return weight
+    wide = op.convert(weight, "f32")
+    wide.get_rt_info()["decompression_0"] = ""
+    return wide
+
+
+def _dequantized(inputs: list[Output], quantized: int) -> tuple[Output, list[Output]]:
+    """A weight [N, K] as float32, and the inputs that are left. Blocks: (q − zero point) · scale."""
+    weight, *rest = inputs
+    if not quantized:
+        return _widened(weight), rest
+    scales, *rest = rest
+    rows, count, block = weight.get_partial_shape().to_shape()
+    if quantized == 1:
+        middle = np.array(8 if weight.get_element_type() == ov.Type.u4 else 128, np.uint8)
+        zero = op.constant(middle, dtype=weight.get_element_type())
+    else:
+        zero, *rest = rest
+    values = op.subtract(op.convert(weight, "f32"), op.convert(zero, "f32"))
+    scaled = op.multiply(values, scales)
+    return op.reshape(scaled, _ints([rows, count * block]), False), rest
+
+
+def _lookup(node: Node) -> list[Output]:
+    inputs = [node.get_input(n) for n in range(node.get_input_size())]
+    table, _ = _dequantized(inputs[1:], node.get_attribute("quantized"))
+    return [op.gather(table, inputs[0], op.constant(np.int64(0))).output(0)]
+
+
+def _rms_norm(node: Node) -> list[Output]:
+    x, weight = node.get_input(0), node.get_input(1)
+    epsilon = op.constant(np.float32(node.get_attribute("epsilon")))
+    mean = op.reduce_mean(op.power(x, op.constant(np.float32(2))), _ints([-1]), True)
+    scale = op.divide(op.constant(np.float32(1)), op.sqrt(op.add(mean, epsilon)))
+    return [op.multiply(op.multiply(x, scale), _widened(weight)).output(0)]
+
+
+def _rotary(node: Node) -> list[Output]:
+    x, cos, sin = (node.get_input(n) for n in range(3))
+    width, interleaved = node.get_attribute("rotary_dim"), node.get_attribute("interleaved")
+    head_dim = x.get_partial_shape()[3].get_length()
+    cos, sin = (op.unsqueeze(table, _ints(2)) for table in (cos, sin))  # [1, T, 1, R / 2]
+    turned, rest = x, None
+    if width < head_dim:
+        parts = op.variadic_split(x, _ints(3), _ints([width, head_dim - width]))
+        turned, rest = parts.output(0), parts.output(1)
+    if interleaved:
+        result = _rotated_pairs(turned, cos, sin, width)
+    else:
+        halves = op.variadic_split(turned, _ints(3), _ints([width // 2, width // 2]))
+        low, high = halves.output(0), halves.output(1)
+        swapped = op.concat([op.multiply(high, op.constant(np.float32(-1))), low], -1)
+        whole_cos, whole_sin = (op.concat([table, table], -1) for table in (cos, sin))
+        result = op.add(op.multiply(turned, whole_cos), op.multiply(swapped, whole_sin))
+    if rest is not None:
+        result = op.concat([result, rest], -1)
+    return [result.output(0)]
+
+
+def _rotated_pairs(x: Output, cos: Output, sin: Output, width: int) -> Any:
+    """Neighbours are turned: x [1, T, H, R] as R / 2 pairs."""
+    heads = x.get_partial_shape()[2].get_length()
+    pairs = op.reshape(x, _ints([1, -1, heads, width // 2, 2]), False)
+    parts = op.split(pairs, _ints(4), 2)
+    cos, sin = (op.unsqueeze(table, _ints(4)) for table in (cos, sin))
+    a, b = parts.output(0), parts.output(1)
+    first = op.subtract(op.multiply(a, cos), op.multiply(b, sin))
+    second = op.add(op.multiply(b, cos), op.multiply(a, sin))
+    return op.reshape(op.concat([first, second], 4), _ints([1, -1, heads, width]), False)
+
+
+@functools.cache
+def _tail() -> tuple[npt.NDArray[Any], ...]:
+    """What the installed version's paged attention takes behind the length of the longest row, switched off.
+
+    OpenVINO's own transformation of a model with one layer says it.
+    """
+    from openvino._offline_transformations import paged_attention_transformation
+
+    model = _one_layer()
+    paged_attention_transformation(model)
+    (node,) = (one for one in model.get_ops() if one.get_type_name() == "PagedAttentionExtension")
+    found = []
+    for place in range(_LONGEST + 1, node.get_input_size()):
+        source = node.input_value(place).get_node()
+        assert source.get_type_name() == "Constant", source.get_type_name()
+        found.append(np.array(source.data))
+    return tuple(found)
+
+
+_LONGEST = 12  # the place of that length among the inputs
+
+
+def _one_layer() -> Any:
+    """A model of one attention with a cache, as OpenVINO's transformation wants it."""
+    from openvino.op.util import Variable, VariableInfo
+
+    heads, head_dim = 1, 32
+
+    def parameter(name: str, shape: list[int], dtype: Any) -> Any:
+        made = op.parameter(shape, dtype, name=name)
+        made.output(0).set_names({name})
+        return made
+
+    ids = parameter("input_ids", [-1, -1], np.int64)
+    mask = parameter("attention_mask", [-1, -1], np.int64)
+    positions = parameter("position_ids", [-1, -1], np.int64)
+    beams = parameter("beam_idx", [-1], np.int32)
+    table = op.constant(np.zeros((2, heads * head_dim), np.float32))
+    hidden = op.gather(table, op.convert(ids, "i32"), op.constant(np.int64(0)))
+
+    def projected() -> Any:
+        weight = op.constant(np.zeros((heads * head_dim, heads * head_dim), np.float32))
+        split = op.reshape(op.matmul(hidden, weight, False, True), _ints([0, 0, heads, head_dim]), True)
+        return op.transpose(split, _ints([0, 2, 1, 3]))
+
+    query, caches, sinks = projected(), [], []
+    for name in ("key", "value"):
+        info = VariableInfo()
+        info.data_shape, info.data_type = ov.PartialShape([-1, heads, -1, head_dim]), ov.Type.f32
+        info.variable_id = name
+        variable = Variable(info)
+        batch = op.gather(op.shape_of(ids), _ints([0]), op.constant(np.int64(0)))
+        empty = op.broadcast(op.constant(np.float32(0)), op.concat([batch, _ints([heads, 0, head_dim])], 0))
+        past = op.gather(op.read_value(empty, variable), beams, op.constant(np.int64(0)))
+        caches.append(op.concat([past, projected()], 2))
+        sinks.append(op.assign(caches[-1], variable))
+    wide_mask = op.convert(op.unsqueeze(mask, _ints([1, 2])), "f32")
+    attended = op.scaled_dot_product_attention(query, *caches, wide_mask, None, False)
+    merged = op.reshape(op.transpose(attended, _ints([0, 2, 1, 3])), _ints([0, 0, heads * head_dim]), True)
+    return ov.Model([op.result(merged)], sinks, [ids, mask, positions, beams], "one_layer")
+
+
+def _paged_attention(node: Node) -> list[Output]:
+    from openvino.op import _PagedAttentionExtension
+
+    query, key, value, key_cache, value_cache, *tables = (node.get_input(n) for n in range(10))
+    kv_heads, head_dim = (key_cache.get_partial_shape()[n].get_length() for n in (1, 3))
+    scale = op.constant(np.float32(node.get_attribute("scale")))
+    window = op.constant(np.int32(node.get_attribute("window")))
+    slopes = op.constant(np.zeros(0, np.float32))
+    inputs = [query, key, value, key_cache, value_cache, *tables[:4], scale, window, slopes, tables[4]]
+    assert len(inputs) == _LONGEST + 1
+    inputs += [op.constant(array) for array in _tail()]
+    made = _PagedAttentionExtension([_as_output(value) for value in inputs])
+    facts = made.get_rt_info()
+    facts["num_k_heads"] = facts["num_v_heads"] = kv_heads
+    facts["k_head_size"] = facts["v_head_size"] = head_dim
+    return [made.output(0)]
+
+
+class Conversions:
+    """What OpenVINO's frontend is given for the nodes of a graph.
+
+    Args:
+        part: name, location, offset and size of a weight → its bytes, or another matrix in its place.
+        held: takes what constants lie in, which has to outlive them.
+
+    Attributes:
+        least_block: of the quantized weights seen; None before the first.
+    """
+
+    def __init__(self, part: Callable[[str, str, int, int], npt.NDArray[Any]], held: list[npt.NDArray[Any]]) -> None:
+        self._part, self._held = part, held
+        self.least_block: int | None = None
+
+    def extensions(self) -> list[Any]:
+        """For `Core.add_extension`."""
+        from openvino.frontend.onnx import ConversionExtension
+
+        functions: dict[str, Callable[[Node], list[Output]]] = {
+            "Weight": self._weight,
+            "Linear": self._linear,
+            "Lookup": _lookup,
+            "RMSNorm": _rms_norm,
+            "Rotary": _rotary,
+            "PagedAttention": _paged_attention,
+        }
+        return [ConversionExtension(name, DOMAIN, function) for name, function in functions.items()]
+
+    def _weight(self, node: Node) -> list[Output]:
+        name, location, dtype = (node.get_attribute(key) for key in ("name", "location", "dtype"))
+        offset, size = (int(node.get_attribute(key)) for key in ("offset", "size"))
+        shape = [int(n) for n in node.get_attribute("shape")]
+        array = np.ascontiguousarray(self._part(name, location, offset, size)).reshape(-1).view(np.uint8)
+        self._held.append(array)
+        constant = ov.op.Constant(ov.Tensor(array, ov.Shape(shape), _TYPES[dtype]))
+        return [constant.output(0)]
+
+    def _linear(self, node: Node) -> list[Output]:
+        inputs = [node.get_input(n) for n in range(node.get_input_size())]
+        quantized = node.get_attribute("quantized")
+        if quantized:
+            block = inputs[1].get_partial_shape()[2].get_length()
+            self.least_block = min(block, self.least_block or block)
+        weight, rest = _dequantized(inputs[1:], quantized)
+        product = op.matmul(inputs[0], weight, False, True)
+        if rest:
+            product = op.add(product, _widened(rest[0]))
+        return [product.output(0)]

@@ -1,0 +1,202 @@
+"""OpenVINO as the engine of a session: one compiled model of both steps, and pools of cache blocks.
+
+Enters: the tokens of the rows of a call, and their tables of blocks. Leaves: logits. Knows no schedule and no text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.paged_io import (
+    BLOCK,
+    GROUPS,
+    LAST_TOKENS,
+    LORA_STEP,
+    PAST_STATES,
+    POSITIONS,
+    PRESENT_STATES,
+    cache_names,
+    table_names,
+)
+from lora_drop_runtime.dtypes import in_dtype
+from lora_drop_runtime.engines.engine import Array
+from lora_drop_runtime.errors import BundleError, first_line
+from lora_drop_runtime.plan.schedule import StepKind
+
+from .compiled import Compiled, Settings, compiled_model
+from .package import import_openvino
+from .pool import BlockPool
+from .threads import default_threads
+
+_FEEDS = 64  # calls of different sizes whose memory stays
+
+
+class Feed:
+    """The memory that a call of some sizes reads.
+
+    Attributes:
+        ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
+        tables: of each group past_lens [b], begins [b + 1], blocks [n], block_begins [b + 1] and longest [], int32.
+    """
+
+    def __init__(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...], states: Any):
+        self.ids, self.positions = np.zeros((1, tokens), np.int64), np.zeros((1, tokens), np.int64)
+        self.index, self.last = np.zeros(wanted, np.int64), np.zeros(rows, np.int64)
+        self.states = np.zeros(states, np.float32)
+        self.tables = [
+            [np.zeros(shape, np.int32) for shape in ((rows,), (rows + 1,), (count,), (rows + 1,), ())]
+            for count in blocks
+        ]
+        arrays = {
+            "input_ids": self.ids,
+            POSITIONS: self.positions,
+            "logits_index": self.index,
+            LAST_TOKENS: self.last,
+            PAST_STATES: self.states,
+            LORA_STEP: np.array(kind is StepKind.LORA),
+        }
+        for group, tables in zip(GROUPS, self.tables, strict=True):
+            arrays |= dict(zip(table_names(group), tables, strict=True))
+        self.arrays: dict[str, Array] = arrays
+
+
+class Steps:
+    """An inference request of the compiled model, over the engine's pools. From one thread at a time."""
+
+    def __init__(self, engine: OpenVinoEngine) -> None:
+        self._engine, self._compiled = engine, engine.compiled
+        self._ov = import_openvino()
+        self._request = self._compiled.model.create_infer_request()
+        self._versions = [-1] * len(GROUPS)
+        self._feeds: dict[tuple[Any, ...], tuple[Feed, list[tuple[int, Any]]]] = {}
+        self._bound: Feed | None = None
+        self._caches: list[Any] = []
+
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...]) -> Feed:
+        """What a call of these sizes reads; `blocks` of each group."""
+        key = (kind, tokens, wanted, rows, blocks)
+        if key not in self._feeds:
+            feed = Feed(kind, tokens, wanted, rows, blocks, self._engine.states_shape(rows))
+            tensors = [
+                (self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
+                for name, array in feed.arrays.items()
+                if name in self._compiled.inputs
+            ]
+            self._feeds[key] = feed, tensors
+            if len(self._feeds) > _FEEDS:
+                del self._feeds[next(iter(self._feeds))]
+        feed, tensors = self._feeds[key]
+        if self._bound is not feed:
+            for place, tensor in tensors:
+                self._request.set_input_tensor(place, tensor)
+            self._bound = feed
+        return feed
+
+    def run(self) -> None:
+        """One call with the latest feed.
+
+        Raises:
+            BundleError: OpenVINO cannot run it.
+        """
+        try:
+            with self._engine.lock:
+                self._bind_caches()
+                self._request.infer()
+        except RuntimeError as error:
+            raise BundleError(
+                "OpenVINO cannot run a step of the bundle.",
+                note=f"{self._engine.bundle.root}: {first_line(error)}",
+                hint="Free memory; or check the bundle with: lora-drop inspect --check.",
+            ) from error
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """float32 [R, V] of the latest call, valid until the next."""
+        found: npt.NDArray[np.float32] = self._request.get_output_tensor(self._compiled.outputs["logits"]).data[0]
+        return found
+
+    def states(self) -> npt.NDArray[np.float32]:
+        """float32 [sites, b, d] after the latest call, valid until the next."""
+        found: npt.NDArray[np.float32] = self._request.get_output_tensor(self._compiled.outputs[PRESENT_STATES]).data
+        return found
+
+    def _bind_caches(self) -> None:
+        for number, pool in enumerate(self._engine.pools):
+            if pool.version == self._versions[number]:
+                continue
+            for name, array in pool.caches.items():
+                tensor = self._ov.Tensor(array, self._ov.Shape(array.shape), self._compiled.cache_type)
+                self._request.set_input_tensor(self._compiled.inputs[name], tensor)
+            self._versions[number] = pool.version
+
+
+class OpenVinoEngine:
+    """Both steps of a bundle in OpenVINO on the CPU.
+
+    Args:
+        bundle: an opened bundle.
+        target: whose graph.
+        threads: of a step; one per physical core when None.
+        exact: products of quantized weights in float32, slow.
+
+    Raises:
+        InputError: no OpenVINO is installed, or another version.
+        BundleError: it cannot load the graph, or this processor cannot compute it.
+    """
+
+    chooses_tokens = False
+    prefill_chunk: int | None = None
+    verified_tokens: int | None = None
+    batched_chunks = True
+    many_requests = True
+    idle_rows = True
+    warms_up = False
+    block_slots: int | None = BLOCK
+
+    def __init__(
+        self, bundle: Bundle, target: str = "openvino", *, threads: int | None = None, exact: bool = False
+    ) -> None:
+        self.bundle, self.target = bundle, target
+        self._settings = Settings(threads or default_threads(), exact)
+        self.compiled: Compiled = compiled_model(bundle, target, self._settings)
+        self.lock = threading.RLock()
+        plan = bundle.manifest.plan
+        layers = (plan.kept_attentions, plan.dropped_attentions)
+        shapes = self.compiled.cache_shapes
+        self.pools: list[BlockPool] = [
+            BlockPool({name: shapes[name] for name in cache_names(own)}, self.compiled.memory_type, self.lock)
+            for own in layers
+        ]
+
+    def states_shape(self, rows: int) -> tuple[int, int, int]:
+        """Of the states of so many rows, [sites, rows, d]."""
+        manifest = self.bundle.manifest
+        return (len(manifest.plan.sites) if manifest.plan.has_state else 0, rows, manifest.model.hidden_size)
+
+    def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
+        return needed
+
+    def steps(self) -> Steps:
+        """A request of one's own."""
+        return Steps(self)
+
+    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+        dtype = self.bundle.manifest.model.dtype
+        replaced = {
+            f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
+            for site, pair in matrices.items()
+            for part, array in zip("AB", pair, strict=True)
+        }
+        self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
+
+    def notes(self) -> list[str]:
+        return list(self.compiled.notes)
+
+    def close(self) -> None:
+        self.pools = []
+        del self.compiled

@@ -1,0 +1,95 @@
+"""Blocks of cache slots, of one kind of layers: which are free, which belong to several rows, and their memory.
+
+Enters: how many blocks a row needs. Leaves: their numbers. A block's number is the same in all layers of the kind. What
+nobody has written takes no memory: the system gives pages when they are first touched.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_GROWTH = 1.5
+
+
+class BlockPool:
+    """Args:
+    shapes: name of each cache → shape of a block.
+    dtype: of the memory.
+    lock: held while the caches are used: a pool that grows has others.
+
+    Attributes:
+        caches: name → [blocks, *shape].
+        version: changes whenever the caches are others.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: type, lock: threading.RLock) -> None:
+        self._shapes, self._dtype = dict(shapes), np.dtype(dtype)
+        self._lock = lock
+        self._free: list[int] = []
+        self._owners: list[int] = []  # of each block, how many rows have it
+        self.version = 0
+        self.caches: dict[str, Array] = {}
+        self._resize(0)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block in all layers."""
+        return sum(int(np.prod(shape)) for shape in self._shapes.values()) * self._dtype.itemsize
+
+    @property
+    def in_use(self) -> int:
+        """Blocks that some row has."""
+        return len(self._owners) - len(self._free)
+
+    def _resize(self, count: int) -> None:
+        """Memory for so many blocks; what is in those that are there goes along."""
+        before = len(self._owners)
+        used = max((block + 1 for block in range(before) if self._owners[block]), default=0)
+        for name, shape in self._shapes.items():
+            array = np.zeros((count, *shape), self._dtype)
+            if used:
+                array[:used] = self.caches[name][:used]
+            self.caches[name] = array
+        self._owners += [0] * (count - before)
+        self._free = [*range(count - 1, before - 1, -1), *self._free]  # the lowest first: they are touched already
+        self.version += 1
+
+    def take(self, count: int) -> list[int]:
+        """Blocks of one's own; the pool grows where it has too few."""
+        with self._lock:
+            if count > len(self._free):
+                total = len(self._owners)
+                self._resize(max(total + count - len(self._free), int(total * _GROWTH)))
+            taken = [self._free.pop() for _ in range(count)]
+            for block in taken:
+                self._owners[block] = 1
+            return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Another row has these as well."""
+        with self._lock:
+            for block in blocks:
+                self._owners[block] += 1
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """A row has these no more."""
+        with self._lock:
+            for block in blocks:
+                self._owners[block] -= 1
+                if not self._owners[block]:
+                    self._free.append(block)
+
+    def is_shared(self, block: int) -> bool:
+        return self._owners[block] > 1
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what is in a block."""
+        with self._lock:
+            for cache in self.caches.values():
+                cache[target] = cache[source]
