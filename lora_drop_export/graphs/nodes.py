@@ -56,9 +56,8 @@ def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> 
     """Put the new nodes in the place of `node`, whose output `result` becomes."""
     old = node.outputs[0]
     result.shape, result.type = old.shape, old.type
-    if old.is_graph_output() or (old.name and not result.name):
-        result.name, old.name = old.name, f"{old.name}.neutral"
     if old.is_graph_output():
+        result.name, old.name = old.name, f"{old.name}.neutral"
         graph.outputs[:] = [result if output is old else output for output in graph.outputs]
     old.replace_all_uses_with(result)
     graph.insert_after(node, ops.nodes)

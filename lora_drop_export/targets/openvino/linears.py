@@ -67,6 +67,15 @@ def _fuse(graph: ir.Graph, group: list[Linear]) -> bool:
     return True
 
 
+def _put(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
+    """Put a product in the place of a node, under the name that its output has: the residual stream's are looked up."""
+    old = node.outputs[0]
+    name, is_output = old.name, old.is_graph_output()
+    replace_node(graph, node, ops, result)
+    if not is_output:
+        result.name, old.name = name, f"{name}.neutral"
+
+
 def lower_linears(graph: ir.Graph) -> None:
     groups = {group[0].weight: group for group in linear_groups(graph)}
     for node in list(graph):
@@ -75,7 +84,7 @@ def lower_linears(graph: ir.Graph) -> None:
             continue
         if linear.last.outputs[0].uses() or linear.last.outputs[0].is_graph_output():  # else it was fused
             ops = Ops()
-            replace_node(graph, linear.last, ops, _product(graph, ops, linear))
+            _put(graph, linear.last, ops, _product(graph, ops, linear))
 
 
 def lower_lookups(graph: ir.Graph) -> None:
@@ -87,4 +96,4 @@ def lower_lookups(graph: ir.Graph) -> None:
             continue
         inputs, quantized = _weight_inputs(graph, table, blocks)
         ops = Ops()
-        replace_node(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))
+        _put(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))

@@ -115,6 +115,15 @@ def _needed(
     return kept[::-1]
 
 
+def _viewed(value: ir.Value) -> ir.Value:
+    """What Reshapes have made a value of."""
+    node = value.producer()
+    while node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
 class _Sites:
     """Args:
     lora: the neutral LoRA step, which has the adapters.
@@ -131,6 +140,7 @@ class _Sites:
         self.states: ir.Value | None = None
         self.last: ir.Value | None = None
         self.present: list[ir.Value] = []
+        self.latest: list[ir.Value] = []
         if plan.has_state:
             width = self.hidden.shape[2]  # type: ignore[index]
             self.last = ir.val(LAST_TOKENS, ir.DataType.INT64, ["states"])
@@ -178,6 +188,7 @@ class _Sites:
         y.name, new.name = f"{end}.full", end
         self.values[end] = new
         self.graph.append(chosen)
+        self.latest = list(chosen.outputs)
         if self.states is not None:
             chosen.outputs[1].type = y.type
             self.present.append(chosen.outputs[1])
@@ -185,26 +196,32 @@ class _Sites:
     def _put_before_attention(self, site: str, x: ir.Value, attention: ir.Node) -> None:
         """The queries, and but under `fill` keys and values, of a refresh alone."""
         count = 1 if self.plan.refresh_policy.fills else 3
-        ends = [value for value in attention.inputs[:count] if value is not None]
+        # What is a view of another tensor must not leave an If: OpenVINO gives its memory to others
+        rows = [value for value in attention.inputs[:count] if value is not None]  # [T, H·D]
+        ends = [_viewed(value) for value in rows]
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
         made = full.copy(_between(ends, {x}))
         results = [made[value] for value in ends]
         instead = []
-        for value in ends:
-            width = int(value.shape[1])  # type: ignore[index, arg-type]
+        for value in ends:  # [1, T, …]
             ops = nothing.ops
             # A Constant without elements would be read as a scalar
-            rows = ops("Shape", x, start=1, end=2) if count == 1 else ops.ints([0])
-            shape = ops("Concat", rows, ops.ints([width]), axis=0)
+            tokens = ops("Shape", x, start=1, end=2) if count == 1 else ops.ints([0])
+            sizes = [int(size) for size in list(value.shape)[2:]]  # type: ignore[arg-type]
+            shape = ops("Concat", ops.ints([1]), tokens, ops.ints(sizes), axis=0)
             zero = ops("ConstantOfShape", shape, value=ir.tensor(np.zeros(1, np.float32)))
             zero.type = ir.TensorType(ir.DataType.FLOAT)
             instead.append(zero)
         sides = {"then_branch": nothing.graph(instead), "else_branch": full.graph(results)}
         chosen = ir.node("If", [self.step], sides, num_outputs=count, name=f"site.{site}.before")
-        for place, (value, new) in enumerate(zip(ends, chosen.outputs, strict=True)):
-            new.type, new.shape = value.type, value.shape
-            attention.replace_input_with(place, new)
         self.graph.append(chosen)
+        for place, (row, value, new) in enumerate(zip(rows, ends, chosen.outputs, strict=True)):
+            new.type, new.shape = value.type, value.shape
+            ops = Ops()
+            packed = ops("Reshape", new, ops.ints([-1, int(row.shape[1])]))  # type: ignore[index, arg-type]
+            packed.type, packed.shape = row.type, row.shape
+            self.graph.extend(ops.nodes)
+            attention.replace_input_with(place, packed)
 
     def _base(self, branch: _Branch, place: int) -> ir.Value:
         """The state before the step, [1, b, d]."""
@@ -229,6 +246,13 @@ class _Sites:
         return total
 
     def finish(self) -> None:
+        """Outputs of the graph: the states; and all that the last If makes.
+
+        OpenVINO's CPU plugin gives tensors of shapes that it does not know in advance memory in common, and makes that
+        larger for what comes behind an If before it runs it: what the last If has made is lost then (2026.4). An output
+        of the model has memory of its own. tests/runtime/engines/openvino runs prompts that grow.
+        """
+        self.graph.outputs.extend(self.latest)
         if self.states is None:
             return
         ops = Ops()

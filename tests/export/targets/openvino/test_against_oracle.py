@@ -1,0 +1,96 @@
+"""Target openvino against the oracle, on every family, policy, surrogate and kind of site: tokens and logits by step.
+
+The oracle decodes one token and one row at a time on the unmodified transformers model; here ragged rows run in one
+call over paged caches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import ModelError
+
+from lora_drop_export.cli import main
+from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
+from tests.export.test_halves import MIXED
+from tests.support import oracle
+from tests.support.bundles import family, make_bundle, oracle_plan, rewritten, save_adapters
+from tests.support.models import FAMILIES, MORE_FAMILIES
+from tests.support.oracle import OraclePlan
+
+OPTIONS = {"targets": ("openvino",)}
+CAPPED = "gemma2"  # the operator has no soft cap
+LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != CAPPED])
+def test_family(name, tmp_path):
+    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
+    for policy in ("skip", "backfill"):
+        with Session.open(bundle.root, policy=policy, threads=1) as session:
+            for k in (0, 1, 3, 19):
+                assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
+            assert_same_run(session, family(name).model, oracle_plan(bundle), LONG[:1], 2)
+
+
+def test_a_soft_cap_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="soft cap"):
+        make_bundle(CAPPED, tmp_path / "b", **OPTIONS)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
+    """Adapters are loaded into the session; prompts are longer than a block."""
+    options = {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}
+    bundle = make_bundle("llama", tmp_path / "b", **options, **OPTIONS)
+    model = bundle.manifest.model
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+        for k, prompts in ((3, PROMPTS), (2, LONG)):
+            assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), prompts, k)
+
+
+@pytest.mark.parametrize("layers", [(0,), (7,), (0, 1, 2, 3, 4, 5, 6, 7)])
+def test_first_last_and_all_layers(layers, tmp_path):
+    """Logits are chosen before the last layer's MLP, which may be dropped; or no layer is kept."""
+    options = {"drop_layers": layers, "always_first": 0, "always_last": 0}
+    bundle = make_bundle("llama", tmp_path / "b", **options, **OPTIONS)
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_mqa", "qwen2", "qwen3", "phi3"])
+def test_fused_weights(name, tmp_path, monkeypatch):
+    """Weights in the exporter's own order: q, k, v and gate, up are one product each."""
+    bundle = make_bundle(rewritten(name), tmp_path / "b", surrogate="recurrent", rank=2, **OPTIONS)
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+        monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 2)
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 1)
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_more_families(name, tmp_path):
+    model = MORE_FAMILIES[name]()
+    model.save_pretrained(tmp_path / "model")
+    options = "--drop-layers 1 --always-first 0 --always-last 0 --k 2 --max-seq-len 32 --threads 1 --target openvino"
+    out = tmp_path / "out"
+    assert main(["--model", str(tmp_path / "model"), "--out", str(out), *options.split()]) == 0
+    tokens = np.random.default_rng(1).integers(0, 131, 6).tolist()
+    with Session.open(out, threads=1) as session:
+        ours = [session.prefill([PROMPTS[0]], max_new_tokens=7)[0].copy()]
+        ours += [session.step([token])[0].copy() for token in tokens]
+    theirs = oracle.decode_row(model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert np.abs(a - b.numpy()).max() < 3e-5 * np.abs(b.numpy()).max(), f"step {step}"
+
+
+def test_nothing_dropped(tmp_path):
+    bundle = make_bundle("llama", tmp_path / "b", drop_ratio=0.0, k=2, **OPTIONS)
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+    assert new_tokens(2) == 7
