@@ -77,7 +77,8 @@ def _put(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
 
 
 def lower_linears(graph: ir.Graph) -> None:
-    groups = {group[0].weight: group for group in linear_groups(graph)}
+    # Two (gate, up) stay apart: OpenVINO then makes activation and product part of them, a split is a copy
+    groups = {group[0].weight: group for group in linear_groups(graph) if len(group) > 2}
     for node in list(graph):
         linear = match_linear(node) if node.op_type == "MatMul" else None
         if linear is None or (linear.weight in groups and _fuse(graph, groups[linear.weight])):

@@ -6,12 +6,13 @@ the last of them. Knows no row and no token.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import mmap
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from .package import import_openvino
 
 Array = npt.NDArray[Any]
 _CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}
+_DONTNEED = 4  # madvise: of a mapped file, pages that are read again when they are touched
 _TYPES_OF_MEMORY = {"f32": np.float32, "bf16": np.uint16, "u8": np.uint8}
 
 
@@ -52,7 +54,7 @@ class Compiled:
         inputs, outputs: name → place.
         cache_shapes: of each cache, of a block [H, 32, entry].
         cache_type, memory_type: what caches hold, for OpenVINO and for numpy.
-        held: what constants lie in.
+        held, mapped: what constants lie in; those of it that are mapped files.
         notes: what a user who measures should know.
     """
 
@@ -63,7 +65,14 @@ class Compiled:
     cache_type: Any
     memory_type: type
     held: list[Array] = field(default_factory=list)
+    mapped: list[Array] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def has_run(self) -> None:
+        """Called after a step: the first one has packed the weights."""
+        if self.mapped:
+            _forget_pages(self.mapped)
+            self.mapped = []
 
 
 _lock = threading.Lock()
@@ -112,15 +121,17 @@ class _Weights:
                 raise
         return self.mapped[key]
 
-    def forget_pages(self) -> None:
-        """The kernels have copies of their own: the files' pages need not stay in this process."""
-        advise = getattr(ctypes.CDLL(None), "madvise", None)
-        if advise is None:
-            return
-        for array in self.mapped.values():
+
+def _forget_pages(mapped: Iterable[Array]) -> None:
+    """The kernels have copies of their own: the files' pages need not stay in this process. Nor need what packing
+    weights left free in the heap."""
+    with contextlib.suppress(OSError, AttributeError):
+        system = ctypes.CDLL(None)
+        for array in mapped:
             begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
             length = array.ctypes.data + array.nbytes - begin
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(4))  # MADV_DONTNEED
+            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(_DONTNEED))
+        system.malloc_trim(0)
 
 
 def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
@@ -202,8 +213,9 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
             note=f"{path}: {_said(error)}",
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         ) from error
-    weights.forget_pages()
-    return _described(ov, compiled, [*weights.held, *weights.mapped.values()], notes)
+    found = _described(ov, compiled, notes)
+    found.held, found.mapped = weights.held, list(weights.mapped.values())
+    return found
 
 
 def _said(error: Exception) -> str:
@@ -230,7 +242,7 @@ def _leave_cache_types_open(ov: Any, model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _described(ov: Any, compiled: Any, held: list[Array], notes: list[str]) -> Compiled:
+def _described(ov: Any, compiled: Any, notes: list[str]) -> Compiled:
     inputs = {name: place for place, one in enumerate(compiled.inputs) for name in one.names}
     outputs = {name: place for place, one in enumerate(compiled.outputs) for name in one.names}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -243,7 +255,7 @@ def _described(ov: Any, compiled: Any, held: list[Array], notes: list[str]) -> C
         assert shapes[name][1] == BLOCK, shapes[name]
         cache_type = port.element_type
     memory_type = _TYPES_OF_MEMORY[cache_type.to_string()]
-    return Compiled(compiled, inputs, outputs, shapes, cache_type, memory_type, held, notes)
+    return Compiled(compiled, inputs, outputs, shapes, cache_type, memory_type, notes=notes)
 
 
 def compiled_model(

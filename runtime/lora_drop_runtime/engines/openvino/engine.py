@@ -114,6 +114,7 @@ class Steps:
                 note=f"{self._engine.bundle.root}: {first_line(error)}",
                 hint="Free memory; or check the bundle with: lora-drop inspect --check.",
             ) from error
+        self._compiled.has_run()
 
     def logits(self) -> npt.NDArray[np.float32]:
         """float32 [R, V] of the latest call, valid until the next."""
