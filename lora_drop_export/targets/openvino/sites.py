@@ -160,8 +160,10 @@ class _Sites:
         attended = self.values.get(f"attended.{layer}")
         if half != MLP:
             assert attended is not None
-            self._put_before_attention(site, x, attended.producer())  # type: ignore[arg-type]
-            begins.add(attended)
+            attention = attended.producer()
+            assert attention is not None
+            self._put_before_attention(site, x, attention)
+            begins |= {attended, *(value for value in attention.inputs[:3] if value is not None)}
         full, surrogate = _Branch(f"site.{site}/full"), _Branch(f"site.{site}/lora")
         nodes = _between([y], begins)
         results = [full.copy(nodes)[y]]
@@ -215,13 +217,13 @@ class _Sites:
         sides = {"then_branch": nothing.graph(instead), "else_branch": full.graph(results)}
         chosen = ir.node("If", [self.step], sides, num_outputs=count, name=f"site.{site}.before")
         self.graph.append(chosen)
-        for place, (row, value, new) in enumerate(zip(rows, ends, chosen.outputs, strict=True)):
+        for row, value, new in zip(rows, ends, chosen.outputs, strict=True):
             new.type, new.shape = value.type, value.shape
             ops = Ops()
             packed = ops("Reshape", new, ops.ints([-1, int(row.shape[1])]))  # type: ignore[index, arg-type]
             packed.type, packed.shape = row.type, row.shape
             self.graph.extend(ops.nodes)
-            attention.replace_input_with(place, packed)
+            row.replace_all_uses_with(packed)
 
     def _base(self, branch: _Branch, place: int) -> ir.Value:
         """The state before the step, [1, b, d]."""

@@ -17,6 +17,8 @@ from openvino import opset13 as op
 
 from lora_drop_runtime.bundle.paged_io import DOMAIN
 
+from .capped import capped_attention
+
 Node = Any  # what OpenVINO hands a conversion
 Output = Any
 _TYPES = {
@@ -216,6 +218,7 @@ class Conversions:
             "RMSNorm": _rms_norm,
             "Rotary": _rotary,
             "PagedAttention": _paged_attention,
+            "Capped": capped_attention,
         }
         return [ConversionExtension(name, DOMAIN, function) for name, function in functions.items()]
 

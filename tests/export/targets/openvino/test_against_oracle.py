@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.cli import main
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
@@ -20,11 +19,10 @@ from tests.support.models import FAMILIES, MORE_FAMILIES
 from tests.support.oracle import OraclePlan
 
 OPTIONS = {"targets": ("openvino",)}
-CAPPED = "gemma2"  # the operator has no soft cap
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != CAPPED])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path):
     bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
     for policy in ("skip", "backfill"):
@@ -32,11 +30,6 @@ def test_family(name, tmp_path):
             for k in (0, 1, 3, 19):
                 assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
             assert_same_run(session, family(name).model, oracle_plan(bundle), LONG[:1], 2)
-
-
-def test_a_soft_cap_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="soft cap"):
-        make_bundle(CAPPED, tmp_path / "b", **OPTIONS)
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
@@ -51,6 +44,21 @@ def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
         session.load_adapters(adapters)
         for k, prompts in ((3, PROMPTS), (2, LONG)):
             assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), prompts, k)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
+def test_soft_caps_and_windows(policy, tmp_path):
+    """Attention in plain operators, beside the operator that writes the caches; every other layer has a window."""
+    windows = family("gemma2").traced.windows
+    sites = tuple(site for site in MIXED if policy != "skip" or site.endswith(".mlp") or not windows[int(site[0])])
+    options = {"surrogate": "recurrent", "drop_layers": sites, "rank": 4, "policy": policy}
+    bundle = make_bundle("gemma2", tmp_path / "b", **options, **OPTIONS)
+    model = bundle.manifest.model
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
+    with Session.open(bundle.root, threads=1) as session:
+        session.load_adapters(adapters)
+        for prompts in (PROMPTS, LONG):
+            assert_same_run(session, family("gemma2").model, oracle_plan(bundle, adapters), prompts, 3)
 
 
 @pytest.mark.parametrize("layers", [(0,), (7,), (0, 1, 2, 3, 4, 5, 6, 7)])
