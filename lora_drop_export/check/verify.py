@@ -50,14 +50,19 @@ from .runners import ReferenceRunner, SessionRunner
 from .sample import sample_feeds, steps_that_fit
 
 
-def _reference(bundle: Bundle, trust_remote_code: bool) -> Reference:
-    """The reference over the bundle's own weight files, looked up by tensor name."""
+def _reference(bundle: Bundle, trust_remote_code: bool, rounds_caches: bool) -> Reference:
+    """The reference over the bundle's own weight files, looked up by tensor name.
+
+    Args:
+        rounds_caches: as int8 caches do, where the bundle has their scales.
+    """
     checkpoint = open_checkpoint(
         str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
     )
     plan = bundle.manifest.plan
     matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
-    return Reference(checkpoint, plan, matrices, kv_scales=read_arrays(bundle.root, KV_SCALES_NAME))
+    scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
+    return Reference(checkpoint, plan, matrices, kv_scales=scales)
 
 
 @contextlib.contextmanager
@@ -145,7 +150,7 @@ def compare(
         k: the window to compare under; the bundle's, but at least 1 so that LoRA steps occur.
     """
     manifest = bundle.manifest
-    name, _ = bundle.target(target)
+    name, entry = bundle.target(target)
     k = max(1, manifest.plan.k) if k is None else k
     chosen = policy_named(policy or manifest.plan.policy)
     manifest.plan.check_policy(chosen)
@@ -153,18 +158,23 @@ def compare(
     steps = steps_that_fit(manifest.limits, k)
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
-    reference = ReferenceRunner(_reference(bundle, trust_remote_code), feeds, kinds, refreshes, console or Console())
+    scaled = manifest.model.kv_dtype is not None and entry.takes_cache_scales
+    computed = _reference(bundle, trust_remote_code, scaled)
+    reference = ReferenceRunner(computed, feeds, kinds, refreshes, console or Console())
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
     rounded: list[npt.NDArray[np.float32]] = []
     open_session = functools.partial(Session.open, bundle.root, k=schedule.k, policy=refreshes.name)
-    if manifest.model.weight_dtype in QUANTIZED_DTYPES:  # one after the other: each session holds the weights
+    rounds_caches = manifest.model.kv_dtype is not None and not scaled
+    if (
+        manifest.model.weight_dtype in QUANTIZED_DTYPES or rounds_caches
+    ):  # one after the other: each session holds the weights
         with Session.open(bundle.root, k=k, policy=refreshes.name, **engine) as session, _quiet():
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         open_session = functools.partial(_open_exact, bundle, schedule, refreshes)
     with open_session(**engine) as session, _quiet():
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
-    tolerance = INT8_CACHES if manifest.model.kv_dtype else TOLERANCES[manifest.model.dtype]
+    tolerance = INT8_CACHES if scaled else TOLERANCES[manifest.model.dtype]
     judged, median = _judged(results, kinds, rounded, tolerance)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
     return Verification(name, k, lengths, tolerance, judged, median, refreshes.name)

@@ -99,6 +99,7 @@ class FakeEngine:
     verified_tokens: int | None = None
     batched_chunks = False
     idle_rows = False
+    block_slots = None
     many_requests = True
     warms_up = False
 

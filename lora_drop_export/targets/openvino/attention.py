@@ -56,6 +56,28 @@ def _tables(group: str) -> list[ir.Value]:
     return [ir.val(name, ir.DataType.INT32, shape) for name, shape in zip(table_names(group), shapes, strict=True)]
 
 
+def _no_capped_int8(layer: int, softcap: float) -> ModelError:
+    return ModelError(
+        "Target openvino has no int8 caches for attention with a soft cap.",
+        note=f"Layer {layer} caps its scores at {softcap:g}.",
+        hint="Leave --kv-dtype out, or use --target ort.",
+    )
+
+
+def _capped(ops: Ops, attended: ir.Value, softcap: float) -> ir.Value:
+    """Attention with a soft cap on its scores, which PagedAttention does not know: that writes the caches all the same,
+    and the entries of earlier steps are read from them."""
+    node = attended.producer()
+    assert node is not None
+    query, key, value, key_cache, value_cache, past_lens, begins, blocks, block_begins, _ = node.inputs
+    past = [ops("Gather", cache, blocks, axis=0) for cache in (key_cache, value_cache)]
+    attributes = {name: node.attributes[name].value for name in ("scale", "window", "heads")}
+    tables = (past_lens, begins, block_begins)
+    result = ops("Capped", query, key, value, *past, *tables, attended, domain=DOMAIN, softcap=softcap, **attributes)
+    result.type, result.shape = attended.type, attended.shape
+    return result
+
+
 def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value]) -> None:
     writes = [cache_write(value) for value in node.inputs[1:3]]
     caches = [_cache(name, write.inputs[0]) for name, (write, _, _) in zip(cache_names([layer]), writes, strict=True)]
@@ -81,28 +103,6 @@ def _lower_one(graph: ir.Graph, node: ir.Node, layer: int, tables: list[ir.Value
             raise _no_capped_int8(layer, node.attributes["softcap"].as_float())
         attended = _capped(ops, attended, node.attributes["softcap"].as_float())
     replace_node(graph, heads_last, ops, ops("Reshape", attended, ops.ints([1, -1, heads, head_dim])))
-
-
-def _capped(ops: Ops, attended: ir.Value, softcap: float) -> ir.Value:
-    """Attention with a soft cap on its scores, which PagedAttention does not know: that writes the caches all the same,
-    and the entries of earlier steps are read from them."""
-    node = attended.producer()
-    assert node is not None
-    query, key, value, key_cache, value_cache, past_lens, begins, blocks, block_begins, _ = node.inputs
-    past = [ops("Gather", cache, blocks, axis=0) for cache in (key_cache, value_cache)]
-    attributes = {name: node.attributes[name].value for name in ("scale", "window", "heads")}
-    tables = (past_lens, begins, block_begins)
-    result = ops("Capped", query, key, value, *past, *tables, attended, domain=DOMAIN, softcap=softcap, **attributes)
-    result.type, result.shape = attended.type, attended.shape
-    return result
-
-
-def _no_capped_int8(layer: int, softcap: float) -> ModelError:
-    return ModelError(
-        "Target openvino has no int8 caches for attention with a soft cap.",
-        note=f"Layer {layer} caps its scores at {softcap:g}.",
-        hint="Leave --kv-dtype out, or use --target ort.",
-    )
 
 
 def lower_attention(graph: ir.Graph, plan: DropPlan) -> None:

@@ -66,6 +66,21 @@ class _Branch:
         )
 
 
+def _needed(
+    nodes: list[ir.Node], ends: set[ir.Value], depends: Mapping[ir.Value, bool], outer: Mapping[ir.Value, bool]
+) -> list[ir.Node]:
+    """Of nodes in order those that lead to the ends through others of them."""
+    wanted, kept = set(ends), []
+    for node in reversed(nodes):
+        if wanted.isdisjoint(node.outputs):
+            continue
+        if not any(depends[value] for value in node.outputs) and any(outer.get(value) for value in node.outputs):
+            continue
+        kept.append(node)
+        wanted.update(value for value in node.inputs if value is not None)
+    return kept[::-1]
+
+
 def _between(ends: Iterable[ir.Value], begins: set[ir.Value]) -> list[ir.Node]:
     """The nodes that make `ends` of `begins`, in order, with the constants that they read; what else depends on the
     graph's inputs is taken as it is."""
@@ -98,21 +113,6 @@ def _between(ends: Iterable[ir.Value], begins: set[ir.Value]) -> list[ir.Node]:
     for end in ends:
         visit(end)
     return _needed(list(order), set(ends), depends, from_inputs)
-
-
-def _needed(
-    nodes: list[ir.Node], ends: set[ir.Value], depends: Mapping[ir.Value, bool], outer: Mapping[ir.Value, bool]
-) -> list[ir.Node]:
-    """Of nodes in order those that lead to the ends through others of them."""
-    wanted, kept = set(ends), []
-    for node in reversed(nodes):
-        if wanted.isdisjoint(node.outputs):
-            continue
-        if not any(depends[value] for value in node.outputs) and any(outer.get(value) for value in node.outputs):
-            continue
-        kept.append(node)
-        wanted.update(value for value in node.inputs if value is not None)
-    return kept[::-1]
 
 
 def _viewed(value: ir.Value) -> ir.Value:

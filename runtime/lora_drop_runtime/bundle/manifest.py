@@ -122,10 +122,12 @@ class TargetEntry:
     Attributes:
         lowered: in what its graphs differ from the neutral ones.
         on_device: whether its own engine runs on a GPU.
+        takes_cache_scales: whether int8 caches have the calibrated scales; else the engine finds its own as it writes.
     """
 
     lowered: ClassVar[LoweredIO] = LoweredIO()
     on_device: ClassVar[bool] = False
+    takes_cache_scales: ClassVar[bool] = True
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -162,6 +164,8 @@ class OrtEntry(TargetEntry):
 @dataclass(frozen=True)
 class OpenVinoEntry(TargetEntry):
     """OpenVINO: `steps` is the graph that holds both steps, over paged caches (paged_io.py)."""
+
+    takes_cache_scales = False
 
     steps: str
 

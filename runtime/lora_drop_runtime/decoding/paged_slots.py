@@ -20,6 +20,12 @@ from .sampling import Ids
 from .slots import Logits, Run, Slots
 
 
+def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
+    for pool, own in zip(pools, blocks, strict=True):
+        pool.give_back(own)
+        own.clear()
+
+
 class _Row:
     """A row's blocks, of kept and of dropped layers; given back when it goes."""
 
@@ -29,12 +35,6 @@ class _Row:
 
     def release(self) -> None:
         self._give_back()
-
-
-def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
-    for pool, own in zip(pools, blocks, strict=True):
-        pool.give_back(own)
-        own.clear()
 
 
 class PagedSlots:

@@ -76,6 +76,7 @@ class ToyEngine:
 
     target = "toy"
     chooses_tokens = batched_chunks = idle_rows = warms_up = False
+    block_slots = None
     many_requests = True
     prefill_chunk = None
     verified_tokens = None
@@ -183,7 +184,10 @@ def test_a_toy_target_is_added(tmp_path):
 def test_its_row_decides_what_is_refused(tmp_path, capsys):
     command = ["--model", str(family("llama").directory), "--out", str(tmp_path / "b"), "--target", "toy"]
     for more, words in (
-        (["--dtype", "int4"], "The target cannot take quantized weights.\nNote: --dtype int4 works only with ort; toy"),
+        (
+            ["--dtype", "int4"],
+            "The target cannot take quantized weights.\nNote: --dtype int4 works only with ort or openvino; toy",
+        ),
         (["--threads", "13"], "The toy does not like 13 threads."),
         (["--no-alias"], "--no-alias applies only to the attention plugin."),
     ):

@@ -38,11 +38,23 @@ class Settings:
 
     Attributes:
         threads: of a step.
-        exact: products of quantized weights in float32, without rounding activations to 8 bits.
+        exact: products of quantized weights in float32, without rounding activations to 8 bits; nor caches.
     """
 
     threads: int
     exact: bool = False
+
+
+def _forget_pages(mapped: Iterable[Array]) -> None:
+    """The kernels have copies of their own: the files' pages need not stay in this process. Nor need what packing
+    weights left free in the heap."""
+    with contextlib.suppress(OSError, AttributeError):
+        system = ctypes.CDLL(None)
+        for array in mapped:
+            begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+            length = array.ctypes.data + array.nbytes - begin
+            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(_DONTNEED))
+        system.malloc_trim(0)
 
 
 @dataclass
@@ -86,7 +98,7 @@ def properties(ov: Any, bundle: Bundle, settings: Settings, group: int) -> dict[
     precision = "bf16" if model.dtype == "bfloat16" else "f32"
     return {
         "INFERENCE_PRECISION_HINT": precision,
-        "KV_CACHE_PRECISION": _CACHE_TYPES[model.kv_dtype or model.dtype],
+        "KV_CACHE_PRECISION": _CACHE_TYPES[model.dtype if settings.exact else model.kv_dtype or model.dtype],
         "KEY_CACHE_QUANT_MODE": "BY_TOKEN",  # a scale for each channel would be spoiled by a roll-back
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
         "INFERENCE_NUM_THREADS": settings.threads,
@@ -120,18 +132,6 @@ class _Weights:
                 self.error = error
                 raise
         return self.mapped[key]
-
-
-def _forget_pages(mapped: Iterable[Array]) -> None:
-    """The kernels have copies of their own: the files' pages need not stay in this process. Nor need what packing
-    weights left free in the heap."""
-    with contextlib.suppress(OSError, AttributeError):
-        system = ctypes.CDLL(None)
-        for array in mapped:
-            begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-            length = array.ctypes.data + array.nbytes - begin
-            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(_DONTNEED))
-        system.malloc_trim(0)
 
 
 def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
@@ -178,46 +178,6 @@ def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
     return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
 
 
-def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[str, Array]) -> Compiled:
-    ov = import_openvino()
-    from .conversion import Conversions
-
-    entry = bundle.target(target)[1]
-    assert isinstance(entry, OpenVinoEntry)
-    weights = _Weights(bundle, replaced)
-    path = bundle.root / entry.steps
-    conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held)
-    graph = bundle.graph(entry.steps)
-    core, notes = ov.Core(), []
-    for extension in conversions.extensions():
-        core.add_extension(extension)
-    model_facts = bundle.manifest.model
-    try:
-        model = core.read_model(io.BytesIO(graph))
-        _leave_cache_types_open(ov, model)
-        group = 0 if settings.exact else conversions.least_block or 0
-        told = properties(ov, bundle, settings, group)
-        if model_facts.dtype == "bfloat16" and not _computes_halves(ov, told):
-            raise _no_halves()
-        if group and model_facts.weight_dtype in QUANTIZED_DTYPES and not _rounds_rightly(ov, group, told):
-            notes.append("This processor has no kernels that round activations to 8 bits: products are slower")
-            told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        compiled = core.compile_model(model, "CPU", told)
-    except LoraDropError:
-        raise
-    except Exception as error:  # OpenVINO's are RuntimeErrors, and what a conversion raises becomes one
-        if weights.error is not None:
-            raise weights.error from None
-        raise BundleError(
-            "OpenVINO cannot load a graph of the bundle.",
-            note=f"{path}: {_said(error)}",
-            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
-        ) from error
-    found = _described(ov, compiled, notes)
-    found.held, found.mapped = weights.held, list(weights.mapped.values())
-    return found
-
-
 def _said(error: Exception) -> str:
     """The line of an error of OpenVINO's that says what is wrong: those before it name its source files."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -256,6 +216,46 @@ def _described(ov: Any, compiled: Any, notes: list[str]) -> Compiled:
         cache_type = port.element_type
     memory_type = _TYPES_OF_MEMORY[cache_type.to_string()]
     return Compiled(compiled, inputs, outputs, shapes, cache_type, memory_type, notes=notes)
+
+
+def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[str, Array]) -> Compiled:
+    ov = import_openvino()
+    from .conversion import Conversions
+
+    entry = bundle.target(target)[1]
+    assert isinstance(entry, OpenVinoEntry)
+    weights = _Weights(bundle, replaced)
+    path = bundle.root / entry.steps
+    conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held)
+    graph = bundle.graph(entry.steps)
+    core, notes = ov.Core(), []
+    for extension in conversions.extensions():
+        core.add_extension(extension)
+    model_facts = bundle.manifest.model
+    try:
+        model = core.read_model(io.BytesIO(graph))
+        _leave_cache_types_open(ov, model)
+        group = 0 if settings.exact else conversions.least_block or 0
+        told = properties(ov, bundle, settings, group)
+        if model_facts.dtype == "bfloat16" and not _computes_halves(ov, told):
+            raise _no_halves()
+        if group and model_facts.weight_dtype in QUANTIZED_DTYPES and not _rounds_rightly(ov, group, told):
+            notes.append("This processor has no kernels that round activations to 8 bits: products are slower")
+            told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        compiled = core.compile_model(model, "CPU", told)
+    except LoraDropError:
+        raise
+    except Exception as error:  # OpenVINO's are RuntimeErrors, and what a conversion raises becomes one
+        if weights.error is not None:
+            raise weights.error from None
+        raise BundleError(
+            "OpenVINO cannot load a graph of the bundle.",
+            note=f"{path}: {_said(error)}",
+            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+        ) from error
+    found = _described(ov, compiled, notes)
+    found.held, found.mapped = weights.held, list(weights.mapped.values())
+    return found
 
 
 def compiled_model(

@@ -19,6 +19,7 @@ from lora_drop_runtime.bundle.paged_io import DOMAIN
 
 from .capped import capped_attention
 
+_LONGEST = 12  # the place of the longest row's length among paged attention's inputs
 Node = Any  # what OpenVINO hands a conversion
 Output = Any
 _TYPES = {
@@ -78,6 +79,18 @@ def _rms_norm(node: Node) -> list[Output]:
     return [op.multiply(op.multiply(x, scale), _widened(weight)).output(0)]
 
 
+def _rotated_pairs(x: Output, cos: Output, sin: Output, width: int) -> Any:
+    """Neighbours are turned: x [1, T, H, R] as R / 2 pairs."""
+    heads = x.get_partial_shape()[2].get_length()
+    pairs = op.reshape(x, _ints([1, -1, heads, width // 2, 2]), False)
+    parts = op.split(pairs, _ints(4), 2)
+    cos, sin = (op.unsqueeze(table, _ints(4)) for table in (cos, sin))
+    a, b = parts.output(0), parts.output(1)
+    first = op.subtract(op.multiply(a, cos), op.multiply(b, sin))
+    second = op.add(op.multiply(b, cos), op.multiply(a, sin))
+    return op.reshape(op.concat([first, second], 4), _ints([1, -1, heads, width]), False)
+
+
 def _rotary(node: Node) -> list[Output]:
     x, cos, sin = (node.get_input(n) for n in range(3))
     width, interleaved = node.get_attribute("rotary_dim"), node.get_attribute("interleaved")
@@ -98,40 +111,6 @@ def _rotary(node: Node) -> list[Output]:
     if rest is not None:
         result = op.concat([result, rest], -1)
     return [result.output(0)]
-
-
-def _rotated_pairs(x: Output, cos: Output, sin: Output, width: int) -> Any:
-    """Neighbours are turned: x [1, T, H, R] as R / 2 pairs."""
-    heads = x.get_partial_shape()[2].get_length()
-    pairs = op.reshape(x, _ints([1, -1, heads, width // 2, 2]), False)
-    parts = op.split(pairs, _ints(4), 2)
-    cos, sin = (op.unsqueeze(table, _ints(4)) for table in (cos, sin))
-    a, b = parts.output(0), parts.output(1)
-    first = op.subtract(op.multiply(a, cos), op.multiply(b, sin))
-    second = op.add(op.multiply(b, cos), op.multiply(a, sin))
-    return op.reshape(op.concat([first, second], 4), _ints([1, -1, heads, width]), False)
-
-
-@functools.cache
-def _tail() -> tuple[npt.NDArray[Any], ...]:
-    """What the installed version's paged attention takes behind the length of the longest row, switched off.
-
-    OpenVINO's own transformation of a model with one layer says it.
-    """
-    from openvino._offline_transformations import paged_attention_transformation
-
-    model = _one_layer()
-    paged_attention_transformation(model)
-    (node,) = (one for one in model.get_ops() if one.get_type_name() == "PagedAttentionExtension")
-    found = []
-    for place in range(_LONGEST + 1, node.get_input_size()):
-        source = node.input_value(place).get_node()
-        assert source.get_type_name() == "Constant", source.get_type_name()
-        found.append(np.array(source.data))
-    return tuple(found)
-
-
-_LONGEST = 12  # the place of that length among the inputs
 
 
 def _one_layer() -> Any:
@@ -172,6 +151,25 @@ def _one_layer() -> Any:
     attended = op.scaled_dot_product_attention(query, *caches, wide_mask, None, False)
     merged = op.reshape(op.transpose(attended, _ints([0, 2, 1, 3])), _ints([0, 0, heads * head_dim]), True)
     return ov.Model([op.result(merged)], sinks, [ids, mask, positions, beams], "one_layer")
+
+
+@functools.cache
+def _tail() -> tuple[npt.NDArray[Any], ...]:
+    """What the installed version's paged attention takes behind the length of the longest row, switched off.
+
+    OpenVINO's own transformation of a model with one layer says it.
+    """
+    from openvino._offline_transformations import paged_attention_transformation
+
+    model = _one_layer()
+    paged_attention_transformation(model)
+    (node,) = (one for one in model.get_ops() if one.get_type_name() == "PagedAttentionExtension")
+    found = []
+    for place in range(_LONGEST + 1, node.get_input_size()):
+        source = node.input_value(place).get_node()
+        assert source.get_type_name() == "Constant", source.get_type_name()
+        found.append(np.array(source.data))
+    return tuple(found)
 
 
 def _paged_attention(node: Node) -> list[Output]:

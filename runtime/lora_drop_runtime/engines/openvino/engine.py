@@ -143,7 +143,7 @@ class OpenVinoEngine:
         bundle: an opened bundle.
         target: whose graph.
         threads: of a step; one per physical core when None.
-        exact: products of quantized weights in float32, slow.
+        exact: products of quantized weights in float32, slow, and caches that are not rounded.
 
     Raises:
         InputError: no OpenVINO is installed, or another version.
