@@ -32,7 +32,9 @@ def _weight_inputs(graph: ir.Graph, weight: ir.Value, blocks: QuantizedBlocks | 
 def _product(graph: ir.Graph, ops: Ops, linear: Linear) -> ir.Value:
     weight, quantized = _weight_inputs(graph, linear.weight, linear.blocks)
     bias = [] if linear.bias is None else [linear.bias]
-    result = ops("Linear", linear.x, *weight, *bias, domain=DOMAIN, quantized=quantized, bias=len(bias))
+    maker = linear.x.producer()
+    attributes = {"quantized": quantized, "bias": len(bias), "gated": int(maker is not None and maker.op_type == "Mul")}
+    result = ops("Linear", linear.x, *weight, *bias, domain=DOMAIN, **attributes)
     assert linear.x.shape is not None
     result.type, result.shape = linear.x.type, ir.Shape([*list(linear.x.shape)[:-1], linear.shape[0]])
     return result

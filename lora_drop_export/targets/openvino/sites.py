@@ -240,8 +240,8 @@ class _Sites:
         a, b = matrices
         if a is None or b is None:
             return base
-        down = ops("Linear", x, branch.weight(a), domain=DOMAIN, quantized=0, bias=0)
-        up = ops("Linear", down, branch.weight(b), domain=DOMAIN, quantized=0, bias=0)
+        down = ops("Linear", x, branch.weight(a), domain=DOMAIN, quantized=0, bias=0, gated=0)
+        up = ops("Linear", down, branch.weight(b), domain=DOMAIN, quantized=0, bias=0, gated=0)
         total = ops("Add", up, base)
         for value in (down, up, total):
             value.type = x.type

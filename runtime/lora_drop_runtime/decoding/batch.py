@@ -181,7 +181,8 @@ class Batch:
         slots = f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
         if not self._paged:
             return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
-        most = self._count * self._slots.bytes_of(self._capacity)
+        # Whatever its policy, a row has no more entries in dropped layers than in kept ones
+        most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
         most = most if self._most_bytes is None else min(most, self._most_bytes)
         return slots + f"K/V grows with the rows, to at most {most / 2**20:,.1f} MiB"
 
@@ -238,11 +239,12 @@ class Batch:
         source = draft_source(draft, verifier, len(manifest.plan.sites))
         joined = self._join_early and isinstance(chosen, PeriodicSchedule)
         needed = verifier.dropped_slots(len(prompt), new_tokens - 1, chosen)
+        kept = len(prompt) + new_tokens - 1
         if joined and verifier.leaves_holes:
-            needed += 1  # its first refresh may come sooner
+            needed = min(needed + 1, kept)  # its first refresh may come sooner
         if not self._paged:
             checks.check_fits(needed, self._capacity["slots_dropped"])
-        takes = {"slots_kept": len(prompt) + new_tokens - 1, "slots_dropped": needed}
+        takes = {"slots_kept": kept, "slots_dropped": needed}
         checks.check_pool(self._slots.bytes_of(takes), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs), takes)

@@ -182,7 +182,8 @@ def _said(error: Exception) -> str:
     """The line of an error of OpenVINO's that says what is wrong: those before it name its source files."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Exception from", "Check "))]
-    return (said or lines or [first_line(error)])[0][:300]
+    of_a_node = [line for line in said if line.startswith("While validating")]  # what its conversion raised
+    return (of_a_node or said or lines or [first_line(error)])[0][:300]
 
 
 def _no_halves() -> BundleError:
@@ -226,7 +227,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
     assert isinstance(entry, OpenVinoEntry)
     weights = _Weights(bundle, replaced)
     path = bundle.root / entry.steps
-    conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held)
+    conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held, settings.threads)
     graph = bundle.graph(entry.steps)
     core, notes = ov.Core(), []
     for extension in conversions.extensions():

@@ -7,6 +7,7 @@ nodes, in the forms that its CPU plugin makes one kernel of.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ import openvino as ov
 from openvino import opset13 as op
 
 from lora_drop_runtime.bundle.paged_io import DOMAIN
+from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention
 
+_NEARLY_NOTHING = 1e-37
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
 Node = Any  # what OpenVINO hands a conversion
 Output = Any
@@ -196,13 +199,16 @@ class Conversions:
     Args:
         part: name, location, offset and size of a weight → its bytes, or another matrix in its place.
         held: takes what constants lie in, which has to outlive them.
+        threads: of a step.
 
     Attributes:
         least_block: of the quantized weights seen; None before the first.
     """
 
-    def __init__(self, part: Callable[[str, str, int, int], npt.NDArray[Any]], held: list[npt.NDArray[Any]]) -> None:
-        self._part, self._held = part, held
+    def __init__(
+        self, part: Callable[[str, str, int, int], npt.NDArray[Any]], held: list[npt.NDArray[Any]], threads: int
+    ) -> None:
+        self._part, self._held, self._threads = part, held, threads
         self.least_block: int | None = None
 
     def extensions(self) -> list[Any]:
@@ -225,6 +231,8 @@ class Conversions:
         offset, size = (int(node.get_attribute(key)) for key in ("offset", "size"))
         shape = [int(n) for n in node.get_attribute("shape")]
         array = np.ascontiguousarray(self._part(name, location, offset, size)).reshape(-1).view(np.uint8)
+        if min(shape, default=0) < 0 or -(-math.prod(shape) * BY_NAME[dtype].bits // 8) != array.size:
+            raise ValueError(f"{name} is {dtype} {shape} of {array.size} bytes")  # OpenVINO would read on behind them
         self._held.append(array)
         constant = ov.op.Constant(ov.Tensor(array, ov.Shape(shape), _TYPES[dtype]))
         return [constant.output(0)]
@@ -236,7 +244,12 @@ class Conversions:
             block = inputs[1].get_partial_shape()[2].get_length()
             self.least_block = min(block, self.least_block or block)
         weight, rest = _dequantized(inputs[1:], quantized)
-        product = op.matmul(inputs[0], weight, False, True)
+        x = inputs[0]
+        if self._threads == 1 and node.get_attribute("gated"):
+            # In bfloat16 the plugin makes one kernel of a gated MLP, which divides by half the number of threads
+            # (2026.4): with one thread that ends the process. An addition of nearly nothing keeps the kernel away
+            x = op.add(x, op.constant(np.float32(_NEARLY_NOTHING)))
+        product = op.matmul(x, weight, False, True)
         if rest:
             product = op.add(product, _widened(rest[0]))
         return [product.output(0)]

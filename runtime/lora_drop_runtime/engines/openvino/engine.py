@@ -200,4 +200,4 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         self.pools = []
-        del self.compiled
+        self.__dict__.pop("compiled", None)

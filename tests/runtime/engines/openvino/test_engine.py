@@ -1,0 +1,455 @@
+"""Sessions on target openvino against target ort on the same bundle; what sessions share, and what an engine says."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from lora_drop_runtime import Session
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.openvino import threads
+from lora_drop_runtime.engines.openvino.engine import _FEEDS, Feed, OpenVinoEngine
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
+
+from tests.support.bundles import make_bundle, save_adapters
+from tests.support.decoding import padded
+
+TARGETS = ("openvino", "ort")
+TOLERANCE = 3e-5  # of the largest |logit|; both compute in float32, and sum in other orders
+NEAR = 1e-3  # of the largest |logit|: two best logits that are nearer may change places
+MIXED = ("3.attn", "4.mlp", "5", "6.attn", "6.mlp")
+VOCAB, HIDDEN = 131, 64
+MODEL = "qwen3"  # the one on which memory that grew once lost what an If had made (sites.py)
+MINUTES = 600
+
+
+def with_adapters(root: Path, name: str = MODEL, **options: Any) -> Bundle:
+    """A bundle for both targets, with adapters that matter; all kinds of sites are dropped."""
+    options = {"rank": 4, "drop_layers": MIXED, "max_batch": 8} | options
+    bare = make_bundle(name, root / "bare", targets=("none",), **options)
+    model = bare.manifest.model
+    adapters = save_adapters(root / "adapters", bare.manifest.plan, model.hidden_size, model.fingerprint)
+    return make_bundle(name, root / "bundle", targets=TARGETS, adapters=adapters, **options)
+
+
+def both(bundle: Bundle, **options: Any) -> list[Any]:
+    """A session on each target."""
+    return [Session.open(bundle.root, target=target, threads=1, **options) for target in TARGETS]
+
+
+def assert_near(ours: np.ndarray, theirs: np.ndarray, what: str = "", tolerance: float = TOLERANCE) -> None:
+    """Logits [B, V], row by row."""
+    assert ours.shape == theirs.shape
+    errors = np.abs(ours - theirs).max(axis=1) / np.abs(theirs).max(axis=1)
+    assert errors.max() < tolerance, f"{what}: {errors}"
+
+
+def follow(sessions: list[Any], prompts: list[list[int]], tokens: np.ndarray, k: int) -> None:
+    """All sessions run the prompts and the tokens [steps, B]; logits of every step are those of the last one."""
+    ids, lengths = padded(prompts)
+    new_tokens = len(tokens) + 1
+    begun = [session.prefill(ids, lengths, max_new_tokens=new_tokens, k=k) for session in sessions]
+    for one in begun[:-1]:
+        assert_near(one, begun[-1], f"prompts of {lengths.tolist()}")
+    for step, column in enumerate(tokens, 1):
+        found = [session.step(column) for session in sessions]
+        for one in found[:-1]:
+            assert_near(one, found[-1], f"prompts of {lengths.tolist()}, step {step}")
+
+
+# ── requests of any lengths ────────────────────────────────────────────────────────────────────────────────────
+
+LENGTHS = st.integers(1, 100) | st.sampled_from((1, 31, 32, 33, 64, 65, 100))
+REQUESTS = st.tuples(
+    st.lists(LENGTHS, min_size=1, max_size=4),  # of the prompts
+    st.integers(0, 5),  # decode steps
+    st.integers(0, 2),  # k
+    st.integers(0, 2**31),
+)
+GROWING = [([length], 3, 1, length) for length in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 100, 1, 100)]
+RAGGED = [([1, 90, 7], 3, 1, 0), ([3], 2, 1, 1), ([64, 2, 33, 5], 4, 2, 2), ([100, 100], 5, 1, 3), ([1], 1, 1, 4)]
+
+
+@pytest.fixture(scope="module", params=["residual", "recurrent", "anchor"])
+def surrogates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Of a surrogate a bundle for each policy; the models stay compiled as long as an engine is open."""
+    root = tmp_path_factory.mktemp("openvino")
+    free = with_adapters(root, surrogate=request.param)
+    fill = with_adapters(root / "fill", surrogate=request.param, policy="fill")
+    with contextlib.ExitStack() as open_engines:
+        for bundle in (free, fill):
+            open_engines.callback(OpenVinoEngine(bundle, threads=1).close)
+        yield {"skip": free, "backfill": free, "fill": fill}
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
+def test_logits_are_those_of_target_ort(surrogates: dict[str, Any], policy: str) -> None:
+    """Any requests, one after the other in one session: ragged, longer and shorter than those before."""
+
+    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @example(GROWING)
+    @example(GROWING[::-1])
+    @example(RAGGED)
+    @given(st.lists(REQUESTS, min_size=1, max_size=6))
+    def check(script: list[tuple[list[int], int, int, int]]) -> None:
+        sessions = both(surrogates[policy], policy=policy)
+        for lengths, steps, k, seed in script:
+            rng = np.random.default_rng(seed)
+            prompts = [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+            follow(sessions, prompts, rng.integers(0, VOCAB, (steps, len(prompts))), k)
+        for session in sessions:
+            session.close()
+
+    check()
+
+
+def test_the_memory_of_calls_is_bounded_and_one_that_left_comes_back(surrogates: dict[str, Any]) -> None:
+    """More sizes of calls than a request keeps memory for, twice."""
+    sizes = [1 + 3 * number % 97 for number in range(_FEEDS + 8)]
+    assert len(set(sizes)) > _FEEDS
+    ours, theirs = both(surrogates["skip"], k=0)
+    for session in (ours, theirs):
+        session.prefill(np.array([[1]]), max_new_tokens=100)
+    for width in (*sizes, *sizes[:8]):
+        for session in (ours, theirs):
+            session._running().chunk(width)()
+        assert_near(ours._running().logits(), theirs._running().logits(), f"{width} tokens")
+        assert len(ours._running().slots._steps._feeds) <= _FEEDS
+    ours.close()
+    theirs.close()
+
+
+def test_a_feed_has_a_place_for_every_input(surrogates: dict[str, Any]) -> None:
+    """All inputs of the graph but caches are written before a call, in the graph's types."""
+    engine = OpenVinoEngine(surrogates["fill"], threads=1)
+    feed = Feed(StepKind.LORA, 3, 2, 2, (4, 2), engine.states_shape(2))
+    model = engine.compiled.model
+    for port in model.inputs:
+        (name,) = port.names
+        if "_cache." not in name:
+            array = feed.arrays[name]
+            assert port.element_type.to_dtype() == array.dtype
+            assert port.partial_shape.compatible(type(port.partial_shape)(list(array.shape)))
+    engine.close()
+
+
+# ── what sessions share ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    options = {"rank": 4, "drop_ratio": 0.5, "surrogate": "recurrent", "max_batch": 8}
+    return make_bundle(MODEL, tmp_path_factory.mktemp("shared") / "b", targets=TARGETS, **options)
+
+
+@pytest.fixture
+def adapters(bundle: Bundle, tmp_path: Path) -> Path:
+    return save_adapters(tmp_path / "adapters", bundle.manifest.plan, HIDDEN, bundle.manifest.model.fingerprint)
+
+
+def some_requests(seed: int) -> list[tuple[list[list[int]], np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    shapes = (((5, 1, 40), 5), ((70,), 4), ((2, 33), 6))
+    return [
+        ([rng.integers(0, VOCAB, n).tolist() for n in lengths], rng.integers(0, VOCAB, (steps, len(lengths))))
+        for lengths, steps in shapes
+    ]
+
+
+def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle) -> None:
+    first, second = (Session.open(bundle.root, threads=1) for _ in range(2))
+    reference = Session.open(bundle.root, target="ort", threads=1)
+    compiled = weakref.ref(first._engine.compiled)
+    assert first._engine is not second._engine
+    assert second._engine.compiled is compiled()
+    for prompts, tokens in some_requests(0):
+        follow([first, second, reference], prompts, tokens, 2)
+    first.close()
+    for prompts, tokens in some_requests(1):
+        follow([second, reference], prompts, tokens, 2)
+    assert compiled() is not None
+    with Session.open(bundle.root, threads=1) as third:
+        assert third._engine.compiled is compiled()
+    second.close()
+    del third, first
+    gc.collect()
+    assert compiled() is None
+    reference.close()
+
+
+def test_other_settings_are_another_compiled_model(bundle: Bundle) -> None:
+    engines = [OpenVinoEngine(bundle, threads=1), OpenVinoEngine(bundle, threads=2)]
+    engines.append(OpenVinoEngine(bundle, threads=1, exact=True))
+    assert len({id(engine.compiled) for engine in engines}) == 3
+    for engine in engines:
+        engine.close()
+
+
+def test_loaded_adapters_are_a_sessions_own(bundle: Bundle, adapters: Path) -> None:
+    """The other goes on in the middle of its request; a third session that opens later has the bundle's."""
+    plain, fitted = both(bundle), both(bundle)
+    shared = plain[0]._engine.compiled
+    prompts, tokens = some_requests(2)[0]
+    ids, lengths = padded(prompts)
+    begun = [session.prefill(ids, lengths, k=2) for session in plain]
+    assert_near(*begun)
+    for session in fitted:
+        session.load_adapters(adapters)
+    assert plain[0]._engine.compiled is shared
+    own = weakref.ref(fitted[0]._engine.compiled)
+    assert own() is not shared
+    follow(fitted, prompts, tokens, 2)
+    fitted_logits = fitted[1]._logits().copy()
+    for column in tokens:
+        assert_near(*[session.step(column) for session in plain])
+    assert np.abs(plain[1]._logits() - fitted_logits).max() > 0.1 * np.abs(fitted_logits).max()
+    with Session.open(bundle.root, threads=1) as third:
+        assert third._engine.compiled is shared
+    for session in fitted:
+        session.close()
+    gc.collect()
+    assert own() is None
+    follow(plain, *some_requests(3)[1], 2)
+    for session in plain:
+        session.close()
+
+
+def test_a_fork_shares_the_engine_and_the_last_one_closes_it(bundle: Bundle) -> None:
+    session = Session.open(bundle.root, threads=1)
+    compiled = weakref.ref(session._engine.compiled)
+    session.prefill(np.array([[1, 2, 3]]))
+    fork = session.fork()
+    session.close()
+    gc.collect()
+    fork.step([4])
+    assert compiled() is not None
+    fork.close()
+    del session, fork
+    gc.collect()
+    assert compiled() is None
+
+
+# ── several at a time ──────────────────────────────────────────────────────────────────────────────────────────
+
+TEXTS = {"skip": [5, 6, 7] * 13, "backfill": [11, 3], "lossless": [8, 1, 90, 4] * 4}
+
+
+@pytest.fixture(scope="module")
+def alone(bundle: Bundle) -> dict[str, list[int]]:
+    """What each text becomes in a session of its own, which nobody disturbs."""
+    found = {}
+    for policy, text in TEXTS.items():
+        with Session.open(bundle.root, policy=policy, k=2, threads=1) as session:
+            found[policy] = session.generate([text], 40, stop_token_ids=())[0].tolist()
+    return found
+
+
+def test_streams_that_take_turns(bundle: Bundle, alone: dict[str, list[int]]) -> None:
+    """Token by token, in sessions of one compiled model."""
+    opened = {policy: Session.open(bundle.root, policy=policy, k=2, threads=1) for policy in TEXTS}
+    streams = {policy: opened[policy].stream(text, 40, stop_token_ids=()) for policy, text in TEXTS.items()}
+    found: dict[str, list[int]] = {policy: [] for policy in TEXTS}
+    for _ in range(40):
+        for policy, stream in streams.items():
+            found[policy].append(next(stream))
+    assert found == alone
+    for session in opened.values():
+        session.close()
+
+
+@pytest.mark.parametrize("one_engine", [False, True])
+def test_threads(bundle: Bundle, alone: dict[str, list[int]], one_engine: bool) -> None:
+    """Sessions of one compiled model in threads of their own; of one engine, which has their blocks in common."""
+    engine = OpenVinoEngine(bundle, threads=1)
+
+    def ask(policy: str) -> list[list[int]]:
+        own = engine if one_engine else OpenVinoEngine(bundle, threads=1)
+        session = Session(bundle, own, PeriodicSchedule(2), policy)
+        found = [session.generate([TEXTS[policy]], 40, stop_token_ids=())[0].tolist() for _ in range(4)]
+        if not one_engine:
+            session.close()
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = {policy: pool.submit(ask, policy) for policy in TEXTS}
+        found = {policy: one.result(MINUTES) for policy, one in asked.items()}
+    assert found == {policy: [tokens] * 4 for policy, tokens in alone.items()}
+    gc.collect()
+    assert [pool.in_use for pool in engine.pools] == [0, 0]
+    engine.close()
+
+
+# ── drafts that are verified ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent"])
+@pytest.mark.parametrize("draft", ["ngram", "lora", "both"])
+def test_lossless_gives_the_tokens_of_the_full_schedule(draft: str, surrogate: str, tmp_path: Path) -> None:
+    """Those of target ort without drafts, up to a near-tie: two best logits within NEAR of the largest |logit|."""
+    options = {"surrogate": surrogate, "drop_layers": (6,), "policy": "lossless", "max_batch": 8}
+    bundle = make_bundle(MODEL, tmp_path / "b", targets=TARGETS, **options)
+    rng = np.random.default_rng(7)
+    motif = rng.integers(0, VOCAB, 4).tolist()
+    prompts = [motif * 8, [9], rng.integers(0, VOCAB, 37).tolist()]
+    with Session.open(bundle.root, k=4, draft=draft, threads=1) as session:
+        rows = [row.tolist() for row in session.generate(prompts, 60, stop_token_ids=())]
+        counted = session.statistics()
+    assert counted.drafted >= counted.accepted > 0
+    assert counted.tokens == 3 * 59
+    compared = 0
+    with Session.open(bundle.root, target="ort", k=0, threads=1) as reference:
+        for prompt, row in zip(prompts, rows, strict=True):
+            assert len(row) == 60
+            logits = reference.prefill(np.array([prompt]), max_new_tokens=60)
+            for place, token in enumerate(row):
+                second, first = np.sort(logits[0])[-2:]
+                if first - second < NEAR * np.abs(logits).max():
+                    break
+                assert token == int(logits[0].argmax()), f"token {place} of {row}"
+                compared += 1
+                if place < 59:
+                    logits = reference.step([token])
+    assert compared > 100
+
+
+# ── what an engine says ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_kv_bytes(policy: str, bundle: Bundle) -> None:
+    """Of valid entries K and V of 2 heads of 32 float32; and whole blocks of 32 slots are allocated."""
+    entry = 2 * 2 * 32 * 4
+    dropped_layers = len(bundle.manifest.plan.dropped_layers)
+    kept_layers, lengths, new_tokens, k = 8 - dropped_layers, [30, 3], 40, 2
+    assert dropped_layers == 2
+    prompts = [[7] * length for length in lengths]
+    with Session.open(bundle.root, policy=policy, k=k, threads=1) as session:
+        assert session.kv_bytes() == {"kept": 0, "dropped": 0, "allocated": 0}
+        session.prefill(*padded(prompts), max_new_tokens=new_tokens)
+        # A row: 30 + 39 kept slots are 3 blocks; dropped ones 30 + 13 refreshes are 2, or 3 if the holes are filled
+        dropped_blocks = {"skip": 2, "backfill": 3}[policy]
+        allocated = 2 * 32 * entry * (3 * kept_layers + dropped_blocks * dropped_layers)
+        for step in range(new_tokens):
+            refreshes = step // (k + 1)
+            extra = refreshes if policy == "skip" else refreshes * (k + 1)
+            assert session.kv_bytes() == {
+                "kept": (33 + 2 * step) * kept_layers * entry,
+                "dropped": (33 + 2 * extra) * dropped_layers * entry,
+                "allocated": allocated,
+            }
+            if step < new_tokens - 1:
+                session.step([1, 2])
+        in_use = sum(pool.in_use * pool.block_bytes for pool in session._engine.pools)
+        assert in_use == allocated
+
+
+def test_notes(bundle: Bundle) -> None:
+    """Nothing to say of float32; what is said of a processor without some kernels is in test_refusals.py."""
+    with Session.open(bundle.root, threads=1) as session:
+        assert session.engine_notes() == []
+        session.engine_notes().append("of the caller's own list")
+        assert session.engine_notes() == []
+
+
+# ── threads of a step ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Machine:
+    """Files of /sys as the system would have them, and the processors that this process may use."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cpus, self.groups, self._patch = root / "cpu", root / "cgroup", monkeypatch
+        self.groups.mkdir()
+        monkeypatch.setattr(threads, "_CPUS", self.cpus)
+        monkeypatch.setattr(threads, "_GROUPS", self.groups)
+
+    def processors(self, siblings: list[str], allowed: set[int]) -> None:
+        for number, text in enumerate(siblings):
+            folder = self.cpus / f"cpu{number}" / "topology"
+            folder.mkdir(parents=True)
+            (folder / "thread_siblings_list").write_text(f"{text}\n")
+        self._patch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+
+    def quota(self, text: str) -> None:
+        (self.groups / "cpu.max").write_text(text)
+
+    def old_quota(self, quota: str, period: str) -> None:
+        (self.groups / "cpu").mkdir()
+        (self.groups / "cpu" / "cpu.cfs_quota_us").write_text(quota)
+        (self.groups / "cpu" / "cpu.cfs_period_us").write_text(period)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+FOUR_CORES = ["0,4", "1,5", "2,6", "3,7"] * 2  # two threads each
+
+
+@pytest.mark.parametrize(
+    ("allowed", "count"),
+    [(set(range(8)), 4), ({0, 1, 2, 3}, 4), ({0, 4}, 1), ({0, 4, 5}, 2), ({6}, 1)],
+    ids=str,
+)
+def test_a_thread_for_each_core_that_may_be_used(machine: Machine, allowed: set[int], count: int) -> None:
+    machine.processors(FOUR_CORES, allowed)
+    assert threads.default_threads() == count
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [
+        ("max 100000\n", 4),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("900000 100000\n", 4),
+        ("nonsense", 4),
+        ("", 4),
+    ],
+)
+def test_no_more_than_a_container_grants(machine: Machine, quota: str, count: int) -> None:
+    machine.processors(FOUR_CORES, set(range(8)))
+    machine.quota(quota)
+    assert threads.default_threads() == count
+
+
+@pytest.mark.parametrize(
+    ("quota", "period", "count"),
+    [("-1\n", "100000\n", 4), ("250000\n", "100000\n", 3), ("100\n", "0\n", 4), ("x\n", "100000\n", 4)],
+)
+def test_control_groups_of_the_first_version(machine: Machine, quota: str, period: str, count: int) -> None:
+    machine.processors(FOUR_CORES, set(range(8)))
+    machine.old_quota(quota, period)
+    assert threads.default_threads() == count
+
+
+def test_a_machine_that_says_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each processor is a core then; and where there is no affinity, all are allowed."""
+    machine.processors([], {0, 3, 5})
+    assert threads.default_threads() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert threads.default_threads() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert threads.default_threads() == 1
+
+
+def test_an_engine_takes_them_where_the_user_says_nothing(
+    bundle: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.processors(FOUR_CORES, {0, 1, 4})
+    engine = OpenVinoEngine(bundle)
+    assert engine.compiled.model.get_property("INFERENCE_NUM_THREADS") == 2
+    engine.close()
