@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding.row import Run
-from lora_drop_runtime.decoding.slots import Slots
+from lora_drop_runtime.decoding.paged_slots import slots_for
+from lora_drop_runtime.decoding.slots import Run
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -55,7 +55,10 @@ def tick(bundle: Bundle, threads: int | None, repeats: int) -> float:
     """A mixed tick over a chunk of as many tokens."""
     engine = open_engine(bundle, None, None, threads)
     room = CONTEXT + 2 * CHUNK
-    slots = Slots(bundle, engine, ROWS, {"slots_kept": room, "slots_dropped": room})
+    needed = {"slots_kept": room, "slots_dropped": room}
+    slots = slots_for(bundle, engine, ROWS, needed)
+    for row in range(ROWS):
+        slots.admit(row, needed)
     tokens = [1] * (CHUNK + ROWS - 1)
     mixed = [Run(StepKind.REFRESH, [1], CONTEXT, CONTEXT) for _ in range(ROWS - 1)]
     mixed.append(Run(StepKind.REFRESH, tokens[:CHUNK], CONTEXT, CONTEXT))

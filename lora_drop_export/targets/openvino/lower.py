@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
-from lora_drop_runtime.bundle.paged_io import DOMAIN
+from lora_drop_runtime.bundle.paged_io import DOMAIN, paged_steps_name
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
@@ -39,7 +39,11 @@ from .widen import widen
 
 def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan: DropPlan) -> onnx.ModelProto:
     """Lower both steps into one graph; the arguments are left as they were."""
-    model, step = ir.serde.deserialize_model(refresh), ir.serde.deserialize_model(lora)
+    copies = []
+    for proto in (refresh, lora):  # onnx-ir's tensors are views of the protos, and renaming one renames the other
+        copies.append(onnx.ModelProto())
+        copies[-1].CopyFrom(proto)
+    model, step = (ir.serde.deserialize_model(copy) for copy in copies)
     graph = model.graph
     model.opset_imports[DOMAIN] = 1
     graph.outputs[:] = graph.outputs[:1]  # caches are written in place; sites.py makes the states
@@ -57,5 +61,5 @@ def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan:
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     weights_as_nodes(graph)
-    graph.name = "steps"
+    graph.name = paged_steps_name(plan.sites, plan.surrogate, plan.refresh_policy.fills)
     return ir.serde.serialize_model(model)

@@ -36,7 +36,10 @@ class _Branch:
         """An initializer of another graph as one of its own."""
         name = f"{self.name}/{value.name}"
         if name not in self.initializers:
-            own = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+            tensor = value.const_value
+            if tensor is not None and not isinstance(tensor, ir.ExternalTensor):
+                tensor = ir.tensor(tensor.numpy(), name=name)  # it has a name as well
+            own = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
             self.initializers[name] = own
         return self.initializers[name]
 

@@ -41,6 +41,11 @@ LORA_STEP, POSITIONS, LAST_TOKENS = "lora_step", "positions", "last_tokens"
 PAST_STATES, PRESENT_STATES = "past_states", "present_states"
 
 
+def paged_steps_name(sites: Iterable[str], surrogate: str, fills: bool) -> str:
+    """The name of such a graph, which says what its inputs and outputs do not: what its LoRA step does."""
+    return f"steps; LoRA steps replace {','.join(sites) or 'nothing'} by {surrogate}{', and fill' if fills else ''}"
+
+
 def table_names(group: str) -> list[str]:
     """The inputs with a group's tables, in the order of PagedAttention's inputs."""
     return [f"{group}.{table}" for table in TABLES]

@@ -75,6 +75,7 @@ class Batch:
         most = engine.slots({name: count + room for name, count in self._capacity.items()})
         self._slots = slots_for(bundle, engine, self._count, most)
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
+        checks.check_pool(self._slots.bytes_of({"slots_kept": 1, "slots_dropped": 1}), self._most_bytes)
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []

@@ -193,7 +193,7 @@ def checked_cache_bytes(most: int | None, paged: bool) -> int | None:
 def check_pool(needed: int, most: int | None) -> None:
     if most is not None and needed > most:
         raise InputError(
-            "The row can never fit into the K/V caches.",
+            "A row can never fit into the K/V caches.",
             note=f"Its blocks take {needed} bytes, the batch has {most}.",
             hint="Ask for fewer new tokens, or open the batch with a larger kv_cache_bytes.",
         )

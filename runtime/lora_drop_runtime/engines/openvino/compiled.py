@@ -24,10 +24,12 @@ from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry
 from lora_drop_runtime.bundle.paged_io import BLOCK
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 
+from .io_check import check_io
 from .package import import_openvino
 
 Array = npt.NDArray[Any]
 _CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}
+_KERNELS = 1000  # that are kept for shapes that come again; the default, 5000, takes tens of MB
 _DONTNEED = 4  # madvise: of a mapped file, pages that are read again when they are touched
 _TYPES_OF_MEMORY = {"f32": np.float32, "bf16": np.uint16, "u8": np.uint8}
 
@@ -105,6 +107,7 @@ def properties(ov: Any, bundle: Bundle, settings: Settings, group: int) -> dict[
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,
+        "CPU_RUNTIME_CACHE_CAPACITY": _KERNELS,
     }
 
 
@@ -235,6 +238,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
     model_facts = bundle.manifest.model
     try:
         model = core.read_model(io.BytesIO(graph))
+        check_io(model, conversions.dtypes, bundle.manifest, entry.steps)
         _leave_cache_types_open(ov, model)
         group = 0 if settings.exact else conversions.least_block or 0
         told = properties(ov, bundle, settings, group)

@@ -203,6 +203,7 @@ class Conversions:
 
     Attributes:
         least_block: of the quantized weights seen; None before the first.
+        dtypes: of the weights seen.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Conversions:
     ) -> None:
         self._part, self._held, self._threads = part, held, threads
         self.least_block: int | None = None
+        self.dtypes: set[str] = set()
 
     def extensions(self) -> list[Any]:
         """For `Core.add_extension`."""
@@ -234,6 +236,7 @@ class Conversions:
         if min(shape, default=0) < 0 or -(-math.prod(shape) * BY_NAME[dtype].bits // 8) != array.size:
             raise ValueError(f"{name} is {dtype} {shape} of {array.size} bytes")  # OpenVINO would read on behind them
         self._held.append(array)
+        self.dtypes.add(dtype)
         constant = ov.op.Constant(ov.Tensor(array, ov.Shape(shape), _TYPES[dtype]))
         return [constant.output(0)]
 

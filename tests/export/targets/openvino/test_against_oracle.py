@@ -6,9 +6,12 @@ call over paged caches.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError
 
 from lora_drop_export.cli import main
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
@@ -95,6 +98,35 @@ def test_more_families(name, tmp_path):
     theirs = oracle.decode_row(model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert np.abs(a - b.numpy()).max() < 3e-5 * np.abs(b.numpy()).max(), f"step {step}"
+
+
+def test_the_neutral_graphs_are_left_as_they_were(tmp_path):
+    """Gemma 2 has constants in the graph itself, which another target lowers behind this one."""
+    bundle = make_bundle("gemma2", tmp_path / "b", drop_ratio=0.5, targets=("openvino", "ort"), policy="backfill")
+    for target in ("openvino", "ort"):
+        with Session.open(bundle.root, target=target, threads=1) as session:
+            assert_same_run(session, family("gemma2").model, oracle_plan(bundle), PROMPTS, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"vocab_size": 130}),
+        ("model", {"head_dim": 8}),
+        ("model", {"dtype": "bfloat16"}),
+        ("plan", {"sites": ["5"]}),
+        ("plan", {"surrogate": "recurrent"}),
+    ],
+)
+def test_another_manifest_is_refused(section, values, tmp_path):
+    """When the bundle is opened, with a message of the graph and the manifest; not in a step."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(4,), **OPTIONS)
+    path = bundle.root / "lora_drop.json"
+    manifest = json.loads(path.read_text())
+    manifest[section] |= values
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="does not fit the bundle's manifest"):
+        Session.open(bundle.root, threads=1)
 
 
 def test_nothing_dropped(tmp_path):

@@ -1,0 +1,89 @@
+"""A graph's inputs and outputs, as OpenVINO has read it, against the bundle's manifest.
+
+A manifest that says other sizes, another dtype or another plan than the graph has is refused when the bundle is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.paged_io import (
+    BLOCK,
+    GROUPS,
+    LAST_TOKENS,
+    LORA_STEP,
+    PAST_STATES,
+    POSITIONS,
+    PRESENT_STATES,
+    cache_names,
+    paged_steps_name,
+    table_names,
+)
+from lora_drop_runtime.errors import BundleError
+
+
+def _differs(note: str) -> BundleError:
+    return BundleError(
+        "A graph does not fit the bundle's manifest.",
+        note=note,
+        hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+    )
+
+
+def _shapes(ports: Any) -> dict[str, list[int | None]]:
+    """By name; None where a size is not fixed."""
+    return {
+        name: [size.get_length() if size.is_static else None for size in port.partial_shape]
+        for port in ports
+        for name in port.names
+    }
+
+
+def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
+    """Names and fixed sizes of inputs and outputs; None for any size."""
+    model, plan = manifest.model, manifest.plan
+    layers = {"kept": plan.kept_attentions, "dropped": plan.dropped_attentions}
+    inputs: dict[str, list[int | None]] = {"input_ids": [1, None], POSITIONS: [1, None], "logits_index": [None]}
+    if plan.sites:
+        inputs[LORA_STEP] = []
+    for group in GROUPS:
+        if layers[group]:
+            past_lens, begins, blocks, block_begins, longest = table_names(group)
+            inputs[longest] = []
+            for name in (past_lens, begins, blocks, block_begins):
+                inputs[name] = [None]
+            cache: list[int | None] = [None, model.kv_heads, BLOCK, model.head_dim]
+            inputs |= dict.fromkeys(cache_names(layers[group]), cache)
+    outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
+    if plan.has_state:
+        inputs |= {PAST_STATES: [len(plan.sites), None, model.hidden_size], LAST_TOKENS: [None]}
+        outputs[PRESENT_STATES] = [None, None, model.hidden_size]
+    return inputs, outputs
+
+
+def check_io(model: Any, dtypes: Collection[str], manifest: Manifest, file: str) -> None:
+    """Refuse a graph that lacks an input or output, or has it with another shape; one of another plan or dtype.
+
+    Args:
+        model: an openvino.Model as its frontend read it.
+        dtypes: of the weights that it names.
+        file: for the message.
+
+    Raises:
+        BundleError: it differs.
+    """
+    plan = manifest.plan
+    name = paged_steps_name(plan.sites, plan.surrogate, plan.refresh_policy.fills)
+    if model.get_friendly_name() != name:
+        raise _differs(f"{file} is called {model.get_friendly_name()!r:.200}, the manifest's plan needs {name!r:.200}.")
+    for wanted, found in zip(_wanted(manifest), (_shapes(model.inputs), _shapes(model.outputs)), strict=True):
+        for port, shape in wanted.items():
+            has = found.get(port)
+            fits = has is not None and len(has) == len(shape)
+            if has is None or not fits or any(None not in (a, b) and a != b for a, b in zip(has, shape, strict=True)):
+                state = "is missing" if has is None else f"is {has}"
+                raise _differs(f"{file}: {port} {state}, needed is {shape}.")
+    if ("bfloat16" in dtypes) != (manifest.model.dtype == "bfloat16"):
+        raise _differs(f"{file} names weights in {', '.join(sorted(dtypes))}; the dtype is {manifest.model.dtype}.")
