@@ -26,6 +26,9 @@ def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
         own.clear()
 
 
+MOST_PADDED = 8  # tokens of a call that is brought to the width of others
+
+
 class _Row:
     """A row's blocks, of kept and of dropped layers; given back when it goes."""
 
@@ -54,6 +57,10 @@ class PagedSlots:
         self._rows: list[_Row | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
         self._vocabulary = bundle.manifest.model.vocab_size
+        # Of a call, where another number of tokens than before would cost more than tokens that nobody reads
+        self._pads = engine.pads_tokens and not self._plan.has_state
+        self._width = 0  # of calls so far
+        self._spare: _Row | None = None  # what such tokens write
         self._latest: tuple[list[int], list[int], int] | None = None  # due rows, what each wanted, rows that are there
         self._copied: Logits | None = None
 
@@ -164,9 +171,14 @@ class PagedSlots:
                 blocks[number].append(self._own(pool, row.blocks[number], begin, end))
         tokens = sum(len(run.tokens) for run in chosen)
         wanted = [run.wanted for run in chosen]
+        padding = 0 if once else self._padding(tokens)
+        if padding:
+            chosen = [*chosen, Run(StepKind.REFRESH, [0] * padding, 0, 0)]
+            for number, own in enumerate(self._spare_blocks()):
+                blocks[number].append(own)
         sizes = sum(map(len, blocks[0])), sum(map(len, blocks[1]))
-        feed = self._steps.feed(kind, tokens, sum(wanted), len(order), sizes)
-        self._fill(feed, chosen, blocks, writes_dropped)
+        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
+        self._fill(feed, chosen, len(order), blocks, writes_dropped)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
         self._copied = None
@@ -175,10 +187,27 @@ class PagedSlots:
         if self._plan.has_state and (kind is StepKind.REFRESH or self._plan.updated_states):
             self._states[:, order] = self._steps.states()
 
+    def _padding(self, tokens: int) -> int:
+        """How many tokens that nobody reads are added, so that small calls have one width."""
+        if not self._pads or tokens > MOST_PADDED:
+            return 0
+        self._width = max(self._width, tokens)
+        return self._width - tokens
+
+    def _spare_blocks(self) -> list[list[int]]:
+        """A block of each pool, which only padding writes."""
+        if self._spare is None:
+            self._spare = _Row(self._engine, [pool.take(1) for pool in self._engine.pools])
+        return self._spare.blocks
+
     def _fill(
-        self, feed: Feed, runs: Sequence[Run], blocks: Sequence[Sequence[list[int]]], writes_dropped: bool
+        self, feed: Feed, runs: Sequence[Run], rows: int, blocks: Sequence[Sequence[list[int]]], writes_dropped: bool
     ) -> None:
-        """Write what a call reads. Single values of small calls are written by plain Python."""
+        """Write what a call reads. Single values of small calls are written by plain Python.
+
+        Args:
+            rows: of the runs, those whose logits are wanted.
+        """
         place = wanted = 0
         ids, positions = feed.ids[0], feed.positions[0]
         for number, run in enumerate(runs):
@@ -188,6 +217,8 @@ class PagedSlots:
             else:
                 ids[place : place + count] = run.tokens
                 positions[place : place + count] = np.arange(run.kept, run.kept + count)
+            if number == rows:
+                break
             if run.each:
                 feed.index[wanted : wanted + count] = np.arange(place, place + count)
             else:

@@ -167,7 +167,8 @@ class Feed(Protocol):
 
     Attributes:
         ids, positions: int64 [1, T]. index: int64 [R]. last: int64 [b]. states: float32 [sites, b, d].
-        tables: of each group past_lens [b], begins [b + 1], blocks [n], block_begins [b + 1] and longest [], int32.
+        tables: of each group past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and longest [], int32, of
+            the rows that have tokens.
     """
 
     ids: Array
@@ -181,8 +182,12 @@ class Feed(Protocol):
 class PagedSteps(Protocol):
     """Calls of one request, whose results stay until its next."""
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...]) -> Feed:
-        """What a call reads of so many tokens in all, logits that are wanted, rows, and blocks of each pool."""
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+        """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
+
+        Args:
+            rows: those that have a state, and all that have tokens.
+        """
         ...
 
     def run(self) -> None:
@@ -199,9 +204,14 @@ class PagedSteps(Protocol):
 
 
 class PagedEngine(Engine, Protocol):
-    """Has pools of blocks, of kept and of dropped layers; rows with any numbers of new tokens run in one call."""
+    """Has pools of blocks, of kept and of dropped layers; rows with any numbers of new tokens run in one call.
+
+    Attributes:
+        pads_tokens: whether a call of up to eight tokens costs less than one of another number than the one before.
+    """
 
     pools: list[Any]
+    pads_tokens: bool
 
     def states_shape(self, rows: int) -> tuple[int, int, int]:
         """Of the states of so many rows, [sites, rows, d]; no site where the plan has none."""

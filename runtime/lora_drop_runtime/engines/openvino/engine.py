@@ -42,15 +42,21 @@ class Feed:
 
     Attributes:
         ids, positions: int64 [1, T]; index: int64 [R]; last: int64 [b]; states: float32 [sites, b, d].
-        tables: of each group past_lens [b], begins [b + 1], blocks [n], block_begins [b + 1] and longest [], int32.
+        tables: of each group past_lens [r], begins [r + 1], blocks [n], block_begins [r + 1] and longest [], int32.
     """
 
-    def __init__(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...], states: Any):
+    def __init__(
+        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], states: Any
+    ):
+        with_state, with_tokens = rows
         self.ids, self.positions = np.zeros((1, tokens), np.int64), np.zeros((1, tokens), np.int64)
-        self.index, self.last = np.zeros(wanted, np.int64), np.zeros(rows, np.int64)
+        self.index, self.last = np.zeros(wanted, np.int64), np.zeros(with_state, np.int64)
         self.states = np.zeros(states, np.float32)
         self.tables = [
-            [np.zeros(shape, np.int32) for shape in ((rows,), (rows + 1,), (count,), (rows + 1,), ())]
+            [
+                np.zeros(shape, np.int32)
+                for shape in ((with_tokens,), (with_tokens + 1,), (count,), (with_tokens + 1,), ())
+            ]
             for count in blocks
         ]
         arrays = {
@@ -78,11 +84,11 @@ class Steps:
         self._bound: Feed | None = None
         self._caches: list[Any] = []
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: int, blocks: tuple[int, ...]) -> Feed:
-        """What a call of these sizes reads; `blocks` of each group."""
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+        """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each group."""
         key = (kind, tokens, wanted, rows, blocks)
         if key not in self._feeds:
-            feed = Feed(kind, tokens, wanted, rows, blocks, self._engine.states_shape(rows))
+            feed = Feed(kind, tokens, wanted, rows, blocks, self._engine.states_shape(rows[0]))
             tensors = [
                 (self._compiled.inputs[name], self._ov.Tensor(array, shared_memory=True))
                 for name, array in feed.arrays.items()
@@ -163,6 +169,9 @@ class OpenVinoEngine:
         self, bundle: Bundle, target: str = "openvino", *, threads: int | None = None, exact: bool = False
     ) -> None:
         self.bundle, self.target = bundle, target
+        # Where tokens change from call to call the plugin prepares all kernels anew, 4 to 8 ms on two cores; in
+        # bfloat16 eight tokens cost hardly more than one
+        self.pads_tokens = bundle.manifest.model.dtype == "bfloat16"
         self._settings = Settings(threads or default_threads(), exact)
         self.compiled: Compiled = compiled_model(bundle, target, self._settings)
         self.lock = threading.RLock()

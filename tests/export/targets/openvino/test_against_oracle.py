@@ -11,7 +11,9 @@ import json
 import numpy as np
 import pytest
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_export.cli import main
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
@@ -98,6 +100,24 @@ def test_more_families(name, tmp_path):
     theirs = oracle.decode_row(model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert np.abs(a - b.numpy()).max() < 3e-5 * np.abs(b.numpy()).max(), f"step {step}"
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
+def test_calls_of_one_width(policy, tmp_path):
+    """Tokens that nobody reads bring small calls to the width of others: no row sees them, also after long prompts."""
+    bundle = make_bundle("qwen3", tmp_path / "b", drop_ratio=0.5, **OPTIONS)
+    engine = OpenVinoEngine(bundle, threads=1)
+    engine.pads_tokens = True
+    with Session(bundle, engine, PeriodicSchedule(3), policy) as session:
+        if policy == "lossless":
+            with Session.open(bundle.root, k=0, threads=1) as full:
+                for prompts in (PROMPTS, LONG):
+                    ours, theirs = (one.generate(prompts, 24, stop_token_ids=()) for one in (session, full))
+                    assert sum(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)) >= 2  # but a near-tie
+        else:
+            for prompts, k in ((PROMPTS, 3), (LONG[:1], 2), (PROMPTS[:1], 3)):
+                assert_same_run(session, family("qwen3").model, oracle_plan(bundle), prompts, k)
+        assert policy == "skip" or session._running().slots._width > 1
 
 
 def test_the_neutral_graphs_are_left_as_they_were(tmp_path):

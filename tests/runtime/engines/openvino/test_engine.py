@@ -132,7 +132,7 @@ def test_the_memory_of_calls_is_bounded_and_one_that_left_comes_back(surrogates:
 def test_a_feed_has_a_place_for_every_input(surrogates: dict[str, Any]) -> None:
     """All inputs of the graph but caches are written before a call, in the graph's types."""
     engine = OpenVinoEngine(surrogates["fill"], threads=1)
-    feed = Feed(StepKind.LORA, 3, 2, 2, (4, 2), engine.states_shape(2))
+    feed = Feed(StepKind.LORA, 3, 2, (2, 2), (4, 2), engine.states_shape(2))
     model = engine.compiled.model
     for port in model.inputs:
         (name,) = port.names
