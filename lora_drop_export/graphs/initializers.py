@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
 import onnx_ir as ir
 
-from lora_drop_export.graphs.match import joined_name
+from lora_drop_export.graphs.match import Linear, joined_name
 
 TABLE = ".table"  # the second name of a weight that is looked up row by row
 
@@ -51,3 +52,23 @@ def seen_as(graph: ir.Graph, value: ir.Value, suffix: str, dtype: Any, shape: li
     tensor = value.const_value
     assert isinstance(tensor, ir.ExternalTensor)
     return _initializer(graph, f"{value.name}{suffix}", tensor, int(tensor.length or 0), dtype, shape)
+
+
+def joined_linear(graph: ir.Graph, group: list[Linear]) -> Linear | None:
+    """One linear layer over the bytes of several that read one tensor; None where the weights do not allow it."""
+    blocks = [linear.blocks for linear in group if linear.blocks is not None]
+    if len(blocks) not in (0, len(group)) or len({(b.bits, b.block_size, b.symmetric) for b in blocks}) > 1:
+        return None
+    parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
+    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks if not b.symmetric]]
+    named = [[value for value in part if value is not None] for part in parts]
+    if not all(lie_back_to_back(part) for part in named):
+        return None
+    weight, bias, scales, zero_points = (join(graph, part) for part in named)
+    assert weight is not None
+    shape = (sum(linear.shape[0] for linear in group), group[0].shape[1])
+    whole = dataclasses.replace(group[0], weight=weight, bias=bias, shape=shape)
+    if scales is None:
+        return whole
+    new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points or blocks[0].zero_points)
+    return dataclasses.replace(whole, blocks=new)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import onnx_ir as ir
 from lora_drop_runtime.bundle.paged_io import DOMAIN
 
-from lora_drop_export.graphs.initializers import join, lie_back_to_back, seen_as
+from lora_drop_export.graphs.initializers import joined_linear, seen_as
 from lora_drop_export.graphs.match import Linear, QuantizedBlocks, linear_groups, match_linear, match_weight
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
@@ -42,27 +40,14 @@ def _product(graph: ir.Graph, ops: Ops, linear: Linear) -> ir.Value:
 
 def _fuse(graph: ir.Graph, group: list[Linear]) -> bool:
     """Make one of several; False where the weights do not allow it."""
-    first = group[0]
-    blocks = [linear.blocks for linear in group if linear.blocks is not None]
-    if len(blocks) not in (0, len(group)) or len({(b.bits, b.block_size, b.symmetric) for b in blocks}) > 1:
+    whole = joined_linear(graph, group)
+    if whole is None:
         return False
-    parts: list[list[ir.Value | None]] = [[linear.weight for linear in group], [linear.bias for linear in group]]
-    parts += [[b.scales for b in blocks], [b.zero_points for b in blocks if not b.symmetric]]
-    named = [[value for value in part if value is not None] for part in parts]
-    if not all(lie_back_to_back(part) for part in named):
-        return False
-    weight, bias, scales, zero_points = (join(graph, part) for part in named)
-    assert weight is not None
-    widths = [linear.shape[0] for linear in group]
-    whole = dataclasses.replace(first, weight=weight, bias=bias, shape=(sum(widths), first.shape[1]))
-    if scales is not None:
-        new = dataclasses.replace(blocks[0], scales=scales, zero_points=zero_points or blocks[0].zero_points)
-        whole = dataclasses.replace(whole, blocks=new)
     ops = Ops()
-    product = _product(graph, ops, whole)
+    product, widths = _product(graph, ops, whole), [linear.shape[0] for linear in group]
     split = ir.node("Split", [product, ops.ints(widths)], {"axis": -1}, num_outputs=len(group))
     ops.nodes.append(split)
-    graph.insert_before(next(use.node for use in first.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
+    graph.insert_before(next(use.node for use in whole.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
     for linear, part in zip(group, split.outputs, strict=True):
         part.type, part.shape = product.type, linear.last.outputs[0].shape
         linear.last.outputs[0].replace_all_uses_with(part)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -260,3 +260,12 @@ def constant_adapters() -> InputError:
         note="Its weights are constants inside the engines (--weight-sharing constants).",
         hint="Export with --weight-sharing inputs, or with the adapters.",
     )
+
+
+def adapter_weights(matrices: Mapping[str, tuple[Array, Array]], dtype: str) -> dict[str, Array]:
+    """What stands for adapters in the graphs: by the name of the weight, in their dtype."""
+    return {
+        f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
+        for site, pair in matrices.items()
+        for part, array in zip("AB", pair, strict=True)
+    }

@@ -24,8 +24,7 @@ from lora_drop_runtime.bundle.paged_io import (
     cache_names,
     table_names,
 )
-from lora_drop_runtime.dtypes import in_dtype
-from lora_drop_runtime.engines.engine import Array
+from lora_drop_runtime.engines.engine import Array, adapter_weights
 from lora_drop_runtime.errors import BundleError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -196,12 +195,7 @@ class OpenVinoEngine:
         return Steps(self)
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        dtype = self.bundle.manifest.model.dtype
-        replaced = {
-            f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
-            for site, pair in matrices.items()
-            for part, array in zip("AB", pair, strict=True)
-        }
+        replaced = adapter_weights(matrices, self.bundle.manifest.model.dtype)
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
 
     def notes(self) -> list[str]:

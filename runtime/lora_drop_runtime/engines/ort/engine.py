@@ -37,11 +37,12 @@ from lora_drop_runtime.bundle.graph_io import (
     steps_name,
 )
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
-from lora_drop_runtime.dtypes import BY_NAME, in_dtype
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.engines.engine import (
     Array,
     DeviceBuffer,
     Step,
+    adapter_weights,
     constant_adapters,
     copy_arrays,
     fitting_slots,
@@ -353,11 +354,7 @@ class OrtEngine:
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         dtype = self._bundle.manifest.model.dtype
-        replaced = {
-            f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
-            for site, pair in matrices.items()
-            for part, array in zip("AB", pair, strict=True)
-        }
+        replaced = adapter_weights(matrices, dtype)
         if self._weights and self._memory is not None:
             contents = {name: array.reshape(-1).view(np.uint8) for name, array in replaced.items()}
             for name, address in self._memory.replace(contents).items():
