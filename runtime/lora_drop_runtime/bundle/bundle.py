@@ -227,8 +227,13 @@ class Bundle:
         for file, offset, size in weight.parts:
             yield np.memmap(self.root / file, np.uint8, "r", offset, (size,))
 
-    def mapped_part(self, reader: str, location: str, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    def mapped_part(
+        self, files: dict[str, npt.NDArray[np.uint8]], reader: str, location: str, offset: int, size: int
+    ) -> npt.NDArray[np.uint8]:
         """Bytes of a recorded file that a graph, `reader`, names; mapped where they lie.
+
+        Args:
+            files: those that are mapped already, each once; takes another one.
 
         Raises:
             BundleError: they are not there.
@@ -238,7 +243,9 @@ class Bundle:
         self._check_part(reader, location, offset, size)
         if not size:
             return np.zeros(0, np.uint8)
-        return np.memmap(self.root / location, np.uint8, "r", offset, (size,))
+        if location not in files:
+            files[location] = np.memmap(self.root / location, np.uint8, "r")
+        return files[location][offset : offset + size]
 
     def check_hashes(self) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle."""

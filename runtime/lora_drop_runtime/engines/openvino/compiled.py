@@ -120,21 +120,18 @@ class _Weights:
 
     def __init__(self, bundle: Bundle, replaced: Mapping[str, Array]) -> None:
         self.bundle, self.replaced = bundle, replaced
-        self.mapped: dict[tuple[str, int, int], npt.NDArray[np.uint8]] = {}
+        self.mapped: dict[str, npt.NDArray[np.uint8]] = {}  # by file
         self.held: list[Array] = []
         self.error: LoraDropError | None = None  # OpenVINO makes exceptions of its own out of ours
 
     def get(self, reader: str, name: str, location: str, offset: int, size: int) -> Array:
         if name in self.replaced:
             return self.replaced[name]
-        key = (location, offset, size)
-        if key not in self.mapped:
-            try:
-                self.mapped[key] = self.bundle.mapped_part(reader, location, offset, size)
-            except LoraDropError as error:
-                self.error = error
-                raise
-        return self.mapped[key]
+        try:
+            return self.bundle.mapped_part(self.mapped, reader, location, offset, size)
+        except LoraDropError as error:
+            self.error = error
+            raise
 
 
 def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
