@@ -56,7 +56,7 @@ def test_a_toy_target_needs_a_row_and_nothing_else(root: Path, monkeypatch, kind
 def test_a_target_without_an_engine(root: Path) -> None:
     with pytest.raises(BundleError, match="no engine") as caught:
         Session.open(root)
-    assert caught.value.note == "The bundle has 'toy', engines are there for ort, tensorrt, tensorrt-rtx."
+    assert caught.value.note == "The bundle has 'toy', engines are there for ort, openvino, tensorrt, tensorrt-rtx."
     assert caught.value.hint
 
 
