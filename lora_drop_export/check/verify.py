@@ -101,7 +101,8 @@ def _unrounded(bundle: Bundle, target: str) -> bytes:
 def _open_exact(
     bundle: Bundle, schedule: PeriodicSchedule, policy: Policy, *, target: str, threads: int | None, **options: Any
 ) -> Session:
-    """A session whose products of quantized weights are computed in float32."""
+    """A session whose products of quantized weights are computed in float32, and where the engine rounds caches by
+    itself, without that."""
     engine: Engine
     if isinstance(bundle.target(target)[1], OpenVinoEntry):
         check_engine(bundle, target, options["provider"])
@@ -165,10 +166,8 @@ def compare(
     rounded: list[npt.NDArray[np.float32]] = []
     open_session = functools.partial(Session.open, bundle.root, k=schedule.k, policy=refreshes.name)
     rounds_caches = manifest.model.kv_dtype is not None and not scaled
-    if (
-        manifest.model.weight_dtype in QUANTIZED_DTYPES or rounds_caches
-    ):  # one after the other: each session holds the weights
-        with Session.open(bundle.root, k=k, policy=refreshes.name, **engine) as session, _quiet():
+    if manifest.model.weight_dtype in QUANTIZED_DTYPES or rounds_caches:
+        with open_session(**engine) as session, _quiet():  # it ends first: each session holds the weights
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         open_session = functools.partial(_open_exact, bundle, schedule, refreshes)
     with open_session(**engine) as session, _quiet():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+
+HEADS_FIRST = (0, 2, 1, 3)  # the permutation that swaps heads and tokens
 
 
 class Ops:
@@ -61,16 +62,3 @@ def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> 
         graph.outputs[:] = [result if output is old else output for output in graph.outputs]
     old.replace_all_uses_with(result)
     graph.insert_after(node, ops.nodes)
-
-
-def choice(
-    condition: ir.Value, then: tuple[Ops, Sequence[ir.Value]], other: tuple[Ops, Sequence[ir.Value]], name: str
-) -> ir.Node:
-    """An If: the nodes of each side, and what it gives."""
-    graphs = {}
-    for side, (ops, results) in (("then_branch", then), ("else_branch", other)):
-        for number, value in enumerate(value for node in ops.nodes for value in node.outputs):
-            if value.name != "":
-                value.name = f"{name}.{side}.{number}"  # one given later could be one of the graph around it
-        graphs[side] = ir.Graph([], list(results), nodes=ops.nodes, name=f"{name}.{side}")
-    return ir.node("If", [condition], graphs, num_outputs=len(then[1]))

@@ -8,9 +8,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.graphs.match import cache_write, mask_window
-from lora_drop_export.graphs.nodes import Ops, rank, replace_node
-
-HEADS_FIRST = (0, 2, 1, 3)
+from lora_drop_export.graphs.nodes import HEADS_FIRST, Ops, rank, replace_node
 
 
 def tokens_first(ops: Ops, value: ir.Value | None) -> ir.Value:

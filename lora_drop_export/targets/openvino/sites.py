@@ -134,20 +134,18 @@ class _Sites:
 
     def __init__(self, graph: ir.Graph, lora: ir.Graph, plan: DropPlan) -> None:
         self.graph, self.plan, self.lora = graph, plan, lora
-        inputs = {str(value.name): value for value in graph.inputs}
         self.step = ir.val(LORA_STEP, ir.DataType.BOOL, [])
         graph.inputs.insert(3, self.step)
         self.values = {str(value.name): value for node in graph for value in node.outputs}
-        self.hidden = self.values["hidden_states.0"]
-        self.inputs = inputs
         self.states: ir.Value | None = None
         self.last: ir.Value | None = None
         self.present: list[ir.Value] = []
         self.latest: list[ir.Value] = []
         if plan.has_state:
-            width = self.hidden.shape[2]  # type: ignore[index]
+            hidden = self.values["hidden_states.0"]
+            width = hidden.shape[2]  # type: ignore[index]
             self.last = ir.val(LAST_TOKENS, ir.DataType.INT64, ["states"])
-            self.states = ir.val(PAST_STATES, self.hidden.dtype, [len(plan.sites), "states", int(width)])  # type: ignore[arg-type]
+            self.states = ir.val(PAST_STATES, hidden.dtype, [len(plan.sites), "states", int(width)])  # type: ignore[arg-type]
             graph.inputs.extend([self.last, self.states])
 
     def put(self, place: int, site: str) -> None:

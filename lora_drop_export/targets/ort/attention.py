@@ -10,13 +10,13 @@ from lora_drop_runtime.bundle.manifest import OrtEntry
 
 from lora_drop_export.graphs.initializers import seen_as
 from lora_drop_export.graphs.match import cache_write, mask_window
-from lora_drop_export.graphs.nodes import Ops, choice, replace_node
+from lora_drop_export.graphs.nodes import HEADS_FIRST, Ops, replace_node
 
 from .lengths import Lengths
 from .linears import MICROSOFT
-from .packing import Packing
+from .packing import Packing, choice
 from .rotations import Rotations
-from .rows import HEADS_FIRST, tokens_first
+from .rows import tokens_first
 
 # Query heads that share K and V, from which on folding them pays: 2× as fast with 7, 1.5× with 6, slower with 3
 MIN_FOLD = 4

@@ -10,11 +10,13 @@ In both steps a row may stand still: no cache and no state of it changes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import PACKED_STEP
 
-from lora_drop_export.graphs.nodes import Ops, choice, replace_node
+from lora_drop_export.graphs.nodes import Ops, replace_node
 
 LEAD = ("lead", "tokens")  # 1, T in a packed step; else B, S
 
@@ -24,6 +26,19 @@ def _use_instead(before: ir.Value, after: ir.Value, kept: set[ir.Node]) -> None:
     for node, place in list(before.uses()):
         if node not in kept:
             node.replace_input_with(place, after)
+
+
+def choice(
+    condition: ir.Value, then: tuple[Ops, Sequence[ir.Value]], other: tuple[Ops, Sequence[ir.Value]], name: str
+) -> ir.Node:
+    """An If: the nodes of each side, and what it gives."""
+    graphs = {}
+    for side, (ops, results) in (("then_branch", then), ("else_branch", other)):
+        for number, value in enumerate(value for node in ops.nodes for value in node.outputs):
+            if value.name != "":
+                value.name = f"{name}.{side}.{number}"  # one given later could be one of the graph around it
+        graphs[side] = ir.Graph([], list(results), nodes=ops.nodes, name=f"{name}.{side}")
+    return ir.node("If", [condition], graphs, num_outputs=len(then[1]))
 
 
 class Packing:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lora_drop_export.graphs.match import is_row_wise
-from lora_drop_export.graphs.nodes import Ops, rank
+from lora_drop_export.graphs.nodes import HEADS_FIRST, Ops, rank
 
 from .packing import Packing
-
-HEADS_FIRST = (0, 2, 1, 3)
 
 
 class Rows:

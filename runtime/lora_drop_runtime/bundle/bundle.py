@@ -6,7 +6,7 @@ Enters: a bundle directory. Leaves: a `Bundle` whose files are all there and who
     refresh.onnx  lora.onnx      neutral step graphs (graph_io.py); weights external, relative to the bundle's root
     weights/*.safetensors        the checkpoint as it lay, or converted; adapters.safetensors
     tokenizer/                   tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json
-    ort/                         lowered graphs
+    ort/  openvino/              lowered graphs
     tensorrt[-rtx]/              lowered graphs, the engines built from them, weights.json (`WeightInput`)
                                  timing.cache (tensorrt), *_context.onnx: EPContext nodes (tensorrt-rtx)
     verify.json                  the last comparison with the reference, step by step

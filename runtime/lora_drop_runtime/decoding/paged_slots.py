@@ -17,7 +17,7 @@ from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedE
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .sampling import Ids
-from .slots import Logits, Run, Slots
+from .slots import Logits, Run, Slots, valid_kv_bytes
 
 
 def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
@@ -49,7 +49,7 @@ class PagedSlots:
 
     def __init__(self, bundle: Bundle, engine: PagedEngine, count: int) -> None:
         self._bundle, self._engine, self._count = bundle, engine, count
-        self._plan, self._token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
+        self._plan = bundle.manifest.plan
         assert engine.block_slots is not None
         self._size = engine.block_slots
         self._fills = self._plan.refresh_policy.fills
@@ -144,11 +144,7 @@ class PagedSlots:
 
     def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
         """Bytes of so many valid entries in kept and in dropped layers, and of the blocks that the rows have."""
-        return {
-            "kept": kept * len(self._plan.kept_attentions) * self._token_bytes,
-            "dropped": dropped * len(self._plan.dropped_attentions) * self._token_bytes,
-            "allocated": self._allocated(),
-        }
+        return valid_kv_bytes(self._bundle.manifest, kept, dropped) | {"allocated": self._allocated()}
 
     # ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────
 

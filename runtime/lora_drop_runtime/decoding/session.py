@@ -100,9 +100,9 @@ class Session:
                 or `fill` (plan/policy.py); the bundle's own when None.
             draft: under `lossless` where drafts come from: `lora`, `ngram` or `both` (plan/drafting.py); `lora` when
                 None, or `ngram` where the bundle drops no layer.
-            target: `ort`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
+            target: `ort`, `openvino`, `tensorrt` or `tensorrt-rtx`; the bundle's first when None.
             provider: of ONNX Runtime, `cpu` when None; with one it also runs the graphs of a TensorRT target.
-            threads: of ONNX Runtime, one per physical core when None.
+            threads: of a step on the CPU, one per physical core when None.
             check: hash every file and compare it with the manifest; otherwise only sizes are looked at.
 
         Raises:

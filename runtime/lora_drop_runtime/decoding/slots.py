@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.engines.engine import Array, BindingEngine, Buffer, Step
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -61,6 +62,15 @@ class _Prepared:
     step: Step
 
 
+def valid_kv_bytes(manifest: Manifest, kept: int, dropped: int) -> dict[str, int]:
+    """Bytes of so many entries in `kept` and in `dropped` layers."""
+    plan, entry = manifest.plan, manifest.model.token_kv_bytes
+    return {
+        "kept": kept * len(plan.kept_attentions) * entry,
+        "dropped": dropped * len(plan.dropped_attentions) * entry,
+    }
+
+
 class Slots:
     """Memory for `count` rows, allocated once.
 
@@ -70,7 +80,7 @@ class Slots:
 
     def __init__(self, bundle: Bundle, engine: BindingEngine, count: int, slots: Mapping[str, int]) -> None:
         self._engine, self._count = engine, count
-        self._plan, self._token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
+        self._plan = bundle.manifest.plan
         self.buffers = RowBuffers.allocate(bundle, engine, count, slots)
         outputs = bundle.manifest.io(StepKind.REFRESH, engine.target).outputs
         self._spec = next(spec for spec in outputs if spec.name == "logits")
@@ -97,11 +107,8 @@ class Slots:
 
     def kv_bytes(self, kept: int, dropped: int) -> dict[str, int]:
         """Bytes of so many valid entries in kept and in dropped layers, and of all K/V buffers."""
-        return {
-            "kept": kept * len(self._plan.kept_attentions) * self._token_bytes,
-            "dropped": dropped * len(self._plan.dropped_attentions) * self._token_bytes,
-            "allocated": sum(buffer.nbytes for buffer in self.buffers.caches.values()),
-        }
+        allocated = sum(buffer.nbytes for buffer in self.buffers.caches.values())
+        return valid_kv_bytes(self.buffers.bundle.manifest, kept, dropped) | {"allocated": allocated}
 
     def bytes_of(self, slots: Mapping[str, int]) -> int:
         """What a row needs beside what is allocated: nothing."""

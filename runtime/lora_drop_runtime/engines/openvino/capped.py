@@ -18,33 +18,34 @@ Node = Any
 _NEVER = -1e30  # a score that softmax makes 0
 
 
-def _ints(values: Any) -> Any:
+def ints(values: Any) -> Any:
+    """A constant of int64."""
     return op.constant(np.array(values, np.int64))
 
 
 def _range(count: Any) -> Any:
-    return op.range(_ints(0), count, _ints(1), "i64")
+    return op.range(ints(0), count, ints(1), "i64")
 
 
 def _rows_of(places: Any, begins: Any) -> Any:
     """The row of each place [n], of rows that begin at begins [b + 1]."""
-    ends = op.unsqueeze(op.slice(begins, _ints([1]), _ints([2**31]), _ints([1])), _ints(0))  # [1, b]
-    behind = op.convert(op.greater_equal(op.unsqueeze(places, _ints(1)), ends), "i64")
-    return op.reduce_sum(behind, _ints([1]), False)
+    ends = op.unsqueeze(op.slice(begins, ints([1]), ints([2**31]), ints([1])), ints(0))  # [1, b]
+    behind = op.convert(op.greater_equal(op.unsqueeze(places, ints(1)), ends), "i64")
+    return op.reduce_sum(behind, ints([1]), False)
 
 
 def _size(value: Any, axis: int) -> Any:
-    return op.gather(op.shape_of(value), _ints(axis), _ints(0))
+    return op.gather(op.shape_of(value), ints(axis), ints(0))
 
 
 def _slots(block_begins: Any, count: Any) -> tuple[Any, Any]:
     """Row and place in it of each slot [n · 32] of a call's blocks."""
     block = _range(count)
     row = _rows_of(block, block_begins)
-    first = op.multiply(op.subtract(block, op.gather(block_begins, row, _ints(0))), _ints(BLOCK))
-    place = op.add(op.unsqueeze(first, _ints(1)), _ints(np.arange(BLOCK)[None]))
-    rows = op.add(op.unsqueeze(row, _ints(1)), _ints(np.zeros((1, BLOCK))))
-    return op.reshape(rows, _ints([-1]), False), op.reshape(place, _ints([-1]), False)
+    first = op.multiply(op.subtract(block, op.gather(block_begins, row, ints(0))), ints(BLOCK))
+    place = op.add(op.unsqueeze(first, ints(1)), ints(np.arange(BLOCK)[None]))
+    rows = op.add(op.unsqueeze(row, ints(1)), ints(np.zeros((1, BLOCK))))
+    return op.reshape(rows, ints([-1]), False), op.reshape(place, ints([-1]), False)
 
 
 def _mask(node: Node, tokens: Any, blocks: Any) -> Any:
@@ -52,22 +53,22 @@ def _mask(node: Node, tokens: Any, blocks: Any) -> Any:
     lens, begins, block_begins = (op.convert(node.get_input(n), "i64") for n in (5, 6, 7))
     token = _range(tokens)
     row = _rows_of(token, begins)
-    own = op.add(op.gather(lens, row, _ints(0)), op.subtract(token, op.gather(begins, row, _ints(0))))
+    own = op.add(op.gather(lens, row, ints(0)), op.subtract(token, op.gather(begins, row, ints(0))))
     slot_row, slot = _slots(block_begins, blocks)
-    valid = op.less(slot, op.gather(lens, slot_row, _ints(0)))
+    valid = op.less(slot, op.gather(lens, slot_row, ints(0)))
 
     def column(value: Any) -> Any:
-        return op.unsqueeze(value, _ints(1))
+        return op.unsqueeze(value, ints(1))
 
     def line(value: Any) -> Any:
-        return op.unsqueeze(value, _ints(0))
+        return op.unsqueeze(value, ints(0))
 
     past = op.logical_and(op.equal(column(row), line(slot_row)), line(valid))
     new = op.logical_and(op.equal(column(row), line(row)), op.less_equal(line(token), column(token)))
     seen = op.concat([past, new], 1)
     window = node.get_attribute("window")
     if window:
-        oldest = op.subtract(column(own), _ints(window))
+        oldest = op.subtract(column(own), ints(window))
         seen = op.logical_and(seen, op.greater(line(op.concat([slot, own], 0)), oldest))
     return seen
 
@@ -81,19 +82,19 @@ def capped_attention(node: Node) -> list[Any]:
 
     def entries(past: Any, new: Any) -> Any:
         """[Hkv, n · 32 + T, D]"""
-        flat = op.transpose(op.convert(past, "f32"), _ints([1, 0, 2, 3]))
-        old = op.reshape(flat, _ints([kv_heads, -1, head_dim]), False)
-        split = op.transpose(op.reshape(new, _ints([-1, kv_heads, head_dim]), False), _ints([1, 0, 2]))
+        flat = op.transpose(op.convert(past, "f32"), ints([1, 0, 2, 3]))
+        old = op.reshape(flat, ints([kv_heads, -1, head_dim]), False)
+        split = op.transpose(op.reshape(new, ints([-1, kv_heads, head_dim]), False), ints([1, 0, 2]))
         return op.concat([old, split], 1)
 
-    split = op.reshape(query, _ints([-1, kv_heads, group, head_dim]), False)
-    queries = op.transpose(split, _ints([1, 2, 0, 3]))  # [Hkv, G, T, D]
-    keys, values = (op.unsqueeze(entries(*pair), _ints(1)) for pair in ((past_key, key), (past_value, value)))
+    split = op.reshape(query, ints([-1, kv_heads, group, head_dim]), False)
+    queries = op.transpose(split, ints([1, 2, 0, 3]))  # [Hkv, G, T, D]
+    keys, values = (op.unsqueeze(entries(*pair), ints(1)) for pair in ((past_key, key), (past_value, value)))
     scale = op.constant(np.float32(node.get_attribute("scale")) / softcap)
     scores = op.multiply(op.tanh(op.multiply(op.matmul(queries, keys, False, True), scale)), op.constant(softcap))
     mask = _mask(node, _size(query, 0), _size(past_key, 0))
     weights = op.softmax(op.select(mask, scores, op.constant(np.float32(_NEVER))), 3)
-    mixed = op.transpose(op.matmul(weights, values, False, False), _ints([2, 0, 1, 3]))
-    result = op.reshape(mixed, _ints([-1, heads * head_dim]), False)
+    mixed = op.transpose(op.matmul(weights, values, False, False), ints([2, 0, 1, 3]))
+    result = op.reshape(mixed, ints([-1, heads * head_dim]), False)
     written = op.multiply(node.get_input(8), op.constant(np.float32(0)))  # or nothing would write the caches
     return [op.add(result, written).output(0)]

@@ -93,7 +93,7 @@ _lock = threading.Lock()
 _open: weakref.WeakValueDictionary[tuple[Any, ...], Compiled] = weakref.WeakValueDictionary()
 
 
-def properties(ov: Any, bundle: Bundle, settings: Settings, group: int) -> dict[str, Any]:
+def properties(bundle: Bundle, settings: Settings, group: int) -> dict[str, Any]:
     """What OpenVINO is told; `group` is how many activations share a scale in products of quantized weights, 0 where
     they are not rounded."""
     model = bundle.manifest.model
@@ -134,8 +134,17 @@ class _Weights:
             raise
 
 
+def _gives(core: Any, model: Any, vector: Array, wanted: Array, told: Mapping[str, Any]) -> bool:
+    """Whether a small model gives about what is wanted: some processors' kernels give an empty product."""
+    try:
+        found = core.compile_model(model, "CPU", dict(told))([vector])[0]
+    except RuntimeError:
+        return False
+    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
+
+
 def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
-    """Whether this processor's kernel for rounded activations gives a product at all: some give an empty one."""
+    """Whether this processor has a kernel for rounded activations that works."""
     from openvino import opset13 as op
 
     rng = np.random.default_rng(0)
@@ -151,11 +160,7 @@ def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
     vector = rng.standard_normal((1, columns)).astype(np.float32)
     integers = np.stack([packed & 15, packed >> 4], -1).reshape(rows, columns).astype(np.float32)
     wanted = vector @ ((integers - 8) * np.float32(0.01)).T
-    try:
-        found = ov.Core().compile_model(model, "CPU", dict(told))([vector])[0]
-    except RuntimeError:
-        return False
-    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
+    return _gives(ov.Core(), model, vector, wanted, told)
 
 
 def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
@@ -170,12 +175,7 @@ def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
     core = ov.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
-    try:
-        found = core.compile_model(model, "CPU", dict(told))([vector])[0]
-    except RuntimeError:
-        return False
-    wanted = vector @ matrix.T
-    return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
+    return _gives(core, model, vector, vector @ matrix.T, told)
 
 
 def _said(error: Exception) -> str:
@@ -238,7 +238,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
         check_io(model, conversions.dtypes, bundle.manifest, entry.steps)
         _leave_cache_types_open(ov, model)
         group = 0 if settings.exact else conversions.least_block or 0
-        told = properties(ov, bundle, settings, group)
+        told = properties(bundle, settings, group)
         if model_facts.dtype == "bfloat16" and not _computes_halves(ov, told):
             raise _no_halves()
         if group and model_facts.weight_dtype in QUANTIZED_DTYPES and not _rounds_rightly(ov, group, told):

@@ -19,7 +19,7 @@ from openvino import opset13 as op
 from lora_drop_runtime.bundle.paged_io import DOMAIN
 from lora_drop_runtime.dtypes import BY_NAME
 
-from .capped import capped_attention
+from .capped import capped_attention, ints
 
 _NEARLY_NOTHING = 1e-37
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
@@ -32,10 +32,6 @@ _TYPES = {
     "uint8": ov.Type.u8,
     "uint4": ov.Type.u4,
 }
-
-
-def _ints(values: Any) -> Output:
-    return op.constant(np.array(values, np.int64))
 
 
 def _as_output(value: Any) -> Output:
@@ -65,7 +61,7 @@ def _dequantized(inputs: list[Output], quantized: int) -> tuple[Output, list[Out
         zero, *rest = rest
     values = op.subtract(op.convert(weight, "f32"), op.convert(zero, "f32"))
     scaled = op.multiply(values, scales)
-    return op.reshape(scaled, _ints([rows, count * block]), False), rest
+    return op.reshape(scaled, ints([rows, count * block]), False), rest
 
 
 def _lookup(node: Node) -> list[Output]:
@@ -77,7 +73,7 @@ def _lookup(node: Node) -> list[Output]:
 def _rms_norm(node: Node) -> list[Output]:
     x, weight = node.get_input(0), node.get_input(1)
     epsilon = op.constant(np.float32(node.get_attribute("epsilon")))
-    mean = op.reduce_mean(op.power(x, op.constant(np.float32(2))), _ints([-1]), True)
+    mean = op.reduce_mean(op.power(x, op.constant(np.float32(2))), ints([-1]), True)
     scale = op.divide(op.constant(np.float32(1)), op.sqrt(op.add(mean, epsilon)))
     return [op.multiply(op.multiply(x, scale), _widened(weight)).output(0)]
 
@@ -85,28 +81,28 @@ def _rms_norm(node: Node) -> list[Output]:
 def _rotated_pairs(x: Output, cos: Output, sin: Output, width: int) -> Any:
     """Neighbours are turned: x [1, T, H, R] as R / 2 pairs."""
     heads = x.get_partial_shape()[2].get_length()
-    pairs = op.reshape(x, _ints([1, -1, heads, width // 2, 2]), False)
-    parts = op.split(pairs, _ints(4), 2)
-    cos, sin = (op.unsqueeze(table, _ints(4)) for table in (cos, sin))
+    pairs = op.reshape(x, ints([1, -1, heads, width // 2, 2]), False)
+    parts = op.split(pairs, ints(4), 2)
+    cos, sin = (op.unsqueeze(table, ints(4)) for table in (cos, sin))
     a, b = parts.output(0), parts.output(1)
     first = op.subtract(op.multiply(a, cos), op.multiply(b, sin))
     second = op.add(op.multiply(b, cos), op.multiply(a, sin))
-    return op.reshape(op.concat([first, second], 4), _ints([1, -1, heads, width]), False)
+    return op.reshape(op.concat([first, second], 4), ints([1, -1, heads, width]), False)
 
 
 def _rotary(node: Node) -> list[Output]:
     x, cos, sin = (node.get_input(n) for n in range(3))
     width, interleaved = node.get_attribute("rotary_dim"), node.get_attribute("interleaved")
     head_dim = x.get_partial_shape()[3].get_length()
-    cos, sin = (op.unsqueeze(table, _ints(2)) for table in (cos, sin))  # [1, T, 1, R / 2]
+    cos, sin = (op.unsqueeze(table, ints(2)) for table in (cos, sin))  # [1, T, 1, R / 2]
     turned, rest = x, None
     if width < head_dim:
-        parts = op.variadic_split(x, _ints(3), _ints([width, head_dim - width]))
+        parts = op.variadic_split(x, ints(3), ints([width, head_dim - width]))
         turned, rest = parts.output(0), parts.output(1)
     if interleaved:
         result = _rotated_pairs(turned, cos, sin, width)
     else:
-        halves = op.variadic_split(turned, _ints(3), _ints([width // 2, width // 2]))
+        halves = op.variadic_split(turned, ints(3), ints([width // 2, width // 2]))
         low, high = halves.output(0), halves.output(1)
         swapped = op.concat([op.multiply(high, op.constant(np.float32(-1))), low], -1)
         whole_cos, whole_sin = (op.concat([table, table], -1) for table in (cos, sin))
@@ -136,8 +132,8 @@ def _one_layer() -> Any:
 
     def projected() -> Any:
         weight = op.constant(np.zeros((heads * head_dim, heads * head_dim), np.float32))
-        split = op.reshape(op.matmul(hidden, weight, False, True), _ints([0, 0, heads, head_dim]), True)
-        return op.transpose(split, _ints([0, 2, 1, 3]))
+        split = op.reshape(op.matmul(hidden, weight, False, True), ints([0, 0, heads, head_dim]), True)
+        return op.transpose(split, ints([0, 2, 1, 3]))
 
     query, caches, sinks = projected(), [], []
     for name in ("key", "value"):
@@ -145,14 +141,14 @@ def _one_layer() -> Any:
         info.data_shape, info.data_type = ov.PartialShape([-1, heads, -1, head_dim]), ov.Type.f32
         info.variable_id = name
         variable = Variable(info)
-        batch = op.gather(op.shape_of(ids), _ints([0]), op.constant(np.int64(0)))
-        empty = op.broadcast(op.constant(np.float32(0)), op.concat([batch, _ints([heads, 0, head_dim])], 0))
+        batch = op.gather(op.shape_of(ids), ints([0]), op.constant(np.int64(0)))
+        empty = op.broadcast(op.constant(np.float32(0)), op.concat([batch, ints([heads, 0, head_dim])], 0))
         past = op.gather(op.read_value(empty, variable), beams, op.constant(np.int64(0)))
         caches.append(op.concat([past, projected()], 2))
         sinks.append(op.assign(caches[-1], variable))
-    wide_mask = op.convert(op.unsqueeze(mask, _ints([1, 2])), "f32")
+    wide_mask = op.convert(op.unsqueeze(mask, ints([1, 2])), "f32")
     attended = op.scaled_dot_product_attention(query, *caches, wide_mask, None, False)
-    merged = op.reshape(op.transpose(attended, _ints([0, 2, 1, 3])), _ints([0, 0, heads * head_dim]), True)
+    merged = op.reshape(op.transpose(attended, ints([0, 2, 1, 3])), ints([0, 0, heads * head_dim]), True)
     return ov.Model([op.result(merged)], sinks, [ids, mask, positions, beams], "one_layer")
 
 

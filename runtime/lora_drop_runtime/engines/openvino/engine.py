@@ -81,7 +81,6 @@ class Steps:
         self._versions = [-1] * len(GROUPS)
         self._feeds: dict[tuple[Any, ...], tuple[Feed, list[tuple[int, Any]]]] = {}
         self._bound: Feed | None = None
-        self._caches: list[Any] = []
 
     def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
         """What a call of these sizes reads; rows with a state, and with tokens; `blocks` of each group."""

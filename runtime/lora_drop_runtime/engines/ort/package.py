@@ -61,7 +61,7 @@ def import_onnxruntime() -> Any:
         if not packages:
             raise InputError(
                 "ONNX Runtime is not installed.",
-                note=f"It runs the bundles, and the exporter needs it too: {first_line(error)}.",
+                note=f"It runs bundles of target ort, the default: {first_line(error)}.",
                 hint=f"{install_command('cpu')}; on a machine with an NVIDIA GPU {install_command('cuda')}.",
             ) from None
         found = both_installed() or f"{packages[0]} is installed."
