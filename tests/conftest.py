@@ -27,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """A process of a parallel run that dies ends the run: with `--dist loadfile` the others would wait for ever."""
+    pytest.exit(f"a process died in {crashitem}", returncode=pytest.ExitCode.INTERNAL_ERROR)
+
+
 # Minutes each, most of them for one or few tests. They begin first, so that no worker is left with one at the end
 LONG = (
     "tests/test_real_model.py",
