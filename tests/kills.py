@@ -37,7 +37,20 @@ from tests.support.profiles import saved
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
-TINY_FIT = ("--drop-layers", "3,5", "--window", 32, "--batch", 2, "--tokens", 512, "--steps", 4, "--threads", 1)
+TINY_FIT = (
+    "--drop-layers",
+    "3,5",
+    "--window",
+    32,
+    "--batch",
+    2,
+    "--closed-form-tokens",
+    512,
+    "--steps",
+    4,
+    "--threads",
+    1,
+)
 TINY_PROFILE = ("--tokens", 128, "--sensitivity-tokens", 64, "--window", 32, "--k", 3, "--rankings", "influence")
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 NAMED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
 SMALLER = {
     "profile": "--tokens 512 --sensitivity-tokens 256 --rankings sensitivity",
-    "fit": "--tokens 1024 --steps 2",
+    "fit": "--closed-form-tokens 1024 --steps 2",
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 

@@ -28,7 +28,7 @@ from tests.support.tokenizers import character_tokenizer
 
 DIRECTORIES = ("export", "add-target", "fit", "profile")
 FILES = ("compare", "eval", "bench")
-FIT = ("--drop-layers", "3,5", "--window", 32, "--batch", 2, "--tokens", 256, "--threads", 1)
+FIT = ("--drop-layers", "3,5", "--window", 32, "--batch", 2, "--closed-form-tokens", 256, "--threads", 1)
 PROFILE = ("--tokens", 64, "--sensitivity-tokens", 32, "--window", 32, "--rankings", "influence")
 EVAL = ("--window", 32, "--prompt", 8, "--windows", 1, "--k", 1, "--threads", 1)
 BENCH = ("--k", 1, "--contexts", 8, "--new-tokens", 8, "--repeats", 2, "--threads", 1)

@@ -22,12 +22,12 @@ PARTS = re.compile(r"^error: .+\nNote: .+\nHint: .+\n\Z", re.MULTILINE)
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Everything below a directory; its own time may change, since a temporary sibling comes and goes."""
+    """Everything below a directory; times of directories may change, since a temporary file comes and goes."""
     entries = {}
     for path in directory.rglob("*"):
         stat = path.lstat()
-        size = 0 if path.is_dir() else stat.st_size
-        entries[str(path.relative_to(directory))] = stat.st_mode, size, stat.st_mtime_ns, stat.st_ino, stat.st_nlink
+        size_and_time = () if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+        entries[str(path.relative_to(directory))] = stat.st_mode, stat.st_ino, stat.st_nlink, *size_and_time
     return entries
 
 

@@ -58,7 +58,7 @@ def test_generate(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fit_and_profile(bundle: Path, text: Path, tmp_path: Path) -> None:
-    fit(str(bundle), FitSettings(text=(text,), out=tmp_path / "a", rank=3, tokens=512, steps=0, batch=2))
+    fit(str(bundle), FitSettings(text=(text,), out=tmp_path / "a", rank=3, closed_form_tokens=512, steps=0, batch=2))
     assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == SHORT
     found = profile(str(bundle), ProfileSettings(text=(text,), out=tmp_path / "p", tokens=256, sensitivity_tokens=256))
     assert found.settings["window"] == SHORT
@@ -68,5 +68,5 @@ def test_a_model_with_a_short_context(text: Path, tmp_path: Path) -> None:
     model = with_tokenizer("llama", tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
-    fit(str(model), FitSettings(text=(text,), out=tmp_path / "a", rank=3, tokens=512, steps=0, batch=2))
+    fit(str(model), FitSettings(text=(text,), out=tmp_path / "a", rank=3, closed_form_tokens=512, steps=0, batch=2))
     assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == 40

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from tests.support.models import FAMILIES
 from tests.support.tokenizers import with_tokenizer
 
 STREAMS = ("skip", "backfill", "fill")  # lossless has the stream of backfill
-SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512, "steps": 4}
+SMALL = {"window": 32, "batch": 2, "rank": 3, "closed_form_tokens": 512, "steps": 4}
 
 
 # ── the regression ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -189,9 +190,17 @@ def setting(policy: str = "backfill"):
     random = torch.Generator().manual_seed(1)
     stock = [torch.randint(0, 131, (2, 24), generator=random) for _ in range(64)]
 
-    def texts(number: int) -> tuple[torch.Tensor, Layout]:
-        return stock[number % 64], Layout.of(24, 4 + number % 4, PeriodicSchedule(3))
+    class Stock:
+        def __call__(self, number: int) -> tuple[torch.Tensor, Layout]:
+            return stock[number % 64], Layout.of(24, 4 + number % 4, PeriodicSchedule(3))
 
+        def state(self) -> dict[str, Any]:
+            return {}
+
+        def load(self, state: Mapping[str, Any]) -> None:
+            assert state == {}
+
+    texts = Stock()
     pairs = {site: (torch.randn(4, 64, generator=random) / 8, torch.zeros(64, 4)) for site in plan.sites}
     return forcing, texts, plan, Learner(pairs, {site: torch.ones(64) for site in plan.sites}, "cpu"), POLICIES[policy]
 
@@ -216,11 +225,12 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
         pass
 
     forcing, texts, plan, whole, policy = setting()
-    options = DistillOptions(6, 1e-2, accumulate=2, checkpoint_every=2)
+    ticks = itertools.count()
+    options = DistillOptions(6, 1e-2, accumulate=2, checkpoint_seconds=2, clock=lambda: float(next(ticks)))
     losses = distill(forcing, texts, plan, policy, whole, options, Workers())
     forcing, texts, plan, learner, policy = setting()
 
-    def stop(done: int, total: int, losses: Sequence[float]) -> None:
+    def stop(done: int, total: int, loss: float, rate: float) -> None:
         if done == 5:
             raise Stop
 
@@ -281,7 +291,7 @@ def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytes
 def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
     options = {"surrogate": surrogate, "injection": injection, "policy": policy, "drop_ratio": 0.75, "k": (1, 3)}
     run_fit(model_dir, words, tmp_path / "a", **options, steps=2, rank=64)
-    result = run_fit(model_dir, words, tmp_path / "z", **options, steps=2, tokens=0)  # distillation alone
+    result = run_fit(model_dir, words, tmp_path / "z", **options, steps=2, closed_form_tokens=0)  # distillation alone
     assert "closed form" not in result.stages
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["lora_drop"]["k"] == [1, 3]
@@ -375,7 +385,7 @@ def test_a_bundle_is_fitted_for_policies_that_it_can_run(
     bundle = make_bundle("llama", tmp_path / "b", drop_layers=("3.attn", "5"), policy="fill", rank=3)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
     monkeypatch.setattr(torch_model, "read_tokenizer", lambda *_: tokenizer)
-    result = run_fit(bundle.root, words, tmp_path / "a", steps=1, tokens=64)
+    result = run_fit(bundle.root, words, tmp_path / "a", steps=1, closed_form_tokens=64)
     assert (list(result.plan["sites"]), result.plan["policy"]) == (["3.attn", "5"], "fill")
     with pytest.raises(PlanError, match="cannot be decoded under policy skip"):
         run_fit(bundle.root, words, tmp_path / "c", policy="skip")
@@ -419,7 +429,20 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     command += ["--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "-m", "lora_drop_tools.cli", "fit"]
     command += [str(model_dir), "--text", str(words), "--out", str(tmp_path / "two"), "--drop-layers", "3,5"]
-    command += ["--steps", "3", "--window", "32", "--batch", "2", "--rank", "3", "--tokens", "512", "--threads", "1"]
+    command += [
+        "--steps",
+        "3",
+        "--window",
+        "32",
+        "--batch",
+        "2",
+        "--rank",
+        "3",
+        "--closed-form-tokens",
+        "512",
+        "--threads",
+        "1",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -459,6 +482,115 @@ def test_an_interrupted_fit_can_be_resumed(
     assert len(result.losses) == 4
 
 
+# ── text that is streamed, and much of it ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def lines(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text as JSON lines in a directory, fifty words a document."""
+    tokens = words.read_text().split()
+    root = tmp_path_factory.mktemp("lines") / "texts"
+    root.mkdir()
+    documents = [" ".join(tokens[begin : begin + 50]) for begin in range(0, len(tokens), 50)]
+    (root / "a.jsonl").write_text("".join(json.dumps({"content": one}) + "\n" for one in documents))
+    return root
+
+
+STREAMED = {"drop_layers": (3, 5), "text_column": "content", "threads": 1}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four windows, so that a few steps go through several and the text begins again."""
+    monkeypatch.setattr(importlib.import_module("lora_drop_tools.fit.stream"), "BLOCK_TOKENS", 128)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_streamed_fit_is_resumed_in_the_middle(
+    model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches, their order and so the adapters are those of a fit that nothing interrupted."""
+    from safetensors.numpy import load_file
+
+    stages = importlib.import_module("lora_drop_tools.fit.stages")
+    budget = 60 * 2 * 32
+    whole = run_fit(model_dir, lines, tmp_path / "whole", **STREAMED, steps=None, tokens=budget)
+    assert len(whole.losses) == 60
+    report = stages.Report.__call__
+
+    def interrupted(self: Any, done: int, *others: Any) -> None:
+        report(self, done, *others)
+        if done == 52:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Report, "__call__", interrupted)
+    options = {**STREAMED, "steps": None, "tokens": budget, "checkpoint_minutes": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model_dir, lines, tmp_path / "a", **options)
+    monkeypatch.setattr(stages.Report, "__call__", report)
+    result = run_fit(model_dir, lines, tmp_path / "a", **options, resume=True)
+    assert result.losses == whole.losses
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "a"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_dataset_is_fitted_on_like_its_files(model_dir: Path, lines: Path, tmp_path: Path) -> None:
+    files = run_fit(model_dir, lines, tmp_path / "files", **STREAMED)
+    settings = FitSettings(out=tmp_path / "set", dataset=str(lines), **(SMALL | STREAMED))
+    assert fit(str(model_dir), settings).losses == files.losses
+
+
+def test_running_layers_again_changes_nothing(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    options = {"drop_layers": ("3", "5.attn", "6.mlp"), "policy": "backfill", "threads": 1}
+    kept = run_fit(model_dir, words, tmp_path / "kept", **options)
+    again = run_fit(model_dir, words, tmp_path / "again", **options, recompute=True)
+    assert again.losses == pytest.approx(kept.losses, rel=1e-6)
+
+
+def test_running_layers_again_keeps_less() -> None:
+    """Bytes that the gradients' graph holds, counted by what is packed for it."""
+    held = {}
+    for recompute in (False, True):
+        forcing, texts, plan, learner, policy = setting()
+        forcing._recompute = recompute
+        found = {}
+
+        def pack(tensor: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        ids, layout = texts(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forcing.decode(forcing.exact(ids), ids, layout, plan, learner.pairs(), policy)
+        held[recompute] = sum(found.values())
+    assert held[True] < 0.3 * held[False]
+
+
+def test_a_budget_of_tokens() -> None:
+    settings = FitSettings(text=(Path("x"),), out=Path("out"), tokens=15 * 10**9, window=256, batch=4)
+    assert settings.steps_of(1) == 14648438
+    assert settings.steps_of(8) == 1831055
+    assert DistillOptions(14648438, 0.1).stretch == 14649
+
+
+def test_losses_of_many_steps_are_means(model_dir: Path, words: Path, tmp_path: Path, monkeypatch) -> None:
+    single = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), steps=7, threads=1).losses
+    monkeypatch.setattr(importlib.import_module("lora_drop_tools.fit.distill"), "_LOSSES", 3)
+    means = run_fit(model_dir, words, tmp_path / "b", drop_layers=(3,), steps=7, threads=1).losses
+    assert means == pytest.approx([np.mean(single[:3]), np.mean(single[3:6]), single[6]])
+
+
+def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), log_dir=tmp_path / "log").losses
+    found = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert set(found.Tags()["scalars"]) == {"kl", "learning_rate", "tokens_per_second"}
+    assert [event.value for event in found.Scalars("kl")] == pytest.approx(losses)
+    assert [event.step for event in found.Scalars("kl")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("options", "words_of_error"),
     [
@@ -468,7 +600,7 @@ def test_an_interrupted_fit_can_be_resumed(
         (["--window", "12"], ("window", "12")),
         (["--window", "512"], ("context", "512", "256")),
         (["--window", "250"], ("too short", "4000")),
-        (["--steps", "0", "--tokens", "0"], ("Nothing",)),
+        (["--steps", "0", "--closed-form-tokens", "0"], ("Nothing",)),
         (["--drop-ratio", "0"], ("No layer is dropped",)),
         (["--drop-ratio", "1.5"], ("--drop-ratio is too large", "1.5")),
         (["--drop-layers", "0"], ("always kept",)),
@@ -482,12 +614,17 @@ def test_an_interrupted_fit_can_be_resumed(
         (["--device", "cuda"], ("device", "cuda")),
         (["--resume"], ("no such fit",)),
         (["--text", "nowhere.txt"], ("nowhere.txt",)),
+        (["--text", "nowhere.jsonl"], ("nowhere.jsonl", "does not exist")),
+        (["--tokens", "64"], ("said twice", "--closed-form-tokens")),
+        (["--tokens", "1.5"], ("1.5", "15e9")),
+        (["--tokens", "nan"], ("nan", "15e9")),
+        (["--tokens", "1e15"], ("--tokens is too large",)),
     ],
     ids=lambda value: " ".join(value),
 )
 def test_refusals(options, words_of_error, model_dir: Path, words: Path, tmp_path: Path, capsys) -> None:
     arguments = ["fit", str(model_dir), "--text", str(words), "--out", str(tmp_path / "a"), "--window", "32"]
-    assert main([*arguments, "--steps", "1", "--tokens", "64", *options]) == 2
+    assert main([*arguments, "--steps", "1", "--closed-form-tokens", "64", *options]) == 2
     error = capsys.readouterr().err
     for word in words_of_error:
         assert word in error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from lora_drop_tools.cli import main
+from lora_drop_tools.fit.partial import _as_today
 
 from lora_drop_export.decoder import loaded
 
@@ -38,3 +39,19 @@ def test_refused_before_the_model_is_loaded(
     assert f"error: {fact}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == (["a.partial"] if there else [])
     assert not there or (tmp_path / "a.partial" / there).read_text() == "mine"
+
+
+def test_settings_of_version_01_are_those_of_today() -> None:
+    """An unfinished fit of then goes on: its plan in sites, and `tokens` under today's name."""
+    old = {"drop_layers": [3, 5], "injection": "attn_mlp", "tokens": 512, "steps": 4}
+    assert _as_today(old) == {
+        "sites": ["3.attn", "3.mlp", "5.attn", "5.mlp"],
+        "bare_sites": [],
+        "closed_form_tokens": 512,
+        "steps": 4,
+        "tokens": None,
+        "dataset": None,
+        "text_column": "text",
+    }
+    today = _as_today(old)
+    assert _as_today(today) == today

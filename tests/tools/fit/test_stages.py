@@ -15,7 +15,7 @@ from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
 from safetensors.numpy import load_file
 
-SMALL = {"window": 32, "batch": 2, "rank": 3, "tokens": 512}
+SMALL = {"window": 32, "batch": 2, "rank": 3, "closed_form_tokens": 512}
 
 
 def settings(text: Path, out: Path, **options) -> FitSettings:
@@ -52,7 +52,9 @@ def test_distillation_that_diverges_fails_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With more than --learning-rate takes, so that a few steps are enough."""
-    monkeypatch.setattr(distill, "DistillOptions", lambda steps, _, accumulate: DistillOptions(steps, 1e30, accumulate))
+    monkeypatch.setattr(
+        distill, "DistillOptions", lambda steps, _, *others, **more: DistillOptions(steps, 1e30, *others, **more)
+    )
     with pytest.raises(InputError, match=r"(?s)Distillation diverged.*nan.*--learning-rate 1e\+29"):
         fit(str(model_dir), settings(words, tmp_path / "a", steps=4))
     assert not list(tmp_path.iterdir())

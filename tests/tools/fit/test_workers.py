@@ -42,7 +42,9 @@ def settings(tmp_path: Path) -> FitSettings:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text(" ".join(f"t{n}" for n in np.random.default_rng(0).integers(0, 32, 400)))
-    return FitSettings(text=(tmp_path / "text",), out=tmp_path / "out", window=20, batch=1, rank=2, tokens=20, steps=2)
+    return FitSettings(
+        text=(tmp_path / "text",), out=tmp_path / "out", window=20, batch=1, rank=2, closed_form_tokens=20, steps=2
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -5,6 +5,8 @@ logits are computed once per batch, by the exact stream that the decoded one nee
 KL(full ‖ decoded), averaged over the tokens of LoRA steps (and of refreshes where these are not exact: they see holes,
 or what LoRA steps filled in), with the caches and masks of deployment (forcing.py). Under torchrun n processes see the
 texts that one process sees that accumulates n times as many gradients.
+
+However long it runs, memory stays flat: texts come by number, and of the losses means over stretches are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,19 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
+from .texts import Texts
+
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
-Texts = Callable[[int], "tuple[Any, Layout]"]  # number of a batch → ids [B, T] and their layout
+_LOSSES = 1000  # that are kept, at most
 
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """How to learn: AdamW, linear warm-up over `warm_up` of the steps, then a cosine down to a tenth."""
+    """How to learn: AdamW, linear warm-up over `warm_up` of the steps, then a cosine down to a tenth.
+
+    Attributes:
+        checkpoint_seconds: of `clock`, between two writes of the state.
+    """
 
     steps: int
     learning_rate: float
@@ -40,7 +49,13 @@ class DistillOptions:
     warm_up: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
-    checkpoint_every: int = 50
+    checkpoint_seconds: float = 600.0
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def stretch(self) -> int:
+        """Steps whose losses are kept as one mean."""
+        return -(-self.steps // _LOSSES)
 
 
 @dataclass(frozen=True)
@@ -229,14 +244,28 @@ def _check_finite(kl: float, step: int, options: DistillOptions) -> None:
 
 
 class _State:
-    """What training has reached, in memory and in a file."""
+    """What training has reached, in memory and in a file.
 
-    def __init__(self, learner: Learner, options: DistillOptions, file: Path | None) -> None:
+    Attributes:
+        step: steps that are done.
+        losses: means over stretches of them; the last one may be short.
+    """
+
+    def __init__(self, learner: Learner, texts: Texts, options: DistillOptions, file: Path | None) -> None:
         import torch
 
-        self.parameters, self._file = learner.all(), file
+        self.parameters, self._texts, self._file, self._options = learner.all(), texts, file, options
         self.optimizer = torch.optim.AdamW(self.parameters, options.learning_rate, weight_decay=options.weight_decay)
-        self.losses: list[float] = []
+        self.step, self.losses = 0, list[float]()
+        self._saved = options.clock()
+
+    def add(self, loss: float) -> None:
+        """A step is done."""
+        place = self.step % self._options.stretch
+        if not place:
+            self.losses.append(0.0)
+        self.losses[-1] += (loss - self.losses[-1]) / (place + 1)
+        self.step += 1
 
     def load(self, device: Any) -> None:
         """Go on from the file where there is one."""
@@ -245,18 +274,27 @@ class _State:
         if self._file is None or not self._file.exists():
             return
         state = torch.load(self._file, weights_only=True, map_location=device)
-        self.losses = state["losses"]
+        self.step, self.losses = state["step"], state["losses"]
+        self._texts.load(state.get("texts", {}))  # version 0.1 wrote none
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
 
-    def save(self) -> None:
+    def save_in_time(self) -> None:
+        """Write the file where that is due: minutes after the last time, and at the end."""
+        now = self._options.clock()
+        if self.step == self._options.steps or now - self._saved >= self._options.checkpoint_seconds:
+            self._save()
+            self._saved = now
+
+    def _save(self) -> None:
         import torch
 
         if self._file is None:
             return
-        state = {"step": len(self.losses), "losses": self.losses, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "losses": self.losses, "optimizer": self.optimizer.state_dict()}
+        state["texts"] = self._texts.state()
         data = io.BytesIO()  # an error of the disk is then Python's, which says what it is
         torch.save({**state, "parameters": [parameter.data for parameter in self.parameters]}, data)
         part = self._file.with_suffix(".part")
@@ -273,42 +311,44 @@ def distill(
     options: DistillOptions,
     workers: Workers,
     state_file: Path | None = None,
-    progress: Callable[[int, int, Sequence[float]], None] = lambda done, total, losses: None,
+    progress: Callable[[int, int, float, float], None] = lambda done, total, loss, rate: None,
 ) -> list[float]:
-    """Train `learner` in place; returns each step's mean KL, also of the steps before a resumption.
+    """Train `learner` in place; returns the mean KL of each step, or of stretches of many, from the first one on.
 
     Args:
         texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
-        state_file: holds parameters, optimizer, losses and step, written every `checkpoint_every` steps by the first
-            process; where it exists training goes on from there.
+        state_file: holds parameters, optimizer, losses, step and the texts' state, written by the first process;
+            where it exists training goes on from there.
+        progress: gets the steps that are done and all, the last one's mean KL and learning rate.
 
     Raises:
         InputError: the KL is not finite any more.
     """
     import torch
 
-    state = _State(learner, options, state_file)
+    state = _State(learner, texts, options, state_file)
     with torch.no_grad():
         workers.agree([*state.parameters, *learner.scales.values(), *learner.sizes.values()])
     state.load(forcing.device)
     per_step = workers.count * options.accumulate
-    for step in range(len(state.losses), options.steps):
+    for step in range(state.step, options.steps):
+        rate = options.learning_rate * _rate(step, options)
         for group in state.optimizer.param_groups:
-            group["lr"] = options.learning_rate * _rate(step, options)
+            group["lr"] = rate
         state.optimizer.zero_grad()
         sums = Divergence()
         for turn in range(options.accumulate):
             ids, layout = texts(step * per_step + workers.rank * options.accumulate + turn)
             sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, learn=True)
-        _check_finite(sums.figures()["kl"], step, options)
+        loss = sums.figures()["kl"]
+        _check_finite(loss, step, options)
         gradients = [parameter.grad for parameter in state.parameters]
         torch._foreach_div_(gradients, options.accumulate)
         workers.average(gradients)
         torch.nn.utils.clip_grad_norm_(state.parameters, options.clip)
         state.optimizer.step()
-        state.losses.append(sums.figures()["kl"])
-        progress(step + 1, options.steps, state.losses)
-        done = step + 1
-        if workers.rank == 0 and (done % options.checkpoint_every == 0 or done == options.steps):
-            state.save()
+        state.add(loss)
+        progress(step + 1, options.steps, loss, rate)
+        if workers.rank == 0:
+            state.save_in_time()
     return state.losses

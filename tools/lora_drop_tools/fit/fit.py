@@ -28,14 +28,15 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
-from lora_drop_tools.shared.corpus import DTYPES, Corpus, read_texts, window_that_fits
+from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
 
 from .partial import Partial, begun_with_force, check_place, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
 from .stages import BASE, CLOSED_FORM, Work, begin, better, distilled
-from .texts import Texts
+from .stream import require_package
+from .texts import Source
 
 if TYPE_CHECKING:
     from lora_drop_export.checkpoint.drop_list import DropList
@@ -45,7 +46,11 @@ if TYPE_CHECKING:
     from .distill import Workers
 
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
-_TOLD = ("tokens", "steps", "learning_rate", "batch", "window", "accumulate", "seed", "dtype")  # settings as they are
+# Settings as they are
+_TOLD = (
+    *("dataset", "text_column", "closed_form_tokens", "steps", "tokens"),
+    *("learning_rate", "batch", "window", "accumulate", "seed", "dtype"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def _written_by_first(out: Path, force: bool, workers: Workers) -> contextlib.Ab
     return staged_directory(out, force, ADAPTERS) if workers.rank == 0 else contextlib.nullcontext(out)
 
 
-def _check_early(loaded: LoadedModel, texts: Sequence[str], listed: DropList | None, settings: FitSettings) -> None:
+def _check_early(loaded: LoadedModel, source: Source, listed: DropList | None, settings: FitSettings) -> None:
     """Refuse what will not fit the model, before its weights are read."""
     from lora_drop_export.checkpoint.drop_list import check_drop_list
     from lora_drop_export.compiler.early import windows_of_config
@@ -92,12 +97,12 @@ def _check_early(loaded: LoadedModel, texts: Sequence[str], listed: DropList | N
     windows = windows_of_config(loaded.model.config)
     if windows is not None:
         plan_to_fit(loaded, windows, settings, listed)
-    Corpus.of(loaded, texts, settings.window_tokens)
+    source.texts(loaded, settings, "cpu")
 
 
 def _fit_loaded(
     loaded: LoadedModel,
-    texts: Sequence[str],
+    source: Source,
     listed: DropList | None,
     settings: FitSettings,
     workers: Workers,
@@ -109,11 +114,10 @@ def _fit_loaded(
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
-    forcing = TeacherForcing(loaded.model)
+    forcing = TeacherForcing(loaded.model, settings.recompute)
     plan = plan_to_fit(loaded, forcing.windows(), settings, listed)
     forcing.check_halves(plan)
-    corpus = Corpus.of(loaded, texts, settings.window_tokens)
-    seen, unseen = (Texts(ids, settings, forcing.device, i) for i, ids in enumerate((corpus.fit, corpus.held_out)))
+    seen, unseen = source.texts(loaded, settings, forcing.device)
     work = Work(forcing, plan, settings, seen, unseen, console)
     described = json.loads(json.dumps(_described(loaded, plan, settings)))
     partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
@@ -123,9 +127,9 @@ def _fit_loaded(
         work.stages.update(stages)
     else:
         pairs, scales = begin(work)
-        if settings.steps:
+        if settings.steps != 0:
             partial.save(pairs, scales, work.stages, root.with_name("partial"))
-    if settings.steps:
+    if settings.steps != 0:
         try:
             learned, losses = distilled(work, pairs, scales, workers, partial.state)
         except InputError:  # it diverged, and would again
@@ -160,8 +164,10 @@ def fit(model: str, settings: FitSettings) -> Fit:
         InputError, ModelError, BundleError: the output directory is as it was.
     """
     listed = listed_layers(settings)
-    texts = read_texts(settings.text)
     require_export_packages("fitting runs the model in PyTorch")
+    if settings.log_dir is not None:
+        require_package("tensorboard", "--log-dir")
+    source = Source(settings)
     import torch
 
     from lora_drop_export.compiler.options import warn_of_always
@@ -189,9 +195,9 @@ def fit(model: str, settings: FitSettings) -> Fit:
                     device=device,
                     trust_remote_code=settings.trust_remote_code,
                     log=console.say,
-                    check=lambda found: _check_early(found, texts, listed, settings),
+                    check=lambda found: _check_early(found, source, listed, settings),
                 )
-            result, partial = _fit_loaded(loaded, texts, listed, settings, workers, console, root)
+            result, partial = _fit_loaded(loaded, source, listed, settings, workers, console, root)
         partial.remove()
         workers.wait(device)
     console.say(f"done: {out}")

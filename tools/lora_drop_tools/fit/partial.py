@@ -32,13 +32,16 @@ def _place(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def _with_sites(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the drop list as sites; version 0.1 wrote layers and an injection."""
-    if "drop_layers" not in settings:
-        return settings
-    others = {name: value for name, value in settings.items() if name not in ("drop_layers", "injection")}
-    as_sites = in_halves if settings.get("injection") == "attn_mlp" else sorted_sites
-    return others | {"sites": list(as_sites(settings["drop_layers"])), "bare_sites": []}
+def _as_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the names of today; version 0.1 wrote layers and an injection, and `tokens` of the closed form."""
+    if "drop_layers" in settings:
+        as_sites = in_halves if settings.get("injection") == "attn_mlp" else sorted_sites
+        sites = {"sites": list(as_sites(settings["drop_layers"])), "bare_sites": []}
+        settings = {name: settings[name] for name in settings if name not in ("drop_layers", "injection")} | sites
+    if "closed_form_tokens" not in settings:
+        new = {"closed_form_tokens": settings.get("tokens"), "tokens": None, "dataset": None, "text_column": "text"}
+        settings = settings | new
+    return settings
 
 
 def _read(root: Path) -> dict[str, Any] | None:
@@ -47,7 +50,7 @@ def _read(root: Path) -> dict[str, Any] | None:
         found = json.loads((root / _SETTINGS).read_bytes())
         if not isinstance(found["settings"], dict) or not isinstance(found["force"], bool):
             return None
-        return {"settings": _with_sites(found["settings"]), "force": found["force"]}
+        return {"settings": _as_today(found["settings"]), "force": found["force"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, PlanError):
         return None
 

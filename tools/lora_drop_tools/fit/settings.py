@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,20 @@ from lora_drop_tools.teacher_forcing.layout import check_policy
 
 ADAPTED = ("all", ATTENTION, MLP)
 LEARNING_RATE = 0.015
+STEPS = 300
 PROMPT = 8  # tokens at least, before the first decode step
 _PLAN, _HOW = "the plan (of a bundle: its own)", "how"  # groups of --help
+
+
+def _amount(text: str) -> int:
+    """A whole number, also as `15e9`."""
+    try:
+        value = float(text)
+        if value == int(value):
+            return int(value) if "e" in text.lower() else int(text)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 500000 or 15e9")
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,9 @@ class FitSettings:
     """What adapters are fitted to and how; what stands under `_PLAN` a bundle brings itself.
 
     Attributes:
-        text: UTF-8 files.
+        text: UTF-8 files, which are read whole, or what is streamed: directories, JSON lines and Parquet.
+        dataset: a name on the Hub or a directory, maybe with a configuration: `NAME:CONFIG`; its split `train`.
+        text_column: where JSON lines, Parquet and the dataset have their text.
         out: a directory; must not exist unless `force`.
         drop_layers, drop_list: the sites to drop, or a file of `lora-drop profile` that says them; at most one.
         adapters_for: `attn` and `mlp` leave the other halves without an adapter.
@@ -37,16 +52,29 @@ class FitSettings:
         policy: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's, else
             `skip`, when None.
         alpha: PEFT's; the rank when None, so that the scale is 1.
-        tokens: that the closed form sees, 0 to begin with adapters that do nothing.
-        steps: of distillation, 0 for none; each of `accumulate` batches of `batch` texts of `window` tokens,
-            which are 256 when None, or as many as the model and the bundle allow.
+        closed_form_tokens: that the closed form sees, 0 to begin with adapters that do nothing.
+        steps: of distillation, 0 for none, 300 when None; each of `accumulate` batches of `batch` texts of `window`
+            tokens, which are 256 when None, or as many as the model and the bundle allow.
+        tokens: that distillation sees, in place of `steps`.
+        recompute: keep the layers' inputs alone and run them again for the gradients, which takes less memory.
+        checkpoint_minutes: between two writes of what distillation has reached.
+        log_dir: for TensorBoard.
 
     Raises:
         InputError, PlanError: a value out of range.
     """
 
-    text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="fit on this text; repeat for more")
     out: Path = option(metavar="DIR", help="write the adapters there, in PEFT's format")
+    text: tuple[Path, ...] = option(
+        (),
+        repeat=True,
+        metavar="FILE",
+        help="fit on this .txt, .jsonl (.gz, .zst) or .parquet, or on all in a directory; repeat for more",
+    )
+    dataset: str | None = option(
+        None, metavar="NAME", help="fit on this dataset of the Hub, streamed; NAME:CONFIG for one of several"
+    )
+    text_column: str = option("text", metavar="NAME", help="the text's column in them (default text)")
 
     drop_ratio: float | None = option(
         None,
@@ -103,19 +131,27 @@ class FitSettings:
         help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)",
     )
 
-    tokens: int = option(
+    closed_form_tokens: int = option(
         32768,
         group=_HOW,
         metavar="N",
         bounds=bounds.COUNT_OR_NONE,
         help="show the closed form so many tokens, 0 to skip it (default 32768)",
     )
-    steps: int = option(
-        300,
+    steps: int | None = option(
+        None,
         group=_HOW,
         metavar="N",
         bounds=bounds.COUNT_OR_NONE,
-        help="distil so many steps, 0 to skip it (default 300)",
+        help=f"distil so many steps, 0 to skip it (default {STEPS})",
+    )
+    tokens: int | None = option(
+        None,
+        group=_HOW,
+        metavar="N",
+        parse=_amount,
+        bounds=Bounds(1, 10**14),
+        help="distil until so many tokens were seen, in place of --steps; also as 15e9",
     )
     learning_rate: float = option(
         LEARNING_RATE,
@@ -154,12 +190,29 @@ class FitSettings:
         bounds=bounds.THREADS,
         help="run PyTorch on N threads of the CPU (default: its own choice)",
     )
+    recompute: bool = option(
+        False, group=_HOW, help="run layers again for the gradients, which takes less memory and more time"
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        group=_HOW,
+        metavar="N",
+        bounds=Bounds(0, 10**4),
+        help="write what distillation has reached every N minutes (default 10)",
+    )
+    log_dir: Path | None = option(None, group=_HOW, metavar="DIR", help="write curves for TensorBoard there")
     resume: bool = option(False, group=_HOW, help="go on where an interrupted fit with these options stopped")
     force: bool = option(False, group=_HOW, help="replace adapters at --out, and begin anew")
     trust_remote_code: bool = trust_remote_code_option(group=_HOW)
 
     def __post_init__(self) -> None:
         check_options(self)
+        if not self.text and self.dataset is None:
+            raise InputError(
+                "There is no text.",
+                note="Neither --text nor --dataset was given, and the model is run over it.",
+                hint="Use --text FILE.",
+            )
         given = [flag for flag in ("drop_ratio", "drop_layers", "drop_list") if getattr(self, flag) is not None]
         if len(given) > 1:
             raise InputError(
@@ -184,11 +237,26 @@ class FitSettings:
                 note=f"--window is {self.window_tokens}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
                 hint=f"Use --window {max(256, shortest)}.",
             )
-        if not self.tokens and not self.steps:
-            raise InputError("Nothing would be fitted.", note="--tokens and --steps are 0.", hint="Give one of them.")
-        if not self.steps:
+        if self.tokens is not None and self.steps is not None:
+            raise InputError(
+                "How long distillation takes is said twice.",
+                note=f"--tokens is {self.tokens}, --steps is {self.steps}. The closed form's are --closed-form-tokens.",
+                hint="Give one of them.",
+            )
+        if not self.closed_form_tokens and self.steps == 0:
+            raise InputError(
+                "Nothing would be fitted.", note="--closed-form-tokens and --steps are 0.", hint="Give one of them."
+            )
+        if self.steps == 0:
             because = "--steps is 0, so nothing is distilled"
-            refuse_unused(self, ("learning_rate", "accumulate", "resume"), because, "give --steps")
+            unused = ("learning_rate", "accumulate", "recompute", "checkpoint_minutes", "log_dir", "resume")
+            refuse_unused(self, unused, because, "give --steps")
+
+    def steps_of(self, workers: int) -> int:
+        """Steps of distillation where so many processes share it."""
+        if self.tokens is None:
+            return STEPS if self.steps is None else self.steps
+        return -(-self.tokens // (self.batch * self.window_tokens * self.accumulate * workers))
 
     @property
     def window_tokens(self) -> int:

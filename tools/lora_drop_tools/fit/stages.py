@@ -5,9 +5,12 @@ Enters: a model under teacher forcing, a plan, texts. Leaves: adapters, and the 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,40 +98,68 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
 
     def choose(name: str, site: Site) -> tuple[Any, Any] | None:
         scales[name] = scale = site.fit.scale.float()
-        if not settings.tokens:
+        if not settings.closed_form_tokens:
             return None
         solution = solve(site, plan.rank)
         console.say(f"layer {name}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
         pair = balanced(solution.a, solution.b, scale)
         return pair[0].to(forcing.device), pair[1].to(forcing.device)
 
-    count = max(1, settings.tokens // (settings.batch * settings.window_tokens))
-    what = "closed form" if settings.tokens else "scales of the features"
+    count = max(1, settings.closed_form_tokens // (settings.batch * settings.window_tokens))
+    what = "closed form" if settings.closed_form_tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (work.seen(number) for number in range(count)))
         pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
-    if not settings.tokens:
+    if not settings.closed_form_tokens:
         return _blank(work, scales), scales
     work.judge(CLOSED_FORM, pairs)
     return pairs, scales
 
 
-def _reporter(console: Console, update: Callable[[str, int, int], None]) -> Callable[[int, int, Sequence[float]], None]:
-    """Says how far distillation is, and now and then its recent loss."""
+class Report:
+    """Says how far distillation is, and writes curves where they are wanted.
 
-    def report(done: int, total: int, losses: Sequence[float]) -> None:
-        update("distillation", done, total)
-        every = max(1, total // _REPORTS)
-        if done % every == 0:
-            console.say(f"distillation: step {done} of {total}, KL {np.mean(losses[-every:]):.4f}")
+    Args:
+        tokens: of a step.
+        log_dir: for TensorBoard.
+    """
 
-    return report
+    def __init__(
+        self, console: Console, update: Callable[[str, int, int], None], tokens: int, log_dir: Path | None
+    ) -> None:
+        self._console, self._update, self._tokens = console, update, tokens
+        self._writer: Any = None
+        self._losses: list[float] = []
+        self._begun = time.monotonic()
+        if log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(log_dir))
+
+    def __call__(self, done: int, total: int, loss: float, rate: float) -> None:
+        self._update("distillation", done, total)
+        self._losses.append(loss)
+        if done % max(1, total // _REPORTS) and done != total:
+            return
+        now = time.monotonic()
+        steps_per_second = len(self._losses) / max(now - self._begun, 1e-9)
+        mean, speed = float(np.mean(self._losses)), steps_per_second * self._tokens
+        left = str(timedelta(seconds=round((total - done) / steps_per_second)))
+        self._console.say(f"distillation: step {done} of {total}, KL {mean:.4f}, {speed:.0f} tokens/s, {left} left")
+        figures = {"kl": mean, "learning_rate": rate, "tokens_per_second": speed}
+        for name, value in figures.items() if self._writer else ():
+            self._writer.add_scalar(name, value, done)
+        self._losses, self._begun = [], now
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
 
 
 def distilled(
     work: Work, pairs: Surrogates, scales: Mapping[str, Any], workers: Workers, state_file: Path
 ) -> tuple[Surrogates, list[float]]:
-    """What distillation made of adapters, and each step's loss.
+    """What distillation made of adapters, and its losses.
 
     Raises:
         InputError: the KL is not finite.
@@ -137,12 +168,20 @@ def distilled(
 
     settings = work.settings
     learner = Learner(pairs, scales, work.forcing.device)
-    options = DistillOptions(settings.steps, settings.learning_rate, settings.accumulate)
-    with work.console.progress("distillation") as update:
-        report = _reporter(work.console, update)
-        losses = distill(
-            work.forcing, work.seen, work.plan, work.plan.refresh_policy, learner, options, workers, state_file, report
-        )
+    options = DistillOptions(
+        settings.steps_of(workers.count),
+        settings.learning_rate,
+        settings.accumulate,
+        checkpoint_seconds=60 * settings.checkpoint_minutes,
+    )
+    tokens = settings.batch * settings.window_tokens * settings.accumulate * workers.count
+    log_dir = settings.log_dir if workers.rank == 0 else None
+    with (
+        work.console.progress("distillation") as update,
+        contextlib.closing(Report(work.console, update, tokens, log_dir)) as report,
+    ):
+        policy = work.plan.refresh_policy
+        losses = distill(work.forcing, work.seen, work.plan, policy, learner, options, workers, state_file, report)
     work.judge(DISTILLATION, learner.pairs())
     return learner.pairs(), losses
 

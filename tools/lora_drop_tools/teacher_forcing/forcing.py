@@ -21,6 +21,7 @@ A half that is kept runs alone: the first one is left at what lies between them,
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,10 +67,12 @@ class TeacherForcing:
 
     Args:
         model: transformers' causal language model in eval mode; its attention is exchanged for good.
+        recompute: `decode` keeps layers' inputs alone for the gradients, and runs the layers again for them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, recompute: bool = False) -> None:
         attention.exchange_attention(model)
+        self._recompute = recompute
         self.model = model
         self.layers = decoder_layers(model)
         self.device = model.get_input_embeddings().weight.device
@@ -223,11 +226,17 @@ class TeacherForcing:
         policy: Policy,
     ) -> Any:
         """The last layer's output of the decoded stream; with gradients for the surrogates."""
+        import torch
+        from torch.utils.checkpoint import checkpoint
+
+        run: Callable[..., Any] = self.decoded_layer
+        if self._recompute and torch.is_grad_enabled():
+            run = functools.partial(checkpoint, run, use_reentrant=False)
         first = min(map(layer_of, plan.sites), default=len(exact))
         before = exact[first - 1].output if first else self.embed(ids)  # nothing differs before the first dropped layer
         hidden = before[:, layout.lora] if policy.exact_refreshes else before
         for index in range(first, len(exact)):
-            hidden = self.decoded_layer(index, hidden, exact[index], layout, plan, surrogates, policy)
+            hidden = run(index, hidden, exact[index], layout, plan, surrogates, policy)
         return hidden
 
     def logits(self, hidden: Any) -> Any:

@@ -1,0 +1,293 @@
+"""Text that is streamed, because it may be larger than memory and disk.
+
+Enters: files, directories, a dataset of the Hub; what makes tokens of a text. Leaves: windows of token ids by number.
+
+Documents are read in their order, an end token between them, and cut into windows. The first windows are held out.
+Of the others so many make a block, which is in memory and is shuffled. After the last document comes the first one
+again. So what a window holds follows from its number and the seed; `state` is a way to a block without reading what
+stands before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.errors import InputError, LoraDropError, first_line
+
+BLOCK_TOKENS = 1 << 20  # in memory and shuffled, at 8 bytes each
+HELD_OUT_WINDOWS = 32  # of a stream, its first
+_LINES = 1000  # of plain text, read as one document
+_FORMATS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".jsonl.gz": "json",
+    ".jsonl.zst": "json",
+    ".parquet": "parquet",
+}  # suffix → what `datasets` calls it
+_PACKAGES = {".jsonl.zst": "zstandard"}
+
+Documents = Any  # an IterableDataset of rows with a `text`
+
+
+def _format(file: Path) -> str | None:
+    return next((suffix for suffix in sorted(_FORMATS, key=len, reverse=True) if file.name.endswith(suffix)), None)
+
+
+def is_streamed(files: Sequence[Path]) -> bool:
+    """Whether one of them is not a plain text, which is read whole."""
+    return any(file.is_dir() or (_format(file) or ".txt") != ".txt" for file in files)
+
+
+def _all_files(given: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files by their suffix; of a directory all that have a known one, in the order of their names.
+
+    Raises:
+        InputError: one is missing or has another suffix, or a directory has none.
+    """
+    found: dict[str, list[Path]] = {}
+    known = ", ".join(_FORMATS)
+    for path in given:
+        files = (
+            sorted(file for file in path.rglob("*") if file.is_file() and _format(file)) if path.is_dir() else [path]
+        )
+        if not files:
+            raise InputError("A directory has no text.", note=f"{path} has no file with {known}.", hint="Give another.")
+        for file in files:
+            suffix = _format(file)
+            if suffix is None:
+                raise InputError(
+                    "The text's format is not known.",
+                    note=f"{file} ends in none of {known}.",
+                    hint="Rename it, or convert it.",
+                )
+            if not file.is_file():
+                raise InputError(
+                    "The text cannot be read.", note=f"{file} does not exist.", hint="Give another --text."
+                )
+            found.setdefault(suffix, []).append(file)
+    return found
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn whatever `datasets` and its readers throw into an error of ours."""
+    try:
+        yield
+    except LoraDropError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise InputError(
+            "The text cannot be read.",
+            note=f"{what}: {type(cause).__name__}: {first_line(cause)}",
+            hint="Give another --text or --dataset. What a fit has reached is kept: go on with --resume.",
+        ) from None
+
+
+def require_package(package: str, why: str) -> None:
+    """Refuse what needs a package of the extra `fit` that is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"{why} needs {package}.", note="It is not installed.", hint="pip install 'lora-drop-export[fit]'"
+        )
+
+
+def _joined(rows: Mapping[str, list[Any]]) -> dict[str, list[str]]:
+    return {"text": ["".join(rows["text"])]}
+
+
+def _text_alone(dataset: Documents, column: str, what: str) -> Documents:
+    """Rows of one column, under the name `text`.
+
+    Raises:
+        InputError: there is no row, or no such column.
+    """
+    with _readable(what):
+        first = next(iter(dataset), None)
+    if first is None:
+        raise InputError("There is no text.", note=f"{what} holds nothing.", hint="Give another --text or --dataset.")
+    if column not in first:
+        raise InputError(
+            "The text has no such column.",
+            note=f"--text-column is {column}; {what} has {', '.join(sorted(first))}.",
+            hint="Name one of them with --text-column.",
+        )
+    dataset = dataset.select_columns([column])
+    return dataset if column == "text" else dataset.rename_column(column, "text")
+
+
+def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> Documents:
+    """The documents of files and of a dataset, taken in turns where they are of several kinds.
+
+    Args:
+        dataset: a name on the Hub or a local directory, maybe with a configuration: `NAME:CONFIG`; its split `train`.
+
+    Raises:
+        InputError: one cannot be found or read, or has no such column.
+    """
+    require_package("datasets", "A streamed text")
+    import datasets
+
+    datasets.disable_progress_bars()
+    parts = []
+    for suffix, found in _all_files(files).items():
+        if suffix in _PACKAGES:
+            require_package(_PACKAGES[suffix], suffix)
+        plain = suffix == ".txt"
+        what = str(found[0]) if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+        with _readable(what):
+            part = datasets.load_dataset(
+                _FORMATS[suffix],
+                data_files=[glob.escape(str(file.resolve())) for file in found],
+                split="train",
+                streaming=True,
+                **({"keep_linebreaks": True} if plain else {}),
+            )
+        part = _text_alone(part, "text" if plain else column, what)
+        parts.append(part.map(_joined, batched=True, batch_size=_LINES) if plain else part)
+    if dataset is not None:
+        name, _, config = dataset.partition(":")
+        with _readable(dataset):
+            part = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        parts.append(_text_alone(part, column, dataset))
+    return parts[0] if len(parts) == 1 else datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
+
+
+class TokenStream:
+    """Blocks of windows by number.
+
+    Args:
+        documents: opens rows with a `text`, from the first one on.
+        encode: token ids int64 [N] of a text.
+        end: the token between two documents; none where None.
+        window: tokens of a window.
+        batch: blocks hold a multiple of so many windows.
+        seed: shuffles each block.
+
+    Attributes:
+        held_out: ids [HELD_OUT_WINDOWS · window], which no block holds.
+        per_block: windows of a block.
+
+    Raises:
+        InputError: there is less text than what is held out and a window.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[], Documents],
+        encode: Callable[[str], Any],
+        end: int | None,
+        window: int,
+        batch: int,
+        seed: int,
+    ) -> None:
+        import torch
+
+        self._open, self._encode, self._window, self._seed = documents, encode, window, seed
+        self._end = torch.tensor([] if end is None else [end], dtype=torch.int64)
+        self.per_block = batch * max(1, BLOCK_TOKENS // (batch * window))
+        self._held_tokens = HELD_OUT_WINDOWS * window
+        self._block: Any = None
+        self._state: dict[str, Any] = {}
+        self._restart()
+        self.held_out = self._first_tokens(self._held_tokens, window)
+        self._restart()
+
+    def _first_tokens(self, count: int, more: int) -> Any:
+        """The first `count` tokens, after which there are `more`."""
+        import torch
+
+        self._skip = 0
+        parts, have = [], 0
+        while have < count + more:
+            parts.append(self._document())
+            have += len(parts[-1])
+            if self._passes > 1:
+                raise InputError(
+                    "The text is too short.",
+                    note=f"It has {have} tokens; the first {count} are held out, and a window is {more} tokens.",
+                    hint=f"Give more text, {count + more} tokens at least, or lower --window.",
+                )
+        return torch.cat(parts)[:count]
+
+    def block(self, number: int) -> Any:
+        """Ids [per_block, window], shuffled. Going on is cheap; for an earlier block all is read from the start.
+
+        Raises:
+            InputError: the text cannot be read any more.
+        """
+        if number < self._next - (self._block is not None):
+            self._restart()
+        while self._next <= number:
+            place = {"next": self._next, "carry": self._carry, "held": self._skip}
+            self._state = {**place, "documents": self._documents.state_dict()}
+            windows = self._read(self.per_block * self._window).reshape(self.per_block, self._window)
+            self._block = windows[np.random.default_rng([self._seed, self._next]).permutation(self.per_block)]
+            self._next += 1
+        return self._block
+
+    def state(self) -> dict[str, Any]:
+        """Where the last block begins, as `torch.save` takes it."""
+        return self._state
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go to a stream's `state`."""
+        self._restart()
+        if state:
+            self._next, self._carry, self._skip = state["next"], state["carry"], state["held"]
+            self._documents.load_state_dict(state["documents"])
+            self._rows = iter(self._documents)
+
+    def _restart(self) -> None:
+        """Back to block 0."""
+        import torch
+
+        self._next, self._passes, self._block = 0, 0, None
+        self._state = {}
+        self._carry = torch.empty(0, dtype=torch.int64)
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._documents = self._open()
+        self._rows = iter(self._documents)
+        self._skip = self._held_tokens
+        self._passes += 1
+
+    def _document(self) -> Any:
+        """Token ids of the next document, less what of them is held out."""
+        import torch
+
+        with _readable("its next document"):
+            row = next(self._rows, None)
+        if row is None:
+            self._begin_pass()
+            return torch.empty(0, dtype=torch.int64)
+        text = row["text"]
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                "The text's column holds no text.",
+                note=f"A row has {text!r:.60}.",
+                hint="Name another one with --text-column.",
+            )
+        ids = torch.cat([self._encode(text or ""), self._end])
+        skipped = min(self._skip, len(ids))
+        self._skip -= skipped
+        return ids[skipped:]
+
+    def _read(self, count: int) -> Any:
+        """The next `count` tokens."""
+        import torch
+
+        parts, have = [self._carry], len(self._carry)
+        while have < count:
+            parts.append(self._document())
+            have += len(parts[-1])
+        joined = torch.cat(parts)
+        self._carry = joined[count:].clone()
+        return joined[:count]
