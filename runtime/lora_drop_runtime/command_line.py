@@ -344,7 +344,7 @@ def check_options(settings: Any) -> None:
                 one if isinstance(one, str) and one in words else _checked(flag, one, item, said) for one in value
             )
             twice = [one for place, one in enumerate(checked) if one in checked[:place]]
-            if twice:
+            if twice and item is not float:  # weights may be alike
                 raise InputError(
                     f"{flag} names a value twice.",
                     note=f"{', '.join(map(str, checked))}: {twice[0]} is there more than once.",

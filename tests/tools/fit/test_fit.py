@@ -214,7 +214,7 @@ def test_distillation_lowers_the_loss_and_leaves_the_model_alone(policy: str) ->
         return sum(run_batch(forcing, *texts(number), plan, learner.pairs(), policy).kl for number in range(8))
 
     at_first = loss()
-    distill(forcing, texts, plan, policy, learner, DistillOptions(40, 2e-2), Workers())
+    distill(forcing, texts, plan, [policy], learner, DistillOptions(40, 2e-2), Workers())
     assert loss() < 0.97 * at_first
     assert all(torch.equal(value, before[name]) for name, value in forcing.model.state_dict().items())
     assert all(parameter.grad.any() for parameter in learner.all())
@@ -227,7 +227,7 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
     forcing, texts, plan, whole, policy = setting()
     ticks = itertools.count()
     options = DistillOptions(6, 1e-2, accumulate=2, checkpoint_seconds=2, clock=lambda: float(next(ticks)))
-    losses = distill(forcing, texts, plan, policy, whole, options, Workers())
+    losses = distill(forcing, texts, plan, [policy], whole, options, Workers())
     forcing, texts, plan, learner, policy = setting()
 
     def stop(done: int, total: int, loss: float, rate: float) -> None:
@@ -235,9 +235,9 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        distill(forcing, texts, plan, policy, learner, options, Workers(), tmp_path / "state.pt", stop)
+        distill(forcing, texts, plan, [policy], learner, options, Workers(), tmp_path / "state.pt", stop)
     forcing, texts, plan, again, policy = setting()
-    assert distill(forcing, texts, plan, policy, again, options, Workers(), tmp_path / "state.pt") == losses
+    assert distill(forcing, texts, plan, [policy], again, options, Workers(), tmp_path / "state.pt") == losses
     for a, b in zip(whole.all(), again.all(), strict=True):
         assert torch.equal(a, b)
 
@@ -251,7 +251,7 @@ def run_fit(model: Path, words: Path, out: Path, **options):
 
 def test_from_text_to_a_bundle(model_dir: Path, words: Path, tmp_path: Path) -> None:
     """The adapters are PEFT's format, export and load, and decode as fitted: each stage is better on held-out text."""
-    result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=60, alpha=6.0, policy="backfill")
+    result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=60, alpha=6.0, policies=("backfill",))
     assert set(result.stages) == {"base", "closed form", "distillation"}
     assert result.stages["distillation"]["kl"] < result.stages["base"]["kl"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
@@ -303,7 +303,7 @@ def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path
 def test_halves_from_text_to_a_bundle(policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
     """A mixed list from a file: what is written has the sites, exports, and decodes as the oracle does."""
     (tmp_path / "list.json").write_text(json.dumps({"sites": ["3", "4.mlp", "5.attn"]}))
-    run_fit(model_dir, words, tmp_path / "a", drop_list=tmp_path / "list.json", steps=2, policy=policy)
+    run_fit(model_dir, words, tmp_path / "a", drop_list=tmp_path / "list.json", steps=2, policies=(policy,))
     said = json.loads((tmp_path / "a/adapter_config.json").read_text())["lora_drop"]
     assert (said["sites"], said["bare_sites"], said["policy"]) == (["3", "4.mlp", "5.attn"], [], policy)
     source = family("llama")
@@ -376,7 +376,7 @@ def test_windowed_layers(words: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         assert list(run_fit(tmp_path / "m", words, tmp_path / name, **options, **small).plan["sites"]) == sites
     with pytest.raises(PlanError, match="sliding window"):
-        run_fit(tmp_path / "m", words, tmp_path / "e", policy="skip", drop_layers=("4.attn",), **small)
+        run_fit(tmp_path / "m", words, tmp_path / "e", policies=("skip",), drop_layers=("4.attn",), **small)
 
 
 def test_a_bundle_is_fitted_for_policies_that_it_can_run(
@@ -388,7 +388,7 @@ def test_a_bundle_is_fitted_for_policies_that_it_can_run(
     result = run_fit(bundle.root, words, tmp_path / "a", steps=1, closed_form_tokens=64)
     assert (list(result.plan["sites"]), result.plan["policy"]) == (["3.attn", "5"], "fill")
     with pytest.raises(PlanError, match="cannot be decoded under policy skip"):
-        run_fit(bundle.root, words, tmp_path / "c", policy="skip")
+        run_fit(bundle.root, words, tmp_path / "c", policies=("skip",))
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
@@ -462,7 +462,7 @@ def test_an_interrupted_fit_can_be_resumed(
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if kwargs.get("learn") and len(calls) > 4 + 4 + 3:
+        if len(args) > 6 and len(calls) > 4 + 4 + 3:
             raise KeyboardInterrupt
         return genuine(*args, **kwargs)
 
@@ -542,7 +542,7 @@ def test_a_dataset_is_fitted_on_like_its_files(model_dir: Path, lines: Path, tmp
 
 
 def test_running_layers_again_changes_nothing(model_dir: Path, words: Path, tmp_path: Path) -> None:
-    options = {"drop_layers": ("3", "5.attn", "6.mlp"), "policy": "backfill", "threads": 1}
+    options = {"drop_layers": ("3", "5.attn", "6.mlp"), "policies": ("backfill",), "threads": 1}
     kept = run_fit(model_dir, words, tmp_path / "kept", **options)
     again = run_fit(model_dir, words, tmp_path / "again", **options, recompute=True)
     assert again.losses == pytest.approx(kept.losses, rel=1e-6)
@@ -565,6 +565,47 @@ def test_running_layers_again_keeps_less() -> None:
             forcing.decode(forcing.exact(ids), ids, layout, plan, learner.pairs(), policy)
         held[recompute] = sum(found.values())
     assert held[True] < 0.3 * held[False]
+
+
+def test_policies_are_mixed(model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches take them in turns, and held-out text is judged under each."""
+    module = importlib.import_module("lora_drop_tools.fit.distill")
+    genuine, seen = module.run_batch, []
+
+    def recorded(*args: Any) -> Divergence:
+        seen.append((args[5].name, "learned" if len(args) > 6 else "judged"))
+        return genuine(*args)
+
+    monkeypatch.setattr(module, "run_batch", recorded)
+    options = {"steps": 3, "closed_form_tokens": 0, "drop_layers": (3,)}
+    result = run_fit(model_dir, words, tmp_path / "a", policies=("backfill", "skip"), **options)
+    judged = [("backfill", "judged"), ("skip", "judged")] * 4
+    assert seen == [*judged, *((name, "learned") for name in ("backfill", "skip", "backfill")), *judged]
+    assert result.plan["policy"] == "backfill"
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_weights_of_the_offsets(policy: str) -> None:
+    """The gradient is that of a mean weighted by hand; the figures stay those without weights."""
+    forcing, texts, plan, learner, policy_object = setting(policy)
+    ids, layout = texts(1)
+    assert layout.offset.tolist() == [0] * 5 + [1, 2, 3, 0] * 4 + [1, 2, 3]
+    weights = torch.tensor([1.0, 4.0, 0.5, 0.0])
+    sums = run_batch(forcing, ids, layout, plan, learner.pairs(), policy_object, True, weights)
+    ours = [parameter.grad.clone() for parameter in learner.all()]
+    assert sums.kl == run_batch(forcing, ids, layout, plan, learner.pairs(), policy_object).kl
+    for parameter in learner.all():
+        parameter.grad = None
+    at = layout.lora if policy == "backfill" else torch.arange(5, 24)
+    exact = forcing.exact(ids)
+    decoded = forcing.decode(exact, ids, layout, plan, learner.pairs(), policy_object)
+    decoded = decoded if policy == "backfill" else decoded[:, at]
+    p, q = (forcing.logits(hidden).log_softmax(-1) for hidden in (exact[-1].output[:, at], decoded))
+    of_each = torch.tensor([[4.0, 0.5, 0.0, 1.0][(position - 5) % 4] for position in at.tolist()])
+    kl = (p.exp() * (p - q)).sum(-1)  # [B, S]
+    ((kl * of_each).sum() / (of_each.sum() * len(ids))).backward()
+    for mine, parameter in zip(ours, learner.all(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_budget_of_tokens() -> None:
@@ -616,6 +657,11 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
         (["--text", "nowhere.txt"], ("nowhere.txt",)),
         (["--text", "nowhere.jsonl"], ("nowhere.jsonl", "does not exist")),
         (["--tokens", "64"], ("said twice", "--closed-form-tokens")),
+        (["--offset-weights", "1,2"], ("do not fit the cycle", "has 2", "has 3")),
+        (["--offset-weights", "0,0,0"], ("largest weight is 0",)),
+        (["--offset-weights", "1,x,2"], ("1,x,2", "1,1,0.5")),
+        (["--offset-weights", "1,nan,2"], ("--offset-weights is not a number",)),
+        (["--policy", "skip,none"], ("refresh policy", "none")),
         (["--tokens", "1.5"], ("1.5", "15e9")),
         (["--tokens", "nan"], ("nan", "15e9")),
         (["--tokens", "1e15"], ("--tokens is too large",)),

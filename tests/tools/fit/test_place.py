@@ -43,15 +43,18 @@ def test_refused_before_the_model_is_loaded(
 
 def test_settings_of_version_01_are_those_of_today() -> None:
     """An unfinished fit of then goes on: its plan in sites, and `tokens` under today's name."""
-    old = {"drop_layers": [3, 5], "injection": "attn_mlp", "tokens": 512, "steps": 4}
+    old = {"drop_layers": [3, 5], "injection": "attn_mlp", "policy": "skip", "tokens": 512, "steps": 4}
     assert _as_today(old) == {
         "sites": ["3.attn", "3.mlp", "5.attn", "5.mlp"],
         "bare_sites": [],
+        "policy": "skip",
+        "policies": ["skip"],
         "closed_form_tokens": 512,
         "steps": 4,
         "tokens": None,
         "dataset": None,
         "text_column": "text",
+        "offset_weights": None,
     }
     today = _as_today(old)
     assert _as_today(today) == today

@@ -3,7 +3,8 @@
 Enters: a model, a plan, a source of texts, adapters to begin with. Leaves: better adapters. The model is frozen; its
 logits are computed once per batch, by the exact stream that the decoded one needs anyway. The loss is
 KL(full ‖ decoded), averaged over the tokens of LoRA steps (and of refreshes where these are not exact: they see holes,
-or what LoRA steps filled in), with the caches and masks of deployment (forcing.py). Under torchrun n processes see the
+or what LoRA steps filled in), with the caches and masks of deployment (forcing.py). Under `lossless` that is the
+divergence of its drafts. Under torchrun n processes see the
 texts that one process sees that accumulates n times as many gradients.
 
 However long it runs, memory stays flat: texts come by number, and of the losses means over stretches are kept.
@@ -16,7 +17,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ class DistillOptions:
     """How to learn: AdamW, linear warm-up over `warm_up` of the steps, then a cosine down to a tenth.
 
     Attributes:
+        offset_weights: of the loss at the first, second, … LoRA step after a refresh; refreshes have 1.
         checkpoint_seconds: of `clock`, between two writes of the state.
     """
 
     steps: int
     learning_rate: float
     accumulate: int = 1
+    offset_weights: tuple[float, ...] | None = None
     warm_up: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -158,33 +161,39 @@ class Divergence:
         }
 
 
-def diverge(forcing: TeacherForcing, full: Any, decoded: Any, following: Any, learn: bool = False) -> Divergence:
+def diverge(
+    forcing: TeacherForcing, full: Any, decoded: Any, following: Any, learn: bool = False, weights: Any = None
+) -> Divergence:
     """Compare next-token distributions, a few hundred tokens at a time; with `learn` send back the mean KL's gradient.
 
     Args:
         full, decoded: the last layer's output [B, S, d] of the full model and of the decoded stream.
         following: the true next tokens [B, S], −1 where there is none.
+        weights: [S] of the mean that is learned from, 1 when None; the figures have none.
     """
     import torch
 
     full, targets = full.reshape(1, -1, full.shape[-1]), following.reshape(-1)
     leaf = decoded.detach().reshape(1, -1, decoded.shape[-1]).requires_grad_(learn)
     sums, count = Divergence(), leaf.shape[1]
+    shares = torch.full((count,), 1 / count, device=leaf.device)
+    if weights is not None:
+        shares = (weights / (weights.sum() * len(decoded))).repeat(len(decoded))
     for begin in range(0, count, _LOSS_ROWS):
         part = slice(begin, begin + _LOSS_ROWS)
         with torch.no_grad():
             expected = forcing.logits(full[:, part])[0].float().log_softmax(-1)  # [rows, V]
         with torch.set_grad_enabled(learn):
             found = forcing.logits(leaf[:, part])[0].float().log_softmax(-1)
-            kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="sum")
+            kl = torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)  # [rows]
         if learn:
-            (kl / count).backward()
+            (kl * shares[part]).sum().backward()
         with torch.no_grad():
             known = targets[part] >= 0
             true = targets[part].clamp(min=0)[:, None]
             sums += Divergence(
                 len(expected),
-                float(kl),
+                float(kl.sum()),
                 int((expected.argmax(-1) == found.argmax(-1)).sum()),
                 -float(expected.gather(1, true)[known].sum()),
                 -float(found.gather(1, true)[known].sum()),
@@ -211,8 +220,13 @@ def run_batch(
     surrogates: Surrogates,
     policy: Policy,
     learn: bool = False,
+    offset_weights: Any = None,
 ) -> Divergence:
-    """One batch of texts [B, T] through both streams."""
+    """One batch of texts [B, T] through both streams.
+
+    Args:
+        offset_weights: [k + 1] of the mean that is learned from, by place in the cycle.
+    """
     import torch
 
     exact = forcing.exact(ids)
@@ -222,7 +236,8 @@ def run_batch(
         if not policy.exact_refreshes:
             decoded = decoded[:, at]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-1)[:, at]
-    return diverge(forcing, exact[-1].output[:, at], decoded, following, learn)
+    weights = None if offset_weights is None else offset_weights[layout.offset[at]]
+    return diverge(forcing, exact[-1].output[:, at], decoded, following, learn, weights)
 
 
 def _rate(step: int, options: DistillOptions) -> float:
@@ -306,7 +321,7 @@ def distill(
     forcing: TeacherForcing,
     texts: Texts,
     plan: DropPlan,
-    policy: Policy,
+    policies: Sequence[Policy],
     learner: Learner,
     options: DistillOptions,
     workers: Workers,
@@ -316,6 +331,7 @@ def distill(
     """Train `learner` in place; returns the mean KL of each step, or of stretches of many, from the first one on.
 
     Args:
+        policies: batches take them in turns.
         texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
         state_file: holds parameters, optimizer, losses, step and the texts' state, written by the first process;
             where it exists training goes on from there.
@@ -331,6 +347,9 @@ def distill(
         workers.agree([*state.parameters, *learner.scales.values(), *learner.sizes.values()])
     state.load(forcing.device)
     per_step = workers.count * options.accumulate
+    weights = None
+    if options.offset_weights is not None:
+        weights = torch.tensor([1.0, *options.offset_weights], device=forcing.device)
     for step in range(state.step, options.steps):
         rate = options.learning_rate * _rate(step, options)
         for group in state.optimizer.param_groups:
@@ -338,8 +357,10 @@ def distill(
         state.optimizer.zero_grad()
         sums = Divergence()
         for turn in range(options.accumulate):
-            ids, layout = texts(step * per_step + workers.rank * options.accumulate + turn)
-            sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, learn=True)
+            number = step * per_step + workers.rank * options.accumulate + turn
+            ids, layout = texts(number)
+            policy = policies[number % len(policies)]
+            sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, True, weights)
         loss = sums.figures()["kl"]
         _check_finite(loss, step, options)
         gradients = [parameter.grad for parameter in state.parameters]

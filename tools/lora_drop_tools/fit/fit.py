@@ -49,7 +49,7 @@ _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 # Settings as they are
 _TOLD = (
     *("dataset", "text_column", "closed_form_tokens", "steps", "tokens"),
-    *("learning_rate", "batch", "window", "accumulate", "seed", "dtype"),
+    *("learning_rate", "offset_weights", "batch", "window", "accumulate", "seed", "dtype"),
 )
 
 
@@ -76,6 +76,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         **{name: getattr(plan, name) for name in ("sites", "bare_sites", "surrogate")},
         "windows": settings.k,
         "policy": plan.policy,
+        "policies": settings.policies or (plan.policy,),
         "rank": settings.rank,
         "alpha": settings.lora_alpha,
         **{name: getattr(settings, name) for name in _TOLD},

@@ -40,7 +40,7 @@ def _as_today(settings: dict[str, Any]) -> dict[str, Any]:
         settings = {name: settings[name] for name in settings if name not in ("drop_layers", "injection")} | sites
     if "closed_form_tokens" not in settings:
         new = {"closed_form_tokens": settings.get("tokens"), "tokens": None, "dataset": None, "text_column": "text"}
-        settings = settings | new
+        settings = settings | new | {"policies": [settings.get("policy")], "offset_weights": None}
     return settings
 
 

@@ -48,7 +48,7 @@ def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList
     first = settings.always_first if listed is None or settings.always_first is not None else listed.always_first
     last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
     first, last = 3 if first is None else first, 1 if last is None else last
-    policy = settings.policy or DEFAULT_POLICY
+    policy = settings.policies[0] if settings.policies else DEFAULT_POLICY
     eligible = eligible_layers(len(windows), first, last, windowed, policy)
     ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
     sites = injected(spread_layers(eligible, ratio) if listed is None else listed.sites, settings.injection)
@@ -84,6 +84,11 @@ def _check_nothing_chosen(loaded: LoadedModel, settings: FitSettings, listed: Dr
         )
 
 
+def _check_policies(plan: DropPlan, settings: FitSettings) -> None:
+    for policy in settings.policies:
+        plan.check_policy(POLICIES[policy])
+
+
 def listed_layers(settings: FitSettings) -> DropList | None:
     """The drop list that was given, from a file or by its layers."""
     from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list
@@ -113,9 +118,10 @@ def plan_to_fit(
     else:
         _check_nothing_chosen(loaded, settings, listed)
         plan = loaded.plan
-        if settings.policy is not None:
-            plan.check_policy(POLICIES[settings.policy])
-        plan = dataclasses.replace(plan, rank=settings.rank, policy=settings.policy or plan.policy)
+        _check_policies(plan, settings)
+        policy = settings.policies[0] if settings.policies else plan.policy
+        plan = dataclasses.replace(plan, rank=settings.rank, policy=policy)
+    _check_policies(plan, settings)
     if not plan.sites:
         raise PlanError(
             "No layer is dropped, so there is nothing to fit.",

@@ -37,6 +37,13 @@ def _amount(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 500000 or 15e9")
 
 
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,1,0.5") from None
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """What adapters are fitted to and how; what stands under `_PLAN` a bundle brings itself.
@@ -49,13 +56,14 @@ class FitSettings:
         drop_layers, drop_list: the sites to drop, or a file of `lora-drop profile` that says them; at most one.
         adapters_for: `attn` and `mlp` leave the other halves without an adapter.
         k: LoRA steps between refreshes; of several each batch draws one.
-        policy: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's, else
-            `skip`, when None.
+        policies: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's or
+            `skip` when empty. Distillation takes several in turns; the adapters are written for the first one.
         alpha: PEFT's; the rank when None, so that the scale is 1.
         closed_form_tokens: that the closed form sees, 0 to begin with adapters that do nothing.
         steps: of distillation, 0 for none, 300 when None; each of `accumulate` batches of `batch` texts of `window`
             tokens, which are 256 when None, or as many as the model and the bundle allow.
         tokens: that distillation sees, in place of `steps`.
+        offset_weights: of the loss at the first, second, … LoRA step after a refresh; all alike when None.
         recompute: keep the layers' inputs alone and run them again for the gradients, which takes less memory.
         checkpoint_minutes: between two writes of what distillation has reached.
         log_dir: for TensorBoard.
@@ -119,8 +127,12 @@ class FitSettings:
         bounds=Bounds(1, bounds.K.most),
         help="windows, mixed if several (default 3)",
     )
-    policy: str | None = option(
-        None, group=_PLAN, choices=tuple(POLICIES), help="what refreshes do at deployment (default skip)"
+    policies: tuple[str, ...] = option(
+        (),
+        flag="--policy",
+        group=_PLAN,
+        metavar="NAME,…",
+        help=f"what refreshes do at deployment: {', '.join(POLICIES)}; mixed if several (default {DEFAULT_POLICY})",
     )
     rank: int = option(16, group=_PLAN, metavar="R", bounds=bounds.RANK, help="fit matrices of this rank (default 16)")
     alpha: float | None = option(
@@ -159,6 +171,14 @@ class FitSettings:
         metavar="X",
         bounds=Bounds(0, 1000, open=True),
         help=f"how fast distillation learns (default {LEARNING_RATE})",
+    )
+    offset_weights: tuple[float, ...] | None = option(
+        None,
+        group=_HOW,
+        parse=_weights,
+        metavar="W,…",
+        bounds=Bounds(0, 1000),
+        help="weigh the first, second, … LoRA step after a refresh so in distillation (default: all alike)",
     )
     batch: int = option(
         4, group=_HOW, metavar="B", bounds=bounds.BATCH, help="put so many texts into a batch (default 4)"
@@ -220,16 +240,19 @@ class FitSettings:
                 note=f"{' and '.join('--' + flag.replace('_', '-') for flag in given)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
-        policy = self.policy or DEFAULT_POLICY
-        check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        policies = self.policies or (DEFAULT_POLICY,)
+        for policy in policies:
+            check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
         check_known("choice of adapters", self.adapters_for or ADAPTED[0], ADAPTED, "--adapters-for")
         if self.drop_layers is not None:
             object.__setattr__(self, "drop_layers", sorted_sites(self.drop_layers))
         if not self.k:
             raise PlanError("There are no LoRA steps to fit.", note="--k names no window.", hint="Use --k 3.")
-        for k in self.k:
-            check_policy(POLICIES[policy], k)
+        for policy in policies:
+            for k in self.k:
+                check_policy(POLICIES[policy], k)
+        self._check_weights()
         shortest = PROMPT + 2 * max(self.k) + 2
         if self.window_tokens < shortest:
             raise InputError(
@@ -249,8 +272,28 @@ class FitSettings:
             )
         if self.steps == 0:
             because = "--steps is 0, so nothing is distilled"
-            unused = ("learning_rate", "accumulate", "recompute", "checkpoint_minutes", "log_dir", "resume")
+            unused = (
+                "learning_rate",
+                "accumulate",
+                "offset_weights",
+                "recompute",
+                "checkpoint_minutes",
+                "log_dir",
+                "resume",
+            )
             refuse_unused(self, unused, because, "give --steps")
+
+    def _check_weights(self) -> None:
+        weights = self.offset_weights
+        if weights is None:
+            return
+        if len(weights) != max(self.k) or not any(weights):
+            raise InputError(
+                "The weights do not fit the cycle.",
+                note=f"--offset-weights has {len(weights)}, --k has {max(self.k)} LoRA steps after a refresh; "
+                f"the largest weight is {max(weights):g}.",
+                hint="Give one for each of them, at least one above 0.",
+            )
 
     def steps_of(self, workers: int) -> int:
         """Steps of distillation where so many processes share it."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES, Policy
 
 from .settings import FitSettings
 from .texts import Texts
@@ -50,8 +51,12 @@ class Work:
     console: Console
     stages: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def policies(self) -> list[Policy]:
+        return [POLICIES[name] for name in self.settings.policies or (self.plan.policy,)]
+
     def judge(self, stage: str, pairs: Surrogates) -> None:
-        """Note means over held-out text, each of whose batches is seen in its own phase.
+        """Note means over held-out text, each of whose batches is seen in its own phase, under each policy.
 
         Raises:
             InputError: the KL is not finite.
@@ -61,7 +66,8 @@ class Work:
         sums = Divergence()
         for number in range(_HELD_OUT_BATCHES):
             ids, layout = self.unseen(number)
-            sums += run_batch(self.forcing, ids, layout, self.plan, pairs, self.plan.refresh_policy)
+            for policy in self.policies:
+                sums += run_batch(self.forcing, ids, layout, self.plan, pairs, policy)
         figures = sums.figures()
         name = "base alone" if stage == BASE else stage
         if not math.isfinite(figures["kl"]):
@@ -172,6 +178,7 @@ def distilled(
         settings.steps_of(workers.count),
         settings.learning_rate,
         settings.accumulate,
+        settings.offset_weights,
         checkpoint_seconds=60 * settings.checkpoint_minutes,
     )
     tokens = settings.batch * settings.window_tokens * settings.accumulate * workers.count
@@ -180,8 +187,9 @@ def distilled(
         work.console.progress("distillation") as update,
         contextlib.closing(Report(work.console, update, tokens, log_dir)) as report,
     ):
-        policy = work.plan.refresh_policy
-        losses = distill(work.forcing, work.seen, work.plan, policy, learner, options, workers, state_file, report)
+        losses = distill(
+            work.forcing, work.seen, work.plan, work.policies, learner, options, workers, state_file, report
+        )
     work.judge(DISTILLATION, learner.pairs())
     return learner.pairs(), losses
 

@@ -53,6 +53,15 @@ class Layout:
         return torch.searchsorted(self.full, self.lora) - 1
 
     @functools.cached_property
+    def offset(self) -> Any:
+        """How many LoRA steps there were since the last refresh or prompt token, itself counted, [T]; 0 at these."""
+        import torch
+
+        offset = torch.zeros_like(self.is_lora, dtype=torch.int64)
+        offset[self.lora] = self.lora - self.anchor
+        return offset
+
+    @functools.cached_property
     def segment_begin(self) -> Any:
         """For each LoRA step the index in `lora` of the first one after the same anchor, [S]."""
         import torch
