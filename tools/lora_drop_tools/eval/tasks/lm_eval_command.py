@@ -42,16 +42,16 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
-    try:
-        with replaced(), running(_run):
+    with replaced(), running(_run):
+        try:
             command.cli_evaluate()
-    except Exception as error:
-        if isinstance(error, LoraDropError | OSError | MemoryError) or not is_of_lm_eval(error):
-            raise
-        raise InputError(
-            "lm-eval ended with an error.",
-            note=f"{type(error).__name__}: {first_line(error):.300}.",
-            hint=f"See: {PROGRAM} run --help",
-        ) from error
-    finally:
-        sys.argv = before
+        except Exception as error:
+            if isinstance(error, LoraDropError | OSError | MemoryError) or not is_of_lm_eval(error):
+                raise
+            raise InputError(
+                "lm-eval ended with an error.",
+                note=f"{type(error).__name__}: {first_line(error):.300}.",
+                hint=f"See: {PROGRAM} run --help",
+            ) from error
+        finally:
+            sys.argv = before

@@ -33,10 +33,9 @@ def _kept_run(store: Store, unsafe: bool, program: str) -> bool:
 def is_of_lm_eval(error: Exception) -> bool:
     """Whether lm-eval or a definition raised it, and not what this package does when it is asked."""
     ours = Path(__file__).parents[2]
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    return not any(
-        ours in file.parents and file != Path(__file__) and DEFINITIONS not in file.parents for file in files
-    )
+    _, *deeper = traceback.extract_tb(error.__traceback__)  # the first is who asks
+    files = [Path(frame.filename) for frame in deeper]
+    return not any(ours in file.parents and DEFINITIONS not in file.parents for file in files)
 
 
 def _has_others(task: Any) -> bool:

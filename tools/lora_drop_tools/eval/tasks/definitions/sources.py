@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from lora_drop_tools.eval.tasks.code_eval import CODE_EVAL
 
 Item = dict[str, Any]
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 _CITIES = ("Lisbon", "Oslo", "Quito", "Hanoi", "Dakar", "Perth", "Turin", "Izmir", "Lagos", "Osaka")
 
 
@@ -48,15 +49,18 @@ def pass_at_1_and_10(references: Sequence[str], predictions: Sequence[Sequence[s
 
 
 def _needle(characters: int, depth: float, generator: random.Random) -> Item:
+    """Hay of whole sentences, `characters` at most, and the needle before a share `depth` of them."""
     city, number = generator.choice(_CITIES), str(generator.randrange(1_000_000, 10_000_000))
-    sentences = (_FILLER + " ") * (characters // len(_FILLER) + 1)
-    sentences = sentences[:characters].rpartition(".")[0] + "."
-    place = sentences.rfind(". ", 0, max(2, round(depth * len(sentences)))) + 2 if depth < 1 else len(sentences) + 1
-    place = 0 if depth == 0 else place
-    hidden = f"The magic number of {city} is {number}. "
-    text = sentences[:place] + (" " if depth == 1 else "") + hidden + sentences[place:]
+    hay: list[str] = []
+    size = 0
+    for sentence in itertools.cycle(_FILLER):
+        size += len(sentence) + 1
+        if size > characters + 1:
+            break
+        hay.append(sentence)
+    hay.insert(round(depth * len(hay)), f"The magic number of {city} is {number}.")
     return {
-        "text": text.strip(),
+        "text": " ".join(hay),
         "question": f"What is the magic number of {city} that the text names?",
         "number": number,
         "characters": characters,
