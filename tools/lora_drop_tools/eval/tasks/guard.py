@@ -144,8 +144,8 @@ def _go_apart(root: str, visible: list[str], box_bytes: int) -> None:
         os._exit(NOT_APART)
 
 
-def _limit(seconds: int, memory: int, file_bytes: int) -> None:
-    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_bytes, "NPROC": 0, "CORE": 0, "NOFILE": 64}
+def _limit(seconds: int, memory: int, file_bytes: int, processes: int) -> None:
+    limits = {"CPU": seconds, "AS": memory, "FSIZE": file_bytes, "NPROC": processes, "CORE": 0, "NOFILE": 64}
     for name, wanted in limits.items():
         number = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(number)[1]
@@ -188,7 +188,7 @@ def main() -> None:
     source = sys.stdin.read()
     if options["visible"] is not None:
         _go_apart(os.getcwd(), options["visible"], options["box_bytes"])
-    _limit(options["seconds"], options["memory"], options["file_bytes"])
+    _limit(options["seconds"], options["memory"], options["file_bytes"], options["processes"])
     _watch()
     leave = os._exit  # what the program may change of `os` does not matter
     exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})

@@ -28,6 +28,7 @@ from .guard import NOT_APART, PASSED
 TIMEOUT_SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
+PROCESSES = 64  # and threads, of a program that is cut off: they are counted by themselves there
 BOX_BYTES = 16 * 2**20  # of all files that a program writes, in memory
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _PYTHON = ("stdlib", "platstdlib", "purelib", "platlib")
@@ -56,6 +57,7 @@ def _run(source: str, timeout_seconds: float, apart: bool) -> tuple[int | None, 
         "memory": MEMORY_BYTES,
         "file_bytes": FILE_BYTES,
         "box_bytes": BOX_BYTES,
+        "processes": PROCESSES if apart else 0,
         "visible": _visible() if apart else None,
     }
     with tempfile.TemporaryDirectory(prefix="lora-drop-program-") as directory:
