@@ -121,6 +121,20 @@ def _difference(one: TaskFigures | GroupFigures | None) -> str:
     return f"{one.difference.value:+.3f} [{one.difference.low:+.3f}, {one.difference.high:+.3f}]"
 
 
+def _part_table(rows: Sequence[EvalRow]) -> list[str]:
+    """A line for each task and group inside a group."""
+    first, outer = rows[0], [group for group in rows[0].groups.values() if not group.is_part]
+    inside = {name for group in outer for name in group.tasks}
+    names = [name for name, group in first.groups.items() if group.is_part] + [n for n in first.tasks if n in inside]
+    if not names:
+        return []
+    cells = [
+        (name, *(_value(row.groups.get(name) if name in first.groups else row.tasks.get(name)) for row in rows))
+        for name in names
+    ]
+    return ["", *table(("within groups, %", *map(schedule_name, rows)), cells)]
+
+
 def _task_table(rows: Sequence[EvalRow]) -> list[str]:
     names = list(_heads(rows[0]))
     headings = ("tasks, %", "ρ", *names, "average", "average − full, pp")
@@ -141,20 +155,6 @@ def _task_table(rows: Sequence[EvalRow]) -> list[str]:
     if paired:
         lines += ["", *table(("task − full, pp", "", *names), paired)]
     return lines + _part_table(rows)
-
-
-def _part_table(rows: Sequence[EvalRow]) -> list[str]:
-    """A line for each task and group inside a group."""
-    first, outer = rows[0], [group for group in rows[0].groups.values() if not group.is_part]
-    inside = {name for group in outer for name in group.tasks}
-    names = [name for name, group in first.groups.items() if group.is_part] + [n for n in first.tasks if n in inside]
-    if not names:
-        return []
-    cells = [
-        (name, *(_value(row.groups.get(name) if name in first.groups else row.tasks.get(name)) for row in rows))
-        for name in names
-    ]
-    return ["", *table(("within groups, %", *map(schedule_name, rows)), cells)]
 
 
 def _notes(result: EvalResult) -> list[str]:

@@ -212,6 +212,28 @@ def _group(group: Any, all_groups: Mapping[str, Any]) -> OpenedGroup:
     return OpenedGroup(group.name, tasks, config.metric, filters, bool(config.weight_by_size), group.name in inner)
 
 
+def _check_twice(name: str, new: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
+    twice = [one for one in new if one in tasks]
+    if twice:
+        raise InputError(
+            "A task is named twice.",
+            note=f"{twice[0]} is part of {name} and of what was named before.",
+            hint="Name each task once, by itself or by a group or tag that it belongs to.",
+        )
+
+
+def _check_prompts(opened: OpenedTask) -> None:
+    """Build the first item's prompt: where there are too few examples for it, this fails."""
+    if not opened.places:
+        raise InputError(
+            "A task has no items.", note=f"{opened.name}: its split is empty.", hint="Give other data, or leave it out."
+        )
+    opened.task.set_fewshot_seed(FEWSHOT_SEED)
+    task, doc = opened.task, _documents(opened.task)[0]
+    if hasattr(task, "fewshot_cfg"):  # the others, written in Python, have no examples
+        task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+
+
 def check_lm_eval() -> None:
     """Raises InputError where lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -270,25 +292,3 @@ def open_tasks(
                 raise _as_ours(name, error) from None
     figured = {name: _group(group, groups) for name, group in groups.items() if group.has_aggregation}
     return Opened(opened, figured)
-
-
-def _check_twice(name: str, new: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    twice = [one for one in new if one in tasks]
-    if twice:
-        raise InputError(
-            "A task is named twice.",
-            note=f"{twice[0]} is part of {name} and of what was named before.",
-            hint="Name each task once, by itself or by a group or tag that it belongs to.",
-        )
-
-
-def _check_prompts(opened: OpenedTask) -> None:
-    """Build the first item's prompt: where there are too few examples for it, this fails."""
-    if not opened.places:
-        raise InputError(
-            "A task has no items.", note=f"{opened.name}: its split is empty.", hint="Give other data, or leave it out."
-        )
-    opened.task.set_fewshot_seed(FEWSHOT_SEED)
-    task, doc = opened.task, _documents(opened.task)[0]
-    if hasattr(task, "fewshot_cfg"):  # the others, written in Python, have no examples
-        task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))

@@ -84,8 +84,6 @@ def running(runner: Runner) -> Iterator[None]:
 
 def uses_code_eval(functions: Sequence[Any]) -> bool:
     """Whether one of a task's functions stands in a module that loaded this metric."""
-    return any(CODE_EVAL in _values(function) for function in functions)
-
-
-def _values(function: Any) -> list[Any]:
-    return [value for value in getattr(function, "__globals__", {}).values() if isinstance(value, CodeEval)]
+    return any(
+        isinstance(value, CodeEval) for function in functions for value in getattr(function, "__globals__", {}).values()
+    )
