@@ -90,9 +90,9 @@ def _compare(args: argparse.Namespace) -> None:
     compare(args.bundle, settings_of(CompareSettings, args))
 
 
-def _refuse_options(args: argparse.Namespace) -> None:
-    """The command that needs no parser of ours is the first word, and never comes here."""
-    raise AssertionError(args)
+def _harness(_: argparse.Namespace) -> None:
+    """lm-eval's command without a word for it."""
+    run_harness(())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_profile(command)
     command = add("fit", run_fit, "Fit adapters for a plan on plain text: in closed form, then by distillation.")
     add_fit(command)
-    add(HARNESS, _refuse_options, "Run lm-eval's own command, with a bundle as --model lora-drop.")
+    add(HARNESS, _harness, "Run lm-eval's own command, with a bundle as --model lora-drop.")
     return parser
 
 

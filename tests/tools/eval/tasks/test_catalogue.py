@@ -237,10 +237,7 @@ def test_a_group_without_a_figure_in_lm_eval_has_none(directory: Path) -> None:
         (["own_way"], "A task runs programs that a model writes in a way of its own.", "own_way does so"),
     ],
 )
-def test_refused(
-    names: list[str], fact: str, note: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_path: Path) -> None:
     row = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
     for name in ("no_file", "not_cached", "no_json", "no_items", "odd_metric"):
         define(tmp_path, name, "piqa/piqa.yaml", [row])

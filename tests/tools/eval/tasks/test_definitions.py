@@ -131,6 +131,10 @@ ITEMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
             }
         ],
     ),
+    "cola": (
+        "glue/cola/default.yaml",
+        [{"sentence": f"This is {i}.", "label": label} for i, label in enumerate((1, 1, 0, 0))],
+    ),
     "wikitext": ("wikitext/wikitext.yaml", [{"page": " = Sea = \n The sea is wide ."}]),
 }
 STORE = Store(None, {})
@@ -302,6 +306,30 @@ def test_a_figure_that_is_no_mean_is_lm_evals_own(opened: Opened) -> None:
     assert figures.metric == "word_perplexity"
     assert figures.difference is None
     assert not figures.is_share
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")  # in some draws of the bootstrap
+def test_such_a_figure_has_lm_evals_error_where_it_gives_one(opened: Opened) -> None:
+    """Matthews' correlation of four items: gold 1, 1, 0, 0, said 1, 1, 0, 1."""
+    model = ScriptedLM()
+    said = {"This is 0.": 1, "This is 1.": 1, "This is 2.": 0, "This is 3.": 1}
+
+    def answer(requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        model.asked += [request.args for request in requests]
+        wanted = [said[request.args[0].partition("\n")[0]] for request in requests]
+        return [(0.0 if request.idx == one else -1.0, False) for request, one in zip(requests, wanted, strict=True)]
+
+    model.loglikelihood = answer
+    found = run(opened, "cola", model)
+    assert ("This is 0.\nQuestion: Does this sentence make sense?\nAnswer:", " yes") in model.asked
+    one = found.aggregates["mcc"]
+    assert (one.value, one.count) == (pytest.approx(2 / math.sqrt(3 * 2 * 1 * 2)), 4)
+    assert one.stderr is not None
+    figure = task_figures(found, found, seed=0).figure
+    assert (figure.low, figure.high) == (
+        pytest.approx(one.value - 1.96 * one.stderr, abs=1e-4),
+        pytest.approx(one.value + 1.96 * one.stderr, abs=1e-4),
+    )
 
 
 # ── texts ──────────────────────────────────────────────────────────────────────────────────────────────────────

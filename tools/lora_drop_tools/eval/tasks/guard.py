@@ -19,7 +19,6 @@ import ctypes
 import json
 import os
 import platform
-import resource
 import signal
 import sys
 from typing import Any
@@ -145,6 +144,8 @@ def _go_apart(root: str, visible: list[str], box_bytes: int) -> None:
 
 
 def _limit(seconds: int, memory: int, file_bytes: int, processes: int) -> None:
+    import resource  # which Windows has not, and the file's constants are read there too
+
     limits = {"CPU": seconds, "AS": memory, "FSIZE": file_bytes, "NPROC": processes, "CORE": 0, "NOFILE": 64}
     for name, wanted in limits.items():
         number = getattr(resource, "RLIMIT_" + name)
