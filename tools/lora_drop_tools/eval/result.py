@@ -74,7 +74,7 @@ class TaskFigures:
             items' values is lm-eval's own figure.
         difference: of `metric`, paired, to k = 0; None under k = 0, and where it is no mean of items' values.
         cut: requests that lost the beginning of their context.
-        is_share: whether `metric` is a mean of values from 0 to 1.
+        is_share: whether `metric` is a mean of values from 0 to 1, the more the better.
     """
 
     metric: str
@@ -245,7 +245,7 @@ def task_figures(measured: Measured, full: Measured | None, seed: int) -> TaskFi
     metrics |= {name: _aggregate_figure(one) for name, one in measured.aggregates.items()}
     is_mean = metric in items[order[0]] and metric not in measured.likelihoods
     is_paired = full is not None and metric in full.items[order[0]] and is_mean
-    is_share = is_mean and all(0 <= items[item][metric] <= 1 for item in order)
+    is_share = is_mean and measured.rises and all(0 <= items[item][metric] <= 1 for item in order)
     difference = None
     if full is not None and is_paired:
         difference = item_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.eval.store import Store
 from lora_drop_tools.eval.texts import Writer
 
-from tests.support.bundles import family
+from tests.support.bundles import family, record_again
 
 pytest.importorskip("lm_eval", reason="lm-eval, of the extra `eval`, is not installed")
 
@@ -262,6 +263,23 @@ def test_lm_evals_own_command(
         )
     found = figures["results"]["lambada_openai"]["perplexity,none"]
     assert found == pytest.approx(float(torch.tensor([-one[0] for one in own]).mean().exp()), rel=1e-3)
+
+
+def test_lm_evals_command_applies_the_chat_template(bundle: Path, tmp_path: Path) -> None:
+    own = tmp_path / "bundle"
+    shutil.copytree(bundle, own)
+    (own / "tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    record_again(own)
+    rows = [{"question": "1+1?", "answer": "#### 2"}] * 6
+    define(tmp_path, "gsm8k", "gsm8k/gsm8k.yaml", rows[:1], rows)
+    given = ["--model", "lora-drop", "--model_args", f"bundle={own},k=1,threads=1", "--tasks", "gsm8k"]
+    given += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "results"), "--log_samples"]
+    given += ["--apply_chat_template", "--num_fewshot", "1", "--gen_kwargs", "max_gen_toks=4"]
+    assert main(["lm-eval", *given]) == 0
+    (written,) = (tmp_path / "results").rglob("samples_gsm8k_*.jsonl")
+    prompts = {json.loads(line)["arguments"]["gen_args_0"]["arg_0"] for line in written.read_text().splitlines()}
+    # Examples are turns of their own, as lm-eval has it by itself
+    assert prompts == {"<user>Question: 1+1?\nAnswer:\n<assistant>#### 2\n<user>Question: 1+1?\nAnswer:\n<assistant>"}
 
 
 @pytest.mark.parametrize(

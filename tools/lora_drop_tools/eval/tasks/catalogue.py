@@ -151,9 +151,10 @@ def _as_ours(name: str, error: Exception) -> InputError:
             hint="It is fetched from the Hugging Face hub, or read from its cache (HF_HOME) or the files that the "
             "definition names; examples/eval has definitions for local files.",
         )
+    said = [f"{type(one).__name__}: {' '.join(str(one).split()):.200}".rstrip(": .") for one in causes[:2]]
     return InputError(
         "A task cannot be opened.",
-        note=f"{name}: {type(error).__name__}: {text}.",
+        note=f"{name}: {'; '.join(said)}.",
         hint="Its definition and its data do not fit each other, or the definition is damaged.",
     )
 

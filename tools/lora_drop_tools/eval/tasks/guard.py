@@ -15,6 +15,7 @@ With `apart` the process is first cut off in namespaces of its own:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -103,7 +104,8 @@ def _own_root(root: str, visible: list[str], box_bytes: int) -> None:
     os.mkdir(root + BOX)
     _mount("tmpfs", root + BOX, "tmpfs", _NO_SUID | _NO_DEV, f"size={box_bytes},mode=700")
     os.mkdir(root + "/proc")
-    _mount("proc", root + "/proc", "proc", _NO_SUID | _NO_DEV | _NO_EXEC)
+    with contextlib.suppress(OSError):  # a container's may be covered in part, and then there is none
+        _mount("proc", root + "/proc", "proc", _NO_SUID | _NO_DEV | _NO_EXEC)
     os.chdir(root)
     number = _PIVOT_ROOT.get(platform.machine())
     if number is None:

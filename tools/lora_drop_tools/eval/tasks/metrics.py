@@ -39,12 +39,13 @@ class Measured:
         items: by the item's place in its split, the metrics that are means.
         likelihoods: names of those among them that are log-likelihoods of items, whose figure is a perplexity.
         aggregates: the others.
-        metric: the main one, of either.
+        metric: the main one, of either; `rises` with quality, or falls.
         cut: requests that lost the beginning of their context.
     """
 
     items: Items
     metric: str
+    rises: bool = True
     likelihoods: frozenset[str] = frozenset()
     aggregates: dict[str, Aggregate] = field(default_factory=dict)
     cut: int = 0
@@ -104,4 +105,6 @@ def measured(task: Any, result: Mapping[str, Any], places: Sequence[int], cut: i
         error = float(stderr) if isinstance(stderr, numbers.Real) else None
         aggregates[full] = Aggregate(float(result["results"][name][",".join(key)]), error, len(own))
     defined = [str(getattr(one["metric"], "__name__", one["metric"])) for one in task.config.metric_list or ()]
-    return Measured(items, main_metric(name, defined, list(values)), frozenset(likelihoods), aggregates, cut)
+    main = main_metric(name, defined, list(values))
+    rises = bool(task.higher_is_better().get(plain[main], True))
+    return Measured(items, main, rises, frozenset(likelihoods), aggregates, cut)

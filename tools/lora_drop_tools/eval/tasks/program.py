@@ -50,8 +50,8 @@ def _visible() -> list[str]:
     return [path for path in ordered if not any(path.startswith(f"{other}/") for other in ordered)]
 
 
-def _run(source: str, timeout_seconds: float, apart: bool) -> tuple[int | None, str]:
-    """The exit code, None at the time limit or after a signal, and what the guard says where it is not PASSED."""
+def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False) -> tuple[int, str]:
+    """The exit code, negative after a signal as at the time limit, and with `listen` what came on standard error."""
     options = {
         "seconds": max(1, round(timeout_seconds)),
         "memory": MEMORY_BYTES,
@@ -67,7 +67,7 @@ def _run(source: str, timeout_seconds: float, apart: bool) -> tuple[int | None, 
             env={"OPENBLAS_NUM_THREADS": "1"},  # threads count as processes
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE if source == _NOTHING else subprocess.DEVNULL,
+            stderr=subprocess.PIPE if listen else subprocess.DEVNULL,
             start_new_session=True,
         )
         said = b""
@@ -82,15 +82,12 @@ def _run(source: str, timeout_seconds: float, apart: bool) -> tuple[int | None, 
         return process.returncode, said.decode("utf-8", "replace").strip()
 
 
-_NOTHING = "pass"  # the program that tells whether programs can be cut off
-
-
 @functools.cache
 def why_not_apart() -> str:
     """Why programs cannot be cut off on this machine; empty where they can."""
     if not sys.platform.startswith("linux"):
         return f"there are no namespaces on {sys.platform}"
-    code, said = _run(_NOTHING, 60.0, apart=True)
+    code, said = _run("pass", 60.0, apart=True, listen=True)
     return "" if code == PASSED else said or f"the attempt ended with {code}"
 
 
