@@ -71,19 +71,22 @@ def test_texts_end_at_stop_strings(bundle: Path, codec: TextCodec, writer: Write
 def test_a_batch_is_kept_and_grows_with_what_it_is_given(
     codec: TextCodec, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[int] = []
+    opened: list[tuple[int, int, int]] = []
     plain = Batch.open
 
     def count(path: Path, **options: int) -> Batch:
-        opened.append(options["max_seq_len"])
+        opened.append((options["max_seq_len"], options["k"], options["slots"]))
         return plain(path, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Batch, "open", count)
     for new_tokens in (10, 4, 20):
         write(writer, [Wish(codec.encode("boat"), new_tokens)], 1, 1)
-    assert opened == [14, 24]
-    write(writer, [], 1, 1)
-    assert opened == [14, 24]
+    assert opened == [(14, 1, 1), (24, 1, 1)]
+    write(writer, [Wish(codec.encode("boat"), 20)], 3, 1)  # which needs less room in dropped layers
+    write(writer, [], 0, 8)
+    assert len(opened) == 2
+    write(writer, [Wish(codec.encode("boat"), 20)] * 2, 0, 2)
+    assert opened[2:] == [(24, 0, 2)]
 
 
 def test_rows_join_when_others_end(codec: TextCodec, writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,26 @@ class _Text:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class _Size:
+    """What a batch has room for: tokens of a prompt and of a whole row, rows, and refreshes as often as under `k`."""
+
+    prompt: int
+    whole: int
+    k: int
+    slots: int
+
+    def with_room_for(self, other: _Size | None) -> _Size:
+        if other is None:
+            return self
+        return _Size(
+            max(self.prompt, other.prompt),
+            max(self.whole, other.whole),
+            min(self.k, other.k),
+            max(self.slots, other.slots),
+        )
+
+
 class Writer:
     """Writes texts with a bundle. Use as a context manager.
 
@@ -63,6 +83,7 @@ class Writer:
         self._path, self._codec, self._policy = path, codec, policy
         self._target, self._provider, self._threads = target, provider, threads
         self._batch: Batch | None = None
+        self._size: _Size | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -75,21 +96,23 @@ class Writer:
             self._batch.close()
             self._batch = None
 
-    def _fitting(self, wishes: Sequence[Wish], slots: int) -> Batch:
+    def _fitting(self, wishes: Sequence[Wish], k: int, slots: int) -> Batch:
         """A batch with room for each of these; the one there is, where it has."""
-        prompt = max(len(wish.ids) for wish in wishes)
-        whole = max(len(wish.ids) + wish.max_new_tokens for wish in wishes)
-        batch = self._batch
-        if batch is not None and (batch.max_prompt_len < prompt or batch.max_seq_len < whole):
-            prompt, whole = max(prompt, batch.max_prompt_len), max(whole, batch.max_seq_len)
+        needed = _Size(
+            max(len(wish.ids) for wish in wishes),
+            max(len(wish.ids) + wish.max_new_tokens for wish in wishes),
+            k,
+            slots,
+        )
+        if self._batch is None or needed.with_room_for(self._size) != self._size:
+            self._size = needed.with_room_for(self._size)
             self.close()
-        if self._batch is None:
             self._batch = Batch.open(
                 self._path,
-                slots=slots,
-                max_seq_len=whole,
-                max_prompt_len=prompt,
-                k=0,  # rows bring their own; a full schedule's dropped layers need the most room
+                slots=self._size.slots,
+                max_seq_len=self._size.whole,
+                max_prompt_len=self._size.prompt,
+                k=self._size.k,
                 policy=self._policy,
                 target=self._target,
                 provider=self._provider,
@@ -108,7 +131,7 @@ class Writer:
         """
         if not wishes:
             return
-        batch = self._fitting(wishes, slots)
+        batch = self._fitting(wishes, k, slots)
         running: dict[int, _Text] = {}
         try:
             for index, wish in enumerate(wishes):

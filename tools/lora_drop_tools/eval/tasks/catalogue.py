@@ -80,7 +80,8 @@ def _quiet() -> Iterator[None]:
     """lm-eval and datasets explain what they do; what matters is said by this command."""
     import datasets
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with contextlib.redirect_stdout(sys.stderr):
         yield
