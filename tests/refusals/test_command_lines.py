@@ -8,12 +8,14 @@ disk; what a command keeps before its work, such as the file of `eval --out`, is
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lora_drop_tools.cli
@@ -54,7 +56,8 @@ def commands() -> dict[str, tuple[Callable[[list[str]], int], argparse.ArgumentP
     found = {"export": (lora_drop_export.cli.main, lora_drop_export.cli._parser())}
     parser = lora_drop_tools.cli._parser()
     (subparsers,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return found | {name: (lora_drop_tools.cli.main, own) for name, own in subparsers.choices.items()}
+    ours = {name: own for name, own in subparsers.choices.items() if name != lora_drop_tools.cli.HARNESS}
+    return found | {name: (lora_drop_tools.cli.main, own) for name, own in ours.items()}
 
 
 COMMANDS = commands()
@@ -130,6 +133,8 @@ def work(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     with pytest.MonkeyPatch.context() as patch:
         for name in WORK:
             patch.setattr(name, passed)
+        catalogue = importlib.import_module("lora_drop_tools.eval.tasks.catalogue")
+        patch.setattr(catalogue, "_manager", lambda _: SimpleNamespace(all_tasks=[]))  # lm-eval's takes seconds to read
         patch.setattr("torch.set_num_threads", lambda threads: None)
         patch.setattr("huggingface_hub.snapshot_download", absent)
         patch.chdir(work)

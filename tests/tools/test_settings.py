@@ -40,7 +40,9 @@ FIT: dict[str, Any] = {"text": (FILE,), "out": Path("out")}
         (EvalSettings, {"tasks": ("piqa",), "window": 64}, "--window", "--text was not given"),
         (EvalSettings, {"tasks": ("piqa",), "prompt": 9}, "--prompt", "--text was not given"),
         (EvalSettings, {"tasks": ("piqa",), "windows": 9}, "--windows", "--text was not given"),
-        (EvalSettings, {"text": FILE, "data": FILE}, "--data", "--tasks was not given"),
+        (EvalSettings, {"text": FILE, "include_path": (FILE,)}, "--include-path", "--tasks was not given"),
+        (EvalSettings, {"text": FILE, "num_fewshot": 0}, "--num-fewshot", "--tasks was not given"),
+        (EvalSettings, {"text": FILE, "unsafe_code": True}, "--unsafe-code", "--tasks was not given"),
         (EvalSettings, {"text": FILE, "limit": 7}, "--limit", "--tasks was not given"),
         (EvalSettings, {"text": FILE, "k": (0,), "policies": ("skip",)}, "--policy", "every step is a refresh"),
         (FitSettings, {**FIT, "steps": 0, "learning_rate": 0.5}, "--learning-rate", "--steps is 0"),
@@ -63,7 +65,7 @@ def test_options_that_change_something_are_taken() -> None:
     assert BenchSettings(policy="lossless", k=("auto", 1), draft="ngram").windows == [0, 1, "auto"]
     BenchSettings(peers=(), model=(FILE,), batches=(1, 4))
     EvalSettings(text=FILE, window=64, windows=9)
-    EvalSettings(tasks=("piqa",), data=FILE, limit=7)
+    EvalSettings(tasks=("piqa",), include_path=(FILE,), limit=7, num_fewshot=5, unsafe_code=True)
     FitSettings(**FIT, steps=1, learning_rate=0.5, resume=True)
 
 

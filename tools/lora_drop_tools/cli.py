@@ -19,7 +19,7 @@ from lora_drop_runtime.command_line import (
 from lora_drop_runtime.errors import InputError, first_line
 
 from lora_drop_tools.bench.command import add_bench, run_bench
-from lora_drop_tools.eval.command import add_eval, run_eval
+from lora_drop_tools.eval.command import add_eval, run_eval, run_harness
 from lora_drop_tools.fit.command import add_fit, run_fit
 from lora_drop_tools.profile.command import add_profile, run_profile
 
@@ -27,6 +27,7 @@ from .compare import CompareSettings, compare
 from .generate import ChatSettings, GenerateSettings, chat, generate
 from .inspect import inspect
 
+HARNESS = "lm-eval"
 MOST_PROMPT_BYTES = 64 << 20  # many times what the longest context holds
 
 
@@ -89,6 +90,11 @@ def _compare(args: argparse.Namespace) -> None:
     compare(args.bundle, settings_of(CompareSettings, args))
 
 
+def _harness(_: argparse.Namespace) -> None:
+    """lm-eval's command without a word for it."""
+    run_harness(())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-drop", description="Run, look at and check bundles made by lora-drop-export.")
     add_version(parser)
@@ -133,10 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     add_profile(command)
     command = add("fit", run_fit, "Fit adapters for a plan on plain text: in closed form, then by distillation.")
     add_fit(command)
+    add(HARNESS, _harness, "Run lm-eval's own command, with a bundle as --model lora-drop.")
     return parser
 
 
 def _run(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] == HARNESS:  # whose options this parser does not know
+        run_harness(arguments[1:])
+        return
     args = _parser().parse_args(arguments)
     args.command(args)
 

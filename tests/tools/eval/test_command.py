@@ -24,6 +24,7 @@ from tests.support.tokenizers import character_tokenizer
 
 eval_module = importlib.import_module("lora_drop_tools.eval.eval")  # the name in the package is the function
 TEXT = "".join(f"{a} boats and {b} gulls; the tide is {a * b}.\n" for a in range(12) for b in range(6))
+EXAMPLES = Path(__file__).parents[3] / "examples/eval"
 OPTIONS = ["--window", "48", "--prompt", "8", "--windows", "5", "--threads", "1"]
 
 
@@ -191,13 +192,12 @@ def test_another_bundle_is_not_taken_for_this_one(
         (["--text", "TEXT", "--bench", "nowhere.json"], "The measured speed-ups cannot be read."),
         (["--text", "TEXT", "--bench", "OTHER"], "The measured speed-ups are of other bundles."),
         (["--text", "TEXT", "--bench", "TEXT"], "The measured speed-ups cannot be read."),
-        (["--tasks", "arc_hard", "--data", "."], "Unknown task."),
-        (["--tasks", "piqa,piqa", "--data", "."], "--tasks names a value twice."),
-        (["--tasks", "piqa"], "A task's data file is missing."),
-        (["--tasks", "piqa", "--data", "DIR"], "A task's data file is not what the task takes."),
-        (["--tasks", "arc_easy", "--data", "DIR"], "A task's data file is not what the task takes."),
-        (["--tasks", "hellaswag", "--data", "DIR"], "A task's data file is not what the task takes."),
-        (["--tasks", "humaneval", "--data", "DIR"], "A task's data file cannot be read."),
+        (["--tasks", "arc_hard"], "Unknown task."),
+        (["--tasks", "piqa,piqa"], "--tasks names a value twice."),
+        (["--tasks", "piqa", "--include-path", "nowhere"], "There are no definitions of tasks."),
+        (["--tasks", "piqa", "--include-path", "DIR"], "A definition of a task cannot be read."),
+        (["--tasks", "piqa", "--num-fewshot", "-1"], "--num-fewshot is too small."),
+        (["--tasks", "local_piqa", "--include-path", "EXAMPLES"], "The data of a task cannot be had."),
     ],
 )
 def test_refused_before_any_work(
@@ -217,13 +217,14 @@ def test_refused_before_any_work(
     (tmp_path / "bench.json").write_text(
         json.dumps({"rows": [{"bundle": "else", "k": 0, "context": 1, "rows": 1, "speedup": 1.0}]})
     )
-    (tmp_path / "piqa.jsonl").write_text(
-        '{"choices": ["a", "b"], "gold": 0, "query": "Question: c\\n"}\n{"choices": 1}\n'
-    )
-    (tmp_path / "arc_easy.jsonl").write_text("{")
-    (tmp_path / "hellaswag_val.txt").write_text("A: b\n3\na\nb\nc\n")
-    (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"\x1f\x8bnothing")
-    names = {"TEXT": text, "SHORT": tmp_path / "short", "OTHER": tmp_path / "bench.json", "DIR": tmp_path}
+    (tmp_path / "broken.yaml").write_text("task: [")
+    names = {
+        "TEXT": text,
+        "SHORT": tmp_path / "short",
+        "OTHER": tmp_path / "bench.json",
+        "DIR": tmp_path,
+        "EXAMPLES": EXAMPLES,
+    }
     given = [str(names.get(option, option)) for option in options]
     windows = ["--window", "48", "--prompt", "8"] if "--text" in options else []
     assert main(["eval", str(bundle), *windows, *given]) == 2

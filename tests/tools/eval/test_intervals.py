@@ -6,8 +6,17 @@ import math
 
 import numpy as np
 import pytest
-from lora_drop_tools.eval.intervals import Figure, average, bootstrap, paired_difference, share
-from lora_drop_tools.eval.result import EvalRow, safe_zones, task_figures
+from lora_drop_tools.eval.intervals import (
+    Figure,
+    average,
+    bootstrap,
+    item_difference,
+    item_mean,
+    paired_difference,
+    share,
+)
+from lora_drop_tools.eval.result import EvalRow, averages, safe_zones, task_figures
+from lora_drop_tools.eval.tasks.metrics import Measured
 
 
 def test_share() -> None:
@@ -47,11 +56,42 @@ def test_average_and_perplexity_of_items() -> None:
     assert (mean.value, mean.low, mean.high, mean.count) == pytest.approx((0.6, 0.6 - half, 0.6 + half, 2))
     items = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -3.0, "acc": 0.0}}
     full = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -2.0, "acc": 1.0}}
-    figures = task_figures("acc", items, full, 0, 0)
+    logs = frozenset({"perplexity"})
+    figures = task_figures(Measured(items, "acc", likelihoods=logs), Measured(full, "acc", likelihoods=logs), 0)
     assert figures.metrics["perplexity"].value == pytest.approx(math.exp(2))
     assert figures.figure.value == 0.5
     assert figures.difference is not None
     assert figures.difference.value == -0.5
+
+
+def test_a_weighted_average() -> None:
+    mean = average([Figure(0.5, 0.4, 0.6, 30), Figure(0.9, 0.8, 1.0, 10)], [30, 10])
+    half = math.hypot(0.75 * 0.1, 0.25 * 0.1)
+    assert (mean.value, mean.low, mean.high) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
+
+
+def test_values_between_hit_and_miss_are_no_share_of_hits() -> None:
+    """F1 and its like: the bootstrap's interval, and that of paired differences."""
+    generator = np.random.default_rng(0)
+    full = generator.uniform(0, 1, 300)
+    values = full - 0.1 + generator.normal(0, 0.02, 300)
+    mean, difference = item_mean(values.tolist(), 0), item_difference(values.tolist(), full.tolist(), 0)
+    assert mean == bootstrap(values, np.ones(300), 0)
+    assert difference.value == pytest.approx((values - full).mean())
+    assert difference.high - difference.low == pytest.approx(2 * 1.96 * 0.02 / math.sqrt(300), rel=0.2)
+    assert item_mean([1.0, 0.0], 0) == share(1, 2)
+    assert item_difference([1.0, 0.0], [1.0, 1.0], 0) == paired_difference([1.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("values", "rises", "is_share"), [((0.2, 1.0), True, True), ((0.2, 1.0), False, False), ((12.0, 30.0), True, False)]
+)
+def test_what_goes_into_the_average(values: tuple[float, ...], rises: bool, is_share: bool) -> None:
+    """Neither errors, which fall with quality, nor figures in units of their own."""
+    measured = Measured({item: {"m": value} for item, value in enumerate(values)}, "m", rises)
+    figures = task_figures(measured, None, 0)
+    assert figures.is_share is is_share
+    assert (averages({"t": figures})[0] is not None) is is_share
 
 
 def row(k: int, speedup: float | None, difference: float | None, half: float = 0.001) -> EvalRow:

@@ -20,7 +20,6 @@ from lora_drop_tools.eval.scoring import (
     Window,
     batches,
     decode,
-    generate_texts,
     log_softmax,
     phase_of,
     prompt_length,
@@ -208,17 +207,3 @@ def test_the_full_schedule_scores_what_pytorch_does(bundle: Path) -> None:
         assert [one.log_prob for one in score(session, rows, 0)] == pytest.approx(expected, abs=1e-3)
         under_lora = score(session, rows, 3)
         assert under_lora[0].log_prob != pytest.approx(expected[0], abs=1e-3)
-
-
-def test_generated_texts_end_at_stop_strings_and_end_tokens(bundle: Path) -> None:
-    from lora_drop_runtime.text import TextCodec
-
-    codec = TextCodec.open(bundle / "tokenizer")
-    prompts = [codec.encode(text) for text in ("The tide", "a", "12 boats and")]
-    with Session.open(bundle, threads=1) as session:
-        plain = [codec.decode(row) for row in session.generate(prompts, 12, k=1)]
-        assert generate_texts(session, codec, prompts, [], 12, 1) == plain
-        stop = plain[0][4:6]
-        cut = generate_texts(session, codec, prompts, [stop], 12, 1)
-        assert cut == [text.split(stop)[0] for text in plain]
-        assert len(generate_texts(session, codec, prompts, [plain[0][0]], 1, 1)[1]) == 1

@@ -1,8 +1,9 @@
-"""`lora-drop eval` on the command line."""
+"""`lora-drop eval` and `lora-drop lm-eval` on the command line."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from lora_drop_runtime.command_line import add_options, settings_of
 from lora_drop_runtime.errors import InputError
@@ -24,6 +25,13 @@ def run_eval(args: argparse.Namespace) -> None:
             hint="Use --calibrate with one bundle at a time.",
         )
     calibrate(args.bundle[0], settings)
+
+
+def run_harness(arguments: Sequence[str]) -> None:
+    """`lora-drop lm-eval`; all arguments are lm-eval's."""
+    from .tasks.lm_eval_command import run_lm_eval
+
+    run_lm_eval(arguments)
 
 
 def add_eval(command: argparse.ArgumentParser) -> None:

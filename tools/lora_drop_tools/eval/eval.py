@@ -1,6 +1,6 @@
 """`lora-drop eval`: what LoRA-Drop costs in quality, against the full schedule of the same bundle.
 
-Enters: bundles of one model, windows k, refresh policies; a text, tasks with local data files, or both. Leaves: an
+Enters: bundles of one model, windows k, refresh policies; a text, tasks of lm-eval, or both. Leaves: an
 `EvalResult`, which report.py makes tables and figures of: perplexity, agreement and KL at each place of the cycle,
 metrics of tasks, each with its interval and its difference to k = 0 on the same items.
 
@@ -32,7 +32,8 @@ from lora_drop_runtime.plan.policy import POLICIES, Policy
 from lora_drop_runtime.plan.schedule import PERIODIC, SCHEDULES, AdaptiveSchedule
 from lora_drop_runtime.text import TextCodec
 
-from lora_drop_tools.eval.tasks.files import TASKS
+from lora_drop_tools.eval.tasks.catalogue import Opened, OpenedGroup, open_tasks
+from lora_drop_tools.eval.tasks.metrics import Measured
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
@@ -42,7 +43,7 @@ from .intervals import Sums
 from .methods import method_of
 from .plots import FIGURES, write_plots
 from .report import describe
-from .requests import TaskItems, checked, read_speedups, task_items, text_request, text_windows
+from .requests import checked, read_speedups, text_request, text_windows
 from .result import (
     FULL,
     KEYS,
@@ -50,6 +51,7 @@ from .result import (
     EvalRow,
     TaskFigures,
     averages,
+    group_figures,
     safe_zones,
     task_figures,
     text_figures,
@@ -57,9 +59,9 @@ from .result import (
 from .scoring import Window, WindowK, longest, score_windows, windows_at_once
 from .settings import EvalSettings
 from .store import Key, Store, digest
+from .texts import Writer
 
 KV_REQUEST = (512, 1536)  # tokens of prompt and decode steps that K/V bytes are given for
-Items = dict[int, dict[str, float]]
 
 
 def _open_stores(bundles: Mapping[str, Bundle], settings: EvalSettings) -> dict[str, Store]:
@@ -107,20 +109,28 @@ def _measure_text(
 
 
 def _measure_tasks(
-    session: Session, codec: TextCodec, tasks: Mapping[str, TaskItems], ks: Sequence[int], seed: int, store: Store
-) -> tuple[dict[int, dict[str, Items]], dict[int, dict[str, int]]]:
-    """Metrics of every item for each k and task, and how many requests were cut."""
-    found: dict[int, dict[str, Items]] = {k: {} for k in ks}
-    cut: dict[int, dict[str, int]] = {k: {} for k in ks}
-    for name, given in tasks.items():
-        from lora_drop_tools.eval.tasks.session_lm import SessionLM, open_task, run_task
+    session: Session,
+    codec: TextCodec,
+    opened: Opened,
+    ks: Sequence[int],
+    settings: EvalSettings,
+    store: Store,
+) -> dict[int, dict[str, Measured]]:
+    """What lm-eval makes of the answers, for each k and task."""
+    if not opened.tasks:
+        return {k: {} for k in ks}
+    from lora_drop_tools.eval.tasks.model import SessionLM
+    from lora_drop_tools.eval.tasks.run import run_task
 
-        task = open_task(name, given.items, given.shots, store)
-        for k in ks:
-            model = SessionLM(session, codec, k, seed, store)
-            found[k][name] = run_task(task, name, model)
-            cut[k][name] = model.cut
-    return found, cut
+    found: dict[int, dict[str, Measured]] = {k: {} for k in ks}
+    places = {name: one.places for name, one in opened.tasks.items()}
+    engine = settings.target, settings.provider, settings.threads
+    with Writer(session.bundle.root, codec, session.policy, *engine) as writer:
+        for name, one in opened.tasks.items():
+            for k in ks:
+                model = SessionLM(session, codec, writer, k, settings.seed, store, places)
+                found[k][name] = run_task(one, model, store, settings.unsafe_code)
+    return found
 
 
 def _row(
@@ -152,10 +162,17 @@ def _row(
     )
 
 
-def _filled(row: EvalRow, sums: Sequence[Sums] | None, tasks: dict[str, TaskFigures], seed: int) -> EvalRow:
-    mean, difference = averages(tasks)
+def _filled(
+    row: EvalRow,
+    sums: Sequence[Sums] | None,
+    tasks: dict[str, TaskFigures],
+    groups: Mapping[str, OpenedGroup],
+    seed: int,
+) -> EvalRow:
+    found = {name: figures for name, group in groups.items() if (figures := group_figures(group, tasks)) is not None}
+    mean, difference = averages(tasks, found)
     text = text_figures(sums, seed) if sums else None
-    return dataclasses.replace(row, text=text, tasks=tasks, average=mean, average_difference=difference)
+    return dataclasses.replace(row, text=text, tasks=tasks, groups=found, average=mean, average_difference=difference)
 
 
 def _new_result(
@@ -185,7 +202,7 @@ class _Work:
 
     Attributes:
         windows: of the text by their place; none without a text.
-        tasks: their items by name.
+        opened: tasks and groups.
     """
 
     name: str
@@ -194,14 +211,14 @@ class _Work:
     codec: TextCodec
     store: Store
     windows: Mapping[int, Window]
-    tasks: Mapping[str, TaskItems]
+    opened: Opened
 
 
 def _adaptive_row(row: EvalRow, manifest: Manifest, policy: Policy, sums: Sequence[Sums], seed: int) -> EvalRow:
     """The row of an adaptive schedule: its K/V are those of as many refreshes as there were."""
     steps_at = np.sum(sums, axis=0)[:, 0].tolist()
     held = costs.kv_bytes_of_cycles(manifest, *KV_REQUEST, steps_at, policy)
-    return dataclasses.replace(_filled(row, sums, {}, seed), kv_bytes=held)
+    return dataclasses.replace(_filled(row, sums, {}, {}, seed), kv_bytes=held)
 
 
 def _measure(
@@ -218,16 +235,13 @@ def _measure(
         bundle.root, policy=policy, target=settings.target, provider=settings.provider, threads=settings.threads
     ) as session:
         sums = _measure_text(session, work.windows, [*ks, *schedules], work.store) if work.windows else {}
-        measured, cut = _measure_tasks(session, work.codec, work.tasks, ks, seed, work.store)
+        measured = _measure_tasks(session, work.codec, work.opened, ks, settings, work.store)
     rows = []
     for k in ks:
         full = measured[0] if k else {}
-        found = {
-            task: task_figures(TASKS[task].metric, measured[k][task], full.get(task), cut[k][task], seed)
-            for task in work.tasks
-        }
+        found = {task: task_figures(measured[k][task], full.get(task), seed) for task in work.opened.tasks}
         row = _row(work.name, work.label, bundle, POLICIES[policy], k, speedups)
-        rows.append(_filled(row, sums.get(k), found, seed))
+        rows.append(_filled(row, sums.get(k), found, work.opened.groups, seed))
     for schedule in schedules:
         row = _row(work.name, work.label, bundle, POLICIES[policy], schedule, speedups)
         rows.append(_adaptive_row(row, bundle.manifest, POLICIES[policy], sums[schedule], seed))
@@ -251,6 +265,20 @@ def _schedules(bundle: Bundle, settings: EvalSettings) -> dict[str, list[Adaptiv
     return found
 
 
+def _opened(settings: EvalSettings) -> Opened:
+    """The tasks that were asked for; lm-eval is not imported where there are none."""
+    if not settings.tasks:
+        return Opened({}, {})
+    return open_tasks(
+        settings.tasks,
+        settings.include_path,
+        settings.limit,
+        settings.seed,
+        settings.num_fewshot,
+        settings.unsafe_code,
+    )
+
+
 def eval(
     bundles: Sequence[str | Path] | str | Path, settings: EvalSettings, *, out: TextIO | None = None
 ) -> EvalResult:
@@ -261,7 +289,7 @@ def eval(
         out: where the tables go, standard output when None.
 
     Raises:
-        InputError: an unknown task, a missing file, bundles of different models, more than they allow.
+        InputError: an unknown task, data that cannot be had, bundles of different models, more than they allow.
         BundleError: a bundle is damaged or cannot run here.
     """
     given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
@@ -277,7 +305,7 @@ def eval(
     settings = checked(opened, settings)
     adaptive = {name: _schedules(bundle, settings) for name, bundle in opened.items()}
     request = text_request(settings)
-    items = task_items(settings.tasks, settings.data, settings.limit, settings.seed)
+    opened_tasks = _opened(settings)
     speedups, speed_request = read_speedups(settings.bench_file, list(opened))
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
     codecs = {name: TextCodec.open(bundle.root / "tokenizer") for name, bundle in opened.items()}
@@ -286,7 +314,7 @@ def eval(
 
     result = _new_result(opened, given, settings, speed_request)
     for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
-        work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], items)
+        work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], opened_tasks)
         policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
         periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
         for policy in policies:

@@ -56,8 +56,32 @@ def bootstrap(
     return Figure(float(transform(above.sum() / below.sum())), float(low), float(high), len(above))
 
 
-def average(figures: Sequence[Figure]) -> Figure:
-    """The mean of independent figures; their intervals' halves stand for standard errors."""
-    value = sum(figure.value for figure in figures) / len(figures)
-    half = math.sqrt(sum(((figure.high - figure.low) / 2) ** 2 for figure in figures)) / len(figures)
+def _are_shares(values: Sequence[float]) -> bool:
+    return all(value in (0, 1) for value in values)
+
+
+def item_mean(values: Sequence[float], seed: int) -> Figure:
+    """The mean of items' values: of hits and misses a share, of all else with the bootstrap's interval."""
+    if _are_shares(values):
+        return share(sum(values), len(values))
+    return bootstrap(values, np.ones(len(values)), seed)
+
+
+def item_difference(values: Sequence[float], full: Sequence[float], seed: int) -> Figure:
+    """The paired difference of two means over the same items, by the same choice."""
+    if _are_shares([*values, *full]):
+        return paired_difference(values, full)
+    return bootstrap(np.subtract(values, full), np.ones(len(values)), seed)
+
+
+def average(figures: Sequence[Figure], weights: Sequence[float] | None = None) -> Figure:
+    """The mean of independent figures, weighted or not; their intervals' halves stand for standard errors.
+
+    Its count is that of the figures.
+    """
+    shares = np.ones(len(figures)) if weights is None else np.asarray(weights, np.float64)
+    shares = shares / shares.sum()
+    value = float(sum(one * figure.value for one, figure in zip(shares, figures, strict=True)))
+    squares = ((one * (figure.high - figure.low) / 2) ** 2 for one, figure in zip(shares, figures, strict=True))
+    half = math.sqrt(sum(squares))
     return Figure(value, value - half, value + half, len(figures))

@@ -14,7 +14,7 @@ from lora_drop_runtime.plan.sites import half_of, listed
 from lora_drop_tools.shared.table import MIB, table
 
 from .intervals import Figure
-from .result import EvalResult, EvalRow, SafeZone
+from .result import EvalResult, EvalRow, GroupFigures, SafeZone, TaskFigures
 
 MISSING = "–"
 
@@ -97,35 +97,79 @@ def _points(figure: Figure | None) -> str:
     return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
+def _heads(row: EvalRow) -> dict[str, TaskFigures | GroupFigures]:
+    """What was asked for: groups in the place of their tasks, and tasks that belong to none."""
+    outer = {name: group for name, group in row.groups.items() if not group.is_part}
+    of_task = {task: name for name, group in outer.items() for task in group.tasks}
+    found: dict[str, TaskFigures | GroupFigures] = {}
+    for name, task in row.tasks.items():
+        group = of_task.get(name)
+        found[group or name] = outer[group] if group else task
+    return found
+
+
+def _value(one: TaskFigures | GroupFigures | None) -> str:
+    """A share in percent, another figure as it is."""
+    if one is None:
+        return MISSING
+    return _with_half(one.figure, 100, 1) if one.is_share else _with_half(one.figure, 1, 3)
+
+
+def _difference(one: TaskFigures | GroupFigures | None) -> str:
+    if one is None or one.is_share or one.difference is None:
+        return _points(one.difference if one else None)
+    return f"{one.difference.value:+.3f} [{one.difference.low:+.3f}, {one.difference.high:+.3f}]"
+
+
+def _part_table(rows: Sequence[EvalRow]) -> list[str]:
+    """A line for each task and group inside a group."""
+    first, outer = rows[0], [group for group in rows[0].groups.values() if not group.is_part]
+    inside = {name for group in outer for name in group.tasks}
+    names = [name for name, group in first.groups.items() if group.is_part] + [n for n in first.tasks if n in inside]
+    if not names:
+        return []
+    cells = [
+        (name, *(_value(row.groups.get(name) if name in first.groups else row.tasks.get(name)) for row in rows))
+        for name in names
+    ]
+    return ["", *table(("within groups, %", *map(schedule_name, rows)), cells)]
+
+
 def _task_table(rows: Sequence[EvalRow]) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row.tasks))
+    names = list(_heads(rows[0]))
     headings = ("tasks, %", "ρ", *names, "average", "average − full, pp")
     cells = [
         (
             schedule_name(row),
             f"{row.rho:.2f}" if row.k else MISSING,
-            *(_with_half(row.tasks[name].figure, 100, 1) for name in names),
+            *(_value(_heads(row).get(name)) for name in names),
             _with_half(row.average, 100, 1),
             _points(row.average_difference),
         )
         for row in rows
     ]
     paired = [
-        (schedule_name(row), "", *(_points(row.tasks[name].difference) for name in names)) for row in rows if row.k
+        (schedule_name(row), "", *(_difference(_heads(row).get(name)) for name in names)) for row in rows if row.k
     ]
-    return (
-        [*table(headings, cells), "", *table(("task − full, pp", "", *names), paired)]
-        if paired
-        else table(headings, cells)
-    )
+    lines = table(headings, cells)
+    if paired:
+        lines += ["", *table(("task − full, pp", "", *names), paired)]
+    return lines + _part_table(rows)
 
 
 def _notes(result: EvalResult) -> list[str]:
     """Which metric stands for each task, over how many items, and what was cut."""
     first = result.rows[0]
-    lines = [
-        "metrics: " + ", ".join(f"{name} {task.metric} of {task.figure.count}" for name, task in first.tasks.items())
+    said = [
+        f"{name} {one.metric} of {one.items} in {len(one.tasks)} tasks"
+        if isinstance(one, GroupFigures)
+        else f"{name} {one.metric} of {one.figure.count}"
+        for name, one in _heads(first).items()
     ]
+    lines = ["metrics: " + ", ".join(said)]
+    odd = [name for name, one in _heads(first).items() if not one.is_share]
+    if odd:
+        lines.append(f"{', '.join(odd)}: no share, so as it is, and not in the average")
     for name in first.tasks:
         cut = max(row.tasks[name].cut for row in result.rows)
         if cut:

@@ -1,11 +1,9 @@
-"""What an evaluation scores: windows of a text and items of tasks."""
+"""What an evaluation asks for: windows of a text, and the speed-ups beside it. Tasks have a room of their own."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,6 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
-
-from lora_drop_tools.eval.tasks.files import Item, check_tasks, read_items
 
 from .result import FULL
 from .scoring import Window, phase_of
@@ -33,14 +29,6 @@ class TextRequest:
     window: int
     prompt: int
     count: int
-
-
-@dataclass(frozen=True)
-class TaskItems:
-    """The items of a task that are evaluated, and those that examples in the prompt are drawn from."""
-
-    items: list[Item]
-    shots: list[Item]
 
 
 def _windows_that_fit(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettings:
@@ -131,23 +119,6 @@ def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int,
         )
         for place in drawn
     }
-
-
-def task_items(names: Sequence[str], data: str | Path | None, limit: int, seed: int) -> dict[str, TaskItems]:
-    """A seeded subset of each task's items, each with its place in the file."""
-    if names and importlib.util.find_spec("lm_eval") is None:
-        raise InputError(
-            "Tasks need lm-eval.",
-            note="--tasks was given, and lm-eval is not installed.",
-            hint="pip install 'lora-drop-export[eval]', or use --text.",
-        )
-    check_tasks(names)
-    found = {}
-    for name in names:
-        items, shots = read_items(name, data)
-        drawn = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(items))[:limit].tolist()
-        found[name] = TaskItems([items[place] | {"item": place} for place in drawn], shots)
-    return found
 
 
 def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[Key, float], str]:

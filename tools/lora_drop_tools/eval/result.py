@@ -5,7 +5,8 @@ schedule of the same bundle on the same items, averages, the largest safe speed-
 Measures nothing.
 
 Intervals: Wilson's for a share; Agresti and Min's for the difference of two shares over the same items; the bootstrap
-over windows or items, with the run's seed, for all else. An average over tasks takes their variances as independent.
+over windows or items, with the run's seed, for all else that is a mean; lm-eval's standard error for its own figures.
+An average over tasks takes their variances as independent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from typing import Any
 import numpy as np
 from lora_drop_runtime.plan.schedule import PERIODIC
 
-from .intervals import Figure, Sums, average, bootstrap, paired_difference, share
+from lora_drop_tools.eval.tasks.catalogue import OpenedGroup
+from lora_drop_tools.eval.tasks.metrics import Aggregate, Measured
+
+from .intervals import Figure, Sums, Z, average, bootstrap, item_difference, item_mean
 
 THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
 
@@ -66,19 +70,41 @@ class TaskFigures:
 
     Attributes:
         metric: the one that stands for the task in tables and averages.
-        metrics: every metric of lm-eval's definition; a log-likelihood as its perplexity.
-        difference: of `metric`, paired, to k = 0; None under k = 0.
+        metrics: every metric of lm-eval's definition; a log-likelihood as its perplexity. One that is no mean of
+            items' values is lm-eval's own figure.
+        difference: of `metric`, paired, to k = 0; None under k = 0, and where it is no mean of items' values.
         cut: requests that lost the beginning of their context.
+        is_share: whether `metric` is a mean of values from 0 to 1, the more the better.
     """
 
     metric: str
     metrics: dict[str, Figure]
     difference: Figure | None
     cut: int
+    is_share: bool = True
 
     @property
     def figure(self) -> Figure:
         return self.metrics[self.metric]
+
+
+@dataclass(frozen=True)
+class GroupFigures:
+    """A group of tasks under one window k, weighted as lm-eval does.
+
+    Attributes:
+        figure: the mean of its tasks' `metric`, and `difference` to k = 0.
+        items: of all its tasks.
+        is_part: of another group that was asked for.
+    """
+
+    metric: str
+    figure: Figure
+    difference: Figure | None
+    items: int
+    tasks: tuple[str, ...]
+    is_share: bool
+    is_part: bool
 
 
 @dataclass(frozen=True)
@@ -93,7 +119,8 @@ class EvalRow:
             with as many refreshes as it had on the text.
         schedule: `periodic`, or the adaptive one, whose `threshold` it ran with.
         speedup: measured by `lora-drop bench`, None where it was not.
-        average: of the tasks' shares; `average_difference` to k = 0.
+        tasks, groups: by their names in lm-eval.
+        average: of the shares of what was asked for, see `averages`; `average_difference` to k = 0.
     """
 
     bundle: str
@@ -115,6 +142,7 @@ class EvalRow:
     average_difference: Figure | None
     schedule: str = PERIODIC
     threshold: float | None = None
+    groups: dict[str, GroupFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,34 +225,74 @@ def text_figures(windows: Sequence[Sums], seed: int) -> TextFigures:
     )
 
 
-def task_figures(
-    metric: str,
-    items: Mapping[int, Mapping[str, float]],
-    full: Mapping[int, Mapping[str, float]] | None,
-    cut: int,
-    seed: int,
-) -> TaskFigures:
-    """Of each item's metrics; `full` are those under k = 0, None for k = 0 itself."""
+def _aggregate_figure(one: Aggregate) -> Figure:
+    """lm-eval's figure with ±1.96 of its standard error; without one the interval is the value itself."""
+    half = Z * (one.stderr or 0.0)
+    return Figure(one.value, one.value - half, one.value + half, one.count)
+
+
+def task_figures(measured: Measured, full: Measured | None, seed: int) -> TaskFigures:
+    """Of what was measured; `full` is the same under k = 0, None for k = 0 itself."""
+    items, metric = measured.items, measured.metric
     order = sorted(items)
-    metrics = {}
+    metrics: dict[str, Figure] = {}
     for name in items[order[0]]:
         values = [items[item][name] for item in order]
-        if name == "perplexity":  # of an item lm-eval gives the log-likelihood
+        if name in measured.likelihoods:
             metrics[name] = bootstrap([-value for value in values], [1.0] * len(values), seed, np.exp)
         else:
-            metrics[name] = share(sum(values), len(values))
+            metrics[name] = item_mean(values, seed)
+    metrics |= {name: _aggregate_figure(one) for name, one in measured.aggregates.items()}
+    is_mean = metric in items[order[0]] and metric not in measured.likelihoods
+    is_paired = full is not None and metric in full.items[order[0]] and is_mean
+    is_share = is_mean and measured.rises and all(0 <= items[item][metric] <= 1 for item in order)
     difference = None
-    if full is not None:
-        difference = paired_difference([items[i][metric] for i in order], [full[i][metric] for i in order])
-    return TaskFigures(metric, metrics, difference, cut)
+    if full is not None and is_paired:
+        difference = item_difference(
+            [items[item][metric] for item in order], [full.items[item][metric] for item in order], seed
+        )
+    return TaskFigures(metric, metrics, difference, measured.cut, is_share)
 
 
-def averages(tasks: Mapping[str, TaskFigures]) -> tuple[Figure | None, Figure | None]:
-    """The average over the tasks, and of their differences to k = 0."""
-    if not tasks:
+def group_figures(group: OpenedGroup, tasks: Mapping[str, TaskFigures]) -> GroupFigures | None:
+    """The group's figure of those of its tasks, weighted as lm-eval does; None where they have no such metric.
+
+    Its difference is that of the tasks' own, where the metric is their main one.
+    """
+    own = [tasks[name] for name in group.tasks]
+    metric = group.figure_name(list(own[0].metrics))
+    if metric is None or any(metric not in task.metrics for task in own):
+        return None
+    figures = [task.metrics[metric] for task in own]
+    weights = [float(figure.count) if group.by_size else 1.0 for figure in figures]
+    differences = [task.difference for task in own if task.difference is not None and task.metric == metric]
+    return GroupFigures(
+        metric,
+        average(figures, weights),
+        average(differences, weights) if len(differences) == len(own) else None,
+        sum(figure.count for figure in figures),
+        group.tasks,
+        all(task.is_share for task in own if task.metric == metric),
+        group.is_part,
+    )
+
+
+def averages(
+    tasks: Mapping[str, TaskFigures], groups: Mapping[str, GroupFigures] | None = None
+) -> tuple[Figure | None, Figure | None]:
+    """The average over the shares that were asked for, and of their differences to k = 0; a group counts once.
+
+    Figures that are no shares, such as a perplexity, are left out of it.
+    """
+    outer = [group for group in (groups or {}).values() if not group.is_part]
+    inside = {name for group in outer for name in group.tasks}
+    alone = [task for name, task in tasks.items() if name not in inside]
+    every: list[TaskFigures | GroupFigures] = [*outer, *alone]
+    counted = [one for one in every if one.is_share]
+    if not counted:
         return None, None
-    differences = [task.difference for task in tasks.values() if task.difference is not None]
-    return average([task.figure for task in tasks.values()]), average(differences) if differences else None
+    differences = [one.difference for one in counted if one.difference is not None]
+    return average([one.figure for one in counted]), average(differences) if differences else None
 
 
 FULL = "full"  # the policy of k = 0

@@ -1,7 +1,7 @@
-"""Quality step by step: what a session's logits say of given tokens, and what it writes itself.
+"""Quality step by step: what a session's logits say of given tokens. What it writes itself is texts.py's.
 
-Enters: a session, token ids. Leaves: log-probabilities of the tokens that were fed, sums over the windows of a text,
-generated texts. Knows nothing of tasks, files and bundles; needs numpy alone.
+Enters: a session, token ids. Leaves: log-probabilities of the tokens that were fed, sums over the windows of a text.
+Knows nothing of tasks, files and bundles; needs numpy alone.
 
 **Scoring under a schedule.** A schedule decides over decode steps, so what is scored is decoded: a row is prefilled up
 to its `prompt`, every further token is fed by one `Session.step`, and a token's log-probability is read from the logits
@@ -31,7 +31,6 @@ import numpy.typing as npt
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, StepKind
-from lora_drop_runtime.text import TextCodec
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -233,34 +232,3 @@ def score_windows(
             )
         if k in ks:
             done(k, list(sums))
-
-
-def generate_texts(
-    session: Session, codec: TextCodec, prompts: Sequence[Ids], until: Sequence[str], max_new_tokens: int, k: int
-) -> list[str]:
-    """Continue a batch of prompts greedily, each up to an end token or the first of the `until` strings, left out.
-
-    As at deployment: whole prompts are prefilled. The batch ends with its last row.
-    """
-    special = session.bundle.manifest.special_tokens
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-    ids = np.full((len(prompts), int(lengths.max())), special.pad, np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    streams = [codec.stream(until) for _ in prompts]
-    texts = [""] * len(prompts)
-    active = np.ones(len(prompts), np.bool_)
-    logits = session.prefill(ids, lengths, max_new_tokens=max_new_tokens, k=k)
-    for left in reversed(range(max_new_tokens)):
-        tokens = logits.argmax(axis=1).astype(np.int64)
-        _check_numbers(logits[np.arange(len(tokens)), tokens])
-        for row in np.flatnonzero(active).tolist():
-            if tokens[row] in special.eos:
-                active[row] = False
-            else:
-                texts[row] += streams[row].push(int(tokens[row]))
-                active[row] = not streams[row].stopped
-        if not left or not active.any():
-            break
-        logits = session.step(np.where(active, tokens, special.pad))
-    return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]

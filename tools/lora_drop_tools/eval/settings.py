@@ -12,12 +12,13 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
-from lora_drop_tools.eval.tasks.files import TASKS
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
 
 WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
 WINDOWS_K = (1, 3)
 _WANTED = Bounds(0, 1, open=True)
+_SHOTS = Bounds(0, 1000)
+_OF_TASKS = ("include_path", "num_fewshot", "limit", "unsafe_code")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,12 @@ class EvalSettings:
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
             many of them as all bundles allow.
         windows: how many windows at most.
-        tasks: of `TASKS`; through lm-eval.
-        data: the directory of their files.
+        tasks: tasks, groups and tags that lm-eval knows by these names.
+        include_path: directories with definitions of tasks of one's own, YAML files as lm-eval reads them; they stand
+            before lm-eval's.
+        num_fewshot: examples in a task's prompt, where its definition does not say 0; the definition's when None.
         limit: items of each task at most.
+        unsafe_code: run programs that a model writes without cutting them off from this machine.
         seed: of the subsets, the places in the cycle, and the bootstrap.
         out_dir: where every item's result is kept and looked for; not at all when None.
         bench_file: what `lora-drop bench --json` wrote, for the speed-ups.
@@ -93,10 +97,18 @@ class EvalSettings:
         help=f"give so many of them without scoring them (default {PROMPT}, at most half a piece)",
     )
     windows: int = option(32, metavar="N", bounds=bounds.COUNT, help="score at most so many pieces (default 32)")
-    tasks: tuple[str, ...] = option((), metavar="NAME,…", help=f"run some of {', '.join(TASKS)}")
-    data: Path | None = option(None, metavar="DIR", help="where the tasks' files lie")
+    tasks: tuple[str, ...] = option((), metavar="NAME,…", help="run these tasks, groups and tags of lm-eval")
+    include_path: tuple[Path, ...] = option(
+        (), metavar="DIR", repeat=True, help="know the tasks of a directory with YAML files; may be repeated"
+    )
+    num_fewshot: int | None = option(
+        None, metavar="N", bounds=_SHOTS, help="show N solved examples in a prompt (default: as the task says)"
+    )
     limit: int = option(
         300, metavar="N", bounds=bounds.COUNT, help="take at most so many items of a task (default 300)"
+    )
+    unsafe_code: bool = option(
+        False, help="run programs that a model writes without cutting them off from your files and the network"
     )
     seed: int = option(0, metavar="N", bounds=bounds.SEED, help="choose subsets and phases by this number (default 0)")
     out_dir: Path | None = option(
@@ -131,17 +143,17 @@ class EvalSettings:
             raise InputError(
                 "There is nothing to evaluate.",
                 note="Neither a text nor a task was given.",
-                hint=f"Use --text FILE, or --tasks with some of {', '.join(TASKS)}.",
+                hint="Use --text FILE, or --tasks with a name that lm-eval knows, such as arc_easy.",
             )
         if self.text is None:
             refuse_unused(self, ("window", "prompt", "windows"), "--text was not given", "add --text FILE")
         else:
             self.check_cycle(self.ks[-1])
         if not self.tasks:
-            refuse_unused(self, ("data", "limit"), "--tasks was not given", "add --tasks NAME")
+            refuse_unused(self, _OF_TASKS, "--tasks was not given", "add --tasks NAME")
 
     def _check_calibration(self) -> None:
-        unused = ("labels", "tasks", "data", "out_dir", "bench_file", "json_file", "plots")
+        unused = ("labels", "tasks", *_OF_TASKS, "out_dir", "bench_file", "json_file", "plots")
         refuse_unused(self, unused, "--calibrate measures agreement on a text", "leave --calibrate out")
         if self.text is None:
             raise InputError(

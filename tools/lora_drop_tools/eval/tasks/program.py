@@ -1,77 +1,120 @@
-"""Runs a program that a model wrote, for HumanEval.
+"""Runs programs that a model wrote, for HumanEval, MBPP and their like.
 
-Enters: Python source. Leaves: whether it ran to its end. The program runs in a process of its own, isolated (`-I`), in
-an empty directory, without an environment, input or output, under limits of time, memory, file size and processes, and
-with an audit hook that refuses to start processes, to signal others, to use the network and to write elsewhere.
+Enters: Python source. Leaves: whether it ran to its end. The program runs in a process of its own (guard.py), isolated
+(`-I`), in an empty directory, without an environment, input or output, under limits of time, memory, file size and
+processes. It is cut off from the user's files, from the network and from other processes by the system's namespaces.
 
-That contains accidents: endless loops, forks, full disks, deleted files. It is no jail for hostile code.
+Where namespaces cannot be had, nothing is run, unless that is asked for by name: then an audit hook and the limits are
+all there is, which contain accidents (endless loops, forks, full disks, deleted files) and are no jail.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from pathlib import Path
+
+from lora_drop_runtime.errors import InputError
+
+from .guard import NOT_APART, PASSED
 
 TIMEOUT_SECONDS = 10.0
 MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
-PASSED = 77  # how the guard ends; whatever a program ends with itself is a failure
-# Runs before the program, in its process. An audit hook cannot be taken away again.
-_GUARD = """
-import os, resource, sys
-seconds, memory, file_bytes = (int(value) for value in sys.argv[1:4])
-source = sys.stdin.read()
-for name, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", file_bytes), ("NPROC", 0), ("CORE", 0), ("NOFILE", 64)):
-    hard = resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-
-def guard(event, arguments, here=os.getcwd(), join=os.path.join, real=os.path.realpath, fs=os.fsdecode):
-    if event.startswith(("os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "os.chroot", "subprocess.",
-                         "socket.", "signal.pthread_kill", "pty.")):
-        raise PermissionError("a generated program may not use " + event)
-    if event == "open":
-        path, mode, flags = arguments
-        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        paths = [path] if writes and not isinstance(path, int) else []
-    elif event in ("os.remove", "os.rmdir", "os.rename", "os.truncate", "os.mkdir", "os.chmod", "os.chown", "os.link",
-                   "os.symlink", "os.chdir", "shutil.rmtree"):
-        paths = [path for path in arguments[:2] if isinstance(path, (str, bytes))]
-    else:
-        return
-    for path in paths:
-        if real(join(here, fs(path))) != here and not real(join(here, fs(path))).startswith(here + os.sep):
-            raise PermissionError("a generated program may not change " + fs(path))
-
-sys.addaudithook(guard)
-exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
-os._exit(%d)
-"""
+PROCESSES = 64  # and threads, of a program that is cut off: they are counted by themselves there
+BOX_BYTES = 16 * 2**20  # of all files that a program writes, in memory
+_SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+_PYTHON = ("stdlib", "platstdlib", "purelib", "platlib")
 
 
-def runs_to_its_end(source: str, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
-    """Run a program; False when it raises, ends itself, or meets a limit."""
-    limits = (str(max(1, round(timeout_seconds))), str(MEMORY_BYTES), str(FILE_BYTES))
+def _visible() -> list[str]:
+    """What a program sees of this machine: Python, its packages and the system's libraries.
+
+    Where Python is below the home directory, so are these folders of it and nothing else.
+    """
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    installed = [
+        *(sysconfig.get_path(name) for name in _PYTHON),
+        *(sysconfig.get_path(name, vars={**base, "installed_base": sys.base_prefix}) for name in _PYTHON[:2]),
+    ]
+    libraries = str(Path(sys.base_prefix) / "lib")
+    paths = [*_SYSTEM, libraries, *installed]
+    ordered = dict.fromkeys(path for path in paths if path)
+    return [path for path in ordered if not any(path.startswith(f"{other}/") for other in ordered)]
+
+
+def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False) -> tuple[int, str]:
+    """The exit code, negative after a signal as at the time limit, and with `listen` what came on standard error."""
+    options = {
+        "seconds": max(1, round(timeout_seconds)),
+        "memory": MEMORY_BYTES,
+        "file_bytes": FILE_BYTES,
+        "box_bytes": BOX_BYTES,
+        "processes": PROCESSES if apart else 0,
+        "visible": _visible() if apart else None,
+    }
     with tempfile.TemporaryDirectory(prefix="lora-drop-program-") as directory:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _GUARD % PASSED, *limits],
+            [sys.executable, "-I", str(Path(__file__).with_name("guard.py")), json.dumps(options)],
             cwd=directory,
             env={"OPENBLAS_NUM_THREADS": "1"},  # threads count as processes
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if listen else subprocess.DEVNULL,
             start_new_session=True,
         )
+        said = b""
         try:
-            process.communicate(source.encode("utf-8", "replace"), timeout=timeout_seconds)
+            said = process.communicate(source.encode("utf-8", "replace"), timeout=timeout_seconds)[1] or b""
         except subprocess.TimeoutExpired:
             pass
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return process.returncode == PASSED
+        return process.returncode, said.decode("utf-8", "replace").strip()
+
+
+@functools.cache
+def why_not_apart() -> str:
+    """Why programs cannot be cut off on this machine; empty where they can."""
+    if not sys.platform.startswith("linux"):
+        return f"there are no namespaces on {sys.platform}"
+    code, said = _run("pass", 60.0, apart=True, listen=True)
+    return "" if code == PASSED else said or f"the attempt ended with {code}"
+
+
+def check_apart(what: str, unsafe: bool) -> None:
+    """Refuse to run programs where they cannot be cut off, unless that is asked for.
+
+    Raises:
+        InputError: they cannot; `what` says who wants to.
+    """
+    if not unsafe and (reason := why_not_apart()):
+        raise InputError(
+            "Programs that a model writes cannot be cut off from this machine.",
+            note=f"{what} runs them; {reason}.",
+            hint="Leave it out, run it where user namespaces are allowed, or trust the model with --unsafe-code.",
+        )
+
+
+def runs_to_its_end(source: str, timeout_seconds: float = TIMEOUT_SECONDS, *, unsafe: bool = False) -> bool:
+    """Run a program; False when it raises, ends itself, or meets a limit.
+
+    Args:
+        unsafe: do not cut it off from files and network, see the module's docstring.
+
+    Raises:
+        InputError: it cannot be cut off.
+    """
+    check_apart("The task", unsafe)
+    code, _ = _run(source, timeout_seconds, apart=not unsafe)
+    assert code != NOT_APART, "it was possible before"
+    return code == PASSED
