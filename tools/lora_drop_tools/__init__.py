@@ -1,6 +1,6 @@
 """The tools around a bundle: one function per `lora-drop` command, with its name, and the class of its settings.
 
-`calibrate` is `lora-drop eval --calibrate`.
+`calibrate` is `lora-drop eval --calibrate`, and `reproduce` its `--paper table4` and `fig3`.
 
 generate, chat, inspect   need the runtime only
 bench                     the same; matplotlib for --plots, other runtimes for --peers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_drop_tools.bench.settings import BenchSettings
     from lora_drop_tools.compare import CompareSettings, compare
     from lora_drop_tools.eval.calibrate import calibrate
-    from lora_drop_tools.eval.eval import eval
+    from lora_drop_tools.eval.eval import eval, reproduce
     from lora_drop_tools.eval.settings import EvalSettings
     from lora_drop_tools.fit.fit import fit
     from lora_drop_tools.fit.settings import FitSettings
@@ -48,6 +48,7 @@ __all__ = [
     "generate",
     "inspect",
     "profile",
+    "reproduce",
 ]
 
 _MODULES = {
@@ -67,6 +68,7 @@ _MODULES = {
     "generate": "generate",
     "inspect": "inspect",
     "profile": "profile.profile",
+    "reproduce": "eval.eval",
 }
 
 

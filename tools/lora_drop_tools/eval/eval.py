@@ -41,6 +41,7 @@ from lora_drop_tools.shared.results import check_results, write_json
 
 from .intervals import Sums
 from .methods import method_of
+from .paper import FIGURE, PAPER, described, draw_kv, kv_lines, latencies
 from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import checked, read_speedups, text_request, text_windows
@@ -276,6 +277,7 @@ def _opened(settings: EvalSettings) -> Opened:
         settings.seed,
         settings.num_fewshot,
         settings.unsafe_code,
+        PAPER[settings.paper].shots if settings.paper else None,
     )
 
 
@@ -298,6 +300,12 @@ def eval(
             "eval finds no thresholds.",
             note=f"The settings say calibrate={settings.calibrate}.",
             hint="Call lora_drop_tools.calibrate(bundle, settings).",
+        )
+    if settings.paper is not None and not PAPER[settings.paper].tasks:
+        raise InputError(
+            "eval measures, and this part of the paper needs no measuring.",
+            note=f"The settings say paper={settings.paper!r}.",
+            hint="Call lora_drop_tools.reproduce(bundles, settings).",
         )
     opened = open_bundles(given)
     for one in opened.values():
@@ -322,9 +330,31 @@ def eval(
             rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
             result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
-    print("\n".join(describe(result)), file=out or sys.stdout)
+    lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
+    print("\n".join(lines), file=out or sys.stdout)
     if settings.json_file is not None:
         write_json(settings.json_file, result.to_json(), KEYS)
     if settings.plots is not None:
         write_plots(result, settings.plots)
     return result
+
+
+def reproduce(bundles: Sequence[str | Path], settings: EvalSettings, *, out: TextIO | None = None) -> None:
+    """Print Table IV, or Fig. 3 as a table; with `plots` draw the figure of each bundle.
+
+    Raises:
+        InputError, BundleError: a bundle or a file cannot be read, or a figure cannot be written.
+    """
+    opened = open_bundles([str(path) for path in bundles])
+    if settings.paper == "table4":
+        assert settings.bench_file is not None
+        print("\n".join(latencies(settings.bench_file)), file=out or sys.stdout)
+        return
+    check_results(None, KEYS, settings.plots, (f"{FIGURE}_*.png",))
+    lines = [PAPER["fig3"].title]
+    for name, bundle in opened.items():
+        lines += ["", *kv_lines(name, bundle.manifest)]
+    print("\n".join(lines), file=out or sys.stdout)
+    for name, bundle in opened.items() if settings.plots else ():
+        assert settings.plots is not None
+        draw_kv(name, bundle.manifest, settings.plots)

@@ -40,7 +40,7 @@ def schedule_name(row: EvalRow) -> str:
     return f"{row.label} k={row.k} {row.policy}{adaptive}"
 
 
-def _with_half(figure: Figure | None, scale: float, digits: int) -> str:
+def with_half(figure: Figure | None, scale: float, digits: int) -> str:
     if figure is None:
         return MISSING
     return f"{scale * figure.value:.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
@@ -53,12 +53,12 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
             schedule_name(row),
             str(row.text.tokens),
             f"{100 * row.text.refresh_share.value:.1f}",
-            _with_half(row.text.perplexity, 1, 2),
-            _with_half(row.text.ratio, 1, 3) if row.k else MISSING,
-            _with_half(row.text.agreement, 100, 1) if row.k else MISSING,
-            _with_half(row.text.lora_agreement, 100, 1),
-            _with_half(row.text.kl, 1, 3) if row.k else MISSING,
-            _with_half(row.text.lora_kl, 1, 3),
+            with_half(row.text.perplexity, 1, 2),
+            with_half(row.text.ratio, 1, 3) if row.k else MISSING,
+            with_half(row.text.agreement, 100, 1) if row.k else MISSING,
+            with_half(row.text.lora_agreement, 100, 1),
+            with_half(row.text.kl, 1, 3) if row.k else MISSING,
+            with_half(row.text.lora_kl, 1, 3),
         )
         for row in rows
         if row.text
@@ -112,7 +112,7 @@ def _value(one: TaskFigures | GroupFigures | None) -> str:
     """A share in percent, another figure as it is."""
     if one is None:
         return MISSING
-    return _with_half(one.figure, 100, 1) if one.is_share else _with_half(one.figure, 1, 3)
+    return with_half(one.figure, 100, 1) if one.is_share else with_half(one.figure, 1, 3)
 
 
 def _difference(one: TaskFigures | GroupFigures | None) -> str:
@@ -143,7 +143,7 @@ def _task_table(rows: Sequence[EvalRow]) -> list[str]:
             schedule_name(row),
             f"{row.rho:.2f}" if row.k else MISSING,
             *(_value(_heads(row).get(name)) for name in names),
-            _with_half(row.average, 100, 1),
+            with_half(row.average, 100, 1),
             _points(row.average_difference),
         )
         for row in rows

@@ -12,6 +12,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
+from lora_drop_tools.eval.paper import PAPER
 from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
 
 WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
@@ -43,6 +44,8 @@ class EvalSettings:
             before lm-eval's.
         num_fewshot: examples in a task's prompt, where its definition does not say 0; the definition's when None.
         limit: items of each task at most.
+        paper: of `PAPER`, a table or figure of the paper to make of the bundles. It brings its own tasks and windows k,
+            where none are given.
         unsafe_code: run programs that a model writes without cutting them off from this machine.
         seed: of the subsets, the places in the cycle, and the bootstrap.
         out_dir: where every item's result is kept and looked for; not at all when None.
@@ -107,6 +110,9 @@ class EvalSettings:
     limit: int = option(
         300, metavar="N", bounds=bounds.COUNT, help="take at most so many items of a task (default 300)"
     )
+    paper: str | None = option(
+        None, choices=tuple(PAPER), help="print this table or figure of the paper for the bundles (fig3: with --plots)"
+    )
     unsafe_code: bool = option(
         False, help="run programs that a model writes without cutting them off from your files and the network"
     )
@@ -133,6 +139,8 @@ class EvalSettings:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
         if self.calibrate is not None:
             self._check_calibration()
+        if self.paper is not None and self._takes_nothing_new():
+            return
         if self.tasks and set(self.schedules) & set(ADAPTIVE):
             raise InputError(
                 "Tasks are evaluated under the periodic schedule alone.",
@@ -152,8 +160,37 @@ class EvalSettings:
         if not self.tasks:
             refuse_unused(self, _OF_TASKS, "--tasks was not given", "add --tasks NAME")
 
+    def _takes_nothing_new(self) -> bool:
+        """Whether what is made of the paper measures nothing; else its tasks and windows k stand where none are given.
+
+        Raises:
+            InputError: an option that it has no use for, or no file of latencies for Table IV.
+        """
+        assert self.paper is not None
+        check_known("table or figure of the paper", self.paper, tuple(PAPER), "--paper")
+        made = PAPER[self.paper]
+        if made.tasks:
+            if not self.tasks:
+                object.__setattr__(self, "tasks", made.tasks)
+            if self.k is None:
+                object.__setattr__(self, "k", made.ks)
+            return False
+        unused = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "out_dir", "json_file")
+        because = f"--paper {self.paper} measures nothing"
+        if self.paper == "table4":
+            refuse_unused(self, (*unused, "plots"), because, "leave it out")
+            if self.bench_file is None:
+                raise InputError(
+                    "Table IV is made of measured latencies.",
+                    note="--bench was not given.",
+                    hint="Use --bench FILE, which lora-drop bench --json writes.",
+                )
+        else:
+            refuse_unused(self, (*unused, "bench_file"), because, "leave it out")
+        return True
+
     def _check_calibration(self) -> None:
-        unused = ("labels", "tasks", *_OF_TASKS, "out_dir", "bench_file", "json_file", "plots")
+        unused = ("labels", "tasks", "paper", *_OF_TASKS, "out_dir", "bench_file", "json_file", "plots")
         refuse_unused(self, unused, "--calibrate measures agreement on a text", "leave --calibrate out")
         if self.text is None:
             raise InputError(

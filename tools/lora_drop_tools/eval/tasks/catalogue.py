@@ -253,6 +253,7 @@ def open_tasks(
     seed: int = 0,
     num_fewshot: int | None = None,
     unsafe: bool = False,
+    shots: Mapping[str, int] | None = None,
 ) -> Opened:
     """Open tasks, groups and tags by name.
 
@@ -262,6 +263,7 @@ def open_tasks(
         seed: of the subset.
         num_fewshot: examples in the prompt, for tasks that do not say 0 themselves.
         unsafe: run programs that a model writes without cutting them off.
+        shots: `num_fewshot` of some of `names`, where that is None.
 
     Raises:
         InputError: lm-eval or a package is missing, an unknown name, a damaged definition, data that cannot be had,
@@ -273,6 +275,7 @@ def open_tasks(
         _check_names(names, manager.all_tasks)
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
+        own_shots: dict[str, int | None] = {}
         for name in names:
             try:
                 loaded = manager.load([name])
@@ -280,12 +283,13 @@ def open_tasks(
                 raise _as_ours(name, error) from None
             _check_twice(name, loaded["tasks"], tasks)
             tasks |= loaded["tasks"]
+            own_shots |= dict.fromkeys(loaded["tasks"], (shots or {}).get(name) if num_fewshot is None else num_fewshot)
             groups |= loaded["groups"]
         opened = {}
         for name, task in tasks.items():
             _check_task(name, task, unsafe)
             try:
-                _set_shots(task, num_fewshot)
+                _set_shots(task, own_shots[name])
                 opened[name] = _drawn(name, task, sys.maxsize if limit is None else limit, seed)
                 _check_prompts(opened[name])
             except InputError:

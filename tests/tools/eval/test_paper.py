@@ -1,0 +1,173 @@
+"""The paper's tables and Fig. 3: its own worked figures, and the lines that the user gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.cli import main
+from lora_drop_tools.eval import paper
+from lora_drop_tools.eval.intervals import Figure
+from lora_drop_tools.eval.paper import KvShape, described
+from lora_drop_tools.eval.result import EvalResult, EvalRow, GroupFigures, TaskFigures
+from lora_drop_tools.eval.settings import EvalSettings
+from lora_drop_tools.shared import costs
+
+
+def test_the_papers_worked_figures() -> None:
+    """n = 32, a = 4, p = 0.5, w = 4 saves 32.8 %; LLaMA3-8B at 4096 tokens holds 512 MiB."""
+    llama3 = KvShape(32, 4, 2 * 8 * 128 * 2)
+    assert llama3.saving(0.5, 3) == 0.875 * 0.5 * 0.75
+    assert llama3.bytes_of(4096, 0, 1) == 512 * 2**20
+    assert llama3.bytes_of(4096, 0.5, 3) == pytest.approx(512 * 2**20 * (1 - 0.328125))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_bundle_saves_what_its_curve_says(bundle: Path, k: int) -> None:
+    manifest = Bundle.open(bundle).manifest
+    shape = KvShape.of(manifest)
+    assert (shape.layers, shape.always_on) == (8, 4)
+    assert shape.saving(manifest.plan.rho, k) == pytest.approx(costs.kv_saving(manifest, k))
+    assert shape.bytes_of(100, 0, k) == costs.kv_base_bytes(manifest, 100)
+
+
+def figure(value: float) -> Figure:
+    return Figure(value, value - 0.02, value + 0.02, 50)
+
+
+def row(k: int, accuracy: float, speedup: float | None = None, rho: float = 0.5, **changed: object) -> EvalRow:
+    task = TaskFigures("acc", {"acc": figure(accuracy)}, None, 0)
+    one = EvalRow(
+        bundle="b",
+        label="b",
+        method="LoRA-Drop",
+        surrogate="residual",
+        rank=0,
+        sites=("4",),
+        rho=rho,
+        attentions=rho,
+        weight_bytes=rho,
+        policy="skip" if k else "full",
+        k=k,
+        kv_bytes=1000,
+        speedup=speedup,
+        text=None,
+        tasks={"piqa": task, "mmlu_anatomy": task},
+        average=figure(accuracy),
+        average_difference=None,
+        groups={"mmlu": GroupFigures("acc", figure(accuracy / 2), None, 50, ("mmlu_anatomy",), True, False)},
+    )
+    return dataclasses.replace(one, **changed)  # type: ignore[arg-type]
+
+
+def lines(name: str, *rows: EvalRow) -> list[list[str]]:
+    """The cells of a table, less its title and what stands below."""
+    result = EvalResult("", {}, "", {}, "m", "float32", 0, (1, 1), "")
+    result.rows = list(rows)
+    found = described(name, result)
+    assert found[1] == paper.PAPER[name].title
+    return [[cell for cell in line.split("  ") if cell.strip()] for line in found[3:]]
+
+
+def test_table_1() -> None:
+    """Groups have a column, their parts have none; methods of the literature have the paper's own ranges."""
+    skipping = row(3, 0.4, 1.2, method="Unified Layer Skipping")
+    headings, full, own, theirs, *_ = lines("table1", row(0, 0.5), row(3, 0.45, 1.3, rho=0.27), skipping)
+    assert [cell.strip() for cell in headings[5:]] == [
+        *("piqa", "mmlu", "average", "speed-up", "paper's speed-up", "paper's accuracy")
+    ]
+    assert [cell.strip() for cell in full] == [
+        *("b", "full model", "–", "0", "full", "50.0 ±2.0", "25.0 ±2.0", "50.0 ±2.0", "1.00×", "1.00×", "not at hand")
+    ]
+    assert [cell.strip() for cell in own[-3:]] == ["1.30×", "1.34–1.39×", "not at hand"]
+    assert [cell.strip() for cell in theirs[-3:]] == ["1.20×", "1.34–1.42×", "not at hand"]
+
+
+def test_table_3() -> None:
+    """A plan takes the paper's numbers of the ρ and k that are its own, and no others."""
+    rows = (row(0, 0.5), row(2, 0.5, 1.1), row(3, 0.5, None, rho=0.46), row(4, 0.5), row(3, 0.5, rho=0.6))
+    _, full, two, three, four, far, models = lines("table3", *rows)
+    assert [cell.strip() for cell in full[-2:]] == ["64.6 / 66.4 / 67.7", "1.00 / 1.00 / 1.00"]
+    assert [cell.strip() for cell in two[-3:]] == ["1.10×", "64.6 / 66.3 / 67.5", "1.55 / 1.58 / 1.45"]
+    assert [cell.strip() for cell in three[-3:]] == ["–", "64.5 / 66.3 / 67.4", "1.68 / 1.73 / 1.70"]
+    assert [cell.strip() for cell in four[-2:]] == ["–", "–"]
+    assert [cell.strip() for cell in far[-2:]] == ["–", "–"]
+    assert models == ["paper: LLaMA2-7B / Qwen2.5-7B / LLaMA3-8B"]
+    assert "--bench" in lines("table3", row(0, 0.5), row(3, 0.5))[-1][0]
+
+
+def test_table_5() -> None:
+    halves = row(2, 0.5, 1.05, sites=("4.attn", "4.mlp"))
+    _, _, blocks, apart, other, *_ = lines("table5", row(0, 0.5), row(2, 0.5, 1.1), halves, row(3, 0.5, 1.1))
+    assert [cell.strip() for cell in blocks[5:]] == ["blocks", "50.0 ±2.0", "1.10×", "1.55 / 1.58 / 1.45"]
+    assert [cell.strip() for cell in apart[5:]] == ["attention and MLP", "50.0 ±2.0", "1.05×", "1.37 / 1.39 / 1.27"]
+    assert other[-1].strip() == "–"
+
+
+def test_table_4(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"bundle": "b", "rho": 0.5, "k": k, "context": context, "rows": 1, "latency_ms": {"p50": 1 + k, "p95": 9}}
+        | {"kv_bytes": {"kept": 2**20, "dropped": 2**19}}
+        for context in (128, 4096)
+        for k in (0, 3)
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Table IV: latency of a token and K/V over ρ and k"
+    assert [line.split() for line in printed[3:5]] == [
+        *(["b", "–", "0", "1.00", "9.00", "1.5", "not", "at", "hand"],),
+        *(["b", "0.50", "3", "4.00", "9.00", "1.5", "not", "at", "hand"],),
+    ]
+    assert printed[5] == "context 4096, batch 1"
+
+
+def test_fig_3(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(bundle), "--paper", "fig3", "--plots", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr().out
+    assert "8 layers, 4 always on" in printed
+    (half,) = (line.split() for line in printed.splitlines() if line.startswith("ρ = 0.50"))
+    assert half[3:7] == ["12.5%", "16.7%", "18.8%", "20.8%"]  # ½ · ½ · k / (k + 1)
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["paper_fig3_tiny.png"]
+    assert (tmp_path / "plots/paper_fig3_tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        main(["eval", str(bundle), "--paper", "fig3", "--plots", str(tmp_path / "plots")]) == 0
+    )  # its own is replaced
+
+
+def test_tasks_and_windows_of_a_table() -> None:
+    settings = EvalSettings(paper="table3")
+    assert settings.tasks == paper.TABLE_1
+    assert settings.ks == [0, 1, 2, 3, 5]
+    own = EvalSettings(paper="table3", tasks=("piqa",), k=(1,))
+    assert (own.tasks, own.ks) == (("piqa",), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--paper", "table4"), "--bench was not given"),
+        (("--paper", "table4", "--tasks", "piqa"), "--paper table4 measures nothing"),
+        (("--paper", "fig3", "--k", "3"), "--paper fig3 measures nothing"),
+        (("--paper", "fig3", "--bench", "x.json"), "--paper fig3 measures nothing"),
+        (("--paper", "table4", "--bench", "absent.json"), "absent.json"),
+        (("--paper", "table9"), "table9"),
+        (("--paper", "table1", "--calibrate", "0.9", "--text", "x"), "--paper"),
+    ],
+)
+def test_refusals(bundle: Path, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(bundle), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Hint:" in error
+
+
+def test_eval_in_python_measures(bundle: Path) -> None:
+    from lora_drop_tools.eval.eval import eval
+
+    with pytest.raises(InputError, match="reproduce"):
+        eval(bundle, EvalSettings(paper="fig3"))
