@@ -117,12 +117,14 @@ def test_the_number_of_examples_is_as_lm_evals_command_takes_it(tmp_path: Path) 
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps({**json.loads(path.read_text()), "num_fewshot": said}))
 
-    def shots(num_fewshot: int | None) -> list[int]:
-        tasks = open_tasks(["nothing", "none", "two"], [tmp_path], num_fewshot=num_fewshot).tasks
+    def shots(num_fewshot: int | None, own: dict[str, int] | None = None) -> list[int]:
+        tasks = open_tasks(["nothing", "none", "two"], [tmp_path], num_fewshot=num_fewshot, shots=own).tasks
         return [one.task.config.num_fewshot for one in tasks.values()]
 
     assert shots(None) == [0, 0, 2]
     assert shots(3) == [3, 0, 3]
+    assert shots(None, {"nothing": 1, "none": 1}) == [1, 0, 2]  # a table of the paper has its own
+    assert shots(3, {"nothing": 1}) == [3, 0, 3]
     with pytest.raises(InputError, match="A task cannot be opened"):  # there are four
         shots(5)
 
