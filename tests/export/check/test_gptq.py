@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ from lora_drop_export.check.calibration_text import (
 )
 from lora_drop_export.check.gptq import round_model
 from lora_drop_export.check.verify import compare
+from lora_drop_export.compiler.early import check_before_trace
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
 from lora_drop_export.quantize.choice import Quantization
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
@@ -144,6 +148,26 @@ def test_what_has_its_integers_already_is_left_alone(tmp_path: Path) -> None:
     formats = dict.fromkeys([name, "model.layers.0.self_attn.k_proj.weight"], BlockFormat(4, 32, False))
     windows = np.random.default_rng(0).integers(0, 131, (4, 64))
     assert [*round_model(source.checkpoint, native, formats, windows, tmp_path)] == [[*formats][1]]
+
+
+def test_layers_that_all_have_their_integers_are_refused(tmp_path: Path) -> None:
+    """Before the trace; one of them in float is enough to go on."""
+    checkpoint, quantization = family("llama").checkpoint, Quantization.of("int4")
+    tensors: dict[str, Any] = dict(checkpoint.tensors)
+    for name, ref in checkpoint.tensors.items():
+        form = quantization.format_of(ref.shape)
+        if form is not None and "layers" in name:
+            tensors[name] = RoundedTensor(ref, form, (tmp_path, tmp_path, tmp_path))
+    options = ExportOptions(**OPTIONS)
+
+    def check(tensors: dict[str, Any]) -> None:
+        check_before_trace(dataclasses.replace(checkpoint, tensors=tensors), "float32", options, tmp_path, Console())
+
+    with pytest.raises(InputError, match="nothing to round") as error:
+        check(tensors)
+    assert "have int4 blocks of" in str(error.value)
+    one = "model.layers.3.mlp.up_proj.weight"
+    check({**tensors, one: checkpoint.tensors[one]})
 
 
 def test_inputs_that_are_no_numbers_leave_a_layer_to_the_search(
