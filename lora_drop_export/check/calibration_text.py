@@ -11,7 +11,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 
 CALIBRATION_TEXT = "calibration.txt"
-WINDOWS, WINDOW = 16, 512  # at most, and tokens of each
+WINDOWS, WINDOW = 32, 512  # at most, and tokens of each
 LEAST_TOKENS = 2048  # of a text
 
 
@@ -36,7 +36,7 @@ def calibration_windows(
         file: the text; the bundled one when None.
 
     Returns:
-        int64 [N, S], N ≤ 16 and S = 512 unless the context is shorter.
+        int64 [N, S], N ≤ 32 and S = 512 unless the context is shorter.
 
     Raises:
         InputError: the text cannot be read, is too short, or there is no tokenizer for it.
