@@ -20,7 +20,8 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
 from lora_drop_export.check.calibration_text import WINDOW, WINDOWS, read_calibration_text
 from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list, warn_of_base
-from lora_drop_export.quantize.choice import BLOCK_SIZES, CALIBRATED, METHODS, Quantization
+from lora_drop_export.quantize.choice import BLOCK_SIZES, CALIBRATED, Quantization
+from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
@@ -175,7 +176,7 @@ class BuildOptions:
     quantization: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(METHODS),
+        metavar="|".join((*ROUNDINGS, CALIBRATED)),
         help="how int4 and int8 are found: with the scale of the least error or of the range, or so that the layers' "
         f"outputs over a text change least ({CALIBRATED}; takes minutes; default search for int4)",
     )
@@ -234,7 +235,7 @@ class BuildOptions:
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)
         for flag, value, known in (
-            ("--quantization", self.quantization, METHODS),
+            ("--quantization", self.quantization, (*ROUNDINGS, CALIBRATED)),
             ("--block-size", self.block_size, BLOCK_SIZES),
         ):
             if value is not None and self.dtype not in QUANTIZED_DTYPES:
