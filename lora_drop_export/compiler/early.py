@@ -7,18 +7,22 @@ of a large model take minutes. What only the trace tells is checked again after 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
-from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
+from lora_drop_export.quantize.formats import BlockFormat
+from lora_drop_export.quantize.rounding import has_native
 from lora_drop_export.targets.target import TARGETS
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
@@ -43,6 +47,20 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     return (size if type(config).__module__.startswith("transformers.") else 0,) * layers
 
 
+def _check_calibration(
+    refs: Mapping[str, TensorSource], formats: Mapping[str, BlockFormat], options: ExportOptions
+) -> None:
+    """Refuse to round what has its integers already."""
+    layers = [name for name in formats if re.search(r"\.\d+\.", name)]
+    if options.calibrated and layers and all(has_native(refs[name], formats[name]) for name in layers):
+        raise InputError(
+            "There is nothing to round by a text.",
+            note=f"The checkpoint's layers have {options.dtype} blocks of {formats[layers[0]].block_size} already, "
+            "which are taken as they are.",
+            hint="Leave --quantization out, or take a checkpoint in float.",
+        )
+
+
 def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root: Path) -> None:
     """As if every tensor were used, and every matrix quantized where that was asked for."""
     refs = {name: ref for name, ref in checkpoint.tensors.items() if ref.dtype in MODEL_DTYPES}
@@ -50,11 +68,13 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     if options.weights_format:
         shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
         formats = block_formats(shapes, native_formats(refs), (), options.weights_format)
+    _check_calibration(refs, formats, options)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
     stored = options.dtype if options.dtype in QUANTIZED_DTYPES else dtype
     quantized = bool(options.weights_format)
     check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=quantized)
-    check_disk(root, weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats))
+    needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
+    check_disk(root, needed * (2 if options.calibrated else 1))
 
 
 def _warn_of_plan(plan: DropPlan, console: Console) -> None:

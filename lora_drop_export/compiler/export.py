@@ -4,6 +4,7 @@
     decoder/          config → one graph, shapes only
     early             what is refused before any of the following begins
     facts             ρ or a list → DropPlan; limits, formats
+    rounded           sample text → integers of weights, where they are calibrated (check/gptq)
     weights/          checkpoint → weights/, once                           (quantize/: int4, int8)
     check/calibrate   sample text → scales of int8 caches, which the graphs refer to
     graphs/           graph + plan → refresh.onnx, lora.onnx (neutral)
@@ -17,6 +18,7 @@ lowering, with the graphs of a bundle.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -46,6 +48,7 @@ from .early import check_before_trace, warn_of_layers
 from .facts import (
     adapter_matrices,
     chosen_formats,
+    context_length,
     default_dtype,
     make_limits,
     make_plan,
@@ -56,6 +59,7 @@ from .facts import (
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
 from .options import NO_TARGET, ExportOptions, with_files_read
 from .records import HashedMeanwhile, file_records
+from .rounded import calibrated
 from .verify import verify
 
 
@@ -81,18 +85,24 @@ def write_bundle(
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options.weights_format)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
-    check_disk(root, needed)
-    with console.progress("weights") as progress:
+    check_disk(root, needed * (2 if options.calibrated else 1))
+    context = context_length(checkpoint.config)
+    with contextlib.ExitStack() as stack:
+        sources = refs
+        if options.calibrated:
+            sources = stack.enter_context(
+                calibrated(refs, formats, checkpoint, traced, root, context, options.calibration, console)
+            )
         stored = store_weights(
-            refs,
+            sources,
             dtype,
             root,
             options.weights,
             owned=checkpoint.owned,
             groups=groups,
             formats=formats,
-            method=options.weights_format.method if options.weights_format else "rtn",
-            progress=progress,
+            method=options.weights_format.rounding if options.weights_format else "rtn",
+            progress=stack.enter_context(console.progress("weights")),
         )
     hashed = HashedMeanwhile(root / "weights")
     make_model_directory(checkpoint, root / "weights")

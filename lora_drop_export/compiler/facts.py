@@ -158,7 +158,8 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     return plan
 
 
-def _context_length(config: Any) -> int:
+def context_length(config: Any) -> int:
+    """Tokens that the model can see, as its config says."""
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         length = getattr(config, name, None)
         if length:
@@ -174,7 +175,7 @@ def _context_length(config: Any) -> int:
 
 def make_limits(config: Any, options: BuildOptions) -> Limits:
     """Capacities: 2048 tokens unless told otherwise, never more than the model's context."""
-    context = _context_length(config)
+    context = context_length(config)
     max_seq_len = options.max_seq_len or min(2048, context)
     max_prompt_len = options.max_prompt_len or max(1, max_seq_len - 1)
     for option, value, bound, what in (
@@ -236,7 +237,7 @@ def model_facts(
         num_heads=traced.num_heads,
         kv_heads=traced.kv_heads,
         head_dim=traced.head_dim,
-        context_length=_context_length(checkpoint.config),
+        context_length=context_length(checkpoint.config),
         dtype=dtype,
         windows=traced.windows,
         layer_bytes=tuple(layer_bytes),

@@ -18,8 +18,9 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
+from lora_drop_export.check.calibration_text import WINDOW, WINDOWS, read_calibration_text
 from lora_drop_export.checkpoint.drop_list import DropList, read_drop_list, warn_of_base
-from lora_drop_export.quantize.choice import BLOCK_SIZES, Quantization
+from lora_drop_export.quantize.choice import BLOCK_SIZES, CALIBRATED, Quantization
 from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
@@ -175,8 +176,16 @@ class BuildOptions:
     quantization: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(ROUNDINGS),
-        help="how int4 and int8 are found: the scale of the least error, or of the range (default search for int4)",
+        metavar="|".join((*ROUNDINGS, CALIBRATED)),
+        help="how int4 and int8 are found: with the scale of the least error or of the range, or so that the layers' "
+        f"outputs over a text change least ({CALIBRATED}; takes minutes; default search for int4)",
+    )
+    calibration: Path | None = option(
+        None,
+        group=_BUILD,
+        metavar="FILE",
+        help=f"text for --quantization {CALIBRATED}: {WINDOWS} windows of {WINDOW} tokens, spread evenly over it "
+        "(default: a bundled text)",
     )
     block_size: int | None = option(
         None,
@@ -226,7 +235,7 @@ class BuildOptions:
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)
         for flag, value, known in (
-            ("--quantization", self.quantization, tuple(ROUNDINGS)),
+            ("--quantization", self.quantization, (*ROUNDINGS, CALIBRATED)),
             ("--block-size", self.block_size, BLOCK_SIZES),
         ):
             if value is not None and self.dtype not in QUANTIZED_DTYPES:
@@ -236,6 +245,20 @@ class BuildOptions:
                     hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
                 )
             check_known(flag, value, known, flag)
+
+        if self.calibration is not None:
+            if not self.calibrated:
+                raise InputError(
+                    f"--calibration applies only to --quantization {CALIBRATED}.",
+                    note=f"It is {self.calibration}; --quantization is {self.quantization or 'not given'}.",
+                    hint=f"Leave it out, or add --quantization {CALIBRATED}.",
+                )
+            read_calibration_text(self.calibration)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether weights are rounded by a text."""
+        return self.weights_format is not None and self.weights_format.calibrated
 
     @property
     def weights_format(self) -> Quantization | None:

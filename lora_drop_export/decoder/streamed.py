@@ -108,6 +108,18 @@ class StreamedModel:
             yield layer
             layer.to("meta")
 
+    def head_input(self, hidden: Any) -> Any:
+        """What reaches the head, [B, S, d], of the last layer's output [B, S, d]."""
+        import torch
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
+        recorded = Recorder(self.layers, hidden)
+        seen: list[Any] = []
+        with head_replaced(self.model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
+            self.model(input_ids=ids, use_cache=False)
+        recorded.restore()
+        return seen[0]
+
     def logits(self, hidden: Any) -> Any:
         """float32 logits [B, S, V] of the last layer's output: what the model does after its layers, its head by parts.
 
@@ -115,12 +127,9 @@ class StreamedModel:
         """
         import torch
 
+        logits = self._head(self.head_input(hidden))
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)
         recorded = Recorder(self.layers, hidden)
-        seen = []
-        with head_replaced(self.model, lambda x: seen.append(x) or x[..., :1]):  # type: ignore[func-returns-value]
-            self.model(input_ids=ids, use_cache=False)
-        logits = self._head(seen[0])
         with head_replaced(self.model, lambda _: logits):
             result = self.model(input_ids=ids, use_cache=False).logits
         recorded.restore()

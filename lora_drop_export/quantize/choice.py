@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_drop_runtime.dtypes import BY_NAME
@@ -15,6 +15,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 from .formats import BlockFormat
 from .rounding import ROUNDINGS
 
+CALIBRATED = "gptq"  # rounds by what the layers' inputs are (quantize/gptq.py)
 BLOCK_SIZES = (32, 128)  # that can be asked for; the first is the default
 _BLOCK_SIZES = (128, 64, 32, 16)  # that a weight may get
 
@@ -33,8 +34,18 @@ class Quantization:
         """With the defaults for what is not given."""
         bits = BY_NAME[dtype].bits
         default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
-        method = method or default
-        return cls(bits, block_size or BLOCK_SIZES[0], method, symmetric=bits == 8 or not ROUNDINGS[method].zero_points)
+        chosen = cls(bits, block_size or BLOCK_SIZES[0], method or default)
+        return replace(chosen, symmetric=bits == 8 or not ROUNDINGS[chosen.rounding].zero_points)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a text is needed."""
+        return self.method == CALIBRATED
+
+    @property
+    def rounding(self) -> str:
+        """The row of `ROUNDINGS` for weights that nothing is known of but themselves."""
+        return "search" if self.calibrated else self.method
 
     def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
         """The format of a matrix [N, K]; None when no block size divides K.

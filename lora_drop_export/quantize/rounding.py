@@ -47,9 +47,17 @@ def _round(x: Floats, steps: Floats, low: Floats, form: BlockFormat) -> tuple[Fl
     return q, zero
 
 
-def _search(x: Floats, form: BlockFormat) -> Blocked:
-    weights = np.abs(x)
-    weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
+def searched(x: Floats, form: BlockFormat, weights: Floats) -> Blocked:
+    """The scales of the least weighted squared error.
+
+    Args:
+        x: float32 [b, block_size].
+        weights: of each value's squared error, [b, block_size] or [block_size].
+
+    Returns:
+        Integers uint8, scales [b] and zero points [b].
+    """
+    weights = np.broadcast_to(weights, x.shape)
     weighted = weights * x
     fit, low = _range(x, form)
     levels = form.middle if form.symmetric else 2**form.bits - 1
@@ -71,6 +79,12 @@ def _search(x: Floats, form: BlockFormat) -> Blocked:
         np.copyto(best_q, q, where=better)
     best_q += best_zero
     return best_q.astype(np.uint8), best_scale[:, 0], best_zero[:, 0].astype(np.uint8)
+
+
+def _search(x: Floats, form: BlockFormat) -> Blocked:
+    weights = np.abs(x)
+    weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
+    return searched(x, form, weights)
 
 
 def _rtn(x: Floats, form: BlockFormat) -> Blocked:
@@ -109,6 +123,27 @@ def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
     return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
 
 
+def has_native(source: Any, form: BlockFormat) -> bool:
+    """Whether a tensor has integers already, in blocks of this size; they are taken as they are."""
+    native = getattr(source, "native", None)
+    return native is not None and (native.bits, native.block_size) == (form.bits, form.block_size)
+
+
+def finite(rows: Floats, name: str) -> Floats:
+    """Rows of the weight `name`.
+
+    Raises:
+        InputError: a value is infinite or not a number.
+    """
+    if not np.isfinite(rows).all():
+        raise InputError(
+            "A weight cannot be quantized.",
+            note=f"{name} has values that are infinite or not a number.",
+            hint="The checkpoint is damaged, or needs --dtype fp32.",
+        )
+    return rows
+
+
 def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: int) -> Iterable[Blocked]:
     """A tensor's integers, scales and zero points, `chunk_rows` rows at a time.
 
@@ -117,17 +152,10 @@ def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: in
     Raises:
         InputError: a value is infinite or not a number.
     """
-    native = getattr(source, "native", None)
-    taken = native is not None and (native.bits, native.block_size) == (form.bits, form.block_size)
+    taken = has_native(source, form)
     for begin in range(0, source.shape[0], chunk_rows):
         if taken:
             yield source.native_rows(begin, begin + chunk_rows)
             continue
-        rows = np.asarray(source.rows(begin, begin + chunk_rows), np.float32)
-        if not np.isfinite(rows).all():
-            raise InputError(
-                "A weight cannot be quantized.",
-                note=f"{source.name} has values that are infinite or not a number.",
-                hint="The checkpoint is damaged, or needs --dtype fp32.",
-            )
+        rows = finite(np.asarray(source.rows(begin, begin + chunk_rows), np.float32), source.name)
         yield quantize_rows(rows, form, method)

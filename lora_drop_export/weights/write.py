@@ -36,8 +36,11 @@ def stored_blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterat
 
     wanted = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     rows = _chunk_rows(source.shape)
-    for begin in range(0, source.shape[0], rows):
-        part = source[begin : begin + rows] if isinstance(source, np.ndarray) else source.rows(begin, begin + rows)
+    for begin in range(0, source.shape[0] if source.shape else 1, rows):
+        if not source.shape:  # one number, such as a constant of an activation function
+            part = source if isinstance(source, np.ndarray) else source.read()
+        else:
+            part = source[begin : begin + rows] if isinstance(source, np.ndarray) else source.rows(begin, begin + rows)
         try:
             with np.errstate(over="raise"):
                 converted = np.ascontiguousarray(part).astype(wanted)

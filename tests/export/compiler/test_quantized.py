@@ -34,7 +34,7 @@ from tests.support.quantized import matrix
         ({"quantization": "rtn"}, ("--quantization applies only to quantized weights", "not given")),
         ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
         ({"dtype": "int4", "block_size": 64}, ("Unknown --block-size", "32 and 128")),
-        ({"dtype": "int8", "quantization": "gptq"}, ("Unknown --quantization", "rtn")),
+        ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
     ],
 )
 def test_refusals(options, words):

@@ -1,0 +1,214 @@
+"""Calibrated rounding of a whole model: quantize/gptq.py on the inputs that its linear layers have over a text.
+
+Enters: a checkpoint, the block formats of its weights, token ids. Leaves: the weights with integers, scales and zero
+points, on disk. One decoder layer at a time has weights. Within it the linear layers are rounded in the order in which
+they run, each on inputs that the rounded ones before it make: a layer is run over the text until the next one is
+reached, then again from its beginning. Linear layers that read one tensor (q, k, v; gate, up) share its moments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.decoder.anatomy import name_of, put_tensor
+from lora_drop_export.decoder.attention_interface import AttentionCall
+from lora_drop_export.decoder.streamed import StreamedModel
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
+from lora_drop_export.quantize.gptq import gptq_rows, triangle
+from lora_drop_export.quantize.rounding import finite, has_native, quantize_rows
+from lora_drop_export.weights.rounded import RoundedTensor, store_rounded
+
+_CHUNK_TOKENS = 2048  # that run through a layer at once
+_HEAD_ROWS = 8192  # of the vocabulary, in memory at once
+
+
+def _attend(call: AttentionCall) -> Any:
+    """Causal attention over whole windows, [B, S, H, D]."""
+    import torch
+
+    query, key, value = call.query, call.key, call.value
+    if not call.window and not call.softcap:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, key, value, is_causal=True, scale=call.scale, enable_gqa=True).transpose(1, 2)
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))  # [B, H, S, D]
+    scores = query @ key.mT * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    own = torch.arange(query.shape[2])[:, None]
+    seen = own >= own.T
+    if call.window:
+        seen &= own - call.window < own.T
+    return (torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ value).transpose(1, 2)
+
+
+class _Reached(Exception):
+    """The inputs that were wanted are there; the rest of the layer is not run."""
+
+
+@dataclasses.dataclass
+class _Stage:
+    """The next linear layers to be rounded: the first that is reached, and all that read the same tensor before the
+    next one that reads another; and the second moments of their inputs, [K, K].
+    """
+
+    members: list[Any] = dataclasses.field(default_factory=list)
+    moments: Any = None
+    _x: Any = None  # of this chunk
+    _known: bool = False  # the chunk before has shown the members
+
+    def begin_chunk(self) -> None:
+        self._known, self._x = bool(self.members), None
+
+    def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if self._x is None:
+            self._x = x
+            rows = x.reshape(-1, x.shape[-1])
+            self.moments = rows.T @ rows if self.moments is None else self.moments.addmm_(rows.T, rows)
+            if self._known:
+                raise _Reached
+        elif self._x is not x:
+            raise _Reached
+        if module not in self.members:
+            self.members.append(module)
+
+
+@dataclasses.dataclass
+class _Rounder:
+    """Rounds weights and keeps what they became.
+
+    Args:
+        refs: parameter name → tensor of the checkpoint.
+        formats: of those that are to be rounded.
+        directory: for what was found.
+    """
+
+    refs: Mapping[str, TensorSource]
+    formats: Mapping[str, BlockFormat]
+    directory: Path
+    found: dict[str, RoundedTensor] = dataclasses.field(default_factory=dict)
+
+    def layer(self, layer: Any, prefix: str, hidden: list[Any], calls: Sequence[tuple[Any, Any]]) -> list[Any]:
+        """Round a decoder layer's weights, chunk by chunk of its inputs [B, S, d]; returns its outputs."""
+        import torch
+
+        names = {
+            module: f"{prefix}.{name}.weight"
+            for name, module in layer.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        pending = {module: name for module, name in names.items() if name in self.formats}
+        while True:
+            stage, outputs = _Stage(), []
+            hooks = [module.register_forward_pre_hook(stage.look, with_kwargs=True) for module in pending]
+            for x, (args, kwargs) in zip(hidden, calls, strict=True):
+                stage.begin_chunk()
+                with contextlib.suppress(_Reached):
+                    y = layer(x, *args, **kwargs)
+                    outputs.append(y[0] if isinstance(y, tuple) else y)
+            for hook in hooks:
+                hook.remove()
+            if not stage.members:
+                return outputs
+            solved = triangle(stage.moments.numpy())
+            for module in stage.members:
+                name = pending.pop(module)
+                if solved is not None:
+                    self._module(module, name, *solved)
+
+    def _module(self, module: Any, name: str, unit: Any, own: Any) -> None:
+        import torch
+
+        rows, form = finite(module.weight.numpy(), self.refs[name].name), self.formats[name]
+        blocks = gptq_rows(rows, unit, own, form)
+        put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
+        self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
+
+    def head(self, name: str, inputs: Iterator[Any]) -> None:
+        """Round the head by what reaches it, [B, S, d] of each chunk."""
+        moments: Any = 0
+        for x in inputs:
+            rows = x.reshape(-1, x.shape[-1])
+            moments = moments + rows.T @ rows
+        solved, ref = triangle(moments.numpy()), self.refs[name]
+        if solved is None:
+            return
+
+        def chunks() -> Iterator[Blocked]:
+            for begin in range(0, ref.shape[0], _HEAD_ROWS):
+                rows = np.array(ref.rows(begin, begin + _HEAD_ROWS), np.float32)
+                yield gptq_rows(finite(rows, ref.name), *solved, self.formats[name])
+
+        self.found[name] = store_rounded(ref, self.formats[name], chunks(), self.directory)
+
+
+def _round_lookups(model: StreamedModel, ids: npt.NDArray[np.int64], form: BlockFormat) -> None:
+    """The embedding's rows as the bundle will have them."""
+    import torch
+
+    table = model.model.get_input_embeddings().weight
+    used = np.unique(ids)
+    blocks = quantize_rows(table[used].numpy(), form, "search")
+    table.data[used] = torch.from_numpy(dequantize(*blocks))
+
+
+def round_model(
+    checkpoint: Checkpoint,
+    refs: Mapping[str, TensorSource],
+    formats: Mapping[str, BlockFormat],
+    windows: npt.NDArray[np.int64],
+    directory: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, RoundedTensor]:
+    """Round the weights of linear layers by their inputs over a text.
+
+    Args:
+        refs: parameter name → tensor of the checkpoint.
+        formats: parameter name → block format of those that are quantized.
+        windows: int64 [N, S], token ids.
+        directory: empty, for integers, scales and zero points.
+
+    Returns:
+        Parameter name → tensor of each weight that was rounded. Others that have a format are no linear layer's, have
+        their integers already, or had no finite inputs.
+
+    Raises:
+        InputError: a weight is infinite or not a number.
+    """
+    import torch
+
+    wanted = {name: form for name, form in formats.items() if not has_native(refs[name], form)}
+    rounder = _Rounder(refs, wanted, directory)
+    with torch.no_grad():
+        model = StreamedModel(checkpoint, windows, _attend)
+        inner = model.model
+        table, head = (
+            f"{name_of(inner, module)}.weight"
+            for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
+        )
+        if table in wanted:
+            _round_lookups(model, windows, wanted[table])
+        hidden, calls = [], []
+        step = max(1, _CHUNK_TOKENS // windows.shape[1])
+        for begin in range(0, len(windows), step):
+            ids = torch.from_numpy(windows[begin : begin + step])
+            x, arguments = model.embed(ids, torch.arange(ids.shape[1]).expand(len(ids), -1))
+            hidden.append(x)
+            calls.append(arguments)
+        prefix, total = name_of(inner, model.layers), len(model.layers) + 1
+        for index, layer in enumerate(model.loaded_layers()):
+            hidden = rounder.layer(layer, f"{prefix}.{index}", hidden, [call[index] for call in calls])
+            progress(index + 1, total)
+        if head in wanted:
+            rounder.head(head, map(model.head_input, hidden))
+        progress(total, total)
+    return rounder.found

@@ -1,0 +1,231 @@
+"""Calibrated rounding of whole models: every family, what is left alone, the text."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.check.calibration_text import (
+    CALIBRATION_TEXT,
+    LEAST_TOKENS,
+    WINDOW,
+    WINDOWS,
+    calibration_windows,
+)
+from lora_drop_export.check.gptq import round_model
+from lora_drop_export.check.verify import compare
+from lora_drop_export.compiler.early import check_before_trace
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from lora_drop_export.quantize.choice import Quantization
+from lora_drop_export.quantize.dequantized import dequantized_tensors
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
+from lora_drop_export.quantize.gptq import gptq_rows, triangle
+from lora_drop_export.quantize.rounding import quantize_rows
+from lora_drop_export.weights.rounded import RoundedTensor
+from tests.support.bundles import family, make_bundle, traced_model
+from tests.support.models import FAMILIES, MORE_FAMILIES
+from tests.support.tokenizers import character_tokenizer
+
+OPTIONS = {"dtype": "int4", "quantization": "gptq"}
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for models of 64 channels."""
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOWS", 4)
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOW", 64)
+
+
+def weights(root: Path) -> dict[str, np.ndarray]:
+    file = root / "weights" / "model.safetensors"
+    return {name: place.read() for name, place in dequantized_tensors(file, read_tensors(file)).items()}
+
+
+def linear_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Of every decoder layer, by their names."""
+    return {
+        f"{name}.weight": module.weight.detach().numpy()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.split(".")[-2:-1] != ["lm_head"]
+    }
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
+def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is exported and verified, and no linear layer has the values that the search gives it."""
+    source = family(name) if name in FAMILIES else traced_model(MORE_FAMILIES[name]())
+    bundle = make_bundle(source, tmp_path / "b", always_first=0, always_last=0, **OPTIONS)
+    said = capsys.readouterr().err
+    assert compare(bundle).passed
+    assert bundle.manifest.quantization["method"] == "gptq"
+    assert "gptq: calibrated on 256 tokens of random tokens" in said
+    assert "rounded by search" not in said
+    stored, quantization = weights(bundle.root), Quantization.of("int4")
+    checked = 0
+    for tensor, theirs in linear_weights(source.model).items():
+        form = quantization.format_of(theirs.shape)
+        if tensor in stored and form is not None:
+            searched = dequantize(*quantize_rows(theirs, form, "search"))
+            assert (stored[tensor] != searched).mean() > 0.5, tensor
+            checked += 1
+    assert checked >= 2 * 3 or name == "exaone"  # whose tensors have names of their own
+    assert not [path for path in bundle.root.iterdir() if path.name.startswith("rounded")]
+
+
+def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
+    """A Llama's weights in the bundle are those of a plain loop: hooks on transformers' own model, layer by layer.
+
+    Written apart: the whole model runs anew, its weights so far rounded, for each tensor that linear layers share.
+    """
+    source = family("llama")
+    bundle = make_bundle(source, tmp_path / "b", **OPTIONS)
+    stored = weights(bundle.root)
+    model, quantization = copy.deepcopy(source.model), Quantization.of("int4")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 131, (4, 64)))
+
+    def put(weight: torch.nn.Parameter, blocks: Blocked) -> None:
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(dequantize(*blocks)))
+
+    table = model.model.embed_tokens.weight
+    put(table, quantize_rows(table.detach().numpy(), quantization.format_of(table.shape), "search"))
+    stages = [
+        [getattr(part, name) for name in names]
+        for layer in model.model.layers
+        for part, names in (
+            (layer.self_attn, ("q_proj", "k_proj", "v_proj")),
+            (layer.self_attn, ("o_proj",)),
+            (layer.mlp, ("gate_proj", "up_proj")),
+            (layer.mlp, ("down_proj",)),
+        )
+    ]
+    for members in [*stages, [model.lm_head]]:
+        seen = []
+        hook = members[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(ids)
+        hook.remove()
+        rows = seen[0].reshape(-1, seen[0].shape[-1]).numpy()
+        for module in members:
+            w = module.weight.detach().numpy()
+            put(module.weight, gptq_rows(w, *triangle(rows.T @ rows), quantization.format_of(w.shape)))
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    for members in stages[:4]:  # later on a tie that falls the other way changes all that follows
+        for module in members:
+            theirs = module.weight.detach().numpy()
+            assert np.isclose(stored[names[module]], theirs, rtol=1e-3, atol=1e-4).mean() > 0.97, names[module]
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 131, (1, 64)))
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        for module, name in names.items():
+            if name in stored and isinstance(module, torch.nn.Linear):
+                module.weight.copy_(torch.from_numpy(stored[name]))
+        found = model(tokens).logits
+    assert torch.nn.functional.cosine_similarity(wanted, found, dim=-1).median() > 0.9
+
+
+def test_the_same_bytes_twice(tmp_path: Path) -> None:
+    files = [make_bundle("qwen2", tmp_path / name, **OPTIONS).root / "weights" / "model.safetensors" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_has_its_integers_already_is_left_alone(tmp_path: Path) -> None:
+    """As the blocks of a GGUF file do."""
+    source = family("llama")
+    name, form = "model.layers.0.self_attn.q_proj.weight", BlockFormat(4, 32, True)
+    refs = {n: source.checkpoint.tensors[n] for n in source.traced.parameters}
+    native = {**refs, name: RoundedTensor(refs[name], form, (tmp_path, tmp_path, tmp_path))}
+    formats = dict.fromkeys([name, "model.layers.0.self_attn.k_proj.weight"], BlockFormat(4, 32, False))
+    windows = np.random.default_rng(0).integers(0, 131, (4, 64))
+    assert [*round_model(source.checkpoint, native, formats, windows, tmp_path)] == [[*formats][1]]
+
+
+def test_layers_that_all_have_their_integers_are_refused(tmp_path: Path) -> None:
+    """Before the trace; one of them in float is enough to go on."""
+    checkpoint, quantization = family("llama").checkpoint, Quantization.of("int4")
+    tensors: dict[str, Any] = dict(checkpoint.tensors)
+    for name, ref in checkpoint.tensors.items():
+        form = quantization.format_of(ref.shape)
+        if form is not None and "layers" in name:
+            tensors[name] = RoundedTensor(ref, form, (tmp_path, tmp_path, tmp_path))
+    options = ExportOptions(**OPTIONS)
+
+    def check(tensors: dict[str, Any]) -> None:
+        check_before_trace(dataclasses.replace(checkpoint, tensors=tensors), "float32", options, tmp_path, Console())
+
+    with pytest.raises(InputError, match="nothing to round") as error:
+        check(tensors)
+    assert "have int4 blocks of" in str(error.value)
+    one = "model.layers.3.mlp.up_proj.weight"
+    check({**tensors, one: checkpoint.tensors[one]})
+
+
+def test_inputs_that_are_no_numbers_leave_a_layer_to_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy.deepcopy(family("llama").model)
+    with torch.no_grad():
+        model.model.layers[7].post_attention_layernorm.weight[3] = torch.inf
+    make_bundle(traced_model(model), tmp_path / "b", **OPTIONS)
+    said = capsys.readouterr().err
+    for part in ("gate", "up", "down"):
+        assert (
+            f"rounded by search, the calibration has no inputs of it: model.layers.*.mlp.{part}_proj.weight (1)" in said
+        )
+    assert "q_proj" not in said
+
+
+# ── the text ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_windows_are_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    character_tokenizer(tmp_path)
+    text = tmp_path / "text"
+    text.write_text("".join(chr(97 + i // 64 % 26) for i in range(64 * 20)) * 2)
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.LEAST_TOKENS", 1000)
+    rows, what = calibration_windows(tmp_path, 131, 256, text)
+    assert rows.shape == (4, 64)
+    assert len({int(row[0]) for row in rows}) == 4
+    assert str(text) in what
+    assert calibration_windows(tmp_path, 131, 16, text)[0].shape == (4, 16)  # a shorter context
+
+
+def test_the_bundled_text_has_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tokenizer that has a token for about five letters."""
+    assert len(resources.files("lora_drop_export.check").joinpath(CALIBRATION_TEXT).read_text()) > 5 * WINDOWS * WINDOW
+    character_tokenizer(tmp_path)
+    rows, what = calibration_windows(tmp_path, 131, 256, None)
+    assert rows.shape == (4, 64)
+    assert what == "the bundled text"
+
+
+def test_refused_texts(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("too short")
+    with pytest.raises(InputError, match="no tokenizer"):
+        calibration_windows(tmp_path, 131, 256, text)
+    character_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="too short") as error:
+        calibration_windows(tmp_path, 131, 256, text)
+    assert f"needed are {LEAST_TOKENS}" in str(error.value)
+    text.write_bytes(b"\xff\xfe")
+    for options, words in (
+        ({"calibration": text}, "applies only to --quantization gptq"),
+        ({"calibration": text, "dtype": "int4", "quantization": "rtn"}, "applies only to --quantization gptq"),
+        ({"calibration": text, **OPTIONS}, "cannot be read"),
+        ({"calibration": tmp_path / "none", **OPTIONS}, "cannot be read"),
+        ({"quantization": "gptq", "dtype": "float32"}, "--quantization applies only to quantized weights"),
+        ({"quantization": "gptq"}, "--quantization applies only to quantized weights"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ExportOptions(**options)
