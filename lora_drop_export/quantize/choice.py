@@ -16,7 +16,7 @@ from .formats import BlockFormat
 from .rounding import ROUNDINGS
 
 CALIBRATED = "gptq"  # rounds by what the layers' inputs are (quantize/gptq.py)
-BLOCK_SIZES = (32, 128)  # that can be asked for; the first is the default
+BLOCK_SIZES = (32, 64, 128)  # that can be asked for; the first is the default
 _BLOCK_SIZES = (128, 64, 32, 16)  # that a weight may get
 
 

@@ -28,7 +28,7 @@ from lora_drop_export.compiler.files import copy_tokenizer
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel, trace
-from tests.support.models import FAMILIES, llama
+from tests.support.models import FAMILIES, MORE_FAMILIES, llama
 from tests.support.oracle import OraclePlan
 
 PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
@@ -62,6 +62,12 @@ def traced_family(name: str, model: PreTrainedModel, dtype: str) -> Family:
     """Save any model and trace it in a dtype; the trace is shared by all that say this name."""
     model, directory, checkpoint = _saved(model)
     return Family(model, directory, checkpoint, _traced_once(name, checkpoint, dtype), dtype)
+
+
+@functools.cache
+def more_family(name: str) -> Family:
+    """One of MORE_FAMILIES."""
+    return traced_family(f"more.{name}", MORE_FAMILIES[name](), "float32")
 
 
 @functools.cache

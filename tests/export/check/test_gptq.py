@@ -32,7 +32,7 @@ from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
 from lora_drop_export.quantize.gptq import gptq_rows, triangle
 from lora_drop_export.quantize.rounding import quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor
-from tests.support.bundles import family, make_bundle, traced_model
+from tests.support.bundles import family, make_bundle, more_family, traced_model
 from tests.support.models import FAMILIES, MORE_FAMILIES
 from tests.support.tokenizers import character_tokenizer
 
@@ -63,7 +63,7 @@ def linear_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
 def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is exported and verified, and no linear layer has the values that the search gives it."""
-    source = family(name) if name in FAMILIES else traced_model(MORE_FAMILIES[name]())
+    source = family(name) if name in FAMILIES else more_family(name)
     bundle = make_bundle(source, tmp_path / "b", always_first=0, always_last=0, **OPTIONS)
     said = capsys.readouterr().err
     assert compare(bundle).passed

@@ -33,7 +33,7 @@ from tests.support.quantized import matrix
         ({"dtype": "int3"}, ("int3", "int4")),
         ({"quantization": "rtn"}, ("--quantization applies only to quantized weights", "not given")),
         ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
-        ({"dtype": "int4", "block_size": 64}, ("Unknown --block-size", "32 and 128")),
+        ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64 and 128")),
         ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
     ],
 )

@@ -15,11 +15,10 @@ from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from lora_drop_export.cli import main
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
 from tests.export.test_halves import MIXED
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, oracle_plan, rewritten, save_adapters
+from tests.support.bundles import family, make_bundle, more_family, oracle_plan, rewritten, save_adapters
 from tests.support.models import FAMILIES, MORE_FAMILIES
 from tests.support.oracle import OraclePlan
 
@@ -88,16 +87,14 @@ def test_fused_weights(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
 def test_more_families(name, tmp_path):
-    model = MORE_FAMILIES[name]()
-    model.save_pretrained(tmp_path / "model")
-    options = "--drop-layers 1 --always-first 0 --always-last 0 --k 2 --max-seq-len 32 --threads 1 --target openvino"
-    out = tmp_path / "out"
-    assert main(["--model", str(tmp_path / "model"), "--out", str(out), *options.split()]) == 0
+    source = more_family(name)
+    options = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "k": 2, "max_seq_len": 32}
+    bundle = make_bundle(source, tmp_path / "b", targets=("openvino",), **options)
     tokens = np.random.default_rng(1).integers(0, 131, 6).tolist()
-    with Session.open(out, threads=1) as session:
+    with Session.open(bundle.root, threads=1) as session:
         ours = [session.prefill([PROMPTS[0]], max_new_tokens=7)[0].copy()]
         ours += [session.step([token])[0].copy() for token in tokens]
-    theirs = oracle.decode_row(model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
+    theirs = oracle.decode_row(source.model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert np.abs(a - b.numpy()).max() < 3e-5 * np.abs(b.numpy()).max(), f"step {step}"
 
