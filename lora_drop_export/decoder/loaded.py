@@ -66,7 +66,8 @@ class LoadedModel:
         import torch
 
         with refused("The checkpoint's tokenizer cannot be used.", self.name):
-            return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return torch.tensor(ids, dtype=torch.int64)
 
 
 def _no_device(device: str, reason: str) -> InputError:

@@ -13,7 +13,7 @@ from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.weights.store import store_weights
 
 FORMATS = [
-    BlockFormat(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 64, 128) for symmetric in (True, False)
+    BlockFormat(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 128) for symmetric in (True, False)
 ]
 
 

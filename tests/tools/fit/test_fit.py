@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("policy", STREAMS)
 @pytest.mark.parametrize(("surrogate", "injection"), [("recurrent", "attn_mlp"), ("anchor", "block")])
 def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
-    options = {"surrogate": surrogate, "injection": injection, "policy": policy, "drop_ratio": 0.75, "k": (1, 3)}
+    options = {"surrogate": surrogate, "injection": injection, "policies": (policy,), "drop_ratio": 0.75, "k": (1, 3)}
     run_fit(model_dir, words, tmp_path / "a", **options, steps=2, rank=64)
     result = run_fit(model_dir, words, tmp_path / "z", **options, steps=2, closed_form_tokens=0)  # distillation alone
     assert "closed form" not in result.stages
@@ -321,7 +322,7 @@ def test_a_static_flexidepth_plan(model_dir: Path, words: Path, tmp_path: Path) 
     """Attentions have only their base, MLPs an adapter; so has the bundle."""
     from lora_drop_runtime.bundle.safetensors_file import read_tensors
 
-    options = {"drop_layers": (3, 5), "injection": "attn_mlp", "policy": "fill", "adapters_for": "mlp", "steps": 2}
+    options = {"drop_layers": (3, 5), "injection": "attn_mlp", "policies": ("fill",), "adapters_for": "mlp", "steps": 2}
     result = run_fit(model_dir, words, tmp_path / "a", **options)
     assert list(result.plan["bare_sites"]) == ["3.attn", "5.attn"]
     assert result.stages["closed form"]["kl"] < result.stages["base"]["kl"]
@@ -367,12 +368,12 @@ def test_windowed_layers(words: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     """Their MLPs may always be dropped, they themselves where the policy leaves no holes."""
     with_tokenizer("gemma2", tmp_path / "m")
     monkeypatch.setattr(torch_model, "read_tokenizer", lambda path, _: PreTrainedTokenizerFast.from_pretrained(path))
-    small = {"steps": 1, "tokens": 64}
+    small = {"steps": 1, "closed_form_tokens": 64}
     for name, options, sites in (
-        ("a", {"policy": "skip", "drop_layers": ("4.mlp",)}, ["4.mlp"]),
-        ("b", {"policy": "backfill", "drop_layers": (4, "6.attn")}, ["4", "6.attn"]),
-        ("c", {"policy": "fill", "drop_ratio": 1.0}, ["3", "4", "5", "6"]),
-        ("d", {"policy": "skip", "drop_ratio": 1.0}, ["3", "5"]),
+        ("a", {"policies": ("skip",), "drop_layers": ("4.mlp",)}, ["4.mlp"]),
+        ("b", {"policies": ("backfill",), "drop_layers": (4, "6.attn")}, ["4", "6.attn"]),
+        ("c", {"policies": ("fill",), "drop_ratio": 1.0}, ["3", "4", "5", "6"]),
+        ("d", {"policies": ("skip",), "drop_ratio": 1.0}, ["3", "5"]),
     ):
         assert list(run_fit(tmp_path / "m", words, tmp_path / name, **options, **small).plan["sites"]) == sites
     with pytest.raises(PlanError, match="sliding window"):
@@ -534,6 +535,93 @@ def test_a_streamed_fit_is_resumed_in_the_middle(
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("change", ["another file", "shorter", "other words"])
+def test_another_text_is_not_resumed(
+    change: str, model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "texts"
+    shutil.copytree(lines, text)
+    stages = importlib.import_module("lora_drop_tools.fit.stages")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Report, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model_dir, text, tmp_path / "a", **STREAMED)
+    file = text / "a.jsonl"
+    if change == "another file":
+        shutil.copy(file, text / "b.jsonl")
+    elif change == "shorter":
+        file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    else:
+        file.write_text(file.read_text().replace("t5 ", "t6 "))
+    before = {path: path.read_bytes() for path in (tmp_path / "a.partial").iterdir()}
+    with pytest.raises(InputError, match="another text under these names"):
+        run_fit(model_dir, text, tmp_path / "a", **STREAMED, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "a.partial").iterdir()} == before
+
+
+def test_text_that_breaks_off_on_the_way_leaves_what_was_reached(
+    model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the network is gone; the same fit goes on when it is back."""
+    whole = run_fit(model_dir, lines, tmp_path / "whole", **STREAMED, steps=6)
+    texts = importlib.import_module("lora_drop_tools.fit.texts")
+    genuine, calls = texts.StreamedTexts.__call__, []
+
+    def gone(self: Any, number: int) -> Any:
+        calls.append(number)
+        if len(calls) > 8 + 4:  # the closed form takes eight
+            raise InputError("The text cannot be read.", note="It is gone.", hint="Wait.")
+        return genuine(self, number)
+
+    monkeypatch.setattr(texts.StreamedTexts, "__call__", gone)
+    options = {**STREAMED, "steps": 6, "checkpoint_minutes": 0.0}
+    with pytest.raises(InputError, match="gone"):
+        run_fit(model_dir, lines, tmp_path / "a", **options)
+    monkeypatch.setattr(texts.StreamedTexts, "__call__", genuine)
+    assert run_fit(model_dir, lines, tmp_path / "a", **options, resume=True).losses == whole.losses
+
+
+def test_a_damaged_state_is_said_and_kept(
+    model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = importlib.import_module("lora_drop_tools.fit.stages")
+    report, options = stages.Report.__call__, {"drop_layers": (3,), "checkpoint_minutes": 0.0}
+
+    def interrupted(self: Any, done: int, *others: Any) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Report, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model_dir, words, tmp_path / "a", **options)
+    monkeypatch.setattr(stages.Report, "__call__", report)
+    state = tmp_path / "a.partial/state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*state\.pt"):
+        run_fit(model_dir, words, tmp_path / "a", **options, resume=True)
+    assert state.exists()
+
+
+@pytest.mark.parametrize("text", ["", None, "absent"])
+def test_empty_documents_are_passed_over(text: str | None, model_dir: Path, lines: Path, tmp_path: Path) -> None:
+    rows = (lines / "a.jsonl").read_text().splitlines()
+    empty = {} if text == "absent" else {"content": text}
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows[:3], json.dumps(empty), *rows[3:]]) + "\n")
+    run_fit(model_dir, tmp_path / "a.jsonl", tmp_path / "a", **STREAMED)
+
+
+@pytest.mark.parametrize("place", ["out", "out/log", "out.partial", "file", "file/log"])
+def test_odd_places_for_curves(place: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
+    """Refused before anything is made."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"--log-dir|curves"):
+        run_fit(model_dir, words, tmp_path / "out", drop_layers=(3,), log_dir=tmp_path / place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_dataset_is_fitted_on_like_its_files(model_dir: Path, lines: Path, tmp_path: Path) -> None:
     files = run_fit(model_dir, lines, tmp_path / "files", **STREAMED)
@@ -662,6 +750,8 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
         (["--offset-weights", "1,x,2"], ("1,x,2", "1,1,0.5")),
         (["--offset-weights", "1,nan,2"], ("--offset-weights is not a number",)),
         (["--policy", "skip,none"], ("refresh policy", "none")),
+        (["--policy", "skip,fill"], ("cannot be mixed", "skip, fill")),
+        (["--dataset", ":x"], ("no name", ":x")),
         (["--tokens", "1.5"], ("1.5", "15e9")),
         (["--tokens", "nan"], ("nan", "15e9")),
         (["--tokens", "1e15"], ("--tokens is too large",)),

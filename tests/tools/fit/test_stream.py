@@ -174,7 +174,7 @@ def test_a_directory_and_a_dataset(tmp_path: Path) -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text":', "cannot be read"),
-        ("a.jsonl", b"", "holds nothing|cannot be read"),
+        ("a.jsonl", b"", "empty, or ends too early"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.csv", b"text\nx\n", "format is not known"),

@@ -178,7 +178,7 @@ class EvalSettings:
         unused = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "out_dir", "json_file")
         because = f"--paper {self.paper} measures nothing"
         if self.paper == "table4":
-            refuse_unused(self, (*unused, "plots"), because, "leave it out")
+            refuse_unused(self, (*unused, "plots"), because, "leave --paper out")
             if self.bench_file is None:
                 raise InputError(
                     "Table IV is made of measured latencies.",
@@ -186,7 +186,7 @@ class EvalSettings:
                     hint="Use --bench FILE, which lora-drop bench --json writes.",
                 )
         else:
-            refuse_unused(self, (*unused, "bench_file"), because, "leave it out")
+            refuse_unused(self, (*unused, "bench_file"), because, "leave --paper out")
         return True
 
     def _check_calibration(self) -> None:

@@ -16,13 +16,14 @@ import contextlib
 import io
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, first_line
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 
@@ -31,6 +32,11 @@ from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 from .texts import Texts
+
+
+class Diverged(InputError):
+    """The KL divergence is not finite."""
+
 
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
 _LOSSES = 1000  # that are kept, at most
@@ -250,7 +256,7 @@ def _rate(step: int, options: DistillOptions) -> float:
 
 def _check_finite(kl: float, step: int, options: DistillOptions) -> None:
     if not math.isfinite(kl):
-        raise InputError(
+        raise Diverged(
             "Distillation diverged.",
             note=f"The KL divergence is {kl} at step {step + 1} of {options.steps}; --learning-rate is "
             f"{options.learning_rate:g}.",
@@ -288,10 +294,17 @@ class _State:
 
         if self._file is None or not self._file.exists():
             return
-        state = torch.load(self._file, weights_only=True, map_location=device)
-        self.step, self.losses = state["step"], state["losses"]
+        try:
+            state = torch.load(self._file, weights_only=True, map_location=device)
+            self.step, self.losses = state["step"], state["losses"]
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise InputError(
+                "The unfinished fit cannot be read.",
+                note=f"{self._file}: {first_line(error)}.",
+                hint="Move it away, and begin anew.",
+            ) from None
         self._texts.load(state.get("texts", {}))  # version 0.1 wrote none
-        self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)

@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.command_line import require_export_packages
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
 
-from .partial import Partial, begun_with_force, check_place, load_begin
+from .partial import Partial, begun_with_force, check_log_dir, check_place, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
 from .stages import BASE, CLOSED_FORM, Work, begin, better, distilled
-from .stream import require_package
+from .stream import identity, require_package
 from .texts import Source
 
 if TYPE_CHECKING:
@@ -73,6 +72,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
         "text": [file.name for file in settings.text],
+        "text_sha256": identity(settings.text),
         **{name: getattr(plan, name) for name in ("sites", "bare_sites", "surrogate")},
         "windows": settings.k,
         "policy": plan.policy,
@@ -131,9 +131,11 @@ def _fit_loaded(
         if settings.steps != 0:
             partial.save(pairs, scales, work.stages, root.with_name("partial"))
     if settings.steps != 0:
+        from .distill import Diverged
+
         try:
             learned, losses = distilled(work, pairs, scales, workers, partial.state)
-        except InputError:  # it diverged, and would again
+        except Diverged:  # it would again; after any other error --resume goes on
             partial.remove()
             raise
         kept, pairs = better(work, pairs, learned)
@@ -168,6 +170,7 @@ def fit(model: str, settings: FitSettings) -> Fit:
     require_export_packages("fitting runs the model in PyTorch")
     if settings.log_dir is not None:
         require_package("tensorboard", "--log-dir")
+        check_log_dir(settings.log_dir, settings.out)
     source = Source(settings)
     import torch
 

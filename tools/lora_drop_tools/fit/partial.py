@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
+from lora_drop_export.staging.area import resolved
+from lora_drop_export.staging.file import check_writable
 from lora_drop_export.staging.owned import Kind, foreign_entries, refuse_foreign, remove_files
 from lora_drop_export.staging.rename import rename_new
 
@@ -25,7 +27,10 @@ _FILES = frozenset((_SETTINGS, _BEGIN, _STATE, "state.part"))
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {before.get(name)!r}" for name in now if before.get(name) != now[name])
+    """What was told otherwise, in words; empty where nothing was. An earlier version told less."""
+    found = [name for name in now if name in before and before[name] != now[name]]
+    said = {name: f"{name} {before[name]!r}" for name in found} | {"text_sha256": "another text under these names"}
+    return ", ".join(said[name] for name in found)
 
 
 def _place(out: Path) -> Path:
@@ -80,8 +85,14 @@ def check_place(out: Path, resume: bool, force: bool) -> None:
     """
     root = _place(out)
     found = _read(root)
-    if resume and found is None:
+    if resume and not os.path.lexists(root):
         raise _nothing_to_resume(root, None)
+    if resume and found is None:
+        raise InputError(
+            "There is no such fit to resume.",
+            note=f"{root} is no unfinished fit, or a damaged one.",
+            hint="Move it away, and leave --resume out.",
+        )
     if resume or not os.path.lexists(root):
         return
     if not force:
@@ -99,6 +110,25 @@ def check_place(out: Path, resume: bool, force: bool) -> None:
     refuse_foreign(root, _KIND, foreign_entries(root, _FILES))
 
 
+def check_log_dir(log_dir: Path, out: Path) -> None:
+    """Refuse a place for curves that is no directory, cannot be written, or is where the adapters are made.
+
+    Raises:
+        InputError: it is.
+    """
+    place = resolved(log_dir)
+    for taken in (resolved(out), _place(resolved(out))):
+        if place == taken or taken in place.parents:
+            raise InputError(
+                "The curves cannot lie where the adapters are made.",
+                note=f"--log-dir is {log_dir}, --out is {out}.",
+                hint="Give --log-dir a directory of its own.",
+            )
+    if os.path.lexists(place) and not place.is_dir():
+        raise InputError("--log-dir is no directory.", note=f"{log_dir} is a file.", hint="Give a directory.")
+    check_writable(place / "events", "--log-dir", parents=True)
+
+
 class Partial:
     """The directory beside `out` that an interrupted fit leaves; all processes read it, the first one changes it."""
 
@@ -109,8 +139,8 @@ class Partial:
         self._writes = workers.rank == 0
         if resume:
             found = _read(self.root)
-            if found is None or found["settings"] != self._settings:
-                difference = None if found is None else _difference(found["settings"], self._settings)
+            difference = None if found is None else _difference(found["settings"], self._settings)
+            if difference != "":
                 raise _nothing_to_resume(self.root, difference)
             return
         if self._writes:

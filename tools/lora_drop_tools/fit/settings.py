@@ -252,6 +252,12 @@ class FitSettings:
         for policy in policies:
             for k in self.k:
                 check_policy(POLICIES[policy], k)
+        if len({POLICIES[policy].fills for policy in policies}) > 1:
+            raise InputError(
+                "These policies cannot be mixed.",
+                note=f"--policy is {', '.join(policies)}: LoRA steps under fill write K/V, those of others do not.",
+                hint="Fit twice, or leave one out.",
+            )
         self._check_weights()
         shortest = PROMPT + 2 * max(self.k) + 2
         if self.window_tokens < shortest:
@@ -290,7 +296,7 @@ class FitSettings:
         if len(weights) != max(self.k) or not any(weights):
             raise InputError(
                 "The weights do not fit the cycle.",
-                note=f"--offset-weights has {len(weights)}, --k has {max(self.k)} LoRA steps after a refresh; "
+                note=f"--offset-weights has {len(weights)}, --k has {max(self.k)} as its largest; "
                 f"the largest weight is {max(weights):g}.",
                 hint="Give one for each of them, at least one above 0.",
             )

@@ -14,7 +14,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES, Policy
 
@@ -61,7 +60,7 @@ class Work:
         Raises:
             InputError: the KL is not finite.
         """
-        from .distill import Divergence, run_batch
+        from .distill import Diverged, Divergence, run_batch
 
         sums = Divergence()
         for number in range(_HELD_OUT_BATCHES):
@@ -71,7 +70,7 @@ class Work:
         figures = sums.figures()
         name = "base alone" if stage == BASE else stage
         if not math.isfinite(figures["kl"]):
-            raise InputError(
+            raise Diverged(
                 "The KL divergence is not finite.",
                 note=f"It is {figures['kl']} on held-out text ({name}); --dtype is {self.settings.dtype}.",
                 hint="Use --dtype fp32." if stage == BASE else "Use --dtype fp32, or a smaller --learning-rate.",

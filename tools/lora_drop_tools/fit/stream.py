@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import importlib.util
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from lora_drop_runtime.errors import InputError, LoraDropError, first_line
 
 BLOCK_TOKENS = 1 << 20  # in memory and shuffled, at 8 bytes each
 HELD_OUT_WINDOWS = 32  # of a stream, its first
+_HASHED_BYTES = 1 << 20  # at the beginning and at the end of a file
 _LINES = 1000  # of plain text, read as one document
 _FORMATS = {
     ".txt": "text",
@@ -67,27 +70,32 @@ def _all_files(given: Sequence[Path]) -> dict[str, list[Path]]:
                     hint="Rename it, or convert it.",
                 )
             if not file.is_file():
-                raise InputError(
-                    "The text cannot be read.", note=f"{file} does not exist.", hint="Give another --text."
-                )
+                said = "is no file" if file.exists() else "does not exist"
+                raise InputError("The text cannot be read.", note=f"{file} {said}.", hint="Give another --text.")
             found.setdefault(suffix, []).append(file)
     return found
 
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Turn whatever `datasets` and its readers throw into an error of ours."""
+    """Turn whatever `datasets` and its readers throw into an error of ours, and leave out what they log of it."""
+    import datasets
+
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     except LoraDropError:
         raise
     except Exception as error:
         cause = error.__cause__ or error
+        early = isinstance(cause, StopIteration | EOFError)
+        said = "it is empty, or ends too early" if early else f"{type(cause).__name__}: {first_line(cause)}"
         raise InputError(
-            "The text cannot be read.",
-            note=f"{what}: {type(cause).__name__}: {first_line(cause)}",
-            hint="Give another --text or --dataset. What a fit has reached is kept: go on with --resume.",
+            "The text cannot be read.", note=f"{what}: {said}", hint="Give another --text or --dataset."
         ) from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def require_package(package: str, why: str) -> None:
@@ -153,10 +161,38 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
         parts.append(part.map(_joined, batched=True, batch_size=_LINES) if plain else part)
     if dataset is not None:
         name, _, config = dataset.partition(":")
+        if not name:
+            raise InputError(
+                "The dataset has no name.", note=f"--dataset is {dataset!r}.", hint="Use NAME or NAME:CONFIG."
+            )
         with _readable(dataset):
             part = datasets.load_dataset(name, config or None, split="train", streaming=True)
         parts.append(_text_alone(part, column, dataset))
     return parts[0] if len(parts) == 1 else datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
+
+
+def identity(files: Sequence[Path]) -> str:
+    """A hash of what the files are, those of a directory too: their names, sizes, beginnings and ends.
+
+    Raises:
+        InputError: as `open_documents`.
+    """
+    plain = [file for file in files if not is_streamed([file])]
+    streamed = _all_files([file for file in files if file not in plain])
+    found = hashlib.sha256()
+    for file in (*plain, *(file for group in streamed.values() for file in group)):
+        try:
+            with file.open("rb") as data:
+                size = data.seek(0, io.SEEK_END)
+                found.update(f"{file.name} {size} ".encode())
+                for place in (0, max(0, size - _HASHED_BYTES)):
+                    data.seek(place)
+                    found.update(data.read(_HASHED_BYTES))
+        except OSError as error:
+            raise InputError(
+                "The text cannot be read.", note=f"{file}: {error.strerror}.", hint="Give another --text."
+            ) from None
+    return found.hexdigest()
 
 
 class TokenStream:
@@ -263,7 +299,7 @@ class TokenStream:
         """Token ids of the next document, less what of them is held out."""
         import torch
 
-        with _readable("its next document"):
+        with _readable("a document on the way"):
             row = next(self._rows, None)
         if row is None:
             self._begin_pass()

@@ -236,6 +236,8 @@ def test_a_group_without_a_figure_in_lm_eval_has_none(directory: Path) -> None:
         (["no_package"], "A task needs a package that is not installed.", "no_such_package_of_ours is missing"),
         (["odd_metric"], "A task cannot be opened.", "odd_metric: "),
         (["beams"], "A task wants its texts written in a way that is not offered.", "num_beams"),
+        (["no_length"], "A task's max_gen_toks must be a whole number.", "'x'"),
+        (["no_tokens"], "A task's max_gen_toks is too small.", "-3"),
         (["own_way"], "A task runs programs that a model writes in a way of its own.", "own_way does so"),
     ],
 )
@@ -244,7 +246,7 @@ def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_pa
     for name in ("no_file", "not_cached", "no_json", "no_items", "odd_metric"):
         define(tmp_path, name, "piqa/piqa.yaml", [row])
     define(tmp_path, "other_items", "piqa/piqa.yaml", [{"goal": "g"}])
-    for name in ("beams", "own_way"):
+    for name in ("beams", "no_length", "no_tokens", "own_way"):
         define(tmp_path, name, "gsm8k/gsm8k.yaml", *[[{"question": "1?", "answer": "#### 1"}] * 6] * 2)
 
     def change(name: str, **values: Any) -> None:
@@ -257,6 +259,8 @@ def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_pa
     change("not_cached", dataset_path="nobody-has/this-data-set", dataset_kwargs={})
     change("odd_metric", metric_list=[{"metric": "no_such_metric_at_all"}])
     change("beams", generation_kwargs={"num_beams": 4})
+    change("no_length", generation_kwargs={"max_gen_toks": "x"})
+    change("no_tokens", generation_kwargs={"max_gen_toks": -3})
     change("own_way", unsafe_code=True)
     (tmp_path / "helper.py").write_text("import no_such_package_of_ours\n\ndef text(doc):\n    return ''\n")
     (tmp_path / "no_package.yaml").write_text(
@@ -278,6 +282,12 @@ def test_damaged_definitions_are_refused(text: str, tmp_path: Path) -> None:
     assert "broken.yaml" in refused.value.note
     with pytest.raises(InputError, match="no definitions"):
         open_tasks(["piqa"], [tmp_path / "nowhere"])
+
+
+def test_a_task_without_a_figure_is_refused() -> None:
+    with pytest.raises(InputError, match="no figure") as refused:
+        main_metric("mine", ["absent"], [])
+    assert "absent" in refused.value.note
 
 
 def test_minerva_names_what_it_needs(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         ("assert False", False),
         ("def f(:", False),
         ("import sys\nsys.exit(0)", False),
+        ("import sys\nsys.exit(77)", False),
         ("import os\nos._exit(0)", False),
         ("import os\nwhile True:\n    os.fork()", False),
         ("import os\nos.system('true')", False),
@@ -174,7 +175,7 @@ def test_without_namespaces_nothing_is_run_unless_asked(monkeypatch: pytest.Monk
 def test_the_probe_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another system; a kernel that refuses, played by a guard whose first mount fails."""
     why_not_apart.cache_clear()
-    monkeypatch.setattr(programs, "_run", lambda *_, **__: (78, "unshare: Operation not permitted"))
+    monkeypatch.setattr(programs, "_run", lambda *_, **__: (False, 78, "unshare: Operation not permitted"))
     assert why_not_apart() in ("unshare: Operation not permitted", f"there are no namespaces on {sys.platform}")
     why_not_apart.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_drop_runtime import bounds
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
 
@@ -61,6 +62,9 @@ def generation_of(options: Mapping[str, Any]) -> Generation:
     until = options.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(text for text in until if text)
     new_tokens = next((options[name] for name in _LENGTHS if options.get(name) is not None), MAX_NEW_TOKENS)
+    if isinstance(new_tokens, float | str) and str(new_tokens).removesuffix(".0").isdecimal():
+        new_tokens = int(float(new_tokens))
+    new_tokens = bounds.TOKENS.whole("A task's max_gen_toks", new_tokens)
     temperature = options.get("temperature")
     draws = options.get("do_sample")
     if draws is None:
@@ -76,4 +80,4 @@ def generation_of(options: Mapping[str, Any]) -> Generation:
         top_p=1.0 if options.get("top_p") is None or not draws else options["top_p"],
         repetition_penalty=1.0 if penalty is None else penalty,
     )
-    return Generation(until, int(new_tokens), sampling, options.get("seed"))
+    return Generation(until, new_tokens, sampling, options.get("seed"))

@@ -1,6 +1,7 @@
 """Runs in a process of its own, and there the program that a model wrote: `python -I guard.py …` by program.py.
 
-Enters: on the command line limits and what the program may see, on standard input its source. Leaves: an exit code.
+Enters: on the command line limits and what the program may see, on standard input a secret and its source. Leaves: an
+exit code; where the program ran to its end, the secret on a pipe, which no exit code of a program's own stands for.
 Knows the standard library alone: nothing of this project is visible where it runs.
 
 Apart from limits, an audit hook refuses to start processes, to signal others, to use the network and to write
@@ -24,7 +25,7 @@ import signal
 import sys
 from typing import Any
 
-PASSED, FAILED, NOT_APART = 77, 1, 78  # exit codes; whatever a program ends with itself is a failure
+ENDED, FAILED, NOT_APART = 0, 1, 78  # exit codes
 BOX = "/box"  # the directory that an apart program may write in
 _NEW_USER, _NEW_NS, _NEW_NET, _NEW_PID, _NEW_IPC, _NEW_UTS = (
     0x10000000,
@@ -72,6 +73,8 @@ def _own_namespaces() -> None:
     for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {user} 1"), ("gid_map", f"1000 {group} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
+    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
+        file.write("0")  # of this one: the program makes none within it
 
 
 def _show(root: str, path: str) -> None:
@@ -186,16 +189,17 @@ def _watch() -> None:
 
 
 def main() -> None:
-    """Never returns where the program runs to its end: the exit code then says so."""
+    """Never returns where the program runs to its end."""
     options = json.loads(sys.argv[1])
-    source = sys.stdin.read()
+    secret, source = sys.stdin.read().split("\n", 1)
     if options["visible"] is not None:
         _go_apart(os.getcwd(), options["visible"], options["box_bytes"])
     _limit(options["seconds"], options["memory"], options["file_bytes"], options["processes"])
     _watch()
-    leave = os._exit  # what the program may change of `os` does not matter
+    tell, leave, pipe = os.write, os._exit, options["pipe"]  # what the program may change of `os` does not matter
     exec(compile(source, "<program>", "exec"), {"__name__": "__main__"})
-    leave(PASSED)
+    tell(pipe, secret.encode())
+    leave(ENDED)
 
 
 if __name__ == "__main__":

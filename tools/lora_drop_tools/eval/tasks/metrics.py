@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_drop_runtime.errors import InputError
+
 # The figure of tasks for which it is not the first metric of lm-eval's definition
 MAIN_METRICS = {
     "arc_challenge": "acc_norm",
@@ -65,6 +67,12 @@ def main_metric(task_name: str, defined: Sequence[str], found: Sequence[str]) ->
         for name in found:
             if name.split(",")[0] == metric:
                 return name
+    if not found:
+        raise InputError(
+            "A task has no figure.",
+            note=f"{task_name}: lm-eval made none of {', '.join(defined) or 'its metrics'}.",
+            hint="Name metrics that lm-eval knows in the definition's metric_list.",
+        )
     return found[0]
 
 

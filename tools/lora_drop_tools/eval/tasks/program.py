@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from lora_drop_runtime.errors import InputError
 
-from .guard import NOT_APART, PASSED
+from .guard import NOT_APART
 
 TIMEOUT_SECONDS = 10.0
 MEMORY_BYTES = 2**30
@@ -50,9 +51,12 @@ def _visible() -> list[str]:
     return [path for path in ordered if not any(path.startswith(f"{other}/") for other in ordered)]
 
 
-def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False) -> tuple[int, str]:
-    """The exit code, negative after a signal as at the time limit, and with `listen` what came on standard error."""
+def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False) -> tuple[bool, int, str]:
+    """Whether the program ran to its end, the exit code, and with `listen` what came on standard error."""
+    secret = secrets.token_hex(16)
+    reader, writer = os.pipe()
     options = {
+        "pipe": writer,
         "seconds": max(1, round(timeout_seconds)),
         "memory": MEMORY_BYTES,
         "file_bytes": FILE_BYTES,
@@ -69,17 +73,24 @@ def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False)
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if listen else subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=(writer,),
         )
-        said = b""
+        os.close(writer)
+        said = told = b""
         try:
-            said = process.communicate(source.encode("utf-8", "replace"), timeout=timeout_seconds)[1] or b""
+            given = f"{secret}\n{source}".encode("utf-8", "replace")
+            said = process.communicate(given, timeout=timeout_seconds)[1] or b""
         except subprocess.TimeoutExpired:
             pass
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return process.returncode, said.decode("utf-8", "replace").strip()
+            os.set_blocking(reader, False)
+            with contextlib.suppress(BlockingIOError):
+                told = os.read(reader, 2 * len(secret))
+            os.close(reader)
+        return told == secret.encode(), process.returncode, said.decode("utf-8", "replace").strip()
 
 
 @functools.cache
@@ -87,8 +98,8 @@ def why_not_apart() -> str:
     """Why programs cannot be cut off on this machine; empty where they can."""
     if not sys.platform.startswith("linux"):
         return f"there are no namespaces on {sys.platform}"
-    code, said = _run("pass", 60.0, apart=True, listen=True)
-    return "" if code == PASSED else said or f"the attempt ended with {code}"
+    passed, code, said = _run("pass", 60.0, apart=True, listen=True)
+    return "" if passed else said or f"the attempt ended with {code}"
 
 
 def check_apart(what: str, unsafe: bool) -> None:
@@ -115,6 +126,6 @@ def runs_to_its_end(source: str, timeout_seconds: float = TIMEOUT_SECONDS, *, un
         InputError: it cannot be cut off.
     """
     check_apart("The task", unsafe)
-    code, _ = _run(source, timeout_seconds, apart=not unsafe)
+    passed, code, _ = _run(source, timeout_seconds, apart=not unsafe)
     assert code != NOT_APART, "it was possible before"
-    return code == PASSED
+    return passed
