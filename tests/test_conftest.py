@@ -33,6 +33,6 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_lives.py").write_text("def test_one():\n    pass\n")
     command = (sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", "2", "--dist", "loadfile", str(tmp_path))
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
     assert run.returncode == pytest.ExitCode.INTERNAL_ERROR
     assert "a process died in test_dies.py::test_one[5]" in run.stdout

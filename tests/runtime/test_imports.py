@@ -264,7 +264,7 @@ def test_public_names() -> None:
         "MarginSchedule ModelError NoDeviceError PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind "
         "VerificationError",
         "lora_drop_tools": "BenchSettings ChatSettings CompareSettings EvalSettings FitSettings GenerateSettings "
-        "ProfileSettings bench calibrate chat compare eval fit generate inspect profile",
+        "ProfileSettings bench calibrate chat compare eval fit generate inspect profile reproduce",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():

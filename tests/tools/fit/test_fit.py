@@ -535,6 +535,7 @@ def test_a_streamed_fit_is_resumed_in_the_middle(
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("change", ["another file", "shorter", "other words"])
 def test_another_text_is_not_resumed(
     change: str, model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -562,6 +563,7 @@ def test_another_text_is_not_resumed(
     assert {path: path.read_bytes() for path in (tmp_path / "a.partial").iterdir()} == before
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_text_that_breaks_off_on_the_way_leaves_what_was_reached(
     model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,6 +607,7 @@ def test_a_damaged_state_is_said_and_kept(
     assert state.exists()
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("text", ["", None, "absent"])
 def test_empty_documents_are_passed_over(text: str | None, model_dir: Path, lines: Path, tmp_path: Path) -> None:
     rows = (lines / "a.jsonl").read_text().splitlines()

@@ -24,7 +24,7 @@ BOOTSTRAPS = 1000  # of lm-eval's, for figures that are no means
 
 def _kept_run(store: Store, unsafe: bool, program: str) -> bool:
     """Whether a program runs to its end, once for each program."""
-    key = ("program", digest(program))
+    key = ("program", digest([program, unsafe]))
     if key not in store:
         store[key] = runs_to_its_end(program, unsafe=unsafe)
     return bool(store[key])
