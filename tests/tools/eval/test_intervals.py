@@ -18,6 +18,8 @@ from lora_drop_tools.eval.intervals import (
 from lora_drop_tools.eval.result import EvalRow, averages, safe_zones, task_figures
 from lora_drop_tools.eval.tasks.metrics import Measured
 
+from tests.support.eval_rows import eval_row
+
 
 def test_share() -> None:
     """Wilson's interval of 8 of 10 and of 0 of 20, as in textbooks."""
@@ -96,25 +98,7 @@ def test_what_goes_into_the_average(values: tuple[float, ...], rises: bool, is_s
 
 def row(k: int, speedup: float | None, difference: float | None, half: float = 0.001) -> EvalRow:
     figure = None if difference is None else Figure(difference, difference - half, difference + half, 3)
-    return EvalRow(
-        bundle="b",
-        label="b",
-        method="LoRA-Drop",
-        surrogate="residual",
-        rank=0,
-        sites=("4",),
-        rho=0.25,
-        attentions=0.25,
-        weight_bytes=0.25,
-        policy="skip" if k else "full",
-        k=k,
-        kv_bytes=1000,
-        speedup=speedup,
-        text=None,
-        tasks={},
-        average=None,
-        average_difference=figure,
-    )
+    return eval_row(k, speedup, average_difference=figure)
 
 
 def test_safe_zone_by_hand() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from lora_drop_tools.eval.paper import KvShape, described
 from lora_drop_tools.eval.result import EvalResult, EvalRow, GroupFigures, TaskFigures
 from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.shared import costs
+
+from tests.support.eval_rows import eval_row
 
 
 def test_the_papers_worked_figures() -> None:
@@ -41,27 +42,9 @@ def figure(value: float) -> Figure:
 
 def row(k: int, accuracy: float, speedup: float | None = None, rho: float = 0.5, **changed: object) -> EvalRow:
     task = TaskFigures("acc", {"acc": figure(accuracy)}, None, 0)
-    one = EvalRow(
-        bundle="b",
-        label="b",
-        method="LoRA-Drop",
-        surrogate="residual",
-        rank=0,
-        sites=("4",),
-        rho=rho,
-        attentions=rho,
-        weight_bytes=rho,
-        policy="skip" if k else "full",
-        k=k,
-        kv_bytes=1000,
-        speedup=speedup,
-        text=None,
-        tasks={"piqa": task, "mmlu_anatomy": task},
-        average=figure(accuracy),
-        average_difference=None,
-        groups={"mmlu": GroupFigures("acc", figure(accuracy / 2), None, 50, ("mmlu_anatomy",), True, False)},
-    )
-    return dataclasses.replace(one, **changed)  # type: ignore[arg-type]
+    group = GroupFigures("acc", figure(accuracy / 2), None, 50, ("mmlu_anatomy",), True, False)
+    figures = {"tasks": {"piqa": task, "mmlu_anatomy": task}, "groups": {"mmlu": group}, "average": figure(accuracy)}
+    return eval_row(k, speedup, rho, **(figures | changed))
 
 
 def lines(name: str, *rows: EvalRow) -> list[list[str]]:

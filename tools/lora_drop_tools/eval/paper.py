@@ -19,11 +19,11 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 
 from lora_drop_tools.shared import costs
-from lora_drop_tools.shared.results import save_figure
+from lora_drop_tools.shared.results import of_one_request, save_figure
 from lora_drop_tools.shared.table import MIB, table
 
 from .methods import LORA_DROP
-from .report import MISSING, with_half
+from .report import MISSING, heads, value, with_half
 from .result import EvalResult, EvalRow
 
 TABLE_1 = ("arc_easy", "lambada_openai", "piqa", "winogrande", "mmlu", "hellaswag", "humaneval")
@@ -115,15 +115,7 @@ _NAMES = ("bundle", "method", "ρ", "k", "policy")
 
 def _by_task(result: EvalResult, speedups: bool) -> list[str]:
     """Tables I and II: a column for each task or group."""
-    first = result.rows[0]
-    inside = {name for group in first.groups.values() for name in group.tasks}
-    names = [name for name in first.tasks if name not in inside]
-    names += [name for name, group in first.groups.items() if not group.is_part]
-
-    def cell(row: EvalRow, name: str) -> str:
-        one = row.tasks[name] if name in row.tasks else row.groups[name]
-        return with_half(one.figure, 100 if one.is_share else 1, 1)
-
+    names = list(heads(result.rows[0]))
     headings = [*_NAMES, *names, "average", *(("speed-up", "paper's speed-up") if speedups else ()), "paper's accuracy"]
     lines = []
     for row in result.rows:
@@ -131,7 +123,13 @@ def _by_task(result: EvalResult, speedups: bool) -> list[str]:
         theirs = _TABLE_1_METHODS.get(row.method) or _TABLE_1_SPEEDUP.get((row.method, ratio or 0), MISSING)
         speed = (_speedup(row), theirs if row.k else "1.00×") if speedups else ()
         lines.append(
-            (*_names(row), *(cell(row, name) for name in names), with_half(row.average, 100, 1), *speed, ABSENT)
+            (
+                *_names(row),
+                *(value(heads(row).get(name)) for name in names),
+                with_half(row.average, 100, 1),
+                *speed,
+                ABSENT,
+            )
         )
     return table(headings, lines)
 
@@ -188,8 +186,7 @@ def latencies(bench_file: Path) -> list[str]:
     """
     try:
         data = json.loads(bench_file.read_text())
-        batch, context = min((row["rows"], -row["context"]) for row in data["rows"])
-        rows = [row for row in data["rows"] if (row["rows"], -row["context"]) == (batch, context)]
+        rows, batch, context = of_one_request(data["rows"])
         cells = [
             (
                 str(row["bundle"]),
@@ -208,8 +205,8 @@ def latencies(bench_file: Path) -> list[str]:
             hint="Give what lora-drop bench --json wrote.",
         ) from None
     headings = ("bundle", "ρ", "k", "p50 ms", "p95 ms", "K/V MiB", "paper's")
-    lines = [PAPER["table4"].title, "", *table(headings, cells), f"context {-context}, batch {batch}"]
-    if -context != CONTEXT:
+    lines = [PAPER["table4"].title, "", *table(headings, cells), f"context {context}, batch {batch}"]
+    if context != CONTEXT:
         lines[-1] += f"; the paper's is {CONTEXT}: lora-drop bench --contexts {CONTEXT}"
     return [*lines, "Eq. 11: p95 is the refresh's for every k below 19"]
 

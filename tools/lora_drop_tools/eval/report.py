@@ -97,7 +97,7 @@ def _points(figure: Figure | None) -> str:
     return f"{100 * figure.value:+.1f} [{100 * figure.low:+.1f}, {100 * figure.high:+.1f}]"
 
 
-def _heads(row: EvalRow) -> dict[str, TaskFigures | GroupFigures]:
+def heads(row: EvalRow) -> dict[str, TaskFigures | GroupFigures]:
     """What was asked for: groups in the place of their tasks, and tasks that belong to none."""
     outer = {name: group for name, group in row.groups.items() if not group.is_part}
     of_task = {task: name for name, group in outer.items() for task in group.tasks}
@@ -108,7 +108,7 @@ def _heads(row: EvalRow) -> dict[str, TaskFigures | GroupFigures]:
     return found
 
 
-def _value(one: TaskFigures | GroupFigures | None) -> str:
+def value(one: TaskFigures | GroupFigures | None) -> str:
     """A share in percent, another figure as it is."""
     if one is None:
         return MISSING
@@ -129,28 +129,26 @@ def _part_table(rows: Sequence[EvalRow]) -> list[str]:
     if not names:
         return []
     cells = [
-        (name, *(_value(row.groups.get(name) if name in first.groups else row.tasks.get(name)) for row in rows))
+        (name, *(value(row.groups.get(name) if name in first.groups else row.tasks.get(name)) for row in rows))
         for name in names
     ]
     return ["", *table(("within groups, %", *map(schedule_name, rows)), cells)]
 
 
 def _task_table(rows: Sequence[EvalRow]) -> list[str]:
-    names = list(_heads(rows[0]))
+    names = list(heads(rows[0]))
     headings = ("tasks, %", "ρ", *names, "average", "average − full, pp")
     cells = [
         (
             schedule_name(row),
             f"{row.rho:.2f}" if row.k else MISSING,
-            *(_value(_heads(row).get(name)) for name in names),
+            *(value(heads(row).get(name)) for name in names),
             with_half(row.average, 100, 1),
             _points(row.average_difference),
         )
         for row in rows
     ]
-    paired = [
-        (schedule_name(row), "", *(_difference(_heads(row).get(name)) for name in names)) for row in rows if row.k
-    ]
+    paired = [(schedule_name(row), "", *(_difference(heads(row).get(name)) for name in names)) for row in rows if row.k]
     lines = table(headings, cells)
     if paired:
         lines += ["", *table(("task − full, pp", "", *names), paired)]
@@ -164,10 +162,10 @@ def _notes(result: EvalResult) -> list[str]:
         f"{name} {one.metric} of {one.items} in {len(one.tasks)} tasks"
         if isinstance(one, GroupFigures)
         else f"{name} {one.metric} of {one.figure.count}"
-        for name, one in _heads(first).items()
+        for name, one in heads(first).items()
     ]
     lines = ["metrics: " + ", ".join(said)]
-    odd = [name for name, one in _heads(first).items() if not one.is_share]
+    odd = [name for name, one in heads(first).items() if not one.is_share]
     if odd:
         lines.append(f"{', '.join(odd)}: no share, so as it is, and not in the average")
     for name in first.tasks:

@@ -15,6 +15,8 @@ from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
 
+from lora_drop_tools.shared.results import of_one_request
+
 from .result import FULL
 from .scoring import Window, phase_of
 from .settings import EvalSettings
@@ -131,11 +133,11 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
     try:
         data = json.loads(Path(path).read_text())
         policy = data.get("policy", DEFAULT_POLICY)
-        batch, context = min((row["rows"], -row["context"]) for row in data["rows"])
+        rows, batch, context = of_one_request(data["rows"])
         found: dict[Key, float] = {
             (row["bundle"], row.get("policy", policy) if row["k"] else FULL, row["k"]): row["speedup"]
-            for row in data["rows"]
-            if (row["rows"], -row["context"]) == (batch, context) and row.get("schedule", PERIODIC) == PERIODIC
+            for row in rows
+            if row.get("schedule", PERIODIC) == PERIODIC
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -150,4 +152,4 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
             note=f"{path} has {', '.join(sorted(held))}; evaluated are {', '.join(names)}.",
             hint="They are joined by the name of the bundle's directory.",
         )
-    return found, f"measured by lora-drop bench over k = 0, context {-context}, batch {batch}"
+    return found, f"measured by lora-drop bench over k = 0, context {context}, batch {batch}"

@@ -4,8 +4,8 @@ Enters: a model, a plan, a source of texts, adapters to begin with. Leaves: bett
 logits are computed once per batch, by the exact stream that the decoded one needs anyway. The loss is
 KL(full ‖ decoded), averaged over the tokens of LoRA steps (and of refreshes where these are not exact: they see holes,
 or what LoRA steps filled in), with the caches and masks of deployment (forcing.py). Under `lossless` that is the
-divergence of its drafts. Under torchrun n processes see the
-texts that one process sees that accumulates n times as many gradients.
+divergence of its drafts. Under torchrun n processes see the texts that one process sees that accumulates n times as
+many gradients.
 
 However long it runs, memory stays flat: texts come by number, and of the losses means over stretches are kept.
 """
@@ -33,13 +33,12 @@ from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 from .texts import Texts
 
+_LOSS_ROWS = 256  # tokens whose logits are in memory at once
+_LOSSES = 1000  # that are kept, at most
+
 
 class Diverged(InputError):
     """The KL divergence is not finite."""
-
-
-_LOSS_ROWS = 256  # tokens whose logits are in memory at once
-_LOSSES = 1000  # that are kept, at most
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,8 @@ def _fit_loaded(
     from lora_drop_export.decoder.anatomy import name_of
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
+    from .distill import Diverged
+
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     forcing = TeacherForcing(loaded.model, settings.recompute)
     plan = plan_to_fit(loaded, forcing.windows(), settings, listed)
@@ -131,8 +133,6 @@ def _fit_loaded(
         if settings.steps != 0:
             partial.save(pairs, scales, work.stages, root.with_name("partial"))
     if settings.steps != 0:
-        from .distill import Diverged
-
         try:
             learned, losses = distilled(work, pairs, scales, workers, partial.state)
         except Diverged:  # it would again; after any other error --resume goes on

@@ -78,11 +78,7 @@ def _all_files(given: Sequence[Path]) -> dict[str, list[Path]]:
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Turn whatever `datasets` and its readers throw into an error of ours, and leave out what they log of it."""
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    """Turn whatever `datasets` and its readers throw into an error of ours."""
     try:
         yield
     except LoraDropError:
@@ -94,8 +90,6 @@ def _readable(what: str) -> Iterator[None]:
         raise InputError(
             "The text cannot be read.", note=f"{what}: {said}", hint="Give another --text or --dataset."
         ) from None
-    finally:
-        datasets.logging.set_verbosity(verbosity)
 
 
 def require_package(package: str, why: str) -> None:
@@ -143,6 +137,7 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error, the error says
     parts = []
     for suffix, found in _all_files(files).items():
         if suffix in _PACKAGES:
@@ -232,14 +227,14 @@ class TokenStream:
         self._block: Any = None
         self._state: dict[str, Any] = {}
         self._restart()
-        self.held_out = self._first_tokens(self._held_tokens, window)
-        self._restart()
+        self._skip = 0
+        first = self._first_tokens(self._held_tokens, window)
+        self.held_out, self._carry = first[: self._held_tokens], first[self._held_tokens :].clone()
 
     def _first_tokens(self, count: int, more: int) -> Any:
-        """The first `count` tokens, after which there are `more`."""
+        """The first `count` tokens and at least `more`."""
         import torch
 
-        self._skip = 0
         parts, have = [], 0
         while have < count + more:
             parts.append(self._document())
@@ -250,7 +245,7 @@ class TokenStream:
                     note=f"It has {have} tokens; the first {count} are held out, and a window is {more} tokens.",
                     hint=f"Give more text, {count + more} tokens at least, or lower --window.",
                 )
-        return torch.cat(parts)[:count]
+        return torch.cat(parts)
 
     def block(self, number: int) -> Any:
         """Ids [per_block, window], shuffled. Going on is cheap; for an earlier block all is read from the start.

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import InputError
 
@@ -87,6 +87,12 @@ def check_results(
     if json_file is not None:
         staging.check_writable(json_file, "--json")
         _check_json(json_file, keys)
+
+
+def of_one_request(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int, int]:
+    """Of the rows of a bench result those of the smallest batch and, among these, the longest context; and both."""
+    batch, context = min((row["rows"], -row["context"]) for row in rows)
+    return [row for row in rows if (row["rows"], -row["context"]) == (batch, context)], batch, -context
 
 
 def write_json(path: Path, text: str, keys: Collection[str]) -> None:
