@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,3 +306,21 @@ def test_the_command_line_is_lm_evals(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["lm-eval", "--help"]) == 2
     assert "error: Tasks need lm-eval." in capsys.readouterr().err
+
+
+WITHOUT_LM_EVAL = """
+import sys
+sys.modules["lm_eval"] = None  # importing it fails, and finding it
+from lora_drop_tools.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("given", [("lm-eval", "ls", "tasks"), ("eval", "BUNDLE", "--tasks", "arc_easy")])
+def test_without_lm_eval(given: tuple[str, ...], bundle: Path) -> None:
+    """In a process of its own, where nothing has been imported before."""
+    words = [str(bundle) if word == "BUNDLE" else word for word in given]
+    run = subprocess.run((sys.executable, "-c", WITHOUT_LM_EVAL, *words), capture_output=True, text=True, timeout=600)
+    assert run.returncode == 2
+    assert "error: Tasks need lm-eval." in run.stderr
+    assert "Traceback" not in run.stderr

@@ -7,7 +7,7 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import InputError, LoraDropError, first_line
 
@@ -16,8 +16,10 @@ from lora_drop_tools.eval.store import Store, digest
 from .catalogue import DEFINITIONS, FEWSHOT_SEED, OpenedTask
 from .code_eval import running
 from .metrics import Measured, measured
-from .model import SessionLM
 from .program import runs_to_its_end
+
+if TYPE_CHECKING:
+    from .model import SessionLM
 
 BOOTSTRAPS = 1000  # of lm-eval's, for figures that are no means
 
