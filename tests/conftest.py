@@ -9,6 +9,9 @@ import tempfile
 import pytest
 import torch
 
+# Nothing is fetched, by commands that tests start neither. Read when the hub's libraries are imported
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -17,7 +20,7 @@ import zstandard
 from datasets import IterableDataset
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit import stream
-from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, is_streamed, open_documents
+from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, _parquet_rows, is_streamed, open_documents
 
 WINDOW, BATCH = 4, 2
 HELD = HELD_OUT_WINDOWS * WINDOW
@@ -170,6 +173,38 @@ def test_a_directory_and_a_dataset(tmp_path: Path) -> None:
     assert [row["text"] for row in open_documents([], str(tmp_path / "set"), "text")] == ["d1", "d2"]
 
 
+def test_parquet_left_before_its_end(tmp_path: Path) -> None:
+    """Readers of `datasets` abort the process at its end, or hang; and a place in the middle is found again."""
+    for name in ("set/train-0.parquet", "set/train-1.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [f"{name} {n}" for n in range(3000)])
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from lora_drop_tools.fit.stream import open_documents
+
+        where = Path(sys.argv[1])
+        for files, dataset in (([where], None), ([], str(where))):
+            documents = open_documents(files, dataset, "text")
+            rows = iter(documents)
+            begun = [next(rows)["text"] for _ in range(4000)]
+            again = open_documents(files, dataset, "text")
+            again.load_state_dict(documents.state_dict())
+            print(begun[-1], next(iter(again))["text"], sum(1 for _ in again), sep="|")
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "set")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "set/train-1.parquet 999|set/train-1.parquet 1000|2000\n" * 2
+
+
+def test_parquet_from_elsewhere_is_read_by_its_column() -> None:
+    with fsspec.open("memory://a.parquet", "wb") as file:
+        pyarrow.parquet.write_table(pa.table({"text": TEXTS, "other": range(len(TEXTS))}), file)
+    assert list(_parquet_rows(["memory://a.parquet"], "text")) == [{"text": text} for text in TEXTS]
+    assert next(_parquet_rows(["memory://a.parquet"], "none")) == {"text": TEXTS[0], "other": 0}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -186,8 +221,7 @@ def test_damaged_files(name: str, content: bytes, said: str, tmp_path: Path) -> 
         list(open_documents([tmp_path / name], None, "text"))
 
 
-def test_missing_files_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_missing_files_and_datasets(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_documents([tmp_path / "a.jsonl"], None, "text")
     (tmp_path / "empty").mkdir()

@@ -100,6 +100,23 @@ def require_package(package: str, why: str) -> None:
         )
 
 
+def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
+    """Rows of local or remote files: of the column alone, or whole where there is none of that name.
+
+    Not read by `datasets`: left before its end, its reader may hang or abort the process
+    (github.com/apache/arrow/issues/45214).
+    """
+    import fsspec
+    import pyarrow.parquet
+
+    for name in files:
+        with fsspec.open(name, "rb") as data:
+            file = pyarrow.parquet.ParquetFile(data)
+            columns = [column] if column in file.schema_arrow.names else None
+            for batch in file.iter_batches(batch_size=_LINES, columns=columns):
+                yield from batch.to_pylist()
+
+
 def _joined(rows: Mapping[str, list[Any]]) -> dict[str, list[str]]:
     return {"text": ["".join(rows["text"])]}
 
@@ -124,6 +141,20 @@ def _text_alone(dataset: Documents, column: str, what: str) -> Documents:
     return dataset if column == "text" else dataset.rename_column(column, "text")
 
 
+def _rows(path: str, column: str, **where: Any) -> Documents:
+    """The split `train` of what `datasets.load_dataset` finds."""
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    builder = datasets.load_dataset_builder(path, **where)
+    files = (builder.config.data_files or {}).get("train")
+    if isinstance(builder, Parquet) and files:
+        return datasets.IterableDataset.from_generator(
+            _parquet_rows, gen_kwargs={"files": list(files), "column": column}
+        )
+    return datasets.load_dataset(path, split="train", streaming=True, **where)
+
+
 def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> Documents:
     """The documents of files and of a dataset, taken in turns where they are of several kinds.
 
@@ -144,14 +175,10 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
             require_package(_PACKAGES[suffix], suffix)
         plain = suffix == ".txt"
         what = str(found[0]) if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+        lines = {"keep_linebreaks": True} if plain else {}
         with _readable(what):
-            part = datasets.load_dataset(
-                _FORMATS[suffix],
-                data_files=[glob.escape(str(file.resolve())) for file in found],
-                split="train",
-                streaming=True,
-                **({"keep_linebreaks": True} if plain else {}),
-            )
+            found_files = [glob.escape(str(file.resolve())) for file in found]
+            part = _rows(_FORMATS[suffix], column, data_files=found_files, **lines)
         part = _text_alone(part, "text" if plain else column, what)
         parts.append(part.map(_joined, batched=True, batch_size=_LINES) if plain else part)
     if dataset is not None:
@@ -161,7 +188,7 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
                 "The dataset has no name.", note=f"--dataset is {dataset!r}.", hint="Use NAME or NAME:CONFIG."
             )
         with _readable(dataset):
-            part = datasets.load_dataset(name, config or None, split="train", streaming=True)
+            part = _rows(name, column, **({"name": config} if config else {}))
         parts.append(_text_alone(part, column, dataset))
     return parts[0] if len(parts) == 1 else datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
 

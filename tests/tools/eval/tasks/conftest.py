@@ -12,13 +12,10 @@ from tests.support.tokenizers import character_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is fetched, and what lm-eval's libraries keep of the tests' files goes with them."""
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What lm-eval's libraries keep of the tests' files goes with them."""
     pytest.importorskip("lm_eval", reason="lm-eval, of the extra `eval`, is not installed")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
-            patch.setattr(name, True)
-        patch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
 
