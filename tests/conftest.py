@@ -7,17 +7,10 @@ import shutil
 import tempfile
 
 import pytest
-import torch
 
-# Nothing is fetched, by commands that tests start neither. Read when the hub's libraries are imported
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_torch_thread():
-    """Tiny matrices: more threads only wait for each other."""
-    torch.set_num_threads(1)
-
+# Read when libraries are imported, here and in commands that tests start. Nothing is fetched. PyTorch has one thread: a
+# second one of each worker would find no core of its own, and the first would wait for it
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 TRACES = "LORA_DROP_TEST_TRACES"
 

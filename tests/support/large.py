@@ -51,9 +51,9 @@ class Measured:
     read_bytes: int
 
 
-def sparse_checkpoint(directory: Path) -> int:
+def sparse_checkpoint(directory: Path, layers: int = 32) -> int:
     """A bf16 checkpoint whose file is one hole of the right size; returns its bytes."""
-    config = LlamaConfig(**LLAMA3_8B, dtype="bfloat16")
+    config = LlamaConfig(**(LLAMA3_8B | {"num_hidden_layers": layers}), dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
     with FakeTensorMode():

@@ -14,17 +14,17 @@ from tests.support.large import engines_without_weights, graphs_only, measured, 
 def test_llama3_8b_shape(tmp_path):
     """Peaks under 2.5 GB, reads and writes megabytes; the weights are a link.
 
-    Then its two engines, with the weights as their inputs.
+    Then its two engines, with the weights as their inputs. Eight of its layers, whose weights are more than twice that.
     """
     directory = tmp_path / "model"
     directory.mkdir()
-    size = sparse_checkpoint(directory)
-    assert size > 16e9
+    size = sparse_checkpoint(directory, layers=8)
+    assert size > 5.5e9
     out = tmp_path / "engines"
     export = measured(graphs_only(directory, out))
     print(export)
     assert export.peak_bytes < 2.5e9
-    assert export.read_bytes < 1e9  # of 16 GB of weights: the libraries' own files, and samples for the fingerprint
+    assert export.read_bytes < 1e9  # of the weights nothing: the libraries' own files, and samples for the fingerprint
     assert sum((out / f"{name}.onnx").stat().st_size for name in ("refresh", "lora")) < 5e6
     weights = out / "weights" / "model.safetensors"
     assert weights.stat().st_ino == (directory / "model.safetensors").stat().st_ino
@@ -34,5 +34,5 @@ def test_llama3_8b_shape(tmp_path):
     print(addition)
     assert addition.peak_bytes < 2.5e9
     engines = json.loads((out / "lora_drop.json").read_text())["targets"]["tensorrt-rtx"]["engine_bytes"]
-    assert sum(engines.values()) < 50e6  # of 16 GB of weights
+    assert sum(engines.values()) < 50e6  # without weights
     assert os.stat(weights).st_blocks * 512 < 1e6
