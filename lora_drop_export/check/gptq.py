@@ -4,13 +4,17 @@ Enters: a checkpoint, the block formats of its weights, token ids. Leaves: the w
 points, on disk. One decoder layer at a time has weights. Within it the linear layers are rounded in the order in which
 they run, each on inputs that the rounded ones before it make: a layer is run over the text until the next one is
 reached, then again from its beginning. Linear layers that read one tensor (q, k, v; gate, up) share its moments.
+
+The checkpoint's own layer runs beside, on what its own predecessors make: each linear layer is to give on the inputs
+that it will have what the checkpoint's gives on its own (`corrected`), so errors do not add up over the layers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from lora_drop_export.decoder.anatomy import name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import gptq_rows, triangle
+from lora_drop_export.quantize.gptq import corrected, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import finite, has_native, quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor, store_rounded
 
@@ -57,11 +61,13 @@ class _Reached(Exception):
 @dataclasses.dataclass
 class _Stage:
     """The next linear layers to be rounded: the first that is reached, and all that read the same tensor before the
-    next one that reads another; and the second moments of their inputs, [K, K].
+    next one that reads another; the second moments of their inputs x, and those of x with what the checkpoint's own
+    inputs have more, both [K, K].
     """
 
     members: list[Any] = dataclasses.field(default_factory=list)
-    moments: Any = None
+    moments: Any = 0
+    missing: Any = 0
     _x: Any = None  # of this chunk
     _known: bool = False  # the chunk before has shown the members
 
@@ -72,14 +78,38 @@ class _Stage:
         x = args[0] if args else kwargs["input"]
         if self._x is None:
             self._x = x
-            rows = x.reshape(-1, x.shape[-1])
-            self.moments = rows.T @ rows if self.moments is None else self.moments.addmm_(rows.T, rows)
             if self._known:
                 raise _Reached
         elif self._x is not x:
             raise _Reached
         if module not in self.members:
             self.members.append(module)
+
+    def add(self, exact: Any) -> None:
+        """Add a chunk's inputs, [..., K]; `exact` are the checkpoint's own."""
+        x = self._x.reshape(-1, self._x.shape[-1])
+        self.moments = self.moments + x.T @ x
+        self.missing = self.missing + x.T @ (exact.reshape(x.shape) - x)
+
+
+def _input_of(module: Any, run: Callable[[], Any]) -> Any:
+    """What a module is given when `run` reaches it."""
+    seen: list[Any] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["input"])
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    with contextlib.suppress(_Reached):
+        run()
+    hook.remove()
+    return seen[0]
+
+
+def _first(output: Any) -> Any:
+    """A layer's hidden states."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @dataclasses.dataclass
@@ -97,10 +127,22 @@ class _Rounder:
     directory: Path
     found: dict[str, RoundedTensor] = dataclasses.field(default_factory=dict)
 
-    def layer(self, layer: Any, prefix: str, hidden: list[Any], calls: Sequence[tuple[Any, Any]]) -> list[Any]:
-        """Round a decoder layer's weights, chunk by chunk of its inputs [B, S, d]; returns its outputs."""
+    def layer(
+        self, layer: Any, prefix: str, streams: tuple[list[Any], list[Any]], calls: Sequence[tuple[Any, Any]]
+    ) -> tuple[list[Any], list[Any]]:
+        """Round a decoder layer's weights.
+
+        Args:
+            streams: its inputs and what the checkpoint's own layer is given, [B, S, d] of each chunk.
+            calls: the other arguments of each chunk.
+
+        Returns:
+            The outputs of both.
+        """
         import torch
 
+        exact = copy.deepcopy(layer)
+        same = dict(zip(layer.modules(), exact.modules(), strict=True))
         names = {
             module: f"{prefix}.{name}.weight"
             for name, module in layer.named_modules()
@@ -110,43 +152,51 @@ class _Rounder:
         while True:
             stage, outputs = _Stage(), []
             hooks = [module.register_forward_pre_hook(stage.look, with_kwargs=True) for module in pending]
-            for x, (args, kwargs) in zip(hidden, calls, strict=True):
+            for x, own, (args, kwargs) in zip(*streams, calls, strict=True):
                 stage.begin_chunk()
                 with contextlib.suppress(_Reached):
-                    y = layer(x, *args, **kwargs)
-                    outputs.append(y[0] if isinstance(y, tuple) else y)
+                    outputs.append(_first(layer(x, *args, **kwargs)))
+                if stage.members:
+                    first = same[stage.members[0]]
+                    stage.add(_input_of(first, lambda: exact(own, *args, **kwargs)))  # noqa: B023 - runs at once
             for hook in hooks:
                 hook.remove()
             if not stage.members:
-                return outputs
+                return outputs, [
+                    _first(exact(own, *args, **kwargs)) for own, (args, kwargs) in zip(streams[1], calls, strict=True)
+                ]
             solved = triangle(stage.moments.numpy())
             for module in stage.members:
                 name = pending.pop(module)
                 if solved is not None:
-                    self._module(module, name, *solved)
+                    self._module(module, name, stage.missing, *solved)
 
-    def _module(self, module: Any, name: str, unit: Any, own: Any) -> None:
+    def _module(self, module: Any, name: str, missing: Any, unit: Any, own: Any) -> None:
         import torch
 
         rows, form = finite(module.weight.numpy(), self.refs[name].name), self.formats[name]
-        blocks = gptq_rows(rows, unit, own, form)
+        blocks = gptq_rows(corrected(rows, unit, own, missing.numpy()), unit, own, form)
         put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
         self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
 
-    def head(self, name: str, inputs: Iterator[Any]) -> None:
-        """Round the head by what reaches it, [B, S, d] of each chunk."""
+    def head(self, name: str, streams: Iterable[tuple[Any, Any]], tied: bool) -> None:
+        """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own."""
         moments: Any = 0
-        for x in inputs:
+        missing: Any = 0
+        for x, exact in streams:
             rows = x.reshape(-1, x.shape[-1])
             moments = moments + rows.T @ rows
+            missing = missing + rows.T @ (exact.reshape(rows.shape) - rows)
         solved, ref = triangle(moments.numpy()), self.refs[name]
         if solved is None:
             return
 
         def chunks() -> Iterator[Blocked]:
             for begin in range(0, ref.shape[0], _HEAD_ROWS):
-                rows = np.array(ref.rows(begin, begin + _HEAD_ROWS), np.float32)
-                yield gptq_rows(finite(rows, ref.name), *solved, self.formats[name])
+                rows = finite(np.array(ref.rows(begin, begin + _HEAD_ROWS), np.float32), ref.name)
+                if not tied:  # what is looked up has to stay what it is
+                    rows = corrected(rows, *solved, missing.numpy())
+                yield gptq_rows(rows, *solved, self.formats[name])
 
         self.found[name] = store_rounded(ref, self.formats[name], chunks(), self.directory)
 
@@ -195,20 +245,24 @@ def round_model(
             f"{name_of(inner, module)}.weight"
             for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
         )
+        chunks = torch.from_numpy(windows).split(max(1, _CHUNK_TOKENS // windows.shape[1]))
+
+        def embed() -> list[tuple[Any, Any]]:
+            return [model.embed(ids, torch.arange(ids.shape[1]).expand(len(ids), -1)) for ids in chunks]
+
+        exact, calls = map(list, zip(*embed(), strict=True))
+        hidden = exact
         if table in wanted:
             _round_lookups(model, windows, wanted[table])
-        hidden, calls = [], []
-        step = max(1, _CHUNK_TOKENS // windows.shape[1])
-        for begin in range(0, len(windows), step):
-            ids = torch.from_numpy(windows[begin : begin + step])
-            x, arguments = model.embed(ids, torch.arange(ids.shape[1]).expand(len(ids), -1))
-            hidden.append(x)
-            calls.append(arguments)
+            hidden = [x for x, _ in embed()]
+        streams = hidden, exact
         prefix, total = name_of(inner, model.layers), len(model.layers) + 1
         for index, layer in enumerate(model.loaded_layers()):
-            hidden = rounder.layer(layer, f"{prefix}.{index}", hidden, [call[index] for call in calls])
+            streams = rounder.layer(layer, f"{prefix}.{index}", streams, [call[index] for call in calls])
             progress(index + 1, total)
         if head in wanted:
-            rounder.head(head, map(model.head_input, hidden))
+            inputs = (map(model.head_input, stream) for stream in streams)
+            tied = table not in refs or refs[table].name == refs[head].name
+            rounder.head(head, zip(*inputs, strict=True), tied)
         progress(total, total)
     return rounder.found

@@ -53,6 +53,30 @@ def triangle(moments: Floats, damping: float = DAMPING) -> tuple[Any, Any] | Non
     return (factor / own).to(torch.float32), own.to(torch.float32)
 
 
+def corrected(rows: Floats, unit: Any, own: Any, missing: Floats) -> Floats:
+    """Weights that make of a layer's inputs what `rows` make of the inputs that it would have without rounding.
+
+    After GPTAQ (Li et al. 2025, arXiv 2504.02692), as ridge regression: W + W D H⁻¹ has the least ‖W' x − W (x + e)‖²
+    over inputs x that lack e, with the damping times ‖W' − W‖² added.
+
+    Args:
+        rows: W float32 [n, K].
+        unit, own: the layer's `triangle`.
+        missing: Dᵀ float32 [K, K], the sum of x eᵀ at the scale of H.
+
+    Returns:
+        float32 [n, K]; `rows` where `missing` has values that are infinite or not a number.
+    """
+    import torch
+
+    wanted, factor = torch.from_numpy(missing).to(torch.float64), (unit * own).to(torch.float64)
+    if not torch.isfinite(wanted).all():
+        return rows
+    change = torch.cholesky_solve(wanted.flip(0), factor.flip(0, 1)).flip(0)  # H⁻¹ Dᵀ, of the flipped H = L Lᵀ
+    more: Floats = change.T.to(torch.float32).numpy()
+    return rows + rows @ more
+
+
 def _columns(rows: Any, unit: Any, own: Any, form: BlockFormat) -> Blocked:
     """`gptq_rows` of a few rows; works on columns, which lie together."""
     import torch

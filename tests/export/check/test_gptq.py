@@ -29,7 +29,7 @@ from lora_drop_export.console import Console
 from lora_drop_export.quantize.choice import Quantization
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import gptq_rows, triangle
+from lora_drop_export.quantize.gptq import DAMPING, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor
 from tests.support.bundles import family, make_bundle, more_family, traced_model
@@ -83,9 +83,10 @@ def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
-    """A Llama's weights in the bundle are those of a plain loop: hooks on transformers' own model, layer by layer.
+    """A Llama's weights in the bundle are those of a plain loop: hooks on transformers' own models, layer by layer.
 
-    Written apart: the whole model runs anew, its weights so far rounded, for each tensor that linear layers share.
+    Written apart: the whole model runs anew, its weights so far rounded, for each tensor that linear layers share; and
+    what a layer is to give there is least squares' of what it gives in the model as it was.
     """
     source = family("llama")
     bundle = make_bundle(source, tmp_path / "b", **OPTIONS)
@@ -97,6 +98,20 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
         with torch.no_grad():
             weight.copy_(torch.from_numpy(dequantize(*blocks)))
 
+    def inputs(of: torch.nn.Module, name: str) -> torch.Tensor:
+        seen = []
+        hook = of.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            of(ids)
+        hook.remove()
+        return seen[0].reshape(-1, seen[0].shape[-1])
+
+    def wanted_weights(w: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+        root = (DAMPING * x.square().sum(0).mean()).sqrt()
+        a, b = torch.cat([x, root * torch.eye(x.shape[1])]), torch.cat([exact @ w.T, root * w.T])
+        return torch.linalg.lstsq(a.double(), b.double()).solution.T.float().numpy().copy()
+
+    names = {module: name for name, module in model.named_modules()}
     table = model.model.embed_tokens.weight
     put(table, quantize_rows(table.detach().numpy(), quantization.format_of(table.shape), "search"))
     stages = [
@@ -110,16 +125,11 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
         )
     ]
     for members in [*stages, [model.lm_head]]:
-        seen = []
-        hook = members[0].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        with torch.no_grad():
-            model(ids)
-        hook.remove()
-        rows = seen[0].reshape(-1, seen[0].shape[-1]).numpy()
+        x, exact = (inputs(of, names[members[0]]) for of in (model, source.model))
         for module in members:
-            w = module.weight.detach().numpy()
-            put(module.weight, gptq_rows(w, *triangle(rows.T @ rows), quantization.format_of(w.shape)))
-    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+            w = wanted_weights(module.weight.detach(), x, exact)
+            put(module.weight, gptq_rows(w, *triangle((x.T @ x).numpy()), quantization.format_of(w.shape)))
+    names = {module: f"{name}.weight" for module, name in names.items()}
     for members in stages[:4]:  # later on a tie that falls the other way changes all that follows
         for module in members:
             theirs = module.weight.detach().numpy()

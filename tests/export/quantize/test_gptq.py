@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_drop_export.quantize.formats import BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import DAMPING, gptq_rows, triangle
+from lora_drop_export.quantize.gptq import DAMPING, corrected, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import quantize_rows
 from tests.support.quantized import FORMATS
 
@@ -111,3 +111,19 @@ def test_moments_without_a_factor_are_damped_more() -> None:
     damped = factor @ factor.T - moments
     np.testing.assert_allclose(damped, np.diag(np.diag(damped)), atol=1e-4)
     assert damped[0, 0] >= 0.5
+
+
+def test_corrected_weights_are_those_of_a_ridge_regression() -> None:
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((300, 24)) @ random.standard_normal((24, 24))).astype(np.float32)
+    rounding = (0.1 * x + random.standard_normal(x.shape)).astype(np.float32)  # errors go along with inputs
+    rows = random.standard_normal((5, 24)).astype(np.float32)
+    moments = x.T @ x
+    root = np.sqrt(DAMPING * moments.diagonal().mean())
+    a = np.concatenate([x, root * np.eye(24)])
+    b = np.concatenate([(x + rounding) @ rows.T, root * rows.T])
+    wanted = np.linalg.lstsq(a, b, rcond=None)[0].T
+    found = corrected(rows, *triangle(moments), x.T @ rounding)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(found - rows).max() > 0.1
+    assert corrected(rows, *triangle(moments), np.full_like(moments, np.inf)) is rows
