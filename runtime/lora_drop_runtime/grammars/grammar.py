@@ -59,7 +59,7 @@ def checked_schema(schema: str | Mapping[str, Any] | bool) -> str:
     """A JSON schema as JSON, with the options that every schema is compiled with.
 
     Raises:
-        InputError: it is no JSON, no schema, or too large.
+        InputError: it is no JSON, or no schema.
     """
     try:
         value = json.loads(_checked_text("The JSON schema", schema)) if isinstance(schema, str) else schema
@@ -67,12 +67,11 @@ def checked_schema(schema: str | Mapping[str, Any] | bool) -> str:
             value = {} if value else {"not": {}}
         if not isinstance(value, Mapping):
             raise wrong_type("The JSON schema", value, "an object", 'Use for example {"type": "object"}.')
-        text = json.dumps({**value, "x-guidance": _JSON_OPTIONS}, allow_nan=False)
+        return json.dumps({**value, "x-guidance": _JSON_OPTIONS}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             "The JSON schema is not JSON.", note=f"{first_line(error)}.", hint='Use for example {"type": "object"}.'
         ) from error
-    return _checked_text("The JSON schema", text)
 
 
 class GrammarConstraint:
@@ -202,7 +201,8 @@ class Grammars:
         Args:
             trial: the same without special tokens, which is compiled apart first (trial.py); `grammar` when None.
         """
-        return GrammarConstraint(self._compiled(grammar, trial or grammar).deep_copy(), self.tokenizer)
+        trial = _checked_text("The schema or grammar", trial or grammar)
+        return GrammarConstraint(self._compiled(grammar, trial).deep_copy(), self.tokenizer)
 
     def _compile(self, grammar: str, trial: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits

@@ -10,6 +10,7 @@ of calls, which their chat template tells them. Known is the style of Hermes, wh
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ class FreeUntilCall:
 
     Args:
         body: of a call behind its beginning, to its end.
-        tokenizer: of `body`.
+        grammars: that made it.
         parallel: whether text and further calls may follow one.
     """
 
@@ -81,9 +82,8 @@ class FreeUntilCall:
             self._tail = before[1 - len(BEGIN) :]
 
     def fork(self) -> FreeUntilCall:
-        new = FreeUntilCall(self._body, self._grammars, self._parallel)
+        new = copy.copy(self)
         new._call = None if self._call is None else self._call.fork()
-        new._tail, new._everything = self._tail, self._everything
         return new
 
 
