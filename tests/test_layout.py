@@ -18,6 +18,7 @@ SOURCES = {
 }
 # A room imports from rooms that stand further down, and from itself. Rooms of one line never meet.
 RUNTIME = [
+    ["grammars"],
     ["decoding"],
     ["engines"],
     ["bundle"],

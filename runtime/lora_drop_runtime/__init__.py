@@ -7,6 +7,7 @@ session needs of one), engines/ort/, engines/trt/, decoding/sampling.py, text.py
 """
 
 from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.row import Event
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
@@ -32,6 +33,7 @@ from lora_drop_runtime.plan.schedule import (
 __all__ = [
     "Batch",
     "BundleError",
+    "Constraint",
     "DropPlan",
     "EntropySchedule",
     "Event",

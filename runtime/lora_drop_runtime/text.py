@@ -198,20 +198,50 @@ class TextCodec:
         """Text to ids int64 [T], with the special tokens the tokenizer itself adds (such as BOS)."""
         return self._encoded(text, special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
-        """Messages to the ids int64 [T] of a prompt for the assistant's answer.
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> NDArray[np.int64]:
+        """Messages to the ids int64 [T] of a prompt for the assistant's answer. Arguments as for `render_chat`.
 
         Raises:
             InputError: as `render_chat`.
         """
-        return self._encoded(self.render_chat(messages), special_tokens=False)  # the template's own are in it
+        text = self.render_chat(messages, tools=tools)
+        return self._encoded(text, special_tokens=False)  # the template's own are in it
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Messages, such as {"role": "user", "content": "Hi"}, to the text that the model was trained on.
 
+        Args:
+            tools: that the model may call, {"type": "function", "function": {"name": …, "parameters": …}} each.
+
         Raises:
-            InputError: the model has no chat template, there is no message, or the template refuses them.
+            InputError: the model has no chat template, or one that says nothing of tools, there is no message, or the
+                template refuses them.
         """
+        text = self._rendered(messages, add_generation_prompt, tools)
+        if tools and text == self._rendered(messages, add_generation_prompt, None):
+            raise InputError(
+                "The model's chat template says nothing of tools.",
+                note=f"{len(tools)} were given, and its text is the same without them.",
+                hint="Use a model that was trained to call tools, or describe them in a message.",
+            )
+        return text
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> str:
+        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+            raise wrong_type("The list of tools", tools, "a list of dictionaries", "Use the tools of the OpenAI API.")
         if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
             raise wrong_type("The chat", messages, "a list of dictionaries", 'Use [{"role": "user", "content": "Hi"}].')
         if not messages:
@@ -219,7 +249,7 @@ class TextCodec:
         variables = {
             # transformers, too, drops what is None: many templates would print the word.
             "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
-            "tools": None,
+            "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -228,6 +258,10 @@ class TextCodec:
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True) -> str:
         """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as text, in the format of tokenizer.json."""
+        return self._tokenizer.to_str()
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A new text stream for one generated sequence."""

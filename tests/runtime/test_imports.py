@@ -260,9 +260,9 @@ def test_all_names_are_there_and_are_what_they_say(package: str, first: str) -> 
 
 def test_public_names() -> None:
     names = {
-        "lora_drop_runtime": "Batch BundleError DropPlan EntropySchedule Event InputError LastLogits LoraDropError "
-        "MarginSchedule ModelError NoDeviceError PeriodicSchedule PlanError SamplingOptions Schedule Session StepKind "
-        "VerificationError",
+        "lora_drop_runtime": "Batch BundleError Constraint DropPlan EntropySchedule Event InputError LastLogits "
+        "LoraDropError MarginSchedule ModelError NoDeviceError PeriodicSchedule PlanError SamplingOptions Schedule "
+        "Session StepKind VerificationError",
         "lora_drop_tools": "BenchSettings ChatSettings CompareSettings EvalSettings FitSettings GenerateSettings "
         "ProfileSettings bench calibrate chat compare eval fit generate inspect profile reproduce",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",

@@ -167,6 +167,35 @@ def test_chat_is_transformers(
         assert codec.encode_chat(messages).tolist() == ids
 
 
+def test_chat_with_tools_is_transformers(reference: PreTrainedTokenizerFast) -> None:
+    template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{{ tool.function.name }}\n{% endfor %}"
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n"
+        "{% for call in message.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}"
+        "{% endfor %}{% endfor %}"
+    )
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "é <b>"}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("weather", "now")]
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"city": "Rom"}}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+    ]
+    codec = TextCodec(reference.backend_tokenizer, {}, template)
+    for given in (tools, tools[:1], None):
+        expected = reference.apply_chat_template(messages, tools=given, chat_template=template, tokenize=False)
+        assert codec.render_chat(messages, tools=given) == expected
+    assert codec.render_chat(messages, tools=[]) == codec.render_chat(messages)
+    ids = codec.encode_chat(messages, tools=tools).tolist()
+    assert codec.decode(ids) == codec.render_chat(messages, tools=tools)
+    with pytest.raises(InputError, match="says nothing of tools"):
+        TextCodec(reference.backend_tokenizer, {}, "{{ messages }}").render_chat(messages, tools=tools)
+    for wrong in ("weather", [3], {"name": "weather"}):
+        with pytest.raises(InputError, match="list of tools has the wrong type"):
+            codec.render_chat(messages, tools=wrong)
+
+
 def test_message_fields_that_are_none_count_as_absent(reference: PreTrainedTokenizerFast) -> None:
     template = "{{ 'thought' in messages[0] }}{{ messages[0].name }}"
     messages = [{"role": "user", "content": "Hi", "name": None, "thought": None}]

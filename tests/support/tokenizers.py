@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
@@ -35,3 +36,54 @@ def with_tokenizer(name: str, directory: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0").save_pretrained(directory)
     return directory
+
+
+MERGES = [
+    '{"',
+    '":',
+    '":Ġ',
+    ",Ġ",
+    ',Ġ"',
+    "ab",
+    "tr",
+    "tru",
+    "true",
+    "na",
+    "nam",
+    "name",
+]  # tokens of several characters
+END, CALL, CALL_END = "<end>", "<tool_call>", "</tool_call>"
+
+
+def byte_tokenizer(root: Path, *, merged: bool = False, calls: bool = False) -> int:
+    """Tokens of bytes, as nearly all models have them: printable ASCII and the line's end, put into a bundle whose end
+    token it becomes; returns its id.
+
+    Args:
+        merged: tokens of several characters, too.
+        calls: special tokens that a tool call stands between.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    from tests.support.bundles import record_again
+
+    characters = ["Ġ", *map(chr, range(33, 127)), "Ċ"]
+    known = [*characters, *(MERGES if merged else ())]
+    # Each is made of the longest token that it begins with, and the rest
+    halves = [
+        max(((m[:i], m[i:]) for i in range(1, len(m)) if m[:i] in known and m[i:] in known), key=lambda h: len(h[0]))
+        for m in known[len(characters) :]
+    ]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(known)}, halves))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True)])
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in (CALL, CALL_END) if calls])
+    (root / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(str(root / "tokenizer/tokenizer.json"))
+    end = int(tokenizer.token_to_id(END))
+    record_again(root)
+    manifest = json.loads((root / MANIFEST_NAME).read_text())
+    manifest["special_tokens"]["eos"] = [end]
+    (root / MANIFEST_NAME).write_text(json.dumps(manifest))
+    return end

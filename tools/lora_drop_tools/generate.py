@@ -21,11 +21,14 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.decoding.checks import check_request
+from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.prompts import padded
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.decoding.statistics import Statistics
-from lora_drop_runtime.errors import DraftsDoNotPay, InputError
+from lora_drop_runtime.errors import BundleError, DraftsDoNotPay, InputError, first_line
+from lora_drop_runtime.files import read_bounded
+from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
 
@@ -41,7 +44,22 @@ from lora_drop_tools.shared.options import (
 )
 
 MOST_QUESTION = 1 << 20  # characters of a line
+MOST_SCHEMA = 1 << 20  # bytes of a file
 NEW_TOKENS, REPLY_TOKENS = 64, 256  # of `generate` and of `chat`, where the bundle has room for as many
+
+
+def _schema(given: str) -> str:
+    """A JSON schema that is given as it is, or as a file."""
+    if given.lstrip().startswith("{"):
+        return given
+    try:
+        return read_bounded(Path(given), MOST_SCHEMA).decode("utf-8")
+    except (BundleError, UnicodeDecodeError) as error:
+        raise InputError(
+            "The JSON schema cannot be read.",
+            note=error.note if isinstance(error, BundleError) else f"{given}: {first_line(error)}.",
+            hint='Give the file of a schema, or the schema itself, such as \'{"type": "object"}\'.',
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class GenerateSettings:
         draft: where drafts come from, under a policy that verifies.
         temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
         stop: strings that end a text, themselves left out.
+        json_schema, regex: what a text has to be; the schema as text, which begins with `{`, or the name of its file.
         target, provider, threads: as for `Session.open`.
     """
 
@@ -85,6 +104,10 @@ class GenerateSettings:
     )
     seed: int | None = option(None, metavar="N", bounds=bounds.SEED, help="draw the same text every time")
     stop: tuple[str, ...] = option((), repeat=True, metavar="TEXT", help="end before this text; may be repeated")
+    json_schema: str | None = option(
+        None, metavar="FILE", help="write JSON that is valid under this schema; a text that begins with { is one itself"
+    )
+    regex: str | None = option(None, metavar="PATTERN", help="write what this regular expression matches as a whole")
     target: str | None = target_option()
     provider: str | None = provider_option()
     threads: int | None = threads_option()
@@ -99,10 +122,24 @@ class GenerateSettings:
                 self, ("policy", "schedule", "draft"), "with --k 0 every step is a refresh", "use a larger --k"
             )
         refuse_idle_drafts(self, self.policy)
+        if self.json_schema is not None and self.regex is not None:
+            refuse_unused(self, ("regex",), "--json-schema says what the text has to be", "give one of the two")
 
     @property
     def sampling(self) -> SamplingOptions:
         return SamplingOptions(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+    def constraint(self, bundle: Bundle) -> Constraint | None:
+        """What a text has to be.
+
+        Raises:
+            InputError: the file cannot be read, or llguidance cannot follow the schema or expression.
+        """
+        if self.regex is not None:
+            return Grammars.of(bundle).regex(self.regex)
+        if self.json_schema is None:
+            return None
+        return Grammars.of(bundle).json_schema(_schema(self.json_schema))
 
     def open(self, bundle: str | Path) -> Session:
         """A session under this schedule."""
@@ -202,6 +239,7 @@ def _stream(
     ids: npt.NDArray[np.int64],
     settings: GenerateSettings,
     out: TextIO,
+    constraint: Constraint | None,
     *,
     goes_on: bool = False,
 ) -> Completion:
@@ -217,7 +255,7 @@ def _stream(
         out.flush()
 
     count = settings.max_new_tokens or NEW_TOKENS
-    stream = session.stream(ids, count, sampling=settings.sampling, reuse_prefix=goes_on)
+    stream = session.stream(ids, count, sampling=settings.sampling, reuse_prefix=goes_on, constraint=constraint)
     try:
         for token in stream:
             tokens += 1
@@ -249,7 +287,8 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
     Args:
         system: a system message that the conversation begins with.
     """
-    codec = _codec(Bundle.open(bundle), settings)
+    opened = Bundle.open(bundle)
+    codec, constraint = _codec(opened, settings), settings.constraint(opened)
     with settings.open(bundle) as session, _said_by_us():
         said = False
         messages = [{"role": "system", "content": system}] if system else []
@@ -270,7 +309,7 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
                 continue
             room = limits.max_seq_len - len(ids)
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
-            reply = _stream(session, codec, ids, fitting, sys.stdout, goes_on=True)
+            reply = _stream(session, codec, ids, fitting, sys.stdout, constraint, goes_on=True)
             if reply.drafts is not None and reply.drafts.note and not said:
                 said = True
                 print(reply.drafts.note, file=sys.stderr, flush=True)
@@ -328,14 +367,16 @@ def generate(
     out = out or sys.stdout
     opened = Bundle.open(bundle)
     codec, encoded, settings = _encoded(opened, prompts, settings, chat)
+    constraint = settings.constraint(opened)
     with settings.open(opened.root) as session, _said_by_us():
         if len(encoded) == 1:
-            completion = _stream(session, codec, encoded[0], settings, out)
+            completion = _stream(session, codec, encoded[0], settings, out, constraint)
             if completion.interrupted:
                 raise KeyboardInterrupt
             return [completion]
         begin = time.perf_counter()
-        rows = session.generate(encoded, settings.max_new_tokens or NEW_TOKENS, sampling=settings.sampling)
+        count = settings.max_new_tokens or NEW_TOKENS
+        rows = session.generate(encoded, count, sampling=settings.sampling, constraint=constraint)
         seconds = time.perf_counter() - begin
         completions = []
         for prompt, row in zip(prompts, rows, strict=True):

@@ -3,10 +3,10 @@
 Enters: drafts, each with what it was drawn from, and the verifier's logits at each of them. Leaves: the tokens that the
 verifier would have chosen itself, greedily or, where it draws, in distribution. Knows no engine and no cache.
 
-With p the verifier's distribution and q the draft's, both after penalty, temperature, top-k and top-p, a draft d is
-accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft that was
-looked up is drawn from the distribution that knows no other: accepted with p(d), else p without d. Greedy, a draft is
-accepted iff it is the verifier's own choice.
+With p the verifier's distribution and q the draft's, both after penalty, constraint, temperature, top-k and top-p, a
+draft d is accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft
+that was looked up is drawn from the distribution that knows no other: accepted with p(d), else p without d. Greedy, a
+draft is accepted iff it is the verifier's own choice.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def judged(row: RowSampler, scores: NDArray[np.float32], draft: Draft) -> int:
 
 
 def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float32]) -> list[int]:
-    """The accepted drafts and one token of the verifier's; the row remembers them.
+    """The accepted drafts and one token of the verifier's; the row remembers them. Nothing behind the end of its
+    constraint.
 
     Args:
         logits: float32 [n + 1, V], after the row's last token and after each of the n drafts.
@@ -76,7 +77,7 @@ def verified(row: RowSampler, drafts: Sequence[Draft], logits: NDArray[np.float3
     for place, draft in enumerate(drafts):
         tokens.append(judged(row, row.penalized(logits[place]), draft))
         row.remember(tokens[-1])
-        if tokens[-1] != draft.token:
+        if tokens[-1] != draft.token or row.is_over:
             return tokens
     tokens.append(row.choose(row.penalized(logits[len(drafts)])))
     row.remember(tokens[-1])

@@ -23,6 +23,7 @@ from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 from . import checks
+from .constraint import Constraint
 from .opening import checked_policy, open_bundle
 from .paged_slots import slots_for
 from .prompts import prompt_rows
@@ -204,6 +205,7 @@ class Batch:
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> int:
         """Add a row, which begins at the next tick for which a slot is free. It draws as the one prompt of a session.
 
@@ -214,6 +216,7 @@ class Batch:
             sampling: greedy when None.
             stop_token_ids: end the row; the model's end tokens when None.
             logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
+            constraint: of what the row may write, as for `Session.generate`; the row works on a fork of it.
 
         Returns:
             The row's number, as its events have it.
@@ -250,10 +253,12 @@ class Batch:
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs), takes)
         sampling = checks.checked_sampling(sampling)
+        checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
         number = self._added
         self._added += 1
-        sampler = RowSampler(sampling, prompt, stream, number)
+        own = None if constraint is None else constraint.fork()
+        sampler = RowSampler(sampling, prompt, stream, number, own)
         limits_of_runs = self._chunk, self._engine.verified_tokens
         self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, self._tell))
         return number

@@ -16,6 +16,7 @@ from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.errors import InputError, whole_number, wrong_type
 
+from .constraint import Constraint
 from .prompts import token_mask
 from .sampling import Ids, SamplingOptions
 
@@ -41,6 +42,21 @@ def checked_sampling(sampling: SamplingOptions | None) -> SamplingOptions:
     if sampling is not None and not isinstance(sampling, SamplingOptions):
         raise wrong_type("The sampling", sampling, "SamplingOptions", "Use for example SamplingOptions(temperature=1).")
     return sampling or SamplingOptions()
+
+
+def check_constraint(constraint: Constraint | None) -> None:
+    parts = ("is_over", "allowed", "accept", "fork")
+    if constraint is None:
+        return
+    if not all(hasattr(constraint, part) for part in parts):
+        hint = "Use for example Grammars.of(bundle).json_schema(schema), of lora_drop_runtime.grammars."
+        raise wrong_type("The constraint", constraint, f"an object with {', '.join(parts)}", hint)
+    if constraint.is_over:
+        raise InputError(
+            "The constraint allows no text.",
+            note="It is over before the first token.",
+            hint="Give one that begins anew, and allows at least one token.",
+        )
 
 
 def stop_ids(stop_token_ids: Sequence[int] | None, eos: Sequence[int]) -> set[int]:

@@ -39,7 +39,7 @@ class Drafter:
         self._sampler, self._source, self._stops = sampler, source, stops
         self._text = Text(prompt if source.looks_up else ())
         self._last, self.most = 0, 0
-        self._seen = sampler.seen
+        self._kept = sampler.seen, sampler.constraint
         self._known: list[int] = []
         self.drafts: list[Draft] = []
         self.source, self.stopped = "lora", False
@@ -57,7 +57,7 @@ class Drafter:
     @property
     def may_draft(self) -> bool:
         """Whether LoRA steps may make a draft more."""
-        room = len(self.drafts) < self.most and not self.stopped
+        room = len(self.drafts) < self.most and not self.stopped and not self._sampler.is_over
         return room and self._source.runs_lora_steps and not self._known
 
     def begin(self, made: Sequence[int], most: int) -> None:
@@ -76,10 +76,12 @@ class Drafter:
 
     def begin_steps(self) -> None:
         """LoRA steps begin; `end_steps` ends them, also after an error: drafts are no part of the text yet."""
-        self._seen = self._sampler.seen
+        constraint = self._sampler.constraint
+        self._kept = self._sampler.seen, constraint
+        self._sampler.constraint = None if constraint is None else constraint.fork()
 
     def end_steps(self) -> None:
-        self._sampler.seen = self._seen
+        self._sampler.seen, self._sampler.constraint = self._kept
 
     def saw(self, logits: npt.NDArray[np.float32]) -> None:
         """Draft by the logits [V] of a LoRA step; or stop."""

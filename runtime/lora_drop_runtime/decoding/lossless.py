@@ -85,7 +85,8 @@ class Lossless:
         made = [[token] for token in first]
         while True:
             for row in self._going:
-                self._left[row] = 0 if made[row][-1] in self._stops else self._left[row] - len(made[row])
+                is_over = made[row][-1] in self._stops or self._sampler.rows[row].is_over
+                self._left[row] = 0 if is_over else self._left[row] - len(made[row])
             yield from self._told(made)
             self._going = [row for row in self._going if self._left[row]]
             if not self._going:

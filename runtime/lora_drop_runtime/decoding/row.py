@@ -35,11 +35,12 @@ class Event:
     Attributes:
         row: as `Batch.add` named it.
         token: None where the row ends without one: a stop token is none, and a cancelled row makes no more.
-        logprob: natural logarithm of the token's probability by the logits as they are, before penalty and
-            temperature; None where it was not asked for.
+        logprob: natural logarithm of the token's probability by the logits as they are, before penalty, constraint
+            and temperature; None where it was not asked for.
         top_logprobs: the likeliest tokens and their logprobs, as many as were asked for.
         kind: the step that made it.
-        finished: None while the row goes on; `stop`, `length`, `cancelled`, or `failed`.
+        finished: None while the row goes on; `stop`, also where its constraint is over, `length`, `cancelled`, or
+            `failed`.
         error: why it failed.
     """
 
@@ -176,8 +177,8 @@ class Row:
         after: Logits = logits[-1]
         return after
 
-    def _event(self, token: int, logits: Logits, kind: StepKind) -> bool:
-        """Tell a token; returns whether the row goes on."""
+    def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
+        """Tell a token, behind which the row's constraint may be over; returns whether the row goes on."""
         if token in self.options.stops:
             self._tell(Event(self.number, None, kind, finished=STOP))
             return False
@@ -189,9 +190,9 @@ class Row:
             logprob = float(shifted[token] - total)
             likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
             top = [(int(one), float(shifted[one] - total)) for one in likeliest]
-        finished = None if self._left else LENGTH
+        finished = STOP if is_over else None if self._left else LENGTH
         self._tell(Event(self.number, token, kind, logprob, tuple(top), finished))
-        return bool(self._left)
+        return finished is None
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,7 +201,7 @@ class Row:
         kind, since_refresh = StepKind.REFRESH, list[int]()
         while True:
             token = self._sampler.take(logits)
-            if not self._event(token, logits, kind):
+            if not self._event(token, logits, kind, self._sampler.is_over):
                 return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
             if kind is StepKind.LORA:
@@ -230,7 +231,8 @@ class Row:
         self._pace.begin()
         while True:
             for place, token in enumerate(made):
-                if not self._event(token, found[place], StepKind.REFRESH):
+                is_over = place == len(made) - 1 and self._sampler.is_over
+                if not self._event(token, found[place], StepKind.REFRESH, is_over):
                     return
             drafter.begin(made, min(self._left, self._most_verified) - 1)
             if drafter.may_look_up:

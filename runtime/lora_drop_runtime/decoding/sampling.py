@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_drop_runtime.bounds import PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P
-from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.errors import BundleError, InputError
+
+from .constraint import Constraint
 
 Ids = NDArray[np.int64]
 
@@ -92,26 +94,56 @@ def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple
     return ids, probs
 
 
+def masked(scores: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """A copy of the logits [V], −∞ where a token is not allowed.
+
+    Raises:
+        InputError: the mask is of another shape or type, or allows nothing.
+    """
+    if getattr(allowed, "shape", None) != scores.shape or allowed.dtype != np.bool_ or not allowed.any():
+        found = f"{allowed.dtype} {allowed.shape}" if isinstance(allowed, np.ndarray) else type(allowed).__name__
+        raise InputError(
+            "The constraint allows no token.",
+            note=f"Its mask is {found}, needed is bool {scores.shape} with at least one token.",
+            hint="Let is_over be true where a text has to end.",
+        )
+    return np.where(allowed, scores, np.float32(-np.inf))
+
+
 class RowSampler:
-    """The token choice of one row: its random stream, and the tokens that the repetition penalty has seen.
+    """The token choice of one row: its random stream, its constraint, and the tokens that the repetition penalty has
+    seen.
 
     Attributes:
         seen: int64 [N], replaced and never written, so that who keeps it can put it back.
+        constraint: the row's own, which `remember` moves on; None allows every token.
     """
 
     def __init__(
-        self, options: SamplingOptions, prompt: NDArray[np.integer[Any]], stream: np.random.SeedSequence, row: int
+        self,
+        options: SamplingOptions,
+        prompt: NDArray[np.integer[Any]],
+        stream: np.random.SeedSequence,
+        row: int,
+        constraint: Constraint | None = None,
     ) -> None:
         self.options = options
         self.generator = np.random.default_rng(stream)
         self.seen: Ids = np.unique(prompt).astype(np.int64)
+        self.constraint = constraint
         self._row = row
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its constraint lets no further token follow."""
+        return self.constraint is not None and self.constraint.is_over
+
     def penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [V] under the repetition penalty.
+        """Logits [V] under the repetition penalty, −∞ where the constraint does not allow a token.
 
         Raises:
             BundleError: the largest is NaN or infinite.
+            InputError: the constraint allows no token.
         """
         return self._penalized(logits)[0]
 
@@ -119,6 +151,13 @@ class RowSampler:
         """The same, and the index of the largest."""
         penalty = self.options.repetition_penalty
         scores = logits if penalty == 1 else penalize(logits, self.seen, penalty)
+        index = self._largest(scores)
+        if self.constraint is not None:
+            scores = masked(scores, self.constraint.allowed())
+            index = self._largest(scores)
+        return scores, index
+
+    def _largest(self, scores: NDArray[np.float32]) -> int:
         index = int(scores.argmax())
         largest = scores[index]
         if not math.isfinite(largest):
@@ -127,7 +166,7 @@ class RowSampler:
                 note=f"The largest logit of row {self._row} is {largest}.",
                 hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
             )
-        return scores, index
+        return index
 
     def draw(self, ids: Ids, probs: NDArray[np.float64]) -> int:
         """One of `ids` [C], whose probabilities need not sum to 1."""
@@ -142,7 +181,7 @@ class RowSampler:
         return int(scores.argmax())
 
     def take(self, logits: NDArray[np.float32]) -> int:
-        """Choose, and remember, a token by logits [V]. Raises BundleError as `penalized` does."""
+        """Choose, and remember, a token by logits [V]. Raises as `penalized` does."""
         scores, largest = self._penalized(logits)
         token = largest if self.options.temperature == 0 else self.choose(scores)
         self.remember(token)
@@ -150,6 +189,8 @@ class RowSampler:
 
     def remember(self, token: int) -> None:
         """The token belongs to the text from now on."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
         if self.options.repetition_penalty != 1 and token not in self.seen:
             self.seen = np.append(self.seen, token)
 
@@ -163,14 +204,25 @@ class Sampler:
     Args:
         options: the same for all rows.
         prompts: int64 [T_i] for each row; seen by the repetition penalty.
+        constraint: every row takes a fork of it.
     """
 
-    def __init__(self, options: SamplingOptions, prompts: Sequence[NDArray[np.integer[Any]]]) -> None:
+    def __init__(
+        self,
+        options: SamplingOptions,
+        prompts: Sequence[NDArray[np.integer[Any]]],
+        constraint: Constraint | None = None,
+    ) -> None:
         streams = np.random.SeedSequence(options.seed).spawn(len(prompts))
         self.rows = [
-            RowSampler(options, prompt, stream, row)
+            RowSampler(options, prompt, stream, row, None if constraint is None else constraint.fork())
             for row, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
         ]
+
+    @property
+    def over(self) -> NDArray[np.bool_]:
+        """bool [B], rows whose constraint lets no further token follow."""
+        return np.array([row.is_over for row in self.rows])
 
     def sample(self, logits: NDArray[np.float32], active: NDArray[np.bool_]) -> Ids:
         """Chooses, and remembers, one token for each active row.
@@ -184,6 +236,7 @@ class Sampler:
 
         Raises:
             BundleError: the largest logit of an active row is NaN or infinite.
+            InputError: the constraint of an active row allows no token.
         """
         assert len(logits) == len(active) == len(self.rows)
         tokens = np.zeros(len(logits), np.int64)

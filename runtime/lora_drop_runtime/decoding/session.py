@@ -32,6 +32,7 @@ from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
+from .constraint import Constraint
 from .lossless import Clock, Lossless, most_verified
 from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
@@ -173,6 +174,7 @@ class Session:
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         reuse_prefix: bool = False,
+        constraint: Constraint | None = None,
     ) -> list[Ids]:
         """Continue a batch of prompts of any lengths.
 
@@ -186,6 +188,8 @@ class Session:
             reuse_prefix: do not run again what a row of the request before begins with; its caches are taken over. They
                 are the full model's at tokens of its prompt, and under `backfill` and `lossless` at all tokens; `skip`
                 left holes at decoded ones, `fill` approximations. An engine on a GPU runs the whole prompt.
+            constraint: of what every row may write (constraint.py); tokens that it does not allow are left out before
+                the others are chosen from. Each row works on a fork of it, and ends where it is over.
 
         Returns:
             One int64 array of new tokens per prompt.
@@ -194,7 +198,9 @@ class Session:
         out: list[list[int]] = [[] for _ in rows]
         self._usage.enter()
         try:
-            for tokens, active in self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix):
+            for tokens, active in self._tokens(
+                rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint
+            ):
                 for row, token in enumerate(tokens):
                     if active[row]:
                         out[row].append(int(token))
@@ -212,6 +218,7 @@ class Session:
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         reuse_prefix: bool = False,
+        constraint: Constraint | None = None,
     ) -> TokenStream:
         """Continue one prompt token by token; closing the iterator cancels. Arguments as for `generate`.
 
@@ -220,7 +227,7 @@ class Session:
         """
         rows = prompt_rows(prompt_ids)
         checks.check_one_prompt(rows)
-        tokens = self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix)
+        tokens = self._tokens(rows, max_new_tokens, k, sampling, stop_token_ids, draft, reuse_prefix, constraint)
         return TokenStream(tokens, self._usage, self._own)
 
     def _tokens(
@@ -232,27 +239,29 @@ class Session:
         stop_token_ids: Sequence[int] | None,
         draft: str | None = None,
         reuse_prefix: bool = False,
+        constraint: Constraint | None = None,
     ) -> Chosen:
         """Yields (token per row, whether the row has one) for every new token."""
         manifest = self.bundle.manifest
         stops = checks.stop_ids(stop_token_ids, manifest.special_tokens.eos)
         ids, lengths = padded(rows, manifest.special_tokens.pad)
         options = checks.checked_sampling(sampling)
+        checks.check_constraint(constraint)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         source = self._source if draft is None else self._draft_source(draft)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
         if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
             self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
-            yield from self._verified_tokens(rows, Sampler(options, rows), stops, max_new_tokens, source)
+            sampler = Sampler(options, rows, constraint)
+            yield from self._verified_tokens(rows, sampler, stops, max_new_tokens, source)
             return
-        sampler = None
-        if not (self._opened().chooses_tokens and options.takes_the_largest):
-            sampler = Sampler(options, rows)
+        engine_chooses = self._opened().chooses_tokens and options.takes_the_largest and constraint is None
+        chooser = None if engine_chooses else Sampler(options, rows, constraint)
         self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
         ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
         for left in reversed(range(max_new_tokens)):
-            tokens = self._running().chosen(active) if sampler is None else sampler.sample(self._logits(), active)
+            tokens = self._running().chosen(active) if chooser is None else chooser.sample(self._logits(), active)
             # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
             for row, token in enumerate(tokens.tolist() if stops else ()):
                 if token in stops and active[row]:
@@ -261,6 +270,10 @@ class Session:
             if True not in active.tolist():
                 return
             yield tokens, active
+            if chooser is not None and constraint is not None:
+                active = active & ~chooser.over
+                if not active.any():
+                    return
             if left:
                 if self._requests_ended != ended:
                     raise self._ended_by()

@@ -1,0 +1,1 @@
+"""Constraints of what a row may write: JSON schemas, regular expressions, grammars, tool calls."""

@@ -1,0 +1,65 @@
+"""Compiles a grammar in a process of its own first: llguidance has limits, but not for everything.
+
+Some schemas keep it busy for minutes (`multipleOf` with a large number), and long chains of rules overflow its stack,
+which ends the process. Who serves strangers' schemas can have neither. So the first compilation has little stack, and
+limits of processor time and memory; what passes is compiled again here.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+SECONDS, MEMORY = 3, 1 << 30  # of the processor, which a busy machine does not shorten; bytes
+STACK = 3 << 19  # bytes, less than a thread has anywhere
+_WALL = 120  # seconds, where a system has no limit of processor time
+_PROGRAM = f"""
+import sys
+try:
+    import resource
+except ImportError:  # Windows
+    pass
+else:
+    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+    resource.setrlimit(resource.RLIMIT_STACK, ({STACK}, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+
+class Bytes:
+    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    tokens = [bytes([byte]) for byte in range(256)] + [b"<end>"]
+
+    def __call__(self, text):
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+grammar, tokenizer = sys.stdin.buffer.read().decode(), LLTokenizer(TokenizerWrapper(Bytes()))
+matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+if not matcher.is_error():
+    matcher.compute_bitmask()
+sys.stdout.buffer.write(matcher.get_error().encode())
+"""
+
+
+def _end(code: int) -> str:
+    """How a process that wrote nothing came to its end."""
+    limits = [getattr(signal, name) for name in ("SIGXCPU", "SIGKILL") if hasattr(signal, name)]
+    if -code in limits:
+        return f"it takes more than {SECONDS} seconds to compile"
+    return "it is nested too deep, or takes too much memory"
+
+
+def compile_apart(grammar: str) -> str:
+    """What is wrong with a grammar of llguidance's; empty where nothing is."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _PROGRAM], input=grammar.encode(), capture_output=True, timeout=_WALL
+        )
+    except subprocess.TimeoutExpired:
+        return f"it takes more than {_WALL} seconds to compile"
+    if done.returncode:
+        return _end(done.returncode)
+    return done.stdout.decode(errors="replace")
