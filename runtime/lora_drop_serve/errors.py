@@ -13,6 +13,11 @@ from lora_drop_runtime.errors import LoraDropError
 WRONG, SERVER = "invalid_request_error", "server_error"  # types
 
 
+def _writable(text: str) -> str:
+    """What a client has sent may hold halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class ApiError(Exception):
     """An answer that is an error.
 
@@ -34,6 +39,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        message, param = _writable(message), None if param is None else _writable(param)
         self.status, self.headers = status, dict(headers or {})
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, WRONG if status < 500 else SERVER)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -74,6 +80,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if error["type"] == "extra_forbidden":
         return ApiError(400, f"There is no parameter {param!a:.80}.", param=param, code="unknown_parameter")
     if not place and not error.get("ctx"):
-        return ApiError(400, "The body has to be a JSON object, sent with Content-Type: application/json.")
+        needed = "It has to be a JSON object with text as keys, sent with Content-Type: application/json."
+        return ApiError(400, f"The body cannot be read: {error['msg']}. {needed}")
     said = error["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{'.'.join(place) or param}: {said}."[:500], param=param, code=error["type"])

@@ -12,13 +12,24 @@ from typing import Annotated, Any, ClassVar, Literal
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.decoding.sampling import SamplingOptions
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from lora_drop_runtime.files import is_utf8
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 MOST_BODY_BYTES = 8 << 20
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
 MOST_TOP = 20  # logprobs of a token
 MOST_CHOICES = 128
+
+
+def _utf8(text: str) -> str:
+    """Halves of characters, which JSON can write, are in no text."""
+    if not is_utf8(text):
+        raise ValueError("it holds halves of characters (lone surrogates)")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_utf8)]
 
 _ANY: list[Any] = []  # whatever the value, it changes nothing
 # Fields of OpenAI's API that this server does not have, and the values with which they change nothing
@@ -67,7 +78,7 @@ class _Request(_Model):
     """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k` and
     `repetition_penalty`."""
 
-    model: str | None = None
+    model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, _within(bounds.TOP_P)] | None = None
     top_k: Annotated[int, _within(bounds.TOP_K)] | None = None
@@ -75,11 +86,11 @@ class _Request(_Model):
     seed: Annotated[int, _within(bounds.SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     k: Annotated[int, _within(bounds.K)] | Literal["auto"] | None = None
-    policy: str | None = None
+    policy: Text | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +153,7 @@ class CompletionRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = 16  # where none are asked for and as many fit: the API's default
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Text | list[Text] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
 
@@ -184,7 +195,7 @@ class CompletionRequest(_Request):
 
 class TextPart(_Model):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Model):
@@ -192,8 +203,8 @@ class Message(_Model):
 
     model_config = ConfigDict(extra="allow")
 
-    role: str
-    content: str | list[TextPart] | None = None
+    role: Text
+    content: Text | list[TextPart] | None = None
 
     @property
     def for_template(self) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def word_tokenizer(root: Path, template: str | None = TEMPLATE) -> None:
     record_again(root)
 
 
-def word_bundle(root: Path, **options: Any) -> Bundle:
+def word_bundle(root: Path, template: str | None = TEMPLATE, **options: Any) -> Bundle:
     """A tiny bundle in float32 whose text says its tokens."""
-    word_tokenizer(make_bundle("llama", root, **{"max_batch": 8, **options}).root)
+    word_tokenizer(make_bundle("llama", root, **{"max_batch": 8, **options}).root, template)
     return Bundle.open(root)
 
 
@@ -81,7 +81,7 @@ def serving(
         thread.start()
         try:
             await_that(lambda: server.started or not thread.is_alive())
-            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+            headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
             with httpx.Client(base_url=where, headers=headers, timeout=None) as http:
                 yield Served(where, driver, codec, http)
         finally:
