@@ -9,6 +9,7 @@ and jobs are bounded by `most_rows` until their answers are delivered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 import time
@@ -197,11 +198,13 @@ class Driver:
         return began is not None and time.perf_counter() - began > STALLED_SECONDS
 
     async def drain(self, seconds: float) -> int:
-        """Refuse new jobs, let those that run end, and cut them after so many seconds; returns how many were cut."""
+        """Refuse new jobs, let those that run end, and cut them after so many seconds, or when it is cancelled; returns
+        how many were cut."""
         self.is_closing = True
-        end = self._loop.time() + seconds
-        while self._open and self.error is None and self._loop.time() < end:
-            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(seconds):
+                while self._open and self.error is None:
+                    await asyncio.sleep(0.02)
         cut = len(self._open)
         self._give([(job, closing()) for job in self._open], None, time.perf_counter())
         return cut

@@ -66,21 +66,24 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, driver: Driver, grace: float) -> None:
         super().__init__(config)
-        self._driver, self._grace, self._said = driver, grace, False
+        self._driver, self._grace = driver, grace
+        self._draining: asyncio.Task[None] | None = None
 
     async def _drain(self) -> None:
         cut = await self._driver.drain(self._grace)
         if cut:
-            print(f"{cut} requests were cut after {self._grace:g} s (--grace)", file=sys.stderr)
+            print(f"{cut} requests were cut: --grace is {self._grace:g} s", file=sys.stderr)
         self.should_exit = True
 
+    def _end(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self._draining.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._said:
-            self.should_exit = self.force_exit = True
-            return
-        self._said = True
-        loop = asyncio.get_running_loop()  # a signal's handler runs in the loop's thread, between two of its callbacks
-        loop.call_soon_threadsafe(lambda: setattr(self, "_draining", loop.create_task(self._drain())))
+        # A signal's handler runs in the loop's thread, in the midst of anything
+        asyncio.get_running_loop().call_soon_threadsafe(self._end)
 
 
 def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:

@@ -32,11 +32,10 @@ def test_a_chat_on_the_page(served: Served, bundle: Bundle, tmp_path: Path) -> N
             page.run("at('go').click()")
             page.await_that(f"document.querySelectorAll('footer').length === {number} && !running")
             page.run("messages = []")  # the next turn is a first one, too
-            text = page.run(
-                "[...document.querySelectorAll('article:last-child span')].map(s => s.textContent).join('')"
-            )
-            assert text == words(alone(bundle, prompt, 9, k=k if switch == "own" else 0))
-            kinds = page.run("[...document.querySelectorAll('article:last-child span')].map(s => s.className)")
+            spans = "[...document.querySelectorAll('article:last-child span')]"
+            text = words(alone(bundle, prompt, 9, k=k if switch == "own" else 0))
+            assert page.run(f"{spans}.map(s => s.textContent).join('')") == text
+            kinds = page.run(f"{spans}.map(s => s.className)")
             window = k if switch == "own" else 0
             assert kinds == ["refresh" if step % (window + 1) == 0 else "lora" for step in range(9)]
         page.await_that("/tokens\\/s/.test(at('speed').textContent) && /MiB/.test(at('kv').textContent)")
