@@ -101,7 +101,8 @@ def test_a_client_that_goes_away_in_a_stream_frees_its_row(served: Served, engin
     engine.gate.clear()
     engine.held = 20
     with served.http.stream("POST", COMPLETIONS, json=body(4000, stream=True)) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # which closes the response when it is forgotten
+        next(lines)
         await_that(lambda: len(engine.runs) == 20)
     check_given_up(served, engine)
 
