@@ -106,9 +106,7 @@ def main() -> None:
     ways: dict[str, list[float]] = {"bare": [], "served": [], "streamed": []}
     first: list[float] = []
     between: list[float] = []
-    with Batch.open(
-        options.bundle, slots=options.users, policy=options.policy, threads=options.threads
-    ) as batch:
+    with Batch.open(options.bundle, slots=options.users, policy=options.policy, threads=options.threads) as batch:
         for repeat in range(options.repeats + 1):
             for way, speeds in ways.items():
                 if way == "bare":

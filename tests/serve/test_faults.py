@@ -152,6 +152,26 @@ def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
     check_alive(served)
 
 
+def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once what is sent to it does not go out any more: here at once, not after a minute."""
+    monkeypatch.setattr("lora_drop_serve.app.MOST_STALL_SECONDS", 0)
+    data = json.dumps(body(4900, n=4, stream=True, logprobs=20)).encode()  # far more than the system keeps
+    headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((served.http.base_url.host, served.http.base_url.port))
+        client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{headers}\r\n".encode() + data)
+        await_that(lambda: served.driver.open_rows == 4)
+        await_that(lambda: served.driver.open_rows == 0)
+        monkeypatch.undo()
+        check_alive(served)
+        got = b""
+        while part := client.recv(1 << 16):
+            got += part
+    assert got.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in got
+
+
 # ── the queue ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
