@@ -34,6 +34,7 @@ from .errors import ApiError, closing, engine_failed, of_validation, refused
 from .metrics import Metrics
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
+DISCARD_SECONDS = 10  # that a body which is refused may still come
 MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 GONE = 499  # the client went away: nobody reads this
@@ -44,6 +45,14 @@ T = TypeVar("T")
 
 def _error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _discard(receive: Receive) -> None:
+    """Take the rest of a body: a client that is still sending when its connection is closed may not see the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
 
 
 class Gate:
@@ -58,7 +67,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, key: str | None, metrics: Metrics, paths: Sequence[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
-        self._key = None if key is None else key.encode()
+        self._key = None if key is None else key.encode("utf-8", "surrogateescape")
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -89,6 +98,8 @@ class Gate:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > MOST_BODY_BYTES:
+                if message.get("more_body"):
+                    await _discard(receive)
                 raise HTTPException(413, self._too_large().body)  # which FastAPI lets through
             return message
 
@@ -107,6 +118,7 @@ class Gate:
         try:
             self._check(scope)
         except ApiError as error:
+            await _discard(receive)
             await _error(error)(scope, received, sent)
             return
         try:
