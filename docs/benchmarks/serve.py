@@ -115,6 +115,7 @@ def main() -> None:
                     tokens, seconds, to_first, gaps = served(port, bodies, options.users, way == "streamed")
                     first += to_first if repeat else []
                     between += gaps if repeat else []
+                print(f"{way}: {tokens} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
                 if repeat:  # the first warms up
                     speeds.append(tokens / seconds)
     server.terminate()
