@@ -246,9 +246,17 @@ class Service:
             said = f"There is no model {name!a:.80}; this server has {self.name!r}."
             raise ApiError(404, said, param="model", code="model_not_found")
 
+    def _check_count(self, prompts: int, body: CompletionRequest | ChatRequest, param: str) -> None:
+        """Whether there are places for so many prompts. Raises ApiError."""
+        count = prompts * body.choices
+        if count > self.driver.most_rows:
+            said = f"The request asks for {count} texts, this server has places for {self.driver.most_rows}."
+            raise ApiError(400, said, param="n" if body.choices > 1 else param)
+
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
         prompts = body.prompts
+        self._check_count(len(prompts), body, "prompt")
         encoded = await self._encoded(prompts)
         echoes = None
         if body.echo:
@@ -258,6 +266,7 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
+        self._check_count(1, body, "messages")
         messages = [message.for_template for message in body.messages]
         try:
             ids = await asyncio.to_thread(self._codec.encode_chat, messages)
@@ -305,7 +314,7 @@ class Service:
         room = driver.max_seq_len - length
         if asked is not None and asked > room:
             said = f"Prompt and new tokens are {length} + {asked} tokens, this server takes {driver.max_seq_len}."
-            raise ApiError(400, said, param="max_tokens", code="context_length_exceeded")
+            raise ApiError(400, said, param=body.limit_field, code="context_length_exceeded")
         return min(room, body.usual_tokens or room) if asked is None else asked
 
     async def _answer(
@@ -318,10 +327,6 @@ class Service:
         echoes: Sequence[str] | None = None,
     ) -> Response:
         policy = self._policy(body)
-        count = len(prompts) * body.choices
-        if count > self.driver.most_rows:
-            said = f"The request asks for {count} texts, this server has places for {self.driver.most_rows}."
-            raise ApiError(400, said, param="n" if body.choices > 1 else param)
         shared = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
         rows = []
         for prompt in prompts:
@@ -332,7 +337,7 @@ class Service:
             self._codec,
             self.name,
             sum(map(len, prompts)),
-            count,
+            len(rows),
             body.stops,
             logprobs=body.likeliest is not None,
             includes_usage=body.includes_usage,
@@ -343,7 +348,7 @@ class Service:
         try:
             return await self._told(answer, job, bool(body.stream), request)
         except InputError as error:  # the batch has too little room beside what was checked: a smaller k takes more
-            raise refused(error, "k" if body.k is not None else "max_tokens") from None
+            raise refused(error, "k" if body.k is not None else body.limit_field) from None
 
     async def _told(self, answer: Answer, job: Job, streams: bool, request: Request) -> Response:
         """The response; the job ends with it."""

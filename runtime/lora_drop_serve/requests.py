@@ -188,6 +188,11 @@ class CompletionRequest(_Request):
         return self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        """The field that says how many new tokens there may be."""
+        return "max_tokens"
+
+    @property
     def likeliest(self) -> int | None:
         """How many of the likeliest tokens are told with each; None tells no logprobs."""
         return self.logprobs
@@ -235,6 +240,11 @@ class ChatRequest(_Request):
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that says how many new tokens there may be."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def likeliest(self) -> int | None:
