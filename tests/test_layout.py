@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = {
     "lora_drop_runtime": ROOT / "runtime",
+    "lora_drop_serve": ROOT / "runtime",
     "lora_drop_export": ROOT,
     "lora_drop_tools": ROOT / "tools",
 }
@@ -27,6 +28,7 @@ RUNTIME = [
     ["templates", "files", "bounds"],
     ["errors"],
 ]
+SERVE = [["server"], ["app"], ["answers", "requests"], ["driver"], ["errors", "metrics"]]
 EXPORT = [
     ["__main__"],
     ["cli"],
@@ -42,12 +44,17 @@ EXPORT = [
 TOOLS = [
     ["__main__"],
     ["cli"],
-    ["generate", "inspect", "compare", "profile", "fit", "eval", "bench"],
+    ["generate", "serve", "inspect", "compare", "profile", "fit", "eval", "bench"],
     ["teacher_forcing"],
     ["shared"],
 ]
-FLOORS = {"lora_drop_runtime": RUNTIME, "lora_drop_export": EXPORT, "lora_drop_tools": TOOLS}
-BELOW = {"lora_drop_runtime": (), "lora_drop_export": ("lora_drop_runtime",), "lora_drop_tools": tuple(SOURCES)}
+FLOORS = {"lora_drop_runtime": RUNTIME, "lora_drop_serve": SERVE, "lora_drop_export": EXPORT, "lora_drop_tools": TOOLS}
+BELOW = {
+    "lora_drop_runtime": (),
+    "lora_drop_serve": ("lora_drop_runtime",),
+    "lora_drop_export": ("lora_drop_runtime",),
+    "lora_drop_tools": tuple(SOURCES),
+}
 NEVER_MEET = {"lora_drop_export.targets": ("ort", "trt"), "lora_drop_runtime.engines": ("ort", "trt")}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "onnx_graphsurgeon", "safetensors"}
 
@@ -118,7 +125,7 @@ def test_targets_never_meet_nor_do_their_engines(rooms: str, parts: tuple[str, .
 
 def test_the_runtime_imports_no_library_of_the_exporter() -> None:
     for name in MODULES:
-        if name.startswith("lora_drop_runtime"):
+        if name.startswith(("lora_drop_runtime", "lora_drop_serve")):
             assert not {other.partition(".")[0] for other in imported_modules(name)} & HEAVY, name
 
 

@@ -54,7 +54,7 @@ def of_extras(requirements: list[Requirement], *extras: str) -> dict[str, Requir
         (("export", "cpu"), {"onnxruntime"}),
         (("export", "cuda"), {"onnxruntime-gpu"}),
         (("dev",), {"onnxruntime"}),
-        (("bench", "eval", "tensorrt", "tensorrt-rtx"), set()),
+        (("bench", "eval", "serve", "tensorrt", "tensorrt-rtx"), set()),
     ],
 )
 def test_each_extra_brings_one_onnx_runtime_at_most(requirements, extras, engines):

@@ -68,6 +68,7 @@ NEEDED = {  # a command line that passes
     "export": ["--model", "model", "--out", "out"],
     "generate": ["bundle", "--prompt", "t1 t2", "--max-new-tokens", "8"],
     "chat": ["bundle", "--max-new-tokens", "8"],
+    "serve": ["bundle", "--port", "0"],
     "inspect": ["bundle"],
     "compare": ["bundle"],
     "bench": ["bundle", "--new-tokens", "16"],

@@ -119,7 +119,7 @@ print(*sorted(roots - {"__main__"}))
 """
     found = set(printed(code, blocked=()).split())
     assert {"lora_drop_runtime", "lora_drop_tools", "lora_drop_export", "numpy"} <= found
-    assert not found & {"onnxruntime", "tokenizers", "jinja2", *EXPORT_ONLY}
+    assert not found & {"onnxruntime", "tokenizers", "jinja2", "fastapi", "uvicorn", *EXPORT_ONLY}
 
 
 def test_importing_the_runtime_starts_nothing() -> None:
@@ -264,7 +264,7 @@ def test_public_names() -> None:
         "LoraDropError MarginSchedule ModelError NoDeviceError PeriodicSchedule PlanError SamplingOptions Schedule "
         "Session StepKind VerificationError",
         "lora_drop_tools": "BenchSettings ChatSettings CompareSettings EvalSettings FitSettings GenerateSettings "
-        "ProfileSettings bench calibrate chat compare eval fit generate inspect profile reproduce",
+        "ProfileSettings ServeSettings bench calibrate chat compare eval fit generate inspect profile reproduce serve",
         "lora_drop_export": "BuilderOptions ExportOptions add_target export",
     }
     for package, expected in names.items():

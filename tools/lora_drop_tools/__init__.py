@@ -4,6 +4,7 @@
 
 generate, chat, inspect   need the runtime only
 bench                     the same; matplotlib for --plots, other runtimes for --peers
+serve                     the same, and the extra serve
 eval, calibrate           the same as bench; lm-eval for --tasks
 compare                   needs the exporter (torch, transformers)
 profile                   the same; matplotlib for its figures
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lora_drop_tools.inspect import inspect
     from lora_drop_tools.profile.profile import profile
     from lora_drop_tools.profile.settings import ProfileSettings
+    from lora_drop_tools.serve import ServeSettings, serve
 
 __all__ = [
     "BenchSettings",
@@ -39,6 +41,7 @@ __all__ = [
     "FitSettings",
     "GenerateSettings",
     "ProfileSettings",
+    "ServeSettings",
     "bench",
     "calibrate",
     "chat",
@@ -49,6 +52,7 @@ __all__ = [
     "inspect",
     "profile",
     "reproduce",
+    "serve",
 ]
 
 _MODULES = {
@@ -59,6 +63,7 @@ _MODULES = {
     "FitSettings": "fit.settings",
     "GenerateSettings": "generate",
     "ProfileSettings": "profile.settings",
+    "ServeSettings": "serve",
     "bench": "bench.bench",
     "calibrate": "eval.calibrate",
     "chat": "generate",
@@ -69,6 +74,7 @@ _MODULES = {
     "inspect": "inspect",
     "profile": "profile.profile",
     "reproduce": "eval.eval",
+    "serve": "serve",
 }
 
 

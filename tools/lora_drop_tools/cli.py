@@ -26,6 +26,7 @@ from lora_drop_tools.profile.command import add_profile, run_profile
 from .compare import CompareSettings, compare
 from .generate import ChatSettings, GenerateSettings, chat, generate
 from .inspect import inspect
+from .serve import ServeSettings, serve
 
 HARNESS = "lm-eval"
 MOST_PROMPT_BYTES = 64 << 20  # many times what the longest context holds
@@ -82,6 +83,10 @@ def _chat(args: argparse.Namespace) -> None:
     chat(args.bundle, settings_of(ChatSettings, args), system=args.system)
 
 
+def _serve(args: argparse.Namespace) -> None:
+    serve(args.bundle, settings_of(ServeSettings, args))
+
+
 def _inspect(args: argparse.Namespace) -> None:
     inspect(args.bundle, check=args.check)
 
@@ -121,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     add_bundle(command)
     command.add_argument("--system", metavar="TEXT", help="begin with this system message")
     add_options(command, ChatSettings)
+    command = add("serve", _serve, "Serve a bundle with OpenAI's API until SIGTERM or Ctrl-C.")
+    add_bundle(command)
+    add_options(command, ServeSettings)
     command = add("inspect", _inspect, "Print what a bundle is, and what the paper's equations predict for it.")
     add_bundle(command)
     command.add_argument("--check", action="store_true", help="hash every file")

@@ -20,6 +20,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
+from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 from . import checks
@@ -187,6 +188,21 @@ class Batch:
         most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
         most = most if self._most_bytes is None else min(most, self._most_bytes)
         return slots + f"K/V grows with the rows, to at most {most / 2**20:,.1f} MiB"
+
+    @property
+    def slots(self) -> int:
+        """Rows that run at once."""
+        return self._count
+
+    @property
+    def policy(self) -> Policy:
+        """Of rows that are added without their own."""
+        return self._policy
+
+    @property
+    def schedule(self) -> Schedule:
+        """Likewise."""
+        return self._schedule
 
     @property
     def rows(self) -> int:

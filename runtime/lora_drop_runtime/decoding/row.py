@@ -42,6 +42,7 @@ class Event:
         finished: None while the row goes on; `stop`, also where its constraint is over, `length`, `cancelled`, or
             `failed`.
         error: why it failed.
+        statistics: with the end of a row whose refreshes verify drafts, what it has counted.
     """
 
     row: int
@@ -51,6 +52,7 @@ class Event:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finished: str | None = None
     error: BaseException | None = None
+    statistics: Statistics | None = None
 
 
 Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
@@ -131,7 +133,7 @@ class Row:
             self.run = None
         except BaseException as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
             self.run = None
-            self._tell(Event(self.number, None, kind, finished=FAILED, error=error))
+            self._tell(Event(self.number, None, kind, finished=FAILED, error=error, statistics=self._counted))
             if not isinstance(error, Exception):
                 raise
 
@@ -152,11 +154,15 @@ class Row:
         assert self.run is not None
         kind, self.run = self.run.kind, None
         self._runs.close()
-        self._tell(Event(self.number, None, kind, finished=CANCELLED))
+        self._tell(Event(self.number, None, kind, finished=CANCELLED, statistics=self._counted))
 
     def statistics(self) -> Statistics:
         """What was counted, where refreshes verify drafts."""
         return Statistics(tuple(self._cycles), self._pace.note)
+
+    @property
+    def _counted(self) -> Statistics | None:
+        return self.statistics() if self.options.policy.verifies else None
 
     def _steps(self) -> Runs:
         logits = yield from self._prefill()
@@ -180,7 +186,7 @@ class Row:
     def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
         """Tell a token, behind which the row's constraint may be over; returns whether the row goes on."""
         if token in self.options.stops:
-            self._tell(Event(self.number, None, kind, finished=STOP))
+            self._tell(Event(self.number, None, kind, finished=STOP, statistics=self._counted))
             return False
         self._left -= 1
         logprob, top = None, list[tuple[int, float]]()
@@ -191,7 +197,8 @@ class Row:
             likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
             top = [(int(one), float(shifted[one] - total)) for one in likeliest]
         finished = STOP if is_over else None if self._left else LENGTH
-        self._tell(Event(self.number, token, kind, logprob, tuple(top), finished))
+        counted = self._counted if finished else None
+        self._tell(Event(self.number, token, kind, logprob, tuple(top), finished, statistics=counted))
         return finished is None
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────

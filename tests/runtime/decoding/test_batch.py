@@ -407,6 +407,20 @@ def test_a_schedule_that_fails_ends_its_own_row() -> None:
     assert (last.finished, str(last.error)) == ("failed", "not today")
 
 
+def test_the_last_event_of_a_row_that_verifies_has_what_it_counted() -> None:
+    batch, _ = fake_batch("lossless", k=3, slots=3)
+    whole, given_up = (batch.add([5, 6, 7], 9, stop_token_ids=[]) for _ in range(2))
+    batch.add([3], 4, policy="backfill", stop_token_ids=[])
+    events = batch.tick()
+    batch.cancel(given_up)
+    while batch.rows:
+        events += batch.tick()
+    told = {event.row: event.statistics for event in events if event.statistics is not None}
+    assert told.keys() == {whole, given_up}
+    assert all(event.finished for event in events if event.statistics is not None)
+    assert (told[whole].tokens, told[given_up].tokens) == (8, 0)  # the prompt's token is not counted
+
+
 def test_a_row_that_was_cancelled_counts_until_that_is_told() -> None:
     batch, _ = fake_batch(slots=1)
     numbers = [batch.add([1], 4), batch.add([2], 4)]

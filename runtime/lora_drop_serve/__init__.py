@@ -1,0 +1,5 @@
+"""An HTTP server for one bundle, with OpenAI's API.
+
+Reading order: server.py (sockets and signals), app.py (routes), requests.py (what may be asked), answers.py (what is
+said), driver.py (the thread that runs the batch), errors.py, metrics.py, page.html. Needs the extra `serve`.
+"""

@@ -1,0 +1,268 @@
+"""What a client is told: events of rows as the objects of OpenAI's API, whole or in chunks.
+
+Enters: events. Leaves: dictionaries for JSON. Beside the API's fields a chunk has `lora_drop.step`, the kind of the
+step that made its token, and `usage` has `lora_drop`: how many steps the rows took after their prompts.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
+from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.text import INCOMPLETE, TextCodec
+
+from .driver import Told
+from .errors import row_failed
+
+
+class Piece(NamedTuple):
+    """What an event adds to a choice.
+
+    Attributes:
+        text: maybe none, where it may still change.
+        token: the event, if it has a token that belongs to the answer.
+        finish: why the choice ends with it, as the API says it.
+    """
+
+    text: str
+    token: Event | None
+    finish: str | None
+
+
+class Choice:
+    """One row's answer as it grows.
+
+    Attributes:
+        tokens: of the answer.
+        steps: after the prompt, by kind.
+        drafted, accepted: drafts, where refreshes verify them.
+        finish: why its text ended.
+        is_over: its row has ended, too.
+    """
+
+    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
+        self._pieces = codec.stream(stops)
+        self.tokens, self.drafted, self.accepted = 0, 0, 0
+        self.steps = dict.fromkeys(StepKind, 0)
+        self.finish: str | None = None
+        self.is_over = False
+        self._is_new = True
+
+    def take(self, event: Event) -> Piece:
+        """Raises ApiError: the row has failed."""
+        if event.finished == FAILED:
+            raise row_failed(event.error)
+        self._count(event)
+        self.is_over = event.finished is not None
+        if self.finish is not None:  # what came after a stop string
+            return Piece("", None, None)
+        text = "" if event.token is None else self._pieces.push(event.token)
+        self.tokens += event.token is not None
+        if self._pieces.stopped or event.finished == STOP:
+            self.finish = "stop"
+        elif event.finished == LENGTH:
+            self.finish = "length"
+        if self.finish is not None:
+            text += self._pieces.finish()
+        return Piece(text, event if event.token is not None else None, self.finish)
+
+    def _count(self, event: Event) -> None:
+        if not self._is_new and event.finished != CANCELLED:
+            self.steps[event.kind] += 1
+        self._is_new = False
+        if event.statistics is not None:  # which knows of steps that made no token
+            counted = event.statistics
+            self.steps = {StepKind.REFRESH: counted.refreshes, StepKind.LORA: counted.lora_steps}
+            self.drafted, self.accepted = counted.drafted, counted.accepted
+
+
+class Answer:
+    """The answer to one request, of which each row is a choice.
+
+    Args:
+        model: its name.
+        prompt_tokens: of all prompts, each counted once.
+        echoes: text that a choice begins with.
+    """
+
+    prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        model: str,
+        prompt_tokens: int,
+        rows: int,
+        stops: Sequence[str],
+        *,
+        logprobs: bool,
+        includes_usage: bool,
+        verifies: bool,
+        echoes: Sequence[str] | None = None,
+    ) -> None:
+        self._codec, self._prompt_tokens = codec, prompt_tokens
+        self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.choices = [Choice(codec, stops) for _ in range(rows)]
+        self._echoes = echoes or [""] * rows
+        self._texts = [[echo] for echo in self._echoes]
+        self._tokens: list[list[Event]] = [[] for _ in range(rows)]
+        self._offsets = [0] * rows
+
+    @property
+    def is_over(self) -> bool:
+        return all(choice.is_over for choice in self.choices)
+
+    def take(self, told: Told) -> Piece:
+        """Raises ApiError: the row has failed."""
+        piece = self.choices[told.row].take(told.event)
+        self._texts[told.row].append(piece.text)
+        if piece.token is not None and self._logprobs:
+            self._tokens[told.row].append(piece.token)
+        return piece
+
+    # ── in chunks ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """What comes before any token."""
+        begun = ((index, self._begun(index)) for index in range(len(self.choices)))
+        return [
+            self._chunk({"index": index, **one, "logprobs": None, "finish_reason": None}) for index, one in begun if one
+        ]
+
+    def chunk(self, told: Told) -> dict[str, Any] | None:
+        """What an event adds; None if nothing. Raises ApiError: the row has failed."""
+        piece = self.choices[told.row].take(told.event)
+        if piece.token is None and not piece.text and piece.finish is None:
+            return None
+        tokens = [piece.token] if piece.token is not None else []
+        chunk = self._chunk(
+            {
+                "index": told.row,
+                **self._added(piece.text),
+                "logprobs": self._said(told.row, tokens) if self._logprobs and tokens else None,
+                "finish_reason": piece.finish,
+            }
+        )
+        if piece.token is not None:
+            chunk["lora_drop"] = {"step": piece.token.kind.value}
+        return chunk
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """What comes after all tokens."""
+        return [{**self._chunk(None), "usage": self.usage()}] if self._includes_usage else []
+
+    def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.chunk_object, "choices": [] if choice is None else [choice]}
+        return chunk | {"usage": None} if self._includes_usage else chunk
+
+    # ── at once ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, once it is over."""
+        choices = [
+            {
+                "index": index,
+                **self._has("".join(self._texts[index])),
+                "logprobs": self._said(index, self._tokens[index]) if self._logprobs else None,
+                "finish_reason": choice.finish,
+            }
+            for index, choice in enumerate(self.choices)
+        ]
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens, and the steps after the prompts; drafts, where refreshes verify them."""
+        new = sum(choice.tokens for choice in self.choices)
+        steps = {f"{kind.value}_steps": sum(choice.steps[kind] for choice in self.choices) for kind in StepKind}
+        if self._verifies:
+            steps["drafted"] = sum(choice.drafted for choice in self.choices)
+            steps["accepted"] = sum(choice.accepted for choice in self.choices)
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self._prompt_tokens + new,
+            "lora_drop": steps,
+        }
+
+    def _token(self, token: int) -> str:
+        return self._codec.decode([token], skip_special_tokens=False)
+
+    # ── what the two kinds differ in ───────────────────────────────────────────────────────────────────────
+
+    def _begun(self, index: int) -> dict[str, Any]:
+        """What a stream's choice begins with, maybe nothing."""
+        raise NotImplementedError
+
+    def _added(self, text: str) -> dict[str, Any]:
+        """Text in a chunk."""
+        raise NotImplementedError
+
+    def _has(self, text: str) -> dict[str, Any]:
+        """The whole text."""
+        raise NotImplementedError
+
+    def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
+        """Tokens and their logprobs."""
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    """Of /v1/completions."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def _begun(self, index: int) -> dict[str, Any]:
+        return {"text": self._echoes[index]} if self._echoes[index] else {}
+
+    def _added(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    _has = _added
+
+    def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
+        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for event in tokens:
+            assert event.token is not None
+            text = self._token(event.token)
+            found["tokens"].append(text)
+            found["token_logprobs"].append(event.logprob)
+            top = {self._token(token): logprob for token, logprob in event.top_logprobs}
+            found["top_logprobs"].append({text: event.logprob, **top})
+            found["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(text)
+        return found
+
+
+class ChatAnswer(Answer):
+    """Of /v1/chat/completions."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _begun(self, index: int) -> dict[str, Any]:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _added(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def _has(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
+        def one(token: int, logprob: float | None) -> dict[str, Any]:
+            text = self._token(token)
+            # The bytes of a token that is a part of a character are not known
+            return {"token": text, "logprob": logprob, "bytes": None if INCOMPLETE in text else list(text.encode())}
+
+        content = [
+            {**one(event.token, event.logprob), "top_logprobs": [one(*pair) for pair in event.top_logprobs]}
+            for event in tokens
+            if event.token is not None
+        ]
+        return {"content": content, "refusal": None}

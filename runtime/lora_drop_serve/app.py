@@ -1,0 +1,436 @@
+"""The routes: a request is checked, its rows are submitted, and their events are told as they come.
+
+Enters: a driver and the bundle's tokenizer. Leaves: an ASGI application, which starts the driver on its event loop and
+stops it at its end. What costs time here, tokenizing and templates, runs in other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from importlib import resources
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from lora_drop_runtime.decoding.opening import checked_policy
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drafting import scheduled
+from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.text import TextCodec
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .answers import Answer, ChatAnswer, CompletionAnswer
+from .driver import Driver, Job, RowRequest
+from .errors import ApiError, closing, engine_failed, of_validation, refused
+from .metrics import Metrics
+from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
+
+DISCARD_SECONDS = 10  # that a body which is refused may still come
+MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+GONE = 499  # the client went away: nobody reads this
+
+Ids = NDArray[np.int64]
+T = TypeVar("T")
+
+
+def _error(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _discard(receive: Receive) -> None:
+    """Take the rest of a body: a client that is still sending when its connection is closed may not see the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+
+
+class Gate:
+    """Around all routes: the key, the size of bodies, readers that take nothing, and the count of answers.
+
+    Args:
+        app: behind it.
+        key: that `/v1` and `/metrics` ask for.
+        metrics: get the count.
+        paths: that are counted by name.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, metrics: Metrics, paths: Sequence[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+        self._key = None if key is None else key.encode("utf-8", "surrogateescape")
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self._key is not None and scope["path"].startswith(("/v1", "/metrics")):
+            kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+                raise ApiError(
+                    401,
+                    "The API key is missing or wrong: send it as Authorization: Bearer KEY.",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > MOST_BODY_BYTES:
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body has more than {MOST_BODY_BYTES} bytes.", code="body_too_large")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        taken, stalled = 0, False
+
+        async def received() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MOST_BODY_BYTES:
+                if message.get("more_body"):
+                    await _discard(receive)
+                raise HTTPException(413, self._too_large().body)  # which FastAPI lets through
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal stalled
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self._paths else "other"
+                self._metrics.requests.labels(path, str(message["status"])).inc()
+            try:
+                async with asyncio.timeout(MOST_STALL_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                stalled = True
+                raise
+
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await _discard(receive)
+            await _error(error)(scope, received, sent)
+            return
+        try:
+            await self._app(scope, received, sent)
+        except Exception:
+            if not stalled:
+                raise
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Every error as the API's error object."""
+
+    @app.exception_handler(ApiError)
+    async def of_the_api(_: Request, error: ApiError) -> Response:
+        return _error(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def of_a_body(_: Request, error: RequestValidationError) -> Response:
+        return _error(of_validation(error.errors()))
+
+    @app.exception_handler(AnyHTTPException)
+    async def of_http(request: Request, error: AnyHTTPException) -> Response:
+        if isinstance(error.detail, dict):  # made above
+            return JSONResponse(error.detail, error.status_code)
+        where = f"{request.method} {request.url.path}"[:200]
+        said = {404: f"There is nothing at {where}.", 405: f"{where} is not possible: see docs/serving.md."}
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = said.get(error.status_code, "The body cannot be read as JSON.")
+        return _error(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def of_ours(_: Request, __: Exception) -> Response:
+        return _error(ApiError(500, "The server has an error of its own; its log has more.", code="internal_error"))
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events of a job, which ends with the response, whatever ends that."""
+
+    def __init__(self, events: AsyncIterator[bytes], job: Job) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._job:
+            await super().__call__(scope, receive, send)
+
+
+def _sse(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def _events(answer: Answer, job: Job) -> AsyncIterator[bytes]:
+    """The chunks of an answer; those that are there at once go out together."""
+    try:
+        begin = b"".join(map(_sse, answer.first_chunks()))
+        if begin:
+            yield begin
+        while not answer.is_over:
+            out = []
+            for told in await job.told():
+                chunk = answer.chunk(told)
+                if chunk is not None:
+                    out.append(_sse(chunk))
+                if chunk is not None and answer.choices[told.row].finish and not answer.choices[told.row].is_over:
+                    job.cancel(told.row)  # at a stop string
+            if out:
+                yield b"".join(out)
+        yield b"".join(map(_sse, answer.last_chunks())) + b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield _sse(error.body)
+
+
+async def _whole(answer: Answer, job: Job) -> dict[str, Any]:
+    while not answer.is_over:
+        for told in await job.told():
+            if answer.take(told).finish and not answer.choices[told.row].is_over:
+                job.cancel(told.row)
+    return answer.whole()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The work's result; None where the client does not wait for it."""
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work), asyncio.create_task(_gone(request))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Service:
+    """What the routes share: how a request becomes rows, and rows become an answer.
+
+    Args:
+        driver: runs the bundle.
+        codec: its tokenizer and chat template.
+    """
+
+    def __init__(self, driver: Driver, codec: TextCodec) -> None:
+        self.driver, self._codec = driver, codec
+        model = driver.bundle.manifest.model
+        self._vocabulary, self.name, self._created = model.vocab_size, model.name, int(time.time())
+
+    def model(self) -> dict[str, Any]:
+        """The model as `/v1/models` lists it."""
+        facts = {
+            "k": self.driver.bundle.manifest.plan.k,
+            "policy": self.driver.policy.name,
+            "chat": self._codec.chat_template is not None,
+            "max_seq_len": self.driver.max_seq_len,
+            "max_prompt_len": self.driver.max_prompt_len,
+        }
+        return {"id": self.name, "object": "model", "created": self._created, "owned_by": "local", "lora_drop": facts}
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            said = f"There is no model {name!a:.80}; this server has {self.name!r}."
+            raise ApiError(404, said, param="model", code="model_not_found")
+
+    def _check_count(self, prompts: int, body: CompletionRequest | ChatRequest, param: str) -> None:
+        """Whether there are places for so many prompts. Raises ApiError."""
+        count = prompts * body.choices
+        if count > self.driver.most_rows:
+            said = f"The request asks for {count} texts, this server has places for {self.driver.most_rows}."
+            raise ApiError(400, said, param="n" if body.choices > 1 else param)
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        prompts = body.prompts
+        self._check_count(len(prompts), body, "prompt")
+        encoded = await self._encoded(prompts)
+        echoes = None
+        if body.echo:
+            texts = [p if isinstance(p, str) else self._codec.decode(p) for p in prompts]
+            echoes = [text for text in texts for _ in range(body.choices)]
+        return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        self._check_count(1, body, "messages")
+        messages = [message.for_template for message in body.messages]
+        try:
+            ids = await asyncio.to_thread(self._codec.encode_chat, messages)
+        except InputError as error:
+            raise refused(error, "messages") from None
+        return await self._answer(ChatAnswer, body, [ids], "messages", request)
+
+    async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
+        def ids(prompt: str | list[int]) -> Ids:
+            if isinstance(prompt, str):
+                return self._codec.encode(prompt)
+            wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+            if wrong is not None:
+                said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
+                raise ApiError(400, said, param="prompt")
+            return np.array(prompt, np.int64)
+
+        try:
+            return await asyncio.to_thread(lambda: [ids(prompt) for prompt in prompts])
+        except InputError as error:
+            raise refused(error, "prompt") from None
+
+    def _policy(self, body: CompletionRequest | ChatRequest) -> Policy:
+        """The request's policy; `k` is checked beside it."""
+        driver = self.driver
+        try:
+            policy = driver.policy if body.policy is None else checked_policy(driver.bundle, body.policy)
+        except InputError as error:
+            raise refused(error, "policy") from None
+        try:
+            scheduled(driver.schedule if body.k is None else body.k, policy)
+        except InputError as error:
+            raise refused(error, "policy" if body.k is None else "k") from None
+        return policy
+
+    def _new_tokens(self, prompt: Ids, body: CompletionRequest | ChatRequest, param: str) -> int:
+        """How many new tokens a row may have. Raises ApiError where the prompt or they do not fit."""
+        driver, length, asked = self.driver, len(prompt), body.new_tokens
+        if not length:
+            raise ApiError(400, "The prompt is empty: it has no tokens.", param=param)
+        most = min(driver.max_prompt_len, driver.max_seq_len - 1)
+        if length > most:
+            said = f"The prompt has {length} tokens, this server takes {most}."
+            raise ApiError(400, said, param=param, code="context_length_exceeded")
+        room = driver.max_seq_len - length
+        if asked is not None and asked > room:
+            said = f"Prompt and new tokens are {length} + {asked} tokens, this server takes {driver.max_seq_len}."
+            raise ApiError(400, said, param=body.limit_field, code="context_length_exceeded")
+        return min(room, body.usual_tokens or room) if asked is None else asked
+
+    async def _answer(
+        self,
+        kind: type[Answer],
+        body: CompletionRequest | ChatRequest,
+        prompts: Sequence[Ids],
+        param: str,
+        request: Request,
+        echoes: Sequence[str] | None = None,
+    ) -> Response:
+        policy = self._policy(body)
+        shared = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        rows = []
+        for prompt in prompts:
+            new_tokens = self._new_tokens(prompt, body, param)
+            for choice in range(body.choices):
+                rows.append(RowRequest(prompt, new_tokens, {**shared, "sampling": body.sampling(choice)}))
+        answer = kind(
+            self._codec,
+            self.name,
+            sum(map(len, prompts)),
+            len(rows),
+            body.stops,
+            logprobs=body.likeliest is not None,
+            includes_usage=body.includes_usage,
+            verifies=policy.verifies,
+            echoes=echoes,
+        )
+        job = self.driver.submit(rows)
+        try:
+            return await self._told(answer, job, bool(body.stream), request)
+        except InputError as error:  # the batch has too little room beside what was checked: a smaller k takes more
+            raise refused(error, "k" if body.k is not None else body.limit_field) from None
+
+    async def _told(self, answer: Answer, job: Job, streams: bool, request: Request) -> Response:
+        """The response; the job ends with it."""
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(job)
+            if streams:
+                await job.begin()
+                ends.pop_all()  # by the response
+                return _Stream(_events(answer, job), job)
+
+            async def work() -> dict[str, Any]:
+                await job.begin()
+                return await _whole(answer, job)
+
+            found = await _unless_gone(request, work())
+            return Response(status_code=GONE) if found is None else JSONResponse(found)
+
+
+def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) -> FastAPI:
+    """An application that serves a driver's bundle.
+
+    Args:
+        driver: is started and stopped by the application's lifespan.
+        codec: the bundle's tokenizer and chat template.
+        api_key: that clients have to send; None lets everybody in.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        driver.start()
+        yield
+        await driver.stop()
+
+    app = FastAPI(title="LoRA-Drop", lifespan=lifespan, docs_url=None, redoc_url=None)
+    service = Service(driver, codec)
+    page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
+    _handle_errors(app)
+
+    def state() -> None:
+        """Raises ApiError: it cannot go on."""
+        if driver.error is not None:
+            raise engine_failed(driver.error)
+        if driver.is_stalled:
+            raise ApiError(503, "A step of the engine does not come to its end.", code="stalled")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        state()
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        state()
+        if driver.is_closing:
+            raise closing()
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(driver.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.model()
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await service.complete(body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await service.chat(body, request)
+
+    paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]
+    app.add_middleware(Gate, key=api_key, metrics=driver.metrics, paths=paths)
+    return app

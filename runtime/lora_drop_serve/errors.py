@@ -1,0 +1,86 @@
+"""What a client is told when something is wrong: the API's own error object.
+
+{"error": {"message": …, "type": …, "param": the field's name or null, "code": … or null}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_drop_runtime.errors import LoraDropError
+
+WRONG, SERVER = "invalid_request_error", "server_error"  # types
+
+
+def _writable(text: str) -> str:
+    """What a client has sent may hold halves of characters."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for people, one paragraph.
+        param: the field of the request that is wrong.
+        code: for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        message, param = _writable(message), None if param is None else _writable(param)
+        self.status, self.headers = status, dict(headers or {})
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, WRONG if status < 500 else SERVER)
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refused(error: LoraDropError, param: str | None = None, code: str | None = None) -> ApiError:
+    """What the runtime refuses, as an error of the request."""
+    return ApiError(400, " ".join(filter(None, (error.fact, error.note, error.hint))), param=param, code=code)
+
+
+def closing() -> ApiError:
+    return ApiError(503, "The server is closing.", code="closing", headers={"Retry-After": "5"})
+
+
+def queue_full(rows: int, most: int) -> ApiError:
+    message = f"The queue is full: {rows} more would be beyond the {most} that may run and wait. Try again later."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+
+def row_failed(error: BaseException | None) -> ApiError:
+    """A row that the engine could not go on with; the others do."""
+    said = error.fact if isinstance(error, LoraDropError) else "The tokens of this request could not be computed."
+    return ApiError(500, said, code="failed")
+
+
+def engine_failed(error: BaseException) -> ApiError:
+    said = error.fact if isinstance(error, LoraDropError) else f"The engine has failed ({type(error).__name__})."
+    return ApiError(503, said, code="engine_failed")
+
+
+def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first thing that pydantic found wrong with a body."""
+    error = errors[0]
+    place = [str(part) for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
+    param = error.get("ctx", {}).get("param") or (place[0] if place else None)
+    if error["type"] == "extra_forbidden":
+        return ApiError(400, f"There is no parameter {param!a:.80}.", param=param, code="unknown_parameter")
+    if not place and not error.get("ctx"):
+        needed = "It has to be a JSON object with text as keys, sent with Content-Type: application/json."
+        return ApiError(400, f"The body cannot be read: {error['msg']}. {needed}")
+    said = error["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{'.'.join(place) or param}: {said}."[:500], param=param, code=error["type"])

@@ -1,0 +1,233 @@
+"""What OpenAI's own client gets: texts, chunks, logprobs and usage, each as a session alone gives it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from lora_drop_runtime import SamplingOptions, Session
+from lora_drop_runtime.bundle.bundle import Bundle
+
+from tests.support.serving import Served
+
+PROMPT = [3, 14, 15, 92]
+TEXT = "t3 t14 t15 t92"
+
+
+@pytest.fixture
+def client(served: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0, timeout=None) as client:
+        yield client
+
+
+def alone(bundle: Bundle, prompt: list[int], count: int, seed: int | None = None, **options: Any) -> list[int]:
+    sampling = SamplingOptions() if seed is None else SamplingOptions(temperature=1.0, seed=seed)
+    with Session.open(bundle.root, threads=1, **{"policy": "backfill", **options}) as session:
+        return session.generate([prompt], count, sampling=sampling)[0].tolist()
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(f"t{token}" for token in tokens)
+
+
+def test_models(client: openai.OpenAI, bundle: Bundle) -> None:
+    (model,) = client.models.list().data
+    assert model.id == bundle.manifest.model.name
+    assert client.models.retrieve(model.id).id == model.id
+    facts = model.model_extra["lora_drop"]
+    assert (facts["k"], facts["policy"], facts["chat"]) == (bundle.manifest.plan.k, "backfill", True)
+
+
+def test_a_completion_of_a_text_and_of_token_ids(client: openai.OpenAI, bundle: Bundle) -> None:
+    wanted = alone(bundle, PROMPT, 9, k=3)
+    for prompt in (TEXT, PROMPT):
+        done = client.completions.create(
+            model=bundle.manifest.model.name, prompt=prompt, max_tokens=9, temperature=0, extra_body={"k": 3}
+        )
+        (choice,) = done.choices
+        assert (choice.text, choice.finish_reason) == (words(wanted), "length")
+        assert done.usage is not None
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (4, 9, 13)
+        # Eight steps after the prompt: LoRA LoRA LoRA refresh, twice
+        assert done.usage.model_extra == {"lora_drop": {"refresh_steps": 2, "lora_steps": 6}}
+
+
+def test_k_and_policy_are_the_requests_own(client: openai.OpenAI, bundle: Bundle) -> None:
+    model = bundle.manifest.model.name
+    for k, policy in ((0, "backfill"), (2, "skip"), (4, "lossless")):
+        done = client.completions.create(
+            model=model, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"k": k, "policy": policy}
+        )
+        assert done.choices[0].text == words(alone(bundle, PROMPT, 12, k=k, policy=policy))
+        steps = done.usage.model_extra["lora_drop"]
+        if policy == "lossless":
+            assert steps["lora_steps"] >= steps["drafted"] >= steps["accepted"]
+            assert steps["lora_steps"] > 0
+            assert steps["refresh_steps"] + steps["accepted"] == 11  # a token each, and one from the prompt
+        else:
+            assert steps == {"refresh_steps": 11 // (k + 1), "lora_steps": 11 - 11 // (k + 1)}
+
+
+def test_lists_of_prompts_and_n_choices_draw_by_their_seeds(client: openai.OpenAI, bundle: Bundle) -> None:
+    prompts = [PROMPT, [5], [23, 29]]
+    done = client.completions.create(
+        model=bundle.manifest.model.name, prompt=prompts, n=2, seed=7, temperature=1, max_tokens=6, extra_body={"k": 2}
+    )
+    wanted = [alone(bundle, prompt, 6, seed=7 + choice, k=2) for prompt in prompts for choice in (0, 1)]
+    assert [choice.text for choice in done.choices] == [words(tokens) for tokens in wanted]
+    assert [choice.index for choice in done.choices] == list(range(6))
+    assert done.usage.prompt_tokens == 7
+    texts = ["t5", "t23 t29"]
+    done = client.completions.create(model=bundle.manifest.model.name, prompt=texts, seed=7, max_tokens=6)
+    assert len(done.choices) == 2
+
+
+def test_echo_and_stop(client: openai.OpenAI, bundle: Bundle) -> None:
+    wanted = alone(bundle, PROMPT, 20)
+    place = next(i for i in range(2, 20) if wanted[i] not in wanted[:i])
+    stop = f" t{wanted[place]}"
+    if any(f"t{token}".startswith(stop[1:]) for token in wanted[:place]):
+        stop += " "
+    done = client.completions.create(
+        model=bundle.manifest.model.name, prompt=TEXT, echo=True, stop=["nowhere", stop], max_tokens=20, temperature=0
+    )
+    assert done.choices[0].text == TEXT + words(wanted[:place])
+    assert done.choices[0].finish_reason == "stop"
+    assert done.usage.completion_tokens in (place + 1, place + 2)  # up to the one that completed it
+
+
+def test_logprobs_are_those_of_the_full_softmax(client: openai.OpenAI, bundle: Bundle) -> None:
+    done = client.completions.create(
+        model=bundle.manifest.model.name, prompt=PROMPT, max_tokens=3, temperature=0, logprobs=3, extra_body={"k": 0}
+    )
+    found = done.choices[0].logprobs
+    chat = client.chat.completions.create(
+        model=bundle.manifest.model.name,
+        messages=[{"role": "user", "content": TEXT}],
+        max_tokens=3,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=3,
+        extra_body={"k": 0},
+    )
+    said = chat.choices[0].logprobs.content
+    text = list(PROMPT)
+    with Session.open(bundle.root, k=0, threads=1) as session:
+        for place in range(3):
+            logits = session.prefill(np.array([text]))[0].astype(np.float64)
+            logprobs = logits - np.log(np.exp(logits).sum())
+            best = np.argsort(-logprobs)[:3].tolist()
+            assert found.tokens[place] == said[place].token == f"t{best[0]}"
+            assert found.token_logprobs[place] == pytest.approx(logprobs[best[0]], abs=1e-4)
+            assert list(found.top_logprobs[place]) == [one.token for one in said[place].top_logprobs]
+            assert list(found.top_logprobs[place]) == [f"t{token}" for token in best]
+            for token, one in zip(best, said[place].top_logprobs, strict=True):
+                assert one.logprob == pytest.approx(logprobs[token], abs=1e-4)
+                assert bytes(one.bytes).decode() == one.token
+            text.append(best[0])
+    offsets = [0, len(found.tokens[0]), len(found.tokens[0] + found.tokens[1])]
+    assert found.text_offset == offsets
+
+
+def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.OpenAI, bundle: Bundle) -> None:
+    stream = client.completions.create(
+        model=bundle.manifest.model.name,
+        prompt=TEXT,
+        max_tokens=9,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"k": 3},
+    )
+    *chunks, last = stream
+    assert "".join(chunk.choices[0].text for chunk in chunks) == words(alone(bundle, PROMPT, 9, k=3))
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 8 + ["length"]
+    steps = [chunk.model_extra["lora_drop"]["step"] for chunk in chunks]
+    assert steps == ["refresh", *(["lora"] * 3 + ["refresh"]) * 2]
+    assert last.choices == []
+    assert last.usage.completion_tokens == 9
+    assert last.usage.model_extra["lora_drop"] == {"refresh_steps": 2, "lora_steps": 6}
+
+
+def test_a_chat_whole_and_as_a_stream(client: openai.OpenAI, bundle: Bundle) -> None:
+    asked: dict[str, Any] = {
+        "model": bundle.manifest.model.name,
+        "messages": [
+            {"role": "developer", "content": "t3 t14"},
+            {"role": "user", "content": [{"type": "text", "text": "t15 "}, {"type": "text", "text": "t92"}]},
+        ],
+        "max_completion_tokens": 8,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**asked)
+    wanted = words(alone(bundle, PROMPT, 8))
+    assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", wanted)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_chat_takes_what_fits_where_it_does_not_say(client: openai.OpenAI, bundle: Bundle) -> None:
+    messages: Any = [{"role": "user", "content": TEXT}]
+    done = client.chat.completions.create(model=bundle.manifest.model.name, messages=messages, temperature=0)
+    assert done.usage.total_tokens == bundle.manifest.limits.max_seq_len
+    short = client.completions.create(model=bundle.manifest.model.name, prompt=TEXT, temperature=0)
+    assert short.usage.completion_tokens == 16
+
+
+def test_many_at_once_by_the_async_client(served: Served, bundle: Bundle) -> None:
+    """More than there are slots, whole and streamed: each its own text."""
+
+    async def one(client: openai.AsyncOpenAI, number: int) -> str:
+        asked: dict[str, Any] = {
+            "model": bundle.manifest.model.name,
+            "prompt": [number, 2 * number + 1],
+            "max_tokens": 5 + number,
+            "temperature": 1,
+            "seed": number,
+        }
+        if number % 2:
+            return (await client.completions.create(**asked)).choices[0].text
+        stream = await client.completions.create(**asked, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{served.address}/v1", api_key="none", max_retries=0, timeout=None
+        ) as client:
+            return await asyncio.gather(*(one(client, number) for number in range(16)))
+
+    texts = asyncio.run(all_of_them())
+    wanted = [alone(bundle, [n, 2 * n + 1], 5 + n, seed=n) for n in range(16)]
+    assert texts == [words(tokens) for tokens in wanted]
+
+
+def test_metrics_count_what_was_served(served: Served, bundle: Bundle) -> None:
+    before = served.metrics()
+    body = {"prompt": PROMPT, "max_tokens": 9, "temperature": 0, "k": 3}
+    assert served.http.post("/v1/completions", json=body).status_code == 200
+    done = served.http.post("/v1/completions", json={**body, "max_tokens": 40, "k": 4, "policy": "lossless"})
+    steps = done.json()["usage"]["lora_drop"]
+    served.await_rows(0)
+    after = served.metrics()
+    gained = {name: after[name] - before.get(name, 0) for name in after}
+    assert gained['lora_drop_requests_total{path="/v1/completions",status="200"}'] == 2
+    assert gained["lora_drop_prompt_tokens_total"] == 8
+    assert gained['lora_drop_tokens_total{step="lora"}'] == 6
+    assert gained['lora_drop_tokens_total{step="refresh"}'] == 3 + 40
+    assert gained["lora_drop_time_to_first_token_seconds_count"] == 2
+    assert gained["lora_drop_time_between_tokens_seconds_count"] == 8 + 39
+    drafts = {one: gained[f'lora_drop_drafts_total{{outcome="{one}"}}'] for one in ("accepted", "rejected")}
+    assert drafts == {"accepted": steps["accepted"], "rejected": steps["drafted"] - steps["accepted"]}
+    assert steps["drafted"] > 0
+    assert after["lora_drop_rows_running"] == after["lora_drop_rows_waiting"] == 0
+    assert after['lora_drop_kv_bytes{of="kept"}'] == 0
+    assert after['lora_drop_kv_bytes{of="allocated"}'] > 0
+    assert math.isfinite(after["lora_drop_time_to_first_token_seconds_sum"])

@@ -1,0 +1,151 @@
+"""The command itself: what it says, what it refuses, and how it ends under load."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_tools.cli import main
+
+from tests.serve.test_client import alone, words
+
+COMMAND = [sys.executable, "-m", "lora_drop_tools", "serve"]
+
+
+@contextmanager
+def started(bundle: Bundle, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command, once it listens, and its address."""
+    command = [*COMMAND, str(bundle.root), "--port", "0", "--threads", "1", *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"serving \S+ at (http://\S+) ", line)
+            assert found, (line, process.stderr)
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_under_load_loses_nothing(bundle: Bundle, number: signal.Signals) -> None:
+    """Every request that was taken is answered in full; those that come later are refused, none is cut."""
+    asked: list[dict[str, Any]] = [
+        {"prompt": [n, n + 1], "max_tokens": 80, "temperature": 0, "stream": n % 2 == 0} for n in range(12)
+    ]
+    with started(bundle, "--slots", "2", "--policy", "backfill", "--grace", "86400") as (process, address):
+        taken = threading.Semaphore(0)
+
+        def one(body: dict[str, Any]) -> str:
+            with httpx.Client(base_url=address, timeout=None) as http:
+                request = http.build_request("POST", "/v1/completions", json=body)
+                answer = http.send(request, stream=True) if body["stream"] else None
+                taken.release()
+                if answer is None:
+                    answer = http.send(request)
+                text = answer.read().decode()
+                assert answer.status_code == 200, text
+                if body["stream"]:
+                    assert text.endswith("data: [DONE]\n\n")
+                    return "".join(re.findall(r'"text":"(.*?)"', text))
+                return str(answer.json()["choices"][0]["text"])
+
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = [pool.submit(one, body) for body in asked]
+            for _ in asked:
+                taken.acquire()
+            with httpx.Client(base_url=address, timeout=None) as http:
+                open_rows = 0.0
+                while open_rows < len(asked):  # all have come
+                    found = re.findall(r"^lora_drop_prompt_tokens_total (\S+)", http.get("/metrics").text, re.MULTILINE)
+                    open_rows = float(found[0]) / 2
+            process.send_signal(number)
+            texts = [answer.result() for answer in answers]
+        code, errors = end_of(process)
+    assert (code, "cut" in errors, "Traceback" in errors) == (0, False, False), errors
+    assert texts == [words(alone(bundle, body["prompt"], 80)) for body in asked]
+
+
+def test_a_second_signal_cuts_what_runs(bundle: Bundle) -> None:
+    body = {"prompt": [1], "max_tokens": 120, "stream": True, "n": 60}
+    with (
+        started(bundle, "--slots", "1", "--grace", "86400") as (process, address),
+        httpx.Client(base_url=address, timeout=None) as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        while http.get("/ready").status_code == 200:
+            pass
+        process.send_signal(signal.SIGINT)
+        assert '"code":"closing"' in [line for line in lines if line][-1]
+        code, errors = end_of(process)
+    assert code == 0
+    assert "1 requests were cut" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_key_comes_from_the_environment(bundle: Bundle) -> None:
+    with started(bundle, LORA_DROP_API_KEY="sesame") as (process, address):
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        good = httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer sesame"})
+        assert good.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        code, errors = end_of(process)
+    assert code == 0
+    assert "warning" not in errors
+
+
+def test_another_host_without_a_key_is_warned_of(bundle: Bundle) -> None:
+    for host, arguments, warned in (("0.0.0.0", (), True), ("0.0.0.0", ("--api-key", "x"), False)):
+        with started(bundle, "--host", host, *arguments) as (process, address):
+            port = address.rpartition(":")[2]
+            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            code, errors = end_of(process)
+        assert code == 0
+        assert ("there is no --api-key" in errors) == warned
+
+
+def test_what_cannot_be_served_is_refused(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refused = [
+            ([str(bundle.root), "--port", port], "cannot listen"),
+            ([str(bundle.root), "--host", "nowhere.invalid"], "cannot listen"),
+            ([str(bundle.root), "--port", "0", "--slots", "9"], "so many slots"),
+            ([str(bundle.root), "--port", "70000"], "--port"),
+            ([str(bundle.root), "--port", "0", "--policy", "fill"], "fill"),
+            ([str(tmp_path)], "bundle"),
+        ]
+        for arguments, said in refused:
+            assert main(["serve", *arguments]) == 2
+            errors = capsys.readouterr().err
+            assert said in errors
+            assert "Hint: " in errors
+    monkeypatch.setattr(sys.modules["lora_drop_tools.serve"], "PACKAGES", ("no_such_package",))
+    assert main(["serve", str(bundle.root)]) == 2
+    assert "pip install 'lora-drop-export[serve]'" in capsys.readouterr().err

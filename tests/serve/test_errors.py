@@ -1,0 +1,304 @@
+"""Whatever is asked, the answer is the API's own: an error object that names the field, and never a 5xx."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lora_drop_runtime import Batch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest
+
+from tests.support.serving import Served, serving, word_bundle
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+HI = [{"role": "user", "content": "t1"}]
+
+
+def check_error(answer: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    """The object as the API has it."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert error["param"] == param, error
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert "Traceback" not in answer.text
+    assert "Error(" not in answer.text
+    return error
+
+
+def check_alive(served: Served) -> None:
+    """The loop goes on, and no slot is lost."""
+    served.await_rows(0)
+    assert served.http.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 2}).status_code == 200
+    for path in ("/health", "/ready"):
+        assert served.http.get(path).status_code == 200
+
+
+WRONG = [
+    (COMPLETIONS, {}, "prompt"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+    (COMPLETIONS, {"prompt": ["t1", 2]}, "prompt"),
+    (COMPLETIONS, {"prompt": [1, True]}, "prompt"),
+    (COMPLETIONS, {"prompt": [1.0]}, "prompt"),
+    (COMPLETIONS, {"prompt": [131]}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": [10**40]}, "prompt"),
+    (COMPLETIONS, {"prompt": [1] * 128}, "prompt"),
+    (COMPLETIONS, {"prompt": "t1 " * 2000}, "prompt"),
+    (COMPLETIONS, {"prompt": [[1]] * 10000}, "prompt"),
+    (COMPLETIONS, {"max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": -3}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 1.5}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 128}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": 10**30}, "max_tokens"),
+    (COMPLETIONS, {"max_tokens": "9"}, "max_tokens"),
+    (COMPLETIONS, {"temperature": -0.1}, "temperature"),
+    (COMPLETIONS, {"temperature": "hot"}, "temperature"),
+    (COMPLETIONS, {"temperature": True}, "temperature"),
+    (COMPLETIONS, {"top_p": 0}, "top_p"),
+    (COMPLETIONS, {"top_p": 1.1}, "top_p"),
+    (COMPLETIONS, {"top_k": -1}, "top_k"),
+    (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
+    (COMPLETIONS, {"seed": -1}, "seed"),
+    (COMPLETIONS, {"seed": 2**63}, "seed"),
+    (COMPLETIONS, {"n": 0}, "n"),
+    (COMPLETIONS, {"n": 128}, "n"),
+    (COMPLETIONS, {"n": 10**9}, "n"),
+    (COMPLETIONS, {"stop": [""]}, "stop"),
+    (COMPLETIONS, {"stop": [str(n) for n in range(10**4)]}, "stop"),
+    (COMPLETIONS, {"stop": "x" * 10**5}, "stop"),
+    (COMPLETIONS, {"stop": 3}, "stop"),
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
+    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),
+    (COMPLETIONS, {"k": -1}, "k"),
+    (COMPLETIONS, {"k": 1.5}, "k"),
+    (COMPLETIONS, {"k": "auto"}, "k"),
+    (COMPLETIONS, {"policy": "best"}, "policy"),
+    (COMPLETIONS, {"policy": "fill"}, "policy"),
+    (COMPLETIONS, {"policy": 3}, "policy"),
+    (COMPLETIONS, {"stream": "yes"}, "stream"),
+    (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    (COMPLETIONS, {"presence_penalty": 0.5}, "presence_penalty"),
+    (COMPLETIONS, {"frequency_penalty": -1}, "frequency_penalty"),
+    (COMPLETIONS, {"logit_bias": {"5": 100}}, "logit_bias"),
+    (COMPLETIONS, {"best_of": 2}, "best_of"),
+    (COMPLETIONS, {"suffix": "end"}, "suffix"),
+    (COMPLETIONS, {"min_p": 0.1}, "min_p"),
+    (COMPLETIONS, {"messages": HI}, "messages"),
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "t1"}, "messages"),
+    (CHAT, {"messages": [{"content": "t1"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "t1 " * 2000}]}, "messages"),
+    (CHAT, {"messages": HI, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    (CHAT, {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"messages": HI, "max_completion_tokens": 128}, "max_completion_tokens"),
+    (CHAT, {"messages": HI, "max_tokens": 128}, "max_tokens"),
+    (CHAT, {"messages": HI, "n": 128}, "n"),
+    (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"messages": HI, "logprobs": 2}, "logprobs"),
+    (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"messages": HI, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": HI, "modalities": ["audio"]}, "modalities"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), WRONG, ids=[f"{i}-{case[2]}" for i, case in enumerate(WRONG)])
+def test_a_wrong_field_is_named(served: Served, path: str, body: dict[str, Any], param: str) -> None:
+    usual = {"prompt": [1, 2]} if path == COMPLETIONS and param != "prompt" else {}
+    answer = served.http.post(path, json={**usual, **body})
+    check_error(answer, 400, param)
+    for streams in (True,) if not {"stream", "stream_options"} & body.keys() else ():
+        check_error(served.http.post(path, json={**usual, **body, "stream": streams}), 400, param)
+
+
+BODIES = {
+    "nothing": b"",
+    "no JSON": b"{",
+    "a list": b"[]",
+    "a text": b'"prompt"',
+    "no UTF-8": b'{"prompt": "\xff"}',
+    "deep": b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+    "deep in a message": b'{"messages": [{"role": "user", "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}]}",
+    "long digits": b'{"prompt": [1], "seed": ' + b"9" * 10**5 + b"}",
+    "a long float": b'{"prompt": [1], "temperature": 1e' + b"9" * 10**4 + b"}",
+    "zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_body_that_is_none(served: Served, path: str, body: bytes) -> None:
+    answer = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    check_error(answer, 400, answer.json()["error"]["param"])
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "top_p", "repetition_penalty", "presence_penalty", "seed", "k", "n"])
+def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> None:
+    body = f'{{"prompt": [1], "{field}": {number}}}'.encode()
+    check_error(served.http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 400, field)
+
+
+def test_halves_of_characters(served: Served) -> None:
+    half = r'"\ud800"'
+    for body, param in (
+        (f'{{"prompt": {half}}}', "prompt"),
+        (f'{{"prompt": [1], "stop": {half}}}', "stop"),
+        (f'{{"prompt": [1], "model": {half}}}', "model"),
+        (f'{{"prompt": [1], "policy": {half}}}', "policy"),
+        (f'{{"prompt": [1], {half}: 1}}', None),
+        (f'{{"messages": [{{"role": "user", "content": {half}}}]}}', "messages"),
+        (f'{{"messages": [{{"role": {half}, "content": "t1"}}]}}', "messages"),
+    ):
+        path = CHAT if "messages" in body else COMPLETIONS
+        answer = served.http.post(path, content=body.encode(), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, body
+        assert answer.json()["error"]["param"] == param, answer.text
+    check_alive(served)
+
+
+def test_paths_and_methods(served: Served) -> None:
+    for path in ("/v1", "/v1/nothing", "/nothing", "/v1/embeddings", "/v1/completions/9", "/%00"):
+        check_error(served.http.get(path), 404)
+    for method, path in (("GET", COMPLETIONS), ("DELETE", "/v1/models"), ("PUT", CHAT), ("POST", "/health")):
+        answer = served.http.request(method, path)
+        check_error(answer, 405)
+        assert answer.headers["Allow"]
+
+
+def test_another_model(served: Served) -> None:
+    for answer in (
+        served.http.post(COMPLETIONS, json={"model": "gpt-4", "prompt": "t1"}),
+        served.http.post(CHAT, json={"model": "gpt-4", "messages": HI}),
+        served.http.get("/v1/models/gpt-4"),
+    ):
+        assert check_error(answer, 404, "model")["code"] == "model_not_found"
+
+
+def test_a_body_that_is_too_large(served: Served) -> None:
+    body = b'{"prompt": "' + b"t" * MOST_BODY_BYTES + b'"}'
+    check_error(served.http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 413)
+
+    def parts():
+        for begin in range(0, len(body), 1 << 20):
+            yield body[begin : begin + (1 << 20)]
+
+    check_error(served.http.post(COMPLETIONS, content=parts(), headers={"Content-Type": "application/json"}), 413)
+    check_alive(served)
+
+
+def test_what_is_sent_as_a_form(served: Served) -> None:
+    """As `curl -d` sends it, and as any page on the web could."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    error = check_error(served.http.post(COMPLETIONS, content=b'{"prompt": "t1"}', headers=headers), 400)
+    assert "application/json" in error["message"]
+
+
+def test_values_that_change_nothing_are_taken(served: Served) -> None:
+    for name, values in CHANGES_NOTHING.items():
+        for value in values or ("anything", {"a": 1}, None):
+            for path, usual in ((COMPLETIONS, {"prompt": [1]}), (CHAT, {"messages": HI})):
+                body = {**usual, "max_tokens": 1, name: value}
+                assert served.http.post(path, json=body).status_code == 200, body
+
+
+def test_a_key(bundle: Bundle) -> None:
+    batch = Batch.open(bundle.root, slots=1, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer"), api_key="sesame") as served:
+        del served.http.headers["Authorization"]
+        for path in ("/", "/health", "/ready"):
+            assert served.http.get(path).status_code == 200
+        wrong = ["Bearer wrong", "Bearer sésame", "sesame", "Basic sesame", ""]
+        for headers in ({}, {"X-Key": "1"}, *({"Authorization": one.encode()} for one in wrong)):
+            for path in ("/v1/models", "/metrics", "/v1/nothing"):
+                answer = served.http.get(path, headers=headers)
+                assert check_error(answer, 401)["code"] == "invalid_api_key"
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+            check_error(served.http.post(COMPLETIONS, content=b"{", headers=headers), 401)
+        for path in ("/v1/models", "/metrics"):
+            assert served.http.get(path, headers={"Authorization": "Bearer sesame"}).status_code == 200
+
+
+def test_a_bundle_without_a_template(tmp_path) -> None:
+    bundle = word_bundle(tmp_path / "b", template=None)
+    batch = Batch.open(bundle.root, slots=1, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as served:
+        check_error(served.http.post(CHAT, json={"messages": HI}), 400, "messages")
+        assert served.http.get("/v1/models").json()["data"][0]["lora_drop"]["chat"] is False
+
+
+def test_a_row_that_does_not_fit_beside_the_batchs_k(bundle: Bundle) -> None:
+    """Under skip the slots of dropped layers are made for the batch's k."""
+    batch = Batch.open(bundle.root, slots=1, policy="skip", k=3, max_prompt_len=8, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as served:
+        body = {"prompt": [1] * 8, "max_tokens": 100}
+        error = check_error(served.http.post(COMPLETIONS, json={**body, "k": 0}), 400, "k")
+        assert "does not fit" in error["message"]
+        check_error(served.http.post(COMPLETIONS, json={**body, "k": 0, "stream": True}), 400, "k")
+        assert served.http.post(COMPLETIONS, json=body).status_code == 200
+        check_alive(served)
+
+
+# ── anything at all ────────────────────────────────────────────────────────────────────────────────────────────
+
+NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *CHANGES_NOTHING, "x"})
+TEXTS = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(["t1 t2", "user", "skip", "auto", "lossless"])
+NUMBERS = st.integers(-3, 40) | st.integers() | st.floats() | st.sampled_from([0, 1, 2, 0.5, 1.0])
+LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=8
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": TEXTS, "content": TEXTS | VALUES}, optional={"name": VALUES, "tool_calls": VALUES}),
+    max_size=3,
+)
+BODY = st.builds(
+    lambda prompt, rest: {**rest, **prompt},
+    st.fixed_dictionaries({}, optional={"prompt": st.lists(st.integers(0, 130), min_size=1, max_size=9) | VALUES})
+    | st.fixed_dictionaries({"messages": MESSAGES | VALUES}),
+    st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([COMPLETIONS, CHAT]), BODY, st.booleans())
+def test_any_json_is_answered(served: Served, path: str, body: dict[str, Any], rare: bool) -> None:
+    content = json.dumps({**body, "max_tokens": 2} if not rare else body)
+    answer = served.http.post(path, content=content.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code != 200:
+        check_error(answer, answer.status_code, answer.json()["error"]["param"])
+    elif body.get("stream"):
+        assert answer.text.endswith("data: [DONE]\n\n")
+    else:
+        assert answer.json()["usage"]["completion_tokens"] >= 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from([COMPLETIONS, CHAT, "/v1/models", "/"]), st.binary(max_size=60))
+def test_any_bytes_are_answered(served: Served, path: str, body: bytes) -> None:
+    answer = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 404, 405)
+    check_error(answer, answer.status_code, answer.json()["error"]["param"])
+
+
+def test_after_all_that_the_loop_goes_on(served: Served) -> None:
+    check_alive(served)

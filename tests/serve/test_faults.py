@@ -1,0 +1,310 @@
+"""What may go wrong while rows run: readers that leave or sleep, rows and engines that fail, a full queue, the end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from lora_drop_runtime import Batch, BundleError, PeriodicSchedule
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.text import TextCodec
+
+from tests.support.decoding import PLAN, continued
+from tests.support.fake_engine import FakeEngine, Run, make_manifest, open_session
+from tests.support.serving import Served, await_that, serving, word_tokenizer
+
+COMPLETIONS = "/v1/completions"
+
+
+class GatedEngine(FakeEngine):
+    """Runs only while its gate is open, from the `held`-th run on."""
+
+    def __init__(self) -> None:
+        super().__init__(PLAN)
+        self.batched_chunks = self.idle_rows = True
+        self.gate, self.held = threading.Event(), 0
+        self.gate.set()
+        self.broken: Callable[[Run], None] = lambda run: None
+
+    def _predict(self, run: Run) -> None:
+        if len(self.runs) >= self.held:
+            self.gate.wait()
+        super()._predict(run)
+        self.broken(run)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    root = tmp_path_factory.mktemp("tokenizer")
+    (root / "lora_drop.json").write_text("{}")
+    word_tokenizer(root)
+    return TextCodec.open(root / "tokenizer")
+
+
+@pytest.fixture
+def engine() -> GatedEngine:
+    return GatedEngine()
+
+
+@pytest.fixture
+def served(engine: GatedEngine, codec: TextCodec) -> Iterator[Served]:
+    """Two slots, and two rows may wait."""
+    bundle = Bundle(Path("/nowhere"), make_manifest(PLAN, limits=Limits(100_000, 4000, 8)))
+    batch = Batch(bundle, engine, PeriodicSchedule(2), "backfill", slots=2, max_seq_len=5000)
+    with serving(batch, codec, max_waiting=2) as server:
+        yield server
+        engine.gate.set()
+
+
+def body(count: int, prompt: int = 7, **options: Any) -> dict[str, Any]:
+    return {"prompt": [prompt], "max_tokens": count, "temperature": 0, **options}
+
+
+def wanted(count: int, prompt: int = 7) -> str:
+    return " ".join(f"t{token}" for token in continued([prompt], count))
+
+
+def check_alive(served: Served) -> None:
+    """No row is left, no place is taken, and four requests at once are answered."""
+    served.await_rows(0)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda n: served.http.post(COMPLETIONS, json=body(5, n)), range(4)))
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [wanted(5, n) for n in range(4)]
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    return answer.json()["error"]
+
+
+# ── clients ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_given_up(served: Served, engine: GatedEngine) -> None:
+    """Once the server knows that the client is gone, the tick that runs is the row's last."""
+    await_that(lambda: served.driver.open_rows == 0)
+    engine.gate.set()
+    served.await_rows(0)
+    assert len(engine.runs) == 20
+    check_alive(served)
+
+
+def test_a_client_that_goes_away_in_a_stream_frees_its_row(served: Served, engine: GatedEngine) -> None:
+    engine.gate.clear()
+    engine.held = 20
+    with served.http.stream("POST", COMPLETIONS, json=body(4000, stream=True)) as answer:
+        lines = answer.iter_lines()  # which closes the response when it is forgotten
+        next(lines)
+        await_that(lambda: len(engine.runs) == 20)
+    check_given_up(served, engine)
+
+
+def test_a_client_that_goes_away_before_its_answer_frees_its_row(served: Served, engine: GatedEngine) -> None:
+    host, port = served.http.base_url.host, served.http.base_url.port
+    data = json.dumps(body(4000)).encode()
+    headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    with socket.create_connection((host, port)) as client:
+        engine.gate.clear()
+        engine.held = 20
+        client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{headers}\r\n".encode() + data)
+        await_that(lambda: len(engine.runs) == 20)
+    check_given_up(served, engine)
+
+
+def test_a_thousand_that_hang_up_in_the_midst(served: Served) -> None:
+    """Some before their first token, some while they wait, some while they are told."""
+
+    def hang_up(number: int) -> int:
+        with httpx.Client(base_url=served.address, timeout=None) as http:
+            asked = body(50 + number % 50, number % 40, stream=True)
+            with http.stream("POST", COMPLETIONS, json=asked) as answer:
+                lines = answer.iter_lines()
+                for _ in range(number % 7):
+                    next(lines, None)
+                return answer.status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = set(pool.map(hang_up, range(1000)))
+    assert statuses <= {200, 429}
+    check_alive(served)
+
+
+def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
+    """What it does not take lies in its job; the others go on, and it gets all of it when it wakes."""
+    with served.http.stream("POST", COMPLETIONS, json=body(4000, stream=True)) as answer:
+        lines = answer.iter_lines()
+        first = next(lines)
+        for number in range(5):
+            other = served.http.post(COMPLETIONS, json=body(9, number))
+            assert other.json()["choices"][0]["text"] == wanted(9, number)
+        await_that(lambda: served.driver._batch.rows == 0)  # it has run to its end, unread
+        data = [line.removeprefix("data: ") for line in [first, *lines] if line]
+    assert data.pop() == "[DONE]"
+    assert "".join(json.loads(one)["choices"][0]["text"] for one in data) == wanted(4000)
+    check_alive(served)
+
+
+def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once what is sent to it does not go out any more: here at once, not after a minute."""
+    monkeypatch.setattr("lora_drop_serve.app.MOST_STALL_SECONDS", 0)
+    data = json.dumps(body(4900, n=4, stream=True, logprobs=20)).encode()  # far more than the system keeps
+    headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((served.http.base_url.host, served.http.base_url.port))
+        client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{headers}\r\n".encode() + data)
+        await_that(lambda: served.driver.open_rows == 4)
+        await_that(lambda: served.driver.open_rows == 0)
+        monkeypatch.undo()
+        check_alive(served)
+        got = b""
+        while part := client.recv(1 << 16):
+            got += part
+    assert got.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in got
+
+
+# ── the queue ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_full_queue(served: Served, engine: GatedEngine) -> None:
+    engine.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(served.http.post, COMPLETIONS, json=body(6, n)) for n in range(4)]
+        await_that(lambda: served.driver.open_rows == 4)
+        for options in ({}, {"stream": True}):
+            refused = served.http.post(COMPLETIONS, json=body(6, **options))
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert (error_of(refused)["type"], error_of(refused)["code"]) == ("rate_limit_error", "queue_full")
+        metrics = served.metrics()
+        assert metrics["lora_drop_rows_running"] + metrics["lora_drop_rows_waiting"] <= 4
+        engine.gate.set()
+        texts = [one.result().json()["choices"][0]["text"] for one in running]
+    assert texts == [wanted(6, n) for n in range(4)]
+    many = served.http.post(COMPLETIONS, json=body(2, n=5))
+    assert (many.status_code, error_of(many)["param"]) == (400, "n")
+    check_alive(served)
+
+
+# ── engines ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_row_that_fails_fails_alone(served: Served, engine: GatedEngine, streams: bool) -> None:
+    """Its logits are no numbers: those of the row that has token 43 in its prompt."""
+    engine.gate.clear()
+
+    def broken(run: Run) -> None:
+        run.binding.outputs["logits"][(run.input_ids == 43).any(axis=1), :, 3] = np.nan
+
+    engine.broken = broken
+    with ThreadPoolExecutor(2) as pool:
+        good = pool.submit(served.http.post, COMPLETIONS, json={**body(6), "prompt": [7]})
+        bad = pool.submit(served.http.post, COMPLETIONS, json={**body(6), "prompt": [43], "stream": streams})
+        await_that(lambda: served.driver.open_rows == 2)
+        engine.gate.set()
+    assert good.result().json()["choices"][0]["text"] == wanted(6)
+    answer = bad.result()
+    if streams:
+        assert answer.status_code == 200
+        (last,) = (line for line in answer.text.splitlines() if line)
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 500
+        error = error_of(answer)
+    assert (error["type"], error["code"]) == ("server_error", "failed")
+    assert "not numbers" in error["message"]
+    engine.broken = lambda run: None
+    check_alive(served)
+
+
+@pytest.mark.parametrize("error", [BundleError("The device is lost."), RuntimeError("secret"), MemoryError()], ids=repr)
+def test_an_engine_that_fails_ends_what_runs_and_says_so(served: Served, engine: GatedEngine, error: Exception) -> None:
+    engine.gate.clear()
+
+    def broken(_: Run) -> None:
+        raise error
+
+    engine.broken = broken
+    with ThreadPoolExecutor(3) as pool:
+        whole = pool.submit(served.http.post, COMPLETIONS, json=body(6))
+        stream = pool.submit(served.http.post, COMPLETIONS, json=body(6, stream=True))
+        await_that(lambda: served.driver.open_rows == 2)
+        engine.gate.set()
+    assert whole.result().status_code == 503
+    assert error_of(whole.result())["code"] == "engine_failed"
+    assert '"code":"engine_failed"' in stream.result().text
+    for answer in (served.http.get("/ready"), served.http.get("/health"), served.http.post(COMPLETIONS, json=body(3))):
+        assert answer.status_code == 503
+        assert error_of(answer)["code"] == "engine_failed"
+        assert "secret" not in answer.text
+    assert served.http.get("/metrics").status_code == 200
+    assert engine.times_closed == 1
+
+
+def test_a_step_that_does_not_end_is_no_health(
+    served: Served, engine: GatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_drop_serve.driver.STALLED_SECONDS", 0)
+    engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.http.post, COMPLETIONS, json=body(3))
+        await_that(lambda: served.http.get("/health").status_code == 503)
+        assert error_of(served.http.get("/ready"))["code"] == "stalled"
+        engine.gate.set()
+        assert running.result().status_code == 200
+    check_alive(served)
+
+
+# ── the end ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def drain(served: Served, seconds: float) -> Any:
+    """What the first signal does."""
+    import asyncio
+
+    return asyncio.run_coroutine_threadsafe(served.driver.drain(seconds), served.driver._loop)
+
+
+def test_what_runs_ends_and_what_comes_is_refused(served: Served, engine: GatedEngine) -> None:
+    engine.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(served.http.post, COMPLETIONS, json=body(6, n)) for n in range(4)]
+        await_that(lambda: served.driver.open_rows == 4)
+        draining = drain(served, 600)
+        await_that(lambda: served.http.get("/ready").status_code == 503)
+        late = served.http.post(COMPLETIONS, json=body(3))
+        assert (late.status_code, error_of(late)["code"]) == (503, "closing")
+        assert late.headers["Retry-After"]
+        assert served.http.get("/health").status_code == 200
+        engine.gate.set()
+        texts = [one.result().json()["choices"][0]["text"] for one in running]
+    assert texts == [wanted(6, n) for n in range(4)]
+    assert draining.result() == 0
+
+
+def test_after_the_grace_what_runs_is_cut(served: Served, engine: GatedEngine) -> None:
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(served.http.post, COMPLETIONS, json=body(6))
+        stream = pool.submit(served.http.post, COMPLETIONS, json=body(6, stream=True))
+        await_that(lambda: served.driver.open_rows == 2)
+        assert drain(served, 0).result() == 2
+        assert whole.result().status_code == 503
+        assert '"code":"closing"' in stream.result().text
+        engine.gate.set()
+
+
+def test_a_session_of_the_fake_engine_agrees() -> None:
+    """What `wanted` says is what the fake model writes."""
+    session, _ = open_session(PLAN)
+    assert session.generate([[7]], 9, stop_token_ids=())[0].tolist() == continued([7], 9)

@@ -1,0 +1,46 @@
+"""The page at `/`, in headless Chromium: it talks to the model, and shows which step made which token."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+
+from tests.serve.test_client import alone, words
+from tests.support.chromium import CHROMIUM, open_page
+from tests.support.serving import Served
+
+
+def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
+    answer = served.http.get("/")
+    assert answer.headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert not re.search(r"https?://|src=|@import|url\(", answer.text)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_chat_on_the_page(served: Served, bundle: Bundle, tmp_path: Path) -> None:
+    prompt, k = [3, 14, 15, 92], bundle.manifest.plan.k
+    with open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("at('k').textContent.includes('bundle')")
+        assert page.run("at('k').textContent").startswith(f"{k},")
+        for number, switch in enumerate(("own", "full"), 1):
+            page.run(f"at('{switch}').click(), at('tokens').value = 9, at('text').value = 't3 t14 t15 t92'")
+            page.run("at('go').click()")
+            page.await_that(f"document.querySelectorAll('footer').length === {number} && !running")
+            page.run("messages = []")  # the next turn is a first one, too
+            spans = "[...document.querySelectorAll('article:last-child span')]"
+            text = words(alone(bundle, prompt, 9, k=k if switch == "own" else 0))
+            assert page.run(f"{spans}.map(s => s.textContent).join('')") == text
+            kinds = page.run(f"{spans}.map(s => s.className)")
+            window = k if switch == "own" else 0
+            assert kinds == ["refresh" if step % (window + 1) == 0 else "lora" for step in range(9)]
+        page.await_that("/tokens\\/s/.test(at('speed').textContent) && /MiB/.test(at('kv').textContent)")
+        assert page.errors == []
+        page.run("at('tokens').value = 100000, at('text').value = 't3'")
+        page.run("at('go').click()")
+        page.await_that("document.querySelector('.error')")
+        assert "100000" in page.run("document.querySelector('.error').textContent")
