@@ -152,13 +152,13 @@ def _checked(tensor: PackedTensor, wanted: Mapping[str, tuple[tuple[int, ...], t
             raise _damaged(tensor.name, f"needs {part}, {' or '.join(dtypes)} {list(shape)}, which {found}")
 
 
-def _refuse_order(name: str, places: TensorPlace | None, groups: int) -> None:
+def _refuse_order(name: str, order: TensorPlace | None, groups: int) -> None:
     """Refuse groups whose inputs lie scattered (`desc_act`, `actorder` group): blocks are of neighbours."""
-    if places is None:
+    if order is None:
         return
-    found = np.asarray(places.read())
-    if found.ndim != 1 or not groups or len(found) % groups:
-        raise _damaged(name, f"says the groups of {list(found.shape)} inputs, and has {groups} groups")
+    found = np.asarray(order.read())
+    if found.dtype.kind != "i" or found.ndim != 1 or not groups or len(found) % groups:
+        raise _damaged(name, f"says the groups of inputs as {order.dtype} {list(found.shape)}, and has {groups} groups")
     if not np.array_equal(found, np.arange(len(found)) // (len(found) // groups)):
         raise _refusal(f"groups of scattered inputs (desc_act) in {name}")
 
