@@ -32,20 +32,10 @@ from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, Inte
 
 from .checkpoint import TensorSource
 from .foreign import CHECKPOINT_HINT, refused
+from .packed_config import BITS, check_config, gptq_format, refusal
 
-_BITS = (4, 8)
 _WORD_BITS = 32
 _AWQ_COLUMNS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where a word has columns 0, 1, 2, …
-_FLOAT_HINT = "Take the model's float checkpoint, a GGUF file, or one that is quantized otherwise."
-
-
-def _refusal(what: str) -> ModelError:
-    return ModelError(
-        "The checkpoint is quantized in a form that is not read.",
-        note=f"It has {what}. Read are gptq, awq (gemm) and compressed-tensors (pack-quantized) of 4 or 8 bits, "
-        "with inputs in their order.",
-        hint=_FLOAT_HINT,
-    )
 
 
 def _damaged(name: str, reason: str) -> ModelError:
@@ -117,7 +107,7 @@ class PackedTensor(abc.ABC):
         symmetric = zero_points is None or bool((zero_points == middle).all())
         form = kept_format(self.bits, self.shape[1], groups, symmetric)
         if form is None:
-            raise _refusal(f"groups of {self.shape[1] / groups:g} in {self.name} {list(self.shape)}")
+            raise refusal(f"groups of {self.shape[1] / groups:g} in {self.name} {list(self.shape)}")
         return form
 
     def native_rows(self, begin: int, end: int) -> Blocked:
@@ -143,8 +133,8 @@ class PackedTensor(abc.ABC):
 
 def _checked(tensor: PackedTensor, wanted: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]) -> None:
     """Refuse parts that do not fit the weight: part → (shape, dtypes)."""
-    if tensor.bits not in _BITS:
-        raise _refusal(f"{tensor.bits} bits in {tensor.name}")
+    if tensor.bits not in BITS:
+        raise refusal(f"{tensor.bits} bits in {tensor.name}")
     for part, (shape, dtypes) in wanted.items():
         place = tensor.parts.get(part)
         if place is None or place.shape != shape or place.dtype not in dtypes:
@@ -152,18 +142,28 @@ def _checked(tensor: PackedTensor, wanted: Mapping[str, tuple[tuple[int, ...], t
             raise _damaged(tensor.name, f"needs {part}, {' or '.join(dtypes)} {list(shape)}, which {found}")
 
 
-def _refuse_order(name: str, order: TensorPlace | None, groups: int) -> None:
-    """Refuse groups whose inputs lie scattered (`desc_act`, `actorder` group): blocks are of neighbours."""
+def _refuse_order(name: str, order: TensorPlace | None, groups: int, scattered: bool) -> None:
+    """Refuse groups whose inputs lie scattered (`desc_act`, `actorder` group): blocks are of neighbours.
+
+    Args:
+        order: the group of each input.
+        scattered: whether they are, as far as the config tells, where there is no order.
+    """
     if order is None:
+        if scattered:
+            raise _damaged(name, "has scattered inputs (desc_act, actorder), and nothing says of which groups they are")
         return
     found = np.asarray(order.read())
     if found.dtype.kind != "i" or found.ndim != 1 or not groups or len(found) % groups:
         raise _damaged(name, f"says the groups of inputs as {order.dtype} {list(found.shape)}, and has {groups} groups")
     if not np.array_equal(found, np.arange(len(found)) // (len(found) // groups)):
-        raise _refusal(f"groups of scattered inputs (desc_act) in {name}")
+        raise refusal(f"groups of scattered inputs (desc_act) in {name}")
 
 
+@dataclass(frozen=True, eq=False)
 class GptqTensor(PackedTensor):
+    less_one: bool = True  # zero points are stored so
+
     method, integers_in = "gptq", "qweight"
 
     @classmethod
@@ -173,13 +173,12 @@ class GptqTensor(PackedTensor):
         k = order.shape[0] if order is not None else words[0] * _WORD_BITS // int(config["bits"])
         groups, n = scales.shape if scales is not None else (0, 0)
         bits = words[0] * _WORD_BITS // k
-        kind = _GptqV2Tensor if _gptq_format(config) == "gptq_v2" else cls
-        tensor = kind(f"{name}.weight", parts, (n, k), bits)
+        tensor = cls(f"{name}.weight", parts, (n, k), bits, less_one=gptq_format(config) == "gptq")
         packed = groups, n * bits // _WORD_BITS
         int32 = ("int32",)
         shapes = {"qweight": ((k * bits // _WORD_BITS, n), int32), "qzeros": (packed, int32)}
         _checked(tensor, shapes | {"scales": ((groups, n), MODEL_DTYPES)})
-        _refuse_order(tensor.name, order, groups)
+        _refuse_order(tensor.name, order, groups, bool(config.get("desc_act")))
         return tensor
 
     def _integers(self, begin: int, end: int) -> Integers:
@@ -188,17 +187,11 @@ class GptqTensor(PackedTensor):
     def _scales(self) -> Floats:
         return np.asarray(self.parts["scales"].read(), np.float32).T
 
-    def _stored_zero_points(self) -> npt.NDArray[Any]:
-        ones = np.uint32(0x11111111 if self.bits == 4 else 0x01010101)
-        return self.parts["qzeros"].read().view(np.uint32) + ones  # of words, carries and all, as it was taken away
-
     def _zero_points(self) -> Integers | None:
-        return _values(self._stored_zero_points(), self.bits).T
-
-
-class _GptqV2Tensor(GptqTensor):
-    def _stored_zero_points(self) -> npt.NDArray[Any]:
-        return self.parts["qzeros"].read()
+        words = self.parts["qzeros"].read().view(np.uint32)
+        if self.less_one:  # taken from words, so a 0 borrows from the next one
+            words = words + np.uint32(0x11111111 if self.bits == 4 else 0x01010101)
+        return _values(words, self.bits).T
 
 
 class AwqTensor(PackedTensor):
@@ -240,17 +233,19 @@ class CompressedTensor(PackedTensor):
             raise _damaged(f"{name}.weight", "has no weight_shape of two numbers")
         n, k = (int(size) for size in parts["weight_shape"].read())
         rows, words = parts["weight_packed"].shape
-        bits = next((bits for bits in _BITS if n == rows and words == -(-k * bits // _WORD_BITS)), 0)
+        bits = next((bits for bits in BITS if n == rows and words == -(-k * bits // _WORD_BITS)), 0)
         if not bits:
             raise _damaged(f"{name}.weight", f"is said to be {[n, k]}; packed it is {[rows, words]}")
         scales = parts.get("weight_scale")
         groups = scales.shape[-1] if scales is not None else 0
         tensor = cls(f"{name}.weight", parts, (n, k), bits)
         shapes: dict[str, Any] = {"weight_packed": ((rows, words), ("int32",))}
-        if "weight_zero_point" in parts:
+        weights = [group["weights"] for group in config["config_groups"].values()]
+        if "weight_zero_point" in parts or not any(args.get("symmetric", True) for args in weights):
             shapes["weight_zero_point"] = (-(-n * bits // _WORD_BITS), groups), ("int32",)
         _checked(tensor, shapes | {"weight_scale": ((n, groups), MODEL_DTYPES)})
-        _refuse_order(tensor.name, parts.get("weight_g_idx"), groups)
+        scattered = any(args.get("actorder") in (True, "group", "dynamic") for args in weights)
+        _refuse_order(tensor.name, parts.get("weight_g_idx"), groups, scattered)
         return tensor
 
     def _integers(self, begin: int, end: int) -> Integers:
@@ -264,53 +259,11 @@ class CompressedTensor(PackedTensor):
         return None if place is None else _values(place.read().T, self.bits)[:, : self.shape[0]].T
 
 
-def _gptq_format(config: Mapping[str, Any]) -> Any:
-    return config.get("checkpoint_format") or config.get("format") or "gptq"
-
-
-def _one_of(what: str, value: Any, known: tuple[Any, ...]) -> None:
-    if value not in known:
-        raise _refusal(f"{what} {value!r:.80}")
-
-
-def _check_gptq(config: Mapping[str, Any]) -> None:
-    _one_of("gptq with bits", config.get("bits"), _BITS)
-    _one_of("gptq of format", _gptq_format(config), ("gptq", "gptq_v2"))
-    _one_of("gptq with is_marlin_format", config.get("is_marlin_format") or False, (False,))
-    _one_of("gptq with pack_dtype", config.get("pack_dtype") or "int32", ("int32",))
-
-
-def _check_awq(config: Mapping[str, Any]) -> None:
-    _one_of("awq with bits", config.get("bits", config.get("w_bit")), (4,))
-    version = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
-    _one_of("awq of version", str(version).lower(), ("gemm",))
-
-
-def _check_compressed(config: Mapping[str, Any]) -> None:
-    _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized",))
-    _one_of("compressed-tensors with quantized caches, kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
-    _one_of("compressed-tensors with transform_config", config.get("transform_config") or {}, ({},))
-    _one_of("sparse weights, sparsity_config", (config.get("sparsity_config") or {}).get("format"), (None, "dense"))
-    for group in config["config_groups"].values():
-        _one_of("compressed-tensors of format", group.get("format") or "pack-quantized", ("pack-quantized",))
-        for what in ("input_activations", "output_activations"):
-            _one_of(f"compressed-tensors with quantized {what}", group.get(what), (None,))
-        weights = group["weights"]
-        _one_of("compressed-tensors of type", weights.get("type"), ("int",))
-        _one_of("compressed-tensors with num_bits", weights.get("num_bits"), _BITS)
-        _one_of("compressed-tensors with strategy", weights.get("strategy"), ("group", "channel"))
-
-
-_METHODS = {
-    kind.method: (kind, check)
-    for kind, check in (
-        (GptqTensor, _check_gptq),
-        (AwqTensor, _check_awq),
-        (CompressedTensor, _check_compressed),
-    )
+_METHODS: dict[str, type[PackedTensor]] = {kind.method: kind for kind in (GptqTensor, AwqTensor, CompressedTensor)}
+_PARTS = {
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
 }
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_PARTS += ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
 def packed_tensors(config: Any, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -324,9 +277,8 @@ def packed_tensors(config: Any, tensors: Mapping[str, TensorSource]) -> dict[str
         ModelError: it is quantized in another form, or a part of a weight is missing or does not fit.
     """
     with refused("The checkpoint's quantization_config cannot be used.", "config.json"):
-        _one_of("quant_method", config.get("quant_method"), tuple(_METHODS))
-        kind, check = _METHODS[config["quant_method"]]
-        check(config)
+        check_config(config)
+        kind = _METHODS[config["quant_method"]]
     weights: dict[str, dict[str, TensorPlace]] = {}
     found: dict[str, TensorSource] = {}
     for full_name, tensor in tensors.items():

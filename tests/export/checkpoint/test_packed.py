@@ -251,11 +251,31 @@ def test_another_form_is_refused_by_name(name: str, changes: dict[str, Any], wor
     assert words in str(error.value)
 
 
-def test_scattered_inputs_are_refused_by_name() -> None:
-    """GPTQModel's `desc_act`."""
+def test_scattered_inputs_are_refused_by_name(tmp_path: Path) -> None:
+    """GPTQModel's `desc_act`, with the order and where it was lost."""
     with pytest.raises(ModelError, match=ANOTHER_FORM) as error:
         opened(DIRECTORY / "gptq-act-order")
     assert "desc_act" in str(error.value)
+    lost = copy(tmp_path, "gptq-act-order")
+    tensors = load_file(lost / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "g_idx" not in name}, lost / "model.safetensors")
+    with pytest.raises(ModelError, match="is damaged") as error:
+        opened(lost)
+    assert "nothing says of which groups" in str(error.value)
+
+
+def test_a_lost_order_of_compressed_tensors(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is damaged") as error:
+        opened(copy(tmp_path, "compressed-tensors-group-32", **of_weights(actorder="group")))
+    assert "nothing says of which groups" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gptq-group-32", "compressed-tensors-group-32"])
+def test_an_order_that_changes_nothing(name: str, tmp_path: Path) -> None:
+    """`desc_act` with static groups, `actorder` weight: inputs are in their order."""
+    changes = {"desc_act": True} if name.startswith("gptq") else of_weights(actorder="weight")
+    checkpoint, (digests, digest) = opened(copy(tmp_path, name, **changes)), reference(name)
+    assert {weight: digest(checkpoint.tensors[weight].read()) for weight in digests} == digests
 
 
 @pytest.mark.parametrize("config", [5, "gptq", [], {}, {"quant_method": "compressed-tensors"}, {"bits": 4}])
@@ -274,7 +294,7 @@ def test_damaged_config(config: Any, tmp_path: Path) -> None:
 def test_damaged_parts(name: str, how: str, tmp_path: Path) -> None:
     """Each part of a weight, but for those that may be absent."""
     tensors = load_file(DIRECTORY / name / "model.safetensors")
-    optional = ("g_idx", "weight_zero_point") if how == "missing" else ("scales", "weight_scale", "weight_shape")
+    optional = ("g_idx",) if how == "missing" else ("scales", "weight_scale", "weight_shape")
     prefix = "model.layers.1.mlp.up_proj."
     parts = [part for part in tensors if part.startswith(prefix) and not part.endswith((*optional, "qweight"))]
     assert parts
