@@ -1,9 +1,10 @@
 """From what the user named to a checkpoint on disk.
 
 Enters: a local directory, a hub id or a GGUF file. Leaves: a `Checkpoint`: the config, where each tensor lies, and the
-directory with tokenizer and generation config. Reads headers only: tensors are read, and those of a GGUF file or a
-quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first converted by transformers into an
-ordinary safetensors directory under `scratch`; a GGUF file's config and tokenizer are written there.
+directory with tokenizer and generation config. Reads headers only: tensors are read, and those of a GGUF file, of a
+quantized checkpoint or of a quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first
+converted by transformers into an ordinary safetensors directory under `scratch`; a GGUF file's config and tokenizer are
+written there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import read_gguf
+from .packed import packed_tensors
 from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
@@ -58,6 +60,11 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
     hint = "Check config.json; a newer transformers may know this type of model."
     with refused("transformers cannot read the model's config.", directory / "config.json", hint):
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def _quantization(config: Any) -> Any:
+    """What config.json says of quantized weights; None where there are none."""
+    return getattr(config, "quantization_config", None)
 
 
 def _check_layer_count(config: Any, tensors: int) -> None:
@@ -252,7 +259,12 @@ def open_checkpoint(
         files = _weight_files(directory)
         pickled = list(directory.glob("*.bin"))
     if not files and pickled:
-        _config(directory, trust_remote_code)
+        if _quantization(_config(directory, trust_remote_code)) is not None:
+            raise InputError(
+                "The checkpoint is quantized, and not in safetensors files.",
+                note=f"{directory} has *.bin alone, and config.json a quantization_config.",
+                hint="Take one in safetensors files.",
+            )
         log("converting the .bin checkpoint to safetensors")
         return _converted(scratch, directory, trust_remote_code)
     if not files:
@@ -265,4 +277,9 @@ def open_checkpoint(
     name = path.resolve().name if directory is path else model
     config = _config(directory, trust_remote_code)
     _check_layer_count(config, len(tensors))
+    quantization = _quantization(config)
+    if quantization is not None:
+        tensors = packed_tensors(quantization, tensors)
+        del config.quantization_config  # what is read is the model without it
+        log(f"the checkpoint's integers are taken as they are ({quantization['quant_method']})")
     return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)

@@ -26,7 +26,7 @@ from lora_drop_export.quantize.rounding import has_native
 from lora_drop_export.targets.target import TARGETS
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
-from .facts import adapter_matrices, make_limits, make_plan, native_formats
+from .facts import adapter_matrices, kept_formats, kept_quantization, make_limits, make_plan, native_formats
 from .files import check_disk
 from .options import NO_TARGET, ExportOptions
 
@@ -55,8 +55,8 @@ def _check_calibration(
     if options.calibrated and layers and all(has_native(refs[name], formats[name]) for name in layers):
         raise InputError(
             "There is nothing to round by a text.",
-            note=f"The checkpoint's layers have {options.dtype} blocks of {formats[layers[0]].block_size} already, "
-            "which are taken as they are.",
+            note=f"The checkpoint's layers have int{formats[layers[0]].bits} blocks of "
+            f"{formats[layers[0]].block_size} already, which are taken as they are.",
             hint="Leave --quantization out, or take a checkpoint in float.",
         )
 
@@ -64,15 +64,13 @@ def _check_calibration(
 def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root: Path) -> None:
     """As if every tensor were used, and every matrix quantized where that was asked for."""
     refs = {name: ref for name, ref in checkpoint.tensors.items() if ref.dtype in MODEL_DTYPES}
-    formats = {}
-    if options.weights_format:
-        shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
-        formats = block_formats(shapes, native_formats(refs), (), options.weights_format)
+    shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
+    formats = block_formats(shapes, native_formats(refs), (), options.weights_format, kept_formats(refs))
     _check_calibration(refs, formats, options)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
-    stored = options.dtype if options.dtype in QUANTIZED_DTYPES else dtype
-    quantized = bool(options.weights_format)
-    check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=quantized)
+    quantization = kept_quantization(refs) or options.weights_format
+    stored = f"int{quantization.bits}" if quantization else dtype
+    check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=bool(quantization))
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed * (2 if options.calibrated else 1))
 
@@ -95,6 +93,31 @@ def warn_of_layers(checkpoint: Checkpoint, layers: int, console: Console) -> Non
     if count > layers:
         console.say(
             f"warning: the checkpoint holds {count} layers and config.json says {layers}: the others are left out"
+        )
+
+
+def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
+    """Refuse what a quantized checkpoint, whose integers are stored as they are, does not allow.
+
+    Raises:
+        InputError: a target takes no quantized weights, or activations would not be float32.
+    """
+    kept = kept_quantization(checkpoint.tensors)
+    if kept is None:
+        return
+    others = [name for name in options.targets if name != NO_TARGET and not TARGETS[name].takes_quantized_weights]
+    if others:
+        able = " or ".join(name for name, target in TARGETS.items() if target.takes_quantized_weights)
+        raise InputError(
+            "The target cannot take quantized weights.",
+            note=f"{checkpoint.name} has int{kept.bits} weights; {', '.join(others)} was asked for.",
+            hint=f"Use --target {able}, or the model's float checkpoint.",
+        )
+    if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
+        raise InputError(
+            "A quantized checkpoint computes in float32.",
+            note=f"{checkpoint.name} has int{kept.bits} weights; --dtype is {options.dtype}.",
+            hint="Leave --dtype out; int8 or int4 quantizes the rest too, the embedding and the head.",
         )
 
 

@@ -44,12 +44,13 @@ from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, stor
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
-from .early import check_before_trace, warn_of_layers
+from .early import check_before_trace, check_kept, warn_of_layers
 from .facts import (
     adapter_matrices,
     chosen_formats,
     context_length,
     default_dtype,
+    kept_quantization,
     make_limits,
     make_plan,
     model_facts,
@@ -84,6 +85,7 @@ def write_bundle(
     warn_of_layers(checkpoint, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options.weights_format)
+    quantization = kept_quantization(refs) or options.weights_format
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed * (2 if options.calibrated else 1))
     context = context_length(checkpoint.config)
@@ -108,8 +110,8 @@ def write_bundle(
     make_model_directory(checkpoint, root / "weights")
     adapters = store_adapters(matrices, dtype, root)
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
-    if options.weights_format:
-        facts = dataclasses.replace(facts, weight_dtype=f"int{options.weights_format.bits}")
+    if quantization:
+        facts = dataclasses.replace(facts, weight_dtype=f"int{quantization.bits}")
     kv_scales: dict[str, TensorPlace] = {}
     if options.kv_dtype:
         scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
@@ -121,7 +123,7 @@ def write_bundle(
         limits=limits,
         special_tokens=special_tokens(checkpoint),
         versions=tool_versions(),
-        quantization=quantization_facts(refs, formats, options.weights_format, console),
+        quantization=quantization_facts(refs, formats, quantization, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)
@@ -167,14 +169,16 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         checkpoint = open_checkpoint(
             model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say
         )
-        dtype = "float32" if options.weights_format else options.dtype or default_dtype(checkpoint, options)
+        check_kept(checkpoint, options)
+        quantized = options.weights_format or kept_quantization(checkpoint.tensors)
+        dtype = "float32" if quantized else options.dtype or default_dtype(checkpoint, options)
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
         special_tokens(checkpoint)  # refuses what would be refused after the trace
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
-        if bundle.manifest.targets and options.weights_format and options.verify:
+        if bundle.manifest.targets and quantized and options.verify:
             bundle = _with_perplexity(bundle, checkpoint, options.threads, console)
         if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")

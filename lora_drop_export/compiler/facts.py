@@ -6,6 +6,7 @@ Enters: options, checkpoint and trace. Leaves: frozen parts of the manifest. Wri
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
+from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
@@ -41,6 +43,19 @@ def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     return {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
 
 
+def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
+    """The block formats of weights that a quantized checkpoint holds: they are stored as they are."""
+    return {name: ref.native for name, ref in refs.items() if isinstance(ref, PackedTensor)}
+
+
+def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
+    """How most of a quantized checkpoint's weights are stored; None for another checkpoint."""
+    kinds = Counter((ref.native, ref.method) for ref in refs.values() if isinstance(ref, PackedTensor))
+    for (form, method), _ in kinds.most_common(1):
+        return Quantization(form.bits, form.block_size, f"{method} of the checkpoint", form.symmetric)
+    return None
+
+
 def chosen_formats(
     refs: Mapping[str, TensorSource],
     traced: TracedModel,
@@ -48,14 +63,11 @@ def chosen_formats(
     quantization: Quantization | None,
 ) -> dict[str, BlockFormat]:
     """The block format of each quantized weight; of a tied one under all of its names."""
-    if quantization is None:
-        return {}
     weights = quantizable(traced.graph.graph)
     others = {ref.name for name, ref in refs.items() if name not in weights}
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
-    return block_formats(
-        {name: ref.shape for name, ref in chosen.items()}, native_formats(chosen), groups, quantization
-    )
+    shapes = {name: ref.shape for name, ref in chosen.items()}
+    return block_formats(shapes, native_formats(chosen), groups, quantization, kept_formats(chosen))
 
 
 def quantization_facts(
@@ -68,14 +80,15 @@ def quantization_facts(
     if quantization is None:
         return {}
     shapes = {name: ref.shape for name, ref in refs.items()}
-    found = departures(shapes, formats, native_formats(refs), quantization)
+    found = departures(shapes, formats, native_formats(refs) | kept_formats(refs), quantization)
     for one in found:
         what = f"{one['weights']} ({one['count']})"
         if one["block_size"] is None:
             console.say(f"left in float: {what}")
         else:
             zero_points = "symmetric" if one["symmetric"] else "with zero points"
-            console.say(f"quantized in blocks of {one['block_size']}, {zero_points}: {what}")
+            bits = f"to {one['bits']} bits " if "bits" in one else ""
+            console.say(f"quantized {bits}in blocks of {one['block_size']}, {zero_points}: {what}")
     return dataclasses.asdict(quantization) | ({"departures": found} if found else {})
 
 

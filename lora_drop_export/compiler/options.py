@@ -171,7 +171,8 @@ class BuildOptions:
         metavar="|".join(BY_SHORT),
         parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
-        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding, for ort on the CPU",
+        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding, for ort on the CPU; "
+        "of a quantized checkpoint, whose integers stay, it is the rest's",
     )
     quantization: str | None = option(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from lora_drop_runtime.dtypes import BY_NAME
@@ -20,9 +21,16 @@ BLOCK_SIZES = (32, 64, 128)  # that can be asked for; the first is the default
 _BLOCK_SIZES = (128, 64, 32, 16)  # that a weight may get
 
 
+def _rows_are_whole(form: BlockFormat, k: int) -> bool:
+    """Whether the zero points of each row of K values begin at a whole byte, where they are read."""
+    return form.symmetric or k // form.block_size * form.bits % 8 == 0
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """What the user asked for: bits, the largest block size, the method, and whether zero points may be used."""
+    """What the user asked for, or the checkpoint has: bits, the largest block size, the method, and whether zero points
+    may be used.
+    """
 
     bits: int
     block_size: int = 32
@@ -50,43 +58,57 @@ class Quantization:
     def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
         """The format of a matrix [N, K]; None when no block size divides K.
 
-        4-bit zero points need an even number of blocks a row, so that rows begin at whole bytes: a smaller block
-        makes it even, or the tensor is symmetric.
+        Where 4-bit zero points do not fit, a smaller block makes them, or the tensor is symmetric.
         """
         if len(shape) != 2:
             return None
         sizes = [size for size in _BLOCK_SIZES if size <= self.block_size and shape[1] % size == 0]
-        if not sizes:
-            return None
-        if self.symmetric or self.bits == 8:
-            return BlockFormat(self.bits, sizes[0], self.symmetric)
-        even = [size for size in sizes if shape[1] // size % 2 == 0]
-        return BlockFormat(4, even[0], False) if even else BlockFormat(4, sizes[0], True)
+        forms = [BlockFormat(self.bits, size, self.symmetric) for size in sizes]
+        forms += [BlockFormat(self.bits, size, True) for size in sizes]
+        return next((form for form in forms if _rows_are_whole(form, shape[1])), None)
+
+
+def kept_format(bits: int, k: int, groups: int, symmetric: bool) -> BlockFormat | None:
+    """The largest blocks that a row of K values in equal groups can be stored in as it is; None where there are none.
+
+    A group larger than a block becomes several with the same scale.
+    """
+    if not groups or k % groups:
+        return None
+    sizes = [size for size in _BLOCK_SIZES if k // groups % size == 0]
+    forms = (BlockFormat(bits, size, symmetric) for size in sizes)
+    return next((form for form in forms if _rows_are_whole(form, k)), None)
 
 
 def block_formats(
     shapes: Mapping[str, tuple[int, ...]],
     native: Mapping[str, BlockFormat],
     groups: Iterable[tuple[str, ...]],
-    quantization: Quantization,
+    quantization: Quantization | None,
+    kept: Mapping[str, BlockFormat] = MappingProxyType({}),
 ) -> dict[str, BlockFormat]:
-    """The format of each weight that is quantized; those of a group are alike.
+    """The format of each weight that is quantized; those of a group are alike, those that are kept aside.
 
     Args:
         shapes: name → [N, K] of the weights that may be quantized.
         native: the formats that some have in the checkpoint; taken where it is what was asked for.
         groups: names that will be one matrix; names outside `shapes` have no part in this.
+        quantization: of all others; None leaves them in float.
+        kept: the formats of weights that are stored as they are in the checkpoint, whatever was asked for.
     """
 
     def taken(name: str) -> bool:
         form = native.get(name)
-        return form is not None and (form.bits, form.block_size) == (quantization.bits, quantization.block_size)
+        return form is not None and (form.bits, form.block_size) == asked
 
+    asked = None if quantization is None else (quantization.bits, quantization.block_size)
     together = {name: group for group in groups for name in group}
     formats = {}
     for name, shape in shapes.items():
-        members = together.get(name, (name,))
-        form = native[name] if all(map(taken, members)) else quantization.format_of(shape)
+        form = kept.get(name)
+        if form is None and quantization is not None:
+            members = together.get(name, (name,))
+            form = native[name] if all(map(taken, members)) else quantization.format_of(shape)
         if form is not None:
             formats[name] = form
     return formats
@@ -106,7 +128,8 @@ def departures(
         native: formats of the checkpoint; one that was kept is no departure.
 
     Returns:
-        `weights` (a name, * for the layer), `count`, and `block_size` and `symmetric`, None for weights left in float.
+        `weights` (a name, * for the layer), `count`, and `block_size` and `symmetric`, None for weights left in float;
+        `bits` where they are others.
     """
     asked = BlockFormat(quantization.bits, quantization.block_size, quantization.symmetric)
     found: dict[tuple[str, BlockFormat | None], int] = {}
@@ -122,5 +145,6 @@ def departures(
             "block_size": None if form is None else form.block_size,
             "symmetric": None if form is None else form.symmetric,
         }
+        | ({} if form is None or form.bits == asked.bits else {"bits": form.bits})
         for (name, form), count in found.items()
     ]

@@ -39,7 +39,7 @@ def resolve_tensors(
             raise ModelError(
                 "The checkpoint does not hold the model that its config describes.",
                 note=f"Parameter {name} {shape} is " + ("missing." if ref is None else f"{ref.shape} there."),
-                hint="Quantized and fused checkpoints must be converted to plain float tensors first.",
+                hint="Fused checkpoints must be converted to plain tensors first.",
             )
         if ref.dtype not in MODEL_DTYPES:
             raise ModelError(

@@ -17,6 +17,8 @@ from lora_drop_export.decoder.trace import trace
 from tests.support.bundles import family, save_adapters, traced_model
 from tests.support.models import SIZES, build
 
+QUANTIZED = Path(__file__).parents[1] / "export" / "checkpoint" / "quantized"
+
 
 class Traced(BaseException):
     """The checks are passed: the trace would begin."""
@@ -90,6 +92,38 @@ def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
 )
 def test_refused_by_the_config_or_the_options(export_refused, arguments, words):
     export_refused(*arguments.split(), words=words)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--target ort --target tensorrt-rtx", ("cannot take quantized weights", "int4 weights; tensorrt-rtx")),
+        ("--dtype bf16 --target openvino", ("A quantized checkpoint computes in float32", "--dtype is bfloat16")),
+        ("--dtype int4 --quantization gptq", ("nothing to round by a text", "int4 blocks of 32 already")),
+        ("--quantization rtn", ("applies only to quantized weights", "--dtype is not given")),
+        ("--block-size 64", ("applies only to quantized weights", "--dtype is not given")),
+        ("--weights link", ("cannot be linked", "the bundle needs int4")),
+    ],
+)
+def test_quantized_checkpoint(export_refused, arguments, words):
+    """Its integers are stored as they are, by targets that take them."""
+    plan = ("--always-first", "0", "--always-last", "0")
+    export_refused(*arguments.split(), *plan, model=QUANTIZED / "gptq-group-32", words=words)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_quantized_checkpoint_in_bin_files(export_refused, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copyfile(QUANTIZED / "gptq-group-32" / "config.json", model / "config.json")
+    (model / "pytorch_model.bin").write_bytes(b"")
+    export_refused(model=model, words=("quantized, and not in safetensors files", "quantization_config"))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_quantized_checkpoint_of_scattered_inputs(export_refused):
+    export_refused(model=QUANTIZED / "gptq-act-order", words=("in a form that is not read", "desc_act"))
 
 
 @pytest.mark.usefixtures("untraced")

@@ -37,7 +37,8 @@ def _quantization(manifest: Manifest) -> list[str]:
     for one in how.get("departures", ()):
         what = f"{one['weights']} ({one['count']})"
         zero_points = "symmetric" if one["symmetric"] else "with zero points"
-        blocks = "float" if one["block_size"] is None else f"blocks of {one['block_size']}, {zero_points}"
+        bits = f"int{one['bits']}, " if "bits" in one else ""
+        blocks = "float" if one["block_size"] is None else f"{bits}blocks of {one['block_size']}, {zero_points}"
         lines.append(f"             {blocks}: {what}")
     return lines
 
