@@ -111,7 +111,6 @@ WRONG = [
     (CHAT, {"messages": HI, "n": 128}, "n"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": HI, "logprobs": 2}, "logprobs"),
-    (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"messages": HI, "tool_choice": "required"}, "tool_choice"),
