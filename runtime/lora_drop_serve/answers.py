@@ -47,7 +47,8 @@ class Choice:
         is_over: its row has ended, too.
     """
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str], tools: Tools | None) -> None:
+    def __init__(self, codec: TextCodec, stops: Sequence[str], tools: Tools | None, is_silent: bool) -> None:
+        self._is_silent = is_silent
         self._pieces = codec.stream(stops)
         self._parts = None if tools is None else tools.stream()
         self._has_called = False
@@ -61,8 +62,13 @@ class Choice:
         """Raises ApiError: the row has failed."""
         if event.finished == FAILED:
             raise row_failed(event.error)
+        if event.is_prompt:
+            return Piece("", event, None)
         self._count(event)
         self.is_over = event.finished is not None
+        if self._is_silent:
+            self.finish = "length"
+            return Piece("", None, self.finish)
         if self.finish is not None:  # what came after a stop string
             return Piece("", None, None)
         text = "" if event.token is None else self._pieces.push(event.token)
@@ -120,6 +126,7 @@ class Answer:
         prompt_tokens: of all prompts, each counted once.
         echoes: text that a choice begins with.
         tools: that the model may call.
+        is_silent: no new token is told, though a row makes one.
     """
 
     prefix: ClassVar[str]
@@ -139,11 +146,12 @@ class Answer:
         verifies: bool,
         echoes: Sequence[str] | None = None,
         tools: Tools | None = None,
+        is_silent: bool = False,
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.choices = [Choice(codec, stops, tools) for _ in range(rows)]
+        self.choices = [Choice(codec, stops, tools, is_silent) for _ in range(rows)]
         self._echoes = echoes or [""] * rows
         self._texts = [[echo] for echo in self._echoes]
         self._tokens: list[list[Event]] = [[] for _ in range(rows)]
@@ -271,7 +279,7 @@ class CompletionAnswer(Answer):
             found["tokens"].append(text)
             found["token_logprobs"].append(event.logprob)
             top = {self._token(token): logprob for token, logprob in event.top_logprobs}
-            found["top_logprobs"].append({text: event.logprob, **top})
+            found["top_logprobs"].append(None if event.logprob is None else {text: event.logprob, **top})
             found["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
         return found

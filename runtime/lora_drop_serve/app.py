@@ -27,6 +27,7 @@ from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import scheduled
 from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.text import TextCodec
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -309,14 +310,20 @@ class Service:
         except InputError as error:
             raise refused(error, "policy") from None
         try:
-            scheduled(driver.schedule if body.k is None else body.k, policy)
+            schedule = scheduled(driver.schedule if body.k is None else body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
+        if body.scores_prompt and not policy.verifies and schedule != PeriodicSchedule(0):
+            said = (
+                "echo: logprobs of a prompt are those of full steps; send k: 0 with it, or start the server with --k 0."
+            )
+            raise ApiError(400, said, param="echo")
         return policy
 
     def _new_tokens(self, prompt: Ids, body: CompletionRequest | ChatRequest, param: str) -> int:
         """How many new tokens a row may have. Raises ApiError where the prompt or they do not fit."""
         driver, length, asked = self.driver, len(prompt), body.new_tokens
+        asked = 1 if asked == 0 else asked  # which is not told
         if not length:
             raise ApiError(400, "The prompt is empty: it has no tokens.", param=param)
         most = min(driver.max_prompt_len, driver.max_seq_len - 1)
@@ -340,7 +347,11 @@ class Service:
         tools: Tools | None = None,
     ) -> Response:
         policy = self._policy(body)
-        shared = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        if body.scores_prompt:
+            shared["prompt_logprobs"] = True
+            if body.new_tokens in (0, 1):  # one that may be an end token: who reads such answers counts on it
+                shared["stop_token_ids"] = ()
         rows = []
         for prompt in prompts:
             new_tokens = self._new_tokens(prompt, body, param)
@@ -357,6 +368,7 @@ class Service:
             verifies=policy.verifies,
             echoes=echoes,
             tools=tools,
+            is_silent=body.new_tokens == 0,
         )
         job = self.driver.submit(rows)
 

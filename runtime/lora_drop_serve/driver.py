@@ -112,7 +112,7 @@ class Job:
             event = item.event
             if event.finished is not None:
                 self._going.discard(item.row)
-            if event.token is not None:
+            if event.token is not None and not event.is_prompt:
                 metrics.tokens[event.kind].inc()
                 before = self._latest.get(item.row)
                 if before is None:

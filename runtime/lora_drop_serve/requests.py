@@ -200,6 +200,7 @@ class CompletionRequest(_Request):
     prompt: Text | list[Text] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -214,10 +215,15 @@ class CompletionRequest(_Request):
         return prompt
 
     @model_validator(mode="after")
-    def _no_logprobs_of_prompts(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError("echo", "logprobs of a prompt are not computed", {"param": "echo"})
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.scores_prompt:
+            raise PydanticCustomError("max_tokens", "0 needs echo and logprobs", {"param": "max_tokens"})
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logprobs of the prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -290,6 +296,7 @@ class ChatRequest(_Request):
     """The body of /v1/chat/completions."""
 
     usual_tokens: ClassVar[int | None] = None  # as many as fit
+    scores_prompt: ClassVar[bool] = False
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
