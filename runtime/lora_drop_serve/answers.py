@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
+from lora_drop_runtime.grammars.tools import ToolCall, Tools
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import INCOMPLETE, TextCodec
 
@@ -26,11 +27,13 @@ class Piece(NamedTuple):
         text: maybe none, where it may still change.
         token: the event, if it has a token that belongs to the answer.
         finish: why the choice ends with it, as the API says it.
+        calls: of tools, that end with it.
     """
 
     text: str
     token: Event | None
     finish: str | None
+    calls: Sequence[ToolCall] = ()
 
 
 class Choice:
@@ -44,8 +47,11 @@ class Choice:
         is_over: its row has ended, too.
     """
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str]) -> None:
+    def __init__(self, codec: TextCodec, stops: Sequence[str], tools: Tools | None, is_silent: bool) -> None:
+        self._is_silent = is_silent
         self._pieces = codec.stream(stops)
+        self._parts = None if tools is None else tools.stream()
+        self._has_called = False
         self.tokens, self.drafted, self.accepted = 0, 0, 0
         self.steps = dict.fromkeys(StepKind, 0)
         self.finish: str | None = None
@@ -56,8 +62,13 @@ class Choice:
         """Raises ApiError: the row has failed."""
         if event.finished == FAILED:
             raise row_failed(event.error)
+        if event.is_prompt:
+            return Piece("", event, None)
         self._count(event)
         self.is_over = event.finished is not None
+        if self._is_silent:
+            self.finish = "length"
+            return Piece("", None, self.finish)
         if self.finish is not None:  # what came after a stop string
             return Piece("", None, None)
         text = "" if event.token is None else self._pieces.push(event.token)
@@ -68,7 +79,21 @@ class Choice:
             self.finish = "length"
         if self.finish is not None:
             text += self._pieces.finish()
-        return Piece(text, event if event.token is not None else None, self.finish)
+        text, calls = self._split(text)
+        self._has_called |= bool(calls)
+        if self._has_called and self.finish == "stop":
+            self.finish = "tool_calls"
+        return Piece(text, event if event.token is not None else None, self.finish, calls)
+
+    def _split(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Content and calls that are ready."""
+        if self._parts is None:
+            return text, []
+        text, calls = self._parts.push(text)
+        if self.finish is not None:
+            rest, more = self._parts.finish()
+            text, calls = text + rest, calls + more
+        return text, calls
 
     def _count(self, event: Event) -> None:
         if not self._is_new and event.finished != CANCELLED:
@@ -80,6 +105,19 @@ class Choice:
             self.drafted, self.accepted = counted.drafted, counted.accepted
 
 
+def _as_call(call: ToolCall) -> dict[str, Any]:
+    """As a message has it."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _call_deltas(index: int, call: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's call as a stream has it: what is called, then the arguments."""
+    function = call["function"]
+    parts = [{**call, "function": {**function, "arguments": ""}}, {"function": {"arguments": function["arguments"]}}]
+    return [{"delta": {"tool_calls": [{"index": index, **part}]}} for part in parts]
+
+
 class Answer:
     """The answer to one request, of which each row is a choice.
 
@@ -87,6 +125,8 @@ class Answer:
         model: its name.
         prompt_tokens: of all prompts, each counted once.
         echoes: text that a choice begins with.
+        tools: that the model may call.
+        is_silent: no new token is told, though a row makes one.
     """
 
     prefix: ClassVar[str]
@@ -105,14 +145,17 @@ class Answer:
         includes_usage: bool,
         verifies: bool,
         echoes: Sequence[str] | None = None,
+        tools: Tools | None = None,
+        is_silent: bool = False,
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.choices = [Choice(codec, stops) for _ in range(rows)]
+        self.choices = [Choice(codec, stops, tools, is_silent) for _ in range(rows)]
         self._echoes = echoes or [""] * rows
         self._texts = [[echo] for echo in self._echoes]
         self._tokens: list[list[Event]] = [[] for _ in range(rows)]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
         self._offsets = [0] * rows
 
     @property
@@ -123,6 +166,7 @@ class Answer:
         """Raises ApiError: the row has failed."""
         piece = self.choices[told.row].take(told.event)
         self._texts[told.row].append(piece.text)
+        self._calls[told.row] += map(_as_call, piece.calls)
         if piece.token is not None and self._logprobs:
             self._tokens[told.row].append(piece.token)
         return piece
@@ -136,23 +180,23 @@ class Answer:
             self._chunk({"index": index, **one, "logprobs": None, "finish_reason": None}) for index, one in begun if one
         ]
 
-    def chunk(self, told: Told) -> dict[str, Any] | None:
-        """What an event adds; None if nothing. Raises ApiError: the row has failed."""
+    def chunks(self, told: Told) -> list[dict[str, Any]]:
+        """What an event adds, maybe nothing. Raises ApiError: the row has failed."""
         piece = self.choices[told.row].take(told.event)
         if piece.token is None and not piece.text and piece.finish is None:
-            return None
+            return []
         tokens = [piece.token] if piece.token is not None else []
-        chunk = self._chunk(
-            {
-                "index": told.row,
-                **self._added(piece.text),
-                "logprobs": self._said(told.row, tokens) if self._logprobs and tokens else None,
-                "finish_reason": piece.finish,
-            }
-        )
+        said = self._said(told.row, tokens) if self._logprobs and tokens else None
+        added = [self._added(piece.text)]
+        for call in map(_as_call, piece.calls):
+            added += _call_deltas(len(self._calls[told.row]), call)
+            self._calls[told.row].append(call)
+        chunks = [self._chunk({"index": told.row, **one, "logprobs": None, "finish_reason": None}) for one in added]
+        chunks[0]["choices"][0]["logprobs"] = said
+        chunks[-1]["choices"][0]["finish_reason"] = piece.finish
         if piece.token is not None:
-            chunk["lora_drop"] = {"step": piece.token.kind.value}
-        return chunk
+            chunks[0]["lora_drop"] = {"step": piece.token.kind.value}
+        return chunks
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """What comes after all tokens."""
@@ -169,7 +213,7 @@ class Answer:
         choices = [
             {
                 "index": index,
-                **self._has("".join(self._texts[index])),
+                **self._has("".join(self._texts[index]), self._calls[index]),
                 "logprobs": self._said(index, self._tokens[index]) if self._logprobs else None,
                 "finish_reason": choice.finish,
             }
@@ -204,8 +248,8 @@ class Answer:
         """Text in a chunk."""
         raise NotImplementedError
 
-    def _has(self, text: str) -> dict[str, Any]:
-        """The whole text."""
+    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The whole text, and calls of tools."""
         raise NotImplementedError
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
@@ -224,7 +268,8 @@ class CompletionAnswer(Answer):
     def _added(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    _has = _added
+    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"text": text}
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -234,7 +279,7 @@ class CompletionAnswer(Answer):
             found["tokens"].append(text)
             found["token_logprobs"].append(event.logprob)
             top = {self._token(token): logprob for token, logprob in event.top_logprobs}
-            found["top_logprobs"].append({text: event.logprob, **top})
+            found["top_logprobs"].append(None if event.logprob is None else {text: event.logprob, **top})
             found["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
         return found
@@ -251,8 +296,9 @@ class ChatAnswer(Answer):
     def _added(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
 
-    def _has(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _has(self, text: str, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message | {"content": text or None, "tool_calls": calls} if calls else message}
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
         def one(token: int, logprob: float | None) -> dict[str, Any]:

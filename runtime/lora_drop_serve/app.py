@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -19,10 +20,14 @@ import numpy as np
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.grammars.grammar import Grammars
+from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import scheduled
 from lora_drop_runtime.plan.policy import Policy
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.text import TextCodec
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -37,6 +42,7 @@ from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 DISCARD_SECONDS = 10  # that a body which is refused may still come
 MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
 GONE = 499  # the client went away: nobody reads this
 
 Ids = NDArray[np.int64]
@@ -177,12 +183,11 @@ async def _events(answer: Answer, job: Job) -> AsyncIterator[bytes]:
         if begin:
             yield begin
         while not answer.is_over:
-            out = []
+            out = list[bytes]()
             for told in await job.told():
-                chunk = answer.chunk(told)
-                if chunk is not None:
-                    out.append(_sse(chunk))
-                if chunk is not None and answer.choices[told.row].finish and not answer.choices[told.row].is_over:
+                chunks = answer.chunks(told)
+                out += map(_sse, chunks)
+                if chunks and answer.choices[told.row].finish and not answer.choices[told.row].is_over:
                     job.cancel(told.row)  # at a stop string
             if out:
                 yield b"".join(out)
@@ -229,6 +234,7 @@ class Service:
         self.driver, self._codec = driver, codec
         model = driver.bundle.manifest.model
         self._vocabulary, self.name, self._created = model.vocab_size, model.name, int(time.time())
+        self._compiling = asyncio.Semaphore(MOST_COMPILING)
 
     def model(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
@@ -268,11 +274,18 @@ class Service:
         self.check_model(body.model)
         self._check_count(1, body, "messages")
         messages = [message.for_template for message in body.messages]
+        tools = body.called
+        encode = functools.partial(self._codec.encode_chat, messages)
         try:
-            ids = await asyncio.to_thread(self._codec.encode_chat, messages)
+            ids = await asyncio.to_thread(encode, tools=None)
         except InputError as error:
             raise refused(error, "messages") from None
-        return await self._answer(ChatAnswer, body, [ids], "messages", request)
+        if tools is not None:
+            try:
+                ids = await asyncio.to_thread(encode, tools=tools.for_template)
+            except InputError as error:
+                raise refused(error, "tools") from None
+        return await self._answer(ChatAnswer, body, [ids], "messages", request, tools=tools)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
@@ -297,14 +310,20 @@ class Service:
         except InputError as error:
             raise refused(error, "policy") from None
         try:
-            scheduled(driver.schedule if body.k is None else body.k, policy)
+            schedule = scheduled(driver.schedule if body.k is None else body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
+        if body.scores_prompt and not policy.verifies and schedule != PeriodicSchedule(0):
+            said = (
+                "echo: logprobs of a prompt are those of full steps; send k: 0 with it, or start the server with --k 0."
+            )
+            raise ApiError(400, said, param="echo")
         return policy
 
     def _new_tokens(self, prompt: Ids, body: CompletionRequest | ChatRequest, param: str) -> int:
         """How many new tokens a row may have. Raises ApiError where the prompt or they do not fit."""
         driver, length, asked = self.driver, len(prompt), body.new_tokens
+        asked = 1 if asked == 0 else asked  # which is not told
         if not length:
             raise ApiError(400, "The prompt is empty: it has no tokens.", param=param)
         most = min(driver.max_prompt_len, driver.max_seq_len - 1)
@@ -325,9 +344,14 @@ class Service:
         param: str,
         request: Request,
         echoes: Sequence[str] | None = None,
+        tools: Tools | None = None,
     ) -> Response:
         policy = self._policy(body)
-        shared = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
+        if body.scores_prompt:
+            shared["prompt_logprobs"] = True
+            if body.new_tokens in (0, 1):  # one that may be an end token: who reads such answers counts on it
+                shared["stop_token_ids"] = ()
         rows = []
         for prompt in prompts:
             new_tokens = self._new_tokens(prompt, body, param)
@@ -343,24 +367,54 @@ class Service:
             includes_usage=body.includes_usage,
             verifies=policy.verifies,
             echoes=echoes,
+            tools=tools,
+            is_silent=body.new_tokens == 0,
         )
         job = self.driver.submit(rows)
+
+        async def begin() -> None:
+            await job.begin(await self._constraint(body, tools))
+
         try:
-            return await self._told(answer, job, bool(body.stream), request)
+            return await self._told(answer, job, begin, bool(body.stream), request)
         except InputError as error:  # the batch has too little room beside what was checked: a smaller k takes more
             raise refused(error, "k" if body.k is not None else body.limit_field) from None
 
-    async def _told(self, answer: Answer, job: Job, streams: bool, request: Request) -> Response:
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars.of(self.driver.bundle)
+
+    async def _constraint(self, body: CompletionRequest | ChatRequest, tools: Tools | None) -> Constraint | None:
+        """What the rows may write. To find it out may take seconds, so that few are at it at once."""
+        schema = body.json_schema
+        if schema is None and tools is None:
+            return None
+
+        def compiled() -> Constraint | None:
+            if tools is not None:
+                return tools.constraint(self._grammars, self._codec.chat_template)
+            assert schema is not None
+            return self._grammars.json_schema(schema)
+
+        async with self._compiling:
+            try:
+                return await asyncio.to_thread(compiled)
+            except InputError as error:
+                raise refused(error, "response_format" if tools is None else "tools") from None
+
+    async def _told(
+        self, answer: Answer, job: Job, begin: Callable[[], Awaitable[None]], streams: bool, request: Request
+    ) -> Response:
         """The response; the job ends with it."""
         with contextlib.ExitStack() as ends:
             ends.enter_context(job)
             if streams:
-                await job.begin()
+                await begin()
                 ends.pop_all()  # by the response
                 return _Stream(_events(answer, job), job)
 
             async def work() -> dict[str, Any]:
-                await job.begin()
+                await begin()
                 return await _whole(answer, job)
 
             found = await _unless_gone(request, work())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.row import Event
 from numpy import int64
 from numpy.typing import NDArray
@@ -74,13 +75,17 @@ class Job:
         """Give a row up; its last event comes within a tick."""
         self._driver.cancel(self, index)
 
-    async def begin(self) -> None:
-        """Wait until the rows are in the batch.
+    async def begin(self, constraint: Constraint | None = None) -> None:
+        """Put the rows into the batch, and wait until they are in it.
+
+        Args:
+            constraint: of what each of them may write.
 
         Raises:
             InputError: the batch refuses one, and none of them runs.
             ApiError: the server is closing, or the engine has failed.
         """
+        self._driver.add(self, constraint)
         error = await self._inbox.get()
         if error is not None:
             assert isinstance(error, BaseException)
@@ -107,7 +112,7 @@ class Job:
             event = item.event
             if event.finished is not None:
                 self._going.discard(item.row)
-            if event.token is not None:
+            if event.token is not None and not event.is_prompt:
                 metrics.tokens[event.kind].inc()
                 before = self._latest.get(item.row)
                 if before is None:
@@ -163,7 +168,7 @@ class Driver:
         self._thread.start()
 
     def submit(self, rows: Sequence[RowRequest]) -> Job:
-        """Rows that begin as slots come free.
+        """Places for rows, which begin as slots come free behind `Job.begin`.
 
         Raises:
             ApiError: the queue is full, the server is closing, or the engine has failed.
@@ -177,8 +182,10 @@ class Driver:
         job = Job(self, rows)
         self._open.add(job)
         self.metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
-        self._commands.put(lambda: self._add(job))
         return job
+
+    def add(self, job: Job, constraint: Constraint | None) -> None:
+        self._commands.put(lambda: self._add(job, constraint))
 
     def cancel(self, job: Job, index: int) -> None:
         self._commands.put(lambda: self._cancel(job, index))
@@ -238,13 +245,13 @@ class Driver:
         except RuntimeError:  # the loop is closed, and nobody left who could hear
             self._commands.put(None)
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: Job, constraint: Constraint | None) -> None:
         """Add all rows of a job, or none."""
         numbers: list[int] = []
         told: BaseException | None = None
         try:
             for row in job.rows:
-                numbers.append(self._batch.add(row.prompt, row.new_tokens, **row.options))
+                numbers.append(self._batch.add(row.prompt, row.new_tokens, constraint=constraint, **row.options))
         except Exception as error:  # of this job alone
             for number in numbers:
                 self._batch.cancel(number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_drop_runtime.errors import LoraDropError
+from lora_drop_runtime.errors import InputError, LoraDropError
 
 WRONG, SERVER = "invalid_request_error", "server_error"  # types
 
@@ -60,7 +60,9 @@ def queue_full(rows: int, most: int) -> ApiError:
 
 
 def row_failed(error: BaseException | None) -> ApiError:
-    """A row that the engine could not go on with; the others do."""
+    """A row that the engine could not go on with, or whose schema led beyond a limit; the others go on."""
+    if isinstance(error, InputError):
+        return refused(error)
     said = error.fact if isinstance(error, LoraDropError) else "The tokens of this request could not be computed."
     return ApiError(500, said, code="failed")
 
@@ -78,7 +80,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
     param = error.get("ctx", {}).get("param") or (place[0] if place else None)
     if error["type"] == "extra_forbidden":
-        return ApiError(400, f"There is no parameter {param!a:.80}.", param=param, code="unknown_parameter")
+        return ApiError(400, f"There is no parameter {'.'.join(place)!a:.80}.", param=param, code="unknown_parameter")
     if not place and not error.get("ctx"):
         needed = "It has to be a JSON object with text as keys, sent with Content-Type: application/json."
         return ApiError(400, f"The body cannot be read: {error['msg']}. {needed}")

@@ -6,15 +6,20 @@ field. Knows no tokenizer and no engine: whether a prompt fits is found out late
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.decoding.sampling import SamplingOptions
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from lora_drop_runtime.grammars.tools import AUTO, NONE, Tools
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from .errors import ApiError, refused
 
 MOST_BODY_BYTES = 8 << 20
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
@@ -31,6 +36,16 @@ def _utf8(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_utf8)]
 
+
+def _utf8_json(value: Any) -> Any:
+    """The same of texts within JSON."""
+    try:
+        _utf8(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
 _ANY: list[Any] = []  # whatever the value, it changes nothing
 # Fields of OpenAI's API that this server does not have, and the values with which they change nothing
 CHANGES_NOTHING: dict[str, Sequence[Any]] = {
@@ -39,10 +54,6 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "logit_bias": (None, {}),
     "best_of": (None, 1),
     "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": _ANY,
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -74,6 +85,31 @@ class StreamOptions(_Model):
     include_usage: bool | None = None
 
 
+class TextFormat(_Model):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Model):
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Model):
+    """A schema is followed to the letter, `strict` or not."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Model):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class _Request(_Model):
     """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k` and
     `repetition_penalty`."""
@@ -89,6 +125,7 @@ class _Request(_Model):
     stop: Text | list[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     k: Annotated[int, _within(bounds.K)] | Literal["auto"] | None = None
     policy: Text | None = None
 
@@ -133,6 +170,13 @@ class _Request(_Model):
         return self.n or 1
 
     @property
+    def json_schema(self) -> dict[str, Any] | None:
+        """A JSON schema that the text follows; None where it is free."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonObjectFormat) else None
+
+    @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -156,6 +200,7 @@ class CompletionRequest(_Request):
     prompt: Text | list[Text] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -170,10 +215,15 @@ class CompletionRequest(_Request):
         return prompt
 
     @model_validator(mode="after")
-    def _no_logprobs_of_prompts(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError("echo", "logprobs of a prompt are not computed", {"param": "echo"})
+    def _says_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.scores_prompt:
+            raise PydanticCustomError("max_tokens", "0 needs echo and logprobs", {"param": "max_tokens"})
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logprobs of the prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -203,6 +253,28 @@ class TextPart(_Model):
     text: Text
 
 
+def _arguments(value: Any) -> Any:
+    """JSON, as the API has it; templates write it themselves."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError("the arguments of a call are no JSON") from None
+
+
+class CalledFunction(_Model):
+    name: Text
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+
+class MessageCall(_Model):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Model):
     """What a role says. Fields beside these go to the template as they are."""
 
@@ -210,23 +282,29 @@ class Message(_Model):
 
     role: Text
     content: Text | list[TextPart] | None = None
+    tool_calls: list[MessageCall] | None = None
 
     @property
     def for_template(self) -> dict[str, Any]:
         content = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role  # its name in newer versions of the API
-        return {**(self.model_extra or {}), "role": role, "content": content}
+        calls = [call.model_dump() for call in self.tool_calls or ()] or None
+        return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls}
 
 
 class ChatRequest(_Request):
     """The body of /v1/chat/completions."""
 
     usual_tokens: ClassVar[int | None] = None  # as many as fit
+    scores_prompt: ClassVar[bool] = False
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    tools: Annotated[list[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:
@@ -250,3 +328,31 @@ class ChatRequest(_Request):
     def likeliest(self) -> int | None:
         """As for a completion."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def called(self) -> Tools | None:
+        """The tools that the model may call; None where it is to call none.
+
+        Raises:
+            ApiError: they or the choice are none, or a response format stands beside them.
+        """
+        if not self.tools:
+            if self.tool_choice not in (None, NONE, AUTO):
+                raise ApiError(400, "tool_choice: it needs tools.", param="tool_choice")
+            return None
+        choice = AUTO if self.tool_choice is None else self.tool_choice
+        parallel = self.parallel_tool_calls is not False
+        try:
+            Tools(self.tools)
+        except InputError as error:
+            raise refused(error, "tools") from None
+        try:
+            tools = Tools(self.tools, choice, parallel=parallel)
+        except InputError as error:
+            raise refused(error, "tool_choice") from None
+        if choice == NONE:
+            return None
+        if self.json_schema is not None:
+            said = "response_format: it cannot be followed beside tools; use one of the two, or tool_choice: none."
+            raise ApiError(400, said, param="response_format")
+        return tools

@@ -134,6 +134,58 @@ def test_logprobs_are_those_of_the_full_softmax(client: openai.OpenAI, bundle: B
     assert found.text_offset == offsets
 
 
+def test_logprobs_of_a_prompt_are_those_of_full_steps(client: openai.OpenAI, bundle: Bundle) -> None:
+    """Of prompts of many lengths at once, beside a new token or without."""
+    prompts = [[(7 * place + length) % 131 for place in range(length)] for length in (1, 2, 3, 8, 9, 16, 30)]
+    with Session.open(bundle.root, k=0, threads=1) as session:
+        wanted = []
+        for prompt in prompts:
+            each = [
+                session.prefill(np.array([prompt[:end]]))[0].astype(np.float64) for end in range(1, len(prompt) + 1)
+            ]
+            wanted.append([logits - np.log(np.exp(logits).sum()) for logits in each])
+    for count, extra in ((0, {"k": 0}), (1, {"k": 0}), (1, {"k": 3, "policy": "lossless"})):
+        done = client.completions.create(
+            model=bundle.manifest.model.name,
+            prompt=prompts,
+            max_tokens=count,
+            temperature=0,
+            logprobs=2,
+            echo=True,
+            extra_body=extra,
+        )
+        assert done.usage.completion_tokens == count * len(prompts)
+        assert [choice.finish_reason for choice in done.choices] == ["length"] * len(prompts)
+        for prompt, choice, each in zip(prompts, done.choices, wanted, strict=True):
+            tokens = [*prompt, int(each[-1].argmax())][: len(prompt) + count]
+            found = choice.logprobs
+            assert found.tokens == [f"t{token}" for token in tokens]
+            assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+            for place, token in enumerate(tokens[1:]):
+                assert found.token_logprobs[place + 1] == pytest.approx(each[place][token], abs=1e-4)
+                assert max(found.top_logprobs[place + 1].values()) == pytest.approx(each[place].max(), abs=1e-4)
+            assert choice.text == words(prompt) + words(tokens[len(prompt) :])
+
+
+def test_a_stream_has_logprobs_of_the_prompt(client: openai.OpenAI, bundle: Bundle) -> None:
+    asked: dict[str, Any] = {
+        "model": bundle.manifest.model.name,
+        "prompt": PROMPT,
+        "max_tokens": 3,
+        "temperature": 0,
+        "logprobs": 1,
+        "echo": True,
+        "extra_body": {"k": 0},
+    }
+    whole = client.completions.create(**asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [part for chunk in chunks if chunk.logprobs for part in getattr(chunk.logprobs, field)]
+        assert parts == getattr(whole.logprobs, field)
+    assert len(whole.logprobs.tokens) == len(PROMPT) + 3
+
+
 def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.OpenAI, bundle: Bundle) -> None:
     stream = client.completions.create(
         model=bundle.manifest.model.name,

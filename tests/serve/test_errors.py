@@ -81,7 +81,9 @@ WRONG = [
     (COMPLETIONS, {"stop": 3}, "stop"),
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
-    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),
+    (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),  # the batch's k is not 0
+    (COMPLETIONS, {"logprobs": 1, "echo": True, "k": 2}, "echo"),
+    (COMPLETIONS, {"echo": True, "max_tokens": 0}, "max_tokens"),
     (COMPLETIONS, {"k": -1}, "k"),
     (COMPLETIONS, {"k": 1.5}, "k"),
     (COMPLETIONS, {"k": "auto"}, "k"),
@@ -111,7 +113,6 @@ WRONG = [
     (CHAT, {"messages": HI, "n": 128}, "n"),
     (CHAT, {"messages": HI, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": HI, "logprobs": 2}, "logprobs"),
-    (CHAT, {"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": HI, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
     (CHAT, {"messages": HI, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"messages": HI, "tool_choice": "required"}, "tool_choice"),

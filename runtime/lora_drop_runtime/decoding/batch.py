@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.errors import whole_number
+from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
@@ -221,6 +221,7 @@ class Batch:
         sampling: SamplingOptions | None = None,
         stop_token_ids: Sequence[int] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         constraint: Constraint | None = None,
     ) -> int:
         """Add a row, which begins at the next tick for which a slot is free. It draws as the one prompt of a session.
@@ -232,6 +233,8 @@ class Batch:
             sampling: greedy when None.
             stop_token_ids: end the row; the model's end tokens when None.
             logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
+            prompt_logprobs: tell the prompt's tokens first, each but the first with its logprob by full steps, whatever
+                `k` is; needs `logprobs`. The prompt then goes in by 8 tokens a tick.
             constraint: of what the row may write, as for `Session.generate`; the row works on a fork of it.
 
         Returns:
@@ -267,7 +270,15 @@ class Batch:
         takes = {"slots_kept": kept, "slots_dropped": needed}
         checks.check_pool(self._slots.bytes_of(takes), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
-        options = RowOptions(new_tokens, verifier, chosen, source, stops, checks.checked_logprobs(logprobs), takes)
+        likeliest = checks.checked_logprobs(logprobs)
+        scores = checks.flag("prompt_logprobs", prompt_logprobs)
+        if scores and likeliest is None:
+            raise InputError(
+                "A prompt's logprobs need logprobs.",
+                note="prompt_logprobs is True, logprobs is None.",
+                hint="Use for example logprobs=0.",
+            )
+        options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, takes)
         sampling = checks.checked_sampling(sampling)
         checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)

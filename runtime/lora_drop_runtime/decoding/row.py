@@ -25,6 +25,7 @@ from .statistics import Cycle as VerifiedCycle
 from .statistics import Statistics
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
+_SCORED = 8  # tokens of a prompt whose logits, of the whole vocabulary each, are wanted at once
 _USUAL_WAIT = 4  # ticks, of a row whose schedule does not say its window
 
 
@@ -34,15 +35,17 @@ class Event:
 
     Attributes:
         row: as `Batch.add` named it.
-        token: None where the row ends without one: a stop token is none, and a cancelled row makes no more.
+        token: of the prompt where `is_prompt`. None where the row ends without one: a stop token is none, and a
+            cancelled row makes no more.
         logprob: natural logarithm of the token's probability by the logits as they are, before penalty, constraint
-            and temperature; None where it was not asked for.
+            and temperature; None where it was not asked for, and of a prompt's first token.
         top_logprobs: the likeliest tokens and their logprobs, as many as were asked for.
         kind: the step that made it.
         finished: None while the row goes on; `stop`, also where its constraint is over, `length`, `cancelled`, or
             `failed`.
         error: why it failed.
         statistics: with the end of a row whose refreshes verify drafts, what it has counted.
+        is_prompt: the token is one of the prompt, which was asked to be scored.
     """
 
     row: int
@@ -53,6 +56,7 @@ class Event:
     finished: str | None = None
     error: BaseException | None = None
     statistics: Statistics | None = None
+    is_prompt: bool = False
 
 
 Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
@@ -60,7 +64,8 @@ Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1,
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own.
+    """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own, and
+    `prompt_logprobs` the same of the prompt.
 
     `slots` are those that its caches need in all, {"slots_kept": n, "slots_dropped": m}.
     """
@@ -71,6 +76,7 @@ class RowOptions:
     source: DraftSource
     stops: frozenset[int]
     logprobs: int | None
+    prompt_logprobs: bool
     slots: Mapping[str, int]
 
 
@@ -174,14 +180,37 @@ class Row:
 
     def _prefill(self) -> Generator[Run, tuple[Logits, float], Logits]:
         """Returns the logits [V] after the prompt."""
-        for begin in range(0, len(self._prompt), self._chunk):
-            tokens = self._prompt[begin : begin + self._chunk]
-            logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped)
-            self.kept += len(tokens)
-            self.dropped += len(tokens)
+        each = self.options.prompt_logprobs
+        while self.kept < len(self._prompt):
+            count = min(self._chunk, len(self._prompt) - self.kept)
+            if each:
+                most = min(count, self._most_verified, _SCORED)
+                count = 1 << (most.bit_length() - 1)  # each number of logits has buffers of its own
+            tokens = self._prompt[self.kept : self.kept + count]
+            logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped, each=each)
+            if each:
+                self._tell_prompt(self.kept, logits)
+            self.kept += count
+            self.dropped += count
         self.is_new = False
         after: Logits = logits[-1]
         return after
+
+    def _tell_prompt(self, begin: int, logits: Logits) -> None:
+        """Tell tokens of the prompt that stand behind those from `begin` on, by the logits [n, V] after these."""
+        if begin == 0:
+            self._tell(Event(self.number, self._prompt[0], StepKind.REFRESH, is_prompt=True))
+        for token, after in zip(self._prompt[begin + 1 :], logits, strict=False):
+            self._sampler.largest(after)
+            logprob, top = self._logprobs(token, after)
+            self._tell(Event(self.number, token, StepKind.REFRESH, logprob, top, is_prompt=True))
+
+    def _logprobs(self, token: int, logits: Logits) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """The token's logprob, and the likeliest tokens with theirs."""
+        shifted = logits - logits.max()
+        total = np.log(np.exp(shifted).sum(dtype=np.float64))
+        likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
+        return float(shifted[token] - total), tuple((int(one), float(shifted[one] - total)) for one in likeliest)
 
     def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
         """Tell a token, behind which the row's constraint may be over; returns whether the row goes on."""
@@ -189,16 +218,10 @@ class Row:
             self._tell(Event(self.number, None, kind, finished=STOP, statistics=self._counted))
             return False
         self._left -= 1
-        logprob, top = None, list[tuple[int, float]]()
-        if self.options.logprobs is not None:
-            shifted = logits - logits.max()
-            total = np.log(np.exp(shifted).sum(dtype=np.float64))
-            logprob = float(shifted[token] - total)
-            likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
-            top = [(int(one), float(shifted[one] - total)) for one in likeliest]
+        logprob, top = (None, ()) if self.options.logprobs is None else self._logprobs(token, logits)
         finished = STOP if is_over else None if self._left else LENGTH
         counted = self._counted if finished else None
-        self._tell(Event(self.number, token, kind, logprob, tuple(top), finished, statistics=counted))
+        self._tell(Event(self.number, token, kind, logprob, top, finished, statistics=counted))
         return finished is None
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────

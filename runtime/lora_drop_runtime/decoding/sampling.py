@@ -151,13 +151,14 @@ class RowSampler:
         """The same, and the index of the largest."""
         penalty = self.options.repetition_penalty
         scores = logits if penalty == 1 else penalize(logits, self.seen, penalty)
-        index = self._largest(scores)
+        index = self.largest(scores)
         if self.constraint is not None:
             scores = masked(scores, self.constraint.allowed())
-            index = self._largest(scores)
+            index = self.largest(scores)
         return scores, index
 
-    def _largest(self, scores: NDArray[np.float32]) -> int:
+    def largest(self, scores: NDArray[np.float32]) -> int:
+        """Where the largest of scores [V] stands. Raises BundleError: it is NaN or infinite."""
         index = int(scores.argmax())
         largest = scores[index]
         if not math.isfinite(largest):

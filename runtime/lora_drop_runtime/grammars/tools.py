@@ -152,6 +152,45 @@ def _end_of_json(text: str, begin: int) -> int:
         return len(text)
 
 
+class CallStream:
+    """Text in, as it grows; what it says beside calls out, as soon as it cannot change, and calls as they end.
+
+    The content joined and all calls are those that `Tools.calls` finds in the whole text.
+
+    Args:
+        tools: find the calls.
+    """
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._text = ""
+        self._told, self._called = 0, 0  # characters of the content, and calls
+
+    def push(self, piece: str) -> tuple[str, list[ToolCall]]:
+        """Content before the first call, and calls that are new; maybe none."""
+        before, self._text = len(self._text), self._text + piece
+        free, begin, _ = self._text.partition(BEGIN)
+        if not begin:  # its end may begin a call
+            begun = next((n for n in range(len(BEGIN) - 1, 0, -1) if free.endswith(BEGIN[:n])), 0)
+            free = free[: len(free) - begun]
+        content = free.rstrip()[self._told :]  # white space before a call is no content
+        self._told += len(content)
+        ended = self._text.find(END, max(0, before - len(END))) >= 0
+        return content, self._new(self._tools.calls(self._text)[1]) if ended else []
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """What is left when the text has ended."""
+        content, calls = self._tools.calls(self._text)
+        left = content[self._told :]
+        self._told = len(content)
+        return left, self._new(calls)
+
+    def _new(self, calls: list[ToolCall]) -> list[ToolCall]:
+        new = calls[self._called :]
+        self._called = len(calls)
+        return new
+
+
 class Tools:
     """The tools of a request.
 
@@ -212,4 +251,8 @@ class Tools:
                 calls.append(ToolCall(head[1], text[head.end() : end]))
                 rest.append(text[place : head.start()])
                 place = end + len(_TAIL)
-        return "".join([*rest, text[place:]]).strip() if calls else text, calls
+        return "".join([*rest, text[place:]]).rstrip() if calls else text, calls
+
+    def stream(self) -> CallStream:
+        """A new stream for one text."""
+        return CallStream(self)

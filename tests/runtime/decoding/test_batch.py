@@ -442,6 +442,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     assert_refused(lambda: batch.add([1], 3, policy="both"), "refresh policy")
     assert_refused(lambda: batch.add([1], 3, policy="skip", draft="ngram"), "The policy has no drafts.")
     assert_refused(lambda: batch.add([1], 3, logprobs=-1), "The number of logprobs is out of range.", "-1")
+    assert_refused(lambda: batch.add([1], 3, prompt_logprobs=True), "A prompt's logprobs need logprobs.")
     with pytest.raises(PlanError):
         batch.add([1], 3, k=-1)
     assert batch.rows == 0
@@ -546,6 +547,28 @@ def test_tokens_are_those_of_each_row_alone(served: tuple[Bundle, tuple[str, ...
     check()
     assert compared > 100
     assert near_ties <= 1, f"{near_ties} near-ties in {compared} tokens"
+
+
+def test_a_prompt_that_is_scored_changes_nothing_else(tmp_path) -> None:
+    """Its tokens come first, then the same events as without; beside it another row keeps its own."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_ratio=0.5, max_batch=2)
+    prompt = [(5 * place + 2) % 131 for place in range(27)]
+    found = []
+    for scores in (False, True):
+        events = defaultdict(list)
+        with Batch.open(bundle.root, slots=2, k=3, policy="backfill", threads=1) as batch:
+            beside = batch.add(prompt[::-1], 12, logprobs=0)
+            row = batch.add(prompt, 12, logprobs=2, prompt_logprobs=scores)
+            while batch.rows:
+                for event in batch.tick():
+                    events[event.row].append(event)
+        told = [event for event in events[row] if event.is_prompt]
+        assert [event.token for event in told] == (prompt if scores else [])
+        assert told == events[row][: len(told)]
+        found.append([event for event in (*events[row], *events[beside]) if not event.is_prompt])
+    for plain, scored in zip(*found, strict=True):
+        assert (plain.row, plain.token, plain.kind) == (scored.row, scored.token, scored.kind)
+        assert plain.logprob == pytest.approx(scored.logprob, abs=1e-4)
 
 
 def test_logprobs_are_those_of_the_full_softmax(tmp_path) -> None:

@@ -190,3 +190,30 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
     assert_refused(lambda: unsupported.constraint(grammars, TEMPLATE), "cannot be followed", "not")
     for template in (None, "{{ messages }}", TEMPLATE + "<function="):
         assert_refused(lambda template=template: Tools(TOOLS).constraint(grammars, template), "of a known style")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \n",
+        "Hello <tool",
+        CALL,
+        f"\n Let me look. \n{CALL}",
+        f"Look: {CALL}\n and{CALL}. \n",
+        f"{CALL[:-3]}",
+        f"So <tool_call>no</tool_call> {CALL}",
+        f"<tool_call{CALL}",
+    ],
+)
+def test_a_stream_tells_what_the_whole_text_says(text: str) -> None:
+    tools = Tools(TOOLS)
+    for width in (1, 2, 7, 30, 1000):
+        stream = tools.stream()
+        told = [stream.push(text[i : i + width]) for i in range(0, len(text), width)]
+        told.append(stream.finish())
+        content = "".join(content for content, _ in told)
+        assert (content, [call for _, calls in told for call in calls]) == tools.calls(text)
+        assert told[-1][1] == []  # each is told as it ends
+        before = "".join(content for content, _ in told[:-1])
+        assert before == text.partition("<tool_call>")[0].removesuffix("<tool").rstrip()
