@@ -80,6 +80,10 @@ def _check_text(what: str, text: object) -> None:
         )
 
 
+class TextTooLong(InputError):
+    """A text has more characters than so many tokens can have."""
+
+
 class TextStream:
     """Generated token ids in, text out, as soon as it can no longer change.
 
@@ -194,20 +198,34 @@ class TextCodec:
         config = _read_config(tokenizer_dir / "tokenizer_config.json")
         return cls(tokenizer, _special_tokens(config), _chat_template(tokenizer_dir, config))
 
-    def encode(self, text: str) -> NDArray[np.int64]:
-        """Text to ids int64 [T], with the special tokens the tokenizer itself adds (such as BOS)."""
-        return self._encoded(text, special_tokens=True)
+    def encode(self, text: str, *, most_tokens: int | None = None) -> NDArray[np.int64]:
+        """Text to ids int64 [T], with the special tokens the tokenizer itself adds (such as BOS).
+
+        Args:
+            most_tokens: a text that cannot be so few is refused without reading it, which may take seconds.
+
+        Raises:
+            TextTooLong: the text has more characters than so many tokens can have.
+        """
+        return self._encoded(text, most_tokens, special_tokens=True)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        most_tokens: int | None = None,
     ) -> NDArray[np.int64]:
-        """Messages to the ids int64 [T] of a prompt for the assistant's answer. Arguments as for `render_chat`.
+        """Messages to the ids int64 [T] of a prompt for the assistant's answer.
+
+        Arguments as for `render_chat` and `encode`.
 
         Raises:
             InputError: as `render_chat`.
+            TextTooLong: as `encode`.
         """
         text = self.render_chat(messages, tools=tools)
-        return self._encoded(text, special_tokens=False)  # the template's own are in it
+        return self._encoded(text, most_tokens, special_tokens=False)  # the template's own are in it
 
     def render_chat(
         self,
@@ -267,8 +285,19 @@ class TextCodec:
         """A new text stream for one generated sequence."""
         return TextStream(self, stop)
 
-    def _encoded(self, text: str, *, special_tokens: bool) -> NDArray[np.int64]:
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the vocabulary's longest token; what stands for a byte counts as one."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+    def _encoded(self, text: str, most_tokens: int | None, *, special_tokens: bool) -> NDArray[np.int64]:
         _check_text("The text", text)
+        if most_tokens is not None and len(text) > most_tokens * self._longest_token:
+            raise TextTooLong(
+                "The text is too long.",
+                note=f"It has {len(text)} characters, and {most_tokens} tokens are the most.",
+                hint="Shorten it.",
+            )
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         except Exception as error:  # tokenizers raises nothing narrower: an unknown token in a vocabulary without one

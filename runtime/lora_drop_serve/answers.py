@@ -278,8 +278,10 @@ class CompletionAnswer(Answer):
             text = self._token(event.token)
             found["tokens"].append(text)
             found["token_logprobs"].append(event.logprob)
-            top = {self._token(token): logprob for token, logprob in event.top_logprobs}
-            found["top_logprobs"].append(None if event.logprob is None else {text: event.logprob, **top})
+            top = {} if event.logprob is None else {text: event.logprob}
+            for token, logprob in event.top_logprobs:
+                top.setdefault(self._token(token), logprob)  # parts of characters have one text: the likeliest is told
+            found["top_logprobs"].append(top or None)
             found["text_offset"].append(self._offsets[index])
             self._offsets[index] += len(text)
         return found

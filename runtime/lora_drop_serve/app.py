@@ -11,8 +11,9 @@ import contextlib
 import functools
 import hmac
 import json
+import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import scheduled
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from lora_drop_runtime.text import TextCodec
+from lora_drop_runtime.text import TextCodec, TextTooLong
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,6 +44,8 @@ DISCARD_SECONDS = 10  # that a body which is refused may still come
 MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
+ACCEPT_LOG_SECONDS = 60
+TOO_LONG = "context_length_exceeded"  # a code of the API
 GONE = 499  # the client went away: nobody reads this
 
 Ids = NDArray[np.int64]
@@ -151,7 +154,7 @@ def _handle_errors(app: FastAPI) -> None:
             return JSONResponse(error.detail, error.status_code)
         where = f"{request.method} {request.url.path}"[:200]
         said = {404: f"There is nothing at {where}.", 405: f"{where} is not possible: see docs/serving.md."}
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = {400: "json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = said.get(error.status_code, "The body cannot be read as JSON.")
         return _error(ApiError(error.status_code, message, code=code, headers=error.headers))
 
@@ -222,6 +225,30 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | No
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@contextlib.contextmanager
+def _readable(param: str) -> Iterator[None]:
+    """What a text or a template is refused for, as an error of a field."""
+    try:
+        yield
+    except InputError as error:
+        raise refused(error, param, TOO_LONG if isinstance(error, TextTooLong) else None) from None
+
+
+class _Log:
+    """Of an event loop's own errors. asyncio says thousands of times a second, each with a traceback, that no
+    connection can be accepted; this says it once a minute."""
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not str(context.get("message", "")).startswith("socket.accept() out of system resource"):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._quiet_until:
+            self._quiet_until = loop.time() + ACCEPT_LOG_SECONDS
+            print("warning: too many connections are open, no more can be accepted (ulimit -n)", file=sys.stderr)
+
+
 class Service:
     """What the routes share: how a request becomes rows, and rows become an answer.
 
@@ -275,32 +302,26 @@ class Service:
         self._check_count(1, body, "messages")
         messages = [message.for_template for message in body.messages]
         tools = body.called
-        encode = functools.partial(self._codec.encode_chat, messages)
-        try:
+        encode = functools.partial(self._codec.encode_chat, messages, most_tokens=self.driver.max_prompt_len)
+        with _readable("messages"):
             ids = await asyncio.to_thread(encode, tools=None)
-        except InputError as error:
-            raise refused(error, "messages") from None
         if tools is not None:
-            try:
+            with _readable("tools"):
                 ids = await asyncio.to_thread(encode, tools=tools.for_template)
-            except InputError as error:
-                raise refused(error, "tools") from None
         return await self._answer(ChatAnswer, body, [ids], "messages", request, tools=tools)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
             if isinstance(prompt, str):
-                return self._codec.encode(prompt)
+                return self._codec.encode(prompt, most_tokens=self.driver.max_prompt_len)
             wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
             if wrong is not None:
                 said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
                 raise ApiError(400, said, param="prompt")
             return np.array(prompt, np.int64)
 
-        try:
+        with _readable("prompt"):
             return await asyncio.to_thread(lambda: [ids(prompt) for prompt in prompts])
-        except InputError as error:
-            raise refused(error, "prompt") from None
 
     def _policy(self, body: CompletionRequest | ChatRequest) -> Policy:
         """The request's policy; `k` is checked beside it."""
@@ -329,11 +350,11 @@ class Service:
         most = min(driver.max_prompt_len, driver.max_seq_len - 1)
         if length > most:
             said = f"The prompt has {length} tokens, this server takes {most}."
-            raise ApiError(400, said, param=param, code="context_length_exceeded")
+            raise ApiError(400, said, param=param, code=TOO_LONG)
         room = driver.max_seq_len - length
         if asked is not None and asked > room:
             said = f"Prompt and new tokens are {length} + {asked} tokens, this server takes {driver.max_seq_len}."
-            raise ApiError(400, said, param=body.limit_field, code="context_length_exceeded")
+            raise ApiError(400, said, param=body.limit_field, code=TOO_LONG)
         return min(room, body.usual_tokens or room) if asked is None else asked
 
     async def _answer(
@@ -432,11 +453,12 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(_Log())
         driver.start()
         yield
         await driver.stop()
 
-    app = FastAPI(title="LoRA-Drop", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="LoRA-Drop", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     service = Service(driver, codec)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
     _handle_errors(app)
@@ -448,15 +470,18 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
         if driver.is_stalled:
             raise ApiError(503, "A step of the engine does not come to its end.", code="stalled")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         state()
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         state()

@@ -47,7 +47,10 @@ class ApiError(Exception):
 
 def refused(error: LoraDropError, param: str | None = None, code: str | None = None) -> ApiError:
     """What the runtime refuses, as an error of the request."""
-    return ApiError(400, " ".join(filter(None, (error.fact, error.note, error.hint))), param=param, code=code)
+    # Hints that name an option are for commands
+    parts = error.fact, error.note, None if error.hint and "--" in error.hint else error.hint
+    said = " ".join(part if part.endswith((".", "!", "?")) else f"{part}." for part in parts if part)
+    return ApiError(400, said, param=param, code=code)
 
 
 def closing() -> ApiError:
@@ -72,10 +75,14 @@ def engine_failed(error: BaseException) -> ApiError:
     return ApiError(503, said, code="engine_failed")
 
 
+_OBJECT = "it has to be an object"
+_SAID = {"model_type": _OBJECT, "model_attributes_type": _OBJECT}  # in place of pydantic's own words
+
+
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that pydantic found wrong with a body."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part != "body"]
+    place = [str(part) for part in error["loc"] if part != "body" and "[" not in str(part)]  # but pydantic's own names
     if error["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
     param = error.get("ctx", {}).get("param") or (place[0] if place else None)
@@ -83,6 +90,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"There is no parameter {'.'.join(place)!a:.80}.", param=param, code="unknown_parameter")
     if not place and not error.get("ctx"):
         needed = "It has to be a JSON object with text as keys, sent with Content-Type: application/json."
-        return ApiError(400, f"The body cannot be read: {error['msg']}. {needed}")
-    said = error["msg"].removeprefix("Value error, ")
+        said = _SAID.get(error["type"], error["msg"])
+        return ApiError(400, f"The body cannot be read: {said}. {needed}")
+    said = _SAID.get(error["type"], error["msg"].removeprefix("Value error, "))
     return ApiError(400, f"{'.'.join(place) or param}: {said}."[:500], param=param, code=error["type"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
@@ -16,12 +16,22 @@ from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.grammars.tools import AUTO, NONE, Tools
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError, refused
 
-MOST_BODY_BYTES = 8 << 20
+MOST_BODY_BYTES = 4 << 20
+MOST_FIELDS = 128  # of an object that is not a schema
+MOST_MESSAGES = 4096
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
 MOST_TOP = 20  # logprobs of a token
 MOST_CHOICES = 128
@@ -35,6 +45,14 @@ def _utf8(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell of each wrong item of millions
+
+
+def _few_fields(data: Any) -> Any:
+    if isinstance(data, dict) and len(data) > MOST_FIELDS:
+        raise ValueError(f"it has {len(data)} fields, {MOST_FIELDS} are the most")
+    return data
 
 
 def _utf8_json(value: Any) -> Any:
@@ -81,6 +99,17 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+def _stops(stop: Any) -> Any:
+    stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if len(stops) > MOST_STOPS:
+        raise ValueError(f"{len(stops)} strings are too many, {MOST_STOPS} are the most")
+    if not all(isinstance(text, str) for text in stops):
+        raise ValueError("it has to be a text, or a list of texts")
+    if not all(0 < len(text) <= MOST_STOP_CHARACTERS for text in stops):
+        raise ValueError(f"a string has to have 1 to {MOST_STOP_CHARACTERS} characters")
+    return stop
+
+
 class StreamOptions(_Model):
     include_usage: bool | None = None
 
@@ -122,7 +151,7 @@ class _Request(_Model):
     seed: Annotated[int, _within(bounds.SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: Annotated[Text | Items[Text] | None, BeforeValidator(_stops)] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -135,7 +164,7 @@ class _Request(_Model):
         """Fields of the API that would have to change the answer are errors; others are left out."""
         if not isinstance(data, dict):
             return data
-        kept = dict(data)
+        kept = dict(_few_fields(data))
         for name in CHANGES_NOTHING.keys() & data.keys():
             known = CHANGES_NOTHING[name]
             if known is not _ANY and kept[name] not in known:
@@ -144,16 +173,6 @@ class _Request(_Model):
                 )
             del kept[name]
         return kept
-
-    @field_validator("stop")
-    @classmethod
-    def _bounded(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MOST_STOPS:
-            raise ValueError(f"{len(stops)} strings are too many, {MOST_STOPS} are the most")
-        if not all(0 < len(text) <= MOST_STOP_CHARACTERS for text in stops):
-            raise ValueError(f"a string has to have 1 to {MOST_STOP_CHARACTERS} characters")
-        return stop
 
     @model_validator(mode="after")
     def _streams(self) -> _Request:
@@ -197,7 +216,7 @@ class CompletionRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = 16  # where none are asked for and as many fit: the API's default
 
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: Text | Items[Text] | Items[int] | Items[Items[int]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
@@ -275,14 +294,31 @@ class MessageCall(_Model):
     function: CalledFunction
 
 
+def _texts(content: Any) -> Any:
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list | None) or not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise ValueError("messages are text alone: a string, or parts of the type text")
+    return content
+
+
 class Message(_Model):
     """What a role says. Fields beside these go to the template as they are."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: Text | list[TextPart] | None = None
-    tool_calls: list[MessageCall] | None = None
+    content: Annotated[Text | Items[TextPart] | None, BeforeValidator(_texts)] = None
+    tool_calls: Items[MessageCall] | None = None
+
+    _few_fields = model_validator(mode="before")(_few_fields)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
 
     @property
     def for_template(self) -> dict[str, Any]:
@@ -298,11 +334,11 @@ class ChatRequest(_Request):
     usual_tokens: ClassVar[int | None] = None  # as many as fit
     scores_prompt: ClassVar[bool] = False
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: Annotated[list[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
+    tools: Annotated[Items[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 

@@ -72,7 +72,7 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         cut = await self._driver.drain(self._grace)
         if cut:
-            print(f"{cut} requests were cut: --grace is {self._grace:g} s", file=sys.stderr)
+            print(f"{cut} requests were cut, after {self._grace:g} s of grace or a second signal", file=sys.stderr)
         self.should_exit = True
 
     def _end(self) -> None:

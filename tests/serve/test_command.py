@@ -18,7 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import main
+from lora_drop_tools.serve import ServeSettings
 
 from tests.serve.test_client import alone, words
 
@@ -115,6 +117,17 @@ def test_the_key_comes_from_the_environment(bundle: Bundle) -> None:
         code, errors = end_of(process)
     assert code == 0
     assert "warning" not in errors
+
+
+@pytest.mark.parametrize(("key", "said"), [("", "is empty"), ("sesame ", "begins or ends with white space")])
+def test_a_key_that_nobody_can_send_is_refused(key: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable is a secret that was not loaded, not a wish to let everybody in."""
+    with pytest.raises(InputError, match=rf"--api-key {said}"):
+        ServeSettings(api_key=key)
+    monkeypatch.setenv("LORA_DROP_API_KEY", key)
+    with pytest.raises(InputError, match=rf"LORA_DROP_API_KEY {said}"):
+        ServeSettings()
+    assert ServeSettings(api_key="x").key == "x"
 
 
 def test_another_host_without_a_key_is_warned_of(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,8 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.row import Event
+from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.answers import CompletionAnswer
+from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _Log
+from lora_drop_serve.errors import of_validation
 from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest
+from pydantic import ValidationError
 
 from tests.support.serving import Served, serving, word_bundle
 
@@ -156,6 +163,80 @@ def test_a_body_that_is_none(served: Served, path: str, body: bytes) -> None:
 def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> None:
     body = f'{{"prompt": [1], "{field}": {number}}}'.encode()
     check_error(served.http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 400, field)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (CHAT, {"messages": [0] * 4000}, "messages.0: it has to be an object"),
+        (CHAT, {"messages": [{}] * 4000}, "role"),
+        (CHAT, {"messages": HI * 5000}, "4096"),
+        (CHAT, {"messages": [{"role": "user", "content": [0] * 10**5}]}, "text alone"),
+        (CHAT, {"messages": [{"role": "user", **dict.fromkeys(map(str, range(10**4)), 0)}]}, "fields"),
+        (CHAT, {"messages": HI, "stop": [0] * 10**5}, "32"),
+        (CHAT, {"messages": HI, "stop": [0]}, "it has to be a text, or a list of texts"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
+        (CHAT, {"messages": [{"role": "user"}]}, "content is missing"),
+        (CHAT, {"messages": HI, **dict.fromkeys(map(str, range(10**4)), 0)}, "fields"),
+        (COMPLETIONS, {"prompt": [[]] * 10**5 + [0]}, "not empty"),
+        (COMPLETIONS, {"prompt": [0] * 10**5 + ["t1"]}, "token ids"),
+    ],
+)
+def test_many_faults_are_one_error(path: str, body: dict[str, Any], said: str) -> None:
+    """Of millions of wrong items each would be an object of its own, while nobody else is served."""
+    with pytest.raises(ValidationError) as refused:
+        (ChatRequest if path == CHAT else CompletionRequest).model_validate(body)
+    assert refused.value.error_count() <= 3
+    assert said in of_validation(refused.value.errors()).body["error"]["message"]
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer holds the whole process up as long as it reads."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was read")
+
+    tokenizer = SimpleNamespace(encode=never, get_vocab=served.codec._tokenizer.get_vocab)
+    monkeypatch.setattr(served.codec, "_tokenizer", tokenizer)
+    long = "t1 " * 10**5
+    for path, body, param in (
+        (COMPLETIONS, {"prompt": long}, "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": long}]}, "messages"),
+    ):
+        error = check_error(served.http.post(path, json=body), 400, param)
+        assert error["code"] == "context_length_exceeded"
+        assert "characters" in error["message"]
+
+
+def test_hints_for_commands_are_not_for_clients(served: Served) -> None:
+    error = check_error(served.http.post(COMPLETIONS, json={"prompt": [1], "k": "auto"}), 400, "k")
+    assert "--" not in error["message"]
+
+
+def test_probes_may_ask_for_the_head_alone(served: Served) -> None:
+    for path in ("/", "/health", "/ready"):
+        assert served.http.head(path).status_code == 200
+    assert served.http.get("/health/").status_code == 404
+
+
+def test_connections_that_cannot_be_accepted_are_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    log, now = _Log(), [5.0]
+    loop: Any = SimpleNamespace(time=lambda: now[0])
+    context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many open files")}
+    for _ in range(1000):
+        log(loop, context)
+    assert capsys.readouterr().err.count("too many connections") == 1
+    now[0] += ACCEPT_LOG_SECONDS
+    log(loop, context)
+    assert capsys.readouterr().err.count("too many connections") == 1
+
+
+def test_parts_of_characters_have_one_text() -> None:
+    """Under it the token that was chosen is told, not a less likely one."""
+    answer: Any = object.__new__(CompletionAnswer)
+    answer._codec, answer._offsets = SimpleNamespace(decode=lambda ids, **_: "?" if ids[0] < 3 else "x"), [0]
+    event = Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (3, -1.5), (2, -4.0)))
+    assert answer._said(0, [event])["top_logprobs"] == [{"?": -0.5, "x": -1.5}]
 
 
 def test_halves_of_characters(served: Served) -> None:

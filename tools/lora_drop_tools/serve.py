@@ -88,10 +88,19 @@ class ServeSettings:
         check_options(self)
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         refuse_idle_drafts(self, self.policy)
+        key = self.key
+        if key is not None and (not key or key != key.strip()):
+            raise InputError(
+                "The API key cannot be used.",
+                note=f"{'--api-key' if self.api_key is not None else KEY_VARIABLE} "
+                f"{'begins or ends with white space' if key.strip() else 'is empty'}.",
+                hint="Give a key, or none at all to let everybody in.",
+            )
 
     @property
     def key(self) -> str | None:
-        return self.api_key or os.environ.get(KEY_VARIABLE) or None
+        """What clients have to send; None lets everybody in."""
+        return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
 
     def open(self, bundle: Bundle) -> Batch:
         """A batch of the bundle with these slots and defaults."""
