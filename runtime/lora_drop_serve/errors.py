@@ -93,4 +93,4 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         said = _SAID.get(error["type"], error["msg"])
         return ApiError(400, f"The body cannot be read: {said}. {needed}")
     said = _SAID.get(error["type"], error["msg"].removeprefix("Value error, "))
-    return ApiError(400, f"{'.'.join(place) or param}: {said}."[:500], param=param, code=error["type"])
+    return ApiError(400, f"{'.'.join(place) or param or 'The body'}: {said}."[:500], param=param, code=error["type"])
