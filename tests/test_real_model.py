@@ -189,7 +189,7 @@ def test_runtime_alone(exported, tmp_path):
         "import importlib.metadata as m; print({p.parts[0] for p in m.files('lora-drop-export') if p.suffix == '.py'})"
     )
     top = subprocess.run([bin_dir / "python", "-c", names], check=True, capture_output=True, text=True).stdout
-    assert ast.literal_eval(top) == {"lora_drop_export", "lora_drop_runtime", "lora_drop_tools"}
+    assert ast.literal_eval(top) == {"lora_drop_export", "lora_drop_runtime", "lora_drop_serve", "lora_drop_tools"}
     command = [bin_dir / "lora-drop", "generate", str(exported), "--prompt", PROMPTS[0], "--k", "0"]
     done = subprocess.run(
         [*command, "--max-new-tokens", "4"], capture_output=True, text=True, check=False, cwd=tmp_path

@@ -22,7 +22,7 @@ LLAMA3_8B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 MEASURE = """
-import re, resource, sys
+import re, sys
 from lora_drop_export.cli import main
 from lora_drop_export.compiler import records
 from lora_drop_runtime.bundle.manifest import FileRecord
@@ -36,16 +36,18 @@ records.record_file = record_but_not_the_hole
 code = main(sys.argv[1:])
 try:
     read = re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1]
+    # Not getrusage: what it says of a process begins with what the one had that started it
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 except OSError:
-    read = 0
-print("measured", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, read)
+    read = peak = 0
+print("measured", peak, read)
 sys.exit(code)
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Peak memory of a process, and what it read from files with `read` (0 where the system does not tell)."""
+    """Peak memory of a process, and what it read from files with `read`; 0 where the system does not tell."""
 
     peak_bytes: int
     read_bytes: int
