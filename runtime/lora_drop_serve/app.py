@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -261,7 +262,9 @@ class Service:
         self.driver, self._codec = driver, codec
         model = driver.bundle.manifest.model
         self._vocabulary, self.name, self._created = model.vocab_size, model.name, int(time.time())
-        self._compiling = asyncio.Semaphore(MOST_COMPILING)
+        # Apart from the loop's own threads, which others need for their prompts: a compilation whose client has gone
+        # away still runs to its end, and one that has not begun never does
+        self._compilers = ThreadPoolExecutor(MOST_COMPILING, thread_name_prefix="lora-drop-compile")
 
     def model(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
@@ -417,11 +420,10 @@ class Service:
             assert schema is not None
             return self._grammars.json_schema(schema)
 
-        async with self._compiling:
-            try:
-                return await asyncio.to_thread(compiled)
-            except InputError as error:
-                raise refused(error, "response_format" if tools is None else "tools") from None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, compiled)
+        except InputError as error:
+            raise refused(error, "response_format" if tools is None else "tools") from None
 
     async def _told(
         self, answer: Answer, job: Job, begin: Callable[[], Awaitable[None]], streams: bool, request: Request
@@ -429,17 +431,18 @@ class Service:
         """The response; the job ends with it."""
         with contextlib.ExitStack() as ends:
             ends.enter_context(job)
-            if streams:
-                await begin()
-                ends.pop_all()  # by the response
-                return _Stream(_events(answer, job), job)
 
             async def work() -> dict[str, Any]:
                 await begin()
-                return await _whole(answer, job)
+                return {} if streams else await _whole(answer, job)
 
             found = await _unless_gone(request, work())
-            return Response(status_code=GONE) if found is None else JSONResponse(found)
+            if found is None:
+                return Response(status_code=GONE)
+            if not streams:
+                return JSONResponse(found)
+            ends.pop_all()  # by the response
+            return _Stream(_events(answer, job), job)
 
 
 def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) -> FastAPI:

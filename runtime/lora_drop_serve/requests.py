@@ -273,16 +273,18 @@ class TextPart(_Model):
 
 
 def _arguments(value: Any) -> Any:
-    """JSON, as the API has it; templates write it themselves."""
+    """JSON, as the API has it; templates write it themselves. An empty text is what some clients send for none."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value or "{}")
     except (ValueError, RecursionError):
         raise ValueError("the arguments of a call are no JSON") from None
 
 
 class CalledFunction(_Model):
+    model_config = ConfigDict(extra="ignore")  # the client library's own, such as `parsed_arguments`
+
     name: Text
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,10 @@ import openai
 import pytest
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.app import MOST_COMPILING
 from pydantic import BaseModel
 
 from tests.support.bundles import make_bundle
@@ -229,8 +233,11 @@ def test_the_history_of_calls_goes_to_the_template(client: openai.OpenAI, bundle
     answer = client.chat.completions.create(**asked(bundle, tools=TOOLS, tool_choice=WEATHER)).choices[0].message
     city = json.loads(answer.tool_calls[0].function.arguments)["city"]
     messages[1] = answer.model_dump()
+    messages[1]["tool_calls"][0]["function"]["parsed_arguments"] = {"city": city}  # of the client's `parse`
     done = client.chat.completions.create(**asked(bundle, messages=messages, max_tokens=1))
     assert done.usage.prompt_tokens == len(text.replace("Rome", city))
+    messages[1]["tool_calls"][0]["function"]["arguments"] = ""  # of a tool without parameters, by some clients
+    assert client.chat.completions.create(**asked(bundle, messages=messages, max_tokens=1)).usage.prompt_tokens
 
 
 # ── errors ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,3 +355,38 @@ def test_what_is_compiled_counts_as_waiting(served: Served) -> None:
     assert codes.count(200) >= 8
     await_that(lambda: served.driver.open_rows == 0)
     served.await_rows(0)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_who_hangs_up_leaves_the_compilers_to_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """Places are free at once, what has not begun is never compiled, and prompts are read meanwhile."""
+    release, begun = threading.Event(), list[Any]()
+
+    def stuck(_: Grammars, schema: Any) -> None:
+        begun.append(schema)
+        release.wait()
+        raise InputError("No.", note="It is a test.", hint="None.")
+
+    monkeypatch.setattr(Grammars, "json_schema", stuck)
+
+    async def hang_up() -> None:
+        async with httpx.AsyncClient(base_url=served.address, timeout=None) as http:
+            body = {"messages": HI, "stream": streams, **schema({})}
+            tasks = [asyncio.create_task(http.post(CHAT, json=body)) for _ in range(6)]
+            while served.driver.open_rows < 6 or len(begun) < MOST_COMPILING:
+                await asyncio.sleep(0.005)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        asyncio.run(hang_up())
+        await_that(lambda: served.driver.open_rows == 0)
+        assert served.http.post(CHAT, json={"messages": HI, "max_tokens": 2}).status_code == 200
+        assert len(begun) == MOST_COMPILING
+    finally:
+        release.set()
+    assert served.http.post(CHAT, json={"messages": HI, **schema({})}).status_code == 400
+    assert len(begun) == MOST_COMPILING + 1

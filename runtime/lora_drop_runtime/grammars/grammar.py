@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_CHARACTERS = 1 << 18  # of a schema or grammar
-_COMPILED = 64  # grammars that are kept
+_COMPILED = 16  # grammars that are kept, of 100 MiB each at worst
 # JSON on one line, as Python writes it: white space where a model likes costs tokens, and small ones do not end it
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

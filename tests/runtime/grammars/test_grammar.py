@@ -14,6 +14,7 @@ import pytest
 from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.grammars import trial
 from lora_drop_runtime.grammars.grammar import MOST_CHARACTERS, Grammars
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
@@ -168,13 +169,20 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "elsewhere": ({"$ref": "http://example.com/a.json"}, "cannot be followed", "example.com"),
     "never ends": ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "cannot be followed", ""),
     "overflows the stack": (nested(3000), "cannot be followed", "nested too deep"),
-    "takes for ever": ({"type": "integer", "multipleOf": 62615533}, "cannot be followed", "seconds"),
+    "takes much memory": ({"type": "integer", "multipleOf": 62615533}, "cannot be followed", "memory"),
 }
 
 
 @pytest.mark.parametrize(("schema", "fact", "note"), REFUSED.values(), ids=REFUSED.keys())
 def test_schemas_that_cannot_be_followed_are_refused(grammars: Grammars, schema: Any, fact: str, note: str) -> None:
     assert_refused(lambda: grammars.json_schema(schema), fact, note)
+
+
+def test_a_schema_that_takes_for_ever_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's time, where memory would allow it."""
+    monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace(str(trial.MEMORY), str(1 << 30)))
+    schema = {"type": "integer", "multipleOf": 62615537}
+    assert_refused(lambda: grammars.json_schema(schema), "cannot be followed", f"{trial.SECONDS} seconds")
 
 
 def test_patterns_and_grammars_that_cannot_be_followed_are_refused(grammars: Grammars) -> None:
