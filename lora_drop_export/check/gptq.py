@@ -25,8 +25,8 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.decoder.anatomy import name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel
-from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import corrected, gptq_rows, triangle
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
+from lora_drop_export.quantize.gptq import corrected, correction, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import finite, has_native, quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor, store_rounded
 
@@ -54,42 +54,58 @@ def _attend(call: AttentionCall) -> Any:
     return (torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ value).transpose(1, 2)
 
 
+class _Moments:
+    """Second moments of a layer's inputs x, and those of x with what the checkpoint's own inputs have more, [K, K]."""
+
+    def __init__(self) -> None:
+        self._own: Any = 0
+        self._missing: Any = 0
+
+    def add(self, x: Any, exact: Any) -> None:
+        """Add inputs [..., K]; `exact` are the checkpoint's own."""
+        rows = x.reshape(-1, x.shape[-1])
+        self._own += rows.T @ rows
+        self._missing += rows.T @ (exact.reshape(rows.shape) - rows)
+
+    def solved(self) -> tuple[tuple[Any, Any], Floats | None] | None:
+        """The layer's `triangle` and its `correction`; None where an input is infinite or not a number."""
+        found = triangle(self._own.numpy())
+        return None if found is None else (found, correction(*found, self._missing.numpy()))
+
+
 class _Reached(Exception):
     """The inputs that were wanted are there; the rest of the layer is not run."""
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A linear layer's input."""
+    return args[0] if args else kwargs["input"]
 
 
 @dataclasses.dataclass
 class _Stage:
     """The next linear layers to be rounded: the first that is reached, and all that read the same tensor before the
-    next one that reads another; the second moments of their inputs x, and those of x with what the checkpoint's own
-    inputs have more, both [K, K].
+    next one that reads another; and their inputs.
     """
 
     members: list[Any] = dataclasses.field(default_factory=list)
-    moments: Any = 0
-    missing: Any = 0
-    _x: Any = None  # of this chunk
+    moments: _Moments = dataclasses.field(default_factory=_Moments)
+    x: Any = None  # of this chunk
     _known: bool = False  # the chunk before has shown the members
 
     def begin_chunk(self) -> None:
-        self._known, self._x = bool(self.members), None
+        self._known, self.x = bool(self.members), None
 
     def look(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        if self._x is None:
-            self._x = x
+        x = _given(args, kwargs)
+        if self.x is None:
+            self.x = x
             if self._known:
                 raise _Reached
-        elif self._x is not x:
+        elif self.x is not x:
             raise _Reached
         if module not in self.members:
             self.members.append(module)
-
-    def add(self, exact: Any) -> None:
-        """Add a chunk's inputs, [..., K]; `exact` are the checkpoint's own."""
-        x = self._x.reshape(-1, self._x.shape[-1])
-        self.moments = self.moments + x.T @ x
-        self.missing = self.missing + x.T @ (exact.reshape(x.shape) - x)
 
 
 def _input_of(module: Any, run: Callable[[], Any]) -> Any:
@@ -97,7 +113,7 @@ def _input_of(module: Any, run: Callable[[], Any]) -> Any:
     seen: list[Any] = []
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["input"])
+        seen.append(_given(args, kwargs))
         raise _Reached
 
     hook = module.register_forward_pre_hook(look, with_kwargs=True)
@@ -158,45 +174,44 @@ class _Rounder:
                     outputs.append(_first(layer(x, *args, **kwargs)))
                 if stage.members:
                     first = same[stage.members[0]]
-                    stage.add(_input_of(first, lambda: exact(own, *args, **kwargs)))  # noqa: B023 - runs at once
+                    given = _input_of(first, lambda: exact(own, *args, **kwargs))  # noqa: B023 - runs at once
+                    stage.moments.add(stage.x, given)
             for hook in hooks:
                 hook.remove()
             if not stage.members:
                 return outputs, [
                     _first(exact(own, *args, **kwargs)) for own, (args, kwargs) in zip(streams[1], calls, strict=True)
                 ]
-            solved = triangle(stage.moments.numpy())
+            solved = stage.moments.solved()
             for module in stage.members:
                 name = pending.pop(module)
                 if solved is not None:
-                    self._module(module, name, stage.missing, *solved)
+                    self._module(module, name, *solved)
 
-    def _module(self, module: Any, name: str, missing: Any, unit: Any, own: Any) -> None:
+    def _module(self, module: Any, name: str, factor: tuple[Any, Any], change: Floats | None) -> None:
         import torch
 
         rows, form = finite(module.weight.numpy(), self.refs[name].name), self.formats[name]
-        blocks = gptq_rows(corrected(rows, unit, own, missing.numpy()), unit, own, form)
+        blocks = gptq_rows(corrected(rows, change), *factor, form)
         put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
         self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
 
     def head(self, name: str, streams: Iterable[tuple[Any, Any]], tied: bool) -> None:
         """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own."""
-        moments: Any = 0
-        missing: Any = 0
+        moments = _Moments()
         for x, exact in streams:
-            rows = x.reshape(-1, x.shape[-1])
-            moments = moments + rows.T @ rows
-            missing = missing + rows.T @ (exact.reshape(rows.shape) - rows)
-        solved, ref = triangle(moments.numpy()), self.refs[name]
+            moments.add(x, exact)
+        solved, ref = moments.solved(), self.refs[name]
         if solved is None:
             return
+        factor, change = solved
+        if tied:  # what is looked up has to stay what it is
+            change = None
 
         def chunks() -> Iterator[Blocked]:
             for begin in range(0, ref.shape[0], _HEAD_ROWS):
                 rows = finite(np.array(ref.rows(begin, begin + _HEAD_ROWS), np.float32), ref.name)
-                if not tied:  # what is looked up has to stay what it is
-                    rows = corrected(rows, *solved, missing.numpy())
-                yield gptq_rows(rows, *solved, self.formats[name])
+                yield gptq_rows(corrected(rows, change), *factor, self.formats[name])
 
         self.found[name] = store_rounded(ref, self.formats[name], chunks(), self.directory)
 

@@ -1,10 +1,10 @@
 """From what the user named to a checkpoint on disk.
 
 Enters: a local directory, a hub id or a GGUF file. Leaves: a `Checkpoint`: the config, where each tensor lies, and the
-directory with tokenizer and generation config. Reads headers only: tensors are read, and those of a GGUF file, of a
-quantized checkpoint or of a quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first
-converted by transformers into an ordinary safetensors directory under `scratch`; a GGUF file's config and tokenizer are
-written there.
+directory with tokenizer and generation config. Reads headers only, and a quantized checkpoint's zero points: tensors
+are read, and those of a GGUF file, of a quantized checkpoint or of a quantized bundle dequantized, when they are asked
+for. A `.bin` checkpoint is first converted by transformers into an ordinary safetensors directory under `scratch`; a
+GGUF file's config and tokenizer are written there.
 """
 
 from __future__ import annotations

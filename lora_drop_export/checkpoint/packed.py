@@ -28,7 +28,7 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.choice import kept_format
-from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, Integers, dequantize, unpack
+from lora_drop_export.quantize.formats import Blocked, BlockFormat, Integers, dequantize, unpack
 
 from .checkpoint import TensorSource
 from .foreign import CHECKPOINT_HINT, refused
@@ -79,8 +79,8 @@ class PackedTensor(abc.ABC):
         """Of rows `begin` to `end`, [n, K]."""
 
     @abc.abstractmethod
-    def _scales(self) -> Floats:
-        """[N, G]"""
+    def _scales(self) -> npt.NDArray[Any]:
+        """[N, G], as stored: a view, of which `native_rows` reads some rows."""
 
     @abc.abstractmethod
     def _zero_points(self) -> Integers | None:
@@ -113,7 +113,7 @@ class PackedTensor(abc.ABC):
     def native_rows(self, begin: int, end: int) -> Blocked:
         """Rows `begin` to `end` in the `native` format: integers, scales and zero points, not rounded again."""
         q = self._integers(begin, min(end, self.shape[0]))
-        scales = self._scales()[begin:end]
+        scales = np.asarray(self._scales()[begin:end], np.float32)
         zero_points = self._zero_points()
         if zero_points is None:
             zero_points = np.full(scales.shape, self.native.middle, np.uint8)
@@ -184,8 +184,8 @@ class GptqTensor(PackedTensor):
     def _integers(self, begin: int, end: int) -> Integers:
         return _values(self.parts["qweight"].read()[:, begin:end].T, self.bits)
 
-    def _scales(self) -> Floats:
-        return np.asarray(self.parts["scales"].read(), np.float32).T
+    def _scales(self) -> npt.NDArray[Any]:
+        return self.parts["scales"].read().T
 
     def _zero_points(self) -> Integers | None:
         words = self.parts["qzeros"].read().view(np.uint32)
@@ -217,8 +217,8 @@ class AwqTensor(PackedTensor):
     def _integers(self, begin: int, end: int) -> Integers:
         return np.ascontiguousarray(self._columns("qweight", begin, end).T)
 
-    def _scales(self) -> Floats:
-        return np.asarray(self.parts["scales"].read(), np.float32).T
+    def _scales(self) -> npt.NDArray[Any]:
+        return self.parts["scales"].read().T
 
     def _zero_points(self) -> Integers | None:
         return self._columns("qzeros", 0, self.shape[0]).T
@@ -251,8 +251,8 @@ class CompressedTensor(PackedTensor):
     def _integers(self, begin: int, end: int) -> Integers:
         return _values(self.parts["weight_packed"].rows(begin, end), self.bits)[:, : self.shape[1]]
 
-    def _scales(self) -> Floats:
-        return np.asarray(self.parts["weight_scale"].read(), np.float32)
+    def _scales(self) -> npt.NDArray[Any]:
+        return self.parts["weight_scale"].read()
 
     def _zero_points(self) -> Integers | None:
         place = self.parts.get("weight_zero_point")

@@ -53,28 +53,32 @@ def triangle(moments: Floats, damping: float = DAMPING) -> tuple[Any, Any] | Non
     return (factor / own).to(torch.float32), own.to(torch.float32)
 
 
-def corrected(rows: Floats, unit: Any, own: Any, missing: Floats) -> Floats:
-    """Weights that make of a layer's inputs what `rows` make of the inputs that it would have without rounding.
+def correction(unit: Any, own: Any, missing: Floats) -> Floats | None:
+    """What takes weights to those that make of a layer's inputs what they make of its inputs without rounding.
 
     After GPTAQ (Li et al. 2025, arXiv 2504.02692), as ridge regression: W + W D H⁻¹ has the least ‖W' x − W (x + e)‖²
     over inputs x that lack e, with the damping times ‖W' − W‖² added.
 
     Args:
-        rows: W float32 [n, K].
         unit, own: the layer's `triangle`.
         missing: Dᵀ float32 [K, K], the sum of x eᵀ at the scale of H.
 
     Returns:
-        float32 [n, K]; `rows` where `missing` has values that are infinite or not a number.
+        D H⁻¹ float32 [K, K]; None where `missing` has values that are infinite or not a number.
     """
     import torch
 
     wanted, factor = torch.from_numpy(missing).to(torch.float64), (unit * own).to(torch.float64)
     if not torch.isfinite(wanted).all():
-        return rows
+        return None
     change = torch.cholesky_solve(wanted.flip(0), factor.flip(0, 1)).flip(0)  # H⁻¹ Dᵀ, of the flipped H = L Lᵀ
-    more: Floats = change.T.to(torch.float32).numpy()
-    return rows + rows @ more
+    found: Floats = change.T.to(torch.float32).numpy()
+    return found
+
+
+def corrected(rows: Floats, change: Floats | None) -> Floats:
+    """W + W C of weights W float32 [n, K] and their layer's `correction` C [K, K]; `rows` where there is none."""
+    return rows if change is None else rows + rows @ change
 
 
 def _columns(rows: Any, unit: Any, own: Any, form: BlockFormat) -> Blocked:

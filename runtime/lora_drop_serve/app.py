@@ -306,11 +306,14 @@ class Service:
         messages = [message.for_template for message in body.messages]
         tools = body.called
         encode = functools.partial(self._codec.encode_chat, messages, most_tokens=self.driver.max_prompt_len)
-        with _readable("messages"):
-            ids = await asyncio.to_thread(encode, tools=None)
-        if tools is not None:
-            with _readable("tools"):
-                ids = await asyncio.to_thread(encode, tools=tools.for_template)
+        try:
+            with _readable("messages" if tools is None else "tools"):
+                ids = await asyncio.to_thread(encode, tools=None if tools is None else tools.for_template)
+        except ApiError:
+            if tools is not None:
+                with _readable("messages"):  # which may be at fault by themselves
+                    await asyncio.to_thread(encode)
+            raise
         return await self._answer(ChatAnswer, body, [ids], "messages", request, tools=tools)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_drop_export.quantize.formats import BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import DAMPING, corrected, gptq_rows, triangle
+from lora_drop_export.quantize.gptq import DAMPING, corrected, correction, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import quantize_rows
 from tests.support.quantized import FORMATS
 
@@ -123,7 +123,7 @@ def test_corrected_weights_are_those_of_a_ridge_regression() -> None:
     a = np.concatenate([x, root * np.eye(24)])
     b = np.concatenate([(x + rounding) @ rows.T, root * rows.T])
     wanted = np.linalg.lstsq(a, b, rcond=None)[0].T
-    found = corrected(rows, *triangle(moments), x.T @ rounding)
+    found = corrected(rows, correction(*triangle(moments), x.T @ rounding))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.abs(found - rows).max() > 0.1
-    assert corrected(rows, *triangle(moments), np.full_like(moments, np.inf)) is rows
+    assert corrected(rows, correction(*triangle(moments), np.full_like(moments, np.inf))) is rows

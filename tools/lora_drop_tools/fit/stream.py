@@ -152,7 +152,7 @@ def _rows(path: str, column: str, **where: Any) -> Documents:
         return datasets.IterableDataset.from_generator(
             _parquet_rows, gen_kwargs={"files": list(files), "column": column}
         )
-    return datasets.load_dataset(path, split="train", streaming=True, **where)
+    return builder.as_streaming_dataset(split="train")
 
 
 def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> Documents:
