@@ -12,6 +12,8 @@ from typing import Any
 
 from .refusals import unsupported
 
+DOMAIN = "lora_drop"  # of the nodes that a trace makes
+
 
 @dataclass(frozen=True)
 class AttentionCall:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,19 @@ def _constant(tensor: Any, name: str) -> Any:
     return real
 
 
-def bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]) -> None:
+def buffer_tensor(buffers: dict[str, Any], name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    """A buffer's values, which no checkpoint gives."""
+    array = buffers[name].float().numpy()
+    if np.isnan(array).any():
+        raise ModelError(
+            "The model has a buffer whose values are unknown.",
+            note=f"{name} is in no checkpoint and transformers does not initialise it.",
+            hint="Use a model of a family that transformers knows.",
+        )
+    return ir.tensor(array.astype(dtype.numpy()), name=name)
+
+
+def bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: Collection[str]) -> None:
     """Give initializers their Hugging Face names; stored ones lose their fake data, the others get their values."""
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -30,15 +43,7 @@ def bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: set[str]
             continue  # a constant of the graph itself
         name = value.name.removeprefix("model.")
         if name in buffers:
-            array = buffers[name].float().numpy()
-            if np.isnan(array).any():
-                raise ModelError(
-                    "The model has a buffer whose values are unknown.",
-                    note=f"{name} is in no checkpoint and transformers does not initialise it.",
-                    hint="Use a model of a family that transformers knows.",
-                )
-            kind = tensor.dtype if tensor is not None else ir.DataType.FLOAT
-            value.const_value = ir.tensor(array.astype(kind.numpy()), name=name)
+            value.const_value = buffer_tensor(buffers, name, ir.DataType.FLOAT if tensor is None else tensor.dtype)
         elif name not in stored:
             value.const_value = ir.tensor(_constant(tensor, name), name=name)
         else:

@@ -25,15 +25,15 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import buffer_values, decoder_layers, tied_names
-from .attention_interface import AttentionCall, register_attention
+from .anatomy import buffer_values, decoder_layers, name_of, tied_names
+from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
+from .repeats import LayerCalls, alike, expand, first_output, stand_ins
 from .rotary import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"
-DOMAIN = "lora_drop"
 
 
 @dataclass
@@ -70,6 +70,7 @@ class _Calls:
     layers: list[int] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
 
 
 @contextlib.contextmanager
@@ -97,6 +98,7 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     calls.layers.append(layer)
     calls.windows.append(call.window)
     calls.shapes.append((heads, call.key.shape[1], head_dim, value_dim))
+    calls.scales.append((call.scale, call.softcap))
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
         (call.query, call.key, call.value),
@@ -167,19 +169,13 @@ def _example_inputs() -> tuple[Any, ...]:
     return zeros(3, 5), zeros(3), zeros(3, 2)
 
 
-def _dry_run(wrapper: Any, layers: Any) -> _Calls:
+def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
     """Run once on fake tensors to see that the decoder has the usual shape, with errors that name what is not."""
-    calls = _Calls()
+    calls, seen = _Calls(), LayerCalls()
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, calls))
-    seen: list[tuple[Any, Any]] = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda _, args, output: seen.append((args[0], output[0] if isinstance(output, tuple) else output))
-        )
-        for layer in layers
-    ]
     try:
-        wrapper(*_example_inputs())
+        with seen.noted(layers):
+            wrapper(*_example_inputs())
     except IndexError:
         raise unsupported("decoder layers that do not take the hidden states as first argument", None) from None
     except ModelError:
@@ -190,19 +186,16 @@ def _dry_run(wrapper: Any, layers: Any) -> _Calls:
             note=f"Model type {wrapper.model.config.model_type!r}: {first_line(error)}",
             hint="Choose a decoder whose layers are attention through transformers' attention interface and MLP.",
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     config = wrapper.model.config
-    if len(seen) != len(layers):
+    if len(seen.outputs) != len(layers):
         raise unsupported("decoder layers that are not called once each, in order", config)
-    if any(x.shape != y.shape for x, y in seen):
+    if any(args[0].shape != first_output(y).shape for (args, _), y in zip(seen.arguments, seen.outputs, strict=True)):
         raise unsupported("decoder layers that change the shape of the hidden states", config)
     if calls.layers != list(range(len(layers))):
         raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
-    return calls
+    return calls, seen
 
 
 def _export(wrapper: Any) -> Any:
@@ -243,6 +236,27 @@ def _name_residual_stream(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
+def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any) -> ir.Model:
+    """The graph of a dry run: layers that are alike are traced once, if their graphs bear it out."""
+    model = wrapper.model
+    prefix, stored = name_of(model, layers), model.state_dict().keys()
+    with refused("The model's config cannot be used.", "config.json"):
+        buffers = buffer_values(model)
+    shared = any(name.startswith(f"{prefix}.") for names in tied.items() for name in names)
+    attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
+    for kinds in ([] if shared else alike(layers, seen, attentions), []):
+        with fake, stand_ins(layers, kinds, seen):
+            program = _export(wrapper)
+        bind_initializers(program.model, buffers, stored)
+        program.optimize()
+        _name_residual_stream(program.model)
+        fuse_rotary_embedding(program.model)
+        if expand(program.model, kinds, prefix, stored, buffers):
+            break
+    graph: ir.Model = program.model
+    return graph
+
+
 def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """Trace the model that the checkpoint's config describes; its weights are not read.
 
@@ -258,23 +272,17 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     config = checkpoint.config
     refuse_by_config(config)
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
-    with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet():
         model = build_model(checkpoint, dtype, ATTENTION_NAME)
         layers = decoder_layers(model)
         refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)
-        calls = _dry_run(wrapper, layers)
+        calls, seen = _dry_run(wrapper, layers)
         tied = tied_names(model)
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
-        program = _export(wrapper)
-        with refused("The model's config cannot be used.", "config.json"):
-            buffers = buffer_values(model)
-    bind_initializers(program.model, buffers, stored=set(model.state_dict()))
     with _quiet():
-        program.optimize()
-        _name_residual_stream(program.model)
-        fuse_rotary_embedding(program.model)
-    parameters = leave_places(program.model)
+        graph = _graph(wrapper, layers, calls, seen, tied, fake)
+    parameters = leave_places(graph)
     heads, kv_heads, head_dim, value_dim = calls.shapes[0]
     if value_dim != head_dim:
         raise ModelError(
@@ -289,7 +297,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
             hint="One K/V layout for all layers is needed.",
         )
     return TracedModel(
-        graph=program.model,
+        graph=graph,
         parameters=parameters,
         hidden_size=int(config.hidden_size),
         vocab_size=model.get_output_embeddings().weight.shape[0],
@@ -297,7 +305,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         num_heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        layers_prefix=next(name for name, module in model.named_modules() if module is layers),
-        embedding_only=looked_up(program.model, parameters),
+        layers_prefix=name_of(model, layers),
+        embedding_only=looked_up(graph, parameters),
         tied=tied,
     )

@@ -25,7 +25,8 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from lora_drop_export.decoder.trace import DOMAIN, TracedModel
+from lora_drop_export.decoder.attention_interface import DOMAIN
+from lora_drop_export.decoder.trace import TracedModel
 
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
