@@ -26,7 +26,15 @@ from lora_drop_export.quantize.rounding import has_native
 from lora_drop_export.targets.target import TARGETS
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
-from .facts import adapter_matrices, kept_formats, kept_quantization, make_limits, make_plan, native_formats
+from .facts import (
+    adapter_matrices,
+    head_formats,
+    kept_formats,
+    kept_quantization,
+    make_limits,
+    make_plan,
+    native_formats,
+)
 from .files import check_disk
 from .options import NO_TARGET, ExportOptions
 
@@ -65,7 +73,9 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     """As if every tensor were used, and every matrix quantized where that was asked for."""
     refs = {name: ref for name, ref in checkpoint.tensors.items() if ref.dtype in MODEL_DTYPES}
     shapes = {name: ref.shape for name, ref in refs.items() if len(ref.shape) == 2}
-    formats = block_formats(shapes, native_formats(refs), (), options.weights_format, kept_formats(refs))
+    vocab_size = getattr(checkpoint.config, "vocab_size", 0)
+    given = head_formats(shapes, vocab_size, options) | kept_formats(refs)
+    formats = block_formats(shapes, native_formats(refs), (), options.weights_format, given)
     _check_calibration(refs, formats, options)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
     quantization = kept_quantization(refs) or options.weights_format

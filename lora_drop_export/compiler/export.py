@@ -84,7 +84,7 @@ def write_bundle(
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     warn_of_layers(checkpoint, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
-    formats = chosen_formats(refs, traced, groups, options.weights_format)
+    formats = chosen_formats(refs, traced, groups, options)
     quantization = kept_quantization(refs) or options.weights_format
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed * (2 if options.calibrated else 1))

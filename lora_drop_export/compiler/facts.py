@@ -48,6 +48,15 @@ def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     return {name: ref.native for name, ref in refs.items() if isinstance(ref, PackedTensor)}
 
 
+def head_formats(
+    shapes: Mapping[str, tuple[int, ...]], vocab_size: int, options: BuildOptions
+) -> dict[str, BlockFormat]:
+    """The block formats of the matrices that have a row per token, where they have one of their own."""
+    form = options.head_format
+    found = {name: form.format_of(shape) for name, shape in shapes.items() if form and shape[0] == vocab_size}
+    return {name: one for name, one in found.items() if one is not None}
+
+
 def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
     """How most of a quantized checkpoint's weights are stored; None for another checkpoint."""
     kinds = Counter((ref.native, ref.method) for ref in refs.values() if isinstance(ref, PackedTensor))
@@ -60,14 +69,15 @@ def chosen_formats(
     refs: Mapping[str, TensorSource],
     traced: TracedModel,
     groups: Sequence[tuple[str, ...]],
-    quantization: Quantization | None,
+    options: BuildOptions,
 ) -> dict[str, BlockFormat]:
     """The block format of each quantized weight; of a tied one under all of its names."""
     weights = quantizable(traced.graph.graph)
     others = {ref.name for name, ref in refs.items() if name not in weights}
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
     shapes = {name: ref.shape for name, ref in chosen.items()}
-    return block_formats(shapes, native_formats(chosen), groups, quantization, kept_formats(chosen))
+    given = head_formats(shapes, traced.vocab_size, options) | kept_formats(chosen)
+    return block_formats(shapes, native_formats(chosen), groups, options.weights_format, given)
 
 
 def quantization_facts(

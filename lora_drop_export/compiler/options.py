@@ -26,6 +26,7 @@ from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
 KV_DTYPES = ("int8",)
+HEAD_DTYPES = ("int8",)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
 
@@ -195,6 +196,12 @@ class BuildOptions:
         choices=BLOCK_SIZES,
         help=f"weights that share a scale (default {BLOCK_SIZES[0]})",
     )
+    head_dtype: str | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(HEAD_DTYPES),
+        help="what the head and the embedding are where the rest is int4 (default int4): more accurate, and slower",
+    )
     kv_dtype: str | None = option(
         None,
         group=_BUILD,
@@ -233,6 +240,7 @@ class BuildOptions:
             )
         check_known("dtype", short_name(self.dtype), tuple(BY_SHORT), "--dtype")
         check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
+        check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_formats(self.targets, self.dtype, self.kv_dtype)
         for flag, value, known in (
@@ -246,7 +254,12 @@ class BuildOptions:
                     hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
                 )
             check_known(flag, value, known, flag)
-
+        if self.head_dtype is not None and self.dtype != "int4":
+            raise InputError(
+                "--head-dtype applies only to int4 weights.",
+                note=f"It is {self.head_dtype}; --dtype is {short_name(self.dtype) or 'not given'}.",
+                hint="Leave it out, or add --dtype int4.",
+            )
         if self.calibration is not None:
             if not self.calibrated:
                 raise InputError(
@@ -267,6 +280,11 @@ class BuildOptions:
         if self.dtype not in QUANTIZED_DTYPES:
             return None
         return Quantization.of(self.dtype, self.block_size, self.quantization)
+
+    @property
+    def head_format(self) -> Quantization | None:
+        """How the head and the embedding are quantized, None where it is as the rest."""
+        return None if self.head_dtype is None else Quantization.of(self.head_dtype, self.block_size)
 
 
 @dataclasses.dataclass(frozen=True)

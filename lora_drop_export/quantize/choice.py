@@ -85,16 +85,16 @@ def block_formats(
     native: Mapping[str, BlockFormat],
     groups: Iterable[tuple[str, ...]],
     quantization: Quantization | None,
-    kept: Mapping[str, BlockFormat] = MappingProxyType({}),
+    given: Mapping[str, BlockFormat] = MappingProxyType({}),
 ) -> dict[str, BlockFormat]:
-    """The format of each weight that is quantized; those of a group are alike, those that are kept aside.
+    """The format of each weight that is quantized; those of a group are alike, those that are given aside.
 
     Args:
         shapes: name → [N, K] of the weights that may be quantized.
         native: the formats that some have in the checkpoint; taken where it is what was asked for.
         groups: names that will be one matrix; names outside `shapes` have no part in this.
         quantization: of all others; None leaves them in float.
-        kept: the formats of weights that are stored as they are in the checkpoint, whatever was asked for.
+        given: the formats of some, whatever was asked for: of a head, and of what a checkpoint has quantized.
     """
 
     def taken(name: str) -> bool:
@@ -105,7 +105,7 @@ def block_formats(
     together = {name: group for group in groups for name in group}
     formats = {}
     for name, shape in shapes.items():
-        form = kept.get(name)
+        form = given.get(name)
         if form is None and quantization is not None:
             members = together.get(name, (name,))
             form = native[name] if all(map(taken, members)) else quantization.format_of(shape)

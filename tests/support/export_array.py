@@ -93,6 +93,7 @@ OPTION_FACTORS: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "float16", "int8", "int4"),  # bfloat16 has no kernels on the CPU
     "rounding": (None, *ROUNDINGS),
     "block_size": (None, 32, 128),
+    "head_dtype": (None, "int8"),
     "kv_dtype": (None, "int8"),
     "weights": ("copy", "link"),
     "plan": tuple(PLANS),
@@ -107,7 +108,7 @@ OPTION_FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-RULED = ("model", "stored", "dtype", "rounding", "block_size", "kv_dtype", "weights", "plan", "adapters")
+RULED = ("model", "stored", "dtype", "rounding", "block_size", "head_dtype", "kv_dtype", "weights", "plan", "adapters")
 
 
 def is_allowed(row: Mapping[str, Any]) -> bool:
@@ -118,11 +119,14 @@ def is_allowed(row: Mapping[str, Any]) -> bool:
         for factor in ("rounding", "block_size"):
             if factor in row and (row[factor] is not None) != quantized:
                 return False
+        if row.get("head_dtype") and dtype != "int4":
+            return False
         if dtype == "float16" and (row.get("kv_dtype") or row.get("model", 0) not in HALF_MODELS):
             return False
         if row.get("weights") == "link" and (quantized or stored not in (None, dtype)):
             return False
-    if row.get("weights") == "link" and (row.get("rounding") or row.get("block_size") or stored == "bfloat16"):
+    quantizes = row.get("rounding") or row.get("block_size") or row.get("head_dtype")
+    if row.get("weights") == "link" and (quantizes or stored == "bfloat16"):
         return False
     return not (row.get("plan") == "none" and row.get("adapters") not in (None, "none"))
 
@@ -210,7 +214,7 @@ def _plan_options(row: Row) -> dict[str, Any]:
 
 def exported(row: Row, root: Path) -> tuple[Bundle, Path | None]:
     """The bundle of a row, and the adapters that it has or will load."""
-    options = {name: row[name] for name in ("block_size", "kv_dtype", "weights", "surrogate", "k")}
+    options = {name: row[name] for name in ("block_size", "head_dtype", "kv_dtype", "weights", "surrogate", "k")}
     options |= {"dtype": row["dtype"], "policy": row["policy"], "max_batch": row["max_batch"]}
     options |= {"quantization": row["rounding"], "max_seq_len": None} | _plan_options(row)
     prompt = max(map(len, PROMPTS))

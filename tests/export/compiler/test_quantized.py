@@ -35,6 +35,9 @@ from tests.support.quantized import matrix
         ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
         ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64 and 128")),
         ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
+        ({"head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "not given")),
+        ({"dtype": "int8", "head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "int8")),
+        ({"dtype": "int4", "head_dtype": "fp16"}, ("Unknown --head-dtype", "int8")),
     ],
 )
 def test_refusals(options, words):
@@ -83,6 +86,22 @@ def test_bundle(exported):
         zero_points = values // size * bits / 8 if bits == 4 else 0
         wanted += 4 * values if len(shape) == 1 else values * bits / 8 + 4 * values // size + zero_points
     assert model.layer_bytes[2] == wanted
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama"])
+def test_head_of_eight_bits(name, tmp_path):
+    """And the embedding; the rest has four, and the manifest names what has not."""
+    bundle = make_bundle(name, tmp_path / "b", dtype="int4", head_dtype="int8", targets=("none",))
+    stored = open_checkpoint(str(bundle.root / "weights"), tmp_path / "scratch")
+    finer = set()
+    for weight, ref in family(name).checkpoint.tensors.items():
+        values, back = np.asarray(ref.read()), np.asarray(stored.tensors[weight].read())
+        if values.ndim == 2 and np.abs(back - values).max() < np.abs(values).max() / 127:
+            finer.add(weight)
+    both = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert finer == both & set(family(name).checkpoint.tensors)
+    named = {one["weights"]: one["bits"] for one in bundle.manifest.quantization["departures"] if "bits" in one}
+    assert named == dict.fromkeys(["lm_head.weight"] if name == "llama_tied" else both, 8)
 
 
 def test_perplexity_is_the_models(tmp_path, exported):
