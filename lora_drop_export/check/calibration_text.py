@@ -7,21 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.files import read_bounded
 from lora_drop_runtime.text import TextCodec
 
 CALIBRATION_TEXT = "calibration.txt"
 WINDOWS, WINDOW = 32, 512  # at most, and tokens of each
 LEAST_TOKENS = 2048  # of a text
+MOST_BYTES = 1 << 30
 
 
 def read_calibration_text(file: Path) -> str:
-    """Raises InputError where it cannot be read as UTF-8."""
+    """Raises InputError where it cannot be read as UTF-8, or has more than a GiB."""
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bounded(file, MOST_BYTES).decode("utf-8")
+    except (BundleError, UnicodeDecodeError) as error:
         raise InputError(
-            "The calibration text cannot be read.", note=f"{file}: {error}.", hint="Give a UTF-8 text file."
+            "The calibration text cannot be read.",
+            note=error.note if isinstance(error, BundleError) else f"{file}: {error}.",
+            hint="Give a UTF-8 text file.",
         ) from None
 
 

@@ -45,7 +45,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     Raises:
         BundleError: it cannot be read, or is larger than such a file ever is.
     """
-    reason = "is no ordinary file"
+    reason = "is no ordinary file" if _mode(path) else "was not found"
     try:
         if is_file(path):
             with path.open("rb") as file:

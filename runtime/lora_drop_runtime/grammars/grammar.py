@@ -31,9 +31,10 @@ _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 
 def _refused(reason: str) -> InputError:
+    reason = " ".join(reason.replace("\\n", " ").split())  # llguidance draws lines, and marks the place
     return InputError(
         "The schema or grammar cannot be followed.",
-        note=f"The reason: {reason.strip()[:500]}",
+        note=f"The reason: {reason[:500]}",
         hint="Use a simpler one; docs/run.md says what is supported.",
     )
 

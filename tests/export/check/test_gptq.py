@@ -234,6 +234,7 @@ def test_refused_texts(tmp_path: Path) -> None:
         ({"calibration": text, "dtype": "int4", "quantization": "rtn"}, "applies only to --quantization gptq"),
         ({"calibration": text, **OPTIONS}, "cannot be read"),
         ({"calibration": tmp_path / "none", **OPTIONS}, "cannot be read"),
+        ({"calibration": Path("/dev/zero"), **OPTIONS}, "cannot be read"),
         ({"quantization": "gptq", "dtype": "float32"}, "--quantization applies only to quantized weights"),
         ({"quantization": "gptq"}, "--quantization applies only to quantized weights"),
     ):
