@@ -54,31 +54,28 @@ class Cycles:
         """Yields (token per row, whether the row has one), from the first tokens on.
 
         Args:
-            go_on: raises where the request is over.
+            go_on: raises where the request is over; the device may then be another one's.
         """
         request, active = self._request, np.ones(len(first), np.bool_)
-        before: tuple[list[int], list[int]] | None = None  # the tokens that are fed next, and the rows
+        made, tokens = self._made(first), first
         try:
-            for tokens in self._made(first):
-                if before is not None:
-                    go_on()
-                    request.took(request.next_kind(None), *before)
-                    self._ahead -= 1
+            for left in reversed(range(self._left + 1)):
                 tokens = checked_tokens(tokens, active)
                 active = active & ~np.isin(tokens, list(self._stops))
                 if not active.any():
                     return
                 yield tokens, active
-                before = tokens.tolist(), np.flatnonzero(active).tolist()
+                if left:
+                    go_on()
+                    fed, tokens = tokens, next(made)
+                    request.took(request.next_kind(None), fed.tolist(), np.flatnonzero(active).tolist())
+                    self._ahead -= 1
         finally:
             if self._ahead:  # caches and states are ahead of what was told
                 request.truncate(request.kept)
 
     def _made(self, first: Ids) -> Generator[Ids, None, None]:
-        """Tokens [B] of one step after another, of the prefill first."""
-        yield first
-        if not self._left:
-            return
+        """Tokens [B] of one step after another, behind the first."""
         rows, cycle = self._slots.cycle(self._k, self._request.policy)
         self._fill(rows.host, first)
         cycle.begin()

@@ -108,6 +108,22 @@ def test_a_stream_that_is_closed_goes_on_in_full(pair, policy: str) -> None:
     assert not cuda.queue
 
 
+def test_a_stream_that_is_over_leaves_the_device_to_the_next(pair) -> None:
+    """Asked for more where its next cycle would begin, while another stream's is under way."""
+    stepwise, cycles, _, cuda = pair("recurrent", "skip")
+    expected = stepwise.generate(RAGGED[2:], 14, k=3, stop_token_ids=())[0].tolist()
+    first = cycles.stream(RAGGED[0], 20, k=3, stop_token_ids=())
+    for _ in range(5):
+        next(first)
+    second = cycles.stream(RAGGED[2], 14, k=3, stop_token_ids=())
+    told = [next(second)]
+    launches = cuda.calls["cuLaunchKernel"], cuda.calls["cudaGraphLaunch"]
+    with pytest.raises(InputError):
+        next(first)
+    assert launches == (cuda.calls["cuLaunchKernel"], cuda.calls["cudaGraphLaunch"])
+    assert [*told, *second] == expected
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_request_may_fill_every_slot(pair, k: int) -> None:
     """The last slot of kept layers, and of dropped ones; short rows that stop stand still within theirs."""
