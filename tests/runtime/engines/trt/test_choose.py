@@ -127,6 +127,17 @@ def test_a_seed_draws_what_it_draws_on_the_host(options: SamplingOptions) -> Non
         assert launch(arrays, kept=0)[0] == host.take(step)
 
 
+def test_a_large_vocabulary_with_flat_logits() -> None:
+    """Ids of more than 16 bits; every token is a piece of the interval, also the last ones."""
+    vocab = 70_000
+    for options in (SamplingOptions(temperature=1.0), SamplingOptions(temperature=1.0, top_p=0.5)):
+        arrays = made(np.zeros((3, vocab), np.float32), options)
+        arrays["uniforms"][0] = [0.0, 0.99999, 1 - 2**-53]
+        # All are alike: of top_p the lower half is left
+        kept = vocab if options.top_p == 1 else vocab // 2
+        assert launch(arrays).tolist() == [0, int(0.99999 * kept), kept - 1]
+
+
 def test_draws_follow_the_distribution() -> None:
     """χ² of 2000 draws over the 20 tokens that top-k leaves: 43.8 is the 0.1 % point of 19 degrees of freedom."""
     options = SamplingOptions(temperature=1.2, top_k=20)
