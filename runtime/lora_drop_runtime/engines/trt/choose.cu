@@ -1,13 +1,13 @@
 /* Chooses the next token of every row on the device, and moves the row on: what stands between two steps of a cycle.
  *
  * One block a row. Enters: what a step computed, `logits` float32 [rows, vocab] and `next_token` int64 [rows]. Leaves:
- * the token where the next steps read it, and the lengths before the next step. kernels.py compiles this file with NVRTC
- * for the GPU at hand; the tests compile it with a C++17 compiler, over plugins/kernels/block.h.
+ * the token where the next steps read it, and the lengths before the next step. kernels.py compiles this file with
+ * NVRTC for the GPU at hand; the tests compile it with a C++17 compiler, over plugins/kernels/block.h.
  *
  * The choice is that of decoding/sampling.py: repetition penalty, temperature, top-k with the ties of its last token,
- * top-p, and the place of a number in [0, 1) that the host drew, along the probabilities laid side by side: by token id,
- * or with top-p from the likeliest on. So a seed means the same tokens as on the host, but where rounding of expf moves
- * the border of two tokens over that number.
+ * top-p, and the place of a number in [0, 1) that the host drew, along the probabilities laid side by side: by token
+ * id, or with top-p from the likeliest on. So a seed means the same tokens as on the host, but where rounding of expf
+ * moves the border of two tokens over that number.
  *
  * Weights are integers in units of 2^-40 of the largest, so that their sums do not depend on the order of threads. What
  * weighs less than a unit is never drawn.
@@ -60,15 +60,15 @@ struct Choice {
     const long long* top_k;       // [1]; 0 is off
     const float* temperature;     // [1]; 0 takes the likeliest
     const float* penalty;         // [1]; 1 is off
-    const unsigned char* stops;  // [vocab], 1 at tokens that end a row
-    unsigned char* seen;         // [rows, vocab], 1 at tokens that the repetition penalty lowers
-    long long* ids;              // [rows]: the token, for a step of one
-    long long* window;           // [rows, window_width]: the token in its place, for a step that runs several
-    long long* len_kept;         // [rows]
-    long long* len_dropped;      // [rows]
-    long long* tokens;           // [rows]: the token, −1 where the logits are no numbers, for the host
-    int* drawn;                  // [rows]: tokens chosen
-    int* over;                   // [rows]: 1 after a stop token or −1; such a row stands still
+    const unsigned char* stops;   // [vocab], 1 at tokens that end a row
+    unsigned char* seen;          // [rows, vocab], 1 at tokens that the repetition penalty lowers
+    long long* ids;               // [rows]: the token, for a step of one
+    long long* window;            // [rows, window_width]: the token in its place, for a step that runs several
+    long long* len_kept;          // [rows]
+    long long* len_dropped;       // [rows]
+    long long* tokens;            // [rows]: the token, −1 where the logits are no numbers, for the host
+    int* drawn;                   // [rows]: tokens chosen
+    int* over;                    // [rows]: 1 after a stop token or −1; such a row stands still
     int rows, vocab, window_width, place;
     int kept, dropped;  // entries that the step has written in each row
     int back;           // of them, and those before, how many the next step writes again
@@ -98,13 +98,19 @@ LORA_DROP_BODY Place place_of(Shared& shared, Mass target, int vocab, KeyOf key_
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = thread_index(); i < kBins * kCopies; i += kThreads) shared.bins[i / kCopies][i % kCopies] = 0;
         sync_block();
+        Mass run = 0;  // of a thread's tokens that came one after another into one bin
+        unsigned at = 0;
         for (int token = thread_index(); token < vocab; token += kThreads) {
-            const unsigned key = key_of(token);
-            if (((key ^ place.key) >> shift) < kBins) {  // the digits before are those that were found
-                const Mass mass = mass_of(token);
-                if (mass != 0) add(&shared.bins[key >> shift & (kBins - 1)][thread_index() % kCopies], mass);
+            const unsigned key = key_of(token), bin = key >> shift & (kBins - 1);
+            if (((key ^ place.key) >> shift) >= kBins) continue;  // the digits before are not those that were found
+            if (bin != at) {
+                if (run != 0) add(&shared.bins[at][thread_index() % kCopies], run);
+                run = 0;
+                at = bin;
             }
+            run += mass_of(token);
         }
+        if (run != 0) add(&shared.bins[at][thread_index() % kCopies], run);
         sync_block();
         for (int bin = thread_index(); bin < kBins; bin += kThreads) {
             for (int copy = 1; copy < kCopies; ++copy) shared.bins[bin][0] += shared.bins[bin][copy];
@@ -239,7 +245,8 @@ LORA_DROP_BODY void move_on(const Choice& call, int row, int token) {
     long long kept = call.len_kept[row] + (was_over ? 0 : call.kept);
     long long dropped = call.len_dropped[row] + (was_over ? 0 : call.dropped);
     if (is_over) {  // what it writes all the same lies within its slots
-        const long long room_kept = call.most_kept - call.next_width, room_dropped = call.most_dropped - call.next_width;
+        const long long room_kept = call.most_kept - call.next_width;
+        const long long room_dropped = call.most_dropped - call.next_width;
         kept = kept < room_kept ? kept : room_kept;
         dropped = dropped < room_dropped ? dropped : room_dropped;
     } else {
