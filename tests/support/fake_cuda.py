@@ -1,9 +1,10 @@
-"""The CUDA runtime over host memory, in the place of `cuda.bindings.runtime`.
+"""The CUDA runtime over host memory, in the place of `cuda.bindings.runtime`, and what is used of `driver` and `nvrtc`.
 
 What it stands for: each function takes and returns what the real one does (test_engine_trt.py compares the signatures);
 the stream runs nothing before it is synchronized, so that a missing wait or a host array written too early shows; a
 captured graph replays copies and engine runs from the addresses that it was captured with; device memory begins and
-ends as NaN, and an access outside a live block fails; page-locked memory is told from other memory.
+ends as NaN, and an access outside a live block fails; page-locked memory is told from other memory. Where it is given
+the host build of the kernel that chooses tokens, NVRTC «compiles» it, and a launch runs it on the blocks that it names.
 
 What it cannot show: that a driver captures what TensorRT enqueues, speed, and errors that come late.
 """
@@ -19,9 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.engines.trt.kernels import Choice
 from numpy.typing import NDArray
 
 Operation = Callable[[], None]
+IMAGE = b"a compiled kernel"
 
 
 class cudaError_t(enum.IntEnum):
@@ -61,7 +64,9 @@ def cuda_function(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]
         if self.called == self.fail_at_call:
             error = cudaError_t.cudaErrorIllegalAddress
         results: Any = None
-        if not error or any(word in name for word in ("Free", "Destroy", "Unregister")):  # these report older errors
+        if not error or any(
+            word in name for word in ("Free", "Destroy", "Unregister", "Unload")
+        ):  # these report older errors
             try:
                 results = function(self, *arguments)
             except CudaFailure as failure:
@@ -92,7 +97,19 @@ RESULTS = {
     "cudaStreamCreateWithFlags": 1,
     "cudaStreamEndCapture": 1,
     "cudaGraphInstantiate": 1,
+    "cudaEventCreateWithFlags": 1,
+    "cuModuleLoadData": 1,
+    "cuModuleGetFunction": 1,
 }
+
+
+def bytes_of(choice: Choice) -> dict[str, int]:
+    """What the kernel may read and write at each address, where a row has drawn nothing yet at least one number."""
+    rows, vocab = choice.rows, choice.vocab
+    sizes = dict.fromkeys(("next_token", "ids", "len_kept", "len_dropped", "tokens"), 8 * rows)
+    sizes |= {"logits": 4 * rows * vocab, "uniforms": 8 * rows, "stops": vocab, "seen": rows * vocab}
+    sizes |= {"window": 8 * rows * choice.window_width, "drawn": 4 * rows, "over": 4 * rows}
+    return sizes | {"top_p": 8, "top_k": 8, "temperature": 4, "penalty": 4}
 
 
 class FakeCuda:
@@ -101,6 +118,7 @@ class FakeCuda:
     Args:
         capability: compute capability.
         memory_bytes: of the device.
+        kernel: the host build of choose.cu (kernel_build.py); None stands for a machine without NVRTC.
 
     Attributes:
         fail: function → the error that its calls return.
@@ -113,8 +131,14 @@ class FakeCuda:
     cudaDeviceAttr = cudaDeviceAttr
     cudaStreamCaptureMode = cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
+    cudaEventDisableTiming = 2
 
-    def __init__(self, capability: tuple[int, int] = (8, 9), memory_bytes: int = 1 << 28) -> None:
+    def __init__(
+        self, capability: tuple[int, int] = (8, 9), memory_bytes: int = 1 << 28, kernel: ctypes.CDLL | None = None
+    ) -> None:
+        self.kernel = kernel
+        self.events: dict[int, Operation | None] = {}  # the mark on the queue, until it is reached
+        self.modules: set[int] = set()
         self.capability, self.memory_bytes = capability, memory_bytes
         self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.pinned: dict[int, int] = {}
@@ -141,6 +165,8 @@ class FakeCuda:
             "streams": len(self.streams),
             "graphs": len(self.graphs),
             "executables": len(self.executables),
+            "events": len(self.events),
+            "modules": len(self.modules),
             "users": len(self.users),
         }
         return {what: count for what, count in counts.items() if count}
@@ -288,6 +314,118 @@ class FakeCuda:
 
     def cudaGetErrorString(self, error: cudaError_t) -> tuple[int, bytes]:
         return 0, b"in words"
+
+    # ── events ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cuda_function
+    def cudaEventCreateWithFlags(self, flags: int) -> int:
+        assert flags == self.cudaEventDisableTiming
+        event = 0xE0 + self.called
+        self.events[event] = None
+        return event
+
+    @cuda_function
+    def cudaEventRecord(self, event: int, stream: int) -> None:
+        self._check_stream(stream)
+        assert self.captured is None, "the host cannot wait for an event inside a graph"
+
+        def mark() -> None:
+            """Its own object at each call."""
+
+        self.events[event] = mark
+        self.queue.append(mark)
+
+    @cuda_function
+    def cudaEventSynchronize(self, event: int) -> None:
+        """Runs what stands before the mark, and nothing behind it."""
+        self._refuse_in_capture()
+        mark = self.events[event]
+        if any(operation is mark for operation in self.queue):
+            while (operation := self.queue.pop(0)) is not mark:
+                operation()
+
+    @cuda_function
+    def cudaEventDestroy(self, event: int) -> None:
+        del self.events[event]
+
+    # ── the kernel: cuda.bindings.driver and nvrtc ─────────────────────────────────────────────────────────
+
+    @cuda_function
+    def cuModuleLoadData(self, image: bytes) -> int:
+        assert image == IMAGE
+        module = 0xC0DE + self.called
+        self.modules.add(module)
+        return module
+
+    @cuda_function
+    def cuModuleGetFunction(self, hmod: int, name: bytes) -> str:
+        assert hmod in self.modules
+        assert self.kernel is not None
+        return name.decode()
+
+    @cuda_function
+    def cuLaunchKernel(
+        self,
+        f: str,
+        gridDimX: int,
+        gridDimY: int,
+        gridDimZ: int,
+        blockDimX: int,
+        blockDimY: int,
+        blockDimZ: int,
+        sharedMemBytes: int,
+        hStream: int,
+        kernelParams: int,
+        extra: int,
+    ) -> None:
+        self._check_stream(hStream)
+        assert (f, gridDimY, gridDimZ, blockDimY, blockDimZ, extra) == ("choose_tokens", 1, 1, 1, 1, 0)
+        place = ctypes.c_void_p.from_address(kernelParams).value
+        assert place is not None
+        choice = Choice.from_buffer_copy(host(place, ctypes.sizeof(Choice)).tobytes())
+        assert gridDimX == choice.rows
+        assert sharedMemBytes <= 48 * 1024, "more needs an attribute of the function"
+        assert self.kernel is not None
+        run = self.kernel.choose_tokens
+
+        def operation() -> None:
+            for name, size in bytes_of(choice).items():
+                self.view(getattr(choice, name), size)
+            run(ctypes.byref(choice), 0)
+
+        self.enqueue(operation)
+
+    @cuda_function
+    def cuModuleUnload(self, hmod: int) -> None:
+        self.modules.remove(hmod)
+
+    def cuGetErrorName(self, error: cudaError_t) -> tuple[int, bytes]:
+        return self.cudaGetErrorName(error)
+
+    def cuGetErrorString(self, error: cudaError_t) -> tuple[int, bytes]:
+        return self.cudaGetErrorString(error)
+
+    def nvrtcCreateProgram(
+        self, src: bytes, name: bytes, numHeaders: int, headers: list[bytes], includeNames: list[bytes]
+    ) -> tuple[int, bytes]:
+        if self.kernel is None:
+            raise RuntimeError("libnvrtc.so was not found")
+        return 0, src
+
+    def nvrtcCompileProgram(self, prog: bytes, numOptions: int, options: list[bytes]) -> tuple[int]:
+        assert numOptions == len(options)
+        self.compiled_for = options[0].decode()
+        return (0,)
+
+    def nvrtcGetCUBINSize(self, prog: bytes) -> tuple[int, int]:
+        return 0, len(IMAGE)
+
+    def nvrtcGetCUBIN(self, prog: bytes, cubin: bytearray) -> tuple[int]:
+        cubin[:] = IMAGE
+        return (0,)
+
+    def nvrtcDestroyProgram(self, prog: bytes) -> tuple[int]:
+        return (0,)
 
     def _run_queue(self) -> None:
         queue, self.queue = self.queue, []

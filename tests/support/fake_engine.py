@@ -102,6 +102,7 @@ class FakeEngine:
     block_slots = None
     many_requests = True
     warms_up = False
+    runs_cycles = False
 
     def __init__(
         self, plan: DropPlan, script: Sequence[Sequence[int]] | None = None, interrupt_at: int | None = None

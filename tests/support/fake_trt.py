@@ -38,6 +38,7 @@ from lora_drop_export.targets.trt.target import static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.support.bundles import Family, make_bundle
 from tests.support.fake_cuda import FakeCuda
+from tests.support.kernel_build import chooser_on_host
 
 VERSION = "1.7.1.116"
 CAPABILITIES = ("8.6", "8.9", "12.0")
@@ -121,8 +122,10 @@ def open_device_session(
     policy: str | None = None,
     cuda: FakeCuda | None = None,
     trt: FakeTrt | None = None,
+    cycles: bool = False,
 ) -> tuple[Session, TrtEngine, FakeCuda]:
-    cuda = cuda or FakeCuda()
+    """With `cycles` on a machine that has NVRTC: tokens are chosen on the device."""
+    cuda = cuda or FakeCuda(kernel=chooser_on_host() if cycles else None)
     engine = TrtEngine(bundle, TARGET, trt=trt or FakeTrt(cuda), device=CudaDevice(cuda))
     schedule = PeriodicSchedule(bundle.manifest.plan.k if k is None else k)
     return Session(bundle, engine, schedule, policy), engine, cuda

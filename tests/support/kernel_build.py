@@ -1,16 +1,21 @@
-"""The host build of the attention kernel: the very source of the GPU, on the CPU (plugins/kernels/host_block.h).
+"""The host builds of kernels: the very sources of the GPU, on the CPU (plugins/kernels/host_block.h).
 
-Enters: a folder of sources, the repository's or an edited copy. Leaves: a library for plugins/kernels/binding.py.
+Enters: a folder of sources, the repository's or an edited copy. Leaves: a library for plugins/kernels/binding.py, or
+one with the kernel that chooses tokens (engines/trt/choose.cu).
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime.engines.trt.kernels import SOURCE, Choice
 
 KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 
@@ -18,10 +23,24 @@ KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
-def build_for_host(source: Path, library: Path, *options: str) -> Path:
+def _build(host: Path, library: Path, *options: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler: g++ or $CXX")
-    host = source / "skip_write_kv_attention_host.cpp"
     subprocess.run([compiler, *OPTIONS, *options, "-shared", "-fPIC", "-o", library, host], check=True)
     return library
+
+
+def build_for_host(source: Path, library: Path, *options: str) -> Path:
+    return _build(source / "skip_write_kv_attention_host.cpp", library, *options)
+
+
+@functools.cache
+def chooser_on_host() -> ctypes.CDLL:
+    """With `choose_tokens(Choice*, order)`; built once."""
+    with tempfile.TemporaryDirectory() as folder:
+        host, library = Path(__file__).with_name("choose_host.cpp"), Path(folder, "choose.so")
+        found = ctypes.CDLL(str(_build(host, library, f"-I{KERNELS}", f"-I{SOURCE.parent}")))
+    found.choose_struct_bytes.restype = ctypes.c_ulong
+    assert found.choose_struct_bytes() == ctypes.sizeof(Choice)
+    return found

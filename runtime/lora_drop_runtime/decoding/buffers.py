@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.engines.engine import BindingEngine, Buffer, Step
+from lora_drop_runtime.engines.engine import BindingEngine, Buffer
 from lora_drop_runtime.plan.schedule import StepKind
-
-from .sampling import Ids
 
 States = dict[str, Buffer]  # by site, [B, d]
 
@@ -59,17 +57,17 @@ class RowBuffers:
         """Whether LoRA steps change sides."""
         return self.states[0] is not self.states[1]
 
-    def bind(
+    def bindings(
         self,
         kind: StepKind,
         rows: slice,
         inputs: Mapping[str, Any],
         logits: Buffer,
-        next_token: Ids,
+        next_token: Any,
         before: States,
         after: States,
-    ) -> Step:
-        """Bind what the engine's graph of this step reads and writes.
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the engine's graph of this step reads, and what it writes.
 
         Args:
             rows: of the caches and states; the rest is of these rows already.
@@ -83,8 +81,7 @@ class RowBuffers:
         written: dict[str, Any] = {"logits": logits, "next_token": next_token}
         written |= {f"present_state.{site}": state[rows] for site, state in after.items()}
         written |= {f"present_{name.removeprefix('past_')}": cache[rows] for name, cache in self.caches.items()}
-        return self.engine.prepare(
-            kind,
+        return (
             {spec.name: read[spec.name] for spec in io.inputs},
             {spec.name: written[spec.name] for spec in io.outputs},
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,18 @@ from .sampling import Ids
 from .slots import Logits, Run, Slots
 
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
+
+
+def checked_tokens(tokens: Ids, active: npt.NDArray[np.bool_]) -> Ids:
+    """Tokens [B] that an engine chose, 0 in rows that are not active. Raises BundleError: logits were no numbers."""
+    tokens = np.where(active, tokens, 0)
+    if tokens.min() < 0:
+        raise BundleError(
+            "The model computed logits that are not numbers.",
+            note=f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.",
+            hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
+        )
+    return tokens
 
 
 class Written:
@@ -140,14 +152,7 @@ class Request:
 
     def chosen(self, active: npt.NDArray[np.bool_]) -> Ids:
         """The tokens [B] that the engine chose in the last step, 0 in rows that are not active."""
-        tokens = np.where(active, self.slots.chosen(), 0)
-        if tokens.min() < 0:
-            raise BundleError(
-                "The model computed logits that are not numbers.",
-                note=f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.",
-                hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
-            )
-        return tokens
+        return checked_tokens(self.slots.chosen(), active)
 
     def next_kind(self, active: npt.NDArray[np.bool_] | None) -> StepKind:
         """What the next step runs; the schedule is asked once, and sees the logits of the rows that are active.
@@ -167,20 +172,22 @@ class Request:
         kind = self.next_kind(active)
         tokens: list[int] = token_ids.tolist()
         going = self._all if active is None else [row for row, goes_on in enumerate(active.tolist()) if goes_on]
-        if kind is StepKind.LORA:
+        back = {row: self._taken_back(row, kind) for row in going}
+        if any(back.values()):
+            again = {row: self._since_refresh[row][-count:] if count else [] for row, count in back.items()}
+            self._run_in_full({row: [*again[row], tokens[row]] for row in going}, back, once=False)
+        else:
             self._run_one_token(kind, going, tokens)
-            for row in going:
+        self.took(kind, tokens, going)
+
+    def took(self, kind: StepKind, tokens: Sequence[int], going: Iterable[int]) -> None:
+        """The next step has run tokens of the rows that are going."""
+        for row in going:
+            if kind is StepKind.LORA:
                 self._fed(row, (tokens[row],), int(self.policy.fills))
                 self._since_refresh[row].append(tokens[row])
-        else:
-            back = {row: self.policy.steps_taken_back(len(self._since_refresh[row])) for row in going}
-            if any(back.values()):
-                again = {row: self._since_refresh[row][-count:] if count else [] for row, count in back.items()}
-                self._run_in_full({row: [*again[row], tokens[row]] for row in going}, back, once=False)
             else:
-                self._run_one_token(kind, going, tokens)
-            for row in going:
-                self._fed(row, (tokens[row],), back[row] + 1)
+                self._fed(row, (tokens[row],), self._taken_back(row, kind) + 1)
                 self._since_refresh[row].clear()
         if self._next_is_full:
             self._next_is_full = False
@@ -188,6 +195,10 @@ class Request:
             self.max_steps -= 1
         else:
             self._cycle.done()
+
+    def _taken_back(self, row: int, kind: StepKind) -> int:
+        """LoRA steps of a row that the next step runs again."""
+        return self.policy.steps_taken_back(len(self._since_refresh[row])) if kind is StepKind.REFRESH else 0
 
     def _run_one_token(self, kind: StepKind, going: Sequence[int], tokens: Sequence[int]) -> None:
         """The rows that are not going are over."""

@@ -33,6 +33,7 @@ from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
 from .constraint import Constraint
+from .cycles import Cycles, runs_in_cycles
 from .lossless import Clock, Lossless, most_verified
 from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
@@ -260,6 +261,11 @@ class Session:
         self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
         ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
+        if runs_in_cycles(self._opened(), schedule, self._policy, constraint):
+            request = self._running()
+            first = request.chosen(active) if chooser is None else chooser.sample(self._logits(), active)
+            yield from Cycles(request, options, chooser, stops).tokens(first, lambda: self._check_runs(ended))
+            return
         for left in reversed(range(max_new_tokens)):
             tokens = self._running().chosen(active) if chooser is None else chooser.sample(self._logits(), active)
             # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
@@ -275,8 +281,7 @@ class Session:
                 if not active.any():
                     return
             if left:
-                if self._requests_ended != ended:
-                    raise self._ended_by()
+                self._check_runs(ended)
                 self._step(tokens, active)
 
     def _verified_tokens(
@@ -293,9 +298,7 @@ class Session:
         self._lossless = Lossless(request, rows, sampler, stops, new_tokens, source, pace, self._clock)
 
         def go_on() -> None:
-            if self._requests_ended != ended:
-                raise self._ended_by()
-            self._opened()
+            self._check_runs(ended)
             if pace.note and not self._warned:
                 self._warned = True
                 warnings.warn(f"{pace.note[0].upper()}{pace.note[1:]}.", DraftsDoNotPay, stacklevel=2)
@@ -487,13 +490,17 @@ class Session:
         verifies = isinstance(self.schedule, VerifiedSchedule)
         if verifies and most > 1:
             self._warm_up_verification(tokens, most)
-        schedule = self.schedule if verifies else periodic_like(self.schedule, self.bundle.manifest.plan.k)
+        window = periodic_like(self.schedule, self.bundle.manifest.plan.k)
+        schedule = self.schedule if verifies else window
         kinds = [schedule.kind(step, None) for step in range(1, most + 1)]
         # A plain and a captured run of each kind, on either side of a state
         enough = next((n for n in range(most) if all(kinds[:n].count(kind) >= 4 for kind in set(kinds))), most)
         self.prefill(tokens, max_new_tokens=enough + 1, k=schedule)
         for _ in range(enough):
             self.step(tokens[:, 0])
+        if runs_in_cycles(self._opened(), schedule, self._policy, None):
+            twice = min(2 * (window.k + 1), most)  # a plain and a captured run
+            self.generate(list(tokens), twice + 1, k=schedule, stop_token_ids=())
         self._request = None
 
     def _warm_up_verification(self, tokens: Ids, most: int) -> None:
@@ -572,6 +579,12 @@ class Session:
         self._request = self._lossless = None
         self._requests_ended += 1
         self._ended_by = ended_by
+
+    def _check_runs(self, ended: int) -> None:
+        """Whether the request before which so many had ended is the running one."""
+        if self._requests_ended != ended:
+            raise self._ended_by()
+        self._opened()
 
     def _opened(self) -> Engine:
         if self._engine is None:

@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
-from lora_drop_runtime.engines.engine import Array, BindingEngine, Buffer, Step
+from lora_drop_runtime.engines.engine import (
+    Array,
+    BindingEngine,
+    Buffer,
+    Cycle,
+    CycleEngine,
+    CycleRows,
+    CycleStep,
+    Step,
+)
+from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .buffers import RowBuffers
@@ -189,6 +199,39 @@ class Slots:
         if kind is StepKind.REFRESH and not any(run.kind is StepKind.LORA for run in runs if run.tokens):
             self._side = 0
 
+    # ── a whole cycle on the device ────────────────────────────────────────────────────────────────────────────
+
+    def cycle(self, k: int, policy: Policy) -> tuple[CycleRows, Cycle]:
+        """`k` LoRA steps of all rows and their refresh, in an engine that runs them without the host.
+
+        Returns:
+            What the rows begin with, to be filled, and the cycle.
+        """
+        engine: CycleEngine = self._engine  # type: ignore[assignment]  # it says so
+        width, back, fills = policy.refresh_tokens(k), policy.steps_taken_back(k), int(policy.fills)
+        rows = engine.cycle_rows(self._count, width)
+        rows.host["logits_index"][...] = width - 1
+        lengths = {name: rows.device[name] for name in ("len_kept", "len_dropped", "logits_index")}
+        logits, everyone = self._outputs[1][0], slice(0, self._count)
+        steps = []
+        for number in range(k + 1):
+            is_refresh, before_refresh = number == k, number == k - 1
+            kind = StepKind.REFRESH if is_refresh else StepKind.LORA
+            inputs = lengths | {"input_ids": rows.device["window" if is_refresh else "ids"]}
+            before = self.buffers.states[0 if is_refresh else number % 2]
+            after = self.buffers.states[0 if is_refresh else 1 - number % 2]
+            bound = self.buffers.bindings(kind, everyone, inputs, logits, rows.device["next_token"], before, after)
+            kept, dropped = (width, width) if is_refresh else (1, fills)
+            then = (back, width) if before_refresh else (0, width if k == 0 else 1)
+            steps.append(CycleStep(kind, *bound, kept, dropped, *then, place=(number + 1) % (k + 1) % width))
+        capacities = {"slots_kept": self._most_kept, "slots_dropped": min(self._most_dropped, self._most_kept)}
+        return rows, engine.cycle(rows, steps, capacities)
+
+    def ran(self, lora_steps: int) -> None:
+        """A cycle has run, and so many LoRA steps behind its last refresh."""
+        self._side = lora_steps % 2 if self.buffers.are_double else 0
+        self._wanted, self._parts = 1, None
+
     # ── one call of the engine ─────────────────────────────────────────────────────────────────────────────────
 
     def _runs_one_by_one(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int) -> bool:
@@ -311,8 +354,8 @@ class Slots:
         inputs: dict[str, Array] = {"input_ids": ids, "logits_index": index}
         inputs |= {name: lengths[rows] for name, lengths in self._lengths.items()}
         after = states[1 - side] if kind is StepKind.LORA else states[side]
-        step = self.buffers.bind(kind, rows, inputs, logits[rows], tokens[rows], states[side], after)
-        found = _Prepared(ids, ids.data, index.data, step)
+        bound = self.buffers.bindings(kind, rows, inputs, logits[rows], tokens[rows], states[side], after)
+        found = _Prepared(ids, ids.data, index.data, engine.prepare(kind, *bound))
         if self._keeps:
             self._prepared[kind, first, end, width, wanted, side] = found
             if len(self._prepared) > _PREPARED:

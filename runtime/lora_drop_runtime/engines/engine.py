@@ -8,7 +8,7 @@ steps touch (caches, states, logits) is a `Buffer`, which may lie on a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -82,6 +82,11 @@ class Engine(Protocol):
     idle_rows: bool
     warms_up: bool
 
+    @property
+    def runs_cycles(self) -> bool:
+        """Whether it is a `CycleEngine`."""
+        ...
+
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         """The cache slots to allocate for a request that needs `slots_kept` and `slots_dropped` of them.
 
@@ -132,6 +137,76 @@ class BindingEngine(Engine, Protocol):
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         """Bind buffers by name; the returned callable runs the step on them, again and again, and waits for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class CycleRows:
+    """What the steps of a cycle read of B rows, and what chooses their tokens, by name.
+
+    Attributes:
+        device: buffers that steps bind: `ids` int64 [B, 1] and `window` int64 [B, W], the tokens of a LoRA step and of
+            the refresh; `len_kept` and `len_dropped` int64 [B]; `logits_index` int64 [B, 1]; `next_token` int64 [B, 1].
+        host: arrays to fill before `Cycle.begin`: the tokens that come first, the lengths, the refresh's
+            `logits_index`; and `stops` uint8 [V], 1 at tokens that end a row, `seen` uint8 [B, V], 1 at those that the
+            repetition penalty lowers, `uniforms` float64 [draws, B] in [0, 1), one for each token, `top_p` float64 [1],
+            `top_k` int64 [1], `temperature` and `penalty` float32 [1].
+    """
+
+    device: Mapping[str, Any]
+    host: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class CycleStep:
+    """A step as `BindingEngine.prepare` binds it, whose token is chosen on the device.
+
+    Attributes:
+        kept, dropped: entries that it writes in each row.
+        back: how many entries of kept layers the next step writes again.
+        next_width: tokens that the next step writes in each row.
+        place: in the window, of the token that it makes.
+    """
+
+    kind: StepKind
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    kept: int
+    dropped: int
+    back: int
+    next_width: int
+    place: int
+
+
+class Cycle(Protocol):
+    """Steps that run one after another without the host: each feeds the token that the one before it made.
+
+    A row whose token is a stop, or whose logits are no numbers, stands still from then on.
+    """
+
+    def begin(self) -> None:
+        """Take over what `CycleRows.host` holds."""
+        ...
+
+    def run(self, count: int) -> None:
+        """Begin the first `count` steps; does not wait for them."""
+        ...
+
+    def read(self) -> npt.NDArray[np.int64]:
+        """Tokens [count, B] of the earliest run that was not read, −1 where logits are no numbers; waits for it. At
+        most two runs may be unread."""
+        ...
+
+
+class CycleEngine(BindingEngine, Protocol):
+    """Runs whole cycles, and chooses their tokens, without the host."""
+
+    def cycle_rows(self, rows: int, window: int) -> CycleRows:
+        """For so many rows, whose refresh runs `window` tokens; those of before end."""
+        ...
+
+    def cycle(self, rows: CycleRows, steps: Sequence[CycleStep], slots: Mapping[str, int]) -> Cycle:
+        """Bind steps on these rows, whose caches have `slots_kept` and `slots_dropped` slots."""
         ...
 
 

@@ -75,7 +75,7 @@ class ToyEngine:
     """The runtime's `Engine` over ToyEntry's graphs: numpy arrays in, numpy arrays out, a copy each."""
 
     target = "toy"
-    chooses_tokens = batched_chunks = idle_rows = warms_up = False
+    chooses_tokens = batched_chunks = idle_rows = warms_up = runs_cycles = False
     block_slots = None
     many_requests = True
     prefill_chunk = None

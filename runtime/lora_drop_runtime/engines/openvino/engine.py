@@ -161,6 +161,7 @@ class OpenVinoEngine:
     many_requests = True
     idle_rows = True
     warms_up = False
+    runs_cycles = False
     block_slots: int | None = BLOCK
 
     def __init__(

@@ -134,6 +134,7 @@ class OrtEngine:
     """
 
     warms_up = False
+    runs_cycles = False
     block_slots: int | None = None
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The CUDA runtime as the little that an engine needs: memory, one stream, copies, captured graphs.
+"""The CUDA runtime as the little that an engine needs: memory, one stream, copies, captured graphs, a kernel, events.
 
 Enters: sizes, addresses, host arrays. Leaves: addresses as integers, or a BundleError with CUDA's own words. Knows no
 tensor and no TensorRT. It remembers what it handed out, so `close` frees everything, whatever went wrong before.
@@ -9,6 +9,7 @@ Page-locked host memory is anonymous pages of Python's that are registered with 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import mmap
 from collections.abc import Callable
@@ -24,13 +25,13 @@ MIB = 2**20
 ALIGNMENT = 256  # of every address that cudaMalloc gives and that TensorRT takes
 
 
-def _bindings() -> Any:
+def _bindings(part: str) -> Any:
     try:
-        return importlib.import_module("cuda.bindings.runtime")
+        return importlib.import_module(f"cuda.bindings.{part}")
     except ImportError as error:
         raise NoDeviceError(
             "A TensorRT bundle needs the CUDA bindings for Python.",
-            note=f"cuda.bindings.runtime cannot be imported: {first_line(error)}.",
+            note=f"cuda.bindings.{part} cannot be imported: {first_line(error)}.",
             hint="pip install cuda-bindings",
         ) from None
 
@@ -39,22 +40,26 @@ class CudaDevice:
     """The first visible GPU (CUDA_VISIBLE_DEVICES chooses) and one stream on it. Use from one thread.
 
     Args:
-        runtime: `cuda.bindings.runtime`, or what stands for it in a test.
+        runtime: `cuda.bindings.runtime`; in a test what stands for it, and for `driver` and `nvrtc` beside it.
 
     Attributes:
         stream: the address of the stream, as TensorRT takes it.
         compute_capability: for example `8.9`.
+        nvrtc: `cuda.bindings.nvrtc`, which compiles kernels; its library may be missing.
 
     Raises:
         NoDeviceError: cuda-bindings is not installed, no driver or no GPU.
     """
 
     def __init__(self, runtime: Any = None) -> None:
-        runtime = _bindings() if runtime is None else runtime
-        self._cuda = runtime
+        bindings = [_bindings(part) if runtime is None else runtime for part in ("runtime", "driver", "nvrtc")]
+        self._cuda, self._driver, self.nvrtc = bindings
+        runtime = self._cuda
         self._blocks: dict[int, int] = {}  # address → bytes
         self._pinned: dict[int, Array] = {}
         self._graphs: list[Any] = []
+        self._modules: list[Any] = []
+        self._events: list[Any] = []
         self._stream: Any = None
         failed, count = runtime.cudaGetDeviceCount()
         if failed or not count:
@@ -82,12 +87,18 @@ class CudaDevice:
         self._cuda.cudaStreamSynchronize(self._stream)
         for graph in self._graphs:
             self._cuda.cudaGraphExecDestroy(graph)
+        for event in self._events:
+            self._cuda.cudaEventDestroy(event)
+        for module in self._modules:
+            self._driver.cuModuleUnload(module)
         for address in self._blocks:
             self._cuda.cudaFree(address)
         for address in self._pinned:
             self._cuda.cudaHostUnregister(address)
         self._cuda.cudaStreamDestroy(self._stream)
         self._graphs.clear()
+        self._events.clear()
+        self._modules.clear()
         self._blocks.clear()
         self._pinned.clear()
         self._stream = None
@@ -161,6 +172,39 @@ class CudaDevice:
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self._stream)
 
+    def settle(self) -> None:
+        """Wait for what is under way, whatever becomes of it."""
+        if self._stream is not None:
+            self._cuda.cudaStreamSynchronize(self._stream)
+
+    def event(self) -> Any:
+        """A mark to set on the stream; freed by `close`."""
+        event = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+        self._events.append(event)
+        return event
+
+    def mark(self, event: Any) -> None:
+        """Set it behind what is on the stream now."""
+        self._call("cudaEventRecord", event, self._stream)
+
+    def wait(self, event: Any) -> None:
+        """For all that stood before the mark."""
+        self._call("cudaEventSynchronize", event)
+
+    def load(self, image: bytes, name: str) -> Any:
+        """A kernel of a compiled image."""
+        module = self._call("cuModuleLoadData", image)
+        self._modules.append(module)
+        return self._call("cuModuleGetFunction", module, name.encode())
+
+    def launch_kernel(
+        self, function: Any, blocks: int, threads: int, shared_bytes: int, argument: ctypes.Structure
+    ) -> None:
+        """With one struct as its argument, which is copied at once; asynchronous."""
+        places = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        address = ctypes.addressof(places)
+        self._call("cuLaunchKernel", function, blocks, 1, 1, threads, 1, 1, shared_bytes, self._stream, address, 0)
+
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """What `enqueue` puts on the stream, as a graph to launch; nothing of it runs now."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -189,8 +233,8 @@ class CudaDevice:
         self._graphs.remove(graph)
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call the CUDA runtime; its first result is the error code."""
-        error, *values = getattr(self._cuda, function)(*arguments)
+        """Call the CUDA runtime or driver; its first result is the error code."""
+        error, *values = getattr(self._cuda if function.startswith("cuda") else self._driver, function)(*arguments)
         if error:
             self._check(function, error)
         return values[0] if values else None
@@ -199,12 +243,13 @@ class CudaDevice:
         if error:
             raise BundleError(
                 "The GPU reported an error.",
-                note=f"{function}: {self._words(error)}.",
+                note=f"{function}: {self._words(error, function)}.",
                 hint="Check that no other process has filled the GPU, and the driver with nvidia-smi; then try again.",
             )
 
-    def _words(self, error: Any) -> str:
-        return " ".join(getattr(self._cuda, f"cudaGetError{part}")(error)[1].decode() for part in ("Name", "String"))
+    def _words(self, error: Any, function: str = "cuda") -> str:
+        module, prefix = (self._cuda, "cuda") if function.startswith("cuda") else (self._driver, "cu")
+        return " ".join(getattr(module, f"{prefix}GetError{part}")(error)[1].decode() for part in ("Name", "String"))
 
 
 def device_compute_capability() -> str:

@@ -6,6 +6,8 @@ Enters: a bundle and one of its device targets. Leaves: steps that run on the GP
                 each engine (`constants`)
     buffers     one device block per name, kept over requests and only ever replaced by a larger one: a step's
                 addresses stay what they were, and so do the CUDA graphs that hold them
+    cycles      LoRA steps and their refresh without the host: a kernel chooses tokens and counts lengths, and what it
+                chose is copied out once a cycle (cycle.py)
     host        arrays that the session reads and writes are page-locked; a step copies them in and out
     scratch     one block for the contexts of both engines, which run one after the other on one stream
     contexts    one for each step that is captured, one per engine and profile for all that are not: a graph is only
@@ -21,7 +23,7 @@ by a probability of 0, and 0 · NaN is NaN: new memory is zeroed once, and steps
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +33,22 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.dtypes import float32_from_bfloat16, in_dtype
-from lora_drop_runtime.engines.engine import Array, DeviceBuffer, Step, constant_adapters, fitting_slots, head_spans
+from lora_drop_runtime.engines.engine import (
+    Array,
+    CycleRows,
+    CycleStep,
+    DeviceBuffer,
+    Step,
+    constant_adapters,
+    fitting_slots,
+    head_spans,
+)
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .cuda_device import ALIGNMENT, CudaDevice
+from .cycle import DeviceCycle, rows_in
+from .kernels import Chooser
 from .library import library
 from .memory import SessionMemory
 from .plans import Plans
@@ -72,7 +86,12 @@ class TrtEngine:
         self.verified_tokens: int | None = entry.refresh_profiles["decode"][1]
         self._captures = Captures()
         self._steps: dict[Any, EngineStep] = {}
-        self._made: weakref.WeakSet[EngineStep] = weakref.WeakSet()
+        self._cycles: dict[Any, DeviceCycle] = {}
+        self._chooser: Chooser | None = None
+        self._events: list[Any] = []
+        self._host_note = ""  # why tokens go through the host
+        self._draws, self._vocab = bundle.manifest.limits.max_seq_len, bundle.manifest.model.vocab_size
+        self._made: weakref.WeakSet[EngineStep | DeviceCycle] = weakref.WeakSet()
         trt = library(target) if trt is None else trt
         self._device = CudaDevice() if device is None else device
         self._plans = Plans(bundle, target, trt, self._device)
@@ -123,6 +142,36 @@ class TrtEngine:
             self._steps[key] = step
         return step
 
+    @property
+    def runs_cycles(self) -> bool:
+        """Whether the kernel that chooses tokens could be compiled, which is tried when this is asked first."""
+        if self._chooser is None and not self._host_note:
+            try:
+                self._chooser = Chooser(self._device)
+            except BundleError as error:
+                self._host_note = f"every token goes through the host: {error.note} Hint: {error.hint}"
+        return self._chooser is not None
+
+    def cycle_rows(self, rows: int, window: int) -> CycleRows:
+        self._device.settle()  # a request that was given up may still run
+        return rows_in(self._memory, rows, window, self._vocab, self._draws)
+
+    def cycle(self, rows: CycleRows, steps: Sequence[CycleStep], slots: Mapping[str, int]) -> DeviceCycle:
+        assert self._chooser is not None
+        bound = [(step, self._bindings(step.kind, step.inputs, step.outputs)) for step in steps]
+        key = tuple(
+            (step.kind, step.kept, step.back, tuple(one.shapes.items()), tuple(one.addresses.items()))
+            for step, one in bound
+        )
+        if key not in self._cycles:
+            if not self._events:
+                self._events = [self._device.event() for _ in range(2)]
+            parts = self._plans, self._device, self._memory, self._chooser, self._captures
+            made = DeviceCycle(*parts, rows, bound, slots, self._events)
+            self._cycles[key] = made
+            self._made.add(made)
+        return self._cycles[key]
+
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         """As the protocol has it, into the same device memory: prepared steps and CUDA graphs stay good."""
         weights = self._memory.weights
@@ -137,7 +186,7 @@ class TrtEngine:
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.resident_bytes.items())
         slow = f"steps run without CUDA graphs: {self.capture_note}"
-        return [f"GPU memory: {sizes}", *([slow] if self.capture_note else [])]
+        return [f"GPU memory: {sizes}", *([slow] if self.capture_note else []), *filter(None, [self._host_note])]
 
     def close(self) -> None:
         """Free everything; safe to call again, and after a constructor that failed half way."""
@@ -201,6 +250,9 @@ class TrtEngine:
 
     def _drop_steps(self) -> None:
         """Forget captured graphs and their contexts, before memory that they use is freed."""
+        for cycle in self._cycles.values():
+            cycle.drop()
         for step in self._steps.values():
             step.drop()
         self._steps.clear()
+        self._cycles.clear()

@@ -186,6 +186,22 @@ class Plans:
             self._contexts[kind, profile] = context
         return context
 
+    def bind(
+        self, context: Any, kind: StepKind, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]
+    ) -> None:
+        """Tell a context its inputs' shapes and where its tensors lie."""
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self.failure(f"TensorRT refuses the shape {list(shape)} of {name}.", kind)
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self.failure(f"TensorRT refuses the address of {name}.", kind)
+
+    def may_be_captured(self, context: Any) -> bool:
+        """What TensorRT-RTX says of a context that has run; TensorRT says nothing."""
+        capturable = getattr(context, "is_stream_capturable", None)
+        return capturable is None or bool(capturable(self._device.stream))
+
     def failure(self, fact: str, kind: StepKind) -> BundleError:
         """An error with TensorRT's own last words."""
         return BundleError(

@@ -87,12 +87,7 @@ class EngineStep:
     def _bind(self) -> None:
         if self._context is None:
             self._context = self._plans.context(self._kind, self._profile, shared=not self.keeps_context)
-        for name, shape in self._shapes.items():
-            if not self._context.set_input_shape(name, shape):
-                raise self._plans.failure(f"TensorRT refuses the shape {list(shape)} of {name}.", self._kind)
-        for name, address in self._addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise self._plans.failure(f"TensorRT refuses the address of {name}.", self._kind)
+        self._plans.bind(self._context, self._kind, self._shapes, self._addresses)
 
     def _enqueue(self) -> None:
         for address, host, size in self._copies_in:
@@ -104,8 +99,7 @@ class EngineStep:
 
     def _capture(self) -> None:
         """Without a graph steps run all the same, only slower: the reason is kept for those who measure."""
-        capturable = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX has it
-        if capturable is not None and not capturable(self._device.stream):
+        if not self._plans.may_be_captured(self._context):
             self._captures.note = f"{self._plans.target} says that the {self._kind.value} step cannot be captured"
             return
         try:

@@ -11,6 +11,7 @@ import pytest
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.trt import cuda_device as cuda_device_module
+from lora_drop_runtime.engines.trt import kernels
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.library import error_logger
 from lora_drop_runtime.errors import NoDeviceError
@@ -23,17 +24,20 @@ from tests.support.fake_trt import TARGET
 def test_cuda_functions_have_the_real_signatures() -> None:
     """Each function that cuda_device.py names exists, takes as many arguments, and is faked with the same names."""
     real = pytest.importorskip("cuda.bindings.runtime")
-    tree = ast.parse(Path(cuda_device_module.__file__).read_text())
+    modules = {part: pytest.importorskip(f"cuda.bindings.{part}") for part in ("driver", "nvrtc")}
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in (cuda_device_module, kernels)]
     used = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr == "_call" and isinstance(node.args[0], ast.Constant):
-                used[node.args[0].value] = len(node.args) - 1
-            elif node.func.attr.startswith("cuda"):
-                used[node.func.attr] = len(node.args)
-    assert len(used) >= 19
+    for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in ("_call", "call") and isinstance(node.args[0], ast.Constant):
+            used[node.args[0].value] = len(node.args) - 1
+        elif called.startswith(("cuda", "nvrtc")):
+            used[called] = len(node.args)
+    assert len(used) >= 31
     for name, count in used.items():
-        theirs = list(inspect.signature(getattr(real, name)).parameters)
+        part = "nvrtc" if name.startswith("nvrtc") else "driver"
+        module = real if name.startswith("cuda") else modules[part]
+        theirs = list(inspect.signature(getattr(module, name)).parameters)
         ours = list(inspect.signature(getattr(FakeCuda, name)).parameters)[1:]
         assert theirs == ours, name
         assert len(theirs) == count, name
@@ -41,6 +45,7 @@ def test_cuda_functions_have_the_real_signatures() -> None:
         for member in getattr(fake_cuda, enumeration):
             assert int(getattr(getattr(real, enumeration), member.name)) == member, member
     assert FakeCuda.cudaStreamNonBlocking == real.cudaStreamNonBlocking
+    assert FakeCuda.cudaEventDisableTiming == real.cudaEventDisableTiming
     assert int(real.cudaStream_t(5)) == 5
 
 
