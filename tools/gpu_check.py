@@ -1,0 +1,11 @@
+"""Checks and measures this project on the GPU of this machine: `python tools/gpu_check.py --out card.json`."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from gpu_check.command import main  # noqa: E402 - the folder beside this file
+
+if __name__ == "__main__":
+    sys.exit(main())
