@@ -49,12 +49,14 @@ class FakeBuilder:
         return json.dumps(plan).encode()
 
 
-def install(target: str) -> None:
-    """For this process, in the place of the library, of CUDA and of the exporter's builder."""
-    cuda = FakeGpu()
-    sys.modules["cuda.bindings.runtime"] = cuda  # type: ignore[assignment]
-    sys.modules[MODULES[target]] = FakeLibrary(cuda, rtx=target == "tensorrt-rtx")  # type: ignore[assignment]
-    build.EngineBuilder = FakeBuilder  # type: ignore[assignment, misc]
+def install(target: str, library: Any = None) -> None:
+    """For this process, in the place of the library and of the exporter's builder; without one also of CUDA."""
+    if library is None:
+        cuda: Any = FakeGpu()
+        sys.modules["cuda.bindings.runtime"] = cuda
+        library = FakeLibrary(cuda, rtx=target == "tensorrt-rtx")
+    sys.modules[MODULES[target]] = library
+    setattr(build, "EngineBuilder", FakeBuilder)  # noqa: B010
 
 
 def engines_of(bundle: Path) -> None:

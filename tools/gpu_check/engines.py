@@ -54,29 +54,32 @@ def forms(job: Job, target: str) -> dict[str, str]:
     return {"native": "", "plugin": ""}
 
 
+def build(job: Job, model: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Export a bundle; what its engines are."""
+    from lora_drop_runtime.bundle.bundle import Bundle
+    from lora_drop_runtime.bundle.manifest import TrtEntry
+
+    entry = Bundle.open(exported(job, model, name, **options)).target(options["targets"][0])[1]
+    assert isinstance(entry, TrtEntry)
+    return {"engine_bytes": dict(entry.engine_bytes), "weight_sharing": entry.weight_sharing, "version": entry.version}
+
+
 def check_bundle(job: Job, name: str, target: str, model: Path, **options: Any) -> None:
     """Build and run one; each part is a number of its own."""
     if job.stand_in:
         from tests.support import fake_library
 
         fake_library.engines_of(job.work / f"{target}.{name}")
-    built = job.attempt(f"{name} build", lambda: sizes(job, exported(
-        job, model, f"{target}.{name}", targets=(target,), rank=2, **options), target))  # fmt: skip
+    bundle = f"{target}.{name}"
+    built = job.attempt(
+        f"{name} build", partial(build, job, model, bundle, {"targets": (target,), "rank": 2} | options)
+    )
     if not isinstance(built, dict):
         return
-    root = job.work / f"{target}.{name}"
+    root = job.work / bundle
     job.attempt(f"{name} logits", partial(agreement, root, target, None))
     job.attempt(f"{name} tokens", partial(same_tokens, root, target, None))
     job.attempt(f"{name} times", partial(timed_windows, root, target, None))
-
-
-def sizes(job: Job, bundle: Path, target: str) -> dict[str, Any]:
-    from lora_drop_runtime.bundle.bundle import Bundle
-    from lora_drop_runtime.bundle.manifest import TrtEntry
-
-    entry = Bundle.open(bundle).target(target)[1]
-    assert isinstance(entry, TrtEntry)
-    return {"engine_bytes": dict(entry.engine_bytes), "weight_sharing": entry.weight_sharing, "version": entry.version}
 
 
 def options_here(job: Job, target: str) -> dict[str, Any]:
