@@ -56,14 +56,14 @@ def graphs_and_growth(bundle: Path) -> dict[str, Any]:
     from lora_drop_runtime import Session
 
     with Session.open(bundle, target=TARGET, k=2) as session:
-        engine = session._opened()  # what measures may look
+        engine: Any = session._opened()
         found, captures = [], []
         for batch in (1, 1, 2, 1):
             found.append(forced(session, batch))
-            captures.append(engine.captures)  # type: ignore[attr-defined]
-        note, resident = engine.capture_note, dict(engine.resident_bytes)  # type: ignore[attr-defined]
+            captures.append(engine.captures)
+        note, resident = engine.capture_note, dict(engine.resident_bytes)
         pinned = engine.allocate("gpu_check", (4,), "int64")
-        assert engine._device.is_pinned(pinned), "what the engine allocates is not page-locked"  # type: ignore[attr-defined]
+        assert engine._device.is_pinned(pinned), "what the engine allocates is not page-locked"
     assert note == "", f"steps run without CUDA graphs: {note}"
     assert captures[0] > 0, "no step was captured"
     assert captures[2] > captures[1], f"steps of a larger batch were not captured: {captures}"
