@@ -217,6 +217,7 @@ GOOD = "def run(job):\n    job.numbers['n'] = 1\n    job.say('half way')\n"
 STAGE_FILES = {
     "good": GOOD,
     "lacks": "from gpu_check.job import Skip\ndef run(job):\n    raise Skip('frobnicate is not installed')\n",
+    "imports": "def run(job):\n    import frobnicate.parts\n",
     "wrong": "def run(job):\n    job.numbers['n'] = 2\n    open('/home/somebody/secret/file.bin')\n",
     "crashes": GOOD + "    import os, signal\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
     "leaves": "import os\ndef run(job):\n    os._exit(3)\n",
@@ -248,14 +249,16 @@ def entries(file: Path) -> dict[str, dict[str, Any]]:
 
 def test_one_stage_never_takes_the_others_down(stages, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out.json"
-    names = ("good", "lacks", "wrong", "crashes", "leaves", "tells")
+    names = ("good", "lacks", "imports", "wrong", "crashes", "leaves", "tells")
     assert command.main(["--out", str(out)], stages(*names)) == 1
     found, said = entries(out), capsys.readouterr().out
     assert {name: entry["state"] for name, entry in found.items()} == {
-        "good": "pass", "lacks": "skip", "wrong": "fail", "crashes": "fail", "leaves": "fail", "tells": "pass",
+        "good": "pass", "lacks": "skip", "imports": "skip", "wrong": "fail", "crashes": "fail", "leaves": "fail",
+        "tells": "pass",
     }  # fmt: skip
     assert found["good"]["numbers"] == {"n": 1}
     assert found["lacks"]["reason"] == "frobnicate is not installed"
+    assert found["imports"]["reason"] == "frobnicate is not installed"
     assert found["wrong"]["numbers"] == {"n": 2}
     assert found["wrong"]["reason"].startswith("FileNotFoundError: ")
     assert found["crashes"]["reason"] == "the process was ended by SIGSEGV"

@@ -34,10 +34,11 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def driver_version() -> str | None:
-    """Of NVIDIA's driver, as nvidia-smi has it."""
-    text = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return text.splitlines()[0] if text else None
+def seen_by_driver() -> list[dict[str, str]]:
+    """Cards and the driver's version, as nvidia-smi has them; empty without it."""
+    names = ("name", "driver_version", "memory.total")
+    text = output_of("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
+    return [dict(zip(names, line.split(", "), strict=False)) for line in (text or "").splitlines()]
 
 
 def card(cuda: Any) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def run(job: Job) -> None:
     nvcc = re.search(r"release ([\d.]+)", said)
     job.numbers["nvcc"] = nvcc[1] if nvcc else None
     if not job.stand_in:
-        job.numbers["driver"] = driver_version()
+        job.numbers["nvidia_smi"] = seen_by_driver()
     job.save()
     job.numbers["card"] = card(cuda_runtime(job))
     job.say(f"{job.numbers['card']['name']}, {job.numbers['card']['memory_bytes'] / 2**30:.0f} GiB")

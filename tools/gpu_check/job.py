@@ -28,6 +28,17 @@ class Failed(Exception):
     """The stage ran, and something is wrong."""
 
 
+OURS = ("gpu_check", "plugins", "tests", "lora_drop_export", "lora_drop_runtime", "lora_drop_tools")
+
+
+def what_lacks(error: Exception) -> str | None:
+    """What is not here, where that is what an error says: a skip, or a package of others that is not installed."""
+    if isinstance(error, Skip):
+        return str(error)
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return f"{package} is not installed" if package and package not in OURS else None
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stage: its name, the module whose `run(job)` it is, and the most seconds that it may take.
@@ -90,11 +101,11 @@ class Job:
         """
         try:
             found = check()
-        except Skip as skip:
-            found = f"skip: {skip}"
         except Exception as error:  # any: the next part is to run
-            self.problems.append(f"{name}: {first_line(error)}")
-            found = f"fail: {first_line(error)}"
+            lacks = what_lacks(error)
+            found = f"skip: {lacks}" if lacks else f"fail: {first_line(error)}"
+            if not lacks:
+                self.problems.append(f"{name}: {first_line(error)}")
         self.numbers[name] = found
         self.say(f"{name}: {brief(found)}")
         return found

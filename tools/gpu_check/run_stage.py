@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu_check.job import STAND_IN, Failed, Job, Skip, first_line
+from gpu_check.job import STAND_IN, Failed, Job, first_line, what_lacks
 
 
 def prepare_stand_in(work: Path) -> None:
@@ -28,13 +28,13 @@ def main(module: str, settings: str) -> None:
         importlib.import_module(module).run(job)
         job.settle()
         job.save(state=passed, reason="")
-    except Skip as skip:
-        job.save(state="skip", reason=str(skip))
     except Failed as failed:
         job.save(state="fail", reason=str(failed))
     except Exception as error:
-        traceback.print_exc()
-        job.save(state="fail", reason=first_line(error))
+        lacks = what_lacks(error)
+        if lacks is None:
+            traceback.print_exc()
+        job.save(state="fail" if lacks is None else "skip", reason=lacks or first_line(error))
 
 
 if __name__ == "__main__":
