@@ -22,6 +22,9 @@ from tests.support.torch_ops import DTYPES, Program
 ONNX_TYPES = {"FLOAT": 1, "HALF": 10, "BF16": 16, "INT64": 7, "INT32": 6}
 
 
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+
 class _DeviceBytes:
     """Device memory, as PyTorch takes that of others."""
 
@@ -49,6 +52,8 @@ class TorchTrt(FakeLibrary):
 
     def __init__(self, cuda: Any) -> None:
         super().__init__(cuda)
+        # PyTorch runs on cards that the real library does not know
+        self.ComputeCapability = type("ComputeCapability", (), {f"SM{n}": n for n in CAPABILITIES})  # type: ignore[misc]
         self.device = "cpu" if isinstance(cuda, FakeCuda) else "cuda"
 
     @property

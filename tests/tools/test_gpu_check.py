@@ -20,8 +20,10 @@ from gpu_check import command, decode, speed
 from gpu_check.anonymous import anonymous
 from gpu_check.job import Failed, Skip, Stage
 
+from lora_drop_export.targets.trt.options import compute_capability
 from tests.support.fake_gpu import FakeGpu
 from tests.support.large import sparse_checkpoint
+from tests.support.torch_trt import TorchTrt
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools" / "gpu_check.py"
@@ -113,6 +115,11 @@ def test_device(engine_stages) -> None:
     assert entry["numbers"]["bfloat16 logits"]["status"] == "passed"
     first, replayed, larger, after = entry["numbers"]["bfloat16 graphs"]["captures"]
     assert 0 < first == replayed < larger <= after
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
+def test_device_runs_on_cards_that_tensorrt_rtx_does_not_know(capability: str) -> None:
+    assert compute_capability(TorchTrt(FakeGpu()), capability)
 
 
 def test_ort(engine_stages) -> None:
@@ -349,15 +356,20 @@ def test_what_began_before_is_not_begun_again_after_the_end(stages, tmp_path: Pa
         (["--only", ""], "there is no stage ''"),
         (["--out", "{tmp}"], "it is a folder"),
         (["--out", "{tmp}/missing/out.json"], "its folder is not there"),
+        (["--out", "{tmp}/other.json"], "is not a report of this command"),
         (["--wheels", "{tmp}/missing"], "is not a folder"),
         (["--wheels", "{tmp}"], "no .whl file is in"),
         (["--frobnicate"], "unrecognized arguments"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], said: str, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"mine": 1}')
     with pytest.raises(SystemExit) as refused:
         command.main([argument.format(tmp=tmp_path) for argument in arguments])
     assert refused.value.code == 2
+    assert list(tmp_path.iterdir()) == [other]
+    assert other.read_text() == '{"mine": 1}'
     assert said in capsys.readouterr().err
 
 

@@ -81,10 +81,10 @@ def how_it_ended(code: int) -> str:
 
 def read_report(file: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
-        return {"numbers": {}, "progress": []}
-    return found
+        found = None
+    return found if isinstance(found, dict) else {"numbers": {}, "progress": []}
 
 
 def follow(process: subprocess.Popen[bytes], report: Path, stage: Stage, deadline: float) -> bool:
@@ -174,15 +174,16 @@ def chosen_stages(names: str | None, stages: Sequence[Stage], refuse: Callable[[
 
 
 def check_writable(file: Path | None, refuse: Callable[[str], Any]) -> None:
-    """Before ten minutes of measuring, not after them."""
+    """Before ten minutes of measuring, not after them; only a report of this command is replaced."""
     if file is None:
         return
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        refuse(f"--out: {file} cannot be written: {'it is a folder' if file.is_dir() else 'its folder is not there'}")
-    try:
-        file.touch()
-    except OSError as error:
-        refuse(f"--out: {file} cannot be written: {error.strerror}")
+    folder = file.absolute().parent
+    if file.is_dir():
+        refuse(f"--out: {file} cannot be written: it is a folder")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        refuse(f"--out: {file} cannot be written: its folder is not there, or not writable")
+    if file.exists() and file.stat().st_size and "gpu_check" not in read_report(file):
+        refuse(f"--out: {file} is not a report of this command, so it will not be replaced")
 
 
 def installed_wheels(folder: Path | None, work: Path, refuse: Callable[[str], Any]) -> list[str]:

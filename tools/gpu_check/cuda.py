@@ -6,6 +6,7 @@ Enters: a job. Leaves: a `Gpu`. Knows no case, no contestant and no engine.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def cuda_runtime(job: Job) -> Any:
 
         return FakeGpu()
     try:
-        from cuda.bindings import runtime
+        runtime = importlib.import_module("cuda.bindings.runtime")
     except ImportError:
         raise Skip("cuda-bindings is not installed") from None
     error, count = runtime.cudaGetDeviceCount()

@@ -147,10 +147,19 @@ def sdpa_contestant(shape: Attention, caches: int) -> Callable[[], float] | None
     return seconds
 
 
+def cache_count(gpu: Gpu, shape: Attention) -> int:
+    return max(2, -(-4 * gpu.l2_bytes // shape.kv_bytes)) if shape.new_tokens == 1 else 2
+
+
+def fits(gpu: Gpu, shape: Attention) -> bool:
+    """The kernel's caches and PyTorch's beside them, with a fifth for all else; PyTorch keeps what it once took."""
+    return 2.4 * cache_count(gpu, shape) * shape.kv_bytes < gpu.free_bytes
+
+
 def time_call(
     gpu: Gpu, library: Any, shape: Attention, sizes: Sizes, copy_seconds: Callable[[], float]
 ) -> dict[str, Any]:
-    caches = max(2, -(-4 * gpu.l2_bytes // shape.kv_bytes)) if shape.new_tokens == 1 else 2
+    caches = cache_count(gpu, shape)
     contestants = {"copy": copy_seconds}
     with gpu.memory() as allocate:
         contestants["kernel"] = kernel_contestant(gpu, library, allocate, shape, caches)
@@ -208,6 +217,9 @@ def run(job: Job) -> None:
     shapes = [Attention(n, b, length) for n in LAYOUTS for b in sizes.batches for length in sizes.lengths]
     shapes += [Attention("Llama-3-8B", 1, 0, tokens) for tokens in sizes.prompts]
     for shape in shapes:
+        if not fits(gpu, shape):
+            job.say(f"{shape.layout} {shape.batch} × {shape.length}: skip: too little device memory is free")
+            continue
         call = time_call(gpu, library, shape, sizes, copy_seconds)
         calls.append(call)
         sdpa = "" if call["sdpa_us"] is None else f", sdpa {call['sdpa_us']:.1f} µs"
