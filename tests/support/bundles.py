@@ -49,19 +49,19 @@ class Family:
 def family(name: str) -> Family:
     """Build, save and trace a family of tests.models."""
     model, directory, checkpoint = _saved(FAMILIES[name]())
-    return Family(model, directory, checkpoint, _traced_once(name, checkpoint, "float32"))
+    return Family(model, directory, checkpoint, traced_once(name, checkpoint, "float32"))
 
 
 @functools.cache
 def family_trace(name: str, dtype: str) -> TracedModel:
     """A family's trace in another dtype."""
-    return _traced_once(name, family(name).checkpoint, dtype)
+    return traced_once(name, family(name).checkpoint, dtype)
 
 
 def traced_family(name: str, model: PreTrainedModel, dtype: str) -> Family:
     """Save any model and trace it in a dtype; the trace is shared by all that say this name."""
     model, directory, checkpoint = _saved(model)
-    return Family(model, directory, checkpoint, _traced_once(name, checkpoint, dtype), dtype)
+    return Family(model, directory, checkpoint, traced_once(name, checkpoint, dtype), dtype)
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
     return model, directory, open_checkpoint(str(directory), directory / "scratch")
 
 
-def _traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
+def traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
     file = Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
     if file.exists():

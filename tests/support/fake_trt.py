@@ -175,6 +175,10 @@ class FakeTrt:
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     ILogger = ILogger
 
+    @property
+    def engine_class(self) -> Any:
+        return FakeCudaEngine
+
     def __init__(self, cuda: FakeCuda, *, version: str = VERSION, rtx: bool = True, capturable: bool = True) -> None:
         self.cuda, self.__version__, self.capturable = cuda, version, capturable
         self.contexts_made = 0
@@ -208,7 +212,7 @@ class FakeRuntime:
         if plan.get("host_code") and not self.engine_host_code_allowed:
             self._logger.log(ILogger.Severity.ERROR, "The engine contains host code, which is not allowed")
             return None
-        return FakeCudaEngine(self._trt, self._logger, plan)
+        return self._trt.engine_class(self._trt, self._logger, plan)
 
 
 class FakePluginRegistry:
@@ -286,7 +290,13 @@ class FakeCudaEngine:
             for values, mode in ((graph.input, TensorIOMode.INPUT), (graph.output, TensorIOMode.OUTPUT))
             for value in values
         }
-        self.session = _ort_session(serialized, plan["root"])
+        self.session = self.make_session(serialized, plan["root"])
+
+    def make_session(self, serialized: bytes, root: str) -> Any:
+        return _ort_session(serialized, root)
+
+    def make_context(self) -> Any:
+        return FakeExecutionContext(self)
 
     @property
     def num_io_tensors(self) -> int:
@@ -325,7 +335,7 @@ class FakeCudaEngine:
         strategy = config.strategy if isinstance(config, FakeRuntimeConfig) else config
         assert strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         self.trt.contexts_made += 1
-        context = FakeExecutionContext(self)
+        context = self.make_context()
         if isinstance(config, FakeRuntimeConfig):
             context.compiles_first = config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
         return context

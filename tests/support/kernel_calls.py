@@ -108,7 +108,6 @@ class Memory(Protocol):
 
     address: int
 
-    def __init__(self, array: np.ndarray) -> None: ...
     def read(self) -> tuple[np.ndarray, bool]:
         """The array now, and whether the guards are intact."""
 
@@ -127,7 +126,7 @@ class HostMemory:
 
 
 def run_case(
-    library: ctypes.CDLL, case: Case, memory: type[Memory], before: Arrays | None = None
+    library: ctypes.CDLL, case: Case, memory: Callable[[np.ndarray], Memory], before: Arrays | None = None
 ) -> tuple[Arrays, Arrays]:
     """The arrays before and after a call."""
     before = before or make_arrays(case)
@@ -147,7 +146,7 @@ def run_case(
     return before, after
 
 
-def check_rounding(library: ctypes.CDLL, dtype: str, memory: type[Memory]) -> None:
+def check_rounding(library: ctypes.CDLL, dtype: str, memory: Callable[[np.ndarray], Memory]) -> None:
     """Values at, between and beside all numbers of a quantized cache, and past its ends: the exact bytes."""
     kind = NUMPY_DTYPES[dtype]
     numbers = np.arange(-128, 128, dtype=np.int8).view(kind).astype(np.float32)

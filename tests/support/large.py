@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,9 +54,9 @@ class Measured:
     read_bytes: int
 
 
-def sparse_checkpoint(directory: Path, layers: int = 32) -> int:
-    """A bf16 checkpoint whose file is one hole of the right size; returns its bytes."""
-    config = LlamaConfig(**(LLAMA3_8B | {"num_hidden_layers": layers}), dtype="bfloat16")
+def sparse_checkpoint(directory: Path, layers: int = 32, **sizes: Any) -> int:
+    """A bf16 checkpoint whose file is one hole of the right size; returns its bytes. `sizes` as of LlamaConfig."""
+    config = LlamaConfig(**(LLAMA3_8B | {"num_hidden_layers": layers} | sizes), dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
     with FakeTensorMode():

@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import io
 import json
+import platform
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,20 @@ from tests.tools.bench.conftest import held
 bench_module = importlib.import_module("lora_drop_tools.bench.bench")  # the name in the package is the function
 
 
-def test_command_end_to_end(bundles: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_end_to_end(
+    bundles: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     written = tmp_path / "figures.json"
     options = ["--k", "1,3", "--contexts", "8,24", "--batches", "1,2", "--new-tokens", "12", "--repeats", "2"]
-    code = main(["bench", *map(str, bundles), *options, "--threads", "1", "--json", str(written)])
-    data = json.loads(written.read_text())
+    arguments = ["bench", *map(str, bundles), *options, "--threads", "1", f"--json={written}"]
+    monkeypatch.setattr(sys, "argv", ["/home/jo/bin/lora-drop", *arguments])
+    code = main(arguments)
+    text = written.read_text()
+    for secret in ("/home/jo", str(tmp_path), str(bundles[0].parent), platform.release()):
+        assert secret not in text
+    data = json.loads(text)
+    assert data["command"].startswith(f"lora-drop bench {bundles[0].name} ")
+    assert data["command"].endswith("--threads 1 --json=figures.json")
     assert code == (1 if data["problems"] else 0)  # real times of a model of nothing: either may be
     printed = capsys.readouterr()
     assert "context 24, batch 2, repeat 2 of 2" in printed.err

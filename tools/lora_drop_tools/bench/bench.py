@@ -30,7 +30,7 @@ from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
-from lora_drop_tools.shared.results import check_results, write_json
+from lora_drop_tools.shared.results import check_results, said_command, write_json
 
 from .arms import Arm, SessionOptions, TimedSession, measure, peer_arm, session_arms
 from .judge import MeasurementError, judge
@@ -166,7 +166,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
     manifest = next(iter(bundles.values())).manifest
     policy = policy_named(settings.policy or manifest.plan.policy)
     return BenchResult(
-        command=" ".join(sys.argv),
+        command=said_command(sys.argv),
         begun=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine.machine_facts(),
         threads=settings.threads or machine.physical_cores(),
@@ -178,10 +178,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         new_tokens=settings.new_tokens,
         policy=policy.name,
         draft=draft_source(settings.draft, policy, len(manifest.plan.sites)).name if policy.verifies else "",
-        bundles={
-            name: {"path": str(bundle.root), "sites": list(bundle.manifest.plan.sites)}
-            for name, bundle in bundles.items()
-        },
+        bundles={name: {"sites": list(bundle.manifest.plan.sites)} for name, bundle in bundles.items()},
     )
 
 

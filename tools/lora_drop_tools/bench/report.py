@@ -23,7 +23,7 @@ def _others(cores: float | None) -> str:
 
 
 def _bundle(entry: dict[str, Any]) -> str:
-    return f"drops {listed(entry['sites']) or 'nothing'} ({entry['path']})"
+    return f"drops {listed(entry['sites']) or 'nothing'}"
 
 
 def _name(row: Row) -> str:

@@ -155,7 +155,7 @@ def physical_cores() -> int:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What a reader needs to know to judge the numbers: processor, cores, memory, versions."""
+    """What a reader needs to know to judge the numbers: processor, cores, memory, versions; not whose machine it is."""
     model = platform.processor() or platform.machine()
     memory = None
     try:
@@ -177,6 +177,6 @@ def machine_facts() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "physical_cores": physical_cores(),
         "memory_bytes": memory,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 _SOFTWARE = "lora-drop"  # as the metadata of our figures names what wrote them
 _SIGN = b"tEXtSoftware\0" + _SOFTWARE.encode()  # how PNG has it, before the image's data
+
+
+def said_command(arguments: Sequence[str]) -> str:
+    """A command line for a result that others read: of files outside the current folder only the names."""
+    begin_of_path = re.compile(r"(^|[=,])(?:[A-Za-z]:[\\/]|~|[\\/])[^=,]*[\\/]")
+    return " ".join(begin_of_path.sub(r"\1", argument) for argument in arguments)
 
 
 def _refuse_another(path: Path, what: str, option: str) -> None:

@@ -1,0 +1,131 @@
+"""The CUDA runtime of fake_cuda.py with what measuring needs beside it, and the attention kernel on it.
+
+What it stands for: events, properties, waiting for the device, copies that wait; kernels that a stream runs when it is
+waited for, also out of a captured graph. What it cannot show: time. Between any two events there is a millisecond.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import mmap
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from plugins.kernels.binding import LoraDropAttention
+from tests.support.fake_cuda import FakeCuda, cuda_function, cudaMemcpyKind, host
+
+SPARSE_BYTES = 1 << 28  # blocks from here on are pages of zeros that nobody has touched
+
+
+class cudaDeviceAttr(enum.IntEnum):
+    cudaDevAttrMultiProcessorCount = 16
+    cudaDevAttrL2CacheSize = 38
+    cudaDevAttrComputeCapabilityMajor = 75
+    cudaDevAttrComputeCapabilityMinor = 76
+
+
+class FakeGpu(FakeCuda):
+    cudaDeviceAttr = cudaDeviceAttr  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__(memory_bytes=1 << 34)
+        self.events = 0
+
+    @cuda_function
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        return SimpleNamespace(
+            name=b"a stand-in for CUDA",
+            major=self.capability[0],
+            minor=self.capability[1],
+            multiProcessorCount=4,
+            totalGlobalMem=self.memory_bytes,
+            l2CacheSize=1 << 16,
+        )
+
+    @cuda_function
+    def cudaDeviceGetAttribute(self, attr: int, device: int) -> int:
+        return {16: 4, 38: 1 << 16, 75: self.capability[0], 76: self.capability[1]}[attr]
+
+    @cuda_function
+    def cudaDriverGetVersion(self) -> int:
+        return 13000
+
+    @cuda_function
+    def cudaRuntimeGetVersion(self) -> int:
+        return 13000
+
+    @cuda_function
+    def cudaDeviceSynchronize(self) -> None:
+        self._refuse_in_capture()
+        self._run_queue()
+
+    @cuda_function
+    def cudaMalloc(self, size: int) -> int:
+        if size < SPARSE_BYTES:
+            return FakeCuda.cudaMalloc(self, size)[1]
+        block = np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        self.blocks[block.ctypes.data] = block
+        return block.ctypes.data
+
+    @cuda_function
+    def cudaFree(self, devPtr: int) -> None:
+        self._refuse_in_capture()
+        self._run_queue()
+        block = self.blocks.pop(devPtr)
+        if block.nbytes < SPARSE_BYTES:
+            block[...] = 0xFF
+            self._graveyard.append(block)
+
+    @cuda_function
+    def cudaMemcpy(self, dst: int, src: int, count: int, kind: cudaMemcpyKind) -> None:
+        self._refuse_in_capture()
+        self._run_queue()
+        to_device, to_host = cudaMemcpyKind.cudaMemcpyHostToDevice, cudaMemcpyKind.cudaMemcpyDeviceToHost
+        target = host(dst, count) if kind == to_host else self.view(dst, count)
+        target[...] = host(src, count) if kind == to_device else self.view(src, count)
+
+    @cuda_function
+    def cudaEventCreate(self) -> int:
+        self.events += 1
+        return self.events
+
+    @cuda_function
+    def cudaEventRecord(self, event: int, stream: int) -> None:
+        self._check_stream(stream)
+        self._refuse_in_capture()
+        assert 0 < event <= self.events
+
+    @cuda_function
+    def cudaEventSynchronize(self, event: int) -> None:
+        self._run_queue()
+
+    @cuda_function
+    def cudaEventElapsedTime(self, start: int, end: int) -> float:
+        assert start != end
+        return 1.0
+
+
+class QueuedKernels:
+    """The kernel's library for the host, its calls in the stand-in's stream; a null stream runs them at once."""
+
+    def __init__(self, library: ctypes.CDLL, cuda: FakeCuda) -> None:
+        self._library, self._cuda = library, cuda
+        self.lora_drop_attention_problem = library.lora_drop_attention_problem
+        self.lora_drop_workspace_bytes = library.lora_drop_workspace_bytes
+
+    def lora_drop_attention(
+        self, call: LoraDropAttention, workspace_bytes: int, multiprocessors: int, stream: int | None
+    ) -> int:
+        taken = LoraDropAttention.from_buffer_copy(call)
+
+        def run() -> None:
+            assert self._library.lora_drop_attention(taken, workspace_bytes, multiprocessors, None) == 0
+
+        if stream is None:
+            run()
+        else:
+            self._cuda.enqueue(run)
+        return 0

@@ -1,0 +1,13 @@
+"""Checks and measures this project on the GPU of this machine: `python tools/gpu_check.py --out card.json`."""
+
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from gpu_check.command import main  # noqa: E402 - the folder beside this file
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no stage is left behind
+    sys.exit(main())

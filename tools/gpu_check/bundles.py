@@ -1,0 +1,131 @@
+"""Bundles of small random models, and what all engines are asked: do steps agree with PyTorch, and how long is one.
+
+Enters: a job, a target, a provider. Leaves: plain JSON values. Knows no engine by name.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpu_check.job import Job, Skip
+
+WINDOWS = (0, 3)
+NEW_TOKENS, WARM_TOKENS = 65, 17
+PROMPT = 32
+# Of the weights of tests/support/models.py. In bfloat16 a random model of the full size is off by 0.3 of its largest
+# logit in PyTorch itself, at a quarter by 0.01
+WEIGHT_SCALE = 0.25
+
+
+def need_exporter() -> None:
+    """Raises Skip with the name of a package that exports and references need."""
+    for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnx_graphsurgeon", "polygraphy"):
+        try:
+            __import__(name)
+        except ImportError:
+            raise Skip(f"{name} is not installed (extra export)") from None
+
+
+def small_checkpoint(job: Job) -> Path:
+    """A Llama of 8 layers (6 over stand-ins) with heads of 64, in float32; saved once for all stages."""
+    import torch
+
+    from tests.support.models import llama
+
+    directory = job.work / "small"
+    if not directory.is_dir():
+        model = llama(head_dim=64, num_hidden_layers=6 if job.stand_in else 8)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" not in name:
+                    parameter.mul_(WEIGHT_SCALE)
+        part = job.work / "small.part"
+        model.save_pretrained(part)
+        part.rename(directory)
+    return directory
+
+
+def exported(job: Job, model: Path, name: str, **options: Any) -> Path:
+    """A bundle that is not verified yet. Raises Skip where the exporter refuses the combination."""
+    from lora_drop_runtime.errors import InputError
+
+    from lora_drop_export.compiler import export as exporter
+    from lora_drop_export.compiler.options import ExportOptions
+    from tests.support.bundles import traced_once
+
+    setattr(exporter, "trace", partial(traced_once, f"gpu_check.{model.name}"))  # noqa: B010 - one for all stages
+    out = job.work / name
+    try:
+        chosen = ExportOptions(verify=False, **{"k": 3, "max_seq_len": 256, "max_batch": 2} | options)
+    except InputError as error:
+        raise Skip(f"{error.fact} {error.note}") from None
+    exporter.export(str(model), out, chosen)
+    return out
+
+
+def agreement(bundle: Path, target: str, provider: str | None) -> dict[str, Any]:
+    """Every step of a teacher-forced run against PyTorch, as `lora-drop compare`; AssertionError where one is off."""
+    from lora_drop_runtime.bundle.bundle import Bundle
+
+    from lora_drop_export.check.verify import compare
+
+    result = compare(Bundle.open(bundle), target=target, provider=provider, k=3)
+    summary = result.summary() | {"max_rel_error": max(step.max_rel_error for step in result.steps)}
+    assert result.passed, f"steps are not PyTorch's: {summary}"
+    return summary
+
+
+def same_tokens(bundle: Path, target: str, provider: str | None) -> str:
+    """Two requests of a session, the second of which runs out of captured graphs, have the same greedy tokens."""
+    from lora_drop_runtime import Session
+
+    with Session.open(bundle, target=target, provider=provider, k=3) as session:
+        first, again = (session.generate([7, 3, 11, 19, 2], max_new_tokens=24)[0].tolist() for _ in range(2))
+    assert first == again, f"a second request has other tokens: {first} and {again}"
+    return f"two requests have the same {len(first)} tokens"
+
+
+def timed(bundle: Path, target: str, provider: str | None, k: int, **lengths: int) -> dict[str, Any]:
+    """Times of a greedy stream after one that warms up; `prompt` and `new_tokens` tokens.
+
+    Returns:
+        tokens/s of the decode steps, the median milliseconds of each kind of step, the bytes that a step reads.
+    """
+    from lora_drop_runtime import Session
+    from lora_drop_runtime.bundle.bundle import Bundle
+    from lora_drop_tools.shared import costs
+
+    prompt, new_tokens = lengths.get("prompt", PROMPT), lengths.get("new_tokens", NEW_TOKENS)
+    tokens = [1 + 7 * i % 97 for i in range(prompt)]
+    seconds = []
+    with Session.open(bundle, target=target, provider=provider, k=k) as session:
+        notes = session.engine_notes()
+        list(session.stream(tokens, min(WARM_TOKENS, new_tokens)))
+        stream = session.stream(tokens, new_tokens)
+        next(stream)
+        for _ in range(new_tokens - 1):
+            begin = time.perf_counter()
+            next(stream)
+            seconds.append(time.perf_counter() - begin)
+        stream.close()
+    manifest = Bundle.open(bundle).manifest
+    kinds = costs.periodic_kinds(len(seconds), k)
+    moved = costs.bytes_of_steps(manifest, prompt, kinds)
+    by_kind: dict[str, list[float]] = {}
+    for kind, one in zip(kinds, seconds, strict=True):
+        by_kind.setdefault(kind.value, []).append(1e3 * one)
+    return {
+        "tokens_per_s": len(seconds) / sum(seconds),
+        "step_ms": {kind: statistics.median(values) for kind, values in by_kind.items()},
+        "bytes_per_token": sum(moved) / len(moved),
+        "notes": notes,
+    }
+
+
+def timed_windows(bundle: Path, target: str, provider: str | None) -> Mapping[str, Any]:
+    return {f"k={k}": timed(bundle, target, provider, k) for k in WINDOWS}
