@@ -11,6 +11,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -25,13 +26,15 @@ from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
+from lora_drop_export.targets.openvino.lower import openvino_from_neutral
+from lora_drop_export.targets.ort.lower import lower_step
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
 from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profiles
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
-from tests.support.bundles import family, family_trace, make_bundle
+from tests.support.bundles import family, family_trace, make_bundle, rewritten
 
 RTX = "tensorrt-rtx"
 PROFILES = lora_profiles(8)
@@ -230,16 +233,63 @@ def test_plugin_form(bundle):
             assert len(node.input) == 8 + attributes["has_count"]
 
 
+def plugin_attributes(proto: onnx.ModelProto) -> list[dict[str, object]]:
+    nodes = [node for node in proto.graph.node if node.op_type == "SkipWriteKVAttention"]
+    return [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
+
+
 @pytest.mark.parametrize(("name", "norm", "softcap", "windows"), [("qwen3", 1, 0.0, 1), ("gemma2", 0, 5.0, 2)])
 def test_plugin_form_takes_norm_softcap_and_window(name, norm, softcap, windows, tmp_path):
     made = make_bundle(name, tmp_path / "b", targets=("none",))
-    graph = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto.graph
-    nodes = [node for node in graph.node if node.op_type == "SkipWriteKVAttention"]
-    attributes = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
+    proto = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto
+    attributes = plugin_attributes(proto)
     assert {a["has_norm"] for a in attributes} == {norm}
     assert {round(a["softcap"], 3) for a in attributes} == {softcap}
     assert tuple(a["window"] for a in attributes) == made.manifest.model.windows
     assert len({a["window"] for a in attributes}) == windows
+
+
+def nodes_per_layer(proto: onnx.ModelProto, layers: int) -> int:
+    """Of layers that are all alike; there are fewer nodes of a kind beside them than layers, but for constants."""
+    counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
+    return sum(count // layers for count in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ort", "openvino"), [("float32", 12, 19), ("float16", 17, 19), ("bfloat16", 17, 21)]
+)
+def test_half_precision_is_fused_as_float32_is(dtype, ort, openvino, tmp_path):
+    """Tables of cos and sin are shared by all layers in half precision: RoPE was left as arithmetic there.
+
+    With ONNX Runtime attention rotates, and norms take the sum before them, in float32 alone. With OpenVINO two
+    weights of norms a layer are cast from bfloat16.
+    """
+    traced = family_trace("llama", dtype)
+    source = dataclasses.replace(rewritten("llama"), traced=traced, dtype=dtype)
+    made = make_bundle(source, tmp_path / "b", targets=("none",))
+    steps = [neutral(made, StepKind.REFRESH), neutral(made, StepKind.LORA)]
+    slots = static_slots(made.manifest.plan, made.manifest.limits)
+    plugin = trt_from_neutral(steps[0], slots, form="plugin").proto
+    assert {a["rotary_dim"] for a in plugin_attributes(plugin)} == {16}
+    built = {
+        "neutral": steps[0],
+        "native": trt_from_neutral(steps[0], slots).proto,
+        "plugin": plugin,
+        "ort": lower_step(steps[0], 128),
+        "openvino": openvino_from_neutral(*steps, made.manifest.plan),
+    }
+    counts = {name: nodes_per_layer(proto, 8) for name, proto in built.items()}
+    assert counts == {"neutral": 34, "native": 30, "plugin": 18} | {"ort": ort, "openvino": openvino}
+
+
+@pytest.mark.parametrize(("name", "dtype", "norm"), [("qwen3", "float16", 1), ("gemma2", "bfloat16", 0)])
+def test_rope_and_norms_of_heads_are_inside_the_plugin(name, dtype, norm, tmp_path):
+    """Gemma's norms have float32 weights in half precision, which the plugin does not take."""
+    source = dataclasses.replace(family(name), traced=family_trace(name, dtype), dtype=dtype)
+    made = make_bundle(source, tmp_path / "b", targets=("none",))
+    proto = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto
+    found = [(a["rotary_dim"], a["has_norm"]) for a in plugin_attributes(proto)]
+    assert found == [(made.manifest.model.head_dim, norm)] * 8
 
 
 def test_static_slots_are_what_the_largest_request_needs(bundle):
