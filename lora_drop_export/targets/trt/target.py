@@ -131,6 +131,11 @@ class TrtTarget:
             StepKind.LORA: lora_profiles(limits.max_batch),
         }
         builder = EngineBuilder(self.name, root, options.builder, console, self._timing_cache(earlier))
+        if form == "native" and not builder.reads_valid_slots:
+            console.say(
+                f"warning: {self.name} {builder.version} cannot limit attention to valid slots: it reads the whole "
+                "capacity of its caches at every step"
+            )
         lower = functools.partial(
             trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
         )
