@@ -17,6 +17,7 @@ without a word (nonpad_kv_seqlen): the attention would be computed over somethin
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lora_drop_export.console import Console, Progress
 from .options import BuilderOptions, check_buildable, compute_capability
 from .plugin_form import PLUGIN_NAMESPACE
 from .profiles import Profile, optimization_profile, symbolic_dims
+from .quantized import sign_weights
 
 
 def _flags(flags: Any, *names: str) -> int:
@@ -173,8 +175,11 @@ class EngineBuilder:
         parsed.CopyFrom(proto)
         if self.reads_valid_slots:
             lengths = _unmask(parsed)
-        # Any name inside the root will do: only its directory counts, for the external weights
-        if not parser.parse(parsed.SerializeToString(), str(self._root.resolve() / f"{proto.graph.name}.onnx")):
+        with tempfile.NamedTemporaryFile(dir=self._root, prefix="signed-") as file:
+            sign_weights(parsed, self._root, file)
+            # Any name inside the root will do: only its directory counts, for the external weights
+            taken = parser.parse(parsed.SerializeToString(), str(self._root.resolve() / f"{proto.graph.name}.onnx"))
+        if not taken:
             errors = [
                 f"{error.node_operator()} {error.node_name()}: {error.desc()}"
                 for error in map(parser.get_error, range(parser.num_errors))

@@ -103,7 +103,7 @@ def trt_from_neutral(
     *,
     weight_sharing: str = "inputs",
     form: str = "native",
-    alias: bool = True,
+    alias: bool = False,
     refresh: TrtGraph | None = None,
 ) -> TrtGraph:
     """Lower one step graph.

@@ -586,7 +586,7 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "names a value twice"),
         (["--target", RTX, "--attention", "plugin"], "cannot run plugins"),
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
-        (["--target", RTX, "--no-alias"], "--no-alias applies only to the attention plugin"),
+        (["--target", RTX, "--alias"], "--alias applies only to the attention plugin"),
         (["--target", "ort", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
         (["--target", RTX, "--optimization-level", "9"], "--optimization-level is too large"),
         (["--target", RTX, "--workspace-mib", "0"], "--workspace-mib is too small"),
