@@ -166,7 +166,9 @@ def compare(
     rounded: list[npt.NDArray[np.float32]] = []
     open_session = functools.partial(Session.open, bundle.root, k=schedule.k, policy=refreshes.name)
     rounds_caches = manifest.model.kv_dtype is not None and not scaled
-    if manifest.model.weight_dtype in QUANTIZED_DTYPES or rounds_caches:
+    # TensorRT dequantizes weights and rounds no activation
+    rounds = manifest.model.weight_dtype in QUANTIZED_DTYPES and isinstance(entry, OrtEntry | OpenVinoEntry)
+    if rounds or rounds_caches:
         with open_session(**engine) as session, _quiet():  # it ends first: each session holds the weights
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
         open_session = functools.partial(_open_exact, bundle, schedule, refreshes)

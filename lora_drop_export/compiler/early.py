@@ -115,18 +115,24 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
     kept = kept_quantization(checkpoint.tensors)
     if kept is None:
         return
-    others = [name for name in options.targets if name != NO_TARGET and not TARGETS[name].takes_quantized_weights]
+    targets = [TARGETS[name] for name in options.targets if name != NO_TARGET]
+    weights = f"int{kept.bits}"
+    others = [target.name for target in targets if weights not in target.quantized_weights]
     if others:
-        able = " or ".join(name for name, target in TARGETS.items() if target.takes_quantized_weights)
+        able = " or ".join(name for name, target in TARGETS.items() if weights in target.quantized_weights)
         raise InputError(
-            "The target cannot take quantized weights.",
-            note=f"{checkpoint.name} has int{kept.bits} weights; {', '.join(others)} was asked for.",
+            f"The target cannot take {weights} weights.",
+            note=f"{checkpoint.name} has them; {', '.join(others)} was asked for.",
             hint=f"Use --target {able}, or the model's float checkpoint.",
         )
-    if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
+    if options.dtype in (None, "float32", *QUANTIZED_DTYPES):
+        return
+    others = [target.name for target in targets if options.dtype not in target.quantized_dtypes]
+    if others or not targets:
         raise InputError(
             "A quantized checkpoint computes in float32.",
-            note=f"{checkpoint.name} has int{kept.bits} weights; --dtype is {options.dtype}.",
+            note=f"{checkpoint.name} has {weights} weights, --dtype is {options.dtype}; the target is "
+            f"{', '.join(others) or NO_TARGET}.",
             hint="Leave --dtype out; int8 or int4 quantizes the rest too, the embedding and the head.",
         )
 

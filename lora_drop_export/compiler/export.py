@@ -46,10 +46,10 @@ from lora_drop_export.weights.store import store_weights, weights_bytes
 
 from .early import check_before_trace, check_kept, warn_of_layers
 from .facts import (
+    activations_dtype,
     adapter_matrices,
     chosen_formats,
     context_length,
-    default_dtype,
     kept_quantization,
     make_limits,
     make_plan,
@@ -171,7 +171,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         )
         check_kept(checkpoint, options)
         quantized = options.weights_format or kept_quantization(checkpoint.tensors)
-        dtype = "float32" if quantized else options.dtype or default_dtype(checkpoint, options)
+        dtype = activations_dtype(checkpoint, options, quantized=quantized is not None)
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
         special_tokens(checkpoint)  # refuses what would be refused after the trace

@@ -210,8 +210,16 @@ def make_limits(config: Any, options: BuildOptions) -> Limits:
     return Limits(max_seq_len, max_prompt_len, options.max_batch)
 
 
-def default_dtype(checkpoint: Checkpoint, options: BuildOptions) -> str:
-    """What the first of the targets wants, and what most of the checkpoint has where there is none."""
+def activations_dtype(checkpoint: Checkpoint, options: BuildOptions, *, quantized: bool) -> str:
+    """As asked for, else what the first of the targets wants, and what most of the checkpoint has where there is none.
+
+    Args:
+        quantized: weights will be; without a target activations are float32 then, which any can be added for.
+    """
+    if options.dtype in MODEL_DTYPES:
+        return options.dtype
+    if quantized and not set(options.targets) & set(TARGETS):
+        return "float32"
     size: dict[str, int] = {}
     for ref in checkpoint.tensors.values():
         size[ref.dtype] = size.get(ref.dtype, 0) + ref.size_bytes

@@ -46,11 +46,11 @@ def check_formats(
         InputError: a target takes something else.
     """
     chosen = [TARGETS[name] for name in targets if name in TARGETS]
-    able = " or ".join(name for name, target in TARGETS.items() if target.takes_quantized_weights)
-    others = ", ".join(target.name for target in chosen if not target.takes_quantized_weights)
+    able = " or ".join(name for name, target in TARGETS.items() if dtype in target.quantized_weights)
+    others = ", ".join(target.name for target in chosen if dtype not in target.quantized_weights)
     if dtype in QUANTIZED_DTYPES and others:
         raise InputError(
-            "The target cannot take quantized weights.",
+            f"The target cannot take {dtype} weights.",
             note=f"--dtype {dtype} works only with {able}; {others} takes {', '.join(MODEL_DTYPES)}."
             if bundle is None
             else f"{bundle} has {dtype} weights; {others} was asked for.",
@@ -172,7 +172,7 @@ class BuildOptions:
         metavar="|".join(BY_SHORT),
         parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
-        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding, for ort on the CPU; "
+        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding; "
         "of a quantized checkpoint, whose integers stay, it is the rest's",
     )
     quantization: str | None = option(
@@ -279,7 +279,9 @@ class BuildOptions:
         """How weights are quantized, None where they are not."""
         if self.dtype not in QUANTIZED_DTYPES:
             return None
-        return Quantization.of(self.dtype, self.block_size, self.quantization)
+        chosen = Quantization.of(self.dtype, self.block_size, self.quantization)
+        symmetric = any(TARGETS[name].symmetric_weights for name in self.targets if name in TARGETS)
+        return dataclasses.replace(chosen, symmetric=chosen.symmetric or symmetric)
 
     @property
     def head_format(self) -> Quantization | None:

@@ -57,7 +57,9 @@ class _RotaryEmbedding(pattern.RewriteRuleClassBase):  # type: ignore[misc]  # o
 
 def fuse_rotary_embedding(model: ir.Model) -> int:
     """Apply the rule in place; returns the number of RotaryEmbedding nodes made."""
-    count: int = pattern.RewriteRuleSet([_RotaryEmbedding.rule()], commute=True).apply_to_model(model)
-    CommonSubexpressionEliminationPass()(model)  # every layer makes its own copy of the same two tables
+    # In half precision all layers share one table, unsqueezed: a rule that removes its nodes would not match there
+    rule = _RotaryEmbedding.rule(remove_nodes=False)
+    count: int = pattern.RewriteRuleSet([rule], commute=True).apply_to_model(model)
+    CommonSubexpressionEliminationPass()(model)  # every layer makes its own copy of the same two halves
     RemoveUnusedNodesPass()(model)
     return count

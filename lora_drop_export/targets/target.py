@@ -33,13 +33,17 @@ class Target(Protocol):
     Attributes:
         name: as users and bundles say it; its folder in a bundle.
         what: it runs, for `--help`.
-        takes_quantized_weights: graphs with int4 or int8 weights.
+        quantized_weights: of int4 and int8 those that its graphs may have.
+        quantized_dtypes: of activations beside them.
+        symmetric_weights: quantized weights without zero points are the better ones for it.
         takes_int8_caches: graphs with int8 K/V caches.
     """
 
     name: str
     what: str
-    takes_quantized_weights: bool
+    quantized_weights: tuple[str, ...]
+    quantized_dtypes: tuple[str, ...]
+    symmetric_weights: bool
     takes_int8_caches: bool
 
     def check(self, options: TargetOptions, targets: Sequence[str]) -> None:

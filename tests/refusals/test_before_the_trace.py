@@ -86,7 +86,7 @@ def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
         ("--weights link --target none --dtype bf16", ("cannot be linked", "float32", "bfloat16")),
         ("--weights link --dtype int4", ("cannot be linked", "float32", "int4")),
         ("--target tensorrt", ("library of the target is not installed", "tensorrt")),
-        ("--dtype int8 --target tensorrt-rtx", ("cannot take quantized weights", "tensorrt-rtx")),
+        ("--dtype int8 --target tensorrt-rtx", ("cannot take int8 weights", "tensorrt-rtx")),
         ("--kv-dtype int8 --dtype bf16", ("int8 caches work only with",)),
     ],
 )
@@ -98,8 +98,8 @@ def test_refused_by_the_config_or_the_options(export_refused, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--target ort --target tensorrt-rtx", ("cannot take quantized weights", "int4 weights; tensorrt-rtx")),
         ("--dtype bf16 --target openvino", ("A quantized checkpoint computes in float32", "--dtype is bfloat16")),
+        ("--dtype bf16 --target ort --target tensorrt-rtx", ("computes in float32", "the target is ort")),
         ("--dtype int4 --quantization gptq", ("nothing to round by a text", "int4 blocks of 32 already")),
         ("--quantization rtn", ("applies only to quantized weights", "--dtype is not given")),
         ("--block-size 64", ("applies only to quantized weights", "--dtype is not given")),

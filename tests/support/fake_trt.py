@@ -167,6 +167,7 @@ class FakeTrt:
         version: of this TensorRT; it loads engines of its own version only.
         rtx: TensorRT-RTX, which has a runtime configuration, or TensorRT.
         capturable: what contexts say of themselves.
+        refuses_profiles: whether contexts take no optimization profile.
     """
 
     DataType = DataType
@@ -182,6 +183,7 @@ class FakeTrt:
     def __init__(self, cuda: FakeCuda, *, version: str = VERSION, rtx: bool = True, capturable: bool = True) -> None:
         self.cuda, self.__version__, self.capturable = cuda, version, capturable
         self.contexts_made = 0
+        self.refuses_profiles = False
         self.runs: list[StepKind] = []
         self.libraries: list[str] = []
         self.logger: ILogger | None = None
@@ -241,6 +243,22 @@ class FakeTensor:
         return np.dtype({DataType.FLOAT: "float32", DataType.INT64: "int64"}[self.dtype])
 
 
+class FakeRuntimeCache:
+    """Holds one kernel for each context that was made with it."""
+
+    def __init__(self) -> None:
+        self.kernels = b""
+
+    def serialize(self) -> bytes:
+        return b"compiled:" + self.kernels
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"compiled:"):
+            return False
+        self.kernels = blob.removeprefix(b"compiled:")
+        return True
+
+
 class FakeRuntimeConfig:
     def __init__(self) -> None:
         self.strategy = ExecutionContextAllocationStrategy.STATIC
@@ -250,10 +268,10 @@ class FakeRuntimeConfig:
     def set_execution_context_allocation_strategy(self, strategy: ExecutionContextAllocationStrategy) -> None:
         self.strategy = strategy
 
-    def create_runtime_cache(self) -> object:
-        return object()
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
 
-    def set_runtime_cache(self, cache: object) -> bool:
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
         self.cache = cache
         return True
 
@@ -337,6 +355,7 @@ class FakeCudaEngine:
         self.trt.contexts_made += 1
         context = self.make_context()
         if isinstance(config, FakeRuntimeConfig):
+            config.cache.kernels = config.cache.kernels or b"k"
             context.compiles_first = config.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
         return context
 
@@ -364,7 +383,9 @@ class FakeExecutionContext:
         assert stream_handle in self.cuda.streams
         self.profile = profile_index
         self.changes += 1
-        return profile_index < self.engine.num_optimization_profiles
+        if self.trt.refuses_profiles or profile_index >= self.engine.num_optimization_profiles:
+            raise RuntimeError("the profile cannot be set")  # as the bindings do
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         tensor = self.engine.tensors[name]

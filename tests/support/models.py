@@ -22,6 +22,8 @@ from transformers import (
     ExaoneConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
@@ -217,6 +219,12 @@ def deepseek_v3_dense() -> PreTrainedModel:
     latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
     options = FEW | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
     return build(DeepseekV3ForCausalLM, DeepseekV3Config, seed=47, **options)
+
+
+def gemma3() -> PreTrainedModel:
+    """Norms on q and k after the heads are put first; RoPE of its own in windowed layers."""
+    options = FEW | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    return build(Gemma3ForCausalLM, Gemma3TextConfig, seed=48, **options)
 
 
 # Of fewer layers and tested in fewer ways: what each of them adds to those above

@@ -22,7 +22,9 @@ class OpenVinoTarget:
 
     name = "openvino"
     what = "OpenVINO on the CPU, with paged caches"
-    takes_quantized_weights = True
+    quantized_weights: tuple[str, ...] = ("int4", "int8")
+    quantized_dtypes: tuple[str, ...] = ("float32",)
+    symmetric_weights = False
     takes_int8_caches = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:

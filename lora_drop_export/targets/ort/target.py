@@ -20,7 +20,9 @@ class OrtTarget:
 
     name = "ort"
     what = "ONNX Runtime (default)"
-    takes_quantized_weights = True
+    quantized_weights: tuple[str, ...] = ("int4", "int8")
+    quantized_dtypes: tuple[str, ...] = ("float32",)
+    symmetric_weights = False
     takes_int8_caches = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:

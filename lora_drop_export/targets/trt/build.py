@@ -7,6 +7,9 @@ One module serves both libraries, whose Python interfaces are the same where it 
                    form alone, since its parser ends the process on a plugin node
     tensorrt       builds for the GPU of this machine
 
+The native attention gets the lengths of its keys after the parse, for which ONNX has no form that the parser takes: its
+mask, which the same graph needs on a CPU, is left out then.
+
 An input that no layer of the parsed network reads is an error, and so is an input of Attention that the parser drops
 without a word (nonpad_kv_seqlen): the attention would be computed over something else than was asked.
 """
@@ -14,6 +17,7 @@ without a word (nonpad_kv_seqlen): the attention would be computed over somethin
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from lora_drop_export.console import Console, Progress
 from .options import BuilderOptions, check_buildable, compute_capability
 from .plugin_form import PLUGIN_NAMESPACE
 from .profiles import Profile, optimization_profile, symbolic_dims
+from .quantized import sign_weights
 
 
 def _flags(flags: Any, *names: str) -> int:
@@ -47,15 +52,44 @@ def _ignored_inputs(proto: onnx.ModelProto, network: Any) -> list[str]:
     return [name for name in inputs if name not in read] + sorted(set(past_mask))
 
 
-def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attentions for which the library has no kernel of its own be built from smaller layers."""
-    if not hasattr(trt, "IAttentionInputLayer"):
-        return
+def _unmask(proto: onnx.ModelProto) -> dict[str, str]:
+    """Take the masks without a window away; of each attention, by its values, the input that its mask began with."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    lengths = {}
+    for node in proto.graph.node:
+        if node.op_type == "Attention":
+            lengths[node.input[2]] = makers[node.input[2]].input[2]
+            mask = makers.get(node.input[3])
+            if mask is not None and mask.op_type != "And":
+                del node.input[3:]
+    return lengths
+
+
+def _set_attention(trt: Any, network: Any, lengths: Mapping[str, str]) -> None:
+    """Let attentions read their valid slots alone, and be built from smaller layers where there is no kernel for them.
+
+    Token s of S new ones of a row with `length` slots before sees slot c iff c <= length + s. That is what LOWER_RIGHT
+    means for `length + S` keys: padding counts, since tokens before it would see too little else. A mask with a sliding
+    window stays, beside the lengths.
+    """
+    inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
+    valid: dict[str, Any] = {}  # int32 [B], by the length's name
+    for name in sorted(set(lengths.values())):
+        sizes = network.add_shape(inputs["input_ids"]).get_output(0)
+        tokens = network.add_slice(sizes, (1,), (1,), (1,)).get_output(0)
+        total = network.add_elementwise(inputs[name], tokens, trt.ElementWiseOperation.SUM).get_output(0)
+        valid[name] = network.add_cast(total, trt.int32).get_output(0)
+        valid[name].name = f"valid.{name}"
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings' way to a subclass
-            layer.attention.decomposable = True
+            attention = layer.attention
+            attention.decomposable = True
+            if lengths:
+                if attention.mask is None:
+                    attention.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
+                attention.key_value_lengths = valid[lengths[attention.get_input(2).name]]
 
 
 def _progress_monitor(trt: Any, progress: Progress) -> Any:
@@ -111,6 +145,11 @@ class EngineBuilder:
         return str(self.trt.__version__)
 
     @property
+    def reads_valid_slots(self) -> bool:
+        """Whether the native attention takes lengths; without them it reads its caches' whole capacity."""
+        return hasattr(getattr(self.trt, "IAttention", None), "key_value_lengths")
+
+    @property
     def compute_capabilities(self) -> tuple[str, ...]:
         """GPU generations that the engines run on; for tensorrt that of this machine's GPU."""
         if self._target == "tensorrt-rtx":
@@ -132,8 +171,15 @@ class EngineBuilder:
         builder = trt.Builder(self._logger)
         network = builder.create_network(_flags(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"))
         parser = trt.OnnxParser(network, self._logger)
-        # Any name inside the root will do: only its directory counts, for the external weights
-        if not parser.parse(proto.SerializeToString(), str(self._root.resolve() / f"{proto.graph.name}.onnx")):
+        parsed, lengths = onnx.ModelProto(), {}
+        parsed.CopyFrom(proto)
+        if self.reads_valid_slots:
+            lengths = _unmask(parsed)
+        with tempfile.NamedTemporaryFile(dir=self._root, prefix="signed-") as file:
+            sign_weights(parsed, self._root, file)
+            # Any name inside the root will do: only its directory counts, for the external weights
+            taken = parser.parse(parsed.SerializeToString(), str(self._root.resolve() / f"{proto.graph.name}.onnx"))
+        if not taken:
             errors = [
                 f"{error.node_operator()} {error.node_name()}: {error.desc()}"
                 for error in map(parser.get_error, range(parser.num_errors))
@@ -142,7 +188,8 @@ class EngineBuilder:
         ignored = _ignored_inputs(proto, network)
         if ignored:
             raise self._error("would ignore inputs of a step graph", proto, [", ".join(ignored)])
-        _allow_decomposition(trt, network)
+        if hasattr(trt, "IAttentionInputLayer"):
+            _set_attention(trt, network, lengths)
         return builder, network
 
     def build(self, proto: onnx.ModelProto, profiles: Mapping[str, Profile]) -> bytes:

@@ -13,8 +13,9 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
 
-The native form needs the explicit mask that graphs/refresh.py made: TensorRT's parser ignores nonpad_kv_seqlen, and its
-causal flag counts from the upper left corner, so that one new token would see only slot 0.
+The native form keeps the explicit mask that graphs/refresh.py made, which ONNX Runtime needs: TensorRT's parser ignores
+nonpad_kv_seqlen, and its causal flag counts from the upper left corner, so that one new token would see only slot 0.
+build.py sets lengths and another causality on the network instead.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def trt_from_neutral(
     *,
     weight_sharing: str = "inputs",
     form: str = "native",
-    alias: bool = True,
+    alias: bool = False,
     refresh: TrtGraph | None = None,
 ) -> TrtGraph:
     """Lower one step graph.

@@ -22,8 +22,8 @@ _WORKSPACE, _LEVELS = Bounds(1, 2**20), Bounds(0, 5)
 class BuilderOptions:
     """Options of the engine build; None leaves the library's default.
 
-    `alias` says whether the plugin tells TensorRT that it updates its caches in place. If not, the builder cannot plan
-    a copy of them around it; past and present are bound to one address in either case.
+    `alias` says whether the plugin tells TensorRT that it updates its caches in place. If it does, the builder may plan
+    a copy of them around it, or refuse; past and present are bound to one address in either case.
     """
 
     workspace_mib: int | None = option(
@@ -43,7 +43,7 @@ class BuilderOptions:
         False, group=_GROUP, help="build engines that later versions of the library load, too"
     )
     alias: bool = option(
-        True, group=_GROUP, flag="--no-alias", help="do not tell TensorRT that the plugin updates its caches in place"
+        False, group=_GROUP, help="tell TensorRT that the plugin updates its caches in place, which may cost a copy"
     )
     compute_capabilities: tuple[str, ...] = option(
         COMPUTE_CAPABILITIES,

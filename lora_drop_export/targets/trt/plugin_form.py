@@ -34,7 +34,7 @@ def _attribute(node: gs.Node | None, name: str) -> Any:
 
 @dataclass(frozen=True)
 class _HeadSource:
-    """What the heads [B, H, S, D] of a query or key are made from: rows [B, S, H·D], then norm, then RoPE."""
+    """What the heads [B, H, S, D] of a query or key are made from: `rows` [B, S, H·D] or [B, H, S, D], norm, RoPE."""
 
     rows: gs.Tensor
     norm: gs.Node | None
@@ -47,17 +47,22 @@ class _HeadSource:
         return (self.norm is None) == (other.norm is None) and same_norm and tables[0] == tables[1]
 
 
-def _head_source(heads: gs.Tensor) -> _HeadSource | None:
+def _head_source(heads: gs.Tensor) -> _HeadSource:
+    """The norm may stand before the transpose, as in Qwen3, or after it, as in Gemma 3; it is the same per head.
+
+    A norm in another dtype than the heads' (Gemma's, in half precision) stays outside.
+    """
     rotary = _producer(heads, "RotaryEmbedding")
-    transpose = _producer(heads if rotary is None else rotary.inputs[0], "Transpose")
-    if transpose is None or list(transpose.attrs["perm"]) != [0, 2, 1, 3]:
-        return None
-    split = transpose.inputs[0]  # [B, S, H, D]
-    norm = _producer(split, "RMSNormalization")
-    reshape = _producer(split if norm is None else norm.inputs[0], "Reshape")
-    if reshape is None or reshape.inputs[0].shape is None or len(reshape.inputs[0].shape) != 3:
-        return None
-    return _HeadSource(reshape.inputs[0], norm, rotary)
+    heads = heads if rotary is None else rotary.inputs[0]  # [B, H, S, D]
+    norm = _producer(heads, "RMSNormalization")
+    transpose = _producer(heads if norm is None else norm.inputs[0], "Transpose")
+    if transpose is not None and list(transpose.attrs["perm"]) == [0, 2, 1, 3]:
+        split = transpose.inputs[0]  # [B, S, H, D]
+        norm = _producer(split, "RMSNormalization") if norm is None else norm
+        reshape = _producer(norm.inputs[0] if norm is not None and split.inputs[0] is norm else split, "Reshape")
+        if reshape is not None and reshape.inputs[0].shape is not None and len(reshape.inputs[0].shape) == 3:
+            return _HeadSource(reshape.inputs[0], norm, rotary)
+    return _HeadSource(heads, None, rotary)
 
 
 def _as_rows(graph: gs.Graph, tensor: gs.Tensor, width: int) -> gs.Tensor:
@@ -122,7 +127,7 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
         attrs = _attributes(node, heads, kv_heads, head_dim, windows[node.outputs[0].name], is_refresh, alias)
         extra = [] if count is None else [count]
         q, k, v = (_head_source(t) for t in (query, key, value))
-        if q is not None and k is not None and q.matches(k):
+        if q.matches(k):
             query, key = q.rows, k.rows
             if q.rotary is not None:
                 attrs["rotary_dim"] = int(q.rotary.attrs.get("rotary_embedding_dim", 0)) or head_dim
@@ -132,7 +137,7 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
                 attrs["has_norm"] = 1
                 attrs["norm_epsilon"] = float(q.norm.attrs.get("epsilon", 1e-5))
                 extra += [q.norm.inputs[1], k.norm.inputs[1]]
-        if v is not None and v.rotary is None and v.norm is None:
+        if v.rotary is None and v.norm is None:
             value = v.rows
         rows = [_as_rows(graph, t, n * head_dim) for t, n in ((query, heads), (key, kv_heads), (value, kv_heads))]
         (heads_last,) = node.outputs[0].outputs

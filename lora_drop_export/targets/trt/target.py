@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import Limits, Manifest, TargetEntry, TrtEntry
+from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Limits, Manifest, TargetEntry, TrtEntry
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
@@ -58,6 +58,19 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
         )
 
 
+def _sharing(options: TrtOptions, weight_dtype: str) -> str:
+    """What becomes of weights; TensorRT dequantizes constants only."""
+    if weight_dtype not in QUANTIZED_DTYPES:
+        return options.weight_sharing or "inputs"
+    if options.weight_sharing == "inputs":
+        raise InputError(
+            "Quantized weights cannot be inputs of TensorRT's engines.",
+            note=f"The bundle has {weight_dtype} weights, --weight-sharing inputs was asked for.",
+            hint="Leave it out: each engine then holds the weights that it uses.",
+        )
+    return "constants"
+
+
 def _weights(root: Path, folder: str, graphs: Mapping[StepKind, TrtGraph], sharing: str) -> tuple[str | None, int]:
     """(the table of weights that are inputs, written into the folder; bytes of all weights)."""
     from .weight_inputs import check_one_copy
@@ -76,7 +89,9 @@ class TrtTarget:
     name: str
     what: str
     default_form: str  # of attention
-    takes_quantized_weights = False
+    quantized_weights: tuple[str, ...] = ("int4",)
+    quantized_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    symmetric_weights = True
     takes_int8_caches = False
 
     def form(self, options: TrtOptions) -> str:
@@ -121,7 +136,7 @@ class TrtTarget:
         from .profiles import LEAST_VERIFIED, lora_profiles, refresh_profiles
 
         plan, limits = manifest.plan, manifest.limits
-        sharing, form = options.weight_sharing or "inputs", self.form(options)
+        sharing, form = _sharing(options, manifest.model.weight_dtype), self.form(options)
         slots = static_slots(plan, limits)
         chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
         profiles: dict[StepKind, dict[str, Profile]] = {
@@ -131,6 +146,11 @@ class TrtTarget:
             StepKind.LORA: lora_profiles(limits.max_batch),
         }
         builder = EngineBuilder(self.name, root, options.builder, console, self._timing_cache(earlier))
+        if form == "native" and not builder.reads_valid_slots:
+            console.say(
+                f"warning: {self.name} {builder.version} cannot limit attention to valid slots: it reads the whole "
+                "capacity of its caches at every step"
+            )
         lower = functools.partial(
             trt_from_neutral, slots=slots, weight_sharing=sharing, form=form, alias=options.builder.alias
         )
@@ -206,9 +226,9 @@ class TensorRt(TrtTarget):
 
     def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
         super().check(options, targets)
-        if not options.builder.alias and not (self.name in targets and self.form(options) == "plugin"):
+        if options.builder.alias and not (self.name in targets and self.form(options) == "plugin"):
             raise InputError(
-                "--no-alias applies only to the attention plugin.",
+                "--alias applies only to the attention plugin.",
                 note=f"None of the targets {', '.join(targets)} has it.",
                 hint="Leave it out, or use --target tensorrt.",
             )

@@ -44,7 +44,9 @@ class ToyTarget:
 
     name = "toy"
     what = "the neutral graphs"
-    takes_quantized_weights = False
+    quantized_weights = ()
+    quantized_dtypes = ()
+    symmetric_weights = False
     takes_int8_caches = True
 
     def check(self, options, targets):
@@ -186,10 +188,11 @@ def test_its_row_decides_what_is_refused(tmp_path, capsys):
     for more, words in (
         (
             ["--dtype", "int4"],
-            "The target cannot take quantized weights.\nNote: --dtype int4 works only with ort or openvino; toy",
+            "The target cannot take int4 weights.\nNote: --dtype int4 works only with ort or openvino or tensorrt or "
+            "tensorrt-rtx; toy",
         ),
         (["--threads", "13"], "The toy does not like 13 threads."),
-        (["--no-alias"], "--no-alias applies only to the attention plugin."),
+        (["--alias"], "--alias applies only to the attention plugin."),
     ):
         assert main([*command, *more]) == 2
         assert words in capsys.readouterr().err
@@ -202,10 +205,22 @@ def test_its_row_decides_what_is_refused(tmp_path, capsys):
     ("targets", "dtype"), [(("toy",), "float16"), (("toy", "ort"), "float32"), (("none",), "float32")]
 )
 def test_the_dtype_is_what_the_first_row_of_the_table_wants(targets, dtype):
-    from lora_drop_export.compiler.facts import default_dtype
+    from lora_drop_export.compiler.facts import activations_dtype
 
-    found = default_dtype(family("llama").checkpoint, ExportOptions(targets=targets))
+    found = activations_dtype(family("llama").checkpoint, ExportOptions(targets=targets), quantized=False)
     assert found == dtype
+
+
+@pytest.mark.parametrize(
+    ("targets", "dtype"),
+    [(("tensorrt-rtx",), "bfloat16"), (("ort", "tensorrt-rtx"), "float32"), (("none",), "float32")],
+)
+def test_the_dtype_beside_quantized_weights(targets, dtype):
+    """What only the CPU computes in where it is among the targets; a bundle without any may get the CPU's later."""
+    from lora_drop_export.compiler.facts import activations_dtype
+
+    source = family("llama").checkpoint
+    assert activations_dtype(source, ExportOptions(targets=targets, dtype="int4"), quantized=True) == dtype
 
 
 def test_a_target_that_this_version_does_not_know_stays_as_it_is(tmp_path):

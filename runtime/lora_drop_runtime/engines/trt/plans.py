@@ -12,11 +12,12 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.bundle.manifest import TrtEntry
-from lora_drop_runtime.errors import BundleError, NoDeviceError
+from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .cuda_device import ALIGNMENT, CudaDevice
 from .io_check import EngineTensor, Ranges, engine_profiles, engine_tensors, io_problems
+from .kernel_cache import KernelCache
 from .library import error_logger
 from .plugin import load_plugin
 
@@ -48,7 +49,7 @@ class Plans:
         self._engines: dict[StepKind, Any] = {}
         self._profiles: dict[StepKind, list[Ranges]] = {}
         self._configs: dict[tuple[StepKind, bool], Any] = {}  # the second: for contexts that are captured
-        self._caches: list[Any] = []
+        self._caches: list[KernelCache] = []
         self._contexts: dict[tuple[StepKind, int], Any] = {}
         self.weight_names: dict[StepKind, list[str]] = {}
         self.scratch, self.scratch_bytes = 0, 0
@@ -72,7 +73,7 @@ class Plans:
             self._check_io(kind, tensors, weights)
             self.weight_names[kind] = [tensor.name for tensor in tensors if tensor.name in weights]
             self._profiles[kind] = engine_profiles(engine, tensors)
-            cache = self._runtime_cache(engine)
+            cache = self._runtime_cache(kind, engine)
             for captured in (False, True):
                 self._configs[kind, captured] = self._context_config(engine, cache, captured)
         self.scratch_bytes = max(ALIGNMENT, *(engine.device_memory_size_v2 for engine in self._engines.values()))
@@ -80,6 +81,8 @@ class Plans:
 
     def close(self) -> None:
         """Contexts before the engines they came from, engines before their runtime; safe to call again."""
+        for cache in self._caches:
+            cache.save()
         self._contexts.clear()
         self._configs.clear()
         self._caches.clear()
@@ -127,13 +130,14 @@ class Plans:
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             )
 
-    def _runtime_cache(self, engine: Any) -> Any:
+    def _runtime_cache(self, kind: StepKind, engine: Any) -> Any:
         """Of TensorRT-RTX: the kernels that it compiles for a GPU and a shape, for all contexts of an engine."""
         if not hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
             return None
-        cache = engine.create_runtime_config().create_runtime_cache()
-        self._caches.append(cache)
-        return cache
+        record = self._bundle.manifest.files[self._entry.engine(kind)]
+        key = f"{record.sha256[:32]}-{self._trt.__version__}-{self._device.compute_capability}"
+        self._caches.append(KernelCache(engine.create_runtime_config().create_runtime_cache(), key))
+        return self._caches[-1].cache
 
     def _context_config(self, engine: Any, cache: Any, captured: bool) -> Any:
         """What contexts are created with: all their device memory is ours."""
@@ -179,7 +183,12 @@ class Plans:
         if context is None:
             raise self.failure("TensorRT cannot create an execution context.", kind)
         context.set_device_memory(self.scratch, self.scratch_bytes)
-        if not context.set_optimization_profile_async(profile, self._device.stream):
+        try:
+            taken = context.set_optimization_profile_async(profile, self._device.stream)
+        except Exception as error:  # the bindings raise where TensorRT itself says false
+            self._logger.lines.append(first_line(error))
+            taken = False
+        if not taken:
             del context
             raise self.failure("TensorRT refuses an optimization profile.", kind)
         if shared:

@@ -11,27 +11,34 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from lora_drop_runtime import BundleError, InputError, ModelError, Session, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
+from lora_drop_export.targets.openvino.lower import openvino_from_neutral
+from lora_drop_export.targets.ort.lower import lower_step
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
 from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profiles
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
-from tests.support.bundles import family, family_trace, make_bundle
+from tests.support.bundles import family, family_trace, make_bundle, rewritten, traced_family
+from tests.support.models import gemma3
 
 RTX = "tensorrt-rtx"
 PROFILES = lora_profiles(8)
@@ -164,6 +171,86 @@ def test_an_input_that_the_parser_ignores_is_an_error(name, bundle):
         builder.parse(model)
 
 
+def attentions(trt, network):
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            yield layer.attention
+
+
+def made_by(network, tensor):
+    """The layer that makes a tensor of a network."""
+    layers = map(network.get_layer, range(network.num_layers))
+    return next(
+        layer for layer in layers if tensor.name in {layer.get_output(i).name for i in range(layer.num_outputs)}
+    )
+
+
+@pytest.mark.parametrize("kind", StepKind)
+def test_attention_reads_valid_slots_alone(kind, bundle):
+    """In the network: no mask, LOWER_RIGHT, and as int32 lengths of keys the layer's own + the tokens of the chunk."""
+    builder = EngineBuilder(RTX, bundle.root, BuilderOptions(), Console())
+    trt, network = builder.trt, builder.parse(graph_of(bundle, kind))[1]
+    dropped = bundle.manifest.plan.dropped_attentions
+    found = {}
+    for attention in attentions(trt, network):
+        assert attention.mask is None
+        assert attention.causal_kind == trt.CausalMaskKind.LOWER_RIGHT
+        cast = made_by(network, attention.key_value_lengths)
+        assert attention.key_value_lengths.dtype == trt.int32
+        total = made_by(network, cast.get_input(0))
+        total.__class__ = trt.IElementWiseLayer
+        assert total.op == trt.ElementWiseOperation.SUM
+        tokens = made_by(network, total.get_input(1))
+        tokens.__class__ = trt.ISliceLayer
+        assert (tuple(tokens.start), tuple(tokens.shape)) == ((1,), (1,))
+        assert made_by(network, tokens.get_input(0)).get_input(0).name == "input_ids"
+        found[attention.get_input(2).name] = total.get_input(0).name
+    layers = range(bundle.manifest.plan.num_layers)
+    expected = {f"present_value.{i}": "len_dropped" if i in dropped else "len_kept" for i in layers}
+    lora = {f"present_value.{i}" for i in bundle.manifest.plan.kept_attentions}
+    assert found == {name: v for name, v in expected.items() if kind is StepKind.REFRESH or name in lora}
+
+
+def test_a_window_keeps_its_mask_beside_the_lengths(tmp_path):
+    """And the library builds that, too."""
+    source = traced_family("gemma3", gemma3(), "float32")
+    options = {"drop_layers": ("1",), "always_first": 0, "always_last": 0}
+    made = make_bundle(source, tmp_path / "b", targets=("none",), **options)
+    proto = trt_from_neutral(neutral(made, StepKind.LORA), {"kept": 9, "dropped": 9}).proto
+    builder = EngineBuilder(RTX, made.root, BuilderOptions(compute_capabilities=("8.9",)), Console())
+    (attention,) = attentions(builder.trt, builder.parse(proto)[1])  # of layer 0, which is the windowed one
+    assert attention.mask is not None
+    assert attention.causal_kind == builder.trt.CausalMaskKind.NONE
+    assert attention.key_value_lengths.name == "valid.len_kept"
+    assert builder.build(proto, PROFILES)
+
+
+def test_a_mask_is_lower_right_for_lengths_with_the_new_tokens(bundle):
+    """What the CPU computes with is what the network is told: c <= s + (length + S) - S, whatever the row."""
+    model = ir.serde.deserialize_model(graph_of(bundle, StepKind.REFRESH))
+    masks = {node.inputs[3] for node in model.graph if node.op_type == "Attention"}
+    model.graph.outputs[:] = sorted(masks, key=lambda mask: mask.name)
+    RemoveUnusedNodesPass()(model)
+    read = {value for node in model.graph for value in node.inputs}
+    model.graph.inputs[:] = [value for value in model.graph.inputs if value in read]
+    tokens, lengths = 4, {"len_kept": np.array([0, 9, 3]), "len_dropped": np.array([0, 5, 2])}
+    feed = {"input_ids": np.zeros((3, tokens), np.int64)} | lengths
+    for value in model.graph.inputs:
+        if value.name not in feed:  # a cache, whose capacity is asked for
+            feed[value.name] = np.zeros((3, *map(int, list(value.shape)[1:])), np.float32)
+    found = ReferenceEvaluator(ir.serde.serialize_model(model)).run(None, feed)
+    slots = bundle.target(RTX)[1].slots
+    expected = []
+    for name, length in lengths.items():
+        query, key = np.arange(tokens)[:, None], np.arange(slots[name.removeprefix("len_")])
+        expected.append(key <= query + (length + tokens)[:, None, None] - tokens)
+    assert len(found) == 2
+    for mask in found:
+        assert any(mask[:, 0].shape == e.shape and np.array_equal(mask[:, 0], e) for e in expected)
+
+
 def test_a_graph_that_cannot_be_parsed_is_an_error(bundle):
     model = graph_of(bundle, StepKind.LORA)
     model.graph.node[0].op_type = "NoSuchOperator"
@@ -230,16 +317,61 @@ def test_plugin_form(bundle):
             assert len(node.input) == 8 + attributes["has_count"]
 
 
+def plugin_attributes(proto: onnx.ModelProto) -> list[dict[str, object]]:
+    nodes = [node for node in proto.graph.node if node.op_type == "SkipWriteKVAttention"]
+    return [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
+
+
 @pytest.mark.parametrize(("name", "norm", "softcap", "windows"), [("qwen3", 1, 0.0, 1), ("gemma2", 0, 5.0, 2)])
 def test_plugin_form_takes_norm_softcap_and_window(name, norm, softcap, windows, tmp_path):
     made = make_bundle(name, tmp_path / "b", targets=("none",))
-    graph = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto.graph
-    nodes = [node for node in graph.node if node.op_type == "SkipWriteKVAttention"]
-    attributes = [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
+    proto = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto
+    attributes = plugin_attributes(proto)
     assert {a["has_norm"] for a in attributes} == {norm}
     assert {round(a["softcap"], 3) for a in attributes} == {softcap}
     assert tuple(a["window"] for a in attributes) == made.manifest.model.windows
     assert len({a["window"] for a in attributes}) == windows
+
+
+def nodes_per_layer(proto: onnx.ModelProto, layers: int) -> int:
+    """Of layers that are all alike; there are fewer nodes of a kind beside them than layers, but for constants."""
+    counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
+    return sum(count // layers for count in counts.values())
+
+
+@pytest.mark.parametrize(("dtype", "ort", "openvino"), [("float32", 12, 19), ("float16", 17, 19), ("bfloat16", 17, 21)])
+def test_half_precision_is_fused_as_float32_is(dtype, ort, openvino, tmp_path):
+    """Tables of cos and sin are shared by all layers in half precision: RoPE was left as arithmetic there.
+
+    With ONNX Runtime attention rotates, and norms take the sum before them, in float32 alone. With OpenVINO two
+    weights of norms a layer are cast from bfloat16.
+    """
+    traced = family_trace("llama", dtype)
+    source = dataclasses.replace(rewritten("llama"), traced=traced, dtype=dtype)
+    made = make_bundle(source, tmp_path / "b", targets=("none",))
+    steps = [neutral(made, StepKind.REFRESH), neutral(made, StepKind.LORA)]
+    slots = static_slots(made.manifest.plan, made.manifest.limits)
+    plugin = trt_from_neutral(steps[0], slots, form="plugin").proto
+    assert {a["rotary_dim"] for a in plugin_attributes(plugin)} == {16}
+    built = {
+        "neutral": steps[0],
+        "native": trt_from_neutral(steps[0], slots).proto,
+        "plugin": plugin,
+        "ort": lower_step(steps[0], 128),
+        "openvino": openvino_from_neutral(*steps, made.manifest.plan),
+    }
+    counts = {name: nodes_per_layer(proto, 8) for name, proto in built.items()}
+    assert counts == {"neutral": 34, "native": 30, "plugin": 18} | {"ort": ort, "openvino": openvino}
+
+
+@pytest.mark.parametrize(("name", "dtype", "norm"), [("qwen3", "float16", 1), ("gemma2", "bfloat16", 0)])
+def test_rope_and_norms_of_heads_are_inside_the_plugin(name, dtype, norm, tmp_path):
+    """Gemma's norms have float32 weights in half precision, which the plugin does not take."""
+    source = dataclasses.replace(family(name), traced=family_trace(name, dtype), dtype=dtype)
+    made = make_bundle(source, tmp_path / "b", targets=("none",))
+    proto = trt_from_neutral(neutral(made, StepKind.REFRESH), {"kept": 9, "dropped": 9}, form="plugin").proto
+    found = [(a["rotary_dim"], a["has_norm"]) for a in plugin_attributes(proto)]
+    assert found == [(made.manifest.model.head_dim, norm)] * 8
 
 
 def test_static_slots_are_what_the_largest_request_needs(bundle):
@@ -314,6 +446,7 @@ class RecordingBuilder:
 
     made: list[RecordingBuilder]
     version, compute_capabilities = "11.1", ("9.0",)
+    reads_valid_slots = True
 
     def __init__(self, target, root, options, console, timing_cache=b""):
         self.target, self.given_cache = target, timing_cache
@@ -453,7 +586,7 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--compute-capability", "8.6", "--compute-capability", "8.6"], "names a value twice"),
         (["--target", RTX, "--attention", "plugin"], "cannot run plugins"),
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
-        (["--target", RTX, "--no-alias"], "--no-alias applies only to the attention plugin"),
+        (["--target", RTX, "--alias"], "--alias applies only to the attention plugin"),
         (["--target", "ort", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
         (["--target", RTX, "--optimization-level", "9"], "--optimization-level is too large"),
         (["--target", RTX, "--workspace-mib", "0"], "--workspace-mib is too small"),

@@ -69,6 +69,7 @@ def test_tensorrt_classes_have_what_the_fakes_have() -> None:
         "ICudaEngine": fake_trt.FakeCudaEngine,
         "IExecutionContext": fake_trt.FakeExecutionContext,
         "IRuntimeConfig": fake_trt.FakeRuntimeConfig,
+        "IRuntimeCache": fake_trt.FakeRuntimeCache,
         "IPluginRegistry": fake_trt.FakePluginRegistry,
         "ILogger": fake_trt.ILogger,
     }

@@ -1,0 +1,121 @@
+"""Quantized weights as TensorRT's parser takes them.
+
+Enters: a step graph whose DequantizeLinear nodes read UINT4 blocks with zero points and float32 scales, as the
+bundle stores them and ONNX Runtime runs them. Leaves: the same graph over INT4 or INT8 without zero points, which
+TensorRT does not have, with scales in the dtype of activations. The new bytes lie in one file, for the parse alone.
+
+    all zero points in the middle   INT4: q − 8
+    zero points of their own        INT8: q − zero point, which is exact and takes twice the bytes
+
+TensorRT wants INT8 with positive scales, which those of our symmetric 8-bit weights need not be: there is no int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from lora_drop_runtime.dtypes import BY_NAME
+
+from lora_drop_export.graphs.match import SYMMETRIC
+from lora_drop_export.quantize.formats import unpack
+
+_CHUNK_BYTES = 1 << 24
+
+
+def _stored(root: Path, tensor: onnx.TensorProto) -> npt.NDArray[np.uint8]:
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    file, offset, length = root / where["location"], int(where.get("offset", 0)), int(where["length"])
+    return np.memmap(file, np.uint8, "r", offset, (length,))
+
+
+def _signed(q: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
+    """q − 8 in two's complement is q with its highest bit turned over; two of them in a byte."""
+    for begin in range(0, len(q), _CHUNK_BYTES):
+        yield q[begin : begin + _CHUNK_BYTES] ^ np.uint8(0x88)
+
+
+def _less_zero_points(
+    q: npt.NDArray[np.uint8], zero_points: npt.NDArray[np.uint8], shape: tuple[int, int], block_size: int
+) -> Iterator[npt.NDArray[np.int8]]:
+    """Rows of q − zero point, from packed 4-bit values; a row's zero points begin at a whole byte."""
+    rows, columns = shape
+    packed, points = q.reshape(rows, -1), zero_points.reshape(rows, -1)
+    step = max(1, _CHUNK_BYTES // columns)
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        yield unpack(packed[part], 4).astype(np.int8) - np.repeat(unpack(points[part], 4), block_size, 1).astype(
+            np.int8
+        )
+
+
+class _File:
+    """Where the new tensors go; `location` is the file's name as the parser resolves it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.location = file, Path(file.name).name
+
+    def write(self, tensor: onnx.TensorProto, dtype: int, chunks: Iterator[npt.NDArray[np.generic]]) -> None:
+        """Let an initializer be these bytes, of another dtype and of the same shape."""
+        begin = self._file.seek(-(-self._file.tell() // 64) * 64)
+        for chunk in chunks:
+            self._file.write(chunk.tobytes())
+        tensor.data_type = dtype
+        del tensor.external_data[:]
+        for key, value in (("location", self.location), ("offset", begin), ("length", self._file.tell() - begin)):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _scales(stored: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
+    """In the dtype of activations; none is 0, which TensorRT refuses."""
+    import ml_dtypes
+
+    scales = np.frombuffer(stored, "<f4").astype(dtype)
+    return np.where(scales == 0, ml_dtypes.finfo(dtype).smallest_subnormal, scales).astype(dtype)
+
+
+def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
+    """Change a step graph in place.
+
+    Args:
+        model: initializers refer to files of `root`.
+        file: open for writing, directly in `root`, empty; the graph's new initializers lie in it.
+
+    Requires: 4 bits.
+    """
+    import ml_dtypes
+
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    numpy = {BY_NAME["float32"].onnx: np.float32, BY_NAME["float16"].onnx: np.float16}
+    numpy[BY_NAME["bfloat16"].onnx] = ml_dtypes.bfloat16
+    out = _File(file)
+    for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
+        weight, scales, points = (tensors[name] for name in node.input)
+        (block_size,) = (attribute.i for attribute in node.attribute if attribute.name == "block_size")
+        assert weight.data_type == onnx.TensorProto.UINT4, weight.name
+        q = _stored(root, weight)
+        if points.name.endswith(SYMMETRIC):
+            out.write(weight, onnx.TensorProto.INT4, _signed(q))
+        else:
+            shape = (int(weight.dims[0]), int(weight.dims[1]))
+            integers = _less_zero_points(q, _stored(root, points), shape, block_size)
+            out.write(weight, onnx.TensorProto.INT8, integers)
+        dtype = BY_NAME["float32"].onnx
+        casts = [reader for reader in readers[node.output[0]] if reader.op_type == "Cast"]
+        if casts:
+            (cast,) = casts
+            dtype = onnx.helper.get_attribute_value(cast.attribute[0])
+            node.output[0] = cast.output[0]
+            model.graph.node.remove(cast)
+        out.write(scales, dtype, iter([_scales(_stored(root, scales), numpy[dtype])]))
+        del node.input[2]
+        model.graph.initializer.remove(points)
+    file.flush()

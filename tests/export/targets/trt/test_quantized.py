@@ -1,0 +1,162 @@
+"""int4 weights on TensorRT: what the parser gets, that its values are the bundle's, and that the library builds it.
+
+The graphs run on ONNX Runtime in float32 against the reference over dequantized weights; an engine needs a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.schedule import StepKind
+
+from lora_drop_export.cli import main
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from lora_drop_export.targets.trt.build import EngineBuilder
+from lora_drop_export.targets.trt.lower import trt_from_neutral
+from lora_drop_export.targets.trt.options import BuilderOptions
+from lora_drop_export.targets.trt.quantized import sign_weights
+from tests.support.bundles import family, family_trace, make_bundle
+
+RTX = "tensorrt-rtx"
+QUANTIZED = Path(__file__).parents[2] / "checkpoint" / "quantized"
+ADA = BuilderOptions(compute_capabilities=("8.9",))
+MATRICES = 7 * 8 + 2  # of llama: those of its layers, the embedding and the head
+
+
+@pytest.fixture(scope="module")
+def with_zero_points(tmp_path_factory) -> Bundle:
+    """As an AWQ checkpoint has them; activations are float32."""
+    made = make_bundle("llama", tmp_path_factory.mktemp("trt") / "b", targets=("none",), dtype="int4")
+    assert not made.manifest.quantization["symmetric"]
+    return add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA))
+
+
+@pytest.fixture(scope="module")
+def symmetric(tmp_path_factory) -> Bundle:
+    """What `--target tensorrt-rtx --dtype int4` makes of a bfloat16 checkpoint."""
+    source = dataclasses.replace(family("llama"), traced=family_trace("llama", "bfloat16"), dtype="bfloat16")
+    root = tmp_path_factory.mktemp("trt") / "b"
+    return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40)
+
+
+def quantized_constants(bundle: Bundle, kind: StepKind) -> list[tuple[str, str]]:
+    """Of each dequantization in the parsed network the dtypes of its input and of its output."""
+    builder = EngineBuilder(RTX, bundle.root, ADA, Console())
+    trt = builder.trt
+    graph = onnx.load(bundle.root / bundle.target(RTX)[1].graphs[kind.value], load_external_data=False)
+    network = builder.parse(graph)[1]
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    found = [layer for layer in layers if layer.type == trt.LayerType.DEQUANTIZE]
+    return [(layer.get_input(0).dtype.name, layer.get_output(0).dtype.name) for layer in found]
+
+
+def test_symmetric_weights_stay_at_4_bits(symmetric):
+    """Activations are in the checkpoint's half precision; each engine holds the weights that it uses."""
+    entry, model = symmetric.target(RTX)[1], symmetric.manifest.model
+    assert (model.dtype, model.weight_dtype) == ("bfloat16", "int4")
+    assert symmetric.manifest.quantization["symmetric"]
+    assert (entry.weight_sharing, entry.weights) == ("constants", None)
+    assert quantized_constants(symmetric, StepKind.REFRESH) == [("INT4", "BF16")] * MATRICES
+    dropped = len(symmetric.manifest.plan.dropped_layers)
+    assert quantized_constants(symmetric, StepKind.LORA) == [("INT4", "BF16")] * (MATRICES - 7 * dropped)
+    assert not list(symmetric.root.glob("signed-*"))
+    assert entry.engine_bytes.keys() == {"refresh", "lora"}
+
+
+def test_zero_points_become_8_bits(with_zero_points):
+    assert quantized_constants(with_zero_points, StepKind.REFRESH) == [("INT8", "FLOAT")] * MATRICES
+
+
+def test_graphs_compute_with_the_dequantized_weights(with_zero_points):
+    """Every step of the ONNX that the engines are made of, against PyTorch over the bundle's own weights."""
+    verification = with_zero_points.manifest.verification[RTX]
+    if verification["status"] == "not run":  # no GPU here
+        verification = verification["graphs_on_cpu"]
+    assert verification["status"] == "passed"
+
+
+def external(root: Path, tensor: onnx.TensorProto, dtype: type) -> np.ndarray:
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    return np.fromfile(
+        root / where["location"], dtype, int(where["length"]) // np.dtype(dtype).itemsize, offset=int(where["offset"])
+    )
+
+
+@pytest.mark.parametrize(("name", "scale"), [("with_zero_points", np.float32), ("symmetric", ml_dtypes.bfloat16)])
+def test_signed_weights_are_the_bundle_s(name, scale, request):
+    """q · scale of what the parser reads is (q − zero point) · scale of what the bundle stores, read apart."""
+    bundle = request.getfixturevalue(name)
+    graph = onnx.load(bundle.root / "refresh.onnx", load_external_data=False)
+    path = bundle.root / "signed"
+    try:
+        with path.open("wb") as file:
+            sign_weights(graph, bundle.root, file)
+        tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+        nodes = [node for node in graph.graph.node if node.op_type == "DequantizeLinear"]
+        stored = read_tensors(bundle.root / "weights" / "model.safetensors")
+        assert len(nodes) == MATRICES
+        for node in nodes:
+            weight, scales = (tensors[name] for name in node.input)
+            rows = weight.dims[0]
+            bits = external(bundle.root, weight, np.int8)
+            if weight.data_type == onnx.TensorProto.INT4:
+                bits = np.stack([(bits << 4) >> 4, bits >> 4], -1)
+            q = bits.reshape(rows, scales.dims[1], -1)
+            ours = q * external(bundle.root, scales, scale).reshape(rows, -1, 1).astype(np.float32)
+            packed, points = (stored[f"{weight.name}{end}"].read() for end in ("", ".zero_points"))
+            nibbles = [np.stack([a & 15, a >> 4], -1).reshape(rows, -1).astype(np.float32) for a in (packed, points)]
+            exact = stored[f"{weight.name}.scales"].read().astype(scale).astype(np.float32)
+            theirs = (nibbles[0].reshape(q.shape) - nibbles[1][..., None]) * exact[..., None]
+            np.testing.assert_array_equal(ours, theirs)
+    finally:
+        path.unlink()
+
+
+def test_the_plugin_form_takes_them(symmetric):
+    """Attention is the plugin, linear layers stay with quantized constants."""
+    neutral = onnx.load(symmetric.root / "lora.onnx", load_external_data=False)
+    proto = trt_from_neutral(neutral, {"kept": 9, "dropped": 9}, weight_sharing="constants", form="plugin").proto
+    operators = [node.op_type for node in proto.graph.node]
+    dropped = len(symmetric.manifest.plan.dropped_layers)
+    assert operators.count("SkipWriteKVAttention") == 8 - dropped
+    assert operators.count("DequantizeLinear") == MATRICES - 7 * dropped
+
+
+@pytest.mark.parametrize(("checkpoint", "integers"), [("gptq-group-32", "INT4"), ("awq-group-32", "INT8")])
+def test_quantized_checkpoints(checkpoint, integers, tmp_path):
+    """Built with what is beside their integers in half precision: those of two layers, or of the first alone."""
+    options = [
+        "--target",
+        RTX,
+        "--always-first",
+        "0",
+        "--always-last",
+        "0",
+        "--compute-capability",
+        "8.9",
+        "--no-verify",
+    ]
+    assert main(["--model", str(QUANTIZED / checkpoint), "--out", str(tmp_path / "b"), *options]) == 0
+    bundle = Bundle.open(tmp_path / "b")
+    half = {"float16": "HALF", "bfloat16": "BF16"}[bundle.manifest.model.dtype]
+    for kind, layers in ((StepKind.REFRESH, 2), (StepKind.LORA, 1)):
+        assert quantized_constants(bundle, kind) == [(integers, half)] * 7 * layers
+
+
+def test_refusals(symmetric, tmp_path):
+    with pytest.raises(InputError, match="cannot take int8 weights"):
+        ExportOptions(dtype="int8", targets=(RTX,))
+    with pytest.raises(InputError, match="cannot be inputs of TensorRT's engines"):
+        add_target(symmetric.root, [RTX], ExportOptions(targets=(RTX,), weight_sharing="inputs", force=True))
+    with pytest.raises(InputError, match="does not compute quantized weights in that dtype"):
+        add_target(symmetric.root, ["ort"])
