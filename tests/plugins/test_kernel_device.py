@@ -58,8 +58,8 @@ def test_compiles_for_every_architecture(tmp_path: Path) -> None:
         report,
         re.DOTALL,
     )
-    # 18 of attend, 9 of append, 3 of combine
-    assert len(kernels) == 30 * len(ARCHITECTURES)
+    # Of attend 18 on FMAs and 18 on tensor cores, 9 of append, 3 of combine
+    assert len(kernels) == 48 * len(ARCHITECTURES)
     for name, architecture, stack, spilled, registers in kernels:
         print(f"sm_{architecture:3} {registers:>3} registers {stack:>3} bytes of stack {spilled:>3} spilled  {name}")
     assert [kernel for kernel in kernels if int(kernel[2]) or int(kernel[3])] == [], "in local memory"

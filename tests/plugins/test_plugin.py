@@ -333,8 +333,8 @@ def test_unknown_sizes_fit_while_the_engine_is_built_and_not_when_it_runs(build:
 
 
 def test_workspace_is_enough_for_every_smaller_problem(build: Build) -> None:
-    """The largest problem of this profile fills the device and needs none; a naive plugin would have asked for that."""
-    case = replace(PLAIN, heads=8, kv_heads=4, multiprocessors=20, spare_slots=2000)
+    """5 tokens a row take another path than 4, with fewer blocks; the largest problem alone would not be enough."""
+    case = replace(PLAIN, heads=4, kv_heads=4, multiprocessors=20, spare_slots=2000)
     kernels = load_library(build.library("kernels_host"))
 
     def needed(batch: int, new_tokens: int) -> int:
@@ -342,10 +342,10 @@ def test_workspace_is_enough_for_every_smaller_problem(build: Build) -> None:
         call.batch, call.new_tokens = batch, new_tokens
         return kernels.lora_drop_workspace_bytes(call, case.multiprocessors)
 
-    _, workspace = drive(build, dynamic(node_of(case), batch=24, new_tokens=20), "create build", "workspace")
-    sizes = {(b, s): needed(b, s) for b in range(1, 25) for s in range(1, 21)}
+    _, workspace = drive(build, dynamic(node_of(case), batch=24, new_tokens=5), "create build", "workspace")
+    sizes = {(b, s): needed(b, s) for b in range(1, 25) for s in range(1, 6)}
     assert workspace["bytes"] == max(sizes.values()) > 0
-    assert sizes[24, 20] < max(sizes.values())
+    assert sizes[24, 5] < max(sizes.values())
 
 
 def test_workspace_of_a_refused_profile_fits_no_device(build: Build) -> None:
