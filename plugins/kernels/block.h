@@ -128,6 +128,31 @@ LORA_DROP_BODY uint32_t pack(float low, float high) {
     return pair.bits;
 }
 
+/* Of eight two's complement nibbles those i and i + 4 times a scale, rounded to T, as a pair. */
+template <class T>
+LORA_DROP_BODY uint32_t unpack_int4(uint32_t nibbles, int i, T scale);
+
+template <>
+LORA_DROP_BODY uint32_t unpack_int4<Half>(uint32_t nibbles, int i, Half scale) {
+    // A nibble in the last bits of 1024 adds itself; its sign bit turned adds 8
+    union {
+        uint32_t bits;
+        __half2 pair;
+    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x64086408u};
+    x.pair = __hmul2(__hsub2(x.pair, __float2half2_rn(1032.0f)), __half2half2(scale));
+    return x.bits;
+}
+
+template <>
+LORA_DROP_BODY uint32_t unpack_int4<BFloat16>(uint32_t nibbles, int i, BFloat16 scale) {
+    union {
+        uint32_t bits;
+        __nv_bfloat162 pair;
+    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x43084308u};  // 128
+    x.pair = __hmul2(__hsub2(x.pair, __float2bfloat162_rn(136.0f)), __bfloat162bfloat162(scale));
+    return x.bits;
+}
+
 /* sum [16, 8] += a [16, 16] · b [16, 8] by a warp, in the layouts of mma.sync.m16n8k16. b: 2 registers. */
 template <class T>
 LORA_DROP_BODY void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b);

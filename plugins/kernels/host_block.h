@@ -292,6 +292,17 @@ private:
     jmp_buf scheduler_;
 };
 
+/* The blocks of a grid. Their order follows the order of threads: no block may depend on another either. */
+inline int run_on_host(Index grid, size_t shared_bytes, const std::function<void()>& body) {
+    const bool last_first = HostBlock::get().order < 0;
+    const int blocks = grid.x * grid.y * grid.z;
+    for (int i = 0; i < blocks; ++i) {
+        const int at = last_first ? blocks - 1 - i : i;
+        HostBlock::get().run({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, shared_bytes, body);
+    }
+    return 0;
+}
+
 using std::max;
 using std::min;
 
@@ -360,6 +371,15 @@ float element(uint32_t pair, int i) {
     return to_float(T{static_cast<uint16_t>(pair >> 16 * i)});
 }
 
+template <class T>
+uint32_t unpack_int4(uint32_t nibbles, int i, T scale) {
+    const auto value = [&](int at) {
+        const int nibble = nibbles >> 4 * at & 15;
+        return static_cast<float>(nibble < 8 ? nibble : nibble - 16) * to_float(scale);
+    };
+    return pack<T>(value(i), value(i + 4));
+}
+
 /* PTX ISA, «Matrix Fragments for mma.m16n8k16 with floating point type»: a lane's registers by row and column. */
 template <class T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
@@ -376,5 +396,10 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
 }
 
 }  // namespace lora_drop
+
+/* 0, −1 or a seed; see above. */
+extern "C" __attribute__((used)) inline void lora_drop_host_order(int order) {
+    lora_drop::HostBlock::get().order = order;
+}
 
 #endif

@@ -85,13 +85,14 @@ LORA_DROP_BODY void attend(const LoraDropAttention& call, const Plan& plan) {
     wait_for_kernel_before();
     next_kernel_may_start();
     const Share share(call, plan, reinterpret_cast<int*>(shared_memory()));
-    Cut cut{-1, 0, 0, 0};
+    Cut* const cut = plan.workers > 1 && thread_index() == 0 ? Workspace(call, plan).cuts + block_index().x : nullptr;
+    if (cut != nullptr) *cut = {-1, 0, 0, 0};
     int unit = share.unit, g = share.g, index = share.item;
     for (int left = share.count; left > 0;) {
         const Item item(call, plan, index);
         const int until = min(item.units, unit + left);
         const bool ends = until == item.units;
-        if (unit == 0 && !ends) cut = {index, g, share.worker_ahead(item.units - until), 0};
+        if (cut != nullptr && unit == 0 && !ends) *cut = {index, g, share.worker_ahead(item.units - until), 0};
         sync_block();  // shared memory is free
         attend_to<Tile>(call, plan, item, unit, until,
                         {call, plan, item.b, g, item.tile * plan.tile_rows, unit == 0 && ends,
@@ -101,7 +102,6 @@ LORA_DROP_BODY void attend(const LoraDropAttention& call, const Plan& plan) {
         g = g + 1 == call.kv_heads ? 0 : g + 1;
         if (g == 0) ++index;
     }
-    if (plan.workers > 1 && thread_index() == 0) Workspace(call, plan).cuts[block_index().x] = cut;
 }
 
 /* Joins the parts of one query row. Shared: [kThreads, kChunk] and [2, workers]. */

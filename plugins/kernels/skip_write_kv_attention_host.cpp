@@ -19,31 +19,19 @@ struct HostLauncher {
     }
     template <class T, class KV>
     int append(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        return run(grid, bytes, [&] { lora_drop::append<T, KV>(call, plan); });
+        return run_on_host(grid, bytes, [&] { lora_drop::append<T, KV>(call, plan); });
     }
     template <class Tile>
     int attend(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
         copied_by_block.assign(static_cast<size_t>(grid.x), 0);
-        return run(grid, bytes, [&] {
+        return run_on_host(grid, bytes, [&] {
             lora_drop::attend<Tile>(call, plan);
             copied_by_block[static_cast<size_t>(block_index().x)] = static_cast<int64_t>(HostBlock::get().copied_bytes);
         });
     }
     template <class T>
     int combine(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        return run(grid, bytes, [&] { lora_drop::combine<T>(call, plan); });
-    }
-
-private:
-    static int run(Index grid, size_t shared_bytes, const std::function<void()>& body) {
-        // The order of blocks follows the order of threads: no block may depend on another either
-        const bool last_first = HostBlock::get().order < 0;
-        const int blocks = grid.x * grid.y * grid.z;
-        for (int i = 0; i < blocks; ++i) {
-            const int at = last_first ? blocks - 1 - i : i;
-            HostBlock::get().run({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, shared_bytes, body);
-        }
-        return 0;
+        return run_on_host(grid, bytes, [&] { lora_drop::combine<T>(call, plan); });
     }
 };
 
@@ -59,9 +47,6 @@ size_t lora_drop_workspace_bytes(const LoraDropAttention* call, int32_t multipro
 int lora_drop_attention(const LoraDropAttention* call, size_t workspace_bytes, int32_t multiprocessors, void*) {
     return lora_drop::launch(*call, workspace_bytes, multiprocessors, lora_drop::HostLauncher{});
 }
-
-/* 0, −1 or a seed; see host_block.h. */
-extern "C" void lora_drop_host_order(int order) { lora_drop::HostBlock::get().order = order; }
 
 /* Bytes of the cache that each block of the latest attend read, into `bytes` [n] as far as there are blocks; how many
  * blocks there were. */

@@ -37,7 +37,7 @@ struct Item {
 struct Share {
     int item, g, unit;  // where it starts
     int count;          // of units
-    int64_t units, workers;  // of all
+    int units, workers;  // of all
 
     /* By all threads of a block. shared: [kWarps + 2] */
     LORA_DROP_BODY Share(const LoraDropAttention& call, const Plan& plan, int* shared) {
@@ -60,18 +60,16 @@ struct Share {
             if (w < warp) before += shared[w];
             total += shared[w];
         }
-        units = static_cast<int64_t>(total) * call.kv_heads;
-        workers = min(static_cast<int64_t>(plan.workers), units);
-        const int64_t block = block_index().x;
+        units = total * call.kv_heads;
+        workers = min(plan.workers, units);
         count = 0;
-        if (block >= workers) return;
-        const int64_t begin = units * block / workers;
-        count = static_cast<int>(units * (block + 1) / workers - begin);
+        if (block_index().x >= workers) return;
+        const int begin = begin_of(block_index().x);
+        count = begin_of(block_index().x + 1) - begin;
 
         // The one thread that counted the first unit finds its item
         const auto starts_in = [&](int before, int n) {
-            return static_cast<int64_t>(before) * call.kv_heads <= begin &&
-                   begin < static_cast<int64_t>(before + n) * call.kv_heads;
+            return before * call.kv_heads <= begin && begin < (before + n) * call.kv_heads;
         };
         if (starts_in(before, own)) {
             int i = first;
@@ -81,16 +79,20 @@ struct Share {
         }
         sync_block();
         item = shared[kWarps];
-        const int within = static_cast<int>(begin - static_cast<int64_t>(shared[kWarps + 1]) * call.kv_heads);
+        const int within = begin - shared[kWarps + 1] * call.kv_heads;
         const int units_of_head = Item(call, plan, item).units;
         g = within / units_of_head;
         unit = within % units_of_head;
     }
 
+    LORA_DROP_BODY int begin_of(int worker) const {
+        return static_cast<int>(static_cast<int64_t>(units) * worker / workers);
+    }
+
     /* The block that has the unit `ahead` of this block's last one. */
     LORA_DROP_BODY int worker_ahead(int ahead) const {
-        const int64_t last = units * (block_index().x + 1) / workers - 1 + ahead;
-        return static_cast<int>(((last + 1) * workers - 1) / units);
+        const int64_t until = begin_of(block_index().x + 1) + ahead;
+        return static_cast<int>((until * workers - 1) / units);
     }
 };
 

@@ -1,4 +1,4 @@
-"""The host build of the attention kernel: the very source of the GPU, on the CPU (plugins/kernels/host_block.h).
+"""The host build of the kernels: the very source of the GPU, on the CPU (plugins/kernels/host_block.h).
 
 Enters: a folder of sources, the repository's or an edited copy. Leaves: a library for plugins/kernels/binding.py.
 """
@@ -22,6 +22,6 @@ def build_for_host(source: Path, library: Path, *options: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler: g++ or $CXX")
-    host = source / "skip_write_kv_attention_host.cpp"
-    subprocess.run([compiler, *OPTIONS, *options, "-shared", "-fPIC", "-o", library, host], check=True)
+    hosts = sorted(source.glob("*_host.cpp"))
+    subprocess.run([compiler, *OPTIONS, *options, "-shared", "-fPIC", "-o", library, *hosts], check=True)
     return library
