@@ -1,8 +1,8 @@
 """The C interfaces of the kernels in ctypes, for whoever calls a built library from Python.
 
-Enters: the path of a library that exports skip_write_kv_attention.h and int4_gemm.h, of the device or of the host build.
-Leaves: that library with the types of its functions set, and the structs that they take. What a call means is said in
-the headers.
+Enters: the path of a library that exports skip_write_kv_attention.h and int4_gemm.h, of the device or of the host
+build. Leaves: that library with the types of its functions set, and the structs that they take. What a call means is
+said in the headers.
 Nothing here knows arrays, GPUs or what the pointers lead to.
 """
 

@@ -97,8 +97,8 @@ LORA_DROP_BODY void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-/* Four 8 × 8 matrices of 16-bit elements, from rows of 16 bytes in shared memory: lane 8 · m + r points to row r of matrix
- * m. Of each, lane l gets row l / 4, columns 2 · (l % 4) and the next. */
+/* Four 8 × 8 matrices of 16-bit elements, from rows of 16 bytes in shared memory: lane 8 · m + r points to row r of
+ * matrix m. Of each, lane l gets row l / 4, columns 2 · (l % 4) and the next. */
 LORA_DROP_BODY void load_matrices(uint32_t (&to)[4], const void* row) {
     const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -107,8 +107,8 @@ struct FmaTile {
         }
     }
 
-    /* Scores of n keys, the first at slot first_slot, against all rows. A pair of keys is shared by neighbouring threads,
-     * each with every parts-th chunk. */
+    /* Scores of n keys, the first at slot first_slot, against all rows. A pair of keys is shared by neighbouring
+     * threads, each with every parts-th chunk. */
     LORA_DROP_BODY void score(int first_slot, int n, float scale) {
         const int pairs = plan.tile_keys / 2, parts = kThreads / pairs;
         const int part = thread % parts;

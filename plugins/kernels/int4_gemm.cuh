@@ -115,7 +115,8 @@ LORA_DROP_BODY void load_tokens(const LoraDropInt4Gemm& call, char* to, int firs
         const int token = i / 16, piece = i % 16, k = chunk + piece * 8;
         char* place = to + token * kTokenStride + (piece % 4 * 4 + piece / 4) * 16;
         if (first_token + token < call.rows && k < call.inputs) {
-            copy_async(place, static_cast<const T*>(call.x) + static_cast<int64_t>(first_token + token) * call.inputs + k);
+            const int64_t at = static_cast<int64_t>(first_token + token) * call.inputs + k;
+            copy_async(place, static_cast<const T*>(call.x) + at);
         } else {
             *reinterpret_cast<Words*>(place) = Words{};
         }

@@ -2,8 +2,8 @@
  *
  *     y[m, n] = Σ over k of x[m, k] · w[n, k],    w[n, k] = q[n, k] · scale[n, k / block], rounded to dtype
  *
- * That is what DequantizeLinear and MatMul compute, without weights of 16 bits in memory: q is read once for 8 rows of x, or
- * once for 64. Sums are float32, and rounded once. Both paths run on tensor cores.
+ * That is what DequantizeLinear and MatMul compute, without weights of 16 bits in memory: q is read once for 8 rows of
+ * x, or once for 64. Sums are float32, and rounded once. Both paths run on tensor cores.
  *
  * Shapes (M rows, K inputs, N outputs):
  *

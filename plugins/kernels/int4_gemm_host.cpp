@@ -1,4 +1,5 @@
-/* The C interface of products with int4 weights on the CPU, for tests; as skip_write_kv_attention_host.cpp is of attention.
+/* The C interface of products with int4 weights on the CPU, for tests; as skip_write_kv_attention_host.cpp is of
+ * attention.
  */
 // Its longjmp refuses to jump between stacks, which is how the fibers of host_block.h switch
 #undef _FORTIFY_SOURCE

@@ -1,5 +1,5 @@
-/* The launches of a call: number types and tile, then append, attend, combine, through a launcher of the device or of the
- * host.
+/* The launches of a call: number types and tile, then append, attend, combine, through a launcher of the device or of
+ * the host.
  */
 #ifndef LORA_DROP_LAUNCH_CUH
 #define LORA_DROP_LAUNCH_CUH
@@ -48,8 +48,8 @@ auto with_tile(const LoraDropAttention& call, Path path, F f) {
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
-/* A launcher has `resident<Tile>(shared_bytes)`, the blocks of `attend` that a multiprocessor takes, and a member for each
- * body: (call, plan, grid, shared_bytes) -> error, 0 if none. */
+/* A launcher has `resident<Tile>(shared_bytes)`, the blocks of `attend` that a multiprocessor takes, and a member for
+ * each body: (call, plan, grid, shared_bytes) -> error, 0 if none. */
 template <class Launcher>
 int launch(const LoraDropAttention& call, size_t workspace_bytes, int multiprocessors, const Launcher& launcher) {
     const Plan tiles = tiles_of(call);

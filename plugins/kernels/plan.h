@@ -1,10 +1,10 @@
-/* Sizes of a call into launch shapes: what is refused, how the work is cut, and the sequence of launches. The device and
- * the host launcher share it. Nothing here reads memory behind a pointer of a call, so nothing depends on lengths.
+/* Sizes of a call into launch shapes: what is refused, how the work is cut, and the sequence of launches. The device
+ * and the host launcher share it. Nothing here reads memory behind a pointer of a call, so nothing depends on lengths.
  *
- * A tile is `tile_rows` query rows of one key/value head of one batch row. A query row is one new token in one query head
- * of the group: row = token · group + head, so a K/V element is read once for all rows of the tile. Tiles are computed by
- * FMAs (fma_tile.cuh) or on tensor cores (tensor_tile.cuh). What all tiles attend to is dealt to `workers` blocks, as many
- * as run at the same time, in equal shares (work.cuh); `combine` joins what was cut.
+ * A tile is `tile_rows` query rows of one key/value head of one batch row. A query row is one new token in one query
+ * head of the group: row = token · group + head, so a K/V element is read once for all rows of the tile. Tiles are
+ * computed by FMAs (fma_tile.cuh) or on tensor cores (tensor_tile.cuh). What all tiles attend to is dealt to `workers`
+ * blocks, as many as run at the same time, in equal shares (work.cuh); `combine` joins what was cut.
  *
  * Fused: one tile holds all rows, and the worker of its end also appends the new tokens and attends to them from shared
  * memory. No other block reads a new slot, so blocks need not wait for one another. Else `append` runs before.
@@ -34,8 +34,8 @@ constexpr int max_resident(Path path) {
     return path == Path::kFma4 || path == Path::kTensor64 ? 3 : 2;
 }
 
-/* Of tensor cores, by the room for a head: keys in shared memory at a time, and the bytes between them, an odd number of 16
- * bytes, so that ldmatrix has no bank conflicts. */
+/* Of tensor cores, by the room for a head: keys in shared memory at a time, and the bytes between them, an odd number
+ * of 16 bytes, so that ldmatrix has no bank conflicts. */
 constexpr int tensor_tile_keys(int room) { return room <= 128 ? 64 : 32; }
 constexpr int tensor_key_stride(int room) { return 2 * room + 16; }
 
@@ -76,7 +76,8 @@ inline const char* problem_of_fields(const LoraDropAttention& call) {
     if (quantized && d % 16 != 0) return "head_dim must be a multiple of 16 with a quantized cache";
     if (call.window < 0) return "window must not be negative";
     if (!(call.softcap >= 0.0f)) return "softcap must not be negative";
-    if (!call.query || !call.key || !call.value || !call.length || !call.key_cache || !call.value_cache || !call.output) {
+    if (!call.query || !call.key || !call.value || !call.length || !call.key_cache || !call.value_cache ||
+        !call.output) {
         return "a required pointer is null";
     }
     if (call.rotary_dim > 0 && (!call.cos || !call.sin)) return "RoPE needs cos and sin";
@@ -94,7 +95,7 @@ inline size_t shared_bytes(const Plan& plan, int head_dim) {
     const int group = plan.path == Path::kFma4 ? 4 : plan.path == Path::kFma8 ? 8 : 16;
     const size_t rows = static_cast<size_t>(ceil_div(plan.tile_rows, group)) * group;
     const size_t keys = 2 * static_cast<size_t>(plan.tile_keys) * plan.key_stride;  // and values
-    const size_t scratch = static_cast<size_t>(kWarps) * head_dim * 4;              // a head being prepared by each warp
+    const size_t scratch = static_cast<size_t>(kWarps) * head_dim * 4;              // a head that each warp prepares
     if (!is_fma(plan.path)) return rows * plan.key_stride + keys + scratch;
     return keys + rows * head_dim * 4                              // queries
            + static_cast<size_t>(plan.tile_keys) * (rows + 4) * 4  // scores

@@ -26,12 +26,13 @@ __global__ void __launch_bounds__(kThreads)
     combine<T>(call, plan);
 }
 
-/* Lets a kernel have as much shared memory as a plan may ask for: once per device, for all sizes. Not a stream operation:
- * allowed while a graph is captured. */
+/* Lets a kernel have as much shared memory as a plan may ask for: once per device, for all sizes. Not a stream
+ * operation: allowed while a graph is captured. */
 cudaError_t allow_shared_memory(const void* kernel, std::atomic<uint64_t>& allowed, int device) {
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && (allowed.load() & bit) != 0) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+    constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, kAttribute, kMaxSharedBytes);
     if (error == cudaSuccess) allowed.fetch_or(bit);
     return error;
 }

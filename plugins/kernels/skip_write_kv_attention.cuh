@@ -12,7 +12,8 @@
 
 namespace lora_drop {
 
-/* Body of the append kernel: a warp per new token. Block (tokens by kWarps, kv head, batch row). Shared: [kWarps, D]. */
+/* Body of the append kernel: a warp per new token. Block (tokens by kWarps, kv head, batch row). Shared: [kWarps, D].
+ * */
 template <class T, class KV>
 LORA_DROP_BODY void append(const LoraDropAttention& call, const Plan&) {
     next_kernel_may_start();

@@ -1,5 +1,5 @@
-/* The C interface on the CPU, for tests: pointers of the host, blocks one after another, the stream is ignored. Built by a
- * plain C++17 compiler. Not thread-safe.
+/* The C interface on the CPU, for tests: pointers of the host, blocks one after another, the stream is ignored. Built
+ * by a plain C++17 compiler. Not thread-safe.
  */
 // Its longjmp refuses to jump between stacks, which is how the fibers of host_block.h switch
 #undef _FORTIFY_SOURCE

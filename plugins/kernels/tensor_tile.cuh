@@ -1,7 +1,7 @@
 /* A tile of query rows on tensor cores: prompts, drafts to verify and groups of 8 and more, in float16 and bfloat16.
  *
- * A warp has 16 query rows and all keys of a tile. Scores, maxima, sums and outputs stay in its registers as float32, in
- * the layout of mma.sync.m16n8k16: lane l has row l / 4 and the one 8 below it, columns 2 · (l % 4) and the next, of
+ * A warp has 16 query rows and all keys of a tile. Scores, maxima, sums and outputs stay in its registers as float32,
+ * in the layout of mma.sync.m16n8k16: lane l has row l / 4 and the one 8 below it, columns 2 · (l % 4) and the next, of
  * each 8 keys or 8 outputs. The weights are rounded to T for the product with the values, as the query is after RoPE.
  */
 #ifndef LORA_DROP_TENSOR_TILE_CUH

@@ -103,8 +103,8 @@ struct Cut {
 };
 
 /* The workspace: per block its Cut; then room for what it found of two items, the one that it began and the one that it
- * went on with: outputs [tile_rows, D], not yet divided by the sum, and the maximum and the sum [tile_rows, 2], in powers
- * of two. */
+ * went on with: outputs [tile_rows, D], not yet divided by the sum, and the maximum and the sum [tile_rows, 2], in
+ * powers of two. */
 struct Workspace {
     enum Piece { kWentOn, kBegan, kPieces };
 
