@@ -144,7 +144,7 @@ def test_every_forgotten_wait_is_noticed(tmp_path: Path) -> None:
         waits.append(f"{body.name}: {line}")
         return f"if (lora_drop_forgotten != {len(waits) - 1}) {wait[0]}"
 
-    for body in sorted(source.glob("*.cuh")):
+    for body in sorted(set(source.glob("*.cuh")) - {source / "int4_gemm.cuh"}):  # its own test has those
         body.write_text(WAITS.sub(forgettable, body.read_text()))
     block = source / "block.h"
     block.write_text(block.read_text().replace("namespace", "inline int lora_drop_forgotten = -1;\nnamespace", 1))
