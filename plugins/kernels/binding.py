@@ -1,7 +1,8 @@
-"""The C interface of the attention kernel in ctypes, for whoever calls a built library from Python.
+"""The C interfaces of the kernels in ctypes, for whoever calls a built library from Python.
 
-Enters: the path of a library that exports skip_write_kv_attention.h, of the device or of the host build. Leaves: that
-library with the types of its functions set, and the struct that they take. What a call means is said in the header.
+Enters: the path of a library that exports skip_write_kv_attention.h and int4_gemm.h, of the device or of the host
+build. Leaves: that library with the types of its functions set, and the structs that they take. What a call means is
+said in the headers.
 Nothing here knows arrays, GPUs or what the pointers lead to.
 """
 
@@ -20,13 +21,33 @@ UPDATED = ("key_cache", "value_cache", "output", "workspace")
 
 
 class LoraDropAttention(ctypes.Structure):
-    """The struct of the header."""
+    """The struct of skip_write_kv_attention.h."""
 
     _fields_ = (
         [(name, ctypes.c_int32) for name in (*SIZES, "dtype", "kv_dtype")]
         + [(name, ctypes.c_float) for name in FLOATS]
         + [(name, ctypes.c_void_p) for name in (*INPUTS, *UPDATED)]
     )
+
+
+GEMM_SIZES = ("rows", "inputs", "outputs", "block")
+GEMM_POINTERS = ("x", "weights", "scales", "y")
+
+
+class LoraDropInt4Gemm(ctypes.Structure):
+    """The struct of int4_gemm.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in (*GEMM_SIZES, "dtype")] + [
+        (name, ctypes.c_void_p) for name in GEMM_POINTERS
+    ]
+
+
+def bind_int4_gemm(library: ctypes.CDLL) -> None:
+    gemm = ctypes.POINTER(LoraDropInt4Gemm)
+    library.lora_drop_int4_gemm_problem.argtypes = [gemm]
+    library.lora_drop_int4_gemm_problem.restype = ctypes.c_char_p
+    library.lora_drop_int4_gemm.argtypes = [gemm, ctypes.c_void_p]
+    library.lora_drop_int4_gemm.restype = ctypes.c_int
 
 
 def load_library(path: Path) -> ctypes.CDLL:
@@ -38,4 +59,5 @@ def load_library(path: Path) -> ctypes.CDLL:
     library.lora_drop_workspace_bytes.restype = ctypes.c_size_t
     library.lora_drop_attention.argtypes = [call, ctypes.c_size_t, ctypes.c_int32, ctypes.c_void_p]
     library.lora_drop_attention.restype = ctypes.c_int
+    bind_int4_gemm(library)
     return library

@@ -77,8 +77,10 @@ inline float to_float(BFloat16 x) {
     return y;
 }
 inline float to_float(Half x) {
-    const uint32_t magnitude = x.bits & 0x7fff;
-    const float y = magnitude > 0x7c00 ? NAN : magnitude == 0x7c00 ? INFINITY : small_float_value(magnitude, 10, 15);
+    const uint32_t magnitude = x.bits & 0x7fff, bits = magnitude << 13;
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    y = magnitude > 0x7c00 ? NAN : magnitude == 0x7c00 ? INFINITY : y * 0x1p112f;  // the biases differ by 112
     return x.bits & 0x8000 ? -y : y;
 }
 inline float to_float(Float8 x) {
@@ -117,12 +119,13 @@ public:
     void run(Index block, size_t shared_bytes, const std::function<void()>& body) {
         block_ = block;
         body_ = &body;
+        copied_bytes = 0;
         shared_.reset(new (std::align_val_t(256)) char[shared_bytes]);
         memset(shared_.get(), 0xff, shared_bytes);
         random_.seed(static_cast<unsigned>(order));
         for (int i = 0; i < kThreads; ++i) {
             fibers_[i].started = false;
-            fibers_[i].shuffles = 0;
+            fibers_[i].shows = 0;
             fibers_[i].copies.clear();
             fibers_[i].groups.clear();
         }
@@ -151,15 +154,22 @@ public:
     void meet_warp() { wait(at_warp_); }
     void meet_block() { wait(at_block_); }
 
-    float shuffle_xor(float x, int mask) {
+    /* What a lane shows the others of its warp. */
+    struct Shown {
+        uint32_t word[6];
+    };
+
+    /* Shows it to the warp; returns what all lanes showed, [kWarp]. */
+    const Shown* show(const Shown& mine) {
         // Two slots in turn: a thread that runs ahead writes its next value where nobody reads the last one
-        const int slot = fibers_[current_].shuffles++ % 2;
-        shuffled_[slot][current_] = x;
+        const int slot = fibers_[current_].shows++ % 2;
+        shown_[slot][current_] = mine;
         meet_warp();
-        return shuffled_[slot][current_ ^ mask];
+        return shown_[slot] + current_ / kWarp * kWarp;
     }
 
     void copy(void* to, const void* from) {
+        copied_bytes += kCopyBytes;
         const bool at_once = order < 0 || (order > 0 && random_() % 2 == 0);
         if (at_once) {
             memcpy(to, from, kCopyBytes);
@@ -185,7 +195,13 @@ public:
         for (size_t& end : fiber.groups) end -= landing;
     }
 
+    [[noreturn]] static void fail(const char* what) {
+        fprintf(stderr, "host block: %s\n", what);
+        abort();
+    }
+
     int order = 0;
+    size_t copied_bytes = 0;  // asynchronously, by all threads of the latest block
 
 private:
     static constexpr size_t kStackBytes = 64 * 1024;
@@ -196,7 +212,7 @@ private:
     };
     struct Fiber {
         bool started;
-        unsigned shuffles;
+        unsigned shows;
         std::vector<Copy> copies;
         std::vector<size_t> groups;  // where each committed group ends in copies
         ucontext_t context;
@@ -206,11 +222,6 @@ private:
     struct Free {
         void operator()(char* p) const { operator delete[](p, std::align_val_t(256)); }
     };
-
-    [[noreturn]] static void fail(const char* what) {
-        fprintf(stderr, "host block: %s\n", what);
-        abort();
-    }
 
     // swapcontext would make a system call at each switch; jumping between live contexts does not
     __attribute__((noinline)) void resume(int thread) {
@@ -275,11 +286,22 @@ private:
     std::unique_ptr<char[], Free> shared_;
     std::minstd_rand random_;
     Fiber fibers_[kThreads];
-    float shuffled_[2][kThreads];
+    Shown shown_[2][kThreads];
     uint32_t ready_[kWarps], live_[kWarps], at_warp_[kWarps], at_block_[kWarps];
     int current_ = 0;
     jmp_buf scheduler_;
 };
+
+/* The blocks of a grid. Their order follows the order of threads: no block may depend on another either. */
+inline int run_on_host(Index grid, size_t shared_bytes, const std::function<void()>& body) {
+    const bool last_first = HostBlock::get().order < 0;
+    const int blocks = grid.x * grid.y * grid.z;
+    for (int i = 0; i < blocks; ++i) {
+        const int at = last_first ? blocks - 1 - i : i;
+        HostBlock::get().run({at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y}, shared_bytes, body);
+    }
+    return 0;
+}
 
 using std::max;
 using std::min;
@@ -288,7 +310,17 @@ inline int thread_index() { return HostBlock::get().thread(); }
 inline Index block_index() { return HostBlock::get().block(); }
 inline void sync_block() { HostBlock::get().meet_block(); }
 inline void sync_warp() { HostBlock::get().meet_warp(); }
-inline float shuffle_xor(float x, int mask) { return HostBlock::get().shuffle_xor(x, mask); }
+inline float shuffle_xor(float x, int mask) {
+    const uint32_t bits = HostBlock::get().show({{float_bits(x)}})[thread_index() % kWarp ^ mask].word[0];
+    float other;
+    memcpy(&other, &bits, sizeof other);
+    return other;
+}
+inline int shuffle(int x, int lane) {
+    return static_cast<int>(HostBlock::get().show({{static_cast<uint32_t>(x)}})[lane].word[0]);
+}
+inline void next_kernel_may_start() {}   // one kernel runs after the other
+inline void wait_for_kernel_before() {}
 inline char* shared_memory() { return HostBlock::get().shared(); }
 
 inline void copy_async(void* shared, const void* global) { HostBlock::get().copy(shared, global); }
@@ -298,6 +330,76 @@ void copy_wait() {
     HostBlock::get().land_all_but(kGroups);
 }
 
+/* Row r of the matrix m that ldmatrix was pointed to. */
+inline const uint16_t* matrix_row(const HostBlock::Shown* shown, int m, int r) {
+    const HostBlock::Shown& lane = shown[8 * m + r];
+    const uint64_t address = lane.word[0] | static_cast<uint64_t>(lane.word[1]) << 32;
+    return reinterpret_cast<const uint16_t*>(address);
+}
+
+inline const HostBlock::Shown* show_row(const void* row) {
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    if (address % 16 != 0) HostBlock::fail("ldmatrix: a row that is not aligned to 16 bytes");
+    return HostBlock::get().show({{static_cast<uint32_t>(address), static_cast<uint32_t>(uint64_t{address} >> 32)}});
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+    const HostBlock::Shown* shown = show_row(row);
+    const int lane = thread_index() % kWarp;
+    for (int m = 0; m < 4; ++m) memcpy(&to[m], matrix_row(shown, m, lane / 4) + lane % 4 * 2, sizeof to[m]);
+}
+
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+    const HostBlock::Shown* shown = show_row(row);
+    const int lane = thread_index() % kWarp;
+    for (int m = 0; m < 4; ++m) {
+        to[m] = matrix_row(shown, m, lane % 4 * 2)[lane / 4] |
+                static_cast<uint32_t>(matrix_row(shown, m, lane % 4 * 2 + 1)[lane / 4]) << 16;
+    }
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+    T a, b;
+    from_float(low, a);
+    from_float(high, b);
+    return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+
+template <class T>
+float element(uint32_t pair, int i) {
+    return to_float(T{static_cast<uint16_t>(pair >> 16 * i)});
+}
+
+template <class T>
+uint32_t unpack_int4(uint32_t nibbles, int i, T scale) {
+    const auto value = [&](int at) {
+        const int nibble = nibbles >> 4 * at & 15;
+        return static_cast<float>(nibble < 8 ? nibble : nibble - 16) * to_float(scale);
+    };
+    return pack<T>(value(i), value(i + 4));
+}
+
+/* PTX ISA, «Matrix Fragments for mma.m16n8k16 with floating point type»: a lane's registers by row and column. */
+template <class T>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    const HostBlock::Shown* shown = HostBlock::get().show({{a[0], a[1], a[2], a[3], b[0], b[1]}});
+    const int lane = thread_index() % kWarp;
+    for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; ++k) {
+            const uint32_t x = shown[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2];
+            const uint32_t y = shown[column * 4 + k % 8 / 2].word[4 + k / 8];
+            sum[e] += element<T>(x, k % 2) * element<T>(y, k % 2);
+        }
+    }
+}
+
 }  // namespace lora_drop
+
+/* 0, −1 or a seed; see above. */
+extern "C" __attribute__((used)) inline void lora_drop_host_order(int order) {
+    lora_drop::HostBlock::get().order = order;
+}
 
 #endif

@@ -1,7 +1,9 @@
 /* The C interface on CUDA. */
 #include <cuda_runtime_api.h>
 
-#include "skip_write_kv_attention.cuh"
+#include <atomic>
+
+#include "launch.cuh"
 
 namespace lora_drop {
 namespace {
@@ -12,10 +14,10 @@ __global__ void __launch_bounds__(kThreads)
     append<T, KV>(call, plan);
 }
 
-template <class T, class KV, int kRows>
-__global__ void __launch_bounds__(kThreads, max_resident(kRows))
+template <class Tile>
+__global__ void __launch_bounds__(kThreads, max_resident(Tile::kPath))
     attend_kernel(const __grid_constant__ LoraDropAttention call, const __grid_constant__ Plan plan) {
-    attend<T, KV, kRows>(call, plan);
+    attend<Tile>(call, plan);
 }
 
 template <class T>
@@ -24,37 +26,70 @@ __global__ void __launch_bounds__(kThreads)
     combine<T>(call, plan);
 }
 
+/* Lets a kernel have as much shared memory as a plan may ask for: once per device, for all sizes. Not a stream
+ * operation: allowed while a graph is captured. */
+cudaError_t allow_shared_memory(const void* kernel, std::atomic<uint64_t>& allowed, int device) {
+    const uint64_t bit = uint64_t{1} << (device % 64);
+    if (device < 64 && (allowed.load() & bit) != 0) return cudaSuccess;
+    constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, kAttribute, kMaxSharedBytes);
+    if (error == cudaSuccess) allowed.fetch_or(bit);
+    return error;
+}
+
 struct CudaLauncher {
     cudaStream_t stream;
+    int device = 0;
+    bool overlaps = false;  // a kernel may be launched before the one that it waits for has ended
 
+    explicit CudaLauncher(cudaStream_t stream) : stream(stream) {
+        int major = 0;
+        cudaGetDevice(&device);
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        overlaps = major >= 9;
+    }
+
+    template <class Tile>
+    int resident(size_t bytes) const {
+        static std::atomic<uint64_t> allowed{0};
+        const auto kernel = reinterpret_cast<const void*>(attend_kernel<Tile>);
+        int blocks = 0;
+        // An error is not lost: the launch meets it again
+        if (allow_shared_memory(kernel, allowed, device) != cudaSuccess) return 1;
+        if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, bytes) != cudaSuccess) return 1;
+        return blocks;
+    }
     template <class T, class KV>
     int append(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        return run(append_kernel<T, KV>, call, plan, grid, bytes);
+        return run(append_kernel<T, KV>, call, plan, grid, bytes, false);
     }
-    template <class T, class KV, int kRows>
+    template <class Tile>
     int attend(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        return run(attend_kernel<T, KV, kRows>, call, plan, grid, bytes);
+        return run(attend_kernel<Tile>, call, plan, grid, bytes, !plan.fused);
     }
     template <class T>
     int combine(const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        return run(combine_kernel<T>, call, plan, grid, bytes);
+        return run(combine_kernel<T>, call, plan, grid, bytes, true);
     }
 
 private:
     using Kernel = void (*)(LoraDropAttention, Plan);
 
-    int run(Kernel kernel, const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes) const {
-        constexpr size_t kDefaultBytes = 48 * 1024;
-        if (bytes > kDefaultBytes) {
-            // Not a stream operation: allowed while a graph is captured
-            const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                           static_cast<int>(bytes));
-            if (error != cudaSuccess) return error;
-        }
+    /* follows: the kernel before is of this call too, and this one waits for it by itself. */
+    int run(Kernel kernel, const LoraDropAttention& call, const Plan& plan, Index grid, size_t bytes,
+            bool follows) const {
+        cudaLaunchAttribute overlap{};
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(grid.x, grid.y, grid.z);
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = bytes;
+        config.stream = stream;
+        config.attrs = &overlap;
+        config.numAttrs = follows && overlaps ? 1 : 0;
         void* arguments[] = {const_cast<LoraDropAttention*>(&call), const_cast<Plan*>(&plan)};
-        return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z), dim3(kThreads),
-                                arguments, bytes, stream);
+        return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
     }
 };
 
@@ -64,10 +99,10 @@ private:
 const char* lora_drop_attention_problem(const LoraDropAttention* call) { return lora_drop::problem(*call); }
 
 size_t lora_drop_workspace_bytes(const LoraDropAttention* call, int32_t multiprocessors) {
-    return lora_drop::plan_of(*call, multiprocessors).workspace_bytes;
+    return lora_drop::largest_plan_of(*call, multiprocessors).workspace_bytes;
 }
 
 int lora_drop_attention(const LoraDropAttention* call, size_t workspace_bytes, int32_t multiprocessors, void* stream) {
     return lora_drop::launch(*call, workspace_bytes, multiprocessors,
-                             lora_drop::CudaLauncher{static_cast<cudaStream_t>(stream)});
+                             lora_drop::CudaLauncher(static_cast<cudaStream_t>(stream)));
 }

@@ -10,9 +10,14 @@
  *        and within a window W iff also c > length[b] + s − W. The cost follows the valid length, never the capacity,
  *        and no slot past it is read.
  *
- * Norm, RoPE and attention are computed in float32. The query stays float32 throughout; a key is rounded once, after RoPE,
- * to kv_dtype. A quantized cache stores x / scale, to nearest with ties to even, saturating (±448; −128 … 127). New tokens
- * attend to one another as stored, however many there are, so what a token sees does not depend on how it was fed.
+ * Norm, RoPE and attention are computed in float32, and a key is rounded once, after RoPE, to kv_dtype. In float16 and
+ * bfloat16 the products run on tensor cores where a call has more than one new token or 8 and more query heads for each
+ * key/value head: there the query is rounded to dtype after RoPE and the weights before they meet the values; sums stay
+ * float32. Elsewhere the query stays float32 throughout. Which blocks sum what depends on the lengths of all rows, so
+ * that all of them are busy for the same time: a row's last bit may differ with its neighbours.
+ *
+ * A quantized cache stores x / scale, to nearest with ties to even, saturating (±448; −128 … 127). New tokens attend to
+ * one another as stored, however many there are, so what a token sees does not depend on how it was fed.
  *
  * Slot ≠ position: a cache with holes is compact, so a slot counts what was written and not where it stood.
  * Values of length and count out of their ranges are clamped to them, so that no content leads out of a buffer.
@@ -80,19 +85,20 @@ typedef struct {
     void* key_cache;
     void* value_cache;
     void* output;
-    void* workspace; /* at least lora_drop_workspace_bytes, aligned to 256 bytes; contents need no preparation; null if 0 */
+    void* workspace; /* at least lora_drop_workspace_bytes, aligned to 256 bytes, of any contents; null if 0 */
 } LoraDropAttention;
 
 /* Why a call would be refused, as a static string; null when it is fine. Reads sizes and which pointers are null,
  * never memory behind a pointer. */
 const char* lora_drop_attention_problem(const LoraDropAttention* call);
 
-/* Workspace for a call of these sizes on a device with `multiprocessors` SMs. An upper bound for every length. */
+/* Workspace for a call of these sizes on a device with `multiprocessors` SMs. Enough for every length and for every
+ * device with so many. */
 size_t lora_drop_workspace_bytes(const LoraDropAttention* call, int32_t multiprocessors);
 
-/* Enqueue on a CUDA stream (cudaStream_t); returns a cudaError_t. Launch shapes depend on sizes alone, never on lengths,
- * so that a captured CUDA graph stays right as the lengths grow. `workspace_bytes` is what the caller gave; too little, or
- * a null workspace where one is needed, is refused. The call must have no problem (above). */
+/* Enqueue on a CUDA stream (cudaStream_t); returns a cudaError_t. Launch shapes depend on sizes alone, never on
+ * lengths, so that a captured CUDA graph stays right as the lengths grow. `workspace_bytes` is what the caller gave;
+ * too little, or a null workspace where one is needed, is refused. The call must have no problem (above). */
 int lora_drop_attention(const LoraDropAttention* call, size_t workspace_bytes, int32_t multiprocessors, void* stream);
 
 #ifdef __cplusplus

@@ -3,8 +3,6 @@
 #include <iostream>
 #include <mutex>
 
-#include "names.h"
-
 namespace lora_drop {
 namespace {
 
@@ -20,9 +18,9 @@ void setFinder(nvinfer1::ILoggerFinder* finder) {
     g_finder = finder;
 }
 
-void log(ILogger::Severity severity, std::string const& message) noexcept {
+void log(ILogger::Severity severity, std::string const& message, char const* plugin) noexcept {
     try {
-        std::string const line = std::string{kPLUGIN_NAME} + ": " + message;
+        std::string const line = std::string{plugin} + ": " + message;
         ILogger* logger{nullptr};
         {
             std::lock_guard<std::mutex> const lock{g_finder_mutex};

@@ -13,12 +13,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "names.h"
+
 namespace lora_drop {
 
 /// The finder of the registry that loaded this library.
 void setFinder(nvinfer1::ILoggerFinder* finder);
 
-void log(nvinfer1::ILogger::Severity severity, std::string const& message) noexcept;
+void log(nvinfer1::ILogger::Severity severity, std::string const& message,
+         char const* plugin = kPLUGIN_NAME) noexcept;
 
 template <typename... Parts>
 [[noreturn]] void refuse(Parts const&... parts) {
@@ -29,13 +32,13 @@ template <typename... Parts>
 
 /// Runs `body`; an exception is logged and becomes `failed`, since none may reach TensorRT.
 template <typename Result, typename Body>
-Result guarded(char const* where, Result failed, Body&& body) noexcept {
+Result guarded(char const* where, Result failed, Body&& body, char const* plugin = kPLUGIN_NAME) noexcept {
     try {
         return body();
     } catch (std::exception const& error) {
-        log(nvinfer1::ILogger::Severity::kERROR, std::string{where} + ": " + error.what());
+        log(nvinfer1::ILogger::Severity::kERROR, std::string{where} + ": " + error.what(), plugin);
     } catch (...) {
-        log(nvinfer1::ILogger::Severity::kERROR, std::string{where} + ": unknown exception");
+        log(nvinfer1::ILogger::Severity::kERROR, std::string{where} + ": unknown exception", plugin);
     }
     return failed;
 }

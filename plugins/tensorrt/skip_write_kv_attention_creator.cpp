@@ -25,16 +25,3 @@ nvinfer1::IPluginV3* SkipWriteKVAttentionCreator::createPlugin(char const* name,
 }
 
 } // namespace lora_drop
-
-extern "C" {
-
-nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators) {
-    static lora_drop::SkipWriteKVAttentionCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    nb_creators = 1;
-    return creators;
-}
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { lora_drop::setFinder(finder); }
-
-} // extern "C"

@@ -1,6 +1,6 @@
-/* The creator of SkipWriteKVAttentionPlugin and the two symbols of this library: TensorRT's ways in.
+/* The creator of SkipWriteKVAttentionPlugin.
  *
- * Enter: a node's name and fields, the phase; TensorRT's logger finder. Leaves: a plugin, or null with the reason in
+ * Enter: a node's name and fields, the phase. Leaves: a plugin, or null with the reason in
  * the log. Nothing here knows tensors or the device.
  */
 #ifndef LORA_DROP_SKIP_WRITE_KV_ATTENTION_CREATOR_H
@@ -32,10 +32,4 @@ class SkipWriteKVAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
 };
 
 } // namespace lora_drop
-
-/// The two symbols that TensorRT's IPluginRegistry::loadLibrary looks for.
-extern "C" {
-__attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nb_creators);
-__attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder);
-}
 #endif

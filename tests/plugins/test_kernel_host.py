@@ -65,13 +65,15 @@ def test_stored_values_do_not_depend_on_the_path(host_library: ctypes.CDLL) -> N
         first[name] = np.ascontiguousarray(arrays[name][:, :16])
     call = make_call(decode, lambda name: None if first.get(name) is None else first[name].ctypes.data)
     size = host_library.lora_drop_workspace_bytes(call, 1)
-    assert size == 0
+    workspace = HostMemory(np.zeros(size, np.uint8))
+    call.workspace = workspace.address
     assert host_library.lora_drop_attention(call, size, 1, None) == 0
     new = slice(70, 86)
     for name in ("key_cache", "value_cache"):
         assert first[name][:, :, new].tobytes() == after[name][:, :, new].tobytes()
+    # Other parts of a row, and so other maxima, to which the weights of tensor cores are rounded
     np.testing.assert_allclose(
-        first["output"].astype(np.float32), after["output"][:, :16].astype(np.float32), rtol=4e-3, atol=1e-5
+        first["output"].astype(np.float32), after["output"][:, :16].astype(np.float32), rtol=8e-3, atol=4e-3
     )
 
 
@@ -80,63 +82,97 @@ DEFECTS = {
     "slot_off_by_one": ("row.length + token) * d", "row.length + token + 1) * d", "one_token"),
     "stale_length": ("plan.fused ? row.length :", "plan.fused ? row.length - 1 :", "one_token"),
     "capacity_for_length": ("plan.fused ? row.length :", "plan.fused ? call.slots :", "capacity"),
-    "causal_off_by_one": ("slot <= last &&", "slot <= last + 1 &&", "new_tokens_4"),
-    "window_off_by_one": ("slot > last - window", "slot >= last - window", "window_in_prefill"),
-    "every_split_appends": ("plan.fused && split == plan.splits - 1 ? row.count", "plan.fused ? row.count", "splits"),
-    "no_split_appends": ("plan.fused && split == plan.splits - 1 ? row.count", "false ? row.count", "one_token"),
-    "unwritten_splits_joined": ("= written ?", "= true ?", "splits"),
-    "query_of_another_head": ("load_queries(row, b, g,", "load_queries(row, b, 0,", "mha"),
+    "causal_off_by_one": ("visible = slot <= last &&", "visible = slot <= last + 1 &&", "new_tokens_4"),
+    "window_off_by_one": ("= slot <= last && slot >", "= slot <= last && slot >=", "window_in_prefill"),
+    "every_part_appends": ("if (u < item.key_tiles) {", "if (u < item.key_tiles && u + 1 < until) {", "splits"),
+    "no_part_appends": ("n = plan.fused ? item.row.count : 0", "n = 0", "one_token"),
+    "a_part_too_few": ("i < pieces; i += parts", "i < pieces - 1; i += parts", "splits"),
+    "query_of_another_head": ("g = within / units_of_head", "g = 0", "mha"),
     "norm_without_its_mean": ("factor * weight[i]", "weight[i]", "norm_in_prefill"),
     "value_scaled_as_a_key": ("value[i] /= v_scale", "value[i] /= k_scale", "f8_of_f32"),
-}
+    "tensor_causal_off_by_one": ("i < n && slot <= last", "i < n && slot <= last + 1", "tensor_head_dim_80"),
+    "tensor_window_off_by_one": ("i < n && slot <= last && slot > last", "i < n && slot <= last && slot >= last",
+                                 "tensor_window"),
+    "tensor_no_correction": ("outputs[j][2 * half] *= correction;", "", "tensor_group_of_8"),
+    "tensor_halves_exchanged": ("multiply_add<T>(scores[j + 1], q, k + 2)", "multiply_add<T>(scores[j + 1], q, k)",
+                                "tensor_head_dim_80"),
+    "tensor_rows_past_the_end_not_zero": ("(n + 15) / 16 * 16", "n", "tensor_head_dim_80"),
+    "tensor_padding_of_the_head_not_zero": ("call.head_dim % 16 != 0", "false", "tensor_head_dim_72"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defect_is_noticed(tmp_path: Path, defect: str) -> None:
     edit, to, noticed_by = DEFECTS[defect]
-    library = mutant(tmp_path, edit, to)
+    kept = ("F16",) if defect.startswith("tensor") else ("F8_E4M3",)
+    library = mutant(tmp_path, edit, to, kept)
     with pytest.raises(AssertionError):
         check(named(noticed_by), *run(library, named(noticed_by)))
 
 
-# What a thread waits for, and how often the source says so
-WAITS = {"sync_block();": 11, "sync_warp();": 2, "copy_wait<1>();": 2, "copy_commit();": 3}
-# No slot, no token: both sides of this barrier write zeros
-HARMLESS_WAIT = ("sync_block();", 8)
+WAITS = re.compile(r"(sync_block|sync_warp|copy_wait<1>|copy_commit)\(\);")
+# Each wait is forgotten in a process of its own: it may follow what is not there
+FORGETFUL = """
+import os, sys
+from pathlib import Path
+from plugins.kernels.binding import load_library
+from tests.support.kernel_calls import HostMemory, run_case
+from tests.support.kernel_cases import named
+from tests.support.kernel_reference import check
+library = load_library(Path(sys.argv[1]))
+for number in range(int(sys.argv[2])):
+    if os.fork() == 0:
+        sys.stderr = open(os.devnull, "w")
+        os.dup2(sys.stderr.fileno(), 2)
+        library.lora_drop_host_forget(number)
+        for name in sys.argv[3:]:
+            for order in (0, -1, 1, 2, 3):
+                library.lora_drop_host_order(order)
+                check(named(name), *run_case(library, named(name), HostMemory))
+        os._exit(0)
+    if os.wait()[1] == 0:
+        print(number)
+"""
 
 
-@pytest.mark.parametrize(
-    ("wait", "occurrence"),
-    [(w, i) for w, n in WAITS.items() for i in range(n) if (w, i) != HARMLESS_WAIT],
-)
-def test_forgotten_wait_is_noticed(tmp_path: Path, wait: str, occurrence: int) -> None:
-    library = mutant(tmp_path, wait, "", occurrence)
-    noticed = 0
-    for case in map(named, ("one_token", "new_tokens_9", "splits")):
-        for order in (0, -1):
-            try:
-                check(case, *run(library, case, order))
-            except AssertionError:
-                noticed += 1
-    assert noticed
+def test_every_forgotten_wait_is_noticed(tmp_path: Path) -> None:
+    source = copied_sources(tmp_path, ("F16",))
+    waits: list[str] = []
+
+    def forgettable(wait: re.Match[str]) -> str:
+        line = wait.string[wait.string.rfind("\n", 0, wait.start()) + 1 :].split("\n", 1)[0].strip()
+        waits.append(f"{body.name}: {line}")
+        return f"if (lora_drop_forgotten != {len(waits) - 1}) {wait[0]}"
+
+    for body in sorted(set(source.glob("*.cuh")) - {source / "int4_gemm.cuh"}):  # its own test has those
+        body.write_text(WAITS.sub(forgettable, body.read_text()))
+    block = source / "block.h"
+    block.write_text(block.read_text().replace("namespace", "inline int lora_drop_forgotten = -1;\nnamespace", 1))
+    host = source / "skip_write_kv_attention_host.cpp"
+    host.write_text(host.read_text() + 'extern "C" void lora_drop_host_forget(int i) { lora_drop_forgotten = i; }\n')
+    library = build_for_host(source, tmp_path / "forgetful.so", "-O1", "-w")
+    names = ("one_token", "new_tokens_9", "splits", "ragged", "tensor_group_of_8", "tensor_group_of_20")
+    command = [sys.executable, "-c", FORGETFUL, library, str(len(waits)), *names]
+    output = subprocess.run(command, check=True, cwd=KERNELS.parents[1], capture_output=True, text=True).stdout
+    assert len(waits) > 10
+    assert [waits[int(number)] for number in output.split()] == []
 
 
-def test_every_wait_is_forgotten_once() -> None:
-    source = (KERNELS / "skip_write_kv_attention.cuh").read_text()
-    assert {wait: source.count(wait) for wait in WAITS} == WAITS
-
-
-def mutant(directory: Path, edit: str, to: str, occurrence: int = 0) -> ctypes.CDLL:
+def copied_sources(directory: Path, kept: tuple[str, ...]) -> Path:
+    """The sources without most number types, which take the time of a build: float32 and those kept."""
     source = directory / "source"
     shutil.copytree(KERNELS, source)
-    body = source / "skip_write_kv_attention.cuh"
-    parts = body.read_text().split(edit)
-    assert len(parts) > occurrence + 1, "the edit no longer fits the source"
-    body.write_text(edit.join(parts[: occurrence + 1]) + to + edit.join(parts[occurrence + 1 :]))
-    # Half of the build time is in number types that no mutant is tried with
-    plan = source / "plan.h"
-    kept = [line for line in plan.read_text().splitlines() if not re.search("case .*_(F16|BF16|I8): return", line)]
-    plan.write_text("\n".join(kept))
+    launch = source / "launch.cuh"
+    lines = launch.read_text().splitlines()
+    of_type = {line: name[1] for line in lines if (name := re.search(r"case LORA_DROP_(\w+): return", line))}
+    launch.write_text("\n".join(line for line in lines if of_type.get(line, "F32") in ("F32", *kept)) + "\n")
+    return source
+
+
+def mutant(directory: Path, edit: str, to: str, kept: tuple[str, ...]) -> ctypes.CDLL:
+    source = copied_sources(directory, kept)
+    (body,) = (path for path in source.glob("*.cuh") if edit in path.read_text())
+    body.write_text(body.read_text().replace(edit, to, 1))
     return load_library(build_for_host(source, directory / "mutant.so", "-O0", "-w"))
 
 
@@ -210,7 +246,7 @@ for new_tokens in (1, 4, 17):
 @pytest.mark.parametrize(("end", "returncode"), [("row.length", 0), ("row.length + 32", -signal.SIGSEGV)])
 def test_no_slot_past_the_length_is_touched(tmp_path: Path, end: str, returncode: int) -> None:
     """Nor read in vain: a page fault would end the process, as it does with a defect."""
-    mutant(tmp_path, "plan.fused ? row.length :", f"plan.fused ? {end} :")
+    mutant(tmp_path, "plan.fused ? row.length :", f"plan.fused ? {end} :", ())
     command = [sys.executable, "-c", FENCE, tmp_path / "mutant.so"]
     done = subprocess.run(command, cwd=KERNELS.parents[1], capture_output=True, text=True)
     assert done.returncode == returncode, done.stderr
@@ -267,6 +303,7 @@ def test_nan_stays_visible(host_library: ctypes.CDLL) -> None:
         ({"q_norm": 16}, "both or neither"),
         ({"v_scale": 16}, "quantized"),
         ({"new_tokens": 1 << 24}, "too large"),
+        ({"batch": 1 << 15, "slots": 1 << 30}, "too large"),
     ],
 )
 def test_problem(host_library: ctypes.CDLL, changes: dict[str, object], problem: str) -> None:
@@ -285,12 +322,59 @@ def test_workspace_too_small(host_library: ctypes.CDLL) -> None:
     assert host_library.lora_drop_attention(call, size - 1, 500, None) == 1
 
 
-def test_workspace_depends_on_sizes_alone(host_library: ctypes.CDLL) -> None:
-    """Also on a machine with any number of multiprocessors it stays in proportion to the query."""
+def test_workspace_is_of_the_blocks_and_not_of_the_problem(host_library: ctypes.CDLL) -> None:
+    """Two parts of a tile for each of at most 3 blocks a multiprocessor, and a mark of 16 bytes."""
     call = make_call(named("gqa_of_llama_3_8b"), lambda name: None)
     call.slots = 1 << 20
-    sizes = [host_library.lora_drop_workspace_bytes(call, n) for n in (1, 132, 10_000)]
-    assert sizes == [0, 32 * (3 * 132 // 8) * (128 + 2) * 4, 32 * 256 * (128 + 2) * 4]
+    for batch in (1, 64):
+        call.batch = batch
+        sizes = {n: host_library.lora_drop_workspace_bytes(call, n) for n in (1, 132, 10_000)}
+        each = 16 + 2 * 4 * (128 + 2) * 4
+        assert sizes == {1: 3 * each, 132: 396 * each, 10_000: 2048 * each}
+
+
+SHARES = {
+    "one_row": (2000,),
+    "batch_8": (256,) * 8,
+    "batch_33": (256,) * 33,
+    "batch_64": (256,) * 64,
+    "ragged": (3000, *(10,) * 15),
+    "ragged_in_prefill": (900, 0, 30),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_blocks_share_the_work_evenly(host_library: ctypes.CDLL, name: str) -> None:
+    """One wave of blocks, whatever the batch and the lengths; none reads more than its share and a tile of keys.
+
+    16 multiprocessors of 3 blocks: whole rows, or as many parts for each row, would leave some of them idle for half of
+    the time (33 and 64 rows) or for most of it (ragged lengths).
+    """
+    lengths = SHARES[name]
+    case = Case(name, lengths=lengths, heads=1, kv_heads=1, head_dim=32, multiprocessors=16,
+                new_tokens=40 if "prefill" in name else 1)  # fmt: skip
+    run(host_library, case)
+    shares = np.zeros(10_000, np.int64)
+    blocks = host_library.lora_drop_host_shares(shares.ctypes.data_as(ctypes.c_void_p), shares.size)
+    tile_bytes = 2 * 64 * 32 * 4  # keys and values
+    assert blocks <= 3 * 16
+    assert shares.max() <= np.ceil(shares.sum() / (3 * 16) / tile_bytes + 1) * tile_bytes
+
+
+def test_a_card_that_takes_fewer_blocks_needs_no_more_workspace(host_library: ctypes.CDLL) -> None:
+    """What a multiprocessor takes is asked when a call is launched; the workspace was given before."""
+    case = replace(named("splits"), multiprocessors=4)
+    arrays, _ = run(host_library, case)
+    try:
+        for resident in (0, 1, 2, 9):
+            host_library.lora_drop_host_resident(resident)
+            _, after = run_case(host_library, case, HostMemory, arrays)
+            check(case, arrays, after)
+            shares = np.zeros(10_000, np.int64)
+            blocks = host_library.lora_drop_host_shares(shares.ctypes.data_as(ctypes.c_void_p), shares.size)
+            assert blocks == min(max(resident, 1), 3) * case.multiprocessors
+    finally:
+        host_library.lora_drop_host_resident(9)
 
 
 def test_structure_has_the_layout_of_the_header(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from plugins.kernels.binding import load_library
+from tests.support.int4_gemm_cases import GEMM_CASES, GemmCase, check_gemm, gemm_arrays
 from tests.support.kernel_calls import make_arrays, make_call
 from tests.support.kernel_cases import CASES, Case
 from tests.support.kernel_reference import check, score_scale
@@ -138,10 +139,13 @@ def node_of(case: Case) -> Node:
     return Node(fields, inputs, outputs)
 
 
-def drive(build: Build, node: Node, *commands: str, library: str = "plugin_host", memory: str = "host") -> list[dict]:
+def drive(
+    build: Build, node: Node, *commands: str, library: str = "plugin_host", memory: str = "host",
+    plugin: str = "SkipWriteKVAttention",
+) -> list[dict]:  # fmt: skip
     """What the driver prints for each command."""
     done = subprocess.run(
-        [build.folder / "lora_drop_plugin_driver", build.library(library), memory],
+        [build.folder / "lora_drop_plugin_driver", build.library(library), memory, plugin],
         input="\n".join([*node.lines(), *commands]) + "\n", capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode == 3:
@@ -333,8 +337,8 @@ def test_unknown_sizes_fit_while_the_engine_is_built_and_not_when_it_runs(build:
 
 
 def test_workspace_is_enough_for_every_smaller_problem(build: Build) -> None:
-    """The largest problem of this profile fills the device and needs none; a naive plugin would have asked for that."""
-    case = replace(PLAIN, heads=8, kv_heads=4, multiprocessors=20, spare_slots=2000)
+    """5 tokens a row take another path than 4, with fewer blocks; the largest problem alone would not be enough."""
+    case = replace(PLAIN, heads=4, kv_heads=4, multiprocessors=20, spare_slots=2000)
     kernels = load_library(build.library("kernels_host"))
 
     def needed(batch: int, new_tokens: int) -> int:
@@ -342,10 +346,10 @@ def test_workspace_is_enough_for_every_smaller_problem(build: Build) -> None:
         call.batch, call.new_tokens = batch, new_tokens
         return kernels.lora_drop_workspace_bytes(call, case.multiprocessors)
 
-    _, workspace = drive(build, dynamic(node_of(case), batch=24, new_tokens=20), "create build", "workspace")
-    sizes = {(b, s): needed(b, s) for b in range(1, 25) for s in range(1, 21)}
+    _, workspace = drive(build, dynamic(node_of(case), batch=24, new_tokens=5), "create build", "workspace")
+    sizes = {(b, s): needed(b, s) for b in range(1, 25) for s in range(1, 6)}
     assert workspace["bytes"] == max(sizes.values()) > 0
-    assert sizes[24, 20] < max(sizes.values())
+    assert sizes[24, 5] < max(sizes.values())
 
 
 def test_workspace_of_a_refused_profile_fits_no_device(build: Build) -> None:
@@ -473,6 +477,121 @@ def test_no_workspace_where_one_is_needed_is_refused(build: Build, tmp_path: Pat
     _, result = drive(build, node, "create runtime", "enqueue")
     assert result["status"] != 0
     assert "no workspace" in result["log"][-1]
+
+
+# ---- Int4Gemm --------------------------------------------------------------------------------------------------------
+
+
+def gemm_node(case: GemmCase) -> Node:
+    """x as [1, rows, inputs]."""
+    t = TYPES[case.dtype]
+    inputs = {
+        "x": (t, (1, case.rows, case.inputs)),
+        "weights": ("int8", (case.outputs, case.inputs // 2)),
+        "scales": (t, (case.outputs, case.inputs // case.block)),
+    }
+    return Node({"block": case.block}, inputs, {"y": (t, (1, case.rows, case.outputs))})
+
+
+def drive_gemm(build: Build, node: Node, *commands: str, **where: str) -> list[dict]:
+    return drive(build, node, *commands, plugin="Int4Gemm", **where)
+
+
+def run_gemm_case(build: Build, case: GemmCase, folder: Path, **where: str) -> None:
+    arrays, weights = gemm_arrays(case)
+    node = gemm_node(case)
+    for name in (*node.inputs, "y"):
+        node.files[name] = str(folder / name)
+        (folder / name).write_bytes(arrays[name].tobytes())
+    commands = ["create build", "configure", "workspace", "deserialize", "attach", "shape_change", "enqueue"]
+    results = drive_gemm(build, node, *commands, **where)
+    assert results[2]["bytes"] == 0
+    assert results[-1]["status"] == 0, results[-1]["log"]
+    y = np.frombuffer((folder / "y").read_bytes(), arrays["y"].dtype).reshape(arrays["y"].shape)
+    check_gemm(case, arrays, weights, y)
+
+
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_int4_gemm_end_to_end(build: Build, tmp_path: Path, case: GemmCase) -> None:
+    run_gemm_case(build, case, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_int4_gemm_end_to_end_on_the_gpu(
+    request: pytest.FixtureRequest, build: Build, tmp_path: Path, case: GemmCase
+) -> None:
+    drive(build, node_of(PLAIN), memory="cuda")  # skips without a GPU, before the kernels are compiled
+    run_gemm_case(request.getfixturevalue("device_build"), case, tmp_path, library="plugin", memory="cuda")
+
+
+GEMM = GemmCase(3, 256, 48, block=64, dtype="bf16")
+
+
+def test_int4_gemm_answers(build: Build) -> None:
+    node = gemm_node(GEMM)
+    commands = ("create build", "names", "fields", "aliases", "shapes", "types", "formats", "clone", "fields")
+    _, names, fields, _, shapes, types, formats, _, cloned = drive_gemm(build, node, *commands)
+    assert names["plugin"] == ["Int4Gemm", "1", "lora_drop"]
+    assert names["outputs"] == 1
+    assert fields["fields"] == cloned["fields"] == [["block", 64, 5, 1]]
+    assert shapes["shapes"] == [[[0, 0], [0, 1], [1, 0]]]  # [input, axis]: x, x, weights
+    assert types["types"] == [TRT_CODES["bfloat16"]]
+    assert formats["formats"] == [1] * 4
+
+
+def test_int4_gemm_takes_unknown_rows_while_the_engine_is_built(build: Build) -> None:
+    node = gemm_node(GEMM)
+    for tensors in (node.inputs, node.outputs):
+        for name in {"x", "y"} & set(tensors):
+            dtype, dims = tensors[name]
+            tensors[name] = (dtype, (-1, -1, dims[-1]))
+            node.largest[name] = (4, 512, dims[-1])
+    _, configured, changed = drive_gemm(build, node, "create build", "configure", "shape_change")
+    assert configured["status"] == 0, configured["log"]
+    assert changed["status"] != 0
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("field block int32 48", "block must be 32, 64 or 128"),
+        ("field block float32 64", "expected one int32"),
+        ("field blocks int32 64", "expected one field: block"),
+        ("", "expected one field: block"),
+    ],
+)
+def test_int4_gemm_refuses_fields(build: Build, field: str, message: str) -> None:
+    node = gemm_node(GEMM)
+    node.fields = {}
+    (result,) = drive_gemm(build, node, field, "create build")
+    assert not result["ok"]
+    assert result["log"][-1].startswith(ERROR + "Int4Gemm: createPlugin: `node`: ")
+    assert message in result["log"][-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("x", ("float32", (1, 3, 256)), "x is float32"),
+        ("weights", ("bfloat16", (48, 128)), "weights is bfloat16"),
+        ("scales", ("float16", (48, 4)), "scales is float16"),
+        ("y", ("bfloat16/1", (1, 3, 48)), "TensorFormat 1"),
+        ("x", ("bfloat16", (256,)), "x, weights, scales and y have 1, 2, 2 and 3 axes"),
+        ("weights", ("int8", (48, 256)), "do not fit"),
+        ("scales", ("bfloat16", (48, 2)), "do not fit"),
+        ("y", ("bfloat16", (1, 4, 48)), "do not fit"),
+    ],
+)
+def test_int4_gemm_refuses_tensors(
+    build: Build, name: str, tensor: tuple[str, tuple[int, ...]], message: str
+) -> None:  # fmt: skip
+    node = gemm_node(GEMM)
+    (node.outputs if name == "y" else node.inputs)[name] = tensor
+    _, *results = drive_gemm(build, node, "create build", "configure", "shape_change", "enqueue")
+    for result in results:
+        assert result["status"] != 0
+        assert message in result["log"][-1]
 
 
 # ---- TensorRT-RTX ----------------------------------------------------------------------------------------------------

@@ -28,16 +28,16 @@ class NoCompilerError(unittest.SkipTest):
     """The compiler is not on this machine; the text says where it was looked for. It skips a test that lets it pass."""
 
 
-def _build(host: Path, library: Path, *options: str) -> Path:
+def _build(hosts: list[Path], library: Path, *options: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise NoCompilerError("no C++ compiler: g++ or $CXX")
-    subprocess.run([compiler, *OPTIONS, *options, "-shared", "-fPIC", "-o", library, host], check=True)
+    subprocess.run([compiler, *OPTIONS, *options, "-shared", "-fPIC", "-o", library, *hosts], check=True)
     return library
 
 
 def build_for_host(source: Path, library: Path, *options: str) -> Path:
-    return _build(source / "skip_write_kv_attention_host.cpp", library, *options)
+    return _build(sorted(source.glob("*_host.cpp")), library, *options)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def chooser_on_host() -> ctypes.CDLL:
     """With `choose_tokens(Choice*, order)`; built once."""
     with tempfile.TemporaryDirectory() as folder:
         host, library = Path(__file__).with_name("choose_host.cpp"), Path(folder, "choose.so")
-        found = ctypes.CDLL(str(_build(host, library, f"-I{KERNELS}", f"-I{SOURCE.parent}")))
+        found = ctypes.CDLL(str(_build([host], library, f"-I{KERNELS}", f"-I{SOURCE.parent}")))
     found.choose_struct_bytes.restype = ctypes.c_ulong
     assert found.choose_struct_bytes() == ctypes.sizeof(Choice)
     return found
@@ -56,8 +56,8 @@ def build_for_device(library: Path, *options: str) -> str:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         raise NoCompilerError("no nvcc: $NVCC, PATH or /usr/local/cuda/bin")
-    source = KERNELS / "skip_write_kv_attention.cu"
-    done = subprocess.run([nvcc, *DEVICE_OPTIONS, *options, "-o", library, source], capture_output=True, text=True)
+    command = [nvcc, *DEVICE_OPTIONS, *options, "-o", library, *sorted(KERNELS.glob("*.cu"))]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout + done.stderr

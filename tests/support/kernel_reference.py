@@ -23,6 +23,15 @@ TOLERANCES = {
 }
 
 
+# Of a weight that is rounded for a tensor core, by dtype: the largest relative error, and half as much again for an
+# element of the query that float32 arithmetic rounds another way than float64 near a tie.
+WEIGHT_ROUNDING = {"f16": 1.5 * 2.0**-11, "bf16": 1.5 * 2.0**-9}
+
+
+def on_tensor_cores(case: Case) -> bool:
+    return case.dtype != "f32" and (case.new_tokens > 1 or case.heads // case.kv_heads >= 8)
+
+
 def quantize(x: np.ndarray, scale: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
     """x: [B, G, …, D]. To nearest, ties to even; saturating with a scale [G]."""
     if scale is None:
@@ -67,11 +76,14 @@ def appended(case: Case, arrays: Arrays) -> dict[str, np.ndarray]:
     return caches
 
 
-def attention(case: Case, arrays: Arrays, caches: Arrays) -> np.ndarray:
-    """Output in float64 from caches that hold the new tokens, one token and one head at a time."""
+def attention(case: Case, arrays: Arrays, caches: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Output in float64 from caches that hold the new tokens, one token and one head at a time.
+
+    With it the same sum over the absolute values: what the relative errors of the weights amount to at most.
+    """
     batch, group = len(case.lengths), case.heads // case.kv_heads
     query = arrays["query"].astype(np.float64).reshape(batch, case.new_tokens, case.heads, case.head_dim)
-    output = np.zeros_like(query)
+    output, absolute = np.zeros_like(query), np.zeros_like(query)
     for b, (length, count) in enumerate(zip(case.lengths, case.appended, strict=True)):
         for s in range(count):
             first = max(0, length + s - case.window + 1) if case.window else 0
@@ -81,12 +93,17 @@ def attention(case: Case, arrays: Arrays, caches: Arrays) -> np.ndarray:
                 values = caches["value_cache"][b, g, first : length + s + 1].astype(np.float64)
                 if case.quantized:
                     keys, values = keys * float(arrays["k_scale"][g]), values * float(arrays["v_scale"][g])
-                score = keys @ prepared(case, arrays, query[b, s, n], "q_norm", b, s) * score_scale(case)
+                head = prepared(case, arrays, query[b, s, n], "q_norm", b, s)
+                if on_tensor_cores(case):
+                    head = head.astype(arrays["query"].dtype).astype(np.float64)
+                score = keys @ head * score_scale(case)
                 if case.softcap:
                     score = case.softcap * np.tanh(score / case.softcap)
                 weight = np.exp(score - score.max())
                 output[b, s, n] = weight @ values / weight.sum()
-    return output.reshape(batch, case.new_tokens, -1)
+                absolute[b, s, n] = weight @ np.abs(values) / weight.sum()
+    shape = (batch, case.new_tokens, -1)
+    return output.reshape(shape), absolute.reshape(shape)
 
 
 def ordinal(x: np.ndarray) -> np.ndarray:
@@ -124,12 +141,14 @@ def check(case: Case, before: Arrays, after: Arrays) -> None:
                 check_stored(case, cache[row, :, new], expected[row, :, new])
 
     # From what the kernel stored: a key rounded the other way near a tie is settled above
-    output = attention(case, before, after)
+    output, spread = attention(case, before, after)
     absolute, relative, least_cosine = TOLERANCES[case.dtype]
+    rounding = WEIGHT_ROUNDING[case.dtype] * spread if on_tensor_cores(case) else 0.0
     got = after["output"].astype(np.float64)
     assert np.isfinite(got).all(), "not finite"
     for row, count in enumerate(case.appended):
         assert not got[row, count:].any(), "an output past the count is not zero"
-    np.testing.assert_allclose(got, output, rtol=relative, atol=absolute)
+    too_far = np.abs(got - output) > absolute + relative * np.abs(output) + rounding
+    assert not too_far.any(), f"{np.mean(too_far):.1%} too far, by up to {np.abs(got - output)[too_far].max():.1e}"
     norms = np.linalg.norm(got) * np.linalg.norm(output)
     assert norms == 0 or np.vdot(got, output) / norms > least_cosine

@@ -1,7 +1,7 @@
 /* Calls a plugin library as TensorRT would, without TensorRT: loads it, takes its creator, and does what the lines of
  * standard input say. Prints one JSON object per command, with the messages that the plugin logged meanwhile.
  *
- *     lora_drop_plugin_driver LIBRARY host|cuda        cuda: tensors lie in managed memory
+ *     lora_drop_plugin_driver LIBRARY host|cuda PLUGIN    cuda: tensors lie in managed memory; PLUGIN: its name
  *
  *     field NAME int32|float32|float64 VALUE…          a field for the next `create`
  *     input TYPE[/FORMAT] DIMS MAX_DIMS FILE           the next input; FILE holds its contents, `-`: no memory
@@ -234,10 +234,11 @@ struct Session {
             for (int32_t axis = 0; axis < dims.nbDims; ++axis)
                 dims.d[axis] = &sizes.emplace_back(i, axis);
         }
-        std::vector<DimsExprs> outputs(3);
+        std::vector<DimsExprs> outputs(static_cast<size_t>(build().getNbOutputs()));
         Builder builder;
         int32_t const status
-            = build().getOutputShapes(inputs.data(), in.count(), nullptr, 0, outputs.data(), 3, builder);
+            = build().getOutputShapes(inputs.data(), in.count(), nullptr, 0, outputs.data(), build().getNbOutputs(),
+                                      builder);
         std::string text = "\"status\": " + number(status);
         if (status == 0)
             text += ", \"shapes\": " + array(outputs, [](DimsExprs const& dims) {
@@ -298,10 +299,11 @@ struct Session {
                        return number(build().getAliasedInput(i));
                    });
         if (command == "types") {
-            std::vector<DataType> inputs, outputs(3);
+            std::vector<DataType> inputs, outputs(static_cast<size_t>(build().getNbOutputs()));
             for (DynamicPluginTensorDesc const& desc : in.descs)
                 inputs.push_back(desc.desc.type);
-            int32_t const status = build().getOutputDataTypes(outputs.data(), 3, inputs.data(), in.count());
+            int32_t const status = build().getOutputDataTypes(outputs.data(), build().getNbOutputs(),
+                                                                inputs.data(), in.count());
             return "\"status\": " + number(status)
                 + ", \"types\": " + array(outputs, [](DataType type) { return number(static_cast<int32_t>(type)); });
         }
@@ -339,7 +341,7 @@ Function* symbol(void* library, char const* name) {
     return reinterpret_cast<Function*>(address);
 }
 
-int drive(char const* path) {
+int drive(char const* path, char const* plugin) {
     void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr)
         throw std::runtime_error{dlerror()};
@@ -347,9 +349,15 @@ int drive(char const* path) {
     symbol<void(ILoggerFinder*)>(library, "setLoggerFinder")(&session.finder);
     int32_t count{0};
     auto* const* const creators = symbol<IPluginCreatorInterface* const*(int32_t&)>(library, "getCreators")(count);
-    if (count != 1 || std::strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0)
-        throw std::runtime_error{"expected one V3 creator"};
-    session.creator = static_cast<IPluginCreatorV3One*>(creators[0]);
+    for (int32_t i = 0; i < count; ++i) {
+        if (std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0)
+            throw std::runtime_error{"expected V3 creators"};
+        auto* const creator = static_cast<IPluginCreatorV3One*>(creators[i]);
+        if (std::strcmp(creator->getPluginName(), plugin) == 0)
+            session.creator = creator;
+    }
+    if (session.creator == nullptr)
+        throw std::runtime_error{std::string{"no creator of "} + plugin};
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream words{line};
         std::string command;
@@ -374,15 +382,15 @@ int drive(char const* path) {
 
 int main(int argc, char** argv) {
     try {
-        if (argc != 3)
-            throw std::runtime_error{"usage: lora_drop_plugin_driver LIBRARY host|cuda"};
+        if (argc != 4)
+            throw std::runtime_error{"usage: lora_drop_plugin_driver LIBRARY host|cuda PLUGIN"};
         g_managed = std::strcmp(argv[2], "cuda") == 0;
         int devices{0};
         if (g_managed && (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)) {
             std::cerr << "no CUDA device" << std::endl;
             return 3;
         }
-        return drive(argv[1]);
+        return drive(argv[1], argv[3]);
     } catch (std::exception const& error) {
         std::cerr << "plugin_driver: " << error.what() << std::endl;
         return 1;

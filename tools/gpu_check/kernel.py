@@ -1,4 +1,4 @@
-"""Stage `kernel`: the attention kernel against a naive reference in float64, and under NVIDIA's sanitizers.
+"""Stage `kernel`: the plugins' kernels against naive references in float64, and under NVIDIA's sanitizers.
 
 python -m gpu_check.kernel SETTINGS CASE…     the named cases alone, which is what a sanitizer runs
 """
@@ -97,6 +97,7 @@ def sanitized(job: Job, tool: str) -> str:
 
 
 def run(job: Job) -> None:
+    from tests.support.int4_gemm_cases import GEMM_CASES, run_gemm
     from tests.support.kernel_calls import check_rounding
     from tests.support.kernel_cases import CASES, named
     from tests.support.kernel_device import REPLAYED, DeviceMemory, check_replays
@@ -108,6 +109,7 @@ def run(job: Job) -> None:
     groups: dict[str, list[tuple[str, Callable[[], None]]]] = {
         "cases": [*((case.name, partial(check_case, gpu, library, case)) for case in CASES), *rounding],
         "replays": [(name, partial(check_replays, gpu.cuda, library, named(name))) for name in REPLAYED],
+        "int4_products": [(str(case), partial(run_gemm, library, case, memory)) for case in GEMM_CASES],
         "sizes": [(case.name, partial(check_case, gpu, library, case)) for case in size_cases(job.stand_in)],
     }
     for what, checks in groups.items():

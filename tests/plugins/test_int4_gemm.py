@@ -1,0 +1,107 @@
+"""Products with int4 weights: the very source of the GPU, on the CPU (plugins/kernels/host_block.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from plugins.kernels.binding import LoraDropInt4Gemm, bind_int4_gemm
+from tests.support.int4_gemm_cases import GEMM_CASES, GemmCase, run_gemm
+from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_calls import HostMemory
+
+
+def build(directory: Path, edit: str = "", to: str = "") -> ctypes.CDLL:
+    """This kernel alone, from edited sources."""
+    source = directory / "source"
+    shutil.copytree(KERNELS, source)
+    (source / "skip_write_kv_attention_host.cpp").unlink()
+    body = source / "int4_gemm.cuh"
+    assert edit in body.read_text(), "the edit no longer fits the source"
+    if edit:
+        body.write_text(body.read_text().replace(edit, to, 1))
+    library = ctypes.CDLL(str(build_for_host(source, directory / "host.so", "-O1", *(["-w"] if edit else []))))
+    bind_int4_gemm(library)
+    return library
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("kernel"))
+
+
+@pytest.mark.parametrize("order", [0, -1, 1])
+@pytest.mark.parametrize("case", GEMM_CASES, ids=str)
+def test_reference(library: ctypes.CDLL, case: GemmCase, order: int) -> None:
+    library.lora_drop_host_order(order)
+    run_gemm(library, case, HostMemory)
+
+
+# A defect, as an edit of the source, and the case that notices it
+DEFECTS = {
+    "nibbles_of_the_other_half": ("first >> 16 |", "first << 16 |", GEMM_CASES[0]),
+    "scale_of_the_first_block": ("scales)[at / call.block]", "scales)[0]", GEMM_CASES[1]),
+    "one_warp_forgotten": ("w < kWarps; ++w) total", "w < kWarps - 1; ++w) total", GEMM_CASES[1]),
+    "rows_past_the_end": ("|| row >= call.rows) continue", ") continue", GEMM_CASES[5]),
+    "tiles_of_x_exchanged": ("tiles + turn * kTokenTileBytes", "tiles + (turn ^ 1) * kTokenTileBytes", GEMM_CASES[6]),
+    "pieces_of_x_in_another_order": ("(piece % 4 * 4 + piece / 4) * 16", "piece * 16", GEMM_CASES[6]),
+    "no_wait_for_x": ("copy_wait<1>();", "", GEMM_CASES[6]),
+    "no_barrier_before_x": ("copy_wait<1>();\n        sync_block();", "copy_wait<1>();", GEMM_CASES[6]),
+    "no_barrier_after_x": ("        sync_block();\n    }", "    }", GEMM_CASES[6]),
+    "no_barrier_before_the_join": ("    sync_block();\n    const int output", "    const int output", GEMM_CASES[1]),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defect_is_noticed(tmp_path: Path, defect: str) -> None:
+    edit, to, noticed_by = DEFECTS[defect]
+    library = build(tmp_path, edit, to)
+    noticed = 0
+    for order in (0, -1, 1):
+        library.lora_drop_host_order(order)
+        try:
+            run_gemm(library, noticed_by, HostMemory)
+        except AssertionError:
+            noticed += 1
+    assert noticed
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rows": 0}, "must be positive"),
+        ({"block": 48}, "block must be"),
+        ({"inputs": 96}, "multiple of block"),
+        ({"rows": 1 << 30}, "rows must be at most"),
+        ({"dtype": 0}, "F16 or BF16"),
+        ({"scales": None}, "pointer is null"),
+    ],
+)
+def test_problem(library: ctypes.CDLL, changes: dict[str, object], problem: str) -> None:
+    call = LoraDropInt4Gemm(1, 128, 16, 64, 1, 16, 16, 16, 16)
+    assert library.lora_drop_int4_gemm_problem(call) is None
+    for name, value in changes.items():
+        setattr(call, name, value)
+    assert problem in library.lora_drop_int4_gemm_problem(call).decode()
+
+
+def test_structure_has_the_layout_of_the_header(tmp_path: Path) -> None:
+    fields = [name for name, _ in LoraDropInt4Gemm._fields_]
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <stddef.h>\n#include <stdio.h>\n"
+        f'#include "{KERNELS / "int4_gemm.h"}"\n'
+        "int main(void) {\n"
+        + "".join(f'printf("%zu ", offsetof(LoraDropInt4Gemm, {name}));\n' for name in fields)
+        + 'printf("%zu", sizeof(LoraDropInt4Gemm)); }\n'
+    )
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler: gcc")
+    subprocess.run([compiler, "-std=c11", "-Wall", "-Werror", "-o", tmp_path / "layout", source], check=True)
+    layout = [int(n) for n in subprocess.check_output([tmp_path / "layout"]).split()]
+    assert layout == [*(getattr(LoraDropInt4Gemm, name).offset for name in fields), ctypes.sizeof(LoraDropInt4Gemm)]

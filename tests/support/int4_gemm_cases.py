@@ -1,0 +1,84 @@
+"""Products with int4 weights that are tested: sizes, arrays, a reference in float64, the comparison with it.
+
+The names are those of int4_gemm.h; nothing here knows the kernel's algorithm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+
+from plugins.kernels.binding import DTYPE_CODES, LoraDropInt4Gemm
+from tests.support.kernel_calls import NUMPY_DTYPES, Memory
+from tests.support.kernel_reference import TOLERANCES
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    rows: int
+    inputs: int
+    outputs: int
+    block: int = 128
+    dtype: str = "f16"
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.inputs}x{self.outputs}_of_{self.block}_{self.dtype}"
+
+
+GEMM_CASES = [
+    GemmCase(1, 128, 16),
+    GemmCase(1, 1024, 40, dtype="bf16"),
+    GemmCase(3, 96, 17, block=32, dtype="bf16"),
+    GemmCase(7, 192, 33, block=64),
+    GemmCase(8, 640, 48),
+    GemmCase(9, 128, 16),
+    GemmCase(64, 384, 128, dtype="bf16"),
+    GemmCase(70, 160, 150, block=32),
+]
+
+Arrays = dict[str, np.ndarray]
+
+
+def gemm_arrays(case: GemmCase) -> tuple[Arrays, np.ndarray]:
+    """The arrays of a call, and its weights as numbers in float64, [N, K]."""
+    rng = np.random.default_rng(case.rows + case.inputs)
+    dtype = NUMPY_DTYPES[case.dtype]
+    q = rng.integers(-8, 8, (case.outputs, case.inputs))
+    scales = rng.uniform(0.002, 0.03, (case.outputs, case.inputs // case.block)).astype(dtype)
+    nibbles = (q & 15).astype(np.uint8)
+    weights = (q * np.repeat(scales.astype(np.float64), case.block, axis=1)).astype(dtype)
+    arrays = {
+        "x": rng.normal(size=(case.rows, case.inputs)).astype(dtype),
+        "weights": nibbles[:, ::2] | nibbles[:, 1::2] << 4,
+        "scales": scales,
+        "y": np.full((case.rows, case.outputs), np.nan, dtype),
+    }
+    return arrays, weights.astype(np.float64)
+
+
+def run_gemm(library: ctypes.CDLL, case: GemmCase, memory: type[Memory]) -> None:
+    """Asserts that a call gives the reference's numbers, and writes nothing else."""
+    arrays, weights = gemm_arrays(case)
+    held = {name: memory(array) for name, array in arrays.items()}
+    call = LoraDropInt4Gemm(case.rows, case.inputs, case.outputs, case.block, DTYPE_CODES[case.dtype])
+    for name, array in held.items():
+        setattr(call, name, array.address)
+    assert library.lora_drop_int4_gemm_problem(call) is None
+    assert library.lora_drop_int4_gemm(call, None) == 0
+    for name, array in held.items():
+        after, intact = array.read()
+        assert intact, f"{name}: written outside"
+        assert name == "y" or after.tobytes() == arrays[name].tobytes(), f"{name}: an input changed"
+    check_gemm(case, arrays, weights, held["y"].read()[0])
+
+
+def check_gemm(case: GemmCase, arrays: Arrays, weights: np.ndarray, y: np.ndarray) -> None:
+    x = arrays["x"].astype(np.float64)
+    expected = x @ weights.T
+    absolute, relative, _ = TOLERANCES[case.dtype]
+    # Sums of float32: each of K terms may be off by 2^-24 of the terms so far
+    sums = case.inputs * 2.0**-24 * (np.abs(x) @ np.abs(weights).T)
+    error = np.abs(y.astype(np.float64) - expected)
+    assert (error <= absolute + relative * np.abs(expected) + sums).all(), error.max()
