@@ -31,6 +31,7 @@ from .driver import Driver
 from .key import usable_key
 
 SLOTS = 8
+HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
 _REPLICAS = Bounds(0, 10_000)
 
 
@@ -118,7 +119,7 @@ class Replica:
     async def check_health(self) -> None:
         """Raises ApiError: the engine has failed or is stuck, and Ray has to start another replica in its place.
 
-        Ray asks every few seconds, and Ray's own metrics are told then what `/metrics` has: that is of one replica.
+        Ray's own metrics are told meanwhile what `/metrics` has: that is of one replica, whichever answers.
         """
         driver = self.app.state.driver
         for sample in driver.metrics.samples():
@@ -177,6 +178,7 @@ def _deployment(given: dict[str, Any]) -> serve.Application:
             "max_replicas": arguments.max_replicas,
             "target_ongoing_requests": slots,
         },
+        health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=arguments.grace,
         graceful_shutdown_wait_loop_s=0.5,
     )
