@@ -6,11 +6,17 @@ The tests stand in an order: those further down run on what those above have lef
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
+import io
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +25,14 @@ import openai
 import pytest
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.app import create_app
 from lora_drop_serve.driver import Driver
 from lora_drop_serve.errors import ApiError
 
 from tests.serve.test_client import alone, words
-from tests.support.ray_cluster import BROKEN, RayCluster, ray_cluster
+from tests.support.ray_cluster import BROKEN, ENVIRONMENT, RayCluster, ray_cluster
 from tests.support.serving import await_that, word_bundle
 
 pytestmark = [
@@ -188,6 +195,56 @@ def test_the_real_client(cluster: RayCluster, http: httpx.Client, bundle: Bundle
         with pytest.raises(openai.BadRequestError) as refused:
             client.completions.create(**{**options, "max_tokens": 999})
         assert refused.value.param == "max_tokens"
+
+
+def test_an_evaluation_over_the_cluster_is_that_of_one_process(
+    cluster: RayCluster, bundle: Bundle, tmp_path: Path
+) -> None:
+    """Item by item, digit by digit: windows of a text, log-likelihoods of continuations, and texts."""
+    pytest.importorskip("lm_eval", reason="lm-eval, of the extra `eval`, is not installed")
+    from lora_drop_tools import EvalSettings, eval
+
+    from tests.tools.eval.tasks.support import define
+
+    (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
+    define(
+        tmp_path,
+        "choices",
+        "piqa/piqa.yaml",
+        [{"goal": f"t{n}", "sol1": "t1", "sol2": "t2", "label": 1} for n in range(9)],
+    )
+    rows = [{"question": f"t{n}", "answer": f"#### {n}"} for n in range(9)]
+    define(tmp_path, "sums", "gsm8k/gsm8k.yaml", rows, rows)
+    settings = EvalSettings(
+        k=(3,),
+        policies=("backfill",),
+        text=tmp_path / "text",
+        window=32,
+        prompt=8,
+        windows=12,
+        num_fewshot=0,
+        tasks=("choices", "sums"),
+        include_path=(tmp_path,),
+        threads=1,
+        out_dir=tmp_path / "alone",
+    )
+    eval(bundle.root, settings, out=io.StringIO())
+    over = dataclasses.replace(settings, ray=cluster.ray_address, out_dir=tmp_path / "over")
+    program = f"from lora_drop_tools import *\nfrom pathlib import *\neval({str(bundle.root)!r}, {over!r})"
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **ENVIRONMENT})
+    (alone, spread) = (sorted(file.read_text().splitlines()) for file in sorted(tmp_path.glob("*/*.jsonl")))
+    assert len(alone) == 1 + 2 * (12 + 2 * 9 + 9)
+    assert spread == alone
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "127.0.0.1:port"])
+def test_a_cluster_that_cannot_be_reached_is_refused(bundle: Bundle, tmp_path: Path, address: str) -> None:
+    """At once: Ray itself tries for minutes."""
+    from lora_drop_tools import EvalSettings, eval
+
+    (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
+    with pytest.raises(InputError, match=f"cannot be reached.\nNote: --ray is {address}"):
+        eval(bundle.root, EvalSettings(text=tmp_path / "text", window=32, prompt=8, ray=address))
 
 
 def test_who_hangs_up_frees_its_row(http: httpx.Client) -> None:
