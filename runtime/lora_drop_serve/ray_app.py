@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import click
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.engines.open import check_engine
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.text import TextCodec
@@ -72,7 +73,7 @@ class Arguments(BaseModel):
     gpus: float | None = _within(Bounds(0, 64))
     max_seq_len: int | None = _within(bounds.TOKENS)
     max_prompt_len: int | None = _within(bounds.TOKENS)
-    k: int | None = _within(bounds.K)
+    k: Annotated[int, _within(bounds.K, ...)] | Literal["auto"] | None = None
     schedule: str | None = None
     policy: str | None = None
     draft: str | None = None
@@ -94,9 +95,10 @@ def _arguments(given: dict[str, Any]) -> Arguments:
                 note=f"Known are {', '.join(Arguments.model_fields)}.",
                 hint="Give them as NAME=VALUE.",
             ) from None
+        value = "missing" if first["type"] == "missing" else "wrong" if name == "api_key" else repr(first["input"])[:80]
         raise InputError(
             f"The argument {name!a:.80} cannot be used.",
-            note=f"It is {'missing' if first['type'] == 'missing' else repr(first['input'])[:80]}: {first['msg']}.",
+            note=f"It is {value}: {first['msg']}.",
             hint="docs/serving.md has a table of arguments.",
         ) from None
     if not max(found.min_replicas, 1) <= found.max_replicas:
@@ -151,7 +153,8 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
             ),
         )
         codec = TextCodec.open(arguments.bundle / "tokenizer")
-        return create_app(Driver(batch, arguments.max_waiting), codec, api_key=api_key)
+        # What Ray sends has a place, whatever waits before it
+        return create_app(Driver(batch, max(slots, arguments.max_waiting)), codec, api_key=api_key)
 
     return application
 
@@ -162,6 +165,7 @@ def _deployment(given: dict[str, Any]) -> serve.Application:
     bundle = Bundle.open(arguments.bundle.absolute())
     target = check_engine(bundle, arguments.target, arguments.provider)
     on_gpu = bundle.target(target)[1].on_device if arguments.provider is None else arguments.provider != "cpu"
+    checked_policy(bundle, arguments.policy)
     slots = min(SLOTS, bundle.manifest.limits.max_batch) if arguments.slots is None else arguments.slots
     arguments = arguments.model_copy(update={"bundle": bundle.root})
     deployment = serve.deployment(
