@@ -19,6 +19,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.checks import checked_slots
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.engines.open import check_engine
 from lora_drop_runtime.errors import InputError, LoraDropError
@@ -166,7 +167,8 @@ def _deployment(given: dict[str, Any]) -> serve.Application:
     target = check_engine(bundle, arguments.target, arguments.provider)
     on_gpu = bundle.target(target)[1].on_device if arguments.provider is None else arguments.provider != "cpu"
     checked_policy(bundle, arguments.policy)
-    slots = min(SLOTS, bundle.manifest.limits.max_batch) if arguments.slots is None else arguments.slots
+    limits = bundle.manifest.limits
+    slots = checked_slots(min(SLOTS, limits.max_batch) if arguments.slots is None else arguments.slots, limits)
     arguments = arguments.model_copy(update={"bundle": bundle.root})
     deployment = serve.deployment(
         name="LoraDrop",

@@ -132,6 +132,7 @@ def check_told(found: list[list[str] | None], bundle: Bundle) -> int:
         ({"slots": "many"}, "'slots' cannot be used.\nNote: It is 'many'"),
         ({"slots": "0"}, "'slots' cannot be used.\nNote: It is '0'"),
         ({"max_replicas": 0}, "no replica that could answer"),
+        ({"slots": "999"}, "does not allow so many slots"),
         ({"k": "-1"}, "'k' cannot be used"),
         ({"policy": "fill"}, "cannot be decoded under policy fill"),
         ({"api_key": 123}, "'api_key' cannot be used.\nNote: It is wrong"),
