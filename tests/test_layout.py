@@ -28,7 +28,7 @@ RUNTIME = [
     ["templates", "files", "bounds"],
     ["errors"],
 ]
-SERVE = [["server"], ["app"], ["answers", "requests"], ["driver"], ["errors", "metrics"]]
+SERVE = [["server", "ray_app"], ["app"], ["answers", "requests"], ["driver"], ["errors", "key", "metrics"]]
 EXPORT = [
     ["__main__"],
     ["cli"],

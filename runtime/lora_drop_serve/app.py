@@ -37,7 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
-from .errors import ApiError, closing, engine_failed, of_validation, refused
+from .errors import ApiError, closing, of_validation, refused
 from .metrics import Metrics
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
@@ -55,6 +55,12 @@ T = TypeVar("T")
 
 def _error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
+
+
+def _path(scope: Scope) -> str:
+    """Of the routes here, which may stand below a prefix."""
+    path, prefix = str(scope["path"]), str(scope.get("root_path", ""))
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 async def _discard(receive: Receive) -> None:
@@ -81,7 +87,7 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._key is not None and scope["path"].startswith(("/v1", "/metrics")):
+        if self._key is not None and _path(scope).startswith(("/v1", "/metrics")):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
                 raise ApiError(
@@ -116,7 +122,8 @@ class Gate:
         async def sent(message: Message) -> None:
             nonlocal stalled
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in self._paths else "other"
+                path = _path(scope)
+                path = path if path in self._paths else "other"
                 self._metrics.requests.labels(path, str(message["status"])).inc()
             try:
                 async with asyncio.timeout(MOST_STALL_SECONDS):
@@ -465,16 +472,10 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
         await driver.stop()
 
     app = FastAPI(title="LoRA-Drop", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.driver = driver
     service = Service(driver, codec)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
     _handle_errors(app)
-
-    def state() -> None:
-        """Raises ApiError: it cannot go on."""
-        if driver.error is not None:
-            raise engine_failed(driver.error)
-        if driver.is_stalled:
-            raise ApiError(503, "A step of the engine does not come to its end.", code="stalled")
 
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
@@ -484,13 +485,13 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
-        state()
+        driver.check()
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> dict[str, str]:
-        state()
+        driver.check()
         if driver.is_closing:
             raise closing()
         return {"status": "ok"}

@@ -23,7 +23,7 @@ from lora_drop_runtime.decoding.row import Event
 from numpy import int64
 from numpy.typing import NDArray
 
-from .errors import closing, engine_failed, queue_full
+from .errors import closing, engine_failed, queue_full, stalled
 from .metrics import Metrics
 
 STALLED_SECONDS = 60  # a tick takes milliseconds, with a chunk of a long prompt a second
@@ -203,6 +203,13 @@ class Driver:
         """Whether a tick takes so long that the engine must be stuck."""
         began = self._tick_began
         return began is not None and time.perf_counter() - began > STALLED_SECONDS
+
+    def check(self) -> None:
+        """Raises ApiError: it cannot go on, and should be replaced."""
+        if self.error is not None:
+            raise engine_failed(self.error)
+        if self.is_stalled:
+            raise stalled()
 
     async def drain(self, seconds: float) -> int:
         """Refuse new jobs, let those that run end, and cut them after so many seconds, or when it is cancelled; returns

@@ -75,6 +75,10 @@ def engine_failed(error: BaseException) -> ApiError:
     return ApiError(503, said, code="engine_failed")
 
 
+def stalled() -> ApiError:
+    return ApiError(503, "A step of the engine does not come to its end.", code="stalled")
+
+
 _OBJECT = "it has to be an object"
 _SAID = {"model_type": _OBJECT, "model_attributes_type": _OBJECT}  # in place of pydantic's own words
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lora_drop_runtime.plan.schedule import StepKind
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.samples import Sample
 
 # Seconds. A step of a small model on a CPU takes milliseconds, a long prompt in a queue a minute
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -43,6 +46,11 @@ class Metrics:
             "lora_drop_drafts", "Drafts that refreshes verified, by outcome.", ("outcome",), registry=registry
         )
         self.accepted, self.rejected = drafts.labels("accepted"), drafts.labels("rejected")
+
+    def samples(self) -> Iterator[Sample]:
+        """Every figure, with its name and labels, but for the times when they were made."""
+        samples = (sample for family in self._registry.collect() for sample in family.samples)
+        return (sample for sample in samples if not sample.name.endswith("_created"))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

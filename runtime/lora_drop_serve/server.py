@@ -95,6 +95,8 @@ def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:
     """
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # not what else is installed: the tests and the messages about sockets are of these
+        http="h11",
         ws="none",
         log_level="warning",
         access_log=False,

@@ -6,7 +6,6 @@ Enters: a bundle and settings. Leaves: answers, until a signal comes. The server
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.key import KEY_VARIABLE, usable_key
 
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
@@ -32,7 +32,6 @@ from lora_drop_tools.shared.options import (
     threads_option,
 )
 
-KEY_VARIABLE = "LORA_DROP_API_KEY"
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`, by import name
 SLOTS = 8
 
@@ -88,19 +87,12 @@ class ServeSettings:
         check_options(self)
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         refuse_idle_drafts(self, self.policy)
-        key = self.key
-        if key is not None and (not key or key != key.strip()):
-            raise InputError(
-                "The API key cannot be used.",
-                note=f"{'--api-key' if self.api_key is not None else KEY_VARIABLE} "
-                f"{'begins or ends with white space' if key.strip() else 'is empty'}.",
-                hint="Give a key, or none at all to let everybody in.",
-            )
+        usable_key(self.api_key, "--api-key")
 
     @property
     def key(self) -> str | None:
         """What clients have to send; None lets everybody in."""
-        return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
+        return usable_key(self.api_key, "--api-key")
 
     def open(self, bundle: Bundle) -> Batch:
         """A batch of the bundle with these slots and defaults."""

@@ -11,6 +11,7 @@ same command goes on where it was cut off, and one with more items, tasks or win
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -19,8 +20,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -59,6 +61,7 @@ from .result import (
 )
 from .scoring import Window, WindowK, longest, score_windows, windows_at_once
 from .settings import EvalSettings
+from .spread import Spread, connected
 from .store import Key, Store, digest
 from .texts import Writer
 
@@ -83,7 +86,7 @@ def _said(k: WindowK) -> str:
 
 
 def _measure_text(
-    session: Session, windows: Mapping[int, Window], ks: Sequence[WindowK], store: Store
+    session: Session, windows: Mapping[int, Window], ks: Sequence[WindowK], store: Store, spread: Spread | None
 ) -> dict[WindowK, list[Sums]]:
     """Sums of every window for each k or adaptive schedule, from the store or the session."""
 
@@ -96,16 +99,21 @@ def _measure_text(
     todo = [place for place in windows if any(key(place, k) not in store for k in ks)]
     with Progress(f"text, k = {', '.join(map(_said, ks))}", len(todo) * len(ks)) as progress:
         at_once = windows_at_once(session, next(iter(windows.values())))
-        for begin in range(0, len(todo), at_once):
-            batch = todo[begin : begin + at_once]
+        batches = [todo[begin : begin + at_once] for begin in range(0, len(todo), at_once)]
 
-            def done(k: WindowK, sums: list[Sums], batch: list[int] = batch) -> None:
-                for place, own in zip(batch, sums, strict=True):
-                    if key(place, k) not in store:
-                        store[key(place, k)] = own.tolist()
-                progress.advance(len(batch))
+        def done(batch: Sequence[int], k: WindowK, sums: list[Sums]) -> None:
+            for place, own in zip(batch, sums, strict=True):
+                if key(place, k) not in store:
+                    store[key(place, k)] = own.tolist()
+            progress.advance(len(batch))
 
-            score_windows(session, [windows[place] for place in batch], ks, done)
+        if spread is None:
+            for batch in batches:
+                score_windows(session, [windows[place] for place in batch], ks, partial(done, batch))
+        else:
+            for index, found in spread.windows([[windows[place] for place in batch] for batch in batches], ks):
+                for k, sums in found.items():
+                    done(batches[index], k, sums)
     return {k: [np.array(store[key(place, k)]) for place in windows] for k in ks}
 
 
@@ -116,6 +124,7 @@ def _measure_tasks(
     ks: Sequence[int],
     settings: EvalSettings,
     store: Store,
+    spread: Spread | None,
 ) -> dict[int, dict[str, Measured]]:
     """What lm-eval makes of the answers, for each k and task."""
     if not opened.tasks:
@@ -129,7 +138,7 @@ def _measure_tasks(
     with Writer(session.bundle.root, codec, session.policy, *engine) as writer:
         for name, one in opened.tasks.items():
             for k in ks:
-                model = SessionLM(session, codec, writer, k, settings.seed, store, places)
+                model = SessionLM(session, codec, writer, k, settings.seed, store, places, spread)
                 found[k][name] = run_task(one, model, store, settings.unsafe_code)
     return found
 
@@ -232,11 +241,12 @@ def _measure(
 ) -> list[EvalRow]:
     """A row for each window k and each adaptive schedule under one policy; those of k = 0 are the same under all."""
     seed, bundle = settings.seed, work.bundle
-    with Session.open(
-        bundle.root, policy=policy, target=settings.target, provider=settings.provider, threads=settings.threads
-    ) as session:
-        sums = _measure_text(session, work.windows, [*ks, *schedules], work.store) if work.windows else {}
-        measured = _measure_tasks(session, work.codec, work.opened, ks, settings, work.store)
+    with contextlib.ExitStack() as opened:
+        engine: dict[str, Any] = {"target": settings.target, "provider": settings.provider, "threads": settings.threads}
+        session = opened.enter_context(Session.open(bundle.root, policy=policy, **engine))
+        spread = opened.enter_context(Spread(bundle, policy, settings)) if settings.ray else None
+        sums = _measure_text(session, work.windows, [*ks, *schedules], work.store, spread) if work.windows else {}
+        measured = _measure_tasks(session, work.codec, work.opened, ks, settings, work.store, spread)
     rows = []
     for k in ks:
         full = measured[0] if k else {}
@@ -321,14 +331,15 @@ def eval(
     stores = _open_stores(opened, settings)
 
     result = _new_result(opened, given, settings, speed_request)
-    for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
-        work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], opened_tasks)
-        policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
-        periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
-        for policy in policies:
-            print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
-            rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
-            result.rows += [row for row in rows if row.k or policy == policies[0]]
+    with connected(settings.ray):
+        for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
+            work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], opened_tasks)
+            policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
+            periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
+            for policy in policies:
+                print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
+                rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
+                result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
     print("\n".join(lines), file=out or sys.stdout)

@@ -52,6 +52,7 @@ class EvalSettings:
         bench_file: what `lora-drop bench --json` wrote, for the speed-ups.
         json_file: gets all figures.
         plots: a directory for figures; needs matplotlib.
+        ray: the address of a Ray cluster whose workers score the items; this process does when None.
         target, provider, threads: as for `Session.open`.
 
     Raises:
@@ -125,6 +126,9 @@ class EvalSettings:
     )
     json_file: Path | None = json_option("write every figure")
     plots: Path | None = plots_option()
+    ray: str | None = option(
+        None, metavar="ADDRESS", help="spread items over this Ray cluster, auto for this machine's (extra ray)"
+    )
     target: str | None = target_option()
     provider: str | None = provider_option()
     threads: int | None = threads_option()
@@ -175,7 +179,7 @@ class EvalSettings:
             if self.k is None:
                 object.__setattr__(self, "k", made.ks)
             return False
-        unused = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "out_dir", "json_file")
+        unused = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "out_dir", "json_file", "ray")
         because = f"--paper {self.paper} measures nothing"
         if self.paper == "table4":
             refuse_unused(self, (*unused, "plots"), because, "leave --paper out")
@@ -190,7 +194,7 @@ class EvalSettings:
         return True
 
     def _check_calibration(self) -> None:
-        unused = ("labels", "tasks", "paper", *_OF_TASKS, "out_dir", "bench_file", "json_file", "plots")
+        unused = ("labels", "tasks", "paper", *_OF_TASKS, "out_dir", "bench_file", "json_file", "plots", "ray")
         refuse_unused(self, unused, "--calibrate measures agreement on a text", "leave --calibrate out")
         if self.text is None:
             raise InputError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401 its registry lists lm-eval's own models only if it is empty when first asked
@@ -27,7 +27,8 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 
-from lora_drop_tools.eval.scoring import Ids, Row, batches, phase_of, prompt_length, score
+from lora_drop_tools.eval.scoring import Ids, Row, Score, batches, phase_of, prompt_length, score
+from lora_drop_tools.eval.spread import Spread
 from lora_drop_tools.eval.store import Key, Store, digest
 from lora_drop_tools.eval.texts import Wish, Writer
 from lora_drop_tools.shared.progress import Progress
@@ -45,6 +46,7 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
 
     Args:
         writer: writes texts with the session's bundle, under the session's policy.
+        spread: workers of a cluster that answer in the place of the session and the writer.
         places: of each task, which item of its split stands at each place of what is evaluated; where it is left out,
             all do.
 
@@ -61,12 +63,14 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         seed: int,
         store: Store,
         places: Mapping[str, Sequence[int]] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         super().__init__()
         self.cut = 0
         self._session, self._codec, self._writer = session, codec, writer
         self._k, self._seed, self._store, self._places = k, seed, store, places or {}
         self._limits = session.bundle.manifest.limits
+        self._spread = spread
 
     # ── what lm-eval asks ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,7 +114,14 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
                 progress.advance()
 
             wishes = [wish for wish, _ in todo.values()]
-            self._writer.write(wishes, self._k, min(self._limits.max_batch, len(wishes)), done)
+            slots = min(self._limits.max_batch, len(wishes))
+            if self._spread is None:
+                self._writer.write(wishes, self._k, slots, done)
+            else:
+                begins = range(0, len(wishes), slots or 1)
+                for place, texts in self._spread.texts([wishes[begin : begin + slots] for begin in begins], self._k):
+                    for index, text in enumerate(texts, begins[place]):
+                        done(index, text)
         return [text for (text,) in self._kept(keys)]
 
     def apply_chat_template(self, chat_history: Sequence[Any], add_generation_prompt: bool = True) -> str:
@@ -169,13 +180,18 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
                 waiting.append(key)
                 cut.append(len(rows[-1].ids) < len(context) + len(continuation))
         with Progress(self._what(requests), len(rows)) as progress:
-            for batch in batches(self._session, rows):
-                for index, answer in zip(
-                    batch, score(self._session, [rows[index] for index in batch], self._k), strict=True
-                ):
+            todo = list(batches(self._session, rows))
+            for place, answers in self._answers([[rows[index] for index in batch] for batch in todo]):
+                for index, answer in zip(todo[place], answers, strict=True):
                     self._store[waiting[index]] = [answer.log_prob, answer.greedy, cut[index]]
-                progress.advance(len(batch))
+                progress.advance(len(answers))
         return self._kept(keys)
+
+    def _answers(self, todo: Sequence[Sequence[Row]]) -> Iterator[tuple[int, list[Score]]]:
+        """Scores of batches by their places, as they come."""
+        if self._spread is not None:
+            return self._spread.scores(todo, self._k)
+        return ((place, score(self._session, batch, self._k)) for place, batch in enumerate(todo))
 
     def _kept(self, keys: Sequence[Key]) -> list[Any]:
         """What is kept of answers, less whether their question was cut, which is counted."""

@@ -1,0 +1,206 @@
+"""The application of app.py behind Ray Serve: replicas on one machine or many, each with one engine.
+
+    serve run lora_drop_serve.ray_app:build bundle=engines/ slots=8 max_replicas=4
+
+Enters: arguments, as text from the command line or as YAML has them. Leaves: an application of Ray Serve. Ray's proxies
+spread requests over replicas and hold those for which none has a place; Ray starts and ends replicas by what is asked,
+and replaces those that fail. Needs the extra `ray`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+from fastapi import FastAPI
+from lora_drop_runtime import bounds
+from lora_drop_runtime.bounds import Bounds
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.checks import checked_slots
+from lora_drop_runtime.decoding.opening import checked_policy
+from lora_drop_runtime.engines.open import check_engine
+from lora_drop_runtime.errors import InputError, LoraDropError
+from lora_drop_runtime.text import TextCodec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+from ray.serve.metrics import Gauge
+
+from .app import create_app
+from .driver import Driver
+from .key import usable_key
+
+SLOTS = 8
+HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
+_REPLICAS = Bounds(0, 10_000)
+
+
+class _Refused(click.ClickException):
+    """Which `serve run` prints without a traceback."""
+
+    exit_code = LoraDropError.exit_code
+
+
+def _within(limits: Bounds, default: Any = None) -> Any:
+    return Field(default, ge=limits.least, le=limits.most)
+
+
+class Arguments(BaseModel):
+    """What `build` takes. What is None is the bundle's.
+
+    Attributes:
+        bundle: its directory, at the same place on all nodes.
+        slots: rows that run at once in a replica; 8 when None, or what the bundle allows.
+        max_waiting: requests that wait at a proxy for a place in a replica; more are refused with 503.
+        min_replicas, max_replicas: between which Ray starts and ends replicas, so that each has `slots` requests.
+        grace: seconds that running requests may take when a replica is told to end.
+        api_key: that clients have to send; the variable LORA_DROP_API_KEY's when None.
+        gpus: that a replica reserves, 1 when None if its engine runs on one.
+        max_seq_len, max_prompt_len, k, schedule, policy, draft, target, provider: as for `Batch.open`.
+        threads: as there; a replica reserves as many CPUs, 1 when None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: Path
+    slots: int | None = _within(bounds.BATCH)
+    max_waiting: int = _within(Bounds(0, 2**20), 64)
+    min_replicas: int = _within(_REPLICAS, 1)
+    max_replicas: int = _within(_REPLICAS, 1)
+    grace: float = _within(Bounds(0, 86400), 30.0)
+    api_key: str | None = None
+    gpus: float | None = _within(Bounds(0, 64))
+    max_seq_len: int | None = _within(bounds.TOKENS)
+    max_prompt_len: int | None = _within(bounds.TOKENS)
+    k: Annotated[int, _within(bounds.K, ...)] | Literal["auto"] | None = None
+    schedule: str | None = None
+    policy: str | None = None
+    draft: str | None = None
+    target: str | None = None
+    provider: str | None = None
+    threads: int | None = _within(bounds.THREADS)
+
+
+def _arguments(given: dict[str, Any]) -> Arguments:
+    """Raises InputError for the first thing that is wrong with them."""
+    try:
+        found = Arguments.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise InputError(
+                f"There is no argument {name!a:.80}.",
+                note=f"Known are {', '.join(Arguments.model_fields)}.",
+                hint="Give them as NAME=VALUE.",
+            ) from None
+        value = "missing" if first["type"] == "missing" else "wrong" if name == "api_key" else repr(first["input"])[:80]
+        raise InputError(
+            f"The argument {name!a:.80} cannot be used.",
+            note=f"It is {value}: {first['msg']}.",
+            hint="docs/serving.md has a table of arguments.",
+        ) from None
+    if not max(found.min_replicas, 1) <= found.max_replicas:
+        raise InputError(
+            "There would be no replica that could answer.",
+            note=f"min_replicas is {found.min_replicas}, max_replicas is {found.max_replicas}.",
+            hint="Let max_replicas be 1 or more, and at least min_replicas.",
+        )
+    return found
+
+
+class Replica:
+    """What Ray asks of a replica beside its application, which `serve.ingress` adds as `app`."""
+
+    app: FastAPI
+
+    def __init__(self) -> None:
+        self._gauges: dict[str, Gauge] = {}
+
+    async def check_health(self) -> None:
+        """Raises ApiError: the engine has failed or is stuck, and Ray has to start another replica in its place.
+
+        Ray's own metrics are told meanwhile what `/metrics` has: that is of one replica, whichever answers.
+        """
+        driver = self.app.state.driver
+        for sample in driver.metrics.samples():
+            if sample.name not in self._gauges:
+                self._gauges[sample.name] = Gauge(sample.name, tag_keys=tuple(sample.labels))
+            self._gauges[sample.name].set(sample.value, tags=dict(sample.labels))
+        driver.check()
+
+
+def _application(arguments: Arguments, slots: int, api_key: str | None) -> Callable[[], FastAPI]:
+    """What a replica calls once, to open its engine."""
+
+    def application() -> FastAPI:
+        batch = Batch.open(
+            arguments.bundle,
+            slots=slots,
+            **arguments.model_dump(
+                include={
+                    "max_seq_len",
+                    "max_prompt_len",
+                    "k",
+                    "schedule",
+                    "policy",
+                    "draft",
+                    "target",
+                    "provider",
+                    "threads",
+                }
+            ),
+        )
+        codec = TextCodec.open(arguments.bundle / "tokenizer")
+        # What Ray sends has a place, whatever waits before it
+        return create_app(Driver(batch, max(slots, arguments.max_waiting)), codec, api_key=api_key)
+
+    return application
+
+
+def _deployment(given: dict[str, Any]) -> serve.Application:
+    arguments = _arguments(given)
+    key = usable_key(arguments.api_key, "api_key")
+    bundle = Bundle.open(arguments.bundle.absolute())
+    target = check_engine(bundle, arguments.target, arguments.provider)
+    on_gpu = bundle.target(target)[1].on_device if arguments.provider is None else arguments.provider != "cpu"
+    checked_policy(bundle, arguments.policy)
+    limits = bundle.manifest.limits
+    slots = checked_slots(min(SLOTS, limits.max_batch) if arguments.slots is None else arguments.slots, limits)
+    arguments = arguments.model_copy(update={"bundle": bundle.root})
+    deployment = serve.deployment(
+        name="LoraDrop",
+        ray_actor_options={
+            "num_cpus": arguments.threads or 1,
+            "num_gpus": float(on_gpu) if arguments.gpus is None else arguments.gpus,
+        },
+        # As many again as have slots, so that a slot that comes free has its next row without asking a proxy
+        max_ongoing_requests=2 * slots,
+        max_queued_requests=arguments.max_waiting,
+        autoscaling_config={
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": slots,
+        },
+        health_check_period_s=HEALTH_SECONDS,
+        graceful_shutdown_timeout_s=arguments.grace,
+        graceful_shutdown_wait_loop_s=0.5,
+    )
+    return deployment(serve.ingress(_application(arguments, slots, key))(Replica)).bind()
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """An application of Ray Serve, for `serve run` and for the `import_path` of `serve deploy`.
+
+    Args:
+        arguments: of `Arguments`, numbers also as text.
+
+    Raises:
+        click.ClickException: one is wrong, or there is no bundle that runs here. `serve run` prints it and ends.
+    """
+    try:
+        return _deployment(arguments)
+    except LoraDropError as error:
+        raise _Refused(str(error)) from None

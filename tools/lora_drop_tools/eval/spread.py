@@ -1,0 +1,161 @@
+"""Items spread over a Ray cluster: what scoring.py and texts.py do in this process, done by workers.
+
+Enters: the batches that this process would decode. Leaves: their numbers, as batches end. A worker decodes a batch as
+this process would, so the numbers are the same. Ray is imported when a cluster is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, first_line
+from lora_drop_runtime.text import TextCodec
+
+from .scoring import Row, Score, Sums, Window, WindowK, score, score_windows
+from .settings import EvalSettings
+from .texts import Wish, Writer
+
+CONNECT_SECONDS = 10
+
+
+class _Worker:
+    """A bundle that is open under one policy, in a process of the cluster."""
+
+    def __init__(self, root: Path, policy: str, target: str | None, provider: str | None, threads: int | None) -> None:
+        self._session = Session.open(root, policy=policy, target=target, provider=provider, threads=threads)
+        self._writer = Writer(root, TextCodec.open(root / "tokenizer"), policy, target, provider, threads)
+
+    def windows(self, windows: Sequence[Window], ks: Sequence[WindowK]) -> dict[WindowK, list[Sums]]:
+        found: dict[WindowK, list[Sums]] = {}
+        score_windows(self._session, windows, ks, found.__setitem__)
+        return found
+
+    def scores(self, rows: Sequence[Row], k: int) -> list[Score]:
+        return score(self._session, rows, k)
+
+    def texts(self, wishes: Sequence[Wish], k: int) -> list[str]:
+        found: dict[int, str] = {}
+        self._writer.write(wishes, k, len(wishes), found.__setitem__)
+        return [found[index] for index in range(len(wishes))]
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be part of a cluster, of none where it is None; `auto` is the one that runs on this machine.
+
+    Raises:
+        InputError: Ray is not installed, or there is no cluster.
+    """
+    if address is None:
+        yield
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(
+            "Ray is not installed.",
+            note=f"--ray is {address}.",
+            hint="pip install 'lora-drop-export[ray]', or leave --ray out.",
+        )
+    import ray
+
+    try:
+        if address != "auto":  # Ray itself tries for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+        raise InputError(
+            "The Ray cluster cannot be reached.",
+            note=f"--ray is {address}: {first_line(error):.200}",
+            hint="Give HOST:PORT of its head, as `ray start --head` prints it, or auto on one of its nodes.",
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Spread:
+    """Workers for one bundle under one policy, as many as the cluster has room for. Use as a context manager.
+
+    Raises:
+        InputError: it has room for none.
+    """
+
+    def __init__(self, bundle: Bundle, policy: str, settings: EvalSettings) -> None:
+        import ray
+
+        on_gpu = bundle.target(settings.target)[1].on_device or settings.provider not in (None, "cpu")
+        needed = {"GPU": 1} if on_gpu else {"CPU": settings.threads or 1}
+        ((name, each),) = needed.items()
+        free = ray.available_resources().get(name, 0)
+        if free < each:
+            raise InputError(
+                "The Ray cluster has no room for a worker.",
+                note=f"One takes {each} {name}, {free:g} are free.",
+                hint="Wait until something ends there, or give a smaller --threads.",
+            )
+        worker = ray.remote(_Worker).options(**{f"num_{name.lower()}s": each})
+        given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads
+        self._workers = [worker.remote(*given) for _ in range(int(free // each))]
+
+    def __enter__(self) -> Spread:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def _run(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Results by the calls' places, as they come."""
+        import ray
+
+        free, waiting = list(self._workers), list(enumerate(calls))[::-1]
+        running: dict[Any, tuple[int, Any]] = {}
+        while waiting or running:
+            while free and waiting:
+                index, call = waiting.pop()
+                worker = free.pop()
+                running[getattr(worker, method).remote(*call)] = index, worker
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            index, worker = running.pop(done)
+            free.append(worker)
+            try:
+                found = ray.get(done)
+            except ray.exceptions.RayError as error:
+                raise self._as_ours(error) from None
+            yield index, found
+
+    @staticmethod
+    def _as_ours(error: Exception) -> LoraDropError:
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, LoraDropError):
+            return type(cause)(cause.fact, note=cause.note, hint=cause.hint)
+        return BundleError(
+            "A worker of the Ray cluster has failed.",
+            note=f"{first_line(cause):.300}",
+            hint="Run the command again: with --out it goes on from what is measured.",
+        )
+
+    def windows(
+        self, batches: Sequence[Sequence[Window]], ks: Sequence[WindowK]
+    ) -> Iterator[tuple[int, dict[WindowK, list[Sums]]]]:
+        """As `score_windows`, a batch after the other as they end: its place, and what `done` would get."""
+        return self._run("windows", [(batch, list(ks)) for batch in batches])
+
+    def scores(self, batches: Sequence[Sequence[Row]], k: int) -> Iterator[tuple[int, list[Score]]]:
+        """As `score`."""
+        return self._run("scores", [(batch, k) for batch in batches])
+
+    def texts(self, batches: Sequence[Sequence[Wish]], k: int) -> Iterator[tuple[int, list[str]]]:
+        """As `Writer.write`."""
+        return self._run("texts", [(batch, k) for batch in batches])
