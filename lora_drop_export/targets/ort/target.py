@@ -1,7 +1,9 @@
-"""ONNX Runtime as a target: lowers both steps into one graph."""
+"""ONNX Runtime as a target: lowers both steps, into one graph for the CPU, into two for a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,21 @@ class OrtTarget:
         console: Console,
         earlier: Bundle | None,
     ) -> OrtEntry:
-        from .lower import ort_from_neutral
+        from .lower import halves_from_neutral, ort_from_neutral
 
-        entry = OrtEntry(steps=f"{self.name}/steps.onnx")
+        positions = manifest.limits.max_seq_len
         with console.phase("lowering to ONNX Runtime"):
-            ragged = takes_ragged_rows(manifest.model.dtype)
-            steps = (graphs[StepKind.REFRESH], graphs[StepKind.LORA])
-            joined = ort_from_neutral(*steps, manifest.limits.max_seq_len, ragged)
-            (root / entry.steps).write_bytes(joined.SerializeToString())
-        return entry
+            if takes_ragged_rows(manifest.model.dtype):
+                file = f"{self.name}/steps.onnx"
+                joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], positions, ragged=True)
+                (root / file).write_bytes(joined.SerializeToString())
+                return OrtEntry(steps=file)
+            lowered, weights = halves_from_neutral(graphs, positions)
+            files, table = {kind: f"{self.name}/{kind.value}.onnx" for kind in lowered}, f"{self.name}/weights.json"
+            for kind, proto in lowered.items():
+                (root / files[kind]).write_bytes(proto.SerializeToString())
+            (root / table).write_text(json.dumps({name: dataclasses.asdict(w) for name, w in weights.items()}) + "\n")
+        return OrtEntry(graphs={kind.value: file for kind, file in files.items()}, weights=table)
 
     def provider(self, dtype: str) -> str | None:
         return None if dtype == "float32" else "cuda"

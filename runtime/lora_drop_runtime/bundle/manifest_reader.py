@@ -27,6 +27,7 @@ from .manifest import (
     Limits,
     Manifest,
     ModelFacts,
+    OrtEntry,
     OtherEntry,
     SpecialTokens,
     TargetEntry,
@@ -101,6 +102,15 @@ def _check_device_target(where: str, entry: TrtEntry) -> None:
         raise ValueError(f"{where}.refresh_profiles has no 'decode'")
 
 
+def _check_ort_target(where: str, entry: OrtEntry) -> None:
+    """Whether it is one of the two forms."""
+    steps = {kind.value for kind in StepKind}
+    if (entry.steps is None) != (entry.weights is not None) or (entry.weights is None) != (entry.graphs is None):
+        raise ValueError(f"{where} needs either 'steps', or 'graphs' and 'weights'")
+    if entry.graphs is not None and set(entry.graphs) != steps:
+        raise ValueError(f"{where}.graphs has {', '.join(entry.graphs) or 'nothing'}, needed are {', '.join(steps)}")
+
+
 def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
     """What `inspect` and the cost formulas read of it; the rest is a record."""
     if not how and weight_dtype not in QUANTIZED_DTYPES:
@@ -150,6 +160,8 @@ def _target(name: str, data: object) -> TargetEntry:
     entry: TargetEntry = typed(ENTRIES[name], data, where)
     if isinstance(entry, TrtEntry):
         _check_device_target(where, entry)
+    if isinstance(entry, OrtEntry):
+        _check_ort_target(where, entry)
     return entry
 
 

@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSchedule, PlanError, Session, StepKind
+from lora_drop_runtime.bundle.graph_io import TOTALS
 from lora_drop_runtime.engines.ort import engine as engine_ort
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 
@@ -154,12 +155,17 @@ def half_run(engine: OrtEngine, bundle, adapters) -> np.ndarray:
     return np.stack(logits)
 
 
-def copies_when_bound(monkeypatch) -> None:
-    """As a GPU's provider does: host inputs are copied when they are bound, and not looked at again."""
+def copies_when_bound(monkeypatch, whole: set[str]) -> None:
+    """As a GPU's provider does: host inputs are copied when they are bound, and not looked at again.
+
+    Args:
+        whole: those that kernels read on the host, at each run.
+    """
     bind, copies = onnxruntime.IOBinding.bind_input, {}
 
     def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
-        if isinstance(element_type, type):  # host memory; the engine names the dtypes of device memory by number
+        # Host memory: the engine names the dtypes of device memory by number
+        if isinstance(element_type, type) and name not in whole:
             size = int(np.prod(shape)) * np.dtype(element_type).itemsize
             copy = np.frombuffer(bytes((ctypes.c_char * size).from_address(buffer_ptr)), np.uint8).copy()
             copies[id(self), name] = copy
@@ -182,7 +188,8 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(engine_ort.DeviceMemory, "device_type", "cpu")
     monkeypatch.setattr(engine_ort, "check_runs", lambda *_: None)
-    copies_when_bound(monkeypatch)
+    monkeypatch.setattr(engine_ort, "check_placement", lambda *_: None)
+    copies_when_bound(monkeypatch, set(TOTALS.values()))
     engine = OrtEngine(half_bundle, target, provider="cuda")
     memory = engine._memory
     assert memory is not None
