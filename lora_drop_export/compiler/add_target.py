@@ -49,7 +49,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
     for target in targets:
         TARGETS[target].check_dtype(manifest.model.dtype)
-    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, root)
+    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
 
 
 def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:

@@ -171,7 +171,10 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         )
         check_kept(checkpoint, options)
         quantized = options.weights_format or kept_quantization(checkpoint.tensors)
-        dtype = "float32" if quantized else options.dtype or default_dtype(checkpoint, options)
+        if quantized:
+            dtype = options.activation_dtype or "float32"
+        else:
+            dtype = options.dtype or default_dtype(checkpoint, options)
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
         special_tokens(checkpoint)  # refuses what would be refused after the trace

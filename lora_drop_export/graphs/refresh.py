@@ -195,14 +195,16 @@ def _state_outputs(
 def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
     """Put a DequantizeLinear between a quantized weight and its users."""
     suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+    scales = initializer(graph, f"{weight.name}.scales", blocks.scales)
+    assert scales.dtype is not None
     inputs = [
         weight,
-        initializer(graph, f"{weight.name}.scales", blocks.scales),
+        scales,
         initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
     ]
     node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
     node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
-    node.outputs[0].dtype = ir.DataType.FLOAT
+    node.outputs[0].dtype = scales.dtype
     for use in list(weight.uses()):
         if use.node is not node:
             use.node.replace_input_with(use.idx, node.outputs[0])

@@ -34,12 +34,14 @@ class Target(Protocol):
         name: as users and bundles say it; its folder in a bundle.
         what: it runs, for `--help`.
         takes_quantized_weights: graphs with int4 or int8 weights.
+        quantized_activations: dtypes that it then computes in.
         takes_int8_caches: graphs with int8 K/V caches.
     """
 
     name: str
     what: str
     takes_quantized_weights: bool
+    quantized_activations: tuple[str, ...]
     takes_int8_caches: bool
 
     def check(self, options: TargetOptions, targets: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def test_refused_by_the_config_or_the_options(export_refused, arguments, words):
     ("arguments", "words"),
     [
         ("--target ort --target tensorrt-rtx", ("cannot take quantized weights", "int4 weights; tensorrt-rtx")),
-        ("--dtype bf16 --target openvino", ("A quantized checkpoint computes in float32", "--dtype is bfloat16")),
+        ("--dtype bf16 --target openvino", ("weights of a quantized checkpoint stay", "--dtype is bfloat16")),
         ("--dtype int4 --quantization gptq", ("nothing to round by a text", "int4 blocks of 32 already")),
         ("--quantization rtn", ("applies only to quantized weights", "--dtype is not given")),
         ("--block-size 64", ("applies only to quantized weights", "--dtype is not given")),

@@ -23,6 +23,7 @@ class OpenVinoTarget:
     name = "openvino"
     what = "OpenVINO on the CPU, with paged caches"
     takes_quantized_weights = True
+    quantized_activations: tuple[str, ...] = ("float32",)
     takes_int8_caches = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_rows
 from lora_drop_runtime.plan.schedule import StepKind
@@ -23,6 +24,7 @@ class OrtTarget:
     name = "ort"
     what = "ONNX Runtime (default)"
     takes_quantized_weights = True
+    quantized_activations: tuple[str, ...] = MODEL_DTYPES
     takes_int8_caches = True
 
     def check(self, options: object, targets: Sequence[str]) -> None:

@@ -77,6 +77,7 @@ class TrtTarget:
     what: str
     default_form: str  # of attention
     takes_quantized_weights = False
+    quantized_activations: tuple[str, ...] = ()
     takes_int8_caches = False
 
     def form(self, options: TrtOptions) -> str:

@@ -98,8 +98,9 @@ def _check_device_target(where: str, entry: TrtEntry) -> None:
     ):
         if set(found) != needed:
             raise ValueError(f"{where}.{name} has {', '.join(found) or 'nothing'}, needed are {', '.join(needed)}")
-    if "decode" not in entry.refresh_profiles:
-        raise ValueError(f"{where}.refresh_profiles has no 'decode'")
+    for name in ("decode", "prefill"):
+        if name not in entry.refresh_profiles:
+            raise ValueError(f"{where}.refresh_profiles has no {name!r}")
 
 
 def _check_ort_target(where: str, entry: OrtEntry) -> None:

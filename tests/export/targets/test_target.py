@@ -45,6 +45,7 @@ class ToyTarget:
     name = "toy"
     what = "the neutral graphs"
     takes_quantized_weights = False
+    quantized_activations = ()
     takes_int8_caches = True
 
     def check(self, options, targets):

@@ -115,7 +115,8 @@ def decode(bundle: str, policy: str, batch: int, library: ctypes.CDLL, watch: Wa
             "cache_bytes": min(cache.nbytes for cache in caches.values()), "logits_bytes": logits.nbytes,
             "layers": session.bundle.manifest.plan.num_layers,
             "weight_bytes": sum(dict(parts).values()), "on_host": sorted(watch.on_host),
-            "in_place": in_place, "moved": watch.moved, "placed": providers,
+            "sides": 1 + session._request.slots.buffers.are_double, "in_place": in_place, "moved": watch.moved,
+            "placed": providers,
         }  # fmt: skip
 
 

@@ -128,6 +128,7 @@ class OrtEngine:
         self.many_requests = provider == "cpu"
         self.prefill_chunk: int | None = None
         self.verified_tokens: int | None = None
+        self._profiles: list[str] = []  # of the refresh engine, in their order (rtx)
         self._capacities: Mapping[str, int] | None = None
         if isinstance(entry, OrtEntry):
             one = dict.fromkeys((kind.value for kind in StepKind), entry.steps or "")
@@ -138,18 +139,19 @@ class OrtEngine:
             if provider == "rtx":
                 assert entry.ep_context is not None  # check_runs
                 files = entry.ep_context
-                # The provider takes the first profile
-                self.prefill_chunk = self.verified_tokens = entry.refresh_profiles["decode"][1]
+                self._profiles = list(entry.refresh_profiles)
+                self.verified_tokens = entry.refresh_profiles["decode"][1]
         self._files = {kind: files[kind.value] for kind in StepKind}
         self._memory: DeviceMemory | None = None
         if provider != "cpu":
             self._memory = DeviceMemory(onnxruntime, self._ep_device)
         self._graphs = CudaGraphs() if provider == "cuda" else None
         self._blocks: dict[Any, Any] = {}  # of the inputs of steps that are captured
-        self._weights = self._load_weights()
         self._sessions: dict[StepKind, Any] = {}
         self._adapters: Mapping[str, Any] = {}  # in the place of those in the graphs
         self._open_all({})
+        self._mapped: list[Array] = []  # what holds the weights that are inputs, on the CPU
+        self._weights = self._load_weights()  # now: a provider that cannot start has said so
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
         if self._joined:
@@ -194,13 +196,14 @@ class OrtEngine:
                 continue
             parts = list(self._bundle.mapped_parts(weight))
             whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            if self._memory is None:
-                loaded[name] = whole.view(weight.dtype).reshape(weight.shape)
+            if self._memory is None:  # bound by address as well: numpy has neither bfloat16 nor uint4
+                self._mapped.append(whole)
+                loaded[name] = DeviceBuffer(name, whole.ctypes.data, weight.shape, weight.dtype)
             else:
                 buffers[weight.parts] = loaded[name] = self._memory.hold(name, whole, weight.shape, weight.dtype)
         return loaded
 
-    def _open(self, file: str, replaced: Mapping[str, Any]) -> Any:
+    def _open(self, file: str, replaced: Mapping[str, Any], capture: bool = True) -> Any:
         options = session_options(self._ort, self._bundle.root, self._threads)
         if not packs_weights(self._bundle.manifest.model):
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -213,13 +216,16 @@ class OrtEngine:
         graph = self._changed.get(file) or self._bundle.graph(file)
         try:
             if self._ep_device is not None:  # from its path: the engine is found beside it
-                options.add_provider_for_devices([self._ep_device], {})
+                options.add_provider_for_devices([self._ep_device], {"nv_multi_profile_enable": "1"})
                 session = self._ort.InferenceSession(path, options, enable_fallback=0)
             else:
                 # Of steps with several tokens nothing is captured, whatever this says
-                chosen = self._provider if self._graphs is None else (self._provider, {"enable_cuda_graph": "1"})
+                captures = self._graphs is not None and capture
+                chosen = (self._provider, {"enable_cuda_graph": "1"}) if captures else self._provider
                 session = self._ort.InferenceSession(graph, options, providers=[chosen], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+            if self._graphs is not None and capture:  # it says that some nodes lie elsewhere, and not which
+                self._open(file, replaced, capture=False)
             if self._memory is not None:
                 raise no_device(self._provider, error) from error
             raise BundleError(
@@ -292,7 +298,7 @@ class OrtEngine:
             self._bind(binding.bind_input, name, array)
         for name, array in outputs.items():
             self._bind(binding.bind_output, name, array)
-        kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
+        kept = (*self._mapped, *inputs.values(), *outputs.values())  # keep the bound memory alive
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             set_beside()
@@ -320,6 +326,8 @@ class OrtEngine:
         hosts = HostInputs(memory, arrays, self._blocks.get(place) if captured else None)
         bound = {**inputs, **hosts.buffers}
         options = self._ort.RunOptions()
+        if self._ep_device is not None:  # each run has to name one
+            options.add_run_config_entry("nv_profile_index", str(self._profile(kind, inputs["input_ids"].shape[1])))
         if self._graphs is not None:
             number = -1
             if captured:
@@ -345,12 +353,19 @@ class OrtEngine:
 
         return step
 
+    def _profile(self, kind: StepKind, tokens: int) -> int:
+        """The number of the optimization profile for steps of so many tokens a row; LoRA engines have one."""
+        assert self.verified_tokens is not None
+        if kind is StepKind.LORA:
+            return 0
+        return self._profiles.index("decode" if tokens <= self.verified_tokens else "prefill")
+
     def _bind(self, bind: Callable[..., None], name: str, buffer: Array | DeviceBuffer) -> None:
         if isinstance(buffer, np.ndarray):
             bind(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
         else:
-            assert self._memory is not None
-            bind(name, self._memory.device_type, 0, BY_NAME[buffer.dtype].onnx, buffer.shape, buffer.address)
+            device = "cpu" if self._memory is None else self._memory.device_type
+            bind(name, device, 0, BY_NAME[buffer.dtype].onnx, buffer.shape, buffer.address)
 
     def _slots_of(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Of each length, how many slots its caches have."""
@@ -396,4 +411,5 @@ class OrtEngine:
         self._sessions.clear()
         self._weights.clear()
         self._blocks.clear()
+        self._mapped.clear()
         self._graphs = self._memory = None
