@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -53,11 +52,11 @@ class DeviceMemory:
         else:
             self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(content)], [value])
 
-    def replace(self, contents: Mapping[str, Array]) -> dict[str, int]:
-        """Other bytes under these names, all of them or, where memory is out, none; returns the new addresses."""
-        values = {name: self._upload(name, content) for name, content in contents.items()}
-        self._values |= values
-        return {name: value.data_ptr() for name, value in values.items()}
+    def replace(self, name: str, content: Array) -> None:
+        """Other bytes into a buffer that has as many: it stays where it is, and CUDA graphs stay good."""
+        value = self._values[name]
+        assert value.tensor_size_in_bytes() == content.nbytes
+        self.fill(value, content)
 
     def _upload(self, name: str, content: Array) -> Any:
         content = np.ascontiguousarray(content)

@@ -15,7 +15,6 @@ from lora_drop_runtime.engines.engine import Array, DeviceBuffer
 from .device_memory import DeviceMemory
 
 ALIGNMENT = 256  # of what is bound in the block, as cudaMalloc gives it
-KEPT_GRAPHS = 64
 
 
 def _aligned(size_bytes: int) -> int:
@@ -59,23 +58,12 @@ class CudaGraphs:
     """The CUDA graphs of an engine's sessions, which ONNX Runtime captures when a step first runs under a new number.
 
     A graph holds the addresses and shapes that its step was bound to: bound to the same, a step runs the same graph.
+    The provider gives none back before its session ends.
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[Hashable, tuple[Any, int]] = {}
-        self._last = 0
+        self._numbers: dict[Hashable, int] = {}
 
-    def number(self, session: Any, bound: Hashable) -> int:
-        """Of the graph of a session's step that is bound so; a new one where there is none."""
-        if bound not in self._numbers:
-            if len(self._numbers) == KEPT_GRAPHS:
-                self.release()
-            self._last += 1
-            self._numbers[bound] = session, self._last
-        return self._numbers[bound][1]
-
-    def release(self) -> None:
-        """Give all of them back. A step that was prepared runs on, and is captured again."""
-        for session, number in self._numbers.values():
-            session.release_captured_graph(number)
-        self._numbers.clear()
+    def number(self, bound: Hashable) -> int:
+        """Of the graph of a step that is bound so; a new one where there is none."""
+        return self._numbers.setdefault(bound, len(self._numbers) + 1)

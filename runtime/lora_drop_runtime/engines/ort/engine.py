@@ -334,7 +334,7 @@ class OrtEngine:
                 self._blocks[place] = hosts.value
                 buffers = {**bound, **{f"{name} out": buffer for name, buffer in outputs.items()}}
                 key = tuple((n, b.address, b.shape) for n, b in buffers.items() if isinstance(b, DeviceBuffer))
-                number = self._graphs.number(session, (kind, key))
+                number = self._graphs.number((kind, key))
             options.add_run_config_entry("gpu_graph_id", str(number))
         binding = session.io_binding()
         for name, buffer in bound.items():
@@ -388,11 +388,8 @@ class OrtEngine:
         dtype = self._bundle.manifest.model.dtype
         replaced = adapter_weights(matrices, dtype)
         if self._weights and self._memory is not None:
-            contents = {name: array.reshape(-1).view(np.uint8) for name, array in replaced.items()}
-            if self._graphs is not None:
-                self._graphs.release()
-            for name, address in self._memory.replace(contents).items():
-                self._weights[name] = DeviceBuffer(name, address, replaced[name].shape, dtype)
+            for name, array in replaced.items():
+                self._memory.replace(name, array.reshape(-1).view(np.uint8))
         elif self._weights:
             self._weights |= replaced
         elif not self._joined:
