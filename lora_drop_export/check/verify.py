@@ -81,21 +81,24 @@ def _all_logits(runner: SessionRunner, feeds: list[dict[str, Any]]) -> list[npt.
         return [runner.infer(feed)["logits"] for feed in feeds]
 
 
-def _unrounded(bundle: Bundle, target: str) -> bytes:
-    """The graph of target ort with the kernels for quantized weights that compute in float32, exact and slow."""
+def _unrounded(bundle: Bundle, target: str) -> dict[str, bytes]:
+    """The graphs of target ort with the kernels for quantized weights that compute in float32, exact and slow."""
     import onnx
 
     entry = bundle.target(target)[1]
     assert isinstance(entry, OrtEntry)
-    model = onnx.load(bundle.root / entry.steps, load_external_data=False)
-    graphs = [model.graph]
-    for graph in graphs:
-        for node in graph.node:
-            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 1  # float32, the most exact that MatMulNBits knows
-    return bytes(model.SerializeToString())
+    changed = {}
+    for file in (name for name in entry.files if name != entry.weights):
+        model = onnx.load(bundle.root / file, load_external_data=False)
+        graphs = [model.graph]
+        for graph in graphs:
+            for node in graph.node:
+                graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+                for attribute in node.attribute:
+                    if attribute.name == "accuracy_level":
+                        attribute.i = 1  # float32, the most exact that MatMulNBits knows
+        changed[file] = bytes(model.SerializeToString())
+    return changed
 
 
 def _open_exact(
@@ -108,7 +111,7 @@ def _open_exact(
         check_engine(bundle, target, options["provider"])
         engine = OpenVinoEngine(bundle, target, threads=threads, exact=True)
     else:
-        engine = OrtEngine(bundle, target, steps=_unrounded(bundle, target), threads=threads, **options)
+        engine = OrtEngine(bundle, target, graphs=_unrounded(bundle, target), threads=threads, **options)
     return Session(bundle, engine, schedule, policy.name)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
-from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, VERIFY_NAME, FileRecord
+from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
@@ -49,15 +49,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
     for target in targets:
         TARGETS[target].check_dtype(manifest.model.dtype)
-        able = TARGETS[target].quantized_dtypes
-        if manifest.model.weight_dtype in QUANTIZED_DTYPES and manifest.model.dtype not in able:
-            raise InputError(
-                "The target does not compute quantized weights in that dtype.",
-                note=f"{root} has {manifest.model.weight_dtype} weights and {manifest.model.dtype} activations; "
-                f"{target} computes in {' or '.join(able)} there.",
-                hint=f"Export the model again with --target {target}.",
-            )
-    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, root)
+    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
 
 
 def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:

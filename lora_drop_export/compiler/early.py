@@ -110,10 +110,16 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Refuse what a quantized checkpoint, whose integers are stored as they are, does not allow.
 
     Raises:
-        InputError: a target takes no quantized weights, or activations would not be float32.
+        InputError: a target takes no quantized weights, or the options are for float ones.
     """
     kept = kept_quantization(checkpoint.tensors)
     if kept is None:
+        if options.activation_dtype is not None and options.dtype is None:
+            raise InputError(
+                "--activation-dtype applies only to quantized weights.",
+                note=f"It is {options.activation_dtype}; {checkpoint.name} is in float and --dtype is not given.",
+                hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+            )
         return
     targets = [TARGETS[name] for name in options.targets if name != NO_TARGET]
     weights = f"int{kept.bits}"
@@ -125,15 +131,12 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
             note=f"{checkpoint.name} has them; {', '.join(others)} was asked for.",
             hint=f"Use --target {able}, or the model's float checkpoint.",
         )
-    if options.dtype in (None, "float32", *QUANTIZED_DTYPES):
-        return
-    others = [target.name for target in targets if options.dtype not in target.quantized_dtypes]
-    if others or not targets:
+    if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
         raise InputError(
-            "A quantized checkpoint computes in float32.",
-            note=f"{checkpoint.name} has {weights} weights, --dtype is {options.dtype}; the target is "
-            f"{', '.join(others) or NO_TARGET}.",
-            hint="Leave --dtype out; int8 or int4 quantizes the rest too, the embedding and the head.",
+            "The weights of a quantized checkpoint stay as they are.",
+            note=f"{checkpoint.name} has {weights} weights; --dtype is {options.dtype}.",
+            hint="Leave --dtype out; int8 or int4 quantizes the rest too, the embedding and the head. For a GPU add "
+            "--activation-dtype fp16 or bf16.",
         )
 
 

@@ -216,8 +216,9 @@ def activations_dtype(checkpoint: Checkpoint, options: BuildOptions, *, quantize
     Args:
         quantized: weights will be; without a target activations are float32 then, which any can be added for.
     """
-    if options.dtype in MODEL_DTYPES:
-        return options.dtype
+    chosen = options.activation_dtype if quantized and options.activation_dtype else options.dtype
+    if chosen in MODEL_DTYPES:
+        return chosen
     if quantized and not set(options.targets) & set(TARGETS):
         return "float32"
     size: dict[str, int] = {}

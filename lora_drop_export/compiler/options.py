@@ -12,7 +12,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
-from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
+from lora_drop_runtime.dtypes import BY_NAME, BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
@@ -27,12 +27,17 @@ from lora_drop_export.targets.target import TARGETS, TargetOptions
 NO_TARGET = "none"  # graphs only
 KV_DTYPES = ("int8",)
 HEAD_DTYPES = ("int8",)
+HALVES = ("float16", "bfloat16")
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
 
 
 def check_formats(
-    targets: Sequence[str], dtype: str | None, kv_dtype: str | None, bundle: str | Path | None = None
+    targets: Sequence[str],
+    dtype: str | None,
+    kv_dtype: str | None,
+    activations: str | None,
+    bundle: str | Path | None = None,
 ) -> None:
     """Refuse quantized weights and caches that a target does not take.
 
@@ -40,6 +45,7 @@ def check_formats(
         targets: known ones.
         dtype: of weights; None is not given.
         kv_dtype: of caches where it is not that of activations.
+        activations: their dtype where weights are quantized; None is not given.
         bundle: which has weights and caches already; else they are asked for.
 
     Raises:
@@ -58,15 +64,30 @@ def check_formats(
             if bundle is None
             else "Export the model again, without --dtype int4 or int8.",
         )
+    others = ", ".join(target.name for target in chosen if activations not in (None, *target.quantized_dtypes))
+    if dtype in (None, *QUANTIZED_DTYPES) and others:
+        able = " or ".join(name for name, target in TARGETS.items() if activations in target.quantized_dtypes)
+        raise InputError(
+            f"The target cannot compute in {short_name(activations)} with quantized weights.",
+            note=f"{others} was asked for; {able} can."
+            if bundle is None
+            else f"{bundle} has {dtype} weights and {activations} activations; {others} was asked for.",
+            hint="Leave --activation-dtype out, or use another --target."
+            if bundle is None
+            else "Export the model again, without --activation-dtype.",
+        )
     able = " or ".join(name for name, target in TARGETS.items() if target.takes_int8_caches)
     others = ", ".join(target.name for target in chosen if not target.takes_int8_caches)
-    if kv_dtype and (others or dtype not in (None, "float32", *QUANTIZED_DTYPES)):
+    halves = activations not in (None, "float32") or dtype not in (None, "float32", *QUANTIZED_DTYPES)
+    if kv_dtype and (others or halves):
         raise InputError(
             f"int8 caches work only with target {able} on the CPU.",
-            note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}."
+            note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
+            f"{activations or 'not given'}."
             if bundle is None
             else f"{bundle} has {kv_dtype} caches; {others} was asked for.",
-            hint=f"Leave --kv-dtype out, or use --target {able} with --dtype fp32, int8 or int4."
+            hint=f"Leave --kv-dtype out, or use --target {able} with --dtype fp32, int8 or int4 "
+            "and without --activation-dtype."
             if bundle is None
             else "Export the model again, without --kv-dtype.",
         )
@@ -202,6 +223,14 @@ class BuildOptions:
         metavar="|".join(HEAD_DTYPES),
         help="what the head and the embedding are where the rest is int4 (default int4): more accurate, and slower",
     )
+    activation_dtype: str | None = option(
+        None,
+        group=_BUILD,
+        metavar="|".join(BY_NAME[name].short or name for name in HALVES),
+        parse=long_name,
+        help="what activations are computed in where weights are quantized, on a GPU (default fp32 for ort, what the "
+        "checkpoint has for TensorRT)",
+    )
     kv_dtype: str | None = option(
         None,
         group=_BUILD,
@@ -242,7 +271,14 @@ class BuildOptions:
         check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
         check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
-        check_formats(self.targets, self.dtype, self.kv_dtype)
+        check_known("--activation-dtype", self.activation_dtype, HALVES, "--activation-dtype")
+        if self.activation_dtype is not None and self.dtype not in (None, *QUANTIZED_DTYPES):
+            raise InputError(
+                "--activation-dtype applies only to quantized weights.",
+                note=f"It is {self.activation_dtype}; --dtype is {self.dtype}.",
+                hint=f"Leave it out, or use --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+            )
+        check_formats(self.targets, self.dtype, self.kv_dtype, self.activation_dtype)
         for flag, value, known in (
             ("--quantization", self.quantization, (*ROUNDINGS, CALIBRATED)),
             ("--block-size", self.block_size, BLOCK_SIZES),
@@ -259,6 +295,14 @@ class BuildOptions:
                 "--head-dtype applies only to int4 weights.",
                 note=f"It is {self.head_dtype}; --dtype is {short_name(self.dtype) or 'not given'}.",
                 hint="Leave it out, or add --dtype int4.",
+            )
+        chosen = [TARGETS[name] for name in self.targets if name in TARGETS]
+        unable = [target.name for target in chosen if self.head_dtype not in (None, *target.quantized_weights)]
+        if unable:
+            raise InputError(
+                f"The target cannot take {self.head_dtype} weights.",
+                note=f"--head-dtype is {self.head_dtype}; {', '.join(unable)} was asked for.",
+                hint="Leave --head-dtype out, or use another --target.",
             )
         if self.calibration is not None:
             if not self.calibrated:

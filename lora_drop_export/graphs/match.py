@@ -51,8 +51,6 @@ def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBloc
     if value is None or value.is_initializer():
         return value, None
     node = value.producer()
-    if node is not None and node.op_type == "Cast" and node.inputs[0] is not None:  # of activations in half precision
-        node = node.inputs[0].producer()
     if node is None or node.op_type != "DequantizeLinear":
         return None, None
     weight, scales, zero_points = node.inputs

@@ -19,7 +19,6 @@ import onnx
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
-from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -194,26 +193,23 @@ def _state_outputs(
     return outputs
 
 
-def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks, dtype: ir.DataType) -> None:
-    """Put a DequantizeLinear between a quantized weight and its users, and a Cast where they are not float32."""
+def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
+    """Put a DequantizeLinear between a quantized weight and its users."""
     suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+    scales = initializer(graph, f"{weight.name}.scales", blocks.scales)
+    assert scales.dtype is not None
     inputs = [
         weight,
-        initializer(graph, f"{weight.name}.scales", blocks.scales),
+        scales,
         initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
     ]
     node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
     node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
-    node.outputs[0].dtype = ir.DataType.FLOAT
-    values, nodes = node.outputs[0], [node]
-    if dtype != ir.DataType.FLOAT:
-        nodes.append(ir.node("Cast", [values], {"to": int(dtype)}))
-        values = nodes[-1].outputs[0]
-        values.shape, values.dtype = weight.shape, dtype
+    node.outputs[0].dtype = scales.dtype
     for use in list(weight.uses()):
         if use.node is not node:
-            use.node.replace_input_with(use.idx, values)
-    graph.insert_before(graph[0], nodes)
+            use.node.replace_input_with(use.idx, node.outputs[0])
+    graph.insert_before(graph[0], [node])
 
 
 def refresh_from_trace(
@@ -259,7 +255,7 @@ def refresh_from_trace(
     for name in traced.parameters:
         value, stored = graph.initializers[name], weights[name]
         if stored.blocks is not None:
-            _dequantize(graph, value, stored.blocks, ir.DataType(BY_NAME[dtype].onnx))
+            _dequantize(graph, value, stored.blocks)
         value.const_value = external(name, stored)
         value.dtype = value.const_value.dtype
     CommonSubexpressionEliminationPass()(model)

@@ -57,7 +57,7 @@ class DequantizedTensor:
         for first in range(begin, end, step):
             last = min(end, first + step)
             q = unpack(self.stored.rows(first, last), bits)
-            scales = np.asarray(blocks.scales.rows(first, last))
+            scales = np.asarray(blocks.scales.rows(first, last), np.float32)
             if blocks.symmetric:
                 zero_points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
             else:
@@ -69,7 +69,7 @@ class DequantizedTensor:
 def dequantized_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace | DequantizedTensor]:
     """The tensors of a safetensors file, quantized ones as one that reads float32.
 
-    There a quantized tensor is three: q uint8 [N, K · bits / 8], scales float32 [N, K / block] and zero points uint8.
+    There a quantized tensor is three: q uint8 [N, K · bits / 8], scales [N, K / block] and zero points uint8.
     """
     from safetensors import safe_open
 

@@ -67,7 +67,7 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
             names = part_names(source.name)
             blocks = k // form.block_size
             integers.append(Entry(names[0], "U8", (n, k * form.bits // 8)))
-            scales.append(Entry(names[1], "F32", (n, blocks)))
+            scales.append(Entry(names[1], safetensors_name(dtype), (n, blocks)))
             row_bits = blocks * form.bits
             whole = row_bits % 8 == 0
             back.append(Entry(names[2], "U8", (n, row_bits // 8) if whole else ((n * row_bits + 7) // 8,)))

@@ -47,7 +47,7 @@ def stored_blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterat
         except FloatingPointError:
             raise InputError(
                 "A weight is too large for the dtype.",
-                note=f"{getattr(source, 'name', 'An adapter')} has values that are infinite as {dtype}.",
+                note=f"{getattr(source, 'name', 'An adapter or scale')} has values that are infinite as {dtype}.",
                 hint="Use --dtype bf16 or fp32.",
             ) from None
         yield converted.tobytes()
@@ -107,7 +107,7 @@ def write(
             names = part_names(source.name)
             for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
                 yield names[0], pack(q, form.bits)
-                yield names[1], scales.astype("<f4", copy=False).tobytes()
+                yield from ((names[1], block) for block in stored_blocks(scales, dtype))
                 if not form.symmetric:
                     yield names[2], pack(zero_points, form.bits)
             if form.symmetric:
@@ -131,6 +131,6 @@ def write(
         names = part_names(ref.name)
         kind = f"uint{form.bits}"
         grid = ref.shape[0], ref.shape[1] // form.block_size
-        blocks = Blocks(form.block_size, place(names[1], "float32", grid), place(names[2], kind, grid), form.symmetric)
+        blocks = Blocks(form.block_size, place(names[1], dtype, grid), place(names[2], kind, grid), form.symmetric)
         stored[name] = dataclasses.replace(place(names[0], kind, ref.shape), blocks=blocks)
     return stored

@@ -281,7 +281,7 @@ def errors_of(row: Row, root: Path) -> Errors:
         tokens = np.stack(session.generate(prompts, count, stop_token_ids=()))
         ours = rounded = _logits(session, prompts, tokens[:, :-1])
     if steps is not None:
-        engine = OrtEngine(bundle, provider="cpu", threads=1, steps=steps)
+        engine = OrtEngine(bundle, provider="cpu", threads=1, graphs={"ort/steps.onnx": steps})
         with Session(bundle, engine, PeriodicSchedule(row["k"]), row["policy"]) as session:
             if row["adapters"] == "loaded":
                 session.load_adapters(adapters)

@@ -6,6 +6,7 @@ The names are those of int4_gemm.h; nothing here knows the kernel's algorithm.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ def gemm_arrays(case: GemmCase) -> tuple[Arrays, np.ndarray]:
     return arrays, weights.astype(np.float64)
 
 
-def run_gemm(library: ctypes.CDLL, case: GemmCase, memory: type[Memory]) -> None:
+def run_gemm(library: ctypes.CDLL, case: GemmCase, memory: Callable[[np.ndarray], Memory]) -> None:
     """Asserts that a call gives the reference's numbers, and writes nothing else."""
     arrays, weights = gemm_arrays(case)
     held = {name: memory(array) for name, array in arrays.items()}

@@ -12,7 +12,8 @@ from lora_drop_export.graphs.nodes import Ops
 class Lengths:
     """What attention needs to know of lengths and positions, made once for each length group.
 
-    Adds the totals to the graph's inputs: GroupQueryAttention reads them on the host before it launches anything.
+    Adds totals and last slots to the graph's inputs. GroupQueryAttention reads the totals on the host before it
+    launches anything. The last slots would be computed of a shape, on the host, and copied to a GPU in every step.
 
     Args:
         ragged: whether rows may have different numbers of new tokens; they are an input then.
@@ -21,14 +22,12 @@ class Lengths:
     def __init__(self, graph: ir.Graph, ragged: bool) -> None:
         self.graph = graph
         self.inputs = {str(value.name): value for value in graph.inputs}
-        self.made: dict[str, ir.Value] = {}
         self.conditions: dict[tuple[str, int], ir.Value] = {}
         self.each: ir.Value | None = None
         self.new_tokens = self._input(NEW_TOKENS, ["batch"]) if ragged else None  # int32 [B]
         for length in [name for name in TOTALS if name in self.inputs]:  # in order: a graph is the same each time
             self._input(TOTALS[length], [])
-            if ragged:
-                self._input(LAST_SLOTS[length], ["batch"])
+            self._input(LAST_SLOTS[length], ["batch"])
 
     def _input(self, name: str, shape: list[str]) -> ir.Value:
         value = self.inputs[name] = ir.val(name, ir.DataType.INT32, shape)
@@ -63,13 +62,4 @@ class Lengths:
         """GroupQueryAttention's two length inputs: last valid slot [B] and the longest row's total [], both int32."""
         assert length is not None
         assert length.name is not None
-        total = self.inputs[TOTALS[length.name]]
-        if self.new_tokens is not None:
-            return self.inputs[LAST_SLOTS[length.name]], total
-        if length.name not in self.made:
-            ops = Ops()
-            new_tokens = ops("Shape", self.inputs["input_ids"], start=1, end=2)
-            after = ops("Cast", ops("Add", length, new_tokens), to=int(ir.DataType.INT32))  # [B]
-            self.made[length.name] = ops("Sub", after, ops.constant(np.array(1, np.int32)))
-            self.graph.insert_before(self.graph[0], ops.nodes)
-        return self.made[length.name], total
+        return self.inputs[LAST_SLOTS[length.name]], self.inputs[TOTALS[length.name]]

@@ -1,7 +1,9 @@
-"""Neutral step graphs → the one graph that ONNX Runtime runs fast, on the CPU in float32, on a GPU in halves.
+"""Neutral step graphs → those that ONNX Runtime runs fast, on the CPU in float32, on a GPU in halves.
 
-Enters: refresh.onnx and lora.onnx with external weights. Leaves: `steps.onnx`, whose input `lora_step` chooses between
-them by an If: one session holds each weight once, also where ONNX Runtime packs it for its kernels.
+Enters: refresh.onnx and lora.onnx with external weights. Leaves, in float32: `steps.onnx`, whose input `lora_step`
+chooses between them by an If: one session holds each weight once, also where ONNX Runtime packs it for its kernels.
+In halves: a graph for each step, whose weights are inputs: two sessions read one copy in the GPU's memory, nothing
+packs a second one, and no If keeps the provider from capturing a step as a CUDA graph.
 
     1. x Wᵀ [+ b]               → Gemm(transB=1) on [B·S, in] (the weight keeps its place on disk), or MatMulNBits
     2. linear layers that read  → one, and a Split, where their weights lie back to back in one file
@@ -34,12 +36,17 @@ no onnxruntime-gpu has query_seqlens yet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 import onnx_ir as ir
+from lora_drop_runtime.bundle.bundle import WeightInput
+from lora_drop_runtime.plan.schedule import StepKind
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.graphs.match import linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops, float32_logits, rank, replace_node
+from lora_drop_export.graphs.weight_inputs import stored_weights_as_inputs
 
 from .attention import lower_attention, pad_cache_write
 from .elementwise import fuse_elementwise
@@ -116,3 +123,23 @@ def ort_from_neutral(
         ragged: whether rows may have different numbers of new tokens.
     """
     return joined(lower_step(lora, max_positions, ragged), lower_step(refresh, max_positions, ragged))
+
+
+def halves_from_neutral(
+    steps: Mapping[StepKind, onnx.ModelProto], max_positions: int
+) -> tuple[dict[StepKind, onnx.ModelProto], dict[str, WeightInput]]:
+    """Lower both steps, a graph each; the arguments are left as they were.
+
+    Args:
+        max_positions: tokens of the longest row.
+
+    Returns: the graphs, and where the bytes of the weights lie that are inputs of them.
+    """
+    graphs: dict[StepKind, onnx.ModelProto] = {}
+    table: dict[str, WeightInput] = {}
+    for kind, proto in steps.items():
+        model = ir.serde.deserialize_model(lower_step(proto, max_positions))
+        for name, weight in stored_weights_as_inputs(model.graph).items():
+            assert table.setdefault(name, weight) == weight, name
+        graphs[kind] = ir.serde.serialize_model(model)
+    return graphs, table

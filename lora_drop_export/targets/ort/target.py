@@ -1,13 +1,16 @@
-"""ONNX Runtime as a target: lowers both steps into one graph."""
+"""ONNX Runtime as a target: lowers both steps, into one graph for the CPU, into two for a GPU."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_rows
 from lora_drop_runtime.plan.schedule import StepKind
@@ -21,7 +24,7 @@ class OrtTarget:
     name = "ort"
     what = "ONNX Runtime (default)"
     quantized_weights: tuple[str, ...] = ("int4", "int8")
-    quantized_dtypes: tuple[str, ...] = ("float32",)
+    quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = False
     takes_int8_caches = True
 
@@ -45,15 +48,21 @@ class OrtTarget:
         console: Console,
         earlier: Bundle | None,
     ) -> OrtEntry:
-        from .lower import ort_from_neutral
+        from .lower import halves_from_neutral, ort_from_neutral
 
-        entry = OrtEntry(steps=f"{self.name}/steps.onnx")
+        positions = manifest.limits.max_seq_len
         with console.phase("lowering to ONNX Runtime"):
-            ragged = takes_ragged_rows(manifest.model.dtype)
-            steps = (graphs[StepKind.REFRESH], graphs[StepKind.LORA])
-            joined = ort_from_neutral(*steps, manifest.limits.max_seq_len, ragged)
-            (root / entry.steps).write_bytes(joined.SerializeToString())
-        return entry
+            if takes_ragged_rows(manifest.model.dtype):
+                file = f"{self.name}/steps.onnx"
+                joined = ort_from_neutral(graphs[StepKind.REFRESH], graphs[StepKind.LORA], positions, ragged=True)
+                (root / file).write_bytes(joined.SerializeToString())
+                return OrtEntry(steps=file)
+            lowered, weights = halves_from_neutral(graphs, positions)
+            files, table = {kind: f"{self.name}/{kind.value}.onnx" for kind in lowered}, f"{self.name}/weights.json"
+            for kind, proto in lowered.items():
+                (root / files[kind]).write_bytes(proto.SerializeToString())
+            (root / table).write_text(json.dumps({name: dataclasses.asdict(w) for name, w in weights.items()}) + "\n")
+        return OrtEntry(graphs={kind.value: file for kind, file in files.items()}, weights=table)
 
     def provider(self, dtype: str) -> str | None:
         return None if dtype == "float32" else "cuda"

@@ -1,8 +1,8 @@
 """Quantized weights as TensorRT's parser takes them.
 
-Enters: a step graph whose DequantizeLinear nodes read UINT4 blocks with zero points and float32 scales, as the
-bundle stores them and ONNX Runtime runs them. Leaves: the same graph over INT4 or INT8 without zero points, which
-TensorRT does not have, with scales in the dtype of activations. The new bytes lie in one file, for the parse alone.
+Enters: a step graph whose DequantizeLinear nodes read UINT4 blocks with zero points and scales in the dtype of
+activations, as the bundle stores them and ONNX Runtime runs them. Leaves: the same graph over INT4 or INT8 without zero
+points, which TensorRT does not have. The new bytes lie in one file, for the parse alone.
 
     all zero points in the middle   INT4: q − 8
     zero points of their own        INT8: q − zero point, which is exact and takes twice the bytes
@@ -71,10 +71,10 @@ class _File:
 
 
 def _scales(stored: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
-    """In the dtype of activations; none is 0, which TensorRT refuses."""
+    """None is 0, which TensorRT refuses."""
     import ml_dtypes
 
-    scales = np.frombuffer(stored, "<f4").astype(dtype)
+    scales = np.frombuffer(stored, dtype)
     return np.where(scales == 0, ml_dtypes.finfo(dtype).smallest_subnormal, scales).astype(dtype)
 
 
@@ -90,10 +90,6 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
     import ml_dtypes
 
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
     numpy = {BY_NAME["float32"].onnx: np.float32, BY_NAME["float16"].onnx: np.float16}
     numpy[BY_NAME["bfloat16"].onnx] = ml_dtypes.bfloat16
     out = _File(file)
@@ -108,14 +104,7 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
             shape = (int(weight.dims[0]), int(weight.dims[1]))
             integers = _less_zero_points(q, _stored(root, points), shape, block_size)
             out.write(weight, onnx.TensorProto.INT8, integers)
-        dtype = BY_NAME["float32"].onnx
-        casts = [reader for reader in readers[node.output[0]] if reader.op_type == "Cast"]
-        if casts:
-            (cast,) = casts
-            dtype = onnx.helper.get_attribute_value(cast.attribute[0])
-            node.output[0] = cast.output[0]
-            model.graph.node.remove(cast)
-        out.write(scales, dtype, iter([_scales(_stored(root, scales), numpy[dtype])]))
+        out.write(scales, scales.data_type, iter([_scales(_stored(root, scales), numpy[scales.data_type])]))
         del node.input[2]
         model.graph.initializer.remove(points)
     file.flush()

@@ -13,6 +13,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Limits, Manifest, TargetEntry, TrtEntry
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
+from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
 from lora_drop_runtime.engines.trt.library import MODULES
 from lora_drop_runtime.errors import InputError
@@ -90,7 +91,7 @@ class TrtTarget:
     what: str
     default_form: str  # of attention
     quantized_weights: tuple[str, ...] = ("int4",)
-    quantized_dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = True
     takes_int8_caches = False
 

@@ -10,6 +10,7 @@ from lora_drop_runtime.bundle.bundle import WeightInput
 
 from lora_drop_export.graphs.match import Linear, joined_name, linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops
+from lora_drop_export.graphs.weight_inputs import stored_input
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,6 @@ def planned_fusions(graph: ir.Graph) -> tuple[Fusion, ...]:
     return tuple(made)
 
 
-def _weight_input(members: list[ir.Value]) -> WeightInput:
-    tensors = [member.const_value for member in members]
-    places = []
-    for tensor in tensors:
-        assert isinstance(tensor, ir.ExternalTensor)
-        assert tensor.offset is not None
-        assert tensor.length is not None
-        places.append((str(tensor.location), int(tensor.offset), int(tensor.length)))
-    first = tensors[0]
-    assert first is not None
-    rows = sum(int(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr, arg-type, misc]
-    shape = (rows, *(int(dim) for dim in first.shape[1:]))  # type: ignore[arg-type]
-    return WeightInput(first.dtype.numpy().name, shape, tuple(places))
-
-
 def fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, WeightInput]:
     table = {}
     for fusion in fusions:
@@ -62,7 +48,7 @@ def fused_weights(graph: ir.Graph, fusions: Iterable[Fusion]) -> dict[str, Weigh
             (fusion.bias, [bias for _, bias, _ in fusion.members if bias is not None]),
         ):
             if name is not None:
-                table[name] = _weight_input([graph.initializers[member] for member in members])
+                table[name] = stored_input([graph.initializers[member] for member in members])
     return table
 
 
@@ -101,7 +87,7 @@ def weights_as_inputs(graph: ir.Graph, fused: Mapping[str, WeightInput]) -> dict
     weights = {str(value.name): fused[str(value.name)] for value in graph.inputs if value.name in fused}
     for name, value in list(graph.initializers.items()):
         if isinstance(value.const_value, ir.ExternalTensor) and value.uses():
-            weights[name] = _weight_input([value])
+            weights[name] = stored_input([value])
             value.const_value = None
             graph.inputs.append(value)
             del graph.initializers[name]

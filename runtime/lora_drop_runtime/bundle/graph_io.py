@@ -19,10 +19,11 @@ taken at the last of them. `present_x` is `past_x` updated in place (its alias).
 
 A target's lowered graphs give float32 logits whatever their dtype. `LoweredIO` says what else is different: some give
 `next_token`, the index of the largest logit; some have both steps in one graph with the inputs and outputs of both:
-what a LoRA step leaves alone it gives back as it came. Their engine sets what such a graph takes besides: the scalar
-`lora_step`, and beside each of the lengths a scalar `total_kept` or `total_dropped`; where rows may have different
-numbers of new tokens, also `new_tokens`, `packed_step`, and `last_kept` or `last_dropped`. Weights that are inputs of
-an engine are not in this table but in the target's own (`WeightInput` in bundle.py).
+what a LoRA step leaves alone it gives back as it came. ONNX Runtime's engine sets what its graphs take besides: beside
+each of the lengths a scalar `total_kept` or `total_dropped`, and `last_kept` or `last_dropped`; where one graph holds
+both steps the scalar `lora_step`; where rows may have different numbers of new tokens, also `new_tokens` and
+`packed_step`. Weights that are inputs of an engine are not in this table but in the target's own (`WeightInput` in
+bundle.py).
 
 Rows may have different numbers of new tokens where an engine says so. The last entry of a row of `logits_index` is its
 last new token, what follows it in `input_ids` is padding; −1 says that the row stands still: no cache and no state of
@@ -39,25 +40,24 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
 Dim = str | int
-# Inputs of a graph with both steps, which its engine sets: which step it is, bool [], and for each cache group the
-# valid slots of the longest row after the step, int32 []. Where rows may have different numbers of new tokens, also
-# these, int32 [batch], and the last valid slot of each row after the step, int32 [batch]; and a bool [] that says
+# Inputs of ONNX Runtime's graphs, which its engine sets: for each cache group the valid slots of the longest row after
+# the step, int32 [], and the last valid slot of each row after it, int32 [batch]; in a graph with both steps which it
+# is, bool []. Where rows may have different numbers of new tokens, also these, int32 [batch], and a bool [] that says
 # whether a refresh computes the tokens that there are instead of [batch, sequence]
 LORA_STEP, PACKED_STEP, NEW_TOKENS = "lora_step", "packed_step", "new_tokens"
 TOTALS = {"len_kept": "total_kept", "len_dropped": "total_dropped"}
 LAST_SLOTS = {"len_kept": "last_kept", "len_dropped": "last_dropped"}
 
 
-def beside_inputs(lengths: Iterable[str], ragged: bool) -> list[str]:
-    """What the engine sets in a graph with both steps.
+def beside_inputs(lengths: Iterable[str], joined: bool) -> list[str]:
+    """What ONNX Runtime's engine sets in a graph.
 
     Args:
         lengths: those of `len_kept` and `len_dropped` that the graph takes.
-        ragged: rows may have different numbers of new tokens.
+        joined: it holds both steps, and rows may have different numbers of new tokens.
     """
-    names = [(TOTALS[length], LAST_SLOTS[length]) for length in lengths]
-    rows = [NEW_TOKENS, PACKED_STEP, *(last for _, last in names)] if ragged else []
-    return [LORA_STEP, *(total for total, _ in names), *rows]
+    names = [name for length in lengths for name in (TOTALS[length], LAST_SLOTS[length])]
+    return [LORA_STEP, NEW_TOKENS, PACKED_STEP, *names] if joined else names
 
 
 def steps_name(outputs: Iterable[str]) -> str:

@@ -130,6 +130,11 @@ class TargetEntry:
     takes_cache_scales: ClassVar[bool] = True
 
     @property
+    def step_io(self) -> LoweredIO:
+        """`lowered` as this entry's own files have it."""
+        return self.lowered
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The files that opening it reads."""
         return ()
@@ -150,15 +155,31 @@ class TargetEntry:
 
 @dataclass(frozen=True)
 class OrtEntry(TargetEntry):
-    """ONNX Runtime: `steps` is the graph that holds both steps."""
+    """ONNX Runtime, with activations in float32 for the CPU, in halves for a GPU.
+
+    Attributes:
+        steps: the graph that holds both steps (float32).
+        graphs: step → its graph, whose weights are inputs (halves).
+        weights: the table of these.
+    """
 
     lowered = LoweredIO(joined=True, head_multiple=8)  # GroupQueryAttention takes no other heads
 
-    steps: str
+    steps: str | None = None
+    graphs: Mapping[str, str] | None = None
+    weights: str | None = None
+
+    @property
+    def step_io(self) -> LoweredIO:
+        return dataclasses.replace(self.lowered, joined=self.steps is not None)
 
     @property
     def files(self) -> tuple[str, ...]:
-        return (self.steps,)
+        return tuple(name for name in (self.steps, *(self.graphs or {}).values(), self.weights) if name is not None)
+
+    @property
+    def weight_table(self) -> str | None:
+        return self.weights
 
 
 @dataclass(frozen=True)
@@ -282,7 +303,10 @@ class Manifest:
 
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
         """The inputs and outputs of a step's graph: the neutral one, or a target's."""
-        model, lowered = self.model, None if target is None else ENTRIES.get(target, TargetEntry).lowered
+        model, entry = self.model, self.targets.get(target or "")
+        lowered = None if target is None else ENTRIES.get(target, TargetEntry).lowered
+        if entry is not None:
+            lowered = entry.step_io
         return graph_io(kind, self.plan, model.cache, model.hidden_size, model.vocab_size, lowered)
 
     def to_json(self) -> str:

@@ -27,6 +27,7 @@ from .manifest import (
     Limits,
     Manifest,
     ModelFacts,
+    OrtEntry,
     OtherEntry,
     SpecialTokens,
     TargetEntry,
@@ -97,8 +98,18 @@ def _check_device_target(where: str, entry: TrtEntry) -> None:
     ):
         if set(found) != needed:
             raise ValueError(f"{where}.{name} has {', '.join(found) or 'nothing'}, needed are {', '.join(needed)}")
-    if "decode" not in entry.refresh_profiles:
-        raise ValueError(f"{where}.refresh_profiles has no 'decode'")
+    for name in ("decode", "prefill"):
+        if name not in entry.refresh_profiles:
+            raise ValueError(f"{where}.refresh_profiles has no {name!r}")
+
+
+def _check_ort_target(where: str, entry: OrtEntry) -> None:
+    """Whether it is one of the two forms."""
+    steps = {kind.value for kind in StepKind}
+    if (entry.steps is None) != (entry.weights is not None) or (entry.weights is None) != (entry.graphs is None):
+        raise ValueError(f"{where} needs either 'steps', or 'graphs' and 'weights'")
+    if entry.graphs is not None and set(entry.graphs) != steps:
+        raise ValueError(f"{where}.graphs has {', '.join(entry.graphs) or 'nothing'}, needed are {', '.join(steps)}")
 
 
 def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
@@ -150,6 +161,8 @@ def _target(name: str, data: object) -> TargetEntry:
     entry: TargetEntry = typed(ENTRIES[name], data, where)
     if isinstance(entry, TrtEntry):
         _check_device_target(where, entry)
+    if isinstance(entry, OrtEntry):
+        _check_ort_target(where, entry)
     return entry
 
 

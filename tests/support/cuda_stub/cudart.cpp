@@ -7,7 +7,10 @@
 // The device's memory is one file in memory, mapped twice: at the addresses that callers get nothing may be read or
 // written, as on a GPU, so that a host function that touches one ends the process. Copies go through the other mapping.
 //
-// What a session of this project has no use for, such as graph capture, says cudaErrorNotSupported.
+// What a stream is given while it is captured is recorded and not done; a launch of the graph does it. As on a GPU, a
+// wait, a synchronous copy, memory taken or given back, and work on the default stream end a capture with an error.
+//
+// What a session of this project has no use for says cudaErrorNotSupported.
 
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -17,8 +20,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #undef cudaGetDeviceProperties
 
@@ -34,7 +39,8 @@ struct Counters {
   long long on_device_calls, on_device_bytes, on_device_largest;
   long long kernels;
   long long waits;
-  long long held_bytes;  // of device memory, now
+  long long captures, replays, replayed_kernels;
+  long long held_bytes, held_graphs;  // of device memory, and CUDA graphs, now
 };
 
 class Device {
@@ -49,6 +55,7 @@ class Device {
 
   cudaError_t allocate(void** address, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
     const size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     if (size > kDeviceBytes - used_) return cudaErrorMemoryAllocation;
     *address = seen_ + used_;
@@ -61,6 +68,7 @@ class Device {
   cudaError_t release(void* address) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (address == nullptr) return cudaSuccess;
+    if (capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
     const auto found = sizes_.find(address);
     if (found == sizes_.end()) return cudaErrorInvalidValue;
     counters_.held_bytes -= static_cast<long long>(found->second);
@@ -71,6 +79,7 @@ class Device {
   // Refuses a direction that is not that of the addresses, as the real one does
   cudaError_t copy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
     const bool to_device = holds(to), from_device = holds(from);
     const cudaMemcpyKind real = to_device ? (from_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice)
                                           : (from_device ? cudaMemcpyDeviceToHost : cudaMemcpyHostToHost);
@@ -96,27 +105,80 @@ class Device {
     return address >= seen_ && address < seen_ + kDeviceBytes;
   }
 
-  cudaError_t count_kernel() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++counters_.kernels;
-    return cudaSuccess;
+  cudaError_t count_kernel(cudaStream_t stream) {
+    const auto run = [this] { return ++counters_.replayed_kernels, cudaSuccess; };
+    return recorded_or(stream, run, [this] { return ++counters_.kernels, cudaSuccess; });
   }
 
   cudaError_t count_wait() {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
     ++counters_.waits;
     return cudaSuccess;
   }
+
+  // Done now, or when the graph runs for which the stream is captured
+  cudaError_t enqueue(cudaStream_t stream, const std::function<cudaError_t()>& work) {
+    return recorded_or(stream, work, work);
+  }
+
+  cudaError_t begin_capture(cudaStream_t stream) {
+    if (stream == nullptr || capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
+    capturing_ = stream;
+    recorded_.clear();
+    return cudaSuccess;
+  }
+
+  cudaError_t end_capture(cudaStream_t stream, cudaGraph_t* graph) {
+    if (capturing_ == nullptr || stream != capturing_) return cudaErrorStreamCaptureUnmatched;
+    capturing_ = nullptr;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    graphs_.push_back(recorded_);
+    *graph = reinterpret_cast<cudaGraph_t>(graphs_.size());
+    ++counters_.captures;
+    return cudaSuccess;
+  }
+
+  cudaError_t replay(size_t number, cudaStream_t stream) {
+    if (number == 0 || number > graphs_.size() || capturing_ != nullptr || stream == nullptr) return cudaErrorInvalidValue;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++counters_.replays;
+    }
+    for (const auto& work : graphs_[number - 1]) {
+      const cudaError_t error = work();
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  cudaError_t hold_graphs(int more) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    counters_.held_graphs += more;
+    return cudaSuccess;
+  }
+
+  bool captures(cudaStream_t stream) const { return capturing_ != nullptr && stream == capturing_; }
 
   Counters take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Counters taken = counters_;
     counters_ = Counters{};
     counters_.held_bytes = taken.held_bytes;
+    counters_.held_graphs = taken.held_graphs;
     return taken;
   }
 
  private:
+  cudaError_t recorded_or(cudaStream_t stream, const std::function<cudaError_t()>& recorded,
+                          const std::function<cudaError_t()>& now) {
+    if (capturing_ == nullptr) return now();
+    if (stream == nullptr) return cudaErrorStreamCaptureImplicit;
+    if (stream != capturing_) return now();
+    recorded_.push_back(recorded);
+    return cudaSuccess;
+  }
+
   [[noreturn]] static void die(const char* why) {
     fprintf(stderr, "CUDA stub: %s\n", why);
     abort();
@@ -135,6 +197,9 @@ class Device {
   char *seen_, *shadow_;
   size_t used_ = 0;
   std::map<void*, size_t> sizes_;
+  cudaStream_t capturing_ = nullptr;
+  std::vector<std::function<cudaError_t()>> recorded_;
+  std::vector<std::vector<std::function<cudaError_t()>>> graphs_;  // of a number each, from 1
   Counters counters_{};
   std::mutex mutex_;
 };
@@ -260,21 +325,21 @@ cudaError_t cudaFreeHost(void* address) {
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   return device().copy(to, from, bytes, kind);
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return device().copy(to, from, bytes, kind);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return device().enqueue(stream, [=] { return device().copy(to, from, bytes, kind); });
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t) {
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
   for (size_t row = 0; row < height; ++row) {
-    const cudaError_t error = device().copy(static_cast<char*>(to) + row * to_pitch,
-                                            static_cast<const char*>(from) + row * from_pitch, width, kind);
+    const cudaError_t error = cudaMemcpyAsync(static_cast<char*>(to) + row * to_pitch,
+                                              static_cast<const char*>(from) + row * from_pitch, width, kind, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return device().fill(to, value, bytes); }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return device().fill(to, value, bytes);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  return device().enqueue(stream, [=] { return device().fill(to, value, bytes); });
 }
 cudaError_t cudaMemcpyFromSymbol(void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaErrorNotSupported; }
 cudaError_t cudaMemPoolCreate(cudaMemPool_t*, const cudaMemPoolProps*) { return cudaErrorNotSupported; }
@@ -301,16 +366,24 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) 
   *milliseconds = 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+
+// ── graphs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = device().captures(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
-cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaErrorNotSupported; }
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) { return cudaErrorNotSupported; }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaErrorNotSupported; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaErrorNotSupported; }
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) { return device().begin_capture(stream); }
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) { return device().end_capture(stream, graph); }
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
+  *made = reinterpret_cast<cudaGraphExec_t>(graph);
+  return device().hold_graphs(1);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  return device().replay(reinterpret_cast<size_t>(graph), stream);
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return device().hold_graphs(-1); }
 
 // ── errors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -321,15 +394,20 @@ const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(erro
 
 // ── kernels: counted, not run ──────────────────────────────────────────────────────────────────────────────────────
 
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return device().count_kernel(); }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
-  return device().count_kernel();
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return device().count_kernel(stream);
 }
-cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
-  return device().count_kernel();
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return device().count_kernel(stream);
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { return device().count_kernel(); }
-cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
+cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return device().count_kernel(stream);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
+  return device().count_kernel(config->stream);
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  if (device().captures(stream)) return cudaErrorNotSupported;
   function(data);
   return cudaSuccess;
 }

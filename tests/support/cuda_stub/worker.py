@@ -32,7 +32,8 @@ class Counters(ctypes.Structure):
         (name, ctypes.c_longlong)
         for name in (
             "to_device_calls", "to_device_bytes", "to_host_calls", "to_host_bytes", "on_device_calls",
-            "on_device_bytes", "on_device_largest", "kernels", "waits", "held_bytes",
+            "on_device_bytes", "on_device_largest", "kernels", "waits", "captures", "replays", "replayed_kernels",
+            "held_bytes", "held_graphs",
         )
     )  # fmt: skip
 
@@ -50,12 +51,15 @@ class Watch:
     def __init__(self) -> None:
         self.bound: dict[int, dict[str, int]] = {}
         self.addresses: dict[str, set[int]] = {}
+        self.on_host: set[str] = set()
         self.moved: list[str] = []
         bind_input, bind_output = onnxruntime.IOBinding.bind_input, onnxruntime.IOBinding.bind_output
         run = onnxruntime.InferenceSession.run_with_iobinding
 
         def binding_input(binding: Any, name: str, *arguments: Any) -> None:
             self.addresses.setdefault(name, set()).add(arguments[-1])
+            if arguments[0] == "cpu":
+                self.on_host.add(name)
             bind_input(binding, name, *arguments)
 
         def binding_output(binding: Any, name: str, *arguments: Any) -> None:
@@ -63,8 +67,8 @@ class Watch:
             self.addresses.setdefault(name, set()).add(arguments[-1])
             bind_output(binding, name, *arguments)
 
-        def running(session: Any, binding: Any) -> None:
-            run(session, binding)
+        def running(session: Any, binding: Any, *arguments: Any) -> None:
+            run(session, binding, *arguments)
             for (name, address), value in zip(self.bound[id(binding)].items(), binding.get_outputs(), strict=True):
                 if value.data_ptr() != address:
                     self.moved.append(name)
@@ -87,6 +91,7 @@ def placed(profile: Path) -> dict[str, dict[str, int]]:
 def decode(bundle: str, policy: str, batch: int, library: ctypes.CDLL, watch: Watch) -> dict[str, Any]:
     watch.bound.clear()
     watch.addresses.clear()
+    watch.on_host.clear()
     taken(library)
     with Session.open(bundle, provider="cuda", policy=policy, k=WINDOW) as session:
         opening = taken(library)
@@ -98,18 +103,20 @@ def decode(bundle: str, policy: str, batch: int, library: ctypes.CDLL, watch: Wa
             logits = session.step(np.full(batch, 3))
             steps.append({"kind": kind.value, **taken(library)})
         caches = session._request.caches
+        parts = [((file, at), size) for w in session.bundle.weight_inputs("ort").values() for file, at, size in w.parts]
         in_place = all(
             watch.addresses[name] == watch.addresses[name.replace("past_", "present_")]
             and min(watch.addresses[name]) == cache.address
             for name, cache in caches.items()
         )
-        (ort_session,) = set(session._engine._sessions.values())
-        providers = placed(Path(ort_session.end_profiling()))
+        providers = {kind.value: placed(Path(one.end_profiling())) for kind, one in session._engine._sessions.items()}
         return {
             "policy": policy, "batch": batch, "opening": opening, "prefill": prefill, "steps": steps,
             "cache_bytes": min(cache.nbytes for cache in caches.values()), "logits_bytes": logits.nbytes,
             "layers": session.bundle.manifest.plan.num_layers,
-            "in_place": in_place, "moved": watch.moved, "placed": providers,
+            "weight_bytes": sum(dict(parts).values()), "on_host": sorted(watch.on_host),
+            "sides": 1 + session._request.slots.buffers.are_double, "in_place": in_place, "moved": watch.moved,
+            "placed": providers,
         }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from .providers import no_device
 
 
 class DeviceMemory:
-    """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again frees the one before.
+    """Buffers in a GPU's memory as OrtValues of bytes, one for each name; asking again ends the one before.
 
     Args:
         ep_device: the device of a provider that was loaded as a library; None for the CUDA provider.
@@ -33,11 +33,30 @@ class DeviceMemory:
         value = self._values[name] = self._upload(name, content)
         return DeviceBuffer(name, value.data_ptr(), shape, dtype)
 
-    def replace(self, contents: Mapping[str, Array]) -> dict[str, int]:
-        """Other bytes under these names, all of them or, where memory is out, none; returns the new addresses."""
-        values = {name: self._upload(name, content) for name, content in contents.items()}
-        self._values |= values
-        return {name: value.data_ptr() for name, value in values.items()}
+    def room(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
+        """A buffer with finite values. One that is large enough stays where it is, so that CUDA graphs stay good."""
+        buffer = DeviceBuffer(name, 0, shape, dtype)
+        value = self._values.get(name)
+        if value is None or value.tensor_size_in_bytes() < buffer.nbytes:
+            return self.hold(name, np.zeros(buffer.nbytes, np.uint8), shape, dtype)
+        return replace(buffer, address=value.data_ptr())
+
+    def block(self, content: Array) -> Any:
+        """An OrtValue with these bytes, which the caller holds."""
+        return self._upload("A step's inputs", content)
+
+    def fill(self, value: Any, content: Array) -> None:
+        """Other bytes into an OrtValue, as many as it has."""
+        if self._info is None:
+            value.update_inplace(content)
+        else:
+            self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(content)], [value])
+
+    def replace(self, name: str, content: Array) -> None:
+        """Other bytes into a buffer that has as many: it stays where it is, and CUDA graphs stay good."""
+        value = self._values[name]
+        assert value.tensor_size_in_bytes() == content.nbytes
+        self.fill(value, content)
 
     def _upload(self, name: str, content: Array) -> Any:
         content = np.ascontiguousarray(content)
@@ -73,8 +92,4 @@ class DeviceMemory:
         there, content = self._content(target.name).copy(), self._content(source.name)
         for to, origin, count in head_spans(source, target, slots):
             there[to - begins[0] :][:count] = content[origin - begins[1] :][:count]
-        value = self._values[target.name]
-        if self._info is None:
-            value.update_inplace(there)
-        else:
-            self._ort.copy_tensors([self._ort.OrtValue.ortvalue_from_numpy(there)], [value])
+        self.fill(self._values[target.name], there)

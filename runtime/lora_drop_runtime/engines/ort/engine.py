@@ -6,14 +6,16 @@ Knows no model, no schedule and no token: it binds names to memory and runs.
     target          provider    graphs                                           caches, states, logits
     ort             cpu         float32 activations; both steps in one graph,    numpy
                                 so that one session holds the weights once
-    ort             cuda        float16, bfloat16                                the GPU's memory
+    ort             cuda        float16, bfloat16 activations; a graph a step,   the GPU's memory
+                                whose weights are inputs: once on the GPU
     tensorrt-rtx    rtx         the engines, as EPContext nodes                  the GPU's memory
     tensorrt[-rtx]  cpu         what the engines were built from, where that is  numpy
                                 plain ONNX (native form): it shows what is wrong
                                 with the graphs, and nothing of the engines
 
-What lies in the GPU's memory is bound by address. What the session reads and writes (ids, lengths) is host memory,
-which ONNX Runtime copies to a GPU when it is bound, and only then: a step there binds it anew.
+What lies in the GPU's memory is bound by address. What the session writes (ids, lengths) is host memory: a step on a
+GPU copies it into one block there. With `cuda` a decode step is captured as a CUDA graph and replayed where its buffers
+are the same; prompts and other steps of several tokens are not.
 """
 
 from __future__ import annotations
@@ -21,21 +23,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
-from lora_drop_runtime.bundle.graph_io import (
-    LAST_SLOTS,
-    LORA_STEP,
-    NEW_TOKENS,
-    PACKED_STEP,
-    TOTALS,
-    beside_inputs,
-    steps_name,
-)
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS, beside_inputs, steps_name
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.engines.engine import (
@@ -50,71 +45,31 @@ from lora_drop_runtime.engines.engine import (
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
+from .beside import BesideLengths
 from .device_memory import DeviceMemory
+from .device_steps import CudaGraphs, HostInputs
 from .io_check import check_beside, check_io, check_name
 from .package import import_onnxruntime, preload_cuda
+from .placement import RECORD, check_placement
 from .providers import (
     PROVIDERS,
     check_available,
+    check_form,
     check_runs,
     check_version,
     no_device,
     not_started,
     rtx_device,
-    takes_ragged_rows,
 )
 from .session_options import packs_weights, session_options
+
+SLOT_STEP = 256  # of which caches on a GPU have a multiple
 
 
 def _trim_heap() -> None:
     """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class _BesideLengths:
-    """What stands beside a step's lengths in a graph with both steps; called before each run.
-
-    Args:
-        inputs: of the step.
-        slots: of each length, how many its caches have.
-        ragged: whether rows may have different numbers of new tokens.
-    """
-
-    def __init__(self, inputs: Mapping[str, Any], slots: Mapping[str, int], ragged: bool) -> None:
-        # Plain Python over memory views: after a step that streamed all weights, numpy's code has left the CPU's caches
-        self._batch, self._width = inputs["input_ids"].shape
-        totals = {length: np.zeros((), np.int32) for length in TOTALS if length in inputs}
-        self.arrays: dict[str, Array] = {TOTALS[length]: total for length, total in totals.items()}
-        self._ragged = ragged
-        self._index = inputs["logits_index"].data
-        self._last_index = inputs["logits_index"].shape[1] - 1
-        counts, self._packed = np.zeros(self._batch, np.int32), np.array(False)
-        lasts = {length: np.zeros(self._batch, np.int32) for length in totals}
-        if ragged:
-            self.arrays |= {NEW_TOKENS: counts, PACKED_STEP: self._packed}
-            self.arrays |= {LAST_SLOTS[length]: last for length, last in lasts.items()}
-        self._counts = counts.data
-        self._groups = [(totals[n], lasts[n].data, inputs[n].data, slots[n] - self._width) for n in totals]
-
-    def __call__(self) -> None:
-        if not self._ragged:
-            for total, _, lengths, _ in self._groups:
-                total[()] = max(lengths) + self._width
-            return
-        tokens = 0
-        for row in range(self._batch):
-            self._counts[row] = count = self._index[row, self._last_index] + 1
-            tokens += count
-        for total, lasts, lengths, most in self._groups:
-            longest = self._width
-            for row, count in enumerate(self._counts):
-                # The operator wants a slot, and room for the whole chunk, of a row that stands still as well
-                end = lengths[row] + count if count else max(1, min(lengths[row], most))
-                lasts[row] = end - 1
-                longest = max(longest, end)
-            total[()] = longest
-        self._packed[()] = self._width > 1 and tokens < self._batch * self._width
 
 
 class OrtEngine:
@@ -125,7 +80,7 @@ class OrtEngine:
         target: whose graphs; `ort`, or a TensorRT target.
         provider: `cpu`, `cuda` or `rtx`; `cpu` when None.
         threads: intra-op threads; None leaves the number of physical cores.
-        steps: another graph in the place of the target's, for `ort`.
+        graphs: others in the place of the target's, by the names of their files.
 
     Raises:
         InputError: no ONNX Runtime is installed, or it is too old or does not work.
@@ -144,15 +99,17 @@ class OrtEngine:
         *,
         provider: str | None = None,
         threads: int | None = None,
-        steps: bytes | None = None,
+        graphs: Mapping[str, bytes] | None = None,
     ) -> None:
         provider = provider or "cpu"
         entry = bundle.target(target)[1]
         check_runs(bundle, target, provider)
         onnxruntime = import_onnxruntime()
-        self._joined = isinstance(entry, OrtEntry)
-        if self._joined:
+        self._is_own = isinstance(entry, OrtEntry)  # else a TensorRT target's
+        self._joined = isinstance(entry, OrtEntry) and entry.steps is not None
+        if isinstance(entry, OrtEntry):
             check_version(onnxruntime.__version__, bundle.manifest.model.dtype)
+            check_form(entry, bundle.manifest.model.dtype)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
@@ -162,51 +119,55 @@ class OrtEngine:
         if provider == "cuda":
             preload_cuda(onnxruntime)
         self._threads = threads
-        self._steps = steps
+        self._changed = graphs or {}
         assert isinstance(entry, OrtEntry | TrtEntry)  # check_runs
         self.target = target
-        self.chooses_tokens = not self._joined
-        self._ragged = self._joined and takes_ragged_rows(bundle.manifest.model.dtype)
+        self.chooses_tokens = not self._is_own
         # Else GroupQueryAttention (target ort) takes several tokens after others in one row only
-        self.batched_chunks = self._ragged or not self._joined
-        self.idle_rows = self._ragged
+        self.batched_chunks = self._joined or not self._is_own
+        self.idle_rows = self._joined
         self.many_requests = provider == "cpu"
         self.prefill_chunk: int | None = None
         self.verified_tokens: int | None = None
+        self._profiles: list[str] = []  # of the refresh engine, in their order (rtx)
         self._capacities: Mapping[str, int] | None = None
         if isinstance(entry, OrtEntry):
-            self._files: Mapping[StepKind, str] = dict.fromkeys(StepKind, entry.steps)
+            one = dict.fromkeys((kind.value for kind in StepKind), entry.steps or "")
+            files: Mapping[str, str] = entry.graphs or one
         else:
             self.prefill_chunk, self._capacities = entry.prefill_chunk, entry.slots
             files = entry.graphs
             if provider == "rtx":
                 assert entry.ep_context is not None  # check_runs
                 files = entry.ep_context
-                # The provider takes the first profile
-                self.prefill_chunk = self.verified_tokens = entry.refresh_profiles["decode"][1]
-            self._files = {kind: files[kind.value] for kind in StepKind}
+                self._profiles = list(entry.refresh_profiles)
+                self.verified_tokens = entry.refresh_profiles["decode"][1]
+        self._files = {kind: files[kind.value] for kind in StepKind}
         self._memory: DeviceMemory | None = None
         if provider != "cpu":
             self._memory = DeviceMemory(onnxruntime, self._ep_device)
-        self._weights = {name: self._weight(name, w) for name, w in bundle.weight_inputs(target).items()}
+        self._graphs = CudaGraphs() if provider == "cuda" else None
+        self._blocks: dict[Any, Any] = {}  # of the inputs of steps that are captured
         self._sessions: dict[StepKind, Any] = {}
         self._adapters: Mapping[str, Any] = {}  # in the place of those in the graphs
         self._open_all({})
+        self._mapped: list[Array] = []  # what holds the weights that are inputs, on the CPU
+        self._weights = self._load_weights()  # now: a provider that cannot start has said so
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
         if self._joined:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
+            written = self._bundle.manifest.io(StepKind.LORA).outputs
+            session, file = self._sessions[StepKind.LORA], self._files[StepKind.LORA]
+            check_name(session, steps_name(spec.name for spec in written), file)
         else:
             self._sessions = {kind: self._open(file, replaced) for kind, file in self._files.items()}
-        if self._joined:
-            written = self._bundle.manifest.io(StepKind.LORA).outputs
-            file = self._files[StepKind.LORA]
-            session = self._sessions[StepKind.LORA]
-            check_name(session, steps_name(spec.name for spec in written), file)
-            lengths = {spec.name for spec in self._bundle.manifest.io(StepKind.REFRESH).inputs} & TOTALS.keys()
-            check_beside(session, beside_inputs(lengths, self._ragged), file)
         for kind, session in self._sessions.items():
-            check_io(session, self._bundle.manifest.io(kind, self.target), self._files[kind])
+            io = self._bundle.manifest.io(kind, self.target)
+            if self._is_own:
+                lengths = [spec.name for spec in io.inputs if spec.name in TOTALS]
+                check_beside(session, beside_inputs(lengths, self._joined), self._files[kind])
+            check_io(session, io, self._files[kind])
         _trim_heap()
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
@@ -223,31 +184,49 @@ class OrtEngine:
             raise
         self._adapters = adapters
 
-    def _weight(self, name: str, weight: WeightInput) -> Array | DeviceBuffer:
-        """A weight that is an input: mapped, or put together from its parts; copied to where the steps run."""
-        parts = list(self._bundle.mapped_parts(weight))
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self._memory is not None:
-            return self._memory.hold(name, whole, weight.shape, weight.dtype)
-        return whole.view(weight.dtype).reshape(weight.shape)
+    def _load_weights(self) -> dict[str, Array | DeviceBuffer]:
+        """Weights that are inputs: mapped, or put together from their parts; copied to where the steps run.
 
-    def _open(self, file: str, replaced: Mapping[str, Any]) -> Any:
+        Inputs over the same bytes, as a table that is the head as well, are views of one buffer.
+        """
+        loaded: dict[str, Array | DeviceBuffer] = {}
+        buffers: dict[tuple[tuple[str, int, int], ...], DeviceBuffer] = {}
+        for name, weight in self._bundle.weight_inputs(self.target).items():
+            if weight.parts in buffers:
+                loaded[name] = replace(buffers[weight.parts], shape=weight.shape, dtype=weight.dtype)
+                continue
+            parts = list(self._bundle.mapped_parts(weight))
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if self._memory is None:  # bound by address as well: numpy has neither bfloat16 nor uint4
+                self._mapped.append(whole)
+                loaded[name] = DeviceBuffer(name, whole.ctypes.data, weight.shape, weight.dtype)
+            else:
+                buffers[weight.parts] = loaded[name] = self._memory.hold(name, whole, weight.shape, weight.dtype)
+        return loaded
+
+    def _open(self, file: str, replaced: Mapping[str, Any], capture: bool = True) -> Any:
         options = session_options(self._ort, self._bundle.root, self._threads)
         if not packs_weights(self._bundle.manifest.model):
             options.add_session_config_entry("session.disable_prepacking", "1")
         if self._memory is not None:
             options.log_severity_level = 3  # its warnings name shape nodes, which belong on the CPU
+            options.add_session_config_entry(RECORD, "1")
         if replaced:
             options.add_external_initializers(list(replaced), list(replaced.values()))
         path = self._bundle.root / file
-        graph = self._steps or self._bundle.graph(file)
+        graph = self._changed.get(file) or self._bundle.graph(file)
         try:
             if self._ep_device is not None:  # from its path: the engine is found beside it
-                options.add_provider_for_devices([self._ep_device], {})
+                options.add_provider_for_devices([self._ep_device], {"nv_multi_profile_enable": "1"})
                 session = self._ort.InferenceSession(path, options, enable_fallback=0)
             else:
-                session = self._ort.InferenceSession(graph, options, providers=[self._provider], enable_fallback=0)
+                # Of steps with several tokens nothing is captured, whatever this says
+                captures = self._graphs is not None and capture
+                chosen = (self._provider, {"enable_cuda_graph": "1"}) if captures else self._provider
+                session = self._ort.InferenceSession(graph, options, providers=[chosen], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions have no common class of their own
+            if self._graphs is not None and capture:  # it says that some nodes lie elsewhere, and not which
+                self._open(file, replaced, capture=False)
             if self._memory is not None:
                 raise no_device(self._provider, error) from error
             raise BundleError(
@@ -257,10 +236,17 @@ class OrtEngine:
             ) from error
         if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
             raise not_started(self._provider, session.get_providers()[0], self._ort)
+        if self._graphs is not None:
+            check_placement(session, self._provider, file)
         return session
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
-        return needed if self._capacities is None else fitting_slots(self._capacities, needed)
+        if self._capacities is not None:
+            return fitting_slots(self._capacities, needed)
+        if self._graphs is None:
+            return needed
+        # Requests of like lengths then share CUDA graphs, which hold the caches' shapes
+        return {name: -(-count // SLOT_STEP) * SLOT_STEP for name, count in needed.items()}
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, dtype)
@@ -268,8 +254,7 @@ class OrtEngine:
     def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Array | DeviceBuffer:
         if self._memory is None:
             return np.zeros(shape, dtype)
-        size = DeviceBuffer(name, 0, shape, dtype).nbytes
-        return self._memory.hold(name, np.zeros(size, np.uint8), shape, dtype)
+        return self._memory.room(name, shape, dtype)
 
     def read(self, buffer: Array | DeviceBuffer) -> npt.NDArray[np.float32]:
         if isinstance(buffer, np.ndarray):
@@ -299,23 +284,22 @@ class OrtEngine:
             names = {value.name for value in session.get_inputs()}
             inputs = {**inputs, **{name: array for name, array in self._weights.items() if name in names}}
         set_beside: Callable[[], None] = lambda: None  # noqa: E731
+        captured = self._graphs is not None and inputs["input_ids"].shape[1] == 1
+        totals: Mapping[str, Array] = {}
+        if self._is_own:
+            set_beside = beside = BesideLengths(inputs, self._slots_of(inputs), self._joined, captured)
+            totals = beside.totals
+            inputs = {**inputs, **beside.rows, **totals}
         if self._joined:
-            set_beside = beside = _BesideLengths(inputs, self._slots_of(inputs), self._ragged)
-            inputs = {**inputs, **beside.arrays, LORA_STEP: np.array(kind is StepKind.LORA)}
+            inputs = {**inputs, LORA_STEP: np.array(kind is StepKind.LORA)}
+        if self._memory is not None:
+            return self._device_step(kind, inputs, outputs, totals, set_beside, captured)
         binding = session.io_binding()
-        hosts = []
-        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-            for name, buffer in buffers.items():
-                if isinstance(buffer, np.ndarray):
-                    arguments = (name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
-                    bind(*arguments)
-                    if name in inputs:
-                        hosts.append(arguments)
-                else:
-                    assert self._memory is not None
-                    element = BY_NAME[buffer.dtype].onnx
-                    bind(name, self._memory.device_type, 0, element, buffer.shape, buffer.address)
-        kept = (*inputs.values(), *outputs.values())  # keep the bound memory alive
+        for name, array in inputs.items():
+            self._bind(binding.bind_input, name, array)
+        for name, array in outputs.items():
+            self._bind(binding.bind_output, name, array)
+        kept = (*self._mapped, *inputs.values(), *outputs.values())  # keep the bound memory alive
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             set_beside()
@@ -324,17 +308,65 @@ class OrtEngine:
             except Exception as error:
                 raise self._cannot_run(kind, error) from error
 
-        def device_step(_: Any = kept) -> None:
+        return step
+
+    def _device_step(
+        self,
+        kind: StepKind,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        totals: Mapping[str, Array],
+        set_beside: Callable[[], None],
+        captured: bool,
+    ) -> Step:
+        """A step on a GPU. The totals stay on the host, where attention reads them."""
+        assert self._memory is not None
+        session, memory = self._sessions[kind], self._memory
+        arrays = {n: array for n, array in inputs.items() if isinstance(array, np.ndarray) and n not in totals}
+        place = (kind, *((name, array.shape) for name, array in arrays.items()))
+        hosts = HostInputs(memory, arrays, self._blocks.get(place) if captured else None)
+        bound = {**inputs, **hosts.buffers}
+        options = self._ort.RunOptions()
+        if self._ep_device is not None:  # each run has to name one
+            options.add_run_config_entry("nv_profile_index", str(self._profile(kind, inputs["input_ids"].shape[1])))
+        if self._graphs is not None:
+            number = -1
+            if captured:
+                self._blocks[place] = hosts.value
+                buffers = {**bound, **{f"{name} out": buffer for name, buffer in outputs.items()}}
+                key = tuple((n, b.address, b.shape) for n, b in buffers.items() if isinstance(b, DeviceBuffer))
+                number = self._graphs.number((kind, key))
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        binding = session.io_binding()
+        for name, buffer in bound.items():
+            self._bind(binding.bind_input, name, buffer)
+        for name, buffer in outputs.items():
+            self._bind(binding.bind_output, name, buffer)
+        kept = (memory, *bound.values(), *outputs.values())  # keep the bound memory alive
+
+        def step(_: Any = kept) -> None:
             set_beside()
             try:
-                for arguments in hosts:
-                    binding.bind_input(*arguments)
-                binding.synchronize_inputs()
-                session.run_with_iobinding(binding)
+                hosts()
+                session.run_with_iobinding(binding, options)
             except Exception as error:
                 raise no_device(self._provider, error) from error
 
-        return step if self._memory is None else device_step
+        return step
+
+    def _profile(self, kind: StepKind, tokens: int) -> int:
+        """The number of the optimization profile for steps of so many tokens a row; LoRA engines have one."""
+        assert self.verified_tokens is not None
+        if kind is StepKind.LORA:
+            return 0
+        return self._profiles.index("decode" if tokens <= self.verified_tokens else "prefill")
+
+    def _bind(self, bind: Callable[..., None], name: str, buffer: Array | DeviceBuffer) -> None:
+        if isinstance(buffer, np.ndarray):
+            bind(name, "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data)
+        else:
+            device = "cpu" if self._memory is None else self._memory.device_type
+            bind(name, device, 0, BY_NAME[buffer.dtype].onnx, buffer.shape, buffer.address)
 
     def _slots_of(self, inputs: Mapping[str, Any]) -> dict[str, int]:
         """Of each length, how many slots its caches have."""
@@ -357,9 +389,8 @@ class OrtEngine:
         dtype = self._bundle.manifest.model.dtype
         replaced = adapter_weights(matrices, dtype)
         if self._weights and self._memory is not None:
-            contents = {name: array.reshape(-1).view(np.uint8) for name, array in replaced.items()}
-            for name, address in self._memory.replace(contents).items():
-                self._weights[name] = DeviceBuffer(name, address, replaced[name].shape, dtype)
+            for name, array in replaced.items():
+                self._memory.replace(name, array.reshape(-1).view(np.uint8))
         elif self._weights:
             self._weights |= replaced
         elif not self._joined:
@@ -377,4 +408,6 @@ class OrtEngine:
     def close(self) -> None:
         self._sessions.clear()
         self._weights.clear()
-        self._memory = None
+        self._blocks.clear()
+        self._mapped.clear()
+        self._graphs = self._memory = None

@@ -71,6 +71,21 @@ def check_version(version: str, dtype: str) -> None:
         )
 
 
+def check_form(entry: OrtEntry, dtype: str) -> None:
+    """Refuse graphs of target ort that have the other form than those in this dtype.
+
+    Raises:
+        BundleError: an earlier version wrote them.
+    """
+    if (entry.steps is not None) != takes_ragged_rows(dtype):
+        needed = "one graph for both steps" if takes_ragged_rows(dtype) else "a graph for each step"
+        raise BundleError(
+            "A graph of the bundle is not of the form that this version runs.",
+            note=f"In {dtype} it runs {needed}; the bundle has the other form.",
+            hint="Export the model again.",
+        )
+
+
 def check_available(provider: str, ort: Any) -> None:
     """Refuse a provider that the installed package was not built with."""
     available = ort.get_available_providers()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSchedule, PlanError, Session, StepKind
+from lora_drop_runtime.bundle.graph_io import TOTALS
 from lora_drop_runtime.engines.ort import engine as engine_ort
+from lora_drop_runtime.engines.ort.device_memory import DeviceMemory
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
-from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, save_adapters
+from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, record_again, save_adapters
 
 
 def prefill(session: Session, k: int, new_tokens: int = 12) -> np.ndarray:
@@ -154,12 +157,17 @@ def half_run(engine: OrtEngine, bundle, adapters) -> np.ndarray:
     return np.stack(logits)
 
 
-def copies_when_bound(monkeypatch) -> None:
-    """As a GPU's provider does: host inputs are copied when they are bound, and not looked at again."""
+def copies_when_bound(monkeypatch, whole: set[str]) -> None:
+    """As a GPU's provider does: host inputs are copied when they are bound, and not looked at again.
+
+    Args:
+        whole: those that kernels read on the host, at each run.
+    """
     bind, copies = onnxruntime.IOBinding.bind_input, {}
 
     def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
-        if isinstance(element_type, type):  # host memory; the engine names the dtypes of device memory by number
+        # Host memory: the engine names the dtypes of device memory by number
+        if isinstance(element_type, type) and name not in whole:
             size = int(np.prod(shape)) * np.dtype(element_type).itemsize
             copy = np.frombuffer(bytes((ctypes.c_char * size).from_address(buffer_ptr)), np.uint8).copy()
             copies[id(self), name] = copy
@@ -181,8 +189,11 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     expected = half_run(OrtEngine(half_bundle, target), half_bundle, adapters)
     monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(engine_ort.DeviceMemory, "device_type", "cpu")
+    upload = DeviceMemory._upload  # a copy, as on a GPU: an OrtValue on the CPU is the mapped file itself
+    monkeypatch.setattr(DeviceMemory, "_upload", lambda memory, name, content: upload(memory, name, content.copy()))
     monkeypatch.setattr(engine_ort, "check_runs", lambda *_: None)
-    copies_when_bound(monkeypatch)
+    monkeypatch.setattr(engine_ort, "check_placement", lambda *_: None)
+    copies_when_bound(monkeypatch, set(TOTALS.values()))
     engine = OrtEngine(half_bundle, target, provider="cuda")
     memory = engine._memory
     assert memory is not None
@@ -192,6 +203,41 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     assert "logits" in memory._values
     assert engine._memory is None  # closed
     assert not engine._weights
+
+
+def test_prompts_run_in_whole_chunks_on_rtx(half_bundle, tmp_path, monkeypatch):
+    """Under the profile for prompts, which each run names; the graphs stand for the engines, on the CPU."""
+    root = tmp_path / "b"
+    shutil.copytree(half_bundle.root, root)
+    entry = half_bundle.target("tensorrt-rtx")[1]
+    for kind, file in entry.ep_context.items():
+        shutil.copy(root / entry.graphs[kind], root / file)
+    record_again(root)
+    made, seen = DeviceMemory(onnxruntime, None), []
+    made.device_type = "cpu"
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def running(session, binding, options):
+        shape = session.get_inputs()[0].shape
+        seen.append((shape[1], options.get_run_config_entry("nv_profile_index")))
+        run(session, binding, options)
+
+    def choosing(options, devices, settings):
+        assert settings == {"nv_multi_profile_enable": "1"}
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", running)
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_provider_for_devices", choosing)
+    monkeypatch.setitem(engine_ort.PROVIDERS, "rtx", "CPUExecutionProvider")
+    monkeypatch.setattr(engine_ort, "rtx_device", lambda _: object())
+    monkeypatch.setattr(engine_ort, "DeviceMemory", lambda *_: made)
+    with Session.open(root, target="tensorrt-rtx", provider="rtx", k=2) as session:
+        session.prefill(np.ones((1, 40), np.int64), max_new_tokens=4)
+        for _ in range(3):
+            session.step([3])
+    profiles = list(entry.refresh_profiles)
+    assert entry.refresh_profiles["decode"][1] < 40 <= entry.prefill_chunk
+    decode, prompt = str(profiles.index("decode")), str(profiles.index("prefill"))
+    assert seen == [("sequence", prompt), (1, "0"), (1, "0"), ("sequence", decode)]
 
 
 @pytest.mark.parametrize(

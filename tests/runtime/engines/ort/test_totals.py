@@ -31,6 +31,7 @@ def test_no_node_computes_a_total(tmp_path, monkeypatch, least):
     nodes = attentions(graph)
     assert len(nodes) >= 2 * bundle.manifest.plan.num_layers - 1
     assert {node.input[TOTAL_INPUT] for node in nodes} == {"total_kept", "total_dropped"}
+    assert {node.input[TOTAL_INPUT - 1] for node in nodes} == {"last_kept", "last_dropped"}
     for node in nodes:
         total = inputs[node.input[TOTAL_INPUT]]
         assert total.elem_type == onnx.TensorProto.INT32

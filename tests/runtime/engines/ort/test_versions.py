@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import onnx
 import pytest
 from lora_drop_runtime import Batch, BundleError, InputError, Session
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, NEW_TOKENS, PACKED_STEP
+from lora_drop_runtime.bundle.graph_io import NEW_TOKENS, PACKED_STEP
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.export import write_bundle
@@ -19,7 +22,7 @@ from lora_drop_export.targets.ort.lower import ort_from_neutral
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, record_again
 
 QUERY_LENGTHS = 16  # its place among GroupQueryAttention's inputs, since 1.32
-RAGGED = {NEW_TOKENS, PACKED_STEP, *LAST_SLOTS.values()}
+RAGGED = {NEW_TOKENS, PACKED_STEP}
 
 
 def attentions(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -54,11 +57,12 @@ def test_graphs_for_a_gpu_run_with_an_old_one(tmp_path, monkeypatch):
     """Their attention gets no input that it does not know; a batch's chunks run row by row."""
     monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
     bundle = half_bundle(tmp_path / "b")
-    graph = onnx.load(bundle.root / "ort/steps.onnx", load_external_data=False).graph
-    nodes = attentions(graph)
-    assert nodes
-    assert all(len(node.input) <= QUERY_LENGTHS for node in nodes)
-    assert not RAGGED & {value.name for value in graph.input}
+    for step in ("refresh", "lora"):
+        graph = onnx.load(bundle.root / f"ort/{step}.onnx", load_external_data=False).graph
+        nodes = attentions(graph)
+        assert nodes
+        assert all(len(node.input) <= QUERY_LENGTHS for node in nodes)
+        assert not RAGGED & {value.name for value in graph.input}
     monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 2)
     with Session.open(bundle.root, threads=1, policy="backfill", k=2) as session:
         assert not session._engine.idle_rows
@@ -106,4 +110,17 @@ def test_a_graph_of_the_other_form_is_refused_at_the_opening(tmp_path):
     record_again(bundle.root)
     with pytest.raises(BundleError, match="not of the form") as refused:
         Session.open(bundle.root)
-    assert "last_dropped, last_kept, new_tokens, packed_step" in refused.value.note
+    assert "new_tokens, packed_step" in refused.value.note
+
+
+def test_graphs_of_an_earlier_version_are_refused_in_halves(tmp_path):
+    """They had both steps in one graph, which no GPU's provider captures."""
+    bundle = half_bundle(tmp_path / "b")
+    manifest = json.loads((bundle.root / MANIFEST_NAME).read_text())
+    shutil.copy(bundle.root / "ort/lora.onnx", bundle.root / "ort/steps.onnx")
+    manifest["targets"]["ort"] = {"steps": "ort/steps.onnx"}
+    manifest["files"]["ort/steps.onnx"] = manifest["files"]["ort/lora.onnx"]
+    (bundle.root / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="not of the form") as refused:
+        Session.open(bundle.root)
+    assert "it runs a graph for each step" in refused.value.note

@@ -1,0 +1,48 @@
+"""Weights that are inputs of a graph, and where their bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from lora_drop_runtime.bundle.bundle import WeightInput
+
+
+def stored_input(members: Sequence[ir.Value]) -> WeightInput:
+    """Initializers with their bytes in files, along the first axis, as one input."""
+    tensors = [member.const_value for member in members]
+    places = []
+    for tensor in tensors:
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        assert tensor.length is not None
+        places.append((str(tensor.location), int(tensor.offset), int(tensor.length)))
+    first = tensors[0]
+    assert first is not None
+    rows = sum(int(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr, arg-type, misc]
+    shape = (rows, *(int(dim) for dim in first.shape[1:]))  # type: ignore[arg-type]
+    return WeightInput(first.dtype.numpy().name, shape, tuple(places))
+
+
+def stored_weights_as_inputs(graph: ir.Graph) -> dict[str, WeightInput]:
+    """Make inputs of all initializers with their bytes in files; one of each that have the same bytes, type and shape.
+
+    Returns: where their bytes lie, by name.
+    """
+    table: dict[str, WeightInput] = {}
+    same: dict[WeightInput, ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        del graph.initializers[name]
+        if not value.uses():
+            continue
+        weight = stored_input([value])
+        if weight in same:
+            value.replace_all_uses_with(same[weight])
+            continue
+        same[weight] = value
+        table[name] = weight
+        value.const_value = None
+        graph.inputs.append(value)
+    return table
