@@ -37,6 +37,17 @@ from tests.support.quantized import matrix
         ({"head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "not given")),
         ({"dtype": "int8", "head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "int8")),
         ({"dtype": "int4", "head_dtype": "fp16"}, ("Unknown --head-dtype", "int8")),
+        (
+            {"dtype": "int4", "head_dtype": "int8", "targets": ("ort", "tensorrt-rtx")},
+            ("The target cannot take int8 weights", "tensorrt-rtx was asked for"),
+        ),
+        ({"activation_dtype": "bfloat16", "dtype": "float32"}, ("applies only to quantized weights", "float32")),
+        ({"activation_dtype": "float32", "dtype": "int4"}, ("Unknown --activation-dtype", "float16")),
+        (
+            {"activation_dtype": "float16", "dtype": "int4", "targets": ("openvino",)},
+            ("cannot compute in fp16 with quantized weights", "openvino was asked for"),
+        ),
+        ({"activation_dtype": "float16", "dtype": "int4", "kv_dtype": "int8"}, ("int8 caches work only", "float16")),
     ],
 )
 def test_refusals(options, words):
