@@ -1,10 +1,10 @@
 """Layers that are alike are traced once, and the others are copies of what was traced.
 
-Enters: a model whose layers ran once on fake tensors, with their arguments. Of every kind of layer the first and the
-last are traced; each one between them is a single `lora_drop::Repeat` node, which `expand` replaces by a copy of the
-first one's nodes over its own parameters. Alike are layers of equal modules, attributes and arguments. What that
-cannot show, such as arithmetic with a layer's own index, shows in the last one's nodes: where they differ from the
-first one's, `expand` says so, and the caller traces every layer.
+Enters: a model whose layers ran once on fake tensors, with their arguments. Of every kind of layer the first two and
+the last are traced; each one between them is a single `lora_drop::Repeat` node, which `expand` replaces by a copy of
+the first one's nodes over its own parameters. Alike are layers of equal modules, attributes and arguments. What that
+cannot show, such as arithmetic with a layer's own index, shows in the nodes of the second and the last: where they
+differ from the first one's, `expand` says so, and the caller traces every layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import onnx_ir as ir
 from .attention_interface import DOMAIN
 from .parameters import buffer_tensor
 
+_TRACED = (0, 1, -1)  # of the layers of a kind
 _OWN_INDEX = ("layer_idx", "layer_id", "layer_index")  # of a layer or of a module in it
 
 
@@ -80,7 +81,7 @@ def _module_key(module: Any) -> Hashable:
 
 
 def alike(layers: Any, seen: LayerCalls, attentions: Sequence[Hashable]) -> list[list[int]]:
-    """The kinds of layers that have more than two, each as its layers' indices.
+    """The kinds of layers that have more than three, each as its layers' indices.
 
     Args:
         seen: the calls of all layers.
@@ -91,12 +92,12 @@ def alike(layers: Any, seen: LayerCalls, attentions: Sequence[Hashable]) -> list
         rest = output[1:] if isinstance(output, tuple) else None
         key = _module_key(layer), _key(args[1:]), _key(kwargs), attentions[index], _key(rest)
         kinds.setdefault(key, []).append(index)
-    return [kind for kind in kinds.values() if len(kind) > 2]
+    return [kind for kind in kinds.values() if len(kind) > len(_TRACED)]
 
 
 @contextlib.contextmanager
 def stand_ins(layers: Any, kinds: list[list[int]], seen: LayerCalls) -> Iterator[None]:
-    """All layers of a kind but the first and the last as one node each."""
+    """All layers of a kind but those that are traced as one node each."""
     import torch
 
     def stand_in(index: int) -> Any:
@@ -109,7 +110,7 @@ def stand_ins(layers: Any, kinds: list[list[int]], seen: LayerCalls) -> Iterator
 
         return forward
 
-    repeats = [index for kind in kinds for index in kind[1:-1]]
+    repeats = [index for kind in kinds for index in set(kind) - {kind[place] for place in _TRACED}]
     for index in repeats:
         layers[index].forward = stand_in(index)
     try:
@@ -248,20 +249,20 @@ def expand(
     """Replace Repeat nodes by copies of the layers that they repeat, in place.
 
     Args:
-        kinds: from `alike`; the first and the last layer of each are in the graph.
+        kinds: from `alike`; the graph has the nodes of three layers of each.
         prefix: name of the list of layers, e.g. `model.layers`.
         stored: names of what a checkpoint gives, in the model's order.
         buffers: name → values of what it does not give.
 
     Returns:
-        Whether the last layer of each kind computes what the first does. Where not, the graph is left as it was.
+        Whether the traced layers of each kind compute the same. Where not, the graph is left as it was.
     """
     graph = model.graph
     stream = {str(value.name): value for node in graph for value in node.outputs}
-    bodies = [[_Body(stream, prefix, layer) for layer in (kind[0], kind[-1])] for kind in kinds]
-    if not all(_same(first, last) for first, last in bodies):
+    bodies = [[_Body(stream, prefix, kind[place]) for place in _TRACED] for kind in kinds]
+    if not all(_same(first, other) for first, *others in bodies for other in others):
         return False
-    body_of = {layer: first for kind, (first, _) in zip(kinds, bodies, strict=True) for layer in kind}
+    body_of = {layer: first for kind, (first, *_) in zip(kinds, bodies, strict=True) for layer in kind}
     for place in [node for node in graph if _is(node, "Repeat")]:
         layer = place.attributes["layer"].as_int()
         body = body_of[layer]

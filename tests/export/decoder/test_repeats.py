@@ -61,7 +61,7 @@ def test_half_precision():
 def test_arithmetic_with_a_layers_own_index(monkeypatch):
     """No attribute and no argument shows it: the last layer's nodes do."""
     forward = LlamaMLP.forward
-    model = llama(num_hidden_layers=4)
+    model = llama(num_hidden_layers=5)
     scales = {}
 
     def scaled(self, x):
