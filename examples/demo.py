@@ -1,29 +1,59 @@
-"""The demo: a real small model from checkpoint to text, and what LoRA-Drop saved. Run by `make demo`.
+"""The demo: a real small model from checkpoint to text, and what LoRA-Drop saves and costs. Run by `make demo`.
 
-Files go to `.demo/`: the model (98 MB, downloaded once) and the bundle.
+Files go to `.demo/`: the model (98 MB, downloaded once) and a bundle for each plan and dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import os
+import pydoc_data.topics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from fetch_model import fetch_model
 from lora_drop_runtime import Session
-from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.errors import LoraDropError
 from lora_drop_runtime.text import TextCodec
-from lora_drop_tools.shared import costs
+from lora_drop_tools.eval.scoring import Window, score
+from lora_drop_tools.shared.table import MIB, table
+
+from lora_drop_export import ExportOptions, export
 
 HERE = Path(".demo")
-# Seven layers, chosen and fitted as docs/quality.md says; they bring the policy that they were fitted for, backfill
-ADAPTERS = Path(__file__).parent / "adapters" / "SmolLM2-135M-Instruct"
+# Seven and thirteen of the 26 layers that may be dropped, chosen and fitted as docs/quality.md says, for `backfill`
+ADAPTERS = {
+    0.25: Path(__file__).parent / "adapters" / "SmolLM2-135M-Instruct",
+    0.5: Path(__file__).parent / "adapters" / "SmolLM2-135M-Instruct-0.5",
+}
+FORMS = {"float32": "ort", "int4": "ort", "bfloat16": "openvino"}  # dtype → target
+SHOWN = ("float32", 0.25)
 PROMPT = "The capital of Italy is"
-NEW_TOKENS, ROUNDS = 64, 5
+K, NEW_TOKENS, ROUNDS = 3, 64, 3
+WINDOWS, GIVEN, SCORED = 8, 32, 96  # of a text: how many, tokens that are given in each, and that are scored
+
+
+@dataclass
+class Arm:
+    """A line of the table.
+
+    Attributes:
+        generate: writes NEW_TOKENS tokens after a prompt and returns the bytes of K/V that they left.
+        perplexity: of windows int64 [N, GIVEN + SCORED + 1], over the last SCORED tokens of each.
+    """
+
+    name: str
+    generate: Callable[[npt.NDArray[np.int64]], int]
+    perplexity: Callable[[npt.NDArray[np.int64]], float]
 
 
 def run(*command: str) -> None:
@@ -33,51 +63,123 @@ def run(*command: str) -> None:
     subprocess.run([program, *command[1:]], check=True)
 
 
-def report(bundle: str, policy: str) -> None:
-    """K/V bytes and time per token, full schedule (k = 0) against the bundle's own, from one bundle in one process."""
-    with Session.open(bundle, policy=policy) as session:
-        manifest = session.bundle.manifest
-        k = manifest.plan.k
-        ids = TextCodec.open(session.bundle.root / "tokenizer").encode(PROMPT)
-        seconds: dict[int, list[float]] = {0: [], k: []}
-        kv: dict[int, dict[str, int]] = {}
-        for _ in range(ROUNDS):
-            for window in seconds:  # interleaved: both see the same machine
-                session.prefill(ids[None], max_new_tokens=NEW_TOKENS, k=window)
-                begin = time.perf_counter()
-                for token in range(NEW_TOKENS - 1):
-                    session.step(np.array([token]))
-                seconds[window].append(time.perf_counter() - begin)
-                kv[window] = session.kv_bytes()
-    ratio = float(np.median(np.array(seconds[0]) / np.array(seconds[k])))
-    ceiling = costs.speedup_ceiling(manifest, len(ids), NEW_TOKENS - 1, k, POLICIES[policy])
-    base, ours = (kv[window]["kept"] + kv[window]["dropped"] for window in (0, k))
-    print(
-        f"  k = {k}, {policy:<8}  {ratio:.2f}× as fast (the bytes allow {ceiling:.2f}×), "
-        f"K/V {base / 2**20:.2f} → {ours / 2**20:.2f} MiB ({1 - ours / base:.1%} less)"
+def pytorch_arm(file: Path) -> Arm:
+    """transformers as it comes: float32, eager, a growing cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+
+    def generate(ids: npt.NDArray[np.int64]) -> int:
+        made: Any = model.generate(
+            torch.tensor(ids)[None],
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+        )
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in made.past_key_values.layers)
+
+    def perplexity(windows: npt.NDArray[np.int64]) -> float:
+        with torch.no_grad():
+            scores = model(torch.tensor(windows)).logits[:, GIVEN:-1].log_softmax(-1)
+        targets = torch.tensor(windows)[:, GIVEN + 1 :, None]
+        return float(torch.exp(-scores.gather(2, targets).mean()))
+
+    return Arm("PyTorch (transformers), float32", generate, perplexity)
+
+
+def session_arm(name: str, session: Session, k: int) -> Arm:
+    """A bundle under a schedule; k = 0 runs all layers on every step."""
+
+    def generate(ids: npt.NDArray[np.int64]) -> int:
+        session.generate([ids], NEW_TOKENS, k=k, stop_token_ids=())
+        held = session.kv_bytes()
+        return held["kept"] + held["dropped"]
+
+    def perplexity(windows: npt.NDArray[np.int64]) -> float:
+        rows = [Window(window, GIVEN, phase=0.0).row(k) for window in windows]
+        return float(np.exp(-sum(one.log_prob for one in score(session, rows, k)) / (len(rows) * SCORED)))
+
+    return Arm(name, generate, perplexity)
+
+
+def bundle_of(model: Path, dtype: str, ratio: float) -> Path:
+    """Export quietly, but for the bundle that the demo has shown."""
+    if (dtype, ratio) == SHOWN:
+        return HERE / "engines"
+    out = HERE / f"{dtype}-{ratio}"
+    print(f"exporting {out}", flush=True)
+    options = ExportOptions(
+        adapters=ADAPTERS[ratio], k=K, dtype=dtype, targets=(FORMS[dtype],), verify=False, force=True
     )
-    if ratio > ceiling:
-        print("                   more than the bytes allow: noise, or time that does not go with bytes")
+    with contextlib.redirect_stderr(io.StringIO()):
+        export(str(model), out, options)
+    return out
 
 
-def policies(bundle: str) -> list[str]:
-    """Those that the bundle's steps can be run under; what verifies drafts is the full schedule step by step."""
-    plan = Bundle.open(bundle).manifest.plan
-    return [p.name for p in POLICIES.values() if p.fills == plan.refresh_policy.fills and not p.verifies]
+def session_arms(model: Path, stack: contextlib.ExitStack) -> list[Arm]:
+    """For each dtype the full schedule and both plans."""
+    arms = []
+    for dtype, target in FORMS.items():
+        if target == "openvino" and importlib.util.find_spec("openvino") is None:
+            print("no bfloat16: openvino is not installed")
+            continue
+        label = f"{dtype}, {'ONNX Runtime' if target == 'ort' else 'OpenVINO'}"
+        try:
+            for ratio in ADAPTERS:
+                session = stack.enter_context(Session.open(bundle_of(model, dtype, ratio)))
+                if ratio == min(ADAPTERS):
+                    arms.append(session_arm(f"all layers, {label}", session, 0))
+                arms.append(session_arm(f"LoRA-Drop ρ = {ratio}, {label}", session, K))
+        except LoraDropError as error:
+            print(f"no {dtype}: {error}")
+    return arms
+
+
+def compare(model: Path) -> None:
+    """Speed, K/V and quality of all arms, from one run."""
+    codec = TextCodec.open(HERE / "engines" / "tokenizer")
+    ids = codec.encode(PROMPT)
+    # Documentation that comes with Python; nothing was fitted on it
+    text = codec.encode(" ".join(pydoc_data.topics.topics.values()))
+    windows = text[: WINDOWS * (GIVEN + SCORED + 1)].reshape(WINDOWS, -1)
+    with contextlib.ExitStack() as stack:
+        arms = [pytorch_arm(model), *session_arms(model, stack)]
+        seconds, held = np.empty((ROUNDS + 1, len(arms))), [0] * len(arms)
+        for number in range(ROUNDS + 1):  # the first warms up
+            for place, arm in enumerate(arms):  # interleaved: all see the same machine
+                begin = time.perf_counter()
+                held[place] = arm.generate(ids)
+                seconds[number, place] = time.perf_counter() - begin
+        rows = []
+        for place, arm in enumerate(arms):
+            speed = NEW_TOKENS / np.median(seconds[1:, place])
+            faster = np.median(seconds[1:, 0] / seconds[1:, place])
+            kv, perplexity = f"{held[place] / MIB:.2f}", f"{arm.perplexity(windows):.1f}"
+            rows.append((arm.name, f"{speed:.1f}", f"{faster:.2f}×", kv, perplexity))
+    print(
+        f"\n{NEW_TOKENS} tokens after «{PROMPT}», prompt included, medians of {ROUNDS} interleaved runs; "
+        f"perplexity of {WINDOWS * SCORED} tokens of Python's documentation"
+    )
+    print("\n".join(table(("", "tokens/s", "to PyTorch", "K/V MiB", "perplexity"), rows)))
+    print(
+        "\nρ is the share of the layers that may be dropped, and k = 3 of 4 steps drop them, under the policy backfill."
+        "\ndocs/modes.md says which plan and policy suit what."
+    )
 
 
 def main() -> None:
     model = fetch_model(HERE)
-    bundle = str(HERE / "engines")
-    adapters = os.path.relpath(ADAPTERS)
-    run("lora-drop-export", "--model", str(model), "--out", bundle, "--adapters", adapters, "--k", "3", "--force")
+    bundle, adapters = str(HERE / "engines"), os.path.relpath(ADAPTERS[SHOWN[1]])
+    run("lora-drop-export", "--model", str(model), "--out", bundle, "--adapters", adapters, "--k", str(K), "--force")
     run("lora-drop", "inspect", bundle)
     length = ("--max-new-tokens", "28")
     run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length)
     run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length, "--k", "0")
-    print(f"\nAgainst the full schedule, {NEW_TOKENS} tokens after that prompt, medians of {ROUNDS} interleaved runs:")
-    for policy in policies(bundle):
-        report(bundle, policy)
+    print()
+    compare(model)
 
 
 if __name__ == "__main__":
