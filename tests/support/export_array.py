@@ -237,6 +237,8 @@ def exported(row: Row, root: Path) -> tuple[Bundle, Path | None]:
 
 def _unrounded(bundle: Bundle) -> bytes | None:
     """The graph with kernels for quantized weights that compute in float32; None where it has none."""
+    if bundle.manifest.model.dtype != "float32":  # a graph for each step, of weights in halves
+        return None
     graph = onnx.load(bundle.root / "ort" / "steps.onnx", load_external_data=False)
     waiting, found = [graph.graph], 0
     while waiting:
