@@ -97,7 +97,9 @@ def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
     for kind in StepKind:
         neutral = onnx.load(bundle.root / f"{kind.value}.onnx", load_external_data=False)
         lowered = trt_from_neutral(neutral, slots, form="plugin")
-        assert "RotaryEmbedding" not in {node.op_type for node in lowered.proto.graph.node}
+        rotated = [out for node in lowered.proto.graph.node if node.op_type == "RotaryEmbedding" for out in node.output]
+        written = {node.input[1] for node in lowered.proto.graph.node if node.op_type == "TensorScatter"}
+        assert set(rotated) <= written  # the plugin rotates all that it attends to
         runs[kind] = ReferenceEvaluator(lowered.proto, new_ops=[attention_op(kernel)])
         for weight, entry in lowered.weights.items():
             parts = [(bundle.root / f).read_bytes()[offset : offset + size] for f, offset, size in entry.parts]
