@@ -20,6 +20,7 @@ from lora_drop_runtime.command_line import (
 )
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.sites import listed
 
 from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions
@@ -67,7 +68,7 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         f"limits: {limits.max_seq_len} tokens, prompts of {limits.max_prompt_len}, batches of {limits.max_batch}"
         " (--max-seq-len, --max-prompt-len, --max-batch)"
     )
-    if manifest.targets:
+    if manifest.targets and is_file(bundle.root / "tokenizer" / "tokenizer.json"):
         chosen = TARGETS[next(iter(manifest.targets))].provider(manifest.model.dtype)
         provider = f" --provider {chosen}" if chosen else ""
         print(f'try: lora-drop generate {out}{provider} --prompt "The capital of Italy is"')

@@ -35,11 +35,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
+def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOptions) -> None:
     """Refuse targets that a bundle has already, or that cannot be made from what it has."""
     root, manifest = bundle.root, bundle.manifest
     present = [target for target in targets if target in manifest.targets]
-    if present and not force:
+    if present and not options.force:
         raise InputError(
             "The bundle has that target already.",
             note=f"{root} has {', '.join(manifest.targets)}; {', '.join(present)} was asked for.",
@@ -48,7 +48,7 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], force: bool) -> None:
     if NO_TARGET in targets:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
     for target in targets:
-        TARGETS[target].check_dtype(manifest.model.dtype)
+        TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
     check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
 
 
@@ -121,7 +121,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     refuse_others(resolved(Path(out)))  # first, since a killed one may have left the bundle beside its place
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
-    _check_addable(bundle, targets, options.force)
+    _check_addable(bundle, targets, options)
     console = Console()
     graphs = {kind: _neutral_graph(bundle, kind) for kind in (StepKind.REFRESH, StepKind.LORA)}
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them

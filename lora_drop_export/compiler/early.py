@@ -152,9 +152,10 @@ def check_before_trace(
     Raises:
         InputError, PlanError, ModelError, BundleError: it does not.
     """
+    quantized = kept_quantization(checkpoint.tensors) or options.weights_format
     for target in options.targets:
         if target != NO_TARGET:
-            TARGETS[target].check_dtype(dtype)
+            TARGETS[target].check_dtype(dtype, f"int{quantized.bits}" if quantized else dtype, options)
     config = checkpoint.config
     refuse_by_config(config)
     make_limits(config, options)

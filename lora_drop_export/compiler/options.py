@@ -12,7 +12,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
-from lora_drop_runtime.dtypes import BY_NAME, BY_SHORT, MODEL_DTYPES, long_name, short_name
+from lora_drop_runtime.dtypes import BY_NAME, BY_SHORT, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
@@ -57,7 +57,7 @@ def check_formats(
     if dtype in QUANTIZED_DTYPES and others:
         raise InputError(
             f"The target cannot take {dtype} weights.",
-            note=f"--dtype {dtype} works only with {able}; {others} takes {', '.join(MODEL_DTYPES)}."
+            note=f"--dtype {dtype} works only with {able}; {others} was asked for."
             if bundle is None
             else f"{bundle} has {dtype} weights; {others} was asked for.",
             hint=f"Use --target {able}, or another --dtype."
@@ -74,7 +74,7 @@ def check_formats(
             else f"{bundle} has {dtype} weights and {activations} activations; {others} was asked for.",
             hint="Leave --activation-dtype out, or use another --target."
             if bundle is None
-            else "Export the model again, without --activation-dtype.",
+            else f"Export the model again, for {others} too: beside a target for the CPU activations are float32.",
         )
     able = " or ".join(name for name, target in TARGETS.items() if target.takes_int8_caches)
     others = ", ".join(target.name for target in chosen if not target.takes_int8_caches)

@@ -19,8 +19,11 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from .values import IR_VERSION, external, middle_name
+
+G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which it keeps as it is, and of colours that it has not got
 
 
 @dataclass

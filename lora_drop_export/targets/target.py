@@ -50,8 +50,9 @@ class Target(Protocol):
         """Refuse, before anything long begins, options that it cannot build with, or that it alone has where it is not
         among the targets that are built."""
 
-    def check_dtype(self, dtype: str) -> None:
-        """Refuse, before the trace, a dtype of activations that what is installed here cannot run."""
+    def check_dtype(self, dtype: str, weights: str, options: TargetOptions) -> None:
+        """Refuse, before the trace, a dtype of activations that what is installed here cannot run, or that does not go
+        with the options; `weights` is theirs."""
 
     def dtype(self, of_checkpoint: str) -> str:
         """Of activations, where the user names none; `of_checkpoint` is that of most of the weights."""

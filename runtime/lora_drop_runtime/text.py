@@ -185,7 +185,7 @@ class TextCodec:
             raise BundleError(
                 "There is no tokenizer.",
                 note=f"{path} does not exist.",
-                hint="Pass token ids instead of text.",
+                hint="Put the tokenizer's files there, or pass token ids from Python.",
             )
         try:
             tokenizer = Tokenizer.from_buffer(read_bounded(path, MOST_TOKENIZER_BYTES))

@@ -49,7 +49,7 @@ def bundle(place, tmp_path) -> Path:
         ("limits.max_seq_len", 10**9, ("limits.max_seq_len is 1000000000",)),
         ("special_tokens.eos", None, ("special_tokens.eos is null",)),
         ("special_tokens.eos", 2, ("special_tokens.eos is 2", "list")),
-        ("targets.ort.steps", None, ("targets.ort.steps is null",)),
+        ("targets.ort.steps", None, ("targets.ort needs either 'steps', or 'graphs' and 'weights'",)),
         ("targets.ort.steps", "ort/other.onnx", ("'ort/other.onnx'", "does not record")),
         ("targets.ort", [], ("targets.ort is a list",)),
         ("targets.tensorrt", {}, ("targets.tensorrt has no 'form'",)),

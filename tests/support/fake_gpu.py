@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import enum
 import mmap
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from plugins.kernels.binding import LoraDropAttention
+from plugins.kernels.binding import LoraDropAttention, LoraDropInt4Gemm
 from tests.support.fake_cuda import FakeCuda, cuda_function, cudaMemcpyKind, host
 
 SPARSE_BYTES = 1 << 28  # blocks from here on are pages of zeros that nobody has touched
@@ -115,14 +117,21 @@ class QueuedKernels:
         self._library, self._cuda = library, cuda
         self.lora_drop_attention_problem = library.lora_drop_attention_problem
         self.lora_drop_workspace_bytes = library.lora_drop_workspace_bytes
+        self.lora_drop_int4_gemm_problem = library.lora_drop_int4_gemm_problem
+
+    def lora_drop_int4_gemm(self, call: LoraDropInt4Gemm, stream: int | None) -> int:
+        return self._run(partial(self._library.lora_drop_int4_gemm, LoraDropInt4Gemm.from_buffer_copy(call)), stream)
 
     def lora_drop_attention(
         self, call: LoraDropAttention, workspace_bytes: int, multiprocessors: int, stream: int | None
     ) -> int:
         taken = LoraDropAttention.from_buffer_copy(call)
+        attend = partial(self._library.lora_drop_attention, taken, workspace_bytes, multiprocessors)
+        return self._run(attend, stream)
 
+    def _run(self, kernel: Callable[[None], int], stream: int | None) -> int:
         def run() -> None:
-            assert self._library.lora_drop_attention(taken, workspace_bytes, multiprocessors, None) == 0
+            assert kernel(None) == 0
 
         if stream is None:
             run()

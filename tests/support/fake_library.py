@@ -32,6 +32,7 @@ class FakeBuilder:
 
     version = VERSION
     timing_cache = b""
+    reads_valid_slots = True
     compute_capabilities = ("8.9",)
     bundle = Path()
 

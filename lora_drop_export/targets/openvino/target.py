@@ -32,7 +32,7 @@ class OpenVinoTarget:
         if self.name in targets:
             import_openvino()
 
-    def check_dtype(self, dtype: str) -> None:
+    def check_dtype(self, dtype: str, weights: str, options: object) -> None:
         if dtype not in DTYPES:
             raise InputError(
                 "Target openvino does not compute in that dtype.",

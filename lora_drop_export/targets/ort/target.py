@@ -33,7 +33,7 @@ class OrtTarget:
         if self.name in targets:
             import_onnxruntime()
 
-    def check_dtype(self, dtype: str) -> None:
+    def check_dtype(self, dtype: str, weights: str, options: object) -> None:
         check_version(import_onnxruntime().__version__, dtype)
 
     def dtype(self, of_checkpoint: str) -> str:

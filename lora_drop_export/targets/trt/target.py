@@ -59,6 +59,9 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
         )
 
 
+_BFLOAT16_SINCE = 8.0  # compute capability
+
+
 def _sharing(options: TrtOptions, weight_dtype: str) -> str:
     """What becomes of weights; TensorRT dequantizes constants only."""
     if weight_dtype not in QUANTIZED_DTYPES:
@@ -106,8 +109,9 @@ class TrtTarget:
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 
-    def check_dtype(self, dtype: str) -> None:
+    def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         """Engines take any."""
+        _sharing(options, weights)
 
     def dtype(self, of_checkpoint: str) -> str:
         return "bfloat16" if of_checkpoint == "float32" else of_checkpoint
@@ -256,6 +260,16 @@ class TensorRtRtx(TrtTarget):
                 "The target cannot run plugins.",
                 note="'tensorrt-rtx' has only its native layers, --attention plugin was asked for.",
                 hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
+            )
+
+    def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
+        super().check_dtype(dtype, weights, options)
+        old = [each for each in options.builder.compute_capabilities if float(each) < _BFLOAT16_SINCE]
+        if dtype == "bfloat16" and old:
+            raise InputError(
+                f"Compute capability {', '.join(old)} has no bfloat16.",
+                note=f"Activations would be bfloat16, which needs {_BFLOAT16_SINCE} or newer.",
+                hint="Use --dtype fp16, or with quantized weights --activation-dtype fp16.",
             )
 
     def write_ep_context(self, root: Path, kind: StepKind, graph: TrtGraph, version: str) -> str | None:

@@ -53,7 +53,7 @@ class ToyTarget:
         if self.name in targets and options.threads == 13:
             raise InputError("The toy does not like 13 threads.", note="13 were given.", hint="Use 12.")
 
-    def check_dtype(self, dtype):
+    def check_dtype(self, dtype, weights, options):
         pass
 
     def dtype(self, of_checkpoint):

@@ -96,7 +96,7 @@ def check_available(provider: str, ort: Any) -> None:
     raise NoDeviceError(
         "The execution provider is not available.",
         note=note.strip(),
-        hint=f"Use --provider cpu, or for an NVIDIA GPU: {install_command('cuda')}.",
+        hint=f"For an NVIDIA GPU: {install_command('cuda')}. A bundle in float32 runs with --provider cpu.",
     )
 
 
