@@ -12,7 +12,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
-from lora_drop_runtime.dtypes import BY_NAME, BY_SHORT, long_name, short_name
+from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
@@ -27,7 +27,6 @@ from lora_drop_export.targets.target import TARGETS, TargetOptions
 NO_TARGET = "none"  # graphs only
 KV_DTYPES = ("int8",)
 HEAD_DTYPES = ("int8",)
-HALVES = ("float16", "bfloat16")
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
 
@@ -226,7 +225,7 @@ class BuildOptions:
     activation_dtype: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(BY_NAME[name].short or name for name in HALVES),
+        metavar="|".join(filter(None, map(short_name, MODEL_DTYPES))),
         parse=long_name,
         help="what activations are computed in where weights are quantized, on a GPU (default fp32 for ort, what the "
         "checkpoint has for TensorRT)",
@@ -271,7 +270,7 @@ class BuildOptions:
         check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
         check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
-        check_known("--activation-dtype", self.activation_dtype, HALVES, "--activation-dtype")
+        check_known("--activation-dtype", self.activation_dtype, MODEL_DTYPES, "--activation-dtype")
         if self.activation_dtype is not None and self.dtype not in (None, *QUANTIZED_DTYPES):
             raise InputError(
                 "--activation-dtype applies only to quantized weights.",

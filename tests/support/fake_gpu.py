@@ -18,6 +18,9 @@ import numpy as np
 
 from plugins.kernels.binding import LoraDropAttention, LoraDropInt4Gemm
 from tests.support.fake_cuda import FakeCuda, cuda_function, cudaMemcpyKind, host
+from tests.support.kernel_build import chooser_on_host
+
+BINDINGS = tuple(f"cuda.bindings.{part}" for part in ("runtime", "driver", "nvrtc"))  # that it stands for
 
 SPARSE_BYTES = 1 << 28  # blocks from here on are pages of zeros that nobody has touched
 
@@ -33,8 +36,7 @@ class FakeGpu(FakeCuda):
     cudaDeviceAttr = cudaDeviceAttr  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__init__(memory_bytes=1 << 34)
-        self.events = 0
+        super().__init__(memory_bytes=1 << 34, kernel=chooser_on_host())
 
     @cuda_function
     def cudaGetDeviceProperties(self, device: int) -> Any:
@@ -91,18 +93,9 @@ class FakeGpu(FakeCuda):
 
     @cuda_function
     def cudaEventCreate(self) -> int:
-        self.events += 1
-        return self.events
-
-    @cuda_function
-    def cudaEventRecord(self, event: int, stream: int) -> None:
-        self._check_stream(stream)
-        self._refuse_in_capture()
-        assert 0 < event <= self.events
-
-    @cuda_function
-    def cudaEventSynchronize(self, event: int) -> None:
-        self._run_queue()
+        event = 0xE0 + self.called
+        self.events[event] = None
+        return event
 
     @cuda_function
     def cudaEventElapsedTime(self, start: int, end: int) -> float:

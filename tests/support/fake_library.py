@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.targets.trt import build
 from lora_drop_export.targets.trt.profiles import Profile
-from tests.support.fake_gpu import FakeGpu
+from tests.support.fake_gpu import BINDINGS, FakeGpu
 from tests.support.fake_trt import SCRATCH, VERSION, FakeTrt
 
 
@@ -54,7 +54,7 @@ def install(target: str, library: Any = None) -> None:
     """For this process, in the place of the library and of the exporter's builder; without one also of CUDA."""
     if library is None:
         cuda: Any = FakeGpu()
-        sys.modules["cuda.bindings.runtime"] = cuda
+        sys.modules.update(dict.fromkeys(BINDINGS, cuda))
         library = FakeLibrary(cuda, rtx=target == "tensorrt-rtx")
     sys.modules[MODULES[target]] = library
     setattr(build, "EngineBuilder", FakeBuilder)  # noqa: B010

@@ -178,6 +178,8 @@ def check_writable(file: Path | None, refuse: Callable[[str], Any]) -> None:
     if file is None:
         return
     folder = file.absolute().parent
+    if file.is_dir():
+        refuse(f"--out: {file} cannot be written: it is a folder")
     if file.is_symlink() or (file.exists() and not file.is_file()):
         refuse(f"--out: {file} cannot be written: it is no ordinary file")
     if not folder.is_dir() or not os.access(folder, os.W_OK):

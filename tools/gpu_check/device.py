@@ -26,11 +26,12 @@ def install(job: Job) -> str:
     from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
 
     from tests.support import fake_library
+    from tests.support.fake_gpu import BINDINGS
     from tests.support.torch_trt import TorchTrt
 
     cuda = cuda_runtime(job)
     if job.stand_in:
-        sys.modules["cuda.bindings.runtime"] = cuda
+        sys.modules.update(dict.fromkeys(BINDINGS, cuda))
     elif not torch.cuda.is_available():
         raise Skip("the installed torch has no CUDA")
     fake_library.install(TARGET, TorchTrt(cuda))

@@ -103,4 +103,7 @@ def run_target(job: Job, target: str) -> None:
             if missing:
                 job.numbers[f"{name} build"] = f"skip: {missing}"
             else:
-                check_bundle(job, name, target, model, **options | {"dtype": dtype, "attention": form})
+                made = options | {"dtype": dtype, "attention": form}
+                if job.stand_in and dtype == "int4":
+                    made["activation_dtype"] = "float32"
+                check_bundle(job, name, target, model, **made)

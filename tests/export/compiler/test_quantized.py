@@ -42,7 +42,7 @@ from tests.support.quantized import matrix
             ("The target cannot take int8 weights", "tensorrt-rtx was asked for"),
         ),
         ({"activation_dtype": "bfloat16", "dtype": "float32"}, ("applies only to quantized weights", "float32")),
-        ({"activation_dtype": "float32", "dtype": "int4"}, ("Unknown --activation-dtype", "float16")),
+        ({"activation_dtype": "int8", "dtype": "int4"}, ("Unknown --activation-dtype", "float16")),
         (
             {"activation_dtype": "float16", "dtype": "int4", "targets": ("openvino",)},
             ("cannot compute in fp16 with quantized weights", "openvino was asked for"),
