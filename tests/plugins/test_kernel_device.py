@@ -18,11 +18,11 @@ from tests.support.kernel_cases import CASES, Case, named
 from tests.support.kernel_device import REPLAYED, DeviceMemory, check_replays
 from tests.support.kernel_reference import check
 
-ARCHITECTURES = (80, 86, 89, 90, 120)
+ARCHITECTURES = (80, 90)  # without instructions for fp8 and programmatic launches, and with them
 
 
 @pytest.mark.slow
-def test_compiles_for_every_architecture(tmp_path: Path) -> None:
+def test_compiles_for_both_kinds_of_architecture(tmp_path: Path) -> None:
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
     library = tmp_path / "liblora_drop_kernels.so"
     report = build_for_device(library, "-Xptxas", "-v", *codes)
