@@ -66,7 +66,7 @@ class Arguments(BaseModel):
 
     bundle: Path
     slots: int | None = _within(bounds.BATCH)
-    max_waiting: int = _within(Bounds(0, 2**20), 64)
+    max_waiting: int = _within(Bounds(1, 2**20), 64)
     min_replicas: int = _within(_REPLICAS, 1)
     max_replicas: int = _within(_REPLICAS, 1)
     grace: float = _within(Bounds(0, 86400), 30.0)

@@ -306,7 +306,8 @@ def running(pid: int) -> bool:
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from gpu_check.command import main
 from gpu_check.job import Stage
 names = ("good", "hangs", "lacks")

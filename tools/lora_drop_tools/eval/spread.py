@@ -24,12 +24,14 @@ from .settings import EvalSettings
 from .texts import Wish, Writer
 
 CONNECT_SECONDS = 10
+START_SECONDS = 300  # without any worker: opening a large bundle takes its time
 
 
 class _Worker:
     """A bundle that is open under one policy, in a process of the cluster."""
 
-    def __init__(self, root: Path, policy: str, target: str | None, provider: str | None, threads: int | None) -> None:
+    def open(self, root: Path, policy: str, target: str | None, provider: str | None, threads: int | None) -> None:
+        """Not when the process starts: Ray would tell of an error there in its own words alone."""
         self._session = Session.open(root, policy=policy, target=target, provider=provider, threads=threads)
         self._writer = Writer(root, TextCodec.open(root / "tokenizer"), policy, target, provider, threads)
 
@@ -74,12 +76,21 @@ def connected(address: str | None) -> Iterator[None]:
         raise InputError(
             "The Ray cluster cannot be reached.",
             note=f"--ray is {address}: {first_line(error):.200}",
-            hint="Give HOST:PORT of its head, as `ray start --head` prints it, or auto on one of its nodes.",
+            hint="Give HOST:PORT of its head, as `ray start --head` prints it, or auto on one of its nodes; "
+            "RAY_AUTH_MODE has to be the same here and there.",
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _no_room(note: str) -> InputError:
+    return InputError(
+        "The Ray cluster has no room for a worker.",
+        note=note,
+        hint="Wait until something ends there, or give a smaller --threads.",
+    )
 
 
 class Spread:
@@ -96,15 +107,16 @@ class Spread:
         needed = {"GPU": 1} if on_gpu else {"CPU": settings.threads or 1}
         ((name, each),) = needed.items()
         free = ray.available_resources().get(name, 0)
-        if free < each:
-            raise InputError(
-                "The Ray cluster has no room for a worker.",
-                note=f"One takes {each} {name}, {free:g} are free.",
-                hint="Wait until something ends there, or give a smaller --threads.",
-            )
+        largest = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
+        if min(free, largest) < each:
+            raise _no_room(f"One takes {each} {name}; {free:g} are free, the largest node has {largest:g}.")
         worker = ray.remote(_Worker).options(**{f"num_{name.lower()}s": each})
         given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads
-        self._workers = [worker.remote(*given) for _ in range(int(free // each))]
+        # No more than its nodes have places; one that others have taken meanwhile is never ready, and gets no batch
+        places = sum(int(node["Resources"].get(name, 0) // each) for node in ray.nodes() if node["Alive"])
+        self._workers = [worker.remote() for _ in range(min(int(free // each), places))]
+        self._starting = {one.open.remote(*given): one for one in self._workers}
+        self._free: list[Any] = []
 
     def __enter__(self) -> Spread:
         return self
@@ -119,20 +131,25 @@ class Spread:
         """Results by the calls' places, as they come."""
         import ray
 
-        free, waiting = list(self._workers), list(enumerate(calls))[::-1]
+        waiting = list(enumerate(calls))[::-1]
         running: dict[Any, tuple[int, Any]] = {}
         while waiting or running:
-            while free and waiting:
+            while self._free and waiting:
                 index, call = waiting.pop()
-                worker = free.pop()
+                worker = self._free.pop()
                 running[getattr(worker, method).remote(*call)] = index, worker
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            index, worker = running.pop(done)
-            free.append(worker)
+            ended, _ = ray.wait([*running, *self._starting], timeout=None if running else START_SECONDS)
+            if not ended:
+                raise _no_room(f"None has started within {START_SECONDS} s.")
             try:
-                found = ray.get(done)
+                found = ray.get(ended[0])
             except ray.exceptions.RayError as error:
                 raise self._as_ours(error) from None
+            if ended[0] in self._starting:
+                self._free.append(self._starting.pop(ended[0]))
+                continue
+            index, worker = running.pop(ended[0])
+            self._free.append(worker)
             yield index, found
 
     @staticmethod
