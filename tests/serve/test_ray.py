@@ -281,6 +281,7 @@ def test_it_is_replaced_and_a_killed_node_cuts_its_own_streams_alone(
 
 
 def test_an_engine_that_fails_is_replaced(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
+    await_that(lambda: cluster.do("replicas of the head"))  # the one before may just have been killed
     (before,) = cluster.do("replicas of the head")
     failed = http.post("/v1/completions", json={"prompt": [BROKEN], "max_tokens": 6})
     assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_failed")
