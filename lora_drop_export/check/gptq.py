@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.decoder.anatomy import name_of, put_tensor
+from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
@@ -123,11 +123,6 @@ def _input_of(module: Any, run: Callable[[], Any]) -> Any:
     return seen[0]
 
 
-def _first(output: Any) -> Any:
-    """A layer's hidden states."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 @dataclasses.dataclass
 class _Rounder:
     """Rounds weights and keeps what they became.
@@ -171,7 +166,7 @@ class _Rounder:
             for x, own, (args, kwargs) in zip(*streams, calls, strict=True):
                 stage.begin_chunk()
                 with contextlib.suppress(_Reached):
-                    outputs.append(_first(layer(x, *args, **kwargs)))
+                    outputs.append(first_output(layer(x, *args, **kwargs)))
                 if stage.members:
                     first = same[stage.members[0]]
                     given = _input_of(first, lambda: exact(own, *args, **kwargs))  # noqa: B023 - runs at once
@@ -180,7 +175,8 @@ class _Rounder:
                 hook.remove()
             if not stage.members:
                 return outputs, [
-                    _first(exact(own, *args, **kwargs)) for own, (args, kwargs) in zip(streams[1], calls, strict=True)
+                    first_output(exact(own, *args, **kwargs))
+                    for own, (args, kwargs) in zip(streams[1], calls, strict=True)
                 ]
             solved = stage.moments.solved()
             for module in stage.members:

@@ -34,9 +34,10 @@ from .facts import (
     make_limits,
     make_plan,
     native_formats,
+    quantization_of,
 )
 from .files import check_disk
-from .options import NO_TARGET, ExportOptions
+from .options import NO_TARGET, ExportOptions, takers_of
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -78,7 +79,7 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     formats = block_formats(shapes, native_formats(refs), (), options.weights_format, given)
     _check_calibration(refs, formats, options)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
-    quantization = kept_quantization(refs) or options.weights_format
+    quantization = quantization_of(refs, options)
     stored = f"int{quantization.bits}" if quantization else dtype
     check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=bool(quantization))
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
@@ -121,14 +122,12 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
                 hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
             )
         return
-    targets = [TARGETS[name] for name in options.targets if name != NO_TARGET]
     weights = f"int{kept.bits}"
-    others = [target.name for target in targets if weights not in target.quantized_weights]
+    able, others = takers_of(weights, options.targets)
     if others:
-        able = " or ".join(name for name, target in TARGETS.items() if weights in target.quantized_weights)
         raise InputError(
             f"The target cannot take {weights} weights.",
-            note=f"{checkpoint.name} has them; {', '.join(others)} was asked for.",
+            note=f"{checkpoint.name} has them; {others} was asked for.",
             hint=f"Use --target {able}, or the model's float checkpoint.",
         )
     if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
@@ -152,7 +151,7 @@ def check_before_trace(
     Raises:
         InputError, PlanError, ModelError, BundleError: it does not.
     """
-    quantized = kept_quantization(checkpoint.tensors) or options.weights_format
+    quantized = quantization_of(checkpoint.tensors, options)
     for target in options.targets:
         if target != NO_TARGET:
             TARGETS[target].check_dtype(dtype, f"int{quantized.bits}" if quantized else dtype, options)

@@ -50,11 +50,11 @@ from .facts import (
     adapter_matrices,
     chosen_formats,
     context_length,
-    kept_quantization,
     make_limits,
     make_plan,
     model_facts,
     quantization_facts,
+    quantization_of,
     special_tokens,
 )
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
@@ -85,7 +85,7 @@ def write_bundle(
     warn_of_layers(checkpoint, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options)
-    quantization = kept_quantization(refs) or options.weights_format
+    quantization = quantization_of(refs, options)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed * (2 if options.calibrated else 1))
     context = context_length(checkpoint.config)
@@ -170,7 +170,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say
         )
         check_kept(checkpoint, options)
-        quantized = options.weights_format or kept_quantization(checkpoint.tensors)
+        quantized = quantization_of(checkpoint.tensors, options)
         dtype = activations_dtype(checkpoint, options, quantized=quantized is not None)
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")

@@ -65,6 +65,11 @@ def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
     return None
 
 
+def quantization_of(refs: Mapping[str, TensorSource], options: BuildOptions) -> Quantization | None:
+    """As the checkpoint has it, else as asked for; None for weights in float."""
+    return kept_quantization(refs) or options.weights_format
+
+
 def chosen_formats(
     refs: Mapping[str, TensorSource],
     traced: TracedModel,

@@ -31,6 +31,12 @@ WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
 
 
+def takers_of(weights: str | None, targets: Sequence[str]) -> tuple[str, str]:
+    """In words: the targets that take such quantized weights, and those of `targets` that do not."""
+    able = [name for name, target in TARGETS.items() if weights in target.quantized_weights]
+    return " or ".join(able), ", ".join(name for name in targets if name in TARGETS and name not in able)
+
+
 def check_formats(
     targets: Sequence[str],
     dtype: str | None,
@@ -51,8 +57,7 @@ def check_formats(
         InputError: a target takes something else.
     """
     chosen = [TARGETS[name] for name in targets if name in TARGETS]
-    able = " or ".join(name for name, target in TARGETS.items() if dtype in target.quantized_weights)
-    others = ", ".join(target.name for target in chosen if dtype not in target.quantized_weights)
+    able, others = takers_of(dtype, targets)
     if dtype in QUANTIZED_DTYPES and others:
         raise InputError(
             f"The target cannot take {dtype} weights.",
@@ -295,12 +300,11 @@ class BuildOptions:
                 note=f"It is {self.head_dtype}; --dtype is {short_name(self.dtype) or 'not given'}.",
                 hint="Leave it out, or add --dtype int4.",
             )
-        chosen = [TARGETS[name] for name in self.targets if name in TARGETS]
-        unable = [target.name for target in chosen if self.head_dtype not in (None, *target.quantized_weights)]
-        if unable:
+        unable = takers_of(self.head_dtype, self.targets)[1]
+        if self.head_dtype is not None and unable:
             raise InputError(
                 f"The target cannot take {self.head_dtype} weights.",
-                note=f"--head-dtype is {self.head_dtype}; {', '.join(unable)} was asked for.",
+                note=f"--head-dtype is {self.head_dtype}; {unable} was asked for.",
                 hint="Leave --head-dtype out, or use another --target.",
             )
         if self.calibration is not None:

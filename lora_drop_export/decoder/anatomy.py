@@ -28,6 +28,11 @@ def name_of(model: Any, wanted: Any) -> str:
     return next(str(name) for name, module in model.named_modules() if module is wanted)
 
 
+def first_output(output: Any) -> Any:
+    """The hidden states that a layer gives: layers return them alone, or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def between_halves(layer: Any) -> Any:
     """The module whose input is the residual stream after attention."""
     for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):

@@ -48,11 +48,6 @@ class LayerCalls:
                 hook.remove()
 
 
-def first_output(output: Any) -> Any:
-    """The hidden states that a layer gives: layers return them alone, or first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _key(value: Any) -> Hashable:
     """Equal for what the traced code cannot tell apart: the same object, or plain values that are equal."""
     if isinstance(value, tuple | list):

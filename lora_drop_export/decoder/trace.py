@@ -25,12 +25,12 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import buffer_values, decoder_layers, name_of, tied_names
+from .anatomy import buffer_values, decoder_layers, first_output, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
-from .repeats import LayerCalls, alike, expand, first_output, stand_ins
+from .repeats import LayerCalls, alike, expand, stand_ins
 from .rotary import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"

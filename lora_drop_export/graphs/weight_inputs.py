@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import onnx_ir as ir
 from lora_drop_runtime.bundle.bundle import WeightInput
@@ -46,3 +49,8 @@ def stored_weights_as_inputs(graph: ir.Graph) -> dict[str, WeightInput]:
         value.const_value = None
         graph.inputs.append(value)
     return table
+
+
+def write_table(path: Path, table: Mapping[str, WeightInput]) -> None:
+    """As `Bundle.weight_inputs` reads it."""
+    path.write_text(json.dumps({name: dataclasses.asdict(weight) for name, weight in table.items()}) + "\n")

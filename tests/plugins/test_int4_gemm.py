@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from plugins.kernels.binding import LoraDropInt4Gemm, bind_int4_gemm
 from tests.support.int4_gemm_cases import GEMM_CASES, GemmCase, run_gemm
-from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_build import KERNELS, build_for_host, layout_in_c, layout_of
 from tests.support.kernel_calls import HostMemory
 
 
@@ -90,18 +89,4 @@ def test_problem(library: ctypes.CDLL, changes: dict[str, object], problem: str)
 
 
 def test_structure_has_the_layout_of_the_header(tmp_path: Path) -> None:
-    fields = [name for name, _ in LoraDropInt4Gemm._fields_]
-    source = tmp_path / "layout.c"
-    source.write_text(
-        "#include <stddef.h>\n#include <stdio.h>\n"
-        f'#include "{KERNELS / "int4_gemm.h"}"\n'
-        "int main(void) {\n"
-        + "".join(f'printf("%zu ", offsetof(LoraDropInt4Gemm, {name}));\n' for name in fields)
-        + 'printf("%zu", sizeof(LoraDropInt4Gemm)); }\n'
-    )
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler: gcc")
-    subprocess.run([compiler, "-std=c11", "-Wall", "-Werror", "-o", tmp_path / "layout", source], check=True)
-    layout = [int(n) for n in subprocess.check_output([tmp_path / "layout"]).split()]
-    assert layout == [*(getattr(LoraDropInt4Gemm, name).offset for name in fields), ctypes.sizeof(LoraDropInt4Gemm)]
+    assert layout_in_c("int4_gemm.h", LoraDropInt4Gemm, tmp_path) == layout_of(LoraDropInt4Gemm)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from plugins.kernels.binding import LoraDropAttention, load_library
-from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_build import KERNELS, build_for_host, layout_in_c, layout_of
 from tests.support.kernel_calls import HostMemory, check_rounding, make_arrays, make_call, run_case
 from tests.support.kernel_cases import CASES, Case, named
 from tests.support.kernel_reference import Arrays, check
@@ -378,19 +378,5 @@ def test_a_card_that_takes_fewer_blocks_needs_no_more_workspace(host_library: ct
 
 
 def test_structure_has_the_layout_of_the_header(tmp_path: Path) -> None:
-    fields = [name for name, _ in LoraDropAttention._fields_]
-    source = tmp_path / "layout.c"
-    source.write_text(
-        "#include <stdio.h>\n"
-        f'#include "{KERNELS / "skip_write_kv_attention.h"}"\n'
-        "int main(void) {\n"
-        + "".join(f'printf("%zu ", offsetof(LoraDropAttention, {name}));\n' for name in fields)
-        + 'printf("%zu", sizeof(LoraDropAttention)); }\n'
-    )
-    compiler = shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler: gcc")
-    subprocess.run([compiler, "-std=c11", "-Wall", "-Werror", "-o", tmp_path / "layout", source], check=True)
-    layout = [int(n) for n in subprocess.check_output([tmp_path / "layout"]).split()]
-    expected = [getattr(LoraDropAttention, name).offset for name in fields]
-    assert layout == [*expected, ctypes.sizeof(LoraDropAttention)]
+    header = "skip_write_kv_attention.h"
+    assert layout_in_c(header, LoraDropAttention, tmp_path) == layout_of(LoraDropAttention)

@@ -61,3 +61,23 @@ def build_for_device(library: Path, *options: str) -> str:
     if done.returncode:
         raise RuntimeError(done.stderr)
     return done.stdout + done.stderr
+
+
+def layout_of(structure: type[ctypes.Structure]) -> list[int]:
+    """Where each member lies, and the size, in bytes."""
+    return [*(getattr(structure, name).offset for name, *_ in structure._fields_), ctypes.sizeof(structure)]
+
+
+def layout_in_c(header: str, structure: type[ctypes.Structure], folder: Path) -> list[int]:
+    """The same of the struct that a header has by that name."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise NoCompilerError("no C compiler: gcc")
+    name, source, program = structure.__name__, folder / "layout.c", folder / "layout"
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{KERNELS / header}"\nint main(void) {{\n'
+        + "".join(f'printf("%zu ", offsetof({name}, {member}));\n' for member, *_ in structure._fields_)
+        + f'printf("%zu", sizeof({name})); }}\n'
+    )
+    subprocess.run([compiler, "-std=c11", "-Wall", "-Werror", "-o", program, source], check=True)
+    return [int(number) for number in subprocess.check_output([program]).split()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +46,8 @@ class OrtTarget:
         console: Console,
         earlier: Bundle | None,
     ) -> OrtEntry:
+        from lora_drop_export.graphs.weight_inputs import write_table
+
         from .lower import halves_from_neutral, ort_from_neutral
 
         positions = manifest.limits.max_seq_len
@@ -61,7 +61,7 @@ class OrtTarget:
             files, table = {kind: f"{self.name}/{kind.value}.onnx" for kind in lowered}, f"{self.name}/weights.json"
             for kind, proto in lowered.items():
                 (root / files[kind]).write_bytes(proto.SerializeToString())
-            (root / table).write_text(json.dumps({name: dataclasses.asdict(w) for name, w in weights.items()}) + "\n")
+            write_table(root / table, weights)
         return OrtEntry(graphs={kind.value: file for kind, file in files.items()}, weights=table)
 
     def provider(self, dtype: str) -> str | None:

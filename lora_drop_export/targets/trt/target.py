@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,13 +75,15 @@ def _sharing(options: TrtOptions, weight_dtype: str) -> str:
 
 def _weights(root: Path, folder: str, graphs: Mapping[StepKind, TrtGraph], sharing: str) -> tuple[str | None, int]:
     """(the table of weights that are inputs, written into the folder; bytes of all weights)."""
+    from lora_drop_export.graphs.weight_inputs import write_table
+
     from .weight_inputs import check_one_copy
 
     if sharing != "inputs":
         return None, sum(graph.constant_bytes for graph in graphs.values())
     weights = check_one_copy([graph.weights for graph in graphs.values()])
     file = f"{folder}/weights.json"
-    (root / file).write_text(json.dumps({name: dataclasses.asdict(w) for name, w in weights.items()}) + "\n")
+    write_table(root / file, weights)
     return file, sum(weight.size_bytes for weight in weights.values())
 
 

@@ -10,7 +10,7 @@ from lora_drop_runtime.bundle.bundle import WeightInput
 
 from lora_drop_export.graphs.match import Linear, joined_name, linear_groups, match_linear
 from lora_drop_export.graphs.nodes import Ops
-from lora_drop_export.graphs.weight_inputs import stored_input
+from lora_drop_export.graphs.weight_inputs import stored_input, stored_weights_as_inputs
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,7 @@ def fuse(graph: ir.Graph, fusion: Fusion, linears: Mapping[str, Linear], table: 
 def weights_as_inputs(graph: ir.Graph, fused: Mapping[str, WeightInput]) -> dict[str, WeightInput]:
     # Case 4
     weights = {str(value.name): fused[str(value.name)] for value in graph.inputs if value.name in fused}
-    for name, value in list(graph.initializers.items()):
-        if isinstance(value.const_value, ir.ExternalTensor) and value.uses():
-            weights[name] = stored_input([value])
-            value.const_value = None
-            graph.inputs.append(value)
-            del graph.initializers[name]
-    return weights
+    return weights | stored_weights_as_inputs(graph)
 
 
 def check_one_copy(tables: Iterable[dict[str, WeightInput]]) -> dict[str, WeightInput]:

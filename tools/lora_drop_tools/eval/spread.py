@@ -107,13 +107,14 @@ class Spread:
         needed = {"GPU": 1} if on_gpu else {"CPU": settings.threads or 1}
         ((name, each),) = needed.items()
         free = ray.available_resources().get(name, 0)
-        largest = max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0)
+        nodes = [node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]]
+        largest = max(nodes, default=0)
         if min(free, largest) < each:
             raise _no_room(f"One takes {each} {name}; {free:g} are free, the largest node has {largest:g}.")
         worker = ray.remote(_Worker).options(**{f"num_{name.lower()}s": each})
         given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads
         # No more than its nodes have places; one that others have taken meanwhile is never ready, and gets no batch
-        places = sum(int(node["Resources"].get(name, 0) // each) for node in ray.nodes() if node["Alive"])
+        places = sum(int(has // each) for has in nodes)
         self._workers = [worker.remote() for _ in range(min(int(free // each), places))]
         self._starting = {one.open.remote(*given): one for one in self._workers}
         self._free: list[Any] = []

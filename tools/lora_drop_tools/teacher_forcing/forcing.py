@@ -30,7 +30,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.sites import layer_of
 
-from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, head_replaced
+from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, first_output, head_replaced
 
 from . import attention
 from .attention import Attention
@@ -281,7 +281,7 @@ class TeacherForcing:
             output = self.layers[index](hidden, *args, **kwargs)
         finally:
             hook.remove()
-        return output[0] if isinstance(output, tuple) else output
+        return first_output(output)
 
     def _run(self, index: int, hidden: Any, state: Attention) -> tuple[Any, Any, tuple[Any, Any]]:
         """One layer; its output, the stream between its halves, and its K and V."""
