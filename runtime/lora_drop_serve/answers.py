@@ -124,6 +124,8 @@ class Answer:
     Args:
         model: its name.
         prompt_tokens: of all prompts, each counted once.
+        includes_usage: a stream ends with the usage.
+        includes_usage_so_far: each chunk of a choice has the usage so far.
         echoes: text that a choice begins with.
         tools: that the model may call.
         is_silent: no new token is told, though a row makes one.
@@ -143,6 +145,7 @@ class Answer:
         *,
         logprobs: bool,
         includes_usage: bool,
+        includes_usage_so_far: bool,
         verifies: bool,
         echoes: Sequence[str] | None = None,
         tools: Tools | None = None,
@@ -150,6 +153,7 @@ class Answer:
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
+        self._includes_usage_so_far = includes_usage_so_far
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.choices = [Choice(codec, stops, tools, is_silent) for _ in range(rows)]
         self._echoes = echoes or [""] * rows
@@ -204,6 +208,8 @@ class Answer:
 
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         chunk = {**self._head, "object": self.chunk_object, "choices": [] if choice is None else [choice]}
+        if choice is not None and self._includes_usage_so_far:
+            return chunk | {"usage": self.usage()}
         return chunk | {"usage": None} if self._includes_usage else chunk
 
     # ── at once ────────────────────────────────────────────────────────────────────────────────────────────

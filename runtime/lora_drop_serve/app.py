@@ -384,8 +384,8 @@ class Service:
         shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
         if body.scores_prompt:
             shared["prompt_logprobs"] = True
-            if body.new_tokens in (0, 1):  # one that may be an end token: who reads such answers counts on it
-                shared["stop_token_ids"] = ()
+        if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):
+            shared["stop_token_ids"] = ()  # of a scored prompt: who reads such answers counts on one token
         rows = []
         for prompt in prompts:
             new_tokens = self._new_tokens(prompt, body, param)
@@ -399,6 +399,7 @@ class Service:
             body.stops,
             logprobs=body.likeliest is not None,
             includes_usage=body.includes_usage,
+            includes_usage_so_far=body.includes_usage_so_far,
             verifies=policy.verifies,
             echoes=echoes,
             tools=tools,

@@ -111,7 +111,10 @@ def _stops(stop: Any) -> Any:
 
 
 class StreamOptions(_Model):
+    """`continuous_usage_stats`, as vLLM has it: every chunk with a choice has the usage so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class TextFormat(_Model):
@@ -140,8 +143,8 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 
 class _Request(_Model):
-    """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k` and
-    `repetition_penalty`."""
+    """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k`,
+    `repetition_penalty` and `ignore_eos`."""
 
     model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
@@ -152,6 +155,7 @@ class _Request(_Model):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     stop: Annotated[Text | Items[Text] | None, BeforeValidator(_stops)] = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -180,6 +184,12 @@ class _Request(_Model):
             raise PydanticCustomError("stream_options", "it needs stream: true", {"param": "stream_options"})
         return self
 
+    @model_validator(mode="after")
+    def _ends(self) -> _Request:
+        if self.ignore_eos and self.json_schema is not None:
+            raise PydanticCustomError("ignore_eos", "JSON ends with an end token", {"param": "ignore_eos"})
+        return self
+
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -199,6 +209,11 @@ class _Request(_Model):
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def includes_usage_so_far(self) -> bool:
+        """Whether each chunk has the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def sampling(self, choice: int) -> SamplingOptions:
         """How the tokens of one of `n` choices are drawn: choice i draws by seed + i."""
@@ -351,6 +366,8 @@ class ChatRequest(_Request):
             raise PydanticCustomError("max_tokens", "it differs from max_completion_tokens", {"param": "max_tokens"})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "it needs logprobs: true", {"param": "top_logprobs"})
+        if self.ignore_eos and self.tools:
+            raise PydanticCustomError("ignore_eos", "calls of tools end with an end token", {"param": "ignore_eos"})
         return self
 
     @property

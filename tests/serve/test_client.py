@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import openai
 import pytest
-from lora_drop_runtime import SamplingOptions, Session
+from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.text import TextCodec
 
-from tests.support.serving import Served
+from tests.support.serving import Served, serving
 
 PROMPT = [3, 14, 15, 92]
 TEXT = "t3 t14 t15 t92"
@@ -204,6 +209,39 @@ def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.Op
     assert last.choices == []
     assert last.usage.completion_tokens == 9
     assert last.usage.model_extra["lora_drop"] == {"refresh_steps": 2, "lora_steps": 6}
+
+
+def test_each_chunk_has_the_usage_so_far_where_it_is_asked_for(client: openai.OpenAI, bundle: Bundle) -> None:
+    """As generators of load ask: they count tokens by it."""
+    stream = client.completions.create(
+        model=bundle.manifest.model.name,
+        prompt=TEXT,
+        max_tokens=5,
+        temperature=0,
+        stream=True,
+        stream_options=cast(Any, {"include_usage": True, "continuous_usage_stats": True}),
+    )
+    *chunks, last = stream
+    assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [1, 2, 3, 4, 5]
+    assert last.choices == []
+    assert last.usage == chunks[-1].usage
+
+
+def test_a_text_goes_on_behind_an_end_token_that_is_ignored(bundle: Bundle, tmp_path: Path) -> None:
+    """As generators of load ask, who want texts of one length."""
+    free = alone(bundle, PROMPT, 9, k=0)
+    end, place = next((token, place) for place, token in enumerate(free) if place and token not in free[:place])
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    manifest = json.loads((root / MANIFEST_NAME).read_text())
+    manifest["special_tokens"]["eos"] = [end]
+    (root / MANIFEST_NAME).write_text(json.dumps(manifest))
+    batch = Batch.open(root, slots=2, threads=1)
+    with serving(batch, TextCodec.open(root / "tokenizer")) as server:
+        asked = {"prompt": PROMPT, "max_tokens": 9, "temperature": 0, "k": 0}
+        ends, goes_on = (server.http.post("/v1/completions", json={**asked, "ignore_eos": it}) for it in (False, True))
+    assert ends.json()["choices"][0]["finish_reason"] == "stop"
+    assert (ends.json()["usage"]["completion_tokens"], goes_on.json()["usage"]["completion_tokens"]) == (place, 9)
+    assert goes_on.json()["choices"][0]["text"] == words(free)
 
 
 def test_a_chat_whole_and_as_a_stream(client: openai.OpenAI, bundle: Bundle) -> None:

@@ -100,6 +100,13 @@ WRONG = [
     (COMPLETIONS, {"stream": "yes"}, "stream"),
     (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
     (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
+    (COMPLETIONS, {"ignore_eos": 1}, "ignore_eos"),
+    (COMPLETIONS, {"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+    (
+        CHAT,
+        {"messages": HI, "ignore_eos": True, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        "ignore_eos",
+    ),
     (COMPLETIONS, {"presence_penalty": 0.5}, "presence_penalty"),
     (COMPLETIONS, {"frequency_penalty": -1}, "frequency_penalty"),
     (COMPLETIONS, {"logit_bias": {"5": 100}}, "logit_bias"),
