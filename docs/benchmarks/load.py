@@ -1,0 +1,122 @@
+"""Servers of OpenAI's API under load: `guidellm` asks each in turn, at several numbers of users.
+
+    python docs/benchmarks/load.py --guidellm gl/bin/guidellm --tokenizer CHECKPOINT --users 1,8,32 --repeats 3 \\
+        'k = 0=http://127.0.0.1:8000,k=0' 'skip=http://127.0.0.1:8000,k=3,policy=skip' --json FILE
+
+An arm is a name, an address, and fields of its requests. Arms take turns within each repeat. Prompts are made by
+guidellm, each another one; all requests are greedy and have the same length. `--command NAME=COMMAND` adds an arm that
+is no server: its output's last line is the tokens a second of `--batch` rows. Printed are medians over the repeats; the
+ratios are those of arms within one repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+Measured = dict[str, float]
+
+
+class Arm(NamedTuple):
+    """A server, and the fields of the requests that it gets, as guidellm's options have them."""
+
+    name: str
+    target: str
+    fields: tuple[str, ...]
+
+    @staticmethod
+    def of(text: str) -> Arm:
+        name, _, rest = text.rpartition("=http")
+        target, *fields = f"http{rest}".split(",")
+        return Arm(name, target, tuple(fields))
+
+
+def asked(arm: Arm, users: int, options: argparse.Namespace) -> Measured:
+    """Tokens a second, and ms to the first token and between tokens of a request: p50 and p95 over requests."""
+    extras = [f"extras.body.{field}" for field in ("temperature=0", *arm.fields)]
+    backend = ",".join([f"kind=openai_http,target={arm.target},request_format=/v1/completions", *extras])
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [options.guidellm, "run", "--disable-console", "--backend", backend]
+        command += ["--profile", f"kind=concurrent,streams={users}"]
+        command += ["--constraint", f"kind=max_duration,seconds={options.seconds}"]
+        command += ["--tokenizer", f"kind=hf_auto,model={options.tokenizer}"]
+        tokens = f"prompt_tokens={options.prompt_tokens},output_tokens={options.new_tokens}"
+        command += ["--data", f"kind=synthetic_text,{tokens}", "--output", f"kind=json,path={report}"]
+        alone = {**os.environ, "GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # ten would take the cores that the server needs
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
+        metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
+    if metrics["request_totals"]["errored"]:
+        sys.exit(f"{arm.name}: {metrics['request_totals']['errored']} requests failed")
+    if not metrics["request_totals"]["successful"]:
+        sys.exit(f"{arm.name}: no request ended within --seconds {options.seconds}")
+    found = {"tokens_per_second": metrics["output_tokens_per_second"]["total"]["mean"]}
+    for name, key in (("first_ms", "time_to_first_token_ms"), ("between_ms", "inter_token_latency_ms")):
+        percentiles = metrics[key]["successful"]["percentiles"]
+        found |= {f"{name}_{p}": percentiles[p] for p in ("p50", "p95")}
+    return found | {"requests": metrics["request_totals"]["successful"]}
+
+
+def ran(command: str) -> Measured:
+    done = subprocess.run(shlex.split(command), check=True, stdout=subprocess.PIPE, text=True)
+    return {"tokens_per_second": float(done.stdout.splitlines()[-1])}
+
+
+def told(arms: Sequence[str], users: int, runs: Sequence[dict[str, Measured]]) -> None:
+    """A table of one number of users."""
+    base = next(iter(arms))
+    print(
+        f"\n{users} users\n\n| arm | tokens/s | over {base} | first token p50 ms | p95 ms | between p50 ms | p95 ms |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for arm in arms:
+        own = [(run[arm], run[base]) for run in runs if arm in run]
+        if not own:
+            continue
+        speed = statistics.median(one["tokens_per_second"] for one, _ in own)
+        ratio = statistics.median(one["tokens_per_second"] / first["tokens_per_second"] for one, first in own)
+        keys = ("first_ms_p50", "first_ms_p95", "between_ms_p50", "between_ms_p95")
+        times = [f"{statistics.median(one[key] for one, _ in own):.1f}" if key in own[0][0] else "" for key in keys]
+        print(f"| {arm} | {speed:.1f} | {ratio:.3f}× | {' | '.join(times)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("arms", nargs="+", metavar="NAME=URL[,FIELD=VALUE…]", type=Arm.of)
+    parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
+    parser.add_argument("--batch", type=int, default=8, help="number of users beside whom --command is run")
+    parser.add_argument("--guidellm", default="guidellm")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--users", default="1,2,4,8,16,32")
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    commands = dict(text.split("=", 1) for text in options.command)
+    runs: dict[int, list[dict[str, Measured]]] = {}
+    for users in map(int, options.users.split(",")):
+        runs[users] = []
+        for _ in range(options.repeats):
+            run = {arm.name: asked(arm, users, options) for arm in options.arms}
+            if users == options.batch:
+                run |= {name: ran(command) for name, command in commands.items()}
+            runs[users].append(run)
+            print(f"{users} users: {json.dumps(run)}", file=sys.stderr, flush=True)
+        told([*(arm.name for arm in options.arms), *commands], users, runs[users])
+        if options.json:
+            options.json.write_text(json.dumps({"prompt_tokens": options.prompt_tokens, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
