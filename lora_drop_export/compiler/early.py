@@ -18,6 +18,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
+from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
@@ -37,7 +38,7 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
-from .options import NO_TARGET, ExportOptions, takers_of
+from .options import NO_TARGET, ExportOptions
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -123,13 +124,18 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
             )
         return
     weights = f"int{kept.bits}"
-    able, others = takers_of(weights, options.targets)
-    if others:
-        raise InputError(
-            f"The target cannot take {weights} weights.",
-            note=f"{checkpoint.name} has them; {others} was asked for.",
-            hint=f"Use --target {able}, or the model's float checkpoint.",
-        )
+    packed = [ref for ref in checkpoint.tensors.values() if isinstance(ref, PackedTensor)]
+    for target in (name for name in options.targets if name != NO_TARGET):
+        other = next((ref for ref in packed if not TARGETS[target].takes_kept(ref.native)), None)
+        if other is not None:
+            points = "no zero points" if other.native.symmetric else "zero points"
+            able = [name for name, row in TARGETS.items() if all(row.takes_kept(ref.native) for ref in packed)]
+            raise InputError(
+                "The target cannot take the checkpoint's weights as they are.",
+                note=f"{other.name} of {checkpoint.name} has int{other.native.bits} blocks with {points}; {target} was "
+                "asked for.",
+                hint=f"Use --target {' or '.join(able)}, or the model's float checkpoint.",
+            )
     if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
         raise InputError(
             "The weights of a quantized checkpoint stay as they are.",

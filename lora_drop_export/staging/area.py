@@ -20,15 +20,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from lora_drop_runtime.command_line import held_signals
 from lora_drop_runtime.errors import InputError
 
 from .owned import remove_files
@@ -42,7 +41,6 @@ except ImportError:  # Windows: the dead cannot be told from the living, so what
 _SUFFIX = ".lora-drop"
 _LONGEST_NAME = 200  # bytes of a place's name that an area's own can hold; file systems allow 255
 _CONTENT = {"lock", "new", "scratch", "partial", "journal", "old"}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -209,26 +207,6 @@ def _make(place: Path) -> tuple[Path, int | None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let a second Ctrl-C wait until what the first one began is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    ours = [number for number, handler in before.items() if callable(handler)]
-    for number in ours:
-        signal.signal(number, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, before[number])
-        if caught:
-            signal.raise_signal(caught[0])
-
-
-@contextlib.contextmanager
 def area_of(place: Path, parents: bool = True) -> Iterator[Area]:
     """An area for a place, settled at the end whatever happened.
 
@@ -249,7 +227,7 @@ def area_of(place: Path, parents: bool = True) -> Iterator[Area]:
         root, descriptor = _make(place)
         yield Area(root)
     finally:
-        with _undisturbed():
+        with held_signals():  # a second Ctrl-C waits until what the first one began is done
             if root is not None:
                 _settle(root, place)
             if descriptor is not None:

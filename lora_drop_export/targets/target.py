@@ -16,6 +16,7 @@ from lora_drop_runtime.bundle.manifest import Manifest, TargetEntry
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.targets.openvino.target import OpenVinoTarget
 from lora_drop_export.targets.ort.target import OrtTarget
 from lora_drop_export.targets.trt.options import TrtOptions
@@ -53,6 +54,9 @@ class Target(Protocol):
     def check_dtype(self, dtype: str, weights: str, options: TargetOptions) -> None:
         """Refuse, before the trace, a dtype of activations that what is installed here cannot run, or that does not go
         with the options; `weights` is theirs."""
+
+    def takes_kept(self, form: BlockFormat) -> bool:
+        """Whether its graphs may have weights that a quantized checkpoint holds in this format."""
 
     def dtype(self, of_checkpoint: str) -> str:
         """Of activations, where the user names none; `of_checkpoint` is that of most of the weights."""

@@ -497,6 +497,27 @@ def _end_behind(error: BaseException | None) -> BaseException | None:
 
 
 @contextlib.contextmanager
+def held_signals() -> Iterator[Sequence[int]]:
+    """Let SIGINT, SIGTERM and SIGHUP wait until the context ends, where they are handled in Python; yields those that
+    came. For what must not be torn, and for C code that calls back: it loses what a handler raises there."""
+    caught: list[int] = []
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}  # Python handles signals in the main thread alone
+    ours = [number for number, handler in before.items() if callable(handler)]
+    for number in ours:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+@contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
 

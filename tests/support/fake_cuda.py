@@ -107,9 +107,10 @@ def bytes_of(choice: Choice) -> dict[str, int]:
     """What the kernel may read and write at each address, where a row has drawn nothing yet at least one number."""
     rows, vocab = choice.rows, choice.vocab
     sizes = dict.fromkeys(("next_token", "ids", "len_kept", "len_dropped", "tokens"), 8 * rows)
-    sizes |= {"logits": 4 * rows * vocab, "uniforms": 8 * rows, "stops": vocab, "seen": rows * vocab}
+    sizes |= {"logits": 4 * rows * vocab, "uniforms": 8 * rows, "stops": rows * vocab, "seen": rows * vocab}
     sizes |= {"window": 8 * rows * choice.window_width, "drawn": 4 * rows, "over": 4 * rows}
-    return sizes | {"top_p": 8, "top_k": 8, "temperature": 4, "penalty": 4}
+    sizes |= dict.fromkeys(("top_p", "top_k"), 8 * rows)
+    return sizes | dict.fromkeys(("temperature", "penalty", "new_tokens"), 4 * rows)
 
 
 class FakeCuda:

@@ -85,6 +85,8 @@ def test_build_and_speed(kernel_stages) -> None:
     calls = kernel_stages["speed"]["numbers"]["calls"]
     assert {call["layout"] for call in calls} == set(speed.LAYOUTS)
     assert {call["new_tokens"] for call in calls} == {1, 20}
+    # Everything takes a millisecond here: a step and its copies have the same share of it
+    assert {(call["new_tokens"], call["of_copy_rate"]) for call in calls} == {(1, 1.0), (20, None)}
 
 
 def test_kernel(kernel_stages) -> None:
@@ -136,6 +138,9 @@ def test_engines(engine_stages, stage: str) -> None:
     assert passed_over_stand_ins(engine_stages[stage])
     assert numbers["native float32 logits"]["status"] == "passed"
     assert set(numbers["native float32 build"]["engine_bytes"]) == {"lora", "refresh"}
+    for k, timed in numbers["native float32 times"].items():  # in the form that users get
+        assert timed["timed"] == "cycles"
+        assert set(timed["step_ms"]) == ({"refresh"} if k == "k=0" else {"cycle of 4"})
     assert "native int4 build" in numbers  # passed, or the exporter's own words why it does not
 
 
@@ -204,8 +209,8 @@ def test_the_functions_of_the_stand_in_are_those_of_cuda() -> None:
         ({"of_copy_rate": 0.61}, False),
         ({"length": 512}, False),
         ({"new_tokens": 2048}, False),
-        ({"kv_bytes": 1 << 20}, False),
-        ({"layout": "SmolLM2-135M"}, True),
+        ({"layout": "SmolLM2-135M", "kv_bytes": 3 << 20}, True),  # however few bytes it reads
+        ({"length": 32768}, True),
     ],
 )
 def test_a_slow_kernel_fails(changes: dict[str, Any], fails: bool) -> None:

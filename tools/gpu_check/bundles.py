@@ -6,11 +6,12 @@ Enters: a job, a target, a provider. Leaves: plain JSON values. Knows no engine 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gpu_check.job import Job, Skip
 
@@ -91,36 +92,32 @@ def same_tokens(bundle: Path, target: str, provider: str | None) -> str:
 
 
 def timed(bundle: Path, target: str, provider: str | None, k: int, **lengths: int) -> dict[str, Any]:
-    """Times of a greedy stream after one that warms up; `prompt` and `new_tokens` tokens.
+    """Times of a greedy request, as `lora-drop bench` takes them, after one that warms up; `prompt` and `new_tokens`
+    tokens.
 
     Returns:
-        tokens/s of the decode steps, the median milliseconds of each kind of step, the bytes that a step reads.
+        tokens/s of the decode steps; whether `steps` were timed one by one, or `cycles` that run without the host; the
+        median milliseconds of each kind of these; the bytes that a step reads.
     """
-    from lora_drop_runtime import Session
     from lora_drop_runtime.bundle.bundle import Bundle
+    from lora_drop_tools.bench.arms import SessionOptions, TimedSession
     from lora_drop_tools.shared import costs
 
     prompt, new_tokens = lengths.get("prompt", PROMPT), lengths.get("new_tokens", NEW_TOKENS)
-    tokens = [1 + 7 * i % 97 for i in range(prompt)]
-    seconds = []
-    with Session.open(bundle, target=target, provider=provider, k=k) as session:
-        notes = session.engine_notes()
-        list(session.stream(tokens, min(WARM_TOKENS, new_tokens)))
-        stream = session.stream(tokens, new_tokens)
-        next(stream)
-        for _ in range(new_tokens - 1):
-            begin = time.perf_counter()
-            next(stream)
-            seconds.append(time.perf_counter() - begin)
-        stream.close()
-    manifest = Bundle.open(bundle).manifest
-    kinds = costs.periodic_kinds(len(seconds), k)
-    moved = costs.bytes_of_steps(manifest, prompt, kinds)
+    tokens = np.array([[1 + 7 * i % 97 for i in range(prompt)]], np.int64)
+    opened = Bundle.open(bundle)
+    options = SessionOptions(opened.manifest.plan.policy, target=target, provider=provider)
+    with TimedSession.open(opened, options) as session:
+        notes = session.session.engine_notes()
+        session.run(tokens, min(WARM_TOKENS, new_tokens), k)
+        run = session.run(tokens, new_tokens, k)
+    moved = costs.bytes_of_steps(opened.manifest, prompt, costs.periodic_kinds(new_tokens - 1, k))
     by_kind: dict[str, list[float]] = {}
-    for kind, one in zip(kinds, seconds, strict=True):
-        by_kind.setdefault(kind.value, []).append(1e3 * one)
+    for kind, seconds in run.timed_parts:
+        by_kind.setdefault(kind, []).append(1e3 * seconds)
     return {
-        "tokens_per_s": len(seconds) / sum(seconds),
+        "tokens_per_s": (new_tokens - 1) / run.decode_seconds,
+        "timed": run.form,
         "step_ms": {kind: statistics.median(values) for kind, values in by_kind.items()},
         "bytes_per_token": sum(moved) / len(moved),
         "notes": notes,

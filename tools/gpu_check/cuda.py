@@ -119,6 +119,17 @@ class Gpu:
         source, to = (self.device.malloc(size_bytes, "A copy") for _ in range(2))
         return self.captured(lambda: self.device.copy_within(to, source, size_bytes))
 
+    def copies_contestant(self, allocate: Callable[[int], int], size_bytes: int, count: int) -> Callable[[], float]:
+        """Seconds of one of so many copies, each of memory of its own, that are captured together."""
+        pairs = [(allocate(size_bytes), allocate(size_bytes)) for _ in range(count)]
+
+        def enqueue() -> None:
+            for to, source in pairs:
+                self.device.copy_within(to, source, size_bytes)
+
+        seconds = self.captured(enqueue)
+        return lambda: seconds() / count
+
     def copy_rate(self, size_bytes: int) -> float:
         """Bytes a second that a copy reads and writes: each of its bytes counts twice."""
         seconds = self.copy_contestant(size_bytes)

@@ -13,6 +13,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.quantize.formats import BlockFormat
 
 DTYPES = ("float32", "bfloat16")  # of activations
 
@@ -39,6 +40,9 @@ class OpenVinoTarget:
                 note=f"Activations would be {dtype}; it computes in {' or '.join(DTYPES)}.",
                 hint="Use --dtype fp32, bf16, int8 or int4.",
             )
+
+    def takes_kept(self, form: BlockFormat) -> bool:
+        return True
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"

@@ -14,6 +14,7 @@ from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.quantize.formats import BlockFormat
 
 
 class OrtTarget:
@@ -33,6 +34,9 @@ class OrtTarget:
 
     def check_dtype(self, dtype: str, weights: str, options: object) -> None:
         check_version(import_onnxruntime().__version__, dtype)
+
+    def takes_kept(self, form: BlockFormat) -> bool:
+        return True
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"  # the one dtype that the CPU computes in

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+from lora_drop_runtime.command_line import held_signals
 from lora_drop_runtime.engines.trt.library import error_logger
 from lora_drop_runtime.engines.trt.plugin import load_plugin
 from lora_drop_runtime.errors import ModelError
@@ -92,14 +93,14 @@ def _set_attention(trt: Any, network: Any, lengths: Mapping[str, str]) -> None:
                 attention.key_value_lengths = valid[lengths[attention.get_input(2).name]]
 
 
-def _progress_monitor(trt: Any, progress: Progress) -> Any:
+def _progress_monitor(trt: Any, progress: Progress, signals: Sequence[int]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Shows the outermost phase that has steps; an interrupt ends the build."""
+        """Shows the outermost phase that has steps; a signal that is held, or an error in showing, ends the build."""
 
         def __init__(self) -> None:
             super().__init__()
             self.phases: dict[str, tuple[int, int]] = {}
-            self.interrupted: BaseException | None = None
+            self.error: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.phases[phase_name] = (0, num_steps)
@@ -110,9 +111,9 @@ def _progress_monitor(trt: Any, progress: Progress) -> Any:
                 self.phases[phase_name] = (done + 1, total)
                 if phase_name == next(iter(self.phases)):
                     progress(phase_name, done + 1, total)
-            except (KeyboardInterrupt, SystemExit) as end:  # raised here at Ctrl-C or SIGTERM during the build
-                self.interrupted = end
-            return self.interrupted is None
+            except BaseException as error:  # which the library would lose
+                self.error = error
+            return self.error is None and not signals
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.pop(phase_name, None)
@@ -178,7 +179,9 @@ class EngineBuilder:
         with tempfile.NamedTemporaryFile(dir=self._root, prefix="signed-") as file:
             sign_weights(parsed, self._root, file)
             # Any name inside the root will do: only its directory counts, for the external weights
-            taken = parser.parse(parsed.SerializeToString(), str(self._root.resolve() / f"{proto.graph.name}.onnx"))
+            file_name = str(self._root.resolve() / f"{proto.graph.name}.onnx")
+            with held_signals():  # the logger is called, in which what a handler raises would be lost
+                taken = parser.parse(parsed.SerializeToString(), file_name)
         if not taken:
             errors = [
                 f"{error.node_operator()} {error.node_name()}: {error.desc()}"
@@ -228,11 +231,12 @@ class EngineBuilder:
                     "the timing cache of the earlier build was measured on another GPU or by another version, so it is "
                     "not used"
                 )
-        with self._console.progress(f"{self._target}: {proto.graph.name} engine") as progress:
-            monitor = config.progress_monitor = _progress_monitor(trt, progress)
+        what = f"{self._target}: {proto.graph.name} engine"
+        with self._console.progress(what) as progress, held_signals() as signals:  # likewise
+            monitor = config.progress_monitor = _progress_monitor(trt, progress, signals)
             plan = builder.build_serialized_network(network, config)
-        if monitor.interrupted is not None:
-            raise monitor.interrupted
+        if monitor.error is not None:
+            raise monitor.error
         if plan is None:
             raise self._error("cannot build an engine", proto, list(self._logger.lines))
         unused = [line for line in self._logger.warnings if re.search(r"unused input", line, re.IGNORECASE)]

@@ -1,13 +1,14 @@
 """Quantized weights as TensorRT's parser takes them.
 
-Enters: a step graph whose DequantizeLinear nodes read UINT4 blocks with zero points and scales in the dtype of
+Enters: a step graph whose DequantizeLinear nodes read UINT4 or UINT8 blocks with zero points and scales in the dtype of
 activations, as the bundle stores them and ONNX Runtime runs them. Leaves: the same graph over INT4 or INT8 without zero
 points, which TensorRT does not have. The new bytes lie in one file, for the parse alone.
 
-    all zero points in the middle   INT4: q − 8
-    zero points of their own        INT8: q − zero point, which is exact and takes twice the bytes
+    all zero points in the middle      INT4: q − 8; INT8: q − 128
+    4 bits, zero points of their own   INT8: q − zero point, which is exact and takes twice the bytes
 
-TensorRT wants INT8 with positive scales, which those of our symmetric 8-bit weights need not be: there is no int8.
+8 bits less a zero point of their own do not fit into INT8: `Target.takes_kept` says so before the trace. TensorRT wants
+INT8 with positive scales: those of checkpoints are, those that `--dtype int8` makes need not be, so there is none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.graphs.match import SYMMETRIC
 from lora_drop_export.quantize.formats import unpack
@@ -33,10 +35,10 @@ def _stored(root: Path, tensor: onnx.TensorProto) -> npt.NDArray[np.uint8]:
     return np.memmap(file, np.uint8, "r", offset, (length,))
 
 
-def _signed(q: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
-    """q − 8 in two's complement is q with its highest bit turned over; two of them in a byte."""
+def _signed(q: npt.NDArray[np.uint8], bits: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """q less the middle in two's complement is q with its highest bit turned over; two of 4 bits in a byte."""
     for begin in range(0, len(q), _CHUNK_BYTES):
-        yield q[begin : begin + _CHUNK_BYTES] ^ np.uint8(0x88)
+        yield q[begin : begin + _CHUNK_BYTES] ^ np.uint8(0x88 if bits == 4 else 0x80)
 
 
 def _less_zero_points(
@@ -74,7 +76,7 @@ def _scales(stored: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
     """None is 0, which TensorRT refuses."""
     import ml_dtypes
 
-    scales = np.frombuffer(stored, dtype)
+    scales: npt.NDArray[Any] = np.frombuffer(stored, dtype)
     return np.where(scales == 0, ml_dtypes.finfo(dtype).smallest_subnormal, scales).astype(dtype)
 
 
@@ -85,7 +87,10 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
         model: initializers refer to files of `root`.
         file: open for writing, directly in `root`, empty; the graph's new initializers lie in it.
 
-    Requires: 4 bits.
+    Requires: 8 bits are symmetric.
+
+    Raises:
+        ModelError: INT8 with negative scales.
     """
     import ml_dtypes
 
@@ -96,15 +101,23 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
     for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
         weight, scales, points = (tensors[name] for name in node.input)
         (block_size,) = (attribute.i for attribute in node.attribute if attribute.name == "block_size")
-        assert weight.data_type == onnx.TensorProto.UINT4, weight.name
-        q = _stored(root, weight)
-        if points.name.endswith(SYMMETRIC):
-            out.write(weight, onnx.TensorProto.INT4, _signed(q))
+        bits = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}[weight.data_type]
+        q, symmetric = _stored(root, weight), points.name.endswith(SYMMETRIC)
+        signed = _scales(_stored(root, scales), numpy[scales.data_type])
+        if bits == 8 and (signed < 0).any():
+            raise ModelError(
+                "TensorRT cannot take these 8-bit weights.",
+                note=f"{weight.name} has negative scales, INT8 needs positive ones.",
+                hint="Use --target ort or openvino, or the model's float checkpoint with --dtype int4.",
+            )
+        if symmetric:
+            out.write(weight, onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8, _signed(q, bits))
         else:
+            assert bits == 4, weight.name
             shape = (int(weight.dims[0]), int(weight.dims[1]))
             integers = _less_zero_points(q, _stored(root, points), shape, block_size)
             out.write(weight, onnx.TensorProto.INT8, integers)
-        out.write(scales, scales.data_type, iter([_scales(_stored(root, scales), numpy[scales.data_type])]))
+        out.write(scales, scales.data_type, iter([signed]))
         del node.input[2]
         model.graph.initializer.remove(points)
     file.flush()

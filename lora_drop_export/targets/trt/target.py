@@ -19,6 +19,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_export.console import Console
+from lora_drop_export.quantize.formats import BlockFormat
 
 from .options import COMPUTE_CAPABILITIES, TrtOptions, check_buildable
 
@@ -112,6 +113,9 @@ class TrtTarget:
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         """Engines take any."""
         _sharing(options, weights)
+
+    def takes_kept(self, form: BlockFormat) -> bool:
+        return form.bits == 4 or form.symmetric
 
     def dtype(self, of_checkpoint: str) -> str:
         return "bfloat16" if of_checkpoint == "float32" else of_checkpoint

@@ -3,6 +3,9 @@
 Enters: prompts, any time. Leaves: events. All rows of a tick run the same step, refresh or LoRA; a row that is not due
 for it stands still. The kind that most rows wait for runs next, LoRA where as many wait for either: so rows of one
 window come to refresh together, and a new row's prompt joins them there. No row waits longer than a cycle of its own.
+
+On an engine that runs whole cycles a tick is one, wherever the rows allow it (`Batch.why_single_steps`), and tells the
+tokens of the cycle before. Rows come and leave between two cycles, and there prompts run, a chunk after each cycle.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,13 +28,14 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 
 from . import checks
 from .constraint import Constraint
+from .flight import FirstState, Flight, why_single_steps
 from .opening import checked_policy, open_bundle
 from .paged_slots import slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
 from .schedules import named_schedule
-from .slots import Logits
+from .slots import Logits, Slots
 from .statistics import Statistics
 from .stream import Usage
 
@@ -59,6 +63,7 @@ class Batch:
         kv_cache_bytes: int | None = None,
     ) -> None:
         self.bundle, self._engine = bundle, engine
+        self._in_cycles = engine.runs_cycles  # asked in this thread, which may compile a kernel: `add` comes from any
         self._policy = checked_policy(bundle, policy)
         self._schedule = scheduled(schedule, self._policy)
         self._draft, self._join_early = draft, checks.flag("join_early", join_early)
@@ -82,6 +87,7 @@ class Batch:
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
         self._got: list[tuple[Row, Logits, float]] = []  # rows that have run, and have not been given their logits
+        self._flight: Flight | None = None  # of all rows, which hold the slots until it is over
         self._added = 0
         self._usage = Usage("batch")
         self._is_open = True
@@ -183,7 +189,8 @@ class Batch:
         self._check_open()
         slots = f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
         if not self._paged:
-            return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states"
+            cycles = "; whole cycles without the host" if self._in_cycles else ""
+            return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states{cycles}"
         # Whatever its policy, a row has no more entries in dropped layers than in kept ones
         most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
         most = most if self._most_bytes is None else min(most, self._most_bytes)
@@ -287,7 +294,8 @@ class Batch:
         own = None if constraint is None else constraint.fork()
         sampler = RowSampler(sampling, prompt, stream, number, own)
         limits_of_runs = self._chunk, self._engine.verified_tokens
-        self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, self._tell))
+        why = why_single_steps(self._engine, chosen, verifier, own, likeliest)
+        self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, why, self._tell))
         return number
 
     def cancel(self, row: int) -> None:
@@ -300,7 +308,7 @@ class Batch:
         checks.check_row(row, self._added)
         self._usage.enter()
         try:
-            self._settle()  # what an interrupted tick has left
+            self._settle(land=True)  # and what an interrupted tick has left
             for rows in (self._rows, self._waiting):
                 for slot, one in enumerate(rows):
                     if one.number == row:
@@ -314,10 +322,11 @@ class Batch:
             self._usage.leave()
 
     def tick(self) -> list[Event]:
-        """Run one step for the rows that are due for it; returns their events, several of a row under `lossless`.
+        """Run one step for the rows that are due for it, or a whole cycle; returns their events, several of a row under
+        `lossless` and of a cycle.
 
         Nothing happens where there is no row. After an interrupt the next tick goes on; a row whose tokens were being
-        chosen then has `failed`.
+        chosen then has `failed`, and all rows have whose cycle was being begun.
 
         Raises:
             BundleError: the engine cannot run the step.
@@ -326,8 +335,8 @@ class Batch:
         self._check_open()
         self._usage.enter()
         try:
-            self._settle()  # what an interrupted tick has left
-            while self._waiting and len(self._rows) < self._count and self._has_room(self._waiting[0]):
+            self._settle(land=self._may_admit())  # and what an interrupted tick has left
+            while self._may_admit():
                 self._slots.admit(len(self._rows), self._waiting[0].options.slots)
                 self._rows.append(self._waiting[0])
                 self._waiting.popleft()
@@ -350,8 +359,20 @@ class Batch:
         self._check_open()
         return self._slots.kv_bytes(sum(row.kept for row in self._rows), sum(row.dropped for row in self._rows))
 
+    @property
+    def why_single_steps(self) -> str:
+        """Why the next tick is no whole cycle on the device; empty where it is one, or there is no row."""
+        self._check_open()
+        return self._why_single_steps()
+
     def _run(self) -> None:
-        kind = self._next_kind()
+        why, new = self._why_single_steps(), [row for row in self._rows if row.is_new]
+        going = [row for row in self._rows if not row.is_new]
+        if going and not why and (not new or any(row.waited for row in going)):
+            self._fly(going, 1 if new else 2)
+            return
+        self._settle(land=True)
+        kind = self._next_kind() if why or not going else StepKind.REFRESH
         self._join(kind)
         runs = [row.run for row in self._rows if row.run is not None]
         assert len(runs) == len(self._rows)
@@ -364,21 +385,84 @@ class Batch:
         for slot, row in enumerate(self._rows):
             row.waited += slot not in due
 
-    def _settle(self) -> None:
-        """Give rows the logits of the last run, tell their events, and take out those that are over and those that do
-        not wait any more.
+    def _why_single_steps(self) -> str:
+        """The one place that decides."""
+        going = [row for row in self._rows if not row.is_new]
+        for row in self._rows:
+            if row.why_single_steps:
+                return f"row {row.number}: {row.why_single_steps}"
+        for row in going[1:]:
+            if (row.k, row.options.policy) != (going[0].k, going[0].options.policy):
+                return f"rows {going[0].number} and {row.number} have another k or policy each"
+        for row in going:
+            if row.phase:
+                return f"row {row.number} is amid a cycle"
+            assert isinstance(self._slots, Slots)
+            width = row.options.policy.refresh_tokens(row.k)
+            for new in self._rows:
+                if new.is_new and not self._slots.have_room(new.kept, new.dropped, width):
+                    return f"row {new.number} has no room to stand still beside a cycle"
+        return ""
 
-        An interrupt ends the row that it comes upon; the others take what they got all the same, here or later.
-        """
-        interrupt: BaseException | None = None
-        if self._rows and self._waiting and self._rows[-1] is self._waiting[0]:  # an interrupt came as it was admitted
-            self._waiting.popleft()
+    def _fly(self, going: Sequence[Row], ahead: int) -> None:
+        """Begin the next cycle, and read the one before it; `ahead` 2 leaves one under way."""
+        if self._flight is None:
+            assert isinstance(self._slots, Slots)
+            # A power of two, so that few graphs serve all numbers of rows
+            count = min(1 << (len(self._rows) - 1).bit_length(), self._count)
+            first = [row.in_flight() for row in self._rows]
+            first += [FirstState()] * (count - len(first))
+            self._flight = Flight(self._slots, going[0].k, going[0].options.policy, first)
+        self._flight.keep_ahead(ahead)
+        self._flight.read()
+        for row in self._rows:
+            row.waited += row.is_new
+
+    def _found(self) -> Iterator[tuple[Row, Logits | int, float]]:
+        """What rows have got and were not given."""
         while self._got:
-            row, logits, seconds = self._got.pop(0)
+            yield self._got.pop(0)
+        flight = self._flight
+        if flight is None:
+            return
+        for slot, row in enumerate(self._rows):
+            first = flight.rows[slot].kept
+            while not row.is_new and row.run is not None and row.kept - first < len(flight.tokens):
+                yield row, int(flight.tokens[row.kept - first][slot]), 0.0  # each step has fed one token
+
+    def _give(self) -> BaseException | None:
+        """Give rows what they have got, and tell their events."""
+        interrupt: BaseException | None = None
+        for row, found, seconds in self._found():
             try:
-                row.advance(logits, seconds)
+                row.advance(found, seconds)
             except BaseException as error:
                 interrupt = interrupt or error
+        return interrupt
+
+    def _settle(self, land: bool = False) -> None:
+        """Give rows what the last run has made, and take out those that are over and those that do not wait any more.
+
+        An interrupt ends the row that it comes upon; the others take what they got all the same, here or later.
+
+        Args:
+            land: wait for cycles that are under way; done in any case where a row is over, whose slot is another's.
+        """
+        if self._rows and self._waiting and self._rows[-1] is self._waiting[0]:  # an interrupt came as it was admitted
+            self._waiting.popleft()
+        interrupt = self._give()
+        land = land or any(row.run is None for row in self._rows)
+        while (flight := self._flight) is not None and (land or flight.is_torn):
+            if flight.is_torn:
+                for row in self._rows:
+                    if row.run is not None and not row.is_new:
+                        row.fail(checks.interrupted_cycle(), row.run.kind)
+                self._flight = None
+            elif flight.unread:
+                flight.read()
+                interrupt = self._give() or interrupt
+            else:
+                self._flight = None
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].run is None:
                 self._free(slot)
@@ -397,6 +481,10 @@ class Batch:
                     if getattr(one.options.schedule, "k", None) == schedule.k
                 )
                 row.join(next(others, 0))
+
+    def _may_admit(self) -> bool:
+        """Whether the row that waits longest may begin."""
+        return bool(self._waiting) and len(self._rows) < self._count and self._has_room(self._waiting[0])
 
     def _has_room(self, row: Row) -> bool:
         """Whether its blocks fit beside those of the rows that run."""

@@ -112,6 +112,14 @@ def lengths_that_stay(tokens: int | Sequence[int], lengths: Sequence[int]) -> li
     return [min(one, length) for one, length in zip(asked, lengths, strict=True)]
 
 
+def interrupted_cycle() -> InputError:
+    return InputError(
+        "A cycle on the device was interrupted as it was begun.",
+        note="How many of its steps have run is not known.",
+        hint="Add the row again.",
+    )
+
+
 def cannot_fork(target: str) -> InputError:
     return InputError(
         "The session cannot be forked.",

@@ -15,13 +15,12 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Buffer, Engine, Step
-from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
 from .cycle import Cycle
 from .paged_slots import slots_for
-from .sampling import Ids
+from .sampling import Ids, not_numbers
 from .slots import Logits, Run, Slots
 
 PREFILL_CHUNK = 512  # tokens of a row in one prefill run; longer prompts go in chunks, which bounds the activations
@@ -31,11 +30,7 @@ def checked_tokens(tokens: Ids, active: npt.NDArray[np.bool_]) -> Ids:
     """Tokens [B] that an engine chose, 0 in rows that are not active. Raises BundleError: logits were no numbers."""
     tokens = np.where(active, tokens, 0)
     if tokens.min() < 0:
-        raise BundleError(
-            "The model computed logits that are not numbers.",
-            note=f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.",
-            hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
-        )
+        raise not_numbers(f"The logits of row {int(tokens.argmin())} have NaN or infinity among them.")
     return tokens
 
 

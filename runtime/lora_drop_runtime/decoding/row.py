@@ -1,8 +1,8 @@
 """One row of a batch: what it wants to run next, and what it makes of the logits.
 
-Enters: a prompt, then the logits of each run that the row asked for. Leaves: runs, and events. A row knows its own
-lengths alone: nothing of the other rows, of the slot that it lies in, or of when its runs come. So its tokens are those
-of the row alone, whatever else is in the batch.
+Enters: a prompt, then the logits of each run that the row asked for, or the token that was chosen from them. Leaves:
+runs, and events. A row knows its own lengths alone: nothing of the other rows, of the slot that it lies in, or of when
+its runs come. So its tokens are those of the row alone, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lora_drop_runtime.plan.schedule import AdaptiveSchedule, JoinedSchedule, Pe
 
 from .cycle import Cycle
 from .drafter import Drafter
+from .flight import FirstState
 from .pace import MOST_DRAFTS, AutoPace, CycleTimes, FixedPace, Pace
 from .sampling import Ids, RowSampler
 from .slots import Logits, Run
@@ -60,6 +61,7 @@ class Event:
 
 
 Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
+_ON_DEVICE: Logits = np.empty((1, 0), np.float32)  # the logits of a run whose token was chosen there
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Row:
         patience: ticks that it waits at most.
         is_new: whether its prompt is not done.
         phase: LoRA steps since its last refresh, of a periodic schedule.
+        why_single_steps: why the host chooses its tokens one by one; empty where whole cycles could.
     """
 
     def __init__(
@@ -107,15 +110,18 @@ class Row:
         sampler: RowSampler,
         chunk: int,
         most_verified: int | None,
+        why_single_steps: str,
         tell: Callable[[Event], None],
     ) -> None:
         self.number, self.options, self._tell = number, options, tell
+        self.why_single_steps = why_single_steps
         self.kept = self.dropped = self.waited = 0
         self._prompt: list[int] = prompt.tolist()
         self._sampler, self._chunk = sampler, chunk
         self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
         self._left = options.new_tokens
         self._cycles: list[VerifiedCycle] = []
+        self._chosen: int | None = None  # on the device, by the latest run
         schedule = options.schedule
         self._pace: Pace = AutoPace()
         window = schedule.k if isinstance(schedule, PeriodicSchedule | AdaptiveSchedule) else _USUAL_WAIT - 1
@@ -129,19 +135,32 @@ class Row:
         self._runs = self._steps()
         self.run: Run | None = next(self._runs)
 
-    def advance(self, logits: Logits, seconds: float) -> None:
-        """Its run is done, and gave these logits [n, V]."""
+    def advance(self, found: Logits | int, seconds: float) -> None:
+        """Its run is done, and gave these logits [n, V], or the token that was chosen from them on the device."""
         assert self.run is not None
         kind, self.waited = self.run.kind, 0
+        self._chosen, logits = (found, _ON_DEVICE) if isinstance(found, int) else (None, found)
         try:
             self.run = self._runs.send((logits, seconds))
         except StopIteration:
             self.run = None
         except BaseException as error:  # of this row alone: its logits are no numbers, or its own schedule is wrong
-            self.run = None
-            self._tell(Event(self.number, None, kind, finished=FAILED, error=error, statistics=self._counted))
+            self.fail(error, kind)
             if not isinstance(error, Exception):
                 raise
+
+    def fail(self, error: BaseException, kind: StepKind) -> None:
+        """End the row."""
+        self.run = None
+        self._tell(Event(self.number, None, kind, finished=FAILED, error=error, statistics=self._counted))
+
+    def in_flight(self) -> FirstState:
+        """What it begins whole cycles with, or stands still beside them with while its prompt is not done."""
+        if self.is_new or self.run is None:
+            return FirstState(kept=self.kept, dropped=self.dropped)
+        sampler = self._sampler
+        entries = self.kept, self.dropped
+        return FirstState(self.run.tokens[-1], *entries, self._left, sampler.options, sampler, self.options.stops)
 
     def join(self, ahead: int) -> None:
         """Let a new row's first cycle be shorter by so many LoRA steps, so that it refreshes with the others."""
@@ -149,6 +168,13 @@ class Row:
         assert isinstance(self.options.schedule, PeriodicSchedule)
         self.options = replace(self.options, schedule=JoinedSchedule(self.options.schedule.k, ahead))
         self.phase = ahead
+
+    @property
+    def k(self) -> int:
+        """The window of a periodic schedule."""
+        schedule = self.options.schedule
+        assert isinstance(schedule, PeriodicSchedule | JoinedSchedule)
+        return schedule.k
 
     @property
     def ends_its_prompt(self) -> bool:
@@ -226,11 +252,17 @@ class Row:
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────
 
+    def _choose(self, logits: Logits) -> int:
+        if self._chosen is None:
+            return self._sampler.take(logits)
+        self._sampler.took(self._chosen)
+        return self._chosen
+
     def _scheduled_tokens(self, logits: Logits) -> Runs:
         policy, cycle = self.options.policy, Cycle(self.options.schedule, self.options.new_tokens - 1)
         kind, since_refresh = StepKind.REFRESH, list[int]()
         while True:
-            token = self._sampler.take(logits)
+            token = self._choose(logits)
             if not self._event(token, logits, kind, self._sampler.is_over):
                 return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]

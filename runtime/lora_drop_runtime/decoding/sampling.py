@@ -58,6 +58,14 @@ class SamplingOptions:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
+def not_numbers(note: str) -> BundleError:
+    return BundleError(
+        "The model computed logits that are not numbers.",
+        note=note,
+        hint="Check the bundle with: lora-drop inspect --check; or export it with a wider --dtype.",
+    )
+
+
 def penalize(scores: NDArray[np.float32], seen: Ids, penalty: float) -> NDArray[np.float32]:
     """A copy of the logits [V], lower (higher, for a penalty below 1) at the token ids `seen` [N]."""
     scores = scores.copy()
@@ -162,11 +170,7 @@ class RowSampler:
         index = int(scores.argmax())
         largest = scores[index]
         if not math.isfinite(largest):
-            raise BundleError(
-                "The model computed logits that are not numbers.",
-                note=f"The largest logit of row {self._row} is {largest}.",
-                hint="Check the bundle with `lora-drop inspect --check`, or export it with a wider --dtype.",
-            )
+            raise not_numbers(f"The largest logit of row {self._row} is {largest}.")
         return index
 
     def draw(self, ids: Ids, probs: NDArray[np.float64]) -> int:
@@ -187,6 +191,18 @@ class RowSampler:
         token = largest if self.options.temperature == 0 else self.choose(scores)
         self.remember(token)
         return token
+
+    def took(self, token: int) -> None:
+        """A token was chosen elsewhere, with this row's next random number; remember it.
+
+        Raises:
+            BundleError: it is −1, since logits were no numbers.
+        """
+        if token < 0:
+            raise not_numbers(f"The logits of row {self._row} have NaN or infinity among them.")
+        if self.options.temperature > 0:
+            self.generator.random()
+        self.remember(token)
 
     def remember(self, token: int) -> None:
         """The token belongs to the text from now on."""

@@ -33,7 +33,8 @@ from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
 from . import checks
 from .constraint import Constraint
-from .cycles import Cycles, runs_in_cycles
+from .cycles import Cycles
+from .flight import why_single_steps
 from .lossless import Clock, Lossless, most_verified
 from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
@@ -261,10 +262,10 @@ class Session:
         self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
         ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
-        if runs_in_cycles(self._opened(), schedule, self._policy, constraint):
-            request = self._running()
+        if not why_single_steps(self._opened(), schedule, self._policy, constraint):
+            request, samplers = self._running(), None if chooser is None else chooser.rows
             first = request.chosen(active) if chooser is None else chooser.sample(self._logits(), active)
-            yield from Cycles(request, options, chooser, stops).tokens(first, lambda: self._check_runs(ended))
+            yield from Cycles(request, options, samplers, stops).tokens(first, lambda: self._check_runs(ended))
             return
         for left in reversed(range(max_new_tokens)):
             tokens = self._running().chosen(active) if chooser is None else chooser.sample(self._logits(), active)
@@ -498,7 +499,7 @@ class Session:
         self.prefill(tokens, max_new_tokens=enough + 1, k=schedule)
         for _ in range(enough):
             self.step(tokens[:, 0])
-        if runs_in_cycles(self._opened(), schedule, self._policy, None):
+        if not why_single_steps(self._opened(), schedule, self._policy, None):
             twice = min(2 * (window.k + 1), most)  # a plain and a captured run
             self.generate(list(tokens), twice + 1, k=schedule, stop_token_ids=())
         self._request = None

@@ -201,18 +201,24 @@ class Slots:
 
     # ── a whole cycle on the device ────────────────────────────────────────────────────────────────────────────
 
-    def cycle(self, k: int, policy: Policy) -> tuple[CycleRows, Cycle]:
-        """`k` LoRA steps of all rows and their refresh, in an engine that runs them without the host.
+    def cycle(self, k: int, policy: Policy, count: int) -> tuple[CycleRows, Cycle]:
+        """`k` LoRA steps of the rows in the first `count` slots and their refresh, in an engine that runs them without
+        the host. They begin behind a refresh.
 
         Returns:
             What the rows begin with, to be filled, and the cycle.
         """
         engine: CycleEngine = self._engine  # type: ignore[assignment]  # it says so
         width, back, fills = policy.refresh_tokens(k), policy.steps_taken_back(k), int(policy.fills)
-        rows = engine.cycle_rows(self._count, width)
+        rows = engine.cycle_rows(count, width)
+        if self._side:  # a refresh beside rows that were amid their cycles has left states there
+            for name, state in self.buffers.states[self._side].items():
+                engine.copy(state, self.buffers.states[0][name], None)
+            self._side = 0
         rows.host["logits_index"][...] = width - 1
         lengths = {name: rows.device[name] for name in ("len_kept", "len_dropped", "logits_index")}
-        logits, everyone = self._outputs[1][0], slice(0, self._count)
+        everyone = slice(0, count)
+        logits = self._output(1)[0][everyone]
         steps = []
         for number in range(k + 1):
             is_refresh, before_refresh = number == k, number == k - 1
@@ -231,6 +237,10 @@ class Slots:
         """A cycle has run, and so many LoRA steps behind its last refresh."""
         self._side = lora_steps % 2 if self.buffers.are_double else 0
         self._wanted, self._parts = 1, None
+
+    def have_room(self, kept: int, dropped: int, width: int) -> bool:
+        """Whether a row with so many entries can stand still beside others that write `width`."""
+        return kept + width <= self._most_kept and dropped + width <= self._most_dropped
 
     # ── one call of the engine ─────────────────────────────────────────────────────────────────────────────────
 
@@ -336,6 +346,15 @@ class Slots:
             return min(most, min([self._most_kept - run.kept for run in runs]))
         return min(most, min([min(self._most_kept - run.kept, self._most_dropped - run.dropped) for run in runs]))
 
+    def _output(self, wanted: int) -> tuple[Buffer, Ids]:
+        """Logits and chosen tokens of all slots, so many of each row."""
+        if wanted not in self._outputs:
+            name, shape = "logits" if wanted == 1 else f"logits.{wanted}", {"batch": self._count, "rows": wanted}
+            logits = self._engine.allocate_resident(name, self._spec.sized(shape), self._spec.dtype)
+            tokens = self._engine.allocate(f"next_{name}", (self._count, wanted * self._engine.chooses_tokens), "int64")
+            self._outputs[wanted] = logits, tokens
+        return self._outputs[wanted]
+
     def _prepare(self, kind: StepKind, first: int, end: int, width: int, wanted: int, side: int) -> _Prepared:
         engine, states, rows = self._engine, self.buffers.states, slice(first, end)
         sizes = {"input_ids": (end - first, width), "logits_index": (end - first, wanted)}
@@ -345,12 +364,7 @@ class Slots:
             else np.zeros(shape, np.int64)
             for name, shape in sizes.items()
         )
-        if wanted not in self._outputs:
-            name, shape = "logits" if wanted == 1 else f"logits.{wanted}", {"batch": self._count, "rows": wanted}
-            logits = engine.allocate_resident(name, self._spec.sized(shape), self._spec.dtype)
-            tokens = engine.allocate(f"next_{name}", (self._count, wanted * engine.chooses_tokens), "int64")
-            self._outputs[wanted] = logits, tokens
-        logits, tokens = self._outputs[wanted]
+        logits, tokens = self._output(wanted)
         inputs: dict[str, Array] = {"input_ids": ids, "logits_index": index}
         inputs |= {name: lengths[rows] for name, lengths in self._lengths.items()}
         after = states[1 - side] if kind is StepKind.LORA else states[side]

@@ -148,9 +148,10 @@ class CycleRows:
         device: buffers that steps bind: `ids` int64 [B, 1] and `window` int64 [B, W], the tokens of a LoRA step and of
             the refresh; `len_kept` and `len_dropped` int64 [B]; `logits_index` int64 [B, 1]; `next_token` int64 [B, 1].
         host: arrays to fill before `Cycle.begin`: the tokens that come first, the lengths, the refresh's
-            `logits_index`; and `stops` uint8 [V], 1 at tokens that end a row, `seen` uint8 [B, V], 1 at those that the
-            repetition penalty lowers, `uniforms` float64 [draws, B] in [0, 1), one for each token, `top_p` float64 [1],
-            `top_k` int64 [1], `temperature` and `penalty` float32 [1].
+            `logits_index`; and `stops` uint8 [B, V], 1 at tokens that end a row, `seen` uint8 [B, V], 1 at those that
+            the repetition penalty lowers, `uniforms` float64 [draws, B] in [0, 1), one for each token, `top_p` float64
+            [B], `top_k` int64 [B], `temperature` and `penalty` float32 [B], `new_tokens` int32 [B], the most that a row
+            makes, and `over` int32 [B], 1 of a row that stands still from the first step on.
     """
 
     device: Mapping[str, Any]
@@ -181,7 +182,8 @@ class CycleStep:
 class Cycle(Protocol):
     """Steps that run one after another without the host: each feeds the token that the one before it made.
 
-    A row whose token is a stop, or whose logits are no numbers, stands still from then on.
+    A row whose token is a stop or its last, or whose logits are no numbers, stands still from then on: what it writes
+    all the same lies behind its entries, or within its slots where these end.
     """
 
     def begin(self) -> None:
@@ -189,12 +191,12 @@ class Cycle(Protocol):
         ...
 
     def run(self, count: int) -> None:
-        """Begin the first `count` steps; does not wait for them."""
+        """Begin the first `count` steps; does not wait for them. At most two runs may be unread."""
         ...
 
-    def read(self) -> npt.NDArray[np.int64]:
-        """Tokens [count, B] of the earliest run that was not read, −1 where logits are no numbers; waits for it. At
-        most two runs may be unread."""
+    def read(self, number: int) -> npt.NDArray[np.int64]:
+        """Tokens [count, B] of one of the two latest runs, counted from 0 since `begin`, −1 where logits are no
+        numbers. Waits for it."""
         ...
 
 

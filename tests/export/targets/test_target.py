@@ -56,6 +56,9 @@ class ToyTarget:
     def check_dtype(self, dtype, weights, options):
         pass
 
+    def takes_kept(self, form):
+        return False
+
     def dtype(self, of_checkpoint):
         return "float16"
 

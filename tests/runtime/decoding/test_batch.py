@@ -282,7 +282,7 @@ class Interrupt:
     Not in the last line of a tick, where its events are on their way to the caller.
     """
 
-    FILES = ("/batch.py", "/row.py", "/slots.py", "/cycle.py", "/sampling.py")
+    FILES = ("/batch.py", "/row.py", "/slots.py", "/cycle.py", "/flight.py", "/sampling.py")
 
     def __init__(self, count: int) -> None:
         self.left = count

@@ -28,14 +28,13 @@ SETTLE_SECONDS = 0.05  # between two runs: threads that spin after their last wo
 
 
 class TimedEngine:
-    """An engine that notes the seconds and the kind of each run, and so runs none that it does not see."""
-
-    runs_cycles = False
+    """An engine that notes the seconds of each run, and the kinds of its steps: one, or all of a whole cycle."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.run_seconds: list[float] = []
         self.last_kind = StepKind.REFRESH
+        self.cycle_kinds: list[list[StepKind]] = []  # of each cycle that was read
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -51,9 +50,36 @@ class TimedEngine:
 
         return timed
 
+    def cycle(self, *parts: Any) -> _TimedCycle:
+        """Of an engine that runs whole cycles."""
+        _, steps, _ = parts
+        return _TimedCycle(self, self._engine.cycle(*parts), [step.kind for step in steps])
+
     def steps(self) -> Any:
         """Of an engine whose caches are paged."""
         return _TimedSteps(self, self._engine.steps())
+
+
+class _TimedCycle:
+    """A cycle of one request, noted by the engine: the seconds that the host begins it and waits for its tokens."""
+
+    def __init__(self, engine: TimedEngine, cycle: Any, kinds: list[StepKind]) -> None:
+        self._engine, self._cycle, self._kinds = engine, cycle, kinds
+
+    def begin(self) -> None:
+        self._cycle.begin()
+
+    def run(self, count: int) -> None:
+        begin = time.perf_counter()
+        self._cycle.run(count)
+        self._engine.run_seconds.append(time.perf_counter() - begin)
+
+    def read(self, number: int) -> Any:
+        begin = time.perf_counter()
+        tokens = self._cycle.read(number)
+        self._engine.run_seconds.append(time.perf_counter() - begin)
+        self._engine.cycle_kinds.append(self._kinds[: len(tokens)])
+        return tokens
 
 
 class _TimedSteps:
@@ -138,6 +164,7 @@ class TimedSession:
     def _run(self, prompts: Ids, new_tokens: int, k: int | str | AdaptiveSchedule) -> Run:
         clock, runs = time.perf_counter, self._engine.run_seconds
         runs.clear()
+        self._engine.cycle_kinds.clear()
         seconds: list[float] = []
         kinds: list[str] = []
         engine: list[float] = []  # of a step, which is several runs where rows are backfilled one by one
@@ -154,7 +181,12 @@ class TimedSession:
         counted = self.session.statistics()
         cycles, note = (None, "") if counted is None else (counted.cycles, counted.note)
         kv = self.session.kv_bytes()
-        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, kv, kinds[1:], cycles, note)
+        on_device = self._engine.cycle_kinds
+        if not on_device:
+            return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, kv, kinds[1:], cycles, note)
+        kinds = [kind.value for cycle in on_device for kind in cycle]
+        lengths = [len(cycle) for cycle in on_device]
+        return Run(seconds[0], seconds[1:], engine[1:], kv_prompt, kv, kinds, device_cycles=lengths)
 
 
 @dataclass(frozen=True)

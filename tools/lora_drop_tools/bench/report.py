@@ -41,11 +41,20 @@ def _with_operations(row: Row) -> tuple[str, str]:
     return f"{row.operations_ceiling:.3f}×", _percent(row.speedup / row.operations_ceiling)
 
 
+def _about_cycles(rows: Sequence[Row]) -> list[str]:
+    forms = {row.timed for row in rows}
+    lines = ["timed: cycles run without the host; a latency is a cycle's time divided by its steps"]
+    if len(forms) > 1:
+        lines.append("timed: rows that differ in it are not compared in one form")
+    return lines if forms != {"steps"} else []
+
+
 def _speed_table(rows: Sequence[Row]) -> list[str]:
     counted = any(row.tokens_per_refresh for row in rows)
     batched = any(row.operations_ceiling for row in rows)
     headings = (
         "speed-up",
+        "timed",
         "tokens/s",
         "over k=0",
         "spread",
@@ -60,6 +69,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
     cells = [
         (
             _name(row),
+            row.timed,
             f"{row.tokens_per_second:.2f}",
             f"{row.speedup:.3f}×",
             f"{row.noise:.3f}",
@@ -76,6 +86,7 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
     return [
         *table(headings, cells),
         "own steps: of ceiling, from the medians of the request's own refreshes and LoRA steps; free of drift",
+        *_about_cycles(rows),
     ]
 
 

@@ -50,6 +50,8 @@ class Run:
         cycles: of drafts and their verification, where drafts are verified; `step_seconds` then has what a caller waits
             for a token, which for all but the first of a cycle is nearly nothing.
         note: what the session found about drafts that do not pay.
+        device_cycles: steps of each whole cycle, where the engine ran them without the host; `step_seconds` then has
+            what a caller waits for a token, all of a cycle for its first. None where steps ran one by one.
     """
 
     prefill_seconds: float
@@ -60,10 +62,43 @@ class Run:
     kinds: list[str] | None = None
     cycles: tuple[Cycle, ...] | None = None
     note: str = ""
+    device_cycles: list[int] | None = None
 
     @property
     def decode_seconds(self) -> float:
         return sum(self.step_seconds)
+
+    @property
+    def cycle_seconds(self) -> list[float]:
+        """Of each of `device_cycles`."""
+        waits = iter(self.step_seconds)
+        return [sum(itertools.islice(waits, count)) for count in self.device_cycles or ()]
+
+    @property
+    def form(self) -> str:
+        """What was timed by itself: `steps`, or whole `cycles`."""
+        return "steps" if self.device_cycles is None else "cycles"
+
+    @property
+    def timed_parts(self) -> list[tuple[str, float]]:
+        """What was timed by itself, and its seconds: each step by its kind, or each cycle by its number of steps. One
+        of a single step is that step."""
+        kinds = iter(self.kinds or ())
+        if self.device_cycles is None:
+            return list(zip(kinds, self.step_seconds, strict=False))
+        names = [
+            next(iter(part)) if len(part) == 1 else f"cycle of {len(part)}"
+            for part in (list(itertools.islice(kinds, count)) for count in self.device_cycles)
+        ]
+        return list(zip(names, self.cycle_seconds, strict=True))
+
+    @property
+    def token_seconds(self) -> list[float]:
+        """Of each decode step; of a cycle that ran without the host each step has an even share."""
+        if self.device_cycles is None:
+            return self.step_seconds
+        pairs = zip(self.cycle_seconds, self.device_cycles, strict=True)
+        return [seconds / count for seconds, count in pairs for _ in range(count)]
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -119,6 +154,8 @@ class Row:
         refresh_share: of the steps, as counted.
         tokens_per_refresh: counted, where drafts are verified.
         operations_ceiling: of several rows whose refreshes run k + 1 tokens, what bytes and operations allow.
+        timed: `steps`, one by one, or `cycles`, whole ones that the engine runs without the host. Then latencies are a
+            cycle's time divided by its steps, and kinds of step are not told apart, but for k = 0.
     """
 
     bundle: str
@@ -148,6 +185,7 @@ class Row:
     refresh_share: float = 1.0
     tokens_per_refresh: float | None = None
     operations_ceiling: float | None = None
+    timed: str = "steps"
 
     @property
     def share(self) -> float:
@@ -335,6 +373,25 @@ def _scheduled_steps(
     )
 
 
+def _device_cycles(
+    manifest: Manifest, k: int, request: Request, runs: Sequence[Run], bandwidth: float | None, policy: Policy
+) -> _Steps:
+    """Of cycles that ran without the host: what a cycle took, which is not split by the kinds of its steps."""
+    steps, lengths = request.new_tokens - 1, runs[-1].device_cycles or []
+    kinds = costs.periodic_kinds(steps, k)
+    moved = costs.bytes_of_steps(manifest, request.context, kinds, request.rows, policy)
+    ends = list(itertools.accumulate(lengths))
+    names = [name for name, _ in runs[-1].timed_parts]
+    of_cycles = [sum(moved[end - count : end]) for end, count in zip(ends, lengths, strict=True)]
+    return _Steps(
+        _figures_of_steps([run.cycle_seconds for run in runs], names, of_cycles, bandwidth),
+        costs.request_ceiling(manifest, request.context, steps, moved, request.rows),
+        costs.kv_saving(manifest, k, policy),
+        costs.asymptotic_speedup(manifest, k),
+        kinds.count(StepKind.REFRESH) / steps,
+    )
+
+
 def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], bandwidth: float | None) -> _Steps:
     """Of the cycles that were counted; of several repeats that differ the figures are the last one's, the ceiling the
     highest."""
@@ -371,9 +428,11 @@ def make_row(
             runs are alike.
     """
     steps, rows = request.new_tokens - 1, request.rows
-    quantiles_ms = {q: 1000 * statistics.median(quantile(run.step_seconds, q) for run in runs) for q in QUANTILES}
+    quantiles_ms = {q: 1000 * statistics.median(quantile(run.token_seconds, q) for run in runs) for q in QUANTILES}
     most = k if isinstance(k, int) else MOST_DRAFTS
-    if k == 0 or runs[-1].cycles is None:
+    if runs[-1].device_cycles is not None:
+        own = _device_cycles(manifest, most, request, runs, bandwidth, policy)
+    elif k == 0 or runs[-1].cycles is None:
         own = _scheduled_steps(manifest, most, request, runs, bandwidth, policy, schedule, quantiles_ms)
     else:
         own = _verified_steps(manifest, request, runs, bandwidth)
@@ -413,4 +472,5 @@ def make_row(
         refresh_share=own.refresh_share,
         tokens_per_refresh=own.tokens_per_refresh,
         operations_ceiling=operations,
+        timed=runs[-1].form,
     )

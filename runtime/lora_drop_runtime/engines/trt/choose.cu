@@ -56,11 +56,12 @@ struct Choice {
     const float* logits;          // [rows, vocab]
     const long long* next_token;  // [rows], the largest logit's index, −1 where they are no numbers
     const double* uniforms;       // [draws, rows], in [0, 1)
-    const double* top_p;          // [1]; 1 is off
-    const long long* top_k;       // [1]; 0 is off
-    const float* temperature;     // [1]; 0 takes the likeliest
-    const float* penalty;         // [1]; 1 is off
-    const unsigned char* stops;   // [vocab], 1 at tokens that end a row
+    const double* top_p;          // [rows]; 1 is off
+    const long long* top_k;       // [rows]; 0 is off
+    const float* temperature;     // [rows]; 0 takes the likeliest
+    const float* penalty;         // [rows]; 1 is off
+    const int* new_tokens;        // [rows]: the most that a row makes
+    const unsigned char* stops;   // [rows, vocab], 1 at tokens that end a row
     unsigned char* seen;          // [rows, vocab], 1 at tokens that the repetition penalty lowers
     long long* ids;               // [rows]: the token, for a step of one
     long long* window;            // [rows, window_width]: the token in its place, for a step that runs several
@@ -68,7 +69,7 @@ struct Choice {
     long long* len_dropped;       // [rows]
     long long* tokens;            // [rows]: the token, −1 where the logits are no numbers, for the host
     int* drawn;                   // [rows]: tokens chosen
-    int* over;                    // [rows]: 1 after a stop token or −1; such a row stands still
+    int* over;                    // [rows]: 1 after a stop token, −1 or the last of them; such a row stands still
     int rows, vocab, window_width, place;
     int kept, dropped;  // entries that the step has written in each row
     int back;           // of them, and those before, how many the next step writes again
@@ -187,17 +188,17 @@ LORA_DROP_BODY Mass at_most(Mass target, Mass end) { return target < end ? targe
 
 /* A token by the scores, whose largest is given. */
 template <class ScoreOf>
-LORA_DROP_BODY int draw(Shared& shared, const Choice& call, double uniform, float largest, ScoreOf score_of) {
+LORA_DROP_BODY int draw(Shared& shared, const Choice& call, int row, double uniform, float largest, ScoreOf score_of) {
     const int vocab = call.vocab;
-    const long long top_k = *call.top_k;
-    const double top_p = *call.top_p;
+    const long long top_k = call.top_k[row];
+    const double top_p = call.top_p[row];
     unsigned lowest = ~0u;  // of the scores that top-k leaves
     if (top_k > 0 && top_k < vocab) {
         lowest = place_of(shared, static_cast<Mass>(top_k - 1), vocab,
                           [&](int token) { return descending(score_of(token)); }, [](int) { return Mass{1}; })
                      .key;
     }
-    const float temperature = *call.temperature > 1e-30f ? *call.temperature : 1e-30f;
+    const float temperature = call.temperature[row] > 1e-30f ? call.temperature[row] : 1e-30f;
     const auto key_of = [&](int token) {  // lower the likelier: how far below the largest, in units of 2^-26
         const float score = score_of(token), below = (largest - score) / temperature;
         return descending(score) > lowest || !(below < 63.0f) ? ~0u : static_cast<unsigned>(below * 0x1p26f);
@@ -223,7 +224,7 @@ LORA_DROP_BODY int draw(Shared& shared, const Choice& call, double uniform, floa
 }
 
 LORA_DROP_BODY int chosen(Shared& shared, const Choice& call, int row) {
-    const float temperature = *call.temperature, penalty = *call.penalty;
+    const float temperature = call.temperature[row], penalty = call.penalty[row];
     if (temperature == 0.0f && penalty == 1.0f) return static_cast<int>(call.next_token[row]);
     const float* logits = call.logits + static_cast<long long>(row) * call.vocab;
     const unsigned char* seen = call.seen + static_cast<long long>(row) * call.vocab;
@@ -235,13 +236,15 @@ LORA_DROP_BODY int chosen(Shared& shared, const Choice& call, int row) {
     const Largest largest = largest_of(shared, call.vocab, score_of);
     if (temperature == 0.0f || largest.token < 0) return largest.token;
     const double uniform = call.uniforms[static_cast<long long>(call.drawn[row]) * call.rows + row];
-    return draw(shared, call, uniform, largest.score, score_of);
+    return draw(shared, call, row, uniform, largest.score, score_of);
 }
 
 /* Lengths and ids of a row before the next step. */
 LORA_DROP_BODY void move_on(const Choice& call, int row, int token) {
     const bool was_over = call.over[row] != 0;
-    const bool is_over = was_over || token < 0 || call.stops[token] != 0;
+    const bool is_last = call.drawn[row] + 1 >= call.new_tokens[row];
+    const bool stops = token < 0 || call.stops[static_cast<long long>(row) * call.vocab + token] != 0;
+    const bool is_over = was_over || stops || is_last;
     long long kept = call.len_kept[row] + (was_over ? 0 : call.kept);
     long long dropped = call.len_dropped[row] + (was_over ? 0 : call.dropped);
     if (is_over) {  // what it writes all the same lies within its slots

@@ -6,7 +6,6 @@ captured as one CUDA graph when it runs again; a part of one, at a request's end
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,11 +35,12 @@ def rows_in(memory: SessionMemory, rows: int, window: int, vocab: int, draws: in
         "next_token": ((rows, 1), "int64"),
         "drawn": ((rows,), "int32"),
         "over": ((rows,), "int32"),
-        "top_p": ((1,), "float64"),
-        "top_k": ((1,), "int64"),
-        "temperature": ((1,), "float32"),
-        "penalty": ((1,), "float32"),
-        "stops": ((vocab,), "uint8"),
+        "new_tokens": ((rows,), "int32"),
+        "top_p": ((rows,), "float64"),
+        "top_k": ((rows,), "int64"),
+        "temperature": ((rows,), "float32"),
+        "penalty": ((rows,), "float32"),
+        "stops": ((rows, vocab), "uint8"),
         "seen": ((rows, vocab), "uint8"),
         "uniforms": ((draws, rows), "float64"),
     }
@@ -90,16 +90,15 @@ class DeviceCycle:
         self._contexts: list[Any] = []
         self._graph: Any = None
         self._ran = False
-        self._unread: deque[tuple[int, int]] = deque()  # side, steps
-        self._side = 0
+        self._counts: list[int] = []  # steps of each run since `begin`
 
     def begin(self) -> None:
-        self._unread.clear()  # of a request that was given up
+        self._counts.clear()
         host = self._rows.host[ROWS]
         self._device.copy_in(self._rows.device[ROWS].address, host.ctypes.data, host.nbytes)
 
     def run(self, count: int) -> None:
-        assert len(self._unread) < 2
+        side = len(self._counts) % 2
         whole = count == len(self._steps)
         if whole and self._graph is None and self._ran and not self._captures.note:
             self._capture()
@@ -108,18 +107,16 @@ class DeviceCycle:
         else:
             self._enqueue(count)
             self._ran = self._ran or whole
-        tokens = self._read[self._side]
+        tokens = self._read[side]
         size = tokens.nbytes // len(self._steps) * count
         self._device.copy_out(tokens.ctypes.data, self._tokens.address, size)
-        self._device.mark(self._events[self._side])
-        self._unread.append((self._side, count))
-        self._side = 1 - self._side
+        self._device.mark(self._events[side])
+        self._counts.append(count)
 
-    def read(self) -> npt.NDArray[np.int64]:
-        side, count = self._unread[0]
-        self._device.wait(self._events[side])
-        self._unread.popleft()
-        found: npt.NDArray[np.int64] = self._read[side, :count].copy()
+    def read(self, number: int) -> npt.NDArray[np.int64]:
+        assert len(self._counts) - 2 <= number < len(self._counts)
+        self._device.wait(self._events[number % 2])
+        found: npt.NDArray[np.int64] = self._read[number % 2, : self._counts[number]].copy()
         return found
 
     def drop(self) -> None:

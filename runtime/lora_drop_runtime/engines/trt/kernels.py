@@ -17,8 +17,8 @@ SOURCE = Path(__file__).with_name("choose.cu")
 THREADS, SHARED_BYTES = 1024, 24 * 1024 + 16  # of a block
 NVRTC_HINT = "pip install nvidia-cuda-nvrtc"
 
-_OF_A_ROW = ("logits", "next_token", "uniforms", "top_p", "top_k", "temperature", "penalty", "stops", "seen")
-_MOVED_ON = ("ids", "window", "len_kept", "len_dropped", "tokens", "drawn", "over")
+_OF_A_ROW = ("logits", "next_token", "uniforms", "top_p", "top_k", "temperature", "penalty", "new_tokens")
+_MOVED_ON = ("stops", "seen", "ids", "window", "len_kept", "len_dropped", "tokens", "drawn", "over")
 _OF_A_STEP = ("place", "kept", "dropped", "back", "next_width")
 ADDRESSES = (*_OF_A_ROW, *_MOVED_ON)
 NUMBERS = ("rows", "vocab", "window_width", *_OF_A_STEP, "most_kept", "most_dropped")

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
 from lora_drop_runtime.bundle.manifest import TrtEntry
+from lora_drop_runtime.command_line import held_signals
 from lora_drop_runtime.errors import BundleError, NoDeviceError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -110,7 +111,9 @@ class Plans:
     def _deserialize(self, kind: StepKind) -> Any:
         path = self._bundle.root / self._entry.engine(kind)
         self._logger.clear()
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = path.read_bytes()
+        with held_signals():  # the logger is called, in which what a handler raises would be lost
+            engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BundleError(
                 "TensorRT cannot load an engine of the bundle.",
@@ -179,7 +182,8 @@ class Plans:
         """The context that all uncaptured steps of a profile share, or a new one that is to be captured."""
         if shared and (kind, profile) in self._contexts:
             return self._contexts[kind, profile]
-        context = self._engines[kind].create_execution_context(self._configs[kind, not shared])
+        with held_signals():
+            context = self._engines[kind].create_execution_context(self._configs[kind, not shared])
         if context is None:
             raise self.failure("TensorRT cannot create an execution context.", kind)
         context.set_device_memory(self.scratch, self.scratch_bytes)

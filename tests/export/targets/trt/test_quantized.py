@@ -14,7 +14,7 @@ import onnx
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.cli import main
@@ -132,7 +132,9 @@ def test_the_plugin_form_takes_them(symmetric):
     assert operators.count("DequantizeLinear") == MATRICES - 7 * dropped
 
 
-@pytest.mark.parametrize(("checkpoint", "integers"), [("gptq-group-32", "INT4"), ("awq-group-32", "INT8")])
+@pytest.mark.parametrize(
+    ("checkpoint", "integers"), [("gptq-group-32", "INT4"), ("awq-group-32", "INT8"), ("gptq-8-bit-channel", "INT8")]
+)
 def test_quantized_checkpoints(checkpoint, integers, tmp_path):
     """Built with what is beside their integers in half precision: those of two layers, or of the first alone."""
     options = [
@@ -151,6 +153,59 @@ def test_quantized_checkpoints(checkpoint, integers, tmp_path):
     half = {"float16": "HALF", "bfloat16": "BF16"}[bundle.manifest.model.dtype]
     for kind, layers in ((StepKind.REFRESH, 2), (StepKind.LORA, 1)):
         assert quantized_constants(bundle, kind) == [(integers, half)] * 7 * layers
+
+
+def test_signed_8_bits_are_the_checkpoint_s(tmp_path):
+    """(q − 128) · scale of what the parser reads is what the reference of the checkpoint says of its weights."""
+    options = ["--target", RTX, "--always-first", "0", "--always-last", "0", "--compute-capability", "8.9"]
+    model = QUANTIZED / "gptq-8-bit-channel"
+    assert main(["--model", str(model), "--out", str(tmp_path / "b"), *options, "--activation-dtype", "fp32"]) == 0
+    bundle = Bundle.open(tmp_path / "b")
+    verification = bundle.manifest.verification[RTX]
+    if verification["status"] == "not run":  # no GPU here
+        verification = verification["graphs_on_cpu"]
+    assert verification["status"] == "passed"
+    graph = onnx.load(bundle.root / "refresh.onnx", load_external_data=False)
+    # What the checkpoint's own format says, read apart: words of four values along the inputs, scales of a column
+    parts = read_tensors(model / "model.safetensors")
+    with (bundle.root / "signed").open("wb") as file:
+        sign_weights(graph, bundle.root, file)
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    seen = 0
+    for node in [node for node in graph.graph.node if node.op_type == "DequantizeLinear"]:
+        weight, scales = (tensors[name] for name in node.input)
+        assert weight.data_type == onnx.TensorProto.INT8
+        q = external(bundle.root, weight, np.int8).reshape(weight.dims[0], scales.dims[1], -1)
+        ours = (q * external(bundle.root, scales, np.float32).reshape(*q.shape[:2], 1)).reshape(weight.dims[0], -1)
+        name = weight.name.removesuffix(".weight")
+        words = parts[f"{name}.qweight"].read().view(np.uint8)
+        theirs = (
+            words.reshape(len(words), -1, 4).transpose(1, 0, 2).reshape(weight.dims[0], -1).astype(np.float32) - 128
+        )
+        np.testing.assert_array_equal(ours, theirs * parts[f"{name}.scales"].read().astype(np.float32)[0][:, None])
+        seen += 1
+    assert seen == 14
+
+
+def test_negative_scales_of_8_bits_are_refused(symmetric, tmp_path):
+    """What `--dtype int8` makes, should it ever come here: INT8 with its signs would be another weight."""
+    made = make_bundle("llama", tmp_path / "b", targets=("none",), dtype="int8")
+    graph = onnx.load(made.root / "refresh.onnx", load_external_data=False)
+    with (made.root / "signed").open("wb") as file, pytest.raises(ModelError, match="cannot take these 8-bit weights"):
+        sign_weights(graph, made.root, file)
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt-rtx,ort"])
+def test_8_bits_with_zero_points_are_refused_before_the_trace(target, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_: pytest.fail("traced"), raising=False)
+    targets = [word for name in target.split(",") for word in ("--target", name)]
+    model = QUANTIZED / "compressed-tensors-8-bit"
+    assert main(["--model", str(model), "--out", str(tmp_path / "b"), *targets]) == 2
+    said = capsys.readouterr().err
+    assert "cannot take the checkpoint's weights as they are" in said
+    assert "has int8 blocks with zero points; tensorrt-rtx was asked for" in said
+    assert "Hint: Use --target ort or openvino, or the model's float checkpoint." in said
+    assert not (tmp_path / "b").exists()
 
 
 def test_refusals(symmetric, tmp_path):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -518,6 +520,36 @@ def test_progress_and_interrupt(bundle):
     interrupted = RecordingConsole(interrupt_at=0)
     with pytest.raises(KeyboardInterrupt):
         EngineBuilder(RTX, bundle.root, BuilderOptions(), interrupted).build(graph_of(bundle, StepKind.LORA), PROFILES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("call", ["parse", "build"])
+def test_a_signal_in_the_logger_s_callback_is_not_lost(bundle, monkeypatch, call, number):
+    """The bindings drop what a callback raises: a stand-in calls the logger and drops it likewise."""
+    builder = EngineBuilder(RTX, bundle.root, BuilderOptions(), Console())
+    trt, logger, logged = builder.trt, builder._logger, []
+    owner, name = (trt.OnnxParser, "parse") if call == "parse" else (trt.Builder, "build_serialized_network")
+    real = getattr(owner, name)
+
+    def calls_back(*arguments):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+            logger.log(trt.ILogger.Severity.WARNING, "a line")
+        logged.extend(logger.warnings)
+        if call == "build":
+            arguments[2].progress_monitor.phase_start("a phase", None, 1)
+            assert not arguments[2].progress_monitor.step_complete("a phase", 0)  # it is told to end
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, calls_back)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            builder.build(graph_of(bundle, StepKind.LORA), PROFILES)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert logged[-1] == "a line"
 
 
 @pytest.mark.parametrize(("size_mib", "warned"), [(110, False), (400, True)])

@@ -29,11 +29,12 @@ def made(logits: NDArray[np.float32], options: SamplingOptions, draws: int = 1) 
         "logits": np.ascontiguousarray(logits, np.float32),
         "next_token": logits.argmax(axis=1).astype(np.int64),
         "uniforms": np.zeros((draws, rows)),
-        "top_p": np.array([options.top_p]),
-        "top_k": np.array([options.top_k], np.int64),
-        "temperature": np.array([options.temperature], np.float32),
-        "penalty": np.array([options.repetition_penalty], np.float32),
-        "stops": np.zeros(vocab, np.uint8),
+        "top_p": np.full(rows, options.top_p),
+        "top_k": np.full(rows, options.top_k, np.int64),
+        "temperature": np.full(rows, options.temperature, np.float32),
+        "penalty": np.full(rows, options.repetition_penalty, np.float32),
+        "new_tokens": np.full(rows, 10**6, np.int32),
+        "stops": np.zeros((rows, vocab), np.uint8),
         "seen": np.zeros((rows, vocab), np.uint8),
         "ids": np.full((rows, 1), -7, np.int64),
         "window": np.full((rows, 4), -7, np.int64),
@@ -194,7 +195,7 @@ def test_rows_move_on() -> None:
     logits = np.zeros((3, 8), np.float32)
     arrays = made(logits, SamplingOptions())
     arrays["next_token"][:] = [4, 6, 4]
-    arrays["stops"][6] = 1
+    arrays["stops"][1:, 6] = 1
     arrays["over"][2] = 1
     launch(arrays, kept=1, dropped=1, back=3, next_width=4, most_kept=100, most_dropped=7)
     assert arrays["over"].tolist() == [0, 1, 1]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,3 +226,26 @@ def test_a_step_outside_the_profiles(copy: Bundle) -> None:
     session, _, _ = open_device_session(made)
     with session:
         refused(lambda: session.prefill(np.array([[1, 2, 3, 4, 5]])), "not built", "(1, 5)", "(1, 1) to (4, 4)")
+
+
+def test_a_signal_in_the_logger_s_callback_is_not_lost(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings drop what a callback raises: a stand-in calls the logger and drops it likewise."""
+    deserialize, logged = fake_trt.FakeRuntime.deserialize_cuda_engine, []
+
+    def calls_back(self: fake_trt.FakeRuntime, serialized_engine: bytes) -> Any:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            self._logger.log(fake_trt.ILogger.Severity.WARNING, "a line")
+        logged.extend(self._logger.warnings)
+        return deserialize(self, serialized_engine)
+
+    monkeypatch.setattr(fake_trt.FakeRuntime, "deserialize_cuda_engine", calls_back)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cuda = FakeCuda()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            open_device_session(bundle, cuda=cuda)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert logged == ["a line"]
+    assert not cuda.live
