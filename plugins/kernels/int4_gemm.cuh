@@ -23,6 +23,7 @@ inline const char* problem(const LoraDropInt4Gemm& call) {
     if (call.rows < 1 || call.inputs < 1 || call.outputs < 1) return "rows, inputs and outputs must be positive";
     if (call.block != 32 && call.block != 64 && call.block != 128) return "block must be 32, 64 or 128";
     if (call.inputs % call.block != 0) return "inputs must be a multiple of block";
+    if (call.zero_points && call.inputs / call.block % 2 != 0) return "with zero points a row must have an even number of blocks";
     if (call.rows > 65535 * kTokens) return "rows must be at most 65535 · 64";
     if (call.dtype != LORA_DROP_F16 && call.dtype != LORA_DROP_BF16) return "dtype must be F16 or BF16";
     if (!call.x || !call.weights || !call.scales || !call.y) return "a required pointer is null";
@@ -37,7 +38,7 @@ struct alignas(16) Words {
 template <class T>
 struct Weights {
     Words row[2];
-    T scale[2];
+    T scale[2], zero[2];
 
     LORA_DROP_BODY void load(const LoraDropInt4Gemm& call, int first_output, int k) {
 #pragma unroll
@@ -45,19 +46,23 @@ struct Weights {
             const int output = first_output + thread_index() % kWarp / 4 + 8 * half;
             row[half] = Words{};
             from_float(0.0f, scale[half]);
+            from_float(8.0f, zero[half]);
             if (output >= call.outputs || k >= call.inputs) continue;
             const int64_t at = static_cast<int64_t>(output) * call.inputs + k;
             row[half] = *reinterpret_cast<const Words*>(static_cast<const char*>(call.weights) + at / 2);
             scale[half] = static_cast<const T*>(call.scales)[at / call.block];
+            if (!call.zero_points) continue;
+            const int two = static_cast<const uint8_t*>(call.zero_points)[at / call.block / 2];
+            from_float(static_cast<float>(at / call.block % 2 ? two >> 4 : two & 15), zero[half]);
         }
     }
 
     /* The factor for k 8 · j + {2h, 2h + 4, 2h + 1, 2h + 5} of each lane. */
     LORA_DROP_BODY void factor(uint32_t (&a)[4], int j, int h) const {
-        a[0] = unpack_int4<T>(row[0].word[j], 2 * h, scale[0]);
-        a[1] = unpack_int4<T>(row[1].word[j], 2 * h, scale[1]);
-        a[2] = unpack_int4<T>(row[0].word[j], 2 * h + 1, scale[0]);
-        a[3] = unpack_int4<T>(row[1].word[j], 2 * h + 1, scale[1]);
+        a[0] = unpack_uint4<T>(row[0].word[j], 2 * h, scale[0], zero[0]);
+        a[1] = unpack_uint4<T>(row[1].word[j], 2 * h, scale[1], zero[1]);
+        a[2] = unpack_uint4<T>(row[0].word[j], 2 * h + 1, scale[0], zero[0]);
+        a[3] = unpack_uint4<T>(row[1].word[j], 2 * h + 1, scale[1], zero[1]);
     }
 };
 

@@ -8,7 +8,8 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
                           copies one number
     3. fused linears      linear layers that read one tensor (q, k, v; gate, up) → one MatMul and a Split; with weights
                           as inputs only, where a loader lays the parts side by side
-    4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines
+    4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines; int4
+                          weights packed, for Int4Gemm (plugins/tensorrt), which computes the linear layers then
     5. softcap            Attention with softcap, which TensorRT's attention layer lacks → matrix products and softmax
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
@@ -32,6 +33,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from lora_drop_export.graphs.match import mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
 
+from .packed_weights import look_up_packed, multiply_packed, see_as_bytes
 from .plugin_form import plugin_from_native
 from .weight_inputs import Fusion, fuse, fused_weights, linear_layers, planned_fusions, weights_as_inputs
 
@@ -111,7 +113,7 @@ def trt_from_neutral(
     Args:
         neutral: refresh or LoRA step as graphs/ makes them; left as it was.
         slots: capacity of the cache groups, {"kept": n, "dropped": m}.
-        weight_sharing: `inputs` or `constants`.
+        weight_sharing: `inputs` or `constants`; quantized weights are inputs in the plugin form alone.
         form: `native` or `plugin`.
         alias: whether the plugin says that it updates its caches in place; see `BuilderOptions`.
         refresh: for the LoRA step, the lowered refresh step, whose fused weights it shares.
@@ -125,9 +127,12 @@ def trt_from_neutral(
     if weight_sharing == "inputs":
         linears = linear_layers(graph)
         fusions = planned_fusions(graph) if refresh is None else refresh.fusions
+        see_as_bytes(graph)
         table = fused_weights(graph, fusions) if refresh is None else refresh.weights
         for fusion in fusions:
             fuse(graph, fusion, linears, table)
+        multiply_packed(graph)
+        look_up_packed(graph)
         RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
         weights = weights_as_inputs(graph, table)
     windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}
