@@ -84,6 +84,10 @@ class _Masks:
         return node.outputs[0]
 
 
+# Of a cache of 8 bits the least and the largest entry
+_LIMITS = {ir.DataType.INT8: (-128, 127), ir.DataType.FLOAT8E4M3FN: (-448, 448)}
+
+
 def _expand_cache_attention(
     graph: ir.Graph,
     node: ir.Node,
@@ -104,11 +108,18 @@ def _expand_cache_attention(
             present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
         else:
             scale = initializer(graph, f"kv_scales.{layer}.{part}", stored)
-            limits = (ops.constant(np.array(limit, np.float32)) for limit in (-128, 127))
-            entry = ops("Cast", ops("Clip", ops("Round", ops("Div", tensor, scale)), *limits), to=int(ir.DataType.INT8))
+            wide = tensor if tensor.dtype == ir.DataType.FLOAT else ops("Cast", tensor, to=int(ir.DataType.FLOAT))
+            steps = ops("Div", wide, scale)
+            if past.dtype == ir.DataType.INT8:
+                steps = ops("Round", steps)
+            limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[past.dtype])
+            entry = ops("Cast", ops("Clip", steps, *limits), to=int(past.dtype))
             present = ops("TensorScatter", past, entry, masks.length(layer), axis=2)
             cache = ops("Mul", ops("Cast", present, to=int(ir.DataType.FLOAT)), scale)
             cache.shape, cache.type = past.shape, ir.TensorType(ir.DataType.FLOAT)
+            if tensor.dtype != ir.DataType.FLOAT:
+                cache = ops("Cast", cache, to=int(tensor.dtype))
+                cache.shape, cache.type = past.shape, tensor.type
         presents[f"present_{part}.{layer}"] = present
         caches.append(cache)
     query = node.inputs[0]
@@ -217,21 +228,23 @@ def refresh_from_trace(
     plan: DropPlan,
     dtype: str,
     weights: Mapping[str, TensorPlace],
+    kv_dtype: str | None = None,
     kv_scales: Mapping[str, TensorPlace] | None = None,
 ) -> onnx.ModelProto:
     """The refresh graph of a plan. The traced graph is left as it was.
 
     Args:
-        dtype: of activations, and of the caches unless `kv_scales` are given.
+        dtype: of activations, and of the caches unless there is a `kv_dtype`.
         weights: where each parameter lies.
-        kv_scales: for int8 caches, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D]: entry · scale = value.
+        kv_dtype: of caches of 8 bits.
+        kv_scales: of these, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D or 1]: entry · scale = value.
     """
     model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
     graph = model.graph
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, "int8" if kv_scales else None)
+    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, kv_dtype)
     io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:

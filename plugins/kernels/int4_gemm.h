@@ -29,9 +29,9 @@ extern "C" {
 
 typedef struct {
     int32_t rows;    /* M */
-    int32_t inputs;  /* K, a multiple of block */
+    int32_t inputs;  /* K, a multiple of block and of 32 */
     int32_t outputs; /* N */
-    int32_t block;   /* 32, 64 or 128 weights that share a scale */
+    int32_t block;   /* 16, 32, 64 or 128 weights that share a scale */
     int32_t dtype;   /* LoraDropDtype: F16, BF16 */
     const void* x;
     const void* weights;

@@ -17,7 +17,7 @@ class Int4GemmCreator final : public nvinfer1::IPluginCreatorV3One {
     char const* getPluginVersion() const noexcept override { return kPLUGIN_VERSION; }
     char const* getPluginNamespace() const noexcept override { return kPLUGIN_NAMESPACE; }
     nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &mCollection; }
-    /// Null, with the reason in the log, unless there are two fields, each an int32: block (32, 64 or 128) and
+    /// Null, with the reason in the log, unless there are two fields, each an int32: block (16, 32, 64 or 128) and
     /// has_zero_points (0 or 1).
     nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                       nvinfer1::TensorRTPhase phase) noexcept override;

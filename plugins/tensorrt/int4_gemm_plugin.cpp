@@ -56,7 +56,7 @@ Int4GemmPlugin::Int4GemmPlugin(Fields const& fields)
       mSerialized{{"block", &mFields.block, nvinfer1::PluginFieldType::kINT32, 1},
                   {"has_zero_points", &mFields.has_zero_points, nvinfer1::PluginFieldType::kINT32, 1}},
       mCollection{2, mSerialized} {
-    requireKernelTakes({1, fields.block, 1, fields.block, LORA_DROP_F16, nullptr, nullptr, nullptr, nullptr, nullptr});
+    requireKernelTakes({1, 2 * fields.block, 1, fields.block, LORA_DROP_F16, nullptr, nullptr, nullptr, nullptr, nullptr});
     if (fields.has_zero_points != 0 && fields.has_zero_points != 1)
         refuse("has_zero_points is ", fields.has_zero_points, "; expected 0 or 1");
 }

@@ -4,7 +4,7 @@
  * Weights are inputs, so that two engines share one copy of them; TensorRT itself takes int4 weights as constants
  * alone.
  *
- *     field block             int32: 32, 64 or 128 weights that share a scale
+ *     field block             int32: 16, 32, 64 or 128 weights that share a scale
  *     field has_zero_points   int32: 0 or 1
  *
  *     x            [..., K]              T       at least 2 axes; all but the last are rows

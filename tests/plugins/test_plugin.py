@@ -558,7 +558,7 @@ def test_int4_gemm_takes_unknown_rows_while_the_engine_is_built(build: Build) ->
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (("block int32 48", "has_zero_points int32 0"), "block must be 32, 64 or 128"),
+        (("block int32 48", "has_zero_points int32 0"), "block must be 16, 32, 64 or 128"),
         (("block float32 64", "has_zero_points int32 0"), "expected one int32"),
         (("blocks int32 64", "has_zero_points int32 0"), "expected two fields: block and has_zero_points"),
         (("block int32 64", "has_zero_points int32 2"), "expected 0 or 1"),

@@ -27,6 +27,7 @@ import onnxruntime
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, TrtEntry
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.dtypes import BY_TENSORRT
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import TrtEngine
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -132,7 +133,10 @@ def open_device_session(
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT64, INT32 = range(5)
+    FLOAT, HALF, BF16, INT64, INT32, INT8, FP8 = range(7)
+
+
+DATA_TYPES = {BY_TENSORRT[each.name].onnx: each for each in DataType}  # by ONNX's number
 
 
 class TensorIOMode(enum.Enum):
@@ -299,9 +303,7 @@ class FakeCudaEngine:
         graph = onnx.load_model_from_string(serialized).graph
         self.tensors = {
             value.name: FakeTensor(
-                {1: DataType.FLOAT, 7: DataType.INT64, 10: DataType.HALF, 16: DataType.BF16}[
-                    value.type.tensor_type.elem_type
-                ],
+                DATA_TYPES[value.type.tensor_type.elem_type],
                 tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
                 mode,
             )

@@ -40,6 +40,8 @@ GEMM_CASES = [
     GemmCase(70, 160, 150, block=32),
     GemmCase(2, 384, 35, block=64, dtype="bf16", zero_points=True),
     GemmCase(66, 192, 40, block=32, zero_points=True),
+    GemmCase(5, 96, 33, block=16, zero_points=True),
+    GemmCase(11, 352, 130, block=16, dtype="bf16"),
 ]
 
 Arrays = dict[str, np.ndarray]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -25,7 +26,8 @@ class OpenVinoTarget:
     quantized_weights: tuple[str, ...] = ("int4", "int8")
     quantized_dtypes: tuple[str, ...] = ("float32",)
     symmetric_weights = False
-    takes_int8_caches = True
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
+    scales_per_head = False
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; verification runs on OpenVINO."""
@@ -39,6 +41,9 @@ class OpenVinoTarget:
                 note=f"Activations would be {dtype}; it computes in {' or '.join(DTYPES)}.",
                 hint="Use --dtype fp32, bf16, int8 or int4.",
             )
+
+    def check_caches(self, caches: object, options: object) -> None:
+        """It takes them with any model and policy."""
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle.bundle import WeightInput
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from lora_drop_export.graphs.match import mask_window
+from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
 
 from .packed_weights import look_up_packed, multiply_packed, see_as_bytes
@@ -71,6 +71,30 @@ def _add_outputs(graph: ir.Graph) -> None:
     token.name, token.shape, token.type = "next_token", ir.Shape(plain.shape[:2]), ir.TensorType(ir.DataType.INT64)
     graph.extend(ops.nodes)
     graph.outputs.insert(1, token)
+
+
+def _let_plugin_round(graph: ir.Graph) -> None:
+    """Case 6, of caches of 8 bits: what is written is not rounded in the graph, nor what is read made wide.
+
+    Ensures: an Attention node has the scales, float32 [Hkv], after its mask, as no standard one has.
+    """
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        found = [cache_write(value) for value in node.inputs[1:3]]
+        if found[0][2] is None:
+            continue
+        for index, (write, entries, _) in enumerate(found, 1):
+            write.replace_input_with(1, entries)
+            node.replace_input_with(index, write.outputs[0])
+        node.resize_inputs(len(node.inputs) + 2)
+        for place, (_, _, scale) in enumerate(found, len(node.inputs) - 2):
+            assert scale is not None
+            tensor = scale.const_value
+            assert isinstance(tensor, ir.ExternalTensor)
+            scale.shape = ir.Shape([int(scale.shape[0])])  # type: ignore[index, arg-type]
+            scale.const_value = ir.ExternalTensor(
+                tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=scale.shape, name=str(scale.name)
+            )
+            node.replace_input_with(place, scale)
 
 
 def _expand_softcap(graph: ir.Graph, node: ir.Node) -> None:
@@ -122,6 +146,8 @@ def trt_from_neutral(
     graph = model.graph
     _set_capacity(graph, {f"slots_{group}": size for group, size in slots.items()})
     _add_outputs(graph)
+    if form == "plugin":
+        _let_plugin_round(graph)
     weights: dict[str, WeightInput] = {}
     fusions: tuple[Fusion, ...] = ()
     if weight_sharing == "inputs":

@@ -8,6 +8,7 @@ TensorRT itself dequantizes constants alone.
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from lora_drop_export.graphs.match import QuantizedBlocks, match_linear, match_weight
@@ -16,7 +17,21 @@ from lora_drop_export.graphs.nodes import Ops, replace_node
 from .plugin_form import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 GEMM_OP = "Int4Gemm"
-GEMM_BLOCKS = (32, 64, 128)  # that plugins/kernels/int4_gemm.h takes
+_MULTIPLE = 32  # of which the kernel takes inputs (plugins/kernels/int4_gemm.h); it takes every block of the bundle
+
+
+def unfit_weight(model: onnx.ModelProto) -> str:
+    """What the kernel does not take of a step graph's quantized weights; empty where it takes them all."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        weight = tensors[node.input[0]] if node.op_type == "DequantizeLinear" else None
+        if weight is not None and (weight.data_type != onnx.TensorProto.UINT4 or weight.dims[1] % _MULTIPLE):
+            bits = 4 if weight.data_type == onnx.TensorProto.UINT4 else 8
+            return (
+                f"the plugin Int4Gemm takes 4 bits and a multiple of {_MULTIPLE} inputs, and {weight.name} has {bits} "
+                f"bits and {weight.dims[1]} inputs"
+            )
+    return ""
 
 
 def _seen_as_bytes(value: ir.Value) -> None:
