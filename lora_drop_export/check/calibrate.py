@@ -15,7 +15,6 @@ from lora_drop_export.console import Console
 from .reference import Reference
 from .sample import PERPLEXITY_TOKENS, sample_ids
 
-
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}  # that an entry can be
 
 

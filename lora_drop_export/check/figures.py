@@ -43,9 +43,13 @@ TOLERANCES = {
     "bfloat16": Tolerance(max_error=0.06, min_cosine=0.99),
 }
 MIN_ROUNDED_COSINE = 0.95
-# int8 caches: the reference rounds them likewise; an entry that falls the other way is off by 1/127 of its channel. On
-# SmolLM2-135M with 13 layers dropped that made at most 0.012 (cosine 0.99996); three times that.
-CACHES = {"int8": Tolerance(max_error=0.04, min_cosine=0.999), "float8_e4m3fn": Tolerance(max_error=0.04, min_cosine=0.999)}
+# 8-bit caches: the reference rounds them likewise; an int8 entry that falls the other way is off by 1/127 of its
+# channel, one of fp8 by up to 1/8 of itself. On SmolLM2-135M with 13 layers dropped that made at most 0.012 (cosine
+# 0.99996) and 0.021 (0.99993); three times that.
+CACHES = {
+    "int8": Tolerance(max_error=0.04, min_cosine=0.999),
+    "float8_e4m3fn": Tolerance(max_error=0.06, min_cosine=0.999),
+}
 
 
 @dataclass(frozen=True)

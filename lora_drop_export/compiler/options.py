@@ -88,7 +88,9 @@ def _check_caches(
 ) -> None:
     """Refuse 8-bit caches that a target does not take, or not beside such activations; arguments as above."""
     beside = activations or (None if dtype in QUANTIZED_DTYPES else dtype)  # None: what the target wants
-    takers = {name: target.cache_dtypes[kv_dtype] for name, target in TARGETS.items() if kv_dtype in target.cache_dtypes}
+    takers = {
+        name: target.cache_dtypes[kv_dtype] for name, target in TARGETS.items() if kv_dtype in target.cache_dtypes
+    }
     others = [name for name in targets if name in TARGETS and name not in takers]
     others += [name for name in targets if name in takers and beside not in (None, *takers[name])]
     if not others:
@@ -287,8 +289,8 @@ class BuildOptions:
                 hint=f"'{NO_TARGET}' stands alone.",
             )
         check_known("dtype", short_name(self.dtype), WEIGHT_SHORTS, "--dtype")
-        known = tuple(str(short_name(name)) for name in CACHE_DTYPES)
-        check_known("--kv-dtype", short_name(self.kv_dtype), known, "--kv-dtype")
+        shorts = tuple(str(short_name(name)) for name in CACHE_DTYPES)
+        check_known("--kv-dtype", short_name(self.kv_dtype), shorts, "--kv-dtype")
         check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_known("--activation-dtype", self.activation_dtype, MODEL_DTYPES, "--activation-dtype")

@@ -16,7 +16,7 @@ _ROW_WISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"),
     *("Split", "RMSNormalization", "LayerNormalization"),
 }
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_HALVES: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
@@ -123,7 +123,7 @@ def joined_name(names: list[str]) -> str:
 
 
 def cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
-    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of entries of 8 bits."""
+    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of 8-bit ones."""
     assert read is not None
     node = read.producer()
     assert node is not None
@@ -142,8 +142,9 @@ def cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Val
         steps = steps.producer().inputs[0]  # type: ignore[union-attr]
     entries = steps.producer().inputs[0]  # type: ignore[union-attr]
     cast = entries.producer() if entries is not None else None
-    if cast is not None and cast.op_type == "Cast" and cast.inputs[0].dtype in _HALVES:  # type: ignore[union-attr]
-        entries = cast.inputs[0]
+    narrow = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    if narrow is not None and narrow.dtype in _HALVES:
+        entries = narrow
     return write, entries, scale
 
 

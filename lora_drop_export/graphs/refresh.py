@@ -88,6 +88,26 @@ class _Masks:
 _LIMITS = {ir.DataType.INT8: (-128, 127), ir.DataType.FLOAT8E4M3FN: (-448, 448)}
 
 
+def _write_rounded(
+    ops: Ops, past: ir.Value, tensor: ir.Value, scale: ir.Value, length: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """(a cache of 8 bits after new entries are written, its values in the dtype of activations)."""
+    entry, activations, wide = past.dtype, tensor.dtype, ir.DataType.FLOAT
+    assert entry is not None
+    assert activations is not None
+    steps = ops("Div", tensor if activations == wide else ops("Cast", tensor, to=int(wide)), scale)
+    if entry == ir.DataType.INT8:
+        steps = ops("Round", steps)
+    limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[entry])
+    present = ops("TensorScatter", past, ops("Cast", ops("Clip", steps, *limits), to=int(entry)), length, axis=2)
+    cache = ops("Mul", ops("Cast", present, to=int(wide)), scale)
+    cache.shape, cache.type = past.shape, ir.TensorType(wide)
+    if activations != wide:
+        cache = ops("Cast", cache, to=int(activations))
+        cache.shape, cache.type = past.shape, tensor.type
+    return present, cache
+
+
 def _expand_cache_attention(
     graph: ir.Graph,
     node: ir.Node,
@@ -107,19 +127,9 @@ def _expand_cache_attention(
         if stored is None:
             present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
         else:
+            assert tensor is not None
             scale = initializer(graph, f"kv_scales.{layer}.{part}", stored)
-            wide = tensor if tensor.dtype == ir.DataType.FLOAT else ops("Cast", tensor, to=int(ir.DataType.FLOAT))
-            steps = ops("Div", wide, scale)
-            if past.dtype == ir.DataType.INT8:
-                steps = ops("Round", steps)
-            limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[past.dtype])
-            entry = ops("Cast", ops("Clip", steps, *limits), to=int(past.dtype))
-            present = ops("TensorScatter", past, entry, masks.length(layer), axis=2)
-            cache = ops("Mul", ops("Cast", present, to=int(ir.DataType.FLOAT)), scale)
-            cache.shape, cache.type = past.shape, ir.TensorType(ir.DataType.FLOAT)
-            if tensor.dtype != ir.DataType.FLOAT:
-                cache = ops("Cast", cache, to=int(tensor.dtype))
-                cache.shape, cache.type = past.shape, tensor.type
+            present, cache = _write_rounded(ops, past, tensor, scale, masks.length(layer))
         presents[f"present_{part}.{layer}"] = present
         caches.append(cache)
     query = node.inputs[0]

@@ -22,7 +22,7 @@ from lora_drop_export.targets.trt.target import static_slots
 from plugins.kernels.binding import load_library
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, traced_family
-from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_build import host_kernels
 from tests.support.models import gemma3
 from tests.support.plugin_ops import plugin_ops
 
@@ -32,8 +32,8 @@ TOLERANCE = 3e-5  # of the row's largest |logit|, as in tests/export/test_agains
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_library(build_for_host(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
+def kernel() -> ctypes.CDLL:
+    return load_library(host_kernels())
 
 
 def attention_op(library: ctypes.CDLL) -> type[OpRun]:

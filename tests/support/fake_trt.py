@@ -45,6 +45,7 @@ VERSION = "1.7.1.116"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 SCRATCH = {StepKind.REFRESH: 5000, StepKind.LORA: 3000}
 TARGET = "tensorrt-rtx"
+PLUGIN_LIBRARY = b"a plugin library"  # a file that the registry loads
 
 
 def make_device_bundle(
@@ -226,7 +227,7 @@ class FakePluginRegistry:
         self._trt = trt
 
     def load_library(self, plugin_path: str) -> str | None:
-        if Path(plugin_path).read_bytes() != b"a plugin library":
+        if Path(plugin_path).read_bytes() != PLUGIN_LIBRARY:
             assert self._trt.logger is not None
             self._trt.logger.log(ILogger.Severity.ERROR, "Unable to load library: invalid ELF header")
             return None

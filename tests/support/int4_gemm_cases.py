@@ -26,7 +26,9 @@ class GemmCase:
     zero_points: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.inputs}x{self.outputs}_of_{self.block}_{self.dtype}{'_zero_points' * self.zero_points}"
+        return (
+            f"{self.rows}x{self.inputs}x{self.outputs}_of_{self.block}_{self.dtype}{'_zero_points' * self.zero_points}"
+        )
 
 
 GEMM_CASES = [

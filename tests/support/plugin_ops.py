@@ -1,7 +1,7 @@
 """The plugins' nodes as operators on PyTorch's tensors, on the CPU and on a GPU, by the plugins' own kernels.
 
 Enters: a built kernel library (plugins/kernels/binding.py). Leaves: a function for each plugin, which takes a node's
-inputs in their order and its attributes as keywords. Caches are updated in place. What TensorRT's glue does is not here.
+inputs in their order and its attributes as keywords. Caches are updated in place. TensorRT's glue has no part in it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""TensorRT and TensorRT-RTX on PyTorch: an «engine» is the graph that the real builder gets, run by torch_ops.py on the runtime's
-own stream and at the addresses that it binds.
+"""TensorRT and TensorRT-RTX on PyTorch: an «engine» is the graph that the real builder gets, run by torch_ops.py on the
+runtime's own stream and at the addresses that it binds. Plugins' nodes call the plugins' own kernels (plugin_ops.py).
 
 With a GPU all of the device runtime is real: page-locked memory, copies, streams, CUDA graphs that capture what a
 context enqueues, buffers. It cannot show TensorRT's kernels, their time, nor what TensorRT says of a capture.

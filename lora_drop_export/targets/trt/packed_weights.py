@@ -118,5 +118,7 @@ def look_up_packed(graph: ir.Graph) -> None:
             points = ops("Reshape", _nibbles(ops, ops("Gather", blocks.zero_points, ids)), grid)
         whole = ops("Cast", ops("Sub", values, points), to=int(blocks.scales.dtype))  # type: ignore[arg-type]
         scales = ops("Unsqueeze", ops("Gather", blocks.scales, ids), ops.ints([-1]))  # [B, S, K / size, 1]
-        replace_node(graph, gather, ops, ops("Reshape", ops("Mul", whole, scales), ops.ints([0, 0, width])))
+        rows = ops("Reshape", ops("Mul", whole, scales), ops.ints([0, 0, width]))
+        rows.name, gather.outputs[0].name = gather.outputs[0].name, None
+        replace_node(graph, gather, ops, rows)
         graph.remove(gather, safe=True)

@@ -124,7 +124,9 @@ def plugin_from_native(proto: onnx.ModelProto, windows: dict[str, int], alias: b
         writes = [present_key.inputs[0], present_value.inputs[0]]
         (past_key, key, length), (past_value, value, _) = writes[0].inputs, writes[1].inputs
         heads, head_dim, kv_heads = query.shape[1], query.shape[3], past_key.shape[1]
-        attrs = _attributes(node, heads, kv_heads, head_dim, windows[node.outputs[0].name], is_refresh, bool(scales), alias)
+        attrs = _attributes(
+            node, heads, kv_heads, head_dim, windows[node.outputs[0].name], is_refresh, bool(scales), alias
+        )
         extra = [] if count is None else [count]
         q, k, v = (_head_source(t) for t in (query, key, value))
         if q.matches(k):

@@ -161,8 +161,8 @@ class TrtTarget:
         if self.form(options) != "plugin":
             raise InputError(
                 f"The native attention cannot take {short} caches.",
-                note=f"{self.name} was asked for --kv-dtype {short} with --attention native; TensorRT's cache layer takes "
-                "float32, float16 and bfloat16.",
+                note=f"{self.name} was asked for --kv-dtype {short} with --attention native; TensorRT's cache layer "
+                "takes float32, float16 and bfloat16.",
                 hint="Use --attention plugin, or leave --kv-dtype out.",
             )
         if caches.fills:
@@ -293,7 +293,7 @@ class TensorRt(TrtTarget):
     """TensorRT, which builds for the GPU of this machine and takes plugins."""
 
     name = "tensorrt"
-    cache_dtypes = MappingProxyType(dict.fromkeys(CACHE_DTYPES, MODEL_DTYPES))
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType(dict.fromkeys(CACHE_DTYPES, MODEL_DTYPES))
     what = "engines for the GPU of this machine"
     default_form = "plugin"
 
