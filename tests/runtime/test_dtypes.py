@@ -70,9 +70,11 @@ def test_the_stand_in_for_tensorrt_knows_no_other_names() -> None:
 
 
 def test_short_names_in_the_order_of_the_help() -> None:
-    assert list(dtypes.BY_SHORT) == ["fp32", "fp16", "bf16", "int8", "int4"]
+    assert list(dtypes.BY_SHORT) == ["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+    assert dtypes.WEIGHT_SHORTS == ("fp32", "fp16", "bf16", "int8", "int4")
+    assert [dtypes.short_name(name) for name in dtypes.CACHE_DTYPES] == ["int8", "fp8"]
     assert [dtypes.long_name(short) for short in (*dtypes.BY_SHORT, "float16", "x", None)] == [
-        *("float32", "float16", "bfloat16", "int8", "int4", "float16", "x"),
+        *("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float16", "x"),
         None,
     ]
     assert tuple(map(dtypes.safetensors_name, dtypes.MODEL_DTYPES)) == ("F32", "F16", "BF16")
