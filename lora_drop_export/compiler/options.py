@@ -36,6 +36,35 @@ def takers_of(weights: str | None, targets: Sequence[str]) -> tuple[str, str]:
     return " or ".join(able), ", ".join(name for name in targets if name in TARGETS and name not in able)
 
 
+def _check_caches(
+    targets: Sequence[str], kv_dtype: str, dtype: str | None, activations: str | None, bundle: str | Path | None
+) -> None:
+    """Refuse 8-bit caches that a target does not take, or not beside such activations; see `check_formats`."""
+    beside = activations or (None if dtype in QUANTIZED_DTYPES else dtype)  # None: what the target wants
+    takers = {
+        name: target.cache_dtypes[kv_dtype] for name, target in TARGETS.items() if kv_dtype in target.cache_dtypes
+    }
+    others = [name for name in targets if name in TARGETS and name not in takers]
+    others += [name for name in targets if name in takers and beside not in (None, *takers[name])]
+    if not others:
+        return
+    short = short_name(kv_dtype)
+    able = " or ".join(
+        name + ("" if dtypes == MODEL_DTYPES else f" in {short_name(dtypes[0])} (on the CPU)")
+        for name, dtypes in takers.items()
+    )
+    raise InputError(
+        f"{short} caches work only with target {able}.",
+        note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
+        f"{activations or 'not given'}."
+        if bundle is None
+        else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",
+        hint="Leave --kv-dtype out, or use one of these targets."
+        if bundle is None
+        else "Export the model again, without --kv-dtype.",
+    )
+
+
 def check_formats(
     targets: Sequence[str],
     dtype: str | None,
@@ -81,35 +110,6 @@ def check_formats(
         )
     if kv_dtype:
         _check_caches(targets, kv_dtype, dtype, activations, bundle)
-
-
-def _check_caches(
-    targets: Sequence[str], kv_dtype: str, dtype: str | None, activations: str | None, bundle: str | Path | None
-) -> None:
-    """Refuse 8-bit caches that a target does not take, or not beside such activations; arguments as above."""
-    beside = activations or (None if dtype in QUANTIZED_DTYPES else dtype)  # None: what the target wants
-    takers = {
-        name: target.cache_dtypes[kv_dtype] for name, target in TARGETS.items() if kv_dtype in target.cache_dtypes
-    }
-    others = [name for name in targets if name in TARGETS and name not in takers]
-    others += [name for name in targets if name in takers and beside not in (None, *takers[name])]
-    if not others:
-        return
-    short = short_name(kv_dtype)
-    able = " or ".join(
-        name + ("" if dtypes == MODEL_DTYPES else f" in {short_name(dtypes[0])} (on the CPU)")
-        for name, dtypes in takers.items()
-    )
-    raise InputError(
-        f"{short} caches work only with target {able}.",
-        note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
-        f"{activations or 'not given'}."
-        if bundle is None
-        else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",
-        hint="Leave --kv-dtype out, or use one of these targets."
-        if bundle is None
-        else "Export the model again, without --kv-dtype.",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

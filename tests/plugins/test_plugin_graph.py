@@ -86,7 +86,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
         runs[kind] = ReferenceEvaluator(lowered.proto, new_ops=[attention_op(kernel)])
         for weight, entry in lowered.weights.items():
             parts = [(bundle.root / f).read_bytes()[offset : offset + size] for f, offset, size in entry.parts]
-            weights[weight] = np.frombuffer(b"".join(parts), entry.dtype).reshape(entry.shape)
+            weights[weight] = np.frombuffer(bytearray(b"".join(parts)), entry.dtype).reshape(entry.shape)
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     ids = np.zeros((len(PROMPTS), lengths.max()), np.int64)
     for row, prompt in enumerate(PROMPTS):
