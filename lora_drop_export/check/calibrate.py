@@ -1,4 +1,4 @@
-"""Scales of int8 caches, found on the sample text."""
+"""Scales of 8-bit caches, found on the sample text."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ from lora_drop_export.console import Console
 from .reference import Reference
 from .sample import PERPLEXITY_TOKENS, sample_ids
 
+LARGEST = {"int8": 127, "float8_e4m3fn": 448}  # that an entry can be
 
-def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: int, console: Console) -> dict[str, Any]:
-    """Scales for int8 caches: the largest magnitude of each channel of K and V over the sample text, over 127.
+
+def calibrate_kv(
+    checkpoint: Checkpoint,
+    root: Path,
+    vocab_size: int,
+    context: int,
+    kv_dtype: str,
+    per_head: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Scales for 8-bit caches: the largest magnitude of each channel, or head, of K and V over the sample text, over
+    the largest that an entry can be.
 
     Args:
         root: of the bundle, whose tokenizer is there already; random ids without one.
 
     Returns:
-        `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D].
+        `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D], or [Hkv, 1, 1] per head.
     """
     ids = sample_ids(root, vocab_size)
     if ids is None or len(ids) < 2:
-        console.say("int8 caches: calibrated on random tokens, the model brings no tokenizer")
+        console.say("8-bit caches: calibrated on random tokens, the model brings no tokenizer")
         ids = np.random.default_rng(0).integers(0, vocab_size, PERPLEXITY_TOKENS)
     ids = ids[: min(PERPLEXITY_TOKENS, context)]
     everything = DropPlan(checkpoint.config.num_hidden_layers, ())
@@ -35,4 +46,6 @@ def calibrate_kv(checkpoint: Checkpoint, root: Path, vocab_size: int, context: i
         largest = Reference(checkpoint, everything, {}).largest_kv(
             ids, functools.partial(progress, "calibrating the caches")
         )
-    return {name: np.maximum(value, 1e-6) / np.float32(127) for name, value in largest.items()}
+    if per_head:
+        largest = {name: value.max(axis=2, keepdims=True) for name, value in largest.items()}
+    return {name: np.maximum(value, 1e-6) / np.float32(LARGEST[kv_dtype]) for name, value in largest.items()}

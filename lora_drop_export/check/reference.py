@@ -35,7 +35,8 @@ class _Cache:
     keys: list[Any]
     values: list[Any]
     new_tokens: Sequence[int] = ()
-    scales: tuple[Any, Any] | None = None  # of K and V entries that are int8, [Hkv, 1, D]
+    scales: tuple[Any, Any] | None = None  # of K and V entries of 8 bits, [Hkv, 1, D or 1]
+    dtype: str | None = None  # of these entries
     largest: tuple[Any, Any] | None = None  # |K| and |V| of the last call, [Hkv, 1, D]
     writes: bool = True  # whether new tokens join it; where they do not, nothing is attended to
 
@@ -48,6 +49,15 @@ def _tokens_again(kinds: Sequence[StepKind], policy: Policy) -> list[int]:
         again.append(policy.steps_taken_back(since) if refresh else 0)
         since = 0 if refresh else since + 1
     return again
+
+
+def _entries(steps: Any, dtype: str | None) -> Any:
+    """The nearest values that caches of 8 bits hold."""
+    import torch
+
+    if dtype == "int8":
+        return steps.round().clamp(-128, 127)
+    return steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
 
 def _attend(cache: _Cache, call: AttentionCall) -> Any:
@@ -63,7 +73,7 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
     cache.largest = tuple(tensor.abs().amax((0, 2)).unsqueeze(1) for tensor in (key, value))
     if cache.scales is not None:
         key, value = (
-            (tensor / scale).round().clamp(-128, 127) * scale
+            _entries(tensor / scale, cache.dtype) * scale
             for tensor, scale in zip((key, value), cache.scales, strict=True)
         )
     for row, new in enumerate(cache.new_tokens):
@@ -112,13 +122,15 @@ class Reference:
         plan: the drop plan.
         matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
         checkpoint: the bundle's own weight files, looked up by tensor name.
-        kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D] of int8 caches.
+        kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D or 1] of 8-bit caches.
+        kv_dtype: of these.
     """
 
     checkpoint: Checkpoint
     plan: DropPlan
     matrices: Matrices
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
+    kv_dtype: str | None = None
     _states: dict[str, Any] = field(default_factory=dict)
     _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
 
@@ -255,6 +267,7 @@ class Reference:
         batch = hidden[0].shape[0]
         cache = self._cache = _Cache([None] * batch, [None] * batch)
         if self.kv_scales:
+            cache.dtype = self.kv_dtype
             cache.scales = tuple(as_tensor(self.kv_scales[f"kv_scales.{index}.{part}"]) for part in ("key", "value"))
         self._states = {}
         sites, rows = self.plan.sites_of(index), torch.arange(batch)

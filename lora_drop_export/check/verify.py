@@ -35,7 +35,7 @@ from lora_drop_export.console import Console
 from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
 
 from .figures import (
-    INT8_CACHES,
+    CACHES,
     TOLERANCES,
     StepResult,
     Tolerance,
@@ -54,7 +54,7 @@ def _reference(bundle: Bundle, trust_remote_code: bool, rounds_caches: bool) -> 
     """The reference over the bundle's own weight files, looked up by tensor name.
 
     Args:
-        rounds_caches: as int8 caches do, where the bundle has their scales.
+        rounds_caches: as 8-bit caches do, where the bundle has their scales.
     """
     checkpoint = open_checkpoint(
         str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
@@ -62,7 +62,7 @@ def _reference(bundle: Bundle, trust_remote_code: bool, rounds_caches: bool) -> 
     plan = bundle.manifest.plan
     matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
     scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
-    return Reference(checkpoint, plan, matrices, kv_scales=scales)
+    return Reference(checkpoint, plan, matrices, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)
 
 
 @contextlib.contextmanager
@@ -178,7 +178,9 @@ def compare(
     with open_session(**engine) as session, _quiet():
         runners = [SessionRunner(session, name, steps, k), reference]
         results = Comparator.run(runners, data_loader=feeds, warm_up=0)
-    tolerance = INT8_CACHES if scaled else TOLERANCES[manifest.model.dtype]
+    tolerance = TOLERANCES[manifest.model.dtype]
+    if scaled:
+        tolerance = tolerance.or_looser(CACHES[str(manifest.model.kv_dtype)])
     judged, median = _judged(results, kinds, rounded, tolerance)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
     return Verification(name, k, lengths, tolerance, judged, median, refreshes.name)

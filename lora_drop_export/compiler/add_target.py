@@ -18,7 +18,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.staging.area import refuse_others, resolved
 from lora_drop_export.staging.directory import staged_directory
-from lora_drop_export.targets.target import TARGETS, build_target
+from lora_drop_export.targets.target import TARGETS, Caches, build_target
 
 from .files import BUNDLE, tool_versions, verification_details, write_manifest, write_verification
 from .options import NO_TARGET, ExportOptions, check_formats
@@ -50,6 +50,10 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     for target in targets:
         TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
     check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
+    if manifest.model.kv_dtype is not None:
+        caches = Caches(manifest.model.kv_dtype, manifest.model.head_dim, manifest.plan.refresh_policy.fills)
+        for target in targets:
+            TARGETS[target].check_caches(caches, options)
 
 
 def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:

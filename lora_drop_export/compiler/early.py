@@ -24,7 +24,7 @@ from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.quantize.rounding import has_native
-from lora_drop_export.targets.target import TARGETS
+from lora_drop_export.targets.target import TARGETS, Caches
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
 from .facts import (
@@ -169,6 +169,12 @@ def check_before_trace(
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
     if windows is not None and type(width) is int:
         plan = make_plan(windows, width, options)
+        if options.kv_dtype is not None:
+            heads = getattr(config, "num_attention_heads", None) or 1
+            head_dim = getattr(config, "head_dim", None) or width // heads
+            caches = Caches(options.kv_dtype, head_dim, plan.refresh_policy.fills)
+            for target in set(options.targets) & set(TARGETS):
+                TARGETS[target].check_caches(caches, options)
         adapter_matrices(plan, width, fingerprint, options)
         _warn_of_plan(plan, console)
     _check_disk(checkpoint, dtype, options, root)

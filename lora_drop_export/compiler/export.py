@@ -6,7 +6,7 @@
     facts             ρ or a list → DropPlan; limits, formats
     rounded           sample text → integers of weights, where they are calibrated (check/gptq)
     weights/          checkpoint → weights/, once                           (quantize/: int4, int8)
-    check/calibrate   sample text → scales of int8 caches, which the graphs refer to
+    check/calibrate   sample text → scales of 8-bit caches, which the graphs refer to
     graphs/           graph + plan → refresh.onnx, lora.onnx (neutral)
     targets/          neutral → what each target runs
     verify            every step against eager PyTorch
@@ -114,7 +114,10 @@ def write_bundle(
         facts = dataclasses.replace(facts, weight_dtype=f"int{quantization.bits}")
     kv_scales: dict[str, TensorPlace] = {}
     if options.kv_dtype:
-        scales = calibrate_kv(checkpoint, root, traced.vocab_size, facts.context_length, console)
+        per_head = any(TARGETS[name].scales_per_head for name in options.targets if name in TARGETS)
+        scales = calibrate_kv(
+            checkpoint, root, traced.vocab_size, facts.context_length, options.kv_dtype, per_head, console
+        )
         kv_scales = store_arrays(scales, KV_SCALES_NAME, "float32", root)
         facts = dataclasses.replace(facts, kv_dtype=options.kv_dtype)
     manifest = Manifest(
@@ -126,7 +129,7 @@ def write_bundle(
         quantization=quantization_facts(refs, formats, quantization, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
-        refresh = refresh_from_trace(traced, plan, dtype, stored, kv_scales)
+        refresh = refresh_from_trace(traced, plan, dtype, stored, facts.kv_dtype, kv_scales)
         lora = lora_step_from_refresh(refresh, plan, facts.cache, adapters)
         graphs = {StepKind.REFRESH: with_rows_chosen_early(refresh), StepKind.LORA: lora}
         for kind, proto in graphs.items():

@@ -12,7 +12,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
-from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES, long_name, short_name
+from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES, WEIGHT_SHORTS, long_name, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import INJECTIONS, parse_sites, sorted_sites
@@ -25,7 +25,6 @@ from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
-KV_DTYPES = ("int8",)
 HEAD_DTYPES = ("int8",)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
@@ -35,6 +34,35 @@ def takers_of(weights: str | None, targets: Sequence[str]) -> tuple[str, str]:
     """In words: the targets that take such quantized weights, and those of `targets` that do not."""
     able = [name for name, target in TARGETS.items() if weights in target.quantized_weights]
     return " or ".join(able), ", ".join(name for name in targets if name in TARGETS and name not in able)
+
+
+def _check_caches(
+    targets: Sequence[str], kv_dtype: str, dtype: str | None, activations: str | None, bundle: str | Path | None
+) -> None:
+    """Refuse 8-bit caches that a target does not take, or not beside such activations; see `check_formats`."""
+    beside = activations or (None if dtype in QUANTIZED_DTYPES else dtype)  # None: what the target wants
+    takers = {
+        name: target.cache_dtypes[kv_dtype] for name, target in TARGETS.items() if kv_dtype in target.cache_dtypes
+    }
+    others = [name for name in targets if name in TARGETS and name not in takers]
+    others += [name for name in targets if name in takers and beside not in (None, *takers[name])]
+    if not others:
+        return
+    short = short_name(kv_dtype)
+    able = " or ".join(
+        name + ("" if dtypes == MODEL_DTYPES else f" in {short_name(dtypes[0])} (on the CPU)")
+        for name, dtypes in takers.items()
+    )
+    raise InputError(
+        f"{short} caches work only with target {able}.",
+        note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
+        f"{activations or 'not given'}."
+        if bundle is None
+        else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",
+        hint="Leave --kv-dtype out, or use one of these targets."
+        if bundle is None
+        else "Export the model again, without --kv-dtype.",
+    )
 
 
 def check_formats(
@@ -80,21 +108,8 @@ def check_formats(
             if bundle is None
             else f"Export the model again, for {others} too: beside a target for the CPU activations are float32.",
         )
-    able = " or ".join(name for name, target in TARGETS.items() if target.takes_int8_caches)
-    others = ", ".join(target.name for target in chosen if not target.takes_int8_caches)
-    halves = activations not in (None, "float32") or dtype not in (None, "float32", *QUANTIZED_DTYPES)
-    if kv_dtype and (others or halves):
-        raise InputError(
-            f"int8 caches work only with target {able} on the CPU.",
-            note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
-            f"{activations or 'not given'}."
-            if bundle is None
-            else f"{bundle} has {kv_dtype} caches; {others} was asked for.",
-            hint=f"Leave --kv-dtype out, or use --target {able} with --dtype fp32, int8 or int4 "
-            "and without --activation-dtype."
-            if bundle is None
-            else "Export the model again, without --kv-dtype.",
-        )
+    if kv_dtype:
+        _check_caches(targets, kv_dtype, dtype, activations, bundle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +209,7 @@ class BuildOptions:
     dtype: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(BY_SHORT),
+        metavar="|".join(WEIGHT_SHORTS),
         parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
         "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding; "
@@ -238,8 +253,10 @@ class BuildOptions:
     kv_dtype: str | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(KV_DTYPES),
-        help="what K/V caches hold, for ort on the CPU (default: what activations are computed in)",
+        metavar="|".join(filter(None, map(short_name, CACHE_DTYPES))),
+        parse=long_name,
+        help="what K/V caches hold: int8 for ort and openvino on the CPU, int8 or fp8 for tensorrt with its plugin "
+        "(default: what activations are computed in)",
     )
     max_seq_len: int | None = option(
         None,
@@ -271,8 +288,9 @@ class BuildOptions:
                 note=f"Given are {', '.join(self.targets)}.",
                 hint=f"'{NO_TARGET}' stands alone.",
             )
-        check_known("dtype", short_name(self.dtype), tuple(BY_SHORT), "--dtype")
-        check_known("--kv-dtype", self.kv_dtype, KV_DTYPES, "--kv-dtype")
+        check_known("dtype", short_name(self.dtype), WEIGHT_SHORTS, "--dtype")
+        shorts = tuple(str(short_name(name)) for name in CACHE_DTYPES)
+        check_known("--kv-dtype", short_name(self.kv_dtype), shorts, "--kv-dtype")
         check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
         check_known("--activation-dtype", self.activation_dtype, MODEL_DTYPES, "--activation-dtype")

@@ -16,6 +16,7 @@ _ROW_WISE = {
     *("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Sqrt", "Sigmoid", "Tanh", "Erf", "Gelu", "Relu", "Clip", "Cast"),
     *("Split", "RMSNormalization", "LayerNormalization"),
 }
+_HALVES: tuple[ir.DataType | None, ...] = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # How the zero points of a quantized weight are called: all in the middle, or each its own
 SYMMETRIC, ZERO_POINTS = ".symmetric_zero_points", ".zero_points"
 
@@ -122,12 +123,15 @@ def joined_name(names: list[str]) -> str:
 
 
 def cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Value | None]:
-    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of int8 entries."""
+    """The TensorScatter of a cache that attention reads, the new entries as floats, and the scale of 8-bit ones."""
     assert read is not None
     node = read.producer()
     assert node is not None
     if node.op_type == "TensorScatter":
         return node, node.inputs[1], None
+    if node.op_type == "Cast":  # to activations in half precision
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+        assert node is not None
     cast, scale = node.inputs
     write = cast.producer().inputs[0].producer()  # type: ignore[union-attr]
     assert node.op_type == "Mul"
@@ -136,7 +140,12 @@ def cache_write(read: ir.Value | None) -> tuple[ir.Node, ir.Value | None, ir.Val
     steps = write.inputs[1]
     while steps is not None and steps.producer().op_type != "Div":  # type: ignore[union-attr]
         steps = steps.producer().inputs[0]  # type: ignore[union-attr]
-    return write, steps.producer().inputs[0], scale  # type: ignore[union-attr]
+    entries = steps.producer().inputs[0]  # type: ignore[union-attr]
+    cast = entries.producer() if entries is not None else None
+    narrow = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    if narrow is not None and narrow.dtype in _HALVES:
+        entries = narrow
+    return write, entries, scale
 
 
 def mask_window(attention: ir.Node) -> int:

@@ -84,6 +84,30 @@ class _Masks:
         return node.outputs[0]
 
 
+# Of a cache of 8 bits the least and the largest entry
+_LIMITS = {ir.DataType.INT8: (-128, 127), ir.DataType.FLOAT8E4M3FN: (-448, 448)}
+
+
+def _write_rounded(
+    ops: Ops, past: ir.Value, tensor: ir.Value, scale: ir.Value, length: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """(a cache of 8 bits after new entries are written, its values in the dtype of activations)."""
+    entry, activations, wide = past.dtype, tensor.dtype, ir.DataType.FLOAT
+    assert entry is not None
+    assert activations is not None
+    steps = ops("Div", tensor if activations == wide else ops("Cast", tensor, to=int(wide)), scale)
+    if entry == ir.DataType.INT8:
+        steps = ops("Round", steps)
+    limits = (ops.constant(np.array(limit, np.float32)) for limit in _LIMITS[entry])
+    present = ops("TensorScatter", past, ops("Cast", ops("Clip", steps, *limits), to=int(entry)), length, axis=2)
+    cache = ops("Mul", ops("Cast", present, to=int(wide)), scale)
+    cache.shape, cache.type = past.shape, ir.TensorType(wide)
+    if activations != wide:
+        cache = ops("Cast", cache, to=int(activations))
+        cache.shape, cache.type = past.shape, tensor.type
+    return present, cache
+
+
 def _expand_cache_attention(
     graph: ir.Graph,
     node: ir.Node,
@@ -103,12 +127,9 @@ def _expand_cache_attention(
         if stored is None:
             present = cache = ops("TensorScatter", past, tensor, masks.length(layer), axis=2)
         else:
+            assert tensor is not None
             scale = initializer(graph, f"kv_scales.{layer}.{part}", stored)
-            limits = (ops.constant(np.array(limit, np.float32)) for limit in (-128, 127))
-            entry = ops("Cast", ops("Clip", ops("Round", ops("Div", tensor, scale)), *limits), to=int(ir.DataType.INT8))
-            present = ops("TensorScatter", past, entry, masks.length(layer), axis=2)
-            cache = ops("Mul", ops("Cast", present, to=int(ir.DataType.FLOAT)), scale)
-            cache.shape, cache.type = past.shape, ir.TensorType(ir.DataType.FLOAT)
+            present, cache = _write_rounded(ops, past, tensor, scale, masks.length(layer))
         presents[f"present_{part}.{layer}"] = present
         caches.append(cache)
     query = node.inputs[0]
@@ -217,21 +238,23 @@ def refresh_from_trace(
     plan: DropPlan,
     dtype: str,
     weights: Mapping[str, TensorPlace],
+    kv_dtype: str | None = None,
     kv_scales: Mapping[str, TensorPlace] | None = None,
 ) -> onnx.ModelProto:
     """The refresh graph of a plan. The traced graph is left as it was.
 
     Args:
-        dtype: of activations, and of the caches unless `kv_scales` are given.
+        dtype: of activations, and of the caches unless there is a `kv_dtype`.
         weights: where each parameter lies.
-        kv_scales: for int8 caches, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D]: entry · scale = value.
+        kv_dtype: of caches of 8 bits.
+        kv_scales: of these, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D or 1]: entry · scale = value.
     """
     model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
     graph = model.graph
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, "int8" if kv_scales else None)
+    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, kv_dtype)
     io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:

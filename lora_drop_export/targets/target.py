@@ -24,6 +24,21 @@ from lora_drop_export.targets.trt.target import TensorRt, TensorRtRtx
 
 
 @dataclass(frozen=True)
+class Caches:
+    """What a target is asked of K/V caches of 8 bits.
+
+    Attributes:
+        dtype: of their entries.
+        head_dim: values of a head.
+        fills: LoRA steps write the caches of dropped attentions (`--policy fill`).
+    """
+
+    dtype: str
+    head_dim: int
+    fills: bool
+
+
+@dataclass(frozen=True)
 class TargetOptions(TrtOptions):
     """The options of all targets; each reads its own."""
 
@@ -37,7 +52,8 @@ class Target(Protocol):
         quantized_weights: of int4 and int8 those that its graphs may have.
         quantized_dtypes: of activations beside them.
         symmetric_weights: quantized weights without zero points are the better ones for it.
-        takes_int8_caches: graphs with int8 K/V caches.
+        cache_dtypes: of K/V caches of 8 bits → those of activations beside which it takes them.
+        scales_per_head: those caches have a scale for each head; else one for each channel is the better for it.
     """
 
     name: str
@@ -45,7 +61,8 @@ class Target(Protocol):
     quantized_weights: tuple[str, ...]
     quantized_dtypes: tuple[str, ...]
     symmetric_weights: bool
-    takes_int8_caches: bool
+    cache_dtypes: Mapping[str, tuple[str, ...]]
+    scales_per_head: bool
 
     def check(self, options: TargetOptions, targets: Sequence[str]) -> None:
         """Refuse, before anything long begins, options that it cannot build with, or that it alone has where it is not
@@ -57,6 +74,9 @@ class Target(Protocol):
 
     def takes_kept(self, form: BlockFormat) -> bool:
         """Whether its graphs may have weights that a quantized checkpoint holds in this format."""
+
+    def check_caches(self, caches: Caches, options: TargetOptions) -> None:
+        """Refuse, before the trace where that is known, 8-bit caches that do not go with the options or the model."""
 
     def dtype(self, of_checkpoint: str) -> str:
         """Of activations, where the user names none; `of_checkpoint` is that of most of the weights."""

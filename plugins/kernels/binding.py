@@ -31,7 +31,7 @@ class LoraDropAttention(ctypes.Structure):
 
 
 GEMM_SIZES = ("rows", "inputs", "outputs", "block")
-GEMM_POINTERS = ("x", "weights", "scales", "y")
+GEMM_POINTERS = ("x", "weights", "scales", "zero_points", "y")
 
 
 class LoraDropInt4Gemm(ctypes.Structure):

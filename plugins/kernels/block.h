@@ -128,28 +128,28 @@ LORA_DROP_BODY uint32_t pack(float low, float high) {
     return pair.bits;
 }
 
-/* Of eight two's complement nibbles those i and i + 4 times a scale, rounded to T, as a pair. */
+/* Of eight nibbles those i and i + 4, less a zero point, times a scale, rounded to T, as a pair. */
 template <class T>
-LORA_DROP_BODY uint32_t unpack_int4(uint32_t nibbles, int i, T scale);
+LORA_DROP_BODY uint32_t unpack_uint4(uint32_t nibbles, int i, T scale, T zero);
 
 template <>
-LORA_DROP_BODY uint32_t unpack_int4<Half>(uint32_t nibbles, int i, Half scale) {
-    // A nibble in the last bits of 1024 adds itself; its sign bit turned adds 8
+LORA_DROP_BODY uint32_t unpack_uint4<Half>(uint32_t nibbles, int i, Half scale, Half zero) {
+    // A nibble in the last bits of 1024 adds itself
     union {
         uint32_t bits;
         __half2 pair;
-    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x64086408u};
-    x.pair = __hmul2(__hsub2(x.pair, __float2half2_rn(1032.0f)), __half2half2(scale));
+    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x64006400u};
+    x.pair = __hmul2(__hsub2(x.pair, __hadd2(__float2half2_rn(1024.0f), __half2half2(zero))), __half2half2(scale));
     return x.bits;
 }
 
 template <>
-LORA_DROP_BODY uint32_t unpack_int4<BFloat16>(uint32_t nibbles, int i, BFloat16 scale) {
+LORA_DROP_BODY uint32_t unpack_uint4<BFloat16>(uint32_t nibbles, int i, BFloat16 scale, BFloat16 zero) {
     union {
         uint32_t bits;
         __nv_bfloat162 pair;
-    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x43084308u};  // 128
-    x.pair = __hmul2(__hsub2(x.pair, __float2bfloat162_rn(136.0f)), __bfloat162bfloat162(scale));
+    } x{((nibbles >> 4 * i) & 0x000f000fu) ^ 0x43004300u};  // 128
+    x.pair = __hmul2(__hsub2(x.pair, __hadd2(__float2bfloat162_rn(128.0f), __bfloat162bfloat162(zero))), __bfloat162bfloat162(scale));
     return x.bits;
 }
 

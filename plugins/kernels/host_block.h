@@ -372,10 +372,9 @@ float element(uint32_t pair, int i) {
 }
 
 template <class T>
-uint32_t unpack_int4(uint32_t nibbles, int i, T scale) {
+uint32_t unpack_uint4(uint32_t nibbles, int i, T scale, T zero) {
     const auto value = [&](int at) {
-        const int nibble = nibbles >> 4 * at & 15;
-        return static_cast<float>(nibble < 8 ? nibble : nibble - 16) * to_float(scale);
+        return (static_cast<float>(nibbles >> 4 * at & 15) - to_float(zero)) * to_float(scale);
     };
     return pack<T>(value(i), value(i + 4));
 }

@@ -7,7 +7,7 @@ namespace lora_drop {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ LoraDropInt4Gemm call) {
+__global__ void __launch_bounds__(kThreads, 8) gemv_kernel(const __grid_constant__ LoraDropInt4Gemm call) {
     int4_gemv<T>(call);
 }
 

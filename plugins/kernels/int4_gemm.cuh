@@ -12,7 +12,8 @@
 
 namespace lora_drop {
 
-constexpr int kInt4Chunk = 128;         // k of a warp at a time: 32 for each of 4 lanes
+constexpr int kInt4Lane = 32;           // k of a lane at a time, of which 16 share a scale at least
+constexpr int kInt4Chunk = 128;         // of a warp: 4 lanes have other k
 constexpr int kFewRows = 8;             // of x, for which weights are read as fast as memory gives them
 constexpr int kTokens = 64;             // of x in a block, where there are more
 constexpr int kWarpOutputs = 32;        // of weights in a warp then
@@ -21,8 +22,11 @@ constexpr size_t kTokenTileBytes = static_cast<size_t>(kTokens) * kTokenStride;
 
 inline const char* problem(const LoraDropInt4Gemm& call) {
     if (call.rows < 1 || call.inputs < 1 || call.outputs < 1) return "rows, inputs and outputs must be positive";
-    if (call.block != 32 && call.block != 64 && call.block != 128) return "block must be 32, 64 or 128";
-    if (call.inputs % call.block != 0) return "inputs must be a multiple of block";
+    if (call.block != 16 && call.block != 32 && call.block != 64 && call.block != 128)
+        return "block must be 16, 32, 64 or 128";
+    if (call.inputs % call.block != 0 || call.inputs % kInt4Lane != 0)
+        return "inputs must be a multiple of block and of 32";
+    if (call.zero_points && call.inputs / call.block % 2 != 0) return "with zero points a row must have an even number of blocks";
     if (call.rows > 65535 * kTokens) return "rows must be at most 65535 · 64";
     if (call.dtype != LORA_DROP_F16 && call.dtype != LORA_DROP_BF16) return "dtype must be F16 or BF16";
     if (!call.x || !call.weights || !call.scales || !call.y) return "a required pointer is null";
@@ -37,27 +41,38 @@ struct alignas(16) Words {
 template <class T>
 struct Weights {
     Words row[2];
-    T scale[2];
+    T scale[2][2], zero[2][2];  // of the first and the second 16 k
 
     LORA_DROP_BODY void load(const LoraDropInt4Gemm& call, int first_output, int k) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int output = first_output + thread_index() % kWarp / 4 + 8 * half;
             row[half] = Words{};
-            from_float(0.0f, scale[half]);
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                from_float(0.0f, scale[half][part]);
+                from_float(8.0f, zero[half][part]);
+            }
             if (output >= call.outputs || k >= call.inputs) continue;
             const int64_t at = static_cast<int64_t>(output) * call.inputs + k;
             row[half] = *reinterpret_cast<const Words*>(static_cast<const char*>(call.weights) + at / 2);
-            scale[half] = static_cast<const T*>(call.scales)[at / call.block];
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                const int64_t block = (at + 16 * part) / call.block;
+                scale[half][part] = static_cast<const T*>(call.scales)[block];
+                if (!call.zero_points) continue;
+                const int two = static_cast<const uint8_t*>(call.zero_points)[block / 2];
+                from_float(static_cast<float>(block % 2 ? two >> 4 : two & 15), zero[half][part]);
+            }
         }
     }
 
     /* The factor for k 8 · j + {2h, 2h + 4, 2h + 1, 2h + 5} of each lane. */
     LORA_DROP_BODY void factor(uint32_t (&a)[4], int j, int h) const {
-        a[0] = unpack_int4<T>(row[0].word[j], 2 * h, scale[0]);
-        a[1] = unpack_int4<T>(row[1].word[j], 2 * h, scale[1]);
-        a[2] = unpack_int4<T>(row[0].word[j], 2 * h + 1, scale[0]);
-        a[3] = unpack_int4<T>(row[1].word[j], 2 * h + 1, scale[1]);
+        a[0] = unpack_uint4<T>(row[0].word[j], 2 * h, scale[0][j / 2], zero[0][j / 2]);
+        a[1] = unpack_uint4<T>(row[1].word[j], 2 * h, scale[1][j / 2], zero[1][j / 2]);
+        a[2] = unpack_uint4<T>(row[0].word[j], 2 * h + 1, scale[0][j / 2], zero[0][j / 2]);
+        a[3] = unpack_uint4<T>(row[1].word[j], 2 * h + 1, scale[1][j / 2], zero[1][j / 2]);
     }
 };
 
@@ -76,7 +91,7 @@ LORA_DROP_BODY void int4_gemv(const LoraDropInt4Gemm& call) {
     float sum[4] = {};
 #pragma unroll 2
     for (int chunk = warp * kInt4Chunk; chunk < call.inputs; chunk += kWarps * kInt4Chunk) {
-        const int k = chunk + lane % 4 * 32;
+        const int k = chunk + lane % 4 * kInt4Lane;
         Weights<T> weights;
         weights.load(call, first_output, k);
         const T* x = static_cast<const T*>(call.x) + static_cast<int64_t>(token) * call.inputs + k;
@@ -137,7 +152,7 @@ LORA_DROP_BODY void int4_gemm(const LoraDropInt4Gemm& call) {
         Weights<T> weights[kWarpOutputs / 16];
 #pragma unroll
         for (int i = 0; i < kWarpOutputs / 16; ++i) {
-            weights[i].load(call, first_output + 16 * i, chunk + lane % 4 * 32);
+            weights[i].load(call, first_output + 16 * i, chunk + lane % 4 * kInt4Lane);
         }
         load_tokens<T>(call, tiles + (turn ^ 1) * kTokenTileBytes, first_token, chunk + kInt4Chunk);
         copy_commit();

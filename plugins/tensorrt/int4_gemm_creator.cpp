@@ -10,17 +10,20 @@
 namespace lora_drop {
 namespace {
 
-int32_t blockOf(nvinfer1::PluginFieldCollection const* fields) {
-    if (fields == nullptr || fields->nbFields != 1 || fields->fields[0].name == nullptr
-        || std::strcmp(fields->fields[0].name, "block") != 0)
-        refuse("expected one field: block");
-    nvinfer1::PluginField const& field = fields->fields[0];
-    if (field.type != nvinfer1::PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr)
-        refuse("field block has ", field.length, " values of PluginFieldType ", static_cast<int32_t>(field.type),
-               "; expected one int32");
-    int32_t block{0};
-    std::memcpy(&block, field.data, sizeof(block));
-    return block;
+/// The value of the one field of a name.
+int32_t valueOf(char const* name, nvinfer1::PluginFieldCollection const* fields) {
+    nvinfer1::PluginField const* found = nullptr;
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
+        if (fields->fields[i].name != nullptr && std::strcmp(fields->fields[i].name, name) == 0)
+            found = &fields->fields[i];
+    if (found == nullptr || fields->nbFields != 2)
+        refuse("expected two fields: block and has_zero_points");
+    if (found->type != nvinfer1::PluginFieldType::kINT32 || found->length != 1 || found->data == nullptr)
+        refuse("field ", name, " has ", found->length, " values of PluginFieldType ",
+               static_cast<int32_t>(found->type), "; expected one int32");
+    int32_t value{0};
+    std::memcpy(&value, found->data, sizeof(value));
+    return value;
 }
 
 } // namespace
@@ -29,7 +32,7 @@ nvinfer1::IPluginV3* Int4GemmCreator::createPlugin(char const* name, nvinfer1::P
                                                    nvinfer1::TensorRTPhase) noexcept {
     return guarded<nvinfer1::IPluginV3*>("createPlugin", nullptr, [&]() -> nvinfer1::IPluginV3* {
         try {
-            return new Int4GemmPlugin{blockOf(fields)};
+            return new Int4GemmPlugin{{valueOf("block", fields), valueOf("has_zero_points", fields)}};
         } catch (std::invalid_argument const& error) {
             refuse("`", name == nullptr ? "" : name, "`: ", error.what());
         }

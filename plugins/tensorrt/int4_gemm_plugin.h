@@ -4,12 +4,14 @@
  * Weights are inputs, so that two engines share one copy of them; TensorRT itself takes int4 weights as constants
  * alone.
  *
- *     field block     int32: 32, 64 or 128 weights that share a scale
+ *     field block             int32: 16, 32, 64 or 128 weights that share a scale
+ *     field has_zero_points   int32: 0 or 1
  *
- *     x         [..., K]          T         at least 2 axes; all but the last are rows
- *     weights   [N, K / 2]        int8      two nibbles a byte, as the header says
- *     scales    [N, K / block]    T
- *     output y  [..., N]          T
+ *     x            [..., K]              T       at least 2 axes; all but the last are rows
+ *     weights      [N, K / 2]            int8    two nibbles a byte, as the header says
+ *     scales       [N, K / block]        T
+ *     zero_points  [N, K / block / 2]    int8    two nibbles a byte; has_zero_points = 1
+ *     output y     [..., N]              T
  *
  * T is float16 or bfloat16. All formats are linear. N and K are fixed, the rows may be dynamic.
  */
@@ -31,10 +33,15 @@ class Int4GemmPlugin final : public nvinfer1::IPluginV3,
                              public nvinfer1::IPluginV3OneBuildV2,
                              public nvinfer1::IPluginV3OneRuntime {
   public:
-    enum Tensor : int32_t { kX, kWEIGHTS, kSCALES, kNB_INPUTS, kY = kNB_INPUTS, kNB_TENSORS };
+    enum Tensor : int32_t { kX, kWEIGHTS, kSCALES, kZERO_POINTS, kY, kNB_TENSORS };
 
-    /// Throws std::invalid_argument for a block that the kernel refuses.
-    explicit Int4GemmPlugin(int32_t block);
+    struct Fields {
+        int32_t block{0};
+        int32_t has_zero_points{0};
+    };
+
+    /// Throws std::invalid_argument for a block that the kernel refuses, and for a flag that is neither 0 nor 1.
+    explicit Int4GemmPlugin(Fields const& fields);
 
     // IPluginV3
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -70,12 +77,16 @@ class Int4GemmPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mCollection; }
 
   private:
-    /// The call of these tensors, without pointers. Throws std::invalid_argument for other types and shapes.
+    int32_t nbInputs() const { return kZERO_POINTS + mFields.has_zero_points; }
+    /// Throws std::invalid_argument when a node has another number of tensors.
+    void requireNumbers(int32_t nb_inputs, int32_t nb_outputs) const;
+    /// The call of these tensors, without pointers; zero_points are null where there are none. Throws
+    /// std::invalid_argument for other types and shapes.
     LoraDropInt4Gemm callOf(nvinfer1::PluginTensorDesc const* const (&descs)[kNB_TENSORS]) const;
 
-    int32_t mBlock;
+    Fields mFields;
     std::string mDescription;
-    nvinfer1::PluginField mField;
+    nvinfer1::PluginField mSerialized[2];
     nvinfer1::PluginFieldCollection mCollection;
 };
 

@@ -51,6 +51,7 @@ DTYPES = (
     Dtype("int32", 32, 6, numpy="<i4", safetensors="I32", tensorrt="INT32"),
     Dtype("uint8", 8, 2, numpy="u1", safetensors="U8", tensorrt="UINT8"),
     Dtype("int8", 8, 3, numpy="i1", tensorrt="INT8", short="int8"),
+    Dtype("float8_e4m3fn", 8, 17, tensorrt="FP8", short="fp8"),
     Dtype("bool", 8, 9, numpy="?", safetensors="BOOL", tensorrt="BOOL"),
     Dtype("uint4", 4, 21),
     Dtype("int4", 4, 22, short="int4"),
@@ -60,6 +61,8 @@ BY_SAFETENSORS = {row.safetensors: row for row in DTYPES if row.safetensors}
 BY_TENSORRT = {row.tensorrt: row for row in DTYPES if row.tensorrt}
 BY_SHORT = {row.short: row for row in DTYPES if row.short}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")  # of a checkpoint's weights, and of activations
+CACHE_DTYPES = ("int8", "float8_e4m3fn")  # of K/V caches, beside that of activations
+WEIGHT_SHORTS = tuple(short for short in BY_SHORT if short != "fp8")  # what weights may be stored in
 
 
 def safetensors_name(dtype: str) -> str:

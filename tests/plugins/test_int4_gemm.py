@@ -43,7 +43,9 @@ def test_reference(library: ctypes.CDLL, case: GemmCase, order: int) -> None:
 # A defect, as an edit of the source, and the case that notices it
 DEFECTS = {
     "nibbles_of_the_other_half": ("first >> 16 |", "first << 16 |", GEMM_CASES[0]),
-    "scale_of_the_first_block": ("scales)[at / call.block]", "scales)[0]", GEMM_CASES[1]),
+    "zero_point_of_the_neighbour": ("block % 2 ? two >> 4", "block % 2 ? two", GEMM_CASES[8]),
+    "scale_of_the_first_block": ("scales)[block]", "scales)[0]", GEMM_CASES[1]),
+    "one_scale_for_32": ("(at + 16 * part)", "(at + 0 * part)", GEMM_CASES[10]),
     "one_warp_forgotten": ("w < kWarps; ++w) total", "w < kWarps - 1; ++w) total", GEMM_CASES[1]),
     "rows_past_the_end": ("|| row >= call.rows) continue", ") continue", GEMM_CASES[5]),
     "tiles_of_x_exchanged": ("tiles + turn * kTokenTileBytes", "tiles + (turn ^ 1) * kTokenTileBytes", GEMM_CASES[6]),
@@ -75,13 +77,15 @@ def test_defect_is_noticed(tmp_path: Path, defect: str) -> None:
         ({"rows": 0}, "must be positive"),
         ({"block": 48}, "block must be"),
         ({"inputs": 96}, "multiple of block"),
+        ({"inputs": 144, "block": 16}, "of 32"),
+        ({"zero_points": 16}, "even number of blocks"),
         ({"rows": 1 << 30}, "rows must be at most"),
         ({"dtype": 0}, "F16 or BF16"),
         ({"scales": None}, "pointer is null"),
     ],
 )
 def test_problem(library: ctypes.CDLL, changes: dict[str, object], problem: str) -> None:
-    call = LoraDropInt4Gemm(1, 128, 16, 64, 1, 16, 16, 16, 16)
+    call = LoraDropInt4Gemm(1, 192, 16, 64, 1, 16, 16, 16, None, 16)
     assert library.lora_drop_int4_gemm_problem(call) is None
     for name, value in changes.items():
         setattr(call, name, value)

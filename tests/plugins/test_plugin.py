@@ -490,7 +490,10 @@ def gemm_node(case: GemmCase) -> Node:
         "weights": ("int8", (case.outputs, case.inputs // 2)),
         "scales": (t, (case.outputs, case.inputs // case.block)),
     }
-    return Node({"block": case.block}, inputs, {"y": (t, (1, case.rows, case.outputs))})
+    if case.zero_points:
+        inputs["zero_points"] = ("int8", (case.outputs, case.inputs // case.block // 2))
+    fields = {"block": case.block, "has_zero_points": int(case.zero_points)}
+    return Node(fields, inputs, {"y": (t, (1, case.rows, case.outputs))})
 
 
 def drive_gemm(build: Build, node: Node, *commands: str, **where: str) -> list[dict]:
@@ -525,7 +528,7 @@ def test_int4_gemm_end_to_end_on_the_gpu(
     run_gemm_case(request.getfixturevalue("device_build"), case, tmp_path, library="plugin", memory="cuda")
 
 
-GEMM = GemmCase(3, 256, 48, block=64, dtype="bf16")
+GEMM = GemmCase(3, 256, 48, block=64, dtype="bf16", zero_points=True)
 
 
 def test_int4_gemm_answers(build: Build) -> None:
@@ -534,10 +537,10 @@ def test_int4_gemm_answers(build: Build) -> None:
     _, names, fields, _, shapes, types, formats, _, cloned = drive_gemm(build, node, *commands)
     assert names["plugin"] == ["Int4Gemm", "1", "lora_drop"]
     assert names["outputs"] == 1
-    assert fields["fields"] == cloned["fields"] == [["block", 64, 5, 1]]
+    assert fields["fields"] == cloned["fields"] == [["block", 64, 5, 1], ["has_zero_points", 1, 5, 1]]
     assert shapes["shapes"] == [[[0, 0], [0, 1], [1, 0]]]  # [input, axis]: x, x, weights
     assert types["types"] == [TRT_CODES["bfloat16"]]
-    assert formats["formats"] == [1] * 4
+    assert formats["formats"] == [1] * 5
 
 
 def test_int4_gemm_takes_unknown_rows_while_the_engine_is_built(build: Build) -> None:
@@ -553,18 +556,20 @@ def test_int4_gemm_takes_unknown_rows_while_the_engine_is_built(build: Build) ->
 
 
 @pytest.mark.parametrize(
-    ("field", "message"),
+    ("fields", "message"),
     [
-        ("field block int32 48", "block must be 32, 64 or 128"),
-        ("field block float32 64", "expected one int32"),
-        ("field blocks int32 64", "expected one field: block"),
-        ("", "expected one field: block"),
+        (("block int32 48", "has_zero_points int32 0"), "block must be 16, 32, 64 or 128"),
+        (("block float32 64", "has_zero_points int32 0"), "expected one int32"),
+        (("blocks int32 64", "has_zero_points int32 0"), "expected two fields: block and has_zero_points"),
+        (("block int32 64", "has_zero_points int32 2"), "expected 0 or 1"),
+        (("block int32 64",), "expected two fields: block and has_zero_points"),
+        ((), "expected two fields: block and has_zero_points"),
     ],
 )
-def test_int4_gemm_refuses_fields(build: Build, field: str, message: str) -> None:
+def test_int4_gemm_refuses_fields(build: Build, fields: tuple[str, ...], message: str) -> None:
     node = gemm_node(GEMM)
     node.fields = {}
-    (result,) = drive_gemm(build, node, field, "create build")
+    (result,) = drive_gemm(build, node, *(f"field {field}" for field in fields), "create build")
     assert not result["ok"]
     assert result["log"][-1].startswith(ERROR + "Int4Gemm: createPlugin: `node`: ")
     assert message in result["log"][-1]
@@ -580,6 +585,8 @@ def test_int4_gemm_refuses_fields(build: Build, field: str, message: str) -> Non
         ("x", ("bfloat16", (256,)), "x, weights, scales and y have 1, 2, 2 and 3 axes"),
         ("weights", ("int8", (48, 256)), "do not fit"),
         ("scales", ("bfloat16", (48, 2)), "do not fit"),
+        ("zero_points", ("int8", (48, 4)), "half of 4"),
+        ("zero_points", ("bfloat16", (48, 2)), "zero_points is bfloat16"),
         ("y", ("bfloat16", (1, 4, 48)), "do not fit"),
     ],
 )

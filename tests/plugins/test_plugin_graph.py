@@ -12,57 +12,40 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.target import static_slots
-from plugins.kernels.binding import LoraDropAttention, load_library
+from plugins.kernels.binding import load_library
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, traced_family
-from tests.support.kernel_build import KERNELS, build_for_host
+from tests.support.kernel_build import host_kernels
 from tests.support.models import gemma3
+from tests.support.plugin_ops import plugin_ops
 
 K = 2
 STEPS = 7
 TOLERANCE = 3e-5  # of the row's largest |logit|, as in tests/export/test_against_oracle.py
-OPTIONAL = {"has_count": ("count",), "rotary_dim": ("cos", "sin"), "has_norm": ("q_norm", "k_norm")}
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load_library(build_for_host(KERNELS, tmp_path_factory.mktemp("kernel") / "host.so"))
+def kernel() -> ctypes.CDLL:
+    return load_library(host_kernels())
 
 
 def attention_op(library: ctypes.CDLL) -> type[OpRun]:
     """SkipWriteKVAttention as an operator of the reference evaluator; its caches are updated in place."""
+    attend = plugin_ops(library)["SkipWriteKVAttention"]
 
     class SkipWriteKVAttention(OpRun):
         op_domain = "lora_drop"
 
         def _run(self, *inputs: np.ndarray, **attributes: Any) -> tuple[np.ndarray, ...]:
-            names = ["query", "key", "value", "key_cache", "value_cache", "length"]
-            names += [name for flag, extra in OPTIONAL.items() if attributes[flag] for name in extra]
-            arrays = dict(zip(names, inputs, strict=True))
-            for name in set(names) - {"key_cache", "value_cache"}:
-                arrays[name] = np.ascontiguousarray(arrays[name])
-            query = arrays["query"]
-            arrays["output"] = np.full_like(query, np.nan)
-            call = LoraDropAttention(batch=query.shape[0], new_tokens=query.shape[1], slots=inputs[3].shape[2])
-            for name in ("heads", "kv_heads", "head_dim", "rotary_dim", "interleaved", "window"):
-                setattr(call, name, attributes[name])
-            for name in ("scale", "softcap", "norm_epsilon"):
-                setattr(call, name, attributes[name])
-            for name, array in arrays.items():
-                setattr(call, name, array.ctypes.data)
-            problem = library.lora_drop_attention_problem(ctypes.byref(call))
-            assert problem is None, problem
-            size = library.lora_drop_workspace_bytes(ctypes.byref(call), 2)
-            workspace = np.full(size + 256, 0xFF, np.uint8)
-            call.workspace = -(-workspace.ctypes.data // 256) * 256
-            assert library.lora_drop_attention(ctypes.byref(call), size, 2, None) == 0
-            return arrays["output"], inputs[3], inputs[4]
+            output, *_ = attend(*map(torch.from_numpy, inputs), **attributes)
+            return output.numpy(), inputs[3], inputs[4]
 
     return SkipWriteKVAttention
 
@@ -103,7 +86,7 @@ def test_plugin_graph_decodes_like_the_oracle(name, options, kernel, tmp_path):
         runs[kind] = ReferenceEvaluator(lowered.proto, new_ops=[attention_op(kernel)])
         for weight, entry in lowered.weights.items():
             parts = [(bundle.root / f).read_bytes()[offset : offset + size] for f, offset, size in entry.parts]
-            weights[weight] = np.frombuffer(b"".join(parts), entry.dtype).reshape(entry.shape)
+            weights[weight] = np.frombuffer(bytearray(b"".join(parts)), entry.dtype).reshape(entry.shape)
     lengths = np.array([len(prompt) for prompt in PROMPTS])
     ids = np.zeros((len(PROMPTS), lengths.max()), np.int64)
     for row, prompt in enumerate(PROMPTS):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tests.support import fake_trt
 
 by_name = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
-ONNX_NAMES = {"float64": "DOUBLE", "float32": "FLOAT"}
+ONNX_NAMES = {"float64": "DOUBLE", "float32": "FLOAT", "float8_e4m3fn": "FLOAT8E4M3FN"}
 
 
 @by_name
@@ -32,7 +32,7 @@ def test_onnx_numbers_are_those_of_onnx_and_onnx_ir(row: Dtype) -> None:
 @by_name
 def test_numpy_dtypes_have_the_name_and_the_size(row: Dtype) -> None:
     if row.numpy is None:
-        assert row.name in ("bfloat16", "uint4", "int4")
+        assert row.name in ("bfloat16", "float8_e4m3fn", "uint4", "int4")
         return
     assert np.dtype(row.numpy).name == row.name
     assert np.dtype(row.numpy).itemsize == row.size_bytes
@@ -41,9 +41,9 @@ def test_numpy_dtypes_have_the_name_and_the_size(row: Dtype) -> None:
 
 @by_name
 def test_safetensors_names_are_what_its_library_writes(row: Dtype, tmp_path: Path) -> None:
-    """int8 is in no file that is read here; the table names only what is."""
+    """int8 and fp8 are in no file that is read here; the table names only what is."""
     if row.safetensors is None:
-        assert row.name in ("int8", "uint4", "int4")
+        assert row.name in ("int8", "float8_e4m3fn", "uint4", "int4")
         return
     values = torch.ones((2, 3), dtype=getattr(torch, row.name))
     save_file({"w": values}, tmp_path / "w.safetensors")
@@ -61,7 +61,7 @@ def test_tensorrt_names(row: Dtype) -> None:
         return
     kind = getattr(trt.DataType, row.tensorrt)
     assert kind.itemsize == row.size_bytes
-    if row.name != "bfloat16":  # it says so with numpy's own dtypes
+    if row.name not in ("bfloat16", "float8_e4m3fn"):  # it says so with numpy's own dtypes
         assert np.dtype(trt.nptype(kind)).name == row.name
 
 
@@ -70,9 +70,11 @@ def test_the_stand_in_for_tensorrt_knows_no_other_names() -> None:
 
 
 def test_short_names_in_the_order_of_the_help() -> None:
-    assert list(dtypes.BY_SHORT) == ["fp32", "fp16", "bf16", "int8", "int4"]
+    assert list(dtypes.BY_SHORT) == ["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
+    assert dtypes.WEIGHT_SHORTS == ("fp32", "fp16", "bf16", "int8", "int4")
+    assert [dtypes.short_name(name) for name in dtypes.CACHE_DTYPES] == ["int8", "fp8"]
     assert [dtypes.long_name(short) for short in (*dtypes.BY_SHORT, "float16", "x", None)] == [
-        *("float32", "float16", "bfloat16", "int8", "int4", "float16", "x"),
+        *("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "int4", "float16", "x"),
         None,
     ]
     assert tuple(map(dtypes.safetensors_name, dtypes.MODEL_DTYPES)) == ("F32", "F16", "BF16")

@@ -27,6 +27,7 @@ import onnxruntime
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, TrtEntry
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.dtypes import BY_TENSORRT
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.engine import TrtEngine
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -44,6 +45,7 @@ VERSION = "1.7.1.116"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 SCRATCH = {StepKind.REFRESH: 5000, StepKind.LORA: 3000}
 TARGET = "tensorrt-rtx"
+PLUGIN_LIBRARY = b"a plugin library"  # a file that the registry loads
 
 
 def make_device_bundle(
@@ -132,7 +134,10 @@ def open_device_session(
 
 
 class DataType(enum.Enum):
-    FLOAT, HALF, BF16, INT64, INT32 = range(5)
+    FLOAT, HALF, BF16, INT64, INT32, INT8, FP8 = range(7)
+
+
+DATA_TYPES = {BY_TENSORRT[each.name].onnx: each for each in DataType}  # by ONNX's number
 
 
 class TensorIOMode(enum.Enum):
@@ -222,7 +227,7 @@ class FakePluginRegistry:
         self._trt = trt
 
     def load_library(self, plugin_path: str) -> str | None:
-        if Path(plugin_path).read_bytes() != b"a plugin library":
+        if Path(plugin_path).read_bytes() != PLUGIN_LIBRARY:
             assert self._trt.logger is not None
             self._trt.logger.log(ILogger.Severity.ERROR, "Unable to load library: invalid ELF header")
             return None
@@ -299,9 +304,7 @@ class FakeCudaEngine:
         graph = onnx.load_model_from_string(serialized).graph
         self.tensors = {
             value.name: FakeTensor(
-                {1: DataType.FLOAT, 7: DataType.INT64, 10: DataType.HALF, 16: DataType.BF16}[
-                    value.type.tensor_type.elem_type
-                ],
+                DATA_TYPES[value.type.tensor_type.elem_type],
                 tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
                 mode,
             )

@@ -23,9 +23,12 @@ class GemmCase:
     outputs: int
     block: int = 128
     dtype: str = "f16"
+    zero_points: bool = False
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.inputs}x{self.outputs}_of_{self.block}_{self.dtype}"
+        return (
+            f"{self.rows}x{self.inputs}x{self.outputs}_of_{self.block}_{self.dtype}{'_zero_points' * self.zero_points}"
+        )
 
 
 GEMM_CASES = [
@@ -37,6 +40,10 @@ GEMM_CASES = [
     GemmCase(9, 128, 16),
     GemmCase(64, 384, 128, dtype="bf16"),
     GemmCase(70, 160, 150, block=32),
+    GemmCase(2, 384, 35, block=64, dtype="bf16", zero_points=True),
+    GemmCase(66, 192, 40, block=32, zero_points=True),
+    GemmCase(5, 96, 33, block=16, zero_points=True),
+    GemmCase(11, 352, 130, block=16, dtype="bf16"),
 ]
 
 Arrays = dict[str, np.ndarray]
@@ -46,14 +53,17 @@ def gemm_arrays(case: GemmCase) -> tuple[Arrays, np.ndarray]:
     """The arrays of a call, and its weights as numbers in float64, [N, K]."""
     rng = np.random.default_rng(case.rows + case.inputs)
     dtype = NUMPY_DTYPES[case.dtype]
-    q = rng.integers(-8, 8, (case.outputs, case.inputs))
-    scales = rng.uniform(0.002, 0.03, (case.outputs, case.inputs // case.block)).astype(dtype)
-    nibbles = (q & 15).astype(np.uint8)
-    weights = (q * np.repeat(scales.astype(np.float64), case.block, axis=1)).astype(dtype)
+    grid = case.outputs, case.inputs // case.block
+    nibbles = rng.integers(0, 16, (case.outputs, case.inputs)).astype(np.uint8)
+    scales = rng.uniform(0.002, 0.03, grid).astype(dtype)
+    points = rng.integers(0, 16, grid).astype(np.uint8) if case.zero_points else np.full(grid, 8, np.uint8)
+    scale, point = (np.repeat(each.astype(np.float64), case.block, axis=1) for each in (scales, points))
+    weights = ((nibbles - point) * scale).astype(dtype)
     arrays = {
         "x": rng.normal(size=(case.rows, case.inputs)).astype(dtype),
         "weights": nibbles[:, ::2] | nibbles[:, 1::2] << 4,
         "scales": scales,
+        **({"zero_points": points[:, ::2] | points[:, 1::2] << 4} if case.zero_points else {}),
         "y": np.full((case.rows, case.outputs), np.nan, dtype),
     }
     return arrays, weights.astype(np.float64)

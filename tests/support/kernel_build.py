@@ -40,6 +40,16 @@ def build_for_host(source: Path, library: Path, *options: str) -> Path:
     return _build(sorted(source.glob("*_host.cpp")), library, *options)
 
 
+def host_kernels() -> Path:
+    """The repository's own kernels, which the workers of a test run share: the build takes a minute."""
+    library = Path(os.environ["LORA_DROP_TEST_TRACES"], "kernels_on_host.so")  # tests/conftest.py
+    if not library.exists():
+        part = library.with_suffix(f".{os.getpid()}")
+        build_for_host(KERNELS, part)
+        part.rename(library)
+    return library
+
+
 @functools.cache
 def chooser_on_host() -> ctypes.CDLL:
     """With `choose_tokens(Choice*, order)`; built once."""

@@ -8,6 +8,7 @@ is not here is an error with its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 Tensor = torch.Tensor
 DTYPES = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 16: torch.bfloat16}
+DTYPES |= {3: torch.int8, 17: torch.float8_e4m3fn}
 
 
 def from_onnx(tensor: onnx.TensorProto) -> Tensor:
@@ -138,9 +140,11 @@ OPS: dict[str, Callable[..., Any]] = {
     "Gather": _gather,
     "GatherND": _gather_nd,
     "Gemm": _gemm,
+    "Greater": torch.gt,
     "Identity": lambda x: x,
     "IsInf": _is_inf,
     "IsNaN": torch.isnan,
+    "Less": torch.lt,
     "LessOrEqual": torch.le,
     "MatMul": torch.matmul,
     "Mul": torch.mul,
@@ -168,10 +172,16 @@ SIZES = {"Expand", "Range", "ReduceMax", "Reshape", "Shape", "Slice", "Split", "
 
 
 class Program:
-    """A graph, its constants on the device."""
+    """A graph, its constants on the device.
 
-    def __init__(self, graph: onnx.GraphProto, device: str) -> None:
-        self.device = device
+    Args:
+        plugins: operators beside those here, as plugin_ops.py makes them.
+    """
+
+    def __init__(
+        self, graph: onnx.GraphProto, device: str, plugins: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    ) -> None:
+        self.device, self.ops = device, {**OPS, **plugins}
         self.outputs = [value.name for value in graph.output]
         self.constants = {tensor.name: self._placed(from_onnx(tensor)) for tensor in graph.initializer}
         self.nodes = []
@@ -181,7 +191,7 @@ class Program:
                 (value,) = attributes.values()
                 value = from_onnx(value) if isinstance(value, onnx.TensorProto) else torch.tensor(value)
                 self.constants[node.output[0]] = self._placed(value)
-            elif node.op_type not in OPS:
+            elif node.op_type not in self.ops:
                 raise NotImplementedError(f"tests/support/torch_ops.py has no operator {node.op_type}")
             else:
                 self.nodes.append((node.op_type, list(node.input), list(node.output), attributes))
@@ -205,6 +215,6 @@ class Program:
             on_device = any(x is not None and x.device.type != "cpu" for x in arguments)
             if on_device and op not in SIZES:
                 arguments = [x if x is None or x.device.type != "cpu" else self._on_device(x) for x in arguments]
-            found = OPS[op](*arguments, **attributes)
+            found = self.ops[op](*arguments, **attributes)
             values |= zip(outputs, found if isinstance(found, (tuple, list)) else (found,), strict=True)
         return {name: values[name] for name in self.outputs}

@@ -1,5 +1,5 @@
-"""TensorRT-RTX on PyTorch: an «engine» is the graph that the real builder gets, run by torch_ops.py on the runtime's
-own stream and at the addresses that it binds.
+"""TensorRT and TensorRT-RTX on PyTorch: an «engine» is the graph that the real builder gets, run by torch_ops.py on the
+runtime's own stream and at the addresses that it binds. Plugins' nodes call the plugins' own kernels (plugin_ops.py).
 
 With a GPU all of the device runtime is real: page-locked memory, copies, streams, CUDA graphs that capture what a
 context enqueues, buffers. It cannot show TensorRT's kernels, their time, nor what TensorRT says of a capture.
@@ -17,9 +17,10 @@ import torch
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_library import FakeLibrary
 from tests.support.fake_trt import FakeCudaEngine, TensorIOMode
+from tests.support.plugin_ops import plugin_ops
 from tests.support.torch_ops import DTYPES, Program
 
-ONNX_TYPES = {"FLOAT": 1, "HALF": 10, "BF16": 16, "INT64": 7, "INT32": 6}
+ONNX_TYPES = {"FLOAT": 1, "INT8": 3, "HALF": 10, "BF16": 16, "FP8": 17, "INT64": 7, "INT32": 6}
 
 
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -48,10 +49,13 @@ class TorchTrt(FakeLibrary):
 
     Args:
         cuda: the CUDA runtime; a FakeCuda means the CPU.
+        kernels: the plugins' kernels, for the device or for the host; without them engines have no plugin.
+        rtx: whether it is TensorRT-RTX, or TensorRT.
     """
 
-    def __init__(self, cuda: Any) -> None:
-        super().__init__(cuda)
+    def __init__(self, cuda: Any, kernels: ctypes.CDLL | None = None, *, rtx: bool = True) -> None:
+        super().__init__(cuda, rtx=rtx)
+        self.plugins = {} if kernels is None else plugin_ops(kernels)
         # PyTorch runs on cards that the real library does not know
         self.ComputeCapability = type("ComputeCapability", (), {f"SM{n}": n for n in CAPABILITIES})  # type: ignore[misc]
         self.device = "cpu" if isinstance(cuda, FakeCuda) else "cuda"
@@ -64,7 +68,7 @@ class TorchTrt(FakeLibrary):
 class TorchEngine(FakeCudaEngine):
     def make_session(self, serialized: bytes, root: str) -> Any:
         """The program, which needs no files: the weights are inputs."""
-        return Program(onnx.load_model_from_string(serialized).graph, self.trt.device)
+        return Program(onnx.load_model_from_string(serialized).graph, self.trt.device, self.trt.plugins)
 
     def make_context(self) -> Any:
         return TorchContext(self)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check import command, decode, speed
+from gpu_check import command, decode, device, speed
 from gpu_check.anonymous import anonymous
 from gpu_check.job import Failed, Skip, Stage
 
@@ -64,8 +64,14 @@ def kernel_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[st
     sanitizer.write_text('#!/bin/sh\ntool=$2; shift 4\n"$@" || exit 1\n[ $tool = memcheck ] || exit 86\n')
     sanitizer.chmod(0o755)
     path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    code, stages, said = checked(folder / "out.json", "--only", "speed,kernel,build,env", PATH=path)
-    assert list(stages) == ["env", "build", "kernel", "speed"]  # in the order in which they build on each other
+    code, stages, said = checked(folder / "out.json", "--only", "device,speed,kernel,build,env", PATH=path)
+    assert list(stages) == [
+        "env",
+        "build",
+        "kernel",
+        "speed",
+        "device",
+    ]  # as they build on each other
     assert "nothing of this says anything about a GPU" in said
     assert code == 1  # the sanitizer's
     return stages
@@ -108,15 +114,18 @@ def test_kernel(kernel_stages) -> None:
 def engine_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Those that export and run bundles, which share one checkpoint and its traces."""
     out = tmp_path_factory.mktemp("gpu_check") / "out.json"
-    return checked(out, "--only", "device,ort,trt,rtx,decode")[1]
+    return checked(out, "--only", "ort,trt,rtx,decode")[1]
 
 
-def test_device(engine_stages) -> None:
-    entry = engine_stages["device"]
+def test_device(kernel_stages) -> None:
+    entry = kernel_stages["device"]
     assert passed_over_stand_ins(entry)
     assert entry["numbers"]["bfloat16 logits"]["status"] == "passed"
     first, replayed, larger, after = entry["numbers"]["bfloat16 graphs"]["captures"]
     assert 0 < first == replayed < larger <= after
+    for name in device.PLUGIN_CASES:
+        assert entry["numbers"][f"{name} logits"]["status"] == "passed"
+        assert "same 24 tokens" in entry["numbers"][f"{name} tokens"]
 
 
 @pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])

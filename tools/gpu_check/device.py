@@ -1,11 +1,13 @@
 """Stage `device`: the device runtime of the TensorRT targets on this card, without TensorRT.
 
-Both engines are PyTorch programs that read and write where the runtime says (tests/support/torch_trt.py). All else is
+Both engines are PyTorch programs that read and write where the runtime says (tests/support/torch_trt.py), in the plugin
+form with the plugins' own kernels. All else is
 the runtime's own: page-locked memory, copies, CUDA graphs, buffers, weights that both engines share.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,15 +18,30 @@ from gpu_check.cuda import cuda_runtime
 from gpu_check.job import Job, Skip
 
 TARGET = "tensorrt-rtx"
+PLUGIN_TARGET = "tensorrt"
+# In the plugin form, whose nodes run on the kernels that the stage `build` made
+PLUGIN_CASES: dict[str, dict[str, Any]] = {
+    "plugin": {},
+    "plugin, int4": {"dtype": "int4", "activation_dtype": "bfloat16", "quantization": "rtn", "block_size": 128},
+    "plugin, int8 caches": {"kv_dtype": "int8"},
+    "plugin, int4, fp8 caches": {
+        "dtype": "int4",
+        "activation_dtype": "bfloat16",
+        "quantization": "rtn",
+        "kv_dtype": "float8_e4m3fn",
+    },
+}
 STEPS = 9
 CLOSE = 1e-3  # of the largest logit: the same steps in other buffers
 
 
-def install(job: Job) -> str:
-    """PyTorch in the place of TensorRT-RTX, for this process; returns the card's compute capability."""
+def install(job: Job, target: str = TARGET) -> str:
+    """PyTorch in the place of a target's library, for this process; returns the card's compute capability."""
     import torch
     from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
 
+    from gpu_check.build import library_of
+    from plugins.kernels.binding import load_library
     from tests.support import fake_library
     from tests.support.fake_gpu import BINDINGS
     from tests.support.torch_trt import TorchTrt
@@ -34,7 +51,8 @@ def install(job: Job) -> str:
         sys.modules.update(dict.fromkeys(BINDINGS, cuda))
     elif not torch.cuda.is_available():
         raise Skip("the installed torch has no CUDA")
-    fake_library.install(TARGET, TorchTrt(cuda))
+    kernels = load_library(library_of(job)) if target == PLUGIN_TARGET else None
+    fake_library.install(target, TorchTrt(cuda, kernels, rtx=target == TARGET))
     capability = device_compute_capability()
     fake_library.FakeBuilder.compute_capabilities = (capability,)
     return capability
@@ -81,6 +99,28 @@ def export(job: Job, model: Path, name: str, options: dict[str, Any]) -> str:
     return "built"
 
 
+def plugin_forms(job: Job, model: Path) -> str:
+    """Bundles of target tensorrt: each part is a number of its own. Raises Skip where there are no kernels."""
+    from lora_drop_runtime.engines.trt.plugin import PLUGIN_VARIABLE
+
+    from tests.support import fake_library
+    from tests.support.fake_trt import PLUGIN_LIBRARY
+
+    install(job, PLUGIN_TARGET)
+    plugin = job.work / "device.plugin"  # for the stand-in's registry: its kernels are there already
+    plugin.write_bytes(PLUGIN_LIBRARY)
+    os.environ[PLUGIN_VARIABLE] = str(plugin)
+    for name, options in PLUGIN_CASES.items():
+        bundle = job.work / f"device.{name}"
+        fake_library.engines_of(bundle)
+        made = {"targets": (PLUGIN_TARGET,), "dtype": "bfloat16", "rank": 2, "surrogate": "recurrent"} | options
+        job.attempt(f"{name} export", partial(export, job, model, bundle.name, made))
+        if bundle.is_dir():
+            job.attempt(f"{name} logits", partial(agreement, bundle, PLUGIN_TARGET, None))
+            job.attempt(f"{name} tokens", partial(same_tokens, bundle, PLUGIN_TARGET, None))
+    return "ran"
+
+
 def run(job: Job) -> None:
     need_exporter()
     capability = install(job)
@@ -101,3 +141,4 @@ def run(job: Job) -> None:
         job.attempt(f"{dtype} tokens", partial(same_tokens, bundle, TARGET, None))
         job.attempt(f"{dtype} graphs", partial(graphs_and_growth, bundle))
         job.attempt(f"{dtype} times", partial(timed_windows, bundle, TARGET, None))
+    job.attempt("plugins", partial(plugin_forms, job, model))

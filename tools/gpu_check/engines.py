@@ -93,6 +93,8 @@ def options_here(job: Job, target: str) -> dict[str, Any]:
 
 
 def run_target(job: Job, target: str) -> None:
+    from lora_drop_runtime.dtypes import CACHE_DTYPES
+
     need_exporter()
     options = options_here(job, target)
     model = small_checkpoint(job)
@@ -107,3 +109,6 @@ def run_target(job: Job, target: str) -> None:
                 if job.stand_in and dtype == "int4":
                     made["activation_dtype"] = "float32"
                 check_bundle(job, name, target, model, **made)
+        if form == "plugin" and not missing:
+            for kv_dtype in CACHE_DTYPES:
+                check_bundle(job, f"{form} {kv_dtype} caches", target, model, **options, kv_dtype=kv_dtype)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
@@ -157,7 +158,7 @@ def describe(bundle: Bundle) -> list[str]:
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
         f"{model.num_heads}/{model.kv_heads} heads, {model.dtype}"
-        f"{', K/V int8' if model.kv_dtype else ''})",
+        f"{f', K/V {short_name(model.kv_dtype)}' if model.kv_dtype else ''})",
         *_quantization(manifest),
         f"layers       {strip}   {legend}",
         *_drop_list(manifest),

@@ -34,6 +34,13 @@ def _resized_heads(ops: Ops, rows: ir.Value, heads: int, before: int, after: int
     return ops("Reshape", changed, ops.ints([0, 0, heads * after]))
 
 
+def _channel_scales(graph: ir.Graph, ops: Ops, scale: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """Of int8 caches, float32 [H·D], from [H, 1, D], or from [H, 1, 1] where a head has one."""
+    if int(scale.shape[2]) == head_dim:  # type: ignore[index, arg-type]
+        return seen_as(graph, scale, ".channels", scale.dtype, [heads * head_dim])
+    return ops("Reshape", ops("Expand", scale, ops.ints([heads, 1, head_dim])), ops.ints([heads * head_dim]))
+
+
 def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: int) -> ir.Value:
     # Case 8; of the channels of int8 caches, float32 [H·before] as [H·after]
     if before == after:
@@ -103,9 +110,7 @@ def lower_attention(
     quantized: list[ir.Value | None] = [None, None]
     if key_scale is not None and value_scale is not None:
         attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-        scales = (
-            seen_as(graph, scale, ".channels", scale.dtype, [kv_heads * head_dim]) for scale in (key_scale, value_scale)
-        )
+        scales = (_channel_scales(graph, ops, scale, kv_heads, head_dim) for scale in (key_scale, value_scale))
         quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window
     rows: list[ir.Value | None] = [None, None, None]

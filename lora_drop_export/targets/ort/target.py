@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -25,7 +26,8 @@ class OrtTarget:
     quantized_weights: tuple[str, ...] = ("int4", "int8")
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = False
-    takes_int8_caches = True
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
+    scales_per_head = False
 
     def check(self, options: object, targets: Sequence[str]) -> None:
         """Nothing of the options is its own; lowering computes with ONNX Runtime, and verification runs on it."""
@@ -37,6 +39,9 @@ class OrtTarget:
 
     def takes_kept(self, form: BlockFormat) -> bool:
         return True
+
+    def check_caches(self, caches: object, options: object) -> None:
+        """It takes them with any model and policy."""
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"  # the one dtype that the CPU computes in

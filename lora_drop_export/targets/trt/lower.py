@@ -8,7 +8,8 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
                           copies one number
     3. fused linears      linear layers that read one tensor (q, k, v; gate, up) → one MatMul and a Split; with weights
                           as inputs only, where a loader lays the parts side by side
-    4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines
+    4. weights as inputs  every initializer → a network input, to be bound to one device buffer by both engines; int4
+                          weights packed, for Int4Gemm (plugins/tensorrt), which computes the linear layers then
     5. softcap            Attention with softcap, which TensorRT's attention layer lacks → matrix products and softmax
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
@@ -29,9 +30,10 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle.bundle import WeightInput
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from lora_drop_export.graphs.match import mask_window
+from lora_drop_export.graphs.match import cache_write, mask_window
 from lora_drop_export.graphs.nodes import Ops, float32_logits, replace_node
 
+from .packed_weights import look_up_packed, multiply_packed, see_as_bytes
 from .plugin_form import plugin_from_native
 from .weight_inputs import Fusion, fuse, fused_weights, linear_layers, planned_fusions, weights_as_inputs
 
@@ -69,6 +71,30 @@ def _add_outputs(graph: ir.Graph) -> None:
     token.name, token.shape, token.type = "next_token", ir.Shape(plain.shape[:2]), ir.TensorType(ir.DataType.INT64)
     graph.extend(ops.nodes)
     graph.outputs.insert(1, token)
+
+
+def _let_plugin_round(graph: ir.Graph) -> None:
+    """Case 6, of caches of 8 bits: what is written is not rounded in the graph, nor what is read made wide.
+
+    Ensures: an Attention node has the scales, float32 [Hkv], after its mask, as no standard one has.
+    """
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        found = [cache_write(value) for value in node.inputs[1:3]]
+        if found[0][2] is None:
+            continue
+        for index, (write, entries, _) in enumerate(found, 1):
+            write.replace_input_with(1, entries)
+            node.replace_input_with(index, write.outputs[0])
+        node.resize_inputs(len(node.inputs) + 2)
+        for place, (_, _, scale) in enumerate(found, len(node.inputs) - 2):
+            assert scale is not None
+            tensor = scale.const_value
+            assert isinstance(tensor, ir.ExternalTensor)
+            scale.shape = ir.Shape([int(scale.shape[0])])  # type: ignore[index, arg-type]
+            scale.const_value = ir.ExternalTensor(
+                tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=scale.shape, name=str(scale.name)
+            )
+            node.replace_input_with(place, scale)
 
 
 def _expand_softcap(graph: ir.Graph, node: ir.Node) -> None:
@@ -111,7 +137,7 @@ def trt_from_neutral(
     Args:
         neutral: refresh or LoRA step as graphs/ makes them; left as it was.
         slots: capacity of the cache groups, {"kept": n, "dropped": m}.
-        weight_sharing: `inputs` or `constants`.
+        weight_sharing: `inputs` or `constants`; quantized weights are inputs in the plugin form alone.
         form: `native` or `plugin`.
         alias: whether the plugin says that it updates its caches in place; see `BuilderOptions`.
         refresh: for the LoRA step, the lowered refresh step, whose fused weights it shares.
@@ -120,14 +146,19 @@ def trt_from_neutral(
     graph = model.graph
     _set_capacity(graph, {f"slots_{group}": size for group, size in slots.items()})
     _add_outputs(graph)
+    if form == "plugin":
+        _let_plugin_round(graph)
     weights: dict[str, WeightInput] = {}
     fusions: tuple[Fusion, ...] = ()
     if weight_sharing == "inputs":
         linears = linear_layers(graph)
         fusions = planned_fusions(graph) if refresh is None else refresh.fusions
+        see_as_bytes(graph)
         table = fused_weights(graph, fusions) if refresh is None else refresh.weights
         for fusion in fusions:
             fuse(graph, fusion, linears, table)
+        multiply_packed(graph)
+        look_up_packed(graph)
         RemoveUnusedNodesPass()(model)  # and with them the weights that were fused
         weights = weights_as_inputs(graph, table)
     windows = {node.outputs[0].name or "": mask_window(node) for node in graph if node.op_type == "Attention"}

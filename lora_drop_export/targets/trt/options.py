@@ -73,14 +73,14 @@ class TrtOptions:
         group="what is built",
         choices=WEIGHT_SHARINGS,
         help="what TensorRT engines do with weights: take them as inputs of both, with one copy on the device "
-        "(default), or hold them as constants, each its own",
+        "(default; of quantized weights with the plugin alone), or hold them as constants, each its own",
     )
     attention: str | None = option(
         None,
         group="what is built",
         choices=ATTENTION_FORMS,
         help="what TensorRT computes attention with: its native layers, or the SkipWriteKVAttention plugin "
-        "(default with tensorrt)",
+        "(default with tensorrt), beside which int4 weights may be inputs",
     )
     builder: BuilderOptions = dataclasses.field(default_factory=BuilderOptions)
 

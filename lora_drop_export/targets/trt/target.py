@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Limits, Manifest, TargetEntry, TrtEntry
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
-from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES, short_name
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
 from lora_drop_runtime.engines.trt.library import MODULES
 from lora_drop_runtime.errors import InputError
@@ -37,6 +38,7 @@ _OWN = (
     "hardware_compatible",
     "version_compatible",
 )
+_QUANTIZED_HEAD = 16  # of which a head has a multiple in caches of 8 bits (plugins/kernels)
 _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 
 
@@ -61,19 +63,6 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
 _BFLOAT16_SINCE = 8.0  # compute capability
 
 
-def _sharing(options: TrtOptions, weight_dtype: str) -> str:
-    """What becomes of weights; TensorRT dequantizes constants only."""
-    if weight_dtype not in QUANTIZED_DTYPES:
-        return options.weight_sharing or "inputs"
-    if options.weight_sharing == "inputs":
-        raise InputError(
-            "Quantized weights cannot be inputs of TensorRT's engines.",
-            note=f"The bundle has {weight_dtype} weights, --weight-sharing inputs was asked for.",
-            hint="Leave it out: each engine then holds the weights that it uses.",
-        )
-    return "constants"
-
-
 def _weights(root: Path, folder: str, graphs: Mapping[StepKind, TrtGraph], sharing: str) -> tuple[str | None, int]:
     """(the table of weights that are inputs, written into the folder; bytes of all weights)."""
     from lora_drop_export.graphs.weight_inputs import write_table
@@ -88,6 +77,17 @@ def _weights(root: Path, folder: str, graphs: Mapping[StepKind, TrtGraph], shari
     return file, sum(weight.size_bytes for weight in weights.values())
 
 
+def _check_scales(neutral: Any, target: str) -> None:
+    """Refuse 8-bit caches whose scales are those of channels, as ONNX Runtime has them."""
+    for tensor in neutral.graph.initializer:
+        if tensor.name.startswith("kv_scales.") and tensor.dims[-1] != 1:
+            raise InputError(
+                "The bundle's caches have a scale for each channel.",
+                note=f"{tensor.name} has {tensor.dims[-1]} channels a head; {target} takes one scale a head.",
+                hint=f"Export the model again with --target {target} among its targets.",
+            )
+
+
 class TrtTarget:
     """What both rows of the table share; see `Target` there."""
 
@@ -97,10 +97,52 @@ class TrtTarget:
     quantized_weights: tuple[str, ...] = ("int4",)
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = True
-    takes_int8_caches = False
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    scales_per_head = True
 
     def form(self, options: TrtOptions) -> str:
         return options.attention or self.default_form
+
+    def _why_constants(self, options: TrtOptions, dtype: str, neutral: Any) -> str:
+        """Why quantized weights cannot be inputs of the engines; empty where the plugin Int4Gemm takes them.
+
+        Args:
+            dtype: of activations.
+            neutral: the refresh step, an onnx.ModelProto; None before there is one.
+        """
+        if self.form(options) != "plugin":
+            able = "--attention plugin" if self.default_form == "plugin" else "--target tensorrt"
+            return f"TensorRT's own layers dequantize constants alone, and the plugin that takes inputs needs {able}"
+        if dtype == "float32":
+            return "the plugin Int4Gemm computes in half precision, and activations are float32"
+        if neutral is None:
+            return ""
+        from .packed_weights import unfit_weight
+
+        return unfit_weight(neutral)
+
+    def sharing(
+        self, options: TrtOptions, weights: str, dtype: str, neutral: Any = None, console: Console | None = None
+    ) -> str:
+        """What becomes of weights: as asked for, else inputs where the engines can have them.
+
+        Args:
+            weights: their dtype.
+            console: is told why quantized ones are constants where that was not asked for.
+
+        Raises:
+            InputError: quantized ones were to be inputs, and cannot be.
+        """
+        why = self._why_constants(options, dtype, neutral) if weights in QUANTIZED_DTYPES else ""
+        if why and options.weight_sharing == "inputs":
+            raise InputError(
+                "The quantized weights cannot be inputs of the engines.",
+                note=f"{self.name} was asked for {weights} weights with --weight-sharing inputs: {why}.",
+                hint="Leave it out: each engine then holds the weights that it uses.",
+            )
+        if why and options.weight_sharing is None and console is not None:
+            console.say(f"{self.name}: {weights} weights are constants, each engine holds its own: {why}")
+        return options.weight_sharing or ("constants" if why else "inputs")
 
     def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
         if not MODULES.keys() & set(targets):
@@ -112,7 +154,30 @@ class TrtTarget:
 
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         """Engines take any."""
-        _sharing(options, weights)
+        self.sharing(options, weights, dtype)
+
+    def check_caches(self, caches: Any, options: TrtOptions) -> None:
+        """The plugin takes them; TensorRT's own cache layer has no entries of 8 bits."""
+        short = short_name(caches.dtype)
+        if self.form(options) != "plugin":
+            raise InputError(
+                f"The native attention cannot take {short} caches.",
+                note=f"{self.name} was asked for --kv-dtype {short} with --attention native; TensorRT's cache layer "
+                "takes float32, float16 and bfloat16.",
+                hint="Use --attention plugin, or leave --kv-dtype out.",
+            )
+        if caches.fills:
+            raise InputError(
+                f"--policy fill cannot write {short} caches on {self.name}.",
+                note="What a LoRA step fills, TensorRT's cache layer writes, which takes no entries of 8 bits.",
+                hint="Use another --policy, or leave --kv-dtype out.",
+            )
+        if caches.head_dim % _QUANTIZED_HEAD:
+            raise InputError(
+                f"The attention plugin cannot take {short} caches of this model.",
+                note=f"A head has {caches.head_dim} values; it takes multiples of {_QUANTIZED_HEAD}.",
+                hint="Leave --kv-dtype out.",
+            )
 
     def takes_kept(self, form: BlockFormat) -> bool:
         return form.bits == 4 or form.symmetric
@@ -144,8 +209,10 @@ class TrtTarget:
         from .lower import trt_from_neutral
         from .profiles import LEAST_VERIFIED, lora_profiles, refresh_profiles
 
+        _check_scales(graphs[StepKind.REFRESH], self.name)
         plan, limits = manifest.plan, manifest.limits
-        sharing, form = _sharing(options, manifest.model.weight_dtype), self.form(options)
+        model, form = manifest.model, self.form(options)
+        sharing = self.sharing(options, model.weight_dtype, model.dtype, graphs[StepKind.REFRESH], console)
         slots = static_slots(plan, limits)
         chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
         profiles: dict[StepKind, dict[str, Profile]] = {
@@ -230,6 +297,7 @@ class TensorRt(TrtTarget):
     """TensorRT, which builds for the GPU of this machine and takes plugins."""
 
     name = "tensorrt"
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType(dict.fromkeys(CACHE_DTYPES, MODEL_DTYPES))
     what = "engines for the GPU of this machine"
     default_form = "plugin"
 

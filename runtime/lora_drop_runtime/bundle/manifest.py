@@ -27,7 +27,7 @@ class ModelFacts:
     """What the runtime and the cost formulas need to know of the model.
 
     `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
-    sliding window in positions, 0 for none; `dtype` is of activations and, unless `kv_dtype` is `int8`, of caches;
+    sliding window in positions, 0 for none; `dtype` is of activations and, unless there is a `kv_dtype`, of caches;
     `weight_dtype` is `int4` or `int8` where linear layers are quantized; the byte counts are as stored in the bundle.
     Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K and V of
     the layer's input; 0 where a layer has no halves.
@@ -122,7 +122,7 @@ class TargetEntry:
     Attributes:
         lowered: in what its graphs differ from the neutral ones.
         on_device: whether its own engine runs on a GPU.
-        takes_cache_scales: whether int8 caches have the calibrated scales; else the engine finds its own as it writes.
+        takes_cache_scales: whether 8-bit caches have the calibrated scales; else the engine finds its own as it writes.
     """
 
     lowered: ClassVar[LoweredIO] = LoweredIO()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bounds import K
-from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
@@ -71,7 +71,7 @@ def _check_model(model: ModelFacts) -> None:
         raise ValueError("model.layer_bytes are all 0")
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
     _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
-    _check_one_of("model.kv_dtype", model.kv_dtype, (None, "int8"))
+    _check_one_of("model.kv_dtype", model.kv_dtype, (None, *CACHE_DTYPES))
 
 
 def _check_limits(limits: Limits, context_length: int) -> None:

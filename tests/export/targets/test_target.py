@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime
@@ -47,11 +48,15 @@ class ToyTarget:
     quantized_weights = ()
     quantized_dtypes = ()
     symmetric_weights = False
-    takes_int8_caches = True
+    cache_dtypes = MappingProxyType({"int8": ("float32",)})
+    scales_per_head = False
 
     def check(self, options, targets):
         if self.name in targets and options.threads == 13:
             raise InputError("The toy does not like 13 threads.", note="13 were given.", hint="Use 12.")
+
+    def check_caches(self, caches, options):
+        pass
 
     def check_dtype(self, dtype, weights, options):
         pass

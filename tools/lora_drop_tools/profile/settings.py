@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
-from lora_drop_runtime.dtypes import BY_SHORT
+from lora_drop_runtime.dtypes import WEIGHT_SHORTS
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 
@@ -69,7 +69,7 @@ class ProfileSettings:
     )
     bundle_dtype: str | None = option(
         None,
-        choices=tuple(BY_SHORT),
+        choices=WEIGHT_SHORTS,
         help="count weights as a bundle of this dtype stores them (default: as they are loaded)",
     )
     rank: int = option(
@@ -135,7 +135,7 @@ class ProfileSettings:
     def _check_objective(self) -> None:
         """Refuse a saving that there is not, and options that would change nothing."""
         if self.objective == "speed":
-            check_known("dtype", self.bundle_dtype or next(iter(BY_SHORT)), tuple(BY_SHORT), "--bundle-dtype")
+            check_known("dtype", self.bundle_dtype or WEIGHT_SHORTS[0], WEIGHT_SHORTS, "--bundle-dtype")
             return
         if not POLICIES[self.policy].leaves_holes:
             raise InputError(

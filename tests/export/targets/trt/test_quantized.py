@@ -211,7 +211,7 @@ def test_8_bits_with_zero_points_are_refused_before_the_trace(target, tmp_path, 
 def test_refusals(symmetric, tmp_path):
     with pytest.raises(InputError, match="cannot take int8 weights"):
         ExportOptions(dtype="int8", targets=(RTX,))
-    with pytest.raises(InputError, match="cannot be inputs of TensorRT's engines"):
+    with pytest.raises(InputError, match="cannot be inputs of the engines"):
         add_target(symmetric.root, [RTX], ExportOptions(targets=(RTX,), weight_sharing="inputs", force=True))
     with pytest.raises(InputError, match="cannot compute in bf16 with quantized weights"):
         add_target(symmetric.root, ["openvino"])
