@@ -277,8 +277,9 @@ def test_few_graphs_serve_all_numbers_of_rows(opened) -> None:
 def test_cycles_begin_with_the_states_of_the_other_side(opened) -> None:
     """Where a refresh beside rows that were amid their cycles has left them there."""
     batch, alone, engine, cuda = opened("recurrent")
-    batch.add(PROMPTS[0], 14, stop_token_ids=())
+    batch.add(PROMPTS[1], 14, stop_token_ids=())
     events = batch.tick()
+    assert not batch._rows[0].is_new
     slots = batch._slots
     for site, state in slots.buffers.states[0].items():
         engine.copy(state, slots.buffers.states[1][site], None)
@@ -287,7 +288,7 @@ def test_cycles_begin_with_the_states_of_the_other_side(opened) -> None:
     slots._side = 1
     while batch.rows:
         events += batch.tick()
-    assert tokens_of(events) == alone.generate([PROMPTS[0]], 14, stop_token_ids=())[0].tolist()
+    assert tokens_of(events) == alone.generate([PROMPTS[1]], 14, stop_token_ids=())[0].tolist()
 
 
 def test_a_row_stands_still_only_where_it_has_room(opened, monkeypatch: pytest.MonkeyPatch) -> None:
