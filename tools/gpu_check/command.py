@@ -42,7 +42,7 @@ STAGES = (
     Stage("build", "gpu_check.build", 180, "g++: the kernel for host threads"),
     Stage("kernel", "gpu_check.kernel", 150, HOST_KERNEL),
     Stage("speed", "gpu_check.speed", 90, HOST_KERNEL + "; its times mean nothing"),
-    Stage("device", "gpu_check.device", 90, "PyTorch on the CPU, a stand-in for CUDA"),
+    Stage("device", "gpu_check.device", 120, "PyTorch on the CPU, a stand-in for CUDA"),
     Stage("ort", "gpu_check.ort", 120, "ONNX Runtime's CPU provider"),
     Stage("trt", "gpu_check.trt", 150, "ONNX Runtime on the CPU, stand-ins for TensorRT and CUDA"),
     Stage("rtx", "gpu_check.rtx", 150, "ONNX Runtime on the CPU, stand-ins for TensorRT-RTX and CUDA"),

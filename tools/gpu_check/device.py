@@ -22,7 +22,6 @@ PLUGIN_TARGET = "tensorrt"
 # In the plugin form, whose nodes run on the kernels that the stage `build` made
 PLUGIN_CASES: dict[str, dict[str, Any]] = {
     "plugin": {},
-    "plugin, int4": {"dtype": "int4", "activation_dtype": "bfloat16", "quantization": "rtn", "block_size": 128},
     "plugin, int8 caches": {"kv_dtype": "int8"},
     "plugin, int4, fp8 caches": {
         "dtype": "int4",
@@ -107,7 +106,7 @@ def plugin_forms(job: Job, model: Path) -> str:
     from tests.support.fake_trt import PLUGIN_LIBRARY
 
     install(job, PLUGIN_TARGET)
-    plugin = job.work / "device.plugin"  # for the stand-in's registry: its kernels are there already
+    plugin = job.work / "stand-in.plugin"  # for the stand-in's registry: its kernels are there already
     plugin.write_bytes(PLUGIN_LIBRARY)
     os.environ[PLUGIN_VARIABLE] = str(plugin)
     for name, options in PLUGIN_CASES.items():
