@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from lora_drop_runtime.errors import InputError, LoraDropError
@@ -44,6 +45,11 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, WRONG if status < 500 else SERVER)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    @property
+    def reason(self) -> bytes:
+        """Of the status, as HTTP's first line has it."""
+        return HTTPStatus(self.status).phrase.encode()
+
 
 def refused(error: LoraDropError, param: str | None = None, code: str | None = None) -> ApiError:
     """What the runtime refuses, as an error of the request."""
@@ -60,6 +66,16 @@ def closing() -> ApiError:
 def queue_full(rows: int, most: int) -> ApiError:
     message = f"The queue is full: {rows} more would be beyond the {most} that may run and wait. Try again later."
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+
+
+def malformed() -> ApiError:
+    return ApiError(400, "The request is no HTTP.", code="malformed")
+
+
+def too_slow(part: str, seconds: float) -> ApiError:
+    """`part` of a request did not come in time."""
+    said = f"The {part} of the request did not come within {seconds:g} s."
+    return ApiError(408, said, code="too_slow", headers={"Connection": "close"})
 
 
 def row_failed(error: BaseException | None) -> ApiError:

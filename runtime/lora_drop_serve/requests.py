@@ -90,6 +90,13 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
 }
 
 
+def _describe_the_rest(schema: dict[str, Any]) -> None:
+    """Add what is taken though it changes nothing to the description of a request."""
+    for name, values in CHANGES_NOTHING.items():
+        said = {} if values is _ANY else {"enum": list(values)}
+        schema["properties"][name] = {**said, "description": "Changes nothing."}
+
+
 def _within(found: Bounds) -> Any:
     """A number of the runtime's bounds, as a field's constraint."""
     return Field(gt=found.least, le=found.most) if found.open else Field(ge=found.least, le=found.most)
@@ -142,6 +149,8 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 class _Request(_Model):
     """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k` and
     `repetition_penalty`."""
+
+    model_config = ConfigDict(json_schema_extra=_describe_the_rest)
 
     model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None

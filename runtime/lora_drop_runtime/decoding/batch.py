@@ -7,7 +7,6 @@ window come to refresh together, and a new row's prompt joins them there. No row
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
@@ -150,7 +150,7 @@ class Batch:
         except BaseException:
             opened.engine.close()
             raise
-        print(batch.describe(), file=sys.stderr)
+        tell(batch.describe())
         return batch
 
     def __enter__(self) -> Batch:
