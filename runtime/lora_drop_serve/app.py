@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.constraint import Constraint
@@ -41,7 +41,7 @@ from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
 from .errors import ApiError, closing, of_validation, refused, too_slow
 from .metrics import Metrics
-from .openapi import ChatCompletion, Completion, Model, Models, Status, errors, generated
+from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
 BODY_SECONDS = 120  # that a client may take for a body
@@ -50,7 +50,6 @@ MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
 ACCEPT_LOG_SECONDS = 60
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TOO_LONG = "context_length_exceeded"  # a code of the API
 GONE = 499  # the client went away: nobody reads this
 
@@ -519,7 +518,7 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
             raise closing()
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=errors(*wrong_key), **keyed)
+    @app.get("/metrics", response_class=Response, responses={**METRICS_ANSWER, **errors(*wrong_key)}, **keyed)
     async def metrics() -> Response:
         return Response(driver.metrics.text(), media_type=METRICS_TYPE)
 

@@ -160,6 +160,8 @@ _WHEN = {
 }
 _LATER = {"Retry-After": {"description": "Seconds", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
 Responses = dict[int | str, dict[str, Any]]
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_ANSWER: Responses = {200: {"content": {METRICS_TYPE: {"schema": {"type": "string"}}}}}
 
 
 def errors(*statuses: int) -> Responses:

@@ -46,6 +46,7 @@ def _utf8(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_utf8)]
 Item = TypeVar("Item")
+Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Items = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell of each wrong item of millions
 
 
@@ -160,7 +161,9 @@ class _Request(_Model):
     seed: Annotated[int, _within(bounds.SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
-    stop: Annotated[Text | Items[Text] | None, BeforeValidator(_stops)] = None
+    stop: Annotated[
+        Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -225,7 +228,7 @@ class CompletionRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = 16  # where none are asked for and as many fit: the API's default
 
-    prompt: Text | Items[Text] | Items[int] | Items[Items[int]]
+    prompt: Annotated[Text | Items[Text] | Items[int] | Items[Items[int]], Field(min_length=1)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
@@ -314,10 +317,15 @@ def _texts(content: Any) -> Any:
     return content
 
 
+def _describe_what_is_said(schema: dict[str, Any]) -> None:
+    """What `_says_something` asks for, for the description."""
+    schema["anyOf"] = [{"required": ["content"]}, {"required": ["tool_calls"]}]
+
+
 class Message(_Model):
     """What a role says. Fields beside these go to the template as they are."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_what_is_said)
 
     role: Text
     content: Annotated[Text | Items[TextPart] | None, BeforeValidator(_texts)] = None

@@ -173,6 +173,7 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": HI * 5000}, "4096"),
         (CHAT, {"messages": [{"role": "user", "content": [0] * 10**5}]}, "text alone"),
         (CHAT, {"messages": [{"role": "user", **dict.fromkeys(map(str, range(10**4)), 0)}]}, "fields"),
+        (COMPLETIONS, {"prompt": [1], "k": 1.5}, "k: Input should be a valid integer"),
         (CHAT, {"messages": HI, "stop": [0] * 10**5}, "32"),
         (CHAT, {"messages": HI, "stop": [0]}, "it has to be a text, or a list of texts"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),

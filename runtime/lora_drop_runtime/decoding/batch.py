@@ -64,9 +64,7 @@ class Batch:
         self._draft, self._join_early = draft, checks.flag("join_early", join_early)
         limits = bundle.manifest.limits
         self._count = checks.checked_slots(slots, limits)
-        self.max_seq_len = checks.limit("The sequences of a batch", max_seq_len, limits.max_seq_len, "max_seq_len")
-        longest = min(limits.max_prompt_len, self.max_seq_len - 1)
-        self.max_prompt_len = checks.limit("The prompts of a batch", max_prompt_len, longest, "max_prompt_len")
+        self.max_seq_len, self.max_prompt_len = checks.row_limits(max_seq_len, max_prompt_len, limits)
         self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
         steps = self.max_seq_len - self.max_prompt_len - 1
         needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
