@@ -427,7 +427,9 @@ class Service:
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
-        return Grammars.of(self.driver.bundle)
+        # Of the tokenizer that is open: the directory may have gone, or hold another bundle by now
+        manifest = self.driver.bundle.manifest
+        return Grammars(self._codec.tokenizer_json(), manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(self, body: CompletionRequest | ChatRequest, tools: Tools | None) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""

@@ -30,6 +30,11 @@ HEAD_SECONDS = 60  # that a client may take for a request's line and headers
 _FLUSH_SECONDS = 5  # for responses on their way, once nothing runs any more
 
 
+def _bare(host: str) -> str:
+    """Without the brackets that an IPv6 address has in URLs."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0 takes a free one.
 
@@ -38,7 +43,7 @@ def listening(host: str, port: int) -> socket.socket:
     """
     made: socket.socket | None = None
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(_bare(host), port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(place)
@@ -57,7 +62,7 @@ def listening(host: str, port: int) -> socket.socket:
 def is_local(host: str) -> bool:
     """Whether only this machine reaches it."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(_bare(host)).is_loopback
     return host == "localhost"
 
 
