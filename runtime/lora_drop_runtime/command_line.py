@@ -486,7 +486,7 @@ def _print_end(text: str) -> None:
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
-    """Write a line for people to a stream, standard error when None. A full disk behind it, or nobody, stops nothing."""
+    """Write a line for people, to standard error when None. A full disk behind it, or nobody, stops nothing."""
     with contextlib.suppress(OSError):
         print(text, file=stream or sys.stderr, flush=True)
 

@@ -76,7 +76,7 @@ async def _discard(receive: Receive) -> None:
 
 
 class Gate:
-    """Around all routes: the key, the size of bodies and their time, readers that take nothing, and the count of answers.
+    """Around all routes: the key, size and time of bodies, readers that take nothing, and the count of answers.
 
     Args:
         app: behind it.

@@ -226,9 +226,7 @@ def test_a_body_that_does_not_end_is_cut_off(served: Served, monkeypatch: pytest
     check_alive(served)
 
 
-def test_a_body_that_nobody_reads_is_cut_off_though_it_goes_on(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_nobody_reads_is_cut_off_though_it_goes_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte after the other, behind an answer that is complete."""
     monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.2)
     with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
