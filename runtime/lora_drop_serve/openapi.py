@@ -175,7 +175,7 @@ def errors(*statuses: int) -> Responses:
 def generated(model: type[BaseModel]) -> Responses:
     """For a route that generates: whole, or a stream of events where the request has `stream`."""
     events = "A chunk of the API after each `data: `, at last `[DONE]`. An error on the way is an error object."
-    stream = {"schema": {"type": "string", "description": events}}
+    stream = {"schema": {"description": events}}  # no type: readers take it for that of each event, or of all
     done = {"model": model, "description": "The answer", "content": {"text/event-stream": stream}}
     refused = {"model": ErrorAnswer, "description": "The request is refused"}  # not FastAPI's own 422
     return {200: done, **errors(*_WHEN), "4XX": refused}

@@ -176,8 +176,9 @@ class _Request(_Model):
             return data
         kept = dict(_few_fields(data))
         for name in CHANGES_NOTHING.keys() & data.keys():
-            known = CHANGES_NOTHING[name]
-            if known is not _ANY and kept[name] not in known:
+            known, value = CHANGES_NOTHING[name], kept[name]
+            same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
+            if known is not _ANY and not same:
                 raise PydanticCustomError(
                     "unsupported_parameter", "this server does not support it with this value", {"param": name}
                 )

@@ -102,6 +102,8 @@ WRONG = [
     (COMPLETIONS, {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
     (COMPLETIONS, {"presence_penalty": 0.5}, "presence_penalty"),
     (COMPLETIONS, {"frequency_penalty": -1}, "frequency_penalty"),
+    (COMPLETIONS, {"presence_penalty": False}, "presence_penalty"),
+    (COMPLETIONS, {"store": 0}, "store"),
     (COMPLETIONS, {"logit_bias": {"5": 100}}, "logit_bias"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"suffix": "end"}, "suffix"),
