@@ -28,7 +28,7 @@ RUNTIME = [
     ["templates", "files", "bounds"],
     ["errors"],
 ]
-SERVE = [["server", "ray_app"], ["app"], ["answers", "requests"], ["driver"], ["errors", "key", "metrics"]]
+SERVE = [["server", "ray_app"], ["app"], ["answers", "requests"], ["driver"], ["errors", "key", "metrics", "openapi"]]
 EXPORT = [
     ["__main__"],
     ["cli"],

@@ -485,6 +485,12 @@ def _print_end(text: str) -> None:
             _silence(stream)
 
 
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Write a line for people, to standard error when None. A full disk behind it, or nobody, stops nothing."""
+    with contextlib.suppress(OSError):
+        print(text, file=stream or sys.stderr, flush=True)
+
+
 class _Ended(SystemExit):
     """A signal told the command to end."""
 

@@ -61,7 +61,7 @@ class Choice:
     def take(self, event: Event) -> Piece:
         """Raises ApiError: the row has failed."""
         if event.finished == FAILED:
-            raise row_failed(event.error)
+            raise row_failed(event.error, "response_format" if self._parts is None else "tools")
         if event.is_prompt:
             return Piece("", event, None)
         self._count(event)

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import functools
 import hmac
+import importlib.metadata
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +19,11 @@ from importlib import resources
 from typing import Any, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.errors import InputError
@@ -37,10 +39,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
-from .errors import ApiError, closing, of_validation, refused
+from .errors import ApiError, closing, of_validation, refused, too_slow
 from .metrics import Metrics
+from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
+BODY_SECONDS = 120  # that a client may take for a body
 DISCARD_SECONDS = 10  # that a body which is refused may still come
 MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -72,7 +76,7 @@ async def _discard(receive: Receive) -> None:
 
 
 class Gate:
-    """Around all routes: the key, the size of bodies, readers that take nothing, and the count of answers.
+    """Around all routes: the key, size and time of bodies, readers that take nothing, and the count of answers.
 
     Args:
         app: behind it.
@@ -107,11 +111,18 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        taken, stalled = 0, False
+        taken, is_whole, stalled = 0, False, False
+        until = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def received() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else until):
+                    message = await receive()
+            except TimeoutError:
+                error = too_slow("body", BODY_SECONDS)
+                raise HTTPException(error.status, error.body, error.headers) from None
+            is_whole = not message.get("more_body")
             taken += len(message.get("body", b""))
             if taken > MOST_BODY_BYTES:
                 if message.get("more_body"):
@@ -159,7 +170,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(AnyHTTPException)
     async def of_http(request: Request, error: AnyHTTPException) -> Response:
         if isinstance(error.detail, dict):  # made above
-            return JSONResponse(error.detail, error.status_code)
+            return JSONResponse(error.detail, error.status_code, error.headers)
         where = f"{request.method} {request.url.path}"[:200]
         said = {404: f"There is nothing at {where}.", 405: f"{where} is not possible: see docs/serving.md."}
         code = {400: "json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
@@ -254,7 +265,7 @@ class _Log:
             loop.default_exception_handler(context)
         elif loop.time() >= self._quiet_until:
             self._quiet_until = loop.time() + ACCEPT_LOG_SECONDS
-            print("warning: too many connections are open, no more can be accepted (ulimit -n)", file=sys.stderr)
+            tell("warning: too many connections are open, no more can be accepted (ulimit -n)")
 
 
 class Service:
@@ -417,7 +428,9 @@ class Service:
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
-        return Grammars.of(self.driver.bundle)
+        # Of the tokenizer that is open: the directory may have gone, or hold another bundle by now
+        manifest = self.driver.bundle.manifest
+        return Grammars(self._codec.tokenizer_json(), manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(self, body: CompletionRequest | ChatRequest, tools: Tools | None) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""
@@ -472,11 +485,22 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
         yield
         await driver.stop()
 
-    app = FastAPI(title="LoRA-Drop", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="LoRA-Drop",
+        description="OpenAI's API for one bundle.",
+        version=importlib.metadata.version("lora-drop-export"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.driver = driver
     service = Service(driver, codec)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
     _handle_errors(app)
+    # What the description says of the key, which the gate asks for
+    keyed: Any = {} if api_key is None else {"dependencies": [Depends(HTTPBearer(auto_error=False))]}
+    wrong_key = () if api_key is None else (401,)
 
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
@@ -484,37 +508,37 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health")
+    @app.get("/health", response_model=Status, responses=errors(503))
     async def health() -> dict[str, str]:
         driver.check()
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready")
+    @app.get("/ready", response_model=Status, responses=errors(503))
     async def ready() -> dict[str, str]:
         driver.check()
         if driver.is_closing:
             raise closing()
         return {"status": "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={**METRICS_ANSWER, **errors(*wrong_key)}, **keyed)
     async def metrics() -> Response:
-        return Response(driver.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(driver.metrics.text(), media_type=METRICS_TYPE)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=Models, responses=errors(*wrong_key), **keyed)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [service.model()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=Model, responses=errors(*wrong_key, 404), **keyed)
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return service.model()
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", response_class=JSONResponse, responses=generated(Completion), **keyed)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await service.complete(body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", response_class=JSONResponse, responses=generated(ChatCompletion), **keyed)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await service.chat(body, request)
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from lora_drop_runtime.errors import InputError, LoraDropError
@@ -44,6 +46,11 @@ class ApiError(Exception):
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, WRONG if status < 500 else SERVER)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    @property
+    def reason(self) -> bytes:
+        """Of the status, as HTTP's first line has it."""
+        return HTTPStatus(self.status).phrase.encode()
+
 
 def refused(error: LoraDropError, param: str | None = None, code: str | None = None) -> ApiError:
     """What the runtime refuses, as an error of the request."""
@@ -62,10 +69,21 @@ def queue_full(rows: int, most: int) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
-def row_failed(error: BaseException | None) -> ApiError:
-    """A row that the engine could not go on with, or whose schema led beyond a limit; the others go on."""
+def malformed() -> ApiError:
+    return ApiError(400, "The request is no HTTP.", code="malformed")
+
+
+def too_slow(part: str, seconds: float) -> ApiError:
+    """`part` of a request did not come in time."""
+    said = f"The {part} of the request did not come within {seconds:g} s."
+    return ApiError(408, said, code="too_slow", headers={"Connection": "close"})
+
+
+def row_failed(error: BaseException | None, param: str | None) -> ApiError:
+    """A row that the engine could not go on with, or whose schema, that of the field `param`, led beyond a limit; the
+    others go on."""
     if isinstance(error, InputError):
-        return refused(error)
+        return refused(error, param)
     said = error.fact if isinstance(error, LoraDropError) else "The tokens of this request could not be computed."
     return ApiError(500, said, code="failed")
 
@@ -83,10 +101,13 @@ _OBJECT = "it has to be an object"
 _SAID = {"model_type": _OBJECT, "model_attributes_type": _OBJECT}  # in place of pydantic's own words
 
 
+_PYDANTICS = re.compile(r"\[|^constrained-")  # its own names in places of errors
+
+
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """The first thing that pydantic found wrong with a body."""
     error = errors[0]
-    place = [str(part) for part in error["loc"] if part != "body" and "[" not in str(part)]  # but pydantic's own names
+    place = [part for part in map(str, error["loc"]) if part != "body" and not _PYDANTICS.search(part)]
     if error["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
     param = error.get("ctx", {}).get("param") or (place[0] if place else None)

@@ -17,11 +17,9 @@ import click
 from fastapi import FastAPI
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import Batch
-from lora_drop_runtime.decoding.checks import checked_slots
-from lora_drop_runtime.decoding.opening import checked_policy
-from lora_drop_runtime.engines.open import check_engine
+from lora_drop_runtime.decoding.checks import checked_slots, row_limits
+from lora_drop_runtime.decoding.opening import check_opening
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.text import TextCodec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +33,8 @@ from .key import usable_key
 SLOTS = 8
 HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
 _REPLICAS = Bounds(0, 10_000)
+_OF_OPENING = {"k", "schedule", "policy", "draft", "target", "provider", "threads"}  # a bundle
+_GPU_PARTS = 10_000  # of a GPU, the smallest that Ray counts
 
 
 class _Refused(click.ClickException):
@@ -108,6 +108,13 @@ def _arguments(given: dict[str, Any]) -> Arguments:
             note=f"min_replicas is {found.min_replicas}, max_replicas is {found.max_replicas}.",
             hint="Let max_replicas be 1 or more, and at least min_replicas.",
         )
+    gpus = found.gpus or 0
+    if gpus != (round(gpus) if gpus > 1 else round(gpus * _GPU_PARTS) / _GPU_PARTS):
+        raise InputError(
+            "Ray cannot reserve such a part of a GPU.",
+            note=f"gpus is {gpus:g}; possible are whole numbers, and below 1 multiples of {1 / _GPU_PARTS:g}.",
+            hint="Use for example gpus=0.5, where two replicas share a GPU.",
+        )
     return found
 
 
@@ -139,19 +146,9 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
         batch = Batch.open(
             arguments.bundle,
             slots=slots,
-            **arguments.model_dump(
-                include={
-                    "max_seq_len",
-                    "max_prompt_len",
-                    "k",
-                    "schedule",
-                    "policy",
-                    "draft",
-                    "target",
-                    "provider",
-                    "threads",
-                }
-            ),
+            max_seq_len=arguments.max_seq_len,
+            max_prompt_len=arguments.max_prompt_len,
+            **arguments.model_dump(include=_OF_OPENING),
         )
         codec = TextCodec.open(arguments.bundle / "tokenizer")
         # What Ray sends has a place, whatever waits before it
@@ -163,11 +160,11 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
 def _deployment(given: dict[str, Any]) -> serve.Application:
     arguments = _arguments(given)
     key = usable_key(arguments.api_key, "api_key")
-    bundle = Bundle.open(arguments.bundle.absolute())
-    target = check_engine(bundle, arguments.target, arguments.provider)
-    on_gpu = bundle.target(target)[1].on_device if arguments.provider is None else arguments.provider != "cpu"
-    checked_policy(bundle, arguments.policy)
+    bundle, _, _ = check_opening(arguments.bundle.absolute(), **arguments.model_dump(include=_OF_OPENING))
+    target = bundle.target(arguments.target)[1]
+    on_gpu = target.on_device if arguments.provider is None else arguments.provider != "cpu"
     limits = bundle.manifest.limits
+    row_limits(arguments.max_seq_len, arguments.max_prompt_len, limits)
     slots = checked_slots(min(SLOTS, limits.max_batch) if arguments.slots is None else arguments.slots, limits)
     arguments = arguments.model_copy(update={"bundle": bundle.root})
     deployment = serve.deployment(

@@ -46,6 +46,7 @@ def _utf8(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_utf8)]
 Item = TypeVar("Item")
+Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]
 Items = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell of each wrong item of millions
 
 
@@ -88,6 +89,13 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "prompt_cache_key": _ANY,
     "prompt_cache_retention": _ANY,
 }
+
+
+def _describe_the_rest(schema: dict[str, Any]) -> None:
+    """Add what is taken though it changes nothing to the description of a request."""
+    for name, values in CHANGES_NOTHING.items():
+        said = {} if values is _ANY else {"enum": list(values)}
+        schema["properties"][name] = {**said, "description": "Changes nothing."}
 
 
 def _within(found: Bounds) -> Any:
@@ -146,6 +154,8 @@ class _Request(_Model):
     """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k`,
     `repetition_penalty` and `ignore_eos`."""
 
+    model_config = ConfigDict(json_schema_extra=_describe_the_rest)
+
     model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, _within(bounds.TOP_P)] | None = None
@@ -154,7 +164,7 @@ class _Request(_Model):
     seed: Annotated[int, _within(bounds.SEED)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
-    stop: Annotated[Text | Items[Text] | None, BeforeValidator(_stops)] = None
+    stop: Annotated[Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)] = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -170,8 +180,9 @@ class _Request(_Model):
             return data
         kept = dict(_few_fields(data))
         for name in CHANGES_NOTHING.keys() & data.keys():
-            known = CHANGES_NOTHING[name]
-            if known is not _ANY and kept[name] not in known:
+            known, value = CHANGES_NOTHING[name], kept[name]
+            same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
+            if known is not _ANY and not same:
                 raise PydanticCustomError(
                     "unsupported_parameter", "this server does not support it with this value", {"param": name}
                 )
@@ -231,7 +242,7 @@ class CompletionRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = 16  # where none are asked for and as many fit: the API's default
 
-    prompt: Text | Items[Text] | Items[int] | Items[Items[int]]
+    prompt: Annotated[Text | Items[Text] | Items[int] | Items[Items[int]], Field(min_length=1)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
@@ -320,10 +331,15 @@ def _texts(content: Any) -> Any:
     return content
 
 
+def _describe_what_is_said(schema: dict[str, Any]) -> None:
+    """What `_says_something` asks for, for the description."""
+    schema["anyOf"] = [{"required": ["content"]}, {"required": ["tool_calls"]}]
+
+
 class Message(_Model):
     """What a role says. Fields beside these go to the template as they are."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_describe_what_is_said)
 
     role: Text
     content: Annotated[Text | Items[TextPart] | None, BeforeValidator(_texts)] = None

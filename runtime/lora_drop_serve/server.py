@@ -9,19 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import signal
 import socket
-import sys
 import threading
 from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.errors import InputError
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .driver import Driver
+from .errors import ApiError, malformed, too_slow
 
+HEAD_SECONDS = 60  # that a client may take for a request's line and headers
 _FLUSH_SECONDS = 5  # for responses on their way, once nothing runs any more
+
+
+def _bare(host: str) -> str:
+    """Without the brackets that an IPv6 address has in URLs."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -32,7 +43,7 @@ def listening(host: str, port: int) -> socket.socket:
     """
     made: socket.socket | None = None
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(_bare(host), port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(place)
@@ -51,7 +62,7 @@ def listening(host: str, port: int) -> socket.socket:
 def is_local(host: str) -> bool:
     """Whether only this machine reaches it."""
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(_bare(host)).is_loopback
     return host == "localhost"
 
 
@@ -59,6 +70,61 @@ def address(made: socket.socket) -> str:
     """`http://127.0.0.1:8000`"""
     host, port = made.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Protocol(H11Protocol):
+    """HTTP of one connection, whose errors are the API's objects too, and whose requests have to come in time.
+
+    uvicorn bounds how long a connection may lie idle between two requests; this bounds how long one may take for the
+    head of a request. What its body may take, the application says.
+    """
+
+    _limit: asyncio.TimerHandle | None = None
+
+    def _watch(self) -> None:
+        """Let time run exactly while a head is awaited."""
+        is_awaited = self.cycle is None or self.cycle.response_complete
+        if is_awaited and self._limit is None:
+            self._limit = self.loop.call_later(HEAD_SECONDS, self._end, too_slow("head", HEAD_SECONDS))
+        elif not is_awaited:
+            self._stop_watching()
+
+    def _stop_watching(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _end(self, error: ApiError) -> None:
+        """Say it where an answer may still begin, and close."""
+        if self.transport.is_closing():
+            return
+        is_idle = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not is_idle:
+            body = json.dumps(error.body).encode()
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+            answer = h11.Response(status_code=error.status, headers=list(headers.items()), reason=error.reason)
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        self._end(malformed())
 
 
 class _Server(uvicorn.Server):
@@ -72,7 +138,7 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         cut = await self._driver.drain(self._grace)
         if cut:
-            print(f"{cut} requests were cut, after {self._grace:g} s of grace or a second signal", file=sys.stderr)
+            tell(f"{cut} requests were cut, after {self._grace:g} s of grace or a second signal")
         self.should_exit = True
 
     def _end(self) -> None:
@@ -96,7 +162,7 @@ def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         loop="asyncio",  # not what else is installed: the tests and the messages about sockets are of these
-        http="h11",
+        http=Protocol,
         ws="none",
         log_level="warning",
         access_log=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from lora_drop_tools.cli import main
 from lora_drop_tools.serve import ServeSettings
 
 from tests.serve.test_client import alone, words
+from tests.support.serving import await_that
 
 COMMAND = [sys.executable, "-m", "lora_drop_tools", "serve"]
 
@@ -141,6 +143,77 @@ def test_another_host_without_a_key_is_warned_of(bundle: Bundle) -> None:
         assert ("there is no --api-key" in errors) == warned
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(bundle: Bundle, host: str) -> None:
+    with started(bundle, "--host", host, "--slots", "1", "--max-waiting", "0", "--grace", "0") as (process, address):
+        assert address.startswith("http://[::1]:")
+        done = httpx.post(f"{address}/v1/completions", json={"prompt": [1], "max_tokens": 3}, timeout=None)
+        assert done.status_code == 200
+        process.send_signal(signal.SIGTERM)
+        code, errors = end_of(process)
+    assert code == 0
+    assert "warning" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_the_log_stops_nothing(bundle: Bundle) -> None:
+    """Not the start, not an answer, not what is said of connections and cut requests, and not the end."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [*COMMAND, str(bundle.root), "--port", str(port), "--threads", "1", "--slots", "1", "--grace", "0"]
+    address = f"http://127.0.0.1:{port}"
+    with open("/dev/full", "w") as full, subprocess.Popen(command, stdout=full, stderr=full) as process:
+        try:
+            with httpx.Client(base_url=address, timeout=None) as http:
+                await_that(lambda: answers(http))
+                for _ in range(20):
+                    with socket.create_connection(("127.0.0.1", port)) as client:
+                        client.sendall(b"no HTTP\r\n\r\n")  # each is logged
+                        assert client.recv(99).startswith(b"HTTP/1.1 400")
+                    done = http.post("/v1/completions", json={"prompt": [1], "max_tokens": 3})
+                    assert done.status_code == 200
+                body = {"prompt": [1], "max_tokens": 120, "stream": True, "n": 60}
+                with http.stream("POST", "/v1/completions", json=body) as answer:
+                    lines = answer.iter_lines()
+                    next(lines)
+                    process.send_signal(signal.SIGTERM)  # cuts it, which is told
+                    assert '"code":"closing"' in [line for line in lines if line][-1]
+            process.wait()
+        finally:
+            process.kill()
+
+
+def answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def test_a_bundle_that_disappears_is_served_on(bundle: Bundle, tmp_path: Path) -> None:
+    """With another one in its place, whose tokenizer nobody can read."""
+    root = tmp_path / "b"
+    shutil.copytree(bundle.root, root)
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
+    with started(Bundle.open(root)) as (process, address), httpx.Client(base_url=address, timeout=None) as http:
+        body = {"prompt": "t1 t2", "max_tokens": 40, "temperature": 0}
+        before = http.post("/v1/completions", json=body).json()["choices"]
+        shutil.rmtree(root)
+        (root / "tokenizer").mkdir(parents=True)
+        (root / "tokenizer/tokenizer.json").write_text("none")
+        assert http.post("/v1/completions", json=body).json()["choices"] == before
+        chat = {"messages": [{"role": "user", "content": "t1"}], "max_tokens": 4}
+        assert http.post("/v1/chat/completions", json=chat).status_code == 200
+        refused = http.post("/v1/chat/completions", json={**chat, "response_format": schema})
+        assert "no end token" in refused.json()["error"]["message"]  # of the one that is served
+        for path in ("/health", "/ready", "/metrics", "/v1/models", "/"):
+            assert http.get(path).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        code, errors = end_of(process)
+    assert code == 0
+    assert "Traceback" not in errors
+
+
 def test_what_cannot_be_served_is_refused(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +224,11 @@ def test_what_cannot_be_served_is_refused(
             ([str(bundle.root), "--host", "nowhere.invalid"], "cannot listen"),
             ([str(bundle.root), "--port", "0", "--slots", "9"], "so many slots"),
             ([str(bundle.root), "--port", "70000"], "--port"),
+            ([str(bundle.root), "--slots", "0"], "--slots is too small"),
+            ([str(bundle.root), "--max-waiting", "-1"], "--max-waiting is too small"),
+            ([str(bundle.root), "--max-waiting", "99999999"], "--max-waiting is too large"),
+            ([str(bundle.root), "--grace", "nan"], "--grace is not a number"),
+            ([str(bundle.root), "--grace", "1e9"], "--grace is too large"),
             ([str(bundle.root), "--port", "0", "--policy", "fill"], "fill"),
             ([str(tmp_path)], "bundle"),
         ]

@@ -17,14 +17,14 @@ import pytest
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.grammars.grammar import Grammars
+from lora_drop_runtime.grammars.grammar import GrammarConstraint, Grammars
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.app import MOST_COMPILING
 from pydantic import BaseModel
 
 from tests.support.bundles import make_bundle
 from tests.support.serving import Served, await_that, serving, word_bundle
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import END, byte_tokenizer
 
 from .test_errors import CHAT, COMPLETIONS, check_error
 
@@ -197,6 +197,22 @@ def test_under_auto_the_model_chooses(client: openai.OpenAI, bundle: Bundle) -> 
     assert without
 
 
+def test_arguments_are_an_object_though_the_schema_does_not_say_so(client: openai.OpenAI, bundle: Bundle) -> None:
+    loose = {"type": "function", "function": {"name": "f", "parameters": {"maxProperties": 0}}}
+    done = client.chat.completions.create(**asked(bundle, n=3, tools=[loose], tool_choice="required"))
+    calls = [call for choice in done.choices for call in said(choice)["calls"]]
+    assert calls
+    assert {call["arguments"] for call in calls} == {"{}"}
+
+
+def test_a_text_of_a_special_token_that_a_schema_demands_is_written(client: openai.OpenAI, bundle: Bundle) -> None:
+    demanded = schema({"const": f"a{END}"})
+    for streams in (False, True):
+        done = client.chat.completions.create(**asked(bundle, **demanded), stream=streams)
+        found = joined(done) if streams else said(done.choices[0])
+        assert found == {"content": f'"a{END}"', "calls": [], "finish": "stop"}
+
+
 def test_with_none_there_are_no_calls(client: openai.OpenAI, bundle: Bundle) -> None:
     free = client.chat.completions.create(**asked(bundle))
     done = client.chat.completions.create(**asked(bundle, tools=TOOLS, tool_choice="none"))
@@ -281,6 +297,11 @@ WRONG = [
     ({"tools": [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)]}, "tools"),
     (function(parameters={"not": {}}), "tools"),
     (function(parameters={"type": "nothing"}), "tools"),
+    (function(parameters={"type": "string"}), "tools"),
+    (function(parameters={"type": ["object", "null"]}), "tools"),
+    (function(parameters='{"type": "object"}'), "tools"),
+    (function(parameters=[]), "tools"),
+    (function(parameters=True), "tools"),
     (function(description="\ud800"), "tools"),
     ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
@@ -300,6 +321,27 @@ def test_a_wrong_one_is_named(served: Served, body: dict[str, Any], param: str) 
         answer = served.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
         error = check_error(answer, 400, param)
         assert len(error["message"]) < 1500
+    served.await_rows(0)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [(schema(CITY), "response_format"), ({"tools": TOOLS, "tool_choice": "required"}, "tools")],
+    ids=["response_format", "tools"],
+)
+def test_what_leads_beyond_a_limit_is_named(
+    served: Served, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], param: str
+) -> None:
+    """Which shows while the row runs."""
+
+    def refuses(*_: Any) -> None:
+        raise InputError("The limit is reached.", note="It is a test.", hint="None.")
+
+    monkeypatch.setattr(GrammarConstraint, "accept", refuses)
+    check_error(served.http.post(CHAT, json={"messages": HI, **body}), 400, param)
+    streamed = served.http.post(CHAT, json={"messages": HI, "stream": True, **body})
+    last = [line for line in streamed.text.splitlines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["param"] == param
     served.await_rows(0)
 
 

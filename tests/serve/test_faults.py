@@ -172,6 +172,95 @@ def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytes
     assert b"[DONE]" not in got
 
 
+# ── what is no request, or none that ends ──────────────────────────────────────────────────────────────────────
+
+
+def sent(served: Served, data: bytes) -> bytes:
+    """All that the server says to this before it closes the connection."""
+    with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
+        client.sendall(data)
+        return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+def check_raw(answer: bytes, status: int, code: str) -> None:
+    """One answer, whose body is the API's error object."""
+    head, _, data = answer.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer
+    assert b"content-type: application/json" in head.lower()
+    error = json.loads(data)["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert (error["code"], error["type"]) == (code, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",  # TLS, spoken to a server without
+        b"what is this\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",  # without a host
+        b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n",
+    ],
+    ids=["tls", "words", "host", "length"],
+)
+def test_what_is_no_http_gets_the_error_object(served: Served, data: bytes) -> None:
+    check_raw(sent(served, data), 400, "malformed")
+    check_alive(served)
+
+
+HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+
+
+@pytest.mark.parametrize("data", [HEAD[:1], HEAD, HEAD[:-1]], ids=len)
+def test_a_head_that_does_not_end_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.05)
+    check_raw(sent(served, data), 408, "too_slow")
+    assert sent(served, b"") == b""  # of a connection that lies idle there is nothing to say
+    check_alive(served)
+
+
+def test_a_body_that_does_not_end_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_drop_serve.app.BODY_SECONDS", 0.05)
+    check_raw(sent(served, HEAD + b"Content-Length: 100\r\n\r\n{"), 408, "too_slow")
+    check_raw(sent(served, HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"), 408, "too_slow")
+    assert served.driver.open_rows == 0
+    check_alive(served)
+
+
+def test_a_body_that_nobody_reads_is_cut_off_though_it_goes_on(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte after the other, behind an answer that is complete."""
+    monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.2)
+    with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+        def is_open() -> bool:
+            try:
+                client.sendall(b"x")
+            except ConnectionError:
+                return False
+            return True
+
+        await_that(lambda: not is_open())
+    check_alive(served)
+
+
+def test_time_for_a_head_does_not_run_while_an_answer_does(
+    served: Served, engine: GatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does that for a body, once it is there: the tick waits until both would long be over."""
+    monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("lora_drop_serve.app.BODY_SECONDS", 0.05)
+    engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(served.http.post, COMPLETIONS, json=body(5))
+        await_that(lambda: served.driver.open_rows == 1)
+        assert sent(served, b"GET") != b""  # which takes as long as a head may
+        engine.gate.set()
+        assert whole.result().json()["choices"][0]["text"] == wanted(5)
+    monkeypatch.undo()
+    check_alive(served)
+
+
 # ── the queue ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -11,11 +11,13 @@ import importlib.util
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +141,16 @@ def check_told(found: list[list[str] | None], bundle: Bundle) -> int:
         ({"api_key": " x"}, "api_key begins or ends with white space"),
         ({"bundle": "/nowhere"}, "no bundle here.\nNote: /nowhere"),
         ({"provider": "cuda"}, "Hint: "),
+        ({"max_seq_len": 257}, "max_seq_len is 257; possible is 2 to 256"),
+        ({"max_prompt_len": "256"}, "max_prompt_len is 256; possible is 1 to 255"),
+        ({"k": "auto"}, "k is 'auto', the policy 'skip'"),
+        ({"schedule": "some"}, "Unknown schedule"),
+        ({"schedule": "margin"}, "not calibrated for the margin schedule"),
+        ({"draft": "ngram"}, "The policy has no drafts"),
+        ({"policy": "lossless", "draft": "some"}, "Unknown draft"),
+        ({"target": "tensorrt"}, "Hint: "),
+        ({"gpus": "0.00001"}, "gpus is 1e-05"),
+        ({"gpus": 1.5}, "gpus is 1.5"),
     ],
     ids=str,
 )
@@ -180,6 +192,43 @@ def test_the_key_is_asked_for_below_a_prefix(bundle: Bundle) -> None:
                 ]
 
         assert asyncio.run(statuses()) == [401, 401, 200, 200]
+
+
+def test_where_no_head_of_a_cluster_listens_is_refused(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: Ray itself tries for minutes. The dashboard's port is one of HTTP, that of Ray's client one of gRPC."""
+    import grpc
+    from lora_drop_tools import EvalSettings, eval
+    from lora_drop_tools.eval import spread
+
+    monkeypatch.setattr(spread, "CONNECT_SECONDS", 2)
+    (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
+    silent = socket.create_server(("127.0.0.1", 0))
+    http = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    other = grpc.server(ThreadPoolExecutor(1))
+    ports = {"silent": silent.getsockname()[1], "http": http.server_port, "other": other.add_insecure_port("[::1]:0")}
+    other.start()
+    try:
+        for address, said in {
+            "nowhere": "nowhere",
+            "127.0.0.1:1": "refused",
+            "127.0.0.1:port": "port",
+            "[::1]:1": "refused",
+            f"127.0.0.1:{ports['silent']}": "",
+            f"127.0.0.1:{ports['http']}": "HTTP",
+            f"[::1]:{ports['other']}": "no head of a Ray cluster",
+        }.items():
+            with pytest.raises(InputError, match="cannot be reached") as refused:
+                eval(bundle.root, EvalSettings(text=tmp_path / "text", window=32, prompt=8, ray=address))
+            assert f"Note: --ray is {address}: " in str(refused.value)
+            assert said in refused.value.note
+    finally:
+        silent.close()
+        http.shutdown()
+        http.server_close()
+        other.stop(None).wait()
 
 
 # ── with two nodes ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,16 +288,6 @@ def test_an_evaluation_over_the_cluster_is_that_of_one_process(
     (alone, spread) = (sorted(file.read_text().splitlines()) for file in sorted(tmp_path.glob("*/*.jsonl")))
     assert len(alone) == 1 + 2 * (12 + 2 * 9 + 9)
     assert spread == alone
-
-
-@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:1", "127.0.0.1:port"])
-def test_a_cluster_that_cannot_be_reached_is_refused(bundle: Bundle, tmp_path: Path, address: str) -> None:
-    """At once: Ray itself tries for minutes."""
-    from lora_drop_tools import EvalSettings, eval
-
-    (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
-    with pytest.raises(InputError, match=f"cannot be reached.\nNote: --ray is {address}"):
-        eval(bundle.root, EvalSettings(text=tmp_path / "text", window=32, prompt=8, ray=address))
 
 
 def test_who_hangs_up_frees_its_row(http: httpx.Client) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import check_known, check_options, option
+from lora_drop_runtime.command_line import check_known, check_options, option, tell
 from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import SCHEDULES
@@ -138,10 +138,8 @@ def serve(bundle: str | Path, settings: ServeSettings) -> None:
     codec = TextCodec.open(opened.root / "tokenizer")
     with listening(settings.host, settings.port) as made:
         if settings.key is None and not is_local(settings.host):
-            print(
-                f"warning: {settings.host} may be reached by other machines, and there is no --api-key", file=sys.stderr
-            )
+            tell(f"warning: {settings.host} may be reached by other machines, and there is no --api-key")
         driver = Driver(settings.open(opened), settings.max_waiting)
         where = address(made)
-        print(f"serving {opened.manifest.model.name} at {where} (API: {where}/v1, Ctrl-C ends)", flush=True)
+        tell(f"serving {opened.manifest.model.name} at {where} (API: {where}/v1, Ctrl-C ends)", sys.stdout)
         make_server(create_app(driver, codec, api_key=settings.key), driver, settings.grace).run(sockets=[made])

@@ -10,7 +10,6 @@ tokens of the cycle before. Rows come and leave between two cycles, and there pr
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import InputError, whole_number
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
@@ -69,9 +69,7 @@ class Batch:
         self._draft, self._join_early = draft, checks.flag("join_early", join_early)
         limits = bundle.manifest.limits
         self._count = checks.checked_slots(slots, limits)
-        self.max_seq_len = checks.limit("The sequences of a batch", max_seq_len, limits.max_seq_len, "max_seq_len")
-        longest = min(limits.max_prompt_len, self.max_seq_len - 1)
-        self.max_prompt_len = checks.limit("The prompts of a batch", max_prompt_len, longest, "max_prompt_len")
+        self.max_seq_len, self.max_prompt_len = checks.row_limits(max_seq_len, max_prompt_len, limits)
         self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
         steps = self.max_seq_len - self.max_prompt_len - 1
         needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
@@ -156,7 +154,7 @@ class Batch:
         except BaseException:
             opened.engine.close()
             raise
-        print(batch.describe(), file=sys.stderr)
+        tell(batch.describe())
         return batch
 
     def __enter__(self) -> Batch:

@@ -169,6 +169,13 @@ def limit(what: str, tokens: int | None, most: int, name: str) -> int:
     return int(tokens)
 
 
+def row_limits(max_seq_len: int | None, max_prompt_len: int | None, limits: Limits) -> tuple[int, int]:
+    """Tokens of a row in a batch and of its prompt, at most what the bundle allows; that when None."""
+    longest = limit("The sequences of a batch", max_seq_len, limits.max_seq_len, "max_seq_len")
+    most = min(limits.max_prompt_len, longest - 1)
+    return longest, limit("The prompts of a batch", max_prompt_len, most, "max_prompt_len")
+
+
 def batch_limits(max_seq_len: int, max_prompt_len: int) -> Limits:
     """Of one row of a batch."""
     return Limits(max_seq_len, max_prompt_len, 1)

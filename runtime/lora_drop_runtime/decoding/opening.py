@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Engine
-from lora_drop_runtime.engines.open import open_engine
+from lora_drop_runtime.engines.open import check_engine, open_engine
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy, policy_named
 from lora_drop_runtime.plan.schedule import Schedule
@@ -34,6 +34,35 @@ def checked_policy(bundle: Bundle, name: str | None) -> Policy:
     return policy
 
 
+def check_opening(
+    path: str | Path,
+    *,
+    k: int | str | Schedule | None,
+    schedule: str | None,
+    policy: str | None,
+    draft: str | None,
+    target: str | None,
+    provider: str | None,
+    threads: int | None,
+) -> tuple[Bundle, Schedule, str]:
+    """Refuse what `open_bundle` would, as far as that is known before an engine is made. Arguments as there.
+
+    Returns:
+        The bundle, the schedule, and the policy's name.
+    """
+    names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
+    for what, name in {**names, "The schedule": schedule}.items():
+        checks.check_name(what, name, "Leave it out, or give its name as text.")
+    bundle = Bundle.open(path)
+    k, policy = named_schedule(bundle.manifest, schedule, k, policy)
+    verifier = checked_policy(bundle, policy)
+    chosen = scheduled(k, verifier)
+    draft_source(draft, verifier, len(bundle.manifest.plan.sites))
+    checks.check_threads(threads)
+    check_engine(bundle, target, provider)
+    return bundle, chosen, policy
+
+
 def open_bundle(
     path: str | Path,
     *,
@@ -47,15 +76,16 @@ def open_bundle(
     check: bool,
 ) -> Opened:
     """Arguments and errors as for `Session.open`."""
-    names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
-    for what, name in {**names, "The schedule": schedule}.items():
-        checks.check_name(what, name, "Leave it out, or give its name as text.")
-    bundle = Bundle.open(path)
-    k, policy = named_schedule(bundle.manifest, schedule, k, policy)
-    verifier = checked_policy(bundle, policy)
-    chosen = scheduled(k, verifier)
-    draft_source(draft, verifier, len(bundle.manifest.plan.sites))
-    checks.check_threads(threads)
+    bundle, chosen, policy = check_opening(
+        path,
+        k=k,
+        schedule=schedule,
+        policy=policy,
+        draft=draft,
+        target=target,
+        provider=provider,
+        threads=threads,
+    )
     if check:
         bundle.check_unchanged()
     return Opened(bundle, open_engine(bundle, target, provider, threads), chosen, policy)

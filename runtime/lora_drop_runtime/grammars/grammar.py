@@ -95,7 +95,21 @@ class GrammarConstraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise _refused(self._matcher.get_error())
-        return np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").view(np.bool_)
+        found = np.unpackbits(bits, count=self._tokenizer.vocab_size, bitorder="little").view(np.bool_)
+        if np.count_nonzero(bits) == 1:  # bytes, which are fewer to look at
+            self._spell_out(found)
+        return found
+
+    def _spell_out(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Where a text is forced that is a special token's too, llguidance allows that token alone, and then refuses
+        it: let the text come by ordinary tokens."""
+        first, *more = map(int, np.flatnonzero(allowed))
+        if more or not self._tokenizer.is_special_token(first) or self._matcher.validate_tokens([first]):
+            return
+        text = self._tokenizer.decode_bytes([first])
+        ordinary = self._tokenizer.tokenize_bytes(text[:-1])[:1]
+        if ordinary and self._matcher.validate_tokens(ordinary):
+            allowed[[first, *ordinary]] = False, True
 
     def accept(self, token: int) -> None:
         """Raises InputError where the token is not allowed, or llguidance reaches a limit."""

@@ -103,6 +103,15 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
                 hint=hint,
             )
         assert isinstance(function, Mapping)
+        parameters = function.get("parameters")
+        if parameters is not None and (
+            not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object"
+        ):
+            raise InputError(
+                "The parameters of a tool are no schema of an object.",
+                note=f"Those of {name} are {parameters!a:.100}.",
+                hint='Use for example {"type": "object", "properties": {"city": {"type": "string"}}}.',
+            )
         found[name] = function
     if not 1 <= len(found) <= MOST_TOOLS:
         raise InputError(
@@ -139,8 +148,9 @@ def _grammar(functions: Mapping[str, Mapping[str, Any]], start: str, begin: str,
         head = json.dumps(f'\n{{"name": {json.dumps(name)}, "arguments": ')
         tail = json.dumps("}\n")
         schema = function.get("parameters")
+        schema = _NO_PARAMETERS if schema is None else {"type": "object", **schema}
         rules.append(f"tool_{i}: {head} arguments_{i} {tail} {end}")
-        rules.append(f"arguments_{i}: %json {checked_schema(_NO_PARAMETERS if schema is None else schema)}")
+        rules.append(f"arguments_{i}: %json {checked_schema(schema)}")
     return "\n".join(rules) + "\n"
 
 

@@ -22,7 +22,7 @@ from lora_drop_tools.cli import main
 from tests.support.bundles import family, make_bundle, oracle_plan
 from tests.support.decoding import assert_refused
 from tests.support.oracle import is_refresh, prefill
-from tests.support.tokenizers import byte_tokenizer, character_tokenizer
+from tests.support.tokenizers import END, byte_tokenizer, character_tokenizer
 
 NEW = 160  # tokens, more than the longest text of SCHEMA has
 SCHEMA: dict[str, Any] = {
@@ -101,6 +101,26 @@ def test_greedy_takes_the_largest_logit_after_which_the_pattern_can_match(bundle
     with Session.open(bundle.root, k=k, policy="skip", threads=1) as session:
         ours = session.generate([prompt], 12, constraint=Grammars.of(bundle).regex(pattern))[0]
     assert ours.tolist() == tokens
+
+
+@pytest.mark.parametrize("make", ["json_schema", "property", "regex", "lark"])
+def test_the_text_of_a_special_token_is_written_out(bundle: Bundle, make: str) -> None:
+    """Where it is demanded, by ordinary tokens; the token itself would end the text."""
+    grammars = Grammars.of(bundle)
+    constraint, wanted = {
+        "json_schema": lambda: (grammars.json_schema({"const": f"a{END}{END}b"}), f'"a{END}{END}b"'),
+        "property": lambda: (
+            grammars.json_schema(
+                {"properties": {END: {"const": 1}}, "required": [END], "additionalProperties": False, "type": "object"}
+            ),
+            f'{{"{END}": 1}}',
+        ),
+        "regex": lambda: (grammars.regex("<" + END[1:]), END),
+        "lark": lambda: (grammars.lark(f'start: "{END[:2]}" "{END[2:]}"'), END),
+    }[make]()
+    with Session.open(bundle.root, k=2, policy="skip", threads=1) as session:
+        ids = session.generate([[1, 2]], 40, constraint=constraint)[0]
+    assert TextCodec.open(bundle.root / "tokenizer").decode(ids) == wanted
 
 
 def test_any_object_and_a_grammar(bundle: Bundle) -> None:

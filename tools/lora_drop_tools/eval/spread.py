@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import socket
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,22 @@ class _Worker:
         return [found[index] for index in range(len(wishes))]
 
 
+def _check_head(address: str) -> None:
+    """Raises ValueError where no head of a cluster answers: Ray itself tries for minutes."""
+    if address == "auto" or os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # with certificates, which Ray alone knows how to use
+    import grpc  # as Ray does
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+                raise ValueError("what listens there is no head of a Ray cluster") from None
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:  # of which Ray says more
+                raise ValueError(error.details()) from None
+
+
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
     """Be part of a cluster, of none where it is None; `auto` is the one that runs on this machine.
@@ -68,11 +84,9 @@ def connected(address: str | None) -> Iterator[None]:
     import ray
 
     try:
-        if address != "auto":  # Ray itself tries for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        _check_head(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             "The Ray cluster cannot be reached.",
             note=f"--ray is {address}: {first_line(error):.200}",
