@@ -167,7 +167,7 @@ def test_plan(surrogate, injection, drop_ratio, tmp_path):
     """
     first = (SURROGATES.index(surrogate) + INJECTIONS.index(injection) + RATIOS.index(drop_ratio)) % 3
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": drop_ratio}
-    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0)
+    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0, targets=("none",))
     adapters = None
     if empty.manifest.plan.dropped_layers:
         model = empty.manifest.model
