@@ -14,8 +14,8 @@ from tests.support.large import engines_without_weights, graphs_only, measured, 
 def test_llama3_8b_shape(tmp_path):
     """Peaks under 2.5 GB, reads and writes megabytes; the weights are a link.
 
-    Then its two engines for one generation of GPUs, with the weights as their inputs. Eight of its layers, whose weights
-    are more than twice that.
+    Then its two engines for one generation of GPUs, with the weights as their inputs. Eight of its layers, whose
+    weights are more than twice that.
     """
     directory = tmp_path / "model"
     directory.mkdir()
