@@ -14,8 +14,7 @@ from tests.support.large import engines_without_weights, graphs_only, measured, 
 def test_llama3_8b_shape(tmp_path):
     """Peaks under 2.5 GB, reads and writes megabytes; the weights are a link.
 
-    Then its two engines for one generation of GPUs, with the weights as their inputs. Eight of its layers, whose
-    weights are more than twice that.
+    Then its two engines, with the weights as their inputs. Eight of its layers, whose weights are more than twice that.
     """
     directory = tmp_path / "model"
     directory.mkdir()
@@ -31,9 +30,9 @@ def test_llama3_8b_shape(tmp_path):
     assert weights.stat().st_ino == (directory / "model.safetensors").stat().st_ino
     assert os.stat(weights).st_blocks * 512 < 1e6  # nobody filled the hole
 
-    addition = measured([*engines_without_weights(out), "--compute-capability", "8.9"])
+    addition = measured(engines_without_weights(out))
     print(addition)
     assert addition.peak_bytes < 2.5e9
     engines = json.loads((out / "lora_drop.json").read_text())["targets"]["tensorrt-rtx"]["engine_bytes"]
-    assert sum(engines.values()) < 17e6  # without weights
+    assert sum(engines.values()) < 50e6  # without weights
     assert os.stat(weights).st_blocks * 512 < 1e6
