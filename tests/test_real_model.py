@@ -19,6 +19,7 @@ import torch
 from lora_drop_runtime import SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
+from lora_drop_tools.cli import main
 
 from examples.fetch_model import fetch_model
 from tests.support import oracle
@@ -135,23 +136,31 @@ def test_chat_prompt_is_transformers(exported, model_file):
     assert TextCodec.open(exported / "tokenizer").encode_chat(messages).tolist() == theirs
 
 
-def test_generate_command(exported):
-    """Streams text; the same twice; a seed makes sampling repeatable; a stop string ends it; chat uses the template."""
+def test_generate_command(exported, capsys):
+    """Streams text; the same twice; a seed makes sampling repeatable; a stop string ends it; chat uses the template.
+
+    The first call is that of the installed command, the others are its function's.
+    """
     base = ("lora-drop", "generate", str(exported), "--max-new-tokens", "20", "--k", "0")
+
+    def said(*options: str) -> str:
+        assert main([*base[1:], *options]) == 0
+        return capsys.readouterr().out
+
     first = run(*base, "--prompt", PROMPTS[0])
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith(" Rome")
     assert "tokens/s" in first.stderr
-    stopped = run(*base, "--prompt", PROMPTS[0], "--stop", "ome")
-    assert stopped.stdout == " R\n"
+    assert said("--prompt", PROMPTS[0]) == first.stdout
+    assert said("--prompt", PROMPTS[0], "--stop", "ome") == " R\n"
     sampled = [
-        run(*base, "--prompt", PROMPTS[0], "--temperature", "0.9", "--top-p", "0.9", "--seed", seed).stdout
+        said("--prompt", PROMPTS[0], "--temperature", "0.9", "--top-p", "0.9", "--seed", seed)
         for seed in ("1", "1", "2")
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    chat = run(*base, "--prompt", "What is the capital of Italy?", "--chat")
-    assert chat.stdout.strip()
-    assert chat.stdout != run(*base, "--prompt", "What is the capital of Italy?").stdout
+    chat = said("--prompt", "What is the capital of Italy?", "--chat")
+    assert chat.strip()
+    assert chat != said("--prompt", "What is the capital of Italy?")
     talk = run("lora-drop", "chat", str(exported), "--k", "0", "--max-new-tokens", "12", input="Say hello.\nThanks.\n")
     assert talk.returncode == 0, talk.stderr
     assert len(talk.stdout.splitlines()) >= 2

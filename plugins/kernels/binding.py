@@ -50,8 +50,7 @@ def bind_int4_gemm(library: ctypes.CDLL) -> None:
     library.lora_drop_int4_gemm.restype = ctypes.c_int
 
 
-def load_library(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def bind_attention(library: ctypes.CDLL) -> None:
     call = ctypes.POINTER(LoraDropAttention)
     library.lora_drop_attention_problem.argtypes = [call]
     library.lora_drop_attention_problem.restype = ctypes.c_char_p
@@ -59,5 +58,10 @@ def load_library(path: Path) -> ctypes.CDLL:
     library.lora_drop_workspace_bytes.restype = ctypes.c_size_t
     library.lora_drop_attention.argtypes = [call, ctypes.c_size_t, ctypes.c_int32, ctypes.c_void_p]
     library.lora_drop_attention.restype = ctypes.c_int
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    bind_attention(library)
     bind_int4_gemm(library)
     return library

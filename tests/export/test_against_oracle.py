@@ -1,7 +1,8 @@
 """The exported graphs and the session against the oracle: tokens and logits, step by step.
 
 The oracle decodes one token and one row at a time on the unmodified transformers model; the session decodes a ragged
-batch on ONNX Runtime.
+batch on ONNX Runtime. Windows are spread over the arms so that every pair of values still meets: every family has every
+window, under one of the two policies, and every surrogate, injection and ratio meets every window.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import pytest
 import torch
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
-from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
 from tests.support import golden, oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, rewritten, save_adapters, traced_model
 from tests.support.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
 WINDOWS = (0, 1, 2, 3, 5, 19)
+SURROGATES, INJECTIONS = ("residual", "recurrent", "anchor"), ("block", "attn_mlp")
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def half_of_windows(name: str, policy: str) -> tuple[int, ...]:
+    """Every second window; a family's other half is its other policy's, and its neighbour's of the same policy.
+
+    Gemma 2 has all of them: slots of its windowed layers are what a window's length could disturb.
+    """
+    if name == "gemma2":
+        return WINDOWS
+    return WINDOWS[([*FAMILIES].index(name) + (policy == "backfill")) % 2 :: 2]
 
 
 def new_tokens(k: int) -> int:
@@ -52,11 +62,11 @@ def assert_same_run(session: Session, model, plan, prompts: list[list[int]], k: 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path):
-    """Every family, its default plan at ρ = 0.5, batch 1 and a ragged batch, all windows."""
+    """Every family, its default plan at ρ = 0.5, batch 1 and a ragged batch, short and long windows."""
     bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
     assert bundle.manifest.plan.dropped_layers
     with Session.open(bundle.root, threads=1) as session:
-        for k in WINDOWS:
+        for k in half_of_windows(name, "skip"):
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 2)
 
@@ -66,13 +76,13 @@ def test_backfill(name, tmp_path):
     """A refresh that fills the holes: a ragged batch, one row, long and short windows."""
     bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5)
     with Session.open(bundle.root, policy="backfill", threads=1) as session:
-        for k in WINDOWS:
+        for k in half_of_windows(name, "backfill"):
             assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
         assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS[:1], 3)
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_backfill_plan(surrogate, injection, tmp_path):
     """States are those of the refresh's last token."""
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": 0.75, "rank": 4}
@@ -134,35 +144,6 @@ def test_fused_weights(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_graphs_of_tensorrt(name, tmp_path):
-    """Every family for tensorrt-rtx: both engines are built, and the very ONNX that the parser got decodes right.
-
-    Weights as inputs, static capacities, prompts in chunks; what only a GPU shows is the engines' own numbers. Engines
-    are built for all generations of GPUs with one family, and for one of them with the others, which takes a third.
-    """
-    generations = COMPUTE_CAPABILITIES if name == "llama" else ("8.9",)
-    options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24}
-    options["builder"] = BuilderOptions(compute_capabilities=generations)
-    bundle = make_bundle(name, tmp_path / "b", **options, surrogate="recurrent", rank=2)
-    entry = bundle.target("tensorrt-rtx")[1]
-    assert entry.compute_capabilities == generations
-    assert {
-        kind: (bundle.root / getattr(entry, kind)).stat().st_size for kind in ("refresh", "lora")
-    } == entry.engine_bytes
-    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
-    engine = OrtEngine(bundle, "tensorrt-rtx", threads=1)
-    with Session(bundle, engine, PeriodicSchedule(2)) as session:
-        session.load_adapters(adapters)
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
-        engine.prefill_chunk = 4
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
-        session = Session(bundle, engine, PeriodicSchedule(2), "backfill")
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
-        engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_dropped_is_generate(name, tmp_path):
     """ρ = 0 gives exactly the tokens of transformers' own generate."""
     bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.0, k=2)
@@ -176,13 +157,17 @@ def test_nothing_dropped_is_generate(name, tmp_path):
         assert row.tolist() == theirs[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("drop_ratio", [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("drop_ratio", RATIOS)
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_plan(surrogate, injection, drop_ratio, tmp_path):
-    """All surrogates, both injections and all ratios with random adapters, all windows, a ragged batch and one row."""
+    """All surrogates, both injections and all ratios with random adapters, a ragged batch and one row.
+
+    Two windows each, three apart, in turns: a surrogate, an injection or a ratio meets all six of them.
+    """
+    first = (SURROGATES.index(surrogate) + INJECTIONS.index(injection) + RATIOS.index(drop_ratio)) % 3
     options = {"surrogate": surrogate, "injection": injection, "drop_ratio": drop_ratio}
-    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0)
+    empty = make_bundle("llama", tmp_path / "empty", **options, rank=4 if drop_ratio else 0, targets=("none",))
     adapters = None
     if empty.manifest.plan.dropped_layers:
         model = empty.manifest.model
@@ -190,13 +175,13 @@ def test_plan(surrogate, injection, drop_ratio, tmp_path):
     bundle = make_bundle("llama", tmp_path / "b", **options, adapters=adapters)
     plan = oracle_plan(bundle, adapters)
     with Session.open(bundle.root, threads=1) as session:
-        for k in WINDOWS:
+        for k in WINDOWS[first::3]:
             assert_same_run(session, family("llama").model, plan, PROMPTS, k)
         assert_same_run(session, family("llama").model, plan, PROMPTS[2:], 3)
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_no_adapters(surrogate, injection, tmp_path):
     """Rank 0 leaves only the base: skipping for residual, reuse for the others; zero adapters do the same."""
     for rank in (0, 3):

@@ -16,6 +16,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from lora_drop_export.decoder.refusals import refuse_by_config, refuse_by_modules
 from tests.support import oracle
+from tests.support.bundles import more_family
 from tests.support.models import MORE_FAMILIES, SIZES
 from tests.support.oracle import OraclePlan
 
@@ -24,10 +25,12 @@ PROMPT, STEPS, K = [7, 3, 11, 19, 2], 6, 2
 
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
-def test_more_families(name, tmp_path, capsys):
+def test_more_families(name, tmp_path, capsys, monkeypatch):
     """The command verifies the bundle; its logits equal the oracle's, and the tools' model those of transformers."""
-    model = MORE_FAMILIES[name]()
+    source = more_family(name)  # its trace is made from such a checkpoint, once for all files of tests
+    model = source.model
     model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
     options = [
         "--drop-layers",
         "1",

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plugins.kernels.binding import LoraDropAttention, load_library
+from plugins.kernels.binding import LoraDropAttention, bind_attention, load_library
 from tests.support.kernel_build import KERNELS, build_for_host, layout_in_c, layout_of
 from tests.support.kernel_calls import HostMemory, check_rounding, make_arrays, make_call, run_case
 from tests.support.kernel_cases import CASES, Case, named
@@ -113,13 +113,13 @@ def test_defect_is_noticed(tmp_path: Path, defect: str) -> None:
 WAITS = re.compile(r"(sync_block|sync_warp|copy_wait<1>|copy_commit)\(\);")
 # Each wait is forgotten in a process of its own: it may follow what is not there
 FORGETFUL = """
-import os, sys
-from pathlib import Path
-from plugins.kernels.binding import load_library
+import ctypes, os, sys
+from plugins.kernels.binding import bind_attention
 from tests.support.kernel_calls import HostMemory, run_case
 from tests.support.kernel_cases import named
 from tests.support.kernel_reference import check
-library = load_library(Path(sys.argv[1]))
+library = ctypes.CDLL(sys.argv[1])
+bind_attention(library)
 for number in range(int(sys.argv[2])):
     if os.fork() == 0:
         sys.stderr = open(os.devnull, "w")
@@ -159,9 +159,10 @@ def test_every_forgotten_wait_is_noticed(tmp_path: Path) -> None:
 
 
 def copied_sources(directory: Path, kept: tuple[str, ...]) -> Path:
-    """The sources without most number types, which take the time of a build: float32 and those kept."""
+    """The sources of attention without most number types, which take the time of a build: float32 and those kept."""
     source = directory / "source"
     shutil.copytree(KERNELS, source)
+    (source / "int4_gemm_host.cpp").unlink()  # its own tests build it
     launch = source / "launch.cuh"
     lines = launch.read_text().splitlines()
     of_type = {line: name[1] for line in lines if (name := re.search(r"case LORA_DROP_(\w+): return", line))}
@@ -173,17 +174,19 @@ def mutant(directory: Path, edit: str, to: str, kept: tuple[str, ...]) -> ctypes
     source = copied_sources(directory, kept)
     (body,) = (path for path in source.glob("*.cuh") if edit in path.read_text())
     body.write_text(body.read_text().replace(edit, to, 1))
-    return load_library(build_for_host(source, directory / "mutant.so", "-O0", "-w"))
+    library = ctypes.CDLL(str(build_for_host(source, directory / "mutant.so", "-O0", "-w")))
+    bind_attention(library)
+    return library
 
 
 SANITIZED = """
-import sys
-from pathlib import Path
-from plugins.kernels.binding import load_library
+import ctypes, sys
+from plugins.kernels.binding import bind_attention
 from tests.support.kernel_calls import HostMemory, run_case
 from tests.support.kernel_cases import named
 from tests.support.kernel_reference import check
-library = load_library(Path(sys.argv[1]))
+library = ctypes.CDLL(sys.argv[1])
+bind_attention(library)
 for name in sys.argv[2:]:
     check(named(name), *run_case(library, named(name), HostMemory))
 """
@@ -192,7 +195,8 @@ for name in sys.argv[2:]:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """In a process of its own. The address sanitizer is for shared memory: arrays have their guards."""
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    library = build_for_host(KERNELS, tmp_path / "host.so", "-O0", "-w", *sanitizers)
+    source = copied_sources(tmp_path, ("F16", "BF16", "F8_E4M3"))  # what the cases need
+    library = build_for_host(source, tmp_path / "host.so", "-O0", "-w", *sanitizers)
     runtime = subprocess.check_output([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], text=True).strip()
     environment = os.environ | {
         "LD_PRELOAD": runtime,
@@ -227,14 +231,14 @@ class Fenced:
 
 FENCED_SLOTS = 64  # of 64 float32: four pages
 FENCE = """
-import sys
-from pathlib import Path
-from plugins.kernels.binding import load_library
+import ctypes, sys
+from plugins.kernels.binding import bind_attention
 from tests.support.kernel_calls import run_case
 from tests.support.kernel_cases import Case
 from tests.support.kernel_reference import check
 from tests.plugins.test_kernel_host import FENCED_SLOTS, Fenced
-library = load_library(Path(sys.argv[1]))
+library = ctypes.CDLL(sys.argv[1])
+bind_attention(library)
 for new_tokens in (1, 4, 17):
     for multiprocessors in (1, 64):
         case = Case("fenced", lengths=(FENCED_SLOTS - new_tokens,), new_tokens=new_tokens, kv_heads=1, spare_slots=256,

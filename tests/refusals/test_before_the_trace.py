@@ -13,7 +13,6 @@ import pytest
 
 import lora_drop_export.cli
 from lora_drop_export.compiler.early import windows_of_config
-from lora_drop_export.decoder.trace import trace
 from tests.support.bundles import family, save_adapters, traced_model
 from tests.support.models import SIZES, build
 
@@ -201,7 +200,7 @@ def test_one_window_for_all_layers():
 
     model = build(MistralForCausalLM, MistralConfig, seed=3, sliding_window=7, num_hidden_layers=2)
     made = traced_model(model)
-    assert windows_of_config(made.checkpoint.config) == trace(made.checkpoint, "float32").windows == (7, 7)
+    assert windows_of_config(made.checkpoint.config) == made.traced.windows == (7, 7)
 
 
 def test_windows_of_strange_configs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -94,13 +95,15 @@ def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
 def traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
     file = Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
-    if file.exists():
-        traced = pickle.loads(file.read_bytes())
-        return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))
-    traced = trace(checkpoint, dtype)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
-    part.rename(file)
+    with open(f"{file}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the one that comes second waits for the first one's
+        if file.exists():
+            traced = pickle.loads(file.read_bytes())
+            return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))
+        traced = trace(checkpoint, dtype)
+        part = Path(f"{file}.part")
+        part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
+        part.rename(file)
     return traced
 
 

@@ -1,13 +1,16 @@
 """Builds of kernels: for the CPU, the very sources of the GPU (plugins/kernels/host_block.h), and for GPUs.
 
 Enters: a folder of sources, the repository's or an edited copy. Leaves: a library for plugins/kernels/binding.py, or
-one with the kernel that chooses tokens (engines/trt/choose.cu).
+one with the kernel that chooses tokens (engines/trt/choose.cu). Builds for the CPU that a test run needs several times
+are made once: they lie beside its traces (tests/conftest.py), by the hash of their sources and options.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -36,8 +39,30 @@ def _build(hosts: list[Path], library: Path, *options: str) -> Path:
     return library
 
 
+def _built_once(hosts: list[Path], folders: list[Path], library: Path, *options: str) -> Path:
+    """As `_build`, of which the processes of one test run share the result; `folders` hold all that is included."""
+    shared = os.environ.get("LORA_DROP_TEST_TRACES")
+    if not shared:  # gpu_check on its own
+        return _build(hosts, library, *options)
+    digest = hashlib.sha256(repr((os.environ.get("CXX"), OPTIONS, options, hosts)).encode())
+    for file in sorted(file for folder in folders for file in folder.iterdir() if file.is_file()):
+        digest.update(file.read_bytes())
+    kept = Path(shared, f"{digest.hexdigest()}.so")
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            part = kept.with_suffix(".part")
+            _build(hosts, part, *options)
+            part.rename(kept)
+    shutil.copyfile(kept, library)
+    return library
+
+
 def build_for_host(source: Path, library: Path, *options: str) -> Path:
-    return _build(sorted(source.glob("*_host.cpp")), library, *options)
+    hosts = sorted(source.glob("*_host.cpp"))
+    if source == KERNELS:
+        return _built_once(hosts, [source], library, *options)
+    return _build(hosts, library, *options)
 
 
 def host_kernels() -> Path:
@@ -52,10 +77,12 @@ def host_kernels() -> Path:
 
 @functools.cache
 def chooser_on_host() -> ctypes.CDLL:
-    """With `choose_tokens(Choice*, order)`; built once."""
+    """With `choose_tokens(Choice*, order)`."""
     with tempfile.TemporaryDirectory() as folder:
         host, library = Path(__file__).with_name("choose_host.cpp"), Path(folder, "choose.so")
-        found = ctypes.CDLL(str(_build([host], library, f"-I{KERNELS}", f"-I{SOURCE.parent}")))
+        included = [KERNELS, SOURCE.parent]
+        _built_once([host], [*included, host.parent], library, *(f"-I{folder}" for folder in included))
+        found = ctypes.CDLL(str(library))
     found.choose_struct_bytes.restype = ctypes.c_ulong
     assert found.choose_struct_bytes() == ctypes.sizeof(Choice)
     return found

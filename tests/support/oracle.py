@@ -13,7 +13,8 @@ It knows nothing of the product: no graphs, no batches, no capacities, no paddin
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from unittest import mock
@@ -70,6 +71,7 @@ class Row:
         self.model = model
         self.plan = plan
         self.position = 0  # of the next token
+        self.is_installed = False  # whether the model is in the state of `installed`
         self.full = True  # whether the running step is a full one
         self.attends = True  # whether the running layer's attention runs and writes
         self.second_half_of: Tensor | None = None  # what the running layer's MLP reads in the place of its own h
@@ -81,11 +83,12 @@ class Row:
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
         self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
 
-    @torch.no_grad()
-    def step(self, token: int, full: bool) -> Tensor:
-        """Consume one token and return the logits `[V]` after it."""
-        global running
-        self.full, running = full, self
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model's layers and attention are this row's; within it steps exchange them no more, which takes time."""
+        if self.is_installed:
+            yield
+            return
         with ExitStack() as undo:
             undo.callback(self.model.set_attn_implementation, self.model.config._attn_implementation)
             self.model.set_attn_implementation(ATTENTION_NAME)
@@ -94,6 +97,16 @@ class Row:
                 norm = norm_after_attention(layer)
                 if norm is not None:
                     undo.enter_context(norm.register_forward_pre_hook(partial(self.keep_h, i)))
+            self.is_installed = True
+            undo.callback(setattr, self, "is_installed", False)
+            yield
+
+    @torch.no_grad()
+    def step(self, token: int, full: bool) -> Tensor:
+        """Consume one token and return the logits `[V]` after it."""
+        global running
+        self.full, running = full, self
+        with self.installed():
             ids, position_ids = torch.tensor([[token]]), torch.tensor([[self.position]])
             out = self.model(input_ids=ids, position_ids=position_ids, use_cache=False)
         self.position += 1
@@ -202,8 +215,8 @@ AttentionInterface.register(ATTENTION_NAME, attention)
 def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tuple[Row, Tensor]:
     """A row after its prompt, and the logits `[V]` of the last prompt token."""
     row = Row(model, plan)
-    for token in prompt:
-        logits = row.step(token, full=True)
+    with row.installed():
+        logits = [row.step(token, full=True) for token in prompt][-1]
     return row, logits
 
 
@@ -216,11 +229,12 @@ def decode_row(
     """
     row, logits = prefill(model, plan, prompt)
     all_logits = [logits]
-    for j, token in enumerate(forced, start=1):
-        if policy == "backfill" and is_refresh(j, k):
-            all_logits.append(row.backfill(token))
-        else:
-            all_logits.append(row.step(token, full=is_refresh(j, k)))
+    with row.installed():
+        for j, token in enumerate(forced, start=1):
+            if policy == "backfill" and is_refresh(j, k):
+                all_logits.append(row.backfill(token))
+            else:
+                all_logits.append(row.step(token, full=is_refresh(j, k)))
     return all_logits
 
 

@@ -18,6 +18,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_tools import inspect
 from lora_drop_tools.cli import main
 
+from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.support.bundles import family, make_bundle, save_adapters
 
 
@@ -79,8 +80,9 @@ def test_sizes_are_those_on_disk(made: Path) -> None:
 
 def test_targets(tmp_path: Path) -> None:
     """Bytes on disk are the files'; resident are the engines and, as inputs, the weights once."""
+    ada = BuilderOptions(compute_capabilities=("8.9",))
     shared, constants = (
-        make_bundle("llama", tmp_path / sharing, targets=("ort", "tensorrt-rtx"), weight_sharing=sharing)
+        make_bundle("llama", tmp_path / sharing, targets=("ort", "tensorrt-rtx"), weight_sharing=sharing, builder=ada)
         for sharing in ("inputs", "constants")
     )
     weights = (shared.root / "weights" / "model.safetensors").stat().st_size

@@ -43,6 +43,7 @@ from tests.support.bundles import family, family_trace, make_bundle, rewritten, 
 from tests.support.models import gemma3
 
 RTX = "tensorrt-rtx"
+ADA = BuilderOptions(compute_capabilities=("8.9",))  # of three generations each takes as long as the first
 PROFILES = lora_profiles(8)
 DTYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
@@ -139,7 +140,13 @@ def holds(engine: bytes, values: np.ndarray) -> bool:
 def test_inputs_leave_no_weight_in_the_engines(bundle, tmp_path):
     """With `inputs` no layer weight is in either engine; with `constants` all are, so that the search is one."""
     constants = make_bundle(
-        "llama", tmp_path / "b", targets=(RTX,), weight_sharing="constants", surrogate="recurrent", rank=4
+        "llama",
+        tmp_path / "b",
+        targets=(RTX,),
+        weight_sharing="constants",
+        surrogate="recurrent",
+        rank=4,
+        builder=ADA,
     )
     tensors = read_tensors(bundle.root / "weights" / "model.safetensors")
     matrices = {name: t.read() for name, t in tensors.items() if len(t.shape) == 2 and ".layers." in name}
@@ -283,8 +290,7 @@ def test_half_precision_engines(name, dtype, tmp_path):
     """
     source = family(name)
     traced = family_trace(name, dtype)
-    generations = COMPUTE_CAPABILITIES if name == "llama" else ("8.9",)
-    builder = BuilderOptions(compute_capabilities=generations)
+    builder = BuilderOptions(compute_capabilities=COMPUTE_CAPABILITIES) if name == "llama" else ADA
     options = ExportOptions(max_seq_len=64, targets=(RTX,), rank=2, surrogate="anchor", builder=builder)
     (tmp_path / "b").mkdir()
     made = write_bundle(tmp_path / "b", source.checkpoint, traced, dtype, options, Console())
@@ -390,7 +396,8 @@ def test_static_slots_are_what_the_largest_request_needs(bundle):
 
 def test_the_smallest_capacities(tmp_path):
     """A window that is longer than the caches: the decode profile ends with them."""
-    made = make_bundle("llama", tmp_path / "b", targets=(RTX,), max_seq_len=3, max_prompt_len=1, max_batch=1, k=5)
+    sizes = {"max_seq_len": 3, "max_prompt_len": 1, "max_batch": 1}
+    made = make_bundle("llama", tmp_path / "b", targets=(RTX,), **sizes, k=5, builder=ADA)
     entry = made.target(RTX)[1]
     assert entry.slots == {"kept": 2, "dropped": 1}
     assert entry.refresh_profiles == {"decode": (1, 1), "prefill": (1, 1)}
@@ -418,12 +425,12 @@ def test_add_target(tmp_path):
     """The same engines' graphs as an export makes; the rest of the bundle stays as it was."""
     made = make_bundle("llama", tmp_path / "b")
     before = snapshot(made.root)
-    added = add_target(made.root, [RTX], ExportOptions(verify=False))
+    added = add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA, verify=False))
     assert list(added.manifest.targets) == ["ort", RTX]
     after = snapshot(made.root)
     assert {n: d for n, d in before.items() if n != MANIFEST_NAME}.items() <= after.items()
     assert added.check_hashes() == []
-    whole = make_bundle("llama", tmp_path / "whole", targets=("ort", RTX))
+    whole = make_bundle("llama", tmp_path / "whole", targets=("ort", RTX), builder=ADA)
     for kind in StepKind:
         assert graph_of(added, kind) == graph_of(whole, kind)
     sizes = {"engine_bytes": {}}  # engines are not built alike twice
@@ -432,7 +439,7 @@ def test_add_target(tmp_path):
 
 def test_add_target_verifies_what_can_run_here(tmp_path):
     made = make_bundle("llama", tmp_path / "b", targets=("none",))
-    added = add_target(made.root, ["ort", RTX])
+    added = add_target(made.root, ["ort", RTX], ExportOptions(targets=("ort", RTX), builder=ADA))
     assert added.manifest.verification["ort"]["status"] == "passed"
     result = added.manifest.verification[RTX]
     if result["status"] == "not run":  # no GPU here
@@ -571,7 +578,7 @@ def test_constants_are_not_duplicated(tmp_path):
 
 def test_float32_is_float32(bundle, monkeypatch):
     """TF32 is on by default in TensorRT; an engine of ours is built without it."""
-    builder = EngineBuilder(RTX, bundle.root, BuilderOptions(), Console())
+    builder = EngineBuilder(RTX, bundle.root, ADA, Console())
     trt, seen = builder.trt, []
     build = trt.Builder.build_serialized_network
 

@@ -19,6 +19,7 @@ from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
+from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, record_again, save_adapters
 
 
@@ -142,7 +143,10 @@ def half_bundle(tmp_path_factory):
     source = family("llama")
     root = tmp_path_factory.mktemp("half") / "b"
     root.mkdir()
-    options = ExportOptions(max_seq_len=64, rank=2, surrogate="recurrent", targets=("ort", "tensorrt-rtx"))
+    builder = BuilderOptions(compute_capabilities=("8.9",))
+    options = ExportOptions(
+        max_seq_len=64, rank=2, surrogate="recurrent", targets=("ort", "tensorrt-rtx"), builder=builder
+    )
     return write_bundle(root, source.checkpoint, family_trace("llama", "float16"), "float16", options, Console())
 
 

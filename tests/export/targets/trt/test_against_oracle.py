@@ -1,0 +1,45 @@
+"""The graphs that TensorRT-RTX's parser gets, run by ONNX Runtime, against the oracle; and its engines of all families.
+
+The oracle decodes one token and one row at a time on the unmodified transformers model.
+"""
+
+from __future__ import annotations
+
+import pytest
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+
+from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
+from tests.export.test_against_oracle import assert_same_run
+from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
+from tests.support.models import FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_graphs_of_tensorrt(name, tmp_path):
+    """Every family for tensorrt-rtx: both engines are built, and the very ONNX that the parser got decodes right.
+
+    Weights as inputs, static capacities, prompts in chunks; what only a GPU shows is the engines' own numbers. Engines
+    are built for all generations of GPUs with one family, and for one of them with the others, which takes a third.
+    """
+    generations = COMPUTE_CAPABILITIES if name == "llama" else ("8.9",)
+    options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24}
+    options["builder"] = BuilderOptions(compute_capabilities=generations)
+    bundle = make_bundle(name, tmp_path / "b", **options, surrogate="recurrent", rank=2)
+    entry = bundle.target("tensorrt-rtx")[1]
+    assert entry.compute_capabilities == generations
+    assert {
+        kind: (bundle.root / getattr(entry, kind)).stat().st_size for kind in ("refresh", "lora")
+    } == entry.engine_bytes
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    engine = OrtEngine(bundle, "tensorrt-rtx", threads=1)
+    with Session(bundle, engine, PeriodicSchedule(2)) as session:
+        session.load_adapters(adapters)
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        engine.prefill_chunk = 4
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
+        session = Session(bundle, engine, PeriodicSchedule(2), "backfill")
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
+        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
