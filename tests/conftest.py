@@ -11,6 +11,7 @@ import pytest
 # Read when libraries are imported, here and in commands that tests start. Nothing is fetched. PyTorch has one thread: a
 # second one of each worker would find no core of its own, and the first would wait for it
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # also of those that import ONNX Runtime themselves
 os.environ["LORA_DROP_CACHE"] = ""  # nothing is kept in the user's folder
 
 TRACES = "LORA_DROP_TEST_TRACES"

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_drop_runtime.errors import InputError, first_line
 
 EXTRAS = {"onnxruntime": "cpu", "onnxruntime-gpu": "cuda"}  # package → the extra of ours that brings it
 LEAST_VERSION = (1, 25)  # the first with TensorScatter for the CPU
+TELEMETRY_OFF = "ORT_DISABLE_TELEMETRY"  # read when the library is loaded; 1.29 is the first that tells
 
 
 def installed_packages() -> list[str]:
@@ -46,11 +48,12 @@ def upgrade_command() -> str:
 
 
 def import_onnxruntime() -> Any:
-    """The module `onnxruntime`.
+    """The module `onnxruntime`, which tells nobody that it is used unless the variable `ORT_DISABLE_TELEMETRY` is 0.
 
     Raises:
         InputError: it is not installed, too old, or does not work.
     """
+    os.environ.setdefault(TELEMETRY_OFF, "1")
     try:
         import onnxruntime
 

@@ -5,6 +5,7 @@ Each in a fresh interpreter, with a folder of stand-ins in the place of site-pac
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,40 @@ def said(site: Path, module: str | None, *packages: str) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+REAL = """
+import numpy, onnx, sys
+from lora_drop_runtime.engines.ort.package import import_onnxruntime
+x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+print(session.run(None, {"x": numpy.ones(1, numpy.float32)})[0][0])
+"""
+
+
+def test_it_tells_nobody_that_it_is_used(tmp_path):
+    """ONNX Runtime 1.29 and newer reports to its maker, and keeps an identifier in the user's home. The environment is
+    bare: it is silent by itself where it sees a test or CI."""
+    done = subprocess.run(
+        [sys.executable, "-c", REAL],
+        env={"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.stdout == "-1.0\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_may_let_it_tell(tmp_path, monkeypatch):
+    reads = WORKS.replace("'1.32.0'", "'1.32.' + __import__('os').environ['ORT_DISABLE_TELEMETRY']")
+    monkeypatch.delenv(package.TELEMETRY_OFF)
+    assert said(tmp_path / "off", reads, "onnxruntime") == ["1.32.1"]
+    monkeypatch.setenv(package.TELEMETRY_OFF, "0")
+    assert said(tmp_path / "on", reads, "onnxruntime") == ["1.32.0"]
 
 
 def test_one_that_works(tmp_path):

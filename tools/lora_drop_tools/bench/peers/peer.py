@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.engines.ort.package import TELEMETRY_OFF
+
 from lora_drop_tools.shared.machine import pss_bytes
 
 from .options import PEERS, PeerOptions, reason_against
@@ -37,7 +39,8 @@ def _size(path: Path) -> int:
 
 
 def _start(command: Sequence[str], log: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", TELEMETRY_OFF: "1"}
+    environment = os.environ | own
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
     )
