@@ -6,7 +6,8 @@
 An arm is a name, an address, and fields of its requests. Arms take turns within each repeat. Prompts are made by
 guidellm, each another one; all requests are greedy and have the same length. `--command NAME=COMMAND` adds an arm that
 is no server: its output's last line is the tokens a second of `--batch` rows. Printed are medians over the repeats; the
-ratios are those of arms within one repeat.
+ratios are those of arms within one repeat. Tokens a second are those of a fixed number of requests, from the begin of
+the first to the end of the last.
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ def asked(arm: Arm, users: int, options: argparse.Namespace) -> Measured:
         report = Path(folder) / "report.json"
         command = [options.guidellm, "run", "--disable-console", "--backend", backend]
         command += ["--profile", f"kind=concurrent,streams={users}"]
-        command += ["--constraint", f"kind=max_duration,seconds={options.seconds}"]
+        command += ["--constraint", f"kind=max_requests,count={max(options.rounds * users, options.least)}"]
         command += ["--tokenizer", f"kind=hf_auto,model={options.tokenizer}"]
         tokens = f"prompt_tokens={options.prompt_tokens},output_tokens={options.new_tokens}"
         command += ["--data", f"kind=synthetic_text,{tokens}", "--output", f"kind=json,path={report}"]
         alone = {**os.environ, "GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # ten would take the cores that the server needs
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
-        metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
+        (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
     if metrics["request_totals"]["errored"]:
         sys.exit(f"{arm.name}: {metrics['request_totals']['errored']} requests failed")
-    if not metrics["request_totals"]["successful"]:
-        sys.exit(f"{arm.name}: no request ended within --seconds {options.seconds}")
-    found = {"tokens_per_second": metrics["output_tokens_per_second"]["total"]["mean"]}
+    requests = metrics["request_totals"]["successful"]
+    found = {"tokens_per_second": requests * options.new_tokens / benchmark["duration"], "requests": requests}
     for name, key in (("first_ms", "time_to_first_token_ms"), ("between_ms", "inter_token_latency_ms")):
         percentiles = metrics[key]["successful"]["percentiles"]
         found |= {f"{name}_{p}": percentiles[p] for p in ("p50", "p95")}
-    return found | {"requests": metrics["request_totals"]["successful"]}
+    return found
 
 
 def ran(command: str) -> Measured:
@@ -97,7 +98,8 @@ def main() -> None:
     parser.add_argument("--guidellm", default="guidellm")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--users", default="1,2,4,8,16,32")
-    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3, help="requests of each user")
+    parser.add_argument("--least", type=int, default=12, help="requests in all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
