@@ -159,12 +159,15 @@ class PagedSlots:
         order = sorted(due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
         writes_dropped = kind is StepKind.REFRESH or self._fills
+        # Nobody reads what dropped attentions make of a LoRA step's zeros: they see the block that is written alone
+        written_alone = self._fills and kind is StepKind.LORA
         blocks: list[list[list[int]]] = [[], []]
         for run, row in zip(chosen, rows, strict=True):
             assert row is not None
             for number, (pool, begin) in enumerate(zip(self._engine.pools, (run.kept, run.dropped), strict=True)):
                 end = begin + (len(run.tokens) if writes_dropped or not number else 0)
-                blocks[number].append(self._own(pool, row.blocks[number], begin, end))
+                own = self._own(pool, row.blocks[number], begin, end)
+                blocks[number].append(own[begin // self._size :] if number and written_alone else own)
         tokens = sum(len(run.tokens) for run in chosen)
         wanted = [run.wanted for run in chosen]
         padding = 0 if once else self._padding(tokens)
@@ -174,7 +177,7 @@ class PagedSlots:
                 blocks[number].append(own)
         sizes = sum(map(len, blocks[0])), sum(map(len, blocks[1]))
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
-        self._fill(feed, chosen, len(order), blocks, writes_dropped)
+        self._fill(feed, chosen, len(order), blocks, writes_dropped, written_alone)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
         self._copied = None
@@ -197,12 +200,19 @@ class PagedSlots:
         return self._spare.blocks
 
     def _fill(
-        self, feed: Feed, runs: Sequence[Run], rows: int, blocks: Sequence[Sequence[list[int]]], writes_dropped: bool
+        self,
+        feed: Feed,
+        runs: Sequence[Run],
+        rows: int,
+        blocks: Sequence[Sequence[list[int]]],
+        writes_dropped: bool,
+        written_alone: bool,
     ) -> None:
         """Write what a call reads. Single values of small calls are written by plain Python.
 
         Args:
             rows: of the runs, those whose logits are wanted.
+            written_alone: the blocks of dropped layers begin with the one that is written.
         """
         place = wanted = 0
         ids, positions = feed.ids[0], feed.positions[0]
@@ -225,7 +235,9 @@ class PagedSlots:
         for group, (lengths, begins, numbers, block_begins, longest) in enumerate(feed.tables):
             at = used = most = 0
             for number, run in enumerate(runs):
-                past = run.dropped if group else run.kept
+                past = run.kept
+                if group:
+                    past = run.dropped % self._size if written_alone else run.dropped
                 count = len(run.tokens) if writes_dropped or not group else 0
                 own = blocks[group][number]
                 lengths[number] = past

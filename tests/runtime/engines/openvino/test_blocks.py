@@ -6,6 +6,7 @@ import gc
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine, Steps
 from lora_drop_runtime.engines.openvino.pool import BlockPool
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from tests.support.bundles import make_bundle
 from tests.support.decoding import padded
 
-from .test_engine import MINUTES, MODEL, TARGETS, VOCAB, assert_near
+from .test_engine import MINUTES, MODEL, TARGETS, VOCAB, assert_near, both, follow
 
 SHAPES = {"key_cache.3": (2, 4, 3), "value_cache.3": (2, 4, 5)}
 
@@ -381,3 +382,28 @@ def test_a_pool_grows_while_another_session_is_in_the_middle(engine: OpenVinoEng
     crowd[-1].prefill(*padded([text(90, 1), text(90, 2)]), max_new_tokens=30)
     assert_near(session.step([2]), other.step([2]), "after their blocks are another's")
     other.close()
+
+
+@pytest.mark.parametrize("name", [MODEL, "gemma2"])  # the second has softcap and windows
+def test_a_lora_step_that_fills_sees_the_block_that_it_writes_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody reads what dropped attentions make there. Refreshes read all that was filled, over three blocks, as on
+    target ort."""
+    bundle = make_bundle(name, tmp_path / "b", targets=TARGETS, policy="fill", drop_ratio=0.5, max_batch=8)
+    tables: list[tuple[StepKind, int, int]] = []  # step, blocks of kept and of dropped layers
+    plain = Steps.feed
+
+    def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: Any) -> Any:
+        tables.append((kind, *blocks))
+        return plain(self, kind, tokens, wanted, rows, blocks)
+
+    monkeypatch.setattr(Steps, "feed", feed)
+    sessions = both(bundle, policy="fill")
+    follow(sessions, [text(29), text(63, 1)], np.array([text(2, seed) for seed in range(40)]), 3)
+    lora = [own for own in tables if own[0] is StepKind.LORA]
+    assert {dropped for _, _, dropped in lora} == {2}  # one of each row
+    assert max(kept for _, kept, _ in lora) == 3 + 4
+    assert max(dropped for kind, _, dropped in tables if kind is StepKind.REFRESH) == 3 + 4
+    for session in sessions:
+        session.close()
