@@ -13,7 +13,6 @@ import statistics
 import time
 
 import numpy as np
-import onnxruntime_genai as og
 
 
 def main() -> None:
@@ -25,6 +24,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    try:
+        import onnxruntime_genai as og
+    except ImportError:
+        parser.error("onnxruntime-genai is not installed here: pip install onnxruntime-genai, in a place of its own")
     config = og.Config(options.model)
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {options.threads}}}}}}}}}')
     model, rng = og.Model(config), np.random.default_rng(0)

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,16 @@ class Arm(NamedTuple):
     def of(text: str) -> Arm:
         name, _, rest = text.rpartition("=http")
         target, *fields = f"http{rest}".split(",")
+        if not name or not rest or not all("=" in field for field in fields):
+            raise argparse.ArgumentTypeError(f"{text!r} is no NAME=URL, with FIELD=VALUE of its requests behind commas")
         return Arm(name, target, tuple(fields))
+
+
+def numbers(text: str) -> list[int]:
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: there is at least one user")
+    return found
 
 
 def asked(arm: Arm, users: int, options: argparse.Namespace) -> Measured:
@@ -54,7 +64,9 @@ def asked(arm: Arm, users: int, options: argparse.Namespace) -> Measured:
         tokens = f"prompt_tokens={options.prompt_tokens},output_tokens={options.new_tokens}"
         command += ["--data", f"kind=synthetic_text,{tokens}", "--output", f"kind=json,path={report}"]
         alone = {**os.environ, "GUIDELLM__MAX_WORKER_PROCESSES": "1"}  # ten would take the cores that the server needs
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=alone)
+        done = subprocess.run(command, capture_output=True, text=True, env=alone)
+        if done.returncode or not report.exists():
+            sys.exit(f"{arm.name}: guidellm failed\n{(done.stderr or done.stdout).strip()[-2000:]}")
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
     metrics = benchmark["metrics"]
     if metrics["request_totals"]["errored"]:
@@ -97,7 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="number of users beside whom --command is run")
     parser.add_argument("--guidellm", default="guidellm")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--users", default="1,2,4,8,16,32")
+    parser.add_argument("--users", type=numbers, default=[1, 2, 4, 8, 16, 32], help="such as 1,8,32")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each user")
     parser.add_argument("--least", type=int, default=12, help="requests in all")
     parser.add_argument("--repeats", type=int, default=3)
@@ -105,9 +117,13 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if shutil.which(options.guidellm) is None:
+        parser.error(f"{options.guidellm} is no command: pip install guidellm, in an environment of its own")
+    if not all("=" in text for text in options.command):
+        parser.error("--command is NAME=COMMAND")
     commands = dict(text.split("=", 1) for text in options.command)
     runs: dict[int, list[dict[str, Measured]]] = {}
-    for users in map(int, options.users.split(",")):
+    for users in options.users:
         runs[users] = []
         for _ in range(options.repeats):
             run = {arm.name: asked(arm, users, options) for arm in options.arms}

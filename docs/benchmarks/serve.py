@@ -101,7 +101,8 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-m", "lora_drop_tools", *command], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     found = re.search(r":(\d+) ", server.stdout.readline())
-    assert found is not None
+    if found is None:
+        sys.exit(server.wait())  # it has said why
     port = int(found[1])
     ways: dict[str, list[float]] = {"bare": [], "served": [], "streamed": []}
     first: list[float] = []

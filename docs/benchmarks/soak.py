@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LEAST_MINUTES = 0.1
 WARM_UP = 0.2  # of the time: pages of caches are taken when rows first reach them
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 JSON = {"type": "json_schema", "json_schema": {"name": "number", "schema": SCHEMA}}
@@ -74,12 +75,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not (options.minutes >= LEAST_MINUTES and options.users > 0):
+        parser.error(f"--minutes is at least {LEAST_MINUTES}, --users at least 1")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"there is no directory for --json {options.json}")
     command = ["serve", options.bundle, "--port", "0", "--threads", str(options.threads)]
     server = subprocess.Popen([sys.executable, "-m", "lora_drop_tools", *command], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
-    said = ""
-    while (found := re.search(r"http://[\d.]+:(\d+)", said)) is None:
-        said += server.stdout.readline()
+    found = None
+    while found is None:
+        line = server.stdout.readline()
+        if not line:
+            return server.wait()  # it has said why
+        found = re.search(r"http://[\d.]+:(\d+)", line)
     port, end = int(found[1]), time.monotonic() + 60 * options.minutes
     statuses: collections.Counter[str] = collections.Counter()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,9 @@ COMPUTING = {"GroupQueryAttention", "Gemm", "MatMul", "MatMulNBits", "RMSNormali
 
 def need_provider(job: Job, provider: str) -> None:
     """Raises Skip with the name of what is not here."""
-    from lora_drop_runtime.engines.ort.package import TELEMETRY_OFF
     from lora_drop_runtime.engines.ort.providers import PROVIDERS
 
     cuda_runtime(job)
-    os.environ.setdefault(TELEMETRY_OFF, "1")
     try:
         import onnxruntime
 
