@@ -70,7 +70,7 @@ def queue_full(rows: int, most: int) -> ApiError:
 
 
 def malformed() -> ApiError:
-    return ApiError(400, "The request is no HTTP.", code="malformed")
+    return ApiError(400, "The request is no HTTP, or its head is too long.", code="malformed")
 
 
 def too_slow(part: str, seconds: float) -> ApiError:

@@ -164,7 +164,7 @@ def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:
         loop="asyncio",  # not what else is installed: the tests and the messages about sockets are of these
         http=Protocol,
         ws="none",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=_FLUSH_SECONDS,

@@ -108,6 +108,7 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     Raises:
         InputError: it does not build for a compute capability, or has not got an option.
         BundleError: it is not installed; the plugin form, and no plugin.
+        NoDeviceError: tensorrt, which builds for the GPU of this machine, and there is none.
     """
     trt = library(target)
     if target == "tensorrt-rtx":
@@ -120,6 +121,10 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
                 "is given.",
                 hint="Name them with --compute-capability.",
             )
-    elif form == "plugin":
+        return trt
+    from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
+
+    if form == "plugin":
         plugin_path()
+    device_compute_capability()
     return trt

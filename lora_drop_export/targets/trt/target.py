@@ -88,6 +88,28 @@ def _check_scales(neutral: Any, target: str) -> None:
             )
 
 
+def _check_named(options: TrtOptions, targets: Sequence[str]) -> None:
+    """Refuse options that none of the targets has."""
+    if options.builder.alias and not ("tensorrt" in targets and options.attention in (None, "plugin")):
+        raise InputError(
+            "--alias applies only to the attention plugin.",
+            note=f"None of the targets {', '.join(targets)} has it.",
+            hint="Leave it out, or use --target tensorrt.",
+        )
+    if "tensorrt-rtx" not in targets and options.builder.compute_capabilities != COMPUTE_CAPABILITIES:
+        raise InputError(
+            "--compute-capability applies only to tensorrt-rtx.",
+            note=f"Given are {', '.join(options.builder.compute_capabilities)}; the targets are {', '.join(targets)}.",
+            hint="Leave it out: tensorrt builds for the GPU of this machine.",
+        )
+    if "tensorrt-rtx" in targets and options.attention == "plugin":
+        raise InputError(
+            "The target cannot run plugins.",
+            note="'tensorrt-rtx' has only its native layers, --attention plugin was asked for.",
+            hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
+        )
+
+
 class TrtTarget:
     """What both rows of the table share; see `Target` there."""
 
@@ -149,6 +171,7 @@ class TrtTarget:
             because = f"the targets are {', '.join(targets)}"
             for part in (options, options.builder):
                 refuse_unused(part, _OWN, because, f"use --target {' or '.join(MODULES)}")
+        _check_named(options, targets)  # first: what no library would mend
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 
@@ -301,15 +324,6 @@ class TensorRt(TrtTarget):
     what = "engines for the GPU of this machine"
     default_form = "plugin"
 
-    def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
-        super().check(options, targets)
-        if options.builder.alias and not (self.name in targets and self.form(options) == "plugin"):
-            raise InputError(
-                "--alias applies only to the attention plugin.",
-                note=f"None of the targets {', '.join(targets)} has it.",
-                hint="Leave it out, or use --target tensorrt.",
-            )
-
 
 class TensorRtRtx(TrtTarget):
     """TensorRT-RTX, which builds without a GPU for the generations that are named."""
@@ -317,22 +331,6 @@ class TensorRtRtx(TrtTarget):
     name = "tensorrt-rtx"
     what = "engines for RTX GPUs"
     default_form = "native"
-
-    def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
-        super().check(options, targets)
-        if self.name not in targets and options.builder.compute_capabilities != COMPUTE_CAPABILITIES:
-            raise InputError(
-                "--compute-capability applies only to tensorrt-rtx.",
-                note=f"Given are {', '.join(options.builder.compute_capabilities)}; "
-                f"the targets are {', '.join(targets)}.",
-                hint="Leave it out: tensorrt builds for the GPU of this machine.",
-            )
-        if self.name in targets and options.attention == "plugin":
-            raise InputError(
-                "The target cannot run plugins.",
-                note="'tensorrt-rtx' has only its native layers, --attention plugin was asked for.",
-                hint="Leave --attention out: it is native there, and plugin with --target tensorrt.",
-            )
 
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         super().check_dtype(dtype, weights, options)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_drop_tools.bench.memory import _failed
 from lora_drop_tools.shared import machine
 
 
@@ -32,3 +35,25 @@ def test_memory_and_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "cpuinfo").write_text("".join(f"physical id : 0\ncore id : {i // 2}\n\n" for i in range(4)))
     assert machine.physical_cores() <= 2
     assert machine.machine_facts()["versions"]["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            "NoDeviceError('There is no GPU.', note='0 devices.', hint='Take one.')",
+            ("There is no GPU.", "0 devices.", "Take one."),
+        ),
+        (
+            "ValueError('a bug')",
+            ("The process that measures the memory failed.", "ValueError: a bug", "Run the bundle"),
+        ),
+    ],
+)
+def test_the_process_that_measures_memory_says_why_it_failed(raised: str, told: tuple[str, str, str]) -> None:
+    code = f"from lora_drop_runtime import NoDeviceError; raise {raised}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    error = _failed(done.stderr, done.returncode)
+    assert (error.fact, error.note) == told[:2]
+    assert error.hint is not None
+    assert error.hint.startswith(told[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,11 +32,17 @@ def report_memory(argument: str) -> None:
     print(json.dumps(found))
 
 
-def _said(stderr: str) -> str:
-    """What an error of ours said, or else the last line."""
+def _failed(stderr: str, code: int) -> InputError:
+    """The error that the process ended with, where it is one of ours."""
     lines = [line for line in stderr.splitlines() if line.strip()]
-    notes = [line.removeprefix("Note: ") for line in lines if line.startswith("Note: ")]
-    return (notes or lines[-1:] or [""])[0]
+    ours = re.search(r"^(?:[\w.]+: )?(.+)\nNote: (.+)\nHint: (.+)\Z", "\n".join(lines[-3:]))
+    if ours is not None:
+        return InputError(ours[1], note=ours[2], hint=ours[3])
+    return InputError(
+        "The process that measures the memory failed.",
+        note=lines[-1] if lines else f"It ended with code {code}.",
+        hint="Run the bundle with: lora-drop generate",
+    )
 
 
 def measure_memory(
@@ -56,10 +63,6 @@ def measure_memory(
     code = f"import sys; from {__name__} import report_memory; report_memory(sys.stdin.read())"
     done = subprocess.run([sys.executable, "-c", code], input=json.dumps(given), capture_output=True, text=True)
     if done.returncode:
-        raise InputError(
-            "The process that measures the memory failed.",
-            note=_said(done.stderr) or f"It ended with code {done.returncode}.",
-            hint="Run the bundle with: lora-drop generate",
-        )
+        raise _failed(done.stderr, done.returncode)
     found = json.loads(done.stdout.splitlines()[-1])
     return [Memory(name, k, request, pss) for k, pss in zip(windows, found, strict=True)]

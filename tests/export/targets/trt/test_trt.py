@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from lora_drop_runtime import BundleError, InputError, ModelError, Session, Step
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.errors import NoDeviceError
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -35,11 +37,12 @@ from lora_drop_export.targets.openvino.lower import openvino_from_neutral
 from lora_drop_export.targets.ort.lower import lower_step
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
-from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions
+from lora_drop_export.targets.trt.options import COMPUTE_CAPABILITIES, BuilderOptions, check_buildable
 from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profiles
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.support.bundles import family, family_trace, make_bundle, rewritten, traced_family
+from tests.support.fake_cuda import FakeCuda, cudaError_t
 from tests.support.models import gemma3
 
 RTX = "tensorrt-rtx"
@@ -627,6 +630,9 @@ def test_a_failed_addition_leaves_the_bundle(tmp_path, monkeypatch):
         (["--target", RTX, "--hardware-compatible"], "has no such option"),
         (["--target", RTX, "--alias"], "--alias applies only to the attention plugin"),
         (["--target", "ort", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
+        # Before the library, which need not be here, and the plugin, which is built for nothing then
+        (["--target", "tensorrt", "--compute-capability", "8.6"], "--compute-capability applies only to tensorrt-rtx"),
+        (["--target", "tensorrt", "--attention", "native", "--alias"], "--alias applies only to the attention plugin"),
         (["--target", RTX, "--optimization-level", "9"], "--optimization-level is too large"),
         (["--target", RTX, "--workspace-mib", "0"], "--workspace-mib is too small"),
     ],
@@ -656,6 +662,16 @@ def test_add_target_refuses_what_the_bundle_fixes(arguments, message, tmp_path, 
     assert main(["--out", str(tmp_path / "b"), "--add-target", RTX, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert snapshot(tmp_path) == before
+
+
+def test_a_build_that_needs_a_gpu_is_refused_at_once(monkeypatch):
+    """tensorrt builds for the GPU of this machine; without one the export would end after the trace."""
+    cuda = FakeCuda()
+    cuda.cudaGetDeviceCount = lambda: (cudaError_t.cudaSuccess, 0)
+    monkeypatch.setattr("lora_drop_export.targets.trt.options.library", lambda _: SimpleNamespace())
+    monkeypatch.setattr("lora_drop_runtime.engines.trt.cuda_device._bindings", lambda _: cuda)
+    with pytest.raises(NoDeviceError, match="no GPU"):
+        check_buildable("tensorrt", BuilderOptions(), "native")
 
 
 def test_a_missing_library_is_named(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,6 +112,18 @@ def test_no_openvino_at_the_export(
     options = "--model", made_from.directory, "--out", tmp_path / "out", "--target", "openvino"
     refused(lora_drop_export.cli.main, *options, words=("OpenVINO is not installed", "--target ort"))
     assert not (tmp_path / "out").exists()
+
+
+def test_openvino_tells_nobody_that_it_is_used(tmp_path: Path) -> None:
+    """With openvino-telemetry beside it, it reports its import, and keeps an identifier in the user's home, unless it
+    sees CI. Others may import openvino-telemetry afterwards."""
+    code = (
+        "import sys; from lora_drop_runtime.engines.openvino.package import import_openvino as get; get().Core()\n"
+        "assert 'openvino_telemetry' not in sys.modules; import openvino_telemetry"
+    )
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_an_uninstalled_package_left(monkeypatch: pytest.MonkeyPatch) -> None:
