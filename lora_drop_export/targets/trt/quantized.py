@@ -87,10 +87,8 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
         model: initializers refer to files of `root`.
         file: open for writing, directly in `root`, empty; the graph's new initializers lie in it.
 
-    Requires: 8 bits are symmetric.
-
     Raises:
-        ModelError: INT8 with negative scales.
+        ModelError: 8 bits with negative scales or zero points.
     """
     import ml_dtypes
 
@@ -104,16 +102,16 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
         bits = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}[weight.data_type]
         q, symmetric = _stored(root, weight), points.name.endswith(SYMMETRIC)
         signed = _scales(_stored(root, scales), numpy[scales.data_type])
-        if bits == 8 and (signed < 0).any():
+        if bits == 8 and (not symmetric or (signed < 0).any()):
+            wrong = "negative scales, INT8 needs positive ones" if symmetric else "zero points, INT8 has none"
             raise ModelError(
                 "TensorRT cannot take these 8-bit weights.",
-                note=f"{weight.name} has negative scales, INT8 needs positive ones.",
+                note=f"{weight.name} has {wrong}.",
                 hint="Use --target ort or openvino, or the model's float checkpoint with --dtype int4.",
             )
         if symmetric:
             out.write(weight, onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8, _signed(q, bits))
         else:
-            assert bits == 4, weight.name
             shape = (int(weight.dims[0]), int(weight.dims[1]))
             integers = _less_zero_points(q, _stored(root, points), shape, block_size)
             out.write(weight, onnx.TensorProto.INT8, integers)

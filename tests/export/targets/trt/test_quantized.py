@@ -215,3 +215,29 @@ def test_refusals(symmetric, tmp_path):
         add_target(symmetric.root, [RTX], ExportOptions(targets=(RTX,), weight_sharing="inputs", force=True))
     with pytest.raises(InputError, match="cannot compute in bf16 with quantized weights"):
         add_target(symmetric.root, ["openvino"])
+
+
+@pytest.mark.parametrize(
+    ("points", "scale", "reason"),
+    [("w.zero_points", 1.0, "zero points, INT8 has none"), ("w.symmetric_zero_points", -1.0, "negative scales")],
+)
+def test_8_bits_that_int8_cannot_hold_are_an_error(points, scale, reason, tmp_path):
+    """Such as those of a bundle whose checkpoint mixes 4 and 8 bits."""
+    data = {"w": np.zeros((1, 32), np.uint8), "s": np.full((1, 1), scale, np.float32), points: np.zeros(1, np.uint8)}
+    (tmp_path / "data").write_bytes(b"".join(array.tobytes() for array in data.values()))
+    tensors, begin = [], 0
+    for name, array in data.items():
+        tensor = onnx.helper.make_tensor(
+            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, [0] * array.size
+        )
+        tensor.ClearField("float_data" if name == "s" else "int32_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "data"), ("offset", begin), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+        begin += array.nbytes
+    node = onnx.helper.make_node("DequantizeLinear", list(data), ["y"], axis=1, block_size=32)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], tensors))
+    with (tmp_path / "signed").open("wb") as file, pytest.raises(ModelError) as caught:
+        sign_weights(model, tmp_path, file)
+    assert reason in caught.value.note
