@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -543,7 +542,7 @@ def test_a_signal_in_the_logger_s_callback_is_not_lost(bundle, monkeypatch, call
 
     def calls_back(*arguments):
         with contextlib.suppress(BaseException):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread, at once
             logger.log(trt.ILogger.Severity.WARNING, "a line")
         logged.extend(logger.warnings)
         if call == "build":
