@@ -75,6 +75,17 @@ def served(port: int, bodies: Bodies, users: int, streams: bool) -> tuple[int, f
     return sum(tokens), time.perf_counter() - begin, first, between
 
 
+def started(bundle: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
+    """A server of the bundle in a process of its own, and its port; ends this one where it does not start."""
+    command = [sys.executable, "-m", "lora_drop_tools", "serve", str(bundle), "--port", "0", *options]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    found = re.search(r"http://[\d.]+:(\d+) ", server.stdout.readline())
+    if found is None:
+        sys.exit(server.wait())  # it has said why
+    return server, int(found[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle", type=Path)
@@ -97,13 +108,7 @@ def main() -> None:
         for _ in range(options.requests)
     ]
     shared = ["--threads", str(options.threads), *(["--policy", options.policy] if options.policy else [])]
-    command = ["serve", options.bundle, "--port", "0", "--slots", str(options.users), *shared]
-    server = subprocess.Popen([sys.executable, "-m", "lora_drop_tools", *command], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    found = re.search(r":(\d+) ", server.stdout.readline())
-    if found is None:
-        sys.exit(server.wait())  # it has said why
-    port = int(found[1])
+    server, port = started(options.bundle, "--slots", str(options.users), *shared)
     ways: dict[str, list[float]] = {"bare": [], "served": [], "streamed": []}
     first: list[float] = []
     between: list[float] = []

@@ -15,12 +15,13 @@ import http.client
 import json
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from serve import started  # the script beside this one
 
 LEAST_MINUTES = 0.1
 WARM_UP = 0.2  # of the time: pages of caches are taken when rows first reach them
@@ -79,16 +80,8 @@ def main() -> int:
         parser.error(f"--minutes is at least {LEAST_MINUTES}, --users at least 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"there is no directory for --json {options.json}")
-    command = ["serve", options.bundle, "--port", "0", "--threads", str(options.threads)]
-    server = subprocess.Popen([sys.executable, "-m", "lora_drop_tools", *command], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    found = None
-    while found is None:
-        line = server.stdout.readline()
-        if not line:
-            return server.wait()  # it has said why
-        found = re.search(r"http://[\d.]+:(\d+)", line)
-    port, end = int(found[1]), time.monotonic() + 60 * options.minutes
+    server, port = started(options.bundle, "--threads", str(options.threads))
+    end = time.monotonic() + 60 * options.minutes
     statuses: collections.Counter[str] = collections.Counter()
 
     def user(seed: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.dtypes import CACHE_DTYPES
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -14,8 +15,6 @@ from lora_drop_export.console import Console
 
 from .reference import Reference
 from .sample import PERPLEXITY_TOKENS, sample_ids
-
-LARGEST = {"int8": 127, "float8_e4m3fn": 448}  # that an entry can be
 
 
 def calibrate_kv(
@@ -48,4 +47,4 @@ def calibrate_kv(
         )
     if per_head:
         largest = {name: value.max(axis=2, keepdims=True) for name, value in largest.items()}
-    return {name: np.maximum(value, 1e-6) / np.float32(LARGEST[kv_dtype]) for name, value in largest.items()}
+    return {name: np.maximum(value, 1e-6) / np.float32(CACHE_DTYPES[kv_dtype][1]) for name, value in largest.items()}

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
+from lora_drop_runtime.dtypes import BY_NAME, CACHE_DTYPES
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -84,8 +85,7 @@ class _Masks:
         return node.outputs[0]
 
 
-# Of a cache of 8 bits the least and the largest entry
-_LIMITS = {ir.DataType.INT8: (-128, 127), ir.DataType.FLOAT8E4M3FN: (-448, 448)}
+_LIMITS = {ir.DataType(BY_NAME[name].onnx): limits for name, limits in CACHE_DTYPES.items()}
 
 
 def _write_rounded(

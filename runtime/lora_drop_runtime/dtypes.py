@@ -61,7 +61,8 @@ BY_SAFETENSORS = {row.safetensors: row for row in DTYPES if row.safetensors}
 BY_TENSORRT = {row.tensorrt: row for row in DTYPES if row.tensorrt}
 BY_SHORT = {row.short: row for row in DTYPES if row.short}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")  # of a checkpoint's weights, and of activations
-CACHE_DTYPES = ("int8", "float8_e4m3fn")  # of K/V caches, beside that of activations
+# Of K/V caches, beside that of activations: the least and the largest entry
+CACHE_DTYPES = {"int8": (-128, 127), "float8_e4m3fn": (-448, 448)}
 WEIGHT_SHORTS = tuple(short for short in BY_SHORT if short != "fp8")  # what weights may be stored in
 
 

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import openai
@@ -191,17 +191,17 @@ def test_a_stream_has_logprobs_of_the_prompt(client: openai.OpenAI, bundle: Bund
     assert len(whole.logprobs.tokens) == len(PROMPT) + 3
 
 
+def streamed(
+    client: openai.OpenAI, bundle: Bundle, count: int, extra_body: dict[str, Any] | None = None, **usage: bool
+) -> list[Any]:
+    """The chunks of a completion of so many tokens, with its usage at the end."""
+    asked: dict[str, Any] = {"model": bundle.manifest.model.name, "prompt": TEXT, "max_tokens": count, "temperature": 0}
+    options: Any = {"include_usage": True, **usage}
+    return list(client.completions.create(**asked, stream=True, stream_options=options, extra_body=extra_body))
+
+
 def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.OpenAI, bundle: Bundle) -> None:
-    stream = client.completions.create(
-        model=bundle.manifest.model.name,
-        prompt=TEXT,
-        max_tokens=9,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"k": 3},
-    )
-    *chunks, last = stream
+    *chunks, last = streamed(client, bundle, 9, extra_body={"k": 3})
     assert "".join(chunk.choices[0].text for chunk in chunks) == words(alone(bundle, PROMPT, 9, k=3))
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 8 + ["length"]
     steps = [chunk.model_extra["lora_drop"]["step"] for chunk in chunks]
@@ -213,15 +213,7 @@ def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.Op
 
 def test_each_chunk_has_the_usage_so_far_where_it_is_asked_for(client: openai.OpenAI, bundle: Bundle) -> None:
     """As generators of load ask: they count tokens by it."""
-    stream = client.completions.create(
-        model=bundle.manifest.model.name,
-        prompt=TEXT,
-        max_tokens=5,
-        temperature=0,
-        stream=True,
-        stream_options=cast(Any, {"include_usage": True, "continuous_usage_stats": True}),
-    )
-    *chunks, last = stream
+    *chunks, last = streamed(client, bundle, 5, continuous_usage_stats=True)
     assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [1, 2, 3, 4, 5]
     assert last.choices == []
     assert last.usage == chunks[-1].usage

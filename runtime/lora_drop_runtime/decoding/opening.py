@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Engine
@@ -34,58 +35,39 @@ def checked_policy(bundle: Bundle, name: str | None) -> Policy:
     return policy
 
 
-def check_opening(
-    path: str | Path,
-    *,
-    k: int | str | Schedule | None,
-    schedule: str | None,
-    policy: str | None,
-    draft: str | None,
-    target: str | None,
-    provider: str | None,
-    threads: int | None,
-) -> tuple[Bundle, Schedule, str]:
-    """Refuse what `open_bundle` would, as far as that is known before an engine is made. Arguments as there.
+class Asked(TypedDict):
+    """What a bundle is opened with, as `Session.open` has it."""
+
+    k: int | str | Schedule | None
+    schedule: str | None
+    policy: str | None
+    draft: str | None
+    target: str | None
+    provider: str | None
+    threads: int | None
+
+
+def check_opening(path: str | Path, **asked: Unpack[Asked]) -> tuple[Bundle, Schedule, str]:
+    """Refuse what `open_bundle` would, as far as that is known before an engine is made.
 
     Returns:
         The bundle, the schedule, and the policy's name.
     """
-    names = {"The policy": policy, "The draft": draft, "The target": target, "The provider": provider}
-    for what, name in {**names, "The schedule": schedule}.items():
-        checks.check_name(what, name, "Leave it out, or give its name as text.")
+    for name in ("policy", "draft", "target", "provider", "schedule"):
+        checks.check_name(f"The {name}", asked[name], "Leave it out, or give its name as text.")
     bundle = Bundle.open(path)
-    k, policy = named_schedule(bundle.manifest, schedule, k, policy)
+    k, policy = named_schedule(bundle.manifest, asked["schedule"], asked["k"], asked["policy"])
     verifier = checked_policy(bundle, policy)
     chosen = scheduled(k, verifier)
-    draft_source(draft, verifier, len(bundle.manifest.plan.sites))
-    checks.check_threads(threads)
-    check_engine(bundle, target, provider)
+    draft_source(asked["draft"], verifier, len(bundle.manifest.plan.sites))
+    checks.check_threads(asked["threads"])
+    check_engine(bundle, asked["target"], asked["provider"])
     return bundle, chosen, policy
 
 
-def open_bundle(
-    path: str | Path,
-    *,
-    k: int | str | Schedule | None,
-    schedule: str | None,
-    policy: str | None,
-    draft: str | None,
-    target: str | None,
-    provider: str | None,
-    threads: int | None,
-    check: bool,
-) -> Opened:
+def open_bundle(path: str | Path, *, check: bool, **asked: Unpack[Asked]) -> Opened:
     """Arguments and errors as for `Session.open`."""
-    bundle, chosen, policy = check_opening(
-        path,
-        k=k,
-        schedule=schedule,
-        policy=policy,
-        draft=draft,
-        target=target,
-        provider=provider,
-        threads=threads,
-    )
+    bundle, chosen, policy = check_opening(path, **asked)
     if check:
         bundle.check_unchanged()
-    return Opened(bundle, open_engine(bundle, target, provider, threads), chosen, policy)
+    return Opened(bundle, open_engine(bundle, asked["target"], asked["provider"], asked["threads"]), chosen, policy)

@@ -26,6 +26,7 @@ def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
         own.clear()
 
 
+Table = tuple[int, int, list[int]]  # of a row in a call: valid entries, new ones, and the blocks that hold both
 MOST_PADDED = 8  # tokens of a call that is brought to the width of others
 
 
@@ -161,23 +162,25 @@ class PagedSlots:
         writes_dropped = kind is StepKind.REFRESH or self._fills
         # Nobody reads what dropped attentions make of a LoRA step's zeros: they see the block that is written alone
         written_alone = self._fills and kind is StepKind.LORA
-        blocks: list[list[list[int]]] = [[], []]
+        tables: list[list[Table]] = [[], []]  # of kept and of dropped layers
         for run, row in zip(chosen, rows, strict=True):
             assert row is not None
-            for number, (pool, begin) in enumerate(zip(self._engine.pools, (run.kept, run.dropped), strict=True)):
-                end = begin + (len(run.tokens) if writes_dropped or not number else 0)
-                own = self._own(pool, row.blocks[number], begin, end)
-                blocks[number].append(own[begin // self._size :] if number and written_alone else own)
+            for number, (pool, past) in enumerate(zip(self._engine.pools, (run.kept, run.dropped), strict=True)):
+                count = len(run.tokens) if writes_dropped or not number else 0
+                own = self._own(pool, row.blocks[number], past, past + count)
+                if number and written_alone:
+                    own, past = own[past // self._size :], past % self._size
+                tables[number].append((past, count, own))
         tokens = sum(len(run.tokens) for run in chosen)
         wanted = [run.wanted for run in chosen]
         padding = 0 if once else self._padding(tokens)
         if padding:
             chosen = [*chosen, Run(StepKind.REFRESH, [0] * padding, 0, 0)]
             for number, own in enumerate(self._spare_blocks()):
-                blocks[number].append(own)
-        sizes = sum(map(len, blocks[0])), sum(map(len, blocks[1]))
+                tables[number].append((0, padding if writes_dropped or not number else 0, own))
+        sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
         feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
-        self._fill(feed, chosen, len(order), blocks, writes_dropped, written_alone)
+        self._fill(feed, chosen, len(order), tables)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
         self._copied = None
@@ -199,20 +202,11 @@ class PagedSlots:
             self._spare = _Row(self._engine, [pool.take(1) for pool in self._engine.pools])
         return self._spare.blocks
 
-    def _fill(
-        self,
-        feed: Feed,
-        runs: Sequence[Run],
-        rows: int,
-        blocks: Sequence[Sequence[list[int]]],
-        writes_dropped: bool,
-        written_alone: bool,
-    ) -> None:
+    def _fill(self, feed: Feed, runs: Sequence[Run], rows: int, tables: Sequence[Sequence[Table]]) -> None:
         """Write what a call reads. Single values of small calls are written by plain Python.
 
         Args:
             rows: of the runs, those whose logits are wanted.
-            written_alone: the blocks of dropped layers begin with the one that is written.
         """
         place = wanted = 0
         ids, positions = feed.ids[0], feed.positions[0]
@@ -232,14 +226,9 @@ class PagedSlots:
             wanted += run.wanted
             place += count
             feed.last[number] = place - 1
-        for group, (lengths, begins, numbers, block_begins, longest) in enumerate(feed.tables):
+        for (lengths, begins, numbers, block_begins, longest), group in zip(feed.tables, tables, strict=True):
             at = used = most = 0
-            for number, run in enumerate(runs):
-                past = run.kept
-                if group:
-                    past = run.dropped % self._size if written_alone else run.dropped
-                count = len(run.tokens) if writes_dropped or not group else 0
-                own = blocks[group][number]
+            for number, (past, count, own) in enumerate(group):
                 lengths[number] = past
                 at += count
                 begins[number + 1] = at
