@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -13,6 +14,9 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # also of those that import ONNX Runtime themselves
 os.environ["LORA_DROP_CACHE"] = ""  # nothing is kept in the user's folder
+
+# A trace makes millions of objects, and few of them are garbage: looking for it as often as by default takes a tenth
+gc.set_threshold(100_000, 50, 50)
 
 TRACES = "LORA_DROP_TEST_TRACES"
 

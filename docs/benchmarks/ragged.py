@@ -1,6 +1,6 @@
 """What one call over rows with different numbers of new tokens gains on this machine.
 
-    python docs/benchmarks/ragged.py BUNDLE [--repeats 7]
+    python docs/benchmarks/ragged.py BUNDLE [--target openvino] [--repeats 7]
 
 Two figures, medians of ratios of runs that take turns: the prefill of eight prompts of 8 to 120 tokens in one call over
 that row by row; and a tick of seven rows of one token beside a prompt chunk of 128 over a prompt chunk of 135.
@@ -51,9 +51,9 @@ def prompts(session: Session, repeats: int) -> float:
     return 1 / ratio(lambda: session.prefill(ids, lengths, max_new_tokens=2), apart, repeats)
 
 
-def tick(bundle: Bundle, threads: int | None, repeats: int) -> float:
+def tick(bundle: Bundle, target: str | None, threads: int | None, repeats: int) -> float:
     """A mixed tick over a chunk of as many tokens."""
-    engine = open_engine(bundle, None, None, threads)
+    engine = open_engine(bundle, target, None, threads)
     room = CONTEXT + 2 * CHUNK
     needed = {"slots_kept": room, "slots_dropped": room}
     slots = slots_for(bundle, engine, ROWS, needed)
@@ -76,13 +76,14 @@ def tick(bundle: Bundle, threads: int | None, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle")
+    parser.add_argument("--target")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
-    with Session.open(options.bundle, threads=options.threads) as session:
+    with Session.open(options.bundle, target=options.target, threads=options.threads) as session:
         speed = prompts(session, options.repeats)
     print(f"prefill of {len(LENGTHS)} ragged prompts: {speed:.2f} of the speed row by row")
-    over = tick(Bundle.open(options.bundle), options.threads, options.repeats)
+    over = tick(Bundle.open(options.bundle), options.target, options.threads, options.repeats)
     print(f"a tick of {ROWS - 1} rows of one token and a chunk of {CHUNK}: {over:.2f} of a chunk of {CHUNK + ROWS - 1}")
 
 

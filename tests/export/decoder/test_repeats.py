@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import onnx_ir as ir
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_drop_export.decoder import trace as tracing
@@ -13,8 +14,11 @@ from tests.support.models import llama
 
 
 def seen(traced: TracedModel) -> tuple:
-    """Nodes by operator, attentions in their order, weights and what feeds each layer's products."""
-    nodes = list(traced.graph.graph)
+    """Nodes by operator, attentions in their order, weights and what feeds each layer's products.
+
+    As a file holds them, floats in single precision: the shared trace of a family may come from another worker's file.
+    """
+    nodes = list(ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph)).graph)
     attentions = [dict(n.attributes) for n in nodes if n.op_type == "CacheAttention"]
     products = [n.inputs[1].name for n in nodes if n.op_type in ("MatMul", "Gemm") and n.inputs[1].is_initializer()]
     return (

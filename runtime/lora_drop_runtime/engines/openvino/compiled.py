@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import io
 import mmap
 import threading
@@ -134,10 +135,18 @@ class _Weights:
             raise
 
 
-def _gives(core: Any, model: Any, vector: Array, wanted: Array, told: Mapping[str, Any]) -> bool:
+@functools.cache
+def _processor(ov: Any) -> Any:
+    """The core that compiles, kept until the process ends: a core that has loaded the plugin for processors gives the
+    thread that did so a stack for signals, and takes it back when it goes. Not rightly where two cores go in the order
+    in which they came, or one in another thread: Ctrl-C then ended the process with a fault."""
+    return ov.Core()
+
+
+def _gives(ov: Any, model: Any, vector: Array, wanted: Array, told: Mapping[str, Any]) -> bool:
     """Whether a small model gives about what is wanted: some processors' kernels give an empty product."""
     try:
-        found = core.compile_model(model, "CPU", dict(told))([vector])[0]
+        found = _processor(ov).compile_model(model, "CPU", dict(told))([vector])[0]
     except RuntimeError:
         return False
     return found.shape == wanted.shape and bool(np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max())
@@ -160,7 +169,7 @@ def _rounds_rightly(ov: Any, group: int, told: Mapping[str, Any]) -> bool:
     vector = rng.standard_normal((1, columns)).astype(np.float32)
     integers = np.stack([packed & 15, packed >> 4], -1).reshape(rows, columns).astype(np.float32)
     wanted = vector @ ((integers - 8) * np.float32(0.01)).T
-    return _gives(ov.Core(), model, vector, wanted, told)
+    return _gives(ov, model, vector, wanted, told)
 
 
 def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
@@ -172,10 +181,9 @@ def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
     x = op.parameter([-1, 64], np.float32)
     model = ov.Model([op.result(op.matmul(x, op.constant(matrix), False, True))], [x], "probe")
     vector = rng.standard_normal((1, 64)).astype(np.float32)
-    core = ov.Core()
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if "BF16" not in _processor(ov).get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return False
-    return _gives(core, model, vector, vector @ matrix.T, told)
+    return _gives(ov, model, vector, vector @ matrix.T, told)
 
 
 def _said(error: Exception) -> str:
@@ -229,12 +237,12 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
     path = bundle.root / entry.steps
     conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held, settings.threads)
     graph = bundle.graph(entry.steps)
-    core, notes = ov.Core(), []
+    reader, notes = ov.Core(), []  # of its own, for the conversions are this bundle's
     for extension in conversions.extensions():
-        core.add_extension(extension)
+        reader.add_extension(extension)
     model_facts = bundle.manifest.model
     try:
-        model = core.read_model(io.BytesIO(graph))
+        model = reader.read_model(io.BytesIO(graph))
         check_io(model, conversions.dtypes, bundle.manifest, entry.steps)
         _leave_cache_types_open(ov, model)
         group = 0 if settings.exact else conversions.least_block or 0
@@ -244,7 +252,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
         if group and model_facts.weight_dtype in QUANTIZED_DTYPES and not _rounds_rightly(ov, group, told):
             notes.append("This processor has no kernels that round activations to 8 bits: products are slower")
             told["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        compiled = core.compile_model(model, "CPU", told)
+        compiled = _processor(ov).compile_model(model, "CPU", told)
     except LoraDropError:
         raise
     except Exception as error:  # OpenVINO's are RuntimeErrors, and what a conversion raises becomes one

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +187,37 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle
     gc.collect()
     assert compiled() is None
     reference.close()
+
+
+INTERRUPTED = """
+import gc, signal, sys, threading
+from lora_drop_runtime import Session
+first, second = (Session.open(sys.argv[1], threads=threads) for threads in (1, 2))
+first.close()
+del first
+gc.collect()
+last = [second]
+del second
+def close():
+    last.pop().close()
+    gc.collect()
+thread = threading.Thread(target=close)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_sessions_have_gone(bundle: Bundle) -> None:
+    """The first one first, and the last one in another thread: the stack for signals that the plugin set up stays."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + INTERRUPTED
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle.root)], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_other_settings_are_another_compiled_model(bundle: Bundle) -> None:
