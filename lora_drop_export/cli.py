@@ -69,9 +69,12 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         " (--max-seq-len, --max-prompt-len, --max-batch)"
     )
     if manifest.targets and is_file(bundle.root / "tokenizer" / "tokenizer.json"):
-        chosen = TARGETS[next(iter(manifest.targets))].provider(manifest.model.dtype)
+        first = next(iter(manifest.targets))
+        chosen = TARGETS[first].provider(manifest.model.dtype)
         provider = f" --provider {chosen}" if chosen else ""
-        print(f'try: lora-drop generate {out}{provider} --prompt "The capital of Italy is"')
+        absent = manifest.verification.get(first, {}).get("status") == "not run"
+        where = "try, on a machine with its device" if absent else "try"
+        print(f'{where}: lora-drop generate {out}{provider} --prompt "The capital of Italy is"')
 
 
 def _export(command_line: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from lora_drop_runtime.errors import NoDeviceError
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lora_drop_export.cli import main
+from lora_drop_export.cli import _print_exported, main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
@@ -439,7 +439,7 @@ def test_add_target(tmp_path):
     assert dataclasses.replace(whole.target(RTX)[1], **sizes) == dataclasses.replace(added.target(RTX)[1], **sizes)
 
 
-def test_add_target_verifies_what_can_run_here(tmp_path):
+def test_add_target_verifies_what_can_run_here(tmp_path, capsys):
     made = make_bundle("llama", tmp_path / "b", targets=("none",))
     added = add_target(made.root, ["ort", RTX], ExportOptions(targets=("ort", RTX), builder=ADA))
     assert added.manifest.verification["ort"]["status"] == "passed"
@@ -450,6 +450,17 @@ def test_add_target_verifies_what_can_run_here(tmp_path):
     else:
         assert result["status"] == "passed"
     assert {entry["target"] for entry in json.loads((made.root / "verify.json").read_text())} == {"ort", RTX}
+    (made.root / "tokenizer").mkdir(exist_ok=True)
+    (made.root / "tokenizer" / "tokenizer.json").touch()
+    first = {RTX: added.manifest.targets[RTX]} | added.manifest.targets
+    rtx_first = dataclasses.replace(added, manifest=dataclasses.replace(added.manifest, targets=first))
+    for shown, here in ((added, True), (rtx_first, result["status"] != "not run")):
+        _print_exported(shown, made.root)
+        said = capsys.readouterr().out
+        assert ("\ntry: lora-drop generate" in said, "try, on a machine with its device: lora-drop" in said) == (
+            here,
+            not here,
+        )
 
 
 class RecordingBuilder:
