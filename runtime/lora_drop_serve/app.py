@@ -316,7 +316,22 @@ class Service:
         if body.echo:
             texts = [p if isinstance(p, str) else self._codec.decode(p) for p in prompts]
             echoes = [text for text in texts for _ in range(body.choices)]
-        return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes)
+        contexts = self._contexts(encoded, body.context_tokens)
+        return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes, contexts=contexts)
+
+    def _contexts(self, prompts: Sequence[Ids], counts: int | Sequence[int] | None) -> Sequence[int | None]:
+        """How many tokens of each prompt are its context. Raises ApiError."""
+        if counts is None:
+            return [None] * len(prompts)
+        each = counts if isinstance(counts, Sequence) else [counts] * len(prompts)
+        if len(each) != len(prompts):
+            said = f"context_tokens has {len(each)} numbers, and there are {len(prompts)} prompts."
+            raise ApiError(400, said, param="context_tokens")
+        for count, prompt in zip(each, prompts, strict=True):
+            if count > len(prompt):
+                said = f"context_tokens is {count}, and the prompt has {len(prompt)} tokens."
+                raise ApiError(400, said, param="context_tokens")
+        return each
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
@@ -358,9 +373,10 @@ class Service:
             schedule = scheduled(driver.schedule if body.k is None else body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
-        if body.scores_prompt and not policy.verifies and schedule != PeriodicSchedule(0):
+        if body.scores_context and not policy.verifies and schedule != PeriodicSchedule(0):
             said = (
-                "echo: logprobs of a prompt are those of full steps; send k: 0 with it, or start the server with --k 0."
+                "echo: logprobs of a context are those of full steps. Send k: 0, start the server with --k 0,"
+                " or say with context_tokens how many tokens of the prompt are context: the others have the schedule's."
             )
             raise ApiError(400, said, param="echo")
         return policy
@@ -390,6 +406,7 @@ class Service:
         request: Request,
         echoes: Sequence[str] | None = None,
         tools: Tools | None = None,
+        contexts: Sequence[int | None] | None = None,
     ) -> Response:
         policy = self._policy(body)
         shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
@@ -398,10 +415,11 @@ class Service:
         if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):
             shared["stop_token_ids"] = ()  # of a scored prompt: who reads such answers counts on one token
         rows = []
-        for prompt in prompts:
+        for prompt, context in zip(prompts, contexts or [None] * len(prompts), strict=True):
             new_tokens = self._new_tokens(prompt, body, param)
+            own = shared if context is None else {**shared, "context_tokens": context}
             for choice in range(body.choices):
-                rows.append(RowRequest(prompt, new_tokens, {**shared, "sampling": body.sampling(choice)}))
+                rows.append(RowRequest(prompt, new_tokens, {**own, "sampling": body.sampling(choice)}))
         answer = kind(
             self._codec,
             self.name,

@@ -244,6 +244,7 @@ class CompletionRequest(_Request):
 
     prompt: Annotated[Text | Items[Text] | Items[int] | Items[Items[int]], Field(min_length=1)]
     echo: bool | None = None
+    context_tokens: Annotated[int, Field(ge=1)] | Items[Annotated[int, Field(ge=1)]] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     max_tokens: Annotated[int, Field(ge=0, le=bounds.TOKENS.most)] | None = None
 
@@ -259,8 +260,20 @@ class CompletionRequest(_Request):
             raise ValueError("it has to be a text, a list of token ids, or a list of either, and not empty")
         return prompt
 
+    @field_validator("context_tokens", mode="before")
+    @classmethod
+    def _counts(cls, counts: Any) -> Any:
+        """As for `prompt`."""
+        if counts is not None and not all(
+            type(one) is int and one > 0 for one in (counts if isinstance(counts, list) and counts else [counts])
+        ):
+            raise ValueError("it has to be a number from 1 on, or a list of such numbers, one for each prompt")
+        return counts
+
     @model_validator(mode="after")
     def _says_something(self) -> CompletionRequest:
+        if self.context_tokens is not None and not self.scores_prompt:
+            raise PydanticCustomError("context_tokens", "it needs echo and logprobs", {"param": "context_tokens"})
         if self.max_tokens == 0 and not self.scores_prompt:
             raise PydanticCustomError("max_tokens", "0 needs echo and logprobs", {"param": "max_tokens"})
         return self
@@ -269,6 +282,11 @@ class CompletionRequest(_Request):
     def scores_prompt(self) -> bool:
         """Whether logprobs of the prompt are asked for."""
         return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def scores_context(self) -> bool:
+        """Whether that is of the whole prompt, as a context's."""
+        return self.scores_prompt and self.context_tokens is None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -366,6 +384,7 @@ class ChatRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = None  # as many as fit
     scores_prompt: ClassVar[bool] = False
+    scores_context: ClassVar[bool] = False
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None

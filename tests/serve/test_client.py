@@ -172,6 +172,45 @@ def test_logprobs_of_a_prompt_are_those_of_full_steps(client: openai.OpenAI, bun
             assert choice.text == words(prompt) + words(tokens[len(prompt) :])
 
 
+def forced(bundle: Bundle, ids: list[int], context: int, k: int, policy: str) -> list[np.ndarray]:
+    """Log-probabilities [V] after each token from the context's last on, which are fed one by one."""
+    with Session.open(bundle.root, k=k, policy=policy, threads=1) as session:
+        logits = [session.prefill(np.array([ids[:context]]), max_new_tokens=len(ids) - context + 1)[0].astype(float)]
+        logits += [session.step(np.array([token]))[0].astype(float) for token in ids[context:]]
+    return [one - np.log(np.exp(one).sum()) for one in logits]
+
+
+@pytest.mark.parametrize(("k", "policy"), [(3, "skip"), (3, "backfill"), (1, "skip"), (0, "skip")])
+def test_what_follows_a_context_is_scored_by_the_schedule(
+    client: openai.OpenAI, bundle: Bundle, k: int, policy: str
+) -> None:
+    """Each prompt with a context of its own; the token behind is made by the same schedule."""
+    prompts = [[(7 * place + 3 * row + 5) % 131 for place in range(12)] for row in range(3)]
+    contexts = [1, 7, 12]
+    done = client.completions.create(
+        model=bundle.manifest.model.name,
+        prompt=prompts,
+        max_tokens=1,
+        temperature=0,
+        logprobs=1,
+        echo=True,
+        extra_body={"k": k, "policy": policy, "context_tokens": contexts},
+    )
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (36, 3)
+    for prompt, context, choice in zip(prompts, contexts, done.choices, strict=True):
+        each = forced(bundle, prompt, context, k, policy)
+        tokens = [*prompt, int(each[-1].argmax())]
+        assert choice.text == words(prompt) + words(tokens[len(prompt) :])
+        found = choice.logprobs
+        assert found is not None
+        assert found.tokens == [f"t{token}" for token in tokens]
+        wanted = [each[place][token] for place, token in enumerate(tokens[context:])]
+        assert found.token_logprobs[context:] == pytest.approx(wanted, abs=1e-4)
+        best = [one.max() for one in each]
+        assert [max(top.values()) for top in found.top_logprobs[context:]] == pytest.approx(best, abs=1e-4)
+
+
 def test_a_stream_has_logprobs_of_the_prompt(client: openai.OpenAI, bundle: Bundle) -> None:
     asked: dict[str, Any] = {
         "model": bundle.manifest.model.name,

@@ -91,6 +91,12 @@ WRONG = [
     (COMPLETIONS, {"logprobs": 1, "echo": True}, "echo"),  # the batch's k is not 0
     (COMPLETIONS, {"logprobs": 1, "echo": True, "k": 2}, "echo"),
     (COMPLETIONS, {"echo": True, "max_tokens": 0}, "max_tokens"),
+    (COMPLETIONS, {"context_tokens": 1}, "context_tokens"),
+    (COMPLETIONS, {"context_tokens": 1, "echo": True}, "context_tokens"),
+    *(
+        (COMPLETIONS, {"prompt": [5, 6, 7], "logprobs": 1, "echo": True, "context_tokens": count}, "context_tokens")
+        for count in (0, -1, 4, True, 1.5, "1", [], [1, 2], [0], 10**30)
+    ),
     (COMPLETIONS, {"k": -1}, "k"),
     (COMPLETIONS, {"k": 1.5}, "k"),
     (COMPLETIONS, {"k": "auto"}, "k"),

@@ -227,6 +227,7 @@ class Batch:
         stop_token_ids: Sequence[int] | None = None,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
+        context_tokens: int | None = None,
         constraint: Constraint | None = None,
     ) -> int:
         """Add a row, which begins at the next tick for which a slot is free. It draws as the one prompt of a session.
@@ -240,6 +241,9 @@ class Batch:
             logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
             prompt_logprobs: tell the prompt's tokens first, each but the first with its logprob by full steps, whatever
                 `k` is; needs `logprobs`. The prompt then goes in by 8 tokens a tick.
+            context_tokens: with `prompt_logprobs`, how many of the prompt's tokens are its context. Those behind are
+                scored as if the row had written them, each by the step that its schedule has there; None scores all by
+                full steps. Under `lossless` the two are one.
             constraint: of what the row may write, as for `Session.generate`; the row works on a fork of it.
 
         Returns:
@@ -265,8 +269,11 @@ class Batch:
         chosen = scheduled(self._schedule if k is None else k, verifier)
         draft = self._draft if draft is None and verifier.verifies else draft
         source = draft_source(draft, verifier, len(manifest.plan.sites))
+        scores = checks.flag("prompt_logprobs", prompt_logprobs)
+        context = checks.checked_context(context_tokens, len(prompt), scores)
+        context = len(prompt) if verifier.verifies else context
         joined = self._join_early and isinstance(chosen, PeriodicSchedule)
-        needed = verifier.dropped_slots(len(prompt), new_tokens - 1, chosen)
+        needed = verifier.dropped_slots(context, len(prompt) - context + new_tokens - 1, chosen)
         kept = len(prompt) + new_tokens - 1
         if joined and verifier.leaves_holes:
             needed = min(needed + 1, kept)  # its first refresh may come sooner
@@ -276,14 +283,13 @@ class Batch:
         checks.check_pool(self._slots.bytes_of(takes), self._most_bytes)
         stops = frozenset(checks.stop_ids(stop_token_ids, manifest.special_tokens.eos))
         likeliest = checks.checked_logprobs(logprobs)
-        scores = checks.flag("prompt_logprobs", prompt_logprobs)
         if scores and likeliest is None:
             raise InputError(
                 "A prompt's logprobs need logprobs.",
                 note="prompt_logprobs is True, logprobs is None.",
                 hint="Use for example logprobs=0.",
             )
-        options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, takes)
+        options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, context, takes)
         sampling = checks.checked_sampling(sampling)
         checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)

@@ -242,6 +242,26 @@ def checked_logprobs(logprobs: int | None) -> int | None:
     return int(logprobs)
 
 
+def checked_context(context_tokens: int | None, length: int, scores: bool) -> int:
+    """How many tokens of a prompt of `length` run as a prompt does."""
+    if context_tokens is None:
+        return length
+    hint = "Use for example prompt_logprobs=True, context_tokens=1."
+    if not scores:
+        raise InputError(
+            "A context needs a prompt that is scored.",
+            note=f"context_tokens is {context_tokens}, prompt_logprobs is False.",
+            hint=hint,
+        )
+    if not 1 <= whole_number("The number of context tokens", context_tokens, hint) <= length:
+        raise InputError(
+            "The number of context tokens is out of range.",
+            note=f"It is {context_tokens}, and the prompt has {length}; possible is 1 to {length}.",
+            hint="Count the tokens that stand before the first one that is scored.",
+        )
+    return int(context_tokens)
+
+
 def check_prompts(ids: Ids) -> None:
     """Whether ids are [B, T] and neither is 0."""
     if ids.ndim != 2 or not ids.size:

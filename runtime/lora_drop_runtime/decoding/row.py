@@ -67,7 +67,8 @@ _ON_DEVICE: Logits = np.empty((1, 0), np.float32)  # the logits of a run whose t
 @dataclass(frozen=True)
 class RowOptions:
     """What a row is asked to do; `logprobs` None wants none, else how many of the likeliest tokens beside its own, and
-    `prompt_logprobs` the same of the prompt.
+    `prompt_logprobs` the same of the prompt, whose first `context` tokens run as prompts do, and the others by the
+    schedule.
 
     `slots` are those that its caches need in all, {"slots_kept": n, "slots_dropped": m}.
     """
@@ -79,6 +80,7 @@ class RowOptions:
     stops: frozenset[int]
     logprobs: int | None
     prompt_logprobs: bool
+    context: int
     slots: Mapping[str, int]
 
 
@@ -116,7 +118,8 @@ class Row:
         self.number, self.options, self._tell = number, options, tell
         self.why_single_steps = why_single_steps
         self.kept = self.dropped = self.waited = 0
-        self._prompt: list[int] = prompt.tolist()
+        self._prompt: list[int] = prompt[: options.context].tolist()
+        self._given: list[int] = prompt[options.context :].tolist()
         self._sampler, self._chunk = sampler, chunk
         self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
         self._left = options.new_tokens
@@ -227,9 +230,13 @@ class Row:
         if begin == 0:
             self._tell(Event(self.number, self._prompt[0], StepKind.REFRESH, is_prompt=True))
         for token, after in zip(self._prompt[begin + 1 :], logits, strict=False):
-            self._sampler.largest(after)
-            logprob, top = self._logprobs(token, after)
-            self._tell(Event(self.number, token, StepKind.REFRESH, logprob, top, is_prompt=True))
+            self._tell_scored(token, after, StepKind.REFRESH)
+
+    def _tell_scored(self, token: int, logits: Logits, kind: StepKind) -> None:
+        """Tell a token of the prompt that stands behind these logits [V]."""
+        self._sampler.largest(logits)
+        logprob, top = self._logprobs(token, logits)
+        self._tell(Event(self.number, token, kind, logprob, top, is_prompt=True))
 
     def _logprobs(self, token: int, logits: Logits) -> tuple[float, tuple[tuple[int, float], ...]]:
         """The token's logprob, and the likeliest tokens with theirs."""
@@ -259,12 +266,17 @@ class Row:
         return self._chosen
 
     def _scheduled_tokens(self, logits: Logits) -> Runs:
-        policy, cycle = self.options.policy, Cycle(self.options.schedule, self.options.new_tokens - 1)
+        policy, given = self.options.policy, iter(self._given)
+        cycle = Cycle(self.options.schedule, len(self._given) + self.options.new_tokens - 1)
         kind, since_refresh = StepKind.REFRESH, list[int]()
         while True:
-            token = self._choose(logits)
-            if not self._event(token, logits, kind, self._sampler.is_over):
-                return
+            token = next(given, None)
+            if token is not None:
+                self._tell_scored(token, logits, kind)
+            else:
+                token = self._choose(logits)
+                if not self._event(token, logits, kind, self._sampler.is_over):
+                    return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
             if kind is StepKind.LORA:
                 found, _ = yield Run(kind, [token], self.kept, self.dropped)

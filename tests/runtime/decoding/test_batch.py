@@ -443,6 +443,13 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     assert_refused(lambda: batch.add([1], 3, policy="skip", draft="ngram"), "The policy has no drafts.")
     assert_refused(lambda: batch.add([1], 3, logprobs=-1), "The number of logprobs is out of range.", "-1")
     assert_refused(lambda: batch.add([1], 3, prompt_logprobs=True), "A prompt's logprobs need logprobs.")
+    assert_refused(lambda: batch.add([1], 3, logprobs=0, context_tokens=1), "A context needs a prompt that is scored.")
+    for count in (0, 3):
+        assert_refused(
+            lambda count=count: batch.add([1, 2], 3, logprobs=0, prompt_logprobs=True, context_tokens=count),
+            "The number of context tokens is out of range.",
+            f"It is {count}, and the prompt has 2",
+        )
     with pytest.raises(PlanError):
         batch.add([1], 3, k=-1)
     assert batch.rows == 0
@@ -569,6 +576,36 @@ def test_a_prompt_that_is_scored_changes_nothing_else(tmp_path) -> None:
     for plain, scored in zip(*found, strict=True):
         assert (plain.row, plain.token, plain.kind) == (scored.row, scored.token, scored.kind)
         assert plain.logprob == pytest.approx(scored.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
+def test_what_follows_a_context_has_the_logprobs_of_its_steps(policy: str, tmp_path) -> None:
+    """As a session gives them that is fed the same tokens; rows of other contexts and one that writes run beside."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_ratio=0.5, max_batch=4)
+    ids = [(5 * place + 2) % 131 for place in range(23)]
+    found = defaultdict(list)
+    with Batch.open(bundle.root, slots=3, k=3, policy=policy, threads=1) as batch:
+        rows = {
+            batch.add(ids, 2, logprobs=1, stop_token_ids=[], prompt_logprobs=True, context_tokens=context): context
+            for context in (1, 9, 22, 23)
+        }
+        batch.add(ids[::-1], 12)
+        while batch.rows:
+            for event in batch.tick():
+                found[event.row].append(event)
+    for row, context in rows.items():
+        events = found[row]
+        assert [event.token for event in events if event.is_prompt] == ids
+        assert len(events) == len(ids) + 2
+        fed = [*ids, *(event.token for event in events[len(ids) :])]
+        k = 0 if policy == "lossless" else 3
+        with Session.open(bundle.root, k=k, policy=policy, threads=1) as session:
+            logits = [session.prefill(np.array([fed[:context]]), max_new_tokens=len(fed) - context)[0].astype(float)]
+            logits += [session.step(np.array([token]))[0].astype(float) for token in fed[context:-1]]
+        for event, token, each in zip(events[context:], fed[context:], logits, strict=True):
+            wanted = each - np.log(np.exp(each).sum())
+            assert event.logprob == pytest.approx(wanted[token], abs=1e-4)
+            assert event.top_logprobs[0][1] == pytest.approx(wanted.max(), abs=1e-4)
 
 
 def test_logprobs_are_those_of_the_full_softmax(tmp_path) -> None:

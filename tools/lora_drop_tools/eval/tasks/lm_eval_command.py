@@ -38,7 +38,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     check_lm_eval()
     import lm_eval.__main__ as command
 
-    from . import model  # noqa: F401 registers the class
+    from . import model, served  # noqa: F401 register their classes
 
     before = sys.argv
     sys.argv = [PROGRAM, *arguments]
