@@ -66,8 +66,11 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
             n, k = source.shape
             names = part_names(source.name)
             blocks = k // form.block_size
+            scales.append(Entry(names[1], safetensors_name(dtype), form.scales_shape(source.shape)))
+            if form.floating:
+                integers.append(Entry(names[0], safetensors_name(form.stored_as), (n, k)))
+                continue
             integers.append(Entry(names[0], "U8", (n, k * form.bits // 8)))
-            scales.append(Entry(names[1], safetensors_name(dtype), (n, blocks)))
             row_bits = blocks * form.bits
             whole = row_bits % 8 == 0
             back.append(Entry(names[2], "U8", (n, row_bits // 8) if whole else ((n * row_bits + 7) // 8,)))

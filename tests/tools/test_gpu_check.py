@@ -151,6 +151,7 @@ def test_engines(engine_stages, stage: str) -> None:
         assert timed["timed"] == "cycles"
         assert set(timed["step_ms"]) == ({"refresh"} if k == "k=0" else {"cycle of 4"})
     assert "native int4 build" in numbers  # passed, or the exporter's own words why it does not
+    assert numbers["native fp8 logits"]["status"] == "passed"
 
 
 def test_decode(engine_stages) -> None:
