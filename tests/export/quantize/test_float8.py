@@ -28,7 +28,7 @@ ROWS, COLUMNS = 9, 160
 
 
 def rows() -> np.ndarray:
-    """Of many sizes, with zeros, values halfway between two E4M3 values, and a row whose scale is a float16 subnormal."""
+    """Of many sizes, with zeros, values halfway between two of E4M3, and rows whose scale is a subnormal float16."""
     x = matrix(ROWS, COLUMNS, 4)
     x[4] = 0
     x[5] = np.resize(np.array([448, 17, 19, 21, -17, 0.5, 3 / 512, 1 / 1024], np.float32), COLUMNS)
@@ -75,7 +75,7 @@ def stored(tmp_path, x, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_stored_and_read_back(tmp_path, monkeypatch, dtype):
-    """PyTorch reads the file as float8_e4m3fn [N, K] and a scale for each row; so does the checkpoint, in any pieces."""
+    """PyTorch reads the file as float8_e4m3fn [N, K] and a scale for each row; our reader gives the same values."""
     monkeypatch.setattr("lora_drop_export.weights.write.CHUNK_BYTES", 4 * COLUMNS * 2)  # two rows at a time
     x = rows()
     places, path, held = stored(tmp_path, x, dtype)
