@@ -161,7 +161,7 @@ def test_what_the_exporter_refuses_is_a_skip(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(exporter, "trace", exporter.trace)  # which `exported` replaces
     job = Job(tmp_path, tmp_path / "report.json", stand_in=True, states={}, deadline=0)
     model, builder = small_checkpoint(job), BuilderOptions(compute_capabilities=("8.6",))
-    with pytest.raises(Skip, match="Compute capability 8.6 has no fp8"):
+    with pytest.raises(Skip, match=r"Compute capability 8\.6 has no fp8"):
         exported(job, model, "b", builder=builder, targets=("tensorrt-rtx",), dtype="float8_e4m3fn")
 
 
