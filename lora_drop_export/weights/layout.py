@@ -53,7 +53,7 @@ class Entry:
 def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -> list[Entry]:
     """Where the data go: of a quantized group first all integers, then all scales; zero points end the file.
 
-    They alone may have odd sizes, so that everything before them is aligned.
+    They alone may have odd sizes, and E4M3, whose matrices go there then, so that everything before them is aligned.
     """
     front, back = [], []
     for group in order.groups:
@@ -68,7 +68,8 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
             blocks = k // form.block_size
             scales.append(Entry(names[1], safetensors_name(dtype), form.scales_shape(source.shape)))
             if form.floating:
-                integers.append(Entry(names[0], safetensors_name(form.stored_as), (n, k)))
+                stored = Entry(names[0], safetensors_name(form.stored_as), (n, k))
+                (back if stored.size_bytes % 4 else integers).append(stored)
                 continue
             integers.append(Entry(names[0], "U8", (n, k * form.bits // 8)))
             row_bits = blocks * form.bits

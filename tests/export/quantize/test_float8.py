@@ -111,6 +111,15 @@ def test_dequantized_as_onnx_does(tmp_path):
     np.testing.assert_array_equal(dequantized_tensors(path, read_tensors(path))["w"].read(), theirs)
 
 
+def test_odd_sizes_leave_the_others_aligned(tmp_path):
+    arrays = {"a": matrix(4, 128)[:3, :5].copy(), "b": np.ones(4, np.float32), "c": matrix(4, 128)}
+    save_file(arrays, tmp_path / "source.safetensors")
+    formats = {"a": row_format(5), "c": row_format(128)}
+    places = store_weights(read_tensors(tmp_path / "source.safetensors"), "float32", tmp_path, "copy", formats=formats)
+    for place in (places["b"], places["c"], places["a"].blocks.scales, places["c"].blocks.scales):
+        assert place.offset_bytes % 4 == 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_not_a_number_is_refused(tmp_path, value):
     x = rows()
