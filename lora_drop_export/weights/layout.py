@@ -55,7 +55,8 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
 
     They alone may have odd sizes, and E4M3, whose matrices go there then, so that everything before them is aligned.
     """
-    front, back = [], []
+    front: list[Entry] = []
+    back: list[Entry] = []
     for group in order.groups:
         integers, scales = [], []
         for name in group:
