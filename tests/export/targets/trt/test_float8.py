@@ -36,19 +36,21 @@ from tests.support.fake_gpu import BINDINGS, FakeGpu
 RTX = "tensorrt-rtx"
 FP8 = "float8_e4m3fn"
 QUANTIZED = Path(__file__).parents[2] / "checkpoint" / "quantized"
+ADA = BuilderOptions(compute_capabilities=("8.9",))
 MATRICES = 7 * 8 + 2  # of llama: those of its layers, the embedding and the head
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
-    """What `--target tensorrt-rtx --dtype fp8` makes of a bfloat16 checkpoint, for the capabilities of the default."""
+    """What `--target tensorrt-rtx --dtype fp8` makes of a bfloat16 checkpoint."""
     source = dataclasses.replace(family("llama"), traced=family_trace("llama", "bfloat16"), dtype="bfloat16")
-    return make_bundle(source, tmp_path_factory.mktemp("trt") / "b", targets=(RTX,), dtype=FP8, max_prompt_len=40)
+    root = tmp_path_factory.mktemp("trt") / "b"
+    return make_bundle(source, root, targets=(RTX,), dtype=FP8, builder=ADA, max_prompt_len=40)
 
 
 def constants(bundle: Bundle, kind: StepKind) -> list[tuple[str, str]]:
     """Of each dequantization in the parsed network the dtypes of its input and of its output."""
-    builder = EngineBuilder(RTX, bundle.root, BuilderOptions(compute_capabilities=("8.9",)), Console())
+    builder = EngineBuilder(RTX, bundle.root, ADA, Console())
     graph = onnx.load(bundle.root / bundle.target(RTX)[1].graphs[kind.value], load_external_data=False)
     network = builder.parse(graph)[1]
     layers = [network.get_layer(index) for index in range(network.num_layers)]
@@ -61,7 +63,6 @@ def test_engines_hold_fp8(bundle):
     entry, model = bundle.target(RTX)[1], bundle.manifest.model
     assert (model.dtype, model.weight_dtype) == ("bfloat16", FP8)
     assert (entry.weight_sharing, entry.weights) == ("constants", None)
-    assert entry.compute_capabilities == ("8.9", "12.0")  # 8.6 of the default has no fp8
     assert entry.engine_bytes.keys() == {"refresh", "lora"}
     assert constants(bundle, StepKind.REFRESH) == [("FP8", "BF16")] * MATRICES
     dropped = len(bundle.manifest.plan.dropped_layers)
@@ -114,7 +115,8 @@ def test_the_library_has_no_fp8_for_older_gpus(bundle):
 def test_checkpoints(checkpoint, half, tmp_path, capsys):
     """Their values and scales as they lie, and every step of the graph against PyTorch where the CPU can run it."""
     model = QUANTIZED / f"compressed-tensors-{checkpoint}"
-    options = ["--target", RTX, "--always-first", "0", "--always-last", "0", "--compute-capability", "8.9"]
+    options = ["--target", RTX, "--always-first", "0", "--always-last", "0"]
+    options += [] if half == "BF16" else ["--compute-capability", "8.9"]
     options += ["--activation-dtype", {"HALF": "fp16", "BF16": "bf16"}[half]]
     assert main(["--model", str(model), "--out", str(tmp_path / "b"), *options]) == 0
     said = capsys.readouterr().err
@@ -122,6 +124,9 @@ def test_checkpoints(checkpoint, half, tmp_path, capsys):
     assert ("made for activations in 8 bits" in said) == (checkpoint != "fp8-channel")
     assert "tensorrt-rtx: fp8 weights are constants, each engine holds its own" in said
     bundle = Bundle.open(tmp_path / "b")
+    of_default = half == "BF16"
+    assert ("not built for compute capability 8.6, which has no fp8" in said) == of_default
+    assert bundle.target(RTX)[1].compute_capabilities == (("8.9", "12.0") if of_default else ("8.9",))
     for kind, layers in ((StepKind.REFRESH, 2), (StepKind.LORA, 1)):
         assert constants(bundle, kind) == [("FP8", half)] * 7 * layers
     verification = bundle.manifest.verification[RTX]
