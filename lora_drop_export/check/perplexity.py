@@ -9,6 +9,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.paged_slots import slots_for
 from lora_drop_runtime.decoding.slots import Run
+from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.errors import NoDeviceError, VerificationError
@@ -110,6 +111,6 @@ def report_perplexity(
     with console.progress(what) as progress:
         before = Reference(checkpoint, manifest.plan, {}).perplexity(ids, functools.partial(progress, what))
     dtype, change = manifest.model.weight_dtype, 100 * (after / before - 1)
-    both = f"float {before:.2f} in PyTorch → {dtype} {after:.2f} in {target}"
+    both = f"float {before:.2f} in PyTorch → {short_name(dtype)} {after:.2f} in {target}"
     console.say(f"perplexity on {len(ids)} tokens: {both} ({change:+.1f} %)")
     return {"tokens": len(ids), "float": before, dtype: after}

@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import read_gguf
 from .packed import packed_tensors
+from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
@@ -281,5 +282,8 @@ def open_checkpoint(
     if quantization is not None:
         tensors = packed_tensors(quantization, tensors)
         del config.quantization_config  # what is read is the model without it
-        log(f"the checkpoint's integers are taken as they are ({quantization['quant_method']})")
+        held = "fp8 weights" if in_float8(quantization) else "integers"
+        log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
+        if rounded_activations(quantization):
+            log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
     return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint that GPTQ, AWQ or compressed-tensors quantized, their integers as they lie.
+"""The weights of a checkpoint that GPTQ, AWQ or compressed-tensors quantized, their integers or fp8 as they lie.
 
 Enters: `quantization_config` of config.json, the tensors of the files. Leaves: the same tensors, those that hold one
 quantized weight as one `PackedTensor` under the parameter's name. Forms that graphs cannot hold are refused by name.
@@ -10,12 +10,15 @@ values, the first in its lowest bits:
     awq                  qweight [K, N·b/32], qzeros [G, N·b/32], of each word columns 0 2 4 6 1 3 5 7; scales [G, N]
     compressed-tensors   weight_packed [N, K·b/32], weight_zero_point [N·b/32, G] where there is one,
                          weight_scale [N, G]; signed integers plus 2^(b−1)
+    the same in fp8      weight [N, K] of E4M3, weight_scale [N, 1] or of one value
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +31,20 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.choice import kept_format
-from lora_drop_export.quantize.formats import Blocked, BlockFormat, Integers, dequantize, unpack
+from lora_drop_export.quantize.formats import (
+    FLOAT8,
+    Blocked,
+    BlockFormat,
+    Integers,
+    dequantize,
+    dequantize_floats,
+    row_format,
+    unpack,
+)
 
 from .checkpoint import TensorSource
 from .foreign import CHECKPOINT_HINT, refused
-from .packed_config import BITS, check_config, gptq_format, refusal
+from .packed_config import BITS, check_config, gptq_format, in_float8, refusal
 
 _WORD_BITS = 32
 _AWQ_COLUMNS = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where a word has columns 0, 1, 2, …
@@ -85,6 +97,11 @@ class PackedTensor(abc.ABC):
     @abc.abstractmethod
     def _zero_points(self) -> Integers | None:
         """[N, G]; None where all lie in the middle."""
+
+    @classmethod
+    def holds(cls, integers: TensorSource) -> bool:
+        """Whether the tensor in the place of a weight's integers is one: a weight in float may have that name, too."""
+        return True
 
     @property
     def file(self) -> Path:
@@ -259,10 +276,55 @@ class CompressedTensor(PackedTensor):
         return None if place is None else _values(place.read().T, self.bits)[:, : self.shape[0]].T
 
 
+class Float8Tensor(PackedTensor):
+    """E4M3 values, and a scale for each row or one for all of them."""
+
+    method, integers_in = "compressed-tensors", "weight"
+
+    @classmethod
+    def holds(cls, integers: TensorSource) -> bool:
+        return integers.dtype == FLOAT8
+
+    @classmethod
+    def made_of(cls, name: str, parts: Mapping[str, TensorPlace], config: Mapping[str, Any]) -> PackedTensor:
+        shape = parts["weight"].shape
+        if len(shape) != 2:
+            raise _damaged(f"{name}.weight", f"is {list(shape)}, which is no matrix")
+        tensor = cls(f"{name}.weight", parts, (shape[0], shape[1]), 8)
+        scale = parts.get("weight_scale")
+        one = scale is not None and math.prod(scale.shape) == 1
+        wanted = scale.shape if scale is not None and one else (shape[0], 1)
+        _checked(tensor, {"weight": (shape, (FLOAT8,)), "weight_scale": (wanted, MODEL_DTYPES)})
+        return tensor
+
+    @functools.cached_property
+    def native(self) -> BlockFormat:
+        return row_format(self.shape[1])
+
+    def native_rows(self, begin: int, end: int) -> Blocked:
+        """Rows `begin` to `end`: the bits of E4M3, scales [n, 1], and zero points that nobody reads."""
+        scales = np.broadcast_to(self._scales(), (self.shape[0], 1))[begin:end].astype(np.float32)
+        return self._integers(begin, end), scales, np.zeros(scales.shape, np.uint8)
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        return dequantize_floats(*self.native_rows(begin, end)[:2])
+
+    def _integers(self, begin: int, end: int) -> Integers:
+        return dataclasses.replace(self.parts["weight"], dtype="uint8").rows(begin, end)
+
+    def _scales(self) -> npt.NDArray[Any]:
+        """[N, 1], or one for all."""
+        return self.parts["weight_scale"].read().reshape(-1, 1)
+
+    def _zero_points(self) -> Integers | None:
+        return None
+
+
 _METHODS: dict[str, type[PackedTensor]] = {kind.method: kind for kind in (GptqTensor, AwqTensor, CompressedTensor)}
 _PARTS = {
     *("qweight", "qzeros", "scales", "g_idx"),
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+    *("weight", "input_scale"),
 }
 
 
@@ -278,19 +340,21 @@ def packed_tensors(config: Any, tensors: Mapping[str, TensorSource]) -> dict[str
     """
     with refused("The checkpoint's quantization_config cannot be used.", "config.json"):
         check_config(config)
-        kind = _METHODS[config["quant_method"]]
+        kind = Float8Tensor if in_float8(config) else _METHODS[config["quant_method"]]
     weights: dict[str, dict[str, TensorPlace]] = {}
     found: dict[str, TensorSource] = {}
     for full_name, tensor in tensors.items():
         name, _, part = full_name.rpartition(".")
-        if part in _PARTS and f"{name}.{kind.integers_in}" in tensors and isinstance(tensor, TensorPlace):
+        integers = tensors.get(f"{name}.{kind.integers_in}") if part in _PARTS else None
+        if integers is not None and kind.holds(integers) and isinstance(tensor, TensorPlace):
             weights.setdefault(name, {})[part] = tensor
         else:
             found[full_name] = tensor
     if not weights:
         raise ModelError(
             "The checkpoint does not hold the model that its config describes.",
-            note=f"quantization_config says {kind.method}, and no tensor is called *.{kind.integers_in}.",
+            note=f"quantization_config says {kind.method}, and no tensor is called *.{kind.integers_in}"
+            f"{' and in fp8' if kind is Float8Tensor else ''}.",
             hint=CHECKPOINT_HINT,
         )
     for name, parts in weights.items():

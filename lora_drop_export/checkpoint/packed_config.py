@@ -11,6 +11,8 @@ from typing import Any
 from lora_drop_runtime.errors import ModelError
 
 BITS = (4, 8)
+FLOAT_FORMATS = ("float-quantized", "naive-quantized")  # the latter where weights alone are rounded
+_ACTIVATIONS = ["input_activations", "output_activations"]
 
 
 def refusal(what: str) -> ModelError:
@@ -18,7 +20,7 @@ def refusal(what: str) -> ModelError:
     return ModelError(
         "The checkpoint is quantized in a form that is not read.",
         note=f"It has {what}. Read are gptq, awq (gemm) and compressed-tensors (pack-quantized) of 4 or 8 bits, "
-        "with inputs in their order.",
+        "with inputs in their order, and compressed-tensors of fp8 (float-quantized), a scale per channel or tensor.",
         hint="Take the model's float checkpoint, a GGUF file, or one that is quantized otherwise.",
     )
 
@@ -46,19 +48,35 @@ def _check_awq(config: Mapping[str, Any]) -> None:
     _one_of("awq of version", str(version).lower(), ("gemm",))
 
 
+def in_float8(config: Mapping[str, Any]) -> bool:
+    """Whether a config that is read is one of compressed-tensors in fp8."""
+    return config.get("format") in FLOAT_FORMATS
+
+
+def rounded_activations(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint in fp8 is meant for engines that round activations, too."""
+    groups = config["config_groups"].values() if in_float8(config) else ()
+    return any(group.get("input_activations") for group in groups)
+
+
 def _check_compressed(config: Mapping[str, Any]) -> None:
-    _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized",))
+    _one_of("compressed-tensors of format", config.get("format"), ("pack-quantized", *FLOAT_FORMATS))
+    floats = in_float8(config)
+    formats, rounded = (FLOAT_FORMATS, ["output_activations"]) if floats else (("pack-quantized",), _ACTIVATIONS)
     _one_of("compressed-tensors with quantized caches, kv_cache_scheme", config.get("kv_cache_scheme"), (None,))
     _one_of("compressed-tensors with transform_config", config.get("transform_config") or {}, ({},))
     _one_of("sparse weights, sparsity_config", (config.get("sparsity_config") or {}).get("format"), (None, "dense"))
     for group in config["config_groups"].values():
-        _one_of("compressed-tensors of format", group.get("format") or "pack-quantized", ("pack-quantized",))
-        for what in ("input_activations", "output_activations"):
+        _one_of("compressed-tensors of format", group.get("format") or formats[0], formats)
+        for what in rounded:
             _one_of(f"compressed-tensors with quantized {what}", group.get(what), (None,))
         weights = group["weights"]
-        _one_of("compressed-tensors of type", weights.get("type"), ("int",))
-        _one_of("compressed-tensors with num_bits", weights.get("num_bits"), BITS)
-        _one_of("compressed-tensors with strategy", weights.get("strategy"), ("group", "channel"))
+        _one_of("compressed-tensors of type", weights.get("type"), ("float",) if floats else ("int",))
+        _one_of("compressed-tensors with num_bits", weights.get("num_bits"), (8,) if floats else BITS)
+        strategies = ("tensor", "channel") if floats else ("group", "channel")
+        _one_of("compressed-tensors with strategy", weights.get("strategy"), strategies)
+        if floats:
+            _one_of("fp8 weights with symmetric", weights.get("symmetric", True), (True,))
 
 
 _CHECKS = {"gptq": _check_gptq, "awq": _check_awq, "compressed-tensors": _check_compressed}

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
-from lora_drop_runtime.dtypes import MODEL_DTYPES
+from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES
+from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
@@ -22,7 +22,7 @@ from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
-from lora_drop_export.quantize.formats import BlockFormat
+from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.quantize.rounding import has_native
 from lora_drop_export.targets.target import TARGETS, Caches
 from lora_drop_export.weights.store import check_linkable, weights_bytes
@@ -38,7 +38,7 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
-from .options import NO_TARGET, ExportOptions
+from .options import NO_TARGET, ExportOptions, quantized_shorts
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -81,7 +81,7 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     _check_calibration(refs, formats, options)
     matrices = [ref for ref in refs.values() if len(ref.shape) > 1]  # a float32 table of RoPE may lie beside them
     quantization = quantization_of(refs, options)
-    stored = f"int{quantization.bits}" if quantization else dtype
+    stored = quantization.dtype if quantization else dtype
     check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=bool(quantization))
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     check_disk(root, needed * (2 if options.calibrated else 1))
@@ -120,28 +120,29 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
             raise InputError(
                 "--activation-dtype applies only to quantized weights.",
                 note=f"It is {options.activation_dtype}; {checkpoint.name} is in float and --dtype is not given.",
-                hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+                hint=f"Leave it out, or add --dtype {quantized_shorts()}.",
             )
         return
-    weights = f"int{kept.bits}"
+    weights = str(short_name(kept.dtype))
     packed = [ref for ref in checkpoint.tensors.values() if isinstance(ref, PackedTensor)]
     for target in (name for name in options.targets if name != NO_TARGET):
         other = next((ref for ref in packed if not TARGETS[target].takes_kept(ref.native)), None)
         if other is not None:
             points = "no zero points" if other.native.symmetric else "zero points"
+            held = "fp8 values" if other.native.floating else f"int{other.native.bits} blocks with {points}"
             able = [name for name, row in TARGETS.items() if all(row.takes_kept(ref.native) for ref in packed)]
             raise InputError(
                 "The target cannot take the checkpoint's weights as they are.",
-                note=f"{other.name} of {checkpoint.name} has int{other.native.bits} blocks with {points}; {target} was "
-                "asked for.",
+                note=f"{other.name} of {checkpoint.name} has {held}; {target} was asked for.",
                 hint=f"Use --target {' or '.join(able)}, or the model's float checkpoint.",
             )
-    if options.dtype not in (None, "float32", *QUANTIZED_DTYPES):
+    alike = (kept.dtype,) if kept.dtype == FLOAT8 else INTEGER_DTYPES  # what the rest may be
+    if options.dtype not in (None, "float32", *alike):
         raise InputError(
             "The weights of a quantized checkpoint stay as they are.",
-            note=f"{checkpoint.name} has {weights} weights; --dtype is {options.dtype}.",
-            hint="Leave --dtype out; int8 or int4 quantizes the rest too, the embedding and the head. For a GPU add "
-            "--activation-dtype fp16 or bf16.",
+            note=f"{checkpoint.name} has {weights} weights; --dtype is {short_name(options.dtype)}.",
+            hint=f"Leave --dtype out; {' or '.join(str(short_name(each)) for each in reversed(alike))} quantizes the "
+            "rest too, the embedding and the head. For a GPU add --activation-dtype fp16 or bf16.",
         )
 
 
@@ -160,7 +161,7 @@ def check_before_trace(
     quantized = quantization_of(checkpoint.tensors, options)
     for target in options.targets:
         if target != NO_TARGET:
-            TARGETS[target].check_dtype(dtype, f"int{quantized.bits}" if quantized else dtype, options)
+            TARGETS[target].check_dtype(dtype, quantized.dtype if quantized else dtype, options)
     config = checkpoint.config
     refuse_by_config(config)
     make_limits(config, options)

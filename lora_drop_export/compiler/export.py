@@ -111,7 +111,7 @@ def write_bundle(
     adapters = store_adapters(matrices, dtype, root)
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if quantization:
-        facts = dataclasses.replace(facts, weight_dtype=f"int{quantization.bits}")
+        facts = dataclasses.replace(facts, weight_dtype=quantization.dtype)
     kv_scales: dict[str, TensorPlace] = {}
     if options.kv_dtype:
         per_head = any(TARGETS[name].scales_per_head for name in options.targets if name in TARGETS)

@@ -32,7 +32,7 @@ from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.graphs.refresh import half_parameters
 from lora_drop_export.quantize.choice import Quantization, block_formats, departures
-from lora_drop_export.quantize.formats import BlockFormat
+from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
 from .options import BuildOptions, PlanOptions, always_kept
@@ -61,7 +61,8 @@ def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
     """How most of a quantized checkpoint's weights are stored; None for another checkpoint."""
     kinds = Counter((ref.native, ref.method) for ref in refs.values() if isinstance(ref, PackedTensor))
     for (form, method), _ in kinds.most_common(1):
-        return Quantization(form.bits, form.block_size, f"{method} of the checkpoint", form.symmetric)
+        size = None if form.floating else form.block_size
+        return Quantization(form.bits, size, f"{method} of the checkpoint", form.symmetric)
     return None
 
 
@@ -219,12 +220,13 @@ def activations_dtype(checkpoint: Checkpoint, options: BuildOptions, *, quantize
     """As asked for, else what the first of the targets wants, and what most of the checkpoint has where there is none.
 
     Args:
-        quantized: weights will be; without a target activations are float32 then, which any can be added for.
+        quantized: weights will be; without a target activations are float32 then, which any can be added for that
+            takes integers.
     """
     chosen = options.activation_dtype if quantized and options.activation_dtype else options.dtype
     if chosen in MODEL_DTYPES:
         return chosen
-    if quantized and not set(options.targets) & set(TARGETS):
+    if quantized and not set(options.targets) & set(TARGETS) and options.dtype != FLOAT8:
         return "float32"
     size: dict[str, int] = {}
     for ref in checkpoint.tensors.values():

@@ -10,7 +10,7 @@ from typing import Any
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
-from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES, QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES, WEIGHT_SHORTS, long_name, short_name
 from lora_drop_runtime.errors import InputError
@@ -28,6 +28,11 @@ NO_TARGET = "none"  # graphs only
 HEAD_DTYPES = ("int8",)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
+
+
+def quantized_shorts() -> str:
+    """The dtypes of quantized weights as the command line has them, in words."""
+    return " or ".join(str(short_name(name)) for name in QUANTIZED_DTYPES)
 
 
 def takers_of(weights: str | None, targets: Sequence[str]) -> tuple[str, str]:
@@ -55,7 +60,7 @@ def _check_caches(
     )
     raise InputError(
         f"{short} caches work only with target {able}.",
-        note=f"Targets are {', '.join(targets)}, --dtype is {dtype or 'not given'}, --activation-dtype is "
+        note=f"Targets are {', '.join(targets)}, --dtype is {short_name(dtype) or 'not given'}, --activation-dtype is "
         f"{activations or 'not given'}."
         if bundle is None
         else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",
@@ -88,13 +93,13 @@ def check_formats(
     able, others = takers_of(dtype, targets)
     if dtype in QUANTIZED_DTYPES and others:
         raise InputError(
-            f"The target cannot take {dtype} weights.",
-            note=f"--dtype {dtype} works only with {able}; {others} was asked for."
+            f"The target cannot take {short_name(dtype)} weights.",
+            note=f"--dtype {short_name(dtype)} works only with {able}; {others} was asked for."
             if bundle is None
-            else f"{bundle} has {dtype} weights; {others} was asked for.",
+            else f"{bundle} has {short_name(dtype)} weights; {others} was asked for.",
             hint=f"Use --target {able}, or another --dtype."
             if bundle is None
-            else "Export the model again, without --dtype int4 or int8.",
+            else f"Export the model again, without --dtype {quantized_shorts()}.",
         )
     others = ", ".join(target.name for target in chosen if activations not in (None, *target.quantized_dtypes))
     if dtype in (None, *QUANTIZED_DTYPES) and others:
@@ -103,7 +108,7 @@ def check_formats(
             f"The target cannot compute in {short_name(activations)} with quantized weights.",
             note=f"{others} was asked for; {able} can."
             if bundle is None
-            else f"{bundle} has {dtype} weights and {activations} activations; {others} was asked for.",
+            else f"{bundle} has {short_name(dtype)} weights and {activations} activations; {others} was asked for.",
             hint="Leave --activation-dtype out, or use another --target."
             if bundle is None
             else f"Export the model again, for {others} too: beside a target for the CPU activations are float32.",
@@ -212,7 +217,8 @@ class BuildOptions:
         metavar="|".join(WEIGHT_SHORTS),
         parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
-        "checkpoint has); int4 and int8 quantize the linear layers' weights and the embedding; "
+        "checkpoint has); int4, int8 and fp8 quantize the linear layers' weights and the embedding; fp8 is for "
+        "TensorRT, on GPUs of compute capability 8.9 and newer; "
         "of a quantized checkpoint, whose integers stay, it is the rest's",
     )
     quantization: str | None = option(
@@ -298,18 +304,18 @@ class BuildOptions:
             raise InputError(
                 "--activation-dtype applies only to quantized weights.",
                 note=f"It is {self.activation_dtype}; --dtype is {self.dtype}.",
-                hint=f"Leave it out, or use --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+                hint=f"Leave it out, or use --dtype {quantized_shorts()}.",
             )
         check_formats(self.targets, self.dtype, self.kv_dtype, self.activation_dtype)
         for flag, value, known in (
             ("--quantization", self.quantization, (*ROUNDINGS, CALIBRATED)),
             ("--block-size", self.block_size, BLOCK_SIZES),
         ):
-            if value is not None and self.dtype not in QUANTIZED_DTYPES:
+            if value is not None and self.dtype not in INTEGER_DTYPES:
                 raise InputError(
-                    f"{flag} applies only to quantized weights.",
-                    note=f"It is {value}; --dtype is {self.dtype or 'not given'}.",
-                    hint=f"Leave it out, or add --dtype {' or '.join(QUANTIZED_DTYPES)}.",
+                    f"{flag} applies only to {' and '.join(INTEGER_DTYPES)} weights.",
+                    note=f"It is {value}; --dtype is {short_name(self.dtype) or 'not given'}.",
+                    hint=f"Leave it out, or add --dtype {' or '.join(INTEGER_DTYPES)}.",
                 )
             check_known(flag, value, known, flag)
         if self.head_dtype is not None and self.dtype != "int4":
@@ -342,7 +348,7 @@ class BuildOptions:
     @property
     def weights_format(self) -> Quantization | None:
         """How weights are quantized, None where they are not."""
-        if self.dtype not in QUANTIZED_DTYPES:
+        if self.dtype is None or self.dtype not in QUANTIZED_DTYPES:
             return None
         chosen = Quantization.of(self.dtype, self.block_size, self.quantization)
         symmetric = any(TARGETS[name].symmetric_weights for name in self.targets if name in TARGETS)

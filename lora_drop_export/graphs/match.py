@@ -48,11 +48,14 @@ class Linear:
 
 
 def match_weight(value: ir.Value | None) -> tuple[ir.Value | None, QuantizedBlocks | None]:
-    """The initializer that a value is, or is dequantized from; (None, None) for anything else."""
+    """The initializer that a value is, or is dequantized from; (None, None) for anything else.
+
+    E4M3 is something else: targets that take it leave its DequantizeLinear as it is.
+    """
     if value is None or value.is_initializer():
         return value, None
     node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) < 3:
         return None, None
     weight, scales, zero_points = node.inputs
     assert weight is not None

@@ -215,16 +215,15 @@ def _state_outputs(
 
 
 def _dequantize(graph: ir.Graph, weight: ir.Value, blocks: Blocks) -> None:
-    """Put a DequantizeLinear between a quantized weight and its users."""
-    suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+    """Put a DequantizeLinear between a quantized weight and its users: of blocks along K, or of E4M3 rows."""
     scales = initializer(graph, f"{weight.name}.scales", blocks.scales)
     assert scales.dtype is not None
-    inputs = [
-        weight,
-        scales,
-        initializer(graph, f"{weight.name}{suffix}", blocks.zero_points),
-    ]
-    node = ir.node("DequantizeLinear", inputs, {"axis": 1, "block_size": blocks.block_size})
+    if blocks.zero_points is None:
+        node = ir.node("DequantizeLinear", [weight, scales], {"axis": 0})
+    else:
+        suffix = SYMMETRIC if blocks.symmetric else ZERO_POINTS
+        zero_points = initializer(graph, f"{weight.name}{suffix}", blocks.zero_points)
+        node = ir.node("DequantizeLinear", [weight, scales, zero_points], {"axis": 1, "block_size": blocks.block_size})
     node.outputs[0].name, node.outputs[0].shape = f"{weight.name}.values", weight.shape
     node.outputs[0].dtype = scales.dtype
     for use in list(weight.uses()):

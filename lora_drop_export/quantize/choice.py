@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_drop_runtime.dtypes import BY_NAME
 
-from .formats import BlockFormat
+from .formats import FLOAT8, BlockFormat, row_format
 from .rounding import ROUNDINGS
 
 CALIBRATED = "gptq"  # rounds by what the layers' inputs are (quantize/gptq.py)
@@ -29,21 +29,28 @@ def _rows_are_whole(form: BlockFormat, k: int) -> bool:
 @dataclass(frozen=True)
 class Quantization:
     """What the user asked for, or the checkpoint has: bits, the largest block size, the method, and whether zero points
-    may be used.
+    may be used. Without a block size it is E4M3, a scale for each row.
     """
 
     bits: int
-    block_size: int = 32
+    block_size: int | None = 32
     method: str = "search"
     symmetric: bool = False
 
     @classmethod
     def of(cls, dtype: str, block_size: int | None = None, method: str | None = None) -> Quantization:
-        """With the defaults for what is not given."""
+        """With the defaults for what is not given. `dtype` is one of the manifest's QUANTIZED_DTYPES."""
+        if dtype == FLOAT8:
+            return cls(BY_NAME[dtype].bits, None, "rtn", symmetric=True)
         bits = BY_NAME[dtype].bits
         default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
         chosen = cls(bits, block_size or BLOCK_SIZES[0], method or default)
         return replace(chosen, symmetric=bits == 8 or not ROUNDINGS[chosen.rounding].zero_points)
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, as the manifest has it."""
+        return FLOAT8 if self.block_size is None else f"int{self.bits}"
 
     @property
     def calibrated(self) -> bool:
@@ -55,13 +62,19 @@ class Quantization:
         """The row of `ROUNDINGS` for weights that nothing is known of but themselves."""
         return "search" if self.calibrated else self.method
 
+    def whole_format(self, k: int) -> BlockFormat:
+        """The format of rows of K values where the block size divides K."""
+        return row_format(k) if self.block_size is None else BlockFormat(self.bits, self.block_size, self.symmetric)
+
     def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
-        """The format of a matrix [N, K]; None when no block size divides K.
+        """The format of a matrix [N, K]; None when no block size divides K. E4M3 takes any.
 
         Where 4-bit zero points do not fit, a smaller block makes them, or the tensor is symmetric.
         """
         if len(shape) != 2:
             return None
+        if self.block_size is None:
+            return row_format(shape[1])
         sizes = [size for size in _BLOCK_SIZES if size <= self.block_size and shape[1] % size == 0]
         forms = [BlockFormat(self.bits, size, self.symmetric) for size in sizes]
         forms += [BlockFormat(self.bits, size, True) for size in sizes]
@@ -131,11 +144,14 @@ def departures(
         `weights` (a name, * for the layer), `count`, and `block_size` and `symmetric`, None for weights left in float;
         `bits` where they are others.
     """
-    asked = BlockFormat(quantization.bits, quantization.block_size, quantization.symmetric)
     found: dict[tuple[str, BlockFormat | None], int] = {}
     for name, shape in shapes.items():
         form = formats.get(name)
-        if len(shape) > 1 and form != asked and (form is None or form != native.get(name)):
+        if (
+            len(shape) > 1
+            and form != quantization.whole_format(shape[-1])
+            and (form is None or form != native.get(name))
+        ):
             key = re.sub(r"\.\d+\.", ".*.", name), form
             found[key] = found.get(key, 0) + 1
     return [
@@ -145,6 +161,6 @@ def departures(
             "block_size": None if form is None else form.block_size,
             "symmetric": None if form is None else form.symmetric,
         }
-        | ({} if form is None or form.bits == asked.bits else {"bits": form.bits})
+        | ({} if form is None or form.bits == quantization.bits else {"bits": form.bits})
         for (name, form), count in found.items()
     ]

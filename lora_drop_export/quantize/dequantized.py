@@ -11,7 +11,7 @@ import numpy as np
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME
 
-from .formats import METADATA_KEY, Floats, dequantize, part_names, unpack
+from .formats import FLOAT8, METADATA_KEY, Floats, dequantize, dequantize_floats, part_names, unpack
 
 _CHUNK_VALUES = 1 << 22  # read at once when dequantizing
 
@@ -56,6 +56,11 @@ class DequantizedTensor:
         step = max(1, _CHUNK_VALUES // self.shape[1])
         for first in range(begin, end, step):
             last = min(end, first + step)
+            if blocks.zero_points is None:
+                stored = replace(self.stored, dtype="uint8").rows(first, last)
+                scales = np.asarray(blocks.scales.rows(first, last), np.float32)
+                values[first - begin : last - begin] = dequantize_floats(stored, scales[:, None])
+                continue
             q = unpack(self.stored.rows(first, last), bits)
             scales = np.asarray(blocks.scales.rows(first, last), np.float32)
             if blocks.symmetric:
@@ -69,7 +74,8 @@ class DequantizedTensor:
 def dequantized_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace | DequantizedTensor]:
     """The tensors of a safetensors file, quantized ones as one that reads float32.
 
-    There a quantized tensor is three: q uint8 [N, K · bits / 8], scales [N, K / block] and zero points uint8.
+    There a quantized tensor is three: q uint8 [N, K · bits / 8], scales [N, K / block] and zero points uint8; or two:
+    q float8_e4m3fn [N, K] and scales [N].
     """
     from safetensors import safe_open
 
@@ -77,6 +83,11 @@ def dequantized_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[s
         text = (file.metadata() or {}).get(METADATA_KEY)
     found: dict[str, TensorPlace | DequantizedTensor] = dict(places)
     for name, (bits, block_size, symmetric) in json.loads(text or "{}").items():
+        if places[name].dtype == FLOAT8:
+            q, scales = (places[part] for part in part_names(name)[:2])
+            del found[scales.name]
+            found[name] = DequantizedTensor(replace(q, blocks=Blocks(block_size, scales, None, symmetric)))
+            continue
         q, scales, zero_points = (places[part] for part in part_names(name))
         for part in part_names(name):
             del found[part]

@@ -1,7 +1,9 @@
-"""float32 rows → integers, scales and zero points, a few rows at a time.
+"""float32 rows → integers, or E4M3, with scales and zero points, a few rows at a time.
 
 rtn       the scale spans each block's range, values are rounded to the nearest
 search    the scale that has the least weighted squared error among many, solved again for the integers it gives
+
+E4M3 has one method: the scale of a row takes its largest magnitude to 448, values are rounded to the nearest.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime.dtypes import CACHE_DTYPES
 from lora_drop_runtime.errors import InputError
 
-from .formats import Blocked, BlockFormat, Floats
+from .formats import FLOAT8, Blocked, BlockFormat, Floats
 
 _PIECE_VALUES = 1 << 17  # of one thread: what a core's cache holds
 _STEPS = np.arange(-1.0, 1.01, 0.1, dtype=np.float32)  # levels by which a block's range is widened or clipped
@@ -123,10 +126,30 @@ def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
     return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
 
 
+def round_to_float8(rows: Floats, scale_dtype: str) -> Blocked:
+    """Round float32 [n, K] to E4M3; returns its bits uint8 [n, K], scales float32 [n, 1], and zero points [n, 1] of 0.
+
+    A scale is the least value of `scale_dtype` that takes the row's largest magnitude to 448 or less, so that what is
+    rounded is what is read, also where the scale is a subnormal float16. That of a row of zeros is 1.
+    """
+    import ml_dtypes
+
+    kind = np.dtype(ml_dtypes.bfloat16 if scale_dtype == "bfloat16" else scale_dtype)
+    needed = np.abs(rows).max(axis=1, keepdims=True, initial=0) / np.float32(CACHE_DTYPES[FLOAT8][1])
+    needed[needed == 0] = 1
+    with np.errstate(over="ignore"):
+        scales = needed.astype(kind)
+        scales = np.where(scales.astype(np.float32) < needed, np.nextafter(scales, kind.type(np.inf)), scales)
+    scales = scales.astype(np.float32)
+    scales = np.where(np.isfinite(scales), scales, needed)  # which are refused where they are stored
+    bits = (rows / scales).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)  # to nearest, ties to even
+    return bits, scales, np.zeros(scales.shape, np.uint8)
+
+
 def has_native(source: Any, form: BlockFormat) -> bool:
     """Whether a tensor has integers already, in blocks of this size; they are taken as they are."""
     native = getattr(source, "native", None)
-    return native is not None and (native.bits, native.block_size) == (form.bits, form.block_size)
+    return native is not None and replace(native, symmetric=form.symmetric) == form
 
 
 def finite(rows: Floats, name: str) -> Floats:
@@ -144,10 +167,17 @@ def finite(rows: Floats, name: str) -> Floats:
     return rows
 
 
-def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: int) -> Iterable[Blocked]:
+def quantized_blocks(
+    source: Any, form: BlockFormat, method: str, chunk_rows: int, scale_dtype: str = "float32"
+) -> Iterable[Blocked]:
     """A tensor's integers, scales and zero points, `chunk_rows` rows at a time.
 
     Integers that the checkpoint holds in blocks of the same size are taken as they are.
+
+    Args:
+        source: what has `rows`, and `native_rows` where it has integers of its own.
+        method: a row of `ROUNDINGS`, which E4M3 does not ask for.
+        scale_dtype: that scales will be stored in.
 
     Raises:
         InputError: a value is infinite or not a number.
@@ -158,4 +188,4 @@ def quantized_blocks(source: Any, form: BlockFormat, method: str, chunk_rows: in
             yield source.native_rows(begin, begin + chunk_rows)
             continue
         rows = finite(np.asarray(source.rows(begin, begin + chunk_rows), np.float32), source.name)
-        yield quantize_rows(rows, form, method)
+        yield round_to_float8(rows, scale_dtype) if form.floating else quantize_rows(rows, form, method)

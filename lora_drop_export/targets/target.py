@@ -49,7 +49,7 @@ class Target(Protocol):
     Attributes:
         name: as users and bundles say it; its folder in a bundle.
         what: it runs, for `--help`.
-        quantized_weights: of int4 and int8 those that its graphs may have.
+        quantized_weights: of the manifest's QUANTIZED_DTYPES those that its graphs may have.
         quantized_dtypes: of activations beside them.
         symmetric_weights: quantized weights without zero points are the better ones for it.
         cache_dtypes: of K/V caches of 8 bits → those of activations beside which it takes them.

@@ -53,9 +53,10 @@ class Entry:
 def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -> list[Entry]:
     """Where the data go: of a quantized group first all integers, then all scales; zero points end the file.
 
-    They alone may have odd sizes, so that everything before them is aligned.
+    They alone may have odd sizes, and E4M3, whose matrices go there then, so that everything before them is aligned.
     """
-    front, back = [], []
+    front: list[Entry] = []
+    back: list[Entry] = []
     for group in order.groups:
         integers, scales = [], []
         for name in group:
@@ -66,8 +67,12 @@ def file_entries(order: Order, dtype: str, formats: Mapping[str, BlockFormat]) -
             n, k = source.shape
             names = part_names(source.name)
             blocks = k // form.block_size
+            scales.append(Entry(names[1], safetensors_name(dtype), form.scales_shape(source.shape)))
+            if form.floating:
+                stored = Entry(names[0], safetensors_name(form.stored_as), (n, k))
+                (back if stored.size_bytes % 4 else integers).append(stored)
+                continue
             integers.append(Entry(names[0], "U8", (n, k * form.bits // 8)))
-            scales.append(Entry(names[1], safetensors_name(dtype), (n, blocks)))
             row_bits = blocks * form.bits
             whole = row_bits % 8 == 0
             back.append(Entry(names[2], "U8", (n, row_bits // 8) if whole else ((n * row_bits + 7) // 8,)))

@@ -158,7 +158,7 @@ def store_weights(
     """
     directory = root / "weights"
     directory.mkdir()
-    wanted = f"int{next(iter(formats.values())).bits}" if formats else dtype
+    wanted = next(iter(formats.values())).dtype if formats else dtype
     check_linkable(refs.values(), root, wanted, mode, owned=owned, quantized=bool(formats))
     if not is_taken_as_it_lies(refs.values(), dtype, owned=owned, formats=formats):
         return write(Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)

@@ -105,12 +105,12 @@ def write(
                 yield from ((source.name, block) for block in stored_blocks(source, dtype))
                 continue
             names = part_names(source.name)
-            for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape)):
+            for q, scales, zero_points in quantized_blocks(source, form, method, _chunk_rows(source.shape), dtype):
                 yield names[0], pack(q, form.bits)
                 yield from ((names[1], block) for block in stored_blocks(scales, dtype))
                 if not form.symmetric:
                     yield names[2], pack(zero_points, form.bits)
-            if form.symmetric:
+            if form.symmetric and not form.floating:
                 count = source.shape[0] * (source.shape[1] // form.block_size)
                 yield names[2], pack(np.full(count, form.middle, np.uint8), form.bits)
 
@@ -129,8 +129,8 @@ def write(
             stored[name] = place(ref.name, dtype, ref.shape)
             continue
         names = part_names(ref.name)
-        kind = f"uint{form.bits}"
-        grid = ref.shape[0], ref.shape[1] // form.block_size
-        blocks = Blocks(form.block_size, place(names[1], dtype, grid), place(names[2], kind, grid), form.symmetric)
+        kind, grid = form.stored_as, form.scales_shape(ref.shape)
+        zero_points = None if form.floating else place(names[2], kind, grid)
+        blocks = Blocks(form.block_size, place(names[1], dtype, grid), zero_points, form.symmetric)
         stored[name] = dataclasses.replace(place(names[0], kind, ref.shape), blocks=blocks)
     return stored

@@ -6,6 +6,7 @@ Other libraries' dtypes are given by their names and numbers: none of those libr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ class Dtype:
         name: as numpy and PyTorch have it.
         bits: of one value.
         onnx: number in onnx.TensorProto.DataType, which ONNX Runtime and onnx_ir share.
-        numpy: of stored values, little-endian; numpy has no bfloat16 and nothing below 8 bits.
+        numpy: of stored values, little-endian; numpy has no bfloat16, no float of 8 bits and nothing below 8 bits.
         safetensors: in the header of a file that is read or written.
         tensorrt: member of tensorrt.DataType.
         short: on the command line.
@@ -51,7 +52,7 @@ DTYPES = (
     Dtype("int32", 32, 6, numpy="<i4", safetensors="I32", tensorrt="INT32"),
     Dtype("uint8", 8, 2, numpy="u1", safetensors="U8", tensorrt="UINT8"),
     Dtype("int8", 8, 3, numpy="i1", tensorrt="INT8", short="int8"),
-    Dtype("float8_e4m3fn", 8, 17, tensorrt="FP8", short="fp8"),
+    Dtype("float8_e4m3fn", 8, 17, safetensors="F8_E4M3", tensorrt="FP8", short="fp8"),
     Dtype("bool", 8, 9, numpy="?", safetensors="BOOL", tensorrt="BOOL"),
     Dtype("uint4", 4, 21),
     Dtype("int4", 4, 22, short="int4"),
@@ -63,7 +64,7 @@ BY_SHORT = {row.short: row for row in DTYPES if row.short}
 MODEL_DTYPES = ("float32", "float16", "bfloat16")  # of a checkpoint's weights, and of activations
 # Of K/V caches, beside that of activations: the least and the largest entry
 CACHE_DTYPES = {"int8": (-128, 127), "float8_e4m3fn": (-448, 448)}
-WEIGHT_SHORTS = tuple(short for short in BY_SHORT if short != "fp8")  # what weights may be stored in
+WEIGHT_SHORTS = tuple(BY_SHORT)  # what weights may be stored in
 
 
 def safetensors_name(dtype: str) -> str:
@@ -94,6 +95,22 @@ def bfloat16_from_float32(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uin
 def float32_from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     """Exact."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@functools.cache
+def _float8_values() -> npt.NDArray[np.float32]:
+    """E4M3FN (OCP 8-bit floating point, 2023): a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    small = exponent == 0  # subnormal: no leading 1
+    values = np.where(small, mantissa / 8, 1 + mantissa / 8) * np.exp2(np.where(small, -6.0, exponent - 7))
+    values[(bits & 127) == 127] = np.nan
+    return np.where(bits & 128, -values, values).astype(np.float32)
+
+
+def float32_from_float8(bits: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Exact, of float8_e4m3fn."""
+    return _float8_values()[bits]
 
 
 def in_dtype(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

@@ -97,12 +97,12 @@ def test_refused_by_the_config_or_the_options(export_refused, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--dtype bf16 --target openvino", ("weights of a quantized checkpoint stay", "--dtype is bfloat16")),
+        ("--dtype bf16 --target openvino", ("weights of a quantized checkpoint stay", "--dtype is bf16")),
         ("--dtype bf16 --target tensorrt-rtx", ("weights of a quantized checkpoint stay", "--activation-dtype")),
         ("--target openvino --activation-dtype bf16", ("cannot compute in bf16", "openvino was asked for")),
         ("--dtype int4 --quantization gptq", ("nothing to round by a text", "int4 blocks of 32 already")),
-        ("--quantization rtn", ("applies only to quantized weights", "--dtype is not given")),
-        ("--block-size 64", ("applies only to quantized weights", "--dtype is not given")),
+        ("--quantization rtn", ("applies only to int4 and int8 weights", "--dtype is not given")),
+        ("--block-size 64", ("applies only to int4 and int8 weights", "--dtype is not given")),
         ("--weights link", ("cannot be linked", "the bundle needs int4")),
     ],
 )

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from gpu_check import command, decode, device, speed
 from gpu_check.anonymous import anonymous
-from gpu_check.job import Failed, Skip, Stage
+from gpu_check.bundles import exported, small_checkpoint
+from gpu_check.job import Failed, Job, Skip, Stage
 
-from lora_drop_export.targets.trt.options import compute_capability
+from lora_drop_export.compiler import export as exporter
+from lora_drop_export.targets.trt.options import BuilderOptions, compute_capability
 from tests.support.fake_gpu import FakeGpu
 from tests.support.large import sparse_checkpoint
 from tests.support.torch_trt import TorchTrt
@@ -151,6 +153,16 @@ def test_engines(engine_stages, stage: str) -> None:
         assert timed["timed"] == "cycles"
         assert set(timed["step_ms"]) == ({"refresh"} if k == "k=0" else {"cycle of 4"})
     assert "native int4 build" in numbers  # passed, or the exporter's own words why it does not
+    assert numbers["native fp8 logits"]["status"] == "passed"
+
+
+def test_what_the_exporter_refuses_is_a_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it refuses when it has seen the checkpoint: fp8 on a card that has none."""
+    monkeypatch.setattr(exporter, "trace", exporter.trace)  # which `exported` replaces
+    job = Job(tmp_path, tmp_path / "report.json", stand_in=True, states={}, deadline=0)
+    model, builder = small_checkpoint(job), BuilderOptions(compute_capabilities=("8.6",))
+    with pytest.raises(Skip, match=r"Compute capability 8\.6 has no fp8"):
+        exported(job, model, "b", builder=builder, targets=("tensorrt-rtx",), dtype="float8_e4m3fn")
 
 
 def test_decode(engine_stages) -> None:

@@ -63,9 +63,9 @@ def exported(job: Job, model: Path, name: str, **options: Any) -> Path:
     out = job.work / name
     try:
         chosen = ExportOptions(verify=False, **{"k": 3, "max_seq_len": 256, "max_batch": 2} | options)
+        exporter.export(str(model), out, chosen)
     except InputError as error:
         raise Skip(f"{error.fact} {error.note}") from None
-    exporter.export(str(model), out, chosen)
     return out
 
 

@@ -11,6 +11,8 @@ from gpu_check.bundles import agreement, exported, need_exporter, same_tokens, s
 from gpu_check.cuda import cuda_runtime
 from gpu_check.job import Job, Skip
 
+QUANTIZED = ("int4", "fp8")  # weights
+
 
 def need_library(job: Job, target: str) -> str:
     """The card's compute capability. Raises Skip with the name of what is not here, or not for this card."""
@@ -93,20 +95,20 @@ def options_here(job: Job, target: str) -> dict[str, Any]:
 
 
 def run_target(job: Job, target: str) -> None:
-    from lora_drop_runtime.dtypes import CACHE_DTYPES
+    from lora_drop_runtime.dtypes import CACHE_DTYPES, long_name
 
     need_exporter()
     options = options_here(job, target)
     model = small_checkpoint(job)
     halves = ("float32",) if job.stand_in else ("bfloat16", "float16")
     for form, missing in forms(job, target).items():
-        for dtype in (*halves, "int4"):
+        for dtype in (*halves, *QUANTIZED):
             name = f"{form} {dtype}"
             if missing:
                 job.numbers[f"{name} build"] = f"skip: {missing}"
             else:
-                made = options | {"dtype": dtype, "attention": form}
-                if job.stand_in and dtype == "int4":
+                made = options | {"dtype": long_name(dtype), "attention": form}
+                if job.stand_in and dtype in QUANTIZED:
                     made["activation_dtype"] = "float32"
                 check_bundle(job, name, target, model, **made)
         if form == "plugin" and not missing:

@@ -29,7 +29,8 @@ def _quantization(manifest: Manifest) -> list[str]:
     if not how:
         return []
     zero_points = "symmetric" if how["symmetric"] else "with zero points"
-    line = f"weights      {manifest.model.weight_dtype}, blocks of {how['block_size']}, {zero_points}, {how['method']}"
+    blocks = f"blocks of {how['block_size']}, {zero_points}" if how["block_size"] else "a scale for each row"
+    line = f"weights      {short_name(manifest.model.weight_dtype)}, {blocks}, {how['method']}"
     if "perplexity" in how:
         cost = how["perplexity"]
         before, after = cost["float"], cost[manifest.model.weight_dtype]

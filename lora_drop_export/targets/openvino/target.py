@@ -44,7 +44,7 @@ class OpenVinoTarget:
             )
 
     def takes_kept(self, form: BlockFormat) -> bool:
-        return True
+        return not form.floating
 
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""

@@ -38,7 +38,7 @@ class OrtTarget:
         check_version(import_onnxruntime().__version__, dtype)
 
     def takes_kept(self, form: BlockFormat) -> bool:
-        return True
+        return not form.floating
 
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""

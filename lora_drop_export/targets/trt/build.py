@@ -154,7 +154,7 @@ class EngineBuilder:
     def compute_capabilities(self) -> tuple[str, ...]:
         """GPU generations that the engines run on; for tensorrt that of this machine's GPU."""
         if self._target == "tensorrt-rtx":
-            return self.options.compute_capabilities
+            return self.options.capabilities()
         from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
 
         return (device_compute_capability(),)
@@ -215,8 +215,8 @@ class EngineBuilder:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if self._target == "tensorrt-rtx":
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # else its contexts cannot be captured
-            config.num_compute_capabilities = len(options.compute_capabilities)
-            for index, capability in enumerate(options.compute_capabilities):
+            config.num_compute_capabilities = len(self.compute_capabilities)
+            for index, capability in enumerate(self.compute_capabilities):
                 config.set_compute_capability(compute_capability(trt, capability), index)
         elif options.alias and any(node.domain == PLUGIN_NAMESPACE for node in proto.graph.node):
             config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)

@@ -13,7 +13,10 @@ from lora_drop_runtime.engines.trt.library import library
 from lora_drop_runtime.engines.trt.plugin import plugin_path
 from lora_drop_runtime.errors import InputError
 
+from lora_drop_export.quantize.formats import FLOAT8
+
 COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")  # GeForce and RTX of the Ampere, Ada and Blackwell generations
+FLOAT8_SINCE = 8.9  # compute capability
 _GROUP = "how TensorRT builds"
 _WORKSPACE, _LEVELS = Bounds(1, 2**20), Bounds(0, 5)
 
@@ -45,23 +48,31 @@ class BuilderOptions:
     alias: bool = option(
         False, group=_GROUP, help="tell TensorRT that the plugin updates its caches in place, which may cost a copy"
     )
-    compute_capabilities: tuple[str, ...] = option(
-        COMPUTE_CAPABILITIES,
+    compute_capabilities: tuple[str, ...] | None = option(
+        None,
         group=_GROUP,
         flag="--compute-capability",
         repeat=True,
         metavar="X.Y",
-        help="GPU generation that tensorrt-rtx builds for; may be given several times (default 8.6, 8.9 and 12.0)",
+        help="GPU generation that tensorrt-rtx builds for; may be given several times (default 8.6, 8.9 and 12.0; "
+        "with fp8 weights 8.9 and 12.0)",
     )
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not self.compute_capabilities or len(set(self.compute_capabilities)) != len(self.compute_capabilities):
+        named = self.compute_capabilities
+        if named is not None and (not named or len(set(named)) != len(named)):
             raise InputError(
                 "The compute capabilities must be named once each.",
-                note=f"Given are {', '.join(self.compute_capabilities) or 'none'}.",
+                note=f"Given are {', '.join(named) or 'none'}.",
                 hint=f"Use --compute-capability {COMPUTE_CAPABILITIES[0]}.",
             )
+
+    def capabilities(self, weights: str = "float32") -> tuple[str, ...]:
+        """What tensorrt-rtx builds for: what was named, else those of the default that have this dtype of weights."""
+        if self.compute_capabilities is not None:
+            return self.compute_capabilities
+        return tuple(each for each in COMPUTE_CAPABILITIES if weights != FLOAT8 or float(each) >= FLOAT8_SINCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +84,7 @@ class TrtOptions:
         group="what is built",
         choices=WEIGHT_SHARINGS,
         help="what TensorRT engines do with weights: take them as inputs of both, with one copy on the device "
-        "(default; of quantized weights with the plugin alone), or hold them as constants, each its own",
+        "(default; of int4 weights with the plugin alone, of fp8 never), or hold them as constants, each its own",
     )
     attention: str | None = option(
         None,
@@ -112,7 +123,7 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     """
     trt = library(target)
     if target == "tensorrt-rtx":
-        for capability in options.compute_capabilities:
+        for capability in options.capabilities():
             compute_capability(trt, capability)
         if options.hardware_compatible:
             raise InputError(

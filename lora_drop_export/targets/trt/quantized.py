@@ -2,7 +2,8 @@
 
 Enters: a step graph whose DequantizeLinear nodes read UINT4 or UINT8 blocks with zero points and scales in the dtype of
 activations, as the bundle stores them and ONNX Runtime runs them. Leaves: the same graph over INT4 or INT8 without zero
-points, which TensorRT does not have. The new bytes lie in one file, for the parse alone.
+points, which TensorRT does not have. The new bytes lie in one file, for the parse alone. E4M3 has no zero points and
+stays as it is.
 
     all zero points in the middle      INT4: q − 8; INT8: q − 128
     4 bits, zero points of their own   INT8: q − zero point, which is exact and takes twice the bytes
@@ -80,15 +81,23 @@ def _scales(stored: npt.NDArray[np.uint8], dtype: Any) -> npt.NDArray[Any]:
     return np.where(scales == 0, ml_dtypes.finfo(dtype).smallest_subnormal, scales).astype(dtype)
 
 
+def _not_taken(name: str, wrong: str, dtype: str, other: str = "") -> ModelError:
+    return ModelError(
+        "TensorRT cannot take these 8-bit weights.",
+        note=f"{name} has {wrong}.",
+        hint=f"Use {other}the model's float checkpoint with --dtype {dtype}.",
+    )
+
+
 def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
     """Change a step graph in place.
 
     Args:
-        model: initializers refer to files of `root`.
+        model: initializers refer to files of `root`. A scale of 0 becomes the least positive one.
         file: open for writing, directly in `root`, empty; the graph's new initializers lie in it.
 
     Raises:
-        ModelError: 8 bits with negative scales or zero points.
+        ModelError: 8 bits with negative scales, or integers of 8 bits with zero points.
     """
     import ml_dtypes
 
@@ -97,18 +106,20 @@ def sign_weights(model: onnx.ModelProto, root: Path, file: IO[bytes]) -> None:
     numpy[BY_NAME["bfloat16"].onnx] = ml_dtypes.bfloat16
     out = _File(file)
     for node in [node for node in model.graph.node if node.op_type == "DequantizeLinear"]:
-        weight, scales, points = (tensors[name] for name in node.input)
+        weight, scales = (tensors[name] for name in node.input[:2])
+        signed = _scales(_stored(root, scales), numpy[scales.data_type])
+        if weight.data_type == onnx.TensorProto.FLOAT8E4M3FN:
+            if (signed < 0).any():
+                raise _not_taken(weight.name, "negative scales, TensorRT needs positive ones", "fp8")
+            out.write(scales, scales.data_type, iter([signed]))
+            continue
+        points = tensors[node.input[2]]
         (block_size,) = (attribute.i for attribute in node.attribute if attribute.name == "block_size")
         bits = {onnx.TensorProto.UINT4: 4, onnx.TensorProto.UINT8: 8}[weight.data_type]
         q, symmetric = _stored(root, weight), points.name.endswith(SYMMETRIC)
-        signed = _scales(_stored(root, scales), numpy[scales.data_type])
         if bits == 8 and (not symmetric or (signed < 0).any()):
             wrong = "negative scales, INT8 needs positive ones" if symmetric else "zero points, INT8 has none"
-            raise ModelError(
-                "TensorRT cannot take these 8-bit weights.",
-                note=f"{weight.name} has {wrong}.",
-                hint="Use --target ort or openvino, or the model's float checkpoint with --dtype int4.",
-            )
+            raise _not_taken(weight.name, wrong, "int4", "--target ort or openvino, or ")
         if symmetric:
             out.write(weight, onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8, _signed(q, bits))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from lora_drop_export.console import Console
-from lora_drop_export.quantize.formats import BlockFormat
+from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 
-from .options import COMPUTE_CAPABILITIES, TrtOptions, check_buildable
+from .options import FLOAT8_SINCE, BuilderOptions, TrtOptions, check_buildable
 
 if TYPE_CHECKING:  # what brings onnx is imported when a target is built
     from .build import EngineBuilder
@@ -96,7 +97,7 @@ def _check_named(options: TrtOptions, targets: Sequence[str]) -> None:
             note=f"None of the targets {', '.join(targets)} has it.",
             hint="Leave it out, or use --target tensorrt.",
         )
-    if "tensorrt-rtx" not in targets and options.builder.compute_capabilities != COMPUTE_CAPABILITIES:
+    if "tensorrt-rtx" not in targets and options.builder.compute_capabilities is not None:
         raise InputError(
             "--compute-capability applies only to tensorrt-rtx.",
             note=f"Given are {', '.join(options.builder.compute_capabilities)}; the targets are {', '.join(targets)}.",
@@ -116,7 +117,8 @@ class TrtTarget:
     name: str
     what: str
     default_form: str  # of attention
-    quantized_weights: tuple[str, ...] = ("int4",)
+    without_float8: str  # what to do where the GPU has none
+    quantized_weights: tuple[str, ...] = ("int4", FLOAT8)
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = True
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
@@ -125,13 +127,16 @@ class TrtTarget:
     def form(self, options: TrtOptions) -> str:
         return options.attention or self.default_form
 
-    def _why_constants(self, options: TrtOptions, dtype: str, neutral: Any) -> str:
+    def _why_constants(self, options: TrtOptions, weights: str, dtype: str, neutral: Any) -> str:
         """Why quantized weights cannot be inputs of the engines; empty where the plugin Int4Gemm takes them.
 
         Args:
+            weights: their dtype.
             dtype: of activations.
             neutral: the refresh step, an onnx.ModelProto; None before there is one.
         """
+        if weights == FLOAT8:
+            return "TensorRT's own layers dequantize constants alone, and no plugin takes fp8"
         if self.form(options) != "plugin":
             able = "--attention plugin" if self.default_form == "plugin" else "--target tensorrt"
             return f"TensorRT's own layers dequantize constants alone, and the plugin that takes inputs needs {able}"
@@ -155,15 +160,16 @@ class TrtTarget:
         Raises:
             InputError: quantized ones were to be inputs, and cannot be.
         """
-        why = self._why_constants(options, dtype, neutral) if weights in QUANTIZED_DTYPES else ""
+        why = self._why_constants(options, weights, dtype, neutral) if weights in QUANTIZED_DTYPES else ""
+        short = short_name(weights)
         if why and options.weight_sharing == "inputs":
             raise InputError(
                 "The quantized weights cannot be inputs of the engines.",
-                note=f"{self.name} was asked for {weights} weights with --weight-sharing inputs: {why}.",
+                note=f"{self.name} was asked for {short} weights with --weight-sharing inputs: {why}.",
                 hint="Leave it out: each engine then holds the weights that it uses.",
             )
         if why and options.weight_sharing is None and console is not None:
-            console.say(f"{self.name}: {weights} weights are constants, each engine holds its own: {why}")
+            console.say(f"{self.name}: {short} weights are constants, each engine holds its own: {why}")
         return options.weight_sharing or ("constants" if why else "inputs")
 
     def check(self, options: TrtOptions, targets: Sequence[str]) -> None:
@@ -175,9 +181,34 @@ class TrtTarget:
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 
+    def capabilities(self, options: TrtOptions, weights: str) -> tuple[str, ...]:
+        """The compute capabilities that engines are built for: here that of this machine's GPU."""
+        from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
+
+        return (device_compute_capability(),)
+
+    def builder_options(self, options: TrtOptions, weights: str, console: Console) -> BuilderOptions:
+        """Those of the build of engines with this dtype of weights."""
+        return options.builder
+
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
-        """Engines take any."""
+        """Engines take any; fp8 weights on GPUs that have it alone."""
         self.sharing(options, weights, dtype)
+        if weights != FLOAT8:
+            return
+        old = [each for each in self.capabilities(options, weights) if float(each) < FLOAT8_SINCE]
+        if old:
+            raise InputError(
+                f"Compute capability {', '.join(old)} has no fp8.",
+                note=f"{self.name} was asked for fp8 weights, which need {FLOAT8_SINCE} or newer.",
+                hint=self.without_float8,
+            )
+        if options.builder.hardware_compatible:
+            raise InputError(
+                "--hardware-compatible does not go with fp8 weights.",
+                note=f"Its engines run from compute capability 8.0 on, fp8 needs {FLOAT8_SINCE} or newer.",
+                hint="Leave it out, or use --dtype int4 with the model's float checkpoint.",
+            )
 
     def check_caches(self, caches: Any, options: TrtOptions) -> None:
         """The plugin takes them; TensorRT's own cache layer has no entries of 8 bits."""
@@ -244,7 +275,8 @@ class TrtTarget:
             ),
             StepKind.LORA: lora_profiles(limits.max_batch),
         }
-        builder = EngineBuilder(self.name, root, options.builder, console, self._timing_cache(earlier))
+        builder_options = self.builder_options(options, model.weight_dtype, console)
+        builder = EngineBuilder(self.name, root, builder_options, console, self._timing_cache(earlier))
         if form == "native" and not builder.reads_valid_slots:
             console.say(
                 f"warning: {self.name} {builder.version} cannot limit attention to valid slots: it reads the whole "
@@ -323,6 +355,7 @@ class TensorRt(TrtTarget):
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType(dict.fromkeys(CACHE_DTYPES, MODEL_DTYPES))
     what = "engines for the GPU of this machine"
     default_form = "plugin"
+    without_float8 = "Use --dtype int4, fp16 or bf16, with the model's float checkpoint."
 
 
 class TensorRtRtx(TrtTarget):
@@ -331,10 +364,21 @@ class TensorRtRtx(TrtTarget):
     name = "tensorrt-rtx"
     what = "engines for RTX GPUs"
     default_form = "native"
+    without_float8 = "Name newer ones with --compute-capability, or use --dtype int4 with the model's float checkpoint."
+
+    def capabilities(self, options: TrtOptions, weights: str) -> tuple[str, ...]:
+        return options.builder.capabilities(weights)
+
+    def builder_options(self, options: TrtOptions, weights: str, console: Console) -> BuilderOptions:
+        chosen, usual = self.capabilities(options, weights), options.builder.capabilities()
+        left_out = [each for each in usual if each not in chosen]
+        if left_out:
+            console.say(f"{self.name}: not built for compute capability {', '.join(left_out)}, which has no fp8")
+        return dataclasses.replace(options.builder, compute_capabilities=chosen)
 
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         super().check_dtype(dtype, weights, options)
-        old = [each for each in options.builder.compute_capabilities if float(each) < _BFLOAT16_SINCE]
+        old = [each for each in self.capabilities(options, weights) if float(each) < _BFLOAT16_SINCE]
         if dtype == "bfloat16" and old:
             raise InputError(
                 f"Compute capability {', '.join(old)} has no bfloat16.",

@@ -19,7 +19,8 @@ MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
-QUANTIZED_DTYPES = ("int4", "int8")  # of weights
+INTEGER_DTYPES = ("int4", "int8")  # of weights in blocks, each with a scale
+QUANTIZED_DTYPES = (*INTEGER_DTYPES, "float8_e4m3fn")  # of weights; of fp8 a row has a scale
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class ModelFacts:
 
     `fingerprint` identifies the base weights whatever dtype they are stored in; `windows` holds each layer's
     sliding window in positions, 0 for none; `dtype` is of activations and, unless there is a `kv_dtype`, of caches;
-    `weight_dtype` is `int4` or `int8` where linear layers are quantized; the byte counts are as stored in the bundle.
-    Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K and V of
-    the layer's input; 0 where a layer has no halves.
+    `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the byte counts are as stored in the
+    bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K
+    and V of the layer's input; 0 where a layer has no halves.
     """
 
     name: str
@@ -285,7 +286,8 @@ def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
 class Manifest:
     """All that a bundle says of itself.
 
-    `quantization`: bits, block size, method, and what it cost in perplexity; empty for weights as they were.
+    `quantization`: bits, block size (None in fp8), method, and what it cost in perplexity; empty for weights as they
+    were.
     `calibration`: by the name of the adaptive schedule; left out of the file where it is empty.
     """
 

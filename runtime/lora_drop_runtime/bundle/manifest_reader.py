@@ -20,6 +20,7 @@ from .manifest import (
     ATTENTION_FORMS,
     ENTRIES,
     FORMAT_VERSION,
+    INTEGER_DTYPES,
     QUANTIZED_DTYPES,
     WEIGHT_SHARINGS,
     Calibration,
@@ -116,9 +117,11 @@ def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
     """What `inspect` and the cost formulas read of it; the rest is a record."""
     if not how and weight_dtype not in QUANTIZED_DTYPES:
         return
-    for name, kind in (("bits", int), ("block_size", int), ("method", str), ("symmetric", bool)):
+    in_rows = weight_dtype in QUANTIZED_DTYPES and weight_dtype not in INTEGER_DTYPES
+    size: Any = int | None if in_rows else int
+    for name, kind in (("bits", int), ("block_size", size), ("method", str), ("symmetric", bool)):
         typed(kind, how.get(name), f"quantization.{name}")
-    if how["block_size"] < 1:
+    if not in_rows and how["block_size"] < 1:
         raise ValueError("quantization.block_size is 0")
     if "perplexity" in how:
         figures = typed(Mapping[str, float], how["perplexity"], "quantization.perplexity")

@@ -8,20 +8,26 @@ Format: 8 bytes little-endian header length, a JSON header, then the data.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, float32_from_bfloat16
+from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, float32_from_bfloat16, float32_from_float8
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.files import is_file
 
 from .typed_json import parse_json, typed
 
 _MAX_HEADER_BYTES = 100_000_000
+# Bits → values, of what numpy does not know
+_WIDENED: Mapping[str, Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]] = MappingProxyType(
+    {"bfloat16": float32_from_bfloat16, "float8_e4m3fn": float32_from_float8}
+)
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,15 @@ class Blocks:
     """How a quantized tensor [N, K] is read: value = (q − zero_point) · scale for each block along K.
 
     Attributes:
-        block_size: values that share a scale.
-        scales: float32 [N, K / block_size].
-        zero_points: of the tensor's own dtype, [N, K / block_size].
+        block_size: values that share a scale; K in float8_e4m3fn.
+        scales: in the dtype of activations, [N, K / block_size]; [N] in float8_e4m3fn.
+        zero_points: of the tensor's own dtype, [N, K / block_size]; None in float8_e4m3fn.
         symmetric: every zero point is 2^(bits−1), so that nobody needs to read them.
     """
 
     block_size: int
     scales: TensorPlace
-    zero_points: TensorPlace
+    zero_points: TensorPlace | None
     symmetric: bool
 
 
@@ -75,10 +81,10 @@ class TensorPlace:
             return self.size_bytes
         blocks = self.blocks
         read = self.size_bytes + blocks.scales.size_bytes
-        return read if blocks.symmetric else read + blocks.zero_points.size_bytes
+        return read if blocks.symmetric or blocks.zero_points is None else read + blocks.zero_points.size_bytes
 
     def read(self) -> npt.NDArray[Any]:
-        """The values, memory-mapped where numpy knows the dtype; bfloat16 is widened to float32 (exact)."""
+        """The values, memory-mapped where numpy knows the dtype; bfloat16 and float8 are widened to float32 (exact)."""
         return self.rows(0, self.shape[0]) if self.shape else self._mapped((), 0)
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
@@ -90,7 +96,8 @@ class TensorPlace:
 
     def _mapped(self, shape: tuple[int, ...], skipped_bytes: int) -> npt.NDArray[Any]:
         known = BY_NAME.get(self.dtype)
-        bits_as = {"bfloat16": "<u2", "uint4": "u1"}.get(self.dtype)
+        bits_as = {"bfloat16": "<u2", "float8_e4m3fn": "u1", "uint4": "u1"}.get(self.dtype)
+        widened = _WIDENED.get(self.dtype)
         numpy = bits_as or (known.numpy if known else None)
         if numpy is None:
             raise BundleError(
@@ -99,9 +106,9 @@ class TensorPlace:
                 hint="Convert the checkpoint to float32, float16 or bfloat16 first.",
             )
         if not math.prod(shape):
-            return np.zeros(shape, np.float32 if self.dtype == "bfloat16" else numpy)
+            return np.zeros(shape, np.float32 if widened else numpy)
         values: npt.NDArray[Any] = np.memmap(self.file, numpy, "r", self.offset_bytes + skipped_bytes, shape)
-        return float32_from_bfloat16(values) if self.dtype == "bfloat16" else values
+        return widened(values) if widened else values
 
 
 def _not_whole(path: Path, reason: str) -> BundleError:

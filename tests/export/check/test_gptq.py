@@ -239,8 +239,8 @@ def test_refused_texts(tmp_path: Path) -> None:
         ({"calibration": text, **OPTIONS}, "cannot be read"),
         ({"calibration": tmp_path / "none", **OPTIONS}, "cannot be read"),
         ({"calibration": Path("/dev/zero"), **OPTIONS}, "cannot be read"),
-        ({"quantization": "gptq", "dtype": "float32"}, "--quantization applies only to quantized weights"),
-        ({"quantization": "gptq"}, "--quantization applies only to quantized weights"),
+        ({"quantization": "gptq", "dtype": "float32"}, "--quantization applies only to int4 and int8 weights"),
+        ({"quantization": "gptq"}, "--quantization applies only to int4 and int8 weights"),
     ):
         with pytest.raises(InputError, match=words):
             ExportOptions(**options)

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
@@ -47,6 +48,8 @@ FORMS = {
     "compressed-tensors-channel": (4, 64, 32, True),
     "compressed-tensors-8-bit": (8, 32, 32, False),
 }
+# In fp8: a scale for each row, as it is or that of the whole. Only targets of TensorRT take them (test_float8.py)
+FLOATS = ("compressed-tensors-fp8-channel", "compressed-tensors-fp8-dynamic", "compressed-tensors-fp8-tensor")
 PLAN = {"drop_layers": (1,), "always_first": 0, "always_last": 0, "max_seq_len": 48}
 ANOTHER_FORM = "quantized in a form that is not read"
 
@@ -76,10 +79,10 @@ def bundle_of(name: str, root: Path, **options: Any) -> Bundle:
 
 
 def test_every_checkpoint_is_here() -> None:
-    assert {path.parent.name for path in DIRECTORY.glob("*/config.json")} == {*FORMS, "gptq-act-order"}
+    assert {path.parent.name for path in DIRECTORY.glob("*/config.json")} == {*FORMS, *FLOATS, "gptq-act-order"}
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS, *FLOATS])
 def test_values_are_the_librarys(name: str) -> None:
     """All of them bit by bit, in the dtype of the scales; in rows as in the whole."""
     checkpoint, (digests, digest) = opened(DIRECTORY / name), reference(name)
@@ -92,8 +95,9 @@ def test_values_are_the_librarys(name: str) -> None:
         assert digest(values) == digests[weight], weight
         assert np.array_equal(tensor.rows(3, 21), values[3:21])
         assert np.array_equal(tensor.rows(len(values) - 1, len(values) + 5), values[-1:])
-        bits, of_64, of_96, symmetric = FORMS[name]
-        assert tensor.native == BlockFormat(bits, of_96 if tensor.shape[1] == 96 else of_64, symmetric)
+        bits, of_64, of_96, symmetric = FORMS.get(name, (8, 64, 96, True))
+        size = of_96 if tensor.shape[1] == 96 else of_64
+        assert tensor.native == BlockFormat(bits, size, symmetric, floating=name in FLOATS)
         assert len(np.unique(tensor.native_rows(0, 32)[0])) > 10
     assert not hasattr(checkpoint.config, "quantization_config")
 
@@ -219,8 +223,8 @@ def copy(place: Path, name: str, **changes: Any) -> Path:
     return target
 
 
-def of_weights(**changes: Any) -> dict[str, Any]:
-    config = json.loads((DIRECTORY / "compressed-tensors-group-32/config.json").read_text())
+def of_weights(name: str = "compressed-tensors-group-32", **changes: Any) -> dict[str, Any]:
+    config = json.loads((DIRECTORY / name / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"]
     return {"config_groups": {"group_0": groups["group_0"] | {"weights": groups["group_0"]["weights"] | changes}}}
 
@@ -234,13 +238,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-group-32", {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
     ("awq-group-32", {"bits": 8}, "awq with bits 8"),
     ("awq-group-32", {"version": "gemv"}, "awq of version 'gemv'"),
-    ("compressed-tensors-group-32", {"format": "float-quantized"}, "of format 'float-quantized'"),
+    ("compressed-tensors-group-32", {"format": "int-quantized"}, "of format 'int-quantized'"),
+    ("compressed-tensors-group-32", {"format": "float-quantized"}, "of format 'pack-quantized'"),
     ("compressed-tensors-group-32", {"kv_cache_scheme": {"num_bits": 8}}, "quantized caches"),
     ("compressed-tensors-group-32", {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
     ("compressed-tensors-group-32", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ("compressed-tensors-group-32", of_weights(type="float"), "of type 'float'"),
     ("compressed-tensors-group-32", of_weights(num_bits=3), "num_bits 3"),
     ("compressed-tensors-group-32", of_weights(strategy="block"), "strategy 'block'"),
+    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], strategy="block"), "strategy 'block'"),
+    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], type="int"), "of type 'int'"),
+    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], num_bits=4), "num_bits 4"),
+    ("compressed-tensors-fp8-channel", of_weights(FLOATS[0], symmetric=False), "symmetric False"),
+    ("compressed-tensors-fp8-dynamic", {"kv_cache_scheme": {"num_bits": 8}}, "quantized caches"),
 ]
 
 
@@ -313,6 +323,29 @@ def test_damaged_parts(name: str, how: str, tmp_path: Path) -> None:
         with pytest.raises((ModelError, InputError)) as error:
             opened(directory)
         assert error.value.note, part
+
+
+@pytest.mark.parametrize("how", ["missing", "flat", "float", "wide", "bare"])
+def test_damaged_parts_of_fp8(how: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = copy(tmp_path, "compressed-tensors-fp8-channel")
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if how == "missing":
+        del tensors[f"{name}_scale"]
+    elif how == "flat":
+        tensors[name] = tensors[name].reshape(-1)
+    elif how == "float":
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].to(torch.int32)
+    elif how == "wide":
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].repeat(1, 2).contiguous()
+    else:
+        tensors = {key: value for key, value in tensors.items() if value.dtype != torch.float8_e4m3fn}
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(ModelError) as error:
+        opened(directory)
+    assert ("no tensor is called *.weight and in fp8" if how == "bare" else name) in error.value.note
 
 
 def test_no_quantized_weight(tmp_path: Path) -> None:

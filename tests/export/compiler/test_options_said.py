@@ -18,7 +18,7 @@ from tests.support.bundles import make_bundle
 def test_a_dtype_is_named_as_it_is_given(tmp_path, capsys):
     assert main(["--model", "m", "--out", str(tmp_path / "b"), "--dtype", "foo"]) == 2
     said = capsys.readouterr().err
-    assert "'foo' was given, known are fp32, fp16, bf16, int8 and int4." in said
+    assert "'foo' was given, known are fp32, fp16, bf16, int8, fp8 and int4." in said
     assert "Hint: Use --dtype fp32." in said
     assert main(["--add-target", "ort", "--out", str(tmp_path / "b"), "--dtype", "fp32"]) == 2
     assert "--dtype fp32 was given with --add-target" in capsys.readouterr().err

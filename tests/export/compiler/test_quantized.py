@@ -30,8 +30,11 @@ from tests.support.quantized import matrix
     ("options", "words"),
     [
         ({"dtype": "int3"}, ("int3", "int4")),
-        ({"quantization": "rtn"}, ("--quantization applies only to quantized weights", "not given")),
-        ({"block_size": 32, "dtype": "float32"}, ("--block-size applies only to quantized weights", "float32")),
+        ({"quantization": "rtn"}, ("--quantization applies only to int4 and int8 weights", "not given")),
+        (
+            {"block_size": 32, "dtype": "float32"},
+            ("--block-size applies only to int4 and int8 weights", "--dtype is fp32"),
+        ),
         ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64 and 128")),
         ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
         ({"head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "not given")),

@@ -51,6 +51,9 @@ def test_bytes_of_a_layers_parts() -> None:
     matrices, vectors = 2 * 64 * 64 + 2 * 32 * 64, 64
     assert quantized.attention == matrices * 5 / 8 + vectors * 4  # a scale of 32 bits for 32 values is one more bit
     assert quantized.token_kv == 4 * TOKEN_KV
+    quantized = layer_bytes(forcing, "float8_e4m3fn")[3]  # a scale of 16 bits for a row, beside bfloat16
+    assert quantized.attention == matrices + (2 * 64 + 2 * 32) * 2 + vectors * 2
+    assert quantized.token_kv == 2 * TOKEN_KV
     fused = layer_bytes(TeacherForcing(FAMILIES["phi3"]()), "float32")[3]  # q, k and v are one product
     assert (fused.attention, fused.makes_kv) == (4 * ATTENTION, 4 * (64 * 64 + 2 * 32 * 64 + 64))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES, QUANTIZED_DTYPES
 from lora_drop_runtime.dtypes import BY_NAME, BY_SHORT
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
@@ -35,13 +35,17 @@ class LayerBytes:
     window: int
 
 
+def _beside(dtype: str) -> str:
+    """What activations are beside weights of a dtype: of integers as on the CPU, of fp8 as on a GPU."""
+    return {"float8_e4m3fn": "bfloat16"}.get(dtype, "float32") if dtype in QUANTIZED_DTYPES else dtype
+
+
 def _bits(parameter: Any, dtype: str) -> float:
     """Of one value of a parameter in a bundle of a dtype; vectors are never quantized."""
-    if dtype not in QUANTIZED_DTYPES:
-        return BY_NAME[dtype].bits
-    if parameter.dim() < 2:
-        return BY_NAME["float32"].bits
-    return BY_NAME[dtype].bits + BY_NAME["float32"].bits / _BLOCK
+    beside = BY_NAME[_beside(dtype)].bits  # of scales, too
+    if dtype not in QUANTIZED_DTYPES or parameter.dim() < 2:
+        return beside
+    return BY_NAME[dtype].bits + beside / (_BLOCK if dtype in INTEGER_DTYPES else parameter.shape[-1])
 
 
 def _stored(parameters: Iterable[Any], dtype: str) -> float:
@@ -55,7 +59,7 @@ def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> lis
     Args:
         halves: False where they run beside each other; the attention's half then has no bytes.
     """
-    cache = dtype if dtype not in QUANTIZED_DTYPES else "float32"
+    cache = _beside(dtype)
     found = []
     for index, window in enumerate(forcing.windows()):
         first, makes_kv, values = forcing.parameters_of(index)
@@ -145,5 +149,5 @@ def savings(forcing: TeacherForcing, plan: DropPlan, settings: ProfileSettings) 
     dtype = loaded if settings.bundle_dtype is None else BY_SHORT[settings.bundle_dtype].name
     layers = layer_bytes(forcing, dtype, settings.halves)
     width = forcing.model.get_input_embeddings().weight.shape[1]
-    stored = BY_NAME["float32" if dtype in QUANTIZED_DTYPES else dtype].size_bytes
+    stored = BY_NAME[_beside(dtype)].size_bytes
     return Savings(plan, layers, settings.objective, settings.context, 2 * settings.rank * width * stored)

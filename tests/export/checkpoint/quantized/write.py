@@ -90,7 +90,7 @@ def keep(source: Path, target: Path, library: str, weights: Mapping[str, torch.T
 
 
 def llmcompressor(out: Path) -> None:
-    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -98,16 +98,27 @@ def llmcompressor(out: Path) -> None:
     from safetensors.torch import load_file
 
     data = Dataset.from_dict({"input_ids": token_windows().tolist(), "attention_mask": [[1] * WINDOW] * WINDOWS})
-    rows: list[tuple[str, type, torch.dtype, dict[str, Any]]] = [
-        ("group-32", GPTQModifier, torch.bfloat16, {"num_bits": 4, "strategy": "group", "group_size": 32}),
-        ("asymmetric", GPTQModifier, torch.float16, {"num_bits": 4, "strategy": "group", "group_size": 32}),
-        ("channel", QuantizationModifier, torch.bfloat16, {"num_bits": 4, "strategy": "channel"}),
-        ("8-bit", QuantizationModifier, torch.float16, {"num_bits": 8, "strategy": "group", "group_size": 32}),
+    floats = {"type": "float", "num_bits": 8}
+    rows: list[tuple[str, type, torch.dtype, dict[str, Any], dict[str, Any] | None]] = [
+        ("group-32", GPTQModifier, torch.bfloat16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
+        ("asymmetric", GPTQModifier, torch.float16, {"num_bits": 4, "strategy": "group", "group_size": 32}, None),
+        ("channel", QuantizationModifier, torch.bfloat16, {"num_bits": 4, "strategy": "channel"}, None),
+        ("8-bit", QuantizationModifier, torch.float16, {"num_bits": 8, "strategy": "group", "group_size": 32}, None),
+        ("fp8-channel", QuantizationModifier, torch.bfloat16, floats | {"strategy": "channel"}, None),
+        (
+            *("fp8-dynamic", QuantizationModifier, torch.bfloat16, floats | {"strategy": "channel"}),
+            floats | {"strategy": "token", "dynamic": True},
+        ),
+        (
+            *("fp8-tensor", QuantizationModifier, torch.float16, floats | {"strategy": "tensor"}),
+            floats | {"strategy": "tensor"},
+        ),
     ]
-    for name, modifier, dtype, args in rows:
-        symmetric = name in ("group-32", "channel")
-        args = QuantizationArgs(type="int", symmetric=symmetric, **args)
-        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    for name, modifier, dtype, given, activations in rows:
+        symmetric = name not in ("asymmetric", "8-bit")
+        args = QuantizationArgs(**({"type": "int", "symmetric": symmetric} | given))
+        inputs = None if activations is None else QuantizationArgs(**activations)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs)
         options = {"actorder": None} if modifier is GPTQModifier else {}
         recipe = modifier(config_groups={"group_0": scheme}, ignore=["lm_head"], **options)
         with tempfile.TemporaryDirectory() as scratch:
@@ -115,11 +126,13 @@ def llmcompressor(out: Path) -> None:
             sizes = {"max_seq_length": WINDOW, "num_calibration_samples": WINDOWS}
             oneshot(model=whole, dataset=data, recipe=recipe, output_dir=str(made), precision="auto", **sizes)
             stored = load_file(made / "model.safetensors")
+            form = json.loads((made / "config.json").read_text())["quantization_config"]["format"]
+            library = BaseCompressor.get_value_from_registry(form)
             weights = {}
-            for full_name in [n for n in stored if n.endswith(".weight_packed")]:
-                prefix = full_name.removesuffix("weight_packed")
+            for full_name in [n for n in stored if n.endswith(".weight_scale")]:
+                prefix = full_name.removesuffix("weight_scale")
                 parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-                weights[f"{prefix}weight"] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+                weights[f"{prefix}weight"] = library.decompress(parts, scheme)["weight"]
             what = f"{modifier.__name__} of llmcompressor, dequantized by compressed-tensors"
             keep(made, out / f"compressed-tensors-{name}", "llmcompressor", weights, what)
 
