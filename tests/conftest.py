@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -57,3 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The order in which files are given to workers, with `--dist loadfile --no-loadscope-reorder`."""
     first = [config.rootpath / name for name in LONG]
     items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: full collections, which every few bundles bring about, need not go through it."""
+    gc.collect()
+    gc.freeze()
