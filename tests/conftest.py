@@ -61,3 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The order in which files are given to workers, with `--dist loadfile --no-loadscope-reorder`."""
     first = [config.rootpath / name for name in LONG]
     items.sort(key=lambda item: first.index(item.path) if item.path in first else len(first))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: full collections, which every few bundles bring about, need not go through it."""
+    gc.collect()
+    gc.freeze()

@@ -1,36 +1,90 @@
 """Layers that are alike are traced once, and the others are copies of what was traced.
 
-Enters: a model whose layers ran once on fake tensors, with their arguments. Of every kind of layer the first two and
-the last are traced; each one between them is a single `lora_drop::Repeat` node, which `expand` replaces by a copy of
-the first one's nodes over its own parameters. Alike are layers of equal modules, attributes and arguments. What that
-cannot show, such as arithmetic with a layer's own index, shows in the nodes of the second and the last: where they
-differ from the first one's, `expand` says so, and the caller traces every layer.
+Enters: a model whose layers ran once on fake tensors, with their arguments and with every call of torch that they made.
+Of every kind of layer the first one is traced. The others are modules without parameters, and as many of them as follow
+each other are a single `lora_drop::Repeat` node, which `expand` replaces by copies of the first one's nodes over their
+own parameters. Alike are layers of equal modules, attributes, buffers and arguments which made the same calls. So code
+that reckons with a layer's own index is seen in each of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 import onnx_ir as ir
 
+from .anatomy import first_output
 from .attention_interface import DOMAIN
-from .parameters import buffer_tensor
 
-_TRACED = (0, 1, -1)  # of the layers of a kind
 _OWN_INDEX = ("layer_idx", "layer_id", "layer_index")  # of a layer or of a module in it
+
+
+def _key(value: Any, places: Mapping[int, Hashable]) -> Hashable:
+    """Equal for what the traced code cannot tell apart: the same object, or plain values that are equal.
+
+    Args:
+        places: id of a tensor of the layer's own → what names it in every layer.
+    """
+    if isinstance(value, tuple | list):
+        return (type(value), *(_key(entry, places) for entry in value))
+    if isinstance(value, dict):
+        return tuple((_key(name, places), _key(entry, places)) for name, entry in value.items())
+    if isinstance(value, slice):
+        return slice, _key((value.start, value.stop, value.step), places)
+    if isinstance(value, functools.partial):
+        return _key((value.func, value.args, value.keywords), places)
+    if isinstance(value, MethodType):  # of the module itself
+        return id(value.__func__), type(value.__self__)
+    import torch
+
+    plain = value is None or isinstance(value, bool | int | float | str | torch.device | torch.dtype)
+    return (type(value), value) if plain else places.get(id(value), id(value))
+
+
+def _recorder(layer: Any, hidden: Any, alive: list[Any]) -> Any:
+    """A mode that notes the calls of torch that a layer makes; its tensors are named by where they come from.
+
+    Args:
+        hidden: the layer's input.
+        alive: takes what the record names by its identity, which is nobody else's as long as it lives.
+    """
+    import torch
+
+    class Recorder(torch.overrides.TorchFunctionMode):  # type: ignore[misc]  # torch is not type-checked here
+        def __init__(self) -> None:
+            super().__init__()
+            tensors = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+            self.places: dict[int, Hashable] = {id(tensor): name for name, tensor in tensors} | {id(hidden): ()}
+            self.calls: list[Hashable] = []
+
+        def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # An attention's node says its layer; what else it says, the caller has seen
+            symbolic = str(getattr(function, "namespace", "")) == "onnx_symbolic"
+            given = [one for one in args if isinstance(one, tuple | list)] if symbolic else [args, kwargs or {}]
+            self.calls.append((function, _key(given, self.places)))
+            result = function(*args, **(kwargs or {}))
+            alive.append((args, kwargs, result))
+            for index, one in enumerate(result if isinstance(result, tuple | list) else (result,)):
+                if isinstance(one, torch.Tensor):
+                    self.places[id(one)] = len(self.calls), index
+            return result
+
+    return Recorder()
 
 
 @dataclass
 class LayerCalls:
-    """What each layer was called with and gave, in order."""
+    """What each layer was called with, the calls of torch that it made, and what it gave, in order."""
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    computed: list[Hashable] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    _alive: list[Any] = field(default_factory=list)
 
     @contextlib.contextmanager
     def noted(self, layers: Any) -> Iterator[None]:
@@ -40,26 +94,24 @@ class LayerCalls:
             self.arguments.append((args, kwargs))
             self.outputs.append(output)
 
+        def recorded(layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def record(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+                with _recorder(layer, hidden, self._alive) as seen:
+                    output = forward(hidden, *args, **kwargs)
+                self.computed.append((tuple(seen.calls), _key(first_output(output), seen.places)))
+                return output
+
+            return record
+
         hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+        for layer in layers:
+            layer.forward = recorded(layer, layer.forward)
         try:
             yield
         finally:
-            for hook in hooks:
+            for layer, hook in zip(layers, hooks, strict=True):
+                del layer.forward
                 hook.remove()
-
-
-def _key(value: Any) -> Hashable:
-    """Equal for what the traced code cannot tell apart: the same object, or plain values that are equal."""
-    if isinstance(value, tuple | list):
-        return (type(value), *map(_key, value))
-    if isinstance(value, dict):
-        return tuple((_key(name), _key(entry)) for name, entry in value.items())
-    if isinstance(value, functools.partial):
-        return _key((value.func, value.args, value.keywords))
-    if isinstance(value, MethodType):  # of the module itself
-        return id(value.__func__), type(value.__self__)
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return (type(value), value) if plain else id(value)
 
 
 def _module_key(module: Any) -> Hashable:
@@ -72,47 +124,72 @@ def _module_key(module: Any) -> Hashable:
     own = vars(torch.nn.Module())  # hooks and the like
     attributes = {name: value for name, value in vars(module).items() if name not in own and name not in _OWN_INDEX}
     children = tuple((name, child and _module_key(child)) for name, child in module._modules.items())
-    return type(module), tensors(module._parameters), tensors(module._buffers), _key(attributes), children
+    return type(module), tensors(module._parameters), tensors(module._buffers), _key(attributes, {}), children
 
 
-def alike(layers: Any, seen: LayerCalls, attentions: Sequence[Hashable]) -> list[list[int]]:
-    """The kinds of layers that have more than three, each as its layers' indices.
+def alike(
+    layers: Any, seen: LayerCalls, attentions: Sequence[Hashable], prefix: str, buffers: Mapping[str, Any]
+) -> list[list[int]]:
+    """The kinds of layers that have more than one, each as its layers' indices.
 
     Args:
         seen: the calls of all layers.
         attentions: what tells the layers' attentions apart, an entry per layer.
+        prefix: name of the list of layers, e.g. `model.layers`.
+        buffers: name → values of what a checkpoint does not give.
     """
     kinds: dict[Hashable, list[int]] = {}
     for index, (layer, (args, kwargs), output) in enumerate(zip(layers, seen.arguments, seen.outputs, strict=True)):
         rest = output[1:] if isinstance(output, tuple) else None
-        key = _module_key(layer), _key(args[1:]), _key(kwargs), attentions[index], _key(rest)
+        given = _key((args[1:], kwargs, rest), {})
+        own = (buffers.get(f"{prefix}.{index}.{name}") for name, _ in layer.named_buffers())
+        values = tuple(None if buffer is None else buffer.float().numpy().tobytes() for buffer in own)
+        key = _module_key(layer), given, attentions[index], seen.computed[index], values
         kinds.setdefault(key, []).append(index)
-    return [kind for kind in kinds.values() if len(kind) > len(_TRACED)]
+    return [kind for kind in kinds.values() if len(kind) > 1]
 
 
 @contextlib.contextmanager
-def stand_ins(layers: Any, kinds: list[list[int]], seen: LayerCalls) -> Iterator[None]:
-    """All layers of a kind but those that are traced as one node each."""
+def stand_ins(layers: Any, kinds: list[list[int]], seen: LayerCalls) -> Iterator[frozenset[int]]:
+    """All layers of a kind but its first are no layers: as many as follow each other are one node.
+
+    Gives:
+        The layers that pass on what they are given, because the node of one before them stands for them, too.
+    """
     import torch
 
-    def stand_in(index: int) -> Any:
-        def forward(hidden: Any, *_: Any, **__: Any) -> Any:
-            made = torch.onnx.ops.symbolic(
-                f"{DOMAIN}::Repeat", (hidden,), {"layer": index}, dtype=hidden.dtype, shape=hidden.shape, version=1
-            )
-            output = seen.outputs[index]
-            return (made, *output[1:]) if isinstance(output, tuple) else made
+    class StandIn(torch.nn.Module):  # type: ignore[misc]  # torch is not type-checked here
+        def __init__(self, index: int, count: int) -> None:
+            super().__init__()
+            self.index, self.count = index, count
+            self.__dict__["layer"] = layers[index]  # not a child, whose parameters would be traced
 
-        return forward
+        def __getattr__(self, name: str) -> Any:  # what a model asks its layers, such as which mask they want
+            return getattr(self.layer, name)
 
-    repeats = [index for kind in kinds for index in set(kind) - {kind[place] for place in _TRACED}]
+        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
+            if self.count:
+                attributes = {"first": self.index, "count": self.count}
+                hidden = torch.onnx.ops.symbolic(
+                    f"{DOMAIN}::Repeat", (hidden,), attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
+                )
+            output = seen.outputs[self.index]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    repeats = sorted(index for kind in kinds for index in kind[1:])
+    passing = frozenset(repeats) & {index + 1 for index in repeats}
+    made = {}
     for index in repeats:
-        layers[index].forward = stand_in(index)
+        after = next(later for later in range(index + 1, len(layers) + 1) if later not in passing)
+        made[index] = StandIn(index, 0 if index in passing else after - index).eval()
+    replaced = {index: layers[index] for index in repeats}
     try:
-        yield
+        for index, stand_in in made.items():
+            layers[index] = stand_in
+        yield passing
     finally:
-        for index in repeats:
-            del layers[index].forward
+        for index, layer in replaced.items():
+            layers[index] = layer
 
 
 def _is(node: ir.Node, op_type: str) -> bool:
@@ -142,72 +219,26 @@ class _Body:
         return self._own[value]
 
 
-def _same_attributes(a: ir.Node, b: ir.Node) -> bool:
-    """Whether two nodes are the same operator; an attention's layer is its own."""
-
-    def seen(node: ir.Node) -> dict[str, Any]:
-        attention = _is(node, "CacheAttention")
-        found = {name: one.value for name, one in node.attributes.items() if not (attention and name == "layer")}
-        return {name: one.tobytes() if isinstance(one, ir.TensorProtocol) else one for name, one in found.items()}
-
-    same = (a.domain, a.op_type, len(a.inputs)) == (b.domain, b.op_type, len(b.inputs))
-    return same and seen(a) == seen(b)
-
-
-def _same(a: _Body, b: _Body) -> bool:
-    """Whether two layers compute the same from their inputs and parameters."""
-    found: dict[tuple[ir.Value | None, ir.Value | None], bool] = {(a.start, b.start): True}
-
-    def leaf(x: ir.Value, y: ir.Value) -> bool:
-        if not (x.is_initializer() and y.is_initializer()) or (x.dtype, x.shape) != (y.dtype, y.shape):
-            return False
-        if x.name == f"{a.prefix}{(y.name or '').removeprefix(b.prefix)}":  # the same place in two layers
-            return True
-        one, other = x.const_value, y.const_value
-        return one is not None and other is not None and one.tobytes() == other.tobytes()
-
-    def compare(x: ir.Value | None, y: ir.Value | None) -> bool:
-        if x is None or y is None or x is y:
-            return x is y
-        if (x, y) not in found:
-            one, other = x.producer(), y.producer()
-            if one is None or other is None:
-                found[x, y] = one is other and leaf(x, y)
-            else:
-                found[x, y] = (
-                    x.index() == y.index()
-                    and _same_attributes(one, other)
-                    and all(compare(*pair) for pair in zip(one.inputs, other.inputs, strict=True))
-                )
-        return found[x, y]
-
-    return compare(a.end, b.end)
-
-
-def _counterpart(
-    graph: ir.Graph, value: ir.Value, name: str, stored: Collection[str], buffers: dict[str, Any]
-) -> ir.Value:
-    """A layer's own initializer in the place of another layer's; a module that layers share has one for all."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    if name not in stored and name not in buffers:
+def _counterpart(graph: ir.Graph, value: ir.Value, name: str, stored: Collection[str]) -> ir.Value:
+    """A layer's own parameter in the place of another layer's; what no checkpoint gives is equal in both."""
+    if name not in stored:
         return value
     made = ir.Value(name=name, shape=value.shape, type=value.type)
-    if value.const_value is not None:
-        made.const_value = buffer_tensor(buffers, name, value.const_value.dtype)
-        if made.const_value.tobytes() == value.const_value.tobytes():
-            return value
     graph.initializers.add(made)
     return made
 
 
-def _copy(body: _Body, place: ir.Node, counterpart: Callable[[ir.Value], ir.Value]) -> None:
-    """Put a copy of a layer's nodes in the place of a Repeat node.
+def _copy(
+    body: _Body, place: ir.Node, layer: int, hidden: ir.Value | None, counterpart: Callable[[ir.Value], ir.Value]
+) -> ir.Value:
+    """Put a copy of a layer's nodes before a Repeat node; returns its output.
 
     Args:
+        layer: which one the copy is.
+        hidden: its input.
         counterpart: another layer's initializer → this layer's.
     """
-    twin: dict[ir.Value | None, ir.Value | None] = {None: None, body.start: place.inputs[0]}
+    twin: dict[ir.Value | None, ir.Value | None] = {None: None, body.start: hidden}
     copies = []
     for node in body.nodes:
         for value in node.inputs:
@@ -215,7 +246,7 @@ def _copy(body: _Body, place: ir.Node, counterpart: Callable[[ir.Value], ir.Valu
                 twin[value] = counterpart(value) if value is not None and body.own(value) else value
         attributes = dict(node.attributes)
         if _is(node, "CacheAttention"):
-            attributes["layer"] = place.attributes["layer"]
+            attributes["layer"] = ir.AttrInt64("layer", layer)
         copy = ir.Node(
             node.domain,
             node.op_type,
@@ -229,46 +260,39 @@ def _copy(body: _Body, place: ir.Node, counterpart: Callable[[ir.Value], ir.Valu
             new.shape, new.type = old.shape, old.type
             twin[old] = new
         copies.append(copy)
-    graph, end, old_end = place.graph, twin[body.end], place.outputs[0]
+    graph, end = place.graph, twin[body.end]
     assert isinstance(graph, ir.Graph)
     assert end is not None
     graph.insert_before(place, copies)
-    old_end.replace_all_uses_with(end)
-    graph.remove(place, safe=True)
-    end.name = old_end.name
+    end.name = f"hidden_states.{layer + 1}"
+    return end
 
 
-def expand(
-    model: ir.Model, kinds: list[list[int]], prefix: str, stored: Collection[str], buffers: dict[str, Any]
-) -> bool:
+def expand(model: ir.Model, kinds: list[list[int]], prefix: str, stored: Collection[str]) -> None:
     """Replace Repeat nodes by copies of the layers that they repeat, in place.
 
     Args:
-        kinds: from `alike`; the graph has the nodes of three layers of each.
+        kinds: from `alike`; the graph has the nodes of the first layer of each.
         prefix: name of the list of layers, e.g. `model.layers`.
         stored: names of what a checkpoint gives, in the model's order.
-        buffers: name → values of what it does not give.
-
-    Returns:
-        Whether the traced layers of each kind compute the same. Where not, the graph is left as it was.
     """
     graph = model.graph
     stream = {str(value.name): value for node in graph for value in node.outputs}
-    bodies = [[_Body(stream, prefix, kind[place]) for place in _TRACED] for kind in kinds]
-    if not all(_same(first, other) for first, *others in bodies for other in others):
-        return False
-    body_of = {layer: first for kind, (first, *_) in zip(kinds, bodies, strict=True) for layer in kind}
+    bodies = [_Body(stream, prefix, kind[0]) for kind in kinds]
+    body_of = {layer: body for kind, body in zip(kinds, bodies, strict=True) for layer in kind}
     for place in [node for node in graph if _is(node, "Repeat")]:
-        layer = place.attributes["layer"].as_int()
-        body = body_of[layer]
+        hidden, first = place.inputs[0], place.attributes["first"].as_int()
+        for layer in range(first, first + place.attributes["count"].as_int()):
 
-        def counterpart(value: ir.Value, body: _Body = body, layer: int = layer) -> ir.Value:
-            name = f"{prefix}.{layer}.{str(value.name).removeprefix(body.prefix)}"
-            return _counterpart(graph, value, name, stored, buffers)
+            def counterpart(value: ir.Value, body: _Body = body_of[layer], layer: int = layer) -> ir.Value:
+                name = f"{prefix}.{layer}.{str(value.name).removeprefix(body.prefix)}"
+                return _counterpart(graph, value, name, stored)
 
-        _copy(body, place, counterpart)
+            hidden = _copy(body_of[layer], place, layer, hidden, counterpart)
+        assert hidden is not None
+        place.outputs[0].replace_all_uses_with(hidden)
+        graph.remove(place, safe=True)
     position = {name: index for index, name in enumerate(stored)}
     ordered = sorted(graph.initializers.values(), key=lambda value: position.get(str(value.name), len(position)))
     graph.initializers.clear()
     graph.initializers.update({str(value.name): value for value in ordered})
-    return True

@@ -133,6 +133,7 @@ def _step_module(model: Any, layers: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = model
+            self.unmarked: frozenset[int] = frozenset()  # layers whose input has no name
 
         def forward(self, input_ids: Any, len_kept: Any, logits_index: Any) -> Any:
             def gather_rows(_: Any, args: Any) -> Any:
@@ -147,7 +148,8 @@ def _step_module(model: Any, layers: Any) -> Any:
                 )
                 return (rows,)
 
-            hooks = [layer.register_forward_pre_hook(mark_input(i), with_kwargs=True) for i, layer in enumerate(layers)]
+            marked = [(i, layer) for i, layer in enumerate(layers) if i not in self.unmarked]
+            hooks = [layer.register_forward_pre_hook(mark_input(i), with_kwargs=True) for i, layer in marked]
             hooks.append(layers[-1].register_forward_hook(mark_output))
             hooks.append(model.get_output_embeddings().register_forward_pre_hook(gather_rows))
             try:
@@ -237,22 +239,21 @@ def _name_residual_stream(model: ir.Model) -> None:
 
 
 def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any) -> ir.Model:
-    """The graph of a dry run: layers that are alike are traced once, if their graphs bear it out."""
+    """The graph of a dry run: layers that are alike are traced once."""
     model = wrapper.model
     prefix, stored = name_of(model, layers), model.state_dict().keys()
     with refused("The model's config cannot be used.", "config.json"):
         buffers = buffer_values(model)
     shared = any(name.startswith(f"{prefix}.") for names in tied.items() for name in names)
     attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
-    for kinds in ([] if shared else alike(layers, seen, attentions), []):
-        with fake, stand_ins(layers, kinds, seen):
-            program = _export(wrapper)
-        bind_initializers(program.model, buffers, stored)
-        program.optimize()
-        _name_residual_stream(program.model)
-        fuse_rotary_embedding(program.model)
-        if expand(program.model, kinds, prefix, stored, buffers):
-            break
+    kinds = [] if shared else alike(layers, seen, attentions, prefix, buffers)
+    with fake, stand_ins(layers, kinds, seen) as wrapper.unmarked:
+        program = _export(wrapper)
+    bind_initializers(program.model, buffers, stored)
+    program.optimize()
+    _name_residual_stream(program.model)
+    fuse_rotary_embedding(program.model)
+    expand(program.model, kinds, prefix, stored)
     graph: ir.Model = program.model
     return graph
 

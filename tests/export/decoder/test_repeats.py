@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import onnx_ir as ir
+import pytest
+import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_drop_export.decoder import trace as tracing
@@ -62,8 +64,123 @@ def test_half_precision():
     assert not kinds["Repeat"]
 
 
+def test_the_first_of_a_kind_is_traced(monkeypatch):
+    """The others are one node as long as they follow each other, and their weights are no inputs of the tracer."""
+    export, exported = tracing._export, []
+
+    def noted(wrapper):
+        program = export(wrapper)
+        exported.append(
+            (
+                Counter(node.op_type for node in program.model.graph),
+                {
+                    name.split(".layers.")[1].split(".")[0]
+                    for name in dict(wrapper.named_parameters())
+                    if ".layers." in name
+                },
+            )
+        )
+        return program
+
+    monkeypatch.setattr(tracing, "_export", noted)
+    traced = trace(family("gemma2").checkpoint, "float32")
+    ((nodes, layers),) = exported
+    assert nodes["CacheAttention"] == 2
+    assert nodes["Repeat"] == 1
+    assert layers == {"0", "1"}
+    assert len(traced.windows) == 8
+
+
+def times_number(y, other, _):
+    return y * (3.0 if other else 2.0)
+
+
+def times_tensor(y, other, _):
+    return y * torch.tensor(3.0 if other else 2.0)
+
+
+def times_kept(y, other, kept):
+    return y * kept[other]
+
+
+def times_both(y, other, _):
+    return (y * 2.0, y * 3.0)[other]
+
+
+def one_differs(monkeypatch, differs, times):
+    """A Llama of five layers, one of which multiplies by 3, where the others multiply by 2."""
+    forward = LlamaMLP.forward
+    model = llama(num_hidden_layers=5)
+    order, kept = {}, (torch.tensor(2.0), torch.tensor(3.0))
+
+    def scaled(self, x):
+        index = order.setdefault(id(self), len(order))  # in the order of the first calls
+        return times(forward(self, x), index == differs, kept)
+
+    monkeypatch.setattr(LlamaMLP, "forward", scaled)
+    return model
+
+
+class Known(Exception):
+    """The kinds of layers."""
+
+
+@pytest.mark.parametrize("times", [times_number, times_tensor, times_kept, times_both])
+@pytest.mark.parametrize("differs", [0, 2, 4])
+def test_a_layer_that_computes_something_else(monkeypatch, times, differs):
+    """No attribute and no argument tells the layers apart, but what they do."""
+    alike = tracing.alike
+
+    def known(*arguments):
+        raise Known(alike(*arguments))
+
+    monkeypatch.setattr(tracing, "alike", known)
+    with pytest.raises(Known) as caught:
+        traced_model(one_differs(monkeypatch, differs, times))
+    others = [index for index in range(5) if index != differs]
+    assert caught.value.args[0] == [others]
+
+
+def test_what_it_computes_is_in_the_graph(monkeypatch):
+    graph = traced_model(one_differs(monkeypatch, 2, times_number)).traced.graph.graph
+    factors = [
+        float(value.const_value.numpy())
+        for node in graph
+        if node.op_type == "Mul"
+        for value in node.inputs
+        if value.is_initializer() and value.const_value.size == 1
+    ]
+    assert [factor for factor in factors if factor in (2, 3)] == [2.0, 2.0, 3.0, 2.0, 2.0]
+
+
+def test_a_layer_whose_buffers_have_other_values(monkeypatch):
+    """They differ in nothing else: a graph has one initializer for those that are equal, and one for the other."""
+    init, forward, values_of = LlamaMLP.__init__, LlamaMLP.forward, tracing.buffer_values
+
+    def with_buffer(self, config):
+        init(self, config)
+        self.register_buffer("factor", torch.ones(64), persistent=False)
+
+    def filled(model):
+        other = "model.layers.2.mlp.factor"
+        factors = {name: torch.full((64,), 3.0 if name == other else 2.0) for name in values_of(model) if "mlp" in name}
+        return values_of(model) | factors
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_buffer)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) * (self.factor + 1))
+    monkeypatch.setattr(tracing, "buffer_values", filled)
+    graph = traced_model(llama(num_hidden_layers=4)).traced.graph.graph
+    stream = {value.name: value for node in graph for value in node.outputs}
+    factors = []
+    for layer in range(4):
+        halves = [value.producer() for value in stream[f"hidden_states.{layer + 1}"].producer().inputs]
+        (product,) = [node for node in halves if node.op_type == "Mul"]
+        factors += [set(value.const_value.numpy().tolist()) for value in product.inputs if value.is_initializer()]
+    assert factors == [{3.0}, {3.0}, {4.0}, {3.0}]
+
+
 def test_arithmetic_with_a_layers_own_index(monkeypatch):
-    """No attribute and no argument shows it: the last layer's nodes do."""
+    """Each layer is of a kind of its own."""
     forward = LlamaMLP.forward
     model = llama(num_hidden_layers=5)
     scales = {}
