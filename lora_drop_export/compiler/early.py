@@ -38,7 +38,7 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
-from .options import NO_TARGET, ExportOptions
+from .options import AUTO, NO_TARGET, ExportOptions
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -62,7 +62,12 @@ def _check_calibration(
 ) -> None:
     """Refuse to round what has its integers already."""
     layers = [name for name in formats if re.search(r"\.\d+\.", name)]
-    if options.calibrated and layers and all(has_native(refs[name], formats[name]) for name in layers):
+    if (
+        options.calibrated
+        and options.block_size != AUTO
+        and layers
+        and all(has_native(refs[name], formats[name]) for name in layers)
+    ):
         raise InputError(
             "There is nothing to round by a text.",
             note=f"The checkpoint's layers have int{formats[layers[0]].bits} blocks of "
