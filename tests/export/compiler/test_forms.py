@@ -180,13 +180,13 @@ def test_the_measured_windows_are_none_that_is_rounded_on(tmp_path: Path) -> Non
 
 
 def test_a_text_without_a_window_to_spare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOW", 512)
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOWS", 32)
     text = tmp_path / "text.txt"
     text.write_text("abcd" * 512)
     with pytest.raises(InputError, match="too short") as error:
         search(tmp_path / "auto", calibration=text)
-    assert "has 4 windows of 512" in str(error.value)
-    assert f"{12 * 512} tokens" in str(error.value)
+    assert "has 32 windows of 64" in str(error.value)
+    assert f"{40 * 64} tokens" in str(error.value)
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
