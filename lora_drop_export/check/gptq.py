@@ -256,7 +256,7 @@ def round_model(
     Args:
         refs: parameter name → tensor of the checkpoint.
         formats: parameter name → block format of those that are quantized.
-        windows: int64 [N, S], token ids.
+        windows: int64 [N, S], token ids; two at least.
         directory: empty, for integers, scales and zero points.
 
     Returns:
