@@ -38,6 +38,7 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
+from .forms import forms_of
 from .options import AUTO, NO_TARGET, ExportOptions
 
 
@@ -89,7 +90,8 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     stored = f"int{quantization.bits}" if quantization else dtype
     check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=bool(quantization))
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
-    check_disk(root, needed * (2 if options.calibrated else 1))
+    bundles = len(forms_of(options)) if options.block_size == AUTO else 0  # that lie side by side to be timed
+    check_disk(root, needed * max(bundles, 2 if options.calibrated else 1))
 
 
 def _warn_of_plan(plan: DropPlan, console: Console) -> None:

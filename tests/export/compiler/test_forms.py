@@ -17,6 +17,7 @@ from lora_drop_export.check.calibration_text import calibration_windows, held_ba
 from lora_drop_export.check.perplexity import engine_perplexity
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler import forms
+from lora_drop_export.compiler.early import check_before_trace
 from lora_drop_export.compiler.export import export, write_bundle
 from lora_drop_export.compiler.forms import Form, fastest_form, forms_of, tried_forms
 from lora_drop_export.compiler.options import ExportOptions
@@ -221,6 +222,15 @@ def test_refusals(options: dict[str, Any], words: tuple[str, ...]) -> None:
         ExportOptions(**options)
     for word in words:
         assert word in str(error.value)
+
+
+def test_disk_for_all_forms_is_asked_for_before_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("lora_drop_export.compiler.early.check_disk", lambda root, count: needed.append(count))
+    for size in (32, "auto"):
+        given = ExportOptions(dtype="int4", block_size=size, max_seq_len=128)
+        check_before_trace(family("llama").checkpoint, "float32", given, tmp_path, Console())
+    assert needed[1] == 12 * needed[0]
 
 
 def test_symmetric_weights(tmp_path: Path) -> None:
