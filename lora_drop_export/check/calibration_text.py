@@ -14,6 +14,7 @@ from lora_drop_runtime.text import TextCodec
 CALIBRATION_TEXT = "calibration.txt"
 WINDOWS, WINDOW = 32, 512  # at most, and tokens of each
 LEAST_TOKENS = 2048  # of a text
+HELD_BACK = 8  # windows at most that nothing is rounded on
 MOST_BYTES = 1 << 30
 
 
@@ -27,6 +28,38 @@ def read_calibration_text(file: Path) -> str:
             note=error.note if isinstance(error, BundleError) else f"{file}: {error}.",
             hint="Give a UTF-8 text file.",
         ) from None
+
+
+def _all_windows(root: Path, vocab_size: int, window: int, file: Path | None) -> npt.NDArray[np.int64] | None:
+    """A text, the bundled one when None, as int64 [all windows, tokens]; None without a tokenizer."""
+    text = (
+        resources.files(__package__).joinpath(CALIBRATION_TEXT).read_text(encoding="utf-8")
+        if file is None
+        else read_calibration_text(file)
+    )
+    if not (root / "tokenizer" / "tokenizer.json").is_file():
+        if file is not None:
+            raise InputError(
+                "The model has no tokenizer.",
+                note=f"{file} has to become tokens.",
+                hint="Put the tokenizer's files beside the weights.",
+            )
+        return None
+    tokens = TextCodec.open(root / "tokenizer").encode(text)
+    tokens = tokens[tokens < vocab_size]
+    if len(tokens) < LEAST_TOKENS:
+        raise InputError(
+            "The calibration text is too short.",
+            note=f"{file or 'The bundled one'} has {len(tokens)} of the model's tokens; needed are {LEAST_TOKENS}.",
+            hint=f"Give a longer one; up to {WINDOWS * WINDOW} tokens are used.",
+        )
+    count = len(tokens) // window
+    return tokens[: count * window].reshape(count, window)
+
+
+def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Of `count` windows the places of at most `most`, spread evenly."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 
 def calibration_windows(
@@ -46,29 +79,33 @@ def calibration_windows(
         InputError: the text cannot be read, is too short, or there is no tokenizer for it.
     """
     window = min(WINDOW, context)
-    text = (
-        resources.files(__package__).joinpath(CALIBRATION_TEXT).read_text(encoding="utf-8")
-        if file is None
-        else read_calibration_text(file)
-    )
-    if not (root / "tokenizer" / "tokenizer.json").is_file():
-        if file is not None:
-            raise InputError(
-                "The model has no tokenizer.",
-                note=f"{file} has to become tokens.",
-                hint="Put the tokenizer's files beside the weights.",
-            )
+    rows = _all_windows(root, vocab_size, window, file)
+    if rows is None:
         ids = np.random.default_rng(0).integers(0, vocab_size, (WINDOWS, window))
         return ids, "random tokens, the model brings no tokenizer"
-    tokens = TextCodec.open(root / "tokenizer").encode(text)
-    tokens = tokens[tokens < vocab_size]
-    if len(tokens) < LEAST_TOKENS:
+    return rows[_spread(len(rows), WINDOWS)], f"the text {file}" if file else "the bundled text"
+
+
+def held_back_windows(root: Path, vocab_size: int, context: int, file: Path | None) -> npt.NDArray[np.int64]:
+    """Windows of the same text that `calibration_windows` leaves out, spread evenly: int64 [N, S], N ≤ 8.
+
+    Raises:
+        InputError: as there; it leaves no window, or there is no tokenizer.
+    """
+    window = min(WINDOW, context)
+    rows = _all_windows(root, vocab_size, window, file)
+    if rows is None:
+        raise InputError(
+            "The model has no tokenizer.",
+            note="The perplexity of each form of the weights is that of a text.",
+            hint="Put the tokenizer's files beside the weights, or give --block-size as a number.",
+        )
+    rest = np.delete(rows, _spread(len(rows), WINDOWS), axis=0)
+    if not len(rest):
         raise InputError(
             "The calibration text is too short.",
-            note=f"{file or 'The bundled one'} has {len(tokens)} of the model's tokens; needed are {LEAST_TOKENS}.",
-            hint=f"Give a longer one; up to {WINDOWS * WINDOW} tokens are used.",
+            note=f"{file or 'The bundled one'} has {len(rows)} windows of {window} of the model's tokens; {WINDOWS} "
+            "are for the rounding, and the perplexity is that of others.",
+            hint=f"Give a longer one; {(WINDOWS + HELD_BACK) * window} tokens are used.",
         )
-    count = len(tokens) // window
-    rows = tokens[: count * window].reshape(count, window)
-    chosen = np.linspace(0, count - 1, min(WINDOWS, count)).round().astype(np.int64)
-    return rows[chosen], f"the text {file}" if file else "the bundled text"
+    return rest[_spread(len(rest), HELD_BACK)]

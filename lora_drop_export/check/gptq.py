@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
-from lora_drop_export.quantize.gptq import corrected, correction, gptq_rows, triangle
+from lora_drop_export.quantize.gptq import (
+    DAMPING,
+    TIED_DAMPING,
+    corrected,
+    correction,
+    gptq_rows,
+    share_that_holds,
+    triangle,
+)
 from lora_drop_export.quantize.rounding import finite, has_native, quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor, store_rounded
 
@@ -55,22 +63,33 @@ def _attend(call: AttentionCall) -> Any:
 
 
 class _Moments:
-    """Second moments of a layer's inputs x, and those of x with what the checkpoint's own inputs have more, [K, K]."""
+    """Second moments of a layer's inputs x, and those of x with what the checkpoint's own inputs have more, [K, K]:
+    of the text's first half and of its second one.
+    """
 
     def __init__(self) -> None:
-        self._own: Any = 0
-        self._missing: Any = 0
+        self._own: list[Any] = [0, 0]
+        self._missing: list[Any] = [0, 0]
 
-    def add(self, x: Any, exact: Any) -> None:
-        """Add inputs [..., K]; `exact` are the checkpoint's own."""
+    def add(self, x: Any, exact: Any, half: int) -> None:
+        """Add inputs [..., K] of half 0 or 1; `exact` are the checkpoint's own."""
         rows = x.reshape(-1, x.shape[-1])
-        self._own += rows.T @ rows
-        self._missing += rows.T @ (exact.reshape(rows.shape) - rows)
+        self._own[half] += rows.T @ rows
+        self._missing[half] += rows.T @ (exact.reshape(rows.shape) - rows)
 
-    def solved(self) -> tuple[tuple[Any, Any], Floats | None] | None:
-        """The layer's `triangle` and its `correction`; None where an input is infinite or not a number."""
-        found = triangle(self._own.numpy())
-        return None if found is None else (found, correction(*found, self._missing.numpy()))
+    def triangle(self, damping: float = DAMPING) -> tuple[Any, Any] | None:
+        """The layer's; None where an input is infinite or not a number."""
+        return triangle(sum(self._own).numpy(), damping)
+
+    def correction(self, factor: tuple[Any, Any]) -> Floats | None:
+        """The layer's, by its `triangle`: as much of it as holds from the first half of the text to the second."""
+        found = correction(*factor, sum(self._missing).numpy())
+        first = triangle(self._own[0].numpy())
+        assert first is not None
+        half = correction(*first, self._missing[0].numpy())
+        if found is None or half is None:
+            return None
+        return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy()))
 
 
 class _Reached(Exception):
@@ -163,14 +182,14 @@ class _Rounder:
         while True:
             stage, outputs = _Stage(), []
             hooks = [module.register_forward_pre_hook(stage.look, with_kwargs=True) for module in pending]
-            for x, own, (args, kwargs) in zip(*streams, calls, strict=True):
+            for place, (x, own, (args, kwargs)) in enumerate(zip(*streams, calls, strict=True)):
                 stage.begin_chunk()
                 with contextlib.suppress(_Reached):
                     outputs.append(first_output(layer(x, *args, **kwargs)))
                 if stage.members:
                     first = same[stage.members[0]]
                     given = _input_of(first, lambda: exact(own, *args, **kwargs))  # noqa: B023 - runs at once
-                    stage.moments.add(stage.x, given)
+                    stage.moments.add(stage.x, given, 2 * place // len(calls))
             for hook in hooks:
                 hook.remove()
             if not stage.members:
@@ -178,11 +197,12 @@ class _Rounder:
                     first_output(exact(own, *args, **kwargs))
                     for own, (args, kwargs) in zip(streams[1], calls, strict=True)
                 ]
-            solved = stage.moments.solved()
+            factor = stage.moments.triangle()
+            change = None if factor is None else stage.moments.correction(factor)
             for module in stage.members:
                 name = pending.pop(module)
-                if solved is not None:
-                    self._module(module, name, *solved)
+                if factor is not None:
+                    self._module(module, name, factor, change)
 
     def _module(self, module: Any, name: str, factor: tuple[Any, Any], change: Floats | None) -> None:
         import torch
@@ -192,17 +212,18 @@ class _Rounder:
         put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
         self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
 
-    def head(self, name: str, streams: Iterable[tuple[Any, Any]], tied: bool) -> None:
-        """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own."""
-        moments = _Moments()
-        for x, exact in streams:
-            moments.add(x, exact)
-        solved, ref = moments.solved(), self.refs[name]
-        if solved is None:
+    def head(self, name: str, streams: Sequence[tuple[Any, Any]], tied: bool) -> None:
+        """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own.
+
+        `tied`: it is the embedding, too, whose rows have to stay what they are.
+        """
+        moments, ref = _Moments(), self.refs[name]
+        for place, (x, exact) in enumerate(streams):
+            moments.add(x, exact, 2 * place // len(streams))
+        factor = moments.triangle(TIED_DAMPING if tied else DAMPING)
+        if factor is None:
             return
-        factor, change = solved
-        if tied:  # what is looked up has to stay what it is
-            change = None
+        change = None if tied else moments.correction(factor)
 
         def chunks() -> Iterator[Blocked]:
             for begin in range(0, ref.shape[0], _HEAD_ROWS):
@@ -235,7 +256,7 @@ def round_model(
     Args:
         refs: parameter name → tensor of the checkpoint.
         formats: parameter name → block format of those that are quantized.
-        windows: int64 [N, S], token ids.
+        windows: int64 [N, S], token ids; two at least.
         directory: empty, for integers, scales and zero points.
 
     Returns:
@@ -256,7 +277,8 @@ def round_model(
             f"{name_of(inner, module)}.weight"
             for module in (inner.get_input_embeddings(), inner.get_output_embeddings())
         )
-        chunks = torch.from_numpy(windows).split(max(1, _CHUNK_TOKENS // windows.shape[1]))
+        count, length = windows.shape
+        chunks = torch.from_numpy(windows).split(max(1, min(_CHUNK_TOKENS // length, count // 2)))  # of both halves
 
         def embed() -> list[tuple[Any, Any]]:
             return [model.embed(ids, torch.arange(ids.shape[1]).expand(len(ids), -1)) for ids in chunks]
@@ -274,6 +296,6 @@ def round_model(
         if head in wanted:
             inputs = (map(model.head_input, stream) for stream in streams)
             tied = table not in refs or refs[table].name == refs[head].name
-            rounder.head(head, zip(*inputs, strict=True), tied)
+            rounder.head(head, [*zip(*inputs, strict=True)], tied)
         progress(total, total)
     return rounder.found

@@ -34,12 +34,8 @@ def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> flo
     return float((np.log(logits.sum(axis=1, dtype=np.float64)) - own).sum())
 
 
-def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
-    """exp of the mean negative log likelihood of each token but the first, by refreshes over some tokens each.
-
-    Raises:
-        VerificationError: it is not finite.
-    """
+def _window_nats(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
+    """Negative log likelihood of each token but the first, summed, by refreshes over some tokens each; ids [T]."""
     needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
     slots = slots_for(bundle, engine, 1, needed)
     slots.admit(0, needed)
@@ -51,12 +47,39 @@ def _engine_perplexity(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64
         slots.run(StepKind.REFRESH, [run], (0,), once=True)
         nats += _nats(slots.logits()[0, : len(following)], following)
         progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
+    return nats
+
+
+def engine_perplexity(
+    bundle: Bundle,
+    target: str,
+    provider: str | None,
+    threads: int | None,
+    ids: npt.NDArray[np.int64],
+    progress: Progress,
+) -> float:
+    """exp of the mean negative log likelihood of each token but a window's first, all layers in full.
+
+    Args:
+        target, provider, threads: what runs the bundle, as `Session.open` has it.
+        ids: int64 [B, T], windows of a text.
+
+    Raises:
+        NoDeviceError: this machine has no device for the target.
+        VerificationError: the engine cannot execute the bundle, or the perplexity is not finite.
+    """
+    with execution(target):
+        engine = open_engine(bundle, target, provider, threads)
+        try:
+            nats = sum(_window_nats(engine, bundle, row, progress) for row in ids)
+        finally:
+            engine.close()
     with np.errstate(over="ignore", invalid="ignore"):
-        perplexity = float(np.exp(nats / (len(ids) - 1)))
+        perplexity = float(np.exp(nats / (len(ids) * (ids.shape[1] - 1))))
     if not np.isfinite(perplexity):
         raise VerificationError(
             "The bundle computes logits that are not numbers, or far from the text.",
-            note=f"Its perplexity on {len(ids)} tokens of a sample text is {perplexity}, target {engine.target}.",
+            note=f"Its perplexity on {ids.size} tokens of a sample text is {perplexity}, target {target}.",
             hint="This is a bug, or a checkpoint with damaged weights; --dtype fp32 shows which.",
         )
     return perplexity
@@ -98,12 +121,8 @@ def report_perplexity(
         not_measured("the sample text has no tokens of the model")
         return None
     try:
-        with execution(target), console.progress("perplexity of the bundle") as progress:
-            engine = open_engine(bundle, target, provider, threads)
-            try:
-                after = _engine_perplexity(engine, bundle, ids, progress)
-            finally:
-                engine.close()
+        with console.progress("perplexity of the bundle") as progress:
+            after = engine_perplexity(bundle, target, provider, threads, ids[None], progress)
     except NoDeviceError as error:
         not_measured(f"{target} was not run on this machine: {error.note}")
         return None

@@ -185,24 +185,27 @@ class Reference:
         ids: npt.NDArray[np.int64],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> float:
-        """exp of the mean negative log likelihood of each token but the first, all layers in full.
+        """exp of the mean negative log likelihood of each token but a window's first, all layers in full.
 
         Args:
-            ids: int64 [T], one text.
+            ids: int64 [T], one text, or [B, T], windows of one.
         """
         import torch
 
         with torch.no_grad():
-            model = self._model(ids)
-            steps, positions = [torch.tensor(ids)[None]], [torch.arange(len(ids))[None]]
-            (hidden,) = self._run_layers(model, steps, positions, [StepKind.REFRESH], [[len(ids)]], progress)
+            model, rows = self._model(ids), torch.tensor(np.atleast_2d(ids))
+            batch, length = rows.shape
+            positions = torch.arange(length).expand(batch, -1)
+            lengths = [[length] * batch]
+            (hidden,) = self._run_layers(model, [rows], [positions], [StepKind.REFRESH], lengths, progress)
             nats = 0.0
-            for begin in range(0, len(ids) - 1, _ROWS):
-                logits = model.logits(hidden[:, begin : begin + _ROWS])[0]  # [rows, V]
-                targets = torch.tensor(ids[begin + 1 : begin + 1 + _ROWS])
-                loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
-                nats += float(loss)
-            return float(np.exp(nats / (len(ids) - 1)))
+            for x, own in zip(hidden, rows, strict=True):
+                for begin in range(0, length - 1, _ROWS):
+                    logits = model.logits(x[None, begin : begin + _ROWS])[0]  # [rows, V]
+                    targets = own[begin + 1 : begin + 1 + _ROWS]
+                    loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
+                    nats += float(loss)
+            return float(np.exp(nats / (batch * (length - 1))))
 
     def largest_kv(
         self, ids: npt.NDArray[np.int64], progress: Callable[[int, int], None] = lambda done, total: None

@@ -38,7 +38,8 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
-from .options import NO_TARGET, ExportOptions, quantized_shorts
+from .forms import forms_of
+from .options import AUTO, NO_TARGET, ExportOptions, quantized_shorts
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:
@@ -62,7 +63,12 @@ def _check_calibration(
 ) -> None:
     """Refuse to round what has its integers already."""
     layers = [name for name in formats if re.search(r"\.\d+\.", name)]
-    if options.calibrated and layers and all(has_native(refs[name], formats[name]) for name in layers):
+    if (
+        options.calibrated
+        and options.block_size != AUTO
+        and layers
+        and all(has_native(refs[name], formats[name]) for name in layers)
+    ):
         raise InputError(
             "There is nothing to round by a text.",
             note=f"The checkpoint's layers have int{formats[layers[0]].bits} blocks of "
@@ -84,7 +90,8 @@ def _check_disk(checkpoint: Checkpoint, dtype: str, options: ExportOptions, root
     stored = quantization.dtype if quantization else dtype
     check_linkable(matrices, root, stored, options.weights, owned=checkpoint.owned, quantized=bool(quantization))
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
-    check_disk(root, needed * (2 if options.calibrated else 1))
+    bundles = len(forms_of(options)) if options.block_size == AUTO else 0  # that lie side by side to be timed
+    check_disk(root, needed * max(bundles, 2 if options.calibrated else 1))
 
 
 def _warn_of_plan(plan: DropPlan, console: Console) -> None:

@@ -4,6 +4,7 @@
     decoder/          config → one graph, shapes only
     early             what is refused before any of the following begins
     facts             ρ or a list → DropPlan; limits, formats
+    forms             which form of int4 or int8 is the fastest that loses little (--block-size auto)
     rounded           sample text → integers of weights, where they are calibrated (check/gptq)
     weights/          checkpoint → weights/, once                           (quantize/: int4, int8)
     check/calibrate   sample text → scales of 8-bit caches, which the graphs refer to
@@ -58,7 +59,8 @@ from .facts import (
     special_tokens,
 )
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
-from .options import NO_TARGET, ExportOptions, with_files_read
+from .forms import fastest_form
+from .options import AUTO, NO_TARGET, ExportOptions, with_files_read
 from .records import HashedMeanwhile, file_records
 from .rounded import calibrated
 from .verify import verify
@@ -71,10 +73,15 @@ def write_bundle(
     dtype: str,
     options: ExportOptions,
     console: Console,
+    *,
+    stand_in: bool = False,
 ) -> Bundle:
     """Everything of an export after the trace and before the verification, into `root`.
 
     The tokenizer is there already (`copy_tokenizer`): what is wrong with it is said before the trace.
+
+    Args:
+        stand_in: weights are rounded to the nearest, whatever was asked for: for what is timed and not kept.
     """
     limits = make_limits(checkpoint.config, options)
     plan = make_plan(traced.windows, traced.hidden_size, options)
@@ -87,11 +94,12 @@ def write_bundle(
     formats = chosen_formats(refs, traced, groups, options)
     quantization = quantization_of(refs, options)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
-    check_disk(root, needed * (2 if options.calibrated else 1))
+    rounds = options.calibrated and not stand_in
+    check_disk(root, needed * (2 if rounds else 1))
     context = context_length(checkpoint.config)
     with contextlib.ExitStack() as stack:
         sources = refs
-        if options.calibrated:
+        if rounds:
             sources = stack.enter_context(
                 calibrated(refs, formats, checkpoint, traced, root, context, options.calibration, console)
             )
@@ -103,7 +111,7 @@ def write_bundle(
             owned=checkpoint.owned,
             groups=groups,
             formats=formats,
-            method=options.weights_format.rounding if options.weights_format else "rtn",
+            method=options.weights_format.rounding if options.weights_format and not stand_in else "rtn",
             progress=stack.enter_context(console.progress("weights")),
         )
     hashed = HashedMeanwhile(root / "weights")
@@ -180,7 +188,15 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         special_tokens(checkpoint)  # refuses what would be refused after the trace
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
-        bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
+        if options.block_size == AUTO:
+
+            def write(place: Path, form: ExportOptions, stand_in: bool) -> Bundle:
+                return write_bundle(place, checkpoint, traced, dtype, form, console, stand_in=stand_in)
+
+            context = context_length(checkpoint.config)
+            bundle = fastest_form(root, checkpoint, traced.vocab_size, context, options, write, console)
+        else:
+            bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         if bundle.manifest.targets and quantized and options.verify:
             bundle = _with_perplexity(bundle, checkpoint, options.threads, console)
         if not bundle.manifest.targets:

@@ -19,6 +19,7 @@ from .formats import Blocked, BlockFormat, Floats
 from .rounding import searched
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to it; the paper has 0.01, for ten times as many inputs and more
+TIED_DAMPING = 1.0  # of a head whose rows are looked up, too: they stay closer to what they are
 _COLUMNS = 128  # whose errors go on to all that follow in one product; every block size divides it
 _ROWS = 4096  # at once: their columns fit into the caches
 
@@ -74,6 +75,20 @@ def correction(unit: Any, own: Any, missing: Floats) -> Floats | None:
     change = torch.cholesky_solve(wanted.flip(0), factor.flip(0, 1)).flip(0)  # H⁻¹ Dᵀ, of the flipped H = L Lᵀ
     found: Floats = change.T.to(torch.float32).numpy()
     return found
+
+
+def share_that_holds(change: Floats, moments: Floats, missing: Floats) -> float:
+    """The α between 0 and 1 of the least ‖α C x − e‖² over inputs x that lack e and that C was not found on.
+
+    A correction is fitted to errors, and errors that come of single tokens or of one kind of text do not come again:
+    what there is of them in C is added to the errors of other inputs.
+
+    Args:
+        change: C, a `correction` that was found on other inputs.
+        moments, missing: of these inputs, as `triangle` and `correction` want them.
+    """
+    held, norm = float((change * missing.T).sum()), float(((change @ moments) * change).sum())
+    return min(1.0, max(0.0, held / norm)) if norm > 0 else 0.0
 
 
 def corrected(rows: Floats, change: Floats | None) -> Floats:

@@ -107,11 +107,21 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
         hook.remove()
         return seen[0].reshape(-1, seen[0].shape[-1])
 
-    def wanted_weights(w: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+    def change(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+        """[K, K] of the inputs that makes what they lack, by least squares."""
+        eye = torch.eye(x.shape[1])
         root = (DAMPING * x.square().sum(0).mean()).sqrt()
-        a, b = torch.cat([x, root * torch.eye(x.shape[1])]), torch.cat([exact @ w.T, root * w.T])
-        return torch.linalg.lstsq(a.double(), b.double()).solution.T.float().numpy().copy()
+        a, b = torch.cat([x, root * eye]), torch.cat([exact - x, 0 * eye])
+        return torch.linalg.lstsq(a.double(), b.double()).solution.float()
 
+    def wanted_weights(w: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+        half = len(x) // 2
+        made, lacks = x[half:] @ change(x[:half], exact[:half]), exact[half:] - x[half:]
+        holds = ((made * lacks).sum() / made.square().sum()).clamp(0, 1)
+        shares.append(float(holds))
+        return (w + holds * (w @ change(x, exact).T)).numpy().copy()
+
+    shares: list[float] = []
     names = {module: name for name, module in model.named_modules()}
     table = model.model.embed_tokens.weight
     put(table, quantize_rows(table.detach().numpy(), quantization.format_of(table.shape), "search"))
@@ -131,6 +141,7 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
             w = wanted_weights(module.weight.detach(), x, exact)
             put(module.weight, gptq_rows(w, *triangle((x.T @ x).numpy()), quantization.format_of(w.shape)))
     names = {module: f"{name}.weight" for module, name in names.items()}
+    assert len({*shares}) > 2
     for members in stages[:4]:  # later on a tie that falls the other way changes all that follows
         for module in members:
             theirs = module.weight.detach().numpy()

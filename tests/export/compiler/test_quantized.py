@@ -35,7 +35,7 @@ from tests.support.quantized import matrix
             {"block_size": 32, "dtype": "float32"},
             ("--block-size applies only to int4 and int8 weights", "--dtype is fp32"),
         ),
-        ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64 and 128")),
+        ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64, 128 and auto")),
         ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
         ({"head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "not given")),
         ({"dtype": "int8", "head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "int8")),

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from lora_drop_export.quantize.formats import BlockFormat, dequantize
-from lora_drop_export.quantize.gptq import DAMPING, corrected, correction, gptq_rows, triangle
+from lora_drop_export.quantize.gptq import (
+    DAMPING,
+    TIED_DAMPING,
+    corrected,
+    correction,
+    gptq_rows,
+    share_that_holds,
+    triangle,
+)
 from lora_drop_export.quantize.rounding import quantize_rows
 from tests.support.quantized import FORMATS
 
@@ -127,3 +135,54 @@ def test_corrected_weights_are_those_of_a_ridge_regression() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.abs(found - rows).max() > 0.1
     assert corrected(rows, correction(*triangle(moments), np.full_like(moments, np.inf))) is rows
+
+
+def halves(errors: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Of [512, 24] inputs and what each lacks: the correction found on the first half; moments of both."""
+    x = np.random.default_rng(0).standard_normal((512, 24)).astype(np.float32)
+    parts = [(x[:256], errors[:256]), (x[256:], errors[256:])]
+    own, missing = ([a.T @ b for a, b in pairs] for pairs in ([(p[0], p[0]) for p in parts], parts))
+    change = correction(*triangle(own[0]), missing[0])
+    assert change is not None
+    return change, own, missing
+
+
+def test_of_a_correction_as_much_as_holds() -> None:
+    """It is the α of the least squares on the other half, looked for among many; errors of chance leave next to none,
+    errors that come again leave all.
+    """
+    random = np.random.default_rng(0)
+    x = random.standard_normal((512, 24)).astype(np.float32)
+    again = (0.1 * x @ random.standard_normal((24, 24))).astype(np.float32)
+    chance = random.standard_normal((512, 24)).astype(np.float32)
+    for errors, least, most in ((again, 0.99, 1), (chance, 0, 0.2), (again + chance, 0.2, 0.9), (-again, 0.99, 1)):
+        change, own, missing = halves(errors)
+        found = share_that_holds(change, own[1], missing[1])
+        made, lacks = x[256:] @ change.T, errors[256:]
+        losses = [np.square(alpha * made - lacks).sum() for alpha in np.linspace(0, 1, 1001)]
+        assert found == pytest.approx(np.argmin(losses) / 1000, abs=1e-3)
+        assert least <= found <= most
+    change, own, missing = halves(np.concatenate([again[:256], -again[256:]]))
+    assert share_that_holds(change, own[1], missing[1]) == 0
+    assert share_that_holds(0 * change, own[1], missing[1]) == 0
+
+
+def test_a_correction_of_chance_makes_nothing_worse() -> None:
+    """Errors of single tokens, as an embedding's rounding makes: in full it adds its own to those of other inputs."""
+    chance = np.random.default_rng(3).standard_normal((512, 24)).astype(np.float32)
+    change, own, missing = halves(chance)
+    x, lacks = np.random.default_rng(0).standard_normal((512, 24)).astype(np.float32)[256:], chance[256:]
+    rest = [
+        np.square(lacks - share * x @ change.T).sum() for share in (0, share_that_holds(change, own[1], missing[1]), 1)
+    ]
+    assert rest[1] <= rest[0] * 1.0001
+    assert rest[2] > 1.02 * rest[0]
+
+
+def test_a_head_that_is_looked_up_stays_closer() -> None:
+    """More damping takes its rows nearer to what they are, and its outputs still change less than by the search."""
+    (x, fresh), w, form = np.split(inputs(4096), 2), matrix(40), BlockFormat(4, 32, False)
+    free, tied = (dequantize(*gptq_rows(w, *triangle(x.T @ x, damping), form)) for damping in (DAMPING, TIED_DAMPING))
+    found = dequantize(*quantize_rows(w, form, "search"))
+    assert np.square(tied - w).sum() < 0.95 * np.square(free - w).sum()
+    assert np.square((tied - w) @ fresh.T).sum() < 0.7 * np.square((found - w) @ fresh.T).sum()

@@ -1,0 +1,227 @@
+"""`--block-size auto`: the form of quantized weights that is the fastest here and costs little.
+
+Enters: options, and what writes a bundle of them. Leaves: the bundle of the form that was chosen, and a table of all.
+
+How fast a form is does not depend on its integers. So all forms are timed first, in bundles that are rounded to the
+nearest and not kept. Then they are rounded as was asked for, the fastest first, until one costs little enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError, NoDeviceError
+
+from lora_drop_export.check.calibration_text import held_back_windows
+from lora_drop_export.check.perplexity import engine_perplexity
+from lora_drop_export.check.reference import Reference
+from lora_drop_export.check.runners import execution
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.console import Console
+from lora_drop_export.quantize.choice import BLOCK_SIZES
+from lora_drop_export.targets.target import TARGETS
+
+from .files import write_manifest
+from .options import HEAD_DTYPES, ExportOptions, takers_of
+
+MOST_LOSS = 0.03  # of perplexity, over that of float
+_ROUNDS = 3  # in which every form is timed once
+_PROMPT, _STEPS = 64, 32  # tokens of a prompt, and decode steps that are timed behind it
+
+Write = Callable[[Path, ExportOptions, bool], Bundle]  # root, options, whether it is a stand-in
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the search chooses; as `ExportOptions` has it."""
+
+    block_size: int
+    symmetric: bool
+    head_dtype: str | None
+
+    def of(self, options: ExportOptions) -> ExportOptions:
+        """The options of an export in this form."""
+        calibration = options.calibration if options.calibrated else None  # else it is for the perplexity alone
+        return dataclasses.replace(options, calibration=calibration, **dataclasses.asdict(self))
+
+
+def forms_of(options: ExportOptions) -> list[Form]:
+    """The forms that the options leave open."""
+    given = options.weights_format
+    assert given is not None
+    points = (options.symmetric,) if given.symmetric else (False, True)
+    heads: list[str | None] = [options.head_dtype]
+    if given.bits == 4 and options.head_dtype is None:
+        heads += [dtype for dtype in HEAD_DTYPES if not takers_of(dtype, options.targets)[1]]
+    return [Form(size, symmetric, head) for size in BLOCK_SIZES for symmetric in points for head in heads]
+
+
+def tried_forms(
+    rates: Mapping[Form, float], perplexity: Callable[[Form], float], most: float
+) -> tuple[Form, dict[Form, float]]:
+    """The fastest form whose perplexity is at most `most`, else the one of the least; and the perplexities of those
+    that were looked at for it, the fastest first.
+    """
+    found: dict[Form, float] = {}
+    for form in sorted(rates, key=lambda form: rates[form], reverse=True):
+        found[form] = perplexity(form)
+        if found[form] <= most:
+            break
+    return min(found, key=lambda form: found[form]), found
+
+
+def tokens_per_second(
+    bundle: Bundle, target: str, provider: str | None, threads: int | None, ids: npt.NDArray[np.int64]
+) -> float:
+    """Of decode steps of one row under the bundle's own schedule, over tokens of a text, int64 [T]."""
+    limits = bundle.manifest.limits
+    prompt = min(_PROMPT, limits.max_prompt_len, len(ids) // 2, max(1, limits.max_seq_len // 2))
+    forced = ids[prompt : min(prompt + _STEPS, limits.max_seq_len), None]  # [steps, 1]
+    with execution(target), Session.open(bundle.root, target=target, provider=provider, threads=threads) as session:
+        for _ in range(2):  # the first warms up
+            session.prefill(ids[None, :prompt], max_new_tokens=len(forced) + 1)
+            begin = time.perf_counter()
+            for token in forced:
+                session.step(token)
+            seconds = time.perf_counter() - begin
+    return len(forced) / seconds
+
+
+def _timed(
+    bundles: Mapping[Form, Bundle], options: ExportOptions, ids: npt.NDArray[np.int64], console: Console
+) -> dict[Form, float]:
+    """Tokens a second of each form: the medians of rounds in which they take turns."""
+    rates: dict[Form, list[float]] = {form: [] for form in bundles}
+    what, total = "timing the forms", _ROUNDS * len(bundles)
+    with console.progress(what) as progress:
+        for _ in range(_ROUNDS):
+            for form, bundle in bundles.items():
+                target, _entry = bundle.target(None)
+                provider = TARGETS[target].provider(bundle.manifest.model.dtype)
+                rates[form].append(tokens_per_second(bundle, target, provider, options.threads, ids))
+                progress(what, sum(map(len, rates.values())), total)
+    return {form: statistics.median(found) for form, found in rates.items()}
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], perplexity: float, chosen: int, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("block", "zero points", "head", "tokens/s", "MiB", "perplexity", "to float", ""):
+        table.add_column(name, justify="left" if name in ("zero points", "head", "") else "right")
+    for place, row in enumerate(rows):
+        own = row["perplexity"]
+        table.add_row(
+            str(row["block_size"]),
+            "no" if row["symmetric"] else "yes",
+            row["head_dtype"],
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['weight_bytes'] / 2**20:.0f}",
+            "not measured" if own is None else f"{own:.2f}",
+            "" if own is None else f"{100 * (own / perplexity - 1):+.1f} %",
+            "chosen" if place == chosen else "",
+        )
+    console.rich.print(table)
+
+
+def fastest_form(
+    root: Path,
+    checkpoint: Checkpoint,
+    vocab_size: int,
+    context: int,
+    options: ExportOptions,
+    write: Write,
+    console: Console,
+) -> Bundle:
+    """Write the bundle of the fastest form that costs at most `MOST_LOSS` of perplexity, else of the one that costs
+    least, and say in its manifest what was measured.
+
+    Perplexity is that of held-back windows of the calibration text, before and after; speed is that of decode steps on
+    the first target.
+
+    Args:
+        root: of the bundle, whose tokenizer is there already.
+        context: tokens that the model can see.
+
+    Raises:
+        InputError: there is no text to measure on, or no device for the target.
+    """
+    windows = held_back_windows(root, vocab_size, context, options.calibration)
+    forms, scratch = forms_of(options), root / "forms"
+
+    def written(name: str, form: Form, stand_in: bool) -> Bundle:
+        directory = scratch / name
+        directory.mkdir(parents=True)
+        shutil.copytree(root / "tokenizer", directory / "tokenizer")
+        return write(directory, form.of(options), stand_in)
+
+    stand_ins = {}
+    for place, form in enumerate(forms):
+        console.say(f"form {place + 1} of {len(forms)}, to be timed")
+        stand_ins[form] = written(f"timed-{place}", form, True)
+    windows = windows[:, : stand_ins[forms[0]].manifest.limits.max_seq_len]
+    try:
+        rates = _timed(stand_ins, options, windows[0], console)
+    except NoDeviceError as error:
+        raise InputError(
+            "The forms of the weights cannot be timed.", note=error.note, hint="Give --block-size as a number."
+        ) from None
+    facts = {form: bundle.manifest.model for form, bundle in stand_ins.items()}
+    what = "perplexity of the checkpoint"
+    with console.progress(what) as progress:
+        reference = Reference(checkpoint, stand_ins[forms[0]].manifest.plan, {})
+        before = reference.perplexity(windows, lambda done, total: progress(what, done, total))
+    for bundle in stand_ins.values():
+        shutil.rmtree(bundle.root)
+    kept: dict[Form, tuple[float, Bundle]] = {}
+
+    def perplexity(form: Form) -> float:
+        console.say(f"rounding the form of {rates[form]:.1f} tokens/s")
+        bundle = written(f"rounded-{forms.index(form)}", form, False)
+        target, _entry = bundle.target(None)
+        provider = TARGETS[target].provider(bundle.manifest.model.dtype)
+        with console.progress("perplexity of the bundle") as progress:
+            after = engine_perplexity(bundle, target, provider, options.threads, windows, progress)
+        kept[form] = after, bundle
+        worse = max(kept, key=lambda form: kept[form][0])
+        if len(kept) > 1:
+            shutil.rmtree(kept.pop(worse)[1].root)
+        return after
+
+    chosen, found = tried_forms(rates, perplexity, before * (1 + MOST_LOSS))
+    bundle = kept[chosen][1]
+    rows, fastest_first = [], sorted(forms, key=lambda form: rates[form], reverse=True)
+    for form in fastest_first:
+        kind = form.of(options).weights_format
+        assert kind is not None
+        rows.append(
+            {
+                "block_size": form.block_size,
+                "symmetric": kind.symmetric,
+                "head_dtype": form.head_dtype or f"int{kind.bits}",
+                "tokens_per_second": rates[form],
+                "weight_bytes": sum(facts[form].layer_bytes) + facts[form].head_bytes,
+                "perplexity": found.get(form),
+            }
+        )
+    place = fastest_first.index(chosen)
+    _print_table(rows, before, place, console)
+    if found[chosen] > before * (1 + MOST_LOSS):
+        console.say(f"no form costs less than {100 * MOST_LOSS:.0f} % of perplexity: this one costs least")
+    for path in bundle.root.iterdir():
+        if path.name != "tokenizer":
+            path.rename(root / path.name)
+    shutil.rmtree(scratch)
+    said = {"tokens": windows.size, "float": before, "bound": MOST_LOSS, "chosen": place, "measured": rows}
+    quantization = bundle.manifest.quantization | {"forms": said}
+    return write_manifest(root, dataclasses.replace(bundle.manifest, quantization=quantization))

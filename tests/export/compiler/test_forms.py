@@ -1,0 +1,254 @@
+"""`--block-size auto`: which forms there are, which one is chosen, what the bundle is then, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError, NoDeviceError
+
+from lora_drop_export.check.calibration_text import calibration_windows, held_back_windows
+from lora_drop_export.check.perplexity import engine_perplexity
+from lora_drop_export.check.verify import compare
+from lora_drop_export.compiler import forms
+from lora_drop_export.compiler.early import check_before_trace
+from lora_drop_export.compiler.export import export, write_bundle
+from lora_drop_export.compiler.forms import Form, fastest_form, forms_of, tried_forms
+from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from tests.support.bundles import family, make_bundle
+from tests.support.tokenizers import character_tokenizer
+
+AUTO = {"dtype": "int4", "block_size": "auto", "max_seq_len": 128}
+
+
+@pytest.fixture
+def few_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a bundle."""
+    monkeypatch.setattr(forms, "BLOCK_SIZES", (32, 64))
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for models of 64 channels."""
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOWS", 4)
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOW", 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "points", "heads"),
+    [
+        ({"dtype": "int4"}, (False, True), (None, "int8")),
+        ({"dtype": "int4", "quantization": "gptq"}, (False, True), (None, "int8")),
+        ({"dtype": "int4", "quantization": "rtn"}, (False,), (None, "int8")),  # has no zero points anyway
+        ({"dtype": "int4", "symmetric": True}, (True,), (None, "int8")),
+        ({"dtype": "int4", "head_dtype": "int8"}, (False, True), ("int8",)),
+        ({"dtype": "int4", "targets": ("tensorrt-rtx",)}, (False,), (None,)),  # nor has it; it takes no int8
+        ({"dtype": "int8"}, (False,), (None,)),
+    ],
+)
+def test_the_forms_are_what_the_options_leave_open(
+    options: dict[str, Any], points: tuple[bool, ...], heads: tuple[str | None, ...]
+) -> None:
+    given = ExportOptions(block_size="auto", **options)
+    found = forms_of(given)
+    assert set(found) == {Form(size, point, head) for size in (32, 64, 128) for point in points for head in heads}
+    assert len(found) == 3 * len(points) * len(heads)
+    for form in found:
+        assert form.of(given).weights_format.block_size == form.block_size
+
+
+A, B, C = Form(32, False, None), Form(64, False, None), Form(128, False, None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen", "asked"),
+    [
+        ({A: 10.1, B: 10.2, C: 10.3}, C, [C]),  # the fastest is within 10.3; the slower ones are not rounded
+        ({A: 10.1, B: 10.2, C: 10.31}, B, [C, B]),
+        ({A: 10.5, B: 10.4, C: 10.6}, B, [C, B, A]),  # none is: the least loss
+    ],
+)
+def test_the_fastest_within_the_bound(losses: dict[Form, float], chosen: Form, asked: list[Form]) -> None:
+    rates = {A: 1.0, B: 2.0, C: 3.0}
+    found, perplexities = tried_forms(rates, losses.__getitem__, 10.3)
+    assert found == chosen
+    assert list(perplexities.items()) == [(form, losses[form]) for form in asked]
+
+
+def search(root: Path, name: str = "llama", tokenizer: bool = True, **options: Any) -> Bundle:
+    """As `export` does it after the trace."""
+    source, given = family(name), ExportOptions(**AUTO, **options)
+    root.mkdir()
+    if tokenizer:
+        character_tokenizer(root)
+
+    def write(place: Path, form: ExportOptions, stand_in: bool) -> Bundle:
+        return write_bundle(place, source.checkpoint, source.traced, source.dtype, form, Console(), stand_in=stand_in)
+
+    return fastest_form(root, source.checkpoint, source.traced.vocab_size, 256, given, write, Console())
+
+
+def form_of(bundle: Bundle) -> tuple[int, bool, bool]:
+    how = bundle.manifest.quantization
+    return how["block_size"], how["symmetric"], any(one.get("bits") == 8 for one in how.get("departures", ()))
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch, few_forms: None) -> Callable[[dict[Any, float], dict[Any, float]], None]:
+    """Speeds and losses over float of forms; what is not named is slow and loses much."""
+
+    def put(rates: dict[Any, float], losses: dict[Any, float]) -> None:
+        monkeypatch.setattr(forms, "tokens_per_second", lambda bundle, *_: rates.get(form_of(bundle), 1.0))
+        monkeypatch.setattr(forms.Reference, "perplexity", lambda *_: 10.0)
+        monkeypatch.setattr(forms, "engine_perplexity", lambda bundle, *_: 10 * (1 + losses.get(form_of(bundle), 0.5)))
+
+    return put
+
+
+@pytest.mark.parametrize("quantization", ["search", "gptq"])
+def test_the_bundle_is_that_of_the_form(
+    quantization: str, tmp_path: Path, made_up: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bytes of its weights and graphs, as if its options had been given; the manifest has the table."""
+    rates = {(64, True, True): 9.0, (64, False, True): 8.0, (32, True, True): 7.0}
+    made_up(rates, {(64, True, True): 0.04, (64, False, True): 0.03, (32, True, True): 0.01})
+    options = {"quantization": quantization, "head_dtype": "int8"}
+    bundle = search(tmp_path / "auto", **options)
+    said = capsys.readouterr().err
+    assert form_of(bundle) == (64, False, True)
+    assert Bundle.open(bundle.root).manifest == bundle.manifest
+    source, given = family("llama"), ExportOptions(**{**AUTO, "block_size": 64}, **options)
+    (tmp_path / "b").mkdir()
+    character_tokenizer(tmp_path / "b")
+    plain = write_bundle(tmp_path / "b", source.checkpoint, source.traced, source.dtype, given, Console())
+    assert plain.manifest.files == bundle.manifest.files
+    for name in ("weights/model.safetensors", "refresh.onnx", "lora.onnx"):
+        assert (bundle.root / name).read_bytes() == (plain.root / name).read_bytes(), name
+    assert sorted(path.name for path in bundle.root.iterdir()) == sorted(path.name for path in plain.root.iterdir())
+    record = bundle.manifest.quantization["forms"]
+    assert (record["float"], record["bound"], record["chosen"], record["tokens"]) == (10, 0.03, 1, 8 * 64)
+    measured = record["measured"]
+    assert [row["tokens_per_second"] for row in measured] == [9, 8, 7, 1]
+    assert [row["perplexity"] for row in measured] == [pytest.approx(10.4), pytest.approx(10.3), None, None]
+    assert measured[1]["weight_bytes"] == sum(plain.manifest.model.layer_bytes) + plain.manifest.model.head_bytes
+    assert said.count("gptq: calibrated on") == (2 if quantization == "gptq" else 0)
+    assert "chosen" in said
+    assert "not measured" in said
+
+
+def test_where_none_is_within_the_bound_it_is_the_least_loss(
+    tmp_path: Path, made_up: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up({(64, True, True): 9.0}, {(32, True, True): 0.2})
+    bundle = search(tmp_path / "auto", symmetric=True, head_dtype="int8")
+    assert form_of(bundle) == (32, True, True)
+    assert "no form costs less than 3 % of perplexity" in capsys.readouterr().err
+    assert None not in [row["perplexity"] for row in bundle.manifest.quantization["forms"]["measured"]]
+
+
+def test_what_is_measured(tmp_path: Path, few_forms: None) -> None:
+    """Perplexity in float is transformers' own on the windows, the form's is that of the bundle; speeds are numbers."""
+    source = family("llama_tied")
+    bundle = search(tmp_path / "auto", "llama_tied", symmetric=True, head_dtype="int8")
+    assert compare(bundle).passed
+    windows = held_back_windows(bundle.root, source.traced.vocab_size, 256, None)
+    ids = torch.from_numpy(windows)
+    with torch.no_grad():
+        wanted = float(source.model(ids, labels=ids).loss.exp())
+    record = bundle.manifest.quantization["forms"]
+    assert record["float"] == pytest.approx(wanted, rel=1e-4)
+    row = record["measured"][record["chosen"]]
+    assert row["perplexity"] == pytest.approx(
+        engine_perplexity(bundle, "ort", None, 1, windows, lambda *_: None), rel=1e-3
+    )
+    assert all(row["tokens_per_second"] > 0 for row in record["measured"])
+    assert (form_of(bundle)[1:], len(record["measured"])) == ((True, True), 2)
+
+
+def test_the_measured_windows_are_none_that_is_rounded_on(tmp_path: Path) -> None:
+    character_tokenizer(tmp_path)
+    used, _ = calibration_windows(tmp_path, 131, 256, None)
+    held = held_back_windows(tmp_path, 131, 256, None)
+    assert (used.shape, held.shape) == ((4, 64), (8, 64))
+    assert not {row.tobytes() for row in used} & {row.tobytes() for row in held}
+
+
+def test_a_text_without_a_window_to_spare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOWS", 32)
+    text = tmp_path / "text.txt"
+    text.write_text("abcd" * 512)
+    with pytest.raises(InputError, match="too short") as error:
+        search(tmp_path / "auto", calibration=text)
+    assert "has 32 windows of 64" in str(error.value)
+    assert f"{40 * 64} tokens" in str(error.value)
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no tokenizer"):
+        search(tmp_path / "auto", tokenizer=False)
+
+
+def test_a_machine_without_the_device_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_forms: None
+) -> None:
+    def no_device(*_: Any) -> float:
+        raise NoDeviceError("No GPU.", note="There is none.", hint="Get one.")
+
+    monkeypatch.setattr(forms, "tokens_per_second", no_device)
+    with pytest.raises(InputError, match="cannot be timed") as error:
+        search(tmp_path / "auto", symmetric=True, head_dtype="int8")
+    assert "There is none." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float32", "block_size": "auto"}, ("applies only to quantized weights", "auto")),
+        ({"dtype": "int4", "block_size": "auto", "targets": ("none",)}, ("has nothing to measure", "none")),
+        ({"dtype": "int4", "block_size": "fast"}, ("--block-size", "'fast'")),
+        ({"dtype": "int8", "symmetric": True}, ("--symmetric applies only to int4 weights", "int8")),
+        ({"symmetric": True}, ("--symmetric applies only to int4 weights", "not given")),
+    ],
+)
+def test_refusals(options: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        ExportOptions(**options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_disk_for_all_forms_is_asked_for_before_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("lora_drop_export.compiler.early.check_disk", lambda root, count: needed.append(count))
+    for size in (32, "auto"):
+        given = ExportOptions(dtype="int4", block_size=size, max_seq_len=128)
+        check_before_trace(family("llama").checkpoint, "float32", given, tmp_path, Console())
+    assert needed[1] == 12 * needed[0]
+
+
+def test_symmetric_weights(tmp_path: Path) -> None:
+    """Every zero point is the middle; the other form has others."""
+    for symmetric in (False, True):
+        bundle = make_bundle("llama", tmp_path / str(symmetric), dtype="int4", symmetric=symmetric, targets=("none",))
+        assert bundle.manifest.quantization["symmetric"] is symmetric
+
+
+def test_from_the_command_to_the_manifest(tmp_path: Path, made_up: Any) -> None:
+    """The whole export, verified; what was measured and the perplexity stand side by side."""
+    made_up({(32, True, True): 2.0}, {(32, True, True): 0.0})
+    model = tmp_path / "model"
+    family("llama").model.save_pretrained(model)
+    character_tokenizer(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").rename(model / "tokenizer.json")
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    bundle = export(str(model), tmp_path / "out", ExportOptions(**AUTO, symmetric=True, head_dtype="int8"))
+    assert form_of(bundle) == (32, True, True)
+    assert {"perplexity", "forms"} <= set(bundle.manifest.quantization)
+    assert np.isfinite(bundle.manifest.quantization["perplexity"]["int4"])
