@@ -210,7 +210,7 @@ def test_a_machine_without_the_device_is_refused(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dtype": "float32", "block_size": "auto"}, ("applies only to quantized weights", "auto")),
+        ({"dtype": "float32", "block_size": "auto"}, ("applies only to int4 and int8 weights", "auto")),
         ({"dtype": "int4", "block_size": "auto", "targets": ("none",)}, ("has nothing to measure", "none")),
         ({"dtype": "int4", "block_size": "fast"}, ("--block-size", "'fast'")),
         ({"dtype": "int8", "symmetric": True}, ("--symmetric applies only to int4 weights", "int8")),
