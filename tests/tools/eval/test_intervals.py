@@ -19,7 +19,7 @@ from lora_drop_tools.eval.intervals import (
     paired_difference,
     share,
 )
-from lora_drop_tools.eval.result import EvalRow, averages, pooled_test, safe_zones, task_figures, too_few_items
+from lora_drop_tools.eval.result import EvalRow, averages, pooled_test, safe_zones, task_figures, too_wide
 from lora_drop_tools.eval.tasks.metrics import Measured
 
 from tests.support.eval_rows import eval_row
@@ -139,13 +139,15 @@ def row(k: int, speedup: float | None, difference: float | None, half: float = 0
 
 def test_an_interval_wider_than_the_aim_is_said() -> None:
     wide = dataclasses.replace(row(3, None, -0.002, half=0.02), aim=0.01)
-    assert too_few_items(wide) == (
+    assert too_wide(wide) == (
         "b k=3 skip: the interval of average − full, ±2.0 points, is wider than the aim of 1: more items or tasks "
         "would tell"
     )
-    assert too_few_items(dataclasses.replace(wide, aim=0.03)) is None
-    assert too_few_items(dataclasses.replace(wide, aim=None)) is None
-    assert too_few_items(dataclasses.replace(wide, average_difference=None)) is None
+    missed = dataclasses.replace(row(3, None, -0.2, half=0.02), aim=0.01)  # for certain
+    assert str(too_wide(missed)).endswith("±2.0 points, is wider than the aim of 1")
+    assert too_wide(dataclasses.replace(wide, aim=0.03)) is None
+    assert too_wide(dataclasses.replace(wide, aim=None)) is None
+    assert too_wide(dataclasses.replace(wide, average_difference=None)) is None
 
 
 def test_safe_zone_by_hand() -> None:

@@ -58,7 +58,7 @@ from .result import (
     safe_zones,
     task_figures,
     text_figures,
-    too_few_items,
+    too_wide,
 )
 from .scoring import Window, WindowK, longest, score_windows, windows_at_once
 from .settings import EvalSettings
@@ -345,7 +345,7 @@ def eval(
                 rows = [dataclasses.replace(row, aim=aim if row.k else None) for row in rows]
                 result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
-    result.warnings += [said for said in map(too_few_items, result.rows) if said is not None]
+    result.warnings += [said for said in map(too_wide, result.rows) if said is not None]
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
     print("\n".join(lines), file=out or sys.stdout)
     if settings.json_file is not None:

@@ -324,7 +324,7 @@ def averages(
     return mean, average(differences) if differences else None, pooled_test(counted)
 
 
-def too_few_items(row: EvalRow) -> str | None:
+def too_wide(row: EvalRow) -> str | None:
     """What to say of a row whose interval is wider than its aim; None where it is not."""
     difference = row.average_difference
     if row.aim is None or difference is None:
@@ -332,9 +332,10 @@ def too_few_items(row: EvalRow) -> str | None:
     half = (difference.high - difference.low) / 2
     if half <= row.aim:
         return None
+    undecided = difference.low < -row.aim <= difference.high
     return (
         f"{row.label} k={row.k} {row.policy}: the interval of average − full, ±{100 * half:.1f} points, is wider than "
-        f"the aim of {100 * row.aim:g}: more items or tasks would tell"
+        f"the aim of {100 * row.aim:g}" + (": more items or tasks would tell" if undecided else "")
     )
 
 
