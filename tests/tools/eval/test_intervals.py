@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from lora_drop_tools.eval.intervals import (
     bootstrap,
     item_difference,
     item_mean,
+    item_test,
+    mcnemar,
     paired_difference,
     share,
 )
-from lora_drop_tools.eval.result import EvalRow, averages, safe_zones, task_figures
+from lora_drop_tools.eval.result import EvalRow, averages, pooled_test, safe_zones, task_figures, too_wide
 from lora_drop_tools.eval.tasks.metrics import Measured
 
 from tests.support.eval_rows import eval_row
@@ -38,6 +42,38 @@ def test_paired_difference_by_hand() -> None:
     same = paired_difference(full, full)
     assert same.value == 0
     assert same.low < 0 < same.high  # nothing lost in ten items is no proof
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 9), (9, 3), (6, 6), (12, 25), (0, 20), (700, 800)])
+def test_mcnemar_is_scipys_binomial_test(won: int, lost: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(lost, won + lost).pvalue if won + lost else 1.0
+    assert (mcnemar(won, lost).won, mcnemar(won, lost).lost) == (won, lost)
+    assert mcnemar(won, lost).p_value == pytest.approx(expected)
+
+
+def test_mcnemar_by_hand() -> None:
+    """3 lost and 1 won of four: 2 (1 + 4) / 16; items that both get right or wrong say nothing."""
+    full = [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    ours = [0, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    test = item_test(ours, full)
+    assert test is not None
+    assert (test.won, test.lost, test.p_value) == (1, 3, 0.625)
+    assert item_test([0.5, 1.0], [1.0, 1.0]) is None  # no hits and misses
+    assert mcnemar(0, 6).p_value == 2 / 64
+
+
+def test_the_test_of_several_tasks_is_over_all_their_items() -> None:
+    def task(hits: str, of_full: str) -> Any:
+        each = [{place: {"acc": float(hit)} for place, hit in enumerate(one)} for one in (hits, of_full)]
+        return task_figures(Measured(each[0], "acc"), Measured(each[1], "acc"), 0)
+
+    one, two = task("0001", "1110"), task("00011", "11011")
+    assert one.test == mcnemar(1, 3)
+    assert averages({"one": one, "two": two})[2] == pooled_test([one, two]) == mcnemar(1, 5)
+    scored = task_figures(Measured({0: {"f1": 0.5}}, "f1"), Measured({0: {"f1": 0.6}}, "f1"), 0)
+    assert pooled_test([one, scored]) is None
+    assert pooled_test([]) is None
 
 
 def test_bootstrap() -> None:
@@ -99,6 +135,19 @@ def test_what_goes_into_the_average(values: tuple[float, ...], rises: bool, is_s
 def row(k: int, speedup: float | None, difference: float | None, half: float = 0.001) -> EvalRow:
     figure = None if difference is None else Figure(difference, difference - half, difference + half, 3)
     return eval_row(k, speedup, average_difference=figure)
+
+
+def test_an_interval_wider_than_the_aim_is_said() -> None:
+    wide = dataclasses.replace(row(3, None, -0.002, half=0.02), aim=0.01)
+    assert too_wide(wide) == (
+        "b k=3 skip: the interval of average − full, ±2.0 points, is wider than the aim of 1: more items or tasks "
+        "would tell"
+    )
+    missed = dataclasses.replace(row(3, None, -0.2, half=0.02), aim=0.01)  # for certain
+    assert str(too_wide(missed)).endswith("±2.0 points, is wider than the aim of 1")
+    assert too_wide(dataclasses.replace(wide, aim=0.03)) is None
+    assert too_wide(dataclasses.replace(wide, aim=None)) is None
+    assert too_wide(dataclasses.replace(wide, average_difference=None)) is None
 
 
 def test_safe_zone_by_hand() -> None:

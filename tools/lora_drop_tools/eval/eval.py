@@ -58,6 +58,7 @@ from .result import (
     safe_zones,
     task_figures,
     text_figures,
+    too_wide,
 )
 from .scoring import Window, WindowK, longest, score_windows, windows_at_once
 from .settings import EvalSettings
@@ -180,9 +181,10 @@ def _filled(
     seed: int,
 ) -> EvalRow:
     found = {name: figures for name, group in groups.items() if (figures := group_figures(group, tasks)) is not None}
-    mean, difference = averages(tasks, found)
+    mean, difference, test = averages(tasks, found)
     text = text_figures(sums, seed) if sums else None
-    return dataclasses.replace(row, text=text, tasks=tasks, groups=found, average=mean, average_difference=difference)
+    measured = dataclasses.replace(row, text=text, tasks=tasks, groups=found, average=mean)
+    return dataclasses.replace(measured, average_difference=difference, average_test=test)
 
 
 def _new_result(
@@ -336,11 +338,14 @@ def eval(
             work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], opened_tasks)
             policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
             periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
+            aim = settings.aim_of(list(opened).index(name))
             for policy in policies:
                 print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
                 rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
+                rows = [dataclasses.replace(row, aim=aim if row.k else None) for row in rows]
                 result.rows += [row for row in rows if row.k or policy == policies[0]]
     result.safe_zones = safe_zones(result.rows)
+    result.warnings += [said for said in map(too_wide, result.rows) if said is not None]
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
     print("\n".join(lines), file=out or sys.stdout)
     if settings.json_file is not None:

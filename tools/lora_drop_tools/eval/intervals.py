@@ -1,4 +1,4 @@
-"""Shares, paired differences and bootstrap intervals."""
+"""Shares, paired differences with their test, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ class Figure:
     count: int
 
 
+@dataclass(frozen=True)
+class McNemar:
+    """Items that one of two schedules gets right and the other does not.
+
+    Attributes:
+        won, lost: the schedule alone is right, and the full schedule alone.
+        p_value: two-sided, exact: of so many items the chance that they fall out as unevenly without a difference.
+    """
+
+    won: int
+    lost: int
+    p_value: float
+
+
 def share(hits: float, count: int) -> Figure:
     """Wilson's interval of a share."""
     value = hits / count
@@ -33,14 +47,31 @@ def share(hits: float, count: int) -> Figure:
     return Figure(value, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
+def _discordant(values: Sequence[float], full: Sequence[float]) -> tuple[int, int]:
+    """How many items are better than under the full schedule, and how many are worse."""
+    pairs = list(zip(values, full, strict=True))
+    return sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+
+
 def paired_difference(values: Sequence[float], full: Sequence[float]) -> Figure:
     """The difference of two shares over the same items, with Agresti and Min's interval (½ added to each cell)."""
     count = len(values)
-    better = sum(a > b for a, b in zip(values, full, strict=True))
-    worse = sum(a < b for a, b in zip(values, full, strict=True))
+    better, worse = _discordant(values, full)
     centre = (better - worse) / (count + 2)
     half = Z * math.sqrt(better + worse + 1 - (better - worse) ** 2 / (count + 2)) / (count + 2)
     return Figure((better - worse) / count, centre - half, centre + half, count)
+
+
+def mcnemar(won: int, lost: int) -> McNemar:
+    """McNemar's test (1947) in its exact form.
+
+    Without a difference `lost` is binomial with won + lost draws of ½, so p = 2 · P(X ≤ min(won, lost)), at most 1.
+    """
+    draws, ways, total = won + lost, 1, 0
+    for drawn in range(min(won, lost) + 1):
+        total += ways
+        ways = ways * (draws - drawn) // (drawn + 1)  # of choosing one more
+    return McNemar(won, lost, min(1.0, 2 * total / 2**draws))
 
 
 def bootstrap(
@@ -72,6 +103,11 @@ def item_difference(values: Sequence[float], full: Sequence[float], seed: int) -
     if _are_shares([*values, *full]):
         return paired_difference(values, full)
     return bootstrap(np.subtract(values, full), np.ones(len(values)), seed)
+
+
+def item_test(values: Sequence[float], full: Sequence[float]) -> McNemar | None:
+    """McNemar's test of hits and misses over the same items; None where values lie between."""
+    return mcnemar(*_discordant(values, full)) if _are_shares([*values, *full]) else None
 
 
 def average(figures: Sequence[Figure], weights: Sequence[float] | None = None) -> Figure:

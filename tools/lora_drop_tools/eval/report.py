@@ -13,7 +13,7 @@ from lora_drop_runtime.plan.sites import half_of, listed
 
 from lora_drop_tools.shared.table import MIB, table
 
-from .intervals import Figure
+from .intervals import Figure, McNemar
 from .result import EvalResult, EvalRow, GroupFigures, SafeZone, TaskFigures
 
 MISSING = "–"
@@ -115,10 +115,35 @@ def value(one: TaskFigures | GroupFigures | None) -> str:
     return with_half(one.figure, 100, 1) if one.is_share else with_half(one.figure, 1, 3)
 
 
-def _difference(one: TaskFigures | GroupFigures | None) -> str:
-    if one is None or one.is_share or one.difference is None:
-        return _points(one.difference if one else None)
-    return f"{one.difference.value:+.3f} [{one.difference.low:+.3f}, {one.difference.high:+.3f}]"
+def _paired_cells(difference: Figure | None, test: McNemar | None, is_share: bool) -> tuple[str, ...]:
+    """A difference with the ends of its interval, in points where it is one of shares; its test."""
+    if difference is None:
+        return (MISSING,) * 6
+    scale, digits = (100, 1) if is_share else (1, 3)
+    ends = (f"{scale * one:+.{digits}f}" for one in (difference.value, difference.low, difference.high))
+    if test is None:
+        return (*ends, *(MISSING,) * 3)
+    return (*ends, str(test.won), str(test.lost), f"{test.p_value:.3f}" if test.p_value >= 0.001 else "<0.001")
+
+
+def _paired_table(rows: Sequence[EvalRow]) -> list[str]:
+    """A line for each schedule and task, and one for their average where there are several."""
+    cells = []
+    for row in rows:
+        if not row.k:
+            continue
+        own = heads(row)
+        lines = [(name, _paired_cells(one.difference, one.test, one.is_share)) for name, one in own.items()]
+        if sum(one.is_share for one in own.values()) > 1:
+            lines.append(("average", _paired_cells(row.average_difference, row.average_test, True)))
+        cells += [(schedule_name(row), name, *found) for name, found in lines]
+    if not cells:
+        return []
+    return [
+        "",
+        *table(("task − full, pp", "task", "difference", "lowest", "highest", "won", "lost", "p"), cells),
+        "won, lost: items that this schedule alone and the full one alone gets right; p: McNemar's exact test of these",
+    ]
 
 
 def _part_table(rows: Sequence[EvalRow]) -> list[str]:
@@ -148,11 +173,7 @@ def _task_table(rows: Sequence[EvalRow]) -> list[str]:
         )
         for row in rows
     ]
-    paired = [(schedule_name(row), "", *(_difference(heads(row).get(name)) for name in names)) for row in rows if row.k]
-    lines = table(headings, cells)
-    if paired:
-        lines += ["", *table(("task − full, pp", "", *names), paired)]
-    return lines + _part_table(rows)
+    return [*table(headings, cells), *_paired_table(rows), *_part_table(rows)]
 
 
 def _notes(result: EvalResult) -> list[str]:
@@ -172,6 +193,20 @@ def _notes(result: EvalResult) -> list[str]:
         cut = max(row.tasks[name].cut for row in result.rows)
         if cut:
             lines.append(f"{name}: {cut} requests were longer than the bundle allows and lost the beginning")
+    return lines
+
+
+def _aims(rows: Sequence[EvalRow]) -> list[str]:
+    """Of each schedule with an aim, whether its average is within it."""
+    lines = []
+    for row in rows:
+        if row.aim is None or row.average_difference is None:
+            continue
+        verdict = "reached" if row.average_difference.value >= -row.aim else "missed"
+        lines.append(
+            f"aim        {schedule_name(row)} within {100 * row.aim:g} pp of the full model: {verdict}, "
+            f"{_points(row.average_difference)} pp"
+        )
     return lines
 
 
@@ -218,7 +253,7 @@ def describe(result: EvalResult) -> list[str]:
     if any(row.text for row in result.rows):
         lines += ["", *_text_table(result.rows), "", *_offset_table(result.rows)]
     if any(row.tasks for row in result.rows):
-        lines += ["", *_task_table(result.rows), *_notes(result)]
+        lines += ["", *_task_table(result.rows), *_notes(result), *_aims(result.rows)]
     lines += ["", *_cost_table(result)]
     lines += ["", *map(_verdict, result.safe_zones)] if result.safe_zones else []
     lines += ["", *(f"warning: {text}" for text in result.warnings)] if result.warnings else []

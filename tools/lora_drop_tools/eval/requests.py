@@ -46,7 +46,7 @@ def checked(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettin
     """Refuse before any work what the bundles do not allow; the settings, with windows that fit the bundles.
 
     Raises:
-        InputError: labels for other bundles, a bundle without a tokenizer, windows longer than one takes.
+        InputError: labels or aims for other bundles, a bundle without a tokenizer, windows longer than one takes.
     """
     labels = settings.labels
     if labels and len(labels) != len(bundles):
@@ -54,6 +54,12 @@ def checked(bundles: Mapping[str, Bundle], settings: EvalSettings) -> EvalSettin
             "The labels do not fit the bundles.",
             note=f"{', '.join(labels)} are given for {len(bundles)} bundles.",
             hint="Give a different --label for each bundle, in their order, or none.",
+        )
+    if len(settings.aim) > 1 and len(settings.aim) != len(bundles):
+        raise InputError(
+            "The aims do not fit the bundles.",
+            note=f"--aim is {', '.join(f'{aim:g}' for aim in settings.aim)}, for {len(bundles)} bundles.",
+            hint="Give one --aim for all, or one for each bundle, in their order.",
         )
     for name, bundle in bundles.items():
         path = bundle.root / "tokenizer" / "tokenizer.json"

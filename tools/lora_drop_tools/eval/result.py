@@ -6,7 +6,8 @@ Measures nothing.
 
 Intervals: Wilson's for a share; Agresti and Min's for the difference of two shares over the same items; the bootstrap
 over windows or items, with the run's seed, for all else that is a mean; lm-eval's standard error for its own figures.
-An average over tasks takes their variances as independent.
+An average over tasks takes their variances as independent. Beside a difference of shares stands McNemar's exact test;
+that of several tasks is over all of their items.
 """
 
 from __future__ import annotations
@@ -23,7 +24,18 @@ from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_tools.eval.tasks.catalogue import OpenedGroup
 from lora_drop_tools.eval.tasks.metrics import Aggregate, Measured
 
-from .intervals import Figure, Sums, Z, average, bootstrap, item_difference, item_mean
+from .intervals import (
+    Figure,
+    McNemar,
+    Sums,
+    Z,
+    average,
+    bootstrap,
+    item_difference,
+    item_mean,
+    item_test,
+    mcnemar,
+)
 
 THRESHOLDS = (0.005, 0.01)  # of an average accuracy, the paper's safe zone
 
@@ -75,6 +87,7 @@ class TaskFigures:
         difference: of `metric`, paired, to k = 0; None under k = 0, and where it is no mean of items' values.
         cut: requests that lost the beginning of their context.
         is_share: whether `metric` is a mean of values from 0 to 1, the more the better.
+        test: of `difference`; None where items do more than hit or miss.
     """
 
     metric: str
@@ -82,6 +95,7 @@ class TaskFigures:
     difference: Figure | None
     cut: int
     is_share: bool = True
+    test: McNemar | None = None
 
     @property
     def figure(self) -> Figure:
@@ -96,6 +110,7 @@ class GroupFigures:
         figure: the mean of its tasks' `metric`, and `difference` to k = 0.
         items: of all its tasks.
         is_part: of another group that was asked for.
+        test: over the items of all its tasks; None where one has none.
     """
 
     metric: str
@@ -105,6 +120,7 @@ class GroupFigures:
     tasks: tuple[str, ...]
     is_share: bool
     is_part: bool
+    test: McNemar | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,9 @@ class EvalRow:
         schedule: `periodic`, or the adaptive one, whose `threshold` it ran with.
         speedup: measured by `lora-drop bench`, None where it was not.
         tasks, groups: by their names in lm-eval.
-        average: of the shares of what was asked for, see `averages`; `average_difference` to k = 0.
+        average: of the shares of what was asked for, see `averages`; `average_difference` to k = 0, `average_test` over
+            the items of all of them.
+        aim: the share that `average` may lie below that of k = 0; None where none was given.
     """
 
     bundle: str
@@ -143,6 +161,8 @@ class EvalRow:
     schedule: str = PERIODIC
     threshold: float | None = None
     groups: dict[str, GroupFigures] = field(default_factory=dict)
+    average_test: McNemar | None = None
+    aim: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,12 +266,19 @@ def task_figures(measured: Measured, full: Measured | None, seed: int) -> TaskFi
     is_mean = metric in items[order[0]] and metric not in measured.likelihoods
     is_paired = full is not None and metric in full.items[order[0]] and is_mean
     is_share = is_mean and measured.rises and all(0 <= items[item][metric] <= 1 for item in order)
-    difference = None
+    difference = test = None
     if full is not None and is_paired:
-        difference = item_difference(
-            [items[item][metric] for item in order], [full.items[item][metric] for item in order], seed
-        )
-    return TaskFigures(metric, metrics, difference, measured.cut, is_share)
+        pair = [items[item][metric] for item in order], [full.items[item][metric] for item in order]
+        difference, test = item_difference(*pair, seed), item_test(*pair)
+    return TaskFigures(metric, metrics, difference, measured.cut, is_share, test)
+
+
+def pooled_test(parts: Sequence[TaskFigures | GroupFigures]) -> McNemar | None:
+    """McNemar's test over the items of all parts; None where there are none, or one has no test."""
+    tests = [part.test for part in parts if part.test is not None]
+    if not tests or len(tests) < len(parts):
+        return None
+    return mcnemar(sum(test.won for test in tests), sum(test.lost for test in tests))
 
 
 def group_figures(group: OpenedGroup, tasks: Mapping[str, TaskFigures]) -> GroupFigures | None:
@@ -274,15 +301,16 @@ def group_figures(group: OpenedGroup, tasks: Mapping[str, TaskFigures]) -> Group
         group.tasks,
         all(task.is_share for task in own if task.metric == metric),
         group.is_part,
+        pooled_test(own) if all(task.metric == metric for task in own) else None,
     )
 
 
 def averages(
     tasks: Mapping[str, TaskFigures], groups: Mapping[str, GroupFigures] | None = None
-) -> tuple[Figure | None, Figure | None]:
-    """The average over the shares that were asked for, and of their differences to k = 0; a group counts once.
+) -> tuple[Figure | None, Figure | None, McNemar | None]:
+    """The average over the shares that were asked for, of their differences to k = 0, and the test of these.
 
-    Figures that are no shares, such as a perplexity, are left out of it.
+    A group counts once. Figures that are no shares, such as a perplexity, are left out of it.
     """
     outer = [group for group in (groups or {}).values() if not group.is_part]
     inside = {name for group in outer for name in group.tasks}
@@ -290,9 +318,25 @@ def averages(
     every: list[TaskFigures | GroupFigures] = [*outer, *alone]
     counted = [one for one in every if one.is_share]
     if not counted:
-        return None, None
+        return None, None, None
     differences = [one.difference for one in counted if one.difference is not None]
-    return average([one.figure for one in counted]), average(differences) if differences else None
+    mean = average([one.figure for one in counted])
+    return mean, average(differences) if differences else None, pooled_test(counted)
+
+
+def too_wide(row: EvalRow) -> str | None:
+    """What to say of a row whose interval is wider than its aim; None where it is not."""
+    difference = row.average_difference
+    if row.aim is None or difference is None:
+        return None
+    half = (difference.high - difference.low) / 2
+    if half <= row.aim:
+        return None
+    undecided = difference.low < -row.aim <= difference.high
+    return (
+        f"{row.label} k={row.k} {row.policy}: the interval of average − full, ±{100 * half:.1f} points, is wider than "
+        f"the aim of {100 * row.aim:g}" + (": more items or tasks would tell" if undecided else "")
+    )
 
 
 FULL = "full"  # the policy of k = 0

@@ -19,7 +19,8 @@ WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
 WINDOWS_K = (1, 3)
 _WANTED = Bounds(0, 1, open=True)
 _SHOTS = Bounds(0, 1000)
-_OF_TASKS = ("include_path", "num_fewshot", "limit", "unsafe_code")
+_AIM = Bounds(0, 100, open=True)  # percentage points
+_OF_TASKS = ("include_path", "num_fewshot", "limit", "aim", "unsafe_code")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class EvalSettings:
             before lm-eval's.
         num_fewshot: examples in a task's prompt, where its definition does not say 0; the definition's when None.
         limit: items of each task at most.
+        aim: percentage points that the average may lie below the full schedule's, one for all bundles or one for each;
+            an interval that is wider than that is warned of.
         paper: of `PAPER`, a table or figure of the paper to make of the bundles. It brings its own tasks and windows k,
             where none are given.
         unsafe_code: run programs that a model writes without cutting them off from this machine.
@@ -111,6 +114,13 @@ class EvalSettings:
     limit: int = option(
         300, metavar="N", bounds=bounds.COUNT, help="take at most so many items of a task (default 300)"
     )
+    aim: tuple[float, ...] = option(
+        (),
+        repeat=True,
+        metavar="PP",
+        bounds=_AIM,
+        help="say whether the average is within so many points of the full schedule's; once, or once for each bundle",
+    )
     paper: str | None = option(
         None, choices=tuple(PAPER), help="print this table or figure of the paper for the bundles (fig3: with --plots)"
     )
@@ -136,7 +146,7 @@ class EvalSettings:
     def __post_init__(self) -> None:
         check_options(self)
         if self.ks == [0] and not set(self.schedules) & set(ADAPTIVE):
-            refuse_unused(self, ("policies",), "with --k 0 every step is a refresh", "use a larger --k")
+            refuse_unused(self, ("policies", "aim"), "with --k 0 every step is a refresh", "use a larger --k")
         for policy in self.policies:
             check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         for schedule in self.schedules:
@@ -231,6 +241,12 @@ class EvalSettings:
                 f"{longest + 1} tokens and {longest + 2} more.",
                 hint="Use for example --window 512 --prompt 32.",
             )
+
+    def aim_of(self, place: int) -> float | None:
+        """What the bundle at this place aims at, as a share; None where nothing was said."""
+        if not self.aim:
+            return None
+        return (self.aim[0] if len(self.aim) == 1 else self.aim[place]) / 100
 
     @property
     def window_tokens(self) -> int:

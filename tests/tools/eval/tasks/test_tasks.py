@@ -68,7 +68,7 @@ def test_command_on_tasks(
     (tmp_path / "bench.json").write_text(json.dumps({"rows": timed}))
     options = ["--tasks", ",".join(names), "--include-path", str(directory), "--k", "1", "--threads", "1"]
     options += ["--out", str(tmp_path / "items"), "--bench", str(tmp_path / "bench.json")]
-    options += ["--json", str(tmp_path / "figures.json"), "--plots", str(tmp_path / "plots")]
+    options += ["--json", str(tmp_path / "figures.json"), "--plots", str(tmp_path / "plots"), "--aim", "1.5"]
     assert main(["eval", str(bundle), *options]) == 0
     printed = capsys.readouterr()
     full, ours = json.loads((tmp_path / "figures.json").read_text())["rows"]
@@ -88,6 +88,20 @@ def test_command_on_tasks(
     differences = [ours["tasks"][name]["difference"]["value"] for name in names[:3]]
     differences.append(ours["groups"]["biology"]["difference"]["value"])
     assert ours["average_difference"]["value"] == pytest.approx(np.mean(differences))
+    tests = [ours["tasks"][name]["test"] for name in names[:3]] + [ours["groups"]["biology"]["test"]]
+    whole = ours["average_test"]
+    assert (whole["won"], whole["lost"]) == tuple(sum(test[what] for test in tests) for what in ("won", "lost"))
+    assert (full["aim"], ours["aim"], full["average_test"]) == (None, 0.015, None)
+    lines = {
+        tuple(line.split()[3:4]): line.split()
+        for line in printed.out.splitlines()
+        if line.startswith("tiny k=1 skip ") and "[" not in line
+    }
+    assert lines["biology",][-3:-1] == [str(ours["groups"]["biology"]["test"][what]) for what in ("won", "lost")]
+    assert lines["average",][4] == f"{100 * ours['average_difference']['value']:+.1f}"
+    assert lines["wikitext",][4:] == ["–"] * 6
+    assert "aim        tiny k=1 skip within 1.5 pp of the full model: " in printed.out
+    assert "warning: tiny k=1 skip: the interval of average − full, ±" in printed.out
     heading = next(line for line in printed.out.splitlines() if line.startswith("tasks, %"))
     assert heading.split()[2:8] == ["ρ", *names]
     for part in (
