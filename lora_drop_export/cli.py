@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import TrtEntry
 from lora_drop_runtime.command_line import (
     Parser,
     add_options,
@@ -72,7 +73,8 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         first = next(iter(manifest.targets))
         chosen = TARGETS[first].provider(manifest.model.dtype)
         provider = f" --provider {chosen}" if chosen else ""
-        absent = manifest.verification.get(first, {}).get("status") == "not run"
+        result = manifest.verification.get(first)  # an engine that was not verified may be for another machine
+        absent = isinstance(manifest.targets[first], TrtEntry) if result is None else result["status"] == "not run"
         where = "try, on a machine with its device" if absent else "try"
         print(f'{where}: lora-drop generate {out}{provider} --prompt "The capital of Italy is"')
 

@@ -38,7 +38,7 @@ from .facts import (
     quantization_of,
 )
 from .files import check_disk
-from .forms import forms_of
+from .forms import check_device, forms_of
 from .options import AUTO, NO_TARGET, ExportOptions, quantized_shorts
 
 
@@ -169,6 +169,8 @@ def check_before_trace(
     for target in options.targets:
         if target != NO_TARGET:
             TARGETS[target].check_dtype(dtype, quantized.dtype if quantized else dtype, options)
+    if options.block_size == AUTO:
+        check_device(options)
     config = checkpoint.config
     refuse_by_config(config)
     make_limits(config, options)

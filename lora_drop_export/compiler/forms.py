@@ -8,11 +8,12 @@ nearest and not kept. Then they are rounded as was asked for, the fastest first,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.console import Console
 from lora_drop_export.quantize.choice import BLOCK_SIZES
 from lora_drop_export.targets.target import TARGETS
+from lora_drop_export.targets.trt.target import TrtTarget
 
 from .files import write_manifest
 from .options import HEAD_DTYPES, ExportOptions, takers_of
@@ -53,6 +55,25 @@ class Form:
         """The options of an export in this form."""
         calibration = options.calibration if options.calibrated else None  # else it is for the perplexity alone
         return dataclasses.replace(options, calibration=calibration, **dataclasses.asdict(self))
+
+
+@contextlib.contextmanager
+def _timeable() -> Iterator[None]:
+    try:
+        yield
+    except NoDeviceError as error:
+        raise InputError(
+            "The forms of the weights cannot be timed.", note=error.note, hint="Give --block-size as a number."
+        ) from None
+
+
+def check_device(options: ExportOptions) -> None:
+    """Refuse to begin where the first target's engines could not be timed in the end. Raises InputError."""
+    if isinstance(TARGETS[options.targets[0]], TrtTarget):
+        from lora_drop_runtime.engines.trt import cuda_device
+
+        with _timeable():
+            cuda_device.device_compute_capability()
 
 
 def forms_of(options: ExportOptions) -> list[Form]:
@@ -95,6 +116,11 @@ def tokens_per_second(
                 session.step(token)
             seconds = time.perf_counter() - begin
     return len(forced) / seconds
+
+
+def _weights(bundle: Bundle) -> dict[str, str]:
+    """What tells stand-ins apart: name of a file → SHA-256."""
+    return {name: one.sha256 for name, one in bundle.manifest.files.items() if name.startswith("weights/")}
 
 
 def _timed(
@@ -165,17 +191,19 @@ def fastest_form(
         shutil.copytree(root / "tokenizer", directory / "tokenizer")
         return write(directory, form.of(options), stand_in)
 
-    stand_ins = {}
+    stand_ins: dict[Form, Bundle] = {}
     for place, form in enumerate(forms):
         console.say(f"form {place + 1} of {len(forms)}, to be timed")
-        stand_ins[form] = written(f"timed-{place}", form, True)
+        bundle = written(f"timed-{place}", form, True)
+        twin = next((one for one, other in stand_ins.items() if _weights(other) == _weights(bundle)), None)
+        if twin is None:
+            stand_ins[form] = bundle
+        else:  # of the same weights: this model's do not go into larger blocks
+            console.say(f"form {place + 1} is that of blocks of {twin.block_size}")
+            shutil.rmtree(bundle.root)
     windows = windows[:, : stand_ins[forms[0]].manifest.limits.max_seq_len]
-    try:
+    with _timeable():
         rates = _timed(stand_ins, options, windows[0], console)
-    except NoDeviceError as error:
-        raise InputError(
-            "The forms of the weights cannot be timed.", note=error.note, hint="Give --block-size as a number."
-        ) from None
     facts = {form: bundle.manifest.model for form, bundle in stand_ins.items()}
     what = "perplexity of the checkpoint"
     with console.progress(what) as progress:
@@ -200,7 +228,7 @@ def fastest_form(
 
     chosen, found = tried_forms(rates, perplexity, before * (1 + MOST_LOSS))
     bundle = kept[chosen][1]
-    rows, fastest_first = [], sorted(forms, key=lambda form: rates[form], reverse=True)
+    rows, fastest_first = [], sorted(rates, key=lambda form: rates[form], reverse=True)
     for form in fastest_first:
         kind = form.of(options).weights_format
         assert kind is not None

@@ -325,7 +325,7 @@ class Service:
             return [None] * len(prompts)
         each = counts if isinstance(counts, Sequence) else [counts] * len(prompts)
         if len(each) != len(prompts):
-            said = f"context_tokens has {len(each)} numbers, and there are {len(prompts)} prompts."
+            said = f"context_tokens has {len(each)} numbers, the number of prompts is {len(prompts)}."
             raise ApiError(400, said, param="context_tokens")
         for count, prompt in zip(each, prompts, strict=True):
             if count > len(prompt):

@@ -36,6 +36,13 @@ def _quantization(manifest: Manifest) -> list[str]:
         before, after = cost["float"], cost[manifest.model.weight_dtype]
         line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
     lines = [line]
+    if "forms" in how:
+        forms = how["forms"]
+        loss, bound = forms["measured"][forms["chosen"]]["perplexity"] / forms["float"] - 1, forms["bound"]
+        found = "the fastest" if loss <= bound else "none"
+        count = len(forms["measured"])
+        of = f"of {count} {'form' if count == 1 else 'forms'} {found} within {100 * bound:.0f} % of perplexity"
+        lines.append(f"             --block-size auto: {of}; this one costs {100 * loss:+.1f} %")
     for one in how.get("departures", ()):
         what = f"{one['weights']} ({one['count']})"
         zero_points = "symmetric" if one["symmetric"] else "with zero points"

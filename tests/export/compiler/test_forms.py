@@ -12,6 +12,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError, NoDeviceError
+from lora_drop_tools.inspect import _quantization
 
 from lora_drop_export.check.calibration_text import calibration_windows, held_back_windows
 from lora_drop_export.check.perplexity import engine_perplexity
@@ -153,6 +154,21 @@ def test_where_none_is_within_the_bound_it_is_the_least_loss(
     assert None not in [row["perplexity"] for row in bundle.manifest.quantization["forms"]["measured"]]
 
 
+def test_forms_of_the_same_weights_are_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """64 channels have no block of 128."""
+    monkeypatch.setattr(forms, "BLOCK_SIZES", (64, 128))
+    made_up({(64, True, True): 2.0}, {(64, True, True): 0.01})
+    bundle = search(tmp_path / "auto", quantization="rtn", head_dtype="int8")
+    assert form_of(bundle)[0] == 64
+    measured = bundle.manifest.quantization["forms"]["measured"]
+    assert [row["block_size"] for row in measured] == [64]
+    assert "form 2 is that of blocks of 64" in capsys.readouterr().err
+    text = "\n".join(_quantization(bundle.manifest))
+    assert "--block-size auto: of 1 form the fastest within 3 % of perplexity; this one costs" in text
+
+
 def test_what_is_measured(tmp_path: Path, few_forms: None) -> None:
     """Perplexity in float is transformers' own on the windows, the form's is that of the bundle; speeds are numbers."""
     source = family("llama_tied")
@@ -204,6 +220,17 @@ def test_a_machine_without_the_device_is_refused(
     monkeypatch.setattr(forms, "tokens_per_second", no_device)
     with pytest.raises(InputError, match="cannot be timed") as error:
         search(tmp_path / "auto", symmetric=True, head_dtype="int8")
+    assert "There is none." in str(error.value)
+
+
+def test_without_the_gpu_it_is_refused_before_the_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_device(*_: Any) -> str:
+        raise NoDeviceError("No GPU.", note="There is none.", hint="Get one.")
+
+    monkeypatch.setattr("lora_drop_runtime.engines.trt.cuda_device.device_compute_capability", no_device)
+    given = ExportOptions(**AUTO, targets=("tensorrt-rtx", "ort"))
+    with pytest.raises(InputError, match="cannot be timed") as error:
+        check_before_trace(family("llama").checkpoint, "bfloat16", given, tmp_path, Console())
     assert "There is none." in str(error.value)
 
 

@@ -28,15 +28,21 @@ def requests() -> list[Any]:
     ]
 
 
+@pytest.fixture
+def tokenizer(bundle: Path, tmp_path: Path) -> str:
+    """That of the bundle as a checkpoint has it."""
+    made = PreTrainedTokenizerFast(tokenizer_file=str(bundle / "tokenizer/tokenizer.json"))
+    made.add_special_tokens({"eos_token": "\n"})
+    made.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("concurrent", [1, 3])
 @pytest.mark.parametrize(("k", "policy"), [(2, "skip"), (3, "backfill"), (0, None)])
-def test_item_by_item(bundle: Path, tmp_path: Path, k: int, policy: str | None, concurrent: int) -> None:
+def test_item_by_item(bundle: Path, tokenizer: str, k: int, policy: str | None, concurrent: int) -> None:
     from lora_drop_tools.eval.tasks.model import LoraDropLM
     from lora_drop_tools.eval.tasks.served import ServedLM
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(bundle / "tokenizer/tokenizer.json"))
-    tokenizer.add_special_tokens({"eos_token": "\n"})
-    tokenizer.save_pretrained(tmp_path)
     own = LoraDropLM(str(bundle), k=k, policy=policy, threads=1, seed=5)
     wanted = own.loglikelihood(requests())
     own.close()
@@ -48,7 +54,7 @@ def test_item_by_item(bundle: Path, tmp_path: Path, k: int, policy: str | None, 
             seed=5,
             model=batch.bundle.manifest.model.name,
             base_url=f"{server.address}/v1/completions",
-            tokenizer=str(tmp_path),
+            tokenizer=tokenizer,
             num_concurrent=concurrent,
         )
         found = model.loglikelihood(requests())
@@ -58,9 +64,51 @@ def test_item_by_item(bundle: Path, tmp_path: Path, k: int, policy: str | None, 
     assert len({round(one, 3) for one, _ in found}) > 20
 
 
-def test_k_has_to_be_given() -> None:
+GOOD = {"k": 1, "model": "tiny", "base_url": "http://127.0.0.1:1/v1/completions", "tokenizer": "nowhere"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k": None}, ("argument k", "It was not given.")),
+        ({"k": -1}, ("argument k", "It is -1.")),
+        ({"k": "3"}, ("argument k", "It is '3'.")),
+        ({"polcy": "skip"}, ("an argument that is not known", "Given is polcy.")),
+        ({"base_url": None}, ("lacks an argument", "Not given is base_url.")),
+        ({"tokenizer": None}, ("lacks an argument", "Not given is tokenizer.")),
+        ({}, ("The tokenizer cannot be opened.", "'nowhere'")),
+    ],
+)
+def test_arguments_that_are_refused(changes: dict[str, Any], words: tuple[str, str]) -> None:
     from lora_drop_tools.eval.tasks.served import ServedLM
 
-    for wrong in (None, -1, "3", True):
-        with pytest.raises(InputError, match="has no k"):
-            ServedLM(k=wrong, model="m", base_url="http://127.0.0.1:1/v1/completions")
+    with pytest.raises(InputError) as refused:
+        ServedLM(**GOOD | changes)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"policy": "fill"}, ("refuses a request", "400", "policy")),
+        ({"model": "another"}, ("refuses a request", "404", "another")),
+        ({"base_url": "{address}/v1"}, ("refuses a request", "404")),
+        ({"base_url": "http://127.0.0.1:1/v1/completions"}, ("does not answer", "127.0.0.1")),
+        ({"base_url": "nowhere"}, ("does not answer", "nowhere")),
+    ],
+)
+def test_what_the_server_refuses_is_said_at_once(
+    bundle: Path, tokenizer: str, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    from lora_drop_tools.eval.tasks.served import ServedLM
+
+    batch = Batch.open(bundle, slots=2, k=1, threads=1)
+    name = batch.bundle.manifest.model.name
+    with serving(batch, TextCodec.open(bundle / "tokenizer")) as server:
+        good = {"k": 1, "model": name, "base_url": f"{server.address}/v1/completions", "tokenizer": tokenizer}
+        made = {key: value.format(address=server.address) for key, value in changes.items()}
+        with pytest.raises(InputError) as refused:
+            ServedLM(**good | made)
+    for word in words:
+        assert word in str(refused.value)

@@ -7,17 +7,23 @@ lora-drop's own model scores it (model.py). Imported where `lora-drop lm-eval` r
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lm_eval.models  # noqa: F401 as in model.py
 from lm_eval.api.registry import register_model
+from lm_eval.models.api_models import TemplateAPI
 from lm_eval.models.openai_completions import LocalCompletionsAPI
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, first_line
 
 from lora_drop_tools.eval.scoring import phase_of, prompt_length
 
 MODEL_NAME = "lora-drop-server"
+_EXAMPLE = "--model_args k=3,model=NAME,base_url=http://127.0.0.1:8000/v1/completions,tokenizer=CHECKPOINT"
+_ANSWER_SECONDS = 300  # of the first request, which may wait for others
+# Which lm-eval gives to every model
+_OF_EVERY_MODEL = ("batch_size", "max_batch_size", "device")
 
 
 class _Prompt(list[int]):
@@ -30,6 +36,26 @@ class _Prompt(list[int]):
     context_tokens: int
 
 
+def _check_arguments(k: Any, options: dict[str, Any]) -> None:
+    """lm-eval's own class takes any argument, and its `k` would be the server's."""
+    known = {*inspect.signature(LocalCompletionsAPI.__init__).parameters}
+    known |= {*inspect.signature(TemplateAPI.__init__).parameters, *_OF_EVERY_MODEL}
+    unknown = sorted(options.keys() - (known - {"self", "kwargs"}))
+    missing = [name for name in ("model", "base_url", "tokenizer") if options.get(name) is None]
+    if unknown or missing:
+        raise InputError(
+            "The model has an argument that is not known." if unknown else "The model lacks an argument.",
+            note=f"Given is {', '.join(unknown)}." if unknown else f"Not given is {', '.join(missing)}.",
+            hint=f"Use for example {_EXAMPLE}; also known are policy, seed and those of lm-eval's local-completions.",
+        )
+    if type(k) is not int or k < 0:
+        raise InputError(
+            "The model's argument k is no whole number from 0 on.",
+            note=f"It is {k!r}." if k is not None else "It was not given.",
+            hint=f"Use for example {_EXAMPLE}.",
+        )
+
+
 @register_model(MODEL_NAME)
 class ServedLM(LocalCompletionsAPI):  # type: ignore[misc] # lm-eval is left untyped
     """lm-eval's model `lora-drop-server`; the arguments are those of its `local-completions`, and:
@@ -40,19 +66,49 @@ class ServedLM(LocalCompletionsAPI):  # type: ignore[misc] # lm-eval is left unt
         seed: of the places in the cycle, as for the model `lora-drop`.
 
     Raises:
-        InputError: k is no whole number from 0 on.
+        InputError: an argument is not known, missing or wrong; the server does not answer, or refuses a request.
     """
 
     def __init__(self, k: int | None = None, policy: str | None = None, seed: int = 0, **options: Any) -> None:
-        if type(k) is not int or k < 0:
+        _check_arguments(k, options)
+        try:
+            super().__init__(seed=seed, **options)
+        except (OSError, ValueError) as error:
             raise InputError(
-                "The model has no k.",
-                note=f"k is {k!r}; needed is a whole number from 0 on.",
-                hint="Use for example --model_args base_url=http://127.0.0.1:8000/v1/completions,model=NAME,k=3.",
-            )
-        super().__init__(seed=seed, **options)
+                "The tokenizer cannot be opened.",
+                note=f"tokenizer is {options['tokenizer']!r}: {first_line(error):.300}",
+                hint="Give the checkpoint's directory, or a folder with its tokenizer's files.",
+            ) from None
         self._fields: dict[str, Any] = {"k": k} if policy is None else {"k": k, "policy": policy}
         self._items: dict[tuple[str, str], Any] = {}  # who asks, by the texts that lm-eval keeps beside the tokens
+        self._ask_once()
+
+    def _ask_once(self) -> None:
+        """What would be refused for every item is refused here, with the server's own words."""
+        import requests
+
+        prompt = _Prompt([0, 0])
+        prompt.context_tokens = 1
+        try:
+            answer = requests.post(
+                self.base_url,
+                json=self._create_payload([prompt]),
+                headers=self.header,
+                verify=self.verify_certificate,
+                timeout=_ANSWER_SECONDS,
+            )
+        except requests.RequestException as error:
+            raise InputError(
+                "The server does not answer.",
+                note=f"base_url is {self.base_url!r}: {first_line(error):.300}",
+                hint=f"Start it with lora-drop serve, and use for example {_EXAMPLE}.",
+            ) from None
+        if not answer.ok:
+            raise InputError(
+                "The server refuses a request of this model.",
+                note=f"{self.base_url} answers {answer.status_code}: {answer.text:.400}",
+                hint=f"Use for example {_EXAMPLE}.",
+            )
 
     def loglikelihood(self, requests: Sequence[Any], *options: Any, **more: Any) -> list[tuple[float, bool]]:
         """Sum of the log-probabilities of each continuation, and whether it is the greedy one."""
