@@ -107,7 +107,7 @@ def check_disk(root: Path, needed_bytes: int) -> None:
             "There is too little free disk space.",
             note=f"The weights take {needed_bytes / 2**20:.0f} MiB, graphs and tokenizer may take {_SLACK_BYTES >> 20} "
             f"more; {free / 2**20:.0f} MiB are free.",
-            hint="Free some space, choose another --out, or use --weights link.",
+            hint="Free some space, or choose another --out; --weights link copies no weights that stay as they are.",
         )
 
 

@@ -100,7 +100,7 @@ def check_formats(
             else f"{bundle} has {short_name(dtype)} weights; {others} was asked for.",
             hint=f"Use --target {able}, or another --dtype."
             if bundle is None
-            else f"Export the model again, without --dtype {quantized_shorts()}.",
+            else "Export the model again, with another --dtype.",
         )
     others = ", ".join(target.name for target in chosen if activations not in (None, *target.quantized_dtypes))
     if dtype in (None, *QUANTIZED_DTYPES) and others:

@@ -66,7 +66,7 @@ class CudaDevice:
             raise NoDeviceError(
                 "There is no GPU that CUDA can use.",
                 note=f"CUDA says: {self._words(failed)}." if failed else "CUDA counts 0 devices, needed is 1.",
-                hint="Use a machine with an NVIDIA GPU and a current driver, or --target ort.",
+                hint="Use a machine with an NVIDIA GPU and a current driver, or another --target of the bundle.",
             )
         self._call("cudaSetDevice", 0)
         major, minor = (
