@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.requests import MOST_BODY_BYTES
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.support.serving import Served, serving
@@ -40,6 +41,10 @@ def test_it_describes_all_routes(described: Any) -> None:
     assert sorted((one.method.upper(), one.path) for one in found) == sorted(ROUTES)
 
 
+# What hypothesis makes depends on which modules are loaded, and of the chats that it makes one in twenty is answered
+EXAMPLES = {"positive": 200, "negative": 60}
+
+
 @pytest.mark.parametrize(
     ("mode", "method", "path"),
     [
@@ -56,7 +61,7 @@ def test_what_is_asked_is_answered_as_described(
     generation = schemathesis.GenerationMode(mode)
 
     @settings(
-        max_examples=60,
+        max_examples=EXAMPLES[mode],
         deadline=None,
         derandomize=True,
         database=None,
@@ -66,6 +71,9 @@ def test_what_is_asked_is_answered_as_described(
     @given(operation.as_strategy(generation_mode=generation))
     def ask(case: schemathesis.Case) -> None:
         answer = case.call(headers=KEY)
+        if answer.status_code == 413:  # refused unread, as far more messages than there may be: not what is asked here
+            assert len(answer.request.body) > MOST_BODY_BYTES
+            return
         statuses[answer.status_code] += 1
         # A body may be in order and still ask for more than fits here
         case.validate_response(answer, excluded_checks=[positive_data_acceptance])
