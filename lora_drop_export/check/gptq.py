@@ -84,10 +84,12 @@ class _Moments:
     def correction(self, factor: tuple[Any, Any]) -> Floats | None:
         """The layer's, by its `triangle`: as much of it as holds from the first half of the text to the second."""
         found = correction(*factor, sum(self._missing).numpy())
+        if found is None:
+            return None
         first = triangle(self._own[0].numpy())
         assert first is not None
         half = correction(*first, self._missing[0].numpy())
-        if found is None or half is None:
+        if half is None:
             return None
         return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy()))
 

@@ -118,6 +118,12 @@ def tokens_per_second(
     return len(forced) / seconds
 
 
+def _runs_on(bundle: Bundle) -> tuple[str, str | None]:
+    """The first target, and the provider that runs it."""
+    target, _ = bundle.target(None)
+    return target, TARGETS[target].provider(bundle.manifest.model.dtype)
+
+
 def _weights(bundle: Bundle) -> dict[str, str]:
     """What tells stand-ins apart: name of a file → SHA-256."""
     return {name: one.sha256 for name, one in bundle.manifest.files.items() if name.startswith("weights/")}
@@ -132,9 +138,7 @@ def _timed(
     with console.progress(what) as progress:
         for _ in range(_ROUNDS):
             for form, bundle in bundles.items():
-                target, _entry = bundle.target(None)
-                provider = TARGETS[target].provider(bundle.manifest.model.dtype)
-                rates[form].append(tokens_per_second(bundle, target, provider, options.threads, ids))
+                rates[form].append(tokens_per_second(bundle, *_runs_on(bundle), options.threads, ids))
                 progress(what, sum(map(len, rates.values())), total)
     return {form: statistics.median(found) for form, found in rates.items()}
 
@@ -216,10 +220,8 @@ def fastest_form(
     def perplexity(form: Form) -> float:
         console.say(f"rounding the form of {rates[form]:.1f} tokens/s")
         bundle = written(f"rounded-{forms.index(form)}", form, False)
-        target, _entry = bundle.target(None)
-        provider = TARGETS[target].provider(bundle.manifest.model.dtype)
         with console.progress("perplexity of the bundle") as progress:
-            after = engine_perplexity(bundle, target, provider, options.threads, windows, progress)
+            after = engine_perplexity(bundle, *_runs_on(bundle), options.threads, windows, progress)
         kept[form] = after, bundle
         worse = max(kept, key=lambda form: kept[form][0])
         if len(kept) > 1:

@@ -316,8 +316,7 @@ class Service:
         if body.echo:
             texts = [p if isinstance(p, str) else self._codec.decode(p) for p in prompts]
             echoes = [text for text in texts for _ in range(body.choices)]
-        contexts = self._contexts(encoded, body.context_tokens)
-        return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes, contexts=contexts)
+        return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes)
 
     def _contexts(self, prompts: Sequence[Ids], counts: int | Sequence[int] | None) -> Sequence[int | None]:
         """How many tokens of each prompt are its context. Raises ApiError."""
@@ -373,7 +372,8 @@ class Service:
             schedule = scheduled(driver.schedule if body.k is None else body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
-        if body.scores_context and not policy.verifies and schedule != PeriodicSchedule(0):
+        scores_context = body.scores_prompt and body.context_tokens is None
+        if scores_context and not policy.verifies and schedule != PeriodicSchedule(0):
             said = (
                 "echo: logprobs of a context are those of full steps. Send k: 0, start the server with --k 0,"
                 " or say with context_tokens how many tokens of the prompt are context: the others have the schedule's."
@@ -406,7 +406,6 @@ class Service:
         request: Request,
         echoes: Sequence[str] | None = None,
         tools: Tools | None = None,
-        contexts: Sequence[int | None] | None = None,
     ) -> Response:
         policy = self._policy(body)
         shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
@@ -415,11 +414,11 @@ class Service:
         if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):
             shared["stop_token_ids"] = ()  # of a scored prompt: who reads such answers counts on one token
         rows = []
-        for prompt, context in zip(prompts, contexts or [None] * len(prompts), strict=True):
+        for prompt, context in zip(prompts, self._contexts(prompts, body.context_tokens), strict=True):
             new_tokens = self._new_tokens(prompt, body, param)
-            own = shared if context is None else {**shared, "context_tokens": context}
             for choice in range(body.choices):
-                rows.append(RowRequest(prompt, new_tokens, {**own, "sampling": body.sampling(choice)}))
+                own = {"context_tokens": context, "sampling": body.sampling(choice)}
+                rows.append(RowRequest(prompt, new_tokens, shared | own))
         answer = kind(
             self._codec,
             self.name,

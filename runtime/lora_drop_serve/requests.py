@@ -264,9 +264,8 @@ class CompletionRequest(_Request):
     @classmethod
     def _counts(cls, counts: Any) -> Any:
         """As for `prompt`."""
-        if counts is not None and not all(
-            type(one) is int and one > 0 for one in (counts if isinstance(counts, list) and counts else [counts])
-        ):
+        each = counts if isinstance(counts, list) else [counts]
+        if counts is not None and not (each and all(type(one) is int and one > 0 for one in each)):
             raise ValueError("it has to be a number from 1 on, or a list of such numbers, one for each prompt")
         return counts
 
@@ -282,11 +281,6 @@ class CompletionRequest(_Request):
     def scores_prompt(self) -> bool:
         """Whether logprobs of the prompt are asked for."""
         return bool(self.echo) and self.logprobs is not None
-
-    @property
-    def scores_context(self) -> bool:
-        """Whether that is of the whole prompt, as a context's."""
-        return self.scores_prompt and self.context_tokens is None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -384,7 +378,7 @@ class ChatRequest(_Request):
 
     usual_tokens: ClassVar[int | None] = None  # as many as fit
     scores_prompt: ClassVar[bool] = False
-    scores_context: ClassVar[bool] = False
+    context_tokens: ClassVar[None] = None
 
     messages: Annotated[Items[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None

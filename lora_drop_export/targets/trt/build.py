@@ -30,7 +30,7 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.console import Console, Progress
 
-from .options import BuilderOptions, check_buildable, compute_capability
+from .options import BuilderOptions, built_for, check_buildable, compute_capability
 from .plugin_form import PLUGIN_NAMESPACE
 from .profiles import Profile, optimization_profile, symbolic_dims
 from .quantized import sign_weights
@@ -152,12 +152,8 @@ class EngineBuilder:
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """GPU generations that the engines run on; for tensorrt that of this machine's GPU."""
-        if self._target == "tensorrt-rtx":
-            return self.options.capabilities()
-        from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
-
-        return (device_compute_capability(),)
+        """GPU generations that the engines run on."""
+        return built_for(self._target, self.options)
 
     def parse(self, proto: onnx.ModelProto) -> tuple[Any, Any]:
         """(builder, network) of a graph.

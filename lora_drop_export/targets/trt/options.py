@@ -113,6 +113,19 @@ def compute_capability(trt: Any, capability: str) -> Any:
     return getattr(trt.ComputeCapability, name)
 
 
+def built_for(target: str, options: BuilderOptions, weights: str = "float32") -> tuple[str, ...]:
+    """The compute capabilities of the GPUs that run engines with these weights; for tensorrt that of this machine's.
+
+    Raises:
+        NoDeviceError: tensorrt, and there is no GPU.
+    """
+    if target == "tensorrt-rtx":
+        return options.capabilities(weights)
+    from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
+
+    return (device_compute_capability(),)
+
+
 def check_buildable(target: str, options: BuilderOptions, form: str | None = None) -> Any:
     """The Python module of a target; refuses early what would end an export late.
 
@@ -123,7 +136,7 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
     """
     trt = library(target)
     if target == "tensorrt-rtx":
-        for capability in options.capabilities():
+        for capability in built_for(target, options):
             compute_capability(trt, capability)
         if options.hardware_compatible:
             raise InputError(
@@ -133,9 +146,7 @@ def check_buildable(target: str, options: BuilderOptions, form: str | None = Non
                 hint="Name them with --compute-capability.",
             )
         return trt
-    from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
-
     if form == "plugin":
         plugin_path()
-    device_compute_capability()
+    built_for(target, options)
     return trt

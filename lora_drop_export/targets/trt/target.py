@@ -23,7 +23,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 
-from .options import FLOAT8_SINCE, BuilderOptions, TrtOptions, check_buildable
+from .options import FLOAT8_SINCE, BuilderOptions, TrtOptions, built_for, check_buildable
 
 if TYPE_CHECKING:  # what brings onnx is imported when a target is built
     from .build import EngineBuilder
@@ -181,12 +181,6 @@ class TrtTarget:
         if self.name in targets:
             check_buildable(self.name, options.builder, self.form(options))
 
-    def capabilities(self, options: TrtOptions, weights: str) -> tuple[str, ...]:
-        """The compute capabilities that engines are built for: here that of this machine's GPU."""
-        from lora_drop_runtime.engines.trt.cuda_device import device_compute_capability
-
-        return (device_compute_capability(),)
-
     def builder_options(self, options: TrtOptions, weights: str, console: Console) -> BuilderOptions:
         """Those of the build of engines with this dtype of weights."""
         return options.builder
@@ -196,7 +190,7 @@ class TrtTarget:
         self.sharing(options, weights, dtype)
         if weights != FLOAT8:
             return
-        old = [each for each in self.capabilities(options, weights) if float(each) < FLOAT8_SINCE]
+        old = [each for each in built_for(self.name, options.builder, weights) if float(each) < FLOAT8_SINCE]
         if old:
             raise InputError(
                 f"Compute capability {', '.join(old)} has no fp8.",
@@ -366,11 +360,8 @@ class TensorRtRtx(TrtTarget):
     default_form = "native"
     without_float8 = "Name newer ones with --compute-capability, or use --dtype int4 with the model's float checkpoint."
 
-    def capabilities(self, options: TrtOptions, weights: str) -> tuple[str, ...]:
-        return options.builder.capabilities(weights)
-
     def builder_options(self, options: TrtOptions, weights: str, console: Console) -> BuilderOptions:
-        chosen, usual = self.capabilities(options, weights), options.builder.capabilities()
+        chosen, usual = (built_for(self.name, options.builder, dtype) for dtype in (weights, "float32"))
         left_out = [each for each in usual if each not in chosen]
         if left_out:
             console.say(f"{self.name}: not built for compute capability {', '.join(left_out)}, which has no fp8")
@@ -378,7 +369,7 @@ class TensorRtRtx(TrtTarget):
 
     def check_dtype(self, dtype: str, weights: str, options: TrtOptions) -> None:
         super().check_dtype(dtype, weights, options)
-        old = [each for each in self.capabilities(options, weights) if float(each) < _BFLOAT16_SINCE]
+        old = [each for each in built_for(self.name, options.builder, weights) if float(each) < _BFLOAT16_SINCE]
         if dtype == "bfloat16" and old:
             raise InputError(
                 f"Compute capability {', '.join(old)} has no bfloat16.",

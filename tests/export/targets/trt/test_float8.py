@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -32,12 +31,9 @@ from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.targets.trt.quantized import sign_weights
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle
 from tests.support.fake_gpu import BINDINGS, FakeGpu
+from tests.support.trt_graphs import ADA, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
 
-RTX = "tensorrt-rtx"
 FP8 = "float8_e4m3fn"
-QUANTIZED = Path(__file__).parents[2] / "checkpoint" / "quantized"
-ADA = BuilderOptions(compute_capabilities=("8.9",))
-MATRICES = 7 * 8 + 2  # of llama: those of its layers, the embedding and the head
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +44,15 @@ def bundle(tmp_path_factory) -> Bundle:
     return make_bundle(source, root, targets=(RTX,), dtype=FP8, builder=ADA, max_prompt_len=40)
 
 
-def constants(bundle: Bundle, kind: StepKind) -> list[tuple[str, str]]:
-    """Of each dequantization in the parsed network the dtypes of its input and of its output."""
-    builder = EngineBuilder(RTX, bundle.root, ADA, Console())
-    graph = onnx.load(bundle.root / bundle.target(RTX)[1].graphs[kind.value], load_external_data=False)
-    network = builder.parse(graph)[1]
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    found = [layer for layer in layers if layer.type == builder.trt.LayerType.DEQUANTIZE]
-    return [(layer.get_input(0).dtype.name, layer.get_output(0).dtype.name) for layer in found]
-
-
 def test_engines_hold_fp8(bundle):
     """Built by the library; the matrices alone are fp8, each engine holds those that it uses."""
     entry, model = bundle.target(RTX)[1], bundle.manifest.model
     assert (model.dtype, model.weight_dtype) == ("bfloat16", FP8)
     assert (entry.weight_sharing, entry.weights) == ("constants", None)
     assert entry.engine_bytes.keys() == {"refresh", "lora"}
-    assert constants(bundle, StepKind.REFRESH) == [("FP8", "BF16")] * MATRICES
+    assert quantized_constants(bundle, StepKind.REFRESH) == [("FP8", "BF16")] * MATRICES
     dropped = len(bundle.manifest.plan.dropped_layers)
-    assert constants(bundle, StepKind.LORA) == [("FP8", "BF16")] * (MATRICES - 7 * dropped)
+    assert quantized_constants(bundle, StepKind.LORA) == [("FP8", "BF16")] * (MATRICES - 7 * dropped)
     places = read_tensors(bundle.root / "weights" / "model.safetensors")
     stored = {name: place.dtype for name, place in places.items() if not name.endswith(".scales")}
     assert {name for name, dtype in stored.items() if dtype != FP8} == {name for name in stored if "norm" in name}
@@ -128,7 +114,7 @@ def test_checkpoints(checkpoint, half, tmp_path, capsys):
     assert ("not built for compute capability 8.6, which has no fp8" in said) == of_default
     assert bundle.target(RTX)[1].compute_capabilities == (("8.9", "12.0") if of_default else ("8.9",))
     for kind, layers in ((StepKind.REFRESH, 2), (StepKind.LORA, 1)):
-        assert constants(bundle, kind) == [("FP8", half)] * 7 * layers
+        assert quantized_constants(bundle, kind) == [("FP8", half)] * 7 * layers
     verification = bundle.manifest.verification[RTX]
     if half == "HALF":
         verification = verification.get("graphs_on_cpu", verification)
@@ -188,20 +174,9 @@ def test_the_plugin_form_takes_them(bundle):
 @pytest.mark.parametrize(("scale", "reason"), [(-1.0, "negative scales"), (0.0, None)])
 def test_scales_that_tensorrt_refuses(scale, reason, tmp_path):
     """Of a checkpoint: a negative one is an error, 0 becomes the least positive value."""
-    data = {"w": np.full((2, 4), 0x38, np.uint8), "s": np.array([1, scale], np.float16)}
-    (tmp_path / "data").write_bytes(b"".join(array.tobytes() for array in data.values()))
-    tensors, begin = [], 0
-    for (name, array), kind in zip(
-        data.items(), (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT16), strict=True
-    ):
-        tensor = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", "data"), ("offset", begin), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        tensors.append(tensor)
-        begin += array.nbytes
-    node = onnx.helper.make_node("DequantizeLinear", list(data), ["y"], axis=0)
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], tensors))
+    weight, scales = np.full((2, 4), 0x38, np.uint8), np.array([1, scale], np.float16)
+    data = {"w": (onnx.TensorProto.FLOAT8E4M3FN, weight), "s": (onnx.TensorProto.FLOAT16, scales)}
+    model = dequantization(tmp_path, data, axis=0)
     with (tmp_path / "signed").open("wb") as file:
         if reason is not None:
             with pytest.raises(ModelError) as caught:

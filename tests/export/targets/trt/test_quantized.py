@@ -20,17 +20,10 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
-from lora_drop_export.console import Console
-from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
-from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.targets.trt.quantized import sign_weights
 from tests.support.bundles import family, family_trace, make_bundle
-
-RTX = "tensorrt-rtx"
-QUANTIZED = Path(__file__).parents[2] / "checkpoint" / "quantized"
-ADA = BuilderOptions(compute_capabilities=("8.9",))
-MATRICES = 7 * 8 + 2  # of llama: those of its layers, the embedding and the head
+from tests.support.trt_graphs import ADA, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +40,6 @@ def symmetric(tmp_path_factory) -> Bundle:
     source = dataclasses.replace(family("llama"), traced=family_trace("llama", "bfloat16"), dtype="bfloat16")
     root = tmp_path_factory.mktemp("trt") / "b"
     return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40)
-
-
-def quantized_constants(bundle: Bundle, kind: StepKind) -> list[tuple[str, str]]:
-    """Of each dequantization in the parsed network the dtypes of its input and of its output."""
-    builder = EngineBuilder(RTX, bundle.root, ADA, Console())
-    trt = builder.trt
-    graph = onnx.load(bundle.root / bundle.target(RTX)[1].graphs[kind.value], load_external_data=False)
-    network = builder.parse(graph)[1]
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    found = [layer for layer in layers if layer.type == trt.LayerType.DEQUANTIZE]
-    return [(layer.get_input(0).dtype.name, layer.get_output(0).dtype.name) for layer in found]
 
 
 def test_symmetric_weights_stay_at_4_bits(symmetric):
@@ -223,21 +205,10 @@ def test_refusals(symmetric, tmp_path):
 )
 def test_8_bits_that_int8_cannot_hold_are_an_error(points, scale, reason, tmp_path):
     """Such as those of a bundle whose checkpoint mixes 4 and 8 bits."""
-    data = {"w": np.zeros((1, 32), np.uint8), "s": np.full((1, 1), scale, np.float32), points: np.zeros(1, np.uint8)}
-    (tmp_path / "data").write_bytes(b"".join(array.tobytes() for array in data.values()))
-    tensors, begin = [], 0
-    for name, array in data.items():
-        tensor = onnx.helper.make_tensor(
-            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, [0] * array.size
-        )
-        tensor.ClearField("float_data" if name == "s" else "int32_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", "data"), ("offset", begin), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        tensors.append(tensor)
-        begin += array.nbytes
-    node = onnx.helper.make_node("DequantizeLinear", list(data), ["y"], axis=1, block_size=32)
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], tensors))
+    integers, floats = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
+    data = {"w": (integers, np.zeros((1, 32), np.uint8)), "s": (floats, np.full((1, 1), scale, np.float32))}
+    data[points] = integers, np.zeros(1, np.uint8)
+    model = dequantization(tmp_path, data, axis=1, block_size=32)
     with (tmp_path / "signed").open("wb") as file, pytest.raises(ModelError) as caught:
         sign_weights(model, tmp_path, file)
     assert reason in caught.value.note

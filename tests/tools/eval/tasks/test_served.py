@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +87,17 @@ def test_arguments_that_are_refused(changes: dict[str, Any], words: tuple[str, s
         ServedLM(**GOOD | changes)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_packages_of_lm_eval_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_drop_tools.eval.tasks.served import ServedLM
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr("lm_eval.models.api_models.find_spec", lambda name: None if name == "tenacity" else there(name))
+    with pytest.raises(InputError, match="is not installed") as refused:
+        ServedLM(**GOOD)
+    assert "'tenacity'" in str(refused.value)
+    assert "lm-eval[api]" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ class ServedLM(LocalCompletionsAPI):  # type: ignore[misc] # lm-eval is left unt
         _check_arguments(k, options)
         try:
             super().__init__(seed=seed, **options)
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "What lm-eval asks servers with is not installed.",
+                note=f"{first_line(error):.300}",
+                hint="pip install 'lm-eval[api]'",
+            ) from None
         except (OSError, ValueError) as error:
             raise InputError(
                 "The tokenizer cannot be opened.",
