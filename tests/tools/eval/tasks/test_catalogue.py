@@ -27,22 +27,6 @@ SHARED_DATA = Path(__file__).parents[5] / "shared/data/eval"
 NUMBERS = [f"number {i}" for i in range(40)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_index() -> Any:
-    """lm-eval's own 14,000 names are read once; those of directories each time."""
-    whole, plain = lm_eval.tasks.TaskManager(), lm_eval.tasks.TaskManager
-
-    def manager(include_path: list[str]) -> Any:
-        found = plain(include_path=include_path, include_defaults=False)
-        index = {**whole._index, **found._index}
-        found._index, found._all_tasks = index, sorted(index)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.tasks, "TaskManager", manager)
-        yield
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two parts of a group, of 40 and of 10 items, whose first option is the right one."""
@@ -218,6 +202,53 @@ def test_a_group_without_a_figure_in_lm_eval_has_none(directory: Path) -> None:
     opened = open_tasks(["bare"], [directory])
     assert list(opened.tasks) == ["large"]
     assert not opened.groups
+
+
+@pytest.mark.parametrize(
+    ("names", "reads"),
+    [
+        (["outer"], False),
+        (["tagged"], False),
+        (["large", "wsc273"], True),
+        (["mixed"], True),
+        (["settings"], False),
+        (["written_out"], True),
+        (["no_such_task"], True),
+        (["round"], False),
+    ],
+)
+def test_lm_evals_own_files_are_read_where_they_are_asked_for(
+    names: list[str], reads: bool, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of directories come before them; what a group is made of is asked for too."""
+    groups: dict[str, list[Any]] = {
+        "mixed": ["large", "wsc273"],
+        "settings": ["small", {"task": "large", "num_fewshot": 1}],
+        "written_out": [{"group": "inner", "task": ["large"]}],
+        "round": ["around"],
+        "around": ["round"],
+    }
+    for name, members in groups.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"group": name, "task": members}))
+    rows = [{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}]
+    define(tmp_path, "marked", "piqa/piqa.yaml", rows)
+    marked = json.loads((tmp_path / "marked.yaml").read_text())
+    (tmp_path / "marked.yaml").write_text(json.dumps(marked | {"tag": "tagged"}))
+    defaults: list[bool] = []
+
+    class Noted(lm_eval.tasks.TaskManager):  # type: ignore[misc] # lm-eval is left untyped
+        def __init__(self, include_defaults: bool = True, **options: Any) -> None:
+            defaults.append(include_defaults)
+            super().__init__(include_defaults=include_defaults, **options)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Noted)
+    try:
+        opened = open_tasks(names, [directory, tmp_path])
+    except InputError:  # what is fetched from the hub, is not known, or goes round in a circle
+        assert names[-1] in ("wsc273", "mixed", "no_such_task", "round")
+    else:
+        assert ("marked" if names == ["tagged"] else "large") in opened.tasks
+    assert any(defaults) == reads
 
 
 # ── refusals ───────────────────────────────────────────────────────────────────────────────────────────────────
