@@ -7,8 +7,10 @@ formats from the gguf library; the rows asked for are all that is in memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,26 @@ def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
             hint="Convert the model again, or take its safetensors checkpoint.",
         )
     return values.astype(np.float32, copy=False)
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it gguf parses a file, and makes a table of names, once.
+
+    transformers asks for the one four times (with the vocabulary, which takes a second and more) and for the other once
+    for each module of a model.
+    """
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    read = functools.cache(reader)
+    vars(gguf).update(
+        GGUFReader=lambda path: read(Path(path).resolve()), get_tensor_name_map=functools.cache(names)
+    )
+    try:
+        yield
+    finally:
+        vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
 
 
 def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:

@@ -22,7 +22,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
-from .gguf import read_gguf
+from .gguf import parsed_once, read_gguf
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
@@ -94,12 +94,12 @@ def _model_directory(model: Any, scratch: Path, tokenizer: Any) -> Path:
 
 def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
+    import gguf
     import torch
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with refused("The GGUF file cannot be read.", path, _CONVERT):
-        reader = GGUFReader(path.resolve())
+    with refused("The GGUF file cannot be read.", path, _CONVERT), parsed_once():
+        reader = gguf.GGUFReader(path)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_layer_count(config, len(reader.tensors))
         with torch.device("meta"):

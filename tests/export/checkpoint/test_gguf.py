@@ -91,6 +91,23 @@ def test_gguf_as_transformers_reads_it(gguf_file, opened):
     assert opened.config.num_key_value_heads == KV_HEADS
 
 
+@pytest.mark.parametrize("name", ["tiny.gguf", "link.gguf"])
+def test_a_file_is_parsed_once(name, gguf_file, tmp_path, monkeypatch):
+    """Also by transformers, several times on its own; afterwards gguf is as it was, and the next file another."""
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    read, made = [], []
+    init, table = reader.__init__, gguf.TensorNameMap.__init__
+    monkeypatch.setattr(reader, "__init__", lambda self, path, *rest: (read.append(path), init(self, path, *rest))[1])
+    monkeypatch.setattr(gguf.TensorNameMap, "__init__", lambda self, *rest: (made.append(rest), table(self, *rest))[1])
+    if name == "link.gguf":  # as the hub's cache has files
+        (tmp_path / name).symlink_to(gguf_file)
+    path = gguf_file.with_name(name) if name == "tiny.gguf" else tmp_path / name
+    for count in (1, 2):
+        found = open_checkpoint(str(path), tmp_path / f"scratch{count}", log=lambda _: None)
+        assert (len(read), len(made), found.name) == (count, count, name)
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
+
+
 @pytest.mark.parametrize(
     ("name", "bits"),
     [
