@@ -12,34 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import (
-    ApertusConfig,
-    ApertusForCausalLM,
-    CodeGenConfig,
-    CodeGenForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    ExaoneConfig,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StableLmConfig,
-    StableLmForCausalLM,
-)
+import transformers
 
 GEMMA2_WINDOW = 5  # positions, the token itself included; layers 0, 2, 4, 6 are windowed
 
@@ -57,7 +30,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def build(model_class: type, config_class: type, seed: int, **options: Any) -> PreTrainedModel:
+def build(model_class: type, config_class: type, seed: int, **options: Any) -> transformers.PreTrainedModel:
     """The model with every parameter drawn from its own generator, whatever `transformers` initialises."""
     config = config_class(**{**SIZES, **options}, attn_implementation="eager")
     model = model_class(config).eval()
@@ -74,15 +47,17 @@ def build(model_class: type, config_class: type, seed: int, **options: Any) -> P
     return model
 
 
-def llama(**options: Any) -> PreTrainedModel:
-    return build(LlamaForCausalLM, LlamaConfig, **{"seed": 1, "tie_word_embeddings": False, **options})
+def llama(**options: Any) -> transformers.PreTrainedModel:
+    return build(
+        transformers.LlamaForCausalLM, transformers.LlamaConfig, **{"seed": 1, "tie_word_embeddings": False, **options}
+    )
 
 
-def llama_tied() -> PreTrainedModel:
+def llama_tied() -> transformers.PreTrainedModel:
     return llama(seed=2, tie_word_embeddings=True)
 
 
-def llama3_rope() -> PreTrainedModel:
+def llama3_rope() -> transformers.PreTrainedModel:
     return llama(
         seed=33,
         rope_parameters={
@@ -96,11 +71,11 @@ def llama3_rope() -> PreTrainedModel:
     )
 
 
-def llama_linear_rope() -> PreTrainedModel:
+def llama_linear_rope() -> transformers.PreTrainedModel:
     return llama(seed=4, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
 
 
-def llama_yarn() -> PreTrainedModel:
+def llama_yarn() -> transformers.PreTrainedModel:
     return llama(
         seed=5,
         rope_parameters={
@@ -112,37 +87,39 @@ def llama_yarn() -> PreTrainedModel:
     )
 
 
-def llama_mqa() -> PreTrainedModel:
+def llama_mqa() -> transformers.PreTrainedModel:
     return llama(seed=26, num_key_value_heads=1)
 
 
-def llama_mha() -> PreTrainedModel:
+def llama_mha() -> transformers.PreTrainedModel:
     return llama(seed=7, num_key_value_heads=4)
 
 
-def llama_bias() -> PreTrainedModel:
+def llama_bias() -> transformers.PreTrainedModel:
     return llama(seed=8, attention_bias=True, mlp_bias=True)
 
 
-def qwen2() -> PreTrainedModel:
+def qwen2() -> transformers.PreTrainedModel:
     """Biases on q, k and v; tied."""
-    return build(Qwen2ForCausalLM, Qwen2Config, seed=9, tie_word_embeddings=True)
+    return build(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, seed=9, tie_word_embeddings=True)
 
 
-def qwen3() -> PreTrainedModel:
+def qwen3() -> transformers.PreTrainedModel:
     """Norms on q and k; head_dim is not hidden_size / heads."""
-    return build(Qwen3ForCausalLM, Qwen3Config, seed=20, head_dim=32, tie_word_embeddings=False)
+    return build(
+        transformers.Qwen3ForCausalLM, transformers.Qwen3Config, seed=20, head_dim=32, tie_word_embeddings=False
+    )
 
 
-def mistral() -> PreTrainedModel:
-    return build(MistralForCausalLM, MistralConfig, seed=11, sliding_window=None)
+def mistral() -> transformers.PreTrainedModel:
+    return build(transformers.MistralForCausalLM, transformers.MistralConfig, seed=11, sliding_window=None)
 
 
-def gemma2() -> PreTrainedModel:
+def gemma2() -> transformers.PreTrainedModel:
     """Soft caps on scores and logits, every other layer windowed, four norms, scaled and tied embeddings."""
     return build(
-        Gemma2ForCausalLM,
-        Gemma2Config,
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
         seed=12,
         head_dim=16,
         query_pre_attn_scalar=24,
@@ -153,11 +130,11 @@ def gemma2() -> PreTrainedModel:
     )
 
 
-def phi3() -> PreTrainedModel:
+def phi3() -> transformers.PreTrainedModel:
     """Fused qkv and gate-up; RoPE on half of each head."""
     return build(
-        Phi3ForCausalLM,
-        Phi3Config,
+        transformers.Phi3ForCausalLM,
+        transformers.Phi3Config,
         seed=13,
         sliding_window=None,
         original_max_position_embeddings=256,
@@ -165,7 +142,7 @@ def phi3() -> PreTrainedModel:
     )
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder
     for builder in (
         llama,
@@ -188,46 +165,46 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 FEW = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 
 
-def apertus() -> PreTrainedModel:
+def apertus() -> transformers.PreTrainedModel:
     """An activation function with learned numbers, and with buffers that checkpoints hold."""
-    return build(ApertusForCausalLM, ApertusConfig, seed=41, **FEW)
+    return build(transformers.ApertusForCausalLM, transformers.ApertusConfig, seed=41, **FEW)
 
 
-def stablelm_parallel() -> PreTrainedModel:
+def stablelm_parallel() -> transformers.PreTrainedModel:
     """Attention and MLP read one input, so the norm between them is None; as many norms of heads as layers."""
     options = FEW | {"num_attention_heads": 2, "use_parallel_residual": True, "qk_layernorm": True}
-    return build(StableLmForCausalLM, StableLmConfig, seed=42, **options)
+    return build(transformers.StableLmForCausalLM, transformers.StableLmConfig, seed=42, **options)
 
 
-def exaone() -> PreTrainedModel:
+def exaone() -> transformers.PreTrainedModel:
     """A Llama whose checkpoint has names of its own, which transformers changes on loading."""
-    return build(LlamaForCausalLM, ExaoneConfig, seed=43, **FEW)
+    return build(transformers.LlamaForCausalLM, transformers.ExaoneConfig, seed=43, **FEW)
 
 
-def gptj() -> PreTrainedModel:
+def gptj() -> transformers.PreTrainedModel:
     """Interleaved RoPE on half of each head; attention and MLP read one norm."""
-    return build(GPTJForCausalLM, GPTJConfig, seed=44, **FEW, rotary_dim=8)
+    return build(transformers.GPTJForCausalLM, transformers.GPTJConfig, seed=44, **FEW, rotary_dim=8)
 
 
-def codegen() -> PreTrainedModel:
+def codegen() -> transformers.PreTrainedModel:
     """q, k and v in one product, in another order than GPT-J's."""
-    return build(CodeGenForCausalLM, CodeGenConfig, seed=45, **FEW, rotary_dim=8)
+    return build(transformers.CodeGenForCausalLM, transformers.CodeGenConfig, seed=45, **FEW, rotary_dim=8)
 
 
-def deepseek_v3_dense() -> PreTrainedModel:
+def deepseek_v3_dense() -> transformers.PreTrainedModel:
     """Latent attention whose keys and values are equally wide, and dense layers only."""
     latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
     options = FEW | latent | {"num_key_value_heads": 4, "first_k_dense_replace": 2}
-    return build(DeepseekV3ForCausalLM, DeepseekV3Config, seed=47, **options)
+    return build(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config, seed=47, **options)
 
 
-def gemma3() -> PreTrainedModel:
+def gemma3() -> transformers.PreTrainedModel:
     """Norms on q and k after the heads are put first; RoPE of its own in windowed layers."""
     options = FEW | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-    return build(Gemma3ForCausalLM, Gemma3TextConfig, seed=48, **options)
+    return build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, seed=48, **options)
 
 
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
-MORE_FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder for builder in (apertus, stablelm_parallel, exaone, gptj, codegen, deepseek_v3_dense)
 }

@@ -13,7 +13,9 @@ It knows nothing of the product: no graphs, no batches, no capacities, no paddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -212,11 +214,25 @@ def attention(
 AttentionInterface.register(ATTENTION_NAME, attention)
 
 
-def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tuple[Row, Tensor]:
-    """A row after its prompt, and the logits `[V]` of the last prompt token."""
+def run_prompt(model: PreTrainedModel, plan: OraclePlan, prompt: Sequence[int]) -> tuple[Row, Tensor]:
     row = Row(model, plan)
     with row.installed():
-        logits = [row.step(token, full=True) for token in prompt][-1]
+        return row, [row.step(token, full=True) for token in prompt][-1]
+
+
+@functools.lru_cache(maxsize=8)
+def run_prompt_once(model: PreTrainedModel, _changes: int, prompt: tuple[int, ...]) -> tuple[Row, Tensor]:
+    """What is dropped plays no part in full steps; the weights changed so many times before."""
+    return run_prompt(model, OraclePlan(()), prompt)
+
+
+def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tuple[Row, Tensor]:
+    """A row after its prompt, and the logits `[V]` of the last prompt token."""
+    if plan.kv_scales is not None:
+        return run_prompt(model, plan, prompt)
+    kept, logits = run_prompt_once(model, sum(one._version for one in model.parameters()), tuple(prompt))
+    row = copy.copy(kept)
+    row.plan, row.h, row.y, row.slots = plan, {**kept.h}, {**kept.y}, [[*slots] for slots in kept.slots]
     return row, logits
 
 
