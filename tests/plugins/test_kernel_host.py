@@ -6,7 +6,6 @@ import ctypes
 import mmap
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from plugins.kernels.binding import LoraDropAttention, bind_attention, load_library
-from tests.support.kernel_build import KERNELS, build_for_host, layout_in_c, layout_of
+from tests.support.kernel_build import KERNELS, build_for_host, copied_sources, layout_in_c, layout_of
 from tests.support.kernel_calls import HostMemory, check_rounding, make_arrays, make_call, run_case
 from tests.support.kernel_cases import CASES, Case, named
 from tests.support.kernel_reference import Arrays, check
@@ -156,18 +155,6 @@ def test_every_forgotten_wait_is_noticed(tmp_path: Path) -> None:
     output = subprocess.run(command, check=True, cwd=KERNELS.parents[1], capture_output=True, text=True).stdout
     assert len(waits) > 10
     assert [waits[int(number)] for number in output.split()] == []
-
-
-def copied_sources(directory: Path, kept: tuple[str, ...]) -> Path:
-    """The sources of attention without most number types, which take the time of a build: float32 and those kept."""
-    source = directory / "source"
-    shutil.copytree(KERNELS, source)
-    (source / "int4_gemm_host.cpp").unlink()  # its own tests build it
-    launch = source / "launch.cuh"
-    lines = launch.read_text().splitlines()
-    of_type = {line: name[1] for line in lines if (name := re.search(r"case LORA_DROP_(\w+): return", line))}
-    launch.write_text("\n".join(line for line in lines if of_type.get(line, "F32") in ("F32", *kept)) + "\n")
-    return source
 
 
 def mutant(directory: Path, edit: str, to: str, kept: tuple[str, ...]) -> ctypes.CDLL:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -88,12 +89,24 @@ def chooser_on_host() -> ctypes.CDLL:
     return found
 
 
-def build_for_device(library: Path, *options: str) -> str:
+def copied_sources(directory: Path, kept: tuple[str, ...]) -> Path:
+    """The sources of attention without most number types, which take the time of a build: float32 and those kept."""
+    source = directory / "source"
+    shutil.copytree(KERNELS, source)
+    (source / "int4_gemm_host.cpp").unlink()  # its own tests build it
+    launch = source / "launch.cuh"
+    lines = launch.read_text().splitlines()
+    of_type = {line: name[1] for line in lines if (name := re.search(r"case LORA_DROP_(\w+): return", line))}
+    launch.write_text("\n".join(line for line in lines if of_type.get(line, "F32") in ("F32", *kept)) + "\n")
+    return source
+
+
+def build_for_device(library: Path, *options: str, source: Path = KERNELS) -> str:
     """By nvcc; returns what it said. Raises RuntimeError with its words where it fails."""
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         raise NoCompilerError("no nvcc: $NVCC, PATH or /usr/local/cuda/bin")
-    command = [nvcc, *DEVICE_OPTIONS, *options, "-o", library, *sorted(KERNELS.glob("*.cu"))]
+    command = [nvcc, *DEVICE_OPTIONS, *options, "-o", library, *sorted(source.glob("*.cu"))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
