@@ -164,9 +164,7 @@ def parsed_once() -> Iterator[None]:
 
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     read = functools.cache(reader)
-    vars(gguf).update(
-        GGUFReader=lambda path: read(Path(path).resolve()), get_tensor_name_map=functools.cache(names)
-    )
+    vars(gguf).update(GGUFReader=lambda path: read(Path(path).resolve()), get_tensor_name_map=functools.cache(names))
     try:
         yield
     finally:

@@ -83,7 +83,7 @@ def forms_of(options: ExportOptions) -> list[Form]:
     points = (options.symmetric,) if given.symmetric else (False, True)
     heads: list[str | None] = [options.head_dtype]
     if given.bits == 4 and options.head_dtype is None:
-        heads += [dtype for dtype in HEAD_DTYPES if not takers_of(dtype, options.targets)[1]]
+        heads = [dtype for dtype in HEAD_DTYPES if not takers_of(dtype, options.targets)[1]]
     return [Form(size, symmetric, head) for size in BLOCK_SIZES for symmetric in points for head in heads]
 
 

@@ -25,7 +25,7 @@ from lora_drop_export.quantize.rounding import ROUNDINGS
 from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
-HEAD_DTYPES = ("int8",)
+HEAD_DTYPES = ("int4", "int8")
 AUTO = "auto"  # a block size that is measured (compiler/forms.py)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
@@ -306,11 +306,12 @@ class BuildOptions:
         check_known("--kv-dtype", short_name(self.kv_dtype), shorts, "--kv-dtype")
         check_known("--head-dtype", self.head_dtype, HEAD_DTYPES, "--head-dtype")
         check_known("way to store weights", self.weights, WEIGHTS, "--weights")
-        check_known("--activation-dtype", self.activation_dtype, MODEL_DTYPES, "--activation-dtype")
+        shorts = tuple(str(short_name(name)) for name in MODEL_DTYPES)
+        check_known("--activation-dtype", short_name(self.activation_dtype), shorts, "--activation-dtype")
         if self.activation_dtype is not None and self.dtype not in (None, *QUANTIZED_DTYPES):
             raise InputError(
                 "--activation-dtype applies only to quantized weights.",
-                note=f"It is {self.activation_dtype}; --dtype is {self.dtype}.",
+                note=f"It is {short_name(self.activation_dtype)}; --dtype is {short_name(self.dtype)}.",
                 hint=f"Leave it out, or use --dtype {quantized_shorts()}.",
             )
         check_formats(self.targets, self.dtype, self.kv_dtype, self.activation_dtype)
@@ -376,7 +377,9 @@ class BuildOptions:
     @property
     def head_format(self) -> Quantization | None:
         """How the head and the embedding are quantized, None where it is as the rest."""
-        return None if self.head_dtype is None else Quantization.of(self.head_dtype, self._known_block_size)
+        if self.head_dtype in (None, self.dtype):
+            return None
+        return Quantization.of(self.head_dtype, self._known_block_size)
 
 
 @dataclasses.dataclass(frozen=True)

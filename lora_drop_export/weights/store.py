@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
+from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.checkpoint import TensorSource
@@ -94,7 +95,7 @@ def check_linkable(
     if quantized or not is_stored_as(refs, dtype):
         raise InputError(
             "The checkpoint's weights cannot be linked.",
-            note=f"They are {_dtypes(refs)}, the bundle needs {dtype}: they have to be converted.",
+            note=f"They are {_dtypes(refs)}, the bundle needs {short_name(dtype)}: they have to be converted.",
             hint="Use --weights copy, or the --dtype of the checkpoint with a target that takes it.",
         )
     if owned or not all(isinstance(ref, TensorPlace) for ref in refs):

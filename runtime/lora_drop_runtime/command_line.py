@@ -200,7 +200,7 @@ def _or_word(read: Callable[[str], Any], words: Sequence[str]) -> Callable[[str]
     def read_or_word(text: str) -> Any:
         return text if text in words else read(text)
 
-    read_or_word.__name__ = read.__name__  # which argparse says
+    read_or_word.__name__ = " or ".join((read.__name__, *words))  # which argparse says
     return read_or_word if words else read
 
 

@@ -108,7 +108,7 @@ def test_drop_list_file_is_missing(export_refused, tmp_path):
         ("--rank -1", ("rank", "-1")),
         (f"--max-seq-len {CONTEXT + 1}", ("--max-seq-len", str(CONTEXT + 1), f"context is {CONTEXT}")),
         ("--max-seq-len 16 --max-prompt-len 16", ("--max-prompt-len", "16", "15")),
-        ("--weights link --target none --dtype bf16", ("linked", "float32", "bfloat16")),
+        ("--weights link --target none --dtype bf16", ("linked", "float32", "bf16")),
     ],
 )
 def test_options_that_do_not_fit_the_model(export_refused, arguments, words):

@@ -45,12 +45,13 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "points", "heads"),
     [
-        ({"dtype": "int4"}, (False, True), (None, "int8")),
-        ({"dtype": "int4", "quantization": "gptq"}, (False, True), (None, "int8")),
-        ({"dtype": "int4", "quantization": "rtn"}, (False,), (None, "int8")),  # has no zero points anyway
-        ({"dtype": "int4", "symmetric": True}, (True,), (None, "int8")),
+        ({"dtype": "int4"}, (False, True), ("int4", "int8")),
+        ({"dtype": "int4", "quantization": "gptq"}, (False, True), ("int4", "int8")),
+        ({"dtype": "int4", "quantization": "rtn"}, (False,), ("int4", "int8")),  # has no zero points anyway
+        ({"dtype": "int4", "symmetric": True}, (True,), ("int4", "int8")),
         ({"dtype": "int4", "head_dtype": "int8"}, (False, True), ("int8",)),
-        ({"dtype": "int4", "targets": ("tensorrt-rtx",)}, (False,), (None,)),  # nor has it; it takes no int8
+        ({"dtype": "int4", "head_dtype": "int4"}, (False, True), ("int4",)),
+        ({"dtype": "int4", "targets": ("tensorrt-rtx",)}, (False,), ("int4",)),  # nor has it; it takes no int8
         ({"dtype": "int8"}, (False,), (None,)),
     ],
 )
@@ -63,6 +64,8 @@ def test_the_forms_are_what_the_options_leave_open(
     assert len(found) == 3 * len(points) * len(heads)
     for form in found:
         assert form.of(given).weights_format.block_size == form.block_size
+        head = form.of(given).head_format
+        assert (head and head.bits) == (8 if form.head_dtype == "int8" else None)
 
 
 A, B, C = Form(32, False, None), Form(64, False, None), Form(128, False, None)

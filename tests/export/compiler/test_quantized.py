@@ -44,8 +44,11 @@ from tests.support.quantized import matrix
             {"dtype": "int4", "head_dtype": "int8", "targets": ("ort", "tensorrt-rtx")},
             ("The target cannot take int8 weights", "tensorrt-rtx was asked for"),
         ),
-        ({"activation_dtype": "bfloat16", "dtype": "float32"}, ("applies only to quantized weights", "float32")),
-        ({"activation_dtype": "int8", "dtype": "int4"}, ("Unknown --activation-dtype", "float16")),
+        (
+            {"activation_dtype": "bfloat16", "dtype": "float32"},
+            ("applies only to quantized weights", "is bf16; --dtype is fp32"),
+        ),
+        ({"activation_dtype": "int8", "dtype": "int4"}, ("Unknown --activation-dtype", "fp16")),
         (
             {"activation_dtype": "float16", "dtype": "int4", "targets": ("openvino",)},
             ("cannot compute in fp16 with quantized weights", "openvino was asked for"),
