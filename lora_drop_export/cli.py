@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanO
 from lora_drop_export.targets.target import TARGETS
 
 
+@functools.cache  # nothing that is parsed stays in it
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lora-drop-export",

@@ -167,6 +167,9 @@ def check_text(what: str, text: str) -> None:
         ) from None
 
 
+_types_of = functools.cache(typing.get_type_hints)  # of a settings class, by its fields' names
+
+
 def _parts(annotation: Any) -> tuple[Any, ...]:
     """Of a union, else the type itself."""
     union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
@@ -223,7 +226,7 @@ def _flag(field: dataclasses.Field[Any]) -> str:
 
 def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
     """Add an argument for every field of a settings class that `option` made; what is not given stays unset."""
-    types_of = typing.get_type_hints(settings)
+    types_of = _types_of(settings)
     groups: dict[str, Any] = {group.title: group for group in parser._action_groups if group.title}
     for field in dataclasses.fields(settings):
         said: _Option | None = field.metadata.get(_OPTION)
@@ -252,7 +255,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
 
 def settings_of(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
     """The settings that were given on the command line; the class checks them and adds its defaults."""
-    types_of = typing.get_type_hints(settings)
+    types_of = _types_of(settings)
     given = {}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]  # a dataclass, which TypeVar cannot say
         if _OPTION not in field.metadata:
@@ -327,7 +330,7 @@ def check_options(settings: Any) -> None:
     Raises:
         InputError: a value of another type, out of bounds, or twice among several.
     """
-    types_of = typing.get_type_hints(type(settings))
+    types_of = _types_of(type(settings))
     for field in dataclasses.fields(settings):
         said: _Option | None = field.metadata.get(_OPTION)
         value = getattr(settings, field.name)

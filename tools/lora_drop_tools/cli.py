@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def _harness(_: argparse.Namespace) -> None:
     run_harness(())
 
 
+@functools.cache  # nothing that is parsed stays in it
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lora-drop", description="Run, look at and check bundles made by lora-drop-export.")
     add_version(parser)
