@@ -122,6 +122,27 @@ print(*sorted(roots - {"__main__"}))
     assert not found & {"onnxruntime", "tokenizers", "jinja2", "fastapi", "uvicorn", *EXPORT_ONLY}
 
 
+def test_evaluate_is_read_where_a_task_asks_for_it(tmp_path: Path) -> None:
+    """The real one takes seconds, since it imports transformers."""
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate/__init__.py").write_text("from .loading import load\nprint('read')")
+    (tmp_path / "evaluate/loading.py").write_text("def load(path):\n    return path")
+    code = """
+sys.path.insert(0, sys.argv[1])
+from lora_drop_tools.eval.tasks.code_eval import CODE_EVAL, replaced
+with replaced():
+    print("nothing was asked")
+assert "evaluate" not in sys.modules
+for _ in range(2):
+    with replaced():
+        import evaluate
+        assert evaluate.load("code_eval") is CODE_EVAL
+        assert evaluate.load("another") == "another"
+    assert evaluate.load("code_eval") == "code_eval"
+"""
+    assert printed(code, tmp_path, blocked=()) == "nothing was asked\nread\n"
+
+
 def test_importing_the_runtime_starts_nothing() -> None:
     code = """
 import os, sys, threading

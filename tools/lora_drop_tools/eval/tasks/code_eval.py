@@ -7,8 +7,11 @@ programs as the user. `replaced` gives them this one, so nothing is fetched.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from math import comb
+from types import ModuleType
 from typing import Any
 
 NAME = "code_eval"
@@ -55,21 +58,40 @@ class CodeEval:
 CODE_EVAL = CodeEval()  # one for the process, as the modules of lm-eval's tasks keep theirs
 
 
+def _evaluate() -> ModuleType:
+    """The package, read once something of it is asked for: it imports transformers, and most tasks need neither."""
+    if "evaluate" in sys.modules:
+        return sys.modules["evaluate"]
+    spec = importlib.util.find_spec("evaluate")
+    assert spec is not None and spec.loader is not None, "lm-eval needs it"
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules["evaluate"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_read(module: ModuleType) -> bool:
+    return type(module) is ModuleType
+
+
 @contextlib.contextmanager
 def replaced() -> Iterator[None]:
     """Where `evaluate.load("code_eval")` is this one; all else is loaded as ever."""
-    import evaluate
-
-    load = evaluate.load
+    evaluate: Any = _evaluate()
+    before = evaluate.load if _is_read(evaluate) else None
 
     def ours(path: str, *arguments: Any, **options: Any) -> Any:
+        load = before or evaluate.loading.load
         return CODE_EVAL if path == NAME else load(path, *arguments, **options)
 
     evaluate.load = ours
     try:
         yield
     finally:
-        evaluate.load = load
+        if _is_read(evaluate):
+            evaluate.load = before or evaluate.loading.load
+        else:
+            del sys.modules["evaluate"]
 
 
 @contextlib.contextmanager
