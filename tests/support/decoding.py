@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_drop_runtime import Session
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -29,6 +32,12 @@ PLANS = {
     "nothing dropped": dataclasses.replace(PLAN, sites=()),
 }
 RAGGED = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]
+
+
+@functools.cache
+def kept_session(root: Path, policy: str) -> Session:
+    """A session that stays open for the next test: opening one takes longer than most of what is asked of it."""
+    return Session.open(root, policy=policy, threads=1)
 
 
 def kinds_after_prefill(k: int, steps: int) -> list[StepKind]:

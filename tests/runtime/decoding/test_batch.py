@@ -22,7 +22,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.bundles import make_bundle
-from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, slots
+from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, kept_session, slots
 from tests.support.fake_engine import TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
 
 NEAR = 1e-4  # logprobs that are nearer than this may change places
@@ -521,8 +521,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def alone(bundle: Bundle, request: Request) -> list[int]:
-    with Session.open(bundle.root, policy=request.policy, threads=1) as session:
-        (tokens,) = session.generate([request.prompt], request.new_tokens, **request.options)
+    session = kept_session(bundle.root, request.policy)
+    (tokens,) = session.generate([request.prompt], request.new_tokens, **request.options)
     return tokens.tolist()
 
 

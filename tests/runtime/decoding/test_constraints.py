@@ -15,7 +15,7 @@ from lora_drop_runtime.plan.schedule import LastLogits
 
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.support.constraints import Rule, Ruled
-from tests.support.decoding import assert_refused
+from tests.support.decoding import assert_refused, kept_session
 from tests.support.oracle import is_refresh, prefill
 
 VOCAB, NEW, END = 131, 14, 130
@@ -67,11 +67,11 @@ def by_pytorch(bundle: Bundle, rule: Rule, prompt: list[int], k: int, policy: st
 
 
 def generated(bundle: Bundle, rule: Rule | None, k: int, policy: str, **options: Any) -> list[list[int]]:
-    with Session.open(bundle.root, k=k, policy=policy, threads=1) as session:
-        constraint = None if rule is None else Ruled(rule, VOCAB)
-        rows = session.generate(PROMPTS, NEW, stop_token_ids=[END], constraint=constraint, **options)
-        assert constraint is None or constraint.tokens == ()
-        return [row.tolist() for row in rows]
+    constraint = None if rule is None else Ruled(rule, VOCAB)
+    session = kept_session(bundle.root, policy)
+    rows = session.generate(PROMPTS, NEW, k=k, stop_token_ids=[END], constraint=constraint, **options)
+    assert constraint is None or constraint.tokens == ()
+    return [row.tolist() for row in rows]
 
 
 def check(rule: Rule, tokens: list[int]) -> None:

@@ -20,7 +20,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
 from tests.support.bundles import family, make_bundle, oracle_plan
-from tests.support.decoding import assert_refused
+from tests.support.decoding import assert_refused, kept_session
 from tests.support.oracle import is_refresh, prefill
 from tests.support.tokenizers import END, byte_tokenizer, character_tokenizer
 
@@ -41,8 +41,7 @@ SCHEMA: dict[str, Any] = {
 def texts(bundle: Bundle, constraint: Constraint, k: int, policy: str, count: int = 3, **options: Any) -> list[str]:
     codec = TextCodec.open(bundle.root / "tokenizer")
     prompts = [codec.encode(prompt) for prompt in ("A name: ", "{", 'x = {"n')][:count]
-    with Session.open(bundle.root, k=k, policy=policy, threads=1) as session:
-        rows = session.generate(prompts, NEW, constraint=constraint, **options)
+    rows = kept_session(bundle.root, policy).generate(prompts, NEW, k=k, constraint=constraint, **options)
     return [codec.decode(row) for row in rows]
 
 
