@@ -201,7 +201,6 @@ def test_where_no_head_of_a_cluster_listens_is_refused(
     from lora_drop_tools import EvalSettings, eval
     from lora_drop_tools.eval import spread
 
-    monkeypatch.setattr(spread, "CONNECT_SECONDS", 2)
     (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
     silent = socket.create_server(("127.0.0.1", 0))
     http = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
@@ -219,6 +218,7 @@ def test_where_no_head_of_a_cluster_listens_is_refused(
             f"127.0.0.1:{ports['http']}": "HTTP",
             f"[::1]:{ports['other']}": "no head of a Ray cluster",
         }.items():
+            monkeypatch.setattr(spread, "CONNECT_SECONDS", 600 if said else 0.2)  # all but the silent one answer
             with pytest.raises(InputError, match="cannot be reached") as refused:
                 eval(bundle.root, EvalSettings(text=tmp_path / "text", window=32, prompt=8, ray=address))
             assert f"Note: --ray is {address}: " in str(refused.value)

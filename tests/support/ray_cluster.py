@@ -132,11 +132,13 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     ray_app._application = _breakable(ray_app._application)
+    ray_app.HEALTH_SECONDS = 0.5  # so that what fails is replaced soon
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = {"num_cpus": 3, "include_dashboard": False, "dashboard_agent_listen_port": 0}
-    cluster = Cluster(initialize_head=True, head_node_args=options)
+    unused = {"no_monitor": True, "include_log_monitor": False}  # processes of the head, of a second each
+    cluster = Cluster(initialize_head=True, head_node_args={**options, **unused})
     try:
         node = cluster.add_node(**options)
         ray.init(address=cluster.address, namespace="serve", log_to_driver=False)
