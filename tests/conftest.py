@@ -50,7 +50,6 @@ LONG = (
     "tests/plugins/test_kernel_host.py",
     "tests/serve/test_ray.py",
     "tests/export/compiler/test_large.py",
-    "tests/runtime/engines/ort/test_one_copy.py",
     "tests/plugins/test_plugin_graph.py",
     "tests/export/array/test_array_0.py",
     "tests/export/array/test_array_1.py",
