@@ -198,8 +198,11 @@ def test_schemas_that_cannot_be_followed_are_refused(grammars: Grammars, schema:
 
 
 def test_a_schema_that_takes_for_ever_is_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the processor's time, where memory would allow it."""
-    monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace(str(trial.MEMORY), str(1 << 30)))
+    """By the processor's time, where memory would allow it; here by a third of that."""
+    limits = {str(trial.MEMORY): str(1 << 30), f"({trial.SECONDS}, {trial.SECONDS})": "(1, 1)"}
+    for limit, other in limits.items():
+        monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace(limit, other))
+    monkeypatch.setattr(trial, "SECONDS", 1)
     schema = {"type": "integer", "multipleOf": 62615537}
     assert_refused(lambda: grammars.json_schema(schema), "cannot be followed", f"{trial.SECONDS} seconds")
 
