@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -73,11 +74,14 @@ def make_model_directory(checkpoint: Checkpoint, weights: Path) -> None:
             shutil.copyfile(file, weights / file.name)
 
 
+_version = functools.cache(importlib.metadata.version)  # what is installed stays as it is while a process runs
+
+
 def tool_versions() -> dict[str, str]:
     versions = {}
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            versions[package] = _version(package)
     return versions
 
 

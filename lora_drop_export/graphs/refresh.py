@@ -35,7 +35,7 @@ from .values import IR_VERSION, OPSET, external, initializer, middle_name, named
 
 
 def _ints(value: int | list[int]) -> ir.Node:
-    return ir.node("Constant", [], {"value": ir.tensor(np.array(value, np.int64))})
+    return ir.Node("", "Constant", (), (ir.AttrTensor("value", ir.Tensor(np.array(value, np.int64))),))
 
 
 @dataclass
@@ -248,7 +248,7 @@ def refresh_from_trace(
         kv_dtype: of caches of 8 bits.
         kv_scales: of these, `kv_scales.<layer>.key` and `.value`, float32 [Hkv, 1, D or 1]: entry · scale = value.
     """
-    model = ir.serde.deserialize_model(ir.serde.serialize_model(traced.graph))
+    model = traced.graph.clone()
     graph = model.graph
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
