@@ -167,7 +167,8 @@ def check_text(what: str, text: str) -> None:
         ) from None
 
 
-_types_of = functools.cache(typing.get_type_hints)  # of a settings class, by its fields' names
+# Of a settings class, by its fields' names
+_types_of: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:

@@ -281,7 +281,10 @@ def test_all_names_are_there_and_are_what_they_say(package: str) -> None:
     printed(ALL, package, blocked=())
 
 
-@pytest.mark.parametrize("first", ["lora_drop_export.cli", "lora_drop_export.compiler.export", "lora_drop_tools.compare"])
+MODULES = "lora_drop_export.cli", "lora_drop_export.compiler.export", "lora_drop_tools.compare"
+
+
+@pytest.mark.parametrize("first", MODULES)
 def test_names_are_what_they_say_where_a_module_came_first(first: str) -> None:
     """One of the same name: a package's attribute is then the module."""
     printed(f"import {first}\n{ALL}", *PACKAGES, blocked=())

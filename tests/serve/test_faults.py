@@ -123,7 +123,7 @@ def test_a_thousand_that_hang_up_in_the_midst(served: Served) -> None:
     """Some before their first token, some while they wait, some while they are told."""
 
     def hang_up(number: int) -> int:
-        with httpx.Client(base_url=served.address, timeout=None, verify=False) as http:  # certificates take 8 ms to read
+        with httpx.Client(base_url=served.address, timeout=None, verify=False) as http:  # reads no certificates
             asked = body(50 + number % 50, number % 40, stream=True)
             with http.stream("POST", COMPLETIONS, json=asked) as answer:
                 lines = answer.iter_lines()

@@ -63,7 +63,8 @@ def _evaluate() -> ModuleType:
     if "evaluate" in sys.modules:
         return sys.modules["evaluate"]
     spec = importlib.util.find_spec("evaluate")
-    assert spec is not None and spec.loader is not None, "lm-eval needs it"
+    assert spec is not None, "lm-eval needs it"
+    assert spec.loader is not None
     spec.loader = importlib.util.LazyLoader(spec.loader)
     module = sys.modules["evaluate"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
