@@ -328,5 +328,6 @@ def test_an_engine_that_fails_is_replaced(cluster: RayCluster, http: httpx.Clien
     check_twenty(http, bundle)
 
 
-def test_what_runs_ends_when_the_application_does(cluster: RayCluster, bundle: Bundle) -> None:
+def test_what_runs_ends_when_the_application_does(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
     assert check_told(told_under_load(cluster, "end the application"), bundle) == STREAMS
+    await_that(lambda: http.get("/ready").status_code == 404)

@@ -150,7 +150,8 @@ def main() -> None:
             "replicas of the head": lambda: _replicas(cluster.head_node),
             "kill a replica": lambda: _kill(_replicas(cluster.head_node)),
             "kill a node": lambda: _kill(_processes(node)),
-            "end the application": lambda: serve.delete("bundle"),
+            # Not until all of it is gone: Ray takes seconds to forget a replica that no node had room for
+            "end the application": lambda: serve.delete("bundle", _blocking=False),
         }
         for line in sys.stdin:
             _say(commands[line.strip()]())

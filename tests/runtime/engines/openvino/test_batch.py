@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,30 @@ def greedy(request: Request) -> Request:
     return Request(**{**vars(request), "temperature": 0.0, "adaptive": False})
 
 
+@pytest.fixture(scope="module", params=BUNDLES)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Bundle, dict[str, Session]]]:
+    """A bundle, and a session for each of its policies."""
+    name, options, policies = BUNDLES[request.param]
+    root = tmp_path_factory.mktemp("served") / "b"
+    bundle = make_bundle(name, root, targets=TARGETS, max_batch=8, **options)
+    with contextlib.ExitStack() as stack:
+        yield bundle, {policy: stack.enter_context(Session.open(root, policy=policy, threads=1)) for policy in policies}
+
+
 @pytest.mark.parametrize("join_early", [False, True])
-@pytest.mark.parametrize("name", BUNDLES)
-def test_tokens_are_those_of_each_row_alone(name: str, join_early: bool, tmp_path, capsys) -> None:
+def test_tokens_are_those_of_each_row_alone(
+    served: tuple[Bundle, dict[str, Session]], join_early: bool, capsys
+) -> None:
     """Whenever rows come and go, whatever k, policy and drafts the others have; up to a row's first near-tie.
 
     A row that joined early has a first cycle of another length; only its lossless ones are those of a row alone.
     """
-    family, options, policies = BUNDLES[name]
-    bundle = make_bundle(family, tmp_path / "b", targets=TARGETS, max_batch=8, **options)
+    bundle, sessions = served
+    policies = tuple(sessions)
     if join_early:
         policies = tuple(policy for policy in policies if policy == "lossless") or policies
-    sessions = {policy: Session.open(bundle.root, policy=policy, threads=1) for policy in policies}
     compared = cut_short = 0
 
     @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -84,8 +97,6 @@ def test_tokens_are_those_of_each_row_alone(name: str, join_early: bool, tmp_pat
             cut_short += sure < len(wanted)
 
     check()
-    for session in sessions.values():
-        session.close()
     assert compared > 60
     assert cut_short <= 6, "near-ties are rare in these models"  # of about 20 rows; which ones, Hypothesis draws
 
