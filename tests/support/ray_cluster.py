@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600",  # else a proxy that starts slowly is killed, and so for ever
     "OMP_NUM_THREADS": "1",
 }
 BROKEN = 99  # a token
