@@ -22,6 +22,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
 from examples.fetch_model import fetch_model
+from lora_drop_export.checkpoint.gguf import parsed_once
 from tests.support import oracle
 from tests.support.bundles import oracle_plan
 
@@ -59,9 +60,10 @@ def exported(model_file, tmp_path_factory) -> Path:
 def eager(model_file):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        model_file.parent, gguf_file=model_file.name, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    with parsed_once():
+        return AutoModelForCausalLM.from_pretrained(
+            model_file.parent, gguf_file=model_file.name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
 
 def test_verified(exported):
@@ -100,9 +102,9 @@ def test_full_schedule_is_generate(exported, eager):
     codec = TextCodec.open(exported / "tokenizer")
     rows = [codec.encode(prompt) for prompt in PROMPTS]
     with Session.open(exported, k=0) as session:
-        ours = session.generate(rows, 24)
+        ours = session.generate(rows, 16)
     for row, tokens in zip(rows, ours, strict=True):
-        theirs = eager.generate(torch.tensor(row)[None], max_new_tokens=24, do_sample=False)[0, len(row) :]
+        theirs = eager.generate(torch.tensor(row)[None], max_new_tokens=16, do_sample=False)[0, len(row) :]
         ends = session.bundle.manifest.special_tokens.eos
         assert tokens.tolist() == [t for t in theirs.tolist() if t not in ends]
 
@@ -141,7 +143,7 @@ def test_generate_command(exported, capsys):
 
     The first call is that of the installed command, the others are its function's.
     """
-    base = ("lora-drop", "generate", str(exported), "--max-new-tokens", "20", "--k", "0")
+    base = ("lora-drop", "generate", str(exported), "--max-new-tokens", "12", "--k", "0")
 
     def said(*options: str) -> str:
         assert main([*base[1:], *options]) == 0

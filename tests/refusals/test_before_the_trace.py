@@ -82,7 +82,7 @@ def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
         ("--drop-layers 3,999", ("does not have", "Layer 999", "0 to 7")),
         ("--max-seq-len 300", ("--max-seq-len is too large", "300", "context is 256")),
         ("--max-prompt-len 256", ("--max-prompt-len is too large", "256")),
-        ("--weights link --target none --dtype bf16", ("cannot be linked", "float32", "bfloat16")),
+        ("--weights link --target none --dtype bf16", ("cannot be linked", "float32", "bf16")),
         ("--weights link --dtype int4", ("cannot be linked", "float32", "int4")),
         ("--target tensorrt", ("library of the target is not installed", "tensorrt")),
         ("--dtype int8 --target tensorrt-rtx", ("cannot take int8 weights", "tensorrt-rtx")),
