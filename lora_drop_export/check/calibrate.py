@@ -17,6 +17,9 @@ from .reference import Reference
 from .sample import PERPLEXITY_TOKENS, sample_ids
 
 
+SMALLEST_SCALE = np.float32(2.0**-14)  # of float16's normal numbers: graphs in halves divide by it
+
+
 def calibrate_kv(
     checkpoint: Checkpoint,
     root: Path,
@@ -47,4 +50,6 @@ def calibrate_kv(
         )
     if per_head:
         largest = {name: value.max(axis=2, keepdims=True) for name, value in largest.items()}
-    return {name: np.maximum(value, 1e-6) / np.float32(CACHE_DTYPES[kv_dtype][1]) for name, value in largest.items()}
+    return {
+        name: np.maximum(value / np.float32(CACHE_DTYPES[kv_dtype][1]), SMALLEST_SCALE) for name, value in largest.items()
+    }

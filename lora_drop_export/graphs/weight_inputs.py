@@ -27,15 +27,18 @@ def stored_input(members: Sequence[ir.Value]) -> WeightInput:
     return WeightInput(first.dtype.numpy().name, shape, tuple(places))
 
 
-def stored_weights_as_inputs(graph: ir.Graph) -> dict[str, WeightInput]:
+def stored_weights_as_inputs(graph: ir.Graph, but: tuple[str, ...] = ()) -> dict[str, WeightInput]:
     """Make inputs of all initializers with their bytes in files; one of each that have the same bytes, type and shape.
+
+    Args:
+        but: those stay whose names begin so.
 
     Returns: where their bytes lie, by name.
     """
     table: dict[str, WeightInput] = {}
     same: dict[WeightInput, ir.Value] = {}
     for name, value in list(graph.initializers.items()):
-        if not isinstance(value.const_value, ir.ExternalTensor):
+        if not isinstance(value.const_value, ir.ExternalTensor) or name.startswith(but):
             continue
         del graph.initializers[name]
         if not value.uses():

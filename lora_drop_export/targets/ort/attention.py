@@ -50,6 +50,13 @@ def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: i
     return ops("Reshape", padded, ops.ints([heads * after]))
 
 
+def _head_factors(ops: Ops, scales: ir.Value, kv_heads: int, group: int, head_dim: int, like: ir.Value) -> ir.Value:
+    # Case 12; the scales of int8 caches, float32 [Hkv·D], for Hkv·group heads of activations, [H·D]
+    split = ops("Reshape", scales, ops.ints([kv_heads, 1, head_dim]))
+    each = ops("Expand", split, ops.ints([kv_heads, group, head_dim]))
+    return ops("Cast", ops("Reshape", each, ops.ints([kv_heads * group * head_dim])), to=int(like.dtype))  # type: ignore[arg-type]
+
+
 def _folded(
     inputs: list[ir.Value | None], length: ir.Value | None, attributes: dict[str, Any], head_dim: int
 ) -> tuple[Ops, list[ir.Value]]:
@@ -109,9 +116,10 @@ def lower_attention(
         attributes["local_window_size"] = window
     quantized: list[ir.Value | None] = [None, None]
     if key_scale is not None and value_scale is not None:
-        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         scales = (_channel_scales(graph, ops, scale, kv_heads, head_dim) for scale in (key_scale, value_scale))
         quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
+        kind = "PER_CHANNEL" if query.dtype == ir.DataType.FLOAT else "PER_TENSOR"
+        attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window
     rows: list[ir.Value | None] = [None, None, None]
     rotary: list[ir.Value | None] = [None] * 5
@@ -125,6 +133,14 @@ def lower_attention(
             _resized_heads(ops, tokens_first(ops, tensor), count, head_dim, padded)
             for tensor, count in ((query, heads), (key, kv_heads), (value, kv_heads))
         ]
+    factor = None  # of the output
+    if key_scale is not None and query.dtype != ir.DataType.FLOAT:  # case 12
+        of_key, of_value = quantized
+        rows[0] = ops("Mul", rows[0], _head_factors(ops, of_key, kv_heads, heads // kv_heads, padded, query))
+        rows[1] = ops("Div", rows[1], _head_factors(ops, of_key, kv_heads, 1, padded, query))
+        rows[2] = ops("Div", rows[2], _head_factors(ops, of_value, kv_heads, 1, padded, query))
+        factor = _head_factors(ops, of_value, kv_heads, heads // kv_heads, padded, query)
+        quantized = [ops.constant(np.ones(1, np.float32))] * 2
     for past in (past_key, past_value):
         past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
     inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized, None, None, lengths.new_tokens]
@@ -149,7 +165,8 @@ def lower_attention(
         condition = lengths.folds(length, heads // kv_heads)
         attention = choice(condition, one_row, (any_rows, list(attention.outputs)), name)
     ops.nodes.append(attention)
-    merged = _resized_heads(ops, attention.outputs[0], heads, padded, head_dim)  # [B, S, H·D]
+    mixed = attention.outputs[0] if factor is None else ops("Mul", attention.outputs[0], factor)
+    merged = _resized_heads(ops, mixed, heads, padded, head_dim)  # [B, S, H·D]
     attention.outputs[0].type = merged.type = query.type
     for made, old in zip(attention.outputs[1:], (present_key, present_value), strict=True):
         made.name, made.shape, made.type = old.name, ir.Shape([*old.shape[:3], padded]), old.type  # type: ignore[index]

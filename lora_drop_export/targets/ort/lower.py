@@ -27,6 +27,10 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
         new tokens                there are, each attention with its query_seqlens over padded chunks, by an If of its
                                   own; a row without any keeps its caches and states (packing.py)
 
+    12. int8 caches in halves   → keys divided by the scales of their channels, queries multiplied by them, values and
+                                  outputs likewise, and GroupQueryAttention with one scale of 1: its fast kernel on CUDA
+                                  knows one for a whole cache
+
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
 layer that repeats its state (`recurrent`, `anchor`, rank 0); with case 11 it is a ScatterND.
@@ -139,7 +143,8 @@ def halves_from_neutral(
     table: dict[str, WeightInput] = {}
     for kind, proto in steps.items():
         model = ir.serde.deserialize_model(lower_step(proto, max_positions))
-        for name, weight in stored_weights_as_inputs(model.graph).items():
+        # Scales of caches stay: what is computed of them is computed once, when a session is opened
+        for name, weight in stored_weights_as_inputs(model.graph, but=("kv_scales.",)).items():
             assert table.setdefault(name, weight) == weight, name
         graphs[kind] = ir.serde.serialize_model(model)
     return graphs, table

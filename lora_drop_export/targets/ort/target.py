@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import Manifest, OrtEntry, TargetEntry
+from lora_drop_runtime.bundle.manifest import Manifest, ModelFacts, OrtEntry, TargetEntry
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_rows
@@ -16,6 +16,19 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
 from lora_drop_export.quantize.formats import BlockFormat
+
+
+def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
+    """Where the CUDA provider has no fast kernel for int8 caches (its group_query_attention.cc, of 1.31)."""
+    if model.kv_dtype is None or model.dtype == "float32":
+        return
+    softcap = any(one.name == "softcap" and one.f for node in refresh.graph.node for one in node.attribute)
+    shape = model.head_dim in (64, 128, 256) and model.num_heads / model.kv_heads in (4, 8, 16, 32)
+    if softcap or any(model.windows) or not shape:
+        console.say(
+            "ort: int8 caches save memory on a GPU here, and cost time: the fast kernel is for heads of 64, 128 or 256 "
+            "with 4, 8, 16 or 32 query heads to a K/V head, without window and softcap"
+        )
 
 
 class OrtTarget:
@@ -26,7 +39,7 @@ class OrtTarget:
     quantized_weights: tuple[str, ...] = ("int4", "int8")
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = False
-    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
+    cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": MODEL_DTYPES})
     scales_per_head = False
 
     def check(self, options: object, targets: Sequence[str]) -> None:
@@ -59,6 +72,7 @@ class OrtTarget:
 
         from .lower import halves_from_neutral, ort_from_neutral
 
+        _say_of_caches(manifest.model, graphs[StepKind.REFRESH], console)
         positions = manifest.limits.max_seq_len
         with console.phase("lowering to ONNX Runtime"):
             if takes_ragged_rows(manifest.model.dtype):

@@ -53,7 +53,7 @@ from tests.support.quantized import matrix
             {"activation_dtype": "float16", "dtype": "int4", "targets": ("openvino",)},
             ("cannot compute in fp16 with quantized weights", "openvino was asked for"),
         ),
-        ({"activation_dtype": "float16", "dtype": "int4", "kv_dtype": "int8"}, ("int8 caches work only", "float16")),
+        ({"dtype": "bfloat16", "kv_dtype": "int8", "targets": ("openvino",)}, ("int8 caches work only", "bf16")),
     ],
 )
 def test_refusals(options, words):
@@ -150,7 +150,7 @@ def test_target_that_cannot_take_them_is_not_added(tmp_path):
     [
         {"kv_dtype": "int4"},
         {"kv_dtype": "int8", "targets": ("tensorrt-rtx",)},
-        {"kv_dtype": "int8", "dtype": "float16"},
+        {"kv_dtype": "int8", "dtype": "bfloat16", "targets": ("openvino",)},
     ],
 )
 def test_caches_that_no_target_takes_are_refused(options):

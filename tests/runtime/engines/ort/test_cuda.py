@@ -22,8 +22,9 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
-from tests.support.bundles import family, family_trace, record_again
+from tests.support.bundles import family, family_trace, make_bundle, record_again, traced_family
 from tests.support.cuda_stub.build import CUDART, LIBRARIES, build_stub
+from tests.support.models import llama
 
 ENVIRONMENT = "CUDA_VENV"
 pytestmark = [
@@ -180,6 +181,16 @@ def test_steps_run_with_quantized_weights(stub, tmp_path):
         check(run, shapes=frozenset())  # MatMulNBits takes tokens as they are, no Reshape is around it
         for placed in run["placed"].values():
             assert {"GatherBlockQuantized", "MatMulNBits"} <= placed["CUDAExecutionProvider"].keys()
+
+
+def test_steps_run_with_int8_caches(stub, tmp_path):
+    """Of heads that the provider's fast kernel takes; the scales of channels are what a session adds to the weights."""
+    model = llama(head_dim=64, num_key_value_heads=1, num_hidden_layers=5)
+    source = traced_family("llama.1_heads_of_64.5_layers", model, "float16")
+    made = make_bundle(source, tmp_path / "b", kv_dtype="int8", max_seq_len=64, surrogate="recurrent", rank=2)
+    assert made.manifest.model.kv_dtype == "int8"
+    for run in decoded(stub, made, tmp_path / "out.json"):
+        check(run)
 
 
 def test_a_node_that_the_provider_has_not_is_named(stub, bundle, tmp_path):
