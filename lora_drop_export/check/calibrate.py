@@ -16,7 +16,6 @@ from lora_drop_export.console import Console
 from .reference import Reference
 from .sample import PERPLEXITY_TOKENS, sample_ids
 
-
 SMALLEST_SCALE = np.float32(2.0**-14)  # of float16's normal numbers: graphs in halves divide by it
 
 
@@ -51,5 +50,6 @@ def calibrate_kv(
     if per_head:
         largest = {name: value.max(axis=2, keepdims=True) for name, value in largest.items()}
     return {
-        name: np.maximum(value / np.float32(CACHE_DTYPES[kv_dtype][1]), SMALLEST_SCALE) for name, value in largest.items()
+        name: np.maximum(value / np.float32(CACHE_DTYPES[kv_dtype][1]), SMALLEST_SCALE)
+        for name, value in largest.items()
     }

@@ -40,6 +40,7 @@ struct Counters {
   long long kernels;
   long long waits;
   long long captures, replays, replayed_kernels;
+  long long variables;                // of kernels' modules that the host read
   long long held_bytes, held_graphs;  // of device memory, and CUDA graphs, now
 };
 
@@ -98,6 +99,15 @@ class Device {
   cudaError_t fill(void* to, int value, size_t bytes) {
     if (!holds(to)) return cudaErrorInvalidValue;
     memset(writable(to), value, bytes);
+    return cudaSuccess;
+  }
+
+  // Of a kernel's module; all are zero here
+  cudaError_t read_variable(void* to, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (capturing_ != nullptr) return cudaErrorStreamCaptureUnsupported;
+    ++counters_.variables;
+    memset(to, 0, bytes);
     return cudaSuccess;
   }
 
@@ -341,7 +351,9 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) { return device().fill
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   return device().enqueue(stream, [=] { return device().fill(to, value, bytes); });
 }
-cudaError_t cudaMemcpyFromSymbol(void*, const void*, size_t, size_t, cudaMemcpyKind) { return cudaErrorNotSupported; }
+cudaError_t cudaMemcpyFromSymbol(void* to, const void*, size_t bytes, size_t, cudaMemcpyKind) {
+  return device().read_variable(to, bytes);
+}
 cudaError_t cudaMemPoolCreate(cudaMemPool_t*, const cudaMemPoolProps*) { return cudaErrorNotSupported; }
 cudaError_t cudaMemPoolDestroy(cudaMemPool_t) { return cudaErrorNotSupported; }
 cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaErrorNotSupported; }

@@ -33,7 +33,7 @@ class Counters(ctypes.Structure):
         for name in (
             "to_device_calls", "to_device_bytes", "to_host_calls", "to_host_bytes", "on_device_calls",
             "on_device_bytes", "on_device_largest", "kernels", "waits", "captures", "replays", "replayed_kernels",
-            "held_bytes", "held_graphs",
+            "variables", "held_bytes", "held_graphs",
         )
     )  # fmt: skip
 

@@ -87,11 +87,12 @@ def decoded(stub: Path, bundle: Bundle, out: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def check(run: dict[str, Any], shapes: frozenset[str] = frozenset({"Concat"})) -> None:
+def check(run: dict[str, Any], shapes: frozenset[str] = frozenset({"Concat"}), constants: int = 0) -> None:
     """Caches stay where they are, weights are there once, and a decode step is one launch and two copies.
 
     Args:
         shapes: what makes the shapes of several tokens on the host.
+        constants: bytes that sessions hold beside the weights, at most.
     """
     assert [step["kind"] for step in run["steps"]] == ["lora", "lora", "refresh"] * 3
     assert run["in_place"]
@@ -99,7 +100,9 @@ def check(run: dict[str, Any], shapes: frozenset[str] = frozenset({"Concat"})) -
     # What attention reads on the host is no token's length: it is in the CUDA graph as it was
     assert run["on_host"] == ["total_dropped", "total_kept"]
     opening = run["opening"]
-    assert run["weight_bytes"] <= opening["to_device_bytes"] <= run["weight_bytes"] + 4096  # shapes, scalars
+    assert (
+        run["weight_bytes"] <= opening["to_device_bytes"] <= run["weight_bytes"] + constants + 4096
+    )  # shapes, scalars
     graphs = 0
     for place, step in enumerate(run["steps"]):
         several = step["kind"] == "refresh" and run["policy"] == "backfill"  # the tokens taken back, row by row
@@ -163,6 +166,7 @@ def test_the_host_cannot_touch_the_devices_memory(stub):
 def test_steps_run_in_place(stub, bundle, tmp_path):
     for run in decoded(stub, bundle, tmp_path / "out.json"):
         check(run)
+        assert not any(step["variables"] for step in run["steps"])
 
 
 def test_steps_run_in_bfloat16(stub, tmp_path):
@@ -184,13 +188,17 @@ def test_steps_run_with_quantized_weights(stub, tmp_path):
 
 
 def test_steps_run_with_int8_caches(stub, tmp_path):
-    """Of heads that the provider's fast kernel takes; the scales of channels are what a session adds to the weights."""
+    """In the fast kernel, which alone of all reads a variable of its module on the host, when a node first runs."""
     model = llama(head_dim=64, num_key_value_heads=1, num_hidden_layers=5)
     source = traced_family("llama.1_heads_of_64.5_layers", model, "float16")
     made = make_bundle(source, tmp_path / "b", kv_dtype="int8", max_seq_len=64, surrogate="recurrent", rank=2)
     assert made.manifest.model.kv_dtype == "int8"
-    for run in decoded(stub, made, tmp_path / "out.json"):
-        check(run)
+    runs = decoded(stub, made, tmp_path / "out.json")
+    scales = 2 * 5 * 2 * (2 * 4 + 2 * 1) * 64  # of two graphs: for queries, outputs, keys and values
+    for run in runs:
+        check(run, constants=scales)
+        assert run["steps"][0]["variables"] >= 4  # of the layers that are kept
+        assert not any(step["variables"] for step in run["steps"][3:])
 
 
 def test_a_node_that_the_provider_has_not_is_named(stub, bundle, tmp_path):
