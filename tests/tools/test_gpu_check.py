@@ -138,7 +138,8 @@ def test_device_runs_on_cards_that_tensorrt_rtx_does_not_know(capability: str) -
 def test_ort(engine_stages) -> None:
     numbers = engine_stages["ort"]["numbers"]
     assert passed_over_stand_ins(engine_stages["ort"])
-    assert numbers["float32 logits"]["status"] == numbers["int4 logits"]["status"] == "passed"
+    for name in ("float32", "int4", "int8 caches"):
+        assert numbers[f"{name} logits"]["status"] == "passed"
     assert set(numbers["float32 times"]["k=3"]["step_ms"]) == {"lora", "refresh"}
     assert numbers["placement"]["CPUExecutionProvider"]["GroupQueryAttention"] > 0
 

@@ -108,9 +108,14 @@ def run(job: Job) -> None:
     need_exporter()
     model = small_checkpoint(job)
     job.say("exporting")
-    for name, weights in {dtype: dtype, "int4": "int4"}.items():
+    cases = {
+        dtype: {"dtype": dtype},
+        "int4": {"dtype": "int4", "activation_dtype": dtype},
+        "int8 caches": {"dtype": dtype, "kv_dtype": "int8"},
+    }
+    for name, form in cases.items():
         bundle = f"ort.{name}"
-        options = {"targets": ("ort",), "dtype": weights, "rank": 2}
+        options = {"targets": ("ort",), "rank": 2, **form}
         job.attempt(f"{name} export", partial(built, job, model, bundle, provider, options))
         if job.numbers[f"{name} export"] != BUILT:
             continue

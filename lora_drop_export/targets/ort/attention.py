@@ -136,6 +136,8 @@ def lower_attention(
     factor = None  # of the output
     if key_scale is not None and query.dtype != ir.DataType.FLOAT:  # case 12
         of_key, of_value = quantized
+        assert of_key is not None
+        assert of_value is not None
         rows[0] = ops("Mul", rows[0], _head_factors(ops, of_key, kv_heads, heads // kv_heads, padded, query))
         rows[1] = ops("Div", rows[1], _head_factors(ops, of_key, kv_heads, 1, padded, query))
         rows[2] = ops("Div", rows[2], _head_factors(ops, of_value, kv_heads, 1, padded, query))
