@@ -86,3 +86,12 @@ def test_one_scale_of_one_for_k_and_v(bundle: Any) -> None:
             assert node.input[12] == node.input[13]
             (value,) = constants[node.input[12]].attribute
             assert onnx.numpy_helper.to_array(value.t).tolist() == [1.0]
+
+
+def test_the_export_says_where_the_fast_kernel_is_not(
+    model: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four query heads to a K/V head, and 64 wide, it is there."""
+    make_bundle(model, tmp_path / "b", kv_dtype="int8", **PLAN)
+    said = capsys.readouterr()
+    assert ("each step turns them back into halves" in said.out + said.err) == (model.model.config.head_dim != 64)
