@@ -531,29 +531,50 @@ def held_signals() -> Iterator[Sequence[int]]:
 def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
 
-    Those that something else handles, or that are ignored as by `nohup`, are left alone.
+    Those that something else handles, or that are ignored as by `nohup`, are left alone. An error after a signal is the
+    signal's. Where a destructor or a weak reference's callback runs just then, Python loses what a handler raises, and
+    the signal is sent again.
     """
+    came: list[tuple[BaseException, int]] = []
+    again: list[threading.Timer] = []
+    report, thread = sys.unraisablehook, threading.get_ident()
 
     def end(number: int, _: object) -> None:
-        raise _Ended(128 + number)
+        came.append((KeyboardInterrupt() if number == signal.SIGINT else _Ended(128 + number), number))
+        raise came[-1][0]
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [signal.Signals[name] for name in names]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    def lost(unraisable: sys.UnraisableHookArgs) -> None:
+        number = next((number for error, number in came if error is unraisable.exc_value), None)
+        if number is None:
+            report(unraisable)
+            return
+        again.append(threading.Timer(0.01, signal.pthread_kill, (thread, number)))
+        again[-1].start()
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (signal.Signals[name] for name in names)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
     if threading.current_thread() is not threading.main_thread():
         ours = []  # where Python lets nobody handle signals
     for number in ours:
         signal.signal(number, end)
+    if ours:
+        sys.unraisablehook = lost
     try:
         yield
     except Exception as error:
-        cause = _end_behind(error)
+        cause = _end_behind(error) or (came[-1][0] if came else None)
         if cause is None:
             raise
         raise cause from None
     finally:
+        for timer in again:
+            timer.cancel()
+            timer.join()
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
+        if ours:
+            sys.unraisablehook = report
 
 
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:

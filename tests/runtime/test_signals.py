@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from lora_drop_runtime.command_line import run_command
+from lora_drop_runtime.errors import InputError
 
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -22,6 +26,13 @@ def default_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def code_of(command: Callable[[Sequence[str]], None]) -> int:
+    try:
+        return run_command(command, ())
+    except SystemExit as end:
+        return int(str(end.code))
+
+
 def exit_code(number: int, wrap: bool = False) -> tuple[int, list[str]]:
     cleaned: list[str] = []
 
@@ -35,10 +46,7 @@ def exit_code(number: int, wrap: bool = False) -> tuple[int, list[str]]:
         finally:
             cleaned.append("cleaned")
 
-    try:
-        return run_command(command, ()), cleaned
-    except SystemExit as end:
-        return int(str(end.code)), cleaned
+    return code_of(command), cleaned
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "wrapped"])
@@ -46,6 +54,48 @@ def exit_code(number: int, wrap: bool = False) -> tuple[int, list[str]]:
 def test_a_command_cleans_up_and_says_what_ended_it(number: int, wrap: bool) -> None:
     assert exit_code(number, wrap) == (ENDS[signal.Signals(number)], ["cleaned"])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # whoever called has its handlers back
+
+
+class Held:
+    """What a weak reference can point to."""
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_that_a_callback_lost_comes_again(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python prints what is raised in the callback of a weak reference, and goes on."""
+    lost: list[int] = []
+
+    def told(_: object) -> None:
+        lost.append(number)
+        signal.raise_signal(number)
+
+    def command(_: Sequence[str]) -> None:
+        held = Held()
+        reference = weakref.ref(held, told)
+        del held
+        assert reference() is None
+        assert lost == [number]
+        threading.Event().wait(600)
+
+    report = sys.unraisablehook
+    assert code_of(command) == ENDS[signal.Signals(number)]
+    assert "Exception ignored" not in capfd.readouterr().err
+    assert sys.unraisablehook is report
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_an_error_after_a_signal_is_the_signal_s(number: int) -> None:
+    """C++ code makes an error of its own of it, which has no cause."""
+
+    def command(_: Sequence[str]) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            said = InputError("It cannot be traced.", note="set_(): failed.", hint="None.")
+        said.__context__ = None
+        raise said
+
+    assert code_of(command) == ENDS[signal.Signals(number)]
 
 
 def test_what_is_ignored_stays_ignored() -> None:
