@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         result = manifest.verification.get(first)  # an engine that was not verified may be for another machine
         absent = isinstance(manifest.targets[first], TrtEntry) if result is None else result["status"] == "not run"
         where = "try, on a machine with its device" if absent else "try"
-        print(f'{where}: lora-drop generate {out}{provider} --prompt "The capital of Italy is"')
+        print(f'{where}: lora-drop generate {shlex.quote(str(out))}{provider} --prompt "The capital of Italy is"')
 
 
 def _export(command_line: Sequence[str]) -> None:

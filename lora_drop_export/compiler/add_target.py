@@ -48,7 +48,11 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     if NO_TARGET in targets:
         raise InputError("'none' is no target to add.", note="A bundle has its graphs already.", hint="Name another.")
     for target in targets:
-        TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
+        try:
+            TARGETS[target].check_dtype(manifest.model.dtype, manifest.model.weight_dtype, options)
+        except InputError as error:
+            hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
+            raise InputError(error.fact, note=error.note, hint=hint) from None
     check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
     if manifest.model.kv_dtype is not None:
         caches = Caches(manifest.model.kv_dtype, manifest.model.head_dim, manifest.plan.refresh_policy.fills)

@@ -55,13 +55,12 @@ def _check_caches(
     if not others:
         return
     short = short_name(kv_dtype)
-    able = " or ".join(
-        name + ("" if dtypes == MODEL_DTYPES else f" in {short_name(dtypes[0])} (on the CPU)")
-        for name, dtypes in takers.items()
-    )
+    anywhere = [name for name, dtypes in takers.items() if dtypes == MODEL_DTYPES]
+    some = [f"{name} in {short_name(dtypes[0])}" for name, dtypes in takers.items() if dtypes != MODEL_DTYPES]
+    able = ", or ".join([", ".join(anywhere), *some])
     raise InputError(
         f"{short} caches work only with target {able}.",
-        note=f"Targets are {', '.join(targets)}, --dtype is {short_name(dtype) or 'not given'}, --activation-dtype is "
+        note=f"Targets are {', '.join(targets)}, of which {', '.join(others)} cannot; --dtype is {short_name(dtype) or 'not given'}, --activation-dtype is "
         f"{activations or 'not given'}."
         if bundle is None
         else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",

@@ -86,7 +86,7 @@ def test_an_old_onnx_runtime_is_good_for_a_gpu(passes, monkeypatch, arguments):
         ("--weights link --dtype int4", ("cannot be linked", "float32", "int4")),
         ("--target tensorrt", ("library of the target is not installed", "tensorrt")),
         ("--dtype int8 --target tensorrt-rtx", ("cannot take int8 weights", "tensorrt-rtx")),
-        ("--kv-dtype int8 --dtype bf16", ("int8 caches work only with",)),
+        ("--kv-dtype int8 --dtype bf16 --target openvino", ("int8 caches work only with", "openvino cannot")),
     ],
 )
 def test_refused_by_the_config_or_the_options(export_refused, arguments, words):

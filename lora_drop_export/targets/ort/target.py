@@ -26,8 +26,8 @@ def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
     shape = model.head_dim in (64, 128, 256) and model.num_heads / model.kv_heads in (4, 8, 16, 32)
     if softcap or any(model.windows) or not shape:
         console.say(
-            "ort: int8 caches save memory on a GPU, and each step turns them back into halves here: the fast kernel is for "
-            "heads of 64, 128 or 256 with 4, 8, 16 or 32 query heads to a K/V head, without window and softcap"
+            "ort: int8 caches save memory on a GPU, and each step turns them back into halves here: the fast kernel is "
+            "for heads of 64, 128 or 256 with 4, 8, 16 or 32 query heads to a K/V head, without window and softcap"
         )
 
 

@@ -5,6 +5,7 @@ That is for the CUDA provider, whose fast kernel knows one scale for K and V tog
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np

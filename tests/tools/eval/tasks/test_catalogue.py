@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,8 @@ def test_lm_evals_own_files_are_read_where_they_are_asked_for(
     ("names", "fact", "note"),
     [
         (["arc_hard"], "Unknown task.", "'arc_hard' is no task, group or tag"),
+        (["with_unknown"], "Unknown task.", "'larg', a part of with_unknown, is no task"),
+        (["round"], "A group contains itself.", "round → around → round"),
         (["large", "by_item"], "A task is named twice.", "large is part of by_item"),
         (["no_file"], "The data of a task cannot be had.", "no_file: "),
         (["not_cached"], "The data of a task cannot be had.", "not_cached: "),
@@ -297,11 +300,26 @@ def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_pa
     (tmp_path / "no_package.yaml").write_text(
         "task: no_package\ndataset_path: json\ndoc_to_text: !function helper.text\n"
     )
+    for name, parts in {"with_unknown": ["small", "larg"], "round": ["around"], "around": ["round"]}.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"group": name, "task": parts}))
     with pytest.raises(InputError) as refused:
         open_tasks(names, [directory, tmp_path])
     assert refused.value.fact == fact
     assert note in refused.value.note
     assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        {"task": [{"task": "made_here", "dataset_path": "json"}]},
+        {"task": ["made_here"], "dataset_path": "json"},
+        {"task": [{"group": "inner", "task": ["made_here"]}]},
+    ],
+)
+def test_parts_that_are_made_where_they_stand_need_not_be_known(definition: dict[str, Any]) -> None:
+    """lm-eval makes tasks of them."""
+    catalogue._check_names(["group"], {"group": SimpleNamespace(cfg={"group": "group", **definition})})
 
 
 @pytest.mark.parametrize("text", ["task: [", "- a\n- b\n", "include: nowhere.yaml\ntask: a\n"])

@@ -108,19 +108,23 @@ def _check_definitions(directory: Path) -> None:
             ) from None
 
 
+def _parts(entry: Any) -> list[str | None]:
+    """What a group or tag of lm-eval's index is made of, by name; None for a group that is written out in its place."""
+    members = (entry.cfg or {}).get("task")
+    parts = members if isinstance(members, list) else entry.tags if entry.yaml_path is None else ()
+    return [part.get("task") if isinstance(part, dict) else part for part in parts]
+
+
 def _within(names: Sequence[str], index: Mapping[str, Any]) -> bool:
     """Whether these tasks, groups and tags, and all that they are made of, are in an index of lm-eval."""
     waiting, seen = list[Any](names), set[str]()
     while waiting:
         name = waiting.pop()
-        entry = index.get(name) if isinstance(name, str) else None  # else a group that is written out
-        if entry is None:
+        if not isinstance(name, str) or name not in index:
             return False
         if name not in seen:
             seen.add(name)
-            members = (entry.cfg or {}).get("task")
-            parts = members if isinstance(members, list) else entry.tags if entry.yaml_path is None else ()
-            waiting += [part.get("task") if isinstance(part, dict) else part for part in parts]
+            waiting += _parts(index[name])
     return True
 
 
@@ -135,15 +139,30 @@ def _manager(names: Sequence[str], directories: Sequence[Path]) -> Any:
     return beside if _within(names, beside.task_index) else lm_eval.tasks.TaskManager(include_path=paths)
 
 
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
+def _check_names(names: Sequence[str], index: Mapping[str, Any], within: Sequence[str] = ()) -> None:
+    """Refuse names that lm-eval does not know, also of parts, and groups that contain themselves."""
     for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 3)
+        if name not in index:
+            close = difflib.get_close_matches(name, index, 3)
             raise InputError(
                 "Unknown task.",
-                note=f"{name!r} is no task, group or tag of lm-eval, nor of a directory that was given.",
+                note=f"{name!r}{f', a part of {within[-1]},' if within else ''} is no task, group or tag of lm-eval, "
+                "nor of a directory that was given.",
                 hint=f"Use for example {', '.join(close)}." if close else "List them with: lora-drop lm-eval ls tasks",
             )
+        if name in within:
+            raise InputError(
+                "A group contains itself.",
+                note=f"{' → '.join([*within[within.index(name) :], name])}.",
+                hint="Correct the definitions; lm-eval's documentation says what they may hold.",
+            )
+        definition = index[name].cfg or {}
+        members = definition.get("task")
+        parts = members if isinstance(members, list) else []
+        # A part that is written out, or gets its data from the group, need not be known
+        inline = "dataset_path" in definition
+        known = [part for part in parts if isinstance(part, str) and (part in index or not inline)]
+        _check_names(known, index, (*within, name))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -291,7 +310,7 @@ def open_tasks(
     check_lm_eval()
     with _quiet(), replaced():
         manager = _manager(names, directories)
-        _check_names(names, manager.all_tasks)
+        _check_names(names, manager.task_index)
         tasks: dict[str, Any] = {}
         groups: dict[str, Any] = {}
         own_shots: dict[str, int | None] = {}
