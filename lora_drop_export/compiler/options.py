@@ -60,8 +60,8 @@ def _check_caches(
     able = ", or ".join([", ".join(anywhere), *some])
     raise InputError(
         f"{short} caches work only with target {able}.",
-        note=f"Targets are {', '.join(targets)}, of which {', '.join(others)} cannot; --dtype is {short_name(dtype) or 'not given'}, --activation-dtype is "
-        f"{activations or 'not given'}."
+        note=f"Targets are {', '.join(targets)}, of which {', '.join(others)} cannot; "
+        f"--dtype is {short_name(dtype) or 'not given'}, --activation-dtype is {activations or 'not given'}."
         if bundle is None
         else f"{bundle} has {short} caches and {activations} activations; {', '.join(others)} was asked for.",
         hint="Leave --kv-dtype out, or use one of these targets."
