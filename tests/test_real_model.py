@@ -181,10 +181,9 @@ def test_rows_of_a_batch_are_independent(exported):
         assert drawn[0].tolist() == session.generate([rows[0]], 8, sampling=options)[0].tolist()
 
 
-def test_compare_command(exported):
-    done = run("lora-drop", "compare", str(exported), "--k", "1")
-    assert done.returncode == 0, done.stderr
-    assert "k = 1" in done.stderr
+def test_compare_command(exported, capsys):
+    assert main(["compare", str(exported), "--k", "1"]) == 0
+    assert "k = 1" in capsys.readouterr().err
 
 
 def test_runtime_alone(exported, tmp_path):
