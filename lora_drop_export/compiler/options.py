@@ -57,7 +57,7 @@ def _check_caches(
     short = short_name(kv_dtype)
     anywhere = [name for name, dtypes in takers.items() if dtypes == MODEL_DTYPES]
     some = [f"{name} in {short_name(dtypes[0])}" for name, dtypes in takers.items() if dtypes != MODEL_DTYPES]
-    able = ", or ".join([", ".join(anywhere), *some])
+    able = ", or ".join(filter(None, [", ".join(anywhere), *some]))
     raise InputError(
         f"{short} caches work only with target {able}.",
         note=f"Targets are {', '.join(targets)}, of which {', '.join(others)} cannot; "

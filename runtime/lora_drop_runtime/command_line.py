@@ -506,23 +506,35 @@ def _end_behind(error: BaseException | None) -> BaseException | None:
     return error
 
 
+_came: list[tuple[BaseException, int]] = []  # what handlers raised for which signals, while a command runs
+
+
+def forget_signals() -> None:
+    """What Ctrl-C asked for has been done, as a reply is cut: an error that follows is one of its own."""
+    _came.clear()
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    """Of the signals that end a command; none in a thread where Python lets nobody handle signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    numbers = (signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    return {number: signal.getsignal(number) for number in numbers}
+
+
 @contextlib.contextmanager
 def held_signals() -> Iterator[Sequence[int]]:
     """Let SIGINT, SIGTERM and SIGHUP wait until the context ends, where they are handled in Python; yields those that
     came. For what must not be torn, and for C code that calls back: it loses what a handler raises there."""
     caught: list[int] = []
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {signal.Signals[name]: signal.getsignal(signal.Signals[name]) for name in names}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}  # Python handles signals in the main thread alone
-    ours = [number for number, handler in before.items() if callable(handler)]
-    for number in ours:
+    before = {number: handler for number, handler in _handlers().items() if callable(handler)}
+    for number in before:
         signal.signal(number, lambda number, _: caught.append(number))
     try:
         yield caught
     finally:
-        for number in ours:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if caught:
             signal.raise_signal(caught[0])
 
@@ -535,35 +547,31 @@ def _ended_by_signals() -> Iterator[None]:
     signal's. Where a destructor or a weak reference's callback runs just then, Python loses what a handler raises, and
     the signal is sent again.
     """
-    came: list[tuple[BaseException, int]] = []
     again: list[threading.Timer] = []
     report, thread = sys.unraisablehook, threading.get_ident()
 
     def end(number: int, _: object) -> None:
-        came.append((KeyboardInterrupt() if number == signal.SIGINT else _Ended(128 + number), number))
-        raise came[-1][0]
+        _came.append((KeyboardInterrupt() if number == signal.SIGINT else _Ended(128 + number), number))
+        raise _came[-1][0]
 
     def lost(unraisable: sys.UnraisableHookArgs) -> None:
-        number = next((number for error, number in came if error is unraisable.exc_value), None)
+        number = next((number for error, number in _came if error is unraisable.exc_value), None)
         if number is None:
             report(unraisable)
             return
         again.append(threading.Timer(0.01, signal.pthread_kill, (thread, number)))
         again[-1].start()
 
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in (signal.Signals[name] for name in names)}
-    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-    if threading.current_thread() is not threading.main_thread():
-        ours = []  # where Python lets nobody handle signals
-    for number in ours:
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: handler for number, handler in _handlers().items() if handler in defaults}
+    for number in before:
         signal.signal(number, end)
-    if ours:
+    if before:
         sys.unraisablehook = lost
     try:
         yield
     except Exception as error:
-        cause = _end_behind(error) or (came[-1][0] if came else None)
+        cause = _end_behind(error) or (_came[-1][0] if _came else None)
         if cause is None:
             raise
         raise cause from None
@@ -571,10 +579,11 @@ def _ended_by_signals() -> Iterator[None]:
         for timer in again:
             timer.cancel()
             timer.join()
-        for number in ours:
-            signal.signal(number, before[number])
-        if ours:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if before:
             sys.unraisablehook = report
+            forget_signals()
 
 
 def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None) -> int:

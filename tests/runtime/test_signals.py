@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from lora_drop_runtime.command_line import run_command
+from lora_drop_runtime.command_line import forget_signals, run_command
 from lora_drop_runtime.errors import InputError
 
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -96,6 +96,20 @@ def test_an_error_after_a_signal_is_the_signal_s(number: int) -> None:
         raise said
 
     assert code_of(command) == ENDS[signal.Signals(number)]
+
+
+def test_an_error_after_a_ctrl_c_that_was_served_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in a chat, where Ctrl-C ends a reply."""
+
+    def command(_: Sequence[str]) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            forget_signals()
+        raise InputError("What was typed is not UTF-8.")
+
+    assert code_of(command) == 2
+    assert capsys.readouterr().err == "error: What was typed is not UTF-8.\n"
 
 
 def test_what_is_ignored_stays_ignored() -> None:

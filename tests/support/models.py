@@ -47,6 +47,18 @@ def build(model_class: type, config_class: type, seed: int, **options: Any) -> t
     return model
 
 
+def quartered(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The same model with a quarter of each weight but norms', for half precision.
+
+    In bfloat16 one of the full size is off by 0.3 of its largest logit in PyTorch itself, and this one by 0.01.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(0.25)
+    return model
+
+
 def llama(**options: Any) -> transformers.PreTrainedModel:
     return build(
         transformers.LlamaForCausalLM, transformers.LlamaConfig, **{"seed": 1, "tie_word_embeddings": False, **options}

@@ -18,9 +18,6 @@ from gpu_check.job import Job, Skip
 WINDOWS = (0, 3)
 NEW_TOKENS, WARM_TOKENS = 65, 17
 PROMPT = 32
-# Of the weights of tests/support/models.py. In bfloat16 a random model of the full size is off by 0.3 of its largest
-# logit in PyTorch itself, at a quarter by 0.01
-WEIGHT_SCALE = 0.25
 
 
 def need_exporter() -> None:
@@ -34,17 +31,11 @@ def need_exporter() -> None:
 
 def small_checkpoint(job: Job) -> Path:
     """A Llama of 8 layers (6 over stand-ins) with heads of 64, in float32; saved once for all stages."""
-    import torch
-
-    from tests.support.models import llama
+    from tests.support.models import llama, quartered
 
     directory = job.work / "small"
     if not directory.is_dir():
-        model = llama(head_dim=64, num_hidden_layers=6 if job.stand_in else 8)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" not in name:
-                    parameter.mul_(WEIGHT_SCALE)
+        model = quartered(llama(head_dim=64, num_hidden_layers=6 if job.stand_in else 8))
         part = job.work / "small.part"
         model.save_pretrained(part)
         part.rename(directory)

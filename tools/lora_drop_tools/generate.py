@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
+from lora_drop_runtime.command_line import check_known, check_options, forget_signals, option, refuse_unused
 from lora_drop_runtime.decoding.checks import check_request
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.prompts import padded
@@ -264,6 +264,7 @@ def _stream(
                 break
     except KeyboardInterrupt:
         interrupted = True
+        forget_signals()
     finally:
         stream.close()
     emit(pieces.finish())

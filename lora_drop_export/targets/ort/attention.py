@@ -50,7 +50,9 @@ def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: i
     return ops("Reshape", padded, ops.ints([heads * after]))
 
 
-def _head_factors(ops: Ops, scales: ir.Value, kv_heads: int, group: int, head_dim: int, like: ir.Value) -> ir.Value:
+def _head_factors(
+    ops: Ops, scales: ir.Value | None, kv_heads: int, group: int, head_dim: int, like: ir.Value
+) -> ir.Value:
     # Case 12; the scales of int8 caches, float32 [Hkv·D], for Hkv·group heads of activations, [H·D]
     split = ops("Reshape", scales, ops.ints([kv_heads, 1, head_dim]))
     each = ops("Expand", split, ops.ints([kv_heads, group, head_dim]))
@@ -114,10 +116,10 @@ def lower_attention(
         attributes["softcap"] = node.attributes["softcap"].as_float()
     if window := mask_window(node):
         attributes["local_window_size"] = window
-    quantized: list[ir.Value | None] = [None, None]
+    scales: list[ir.Value | None] = [None, None]
     if key_scale is not None and value_scale is not None:
-        scales = (_channel_scales(graph, ops, scale, kv_heads, head_dim) for scale in (key_scale, value_scale))
-        quantized = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in scales]
+        channels = (_channel_scales(graph, ops, scale, kv_heads, head_dim) for scale in (key_scale, value_scale))
+        scales = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in channels]
         kind = "PER_CHANNEL" if query.dtype == ir.DataType.FLOAT else "PER_TENSOR"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window
@@ -135,17 +137,18 @@ def lower_attention(
         ]
     factor = None  # of the output
     if key_scale is not None and query.dtype != ir.DataType.FLOAT:  # case 12
-        of_key, of_value = quantized
-        assert of_key is not None
-        assert of_value is not None
-        rows[0] = ops("Mul", rows[0], _head_factors(ops, of_key, kv_heads, heads // kv_heads, padded, query))
-        rows[1] = ops("Div", rows[1], _head_factors(ops, of_key, kv_heads, 1, padded, query))
-        rows[2] = ops("Div", rows[2], _head_factors(ops, of_value, kv_heads, 1, padded, query))
-        factor = _head_factors(ops, of_value, kv_heads, heads // kv_heads, padded, query)
-        quantized = [ops.constant(np.ones(1, np.float32))] * 2
+        of_keys, of_values = scales
+        group = heads // kv_heads
+        rows = [
+            ops("Mul", rows[0], _head_factors(ops, of_keys, kv_heads, group, padded, query)),
+            ops("Div", rows[1], _head_factors(ops, of_keys, kv_heads, 1, padded, query)),
+            ops("Div", rows[2], _head_factors(ops, of_values, kv_heads, 1, padded, query)),
+        ]
+        factor = _head_factors(ops, of_values, kv_heads, group, padded, query)
+        scales = [ops.constant(np.ones(1, np.float32))] * 2
     for past in (past_key, past_value):
         past.shape = ir.Shape([*past.shape[:3], padded])  # type: ignore[union-attr, index]
-    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *quantized, None, None, lengths.new_tokens]
+    inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *scales, None, None, lengths.new_tokens]
     while inputs[-1] is None:
         inputs.pop()
     name, any_rows = f"layer_{past_key.name}", Ops()  # type: ignore[union-attr]

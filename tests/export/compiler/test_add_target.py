@@ -14,7 +14,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
-from tests.support.bundles import make_bundle
+from tests.support.bundles import family, family_trace, make_bundle
 
 RTX = "tensorrt-rtx"
 
@@ -38,6 +38,16 @@ def test_int8_caches_are_refused_as_an_export_refuses_them(tmp_path, monkeypatch
     assert "--kv-dtype" in refused.value.hint
     assert {file: file.stat().st_mtime_ns for file in made.root.rglob("*")} == before
     add_target(made.root, ["ort"], ExportOptions(verify=False))  # which takes them
+
+
+def test_the_hint_names_no_option_that_a_bundle_fixes(tmp_path):
+    """Of a target that does not compute in the bundle's dtype."""
+    source = family("llama")
+    half = dataclasses.replace(source, traced=family_trace("llama", "float16"), dtype="float16")
+    made = make_bundle(half, tmp_path / "b", targets=("none",))
+    with pytest.raises(InputError, match="does not compute in that dtype") as refused:
+        add_target(made.root, ["openvino"])
+    assert refused.value.hint.startswith("Export the model again with --dtype fp32")
 
 
 @pytest.mark.parametrize("others", [[], [{"target": RTX, "steps": [{"step": 0}]}]])

@@ -11,31 +11,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file
 
 from lora_drop_export.check.verify import compare
 from tests.support import oracle
 from tests.support.bundles import Family, make_bundle, oracle_plan, traced_family
-from tests.support.models import llama
+from tests.support.models import llama, quartered
 
 PLAN = {"drop_layers": (1,), "always_first": 1, "k": 2}
 
 
 @pytest.fixture(scope="module", params=[(64, 1, 4), (20, 2, 4), (32, 4, 4)], ids=str)
 def model(request: pytest.FixtureRequest) -> Family:
-    """A Llama whose query heads share K and V, whose heads get padding, or have K and V of their own.
-
-    Its weights are a quarter: with the tests' own PyTorch itself is far off in half precision.
-    """
+    """A Llama whose query heads share K and V, whose heads get padding, or have K and V of their own."""
     head_dim, kv_heads, heads = request.param
     made = llama(head_dim=head_dim, num_key_value_heads=kv_heads, num_attention_heads=heads, num_hidden_layers=3)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(0.25)
-    return traced_family(f"quarter.{kv_heads}_heads_of_{head_dim}", made, "float16")
+    return traced_family(f"quarter.{kv_heads}_heads_of_{head_dim}", quartered(made), "float16")
 
 
 @pytest.fixture(scope="module", params=["skip", "fill"])

@@ -65,7 +65,8 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
     generations = COMPUTE_CAPABILITIES if name == "llama" else ("8.9",)
     builder = BuilderOptions(compute_capabilities=generations)
     bundle = make_bundle(name, tmp_path / "b", **OPTIONS, builder=builder)
-    assert (operators(bundle) == of_llama) >= (name in AS_LLAMA)
+    if name in AS_LLAMA:
+        assert operators(bundle) == of_llama
     entry = bundle.target("tensorrt-rtx")[1]
     assert entry.compute_capabilities == generations
     assert {

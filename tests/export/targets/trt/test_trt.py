@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -455,8 +456,9 @@ def test_add_target_verifies_what_can_run_here(tmp_path, capsys):
     first = {RTX: added.manifest.targets[RTX]} | added.manifest.targets
     rtx_first = dataclasses.replace(added, manifest=dataclasses.replace(added.manifest, targets=first))
     for shown, here in ((added, True), (rtx_first, result["status"] != "not run")):
-        _print_exported(shown, made.root)
+        _print_exported(shown, Path("a folder"))
         said = capsys.readouterr().out
+        assert "lora-drop generate 'a folder' " in said  # as a shell takes it
         assert ("\ntry: lora-drop generate" in said, "try, on a machine with its device: lora-drop" in said) == (
             here,
             not here,

@@ -108,23 +108,22 @@ def _check_definitions(directory: Path) -> None:
             ) from None
 
 
-def _parts(entry: Any) -> list[str | None]:
-    """What a group or tag of lm-eval's index is made of, by name; None for a group that is written out in its place."""
+def _members(entry: Any) -> list[Any]:
+    """What a group of lm-eval's index is made of: names, or dicts with settings; none of a task or tag."""
     members = (entry.cfg or {}).get("task")
-    parts = members if isinstance(members, list) else entry.tags if entry.yaml_path is None else ()
-    return [part.get("task") if isinstance(part, dict) else part for part in parts]
+    return members if isinstance(members, list) else []
 
 
 def _within(names: Sequence[str], index: Mapping[str, Any]) -> bool:
-    """Whether these tasks, groups and tags, and all that they are made of, are in an index of lm-eval."""
+    """Whether these tasks, groups and tags, and all that groups are made of, are in an index of lm-eval."""
     waiting, seen = list[Any](names), set[str]()
     while waiting:
         name = waiting.pop()
-        if not isinstance(name, str) or name not in index:
+        if not isinstance(name, str) or name not in index:  # no name: a group that is written out in its place
             return False
         if name not in seen:
             seen.add(name)
-            waiting += _parts(index[name])
+            waiting += [one.get("task") if isinstance(one, dict) else one for one in _members(index[name])]
     return True
 
 
@@ -156,12 +155,9 @@ def _check_names(names: Sequence[str], index: Mapping[str, Any], within: Sequenc
                 note=f"{' → '.join([*within[within.index(name) :], name])}.",
                 hint="Correct the definitions; lm-eval's documentation says what they may hold.",
             )
-        definition = index[name].cfg or {}
-        members = definition.get("task")
-        parts = members if isinstance(members, list) else []
         # A part that is written out, or gets its data from the group, need not be known
-        inline = "dataset_path" in definition
-        known = [part for part in parts if isinstance(part, str) and (part in index or not inline)]
+        inline = "dataset_path" in (index[name].cfg or {})
+        known = [one for one in _members(index[name]) if isinstance(one, str) and (one in index or not inline)]
         _check_names(known, index, (*within, name))
 
 
