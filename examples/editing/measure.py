@@ -1,6 +1,6 @@
 """How much faster `lossless` with drafts looked up in the text edits passages than the full schedule does.
 
-    python examples/editing/measure.py BUNDLE [--task edit] [--draft ngram] [--k auto] [--json FILE]
+    python examples/editing/measure.py BUNDLE [--task edit] [--draft ngram] [--k auto] [--target NAME] [--json FILE]
 
 Each of the passages of edits.json goes into the model's chat template with its edit; those named `module:function` are
 read from Python's own library. Both runs are greedy, and alternate. Printed are the median of the ratios of decoding
@@ -70,6 +70,8 @@ def measure(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--task", choices=("edit", "continue"), default="edit")
+    parser.add_argument("--target", help="of the bundle's, for example openvino")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--draft", default="ngram")
     parser.add_argument("--k", default="auto")
     parser.add_argument("--count", type=int, default=len(ENTRIES), help="the first so many passages")
@@ -86,7 +88,9 @@ def measure(arguments: Sequence[str]) -> None:
     sampling = None if edits else DRAWS
     warnings.simplefilter("ignore")
     rows = []
-    with Session.open(options.bundle, policy="lossless", draft=options.draft, k=k) as session:
+    with Session.open(
+        options.bundle, policy="lossless", draft=options.draft, k=k, target=options.target, threads=options.threads
+    ) as session:
         codec = TextCodec.open(session.bundle.root / "tokenizer")
         for entry in entries:
             text = passage(entry)

@@ -10,6 +10,12 @@ from lora_drop_export.graphs.nodes import Ops, replace_node
 TOKENS = (1, "tokens")
 
 
+def _sizes(reshape: ir.Node) -> list[int]:
+    """What a Reshape asks for; [0], a copied size, where that is not known here."""
+    shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] is not None else None
+    return [0] if shape is None else shape.numpy().tolist()
+
+
 def _with_constant_shape(graph: ir.Graph, node: ir.Node) -> None:
     """A Reshape to [batch, sequence, …] needs no shape that is computed: the second size is what is left."""
     shape = node.outputs[0].shape
@@ -22,6 +28,18 @@ def _with_constant_shape(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, ops.nodes)
     node.replace_input_with(1, sizes)
     node.attributes.pop("allowzero", None)
+
+
+def _join_reshapes(graph: ir.Graph) -> None:
+    """A Reshape of what a Reshape made reads its input: each node costs a step a microsecond, and several where the
+    number of tokens changes."""
+    for node in graph:
+        if node.op_type != "Reshape" or 0 in _sizes(node):
+            continue
+        source = node.inputs[0].producer() if node.inputs[0] is not None else None
+        while source is not None and source.op_type == "Reshape" and source.inputs[0] is not None:
+            node.replace_input_with(0, source.inputs[0])
+            source = source.inputs[0].producer()
 
 
 def _replace_positions(graph: ir.Graph, kept: ir.Value, positions: ir.Value) -> None:
@@ -57,6 +75,7 @@ def pack_tokens(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type == "Reshape":
             _with_constant_shape(graph, node)
+    _join_reshapes(graph)
     ids.shape, index.shape = ir.Shape(TOKENS), ir.Shape(["rows"])
     others = [value for name, value in inputs.items() if "." in name and not name.startswith("past_")]
     graph.inputs[:] = [ids, positions, index, *others]
