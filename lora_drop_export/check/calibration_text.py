@@ -18,16 +18,28 @@ HELD_BACK = 8  # windows at most that nothing is rounded on
 MOST_BYTES = 1 << 30
 
 
+def _too_short(file: Path | None, found: str) -> InputError:
+    return InputError(
+        "The calibration text is too short.",
+        note=f"{file or 'The bundled one'} has {found}; needed are {LEAST_TOKENS} of the model's.",
+        hint=f"Give a longer one; up to {WINDOWS * WINDOW} tokens are used.",
+    )
+
+
 def read_calibration_text(file: Path) -> str:
-    """Raises InputError where it cannot be read as UTF-8, or has more than a GiB."""
+    """Raises InputError where it cannot be read as UTF-8, has more than a GiB, or less than a byte for each token."""
     try:
-        return read_bounded(file, MOST_BYTES).decode("utf-8")
+        data = read_bounded(file, MOST_BYTES)
+        text = data.decode("utf-8")
     except (BundleError, UnicodeDecodeError) as error:
         raise InputError(
             "The calibration text cannot be read.",
             note=error.note if isinstance(error, BundleError) else f"{file}: {error}.",
             hint="Give a UTF-8 text file.",
         ) from None
+    if len(data) < LEAST_TOKENS:
+        raise _too_short(file, f"{len(data)} bytes")
+    return text
 
 
 def _all_windows(root: Path, vocab_size: int, window: int, file: Path | None) -> npt.NDArray[np.int64] | None:
@@ -48,11 +60,7 @@ def _all_windows(root: Path, vocab_size: int, window: int, file: Path | None) ->
     tokens = TextCodec.open(root / "tokenizer").encode(text)
     tokens = tokens[tokens < vocab_size]
     if len(tokens) < LEAST_TOKENS:
-        raise InputError(
-            "The calibration text is too short.",
-            note=f"{file or 'The bundled one'} has {len(tokens)} of the model's tokens; needed are {LEAST_TOKENS}.",
-            hint=f"Give a longer one; up to {WINDOWS * WINDOW} tokens are used.",
-        )
+        raise _too_short(file, f"{len(tokens)} tokens")
     count = len(tokens) // window
     return tokens[: count * window].reshape(count, window)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,22 @@ def parsed_once() -> Iterator[None]:
         yield
     finally:
         vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
+
+
+def parsed(path: Path) -> Any:
+    """gguf's reader of a file.
+
+    Raises:
+        ValueError: it is none, or not whole.
+    """
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (IndexError, ValueError) as error:
+        if not isinstance(error, IndexError) and not re.search("reshape|unpack", str(error)):
+            raise  # gguf's own say what is wrong; these are of views that end with the file
+        raise ValueError("it ends before what its header promises, or the header is damaged") from error
 
 
 def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:

@@ -22,7 +22,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
-from .gguf import parsed_once, read_gguf
+from .gguf import parsed, parsed_once, read_gguf
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
@@ -94,12 +94,11 @@ def _model_directory(model: Any, scratch: Path, tokenizer: Any) -> Path:
 
 def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
-    import gguf
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with refused("The GGUF file cannot be read.", path, _CONVERT), parsed_once():
-        reader = gguf.GGUFReader(path)
+        reader = parsed(path)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_layer_count(config, len(reader.tensors))
         with torch.device("meta"):
@@ -130,6 +129,13 @@ def _snapshot(model: str) -> Path:
             note=f"{model!r:.120} is no directory here, and not a repository that the hub gave: {reason}",
             hint="Check the spelling; offline, give a local directory or a .gguf file.",
         ) from None
+
+
+def _what_is_there(path: Path) -> str:
+    """Of a path that is neither a file nor a directory."""
+    if path.exists():
+        return "a device, a pipe or a socket"
+    return "a link to nothing" if path.is_symlink() else "not there"
 
 
 def _check_files(directory: Path) -> None:
@@ -239,13 +245,19 @@ def open_checkpoint(
         )
     with refused("There is no such model.", ascii(model), "Check the spelling."):  # ~nobody/model
         path = Path(model).expanduser()
-    if is_file(path) and path.suffix == ".gguf":
+    if is_file(path) and path.suffix.lower() == ".gguf":
         log(f"reading {path.name}")
         return _gguf(path, scratch, log)
     if is_file(path):
         raise InputError(
             "The model is a file, but not a GGUF file.",
             note=f"{path} ends in {path.suffix or 'nothing'}.",
+            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+        )
+    if not is_directory(path) and (path.suffix.lower() == ".gguf" or path.is_symlink() or path.exists()):
+        raise InputError(
+            "There is no such model.",
+            note=f"{ascii(model)[1:-1]:.300} is {_what_is_there(path)}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
     directory = path if is_directory(path) else _snapshot(model)

@@ -145,7 +145,7 @@ def test_out_exists(refused, place, tmp_path):
     for other in (tmp_path / "notes", tmp_path / "empty", tmp_path / "notes" / "a.txt"):
         export(other, words=("exists already",))
         export(other, "--force", words=("not a bundle",))
-    export(tmp_path / "notes" / "a.txt" / "out", words=("cannot be made",))
+    export(tmp_path / "notes" / "a.txt" / "out", words=("cannot be made", "a.txt is not a directory"))
 
 
 @pytest.mark.usefixtures("untraced")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import transformers
@@ -32,6 +34,34 @@ def test_model_is_not_there(export_refused, place, tmp_path):
     for missing in (tmp_path / "none", "./none/at/all", "no/such/model"):
         export_refused(model=missing, words=("no such model", str(missing)))
     export_refused(model=place / "model" / "config.json", words=("not a GGUF file", ".json"))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_what_is_no_model_is_not_looked_up_on_the_hub(export_refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("it was looked up"))
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.gguf")
+    os.mkfifo("pipe")
+    Path("link").symlink_to("nothing")
+    export_refused(model="pipe.gguf", words=("no such model", "a device, a pipe or a socket"))
+    export_refused(model="pipe", words=("a device, a pipe or a socket",))
+    export_refused(model="link", words=("link is a link to nothing",))
+    export_refused(model="missing.GGUF", words=("missing.GGUF is not there",))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("length", [8, 24, 2000, -100])
+def test_a_gguf_file_that_ends_early(export_refused, tmp_path, length):
+    writer = gguf.GGUFWriter(tmp_path / "whole", "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = tmp_path / "SHORT.GGUF"
+    file.write_bytes((tmp_path / "whole").read_bytes()[:length])
+    export_refused(model=file, words=("GGUF file cannot be read", "ends before what its header promises"))
 
 
 @pytest.mark.usefixtures("untraced")

@@ -96,12 +96,14 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
     for tool in tools:
         function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
         name = function.get("name") if isinstance(function, Mapping) else None
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in found:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InputError(
-                "A tool is none, or has no name of its own.",
+                "A tool is none, or has no name.",
                 note=f"It is {tool!a:.100}; a name has up to 64 letters, digits, dots, dashes and underscores.",
                 hint=hint,
             )
+        if name in found:
+            raise InputError("Two tools have one name.", note=f"It is {name}.", hint="Give each tool a name of its own.")
         assert isinstance(function, Mapping)
         parameters = function.get("parameters")
         if parameters is not None and (

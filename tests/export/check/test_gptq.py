@@ -237,12 +237,16 @@ def test_the_bundled_text_has_enough(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_refused_texts(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("too short")
+    with pytest.raises(InputError, match="too short") as error:  # before there is a tokenizer
+        ExportOptions(calibration=text, **OPTIONS)
+    assert f"has 9 bytes; needed are {LEAST_TOKENS}" in str(error.value)
+    text.write_text("🙂" * (LEAST_TOKENS - 1))
     with pytest.raises(InputError, match="no tokenizer"):
         calibration_windows(tmp_path, 131, 256, text)
     character_tokenizer(tmp_path)
     with pytest.raises(InputError, match="too short") as error:
         calibration_windows(tmp_path, 131, 256, text)
-    assert f"needed are {LEAST_TOKENS}" in str(error.value)
+    assert f"tokens; needed are {LEAST_TOKENS}" in str(error.value)
     text.write_bytes(b"\xff\xfe")
     for options, words in (
         ({"calibration": text}, "applies only to --quantization gptq"),

@@ -181,7 +181,7 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
         (many, "number of tools"),
         ([3], "A tool is none"),
         ([{"type": "function", "function": {"name": "a b"}}], "A tool is none"),
-        ([*TOOLS, NOW], "A tool is none"),
+        ([*TOOLS, NOW], "Two tools have one name"),
     ):
         assert_refused(lambda tools=tools: Tools(tools), fact)
     for choice in ("some", {"type": "function", "function": {"name": "other"}}, None, {}, ["auto"]):

@@ -115,7 +115,7 @@ class OrtEngine:
         self._provider = PROVIDERS[provider]
         self._ep_device = rtx_device(onnxruntime) if provider == "rtx" else None
         if self._ep_device is None:
-            check_available(provider, onnxruntime)
+            check_available(provider, onnxruntime, bundle.manifest.model.dtype)
         if provider == "cuda":
             preload_cuda(onnxruntime)
         self._threads = threads

@@ -15,6 +15,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "rtx": "NvTensorRTRTXExecutionProvider",
 }
+ON_CPU = ("float32", "float16")  # dtypes that its kernels have
 RAGGED_ROWS_SINCE = (1, 32)  # GroupQueryAttention's query_seqlens; no onnxruntime-gpu has it yet
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 
@@ -27,9 +28,9 @@ def check_runs(bundle: Bundle, target: str, provider: str) -> None:
     entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
     runs: dict[str, tuple[str, ...]] = {}
     if isinstance(entry, OrtEntry):
-        runs = {"cpu": ("float32", "float16"), "cuda": ("float16", "bfloat16")}
+        runs = {"cpu": ON_CPU, "cuda": ("float16", "bfloat16")}
     if isinstance(entry, TrtEntry) and entry.form == "native":
-        runs["cpu"] = ("float32", "float16")
+        runs["cpu"] = ON_CPU
     if isinstance(entry, TrtEntry) and entry.ep_context is not None:
         runs["rtx"] = ("float32", "float16", "bfloat16")
     if provider not in PROVIDERS or dtype not in runs.get(provider, ()):
@@ -86,8 +87,12 @@ def check_form(entry: OrtEntry, dtype: str) -> None:
         )
 
 
-def check_available(provider: str, ort: Any) -> None:
-    """Refuse a provider that the installed package was not built with."""
+def check_available(provider: str, ort: Any, dtype: str) -> None:
+    """Refuse a provider that the installed package was not built with.
+
+    Args:
+        dtype: of activations.
+    """
     available = ort.get_available_providers()
     if PROVIDERS[provider] in available:
         return
@@ -96,7 +101,8 @@ def check_available(provider: str, ort: Any) -> None:
     raise NoDeviceError(
         "The execution provider is not available.",
         note=note.strip(),
-        hint=f"For an NVIDIA GPU: {install_command('cuda')}. A bundle in float32 runs with --provider cpu.",
+        hint=f"For an NVIDIA GPU: {install_command('cuda')}."
+        + (" On the CPU it runs with --provider cpu." if dtype in ON_CPU else ""),
     )
 
 

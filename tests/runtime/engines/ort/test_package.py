@@ -133,14 +133,16 @@ def test_one_that_is_too_old(tmp_path):
         ({"onnxruntime", "onnxruntime-gpu"}, "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'lora-drop-"),
     ],
 )
-def test_a_provider_that_the_package_has_not(monkeypatch, packages, hint):
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_provider_that_the_package_has_not(monkeypatch, packages, hint, dtype):
     """Where both are installed, the one that came last has the folder: CUDA is not there though its package is."""
     monkeypatch.setattr(package, "installed_packages", lambda: sorted(packages))
     with pytest.raises(NoDeviceError) as caught:
-        check_available("cuda", SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"]))
+        check_available("cuda", SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"]), dtype)
     assert "'cuda' was asked for, the installed ONNX Runtime has cpu." in caught.value.note
     assert ("both installed" in caught.value.note) == (len(packages) == 2)
     assert hint in caught.value.hint
+    assert ("--provider cpu" in caught.value.hint) == (dtype == "float16")
 
 
 def test_graphs_of_a_gpus_target_are_then_not_compared(monkeypatch, capsys):
