@@ -229,19 +229,28 @@ class Request:
             tokens = min(tokens, self.dropped[row])
         return tokens, self._written[row].count(tokens)
 
-    def longest_prefix(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """(row, count) of the row that has entries of the most of these tokens, from the first on."""
+    def _longest_prefix(self, tokens: Sequence[int], rows: Iterable[int]) -> tuple[int, int]:
+        """(row, count) of that of the rows which has entries of the most of these tokens, from the first on."""
         best = 0, 0
-        for row in self._all:
+        for row in rows:
             same = next((n for n, (a, b) in enumerate(zip(self.tokens[row], tokens, strict=False)) if a != b), None)
             count, _ = self.entries(row, min(len(self.tokens[row]), len(tokens)) if same is None else same)
             best = max(best, (row, count), key=lambda one: one[1])
         return best
 
-    def take_over(self, other: Request, source: int, row: int, tokens: int) -> None:
-        """Begin a row with the first `tokens` of another request's row, or with fewer."""
-        kept, dropped = other.entries(source, tokens)
-        self.slots.copy(other.slots, source, row, kept, dropped)  # type: ignore[arg-type]  # of one engine
+    def take_over(self, other: Request, row: int, tokens: Sequence[int]) -> None:
+        """Begin a row with what the rows of another request have of these tokens.
+
+        In an engine of one request that is the request before. What its row of the same place has left is taken as it
+        lies, where the caches have the same place and sizes.
+        """
+        in_place = not self.engine.many_requests
+        if in_place and not self.slots.has_memory_of(other.slots):  # type: ignore[union-attr, arg-type]  # none is paged
+            return
+        source, count = other._longest_prefix(tokens, [row] if in_place else other._all)
+        kept, dropped = other.entries(source, count)
+        if not in_place:
+            self.slots.copy(other.slots, source, row, kept, dropped)  # type: ignore[arg-type]  # of one engine
         self.tokens[row] = other.tokens[source][:kept]
         self.kept[row], self.dropped[row] = kept, dropped
         self._written[row] = other._written[source].first(kept)

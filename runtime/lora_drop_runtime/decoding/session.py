@@ -189,7 +189,8 @@ class Session:
             stop_token_ids: end a row, itself excluded from the output; the model's end tokens when None.
             reuse_prefix: do not run again what a row of the request before begins with; its caches are taken over. They
                 are the full model's at tokens of its prompt, and under `backfill` and `lossless` at all tokens; `skip`
-                left holes at decoded ones, `fill` approximations. An engine on a GPU runs the whole prompt.
+                left holes at decoded ones, `fill` approximations. On a GPU a row goes on in its own caches alone, where
+                the request has as many rows and slots as the one before.
             constraint: of what every row may write (constraint.py); tokens that it does not allow are left out before
                 the others are chosen from. Each row works on a fork of it, and ends where it is over.
 
@@ -365,7 +366,7 @@ class Session:
         reuse_prefix: bool,
     ) -> None:
         engine = self._opened()
-        before = self._request if checks.flag("reuse_prefix", reuse_prefix) and engine.many_requests else None
+        before = self._request if checks.flag("reuse_prefix", reuse_prefix) else None
         ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
         checks.check_prompts(ids)
         if lengths is None:
@@ -382,8 +383,7 @@ class Session:
         request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)
         if before is not None:
             for row, length in enumerate(lens.tolist()):
-                source, count = before.longest_prefix(ids[row, : length - 1].tolist())  # a token has to give the logits
-                request.take_over(before, source, row, count)
+                request.take_over(before, row, ids[row, : length - 1].tolist())  # a token has to give the logits
             before = None  # its caches go before the prompts run
         request.prefill(ids, lens)
         self._request = request

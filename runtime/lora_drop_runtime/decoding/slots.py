@@ -26,6 +26,7 @@ from lora_drop_runtime.engines.engine import (
     CycleEngine,
     CycleRows,
     CycleStep,
+    DeviceBuffer,
     Step,
 )
 from lora_drop_runtime.plan.policy import Policy
@@ -184,6 +185,11 @@ class Slots:
         for name, state in self.buffers.states[self._side].items():
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
+
+    def has_memory_of(self, other: Slots) -> bool:
+        """Whether the caches lie where those of other slots lie, row for row."""
+        pairs = [(cache, other.buffers.caches[name]) for name, cache in self.buffers.caches.items()]
+        return all(a is b or (isinstance(a, DeviceBuffer) and a == b) for a, b in pairs)
 
     def fork(self, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> Slots:
         """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""

@@ -116,7 +116,7 @@ class Engine(Protocol):
 
 class BindingEngine(Engine, Protocol):
     """Gives memory by name, and binds it to steps. Where `many_requests` is false, asking for a buffer again ends the
-    use of the one of that name."""
+    use of the one of that name; one of the same sizes has what was in it."""
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         """Zeros that the host reads and writes between steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -227,12 +228,45 @@ def test_what_cannot_be_is_refused() -> None:
     assert_refused(session.fork, "cannot be forked", "fake")
 
 
-def test_an_engine_of_one_request_runs_the_whole_prompt() -> None:
-    session, engine = opened("backfill")
-    engine.many_requests = False
-    session.prefill([[1, 2, 3]])
-    session.prefill([[1, 2, 3, 4]], reuse_prefix=True)
-    assert engine.runs[-1].input_ids.shape == (1, 4)
+class OneRequestEngine(FakeEngine):
+    """Has one buffer of each name, which the next request of as many rows gets as it is."""
+
+    many_requests = False
+
+    def __init__(self) -> None:
+        super().__init__(PLAN)
+        self.buffers: dict[str, Any] = {}
+
+    def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
+        return dict.fromkeys(needed, 20)
+
+    def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        if name not in self.buffers or self.buffers[name].shape != shape:
+            self.buffers[name] = super().allocate_resident(name, shape, dtype)
+        return self.buffers[name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_an_engine_of_one_request_takes_what_the_same_row_left(policy: str, kind: str) -> None:
+    engine = OneRequestEngine()
+    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    session = Session(open_session(PLAN, engine=engine)[0].bundle, engine, PeriodicSchedule(2), policy)
+
+    def fed(*prompts: list[int]) -> set[int]:
+        """The tokens that a request is given."""
+        engine.runs.clear()
+        session.prefill(*padded(list(prompts)), max_new_tokens=3, reuse_prefix=True)
+        check_caches(session, [Holes(prompt) for prompt in prompts])
+        return {token for run in engine.runs for row in run.input_ids.tolist() for token in row}
+
+    text, other = [1, 2, 3, 4], [5, 6]
+    fed(text, other)
+    session.step([7, 8])
+    assert not fed([*text, 9, 9], [*other, 9]) & {1, 2, 3, 5, 6}
+    assert fed([*other, 3, 3], text) >= {5, 6, 1, 2, 3, 4}  # what the other row has lies elsewhere
+    assert fed([*other, 3, 3]) >= {5, 6}  # as do the caches of fewer rows
+    assert fed([*other, 3, 3, 8]) == {8}
 
 
 def test_forks_share_the_engine_until_the_last_is_closed() -> None:

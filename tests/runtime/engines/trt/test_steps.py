@@ -13,6 +13,7 @@ import pytest
 from lora_drop_runtime import Batch, InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import drafter
+from lora_drop_runtime.decoding.request import Request
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support import oracle
@@ -108,6 +109,28 @@ def test_requests_after_each_other_are_as_if_alone(bundles) -> None:
             fresh, _, _ = open_device_session(made)
             with fresh:
                 assert ours == [row.tolist() for row in fresh.generate(prompts, 9, k=k)]
+
+
+@pytest.mark.parametrize("cycles", [False, True])
+@pytest.mark.parametrize("name", ["residual", "recurrent"])
+def test_a_prefix_is_taken_where_it_lies(bundles, name: str, cycles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turns of a chat, exact under `backfill`: a turn runs what is new, and at most k tokens before it again."""
+    fed: list[int] = []
+    prefill = Request.prefill
+
+    def counted(self: Request, ids: np.ndarray, lengths: np.ndarray) -> None:
+        fed.append(int(lengths[0]) - self.kept[0])
+        prefill(self, ids, lengths)
+
+    monkeypatch.setattr(Request, "prefill", counted)
+    (session, _, _), (fresh, _, _) = (open_device_session(bundles(name), policy="backfill", cycles=cycles) for _ in "12")
+    with session, fresh:
+        text = [5, 6, 7, 8, 9]
+        for turn in range(4):
+            reply = list(session.stream(text, 7, k=2, reuse_prefix=True, stop_token_ids=()))
+            assert fed[-1] == len(text) if turn == 0 else 3 <= fed[-1] <= 5
+            assert reply == list(fresh.stream(text, 7, k=2, stop_token_ids=()))
+            text = [*text, *reply, 11, 12]
 
 
 # ── capacities ─────────────────────────────────────────────────────────────────────────────────────────────────
