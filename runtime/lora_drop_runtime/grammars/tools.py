@@ -103,7 +103,9 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
                 hint=hint,
             )
         if name in found:
-            raise InputError("Two tools have one name.", note=f"It is {name}.", hint="Give each tool a name of its own.")
+            raise InputError(
+                "Two tools have one name.", note=f"It is {name}.", hint="Give each tool a name of its own."
+            )
         assert isinstance(function, Mapping)
         parameters = function.get("parameters")
         if parameters is not None and (

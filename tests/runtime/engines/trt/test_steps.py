@@ -123,7 +123,9 @@ def test_a_prefix_is_taken_where_it_lies(bundles, name: str, cycles: bool, monke
         prefill(self, ids, lengths)
 
     monkeypatch.setattr(Request, "prefill", counted)
-    (session, _, _), (fresh, _, _) = (open_device_session(bundles(name), policy="backfill", cycles=cycles) for _ in "12")
+    (session, _, _), (fresh, _, _) = (
+        open_device_session(bundles(name), policy="backfill", cycles=cycles) for _ in "12"
+    )
     with session, fresh:
         text = [5, 6, 7, 8, 9]
         for turn in range(4):
