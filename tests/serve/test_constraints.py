@@ -314,6 +314,15 @@ WRONG = [
 ]
 
 
+def test_the_place_of_what_is_wrong_in_a_schema_is_a_path_in_the_body(served: Served) -> None:
+    for body, place in (
+        (schema(False), "response_format.json_schema.schema: "),
+        ({"response_format": {"type": "json_object", "x": 1}}, "'response_format.x'"),
+    ):
+        answer = served.http.post(CHAT, json={"messages": HI, **body})
+        assert place in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(("body", "param"), WRONG, ids=[f"{i}-{case[1]}" for i, case in enumerate(WRONG)])
 def test_a_wrong_one_is_named(served: Served, body: dict[str, Any], param: str) -> None:
     for streams in (False, True):

@@ -32,6 +32,8 @@ _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_sepa
 
 def _refused(reason: str) -> InputError:
     reason = " ".join(reason.replace("\\n", " ").split())  # llguidance draws lines, and marks the place
+    if "NoExtensionBias" in reason:  # its name for what a schema allows that only refers to itself
+        reason = "it allows no text"
     return InputError(
         "The schema or grammar cannot be followed.",
         note=f"The reason: {reason[:500]}",
