@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "no value": (False, "cannot be followed", "not"),
     "unknown keyword": ({"not": {"type": "null"}}, "cannot be followed", "not"),
     "elsewhere": ({"$ref": "http://example.com/a.json"}, "cannot be followed", "example.com"),
-    "never ends": ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "cannot be followed", "allows no text"),
+    "never ends": ({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, "cannot be followed", "no text"),
     "overflows the stack": (nested(3000), "cannot be followed", "nested too deep"),
     "takes much memory": ({"type": "integer", "multipleOf": 62615533}, "cannot be followed", "memory"),
 }
