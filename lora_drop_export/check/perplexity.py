@@ -1,4 +1,4 @@
-"""What quantization costs: perplexity of the checkpoint in PyTorch and of the bundle in its engine."""
+"""What quantization costs: the checkpoint in PyTorch and the bundle in its engine on one text."""
 
 from __future__ import annotations
 
@@ -34,31 +34,36 @@ def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> flo
     return float((np.log(logits.sum(axis=1, dtype=np.float64)) - own).sum())
 
 
-def _window_nats(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress) -> float:
-    """Negative log likelihood of each token but the first, summed, by refreshes over some tokens each; ids [T]."""
+def _window(
+    engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress
+) -> tuple[float, list[npt.NDArray[np.int64]]]:
+    """Negative log likelihood of each token but the first, summed, and the most likely tokens in their place, by
+    refreshes over some tokens each; ids [T]."""
     needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
     slots = slots_for(bundle, engine, 1, needed)
     slots.admit(0, needed)
     chunk = min(_CHUNK, engine.prefill_chunk or _CHUNK)
-    nats = 0.0
+    nats, likeliest = 0.0, []
     for begin in range(0, len(ids) - 1, chunk):
         following = ids[begin + 1 : begin + 1 + chunk]
         run = Run(StepKind.REFRESH, ids[begin : begin + chunk].tolist(), begin, begin, each=True)
         slots.run(StepKind.REFRESH, [run], (0,), once=True)
-        nats += _nats(slots.logits()[0, : len(following)], following)
+        logits = slots.logits()[0, : len(following)]
+        likeliest.append(logits.argmax(axis=1))
+        nats += _nats(logits, following)
         progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
-    return nats
+    return nats, likeliest
 
 
-def engine_perplexity(
+def engine_on_text(
     bundle: Bundle,
     target: str,
     provider: str | None,
     threads: int | None,
     ids: npt.NDArray[np.int64],
     progress: Progress,
-) -> float:
-    """exp of the mean negative log likelihood of each token but a window's first, all layers in full.
+) -> tuple[float, npt.NDArray[np.int64]]:
+    """A text with all layers in full: perplexity and most likely tokens, as `Reference.on_text` has them.
 
     Args:
         target, provider, threads: what runs the bundle, as `Session.open` has it.
@@ -71,9 +76,10 @@ def engine_perplexity(
     with execution(target):
         engine = open_engine(bundle, target, provider, threads)
         try:
-            nats = sum(_window_nats(engine, bundle, row, progress) for row in ids)
+            windows = [_window(engine, bundle, row, progress) for row in ids]
         finally:
             engine.close()
+    nats = sum(found for found, _ in windows)
     with np.errstate(over="ignore", invalid="ignore"):
         perplexity = float(np.exp(nats / (len(ids) * (ids.shape[1] - 1))))
     if not np.isfinite(perplexity):
@@ -82,7 +88,7 @@ def engine_perplexity(
             note=f"Its perplexity on {ids.size} tokens of a sample text is {perplexity}, target {target}.",
             hint="This is a bug, or a checkpoint with damaged weights; --dtype fp32 shows which.",
         )
-    return perplexity
+    return perplexity, np.concatenate([part for _, parts in windows for part in parts])
 
 
 def report_perplexity(
@@ -94,15 +100,17 @@ def report_perplexity(
     console: Console,
     threads: int | None = None,
 ) -> dict[str, float] | None:
-    """What quantization costs: perplexity on the sample text, all layers in full, before and after.
+    """What quantization costs: perplexity on the sample text, all layers in full, before and after, and in how many
+    places the most likely token is another. Perplexity alone may fall where the weights only make the model less sure.
 
     Args:
         checkpoint: the weights that the bundle's were made from; they run in PyTorch, the bundle in its engine.
         target, provider: what runs the bundle, as `Session.open` has it.
 
     Returns:
-        `tokens`, and the perplexity as `float` and under the name of the weights' dtype; None where there is no
-        tokenizer to measure with, or this machine cannot execute the target.
+        `tokens`, the perplexity as `float` and under the name of the weights' dtype, and `agreement`, the share of the
+        places where both have the same most likely token; None where there is no tokenizer to measure with, or this
+        machine cannot execute the target.
 
     Raises:
         VerificationError: the engine cannot execute the bundle.
@@ -122,14 +130,16 @@ def report_perplexity(
         return None
     try:
         with console.progress("perplexity of the bundle") as progress:
-            after = engine_perplexity(bundle, target, provider, threads, ids[None], progress)
+            after, ours = engine_on_text(bundle, target, provider, threads, ids[None], progress)
     except NoDeviceError as error:
         not_measured(f"{target} was not run on this machine: {error.note}")
         return None
     what = "perplexity of the checkpoint"
     with console.progress(what) as progress:
-        before = Reference(checkpoint, manifest.plan, {}).perplexity(ids, functools.partial(progress, what))
+        before, theirs = Reference(checkpoint, manifest.plan, {}).on_text(ids, functools.partial(progress, what))
     dtype, change = manifest.model.weight_dtype, 100 * (after / before - 1)
     both = f"float {before:.2f} in PyTorch → {short_name(dtype)} {after:.2f} in {target}"
-    console.say(f"perplexity on {len(ids)} tokens: {both} ({change:+.1f} %)")
-    return {"tokens": len(ids), "float": before, dtype: after}
+    agreement = float((ours == theirs).mean())
+    same = f"the most likely token is float's in {100 * agreement:.1f} %"
+    console.say(f"perplexity on {len(ids)} tokens: {both} ({change:+.1f} %); {same}")
+    return {"tokens": len(ids), "float": before, dtype: after, "agreement": agreement}

@@ -180,15 +180,19 @@ class Reference:
             ]
             return [part.numpy() for part in model.logits(torch.cat(last, dim=1)).unbind(1)]
 
-    def perplexity(
+    def on_text(
         self,
         ids: npt.NDArray[np.int64],
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> float:
-        """exp of the mean negative log likelihood of each token but a window's first, all layers in full.
+    ) -> tuple[float, npt.NDArray[np.int64]]:
+        """A text with all layers in full.
 
         Args:
             ids: int64 [T], one text, or [B, T], windows of one.
+
+        Returns:
+            The perplexity, exp of the mean negative log likelihood of each token but a window's first; and the most
+            likely tokens in their place, int64 [B · (T − 1)].
         """
         import torch
 
@@ -198,14 +202,15 @@ class Reference:
             positions = torch.arange(length).expand(batch, -1)
             lengths = [[length] * batch]
             (hidden,) = self._run_layers(model, [rows], [positions], [StepKind.REFRESH], lengths, progress)
-            nats = 0.0
+            nats, likeliest = 0.0, []
             for x, own in zip(hidden, rows, strict=True):
                 for begin in range(0, length - 1, _ROWS):
                     logits = model.logits(x[None, begin : begin + _ROWS])[0]  # [rows, V]
                     targets = own[begin + 1 : begin + 1 + _ROWS]
                     loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
                     nats += float(loss)
-            return float(np.exp(nats / (batch * (length - 1))))
+                    likeliest.append(logits[: len(targets)].argmax(dim=-1).numpy())
+            return float(np.exp(nats / (batch * (length - 1)))), np.concatenate(likeliest)
 
     def largest_kv(
         self, ids: npt.NDArray[np.int64], progress: Callable[[int, int], None] = lambda done, total: None

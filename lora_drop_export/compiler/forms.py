@@ -24,7 +24,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, NoDeviceError
 
 from lora_drop_export.check.calibration_text import held_back_windows
-from lora_drop_export.check.perplexity import engine_perplexity
+from lora_drop_export.check.perplexity import engine_on_text
 from lora_drop_export.check.reference import Reference
 from lora_drop_export.check.runners import execution
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -212,7 +212,7 @@ def fastest_form(
     what = "perplexity of the checkpoint"
     with console.progress(what) as progress:
         reference = Reference(checkpoint, stand_ins[forms[0]].manifest.plan, {})
-        before = reference.perplexity(windows, lambda done, total: progress(what, done, total))
+        before, _ = reference.on_text(windows, lambda done, total: progress(what, done, total))
     for bundle in stand_ins.values():
         shutil.rmtree(bundle.root)
     kept: dict[Form, tuple[float, Bundle]] = {}
@@ -221,7 +221,7 @@ def fastest_form(
         console.say(f"rounding the form of {rates[form]:.1f} tokens/s")
         bundle = written(f"rounded-{forms.index(form)}", form, False)
         with console.progress("perplexity of the bundle") as progress:
-            after = engine_perplexity(bundle, *_runs_on(bundle), options.threads, windows, progress)
+            after, _ = engine_on_text(bundle, *_runs_on(bundle), options.threads, windows, progress)
         kept[form] = after, bundle
         worse = max(kept, key=lambda form: kept[form][0])
         if len(kept) > 1:

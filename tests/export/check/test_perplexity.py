@@ -48,6 +48,11 @@ def measured(bundle: Bundle) -> dict[str, float] | None:
     return module.report_perplexity(bundle, checkpoint, "ort", provider=None, console=Console(), threads=1)
 
 
+def likeliest(model, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(ids)[None]).logits[0, :-1].argmax(-1).numpy()
+
+
 def eager(model, ids: np.ndarray) -> float:
     """Log of transformers' own perplexity."""
     with torch.no_grad():
@@ -65,6 +70,9 @@ def test_it_is_transformers(good, monkeypatch):
         assert found["tokens"] == len(ids) == 128
         assert math.log(found["float"]) == pytest.approx(eager(model, ids), rel=1e-4)
         assert math.log(found["int4"]) == pytest.approx(eager(dequantized(good), ids), rel=0.03)
+        same = (likeliest(model, ids) == likeliest(dequantized(good), ids)).mean()
+        assert 0.1 < same < 0.9
+        assert found["agreement"] == pytest.approx(same, abs=0.1)  # of which rounded activations change some
 
 
 def without_zero_points(graph: onnx.GraphProto) -> None:

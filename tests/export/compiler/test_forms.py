@@ -15,7 +15,7 @@ from lora_drop_runtime.errors import InputError, NoDeviceError
 from lora_drop_tools.inspect import _quantization
 
 from lora_drop_export.check.calibration_text import calibration_windows, held_back_windows
-from lora_drop_export.check.perplexity import engine_perplexity
+from lora_drop_export.check.perplexity import engine_on_text
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler import forms
 from lora_drop_export.compiler.early import check_before_trace
@@ -110,8 +110,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch, few_forms: None) -> Callable[[dict[
 
     def put(rates: dict[Any, float], losses: dict[Any, float]) -> None:
         monkeypatch.setattr(forms, "tokens_per_second", lambda bundle, *_: rates.get(form_of(bundle), 1.0))
-        monkeypatch.setattr(forms.Reference, "perplexity", lambda *_: 10.0)
-        monkeypatch.setattr(forms, "engine_perplexity", lambda bundle, *_: 10 * (1 + losses.get(form_of(bundle), 0.5)))
+        monkeypatch.setattr(forms.Reference, "on_text", lambda *_: (10.0, None))
+        lost = lambda bundle, *_: (10 * (1 + losses.get(form_of(bundle), 0.5)), None)  # noqa: E731
+        monkeypatch.setattr(forms, "engine_on_text", lost)
 
     return put
 
@@ -185,7 +186,7 @@ def test_what_is_measured(tmp_path: Path, few_forms: None) -> None:
     assert record["float"] == pytest.approx(wanted, rel=1e-4)
     row = record["measured"][record["chosen"]]
     assert row["perplexity"] == pytest.approx(
-        engine_perplexity(bundle, "ort", None, 1, windows, lambda *_: None), rel=1e-3
+        engine_on_text(bundle, "ort", None, 1, windows, lambda *_: None)[0], rel=1e-3
     )
     assert all(row["tokens_per_second"] > 0 for row in record["measured"])
     assert (form_of(bundle)[1:], len(record["measured"])) == ((True, True), 2)

@@ -131,9 +131,10 @@ def test_perplexity_is_the_models(tmp_path, exported):
         model.load_state_dict(values, strict=False)
         model.tie_weights()
         with torch.no_grad():
-            loss = model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None]).loss
-        ours = Reference(checkpoint, exported.manifest.plan, {}).perplexity(ids)
-        assert ours == pytest.approx(float(loss.exp()), rel=1e-4)
+            found = model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None])
+        ours, likeliest = Reference(checkpoint, exported.manifest.plan, {}).on_text(ids)
+        assert ours == pytest.approx(float(found.loss.exp()), rel=1e-4)
+        assert likeliest.tolist() == found.logits[0, :-1].argmax(-1).tolist()
 
 
 def test_target_that_cannot_take_them_is_not_added(tmp_path):
