@@ -82,6 +82,8 @@ def measure(arguments: Sequence[str]) -> None:
         parser.error("--count and --repeats are at least 1")
     if options.k != "auto" and not options.k.isdecimal():
         parser.error(f"--k is {options.k}, possible is a number or auto")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json is {options.json}, and there is no such directory")
     k = options.k if options.k == "auto" else int(options.k)
     entries, edits = ENTRIES[: options.count], options.task == "edit"
     entries = entries if edits else [entry for entry in entries if "text" in entry]

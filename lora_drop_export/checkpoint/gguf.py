@@ -183,7 +183,7 @@ def parsed(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (IndexError, ValueError) as error:
-        if not isinstance(error, IndexError) and not re.search("reshape|unpack", str(error)):
+        if not isinstance(error, IndexError) and not re.search("reshape|unpack|dtype", str(error)):
             raise  # gguf's own say what is wrong; these are of views that end with the file
         raise ValueError("it ends before what its header promises, or the header is damaged") from error
 

@@ -94,11 +94,11 @@ def _model_directory(model: Any, scratch: Path, tokenizer: Any) -> Path:
 
 def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with refused("The GGUF file cannot be read.", path, _CONVERT), parsed_once():
-        reader = parsed(path)
+        reader = parsed(path)  # before the packages below take their seconds
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_layer_count(config, len(reader.tensors))
         with torch.device("meta"):

@@ -185,7 +185,8 @@ def quantized_blocks(
     taken = has_native(source, form)
     for begin in range(0, source.shape[0], chunk_rows):
         if taken:
-            yield source.native_rows(begin, begin + chunk_rows)
+            q, scales, zero_points = source.native_rows(begin, begin + chunk_rows)
+            yield q, finite(scales, source.name), zero_points
             continue
         rows = finite(np.asarray(source.rows(begin, begin + chunk_rows), np.float32), source.name)
         yield round_to_float8(rows, scale_dtype) if form.floating else quantize_rows(rows, form, method)

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -127,6 +128,21 @@ def test_gguf_integers_are_taken(tmp_path, opened, name, bits):
     read = dequantized_tensors(path, read_tensors(path))[name]
     assert np.array_equal(read.read(), ref.read())
     assert len(np.unique(unpack(np.frombuffer(data(tmp_path, stored[name]), np.uint8), bits))) > 10
+
+
+def test_a_scale_that_is_no_number_is_refused(gguf_file, tmp_path, opened):
+    """Integers that are taken as they are are not looked at, their scales are."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ref: Any = opened.tensors[name]
+    content = bytearray(gguf_file.read_bytes())
+    content[ref.offset_bytes : ref.offset_bytes + 2] = np.float16(np.nan).tobytes()
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be quantized") as error:
+        store_weights(
+            {name: dataclasses.replace(ref, file=damaged)}, "float32", tmp_path, "copy", formats={name: ref.native}
+        )
+    assert name in error.value.note
 
 
 def test_gguf_formats_that_are_not_ours(opened):
