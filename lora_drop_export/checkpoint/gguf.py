@@ -172,7 +172,7 @@ def parsed_once() -> Iterator[None]:
         vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
 
 
-def parsed(path: Path) -> Any:
+def gguf_reader(path: Path) -> Any:
     """gguf's reader of a file.
 
     Raises:

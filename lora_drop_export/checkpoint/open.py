@@ -22,7 +22,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
-from .gguf import parsed, parsed_once, read_gguf
+from .gguf import gguf_reader, parsed_once, read_gguf
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
@@ -95,7 +95,7 @@ def _model_directory(model: Any, scratch: Path, tokenizer: Any) -> Path:
 def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
     """A GGUF file, its tensors where they lie; config and tokenizer are written to a directory under `scratch`."""
     with refused("The GGUF file cannot be read.", path, _CONVERT), parsed_once():
-        reader = parsed(path)  # before the packages below take their seconds
+        reader = gguf_reader(path)  # before the packages below take their seconds
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
