@@ -9,6 +9,7 @@ GGUF file's config and tokenizer are written there.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,9 +134,9 @@ def _snapshot(model: str) -> Path:
 
 def _what_is_there(path: Path) -> str:
     """Of a path that is neither a file nor a directory."""
-    if path.exists():
+    if os.path.exists(path):
         return "a device, a pipe or a socket"
-    return "a link to nothing" if path.is_symlink() else "not there"
+    return "a link to nothing" if os.path.islink(path) else "not there"
 
 
 def _check_files(directory: Path) -> None:
@@ -254,7 +255,7 @@ def open_checkpoint(
             note=f"{path} ends in {path.suffix or 'nothing'}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
-    if not is_directory(path) and (path.suffix.lower() == ".gguf" or path.is_symlink() or path.exists()):
+    if not is_directory(path) and (path.suffix.lower() == ".gguf" or os.path.lexists(path)):
         raise InputError(
             "There is no such model.",
             note=f"{ascii(model)[1:-1]:.300} is {_what_is_there(path)}.",

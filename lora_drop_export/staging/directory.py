@@ -97,7 +97,9 @@ def staged_directory(out: Path, force: bool, kind: Kind) -> Iterator[Path]:
             refuse_others(place, but=area.root)
             area.new.mkdir()
         except OSError as error:
-            file = next((parent for parent in place.parents if parent.exists() and not parent.is_dir()), None)
+            file = next(
+                (parent for parent in place.parents if os.path.lexists(parent) and not os.path.isdir(parent)), None
+            )
             raise InputError(
                 "The output directory cannot be made.",
                 note=f"{out}: {error.strerror if file is None else f'{file} is not a directory'}.",
