@@ -1,4 +1,5 @@
-"""How far bundles are from the checkpoint in float32: KL, the most likely token, and perplexity, all layers in full.
+"""How far bundles are from the checkpoint in float32, all layers in full: KL, the most likely token, perplexity, and
+the entropy of what is predicted.
 
     python docs/quality/against_float.py MODEL BUNDLE… --text prose=held-out.txt --text code=code.txt
 
@@ -15,37 +16,33 @@ from typing import Any
 import numpy as np
 import torch
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding.paged_slots import slots_for
-from lora_drop_runtime.decoding.slots import Run
 from lora_drop_runtime.engines.engine import Engine
 from lora_drop_runtime.engines.open import open_engine
-from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
 from transformers import AutoModelForCausalLM
 
-CHUNK = 128  # tokens of a run
+from lora_drop_export.check.perplexity import logits_of_window
 
 
 def log_probabilities(bundle: Bundle, engine: Engine, ids: Any) -> Any:
     """Of the token behind each but the last of ids [T]: float32 [T − 1, V]."""
-    needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
-    slots = slots_for(bundle, engine, 1, needed)
-    slots.admit(0, needed)
-    found = []
-    for begin in range(0, len(ids) - 1, CHUNK):
-        tokens = ids[begin : min(begin + CHUNK, len(ids) - 1)].tolist()
-        slots.run(StepKind.REFRESH, [Run(StepKind.REFRESH, tokens, begin, begin, each=True)], (0,), once=True)
-        found.append(np.array(slots.logits()[0, : len(tokens)]))
-    slots.release(0)
-    return torch.log_softmax(torch.from_numpy(np.concatenate(found)), -1)
+    logits = np.concatenate([part.copy() for part in logits_of_window(engine, bundle, ids)])
+    return torch.log_softmax(torch.from_numpy(logits), -1)
 
 
-def compared(ours: Any, float32: Any, ids: Any) -> tuple[float, float, float, float]:
-    """KL, agreement, and the negative log likelihood of the text by both, of log probabilities [T − 1, V]."""
+def entropy(log_probabilities: Any) -> float:
+    """Mean over the tokens, in nats."""
+    return float(-(log_probabilities.exp() * log_probabilities).sum(-1).mean())
+
+
+def compared(ours: Any, float32: Any, ids: Any) -> tuple[float, ...]:
+    """KL, agreement, the negative log likelihood of the text by both, and both entropies, of log probabilities
+    [T − 1, V]."""
     own = torch.from_numpy(ids[1:])[:, None]
     kl = (float32.exp() * (float32 - ours)).sum(-1).mean()
     same = (float32.argmax(-1) == ours.argmax(-1)).float().mean()
-    return float(kl), float(same), float(-ours.gather(1, own).mean()), float(-float32.gather(1, own).mean())
+    nats = [float(-each.gather(1, own).mean()) for each in (ours, float32)]
+    return float(kl), float(same), *nats, entropy(ours), entropy(float32)
 
 
 def main() -> None:
@@ -72,13 +69,14 @@ def main() -> None:
             for place, (bundle, engine) in enumerate(zip(opened, engines, strict=True)):
                 figures[place].append(compared(log_probabilities(bundle, engine, window), float32, window))
         for path, rows in zip(options.bundles, figures, strict=True):
-            kl, same, ours, theirs = np.array(rows).T
+            kl, same, ours, theirs, *entropies = np.array(rows).T
             half = 1.96 / np.sqrt(len(rows))
             lost = 100 * (np.exp((ours - theirs).mean()) - 1)
             print(
                 f"{name:8} {path.name:16} KL {kl.mean():.4f} ± {half * kl.std(ddof=1):.4f}, most likely token "
                 f"{same.mean():.3f} ± {half * same.std(ddof=1):.3f}, perplexity {np.exp(theirs.mean()):.2f} → "
-                f"{np.exp(ours.mean()):.2f} ({lost:+.1f} %)",
+                f"{np.exp(ours.mean()):.2f} ({lost:+.1f} %), entropy {entropies[1].mean():.3f} → "
+                f"{entropies[0].mean():.3f}",
                 flush=True,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -34,24 +35,30 @@ def _nats(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> flo
     return float((np.log(logits.sum(axis=1, dtype=np.float64)) - own).sum())
 
 
-def _window(
-    engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress
-) -> tuple[float, list[npt.NDArray[np.int64]]]:
-    """Negative log likelihood of each token but the first, summed, and the most likely tokens in their place, by
-    refreshes over some tokens each; ids [T]."""
+def logits_of_window(engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
+    """Logits of each token of ids [T] but the first, by refreshes over some tokens each: [n, V] valid until the next
+    ones, T − 1 rows in all."""
     needed = engine.slots({"slots_kept": len(ids), "slots_dropped": len(ids)})
     slots = slots_for(bundle, engine, 1, needed)
     slots.admit(0, needed)
     chunk = min(_CHUNK, engine.prefill_chunk or _CHUNK)
-    nats, likeliest = 0.0, []
     for begin in range(0, len(ids) - 1, chunk):
-        following = ids[begin + 1 : begin + 1 + chunk]
         run = Run(StepKind.REFRESH, ids[begin : begin + chunk].tolist(), begin, begin, each=True)
         slots.run(StepKind.REFRESH, [run], (0,), once=True)
-        logits = slots.logits()[0, : len(following)]
+        yield slots.logits()[0, : len(ids) - 1 - begin]
+
+
+def _window(
+    engine: Engine, bundle: Bundle, ids: npt.NDArray[np.int64], progress: Progress
+) -> tuple[float, list[npt.NDArray[np.int64]]]:
+    """Of ids [T] the negative log likelihood of each token but the first, summed; the most likely tokens there."""
+    nats, likeliest, done = 0.0, [], 0
+    for logits in logits_of_window(engine, bundle, ids):
+        following = ids[done + 1 : done + 1 + len(logits)]
         likeliest.append(logits.argmax(axis=1))
         nats += _nats(logits, following)
-        progress("perplexity of the bundle", begin + len(following), len(ids) - 1)
+        done += len(logits)
+        progress("perplexity of the bundle", done, len(ids) - 1)
     return nats, likeliest
 
 

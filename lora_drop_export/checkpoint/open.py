@@ -255,13 +255,16 @@ def open_checkpoint(
             note=f"{path} ends in {path.suffix or 'nothing'}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
-    if not is_directory(path) and (path.suffix.lower() == ".gguf" or os.path.lexists(path)):
+    if is_directory(path):
+        directory = path
+    elif path.suffix.lower() == ".gguf" or os.path.lexists(path):
         raise InputError(
             "There is no such model.",
             note=f"{ascii(model)[1:-1]:.300} is {_what_is_there(path)}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
-    directory = path if is_directory(path) else _snapshot(model)
+    else:
+        directory = _snapshot(model)
     with refused("The model directory cannot be read.", directory, "Check its permissions."):
         _check_files(directory)
         if not is_file(directory / "config.json"):

@@ -38,6 +38,15 @@ def rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
+def viewed(value: ir.Value) -> ir.Value:
+    """What Reshapes have made a value of."""
+    node = value.producer()
+    while node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
 def float32_logits(graph: ir.Graph) -> ir.Value:
     """Make the graph's first output, the logits, float32; returns it."""
     logits = graph.outputs[0]

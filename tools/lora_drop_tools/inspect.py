@@ -36,7 +36,7 @@ def _quantization(manifest: Manifest) -> list[str]:
         before, after = cost["float"], cost[manifest.model.weight_dtype]
         line += f"; perplexity {before:.2f} → {after:.2f} on {cost['tokens']} tokens"
         if "agreement" in cost:
-            line += f", the most likely token float's in {100 * cost['agreement']:.1f} %"
+            line += f", the most likely token is float's in {100 * cost['agreement']:.1f} %"
     lines = [line]
     if "forms" in how:
         forms = how["forms"]

@@ -17,7 +17,7 @@ from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PA
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
 
-from lora_drop_export.graphs.nodes import Ops
+from lora_drop_export.graphs.nodes import Ops, viewed
 from lora_drop_export.graphs.values import middle_name
 
 
@@ -118,15 +118,6 @@ def _between(ends: Iterable[ir.Value], begins: set[ir.Value]) -> list[ir.Node]:
     return _needed(list(order), set(ends), depends, from_inputs)
 
 
-def _viewed(value: ir.Value) -> ir.Value:
-    """What Reshapes have made a value of."""
-    node = value.producer()
-    while node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value
-
-
 class _Sites:
     """Args:
     lora: the neutral LoRA step, which has the adapters.
@@ -201,7 +192,7 @@ class _Sites:
         count = 1 if self.plan.refresh_policy.fills else 3
         # What is a view of another tensor must not leave an If: OpenVINO gives its memory to others
         rows = [value for value in attention.inputs[:count] if value is not None]  # [T, H·D]
-        ends = [_viewed(value) for value in rows]
+        ends = [viewed(value) for value in rows]
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
         made = full.copy(_between(ends, {x}))
         results = [made[value] for value in ends]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from lora_drop_runtime.bundle.paged_io import POSITIONS
 
-from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.nodes import Ops, replace_node, viewed
 
 TOKENS = (1, "tokens")
 
@@ -34,12 +34,8 @@ def _join_reshapes(graph: ir.Graph) -> None:
     """A Reshape of what a Reshape made reads its input: each node costs a step a microsecond, and several where the
     number of tokens changes."""
     for node in graph:
-        if node.op_type != "Reshape" or 0 in _sizes(node):
-            continue
-        source = node.inputs[0].producer() if node.inputs[0] is not None else None
-        while source is not None and source.op_type == "Reshape" and source.inputs[0] is not None:
-            node.replace_input_with(0, source.inputs[0])
-            source = source.inputs[0].producer()
+        if node.op_type == "Reshape" and node.inputs[0] is not None and 0 not in _sizes(node):
+            node.replace_input_with(0, viewed(node.inputs[0]))
 
 
 def _replace_positions(graph: ir.Graph, kept: ir.Value, positions: ir.Value) -> None:
