@@ -145,7 +145,7 @@ def _check_files(directory: Path) -> None:
         if path.suffix in _FILES and not is_file(path):
             raise InputError(
                 "A file of the checkpoint is no file.",
-                note=f"{str(path)!a:.300} is a directory, a device, or a link to nothing.",
+                note=f"{str(path)!r:.300} is a directory, a device, or a link to nothing.",
                 hint=CHECKPOINT_HINT,
             )
 
@@ -166,14 +166,14 @@ def _weight_files(directory: Path) -> list[Path]:
     if outside:
         raise InputError(
             damaged,
-            note=f"{index} names {outside[0]!a:.120}; files lie beside it.",
+            note=f"{index} names {outside[0]!r:.120}; files lie beside it.",
             hint=CHECKPOINT_HINT,
         )
     missing = [name for name in names if not is_file(directory / name)]
     if missing:
         raise InputError(
             "A shard of the checkpoint is missing.",
-            note=f"{index.name} names {len(names)} files, {ascii(missing[0])[1:-1]:.120} is not in {directory}.",
+            note=f"{index.name} names {len(names)} files, {missing[0]:.120} is not in {directory}.",
             hint="Download the rest of the checkpoint.",
         )
     return [directory / name for name in names]
@@ -244,7 +244,7 @@ def open_checkpoint(
             note="It names nothing.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
-    with refused("There is no such model.", ascii(model), "Check the spelling."):  # ~nobody/model
+    with refused("There is no such model.", repr(model), "Check the spelling."):  # ~nobody/model
         path = Path(model).expanduser()
     if is_file(path) and path.suffix.lower() == ".gguf":
         log(f"reading {path.name}")
@@ -260,7 +260,7 @@ def open_checkpoint(
     elif path.suffix.lower() == ".gguf" or os.path.lexists(path):
         raise InputError(
             "There is no such model.",
-            note=f"{ascii(model)[1:-1]:.300} is {_what_is_there(path)}.",
+            note=f"{model:.300} is {_what_is_there(path)}.",
             hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
         )
     else:

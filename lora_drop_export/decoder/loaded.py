@@ -132,7 +132,7 @@ def load_model(
         InputError, ModelError, BundleError: nothing there, or not a model that can be read.
     """
     _check_device(device)
-    with refused("There is no such model.", ascii(source), "Check the spelling."):  # ~nobody/model
+    with refused("There is no such model.", repr(source), "Check the spelling."):  # ~nobody/model
         path = Path(source).expanduser()
     plan, fingerprint, max_seq_len, tokenizer_dir = None, None, None, None
     if is_file(path / MANIFEST_NAME):

@@ -82,7 +82,7 @@ def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
         what: begins the sentence: `The number of new tokens`.
         needed: ends the note: `a whole number`.
     """
-    shown = ascii(value)
+    shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
     note = f"{shown} of type {type(value).__name__} was given, needed is {needed}."
     return InputError(f"{what} has the wrong type.", note=note, hint=hint)

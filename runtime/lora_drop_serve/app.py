@@ -297,7 +297,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
-            said = f"There is no model {name!a:.80}; this server has {self.name!r}."
+            said = f"There is no model {name!r:.80}; this server has {self.name!r}."
             raise ApiError(404, said, param="model", code="model_not_found")
 
     def _check_count(self, prompts: int, body: CompletionRequest | ChatRequest, param: str) -> None:

@@ -114,7 +114,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"The body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}.", code="json")
     param = error.get("ctx", {}).get("param") or (place[0] if place else None)
     if error["type"] == "extra_forbidden":
-        return ApiError(400, f"There is no parameter {'.'.join(place)!a:.80}.", param=param, code="unknown_parameter")
+        return ApiError(400, f"There is no parameter {'.'.join(place)!r:.80}.", param=param, code="unknown_parameter")
     if not place and not error.get("ctx"):
         needed = "It has to be a JSON object with text as keys, sent with Content-Type: application/json."
         said = _SAID.get(error["type"], error["msg"])

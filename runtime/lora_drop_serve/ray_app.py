@@ -92,13 +92,13 @@ def _arguments(given: dict[str, Any]) -> Arguments:
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise InputError(
-                f"There is no argument {name!a:.80}.",
+                f"There is no argument {name!r:.80}.",
                 note=f"Known are {', '.join(Arguments.model_fields)}.",
                 hint="Give them as NAME=VALUE.",
             ) from None
         value = "missing" if first["type"] == "missing" else "wrong" if name == "api_key" else repr(first["input"])[:80]
         raise InputError(
-            f"The argument {name!a:.80} cannot be used.",
+            f"The argument {name!r:.80} cannot be used.",
             note=f"It is {value}: {first['msg']}.",
             hint="docs/serving.md has a table of arguments.",
         ) from None

@@ -144,7 +144,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         if match is None or ref.dtype not in MODEL_DTYPES:
             raise PlanError(
                 "The adapter file holds a tensor that is no LoRA-Drop adapter.",
-                note=f"{name!a:.80} has dtype {ref.dtype:.20}; names end in layers.<i>.lora_A.weight.",
+                note=f"{name!r:.80} has dtype {ref.dtype:.20}; names end in layers.<i>.lora_A.weight.",
                 hint="Use a directory written by: lora-drop fit",
             )
         site = match[1] + _HALVES[match[2] or ""]

@@ -74,7 +74,7 @@ def _check_name(name: str) -> None:
     if not all(parts) or {".", ".."} & set(parts) or re.search(r"[\\:\0]", name) or not is_utf8(name):
         raise _damaged_file(
             "A file of the bundle has a name that leads out of it.",
-            f"The manifest records {name!a:.60}; needed is a path such as weights/model.safetensors.",
+            f"The manifest records {name!r:.60}; needed is a path such as weights/model.safetensors.",
         )
 
 
@@ -107,7 +107,7 @@ def _check_recorded(root: Path, manifest: Manifest) -> None:
             if name not in manifest.files:
                 raise _damaged_file(
                     "A target of the bundle names a file that the manifest does not record.",
-                    f"Target {target!r} names {name!a:.60}.",
+                    f"Target {target!r} names {name!r:.60}.",
                 )
     for folder in READ_AS_A_WHOLE:
         for file in sorted((root / folder).glob("*")):
@@ -159,7 +159,7 @@ class Bundle:
             BundleError: the manifest does not record it.
         """
         if name not in self.manifest.files:
-            raise _damaged_file("The manifest does not record a file that is to be read.", f"It is {name!a:.60}.")
+            raise _damaged_file("The manifest does not record a file that is to be read.", f"It is {name!r:.60}.")
         return self.root / name
 
     def _check_part(self, reader: str, location: str, offset_bytes: int, size_bytes: int) -> None:
@@ -169,7 +169,7 @@ class Bundle:
             state = "is not in the manifest" if record is None else f"has {record.size_bytes} bytes"
             raise _damaged_file(
                 "A file of the bundle names weights that are not there.",
-                f"{reader} reads {size_bytes} bytes at {offset_bytes} of {location!a:.60}, which {state}.",
+                f"{reader} reads {size_bytes} bytes at {offset_bytes} of {location!r:.60}, which {state}.",
             )
 
     def graph(self, name: str) -> bytes:

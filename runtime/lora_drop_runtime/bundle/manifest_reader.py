@@ -188,7 +188,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
 
     surplus = [name for name in data if name not in Manifest.__dataclass_fields__]
     if surplus:
-        raise ValueError(f"it has {surplus[0]!a:.40}, which is unknown")
+        raise ValueError(f"it has {surplus[0]!r:.40}, which is unknown")
     targets = section("targets", Mapping[str, object])
     model = section("model", ModelFacts)
     _check_model(model)

@@ -148,7 +148,7 @@ def _parse_header(header: bytes, path: Path) -> dict[str, _Entry]:
         data = parse_json(header)
         data.pop("__metadata__", None)
         entries: dict[str, _Entry] = {
-            name: typed(_Entry, entry, f"tensor {name!a:.80}") for name, entry in data.items()
+            name: typed(_Entry, entry, f"tensor {name!r:.80}") for name, entry in data.items()
         }
     except ValueError as error:
         raise _not_whole(path, f"has a header that does not say where its tensors lie: {error}") from None
@@ -162,10 +162,10 @@ def _check_extent(path: Path, name: str, entry: _Entry) -> None:
     needed = end - begin if known is None else math.prod(entry.shape) * known.size_bytes
     if needed != end - begin:
         raise _not_whole(
-            path, f"has {end - begin} bytes for tensor {name!a:.80}, {entry.dtype} {list(entry.shape)} needs {needed}"
+            path, f"has {end - begin} bytes for tensor {name!r:.80}, {entry.dtype} {list(entry.shape)} needs {needed}"
         )
     if end < begin:
-        raise _not_whole(path, f"says that tensor {name!a:.80} ends before it begins")
+        raise _not_whole(path, f"says that tensor {name!r:.80} ends before it begins")
 
 
 def read_tensors(path: Path) -> dict[str, TensorPlace]:
@@ -178,7 +178,7 @@ def read_tensors(path: Path) -> dict[str, TensorPlace]:
         if data_start + end > file_bytes:
             raise BundleError(
                 "A weights file is truncated.",
-                note=f"{path} has {file_bytes} bytes, tensor {name!a:.80} ends at {data_start + end}.",
+                note=f"{path} has {file_bytes} bytes, tensor {name!r:.80} ends at {data_start + end}.",
                 hint="Copy or download the file again.",
             )
         _check_extent(path, name, entry)

@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def _shown(value: object) -> str:
-    text = ascii(value)
+    text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 

@@ -99,7 +99,7 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InputError(
                 "A tool is none, or has no name.",
-                note=f"It is {tool!a:.100}; a name has up to 64 letters, digits, dots, dashes and underscores.",
+                note=f"It is {tool!r:.100}; a name has up to 64 letters, digits, dots, dashes and underscores.",
                 hint=hint,
             )
         if name in found:
@@ -113,7 +113,7 @@ def _checked(tools: object) -> dict[str, Mapping[str, Any]]:
         ):
             raise InputError(
                 "The parameters of a tool are no schema of an object.",
-                note=f"Those of {name} are {parameters!a:.100}.",
+                note=f"Those of {name} are {parameters!r:.100}.",
                 hint='Use for example {"type": "object", "properties": {"city": {"type": "string"}}}.',
             )
         found[name] = function
@@ -135,7 +135,7 @@ def _chosen(choice: object, names: Sequence[str]) -> str:
     if name not in names:
         raise InputError(
             "The choice of a tool is not known.",
-            note=f"It is {choice!a:.100}; possible are auto, none, required and one of the tools {', '.join(names)}.",
+            note=f"It is {choice!r:.100}; possible are auto, none, required and one of the tools {', '.join(names)}.",
             hint='Use for example {"type": "function", "function": {"name": "' + names[0] + '"}}.',
         )
     return f":{name}"
