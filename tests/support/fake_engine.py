@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -154,6 +154,9 @@ class FakeEngine:
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         self.adapters.append(matrices)
+
+    def beside(self) -> Self:
+        return self
 
     def notes(self) -> list[str]:
         return []

@@ -120,14 +120,6 @@ def interrupted_cycle() -> InputError:
     )
 
 
-def cannot_fork(target: str) -> InputError:
-    return InputError(
-        "The session cannot be forked.",
-        note=f"Its engine ({target} on a GPU) holds the caches of one request at a time.",
-        hint="Open another session; or use the target ort on the CPU.",
-    )
-
-
 def forks_use_the_adapters(count: int) -> InputError:
     return InputError(
         "The adapters are in use by other sessions.",

@@ -108,9 +108,11 @@ class PagedSlots:
             here[:shared] = there[:shared]
         self._states[:, target] = other._states[:, source]
 
-    def fork(self, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> PagedSlots:
-        """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""
-        new = PagedSlots(self._bundle, self._engine, self._count)
+    def fork(
+        self, engine: PagedEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
+    ) -> PagedSlots:
+        """As `Slots.fork`; blocks are shared until a row writes to them."""
+        new = PagedSlots(self._bundle, engine, self._count)
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
             new.admit(row, slots)
             new.copy(self, row, row, *valid)

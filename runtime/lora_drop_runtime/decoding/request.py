@@ -290,10 +290,11 @@ class Request:
             steps -= 1
         return steps
 
-    def fork(self) -> Request:
-        """The same with slots of its own."""
+    def fork(self, engine: Engine) -> Request:
+        """The same with slots of its own, in this engine or one beside it."""
         new = copy.copy(self)
-        new.slots = self.slots.fork(self._capacities, self.kept, self.dropped)
+        new.engine = engine
+        new.slots = self.slots.fork(engine, self._capacities, self.kept, self.dropped)  # type: ignore[arg-type]  # of its kind
         new.tokens = [list(tokens) for tokens in self.tokens]
         new.kept, new.dropped = list(self.kept), list(self.dropped)
         new._written = [written.first(kept) for written, kept in zip(self._written, self.kept, strict=True)]

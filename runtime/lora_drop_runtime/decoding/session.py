@@ -158,7 +158,7 @@ class Session:
             self._request = self._lossless = None
             self._family.discard(self)
             if self._engine is not None:
-                if not self._family:
+                if all(one._engine is not self._engine for one in self._family):
                     self._engine.close()
                 self._engine = None
         finally:
@@ -444,21 +444,28 @@ class Session:
     def fork(self) -> Session:
         """Another session that goes on from where this one is, with caches of its own and the same weights.
 
-        Close both; the engine is freed with the last one.
+        Close both; the engine is freed with the last one. On a GPU one thread at a time may use them.
 
         Raises:
-            InputError: no running request, or a stream is reading it; an engine on a GPU serves one at a time.
+            InputError: no running request, or a stream is reading it.
+            NoDeviceError: the GPU has no room for its caches.
         """
         self._usage.enter()
         try:
             engine, request = self._opened(), self._running()
             if self._is_streamed():
                 raise checks.read_by_a_stream()
-            if not engine.many_requests:
-                raise checks.cannot_fork(engine.target)
-            new = Session(self.bundle, engine, self.schedule, self._policy.name)
+            beside = engine.beside()
+            new = Session(self.bundle, beside, self.schedule, self._policy.name)
             new._source = self._source
-            new._request = request.fork()
+            try:
+                new._request = request.fork(beside)
+            except BaseException:
+                if beside is not engine:
+                    beside.close()
+                raise
+            if beside is not engine:
+                new._usage = self._usage
             self._family.add(new)
             new._family = self._family
             return new

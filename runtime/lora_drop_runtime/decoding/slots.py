@@ -191,9 +191,15 @@ class Slots:
         pairs = [(cache, other.buffers.caches[name]) for name, cache in self.buffers.caches.items()]
         return all(a is b or (isinstance(a, DeviceBuffer) and a == b) for a, b in pairs)
 
-    def fork(self, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]) -> Slots:
-        """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits."""
-        new = Slots(self.buffers.bundle, self._engine, self._count, slots)
+    def fork(
+        self, engine: BindingEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
+    ) -> Slots:
+        """Slots of one's own with the same rows, which have so many valid entries; and with the latest logits.
+
+        Args:
+            engine: this one's, or one beside it.
+        """
+        new = Slots(self.buffers.bundle, engine, self._count, slots)
         new._side, new._wanted = self._side, self._wanted
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
             new.copy(self, row, row, *valid)

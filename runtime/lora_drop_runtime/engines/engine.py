@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,8 @@ class Engine(Protocol):
         prefill_chunk: the most tokens of a row in one run, None for no limit.
         verified_tokens: the most tokens of a row in one run that gives logits for each of them, None for no limit.
         batched_chunks: whether several rows that have tokens in their caches may get more than one in the same run.
-        many_requests: whether several requests may have their buffers at the same time.
+        many_requests: whether several requests may have their buffers at the same time; else each needs an engine
+            `beside` the first.
         idle_rows: whether rows stand still where `logits_index` is −1 (graph_io.py), in both steps.
         warms_up: whether its first request compiles and captures what later ones use, so that a session runs one at
             its opening.
@@ -105,12 +106,17 @@ class Engine(Protocol):
         """
         ...
 
+    def beside(self) -> Self:
+        """The engine for a request that has its buffers at the same time as this one's: itself under `many_requests`;
+        else another over the same weights and graphs, for one thread at a time with it."""
+        ...
+
     def notes(self) -> list[str]:
         """What a user who measures should know of the engine, a line each."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free what the engine holds; what it shares with others beside it goes with the last of them."""
         ...
 
 

@@ -125,6 +125,9 @@ class ToyEngine:
 
         return step
 
+    def beside(self):
+        return self
+
     def notes(self):
         return []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -197,6 +197,9 @@ class OpenVinoEngine:
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         replaced = adapter_weights(matrices, self.bundle.manifest.model.dtype)
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
+
+    def beside(self) -> Self:
+        return self
 
     def notes(self) -> list[str]:
         return list(self.compiled.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,21 @@ class DeviceMemory:
     def __init__(self, ort: Any, ep_device: Any) -> None:
         self._ort = ort
         self._info = None if ep_device is None else ep_device.memory_info(ort.OrtDeviceMemoryType.DEFAULT)
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}  # of all that are beside
+        self._prefix = ""
+        self._rooms: set[str] = set()  # what it has made room for itself
+
+    def beside(self) -> DeviceMemory:
+        """With names of its own for what it makes room for."""
+        other = copy.copy(self)
+        other._prefix, other._rooms = f"{id(other)}.", set()
+        return other
+
+    def forget(self) -> None:
+        """Free what it has made room for."""
+        for name in self._rooms:
+            self._values.pop(name, None)
+        self._rooms.clear()
 
     def hold(self, name: str, content: Array, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         """A buffer with these bytes."""
@@ -35,6 +50,8 @@ class DeviceMemory:
 
     def room(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
         """A buffer with finite values. One that is large enough stays where it is, so that CUDA graphs stay good."""
+        name = self._prefix + name
+        self._rooms.add(name)
         buffer = DeviceBuffer(name, 0, shape, dtype)
         value = self._values.get(name)
         if value is None or value.tensor_size_in_bytes() < buffer.nbytes:

@@ -21,10 +21,12 @@ are the same; prompts and other steps of several tokens are not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -149,6 +151,7 @@ class OrtEngine:
         self._graphs = CudaGraphs() if provider == "cuda" else None
         self._blocks: dict[Any, Any] = {}  # of the inputs of steps that are captured
         self._sessions: dict[StepKind, Any] = {}
+        self._sharing: weakref.WeakSet[OrtEngine] = weakref.WeakSet([self])  # the sessions and weights
         self._adapters: Mapping[str, Any] = {}  # in the place of those in the graphs
         self._open_all({})
         self._mapped: list[Array] = []  # what holds the weights that are inputs, on the CPU
@@ -400,14 +403,27 @@ class OrtEngine:
             values = {name: create(array, BY_NAME[dtype].onnx) for name, array in replaced.items()}
             self._reopen(values)
 
+    def beside(self) -> Self:
+        if self._memory is None:
+            return self
+        other = copy.copy(self)
+        other._memory, other._blocks = self._memory.beside(), {}
+        self._sharing.add(other)
+        return other
+
     def notes(self) -> list[str]:
         if self._memory is None and self._bundle.manifest.model.dtype != "float32":
             return ["ONNX Runtime has few float16 kernels for the CPU: it computes in float32 and converts, slowly"]
         return []
 
     def close(self) -> None:
+        self._sharing.discard(self)
+        self._blocks.clear()
+        if self._sharing:
+            if self._memory is not None:
+                self._memory.forget()
+            self._sessions, self._weights = {}, {}
         self._sessions.clear()
         self._weights.clear()
-        self._blocks.clear()
         self._mapped.clear()
         self._graphs = self._memory = None

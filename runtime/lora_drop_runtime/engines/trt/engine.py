@@ -22,10 +22,11 @@ by a probability of 0, and 0 · NaN is NaN: new memory is zeroed once, and steps
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +93,7 @@ class TrtEngine:
         self._host_note = ""  # why tokens go through the host
         self._draws, self._vocab = bundle.manifest.limits.max_seq_len, bundle.manifest.model.vocab_size
         self._made: weakref.WeakSet[EngineStep | DeviceCycle] = weakref.WeakSet()
+        self._sharing: weakref.WeakSet[TrtEngine] = weakref.WeakSet([self])  # what is loaded, on one stream
         trt = library(target) if trt is None else trt
         self._device = CudaDevice() if device is None else device
         self._plans = Plans(bundle, target, trt, self._device)
@@ -183,21 +185,35 @@ class TrtEngine:
                 assert matrix.shape == buffer.shape
                 self._device.upload(buffer.address, in_dtype(matrix, buffer.dtype))
 
+    def beside(self) -> Self:
+        other = copy.copy(self)
+        other._steps, other._cycles, other._events = {}, {}, []
+        other._made = weakref.WeakSet()
+        other._memory = self._memory.beside(other._drop_steps)
+        self._sharing.add(other)
+        return other
+
     def notes(self) -> list[str]:
         sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in self.resident_bytes.items())
         slow = f"steps run without CUDA graphs: {self.capture_note}"
         return [f"GPU memory: {sizes}", *([slow] if self.capture_note else []), *filter(None, [self._host_note])]
 
     def close(self) -> None:
-        """Free everything; safe to call again, and after a constructor that failed half way."""
+        """As the protocol has it; safe to call again, and after a constructor that failed half way."""
+        self._sharing.discard(self)
         try:
             self._drop_steps()
             for step in self._made:  # held by someone still, as by the traceback of an error
                 step.drop()
+            if self._sharing:
+                self._device.settle()
+                self._memory.free()
+                return
             self._plans.close()
             self._memory.close()
         finally:
-            self._device.close()
+            if not self._sharing:
+                self._device.close()
 
     # ── for those who measure ──────────────────────────────────────────────────────────────────────────────
 

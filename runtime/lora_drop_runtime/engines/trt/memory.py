@@ -41,6 +41,12 @@ class SessionMemory:
         self._pinned: dict[str, Array] = {}
         self.weights: dict[str, DeviceBuffer] = {}
 
+    def beside(self, before_freeing: Callable[[], None]) -> SessionMemory:
+        """Another session's, over the same weights."""
+        other = SessionMemory(self._device, before_freeing)
+        other.weights = self.weights
+        return other
+
     def upload_weights(self, bundle: Bundle, weights: Mapping[str, WeightInput]) -> None:
         """All weights that are inputs into one device block, straight from the mapped files."""
         address = 0
@@ -92,6 +98,12 @@ class SessionMemory:
     @property
     def buffers_bytes(self) -> int:
         return sum(size for _, size in self._blocks.values())
+
+    def free(self) -> None:
+        """Give back all but the weights, which others beside it use."""
+        self._free_buffers()
+        while self._pinned:
+            self._device.unpin(self._pinned.popitem()[1])
 
     def close(self) -> None:
         """Forget everything; the device frees it."""

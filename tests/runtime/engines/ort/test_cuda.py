@@ -169,6 +169,44 @@ def test_steps_run_in_place(stub, bundle, tmp_path):
         assert not any(step["variables"] for step in run["steps"])
 
 
+FORK = """
+import sys
+import numpy as np
+from lora_drop_runtime import Session
+session = Session.open(sys.argv[1], provider="cuda", policy="backfill", k=2)
+session.prefill(np.ones((1, 5), np.int64), np.array([5]), max_new_tokens=20)
+memory, caches = session._engine._memory, session._request.caches
+for number, cache in enumerate(caches.values()):
+    memory.fill(memory._values[cache.name], np.full(cache.nbytes, number + 1, np.uint8))
+first = session.fork()
+other = first.fork()
+for fork in first, other:
+    for number, (name, cache) in enumerate(fork._request.caches.items()):
+        assert cache.address != caches[name].address
+        rows = memory.read(cache).reshape(*cache.shape[:3], -1)
+        assert (rows[:, :, :5] == number + 1).all() and not rows[:, :, 5:].any(), (name, rows)
+for _ in range(7):
+    for one in session, first, other:
+        one.step([3])
+values = len(memory._values)
+rooms = len(memory._rooms)
+session.close()
+assert len(memory._values) == values - rooms
+first.step([3])
+first.close()
+assert len(memory._values) == values - 2 * rooms
+for _ in range(7):
+    other.step([3])
+other.close()
+print("done")
+"""
+
+
+def test_a_fork_has_caches_of_its_own(stub, bundle):
+    done = run_there(stub, "-c", FORK, bundle.root)
+    assert done.stdout == "done\n", done.stderr
+
+
 def test_steps_run_in_bfloat16(stub, tmp_path):
     """With biases, and a surrogate that has no state."""
     made = halves("qwen2", "bfloat16", tmp_path / "b")

@@ -6,6 +6,7 @@ said in tests/support/fake_cuda.py and fake_trt.py.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from lora_drop_runtime import Batch, InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import drafter
 from lora_drop_runtime.decoding.request import Request
+from lora_drop_runtime.errors import NoDeviceError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support import oracle
 from tests.support.bundles import family, oracle_plan
-from tests.support.device_steps import PLANS, RAGGED, assert_close, ort_steps, padded, steps
+from tests.support.device_steps import FORCED, PLANS, RAGGED, assert_close, ort_steps, padded, steps
 from tests.support.fake_trt import TARGET, make_device_bundle, open_device_session
 
 # ── the same logits and tokens as elsewhere ────────────────────────────────────────────────────────────────────
@@ -133,6 +135,81 @@ def test_a_prefix_is_taken_where_it_lies(bundles, name: str, cycles: bool, monke
             assert fed[-1] == len(text) if turn == 0 else 3 <= fed[-1] <= 5
             assert reply == list(fresh.stream(text, 7, k=2, stop_token_ids=()))
             text = [*text, *reply, 11, 12]
+
+
+@pytest.mark.parametrize("name", ["residual", "recurrent, attn_mlp"])
+def test_a_fork_has_caches_of_its_own(bundles, name: str) -> None:
+    """Both go on by turns, each as a session alone that was fed the same; forked again, and closed in any order."""
+    made = bundles(name)
+    session, _, cuda = open_device_session(made, policy="backfill")
+    alone = {side: open_device_session(made, policy="backfill")[0] for side in "abc"}
+    with alone["a"], alone["b"], alone["c"]:
+        for one in (session, *alone.values()):
+            one.prefill(*padded(RAGGED), max_new_tokens=12, k=2)
+            one.step(FORCED[0])
+        sides = {"a": session, "b": session.fork()}
+        np.testing.assert_array_equal(sides["b"]._logits(), session._logits())
+        for number in range(1, 4):
+            for side, one in sides.items():
+                tokens = np.roll(FORCED[number], ord(side))
+                np.testing.assert_array_equal(one.step(tokens), alone[side].step(tokens))
+        for number in range(1, 4):
+            alone["c"].step(np.roll(FORCED[number], ord("b")))
+        sides["c"] = sides["b"].fork()
+        held = sum(block.nbytes for block in cuda.blocks.values())
+        for closed in "ab":
+            for number in range(4, 7):
+                for side, one in sides.items():
+                    tokens = np.roll(FORCED[number], ord(side))
+                    np.testing.assert_array_equal(one.step(tokens), alone[side].step(tokens))
+            sides.pop(closed).close()
+            before, held = held, sum(block.nbytes for block in cuda.blocks.values())
+            assert held < before
+        sides["c"].close()
+        assert not cuda.blocks
+        assert not cuda.pinned
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_forks_stream_by_turns(bundles, policy: str) -> None:
+    """Cycles of both are on the device at the same time."""
+    session, _, _ = open_device_session(bundles("recurrent"), policy=policy, cycles=True)
+    fresh, _, _ = open_device_session(bundles("recurrent"), policy=policy)
+    with session, fresh:
+        session.prefill([RAGGED[0]], max_new_tokens=9)
+        with session.fork() as fork:
+            streams = [
+                one.stream(text, 15, k=2, stop_token_ids=()) for one, text in ((session, RAGGED[0]), (fork, RAGGED[2]))
+            ]
+            ours = list(zip(*streams, strict=True))
+            for text, row in zip((RAGGED[0], RAGGED[2]), zip(*ours, strict=True), strict=True):
+                assert list(row) == list(fresh.stream(text, 15, k=2, stop_token_ids=()))
+
+
+def test_a_fork_that_does_not_fit_leaves_the_session_as_it_was(bundles) -> None:
+    session, engine, cuda = open_device_session(bundles("recurrent"))
+    with session:
+        session.prefill(*padded(RAGGED), max_new_tokens=9)
+        held = dict(engine.resident_bytes)
+        cuda.memory_bytes = sum(block.nbytes for block in cuda.blocks.values()) + 2000
+        with pytest.raises(NoDeviceError, match="out of memory"):
+            session.fork()
+        assert engine.resident_bytes == held
+        assert sum(block.nbytes for block in cuda.blocks.values()) < cuda.memory_bytes
+        session.step([1, 2, 3])
+
+
+def test_forks_on_a_gpu_are_for_one_thread_at_a_time(bundles) -> None:
+    session, _, _ = open_device_session(bundles("recurrent"))
+    with session:
+        session.prefill(*padded(RAGGED), max_new_tokens=9)
+        with session.fork() as fork, ThreadPoolExecutor(1) as other:
+            fork._usage.enter()
+            refused = other.submit(session.step, [1, 2, 3]).exception()
+            fork._usage.leave()
+            assert isinstance(refused, InputError)
+            assert "another thread" in str(refused)
+            other.submit(session.step, [1, 2, 3]).result()
 
 
 # ── capacities ─────────────────────────────────────────────────────────────────────────────────────────────────
