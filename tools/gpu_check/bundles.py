@@ -73,13 +73,22 @@ def agreement(bundle: Path, target: str, provider: str | None) -> dict[str, Any]
 
 
 def same_tokens(bundle: Path, target: str, provider: str | None) -> str:
-    """Two requests of a session, the second of which runs out of captured graphs, have the same greedy tokens."""
+    """Two requests of a session, the second of which runs out of captured graphs, have the same greedy tokens; and a
+    fork that is fed what its session is has the same logits."""
     from lora_drop_runtime import Session
 
+    prompt = [7, 3, 11, 19, 2]
     with Session.open(bundle, target=target, provider=provider, k=3) as session:
-        first, again = (session.generate([7, 3, 11, 19, 2], max_new_tokens=16)[0].tolist() for _ in range(2))
-    assert first == again, f"a second request has other tokens: {first} and {again}"
-    return f"two requests have the same {len(first)} tokens"
+        first, again = (session.generate(prompt, 16, stop_token_ids=())[0].tolist() for _ in range(2))
+        assert first == again, f"a second request has other tokens: {first} and {again}"
+        session.prefill([prompt], max_new_tokens=len(first) + 1)
+        for token in first[:6]:
+            session.step([token])
+        with session.fork() as fork:
+            for token in first[6:]:
+                logits, of_fork = (np.array(one.step([token])) for one in (session, fork))
+                np.testing.assert_allclose(of_fork, logits, atol=1e-3 * np.abs(logits).max(), err_msg="a fork's logits")
+    return f"two requests have the same {len(first)} tokens, and a fork has the same logits"
 
 
 def timed(bundle: Path, target: str, provider: str | None, k: int, **lengths: int) -> dict[str, Any]:
