@@ -55,6 +55,8 @@ from .memory import SessionMemory
 from .plans import Plans
 from .step import Captures, EngineStep, StepBindings
 
+_SIZED_AS = {"next_token": "logits_index"}  # outputs that the host reads, and inputs of as many values
+
 
 class TrtEngine:
     """Both engines of a bundle on one GPU.
@@ -248,7 +250,7 @@ class TrtEngine:
             buffer = value
             if isinstance(value, np.ndarray):
                 assert value.flags["C_CONTIGUOUS"]
-                buffer = self._staging(kind, name, value)
+                buffer = self._staging(name, value)
                 if name in inputs:
                     copies_in.append((buffer.address, value.ctypes.data, value.nbytes))
                 else:
@@ -259,9 +261,9 @@ class TrtEngine:
             shapes[name] = buffer.shape
         return StepBindings({name: shapes[name] for name in inputs}, addresses, copies_in, copies_out, hosts)
 
-    def _staging(self, kind: StepKind, name: str, array: Array) -> DeviceBuffer:
-        """The device's copy of a host array, at once as large as it may become, so that its address stays."""
-        values = max(self._plans.most_values(kind, name), array.size)
+    def _staging(self, name: str, array: Array) -> DeviceBuffer:
+        """The device's copy of a host array, at once as large as it may become in either step: its address stays."""
+        values = max(self._plans.most_values(_SIZED_AS.get(name, name)), array.size)
         return replace(self._memory.buffer(f"copy of {name}", (values,), array.dtype.name), shape=array.shape)
 
     def _drop_steps(self) -> None:

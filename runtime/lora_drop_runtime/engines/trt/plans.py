@@ -158,9 +158,10 @@ class Plans:
 
     # ── running ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def most_values(self, kind: StepKind, name: str) -> int:
-        """The largest that an input of a dynamic shape may become, over all profiles; 1 for any other."""
-        return max((math.prod(ranges[name][1]) for ranges in self._profiles[kind] if name in ranges), default=1)
+    def most_values(self, name: str) -> int:
+        """The largest that an input of a dynamic shape may become, over all profiles of both engines; 1 for others."""
+        profiles = (ranges for kind in StepKind for ranges in self._profiles[kind])
+        return max((math.prod(ranges[name][1]) for ranges in profiles if name in ranges), default=1)
 
     def profile(self, kind: StepKind, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The first profile that takes these input shapes. Raises BundleError where none does."""

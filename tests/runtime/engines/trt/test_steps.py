@@ -15,6 +15,7 @@ from lora_drop_runtime import Batch, InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import drafter
 from lora_drop_runtime.decoding.request import Request
+from lora_drop_runtime.engines.trt.cuda_device import ALIGNMENT
 from lora_drop_runtime.errors import NoDeviceError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
@@ -168,6 +169,33 @@ def test_a_fork_has_caches_of_its_own(bundles, name: str) -> None:
         sides["c"].close()
         assert not cuda.blocks
         assert not cuda.pinned
+
+
+def test_a_fork_amid_a_cycle_begins_with_the_smaller_steps(tmp_path: Path) -> None:
+    """Its first refresh reads more than the LoRA step before it, which then runs again."""
+    made = make_device_bundle("llama", tmp_path / "bundle", k=2, max_batch=32)
+    (session, _, _), (alone, _, _) = (open_device_session(made, policy="backfill") for _ in "12")
+    with session, alone:
+        for one in (session, alone):
+            one.prefill(*padded(RAGGED), max_new_tokens=12, k=2)
+            one.step(FORCED[0])
+        with session.fork() as fork:
+            for tokens in FORCED[1:]:
+                np.testing.assert_array_equal(fork.step(tokens), alone.step(tokens))
+
+
+def test_verified_drafts_of_many_rows_give_more_tokens_than_a_step(tmp_path: Path) -> None:
+    """What they choose lies where the tokens of steps did, of which more come."""
+    made = make_device_bundle("llama", tmp_path / "bundle", k=3, max_batch=32)
+    session, engine, _ = open_device_session(made, policy="lossless")
+    assert engine.verified_tokens is not None
+    assert engine.verified_tokens * 12 * 8 > ALIGNMENT
+    prompts = [[7 + row, 3, 11, 7 + row, 3] for row in range(12)]
+    with session:
+        full = [row.tolist() for row in session.generate(prompts, 20, k=0, stop_token_ids=())]
+        for draft in ("ngram", "lora", "both"):
+            ours = session.generate(prompts, 20, k=3, draft=draft, stop_token_ids=())
+            assert [row.tolist() for row in ours] == full
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
