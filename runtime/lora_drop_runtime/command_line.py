@@ -457,6 +457,11 @@ _REFUSALS = {
 }
 
 
+def refusal_hint(error: OSError) -> str:
+    """What to do about what the system refuses."""
+    return _REFUSALS.get(error.errno or 0, "Choose another place.")
+
+
 def _refused_by_the_system(error: OSError) -> InputError | None:
     """The error that a user gets for it; None where it is a bug of ours."""
     if error.errno not in _REFUSALS:

@@ -37,6 +37,8 @@ def test_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be kept"):
         Store(tmp_path / "file", {})
+    with pytest.raises(InputError, match="a part of it is no directory"):
+        Store(tmp_path / "file" / "x", {})
     memory = Store(None, {})
     memory["a", 1] = 2
     assert memory["a", 1] == 2

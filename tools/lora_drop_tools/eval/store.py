@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.command_line import refusal_hint
 from lora_drop_runtime.errors import InputError
 
 FORMAT_VERSION = 1  # of a line, and of what the values mean
@@ -30,7 +31,7 @@ def _cannot_be_kept(error: OSError, path: Path) -> InputError:
     return InputError(
         "The results cannot be kept.",
         note=f"{error.filename or path}: {error.strerror}.",
-        hint="Free some space, or give another --out. What was kept is kept.",
+        hint=f"{refusal_hint(error)} What was kept is kept.",
     )
 
 
