@@ -16,7 +16,7 @@ from lora_drop_runtime.errors import InputError
 
 from .area import Area, area_of, refuse_others, resolved
 from .failures import refused_writes
-from .owned import Kind, foreign_entries, owned_files, refuse_foreign
+from .owned import Kind, foreign_entries, owned_files, refuse_foreign, refuse_inside
 from .rename import exchange, rename_new
 
 
@@ -90,6 +90,7 @@ def staged_directory(out: Path, force: bool, kind: Kind) -> Iterator[Path]:
     """
     place = resolved(out)
     refuse_others(place)
+    refuse_inside(place, kind)
     owned_files(place, force, kind)
     with refused_writes(place, "--out"), contextlib.ExitStack() as stack:
         try:

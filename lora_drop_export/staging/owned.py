@@ -92,6 +92,13 @@ def refuse_foreign(place: Path, kind: Kind, foreign: Collection[str]) -> None:
         )
 
 
+def refuse_inside(place: Path, kind: Kind) -> None:
+    """Raise InputError where `place` would be a foreign entry of another one, which --force then replaces no more."""
+    for parent in place.parents:
+        if os.path.isfile(parent / kind.marker) and kind.files(parent) is not None:
+            raise _refusal(f"The output directory would lie inside a {kind.name}.", f"{place} is below {parent}.")
+
+
 def owned_files(place: Path, force: bool, kind: Kind) -> frozenset[str]:
     """The names of all files at `place`, every one of which a command of ours wrote; none where nothing is there.
 

@@ -186,6 +186,18 @@ def test_the_current_directory_is_not_replaced(place: Path, deeper: str, monkeyp
     assert all_below(place) == before
 
 
+@pytest.mark.parametrize("deeper", ["new", "deep/er/new"])
+def test_nothing_is_written_inside_another(place: Path, deeper: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(place)
+    before = all_below(place)
+    for out in (place / deeper, tmp_path / "link" / deeper):
+        with pytest.raises(InputError, match="would lie inside"):
+            stage(out)
+    assert all_below(place) == before
+    (place / "marker.json").unlink()
+    stage(place / deeper)
+
+
 def test_a_link_is_followed_and_stays(place: Path, how: str) -> None:
     (place.parent / "link").symlink_to("place")
     stage(place.parent / "link")
