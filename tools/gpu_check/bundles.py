@@ -81,12 +81,12 @@ def same_tokens(bundle: Path, target: str, provider: str | None) -> str:
     with Session.open(bundle, target=target, provider=provider, k=3) as session:
         first, again = (session.generate(prompt, 16, stop_token_ids=())[0].tolist() for _ in range(2))
         assert first == again, f"a second request has other tokens: {first} and {again}"
-        session.prefill([prompt], max_new_tokens=len(first) + 1)
+        session.prefill(np.array([prompt]), max_new_tokens=len(first) + 1)
         for token in first[:6]:
-            session.step([token])
+            session.step(np.array([token]))
         with session.fork() as fork:
             for token in first[6:]:
-                logits, of_fork = (np.array(one.step([token])) for one in (session, fork))
+                logits, of_fork = (one.step(np.array([token])).copy() for one in (session, fork))
                 np.testing.assert_allclose(of_fork, logits, atol=1e-3 * np.abs(logits).max(), err_msg="a fork's logits")
     return f"two requests have the same {len(first)} tokens, and a fork has the same logits"
 
