@@ -17,13 +17,24 @@ class Console:
     def __init__(self) -> None:
         import rich.console
 
+        self._says = True
         self.rich = rich.console.Console(file=sys.stderr, highlight=False)
         if not self.rich.is_terminal:
             self.rich.width = 100  # room for a table's headings
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; read when tqdm is first imported
 
     def say(self, text: str) -> None:
-        self.rich.print(text, markup=False, soft_wrap=True)
+        if self._says:
+            self.rich.print(text, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def without_lines(self) -> Iterator[None]:
+        """Say nothing of the parts of what has been announced; bars are shown all the same."""
+        says, self._says = self._says, False
+        try:
+            yield
+        finally:
+            self._says = says
 
     @contextlib.contextmanager
     def phase(self, what: str) -> Iterator[None]:

@@ -198,7 +198,8 @@ def fastest_form(
     stand_ins: dict[Form, Bundle] = {}
     for place, form in enumerate(forms):
         console.say(f"form {place + 1} of {len(forms)}, to be timed")
-        bundle = written(f"timed-{place}", form, True)
+        with console.without_lines():
+            bundle = written(f"timed-{place}", form, True)
         twin = next((one for one, other in stand_ins.items() if _weights(other) == _weights(bundle)), None)
         if twin is None:
             stand_ins[form] = bundle
