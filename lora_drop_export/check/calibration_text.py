@@ -14,6 +14,7 @@ from lora_drop_runtime.text import TextCodec
 CALIBRATION_TEXT = "calibration.txt"
 WINDOWS, WINDOW = 32, 512  # at most, and tokens of each
 LEAST_TOKENS = 2048  # of a text
+LEAST_KINDS = 16  # of tokens in it, which any prose or code has in a line or two
 HELD_BACK = 8  # windows at most that nothing is rounded on
 MOST_BYTES = 1 << 30
 
@@ -61,6 +62,13 @@ def _all_windows(root: Path, vocab_size: int, window: int, file: Path | None) ->
     tokens = tokens[tokens < vocab_size]
     if len(tokens) < LEAST_TOKENS:
         raise _too_short(file, f"{len(tokens)} tokens")
+    kinds = len(np.unique(tokens))
+    if kinds < LEAST_KINDS:
+        raise InputError(
+            "The calibration text says too little.",
+            note=f"{file or 'The bundled one'} has {len(tokens)} tokens of {kinds} kinds; needed are {LEAST_KINDS}.",
+            hint="Give a text such as the model is to read and write.",
+        )
     count = len(tokens) // window
     return tokens[: count * window].reshape(count, window)
 

@@ -138,7 +138,7 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         cut = await self._driver.drain(self._grace)
         if cut:
-            tell(f"{cut} requests were cut, after {self._grace:g} s of grace or a second signal")
+            tell(f"{cut} request{'' if cut == 1 else 's'} cut, after {self._grace:g} s of grace or a second signal")
         self.should_exit = True
 
     def _end(self) -> None:

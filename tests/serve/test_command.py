@@ -106,7 +106,7 @@ def test_a_second_signal_cuts_what_runs(bundle: Bundle) -> None:
         assert '"code":"closing"' in [line for line in lines if line][-1]
         code, errors = end_of(process)
     assert code == 0
-    assert "1 requests were cut" in errors
+    assert "1 request cut, after" in errors
     assert "Traceback" not in errors
 
 

@@ -67,11 +67,24 @@ def test_chat_between_replies(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_a_question_that_is_too_long_for_the_bundle(
-    typed: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("question", "error"),
+    [
+        ("a b " * 2000, "The conversation is longer than the bundle allows."),
+        ("Caf\udce9", "Question 2 is not UTF-8.\nNote: '\\udce9' stands at place 3."),
+    ],
+    ids=["too long", "not UTF-8"],
+)
+def test_a_question_that_cannot_be_asked(
+    question: str,
+    error: str,
+    typed: bool,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Who types loses that question alone; a pipe ends there with the error."""
-    questions = ["ab", "a b " * 2000, "cd"]
+    questions = ["ab", question, "cd"]
     if typed:
         lines = iter(questions)
 
@@ -87,5 +100,5 @@ def test_a_question_that_is_too_long_for_the_bundle(
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions)))
     assert main(["chat", str(bundle), "--threads", "1", "--max-new-tokens", "3"]) == (0 if typed else 2)
     said = capsys.readouterr()
-    assert "The conversation is longer than the bundle allows." in said.err
+    assert error in said.err
     assert said.out.count("\n") >= (2 if typed else 1)

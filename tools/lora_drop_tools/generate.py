@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.command_line import check_known, check_options, forget_signals, option, refuse_unused
+from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.command_line import check_known, check_options, check_text, forget_signals, option, refuse_unused
 from lora_drop_runtime.decoding.checks import check_request
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.prompts import padded
@@ -282,6 +283,16 @@ def _codec(bundle: Bundle, settings: GenerateSettings) -> TextCodec:
     return codec
 
 
+def _check_conversation(tokens: int, limits: Limits) -> None:
+    most = min(limits.max_seq_len - 1, limits.max_prompt_len)
+    if tokens > most:
+        raise InputError(
+            "The conversation is longer than the bundle allows.",
+            note=f"It has {tokens} tokens, the bundle allows {most}.",
+            hint="Start a new chat, or export with a larger --max-seq-len and --max-prompt-len.",
+        )
+
+
 def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = None) -> None:
     """Talk to a model on the terminal. Ctrl-C ends a reply, end of input ends the chat.
 
@@ -293,19 +304,17 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
     with settings.open(bundle) as session, _said_by_us():
         said = False
         messages = [{"role": "system", "content": system}] if system else []
-        for line in _questions():
+        limits = session.bundle.manifest.limits
+        for number, line in enumerate(_questions(), 1):
             messages.append({"role": "user", "content": line})
-            ids, limits = codec.encode_chat(messages), session.bundle.manifest.limits
-            most = min(limits.max_seq_len - 1, limits.max_prompt_len)
-            if len(ids) > most:
-                error = InputError(
-                    "The conversation is longer than the bundle allows.",
-                    note=f"It has {len(ids)} tokens, the bundle allows {most}.",
-                    hint="Start a new chat, or export with a larger --max-seq-len and --max-prompt-len.",
-                )
+            try:
+                check_text(f"Question {number}", line)
+                ids = codec.encode_chat(messages)
+                _check_conversation(len(ids), limits)
+            except InputError as error:
                 if not sys.stdin.isatty():
-                    raise error
-                messages.pop()  # who types can go on with a shorter one
+                    raise
+                messages.pop()  # who types can go on with another one
                 print(error, file=sys.stderr, flush=True)
                 continue
             room = limits.max_seq_len - len(ids)

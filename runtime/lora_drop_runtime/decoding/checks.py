@@ -284,7 +284,13 @@ def _check_lengths(ids: Ids, lengths: Ids) -> None:
         )
 
 
-def _check_limits(batch: int, longest: int, limits: Limits) -> None:
+def _larger(name: str, taker: str) -> str:
+    """How whoever allows too little is made to allow more."""
+    option = f"--{name.replace('_', '-')}"
+    return f"export with a larger {option}" if taker == "bundle" else f"open the {taker} with a larger {name}"
+
+
+def _check_limits(batch: int, longest: int, limits: Limits, taker: str) -> None:
     if batch > limits.max_batch:
         raise InputError(
             "The batch is larger than the bundle allows.",
@@ -293,13 +299,13 @@ def _check_limits(batch: int, longest: int, limits: Limits) -> None:
         )
     if longest > limits.max_prompt_len:
         raise InputError(
-            "A prompt is longer than the bundle allows.",
-            note=f"It has {longest} tokens, the bundle allows {limits.max_prompt_len}.",
-            hint="Shorten it, or export with a larger --max-prompt-len.",
+            f"A prompt is longer than the {taker} allows.",
+            note=f"It has {longest} tokens, the {taker} allows {limits.max_prompt_len}.",
+            hint=f"Shorten it, or {_larger('max_prompt_len', taker)}.",
         )
 
 
-def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: int) -> int:
+def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: int, taker: str) -> int:
     """The new tokens to make room for: as many as were asked for, or as fit."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise InputError(
@@ -311,21 +317,23 @@ def _room_for_new_tokens(longest: int, max_new_tokens: int | None, max_seq_len: 
     new_tokens = room if max_new_tokens is None else max_new_tokens
     if new_tokens > room or new_tokens < 1:
         raise InputError(
-            "Prompt and new tokens are longer than the bundle allows.",
-            note=f"They are {longest} + {max(1, new_tokens)} tokens, the bundle allows {max_seq_len}.",
-            hint="Ask for fewer new tokens, or export with a larger --max-seq-len.",
+            f"Prompt and new tokens are longer than the {taker} allows.",
+            note=f"They are {longest} + {max(1, new_tokens)} tokens, the {taker} allows {max_seq_len}.",
+            hint=f"Ask for fewer new tokens, or {_larger('max_seq_len', taker)}.",
         )
     return new_tokens
 
 
-def check_request(ids: Ids, lengths: Ids, max_new_tokens: int | None, limits: Limits, vocab_size: int) -> int:
+def check_request(
+    ids: Ids, lengths: Ids, max_new_tokens: int | None, limits: Limits, vocab_size: int, taker: str = "bundle"
+) -> int:
     """Refuse what does not fit.
 
     Args:
         ids: [B, T], right-padded.
         lengths: [B], real tokens per row.
         max_new_tokens: None for as many as the bundle allows.
-        limits: of the bundle.
+        limits: of the `taker`: `bundle`, or `batch`.
         vocab_size: of the model; padding may be any id.
 
     Returns:
@@ -333,8 +341,8 @@ def check_request(ids: Ids, lengths: Ids, max_new_tokens: int | None, limits: Li
     """
     _check_lengths(ids, lengths)
     longest = int(lengths.max())
-    _check_limits(len(ids), longest, limits)
-    new_tokens = _room_for_new_tokens(longest, max_new_tokens, limits.max_seq_len)
+    _check_limits(len(ids), longest, limits, taker)
+    new_tokens = _room_for_new_tokens(longest, max_new_tokens, limits.max_seq_len, taker)
     check_vocabulary(ids[token_mask(ids, lengths)], vocab_size)
     return new_tokens
 

@@ -16,6 +16,7 @@ from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.check.calibration_text import (
     CALIBRATION_TEXT,
+    LEAST_KINDS,
     LEAST_TOKENS,
     WINDOW,
     WINDOWS,
@@ -247,6 +248,11 @@ def test_refused_texts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too short") as error:
         calibration_windows(tmp_path, 131, 256, text)
     assert f"tokens; needed are {LEAST_TOKENS}" in str(error.value)
+    for said in (" \n", "one two "):
+        text.write_text(said * LEAST_TOKENS)
+        with pytest.raises(InputError, match="says too little") as error:
+            calibration_windows(tmp_path, 131, 256, text)
+        assert f"kinds; needed are {LEAST_KINDS}." in str(error.value)
     text.write_bytes(b"\xff\xfe")
     for options, words in (
         ({"calibration": text}, "applies only to --quantization gptq"),

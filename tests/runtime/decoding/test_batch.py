@@ -436,7 +436,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     assert_refused(lambda: batch.add([], 3), "The prompt is empty.")
     assert_refused(lambda: batch.add([[1], [2]], 3), "A row of a batch is one prompt.", "2 were given.")
     assert_refused(lambda: batch.add([1, 2, 3, 4, 5], 3), "A prompt is longer", "5 tokens", "allows 4")
-    assert_refused(lambda: batch.add([1, 2], 11), "longer than the bundle allows", "2 + 11", "12")
+    assert_refused(lambda: batch.add([1, 2], 11), "longer than the batch allows", "2 + 11", "12")
     assert_refused(lambda: batch.add([VOCAB], 3), "outside the vocabulary")
     assert_refused(lambda: batch.add([1, 2, 3, 4], 8, k=0), "does not fit into the caches of the dropped", "11", "5")
     assert_refused(lambda: batch.add([1], 3, policy="both"), "refresh policy")

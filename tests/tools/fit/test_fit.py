@@ -454,7 +454,11 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
 
 
 def test_an_interrupted_fit_can_be_resumed(
-    model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = run_fit(model_dir, words, tmp_path / "whole", drop_layers=(3, 5), steps=4)
     module = importlib.import_module("lora_drop_tools.fit.distill")  # `lora_drop_tools.fit` is the function
@@ -472,6 +476,8 @@ def test_an_interrupted_fit_can_be_resumed(
         run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4)
     assert not (tmp_path / "a").exists()
     assert (tmp_path / "a.partial").is_dir()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"with --resume goes on from what {tmp_path / 'a.partial'} has" in said
     monkeypatch.setattr(module, "run_batch", genuine)
     with pytest.raises(InputError, match="unfinished"):
         run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=4)

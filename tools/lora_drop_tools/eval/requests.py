@@ -97,7 +97,9 @@ def text_request(settings: EvalSettings) -> TextRequest | None:
         text = settings.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            "The text cannot be read.", note=f"{settings.text}: {error}.", hint="Give a UTF-8 text file."
+            "The text cannot be read.",
+            note=f"{settings.text}: {getattr(error, 'strerror', None) or error}.",
+            hint="Give a UTF-8 text file.",
         ) from None
     return TextRequest(text, settings.window_tokens, settings.prompt_tokens, settings.windows)
 

@@ -138,6 +138,9 @@ def _fit_loaded(
         except Diverged:  # it would again; after any other error --resume goes on
             partial.remove()
             raise
+        except KeyboardInterrupt:
+            console.say(f"the same command with --resume goes on from what {partial.root} has")
+            raise
         kept, pairs = better(work, pairs, learned)
     if work.stages[kept]["kl"] >= work.stages[BASE]["kl"]:
         console.say("warning: on held-out text these adapters are no better than none")

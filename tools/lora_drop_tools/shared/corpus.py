@@ -38,7 +38,9 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
             texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                "The text cannot be read.", note=f"{file}: {error}.", hint="Give a UTF-8 text file."
+                "The text cannot be read.",
+                note=f"{file}: {getattr(error, 'strerror', None) or error}.",
+                hint="Give a UTF-8 text file.",
             ) from None
     return texts
 
