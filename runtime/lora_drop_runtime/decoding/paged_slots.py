@@ -158,6 +158,7 @@ class PagedSlots:
             kind: of all runs that are due.
             runs: of the rows in the first slots.
             due: which of them run, by slot; at least one.
+            once: a run of this size hardly comes again, as one of a prompt.
         """
         order = sorted(due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
@@ -181,7 +182,7 @@ class PagedSlots:
             for number, own in enumerate(self._spare_blocks()):
                 tables[number].append((0, padding if writes_dropped or not number else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
-        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
+        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes, once)
         self._fill(feed, chosen, len(order), tables)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]

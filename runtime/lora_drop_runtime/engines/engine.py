@@ -265,11 +265,14 @@ class Feed(Protocol):
 class PagedSteps(Protocol):
     """Calls of one request, whose results stay until its next."""
 
-    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+    def feed(
+        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], once: bool
+    ) -> Feed:
         """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
 
         Args:
             rows: those that have a state, and all that have tokens.
+            once: a call of this size hardly comes again.
         """
         ...
 

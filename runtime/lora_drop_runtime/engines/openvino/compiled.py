@@ -42,10 +42,12 @@ class Settings:
     Attributes:
         threads: of a step.
         exact: products of quantized weights in float32, without rounding activations to 8 bits; nor caches.
+        wide: a model of its own, with its own copy of the weights, for calls of several tokens of a row.
     """
 
     threads: int
     exact: bool = False
+    wide: bool = False
 
 
 def _forget_pages(mapped: Iterable[Array]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +35,7 @@ from .pool import BlockPool
 from .threads import default_threads
 
 _FEEDS = 64  # calls of different sizes whose memory stays
+MOST_TWICE = 256 << 20  # bytes of weights that are held twice, where steps of one token and of several take turns
 
 
 class Feed:
@@ -71,11 +73,11 @@ class Feed:
         self.arrays: dict[str, Array] = arrays
 
 
-class Steps:
-    """An inference request of the compiled model, over the engine's pools. From one thread at a time."""
+class _Request:
+    """An inference request of a compiled model, over the engine's pools. From one thread at a time."""
 
-    def __init__(self, engine: OpenVinoEngine) -> None:
-        self._engine, self._compiled = engine, engine.compiled
+    def __init__(self, engine: OpenVinoEngine, compiled: Compiled) -> None:
+        self._engine, self._compiled = engine, compiled
         self._ov = import_openvino()
         self._request = self._compiled.model.create_infer_request()
         self._versions = [-1] * len(GROUPS)
@@ -140,6 +142,33 @@ class Steps:
             self._versions[number] = pool.version
 
 
+class Steps:
+    """The calls of one request: of one token of each row, and where the engine has a model for these, of several."""
+
+    def __init__(self, engine: OpenVinoEngine) -> None:
+        self._engine = engine
+        self._narrow = self._now = _Request(engine, engine.compiled)
+        self._wide: _Request | None = None
+
+    def feed(
+        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], once: bool
+    ) -> Feed:
+        several = tokens > rows[1]
+        if several and self._wide is None and not once and self._engine.may_be_wide:
+            self._wide = _Request(self._engine, self._engine.wide())
+        self._now = self._wide if several and self._wide is not None else self._narrow
+        return self._now.feed(kind, tokens, wanted, rows, blocks)
+
+    def run(self) -> None:
+        self._now.run()
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        return self._now.logits()
+
+    def states(self) -> npt.NDArray[np.float32]:
+        return self._now.states()
+
+
 class OpenVinoEngine:
     """Both steps of a bundle in OpenVINO on the CPU.
 
@@ -173,6 +202,8 @@ class OpenVinoEngine:
         self.pads_tokens = bundle.manifest.model.dtype == "bfloat16"
         self._settings = Settings(threads or default_threads(), exact)
         self.compiled: Compiled = compiled_model(bundle, target, self._settings)
+        self._replaced: Mapping[str, Array] = {}  # adapters
+        self._wide: Compiled | None = None
         self.lock = threading.RLock()
         plan = bundle.manifest.plan
         layers = (plan.kept_attentions, plan.dropped_attentions)
@@ -187,6 +218,24 @@ class OpenVinoEngine:
         manifest = self.bundle.manifest
         return (len(manifest.plan.sites) if manifest.plan.has_state else 0, rows, manifest.model.hidden_size)
 
+    @property
+    def _weight_bytes(self) -> int:
+        model = self.bundle.manifest.model
+        return sum(model.layer_bytes) + model.head_bytes
+
+    @property
+    def may_be_wide(self) -> bool:
+        """Whether a copy of the weights is small beside what it saves: all kernels need not be prepared anew whenever
+        a step of several tokens comes behind one of one token."""
+        return not self.pads_tokens and not self._settings.exact and self._weight_bytes <= MOST_TWICE
+
+    def wide(self) -> Compiled:
+        """The model for calls of several tokens of a row, compiled when it is first asked for."""
+        if self._wide is None:
+            settings = replace(self._settings, wide=True)
+            self._wide = compiled_model(self.bundle, self.target, settings, self._replaced)
+        return self._wide
+
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         return needed
 
@@ -197,13 +246,17 @@ class OpenVinoEngine:
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         replaced = adapter_weights(matrices, self.bundle.manifest.model.dtype)
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
+        self._replaced, self._wide = replaced, None
 
     def beside(self) -> Self:
         return self
 
     def notes(self) -> list[str]:
-        return list(self.compiled.notes)
+        if self._wide is None:
+            return list(self.compiled.notes)
+        held = f"{self._weight_bytes / 2**20:.0f} MiB of weights are held twice, for steps of one token and of several"
+        return [*self.compiled.notes, held]
 
     def close(self) -> None:
-        self.pools = []
+        self.pools, self._wide = [], None
         self.__dict__.pop("compiled", None)

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.openvino import engine as module
 from lora_drop_runtime.engines.openvino import threads
 from lora_drop_runtime.engines.openvino.engine import _FEEDS, Feed, OpenVinoEngine
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -127,7 +128,8 @@ def test_the_memory_of_calls_is_bounded_and_one_that_left_comes_back(surrogates:
         for session in (ours, theirs):
             session._running().chunk(width)()
         assert_near(ours._running().logits(), theirs._running().logits(), f"{width} tokens")
-        assert len(ours._running().slots._steps._feeds) <= _FEEDS
+        steps = ours._running().slots._steps
+        assert max(len(request._feeds) for request in (steps._narrow, steps._wide or steps._narrow)) <= _FEEDS
     ours.close()
     theirs.close()
 
@@ -188,6 +190,36 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle
     gc.collect()
     assert compiled() is None
     reference.close()
+
+
+def test_steps_of_several_tokens_have_a_model_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where they come again: prompts do not, and under skip and k = 0 all steps have one token."""
+    prompts, tokens = some_requests(4)[0]
+    engines = []
+    with contextlib.ExitStack() as opened:
+        for policy, k in (("skip", 2), ("backfill", 0), ("backfill", 2), ("backfill", 2)):
+            sessions = both(bundle, policy=policy)
+            for session in sessions:
+                opened.enter_context(session)
+            for _ in range(2):
+                follow(sessions, prompts, tokens, k)
+            engines.append(sessions[0]._engine)
+        plain, full, wide, other = engines
+        assert plain._wide is full._wide is None
+        assert not plain.notes()
+        assert wide._wide is other._wide is not None
+        assert wide._wide is not wide.compiled
+        assert "MiB of weights are held twice" in wide.notes()[-1]
+        narrow, second = (weakref.ref(model) for model in (wide.compiled, wide._wide))
+        monkeypatch.setattr(module, "MOST_TWICE", wide._weight_bytes - 1)
+        sessions = both(bundle, policy="backfill")
+        for session in sessions:
+            opened.enter_context(session)
+        follow(sessions, prompts, tokens, 2)
+        assert sessions[0]._engine._wide is None
+    del engines, plain, full, wide, other, session, sessions, opened
+    gc.collect()
+    assert narrow() is second() is None
 
 
 INTERRUPTED = """
