@@ -30,7 +30,7 @@ from . import checks
 from .constraint import Constraint
 from .flight import FirstState, Flight, why_single_steps
 from .opening import checked_policy, open_bundle
-from .paged_slots import slots_for
+from .paged_slots import prepare_for_several, slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
@@ -78,7 +78,10 @@ class Batch:
         self._paged = engine.block_slots is not None
         room = self._chunk if engine.idle_rows and not self._paged else 0
         most = engine.slots({name: count + room for name, count in self._capacity.items()})
-        self._slots = slots_for(bundle, engine, self._count, most)
+        several = self._policy.runs_several(self._schedule)
+        if several:
+            prepare_for_several(engine)
+        self._slots = slots_for(bundle, engine, self._count, most, several)
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
         checks.check_pool(self._slots.bytes_of({"slots_kept": 1, "slots_dropped": 1}), self._most_bytes)
         self._rows: list[Row] = []  # by slot

@@ -46,15 +46,16 @@ class PagedSlots:
 
     Args:
         count: the most rows.
+        several: whether runs of several tokens of a row come between those of one.
     """
 
-    def __init__(self, bundle: Bundle, engine: PagedEngine, count: int) -> None:
-        self._bundle, self._engine, self._count = bundle, engine, count
+    def __init__(self, bundle: Bundle, engine: PagedEngine, count: int, several: bool) -> None:
+        self._bundle, self._engine, self._count, self._several = bundle, engine, count, several
         self._plan = bundle.manifest.plan
         assert engine.block_slots is not None
         self._size = engine.block_slots
         self._fills = self._plan.refresh_policy.fills
-        self._steps = engine.steps()
+        self._steps = engine.steps(several)
         self._rows: list[_Row | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
         self._vocabulary = bundle.manifest.model.vocab_size
@@ -112,7 +113,7 @@ class PagedSlots:
         self, engine: PagedEngine, slots: Mapping[str, int], kept: Sequence[int], dropped: Sequence[int]
     ) -> PagedSlots:
         """As `Slots.fork`; blocks are shared until a row writes to them."""
-        new = PagedSlots(self._bundle, engine, self._count)
+        new = PagedSlots(self._bundle, engine, self._count, self._several)
         for row, valid in enumerate(zip(kept, dropped, strict=True)):
             new.admit(row, slots)
             new.copy(self, row, row, *valid)
@@ -158,7 +159,6 @@ class PagedSlots:
             kind: of all runs that are due.
             runs: of the rows in the first slots.
             due: which of them run, by slot; at least one.
-            once: a run of this size hardly comes again, as one of a prompt.
         """
         order = sorted(due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
@@ -182,7 +182,7 @@ class PagedSlots:
             for number, own in enumerate(self._spare_blocks()):
                 tables[number].append((0, padding if writes_dropped or not number else 0, own))
         sizes = tuple(sum(len(own) for _, _, own in group) for group in tables)
-        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes, once)
+        feed = self._steps.feed(kind, tokens + padding, sum(wanted), (len(order), len(chosen)), sizes)
         self._fill(feed, chosen, len(order), tables)
         if self._plan.has_state:
             feed.states[...] = self._states[:, order]
@@ -263,12 +263,22 @@ class PagedSlots:
         raise AssertionError("the engine chooses no tokens")
 
 
-def slots_for(bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int]) -> Slots | PagedSlots:
+def prepare_for_several(engine: Engine) -> None:
+    """Many runs of several tokens of a row will come between those of one: who has a long time to run may take a while
+    to begin."""
+    if engine.block_slots is not None:
+        cast("PagedEngine", engine).prepare_for_several()
+
+
+def slots_for(
+    bundle: Bundle, engine: Engine, count: int, slots: Mapping[str, int], several: bool
+) -> Slots | PagedSlots:
     """Memory for so many rows, as the engine has it.
 
     Args:
         slots: the most of a row, {"slots_kept": n, "slots_dropped": m}.
+        several: whether runs of several tokens of a row come between those of one.
     """
     if engine.block_slots is None:
         return Slots(bundle, cast("BindingEngine", engine), count, slots)
-    return PagedSlots(bundle, cast("PagedEngine", engine), count)
+    return PagedSlots(bundle, cast("PagedEngine", engine), count, several)

@@ -83,7 +83,7 @@ class Request:
             "slots_dropped": policy.dropped_slots(longest, self.max_steps, schedule),
         }
         self._capacities = engine.slots(needed)
-        self.slots = slots_for(bundle, engine, self.batch, self._capacities)
+        self.slots = slots_for(bundle, engine, self.batch, self._capacities, policy.runs_several(schedule))
         self._all = range(self.batch)
         for row in self._all:
             self.slots.admit(row, self._capacities)

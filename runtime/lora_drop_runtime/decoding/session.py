@@ -38,6 +38,7 @@ from .flight import why_single_steps
 from .lossless import Clock, Lossless, most_verified
 from .opening import checked_policy, open_bundle
 from .pace import MOST_DRAFTS, AutoPace, FixedPace, Pace
+from .paged_slots import prepare_for_several
 from .prompts import Prompts, harmless_padding, integers, padded, prompt_rows
 from .request import Request
 from .sampling import Ids, Sampler, SamplingOptions
@@ -490,9 +491,12 @@ class Session:
         """Run a short request of `batch` rows that nobody sees; ends the running request.
 
         On a GPU the next request of this batch then finds its memory allocated, its kernels compiled and its steps
-        captured as CUDA graphs. `open` does it for one row there.
+        captured as CUDA graphs. `open` does it for one row there. On target openvino steps of several tokens get a
+        model of their own, where the policy has such and the weights are small (docs/openvino.md).
         """
         batch = checks.checked_batch(batch)
+        if self._policy.runs_several(self.schedule):
+            prepare_for_several(self._opened())
         most = min(WARM_UP_STEPS, self.bundle.manifest.limits.max_seq_len - 2)
         tokens = np.zeros((batch, 1), np.int64)
         verifies = isinstance(self.schedule, VerifiedSchedule)

@@ -265,14 +265,11 @@ class Feed(Protocol):
 class PagedSteps(Protocol):
     """Calls of one request, whose results stay until its next."""
 
-    def feed(
-        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], once: bool
-    ) -> Feed:
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
         """What a call reads of so many tokens in all, logits that are wanted, and blocks of each pool.
 
         Args:
             rows: those that have a state, and all that have tokens.
-            once: a call of this size hardly comes again.
         """
         ...
 
@@ -303,8 +300,16 @@ class PagedEngine(Engine, Protocol):
         """Of the states of so many rows, [sites, rows, d]; no site where the plan has none."""
         ...
 
-    def steps(self) -> PagedSteps:
-        """For one request."""
+    def prepare_for_several(self) -> None:
+        """Many calls of several tokens of a row will come between those of one."""
+        ...
+
+    def steps(self, several: bool) -> PagedSteps:
+        """For one request.
+
+        Args:
+            several: whether calls of several tokens of a row come between those of one.
+        """
         ...
 
 

@@ -63,6 +63,12 @@ class Policy(ABC):
         """Tokens of a row that a refresh runs: those of the LoRA steps that it takes back, and its own."""
         return self.steps_taken_back(lora_steps) + 1
 
+    def runs_several(self, schedule: Schedule) -> bool:
+        """Whether steps of several tokens of a row come between those of one, about as many each time: drafts to be
+        verified are now more and now fewer."""
+        is_full = isinstance(schedule, PeriodicSchedule) and not schedule.k
+        return self.refresh_tokens(1) > 1 and not self.verifies and not is_full
+
     def dropped_slots(self, prompt: int, steps: int, schedule: Schedule) -> int:
         """Slots that a row needs in a dropped layer's cache: `prompt` tokens, then decode steps 1 … `steps`.
 

@@ -55,9 +55,9 @@ class TimedEngine:
         _, steps, _ = parts
         return _TimedCycle(self, self._engine.cycle(*parts), [step.kind for step in steps])
 
-    def steps(self) -> Any:
+    def steps(self, several: bool) -> Any:
         """Of an engine whose caches are paged."""
-        return _TimedSteps(self, self._engine.steps())
+        return _TimedSteps(self, self._engine.steps(several))
 
 
 class _TimedCycle:
@@ -128,7 +128,7 @@ class TimedSession:
         """Raises BundleError where the bundle cannot run here."""
         engine = open_engine(bundle, options.target, options.provider, options.threads)
         timed = cls(bundle, engine, options.policy, options.draft)
-        if engine.warms_up:
+        if engine.warms_up or engine.block_slots is not None:
             try:
                 timed.session.warm_up()
             except BaseException:

@@ -36,6 +36,7 @@ from .threads import default_threads
 
 _FEEDS = 64  # calls of different sizes whose memory stays
 MOST_TWICE = 256 << 20  # bytes of weights that are held twice, where steps of one token and of several take turns
+ENOUGH_CALLS = 400  # of several tokens, which together lose about the time that one model more takes to compile
 
 
 class Feed:
@@ -143,20 +144,18 @@ class _Request:
 
 
 class Steps:
-    """The calls of one request: of one token of each row, and where the engine has a model for these, of several."""
+    """The calls of one request: of one token of each row, and of several by a model of their own where there is one."""
 
-    def __init__(self, engine: OpenVinoEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: OpenVinoEngine, several: bool) -> None:
+        self._engine, self._several = engine, several
         self._narrow = self._now = _Request(engine, engine.compiled)
-        self._wide: _Request | None = None
+        self._wide = _Request(engine, engine.wide) if several and engine.wide is not None else self._narrow
 
-    def feed(
-        self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...], once: bool
-    ) -> Feed:
-        several = tokens > rows[1]
-        if several and self._wide is None and not once and self._engine.may_be_wide:
-            self._wide = _Request(self._engine, self._engine.wide())
-        self._now = self._wide if several and self._wide is not None else self._narrow
+    def feed(self, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: tuple[int, ...]) -> Feed:
+        self._now = self._narrow
+        if tokens > rows[1]:
+            self._now = self._wide
+            self._engine.calls_of_several += self._several
         return self._now.feed(kind, tokens, wanted, rows, blocks)
 
     def run(self) -> None:
@@ -203,7 +202,8 @@ class OpenVinoEngine:
         self._settings = Settings(threads or default_threads(), exact)
         self.compiled: Compiled = compiled_model(bundle, target, self._settings)
         self._replaced: Mapping[str, Array] = {}  # adapters
-        self._wide: Compiled | None = None
+        self.wide: Compiled | None = None  # for calls of several tokens of a row
+        self.calls_of_several = 0  # in requests where such calls come between others
         self.lock = threading.RLock()
         plan = bundle.manifest.plan
         layers = (plan.kept_attentions, plan.dropped_attentions)
@@ -223,40 +223,36 @@ class OpenVinoEngine:
         model = self.bundle.manifest.model
         return sum(model.layer_bytes) + model.head_bytes
 
-    @property
-    def may_be_wide(self) -> bool:
-        """Whether a copy of the weights is small beside what it saves: all kernels need not be prepared anew whenever
-        a step of several tokens comes behind one of one token."""
-        return not self.pads_tokens and not self._settings.exact and self._weight_bytes <= MOST_TWICE
-
-    def wide(self) -> Compiled:
-        """The model for calls of several tokens of a row, compiled when it is first asked for."""
-        if self._wide is None:
+    def prepare_for_several(self) -> None:
+        """Have a model of their own for calls of several tokens of a row, where a copy of the weights is small: else
+        all kernels are prepared anew whenever such a call comes behind one of one token."""
+        gains = not self.pads_tokens and not self._settings.exact and self._weight_bytes <= MOST_TWICE
+        if gains and self.wide is None:
             settings = replace(self._settings, wide=True)
-            self._wide = compiled_model(self.bundle, self.target, settings, self._replaced)
-        return self._wide
+            self.wide = compiled_model(self.bundle, self.target, settings, self._replaced)
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
         return needed
 
-    def steps(self) -> Steps:
-        """A request of one's own."""
-        return Steps(self)
+    def steps(self, several: bool) -> Steps:
+        if several and self.calls_of_several >= ENOUGH_CALLS:
+            self.prepare_for_several()
+        return Steps(self, several)
 
     def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
         replaced = adapter_weights(matrices, self.bundle.manifest.model.dtype)
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
-        self._replaced, self._wide = replaced, None
+        self._replaced, self.wide = replaced, None
 
     def beside(self) -> Self:
         return self
 
     def notes(self) -> list[str]:
-        if self._wide is None:
+        if self.wide is None:
             return list(self.compiled.notes)
         held = f"{self._weight_bytes / 2**20:.0f} MiB of weights are held twice, for steps of one token and of several"
         return [*self.compiled.notes, held]
 
     def close(self) -> None:
-        self.pools, self._wide = [], None
+        self.pools, self.wide = [], None
         self.__dict__.pop("compiled", None)

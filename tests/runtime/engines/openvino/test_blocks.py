@@ -394,9 +394,9 @@ def test_a_lora_step_that_fills_sees_the_block_that_it_writes_alone(
     tables: list[tuple[StepKind, int, int]] = []  # step, blocks of kept and of dropped layers
     plain = Steps.feed
 
-    def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: Any, o: bool) -> Any:
+    def feed(self: Steps, kind: StepKind, tokens: int, wanted: int, rows: tuple[int, int], blocks: Any) -> Any:
         tables.append((kind, *blocks))
-        return plain(self, kind, tokens, wanted, rows, blocks, o)
+        return plain(self, kind, tokens, wanted, rows, blocks)
 
     monkeypatch.setattr(Steps, "feed", feed)
     sessions = both(bundle, policy="fill")

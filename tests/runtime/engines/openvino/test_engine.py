@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from lora_drop_runtime import Session
+from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.openvino import engine as module
 from lora_drop_runtime.engines.openvino import threads
@@ -129,7 +129,7 @@ def test_the_memory_of_calls_is_bounded_and_one_that_left_comes_back(surrogates:
             session._running().chunk(width)()
         assert_near(ours._running().logits(), theirs._running().logits(), f"{width} tokens")
         steps = ours._running().slots._steps
-        assert max(len(request._feeds) for request in (steps._narrow, steps._wide or steps._narrow)) <= _FEEDS
+        assert max(len(request._feeds) for request in (steps._narrow, steps._wide)) <= _FEEDS
     ours.close()
     theirs.close()
 
@@ -192,34 +192,47 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle
     reference.close()
 
 
-def test_steps_of_several_tokens_have_a_model_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where they come again: prompts do not, and under skip and k = 0 all steps have one token."""
+def test_steps_of_several_tokens_get_a_model_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many come between those of one token, about as many each time: not under skip, lossless or with k = 0."""
     prompts, tokens = some_requests(4)[0]
+    monkeypatch.setattr(module, "ENOUGH_CALLS", 2)
     engines = []
     with contextlib.ExitStack() as opened:
-        for policy, k in (("skip", 2), ("backfill", 0), ("backfill", 2), ("backfill", 2)):
+        for policy, k in (("skip", 2), ("lossless", 2), ("backfill", 0), ("backfill", 2), ("backfill", 2)):
             sessions = both(bundle, policy=policy)
             for session in sessions:
                 opened.enter_context(session)
+            follow(sessions, prompts, tokens, k)
+            assert sessions[0]._engine.wide is None
             for _ in range(2):
                 follow(sessions, prompts, tokens, k)
             engines.append(sessions[0]._engine)
-        plain, full, wide, other = engines
-        assert plain._wide is full._wide is None
+        plain, drafting, full, wide, other = engines
+        assert plain.wide is drafting.wide is full.wide is None
         assert not plain.notes()
-        assert wide._wide is other._wide is not None
-        assert wide._wide is not wide.compiled
+        assert wide.wide is other.wide is not None
+        assert wide.wide is not wide.compiled
         assert "MiB of weights are held twice" in wide.notes()[-1]
-        narrow, second = (weakref.ref(model) for model in (wide.compiled, wide._wide))
+        narrow, second = (weakref.ref(model) for model in (wide.compiled, wide.wide))
         monkeypatch.setattr(module, "MOST_TWICE", wide._weight_bytes - 1)
         sessions = both(bundle, policy="backfill")
         for session in sessions:
             opened.enter_context(session)
+            session.warm_up()
         follow(sessions, prompts, tokens, 2)
-        assert sessions[0]._engine._wide is None
-    del engines, plain, full, wide, other, session, sessions, opened
+        assert sessions[0]._engine.wide is None
+    del engines, plain, drafting, full, wide, other, session, sessions, opened
     gc.collect()
     assert narrow() is second() is None
+
+
+@pytest.mark.parametrize(("policy", "k"), [("skip", 2), ("backfill", 0), ("backfill", 2)])
+def test_who_runs_long_has_that_model_from_the_beginning(bundle: Bundle, policy: str, k: int) -> None:
+    with Session.open(bundle.root, policy=policy, k=k, threads=1) as session:
+        session.warm_up()
+        assert (session._engine.wide is not None) == (policy == "backfill" and k > 0)
+    with Batch.open(bundle.root, policy=policy, k=k, slots=2, threads=1) as batch:
+        assert (batch._engine.wide is not None) == (policy == "backfill" and k > 0)
 
 
 INTERRUPTED = """
