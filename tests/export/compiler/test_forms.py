@@ -203,7 +203,7 @@ def test_the_measured_windows_are_none_that_is_rounded_on(tmp_path: Path) -> Non
 def test_a_text_without_a_window_to_spare_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_drop_export.check.calibration_text.WINDOWS", 32)
     text = tmp_path / "text.txt"
-    text.write_text("abcd" * 512)
+    text.write_text("abcdefghijklmnop" * 128)
     with pytest.raises(InputError, match="too short") as error:
         search(tmp_path / "auto", calibration=text)
     assert "has 32 windows of 64" in str(error.value)

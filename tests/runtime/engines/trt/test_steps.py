@@ -138,10 +138,9 @@ def test_a_prefix_is_taken_where_it_lies(bundles, name: str, cycles: bool, monke
             text = [*text, *reply, 11, 12]
 
 
-@pytest.mark.parametrize("name", ["residual", "recurrent, attn_mlp"])
-def test_a_fork_has_caches_of_its_own(bundles, name: str) -> None:
+def test_a_fork_has_caches_of_its_own(bundles) -> None:
     """Both go on by turns, each as a session alone that was fed the same; forked again, and closed in any order."""
-    made = bundles(name)
+    made = bundles("recurrent, attn_mlp")
     session, _, cuda = open_device_session(made, policy="backfill")
     alone = {side: open_device_session(made, policy="backfill")[0] for side in "abc"}
     with alone["a"], alone["b"], alone["c"]:
