@@ -459,16 +459,15 @@ class Session:
             beside = engine.beside()
             new = Session(self.bundle, beside, self.schedule, self._policy.name)
             new._source = self._source
+            self._family.add(new)
+            new._family = self._family
             try:
                 new._request = request.fork(beside)
             except BaseException:
-                if beside is not engine:
-                    beside.close()
+                new.close()
                 raise
             if beside is not engine:
                 new._usage = self._usage
-            self._family.add(new)
-            new._family = self._family
             return new
         finally:
             self._usage.leave()

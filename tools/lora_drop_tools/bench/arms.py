@@ -56,7 +56,9 @@ class TimedEngine:
         return _TimedCycle(self, self._engine.cycle(*parts), [step.kind for step in steps])
 
     def steps(self, several: bool) -> Any:
-        """Of an engine whose caches are paged."""
+        """Of an engine whose caches are paged; as long-running processes have them."""
+        if several:
+            self._engine.prepare_for_several()
         return _TimedSteps(self, self._engine.steps(several))
 
 
@@ -128,7 +130,7 @@ class TimedSession:
         """Raises BundleError where the bundle cannot run here."""
         engine = open_engine(bundle, options.target, options.provider, options.threads)
         timed = cls(bundle, engine, options.policy, options.draft)
-        if engine.warms_up or engine.block_slots is not None:
+        if engine.warms_up:
             try:
                 timed.session.warm_up()
             except BaseException:

@@ -24,12 +24,9 @@ def report_memory(argument: str) -> None:
     """The body of the process that `Memory` is about; prints what it found as JSON."""
     given = json.loads(argument)
     ids = np.array(given["prompts"], np.int64)
-    found = []
     with TimedSession.open(Bundle.open(given["bundle"]), SessionOptions(**given["options"])) as timed:
-        for k in given["windows"]:
-            timed.run(ids, given["new_tokens"], k)
-            found.append(machine.pss_bytes())
-    print(json.dumps(found))
+        timed.run(ids, given["new_tokens"], given["window"])
+        print(json.dumps(machine.pss_bytes()))
 
 
 def _failed(stderr: str, code: int) -> InputError:
@@ -48,21 +45,23 @@ def _failed(stderr: str, code: int) -> InputError:
 def measure_memory(
     name: str, bundle: Bundle, windows: Sequence[int | str], request: Request, prompts: Ids, options: SessionOptions
 ) -> list[Memory]:
-    """Memory under each window, one after the other in one process.
+    """Memory under each window, in a process of its own: an engine keeps what another one has made it hold.
 
     Raises:
-        InputError: the process failed.
+        InputError: a process failed.
     """
     given = {
         "bundle": str(bundle.root),
-        "windows": list(windows),
         "prompts": prompts.tolist(),
         "new_tokens": request.new_tokens,
         "options": dataclasses.asdict(options),
     }
     code = f"import sys; from {__name__} import report_memory; report_memory(sys.stdin.read())"
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(given), capture_output=True, text=True)
-    if done.returncode:
-        raise _failed(done.stderr, done.returncode)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return [Memory(name, k, request, pss) for k, pss in zip(windows, found, strict=True)]
+    found = []
+    for k in windows:
+        told = json.dumps(given | {"window": k})
+        done = subprocess.run([sys.executable, "-c", code], input=told, capture_output=True, text=True)
+        if done.returncode:
+            raise _failed(done.stderr, done.returncode)
+        found.append(Memory(name, k, request, json.loads(done.stdout.splitlines()[-1])))
+    return found

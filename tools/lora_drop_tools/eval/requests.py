@@ -15,6 +15,7 @@ from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
 
+from lora_drop_tools.shared.corpus import read_texts
 from lora_drop_tools.shared.results import of_one_request
 
 from .result import FULL
@@ -93,14 +94,7 @@ def text_request(settings: EvalSettings) -> TextRequest | None:
     """
     if settings.text is None:
         return None
-    try:
-        text = settings.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            "The text cannot be read.",
-            note=f"{settings.text}: {getattr(error, 'strerror', None) or error}.",
-            hint="Give a UTF-8 text file.",
-        ) from None
+    (text,) = read_texts([settings.text])
     return TextRequest(text, settings.window_tokens, settings.prompt_tokens, settings.windows)
 
 
