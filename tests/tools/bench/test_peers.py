@@ -33,7 +33,7 @@ if command == "prepare":
     made = {"model": arguments["source"], "built": "as given"}
     say({"error": "RuntimeError: cannot"} if name == "llama.cpp" else made)
     raise SystemExit
-say({"ready": arguments["model"]})
+say({"ready": arguments["model"], "version": "1.2"})
 for line in sys.stdin:
     request = json.loads(line)
     if request["new_tokens"] == 13:
@@ -68,9 +68,10 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
     reasons = {name: reason_against(name, both, "float32") for name in both.names}
     assert reasons["llama.cpp"] == "not installed: pip install llama-cpp-python"
     assert "transformers < 4.58" in str(reasons["optimum-onnx"])
+    assert "pip install openvino-genai optimum-intel; " in str(reasons["openvino-genai"])
     assert "weights are int4" in str(reason_against("transformers", both, "int4"))
     monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: True)
-    assert [reason_against(name, both, "float32") for name in both.names] == [None] * 4
+    assert [reason_against(name, both, "float32") for name in both.names] == [None] * 5
     assert reason_against("onnxruntime-genai", both, "int4") is None
     alone = peer_options(("transformers",), [gguf], None, ())
     assert reason_against("transformers", alone, "float32") == (
@@ -98,7 +99,7 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
         assert peer.pss is None or peer.pss["total"] > 0
         answer = peer.generate([1, 2, 3], 4)
         assert (len(answer["tokens"]), answer["step_seconds"]) == (4, [0.002] * 3)
-        assert (peer.built, peer.model_bytes) == ("as given", 2)
+        assert (peer.built, peer.model_bytes, peer.version) == ("as given", 2, "1.2")
         with pytest.raises(PeerError, match="ended with code 3: out of luck"):
             peer.generate([1], 13)
         with pytest.raises(PeerError, match="ended with code 3"):
@@ -129,14 +130,16 @@ def test_command_with_peers(
     """One that answers, one that cannot be prepared, one that dies, one that is not there: only the first has a row."""
     scripted({0: 0.0040, 3: 0.0039})
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    left_out = {"optimum.onnxruntime", "openvino_genai"}
     monkeypatch.setattr(bench_peers, "WORKER", worker)
-    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module != "optimum.onnxruntime")
+    monkeypatch.setattr(peer_options_module, "_is_installed", lambda module: module not in left_out)
     out = io.StringIO()
     options: dict[str, Any] = {"k": (3,), "contexts": (8,), "batches": (1, 2), "repeats": 2, "peers": ()}
     options |= {"model": (hf_directory, tmp_path / "model.gguf"), "peer_cache": tmp_path / "cache"}
     result = bench(bundles[1], BenchSettings(new_tokens=12, **options), out=out)
     assert {row.name for row in result.peer_rows} == {"onnxruntime-genai", "transformers"}
-    assert set(result.peers_left_out) == {"llama.cpp", "optimum-onnx"}
+    assert {row.version for row in result.peer_rows} == {"1.2"}
+    assert set(result.peers_left_out) == {"llama.cpp", "optimum-onnx", "openvino-genai"}
     assert result.peers_left_out["llama.cpp"] == "RuntimeError: cannot"
     (peer,) = [row for row in result.peer_rows if row.name == "transformers"]
     assert (peer.tokens_per_second, peer.p50_ms, peer.prefill_tokens_per_second) == pytest.approx((500, 2, 2000))
@@ -165,6 +168,18 @@ def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (answer["prefill_seconds"], answer["step_seconds"]) == (5, [3, 3, 3])
     with pytest.raises(RuntimeError, match="2 tokens came, 3 were asked for"):
         timed(lambda prompt, n, emit: generate(prompt, n - 1, emit), [5], 3)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "head_dim", "size"), [(896, 4864, 64, 128), (576, 1536, None, 64), (288, 768, 48, 32)]
+)
+def test_openvinos_groups_fill_every_row(
+    hidden: int, intermediate: int, head_dim: int | None, size: int, hf_directory: Path
+) -> None:
+    """Its exporter refuses a model whose rows its 128 does not divide."""
+    config = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": head_dim}
+    (hf_directory / "config.json").write_text(json.dumps(config | {"num_attention_heads": hidden // (head_dim or 64)}))
+    assert peer_worker._group_size(str(hf_directory)) == size
 
 
 def test_no_file_beside_the_worker_hides_a_module_of_pythons() -> None:

@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 
-from lora_drop_tools.bench.peers.options import PeerOptions, peer_options, peer_version
+from lora_drop_tools.bench.peers.options import PeerOptions, peer_options
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
@@ -50,7 +50,7 @@ def _peer_row(peer: Peer, request: Request, runs: Sequence[Run]) -> PeerRow:
     steps = request.new_tokens - 1
     return PeerRow(
         name=peer.name,
-        version=peer_version(peer.name),
+        version=peer.version,
         built=peer.built,
         model_bytes=peer.model_bytes,
         context=request.context,

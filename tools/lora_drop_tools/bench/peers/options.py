@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ class PeerKind:
 
     Attributes:
         module: what shows that it is installed.
-        package: its name for pip.
+        package: what pip installs for it.
         reads: `directory` (Hugging Face) or `gguf`.
         precisions: of a bundle's weights, that it can compute with too.
         note: why it may not be installable.
@@ -40,6 +39,13 @@ PEERS = {
         "directory",
         ("float32",),
         "0.1.0 wants transformers < 4.58, so an environment of its own: --peer-python optimum-onnx=PYTHON",
+    ),
+    "openvino-genai": PeerKind(
+        "openvino_genai",
+        "openvino-genai optimum-intel",
+        "directory",
+        ("float32", "int8", "int4"),
+        "optimum-intel 2.2 wants transformers < 5.6, so an environment of its own: --peer-python openvino-genai=PYTHON",
     ),
 }
 READS = {"directory": "a Hugging Face directory", "gguf": "a .gguf file"}
@@ -133,10 +139,3 @@ def reason_against(name: str, options: PeerOptions, precision: str) -> str | Non
     if name not in options.pythons and not _is_installed(kind.module):
         return f"not installed: pip install {kind.package}" + (f"; {kind.note}" if kind.note else "")
     return None
-
-
-def peer_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(PEERS[name].package)
-    except (KeyError, importlib.metadata.PackageNotFoundError):
-        return None

@@ -60,6 +60,7 @@ class Peer:
 
     Attributes:
         built: what it loads, in words; `model_bytes` is the size of that.
+        version: of the runtime, in the Python that runs it.
         pss: of the worker after `warm_up`.
 
     Raises:
@@ -100,7 +101,7 @@ class Peer:
         with self._log.open("a") as log:
             self._process = _start([*command, "serve", name, json.dumps(arguments)], log)
         try:
-            self._read(OPEN_SECONDS)
+            self.version: str | None = self._read(OPEN_SECONDS).get("version")
         except BaseException:
             self.close()
             raise

@@ -4,9 +4,9 @@
     python worker.py serve   NAME '{"model": …, "threads": n, "capacity": tokens}'
 
 `prepare` makes what the peer loads and prints one line, {"model": path, "built": what was done}. `serve` loads it once,
-prints {"ready": what it loaded}, then answers each line {"prompt": [ids], "new_tokens": N} with {"tokens": [N ids],
-"prefill_seconds": to the first token, "step_seconds": [N − 1]}. Tokens are greedy, end tokens are ignored. A failure is
-{"error": text}. Between requests it waits in a read, without using the processor.
+prints {"ready": what it loaded, "version": the peer's}, then answers each line {"prompt": [ids], "new_tokens": N} with
+{"tokens": [N ids], "prefill_seconds": to the first token, "step_seconds": [N − 1]}. Tokens are greedy, end tokens are
+ignored. A failure is {"error": text}. Between requests it waits in a read, without using the processor.
 
 Runs as a file and imports nothing of this project: a peer may live in another Python than the tools. No file beside
 it may have the name of a module that others import.
@@ -15,6 +15,7 @@ it may have the name of a module that others import.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import itertools
 import json
 import os
@@ -31,7 +32,8 @@ Generate = Callable[[list[int], int, Emit], None]  # prompt, number of new token
 # llama.cpp's general.file_type: what counts as a precision, and what another file is requantized to (the first)
 LLAMA_FILE_TYPES = {"float32": (0,), "int8": (7,), "int4": (2, 3)}
 LLAMA_NAMES = {0: "F32", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0"}
-GENAI_PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}
+WEIGHT_FORMATS = {"float32": "fp32", "int8": "int8", "int4": "int4"}  # in onnxruntime-genai's words, and OpenVINO's
+PACKAGES = {"llama.cpp": "llama-cpp-python"}  # whose version is a peer's, where that has another name
 PREFILL_CHUNK = 512  # tokens, llama.cpp's own default
 
 
@@ -48,10 +50,10 @@ def prepare_genai(source: str, precision: str, out: str, threads: int) -> dict[s
     shutil.rmtree(f"{model}.part", ignore_errors=True)
     options = [] if precision == "float32" else ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", f"{model}.part"]
-    command += ["-p", GENAI_PRECISIONS[precision], "-e", "cpu", "-c", f"{out}/genai-cache", *options]
+    command += ["-p", WEIGHT_FORMATS[precision], "-e", "cpu", "-c", f"{out}/genai-cache", *options]
     subprocess.run(command, check=True, stdout=sys.stderr)
     _finish(model)
-    return {"model": str(model), "built": " ".join(["builder", "-p", GENAI_PRECISIONS[precision], *options])}
+    return {"model": str(model), "built": " ".join(["builder", "-p", WEIGHT_FORMATS[precision], *options])}
 
 
 def open_genai(model: str, threads: int, capacity: int) -> Generate:
@@ -214,12 +216,71 @@ def open_optimum(model: str, threads: int, capacity: int) -> Generate:
     return _generate_of(ORTModelForCausalLM.from_pretrained(model, session_options=options, trust_remote_code=False))
 
 
+def _group_size(source: str) -> int:
+    """The largest of 128, 64 and 32 that divides what a layer's matrices read; 128 is the exporter's default."""
+    config = json.loads(Path(source, "config.json").read_text())
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    widths = (hidden, config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads))
+    return next(size for size in (128, 64, 32) if size == 32 or not any(width % size for width in widths))
+
+
+def prepare_openvino_genai(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
+    """Its own export, by Optimum."""
+    model = Path(out) / "openvino-genai"
+    shutil.rmtree(f"{model}.part", ignore_errors=True)
+    options = ["--weight-format", WEIGHT_FORMATS[precision]]
+    if precision == "int4":
+        options += ["--group-size", str(_group_size(source))]
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
+    command += ["--task", "text-generation-with-past", *options, f"{model}.part"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    _finish(model)
+    return {"model": str(model), "built": " ".join(["optimum-cli export openvino", *options])}
+
+
+def open_openvino_genai(model: str, threads: int, capacity: int) -> Generate:
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
+
+    class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
+        def __init__(self, emit: Emit) -> None:
+            super().__init__()
+            self.emit = emit
+
+        def write(self, token: Any) -> Any:
+            for one in token if isinstance(token, list) else [token]:
+                self.emit(int(one))
+            return openvino_genai.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompt: list[int], new_tokens: int, emit: Emit) -> None:
+        config = openvino_genai.GenerationConfig(max_new_tokens=new_tokens, do_sample=False, ignore_eos=True)
+        ids = np.array([prompt], np.int64)
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        pipeline.generate(inputs, config, Streamer(emit))
+
+    return generate
+
+
 PEERS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., Generate]]] = {
     "onnxruntime-genai": (prepare_genai, open_genai),
     "llama.cpp": (prepare_llama, open_llama),
     "transformers": (prepare_directory, open_transformers),
     "optimum-onnx": (prepare_optimum, open_optimum),
+    "openvino-genai": (prepare_openvino_genai, open_openvino_genai),
 }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(PACKAGES.get(name, name))
+    except importlib.metadata.PackageNotFoundError:  # it is found on a path, and pip knows nothing of it
+        return None
 
 
 def timed(generate: Generate, prompt: list[int], new_tokens: int) -> dict[str, Any]:
@@ -253,7 +314,7 @@ def main(command: str, name: str, argument: str) -> None:
             answer(prepare(**arguments))
             return
         generate = open_peer(**arguments)
-        answer({"ready": arguments["model"]})
+        answer({"ready": arguments["model"], "version": _version(name)})
         for line in sys.stdin:
             request = json.loads(line)
             answer(timed(generate, request["prompt"], request["new_tokens"]))
