@@ -28,6 +28,7 @@ check: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy docs/*/*.py examples/demo.py examples/fetch_model.py examples/editing/measure.py
 
 # The package for CUDA beside the runtime alone. Not the extra `cuda`: tests/support/cuda_stub stands for its libraries,
 # so of NVIDIA's wheels only the headers are needed, out of reach of what loads libraries from wheels. Its libraries have

@@ -56,7 +56,7 @@ def tick(bundle: Bundle, target: str | None, threads: int | None, repeats: int) 
     engine = open_engine(bundle, target, None, threads)
     room = CONTEXT + 2 * CHUNK
     needed = {"slots_kept": room, "slots_dropped": room}
-    slots = slots_for(bundle, engine, ROWS, needed)
+    slots = slots_for(bundle, engine, ROWS, needed, several=True)
     for row in range(ROWS):
         slots.admit(row, needed)
     tokens = [1] * (CHUNK + ROWS - 1)

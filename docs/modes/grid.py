@@ -3,8 +3,8 @@
     python docs/modes/grid.py
 
 Reads what `lora-drop eval --json` and `lora-drop bench --json` wrote: `eval-MODEL-TEXT.json` with every bundle under
-its own policy, `bench-MODEL-POLICY.json` and the same of float32; and what lossless.py wrote. Prints Markdown, and
-writes speed.png and kv.png beside itself.
+its own policy, `bench-MODEL-POLICY.json`, the same of other dtypes with `-int8` and `-float32` at the end; and what
+lossless.py wrote. Prints Markdown, and writes speed.png and kv.png beside itself, both of int4.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MARKS = {"0.25": "o", "0.5": "s", "0.75": "^"}
 
 @dataclass(frozen=True)
 class Cell:
-    """A policy, ρ and k: perplexity over the full schedule's by text, the speed over it, share of K/V not kept. All in
-    int4 but `float32`, which is the speed there."""
+    """A policy, ρ and k: perplexity over the full schedule's by text, the speed over it, share of K/V not kept.
+    `float32` is the speed there."""
 
     policy: str
     rho: str
@@ -49,29 +49,29 @@ def _key(bundle: str) -> tuple[str, str]:
 
 def _saved(row: dict[str, Any], full: float, request: list[int]) -> float:
     """Share of the generated tokens' K/V that is not kept."""
-    return (full - row["kv_bytes"]) / (full * request[1] / sum(request))
+    return float((full - row["kv_bytes"]) / (full * request[1] / sum(request)))
 
 
-def cells(model: str) -> list[Cell]:
-    """All that was measured of a model."""
+def cells(model: str, dtype: str = "") -> list[Cell]:
+    """All that was measured of a model, in int4 or as a dtype's files end."""
     quality: dict[tuple[str, str, int], dict[str, float]] = {}
     saved: dict[tuple[str, str, int], float] = {}
     for text in TEXTS:
-        data = _read(f"eval-{model}-{text}.json") or {"rows": []}
+        data = _read(f"eval-{model}-{text}{dtype}.json") or {"rows": []}
         full = {row["label"]: row["kv_bytes"] for row in data["rows"] if not row["k"]}
         for row in data["rows"]:
             if row["k"]:
                 place = (*_key(row["label"]), row["k"])
                 quality.setdefault(place, {})[text] = row["text"]["ratio"]["value"]
                 saved[place] = _saved(row, full[row["label"]], data["kv_request"])
-    speeds: dict[str, dict[tuple[str, str, int], float]] = {"": {}, "-float32": {}}
+    speeds: dict[str, dict[tuple[str, str, int], float]] = {dtype: {}, "-float32": {}}
     for policy in COLOURS:
-        for dtype, of_dtype in speeds.items():
-            for row in (_read(f"bench-{model}-{policy}{dtype}.json") or {"rows": []})["rows"]:
+        for each, of_dtype in speeds.items():
+            for row in (_read(f"bench-{model}-{policy}{each}.json") or {"rows": []})["rows"]:
                 of_dtype[(*_key(row["bundle"]), row["k"])] = row["speedup"]
     order = {policy: number for number, policy in enumerate(COLOURS)}
     return [
-        Cell(*place, found, speeds[""].get(place), speeds["-float32"].get(place), saved[place])
+        Cell(*place, found, speeds[dtype].get(place), None if dtype else speeds["-float32"].get(place), saved[place])
         for place, found in sorted(quality.items(), key=lambda one: (order[one[0][0]], *one[0][1:]))
     ]
 
@@ -136,6 +136,9 @@ def main() -> None:
         print(f"\n## {MODELS[model]}\n")
         table(found)
         drafts(model)
+        if in_int8 := cells(model, "-int8"):
+            print("\nIn int8:\n")
+            table(in_int8)
     if any(cell.speed for found in grids.values() for cell in found):
         draw(grids, "speed.png", "decoding speed over the full schedule's", lambda cell: cell.speed)
     saving = {model: [cell for cell in found if cell.policy == "skip"] for model, found in grids.items()}

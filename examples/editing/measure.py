@@ -49,7 +49,8 @@ def timed(
     session: Session, prompt: Any, new_tokens: int, k: int | str | None, sampling: SamplingOptions | None
 ) -> tuple[list[int], float]:
     """Tokens, and seconds from the first to the last."""
-    tokens, begin = [], 0.0
+    tokens: list[int] = []
+    begin = 0.0
     for token in session.stream(prompt, new_tokens, k=k, sampling=sampling):
         if not tokens:
             begin = time.perf_counter()
