@@ -35,7 +35,7 @@ from .pool import BlockPool
 from .threads import default_threads
 
 _FEEDS = 64  # calls of different sizes whose memory stays
-MOST_TWICE = 256 << 20  # bytes of weights that are held twice, where steps of one token and of several take turns
+MOST_TWICE = 512 << 20  # bytes of weights that are held twice, where steps of one token and of several take turns
 ENOUGH_CALLS = 400  # of several tokens, which together lose about the time that one model more takes to compile
 
 
