@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ for line in sys.stdin:
 def hf_directory(tmp_path: Path) -> Path:
     directory = tmp_path / "hf"
     directory.mkdir()
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text('{"model_type": "llama"}')
     return directory
 
 
@@ -81,6 +83,17 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
         peer_options((), [gguf, gguf], None, ())
     with pytest.raises(InputError, match="Python of a peer"):
         peer_options((), [gguf], None, ["optimum-onnx"])
+    for path in (tmp_path, tmp_path / "nowhere", gguf):
+        with pytest.raises(InputError, match="cannot be run") as caught:
+            peer_options((), [gguf], None, [f"optimum-onnx={path}"])
+        assert caught.value.note == f"{path} is not a program."
+    with pytest.raises(InputError, match="cannot be kept there"):
+        peer_options((), [gguf], gguf, ())
+    for damaged in ("", "[]", '{"model_type"', "{}", '{"model_type": 1}'):
+        (hf_directory / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match="damaged") as caught:
+            peer_options((), [hf_directory], None, ())
+        assert caught.value.note.startswith(f"{hf_directory}/config.json: ")
     found = peer_options((), [gguf], None, [f"optimum-onnx={sys.executable}"])
     assert found.pythons == {"optimum-onnx": sys.executable}
 
@@ -99,7 +112,7 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
         assert peer.pss is None or peer.pss["total"] > 0
         answer = peer.generate([1, 2, 3], 4)
         assert (len(answer["tokens"]), answer["step_seconds"]) == (4, [0.002] * 3)
-        assert (peer.built, peer.model_bytes, peer.version) == ("as given", 2, "1.2")
+        assert (peer.built, peer.model_bytes, peer.version) == ("as given", 23, "1.2")
         with pytest.raises(PeerError, match="ended with code 3: out of luck"):
             peer.generate([1], 13)
         with pytest.raises(PeerError, match="ended with code 3"):
@@ -180,6 +193,40 @@ def test_openvinos_groups_fill_every_row(
     config = {"hidden_size": hidden, "intermediate_size": intermediate, "head_dim": head_dim}
     (hf_directory / "config.json").write_text(json.dumps(config | {"num_attention_heads": hidden // (head_dim or 64)}))
     assert peer_worker._group_size(str(hf_directory)) == size
+
+
+def test_a_builder_that_fails_has_the_last_word(capfd: pytest.CaptureFixture[str]) -> None:
+    program = "import sys; print('begun'); print('No module named optimum', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(RuntimeError, match="ended with code 3: No module named optimum"):
+        peer_worker._build([sys.executable, "-c", program])
+    assert capfd.readouterr().err.splitlines() == ["begun", "No module named optimum"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="Linux kills a process when its parent dies; others have no such call"
+)
+def test_a_builder_ends_with_the_command(tmp_path: Path) -> None:
+    """A bench that is killed leaves nothing behind that writes into the peers' cache."""
+    marker, ended = tmp_path / "pid", tmp_path / "ended"
+    begin = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid()))"
+    builder = f"{begin}; time.sleep(600); open({str(ended)!r}, 'w')"
+    worker = f"""
+import sys
+sys.path.insert(0, {str(bench_peers.WORKER.parent)!r})
+import worker
+worker.PEERS["slow"] = (lambda **_: worker._build([sys.executable, "-c", {builder!r}]), None)
+worker.main("prepare", "slow", "{{}}")
+"""
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}], stdin=subprocess.PIPE)"
+    with subprocess.Popen([sys.executable, "-c", command]) as bench_command:
+        pid = None
+        while not pid:
+            time.sleep(0.02)
+            pid = marker.read_text() if marker.exists() else None
+        bench_command.kill()
+    while Path("/proc", pid).exists() and " Z " not in Path("/proc", pid, "stat").read_text():
+        time.sleep(0.02)
+    assert not ended.exists()
 
 
 def test_no_file_beside_the_worker_hides_a_module_of_pythons() -> None:

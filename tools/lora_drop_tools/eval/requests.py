@@ -112,7 +112,7 @@ def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int,
         raise InputError(
             "The text is too short.",
             note=f"It has {len(ids)} tokens, a window takes {size}.",
-            hint="Give a longer --text, or a smaller --window.",
+            hint="Give a longer --text" + (", or a smaller --window." if len(ids) > 1 else "."),
         )
     drawn = np.random.default_rng([seed, places]).permutation(places)[: request.count].tolist()
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,21 @@ class PeerOptions:
     pythons: Mapping[str, str]
 
 
+def _check_config(path: Path) -> None:
+    """Raises InputError where a model's config.json is damaged: each peer would say so in its own words, and late."""
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+        reason = "" if isinstance(model_type, str) else f"its model_type is {model_type!r}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise InputError(
+            "The model for the peers is damaged.",
+            note=f"{path}: {reason}.",
+            hint="Give the directory that the bundle was made from, or download it again.",
+        )
+
+
 def peer_options(
     names: Sequence[str],
     sources: Sequence[Path],
@@ -79,6 +96,12 @@ def peer_options(
             note=f"{unknown[0]!r} was given, {', '.join(PEERS)} are known.",
             hint="Use --peers alone for all that can run, or --peers with names, separated by commas.",
         )
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(
+            "What peers build cannot be kept there.",
+            note=f"{cache} is not a directory.",
+            hint="Give another --peer-cache; it is made where it does not exist.",
+        )
     models: dict[str, Path] = {}
     for path in sources:
         kind = "directory" if (path / "config.json").is_file() else "gguf" if path.suffix == ".gguf" else None
@@ -94,6 +117,8 @@ def peer_options(
                 note=f"{models[kind]} and {path} were given; a peer loads one of them.",
                 hint="Give one directory, one .gguf file, or one of each.",
             )
+        if kind == "directory":
+            _check_config(path / "config.json")
         models[kind] = path.resolve()
     if not models:
         raise InputError(
@@ -104,11 +129,17 @@ def peer_options(
     chosen: dict[str, str] = {}
     for text in pythons:
         name, _, path_text = text.partition("=")
-        if name not in PEERS or not Path(path_text).is_file():
+        if name not in PEERS or not path_text:
             raise InputError(
                 "The Python of a peer is not understood.",
                 note=f"{text!r} was given; needed is NAME=PATH, NAME one of {', '.join(PEERS)}.",
                 hint="Write for example --peer-python optimum-onnx=venv/bin/python.",
+            )
+        if not os.access(path_text, os.X_OK) or not Path(path_text).is_file():
+            raise InputError(
+                "The Python of a peer cannot be run.",
+                note=f"{path_text} is not a program.",
+                hint=f"Give the Python that has {PEERS[name].package}, as in --peer-python {name}=venv/bin/python.",
             )
         if name in chosen or (names and name not in names):
             raise InputError(

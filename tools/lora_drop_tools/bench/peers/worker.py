@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,28 @@ PACKAGES = {"llama.cpp": "llama-cpp-python"}  # whose version is a peer's, where
 PREFILL_CHUNK = 512  # tokens, llama.cpp's own default
 
 
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it dies, however that dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _build(command: list[str]) -> None:
+    """Run a peer's own builder, whose output goes to the log.
+
+    Raises:
+        RuntimeError: it fails; with the last line that it wrote.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    last = ""
+    with subprocess.Popen(command, preexec_fn=_end_with_parent, **pipes) as process:
+        for line in process.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
+    if process.returncode:
+        raise RuntimeError(f"{command[2]} ended with code {process.returncode}: {last[-200:]}")
+
+
 def _finish(model: Path) -> None:
     """Give what was made under another name its own, in place of what an earlier run made."""
     if model.is_dir():
@@ -51,7 +74,7 @@ def prepare_genai(source: str, precision: str, out: str, threads: int) -> dict[s
     options = [] if precision == "float32" else ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", f"{model}.part"]
     command += ["-p", WEIGHT_FORMATS[precision], "-e", "cpu", "-c", f"{out}/genai-cache", *options]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    _build(command)
     _finish(model)
     return {"model": str(model), "built": " ".join(["builder", "-p", WEIGHT_FORMATS[precision], *options])}
 
@@ -219,8 +242,10 @@ def open_optimum(model: str, threads: int, capacity: int) -> Generate:
 def _group_size(source: str) -> int:
     """The largest of 128, 64 and 32 that divides what a layer's matrices read; 128 is the exporter's default."""
     config = json.loads(Path(source, "config.json").read_text())
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    widths = (hidden, config["intermediate_size"], heads * (config.get("head_dim") or hidden // heads))
+    hidden, heads, inner = (config.get(name) for name in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    if None in (hidden, heads, inner):
+        return 128
+    widths = (hidden, inner, heads * (config.get("head_dim") or hidden // heads))
     return next(size for size in (128, 64, 32) if size == 32 or not any(width % size for width in widths))
 
 
@@ -233,7 +258,7 @@ def prepare_openvino_genai(source: str, precision: str, out: str, threads: int) 
         options += ["--group-size", str(_group_size(source))]
     command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
     command += ["--task", "text-generation-with-past", *options, f"{model}.part"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    _build(command)
     _finish(model)
     return {"model": str(model), "built": " ".join(["optimum-cli export openvino", *options])}
 
@@ -301,6 +326,7 @@ def timed(generate: Generate, prompt: list[int], new_tokens: int) -> dict[str, A
 
 
 def main(command: str, name: str, argument: str) -> None:
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes with the errors
 
