@@ -268,7 +268,9 @@ def open_openvino_genai(model: str, threads: int, capacity: int) -> Generate:
     import openvino
     import openvino_genai
 
-    pipeline = openvino_genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # else a prompt that comes again is not read again
+    pipeline = openvino_genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
 
     class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
         def __init__(self, emit: Emit) -> None:
