@@ -101,8 +101,8 @@ def test_lists_and_names(line: str, words: tuple[str, ...], capsys: pytest.Captu
 
 
 def test_pythons_of_peers_that_would_not_be_used(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "python").write_text("")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "python").touch(mode=0o755)
     python = f"llama.cpp={tmp_path}/python"
     assert peer_options(("llama.cpp",), [tmp_path], None, [python]).pythons == {"llama.cpp": f"{tmp_path}/python"}
     for names, pythons, word in (
