@@ -52,6 +52,15 @@ def _saved(row: dict[str, Any], full: float, request: list[int]) -> float:
     return float((full - row["kv_bytes"]) / (full * request[1] / sum(request)))
 
 
+def _speeds(model: str, dtype: str) -> dict[tuple[str, str, int], float]:
+    """By policy, ρ and k."""
+    return {
+        (*_key(row["bundle"]), row["k"]): row["speedup"]
+        for policy in COLOURS
+        for row in (_read(f"bench-{model}-{policy}{dtype}.json") or {"rows": []})["rows"]
+    }
+
+
 def cells(model: str, dtype: str = "") -> list[Cell]:
     """All that was measured of a model, in int4 or as a dtype's files end."""
     quality: dict[tuple[str, str, int], dict[str, float]] = {}
@@ -64,14 +73,10 @@ def cells(model: str, dtype: str = "") -> list[Cell]:
                 place = (*_key(row["label"]), row["k"])
                 quality.setdefault(place, {})[text] = row["text"]["ratio"]["value"]
                 saved[place] = _saved(row, full[row["label"]], data["kv_request"])
-    speeds: dict[str, dict[tuple[str, str, int], float]] = {dtype: {}, "-float32": {}}
-    for policy in COLOURS:
-        for each, of_dtype in speeds.items():
-            for row in (_read(f"bench-{model}-{policy}{each}.json") or {"rows": []})["rows"]:
-                of_dtype[(*_key(row["bundle"]), row["k"])] = row["speedup"]
+    speeds, float32 = _speeds(model, dtype), {} if dtype else _speeds(model, "-float32")
     order = {policy: number for number, policy in enumerate(COLOURS)}
     return [
-        Cell(*place, found, speeds[dtype].get(place), None if dtype else speeds["-float32"].get(place), saved[place])
+        Cell(*place, found, speeds.get(place), float32.get(place), saved[place])
         for place, found in sorted(quality.items(), key=lambda one: (order[one[0][0]], *one[0][1:]))
     ]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_drop_runtime.errors import InputError
+
+from lora_drop_export.checkpoint.foreign import CHECKPOINT_HINT, read_json
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,10 @@ class PeerOptions:
 
 def _check_config(path: Path) -> None:
     """Raises InputError where a model's config.json is damaged: each peer would say so in its own words, and late."""
-    try:
-        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-        reason = "" if isinstance(model_type, str) else f"its model_type is {model_type!r}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    if reason:
-        raise InputError(
-            "The model for the peers is damaged.",
-            note=f"{path}: {reason}.",
-            hint="Give the directory that the bundle was made from, or download it again.",
-        )
+    fact = "The model for the peers is damaged."
+    config = read_json(path, fact)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise InputError(fact, note=f"{path}: it names no model_type.", hint=CHECKPOINT_HINT)
 
 
 def peer_options(
@@ -136,10 +130,11 @@ def peer_options(
                 hint="Write for example --peer-python optimum-onnx=venv/bin/python.",
             )
         if not os.access(path_text, os.X_OK) or not Path(path_text).is_file():
+            packages = PEERS[name].package.replace(" ", " and ")
             raise InputError(
                 "The Python of a peer cannot be run.",
                 note=f"{path_text} is not a program.",
-                hint=f"Give the Python that has {PEERS[name].package}, as in --peer-python {name}=venv/bin/python.",
+                hint=f"Give the Python that has {packages}, as in --peer-python {name}=venv/bin/python.",
             )
         if name in chosen or (names and name not in names):
             raise InputError(

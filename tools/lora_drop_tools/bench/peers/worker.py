@@ -14,6 +14,7 @@ it may have the name of a module that others import.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import itertools
@@ -24,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +61,26 @@ def _build(command: list[str]) -> None:
         raise RuntimeError(f"{command[2]} ended with code {process.returncode}: {last[-200:]}")
 
 
-def _finish(model: Path) -> None:
-    """Give what was made under another name its own, in place of what an earlier run made."""
+@contextlib.contextmanager
+def _made(model: Path) -> Iterator[str]:
+    """Another name, under which to make a model; whole, it gets its own, in place of what an earlier run made."""
+    part = f"{model}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    yield part
     if model.is_dir():
         shutil.rmtree(model)
-    Path(f"{model}.part").replace(model)
+    Path(part).replace(model)
 
 
 def prepare_genai(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
     """Its own model builder on a Hugging Face directory."""
     model = Path(out) / "genai"
-    shutil.rmtree(f"{model}.part", ignore_errors=True)
     options = [] if precision == "float32" else ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", f"{model}.part"]
-    command += ["-p", WEIGHT_FORMATS[precision], "-e", "cpu", "-c", f"{out}/genai-cache", *options]
-    _build(command)
-    _finish(model)
-    return {"model": str(model), "built": " ".join(["builder", "-p", WEIGHT_FORMATS[precision], *options])}
+    options = ["-p", WEIGHT_FORMATS[precision], *options]
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source]
+    with _made(model) as part:
+        _build([*builder, "-o", part, "-e", "cpu", "-c", f"{out}/genai-cache", *options])
+    return {"model": str(model), "built": " ".join(["builder", *options])}
 
 
 def open_genai(model: str, threads: int, capacity: int) -> Generate:
@@ -129,10 +133,9 @@ def prepare_llama(source: str, precision: str, out: str, threads: int) -> dict[s
     quantize.nthread = threads
     quantize.ftype = wanted[0]
     quantize.allow_requantize = True
-    part = f"{model}.part"
-    if llama_cpp.llama_model_quantize(source.encode(), part.encode(), ctypes.byref(quantize)):
-        raise RuntimeError(f"llama.cpp could not make {LLAMA_NAMES[wanted[0]]} of file type {file_type}")
-    _finish(model)
+    with _made(model) as part:
+        if llama_cpp.llama_model_quantize(source.encode(), part.encode(), ctypes.byref(quantize)):
+            raise RuntimeError(f"llama.cpp could not make {LLAMA_NAMES[wanted[0]]} of file type {file_type}")
     return {"model": str(model), "built": f"requantized to {LLAMA_NAMES[wanted[0]]}"}
 
 
@@ -221,10 +224,8 @@ def prepare_optimum(source: str, precision: str, out: str, threads: int) -> dict
     from optimum.onnxruntime import ORTModelForCausalLM
 
     model = Path(out) / "optimum"
-    shutil.rmtree(f"{model}.part", ignore_errors=True)
-    exported = ORTModelForCausalLM.from_pretrained(source, export=True, trust_remote_code=False)
-    exported.save_pretrained(f"{model}.part")
-    _finish(model)
+    with _made(model) as part:
+        ORTModelForCausalLM.from_pretrained(source, export=True, trust_remote_code=False).save_pretrained(part)
     return {"model": str(model), "built": "ORTModelForCausalLM.from_pretrained(export=True)"}
 
 
@@ -252,14 +253,12 @@ def _group_size(source: str) -> int:
 def prepare_openvino_genai(source: str, precision: str, out: str, threads: int) -> dict[str, str]:
     """Its own export, by Optimum."""
     model = Path(out) / "openvino-genai"
-    shutil.rmtree(f"{model}.part", ignore_errors=True)
     options = ["--weight-format", WEIGHT_FORMATS[precision]]
     if precision == "int4":
         options += ["--group-size", str(_group_size(source))]
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
-    command += ["--task", "text-generation-with-past", *options, f"{model}.part"]
-    _build(command)
-    _finish(model)
+    exporter = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
+    with _made(model) as part:
+        _build([*exporter, "--task", "text-generation-with-past", *options, part])
     return {"model": str(model), "built": " ".join(["optimum-cli export openvino", *options])}
 
 
