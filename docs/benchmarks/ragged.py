@@ -1,9 +1,10 @@
 """What one call over rows with different numbers of new tokens gains on this machine.
 
-    python docs/benchmarks/ragged.py BUNDLE [--target openvino] [--repeats 7]
+    python docs/benchmarks/ragged.py BUNDLE [--target openvino] [--longest 30 --longest 120] [--repeats 7]
 
-Two figures, medians of ratios of runs that take turns: the prefill of eight prompts of 8 to 120 tokens in one call over
-that row by row; and a tick of seven rows of one token beside a prompt chunk of 128 over a prompt chunk of 135.
+Medians of ratios of runs that take turns: the prefill of eight prompts, of a fifteenth of `--longest` tokens to all of
+them, in one call over that row by row, and beside it what one prompt of as many tokens in all takes, more than which no
+call over rows can gain; and a tick of seven rows of one token beside a prompt chunk of 128 over a prompt chunk of 135.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from lora_drop_runtime.decoding.slots import Run
 from lora_drop_runtime.engines.open import open_engine
 from lora_drop_runtime.plan.schedule import StepKind
 
-LENGTHS = (8, 24, 40, 56, 72, 88, 104, 120)
 CONTEXT, CHUNK, ROWS = 128, 128, 8
+LONGEST = (30, 60, 120)
 
 
 def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> float:
@@ -39,16 +40,21 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int
     return statistics.median(found)
 
 
-def prompts(session: Session, repeats: int) -> float:
-    """One call over row by row, as a speed."""
-    ids = np.ones((len(LENGTHS), max(LENGTHS)), np.int64)
-    lengths = np.array(LENGTHS)
+def prompts(session: Session, longest: int, repeats: int) -> tuple[float, float]:
+    """One call over row by row, as a speed; and one row of all the tokens over row by row."""
+    lengths = np.array([max(longest * (2 * row + 1) // (2 * ROWS - 1), 1) for row in range(ROWS)])
+    ids = np.ones((ROWS, longest), np.int64)
+    alone = np.ones((1, lengths.sum()), np.int64)
 
     def apart() -> None:
-        for row, length in enumerate(LENGTHS):
+        for row, length in enumerate(lengths):
             session.prefill(ids[row : row + 1, :length], max_new_tokens=2)
 
-    return 1 / ratio(lambda: session.prefill(ids, lengths, max_new_tokens=2), apart, repeats)
+    def together() -> None:
+        session.prefill(ids, lengths, max_new_tokens=2)
+
+    bound = ratio(lambda: session.prefill(alone, max_new_tokens=2), apart, repeats)
+    return 1 / ratio(together, apart, repeats), 1 / bound
 
 
 def tick(bundle: Bundle, target: str | None, threads: int | None, repeats: int) -> float:
@@ -78,11 +84,16 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--target")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--longest", type=int, action="append", help="tokens of the longest of the eight prompts")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     with Session.open(options.bundle, target=options.target, threads=options.threads) as session:
-        speed = prompts(session, options.repeats)
-    print(f"prefill of {len(LENGTHS)} ragged prompts: {speed:.2f} of the speed row by row")
+        for longest in options.longest or LONGEST:
+            speed, bound = prompts(session, longest, options.repeats)
+            print(
+                f"prefill of {ROWS} prompts of {longest // (2 * ROWS - 1)} to {longest} tokens: {speed:.2f} of the "
+                f"speed row by row; one prompt of all the tokens {bound:.2f}"
+            )
     over = tick(Bundle.open(options.bundle), options.target, options.threads, options.repeats)
     print(f"a tick of {ROWS - 1} rows of one token and a chunk of {CHUNK}: {over:.2f} of a chunk of {CHUNK + ROWS - 1}")
 

@@ -21,7 +21,7 @@ from lora_drop_tools.bench.judge import MeasurementError
 from lora_drop_tools.bench.peers import options as peer_options_module
 from lora_drop_tools.bench.peers import peer as bench_peers
 from lora_drop_tools.bench.peers import worker as peer_worker
-from lora_drop_tools.bench.peers.options import peer_options, reason_against
+from lora_drop_tools.bench.peers.options import check_named, peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, PeerError
 from lora_drop_tools.bench.peers.worker import timed
 from lora_drop_tools.bench.settings import BenchSettings
@@ -39,7 +39,7 @@ if command == "prepare":
 say({"ready": arguments["model"], "version": "1.2"})
 for line in sys.stdin:
     request = json.loads(line)
-    if request["new_tokens"] == 13:
+    if request["new_tokens"] == 13 or len(request["prompt"]) == 7:
         print("out of luck", file=sys.stderr)
         raise SystemExit(3)
     steps = [0.002] * (request["new_tokens"] - 1)
@@ -97,6 +97,11 @@ def test_reasons_against_peers(hf_directory: Path, tmp_path: Path, monkeypatch: 
         assert caught.value.note.startswith(f"{hf_directory}/config.json: ")
     found = peer_options((), [gguf], None, [f"optimum-onnx={sys.executable}"])
     assert found.pythons == {"optimum-onnx": sys.executable}
+    check_named(found, {"llama.cpp": None})
+    check_named(found, {"llama.cpp": "not there"})  # no peer was named
+    with pytest.raises(InputError, match="that was named") as caught:
+        check_named(alone, {"llama.cpp": None, "transformers": "not there"})
+    assert caught.value.note == "transformers: not there."
 
 
 def test_what_is_not_installed_is_found_missing() -> None:
@@ -167,6 +172,17 @@ def test_command_with_peers(
     result = bench(bundles[1], BenchSettings(new_tokens=13, **options), out=out)
     assert not result.peer_rows
     assert result.peers_left_out["transformers"] == "it ended with code 3: out of luck"
+
+    for named, new_tokens in {"optimum-onnx": 12, "llama.cpp": 12, "transformers": 13}.items():
+        options |= {"peers": ("onnxruntime-genai", named)}  # not installed; cannot be prepared; dies when it is loaded
+        with pytest.raises(InputError, match="cannot take part"):
+            bench(bundles[1], BenchSettings(new_tokens=new_tokens, **options), out=out)
+    options |= {"contexts": (7, 8), "json_file": tmp_path / "bench.json"}
+    with pytest.raises(MeasurementError, match="before it was measured") as error:
+        bench(bundles[1], BenchSettings(new_tokens=12, **options), out=out)
+    reason = "it ended with code 3: out of luck"
+    assert error.value.note == f"onnxruntime-genai: {reason}; transformers: {reason}."
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"]
 
 
 def test_a_worker_times_each_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 
-from lora_drop_tools.bench.peers.options import PeerOptions, peer_options
+from lora_drop_tools.bench.peers.options import PeerOptions, check_named, peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
@@ -130,7 +130,7 @@ def _measure_all(
             result.foreign_cores = machine.foreign_cores(begin, machine.cpu_time(alive))
 
 
-def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str) -> PeerOptions | None:
+def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str, precision: str) -> PeerOptions | None:
     """The peers that were asked for, checked; None without --peers."""
     if settings.peers is None:
         return None
@@ -141,6 +141,7 @@ def _wanted_peers(settings: BenchSettings, on_cpu: bool, engine: str) -> PeerOpt
             note=f"The bundle would run on {engine}.",
             hint="Leave --peers out, or use --provider cpu.",
         )
+    check_named(wanted, {name: reason_against(name, wanted, precision) for name in wanted.names})
     return wanted
 
 
@@ -188,7 +189,7 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
     """Print and write everything.
 
     Raises:
-        MeasurementError: after that, where a figure cannot be true.
+        MeasurementError: after that, where a figure cannot be true or a peer that was named ended early.
     """
     print("\n".join(describe(result)), file=out or sys.stdout)
     if settings.json_file is not None:
@@ -201,6 +202,12 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
             note=" ".join(result.problems),
             hint="Measure again on an idle machine with more --repeats. If it stays, the step's time does not go with "
             "its bytes: look at the GB/s of both kinds of step.",
+        )
+    if settings.peers and result.peers_left_out:
+        raise MeasurementError(
+            "A peer that was named ended before it was measured.",
+            note="; ".join(f"{name}: {reason}" for name, reason in result.peers_left_out.items()) + ".",
+            hint="The rest stands above. Leave it out of --peers, or try a smaller --contexts.",
         )
 
 
@@ -252,7 +259,8 @@ def bench(
         out: where the tables go, standard output when None.
 
     Raises:
-        InputError: bundles of different models, more than they allow, nothing for the peers to load.
+        InputError: bundles of different models, more than they allow, nothing for the peers to load, or one that was
+            named cannot take part.
         BundleError: a bundle is damaged or cannot run here.
         MeasurementError: a speed-up above its ceiling by more than the noise; everything is written before.
     """
@@ -260,9 +268,10 @@ def bench(
     _check_alike(opened, settings)
     windows = _windows(opened, settings)
     requests = requests_of(opened, settings)
+    first = next(iter(opened.values()))
     (target, entry), *_ = [bundle.target(settings.target) for bundle in opened.values()]
     on_cpu = settings.provider == "cpu" or (settings.provider is None and not entry.on_device)
-    wanted = _wanted_peers(settings, on_cpu, settings.provider or target)
+    wanted = _wanted_peers(settings, on_cpu, settings.provider or target, weight_dtype(first.manifest.model))
     check_results(settings.json_file, KEYS, settings.plots, FIGURES)
 
     result = _new_result(opened, settings, target)
@@ -278,7 +287,7 @@ def bench(
             name, bundle, [*dict.fromkeys((settings.windows[-1], 0))], largest, prompts, options
         )
     longest = max(request.context for request in requests)
-    prompt = prompts_of(next(iter(opened.values())), longest, 1)[0].tolist()
+    prompt = prompts_of(first, longest, 1)[0].tolist()
     with _running_peers(wanted, result, prompt) as peers:
         _measure_all(result, opened, windows, requests, peers, options)
     judge(result)

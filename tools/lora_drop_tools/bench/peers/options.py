@@ -56,9 +56,14 @@ READS = {"directory": "a Hugging Face directory", "gguf": "a .gguf file"}
 
 @dataclass(frozen=True)
 class PeerOptions:
-    """What was asked for, checked; `models` has a path per kind of source, no `cache` is a temporary one."""
+    """What was asked for, checked; `models` has a path per kind of source, no `cache` is a temporary one.
+
+    Attributes:
+        required: the peers were named, so one that cannot take part is an error; without names it is left out.
+    """
 
     names: tuple[str, ...]
+    required: bool
     models: Mapping[str, Path]
     cache: Path | None
     pythons: Mapping[str, str]
@@ -144,7 +149,7 @@ def peer_options(
                 hint="Give one --peer-python for each peer that is measured.",
             )
         chosen[name] = path_text
-    return PeerOptions(tuple(names) or tuple(PEERS), models, cache, chosen)
+    return PeerOptions(tuple(names) or tuple(PEERS), bool(names), models, cache, chosen)
 
 
 def _is_installed(module: str) -> bool:
@@ -165,3 +170,14 @@ def reason_against(name: str, options: PeerOptions, precision: str) -> str | Non
     if name not in options.pythons and not _is_installed(kind.module):
         return f"not installed: pip install {kind.package}" + (f"; {kind.note}" if kind.note else "")
     return None
+
+
+def check_named(options: PeerOptions, reasons: Mapping[str, str | None]) -> None:
+    """Raises InputError for the first peer that was named and that has a reason against it."""
+    for name, reason in reasons.items():
+        if options.required and reason is not None:
+            raise InputError(
+                "A peer that was named cannot take part.",
+                note=f"{name}: {reason}.",
+                hint="Leave it out of --peers, or give --peers without names for all that can run.",
+            )

@@ -22,7 +22,7 @@ from lora_drop_runtime.engines.ort.package import TELEMETRY_OFF
 
 from lora_drop_tools.shared.machine import pss_bytes
 
-from .options import PEERS, PeerOptions, reason_against
+from .options import PEERS, PeerOptions, check_named, reason_against
 
 WORKER = Path(__file__).with_name("worker.py")
 PREPARE_SECONDS, OPEN_SECONDS = 3600.0, 900.0  # building a model, loading it; a request has no limit of its own
@@ -212,6 +212,10 @@ def open_peers(
                 reason = str(error)
                 if peer is not None:
                     peer.close()
+        if options.required:
+            for peer in ready:
+                peer.close()
+        check_named(options, {name: reason})
         say(f"peer {name}: left out, {reason}")
         reasons[name] = reason
     return ready, reasons
