@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+LINE_SECONDS = 30.0  # without a word, after which a line says how far something is where there is no terminal
 
 
 class Console:
@@ -18,6 +19,7 @@ class Console:
         import rich.console
 
         self._says = True
+        self._said = time.monotonic()
         self.rich = rich.console.Console(file=sys.stderr, highlight=False)
         if not self.rich.is_terminal:
             self.rich.width = 100  # room for a table's headings
@@ -25,7 +27,11 @@ class Console:
 
     def say(self, text: str) -> None:
         if self._says:
-            self.rich.print(text, markup=False, soft_wrap=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._said = time.monotonic()
+        self.rich.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def without_lines(self) -> Iterator[None]:
@@ -49,11 +55,11 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
-        """A bar over bytes or steps; elsewhere one line at the end."""
+        """A bar over bytes or steps; elsewhere a line at the end, and one where nothing was said for half a minute."""
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        begin = time.perf_counter()
+        begin = time.monotonic()
         bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -68,6 +74,10 @@ class Console:
 
             def update(description: str, done: int, total: int) -> None:
                 bar.update(task, description=description, completed=done, total=total)
+                now = time.monotonic()
+                if not self.rich.is_terminal and 0 < done < total and now - self._said >= LINE_SECONDS:
+                    left = (now - begin) * (total - done) / done
+                    self._print(f"{description}: {done / total:.0%}, {left:.0f} s left")
 
             yield update
-        self.say(f"{what}: {time.perf_counter() - begin:.1f} s")
+        self.say(f"{what}: {time.monotonic() - begin:.1f} s")

@@ -1,0 +1,35 @@
+"""What a long command says where there is no terminal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lora_drop_export import console as console_module
+from lora_drop_export.console import Console
+
+
+def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line after half a minute without a word, of parts too; none where others speak, or at the end."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    console = Console()
+    with console.progress("rounding") as progress, console.without_lines():
+        for done in range(11):
+            clock.now = 100 + 20 * done
+            progress("rounding, layer 3" if done == 4 else "rounding", done, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "rounding: 20%, 160 s left",
+        "rounding, layer 3: 40%, 120 s left",
+        "rounding: 60%, 80 s left",
+        "rounding: 80%, 40 s left",
+        "rounding: 200.0 s",
+    ]
+    with console.progress("distillation") as progress:
+        for done in range(5):
+            clock.now += 20
+            progress("distillation", done, 5)
+            console.say(f"step {done}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [*(f"step {done}" for done in range(5)), "distillation: 100.0 s"]
