@@ -83,6 +83,16 @@ def median_cosine(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
     return float(np.median((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)))
 
 
+def zero_point_types(session: Session) -> set[str]:
+    """Of the compiled model's matrix products: in other types than the stored one they have a slow kernel."""
+    engine = session._engine
+    assert isinstance(engine, OpenVinoEngine)
+    nodes = engine.compiled.model.get_runtime_model().get_ops()
+    products = [node for node in nodes if node.get_rt_info()["layerType"] == "FullyConnected"]
+    points = [node.input_value(4) for node in products if node.get_input_size() > 4]
+    return {point.get_element_type().to_string() for point in points}
+
+
 # ── float32 ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -145,6 +155,8 @@ def test_quantized_weights(name: str, options: dict[str, Any], symmetric: bool, 
         assert median_cosine(logits_of(theirs), wanted) > ROUNDED
     with Session.open(bundle.root, threads=1) as rounded:
         assert median_cosine(logits_of(rounded), wanted) > ROUNDED
+        if options["dtype"] == "int4":
+            assert zero_point_types(rounded) == {"u4"}  # of the head too, where it is the embedding
         verified = compare(bundle, target="openvino", threads=1)  # while both models are still compiled
     exact.close()
     assert verified.passed, verified
