@@ -5,13 +5,14 @@ Files go to `.demo/`: the model (98 MB, downloaded once) and a bundle for each p
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
 import os
-import pydoc_data.topics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,13 +140,24 @@ def session_arms(model: Path, stack: contextlib.ExitStack) -> list[Arm]:
     return arms
 
 
+def held_out_windows(codec: TextCodec) -> npt.NDArray[np.int64]:
+    """int64 [WINDOWS, GIVEN + SCORED + 1]: pieces of the docstrings of Python's own modules from s to z, on which
+    nothing was fitted."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    texts: list[str] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[s-z]*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
+        texts += filter(None, map(ast.get_docstring, nodes))
+    ids, size = codec.encode("\n\n".join(texts)), GIVEN + SCORED + 1
+    pieces: npt.NDArray[np.int64] = ids[: len(ids) // size * size].reshape(-1, size)
+    return pieces[:: len(pieces) // WINDOWS][:WINDOWS]
+
+
 def compare(model: Path) -> None:
     """Speed, K/V and quality of all arms, from one run."""
     codec = TextCodec.open(HERE / "engines" / "tokenizer")
     ids = codec.encode(PROMPT)
-    # Documentation that comes with Python; nothing was fitted on it
-    text = codec.encode(" ".join(pydoc_data.topics.topics.values()))
-    windows = text[: WINDOWS * (GIVEN + SCORED + 1)].reshape(WINDOWS, -1)
+    windows = held_out_windows(codec)
     with contextlib.ExitStack() as stack:
         arms = [pytorch_arm(model), *session_arms(model, stack)]
         seconds, held = np.empty((ROUNDS + 1, len(arms))), [0] * len(arms)
@@ -162,7 +174,7 @@ def compare(model: Path) -> None:
             rows.append((arm.name, f"{speed:.1f}", f"{faster:.2f}×", kv, perplexity))
     print(
         f"\n{NEW_TOKENS} tokens after «{PROMPT}», prompt included, medians of {ROUNDS} interleaved runs; "
-        f"perplexity of {WINDOWS * SCORED} tokens of Python's documentation"
+        f"perplexity of {WINDOWS * SCORED} tokens of docstrings of Python's own modules"
     )
     print("\n".join(table(("", "tokens/s", "to PyTorch", "K/V MiB", "perplexity"), rows)))
     print(

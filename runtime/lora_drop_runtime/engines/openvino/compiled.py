@@ -188,7 +188,7 @@ def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
     return _gives(ov, model, vector, vector @ matrix.T, told)
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """The line of an error of OpenVINO's that says what is wrong: those before it name its source files."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Exception from", "Check "))]
@@ -262,7 +262,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
             raise weights.error from None
         raise BundleError(
             "OpenVINO cannot load a graph of the bundle.",
-            note=f"{path}: {_said(error)}",
+            note=f"{path}: {said(error)}",
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         ) from error
     found = _described(ov, compiled, notes)

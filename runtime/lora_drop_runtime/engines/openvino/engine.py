@@ -26,10 +26,10 @@ from lora_drop_runtime.bundle.paged_io import (
     table_names,
 )
 from lora_drop_runtime.engines.engine import Array, adapter_weights
-from lora_drop_runtime.errors import BundleError, first_line
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .compiled import Compiled, Settings, compiled_model
+from .compiled import Compiled, Settings, compiled_model, said
 from .package import import_openvino
 from .pool import BlockPool
 from .threads import default_threads
@@ -118,7 +118,7 @@ class _Request:
         except RuntimeError as error:
             raise BundleError(
                 "OpenVINO cannot run a step of the bundle.",
-                note=f"{self._engine.bundle.root}: {first_line(error)}",
+                note=f"{self._engine.bundle.root}: {said(error)}",
                 hint="Free memory; or check the bundle with: lora-drop inspect --check.",
             ) from error
         self._compiled.has_run()
