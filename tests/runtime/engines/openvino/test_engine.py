@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.openvino import engine as module
 from lora_drop_runtime.engines.openvino import threads
 from lora_drop_runtime.engines.openvino.engine import _FEEDS, Feed, OpenVinoEngine
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
 from tests.support.bundles import make_bundle, save_adapters
@@ -264,6 +266,19 @@ def test_ctrl_c_after_sessions_have_gone(bundle: Bundle) -> None:
         [sys.executable, "-c", code, str(bundle.root)], capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+def test_a_step_that_fails_has_openvinos_reason(bundle: Bundle) -> None:
+    """Not the line of its source in which it was noticed."""
+    with Session.open(bundle.root, threads=1) as session:
+        session.prefill([[1, 2, 3]], max_new_tokens=4)
+        request = session._running().slots._steps._narrow._request = Mock()
+        request.infer.side_effect = RuntimeError(
+            "Exception from src/inference/src/cpp/infer_request.cpp:224:\n[CPU] Reorder node failed\n"
+        )
+        with pytest.raises(BundleError, match="cannot run a step") as caught:
+            session.step([1])
+    assert caught.value.note == f"{bundle.root}: [CPU] Reorder node failed"
 
 
 def test_other_settings_are_another_compiled_model(bundle: Bundle) -> None:
