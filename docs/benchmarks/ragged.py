@@ -40,9 +40,13 @@ def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int
     return statistics.median(found)
 
 
+def lengths_of(longest: int) -> list[int]:
+    return [max(longest * (2 * row + 1) // (2 * ROWS - 1), 1) for row in range(ROWS)]
+
+
 def prompts(session: Session, longest: int, repeats: int) -> tuple[float, float]:
     """One call over row by row, as a speed; and one row of all the tokens over row by row."""
-    lengths = np.array([max(longest * (2 * row + 1) // (2 * ROWS - 1), 1) for row in range(ROWS)])
+    lengths = np.array(lengths_of(longest))
     ids = np.ones((ROWS, longest), np.int64)
     alone = np.ones((1, lengths.sum()), np.int64)
 
@@ -88,10 +92,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     with Session.open(options.bundle, target=options.target, threads=options.threads) as session:
-        for longest in options.longest or LONGEST:
+        wanted, most = options.longest or LONGEST, session.bundle.manifest.limits.max_prompt_len
+        for longest in wanted:
+            if longest < 1 or sum(lengths_of(longest)) > most:
+                parser.error(f"--longest {longest}: its prompts must have 8 to {most} tokens together")
+        for longest in wanted:
             speed, bound = prompts(session, longest, options.repeats)
             print(
-                f"prefill of {ROWS} prompts of {longest // (2 * ROWS - 1)} to {longest} tokens: {speed:.2f} of the "
+                f"prefill of {ROWS} prompts of {lengths_of(longest)[0]} to {longest} tokens: {speed:.2f} of the "
                 f"speed row by row; one prompt of all the tokens {bound:.2f}"
             )
     over = tick(Bundle.open(options.bundle), options.target, options.threads, options.repeats)

@@ -128,6 +128,10 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
     record.write_text(json.dumps(prepared | {"built": "earlier"}))
     with Peer("transformers", command, *arguments) as peer:
         assert peer.built == "earlier"  # what is there already is not made again
+    for damaged in ('{"iden', "[]", json.dumps({"identity": prepared["identity"]})):
+        record.write_text(damaged)
+        with Peer("transformers", command, *arguments) as peer:
+            assert peer.built == "as given"
     (hf_directory / "more").write_text("changed")
     with Peer("transformers", command, *arguments) as peer:
         assert peer.built == "as given"
@@ -136,6 +140,29 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
         Peer("transformers", command, *arguments)
     with pytest.raises(PeerError, match="RuntimeError: cannot"):
         Peer("llama.cpp", command, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("print(5)", "its answer is not understood: 5"),
+        ("print('{}')", "its answer is not understood: {}"),
+        ("import sys; sys.stdout.buffer.write(bytes([200, 10]))", "its answer is not understood: \ufffd"),
+        ("""print('{"error": null}')""", "None"),
+        ("print('half', end='', flush=True); import time; time.sleep(600)", "no answer within 1 s"),
+        ("import os, time; os.close(1); time.sleep(600)", "it says nothing more"),
+    ],
+)
+def test_interpreters_that_are_no_worker(
+    program: str, reason: str, hf_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_peers, "PREPARE_SECONDS", 1.0 if "half" in program else 600.0)
+    monkeypatch.setattr(bench_peers, "STOP_SECONDS", 0.5)
+    command = [sys.executable, "-c", program]
+    with pytest.raises(PeerError) as caught:
+        Peer("transformers", command, hf_directory, "float32", tmp_path / "cache", 1, 64)
+    assert str(caught.value) == reason
+    assert not (tmp_path / "cache/transformers.json").exists()
 
 
 def test_command_with_peers(

@@ -226,6 +226,7 @@ def measure(
                 run = arms[index].run(prompts, request.new_tokens)
             except PeerError as error:
                 failed[index] = str(error)
+                say(f"peer {arms[index].peer}: left out, {error}")
                 continue
             runs[index].append(run)
             speeds[index] = request.rows * (request.new_tokens - 1) / run.decode_seconds

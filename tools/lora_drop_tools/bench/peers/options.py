@@ -148,7 +148,7 @@ def peer_options(
                 + ("another one is given for it." if name in chosen else f"--peers names {', '.join(names)}."),
                 hint="Give one --peer-python for each peer that is measured.",
             )
-        chosen[name] = path_text
+        chosen[name] = os.path.abspath(path_text)
     return PeerOptions(tuple(names) or tuple(PEERS), bool(names), models, cache, chosen)
 
 

@@ -7,14 +7,16 @@ Knows no bundle and no schedule.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from .options import PEERS, PeerOptions, check_named, reason_against
 WORKER = Path(__file__).with_name("worker.py")
 PREPARE_SECONDS, OPEN_SECONDS = 3600.0, 900.0  # building a model, loading it; a request has no limit of its own
 STOP_SECONDS = 5.0
+PREPARED, ANSWERED = {"model", "built"}, {"tokens", "prefill_seconds", "step_seconds"}  # what a worker says
 
 
 class PeerError(Exception):
@@ -38,12 +41,27 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
-def _start(command: Sequence[str], log: Any) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], log: Any) -> subprocess.Popen[bytes]:
+    """Leads a group of processes: what it starts ends with it."""
     own = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", TELEMETRY_OFF: "1"}
-    environment = os.environ | own
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        command, stdin=pipe, stdout=pipe, stderr=log, env=os.environ | own, start_new_session=True, bufsize=0
     )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _prepared(record: Path) -> dict[str, Any]:
+    """What an earlier run has left; nothing where it is damaged."""
+    try:
+        found = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() >= PREPARED else {}
 
 
 class Peer:
@@ -83,25 +101,27 @@ class Peer:
         self._log = directory / f"{name}.log"
         record = directory / f"{name}.json"  # of what an earlier run prepared
         identity = {"source": str(source), "bytes": _size(source), "precision": precision}
-        prepared = json.loads(record.read_text()) if record.is_file() else {}
-        if prepared.get("identity") != identity or not Path(prepared["model"]).exists():
+        prepared = _prepared(record)
+        if prepared.get("identity") != identity or not Path(str(prepared["model"])).exists():
             begin = time.perf_counter()
             arguments = {"source": str(source), "precision": precision, "out": str(directory), "threads": threads}
             with self._log.open("w") as log, _start([*command, "prepare", name, json.dumps(arguments)], log) as process:
-                self._process = process
+                self._process, self._unread = process, b""
                 try:
-                    prepared = self._read(PREPARE_SECONDS)
+                    prepared = self._read(PREPARED, PREPARE_SECONDS)
                 finally:
-                    process.kill()
+                    _kill(process)
             prepared |= {"identity": identity, "seconds": time.perf_counter() - begin}
-            record.write_text(json.dumps(prepared))
+            part = record.with_suffix(".part")
+            part.write_text(json.dumps(prepared))
+            part.replace(record)
         self.built = str(prepared["built"])
-        self.model_bytes = _size(Path(prepared["model"]))
+        self.model_bytes = _size(Path(str(prepared["model"])))
         arguments = {"model": prepared["model"], "threads": threads, "capacity": capacity}
         with self._log.open("a") as log:
-            self._process = _start([*command, "serve", name, json.dumps(arguments)], log)
+            self._process, self._unread = _start([*command, "serve", name, json.dumps(arguments)], log), b""
         try:
-            self.version: str | None = self._read(OPEN_SECONDS).get("version")
+            self.version: str | None = self._read({"ready"}, OPEN_SECONDS).get("version")
         except BaseException:
             self.close()
             raise
@@ -126,12 +146,11 @@ class Peer:
             PeerError: it failed.
         """
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}) + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone; reading says why
-        return self._read(None)
+        request = json.dumps({"prompt": list(prompt), "new_tokens": new_tokens}).encode() + b"\n"
+        with contextlib.suppress(OSError):  # it is gone; reading says why
+            while request:
+                request = request[self._process.stdin.write(request) :]
+        return self._read(ANSWERED, None)
 
     def warm_up(self, prompt: Sequence[int], new_tokens: int) -> None:
         """A request that nobody sees; then the memory is measured.
@@ -151,27 +170,43 @@ class Peer:
                     stream.close()
                 except OSError:
                     continue
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _kill(process)
+        process.wait()
 
-    def _read(self, seconds: float | None) -> dict[str, Any]:
+    def _line(self, seconds: float | None) -> str:
+        """The next line that it prints; a part of one is no answer."""
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-        if not ready:
-            raise PeerError(f"no answer within {seconds:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerError(f"it ended with code {self._process.wait()}{self._last_words()}")
-        try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise PeerError(f"its answer is not understood: {line.strip()[:200]}") from None
-        if "error" in answer:
-            raise PeerError(answer["error"])
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left)[0]:
+                raise PeerError(f"no answer within {seconds:.0f} s")
+            part = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not part:
+                raise PeerError(f"{self._end()}{self._last_words()}")
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line.decode(errors="replace")
+
+    def _read(self, keys: Set[str], seconds: float | None) -> dict[str, Any]:
+        """Its next answer, which has these keys."""
+        line = self._line(seconds)
+        answer: Any = None
+        with contextlib.suppress(ValueError):
+            answer = json.loads(line)
+        if isinstance(answer, dict) and "error" in answer:
+            raise PeerError(str(answer["error"]))
+        if not isinstance(answer, dict) or not keys <= answer.keys():
+            raise PeerError(f"its answer is not understood: {line.strip()[:200]}")
         return answer
+
+    def _end(self) -> str:
+        try:
+            return f"it ended with code {self._process.wait(STOP_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            return "it says nothing more"
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
