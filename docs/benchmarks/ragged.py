@@ -3,8 +3,8 @@
     python docs/benchmarks/ragged.py BUNDLE [--target openvino] [--longest 30 --longest 120] [--repeats 7]
 
 Medians of ratios of runs that take turns: the prefill of eight prompts, of a fifteenth of `--longest` tokens to all of
-them, in one call over that row by row, and beside it what one prompt of as many tokens in all takes, more than which no
-call over rows can gain; and a tick of seven rows of one token beside a prompt chunk of 128 over a prompt chunk of 135.
+them, in one call over that row by row, and beside it one prompt of as many tokens in all over the same; and a tick of
+seven rows of one token beside a prompt chunk of 128 over a prompt chunk of 135.
 """
 
 from __future__ import annotations

@@ -157,10 +157,8 @@ def _running_peers(
         if wanted.cache is None:
             _say(f"what the peers build goes to {scratch} and is removed at the end; --peer-cache keeps it")
         ready, result.peers_left_out = open_peers(
-            wanted, result.weight_dtype, result.threads, longest_prompt, result.new_tokens, Path(scratch), _say
+            wanted, result.weight_dtype, result.threads, longest_prompt, result.new_tokens, Path(scratch), stack, _say
         )
-        for peer in ready:
-            stack.callback(peer.close)
         yield ready
 
 

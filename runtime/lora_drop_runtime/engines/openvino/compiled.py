@@ -191,9 +191,9 @@ def _computes_halves(ov: Any, told: Mapping[str, Any]) -> bool:
 def said(error: Exception) -> str:
     """The line of an error of OpenVINO's that says what is wrong: those before it name its source files."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("Exception from", "Check "))]
-    of_a_node = [line for line in said if line.startswith("While validating")]  # what its conversion raised
-    return (of_a_node or said or lines or [first_line(error)])[0][:300]
+    reasons = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    of_a_node = [line for line in reasons if line.startswith("While validating")]  # what its conversion raised
+    return (of_a_node or reasons or lines or [first_line(error)])[0][:300]
 
 
 def _no_halves() -> BundleError:

@@ -51,7 +51,7 @@ def _start(command: Sequence[str], log: Any) -> subprocess.Popen[bytes]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone; macOS says the latter of that
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -220,12 +220,19 @@ def open_peers(
     prompt: Sequence[int],
     new_tokens: int,
     scratch: Path,
+    opened: contextlib.ExitStack,
     say: Callable[[str], None],
 ) -> tuple[list[Peer], dict[str, str]]:
     """Load the peers and warm each up on the longest request before the next one is loaded.
 
+    Args:
+        opened: closes those that are ready.
+
     Returns:
         Those that are ready, and the reason for each that is not.
+
+    Raises:
+        InputError: a peer that was named is not.
     """
     ready: list[Peer] = []
     reasons: dict[str, str] = {}
@@ -241,15 +248,13 @@ def open_peers(
                 capacity = len(prompt) + new_tokens
                 peer = Peer(name, command, source, precision, directory.resolve(), threads, capacity)
                 peer.warm_up(prompt, new_tokens)
+                opened.callback(peer.close)
                 ready.append(peer)
                 continue
             except (PeerError, OSError) as error:
                 reason = str(error)
                 if peer is not None:
                     peer.close()
-        if options.required:
-            for peer in ready:
-                peer.close()
         check_named(options, {name: reason})
         say(f"peer {name}: left out, {reason}")
         reasons[name] = reason
