@@ -81,17 +81,26 @@ class _Moments:
         """The layer's; None where an input is infinite or not a number."""
         return triangle(sum(self._own).numpy(), damping)
 
-    def correction(self, factor: tuple[Any, Any]) -> Floats | None:
-        """The layer's, by its `triangle`: as much of it as holds from the first half of the text to the second."""
-        found = correction(*factor, sum(self._missing).numpy())
+    def correction(self, factor: tuple[Any, Any], rows: Floats | None = None) -> Floats | None:
+        """The layer's, or of its weights `rows`, by its `triangle`: as much of it as holds from the first half of the
+        text to the second.
+        """
+        found = correction(*factor, sum(self._missing).numpy(), rows)
         if found is None:
             return None
         first = triangle(self._own[0].numpy())
         assert first is not None
-        half = correction(*first, self._missing[0].numpy())
+        half = correction(*first, self._missing[0].numpy(), rows)
         if half is None:
             return None
-        return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy()))
+        return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy(), rows))
+
+    def corrected(self, factor: tuple[Any, Any], rows: Floats) -> Floats:
+        """Weights [n, K] with their correction."""
+        if len(rows) >= rows.shape[1]:
+            return corrected(rows, self.correction(factor))
+        change = self.correction(factor, rows)
+        return rows if change is None else rows + change
 
 
 class _Reached(Exception):
@@ -129,19 +138,20 @@ class _Stage:
             self.members.append(module)
 
 
-def _input_of(module: Any, run: Callable[[], Any]) -> Any:
-    """What a module is given when `run` reaches it."""
+def _input_of(module: Any, run: Callable[[], Any], to_end: bool) -> tuple[Any, Any]:
+    """What a module is given when `run` reaches it, and what `run` returns where it goes on to its end."""
     seen: list[Any] = []
 
     def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(_given(args, kwargs))
-        raise _Reached
+        if not to_end:
+            raise _Reached
 
-    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    hook, returned = module.register_forward_pre_hook(look, with_kwargs=True), None
     with contextlib.suppress(_Reached):
-        run()
+        returned = run()
     hook.remove()
-    return seen[0]
+    return seen[0], returned
 
 
 @dataclasses.dataclass
@@ -181,6 +191,7 @@ class _Rounder:
             if isinstance(module, torch.nn.Linear)
         }
         pending = {module: name for module, name in names.items() if name in self.formats}
+        exact_outputs: list[Any] = []
         while True:
             stage, outputs = _Stage(), []
             hooks = [module.register_forward_pre_hook(stage.look, with_kwargs=True) for module in pending]
@@ -189,30 +200,36 @@ class _Rounder:
                 with contextlib.suppress(_Reached):
                     outputs.append(first_output(layer(x, *args, **kwargs)))
                 if stage.members:
-                    first = same[stage.members[0]]
-                    given = _input_of(first, lambda: exact(own, *args, **kwargs))  # noqa: B023 - runs at once
+                    first, last = same[stage.members[0]], len(stage.members) == len(pending)
+                    given, whole = _input_of(first, lambda: exact(own, *args, **kwargs), last)  # noqa: B023 - runs at once
                     stage.moments.add(stage.x, given, 2 * place // len(calls))
+                    if last:
+                        exact_outputs.append(first_output(whole))
             for hook in hooks:
                 hook.remove()
             if not stage.members:
-                return outputs, [
-                    first_output(exact(own, *args, **kwargs))
-                    for own, (args, kwargs) in zip(streams[1], calls, strict=True)
-                ]
+                if len(exact_outputs) < len(calls):  # nothing of this layer is rounded
+                    exact_outputs = [
+                        first_output(exact(own, *args, **kwargs))
+                        for own, (args, kwargs) in zip(streams[1], calls, strict=True)
+                    ]
+                return outputs, exact_outputs
+            members = {pending.pop(module): module for module in stage.members}
             factor = stage.moments.triangle()
-            change = None if factor is None else stage.moments.correction(factor)
-            for module in stage.members:
-                name = pending.pop(module)
-                if factor is not None:
-                    self._module(module, name, factor, change)
+            if factor is not None:
+                self._stage(members, stage.moments, factor)
 
-    def _module(self, module: Any, name: str, factor: tuple[Any, Any], change: Floats | None) -> None:
+    def _stage(self, members: Mapping[str, Any], moments: _Moments, factor: tuple[Any, Any]) -> None:
+        """Round linear layers, parameter name → module, that read one tensor."""
         import torch
 
-        rows, form = finite(module.weight.numpy(), self.refs[name].name), self.formats[name]
-        blocks = gptq_rows(corrected(rows, change), *factor, form)
-        put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
-        self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
+        parts = [finite(module.weight.numpy(), self.refs[name].name) for name, module in members.items()]
+        rows = moments.corrected(factor, np.concatenate(parts))
+        for (name, module), part in zip(members.items(), parts, strict=True):
+            form, own, rows = self.formats[name], rows[: len(part)], rows[len(part) :]
+            blocks = gptq_rows(own, *factor, form)
+            put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
+            self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
 
     def head(self, name: str, streams: Sequence[tuple[Any, Any]], tied: bool) -> None:
         """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own.

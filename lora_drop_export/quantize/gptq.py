@@ -54,7 +54,7 @@ def triangle(moments: Floats, damping: float = DAMPING) -> tuple[Any, Any] | Non
     return (factor / own).to(torch.float32), own.to(torch.float32)
 
 
-def correction(unit: Any, own: Any, missing: Floats) -> Floats | None:
+def correction(unit: Any, own: Any, missing: Floats, rows: Floats | None = None) -> Floats | None:
     """What takes weights to those that make of a layer's inputs what they make of its inputs without rounding.
 
     After GPTAQ (Li et al. 2025, arXiv 2504.02692), as ridge regression: W + W D H⁻¹ has the least ‖W' x − W (x + e)‖²
@@ -63,31 +63,37 @@ def correction(unit: Any, own: Any, missing: Floats) -> Floats | None:
     Args:
         unit, own: the layer's `triangle`.
         missing: Dᵀ float32 [K, K], the sum of x eᵀ at the scale of H.
+        rows: W float32 [n, K], where only its own change is wanted: with few rows that costs n / K as much.
 
     Returns:
-        D H⁻¹ float32 [K, K]; None where `missing` has values that are infinite or not a number.
+        D H⁻¹ float32 [K, K], or W D H⁻¹ [n, K]; None where `missing` has values that are infinite or not a number.
     """
     import torch
 
     wanted, factor = torch.from_numpy(missing).to(torch.float64), (unit * own).to(torch.float64)
     if not torch.isfinite(wanted).all():
         return None
+    if rows is not None:
+        wanted = wanted @ torch.from_numpy(rows).to(torch.float64).T
     change = torch.cholesky_solve(wanted.flip(0), factor.flip(0, 1)).flip(0)  # H⁻¹ Dᵀ, of the flipped H = L Lᵀ
     found: Floats = change.T.to(torch.float32).numpy()
     return found
 
 
-def share_that_holds(change: Floats, moments: Floats, missing: Floats) -> float:
-    """The α between 0 and 1 of the least ‖α C x − e‖² over inputs x that lack e and that C was not found on.
+def share_that_holds(change: Floats, moments: Floats, missing: Floats, rows: Floats | None = None) -> float:
+    """The α between 0 and 1 of the least ‖α C x − e‖² over inputs x that lack e and that C was not found on; with
+    weights W of the least ‖α C x − W e‖².
 
     A correction is fitted to errors, and errors that come of single tokens or of one kind of text do not come again:
     what there is of them in C is added to the errors of other inputs.
 
     Args:
-        change: C, a `correction` that was found on other inputs.
+        change: C, a `correction` that was found on other inputs, [K, K], or of `rows` [n, K].
         moments, missing: of these inputs, as `triangle` and `correction` want them.
+        rows: W, as `correction` had them.
     """
-    held, norm = float((change * missing.T).sum()), float(((change @ moments) * change).sum())
+    wanted = missing.T if rows is None else rows @ missing.T
+    held, norm = float((change * wanted).sum()), float(((change @ moments) * change).sum())
     return min(1.0, max(0.0, held / norm)) if norm > 0 else 0.0
 
 

@@ -115,12 +115,14 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
         a, b = torch.cat([x, root * eye]), torch.cat([exact - x, 0 * eye])
         return torch.linalg.lstsq(a.double(), b.double()).solution.float()
 
-    def wanted_weights(w: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> np.ndarray:
+    def wanted_weights(w: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
         half = len(x) // 2
         made, lacks = x[half:] @ change(x[:half], exact[:half]), exact[half:] - x[half:]
+        if len(w) < w.shape[1]:  # what the layer makes of it
+            made, lacks = made @ w.T, lacks @ w.T
         holds = ((made * lacks).sum() / made.square().sum()).clamp(0, 1)
         shares.append(float(holds))
-        return (w + holds * (w @ change(x, exact).T)).numpy().copy()
+        return w + holds * (w @ change(x, exact).T)
 
     shares: list[float] = []
     names = {module: name for name, module in model.named_modules()}
@@ -138,9 +140,11 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
     ]
     for members in [*stages, [model.lm_head]]:
         x, exact = (inputs(of, names[members[0]]) for of in (model, source.model))
-        for module in members:
-            w = wanted_weights(module.weight.detach(), x, exact)
-            put(module.weight, gptq_rows(w, *triangle((x.T @ x).numpy()), quantization.format_of(w.shape)))
+        parts = [module.weight.detach() for module in members]
+        wanted = wanted_weights(torch.cat(parts), x, exact).split([len(part) for part in parts])
+        for module, w in zip(members, wanted, strict=True):
+            form = quantization.format_of(w.shape)
+            put(module.weight, gptq_rows(w.numpy().copy(), *triangle((x.T @ x).numpy()), form))
     names = {module: f"{name}.weight" for module, name in names.items()}
     assert len({*shares}) > 2
     for members in stages[:4]:  # later on a tie that falls the other way changes all that follows

@@ -134,6 +134,9 @@ def test_corrected_weights_are_those_of_a_ridge_regression() -> None:
     found = corrected(rows, correction(*triangle(moments), x.T @ rounding))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert np.abs(found - rows).max() > 0.1
+    own = correction(*triangle(moments), x.T @ rounding, rows)
+    assert own is not None
+    np.testing.assert_allclose(rows + own, wanted, atol=1e-5)
     assert corrected(rows, correction(*triangle(moments), np.full_like(moments, np.inf))) is rows
 
 
@@ -159,9 +162,12 @@ def test_of_a_correction_as_much_as_holds() -> None:
         change, own, missing = halves(errors)
         found = share_that_holds(change, own[1], missing[1])
         made, lacks = x[256:] @ change.T, errors[256:]
-        losses = [np.square(alpha * made - lacks).sum() for alpha in np.linspace(0, 1, 1001)]
-        assert found == pytest.approx(np.argmin(losses) / 1000, abs=1e-3)
-        assert least <= found <= most
+        rows = random.standard_normal((5, 24)).astype(np.float32)
+        weighed = share_that_holds(rows @ change, own[1], missing[1], rows)
+        for share, of in ((found, np.eye(24)), (weighed, rows.T)):
+            losses = [np.square((alpha * made - lacks) @ of).sum() for alpha in np.linspace(0, 1, 1001)]
+            assert share == pytest.approx(np.argmin(losses) / 1000, abs=1e-3)
+            assert least <= share <= most
     change, own, missing = halves(np.concatenate([again[:256], -again[256:]]))
     assert share_that_holds(change, own[1], missing[1]) == 0
     assert share_that_holds(0 * change, own[1], missing[1]) == 0
