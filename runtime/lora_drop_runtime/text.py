@@ -9,6 +9,7 @@ no sampling, and not which token ids end a text. It needs `tokenizers` and, for 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ MOST_CONFIG_BYTES = 64 << 20  # special tokens of a model may be many
 MOST_TOKENIZER_BYTES = 1 << 30
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of tokenizers that fall back to bytes
 
 
 def _unreadable(fact: str, reason: str) -> BundleError:
@@ -66,6 +68,15 @@ def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """What the characters stand for that byte-level tokenizers write bytes as (Radford et al. 2019): themselves where
+    they are printed, else those from 256 on in the bytes' order.
+    """
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _check_text(what: str, text: object) -> None:
@@ -276,6 +287,21 @@ class TextCodec:
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True) -> str:
         """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of one token, which may be a part of a character."""
+        text, token = self.decode([token_id], skip_special_tokens=False), self._tokenizer.id_to_token(token_id)
+        if INCOMPLETE not in text or not token:
+            return text.encode()
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(byte[1])
+        if all(character in self._byte_characters for character in token):
+            return bytes(self._byte_characters[character] for character in token)
+        return text.encode()
+
+    @cached_property
+    def _byte_characters(self) -> dict[str, int]:
+        return _bytes_of_characters()
 
     def tokenizer_json(self) -> str:
         """The tokenizer as text, in the format of tokenizer.json."""

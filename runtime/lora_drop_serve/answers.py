@@ -14,10 +14,12 @@ from typing import Any, ClassVar, NamedTuple
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
 from lora_drop_runtime.grammars.tools import ToolCall, Tools
 from lora_drop_runtime.plan.schedule import StepKind
-from lora_drop_runtime.text import INCOMPLETE, TextCodec
+from lora_drop_runtime.text import TextCodec
 
 from .driver import Told
 from .errors import row_failed
+
+_BYTES = "bytes:"  # before a part of a character, as the API has it where a token is its text alone
 
 
 class Piece(NamedTuple):
@@ -105,6 +107,28 @@ class Choice:
             self.drafted, self.accepted = counted.drafted, counted.accepted
 
 
+class Places:
+    """Where tokens begin in a choice's text, of which a part of a character adds nothing until it is whole.
+
+    Args:
+        echo: the text of the prompt, where its tokens are told, too.
+    """
+
+    def __init__(self, codec: TextCodec, echo: str) -> None:
+        self._codec, self._echo = codec, echo
+        self._text, self._place, self._in_prompt = codec.stream(), 0, True
+
+    def of(self, event: Event) -> int:
+        """The place of the next token."""
+        assert event.token is not None
+        if self._in_prompt and not event.is_prompt:
+            self._text, self._place, self._in_prompt = self._codec.stream(), len(self._echo), False
+        begun, new = self._place, self._text.push(event.token)
+        self._place += len(new)
+        own = self._codec.decode([event.token], skip_special_tokens=False)
+        return self._place - len(own) if new.endswith(own) else begun  # text before it was no character
+
+
 def _as_call(call: ToolCall) -> dict[str, Any]:
     """As a message has it."""
     function = {"name": call.name, "arguments": call.arguments}
@@ -160,7 +184,7 @@ class Answer:
         self._texts = [[echo] for echo in self._echoes]
         self._tokens: list[list[Event]] = [[] for _ in range(rows)]
         self._calls: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
-        self._offsets = [0] * rows
+        self._places = [Places(codec, echo) for echo in self._echoes]
 
     @property
     def is_over(self) -> bool:
@@ -241,8 +265,13 @@ class Answer:
             "lora_drop": steps,
         }
 
-    def _token(self, token: int) -> str:
-        return self._codec.decode([token], skip_special_tokens=False)
+    def _token(self, token: int, part: str = "") -> tuple[str, bytes]:
+        """A token's text and bytes; those of a part of a character stand behind `part` in the text."""
+        held = self._codec.token_bytes(token)
+        try:
+            return held.decode(), held
+        except UnicodeDecodeError:
+            return part + "".join(f"\\x{byte:02x}" for byte in held), held
 
     # ── what the two kinds differ in ───────────────────────────────────────────────────────────────────────
 
@@ -281,15 +310,14 @@ class CompletionAnswer(Answer):
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for event in tokens:
             assert event.token is not None
-            text = self._token(event.token)
+            text, _ = self._token(event.token, _BYTES)
             found["tokens"].append(text)
             found["token_logprobs"].append(event.logprob)
             top = {} if event.logprob is None else {text: event.logprob}
             for token, logprob in event.top_logprobs:
-                top.setdefault(self._token(token), logprob)  # parts of characters have one text: the likeliest is told
+                top.setdefault(self._token(token, _BYTES)[0], logprob)  # of tokens with one text the likeliest is told
             found["top_logprobs"].append(top or None)
-            found["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(text)
+            found["text_offset"].append(self._places[index].of(event))
         return found
 
 
@@ -310,9 +338,8 @@ class ChatAnswer(Answer):
 
     def _said(self, index: int, tokens: Sequence[Event]) -> dict[str, Any]:
         def one(token: int, logprob: float | None) -> dict[str, Any]:
-            text = self._token(token)
-            # The bytes of a token that is a part of a character are not known
-            return {"token": text, "logprob": logprob, "bytes": None if INCOMPLETE in text else list(text.encode())}
+            text, held = self._token(token)
+            return {"token": text, "logprob": logprob, "bytes": list(held)}
 
         content = [
             {**one(event.token, event.logprob), "top_logprobs": [one(*pair) for pair in event.top_logprobs]}

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -75,6 +76,15 @@ async def _discard(receive: Receive) -> None:
                 pass
 
 
+async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
+    """Answer from the head alone: the answer is there before the body is, and ends when that does."""
+    answer = _error(error)
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+    await _discard(receive)
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 class Gate:
     """Around all routes: the key, size and time of bodies, readers that take nothing, and the count of answers.
 
@@ -111,6 +121,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith(("http://", "https://")):  # as to a proxy (RFC 9112, 3.2.2)
+            with contextlib.suppress(ValueError):
+                scope = {**scope, "path": urlsplit(scope["path"]).path or "/"}
         taken, is_whole, stalled = 0, False, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -146,8 +159,7 @@ class Gate:
         try:
             self._check(scope)
         except ApiError as error:
-            await _discard(receive)
-            await _error(error)(scope, received, sent)
+            await _refuse(error, receive, sent)
             return
         try:
             await self._app(scope, received, sent)

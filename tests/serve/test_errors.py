@@ -12,10 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.decoding.row import Event
-from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
-from lora_drop_serve.answers import CompletionAnswer
 from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _Log
 from lora_drop_serve.errors import of_validation
 from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest
@@ -245,14 +242,6 @@ def test_connections_that_cannot_be_accepted_are_told_of_once(capsys: pytest.Cap
     now[0] += ACCEPT_LOG_SECONDS
     log(loop, context)
     assert capsys.readouterr().err.count("too many connections") == 1
-
-
-def test_parts_of_characters_have_one_text() -> None:
-    """Under it the token that was chosen is told, not a less likely one."""
-    answer: Any = object.__new__(CompletionAnswer)
-    answer._codec, answer._offsets = SimpleNamespace(decode=lambda ids, **_: "?" if ids[0] < 3 else "x"), [0]
-    event = Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (3, -1.5), (2, -4.0)))
-    assert answer._said(0, [event])["top_logprobs"] == [{"?": -0.5, "x": -1.5}]
 
 
 def test_halves_of_characters(served: Served) -> None:

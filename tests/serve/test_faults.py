@@ -17,6 +17,7 @@ from lora_drop_runtime import Batch, BundleError, PeriodicSchedule
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.requests import MOST_BODY_BYTES
 
 from tests.support.decoding import PLAN, continued
 from tests.support.fake_engine import FakeEngine, Run, make_manifest, open_session
@@ -207,6 +208,12 @@ def test_what_is_no_http_gets_the_error_object(served: Served, data: bytes) -> N
     check_alive(served)
 
 
+def test_a_whole_address_is_taken(served: Served) -> None:
+    answer = sent(served, b"GET http://elsewhere/health HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+    assert sent(served, b"GET http://x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
 HEAD = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 
 
@@ -215,6 +222,19 @@ def test_a_head_that_does_not_end_is_cut_off(served: Served, monkeypatch: pytest
     monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.05)
     check_raw(sent(served, data), 408, "too_slow")
     assert sent(served, b"") == b""  # of a connection that lies idle there is nothing to say
+    check_alive(served)
+
+
+def test_what_the_head_is_refused_for_is_said_before_the_body(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_drop_serve.app.DISCARD_SECONDS", 3600)
+    for length in (MOST_BODY_BYTES + 1, 10**15):
+        head = HEAD + f"Content-Length: {length}\r\nExpect: 100-continue\r\n\r\n".encode()
+        with socket.create_connection((served.http.base_url.host, served.http.base_url.port), timeout=600) as client:
+            client.sendall(head)
+            answer = b""
+            while not answer.endswith(b"}") and (part := client.recv(1 << 16)):
+                answer += part
+        check_raw(answer, 413, "body_too_large")
     check_alive(served)
 
 

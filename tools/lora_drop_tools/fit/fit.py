@@ -29,7 +29,7 @@ from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
 
-from .partial import Partial, begun_with_force, check_log_dir, check_place, load_begin
+from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
@@ -67,12 +67,11 @@ class Fit:
 
 
 def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> dict[str, Any]:
-    """All that a fit's result depends on; a fit is resumed only where it is the same."""
-    return {
+    """All that a fit's result depends on but for what the texts hold; a fit is resumed only where it is the same."""
+    told = {
         "model": loaded.name,
         "fingerprint": loaded.fingerprint,
         "text": [file.name for file in settings.text],
-        "text_sha256": identity(settings.text),
         **{name: getattr(plan, name) for name in ("sites", "bare_sites", "surrogate")},
         "windows": settings.k,
         "policy": plan.policy,
@@ -81,6 +80,8 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "alpha": settings.lora_alpha,
         **{name: getattr(settings, name) for name in _TOLD},
     }
+    described: dict[str, Any] = json.loads(json.dumps(told))
+    return described
 
 
 def _written_by_first(out: Path, force: bool, workers: Workers) -> contextlib.AbstractContextManager[Path]:
@@ -97,7 +98,9 @@ def _check_early(loaded: LoadedModel, source: Source, listed: DropList | None, s
     check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
     windows = windows_of_config(loaded.model.config)
     if windows is not None:
-        plan_to_fit(loaded, windows, settings, listed)
+        plan = plan_to_fit(loaded, windows, settings, listed)
+        if settings.resume:
+            check_same(resolved(settings.out), _described(loaded, plan, settings))
     source.texts(loaded, settings, "cpu")
 
 
@@ -122,7 +125,7 @@ def _fit_loaded(
     forcing.check_halves(plan)
     seen, unseen = source.texts(loaded, settings, forcing.device)
     work = Work(forcing, plan, settings, seen, unseen, console)
-    described = json.loads(json.dumps(_described(loaded, plan, settings)))
+    described = {**_described(loaded, plan, settings), "text_sha256": identity(settings.text)}
     partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
     kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:

@@ -69,12 +69,30 @@ def begun_with_force(out: Path) -> bool:
     return found is not None and found["force"]
 
 
-def _nothing_to_resume(root: Path, difference: str | None) -> InputError:
+def _nothing_to_resume(root: Path) -> InputError:
     return InputError(
         "There is no such fit to resume.",
-        note=f"{root}: " + ("there is none." if difference is None else f"it was begun with {difference}."),
-        hint="Give the same options as before, or leave --resume out.",
+        note=f"{root}: there is none.",
+        hint="Give its --out, or leave --resume out.",
     )
+
+
+def check_same(out: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume a fit that was begun with other settings, of which `settings` may be a part.
+
+    Raises:
+        InputError: it was, or there is none.
+    """
+    root = _place(out)
+    found = _read(root)
+    if found is None:
+        raise _nothing_to_resume(root)
+    if difference := _difference(found["settings"], settings):
+        raise InputError(
+            "The unfinished fit was begun with other options.",
+            note=f"{root}: it was begun with {difference}.",
+            hint="Give the same options as before, or begin anew: leave --resume out and say --force.",
+        )
 
 
 def check_place(out: Path, resume: bool, force: bool) -> None:
@@ -86,7 +104,7 @@ def check_place(out: Path, resume: bool, force: bool) -> None:
     root = _place(out)
     found = _read(root)
     if resume and not os.path.lexists(root):
-        raise _nothing_to_resume(root, None)
+        raise _nothing_to_resume(root)
     if resume and found is None:
         raise InputError(
             "There is no such fit to resume.",
@@ -138,10 +156,7 @@ class Partial:
         self._settings, self._force = dict(settings), force
         self._writes = workers.rank == 0
         if resume:
-            found = _read(self.root)
-            difference = None if found is None else _difference(found["settings"], self._settings)
-            if difference != "":
-                raise _nothing_to_resume(self.root, difference)
+            check_same(out, self._settings)
             return
         if self._writes:
             check_place(out, resume, force)

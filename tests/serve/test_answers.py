@@ -1,0 +1,71 @@
+"""Tokens that are parts of characters, in logprobs: their bytes, and where they stand in the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lora_drop_runtime.decoding.row import LENGTH, Event
+from lora_drop_runtime.plan.schedule import StepKind
+from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.answers import Answer, ChatAnswer, CompletionAnswer
+from lora_drop_serve.driver import Told
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+TEXT = "aß€ 😀b\ufffdc"
+
+
+def byte_level() -> TextCodec:
+    """A token for each byte."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return TextCodec(tokenizer, {}, None)
+
+
+def byte_fallback() -> TextCodec:
+    """A token for each byte, and for ASCII letters."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "c"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return TextCodec(tokenizer, {}, None)
+
+
+def answered(answer: Answer, ids: list[int], **event: Any) -> dict[str, Any]:
+    """The logprobs of one choice after these tokens."""
+    for place, token in enumerate(ids):
+        finished = LENGTH if place == len(ids) - 1 else None
+        tops = tuple((other, -1.0 - place) for other in ids[:3])
+        answer.take(Told(0, Event(0, token, StepKind.REFRESH, -0.5, tops, finished=finished, **event)))
+    choice = answer.whole()["choices"][0]
+    assert (choice.get("text") or choice["message"]["content"]) == TEXT
+    logprobs: dict[str, Any] = choice["logprobs"]
+    return logprobs
+
+
+@pytest.mark.parametrize("codec", [byte_level(), byte_fallback()], ids=["byte level", "byte fallback"])
+def test_parts_of_characters(codec: TextCodec) -> None:
+    ids = codec.encode(TEXT).tolist()
+    assert len(ids) == len(TEXT.encode())
+    options: Any = {"logprobs": True, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
+    found = answered(CompletionAnswer(codec, "m", 1, 1, (), **options), ids)
+    whole = [character for character in TEXT for _ in character.encode()]
+    places = [place for place, character in enumerate(TEXT) for _ in character.encode()]
+    assert found["text_offset"] == places
+    pairs = zip(whole, TEXT.encode(), strict=True)
+    assert found["tokens"] == [c if c.isascii() else f"bytes:\\x{byte:02x}" for c, byte in pairs]
+    assert {len(top) for top in found["top_logprobs"]} == {3, 4}  # the token, and three that may be it
+    content = answered(ChatAnswer(codec, "m", 1, 1, (), **options), ids)["content"]
+    assert bytes(byte for one in content for byte in one["bytes"]) == TEXT.encode()
+    assert content[1]["token"] == "\\xc3"
+    assert [one["bytes"] for one in content[0]["top_logprobs"]] == [[97], [0xC3], [0x9F]]
+
+
+def test_of_tokens_with_one_text_the_likeliest_is_told() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "y": 1, "Y": 2}, unk_token="x"))
+    tokenizer.decoder = decoders.Replace("Y", "y")
+    options: Any = {"logprobs": True, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
+    answer = CompletionAnswer(TextCodec(tokenizer, {}, None), "m", 1, 1, (), **options)
+    answer.take(Told(0, Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (0, -1.5), (2, -4.0)), finished=LENGTH)))
+    assert answer.whole()["choices"][0]["logprobs"]["top_logprobs"] == [{"y": -0.5, "x": -1.5}]
