@@ -70,7 +70,7 @@ class _SurrogateBuilder:
                 self.states_out[result.name] = result
         assert result is not None
         to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
-        return add("Reshape", [result, to_tokens], variable("y", ["batch", 1, self.hidden_size]))
+        return add("Reshape", [result, to_tokens], variable("y", list(x.shape)))  # by the names that x has for them
 
     def _weight(self, site: str, which: int) -> gs.Constant:
         stored = self.adapters[site][which]

@@ -45,13 +45,20 @@ class Rows:
             value.replace_all_uses_with(whole)
             self.graph.extend(ops.nodes)
 
+    def _is_made_whole(self, value: ir.Value | None) -> bool:
+        """Whether it is made of products that give [B, S, width] of their own, which rows would only be Reshapes of."""
+        node = None if value is None or value in self.made or rank(value) != 3 else value.producer()
+        if node is None or node.op_type == "MatMulNBits":
+            return node is not None
+        return is_row_wise(node) and any(map(self._is_made_whole, node.inputs))
+
     def get(self, value: ir.Value) -> ir.Value:
         # Case 3: of a row-wise operator's output the operator on the twins of its inputs, else a Reshape
         if value not in self.made:
             assert value.shape is not None
             node = value.producer()
             ops = Ops()
-            if node is not None and is_row_wise(node):
+            if node is not None and is_row_wise(node) and not self._is_made_whole(value):
                 inputs = [self.get(i) if i is not None and rank(i) == 3 else i for i in node.inputs]
                 attributes = dict(node.attributes)
                 if "axis" in attributes:

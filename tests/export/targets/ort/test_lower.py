@@ -70,6 +70,17 @@ def test_a_layer_is_ten_nodes(tmp_path, name, step, dtype):
     assert layer_nodes(branches(steps_graph(bundle))[step], 2) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_a_layer_between_surrogates_is_ten_nodes(tmp_path, dtype):
+    """Rows [B, d] that a surrogate reads do not make rows of all that leads there, and its sum is fused like any."""
+    bundle = written(tmp_path, "llama", drop_layers=(1, 2, 5), rank=4, always_first=1, dtype=dtype)
+    step = branches(steps_graph(bundle))["lora"]
+    kinds = Counter(node.op_type for node in step.node)
+    assert kinds["SkipSimplifiedLayerNormalization"] == 5 * 2 + 1 - 3  # not the first norm, and those behind surrogates
+    if dtype == "int4":
+        assert kinds["Reshape"] == 2 * 2  # before and behind each run of surrogates
+
+
 def test_checkpoint_as_it_lies_is_fused_where_it_can_be(tmp_path):
     """In the alphabetical order of safetensors gate and up are neighbours, q, k and v are not."""
     bundle = make_bundle("llama", tmp_path / "b", drop_layers=(4,))
