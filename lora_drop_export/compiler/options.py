@@ -232,8 +232,8 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="FILE",
-        help=f"text for --quantization {CALIBRATED}: {WINDOWS} windows of {WINDOW} tokens, spread evenly over it "
-        "(default: a bundled text)",
+        help=f"text for --quantization {CALIBRATED} and --block-size {AUTO}: {WINDOWS} windows of {WINDOW} tokens, "
+        "spread evenly over it (default: a bundled text)",
     )
     block_size: int | Literal["auto"] | None = option(
         None,
