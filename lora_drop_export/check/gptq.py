@@ -39,6 +39,8 @@ from lora_drop_export.quantize.rounding import finite, has_native, quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor, store_rounded
 
 _CHUNK_TOKENS = 2048  # that run through a layer at once
+_SIGNS = np.array([-1, 1], np.float32)
+_PROBES = 256  # rows by which the share of a correction is found that holds
 _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
 
 
@@ -90,10 +92,13 @@ class _Moments:
             return None
         first = triangle(self._own[0].numpy())
         assert first is not None
-        half = correction(*first, self._missing[0].numpy(), rows)
+        size = len(self._own[0])
+        # The share is a ratio of two traces, of which random signs give estimates without bias (Hutchinson 1990)
+        signs = np.random.default_rng(0).choice(_SIGNS, (_PROBES, size)) if size > _PROBES else None
+        half = correction(*first, self._missing[0].numpy(), signs)
         if half is None:
             return None
-        return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy(), rows))
+        return found * np.float32(share_that_holds(half, self._own[1].numpy(), self._missing[1].numpy(), signs))
 
     def corrected(self, factor: tuple[Any, Any], rows: Floats) -> Floats:
         """Weights [n, K] with their correction."""

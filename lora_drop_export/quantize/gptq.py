@@ -82,7 +82,7 @@ def correction(unit: Any, own: Any, missing: Floats, rows: Floats | None = None)
 
 def share_that_holds(change: Floats, moments: Floats, missing: Floats, rows: Floats | None = None) -> float:
     """The α between 0 and 1 of the least ‖α C x − e‖² over inputs x that lack e and that C was not found on; with
-    weights W of the least ‖α C x − W e‖².
+    rows W of the least ‖α C x − W e‖².
 
     A correction is fitted to errors, and errors that come of single tokens or of one kind of text do not come again:
     what there is of them in C is added to the errors of other inputs.
