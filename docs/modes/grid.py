@@ -9,6 +9,7 @@ lossless.py wrote. Prints Markdown, and writes speed.png and kv.png beside itsel
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ def draw(grids: dict[str, list[Cell]], name: str, label: str, x: Callable[[Cell]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("# The grid of modes.md\n\nMade by `python docs/modes/grid.py`. Perplexity is over the full schedule's.")
     grids = {model: found for model in MODELS if (found := cells(model))}
     for model, found in grids.items():
