@@ -321,7 +321,11 @@ def test_a_key(bundle: Bundle) -> None:
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
             check_error(served.http.post(COMPLETIONS, content=b"{", headers=headers), 401)
         for path in ("/v1/models", "/metrics"):
-            assert served.http.get(path, headers={"Authorization": "Bearer sesame"}).status_code == 200
+            whole = {"target": f"http://elsewhere{path}".encode()}  # as to a proxy
+            check_error(served.http.get(path, extensions=whole), 401)
+            for extensions in ({}, whole):
+                answer = served.http.get(path, headers={"Authorization": "Bearer sesame"}, extensions=extensions)
+                assert answer.status_code == 200
 
 
 def test_a_bundle_without_a_template(tmp_path) -> None:
