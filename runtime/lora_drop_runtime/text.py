@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None
     return template if isinstance(template, str) else None
 
 
+@cache
 def _bytes_of_characters() -> dict[str, int]:
     """What the characters stand for that byte-level tokenizers write bytes as (Radford et al. 2019): themselves where
     they are printed, else those from 256 on in the bytes' order.
@@ -295,13 +296,8 @@ class TextCodec:
             return text.encode()
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
-        if all(character in self._byte_characters for character in token):
-            return bytes(self._byte_characters[character] for character in token)
-        return text.encode()
-
-    @cached_property
-    def _byte_characters(self) -> dict[str, int]:
-        return _bytes_of_characters()
+        byte_of = _bytes_of_characters()
+        return bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= {*token} else text.encode()
 
     def tokenizer_json(self) -> str:
         """The tokenizer as text, in the format of tokenizer.json."""

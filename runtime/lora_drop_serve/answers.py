@@ -118,14 +118,13 @@ class Places:
         self._codec, self._echo = codec, echo
         self._text, self._place, self._in_prompt = codec.stream(), 0, True
 
-    def of(self, event: Event) -> int:
-        """The place of the next token."""
+    def of(self, event: Event, own: str) -> int:
+        """The place of the next token, whose text is `own` where it is no part of a character."""
         assert event.token is not None
         if self._in_prompt and not event.is_prompt:
             self._text, self._place, self._in_prompt = self._codec.stream(), len(self._echo), False
         begun, new = self._place, self._text.push(event.token)
         self._place += len(new)
-        own = self._codec.decode([event.token], skip_special_tokens=False)
         return self._place - len(own) if new.endswith(own) else begun  # text before it was no character
 
 
@@ -317,7 +316,7 @@ class CompletionAnswer(Answer):
             for token, logprob in event.top_logprobs:
                 top.setdefault(self._token(token, _BYTES)[0], logprob)  # of tokens with one text the likeliest is told
             found["top_logprobs"].append(top or None)
-            found["text_offset"].append(self._places[index].of(event))
+            found["text_offset"].append(self._places[index].of(event, text))
         return found
 
 
