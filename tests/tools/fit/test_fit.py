@@ -575,7 +575,7 @@ def test_another_text_is_not_resumed(
 def test_text_that_breaks_off_on_the_way_leaves_what_was_reached(
     model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the network is gone; the same fit goes on when it is back."""
+    """As where the network is gone; the fit goes on when it is back. Distillation begins behind the closed form."""
     whole = run_fit(model_dir, lines, tmp_path / "whole", **STREAMED, steps=6)
     texts = importlib.import_module("lora_drop_tools.fit.texts")
     genuine, calls = texts.StreamedTexts.__call__, []
@@ -592,6 +592,7 @@ def test_text_that_breaks_off_on_the_way_leaves_what_was_reached(
         run_fit(model_dir, lines, tmp_path / "a", **options)
     monkeypatch.setattr(texts.StreamedTexts, "__call__", genuine)
     assert run_fit(model_dir, lines, tmp_path / "a", **options, resume=True).losses == whole.losses
+    assert calls == list(range(13))
 
 
 def test_a_damaged_state_is_said_and_kept(

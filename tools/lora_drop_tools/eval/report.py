@@ -5,8 +5,8 @@ Enters: an `EvalResult`. Leaves: lines of text; with matplotlib, PNG files. Meas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.plan.sites import half_of, listed
@@ -14,7 +14,7 @@ from lora_drop_runtime.plan.sites import half_of, listed
 from lora_drop_tools.shared.table import MIB, table
 
 from .intervals import Figure, McNemar
-from .result import EvalResult, EvalRow, GroupFigures, SafeZone, TaskFigures
+from .result import EvalResult, EvalRow, GroupFigures, OffsetFigures, SafeZone, TaskFigures
 
 MISSING = "–"
 
@@ -70,23 +70,48 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
     ]
 
 
-_OFFSET_LINES: tuple[tuple[str, Callable[[Any], str]], ...] = (
-    ("over full", lambda one: f"{one.ratio:.3f}"),
-    ("agree %", lambda one: f"{100 * one.agreement:.1f}"),
-    ("KL", lambda one: f"{one.kl:.3f}"),
+# A figure of each offset whose mean over several is theirs together, and how the mean is written.
+_OFFSET_LINES: tuple[tuple[str, Callable[[OffsetFigures], float], Callable[[float], str]], ...] = (
+    ("over full", lambda one: math.log(one.ratio), lambda mean: f"{math.exp(mean):.3f}"),
+    ("agree %", lambda one: one.agreement, lambda mean: f"{100 * mean:.1f}"),
+    ("KL", lambda one: one.kl, lambda mean: f"{mean:.3f}"),
 )
+_OFFSETS_APART = 8  # LoRA steps of a cycle that have a column each
+
+
+def _columns(longest: int) -> list[range]:
+    """Offsets by column: each its own in a short cycle, stretches that double in a long one."""
+    if longest <= _OFFSETS_APART:
+        return [range(offset, offset + 1) for offset in range(longest + 1)]
+    columns, begin, end = [range(1)], 1, 2
+    while begin <= longest:
+        columns.append(range(begin, min(end, longest + 1)))
+        begin, end = end, 2 * end - 1
+    return columns
+
+
+def _heading(column: range) -> str:
+    first, last = column[0], column[-1]
+    return "refresh" if not first else f"LoRA {first}" if first == last else f"LoRA {first}–{last}"
+
+
+def _offset_cell(offsets: Sequence[OffsetFigures], pick: Callable[[OffsetFigures], float]) -> float:
+    """The mean over their steps."""
+    return sum(pick(one) * one.tokens for one in offsets) / sum(one.tokens for one in offsets)
 
 
 def _offset_table(rows: Sequence[EvalRow]) -> list[str]:
-    """A line for each figure, a column for each offset within the cycle."""
-    longest = max(row.k for row in rows)
-    headings = ("offset within the cycle", "", "refresh", *(f"LoRA {offset}" for offset in range(1, longest + 1)))
+    """A line for each figure, a column for each offset within the cycle, or for several of a long one."""
+    columns = _columns(max(row.k for row in rows))
+    headings = ("offset within the cycle", "", *map(_heading, columns))
     cells = []
     for row in rows:
-        for what, pick in _OFFSET_LINES if row.text and row.k else ():
-            assert row.text is not None
-            found = {one.offset: pick(one) for one in row.text.offsets}
-            cells.append((schedule_name(row), what, *(found.get(offset, "") for offset in range(longest + 1))))
+        if row.text is None or not row.k:
+            continue
+        parts = [[one for one in row.text.offsets if one.offset in column] for column in columns]
+        for what, pick, written in _OFFSET_LINES:
+            found = (written(_offset_cell(part, pick)) if part else "" for part in parts)
+            cells.append((schedule_name(row), what, *found))
     return table(headings, cells) if cells else []
 
 

@@ -46,6 +46,7 @@ class DistillOptions:
     """How to learn: AdamW, linear warm-up over `warm_up` of the steps, then a cosine down to a tenth.
 
     Attributes:
+        first: number of the first batch; the closed form had those before it.
         offset_weights: of the loss at the first, second, … LoRA step after a refresh; refreshes have 1.
         checkpoint_seconds: of `clock`, between two writes of the state.
     """
@@ -53,6 +54,7 @@ class DistillOptions:
     steps: int
     learning_rate: float
     accumulate: int = 1
+    first: int = 0
     offset_weights: tuple[float, ...] | None = None
     warm_up: float = 0.1
     weight_decay: float = 0.0
@@ -344,7 +346,8 @@ def distill(
 
     Args:
         policies: batches take them in turns.
-        texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes numbers s·w·a … (s+1)·w·a − 1.
+        texts: gives batch number 0, 1, …; step s of w processes that accumulate a takes s·w·a … (s+1)·w·a − 1 after
+            `options.first`.
         state_file: holds parameters, optimizer, losses, step and the texts' state, written by the first process;
             where it exists training goes on from there.
         progress: gets the steps that are done and all, the last one's mean KL and learning rate.
@@ -369,7 +372,7 @@ def distill(
         state.optimizer.zero_grad()
         sums = Divergence()
         for turn in range(options.accumulate):
-            number = step * per_step + workers.rank * options.accumulate + turn
+            number = options.first + step * per_step + workers.rank * options.accumulate + turn
             ids, layout = texts(number)
             policy = policies[number % len(policies)]
             sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, True, weights)

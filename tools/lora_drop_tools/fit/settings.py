@@ -308,6 +308,11 @@ class FitSettings:
         return -(-self.tokens // (self.batch * self.window_tokens * self.accumulate * workers))
 
     @property
+    def closed_form_batches(self) -> int:
+        """Those that the closed form sees; without it one, for the features' scales."""
+        return max(1, self.closed_form_tokens // (self.batch * self.window_tokens))
+
+    @property
     def window_tokens(self) -> int:
         return WINDOW if self.window is None else self.window
 

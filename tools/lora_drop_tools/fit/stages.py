@@ -110,7 +110,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         pair = balanced(solution.a, solution.b, scale)
         return pair[0].to(forcing.device), pair[1].to(forcing.device)
 
-    count = max(1, settings.closed_form_tokens // (settings.batch * settings.window_tokens))
+    count = settings.closed_form_batches
     what = "closed form" if settings.closed_form_tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (work.seen(number) for number in range(count)))
@@ -177,6 +177,7 @@ def distilled(
         settings.steps_of(workers.count),
         settings.learning_rate,
         settings.accumulate,
+        settings.closed_form_batches,
         settings.offset_weights,
         checkpoint_seconds=60 * settings.checkpoint_minutes,
     )

@@ -1,0 +1,32 @@
+"""The table by offsets: a column each in a short cycle; stretches of a long one have the means over their steps."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from lora_drop_tools.eval.report import _columns, _offset_table
+from lora_drop_tools.eval.result import text_figures
+
+
+@pytest.mark.parametrize(
+    ("k", "begins"), [(1, [0, 1]), (8, [*range(9)]), (9, [0, 1, 2, 3, 5, 9]), (63, [0, 1, 2, 3, 5, 9, 17, 33])]
+)
+def test_columns_cover_each_offset_once(k: int, begins: list[int]) -> None:
+    columns = _columns(k)
+    assert [offset for column in columns for offset in column] == [*range(k + 1)]
+    assert [column[0] for column in columns] == begins
+
+
+def test_a_stretch_has_the_mean_over_its_steps() -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 9, 12)
+    sums = np.stack([tokens, *(random.uniform(0.5, 1, (4, 12)) * tokens)], axis=-1)  # [k + 1, 5], see scoring.py
+    row = SimpleNamespace(text=text_figures([sums], 0), k=11, label="a", policy="skip", schedule="periodic")
+    headings, *lines = _offset_table([row])  # type: ignore[list-item]
+    assert headings.split()[-6:] == ["LoRA", "3–4", "LoRA", "5–8", "LoRA", "9–11"]
+    count, own, full, same, kl = sums[9:].sum(axis=0)
+    expected = [f"{math.exp((own - full) / count):.3f}", f"{100 * same / count:.1f}", f"{kl / count:.3f}"]
+    assert [line.split()[-1] for line in lines] == expected
