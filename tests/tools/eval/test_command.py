@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,14 @@ def test_refused_before_any_work(
     assert error.startswith(f"error: {fact}")
     assert "\nNote: " in error
     assert "\nHint: " in error
+
+
+@pytest.mark.parametrize("k", [9, 31, 63, 1000])
+def test_the_hint_for_a_long_cycle_names_windows_that_have_room(k: int, text: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        EvalSettings(text=text, k=(k,), window=24, prompt=8)
+    window, prompt = re.findall(r"\d+", raised.value.hint)
+    EvalSettings(text=text, k=(k,), window=int(window), prompt=int(prompt))
 
 
 def test_a_bundle_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:

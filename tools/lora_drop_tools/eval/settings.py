@@ -235,11 +235,12 @@ class EvalSettings:
         """Refuse windows of the text without room for a cycle of so many LoRA steps."""
         window, prompt = self.window_tokens, self.prompt_tokens
         if prompt <= longest or window < prompt + longest + 2:
+            long_enough = max(PROMPT, 1 << longest.bit_length())
             raise InputError(
                 "A window has no room for a prompt and a whole cycle.",
                 note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of "
                 f"{longest + 1} tokens and {longest + 2} more.",
-                hint="Use for example --window 512 --prompt 32.",
+                hint=f"Use for example --window {max(WINDOW, 4 * long_enough)} --prompt {long_enough}.",
             )
 
     def aim_of(self, place: int) -> float | None:
