@@ -36,7 +36,8 @@ def test_the_text_is_the_full_schedules_and_what_was_counted_is_printed(
         text, counted = run("--policy", "lossless", *options)
         assert text == whole
         assert "tokens per refresh" in counted
-        assert "refreshes by accepted drafts: 0: " in counted
+        *_, lengths = counted.split("refreshes by accepted drafts: ")
+        assert all(int(part.split(": ")[1]) for part in lengths.splitlines()[0].split(", "))  # those that there were
 
 
 def test_the_steps_of_such_a_bundle_are_compared_one_by_one(bundle: Path) -> None:

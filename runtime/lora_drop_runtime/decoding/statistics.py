@@ -72,7 +72,7 @@ class Statistics:
         if not self.cycles:
             return "no refresh ran after the prompt"
         share = f" ({self.accepted / self.drafted:.0%})" if self.drafted else ""
-        lengths = ", ".join(f"{length}: {count}" for length, count in enumerate(self.accepted_lengths))
+        lengths = ", ".join(f"{length}: {count}" for length, count in enumerate(self.accepted_lengths) if count)
         return (
             f"{self.tokens_per_refresh:.2f} tokens per refresh; {self.refreshes} refreshes, {self.lora_steps} LoRA "
             f"steps; {self.accepted} of {self.drafted} drafts accepted{share}; refreshes by accepted drafts: {lengths}"

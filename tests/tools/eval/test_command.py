@@ -243,8 +243,15 @@ def test_refused_before_any_work(
 def test_the_hint_for_a_long_cycle_names_windows_that_have_room(k: int, text: Path) -> None:
     with pytest.raises(InputError) as raised:
         EvalSettings(text=text, k=(k,), window=24, prompt=8)
-    window, prompt = re.findall(r"\d+", raised.value.hint)
-    EvalSettings(text=text, k=(k,), window=int(window), prompt=int(prompt))
+    window, prompt = map(int, re.findall(r"\d+", raised.value.hint))
+    EvalSettings(text=text, k=(k,), window=window, prompt=prompt)
+    with pytest.raises(InputError, match="no room"):
+        EvalSettings(text=text, k=(k,), window=window - 1, prompt=prompt)
+
+
+def test_the_prompt_grows_with_the_cycle_where_none_is_given(text: Path) -> None:
+    assert EvalSettings(text=text).prompt_tokens == 32
+    assert EvalSettings(text=text, k=(5, 63)).prompt_tokens == 64
 
 
 def test_a_bundle_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:

@@ -400,8 +400,10 @@ def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], b
     for cycle in cycles:
         seconds.append(sum(itertools.islice(waits, max(cycle.made))))
     kinds = [f"refresh after {cycle.lora_steps}" for cycle in cycles]
+    drafted = sorted({cycle.lora_steps for cycle in cycles})
     moved = [costs.verified_bytes(manifest, request.context, run.cycles or ()) for run in runs]
-    figures = _figures_of_steps([seconds], kinds, moved[-1], bandwidth)
+    found = _figures_of_steps([seconds], kinds, moved[-1], bandwidth)
+    figures = {f"refresh after {count}": found[f"refresh after {count}"] for count in drafted}
     ceilings = [costs.request_ceiling(manifest, request.context, steps, one, request.rows) for one in moved]
     tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
     return _Steps(figures, max(ceilings), 0.0, None, tokens_per_refresh=tokens)

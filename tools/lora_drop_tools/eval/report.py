@@ -276,7 +276,8 @@ def describe(result: EvalResult) -> list[str]:
         *(f"bundle     {_bundle(row)}" for row in result.rows if not row.k),
     ]
     if any(row.text for row in result.rows):
-        lines += ["", *_text_table(result.rows), "", *_offset_table(result.rows)]
+        offsets = _offset_table(result.rows)
+        lines += ["", *_text_table(result.rows), *(["", *offsets] if offsets else [])]
     if any(row.tasks for row in result.rows):
         lines += ["", *_task_table(result.rows), *_notes(result), *_aims(result.rows)]
     lines += ["", *_cost_table(result)]

@@ -38,7 +38,7 @@ class EvalSettings:
         policies: `skip`, `backfill`, or both; each bundle's own when empty.
         text: a UTF-8 file for perplexity, agreement and KL.
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
-            many of them as all bundles allow.
+            many of them as all bundles allow. A cycle of more than 31 LoRA steps makes the prompt k + 1 then.
         windows: how many windows at most.
         tasks: tasks, groups and tags that lm-eval knows by these names.
         include_path: directories with definitions of tasks of one's own, YAML files as lm-eval reads them; they stand
@@ -101,7 +101,8 @@ class EvalSettings:
         None,
         metavar="T",
         bounds=bounds.TOKENS,
-        help=f"give so many of them without scoring them (default {PROMPT}, at most half a piece)",
+        help=f"give so many of them without scoring them (default {PROMPT}, or as a long cycle "
+        "needs; at most half a piece)",
     )
     windows: int = option(32, metavar="N", bounds=bounds.COUNT, help="score at most so many pieces (default 32)")
     tasks: tuple[str, ...] = option((), metavar="NAME,…", help="run these tasks, groups and tags of lm-eval")
@@ -235,12 +236,13 @@ class EvalSettings:
         """Refuse windows of the text without room for a cycle of so many LoRA steps."""
         window, prompt = self.window_tokens, self.prompt_tokens
         if prompt <= longest or window < prompt + longest + 2:
-            long_enough = max(PROMPT, 1 << longest.bit_length())
+            long_enough = max(PROMPT, longest + 1)
+            room = max(window, long_enough + longest + 2)
             raise InputError(
                 "A window has no room for a prompt and a whole cycle.",
                 note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of "
                 f"{longest + 1} tokens and {longest + 2} more.",
-                hint=f"Use for example --window {max(WINDOW, 4 * long_enough)} --prompt {long_enough}.",
+                hint=f"Use for example --window {room} --prompt {long_enough}, or a smaller --k.",
             )
 
     def aim_of(self, place: int) -> float | None:
@@ -255,7 +257,8 @@ class EvalSettings:
 
     @property
     def prompt_tokens(self) -> int:
-        return min(PROMPT, self.window_tokens // 2) if self.prompt is None else self.prompt
+        least = max(PROMPT, self.ks[-1] + 1)
+        return min(least, self.window_tokens // 2) if self.prompt is None else self.prompt
 
     @property
     def ks(self) -> list[int]:

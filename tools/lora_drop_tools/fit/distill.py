@@ -372,8 +372,8 @@ def distill(
         state.optimizer.zero_grad()
         sums = Divergence()
         for turn in range(options.accumulate):
-            number = options.first + step * per_step + workers.rank * options.accumulate + turn
-            ids, layout = texts(number)
+            number = step * per_step + workers.rank * options.accumulate + turn
+            ids, layout = texts(options.first + number)
             policy = policies[number % len(policies)]
             sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, True, weights)
         loss = sums.figures()["kl"]
