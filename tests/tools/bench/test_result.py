@@ -153,6 +153,7 @@ def test_the_ceiling_under_lossless_is_that_of_the_cycles_that_were_counted() ->
         assert row.kv_saving == 0
         assert row.own_speedup is None
         assert row.tails == []
+        assert list(row.steps) == ["refresh after 0", "refresh after 2"]
         first, second = row.steps["refresh after 2"], row.steps["refresh after 0"]
         assert (first.steps, first.median_ms, first.mean_bytes) == (1, 2000, refresh + lora)
         assert (second.steps, second.median_ms, second.mean_bytes) == (1, 1000, last)

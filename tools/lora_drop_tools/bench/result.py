@@ -399,11 +399,11 @@ def _verified_steps(manifest: Manifest, request: Request, runs: Sequence[Run], b
     waits = iter(runs[-1].step_seconds)
     for cycle in cycles:
         seconds.append(sum(itertools.islice(waits, max(cycle.made))))
-    kinds = [f"refresh after {cycle.lora_steps}" for cycle in cycles]
-    drafted = sorted({cycle.lora_steps for cycle in cycles})
+    names = {count: f"refresh after {count}" for count in sorted({cycle.lora_steps for cycle in cycles})}
+    kinds = [names[cycle.lora_steps] for cycle in cycles]
     moved = [costs.verified_bytes(manifest, request.context, run.cycles or ()) for run in runs]
     found = _figures_of_steps([seconds], kinds, moved[-1], bandwidth)
-    figures = {f"refresh after {count}": found[f"refresh after {count}"] for count in drafted}
+    figures = {name: found[name] for name in names.values()}
     ceilings = [costs.request_ceiling(manifest, request.context, steps, one, request.rows) for one in moved]
     tokens = statistics.median(Statistics(run.cycles or ()).tokens_per_refresh for run in runs)
     return _Steps(figures, max(ceilings), 0.0, None, tokens_per_refresh=tokens)

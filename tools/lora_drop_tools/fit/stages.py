@@ -176,9 +176,9 @@ def distilled(
     options = DistillOptions(
         settings.steps_of(workers.count),
         settings.learning_rate,
-        settings.accumulate,
-        settings.closed_form_batches,
-        settings.offset_weights,
+        accumulate=settings.accumulate,
+        first=settings.closed_form_batches,
+        offset_weights=settings.offset_weights,
         checkpoint_seconds=60 * settings.checkpoint_minutes,
     )
     tokens = settings.batch * settings.window_tokens * settings.accumulate * workers.count
