@@ -410,7 +410,7 @@ class ExportOptions(RunOptions, TargetOptions, BuildOptions, PlanOptions):  # fi
             target.check(self, self.targets)
 
 
-def always_kept(options: PlanOptions, adapters: AdapterConfig | None) -> tuple[int, int]:
+def always_kept(options: Any, adapters: AdapterConfig | None) -> tuple[int, int]:
     """First and last layers that are never dropped: as asked for, else the adapters', else 3 and 1."""
     first, last = options.always_first, options.always_last
     if adapters is not None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,13 +41,15 @@ def three(sites: Sequence[str]) -> bool:
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {**FAMILIES, "uneven": uneven}
 
 
-def kl_by_oracle(name: str, windows: torch.Tensor, dropped: tuple[str, ...], policy: str, k: int = K) -> float:
-    """Mean KL(full ‖ LoRA step), one token at a time."""
+def kl_by_oracle(
+    name: str, windows: torch.Tensor, dropped: tuple[str, ...], policy: str, k: int = K, **surrogates: Any
+) -> float:
+    """Mean KL(full ‖ LoRA step), one token at a time; `surrogates` are the oracle's `surrogate` and `adapters`."""
     model, found = MODELS[name](), []
     for ids in windows.tolist():
         with torch.no_grad():
             full = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        plan = oracle.OraclePlan(dropped, fill=policy == "fill")
+        plan = oracle.OraclePlan(dropped, fill=policy == "fill", **surrogates)
         steps = oracle.decode_row(model, plan, ids[:PROMPT], ids[PROMPT:], k, policy)
         for j, logits in enumerate(steps):
             if j and not oracle.is_refresh(j, k):

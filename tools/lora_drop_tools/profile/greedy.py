@@ -52,8 +52,9 @@ class Greedy:
         self._reached = [0.0] * len(windows)  # sum of KL over each window, of the current list
         with torch.no_grad():
             for ids in windows:
-                # Without adapters no base is the stream between the halves: it is not kept
-                exact = [dataclasses.replace(e, middle=e.output) for e in scoring.forcing.exact(ids[None])]
+                exact = scoring.forcing.exact(ids[None])
+                if not scoring.plan.form.has_state:  # then no base is the stream between the halves: it is not kept
+                    exact = [dataclasses.replace(e, middle=e.output) for e in exact]
                 stream = [scoring.forcing.embed(ids[None]), *(layer.output for layer in exact)]
                 if scoring.policy.exact_refreshes:
                     stream = [hidden[:, scoring.layout.lora] for hidden in stream]

@@ -3,12 +3,13 @@
 Enters: what load_model takes, text files. Leaves: a directory, whole or not at all:
 
     profile.json                 every figure, the settings, the versions
-    drop-<ranking>-<ρ>.json      a drop list for `lora-drop-export --drop-list`, with what was measured of it
+    drop-<ranking>-<ρ>.json      a drop list for `--drop-list` of the export or of a fit, with what was measured of it
     *.png                        the figures drawn, where matplotlib is installed
 
 Rankings of the eligible sites, the first to be dropped first: `temporal` (the paper: similarity of Eq. 17, mean over
 Δ, descending), `influence` (cosine of a site's input and output, descending), `sensitivity` (greedy by KL for what is
 saved, see greedy.py and sizes.py). All are made from one part of the text; the drop lists are compared on another.
+Fitted adapters may be in place meanwhile (fitted.py); what they stand in for is ranked then.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from typing import TYPE_CHECKING, Any
 from lora_drop_runtime.command_line import require_export_packages
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
-from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from lora_drop_runtime.plan.sites import half_of, sorted_sites
-from lora_drop_runtime.plan.surrogate import SURROGATES
+from lora_drop_runtime.plan.sites import half_of, listed, sorted_sites
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
 
+from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
 
+from .fitted import Fitted, read_fitted
 from .greedy import SCREENED, Greedy, ticks
 from .measures import SiteFigures, site_figures
 from .plots import FIGURE_FILES, write_plots
@@ -49,24 +52,23 @@ if TYPE_CHECKING:
 
 RATIOS = (0.25, 0.5, 0.75)
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
-_LISTED = ("k", "policy", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
+_LISTED = ("k", "policy", "adapters", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 
 
-def _described(settings: ProfileSettings) -> dict[str, Any]:
+def _described(settings: ProfileSettings, plan: DropPlan) -> dict[str, Any]:
     """What profile.json says of the settings: tokens as they were measured, in whole windows."""
     window = settings.window_tokens
     return {
         "text": [file.name for file in settings.text],
-        "k": settings.k,
-        "policy": settings.policy,
+        "k": plan.k,
+        **{name: getattr(plan, name) for name in ("policy", "surrogate", "always_first", "always_last")},
+        "adapters": None if settings.adapters is None else resolved(settings.adapters).name,
         **{name: getattr(settings, name) for name in ("sites", "objective", "context", "bundle_dtype", "rank")},
         "tokens": settings.tokens // window * window,
         "window": window,
         "prompt": window // _PROMPT_SHARE,
         "sensitivity_tokens": settings.sensitivity_tokens // window * window,
-        "always_first": settings.always_first,
-        "always_last": settings.always_last,
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
@@ -102,18 +104,28 @@ def _drawn(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings)
     return _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
 
 
-def _rounds(candidates: Sequence[str], saved: Savings) -> int:
-    """How long the longest list can become: with the sites that save least."""
-    return len(saved.list_under(sorted(candidates, key=saved.of), max(RATIOS)))
+@dataclass(frozen=True)
+class _Choice:
+    """What may be dropped, and the shares ρ that lists of it can reach, rising; without adapters all of RATIOS."""
+
+    candidates: tuple[str, ...]
+    ratios: tuple[float, ...]
+    saved: Savings
+
+    @property
+    def rounds(self) -> int:
+        """How long the longest list can become: with the sites that save least."""
+        return len(self.saved.list_under(sorted(self.candidates, key=self.saved.of), self.ratios[-1]))
 
 
 def _greedy(
-    scoring: Scoring, windows: Any, candidates: Sequence[str], saved: Savings, console: Console
+    scoring: Scoring, windows: Any, choice: _Choice, console: Console
 ) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """The KL of each site dropped alone, and the greedy order as far as the longest list needs it, with its KLs."""
+    candidates, saved = choice.candidates, choice.saved
     screened = SCREENED if any(map(half_of, candidates)) else None
     with console.progress("sensitivity") as update:
-        total, done = ticks(len(candidates), _rounds(candidates, saved), len(windows), screened), 0
+        total, done = ticks(len(candidates), choice.rounds, len(windows), screened), 0
 
         def tick() -> None:
             nonlocal done
@@ -128,22 +140,29 @@ def _greedy(
             console.say(f"sensitivity: {len(greedy.dropped)} dropped, {what} {site}, KL {kl:.4f}")
 
         def enough(sites: Sequence[str]) -> bool:
-            return saved.reaches(sites, max(RATIOS))
+            return saved.reaches(sites, choice.ratios[-1])
 
         return greedy.order(candidates, enough, report, screened)
 
 
-def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
+def _plan(windows: Sequence[int], settings: ProfileSettings, fitted: Fitted | None, loaded: LoadedModel) -> DropPlan:
     """The plan whose eligible sites are ranked; it drops none.
 
     Raises:
         PlanError: no layer is eligible.
+        InputError: nothing is saved under the policy that the adapters or the bundle bring.
     """
-    first, last = settings.always_first, settings.always_last
+    from lora_drop_export.compiler.options import always_kept
+
+    theirs = None if fitted is None else fitted.config
+    first, last = always_kept(settings, theirs)
+    brought = (theirs and theirs.policy) or (loaded.plan and loaded.plan.policy) or DEFAULT_POLICY
+    policy = settings.policy or brought
+    dataclasses.replace(settings, policy=policy)  # which is checked with the rest
     windowed = tuple(i for i, size in enumerate(windows) if size)
     layers = eligible_layers(len(windows), first, last)
     no_mlps = not settings.halves or settings.objective == "kv"
-    if not (eligible_layers(len(windows), first, last, windowed, settings.policy) if no_mlps else layers):
+    if not (eligible_layers(len(windows), first, last, windowed, policy) if no_mlps else layers):
         raise PlanError(
             "No layer of the model may be dropped.",
             note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
@@ -156,7 +175,8 @@ def _plan(windows: Sequence[int], settings: ProfileSettings) -> DropPlan:
         len(windows),
         (),
         settings.k,
-        policy=settings.policy,
+        surrogate=(theirs and theirs.surrogate) or DEFAULT_SURROGATE,
+        policy=policy,
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
@@ -172,33 +192,60 @@ class _Ranked:
     greedy_kl: tuple[float, ...]
 
 
+def _choice(saved: Savings, settings: ProfileSettings, fitted: Fitted | None) -> _Choice:
+    """What may be dropped.
+
+    Raises:
+        PlanError: nothing saves any bytes, or too little for a list.
+    """
+    candidates = saved.candidates(settings.halves)
+    if not candidates:
+        raise PlanError(
+            f"No {'half of a layer' if settings.halves else 'layer'} saves any bytes.",
+            note=f"An adapter of rank {settings.rank} takes as many as what it stands for.",
+            hint="Lower --rank.",
+        )
+    if fitted is None:
+        return _Choice(candidates, RATIOS, saved)
+    candidates = tuple(site for site in candidates if site in fitted.sites)
+    ratios = tuple(rho for rho in RATIOS if saved.reaches(candidates, rho))
+    if not ratios:
+        raise PlanError(
+            "The adapters stand in for too little: no drop list can be made of it.",
+            note=f"They have {listed(candidates)}; the shortest list leaves out ρ = {RATIOS[0]:g}.",
+            hint="Fit adapters for more layers: the closed form alone (--steps 0) is enough to rank by.",
+        )
+    return _Choice(candidates, ratios, saved)
+
+
 def _rank(
     scoring: Scoring,
     figures: Mapping[str, SiteFigures],
     windows: Any,
-    saved: Savings,
+    choice: _Choice,
     settings: ProfileSettings,
     console: Console,
 ) -> _Ranked:
     """Rank the eligible sites, the first to be dropped first."""
     alone, greedy = dict[str, float](), list[tuple[str, float]]()
-    candidates = saved.candidates(settings.halves)
+    candidates = choice.candidates
     orders: dict[str, list[str]] = {
         "temporal": sorted(candidates, key=lambda i: -sum(figures[i].similarity.values())),
         "influence": sorted(candidates, key=lambda i: -figures[i].influence_cosine),
     }
     if "sensitivity" in settings.rankings:
-        alone, greedy = _greedy(scoring, windows, candidates, saved, console)
+        alone, greedy = _greedy(scoring, windows, choice, console)
         orders["sensitivity"] = [site for site, _ in greedy]
     names = dict.fromkeys(settings.rankings)
     return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy))
 
 
 def _compare(
-    scoring: Scoring, ranked: _Ranked, windows: Any, saved: Savings, console: Console
+    scoring: Scoring, ranked: _Ranked, windows: Any, choice: _Choice, console: Console
 ) -> tuple[RankedList, ...]:
     """The drop list of each ranking and ratio, scored on text that no ranking saw."""
-    wanted = [(name, rho, saved.list_under(order, rho)) for name, order in ranked.orders.items() for rho in RATIOS]
+    saved, ratios = choice.saved, choice.ratios
+    wanted = [(name, rho, saved.list_under(order, rho)) for name, order in ranked.orders.items() for rho in ratios]
     with console.progress("drop lists on other text") as update:
         done = iter(range(1, len(windows) + 1))
         scores = scoring.of_lists(
@@ -210,18 +257,26 @@ def _compare(
     )
 
 
-def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings) -> None:
+def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings, fitted: Fitted | None) -> None:
     """Refuse what will not fit the model, before its weights are read."""
     from lora_drop_export.compiler.early import windows_of_config
 
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     windows = windows_of_config(loaded.model.config)
     if windows is not None:
-        _plan(windows, settings)
+        plan = _plan(windows, settings, fitted, loaded)
+        if fitted is not None:
+            fitted.matrices(plan, loaded, "cpu")
     _drawn(loaded, texts, settings)
 
 
-def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings, console: Console) -> Profile:
+def _measure(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    settings: ProfileSettings,
+    fitted: Fitted | None,
+    console: Console,
+) -> Profile:
     """All figures, rankings and lists."""
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.layout import Layout
@@ -233,42 +288,36 @@ def _measure(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSetting
     forcing = TeacherForcing(loaded.model)
     windows = windows.to(forcing.device)
     comparing, ranking = windows[:scored], windows[scored:]  # of the latter both may be the same text
-    plan = _plan(forcing.windows(), settings)
-    saved = savings(forcing, plan, settings)
-    candidates = saved.candidates(settings.halves)
-    if not candidates:
-        raise PlanError(
-            f"No {'half of a layer' if settings.halves else 'layer'} saves any bytes.",
-            note=f"An adapter of rank {settings.rank} takes as many as what it stands for.",
-            hint="Lower --rank.",
-        )
-    forcing.check_halves(dataclasses.replace(plan, sites=candidates))
+    plan = _plan(forcing.windows(), settings, fitted, loaded)
+    surrogates = {} if fitted is None else fitted.matrices(plan, loaded, forcing.device)
+    choice = _choice(savings(forcing, plan, settings), settings, fitted)
+    forcing.check_halves(dataclasses.replace(plan, sites=choice.candidates))
     with console.progress(f"figures of the {settings.sites}") as update:
         done = iter(range(1, count + 1))
         figures = site_figures(
             forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count), settings.halves
         )
     layout = Layout.of(window, window // _PROMPT_SHARE, PeriodicSchedule(settings.k), forcing.device)
-    scoring = Scoring(forcing, plan, layout, POLICIES[settings.policy])
-    ranked = _rank(scoring, figures, ranking[:scored], saved, settings, console)
+    scoring = Scoring(forcing, plan, layout, plan.refresh_policy, surrogates)
+    ranked = _rank(scoring, figures, ranking[:scored], choice, settings, console)
     return Profile(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
-        settings=_described(settings),
+        settings=_described(settings, plan),
         versions={package: importlib.metadata.version(package) for package in _VERSIONED},
         sites=tuple(
             SiteProfile(
                 **vars(own),
                 site=site,
                 eligible=plan.may_drop(site),
-                saved_bytes=saved.of(site),
+                saved_bytes=choice.saved.of(site),
                 kl_alone=ranked.alone.get(site),
             )
             for site, own in figures.items()
         ),
         rankings={name: tuple(order) for name, order in ranked.orders.items()},
         greedy_kl=ranked.greedy_kl,
-        drop_lists=_compare(scoring, ranked, comparing, saved, console),
+        drop_lists=_compare(scoring, ranked, comparing, choice, console),
     )
 
 
@@ -306,12 +355,16 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
     Raises:
         InputError, ModelError, BundleError: nothing was written.
     """
+    settings, fitted = read_fitted(settings)
     texts = read_texts(settings.text)
     require_export_packages("profiling runs the model in PyTorch")
+    from lora_drop_export.compiler.options import warn_of_always
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import load_model
 
     console = Console()
+    if fitted is not None:
+        warn_of_always(settings, fitted.directory, fitted.config, console.say)
     with staged_directory(settings.out, settings.force, Kind("profile", PROFILE_NAME, _files)) as root:
         with console.phase("loading the model"):
             loaded = load_model(
@@ -320,9 +373,9 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
                 device=settings.device,
                 trust_remote_code=settings.trust_remote_code,
                 log=console.say,
-                check=lambda found: _check_early(found, texts, settings),
+                check=lambda found: _check_early(found, texts, settings, fitted),
             )
-        result = _measure(loaded, texts, settings, console)
+        result = _measure(loaded, texts, settings, fitted, console)
         _write(result, root)
         if importlib.util.find_spec("matplotlib") is None:
             console.say("no figures: matplotlib is not installed (pip install 'lora-drop-export[bench]')")

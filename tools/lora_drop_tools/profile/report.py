@@ -48,6 +48,15 @@ def _objective(settings: Mapping[str, Any]) -> str:
     return f"sensitivity: KL per byte that a LoRA step does not read ({dtype}, {settings['context']} tokens{adapters})"
 
 
+def _adapters(settings: Mapping[str, Any]) -> str:
+    return f"with the adapters of {settings['adapters']}" if settings["adapters"] else "without adapters"
+
+
+def _use(settings: Mapping[str, Any]) -> str:
+    """The command that takes a list; adapters of a longer one are fitted anew for it."""
+    return "lora-drop fit MODEL --text …" if settings["adapters"] else "lora-drop-export --model MODEL"
+
+
 def describe(result: Profile, out: Path) -> list[str]:
     """The lines that `profile` prints."""
     settings, names = result.settings, tuple(result.rankings)
@@ -79,7 +88,7 @@ def describe(result: Profile, out: Path) -> list[str]:
         "",
         *_compared(result),
         f"on {settings['sensitivity_tokens']} other tokens, k = {settings['k']}, policy {settings['policy']}, "
-        "residual without adapters",
+        f"{settings['surrogate']} {_adapters(settings)}",
         *([_objective(settings)] if "sensitivity" in names else []),
         "",
         "recommended, the least KL:",
@@ -87,5 +96,5 @@ def describe(result: Profile, out: Path) -> list[str]:
             f"  {out / ranked.file}: {', '.join(ranked.sites) or 'none'}" + (f" ({share})" if what == "half" else "")
             for ranked, share in zip(best, shares, strict=True)
         ),
-        f"use one: lora-drop-export --model … --drop-list FILE --policy {settings['policy']} --out DIR",
+        f"use one: {_use(settings)} --drop-list FILE --policy {settings['policy']} --out DIR",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import ModelError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.exact import ExactLayer
     from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
     from lora_drop_tools.teacher_forcing.layout import Layout
+    from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 HEAD_ROWS = 128  # tokens whose logits are in memory at once, beside those of one window in full
 Tick = Callable[[], None]
@@ -23,23 +24,27 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How drop lists are scored: KL(full model ‖ LoRA step) in nats, `residual` without adapters, mean over LoRA steps.
+    """How drop lists are scored: KL(full model ‖ LoRA step) in nats, mean over LoRA steps.
 
     Attributes:
-        plan: without sites.
+        plan: without sites; its surrogate stands for them.
         layout: of every window.
+        surrogates: adapters of sites that have one.
     """
 
     forcing: TeacherForcing
     plan: DropPlan
     layout: Layout
     policy: Policy
+    surrogates: Surrogates = field(default_factory=dict)
 
     def decoded(self, hidden: Any, exact: Sequence[ExactLayer], sites: Sequence[str], first: int) -> Iterator[Any]:
         """The decoded stream after each layer from `first` on, whose input `hidden` is."""
         plan = dataclasses.replace(self.plan, sites=tuple(sites))
         for index in range(first, len(exact)):
-            hidden = self.forcing.decoded_layer(index, hidden, exact[index], self.layout, plan, {}, self.policy)
+            hidden = self.forcing.decoded_layer(
+                index, hidden, exact[index], self.layout, plan, self.surrogates, self.policy
+            )
             yield hidden
 
     def reference(self, exact: Sequence[ExactLayer]) -> Any:
@@ -76,7 +81,7 @@ class Scoring:
                 reference = self.reference(exact)
                 for index, sites in enumerate(lists):
                     plan = dataclasses.replace(self.plan, sites=tuple(sites))
-                    hidden = self.forcing.decode(exact, ids[None], self.layout, plan, {}, self.policy)
+                    hidden = self.forcing.decode(exact, ids[None], self.layout, plan, self.surrogates, self.policy)
                     sums[index] += self.kl(reference, hidden)
                 tick()
         return [total / (len(windows) * len(self.layout.lora)) for total in sums]

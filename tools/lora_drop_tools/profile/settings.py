@@ -32,13 +32,15 @@ class ProfileSettings:
         text: UTF-8 files.
         out: a directory; must not exist unless `force`.
         k: LoRA steps between two refreshes.
-        policy: that will be decoded under, one of POLICIES.
+        policy: that will be decoded under, one of POLICIES; the adapters', the bundle's or `skip` when None.
         sites: what is ranked, `layers`, or `halves`: their attentions and MLPs apart.
         objective: what a drop list is to save, and what the greedy ranking weighs KL against: `speed`, the bytes that a
             LoRA step does not read, weights and K/V; or `kv`, the bytes of K/V that are not stored.
         context: tokens in the caches when `speed` counts K/V.
         bundle_dtype: that weights are counted in, as loaded when None.
         rank: of the adapters whose bytes are counted.
+        adapters: of `lora-drop fit`. What they stand in for is ranked, and each list has them in place.
+        always_first, always_last: layers that are kept; as the adapters say, or 3 and 1, when None.
         tokens: how much text the figures of layers are means over.
         window: tokens of a piece of text, 256 when None, or as many as the model and the bundle allow; the pieces are
             drawn from all over it.
@@ -52,9 +54,18 @@ class ProfileSettings:
     text: tuple[Path, ...] = option(repeat=True, metavar="FILE", help="measure on this text; repeat for more")
     out: Path = option(metavar="DIR", help="write figures and drop lists there")
     k: int = option(3, bounds=Bounds(1, bounds.K.most), help="put so many LoRA steps between two refreshes (default 3)")
-    policy: str = option(DEFAULT_POLICY, choices=tuple(POLICIES), help="what refreshes do (default skip)")
+    policy: str | None = option(
+        None,
+        choices=tuple(POLICIES),
+        help=f"what refreshes do (default: as the adapters or the bundle say, or {DEFAULT_POLICY})",
+    )
+    adapters: Path | None = option(
+        None, metavar="DIR", help="rank what these adapters of lora-drop fit stand in for, with them in place"
+    )
     sites: str = option(
-        SITES[0], choices=SITES, help="rank whole layers, or attentions and MLPs apart (default layers)"
+        SITES[0],
+        choices=SITES,
+        help="rank whole layers, or attentions and MLPs apart (default: as --adapters, or layers)",
     )
     objective: str = option(
         OBJECTIVES[0],
@@ -76,7 +87,7 @@ class ProfileSettings:
         0,
         metavar="R",
         bounds=Bounds(0, bounds.RANK.most),
-        help="count the bytes of adapters of this rank, which LoRA steps read (default 0)",
+        help="count the bytes of adapters of this rank, which LoRA steps read (default: the adapters', or 0)",
     )
     rankings: tuple[str, ...] = option(
         RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
@@ -97,8 +108,12 @@ class ProfileSettings:
         help="rank by sensitivity, which takes longest, on so many, and compare the lists on as many others "
         "(default 1024)",
     )
-    always_first: int = option(3, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)")
-    always_last: int = option(1, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)")
+    always_first: int | None = option(
+        None, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default: the adapters', or 3)"
+    )
+    always_last: int | None = option(
+        None, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default: the adapters', or 1)"
+    )
     seed: int = option(0, metavar="N", bounds=bounds.SEED, help="choose pieces of the text by this number (default 0)")
     device: str = option("cpu", metavar="NAME", help="run on this device of PyTorch (default cpu)")
     dtype: str = option("fp32", choices=tuple(DTYPES), help="load the model in this dtype (default fp32)")
@@ -107,8 +122,9 @@ class ProfileSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
-        check_policy(POLICIES[self.policy], self.k)
+        if self.policy is not None:
+            check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
+            check_policy(POLICIES[self.policy], self.k)
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
         check_known("choice of sites", self.sites, SITES, "--sites")
         check_known("objective", self.objective, OBJECTIVES, "--objective")
@@ -137,7 +153,7 @@ class ProfileSettings:
         if self.objective == "speed":
             check_known("dtype", self.bundle_dtype or WEIGHT_SHORTS[0], WEIGHT_SHORTS, "--bundle-dtype")
             return
-        if not POLICIES[self.policy].leaves_holes:
+        if self.policy is not None and not POLICIES[self.policy].leaves_holes:
             raise InputError(
                 "No K/V is saved under this policy.",
                 note=f"--objective is {self.objective}; under {self.policy} every token is stored in every layer.",

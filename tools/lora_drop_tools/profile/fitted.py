@@ -1,0 +1,88 @@
+"""Adapters that are in place while what they stand in for is ranked.
+
+Enters: a directory of `lora-drop fit`. Leaves: the sites that may be ranked, and a pair of matrices for each of them
+that has an adapter. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config, read_adapters
+from lora_drop_runtime.command_line import refuse_unused
+from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.sites import half_of, listed
+
+from .settings import SITES
+
+if TYPE_CHECKING:
+    from lora_drop_export.decoder.loaded import LoadedModel
+    from lora_drop_tools.teacher_forcing.surrogates import Surrogates
+
+    from .settings import ProfileSettings
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Adapters by what their header says; the matrices are read when the model is known.
+
+    Attributes:
+        sites: what they stand in for, all of it whole layers or all halves.
+    """
+
+    directory: Path
+    config: AdapterConfig
+    sites: tuple[str, ...]
+
+    def matrices(self, plan: DropPlan, loaded: LoadedModel, device: Any) -> Surrogates:
+        """A [r, d] and s·B [d, r] of each site that has an adapter, float32 on the device.
+
+        Args:
+            plan: without sites; with the adapters' surrogate.
+
+        Raises:
+            PlanError, BundleError: they were fitted for another model, or for layers that the plan keeps.
+        """
+        import torch
+
+        own = self.config
+        theirs = dataclasses.replace(plan, sites=self.sites, bare_sites=own.bare_sites, rank=own.rank)
+        width = loaded.model.get_input_embeddings().weight.shape[1]
+        found = read_adapters(self.directory, theirs, width, loaded.fingerprint)
+        put = functools.partial(torch.tensor, device=device)
+        return {site: (put(a), put(b)) for site, (a, b) in found.items()}
+
+
+def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | None]:
+    """The adapters that were asked for, and the settings with what they bring.
+
+    Raises:
+        InputError: an option was given that they bring.
+        BundleError, PlanError: these are no adapters, or of whole layers and of halves.
+    """
+    directory = settings.adapters
+    if directory is None:
+        return settings, None
+    refuse_unused(settings, ("sites", "rank"), "--adapters brings it", "leave --adapters out")
+    config = read_adapter_config(directory)
+    sites = config.sites or ()
+    if not sites:
+        raise PlanError(
+            "The adapters do not say what they stand in for.",
+            note=f'{directory} names no sites under "lora_drop".',
+            hint="Use adapters written by: lora-drop fit",
+        )
+    halves = any(map(half_of, sites))
+    if halves and not all(map(half_of, sites)):
+        raise PlanError(
+            "The adapters stand in for whole layers and for halves of others, which are not ranked together.",
+            note=f"{directory} has {listed(sites)}.",
+            hint="Fit adapters for whole layers alone, or for halves alone.",
+        )
+    rank = config.rank if settings.objective == "speed" else settings.rank
+    return dataclasses.replace(settings, sites=SITES[halves], rank=rank), Fitted(directory, config, sites)
