@@ -6,6 +6,7 @@ import datasets
 from lm_eval.tasks.hellaswag.utils import process_docs
 
 HELLASWAG_LINES = 6  # context, gold, four endings
+MBPP_TEST = range(11, 511)  # the test part's task_id; those before are for prompts, those behind for training
 
 
 def _mapped(convert, dataset):
@@ -50,6 +51,10 @@ def winogrande(dataset):
         }
 
     return _mapped(convert, dataset)
+
+
+def mbpp(dataset):
+    return dataset.filter(lambda row: row["task_id"] in MBPP_TEST)
 
 
 def hellaswag(dataset):

@@ -379,6 +379,15 @@ LOCAL = {
             "gold": 1,
         }
     ],
+    "mbpp.jsonl": [
+        {
+            "text": text,
+            "code": "one = 1",
+            "task_id": task,
+            "test_list": ["assert one == 1", "assert one", "assert True"],
+        }
+        for task, text in ((10, "for prompts"), (11, "Name one."), (510, "Name it again."), (511, "for training"))
+    ],
     "gsm8k_test.jsonl": [{"question": "1+1?", "answer": "It is 2.\n#### 2"}],
     "gsm8k_train.jsonl": [{"question": "2+0?", "answer": "#### 2"}] * 5,
 }
@@ -391,14 +400,21 @@ def test_the_examples_ask_what_lm_eval_asks(tmp_path: Path, monkeypatch: pytest.
         write_rows(Path(name), rows)
     Path("hellaswag_val_2000.txt").write_text(HELLASWAG)
     names = [path.stem for path in sorted(EXAMPLES.glob("*.yaml"))]
-    opened = open_tasks(names, [EXAMPLES])
-    asked = {}
+    opened = open_tasks(names, [EXAMPLES], unsafe=True)
+    asked: dict[str, Any] = {}
     for name, one in opened.tasks.items():
         one.task.set_fewshot_seed(catalogue.FEWSHOT_SEED)
         one.task.build_all_requests()
         asked[name] = [instance.args[:2] for instance in one.task.instances]
     ((prompt, _),) = asked.pop("gsm8k")
     assert prompt == "Question: 2+0?\nAnswer: #### 2\n\n" * 5 + "Question: 1+1?\nAnswer:"
+    asks = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:"
+    tests = "\n\nassert one == 1\nassert one\nassert True\n[BEGIN]\n"
+    for (prompt, _), text in zip(
+        asked.pop("mbpp"), ("Name one.", "Name it again."), strict=True
+    ):  # the test part alone
+        assert prompt.count("[DONE]") == 3
+        assert prompt.rpartition("[DONE]\n\n")[2] == asks.format(text) + tests
     assert asked == {
         "arc_easy": [
             ("Question: Which is wet?\nAnswer:", " a stone"),
@@ -429,7 +445,10 @@ def test_a_damaged_file_of_the_examples_is_refused(tmp_path: Path, monkeypatch: 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"the evaluation data is not at {SHARED_DATA}")
 def test_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SHARED_DATA)
-    opened = open_tasks([path.stem for path in sorted(EXAMPLES.glob("*.yaml"))], [EXAMPLES])
+    names = [
+        path.stem for path in sorted(EXAMPLES.glob("*.yaml")) if path.stem != "local_mbpp"
+    ]  # its file is not there
+    opened = open_tasks(names, [EXAMPLES])
     assert {name: len(one.places) for name, one in opened.tasks.items()} == {
         "arc_easy": 2376,
         "lambada_openai": 5153,
