@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.command_line import require_export_packages
-from lora_drop_runtime.errors import InputError, PlanError
-from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
-from lora_drop_runtime.plan.policy import DEFAULT_POLICY
+from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from lora_drop_runtime.plan.sites import half_of, listed, sorted_sites
-from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE, SURROGATES
+from lora_drop_runtime.plan.sites import half_of, sorted_sites
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
 
+from .choice import Choice, choose, plan_to_profile
 from .fitted import Fitted, read_fitted
 from .greedy import SCREENED, Greedy, ticks
 from .measures import SiteFigures, site_figures
@@ -44,13 +44,12 @@ from .report import describe
 from .result import PROFILE_NAME, Profile, RankedList, SiteProfile, profile_files
 from .scoring import Scoring
 from .settings import ProfileSettings
-from .sizes import Savings, savings
+from .sizes import savings
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import LoadedModel
 
-RATIOS = (0.25, 0.5, 0.75)
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
 _LISTED = ("k", "policy", "adapters", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
@@ -104,22 +103,8 @@ def _drawn(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings)
     return _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What may be dropped, and the shares ρ that lists of it can reach, rising; without adapters all of RATIOS."""
-
-    candidates: tuple[str, ...]
-    ratios: tuple[float, ...]
-    saved: Savings
-
-    @property
-    def rounds(self) -> int:
-        """How long the longest list can become: with the sites that save least."""
-        return len(self.saved.list_under(sorted(self.candidates, key=self.saved.of), self.ratios[-1]))
-
-
 def _greedy(
-    scoring: Scoring, windows: Any, choice: _Choice, console: Console
+    scoring: Scoring, windows: Any, choice: Choice, console: Console
 ) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """The KL of each site dropped alone, and the greedy order as far as the longest list needs it, with its KLs."""
     candidates, saved = choice.candidates, choice.saved
@@ -145,44 +130,6 @@ def _greedy(
         return greedy.order(candidates, enough, report, screened)
 
 
-def _plan(windows: Sequence[int], settings: ProfileSettings, fitted: Fitted | None, loaded: LoadedModel) -> DropPlan:
-    """The plan whose eligible sites are ranked; it drops none.
-
-    Raises:
-        PlanError: no layer is eligible.
-        InputError: nothing is saved under the policy that the adapters or the bundle bring.
-    """
-    from lora_drop_export.compiler.options import always_kept
-
-    theirs = None if fitted is None else fitted.config
-    first, last = always_kept(settings, theirs)
-    brought = (theirs and theirs.policy) or (loaded.plan and loaded.plan.policy) or DEFAULT_POLICY
-    policy = settings.policy or brought
-    dataclasses.replace(settings, policy=policy)  # which is checked with the rest
-    windowed = tuple(i for i, size in enumerate(windows) if size)
-    layers = eligible_layers(len(windows), first, last)
-    no_mlps = not settings.halves or settings.objective == "kv"
-    if not (eligible_layers(len(windows), first, last, windowed, policy) if no_mlps else layers):
-        raise PlanError(
-            "No layer of the model may be dropped.",
-            note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
-            + (f", and {len(windowed)} attend to a sliding window." if windowed else "."),
-            hint="Use --policy backfill, or --sites halves for their MLPs."
-            if layers
-            else "Lower --always-first or --always-last.",
-        )
-    return DropPlan(
-        len(windows),
-        (),
-        settings.k,
-        surrogate=(theirs and theirs.surrogate) or DEFAULT_SURROGATE,
-        policy=policy,
-        always_first=first,
-        always_last=last,
-        windowed_layers=windowed,
-    )
-
-
 @dataclass(frozen=True)
 class _Ranked:
     """The rankings by name, and what `sensitivity` measured on the way where it was asked for."""
@@ -192,37 +139,11 @@ class _Ranked:
     greedy_kl: tuple[float, ...]
 
 
-def _choice(saved: Savings, settings: ProfileSettings, fitted: Fitted | None) -> _Choice:
-    """What may be dropped.
-
-    Raises:
-        PlanError: nothing saves any bytes, or too little for a list.
-    """
-    candidates = saved.candidates(settings.halves)
-    if not candidates:
-        raise PlanError(
-            f"No {'half of a layer' if settings.halves else 'layer'} saves any bytes.",
-            note=f"An adapter of rank {settings.rank} takes as many as what it stands for.",
-            hint="Lower --rank.",
-        )
-    if fitted is None:
-        return _Choice(candidates, RATIOS, saved)
-    candidates = tuple(site for site in candidates if site in fitted.sites)
-    ratios = tuple(rho for rho in RATIOS if saved.reaches(candidates, rho))
-    if not ratios:
-        raise PlanError(
-            "The adapters stand in for too little: no drop list can be made of it.",
-            note=f"They have {listed(candidates)}; the shortest list leaves out ρ = {RATIOS[0]:g}.",
-            hint="Fit adapters for more layers: the closed form alone (--steps 0) is enough to rank by.",
-        )
-    return _Choice(candidates, ratios, saved)
-
-
 def _rank(
     scoring: Scoring,
     figures: Mapping[str, SiteFigures],
     windows: Any,
-    choice: _Choice,
+    choice: Choice,
     settings: ProfileSettings,
     console: Console,
 ) -> _Ranked:
@@ -241,7 +162,7 @@ def _rank(
 
 
 def _compare(
-    scoring: Scoring, ranked: _Ranked, windows: Any, choice: _Choice, console: Console
+    scoring: Scoring, ranked: _Ranked, windows: Any, choice: Choice, console: Console
 ) -> tuple[RankedList, ...]:
     """The drop list of each ranking and ratio, scored on text that no ranking saw."""
     saved, ratios = choice.saved, choice.ratios
@@ -264,7 +185,7 @@ def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSet
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     windows = windows_of_config(loaded.model.config)
     if windows is not None:
-        plan = _plan(windows, settings, fitted, loaded)
+        plan = plan_to_profile(windows, settings, fitted, loaded)
         if fitted is not None:
             fitted.matrices(plan, loaded, "cpu")
     _drawn(loaded, texts, settings)
@@ -288,9 +209,9 @@ def _measure(
     forcing = TeacherForcing(loaded.model)
     windows = windows.to(forcing.device)
     comparing, ranking = windows[:scored], windows[scored:]  # of the latter both may be the same text
-    plan = _plan(forcing.windows(), settings, fitted, loaded)
+    plan = plan_to_profile(forcing.windows(), settings, fitted, loaded)
     surrogates = {} if fitted is None else fitted.matrices(plan, loaded, forcing.device)
-    choice = _choice(savings(forcing, plan, settings), settings, fitted)
+    choice = choose(savings(forcing, plan, settings), settings, fitted)
     forcing.check_halves(dataclasses.replace(plan, sites=choice.candidates))
     with console.progress(f"figures of the {settings.sites}") as update:
         done = iter(range(1, count + 1))
