@@ -39,10 +39,22 @@ def test_distillation_that_makes_them_worse_is_not_kept(
     assert result.stages["distillation"]["kl"] > result.stages["closed form"]["kl"]
     assert result.kept == json.loads((tmp_path / "spoilt/fit.json").read_text())["kept"] == "closed form"
     assert same_adapters(tmp_path / "spoilt", tmp_path / "closed")
-    assert "distillation made the adapters worse" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "distillation made the adapters worse" in said
+    assert said.count("warning: distillation learns too fast") == 1
+    assert "--learning-rate 8 may help (it is 30)" in said
     result = fit(str(model_dir), settings(words, tmp_path / "better", steps=40))
     assert result.kept == "distillation"
+    assert "too fast" not in capsys.readouterr().err
     assert not same_adapters(tmp_path / "better", tmp_path / "closed")
+
+
+def test_the_rate_by_adapters_and_rank(words: Path, tmp_path: Path) -> None:
+    """Never above that of 7 adapters of rank 64; what is asked for is taken as it is."""
+    own = settings(words, tmp_path / "out")
+    assert [own.rate(sites, 64) for sites in (1, 7, 14)] == pytest.approx([0.015, 0.015, 0.0075])
+    assert [own.rate(7, rank) for rank in (16, 64, 256)] == pytest.approx([0.015, 0.015, 0.0075])
+    assert dataclasses.replace(own, learning_rate=0.3).rate(99, 512) == 0.3
 
 
 def test_distillation_that_diverges_fails_and_leaves_nothing(

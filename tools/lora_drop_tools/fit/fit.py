@@ -48,7 +48,7 @@ _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 # Settings as they are
 _TOLD = (
     *("dataset", "text_column", "closed_form_tokens", "steps", "tokens"),
-    *("learning_rate", "offset_weights", "batch", "window", "accumulate", "seed", "dtype"),
+    *("offset_weights", "batch", "window", "accumulate", "seed", "dtype"),
 )
 
 
@@ -79,6 +79,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "rank": settings.rank,
         "alpha": settings.lora_alpha,
         **{name: getattr(settings, name) for name in _TOLD},
+        "learning_rate": settings.rate(len(plan.adapted_sites), plan.rank),
     }
     described: dict[str, Any] = json.loads(json.dumps(told))
     return described

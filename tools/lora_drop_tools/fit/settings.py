@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_drop_tools.shared.options import trust_remote_code_option
 from lora_drop_tools.teacher_forcing.layout import check_policy
 
 ADAPTED = ("all", ATTENTION, MLP)
-LEARNING_RATE = 0.015
+LEARNING_RATE = 0.015  # of few sites and a small rank
 STEPS = 300
 PROMPT = 8  # tokens at least, before the first decode step
 _PLAN, _HOW = "the plan (of a bundle: its own)", "how"  # groups of --help
@@ -63,6 +64,7 @@ class FitSettings:
         steps: of distillation, 0 for none, 300 when None; each of `accumulate` batches of `batch` texts of `window`
             tokens, which are 256 when None, or as many as the model and the bundle allow.
         tokens: that distillation sees, in place of `steps`.
+        learning_rate: the highest; `rate` of the plan when None.
         offset_weights: of the loss at the first, second, … LoRA step after a refresh; all alike when None.
         recompute: keep the layers' inputs alone and run them again for the gradients, which takes less memory.
         checkpoint_minutes: between two writes of what distillation has reached.
@@ -165,12 +167,12 @@ class FitSettings:
         bounds=Bounds(1, 10**14),
         help="distil until so many tokens were seen, in place of --steps; also as 15e9",
     )
-    learning_rate: float = option(
-        LEARNING_RATE,
+    learning_rate: float | None = option(
+        None,
         group=_HOW,
         metavar="X",
         bounds=Bounds(0, 1000, open=True),
-        help=f"how fast distillation learns (default {LEARNING_RATE})",
+        help=f"how fast distillation learns (default {LEARNING_RATE}, less for many adapters or a large rank)",
     )
     offset_weights: tuple[float, ...] | None = option(
         None,
@@ -288,6 +290,17 @@ class FitSettings:
                 "resume",
             )
             refuse_unused(self, unused, because, "give --steps")
+
+    def rate(self, sites: int, rank: int) -> float:
+        """The highest learning rate for so many adapters of a rank.
+
+        A step moves each value of A and B by about the rate, in units of their size. Sums over r such values, and
+        n layers one after the other, move by n·√r of it. 0.015 is right for 7 of rank 64, and 13 of rank 128 diverged
+        with it (DECISIONS.md).
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATE * min(1.0, 7 / max(1, sites) * math.sqrt(64 / rank))
 
     def _check_weights(self) -> None:
         weights = self.offset_weights

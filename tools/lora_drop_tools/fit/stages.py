@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT_BATCHES = 4
 _REPORTS = 20  # lines that distillation says on its way
+_TOO_FAST = 1.5  # times the KL that distillation began with
 BASE, CLOSED_FORM, DISTILLATION = "base", "closed form", "distillation"  # the stages by name
 
 
@@ -53,6 +54,11 @@ class Work:
     @property
     def policies(self) -> list[Policy]:
         return [POLICIES[name] for name in self.settings.policies or (self.plan.policy,)]
+
+    @property
+    def before(self) -> str:
+        """The stage whose adapters distillation begins with."""
+        return CLOSED_FORM if CLOSED_FORM in self.stages else BASE
 
     def judge(self, stage: str, pairs: Surrogates) -> None:
         """Note means over held-out text, each of whose batches is seen in its own phase, under each policy.
@@ -127,11 +133,20 @@ class Report:
     Args:
         tokens: of a step.
         log_dir: for TensorBoard.
+        begun_kl: of what distillation begins with, on held-out text.
+        highest: learning rate.
     """
 
     def __init__(
-        self, console: Console, update: Callable[[str, int, int], None], tokens: int, log_dir: Path | None
+        self,
+        console: Console,
+        update: Callable[[str, int, int], None],
+        tokens: int,
+        log_dir: Path | None,
+        begun_kl: float,
+        highest: float,
     ) -> None:
+        self._too_much, self._highest = _TOO_FAST * begun_kl, highest
         self._console, self._update, self._tokens = console, update, tokens
         self._writer: Any = None
         self._losses: list[float] = []
@@ -151,6 +166,12 @@ class Report:
         mean, speed = float(np.mean(self._losses)), steps_per_second * self._tokens
         left = str(timedelta(seconds=round((total - done) / steps_per_second)))
         self._console.say(f"distillation: step {done} of {total}, KL {mean:.4f}, {speed:.0f} tokens/s, {left} left")
+        if mean > self._too_much:
+            self._console.say(
+                f"warning: distillation learns too fast: KL {mean:.4f}, {self._too_much / _TOO_FAST:.4f} before it; "
+                f"--learning-rate {self._highest / 4:.1g} may help (it is {self._highest:.2g})"
+            )
+            self._too_much = math.inf  # it is said once
         figures = {"kl": mean, "learning_rate": rate, "tokens_per_second": speed}
         for name, value in figures.items() if self._writer else ():
             self._writer.add_scalar(name, value, done)
@@ -173,19 +194,20 @@ def distilled(
 
     settings = work.settings
     learner = Learner(pairs, scales, work.forcing.device)
+    rate = settings.rate(len(work.plan.adapted_sites), work.plan.rank)
     options = DistillOptions(
         settings.steps_of(workers.count),
-        settings.learning_rate,
+        rate,
         accumulate=settings.accumulate,
         first=settings.closed_form_batches,
         offset_weights=settings.offset_weights,
         checkpoint_seconds=60 * settings.checkpoint_minutes,
     )
     tokens = settings.batch * settings.window_tokens * settings.accumulate * workers.count
-    log_dir = settings.log_dir if workers.rank == 0 else None
+    log_dir, begun = settings.log_dir if workers.rank == 0 else None, work.stages[work.before]["kl"]
     with (
         work.console.progress("distillation") as update,
-        contextlib.closing(Report(work.console, update, tokens, log_dir)) as report,
+        contextlib.closing(Report(work.console, update, tokens, log_dir, begun, rate)) as report,
     ):
         losses = distill(
             work.forcing, work.seen, work.plan, work.policies, learner, options, workers, state_file, report
@@ -196,11 +218,10 @@ def distilled(
 
 def better(work: Work, begun: Surrogates, learned: Surrogates) -> tuple[str, Surrogates]:
     """The stage whose adapters have the lower KL on held-out text, and these: distillation may make them worse."""
-    before = CLOSED_FORM if CLOSED_FORM in work.stages else BASE
-    kept = min((DISTILLATION, before), key=lambda stage: work.stages[stage]["kl"])
+    kept = min((DISTILLATION, work.before), key=lambda stage: work.stages[stage]["kl"])
     if kept != DISTILLATION:
         work.console.say(
-            f"warning: distillation made the adapters worse, KL {work.stages[before]['kl']:.4g} → "
+            f"warning: distillation made the adapters worse, KL {work.stages[work.before]['kl']:.4g} → "
             f"{work.stages[DISTILLATION]['kl']:.4g}; those before it are kept. A smaller --learning-rate or more "
             "--text may help."
         )
