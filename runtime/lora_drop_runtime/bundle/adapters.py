@@ -128,7 +128,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         if found is not None and found != wanted:
             raise PlanError(
                 f"The adapters were fitted for another {what}.",
-                note=f"{directory} has {_short(found)}, the bundle needs {_short(wanted)}.",
+                note=f"{directory} has {_short(found)}, needed is {_short(wanted)}.",
                 hint="Use the adapters of this plan, or fit new ones with: lora-drop fit",
             )
     path = directory / "adapter_model.safetensors"
