@@ -48,9 +48,9 @@ B4 = "base_model.model.model.layers.4.lora_B.weight"
     ("arguments", "words"),
     [
         ("--rank 8", ("rank", "8", "4")),
-        ("--drop-layers 3,5", ("another drop list", "has 4,6", "needs 3,5")),
-        ("--drop-ratio 1", ("another drop list", "has 4,6", "needs 3,4,5,6")),
-        ("--drop-ratio 0", ("another drop list", "has 4,6", "needs none")),
+        ("--drop-layers 3,5", ("another drop list", "has 4,6", "needed is 3,5")),
+        ("--drop-ratio 1", ("another drop list", "has 4,6", "needed is 3,4,5,6")),
+        ("--drop-ratio 0", ("another drop list", "has 4,6", "needed is none")),
         ("--surrogate anchor", ("another surrogate", "residual", "anchor")),
         ("--injection attn_mlp", ("another drop list", "4.attn,4.mlp")),
     ],
