@@ -146,7 +146,7 @@ class Report:
         begun_kl: float,
         highest: float,
     ) -> None:
-        self._too_much, self._highest = _TOO_FAST * begun_kl, highest
+        self._begun_kl, self._highest = begun_kl, highest
         self._console, self._update, self._tokens = console, update, tokens
         self._writer: Any = None
         self._losses: list[float] = []
@@ -166,12 +166,12 @@ class Report:
         mean, speed = float(np.mean(self._losses)), steps_per_second * self._tokens
         left = str(timedelta(seconds=round((total - done) / steps_per_second)))
         self._console.say(f"distillation: step {done} of {total}, KL {mean:.4f}, {speed:.0f} tokens/s, {left} left")
-        if mean > self._too_much:
+        if mean > _TOO_FAST * self._begun_kl:
             self._console.say(
-                f"warning: distillation learns too fast: KL {mean:.4f}, {self._too_much / _TOO_FAST:.4f} before it; "
+                f"warning: distillation learns too fast: KL {mean:.4f}, {self._begun_kl:.4f} before it; "
                 f"--learning-rate {self._highest / 4:.1g} may help (it is {self._highest:.2g})"
             )
-            self._too_much = math.inf  # it is said once
+            self._begun_kl = math.inf  # it is said once
         figures = {"kl": mean, "learning_rate": rate, "tokens_per_second": speed}
         for name, value in figures.items() if self._writer else ():
             self._writer.add_scalar(name, value, done)

@@ -6,7 +6,6 @@ sites. Measures nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +41,7 @@ def plan_to_profile(
     first, last = always_kept(settings, theirs)
     brought = (theirs and theirs.policy) or (loaded.plan and loaded.plan.policy) or DEFAULT_POLICY
     policy = settings.policy or brought
-    dataclasses.replace(settings, policy=policy)  # which is checked with the rest
+    settings.check_under(policy)
     windowed = tuple(i for i, size in enumerate(windows) if size)
     layers = eligible_layers(len(windows), first, last)
     no_mlps = not settings.halves or settings.objective == "kv"

@@ -123,8 +123,7 @@ class ProfileSettings:
     def __post_init__(self) -> None:
         check_options(self)
         if self.policy is not None:
-            check_known("refresh policy", self.policy, tuple(POLICIES), "--policy")
-            check_policy(POLICIES[self.policy], self.k)
+            self.check_under(self.policy)
         check_known("dtype", self.dtype, tuple(DTYPES), "--dtype")
         check_known("choice of sites", self.sites, SITES, "--sites")
         check_known("objective", self.objective, OBJECTIVES, "--objective")
@@ -148,17 +147,22 @@ class ProfileSettings:
                     hint=f"Use {flag} {4 * self.window_tokens}, or a smaller --window.",
                 )
 
+    def check_under(self, policy: str) -> None:
+        """Refuse a policy that cannot be profiled under, or under which there is no saving of the objective's."""
+        check_known("refresh policy", policy, tuple(POLICIES), "--policy")
+        check_policy(POLICIES[policy], self.k)
+        if self.objective == "kv" and not POLICIES[policy].leaves_holes:
+            raise InputError(
+                "No K/V is saved under this policy.",
+                note=f"--objective is {self.objective}; under {policy} every token is stored in every layer.",
+                hint=f"Use --policy {DEFAULT_POLICY}, or leave --objective out.",
+            )
+
     def _check_objective(self) -> None:
-        """Refuse a saving that there is not, and options that would change nothing."""
+        """Refuse options that would change nothing."""
         if self.objective == "speed":
             check_known("dtype", self.bundle_dtype or WEIGHT_SHORTS[0], WEIGHT_SHORTS, "--bundle-dtype")
             return
-        if self.policy is not None and not POLICIES[self.policy].leaves_holes:
-            raise InputError(
-                "No K/V is saved under this policy.",
-                note=f"--objective is {self.objective}; under {self.policy} every token is stored in every layer.",
-                hint=f"Use --policy {DEFAULT_POLICY}, or leave --objective out.",
-            )
         because = f"--objective {self.objective} counts no weights"
         refuse_unused(self, ("bundle_dtype", "rank"), because, "use --objective speed")
 

@@ -410,9 +410,8 @@ def test_the_examples_ask_what_lm_eval_asks(tmp_path: Path, monkeypatch: pytest.
     assert prompt == "Question: 2+0?\nAnswer: #### 2\n\n" * 5 + "Question: 1+1?\nAnswer:"
     asks = "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:"
     tests = "\n\nassert one == 1\nassert one\nassert True\n[BEGIN]\n"
-    for (prompt, _), text in zip(
-        asked.pop("mbpp"), ("Name one.", "Name it again."), strict=True
-    ):  # the test part alone
+    of_the_test_part = ("Name one.", "Name it again.")
+    for (prompt, _), text in zip(asked.pop("mbpp"), of_the_test_part, strict=True):
         assert prompt.count("[DONE]") == 3
         assert prompt.rpartition("[DONE]\n\n")[2] == asks.format(text) + tests
     assert asked == {
@@ -445,10 +444,8 @@ def test_a_damaged_file_of_the_examples_is_refused(tmp_path: Path, monkeypatch: 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"the evaluation data is not at {SHARED_DATA}")
 def test_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SHARED_DATA)
-    names = [
-        path.stem for path in sorted(EXAMPLES.glob("*.yaml")) if path.stem != "local_mbpp"
-    ]  # its file is not there
-    opened = open_tasks(names, [EXAMPLES])
+    names = {path.stem for path in EXAMPLES.glob("*.yaml")} - {"local_mbpp"}  # whose file is not there
+    opened = open_tasks(sorted(names), [EXAMPLES])
     assert {name: len(one.places) for name, one in opened.tasks.items()} == {
         "arc_easy": 2376,
         "lambada_openai": 5153,
