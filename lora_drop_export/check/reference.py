@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.adapters import Matrices
+from lora_drop_runtime.bundle.adapters import PARTS, weight_name
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
@@ -120,7 +120,7 @@ class Reference:
 
     Args:
         plan: the drop plan.
-        matrices: site → (A [r, d], s·B [d, r]); missing sites have no adapter.
+        weights: of the surrogates, by name (adapters.weight_shapes); a site without any leaves only the base.
         checkpoint: the bundle's own weight files, looked up by tensor name.
         kv_scales: `kv_scales.<layer>.key` and `.value` [Hkv, 1, D or 1] of 8-bit caches.
         kv_dtype: of these.
@@ -128,7 +128,7 @@ class Reference:
 
     checkpoint: Checkpoint
     plan: DropPlan
-    matrices: Matrices
+    weights: Mapping[str, Array]
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     kv_dtype: str | None = None
     _states: dict[str, Any] = field(default_factory=dict)
@@ -315,13 +315,12 @@ class Reference:
         """`y = base + s·B·A·x`."""
         form = self.plan.form
         base = self._states[half_of(site)] if form.has_state else x
-        pair = self.matrices.get(site)
-        y = base if pair is None else base + x @ as_tensor(pair[0]).T @ as_tensor(pair[1]).T
+        weights = [self.weights[name] for part in PARTS if (name := weight_name(site, part)) in self.weights]
+        y = base
+        if weights:
+            for weight in weights:
+                x = x @ as_tensor(weight).T
+            y = base + x
         if form.updates_state:
             self._states[half_of(site)] = y
         return y
-
-
-def adapter_matrices(plan: DropPlan, read: Mapping[str, Array]) -> Matrices:
-    """The bundle's own adapters (s already in B) from `weights/adapters.safetensors`."""
-    return {site: (read[f"surrogate.{site}.lora_A"], read[f"surrogate.{site}.lora_B"]) for site in plan.adapted_sites}

@@ -45,7 +45,7 @@ from .figures import (
     print_table,
     row_cosines,
 )
-from .reference import Reference, adapter_matrices
+from .reference import Reference
 from .runners import ReferenceRunner, SessionRunner
 from .sample import sample_feeds, steps_that_fit
 
@@ -60,9 +60,9 @@ def _reference(bundle: Bundle, trust_remote_code: bool, rounds_caches: bool) -> 
         str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
     )
     plan = bundle.manifest.plan
-    matrices = adapter_matrices(plan, read_arrays(bundle.root, ADAPTERS_NAME))
+    weights = read_arrays(bundle.root, ADAPTERS_NAME)
     scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
-    return Reference(checkpoint, plan, matrices, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)
+    return Reference(checkpoint, plan, weights, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)
 
 
 @contextlib.contextmanager

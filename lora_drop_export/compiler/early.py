@@ -28,7 +28,6 @@ from lora_drop_export.targets.target import TARGETS, Caches
 from lora_drop_export.weights.store import check_linkable, weights_bytes
 
 from .facts import (
-    adapter_matrices,
     head_formats,
     kept_formats,
     kept_quantization,
@@ -36,6 +35,7 @@ from .facts import (
     make_plan,
     native_formats,
     quantization_of,
+    surrogate_weights,
 )
 from .files import check_disk
 from .forms import check_device, forms_of
@@ -185,6 +185,6 @@ def check_before_trace(
             caches = Caches(options.kv_dtype, head_dim, plan.refresh_policy.fills)
             for target in set(options.targets) & set(TARGETS):
                 TARGETS[target].check_caches(caches, options)
-        adapter_matrices(plan, width, fingerprint, options)
+        surrogate_weights(plan, width, fingerprint, options)
         _warn_of_plan(plan, console)
     _check_disk(checkpoint, dtype, options, root)

@@ -41,14 +41,13 @@ from lora_drop_export.graphs.match import fusable_groups
 from lora_drop_export.graphs.refresh import refresh_from_trace
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import TARGETS, build_target
-from lora_drop_export.weights.arrays import KV_SCALES_NAME, store_adapters, store_arrays
+from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
 from .early import check_before_trace, check_kept, warn_of_layers
 from .facts import (
     activations_dtype,
-    adapter_matrices,
     chosen_formats,
     context_length,
     make_limits,
@@ -57,6 +56,7 @@ from .facts import (
     quantization_facts,
     quantization_of,
     special_tokens,
+    surrogate_weights,
 )
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
 from .forms import fastest_form
@@ -87,7 +87,7 @@ def write_bundle(
     plan = make_plan(traced.windows, traced.hidden_size, options)
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
-    matrices = adapter_matrices(plan, traced.hidden_size, fingerprint, options)
+    surrogates = surrogate_weights(plan, traced.hidden_size, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     warn_of_layers(checkpoint, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
@@ -116,7 +116,7 @@ def write_bundle(
         )
     hashed = HashedMeanwhile(root / "weights")
     make_model_directory(checkpoint, root / "weights")
-    adapters = store_adapters(matrices, dtype, root)
+    adapters = store_arrays(surrogates, ADAPTERS_NAME, dtype, root)
     facts = model_facts(checkpoint, traced, dtype, fingerprint, stored)
     if quantization:
         facts = dataclasses.replace(facts, weight_dtype=quantization.dtype)

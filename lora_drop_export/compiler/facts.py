@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.bundle.adapters import AdapterConfig, Matrices, read_adapter_config, read_adapters
+from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapter_config, read_adapters, weight_shapes
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
@@ -236,12 +237,13 @@ def activations_dtype(checkpoint: Checkpoint, options: BuildOptions, *, quantize
     return next((target.dtype(dtype) for name, target in TARGETS.items() if name in options.targets), dtype)
 
 
-def adapter_matrices(plan: DropPlan, width: int, fingerprint: str, options: PlanOptions) -> Matrices:
-    """Fitted adapters, or zeros that leave room for some, or none; `width` is the model's hidden size."""
+def surrogate_weights(
+    plan: DropPlan, width: int, fingerprint: str, options: PlanOptions
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Of fitted adapters, or zeros that leave room for some, or none; `width` is the model's hidden size."""
     if options.adapters is not None:
-        return read_adapters(options.adapters, plan, width, fingerprint)
-    zeros = np.zeros((plan.rank, width), np.float32), np.zeros((width, plan.rank), np.float32)
-    return dict.fromkeys(plan.adapted_sites, zeros)
+        return folded(read_adapters(options.adapters, plan, width, fingerprint), plan, width)
+    return {name: np.zeros(shape, np.float32) for name, shape in weight_shapes(plan, width).items()}
 
 
 def model_facts(

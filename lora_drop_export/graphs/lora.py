@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
+from lora_drop_runtime.bundle.adapters import PARTS, weight_name
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -28,20 +29,21 @@ G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which it keeps as it
 
 @dataclass
 class _SurrogateBuilder:
-    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, Gemm, Gemm, Add, Reshape (docs/algorithm.md)."""
+    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, one or two Gemm, Add, Reshape (docs/algorithm.md)."""
 
     graph: gs.Graph
     plan: DropPlan
     cache: CacheShape
     hidden_size: int
-    adapters: Mapping[str, tuple[TensorPlace, TensorPlace]]
+    weights: Mapping[str, TensorPlace]
     states_in: dict[str, gs.Variable] = field(default_factory=dict)
     states_out: dict[str, gs.Variable] = field(default_factory=dict)
 
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        if site not in self.adapters and not self.plan.has_state:
+        parts = [part for part in PARTS if weight_name(site, part) in self.weights]
+        if not parts and not self.plan.has_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
 
@@ -58,13 +60,15 @@ class _SurrogateBuilder:
             base = gs.Variable(f"past_state.{site}", dtype, rows)
             self.states_in[base.name] = base
         result = base
-        if site in self.adapters:
-            rank = self.adapters[site][0].shape[0]
+        if parts:
             to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
             x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
-            down = add("Gemm", [x_rows, self._weight(site, 0)], variable("down", ["batch", rank]), transB=1)
-            up = add("Gemm", [down, self._weight(site, 1)], variable("up", rows), transB=1)
-            result = add("Add", [up, x_rows if base is None else base], variable("sum", rows))
+            value = x_rows
+            for part in parts:
+                weight = weight_name(site, part)
+                product = variable(part, ["batch", self.weights[weight].shape[0]])
+                value = add("Gemm", [value, self._weight(weight)], product, transB=1)
+            result = add("Add", [value, x_rows if base is None else base], variable("sum", rows))
             if site in self.plan.updated_states:
                 result.name = f"present_state.{site}"
                 self.states_out[result.name] = result
@@ -72,10 +76,9 @@ class _SurrogateBuilder:
         to_tokens = gs.Constant(f"surrogate.{site}.tokens_shape", np.array([-1, 1, self.hidden_size], np.int64))
         return add("Reshape", [result, to_tokens], variable("y", list(x.shape)))  # by the names that x has for them
 
-    def _weight(self, site: str, which: int) -> gs.Constant:
-        stored = self.adapters[site][which]
-        proto = ir.serde.serialize_tensor(external(f"surrogate.{site}.lora_{'AB'[which]}", stored))
-        return gs.Constant(proto.name, LazyValues(proto))
+    def _weight(self, name: str) -> gs.Constant:
+        proto = ir.serde.serialize_tensor(external(name, self.weights[name]))
+        return gs.Constant(name, LazyValues(proto))
 
 
 def _replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
@@ -99,13 +102,13 @@ def lora_step_from_refresh(
     refresh: onnx.ModelProto,
     plan: DropPlan,
     cache: CacheShape,
-    adapters: Mapping[str, tuple[TensorPlace, TensorPlace]],
+    weights: Mapping[str, TensorPlace],
 ) -> onnx.ModelProto:
     """The LoRA step: the refresh graph with its dropped sites cut out and their surrogates put in.
 
     Args:
         refresh: the refresh graph; its external weights are neither read nor needed.
-        adapters: site → (A [r, d], s·B [d, r]); absent sites leave only the base.
+        weights: of the surrogates, by name (adapters.weight_shapes); a site without any leaves only the base.
 
     Ensures: no node, weight, cache input or output of a dropped site remains, but under `fill` what makes K and V of a
         dropped attention and writes them; S = 1; logits [B, 1, V].
@@ -118,7 +121,7 @@ def lora_step_from_refresh(
     for name in [name for name in outputs if name.startswith("present_state.")]:
         outputs.pop(name).name = f"{name}.refresh"  # the surrogate makes its own
     inputs = {tensor.name: tensor for tensor in graph.inputs}
-    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, adapters)
+    builder = _SurrogateBuilder(graph, plan, cache, hidden_size, weights)
     for site in plan.sites:
         layer, half = layer_of(site), half_of(site)
         x, y = f"hidden_states.{layer}", f"hidden_states.{layer + 1}"

@@ -18,27 +18,14 @@ ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors" 
 
 
 def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, TensorPlace]:
-    """Write small arrays to `weights/file` and return their places; `read_arrays` is the way back."""
+    """Write small arrays, if any, to `weights/file` and return their places; `read_arrays` is the way back."""
+    if not arrays:
+        return {}
     path = root / "weights" / file
     entries = [Entry(name, safetensors_name(dtype), array.shape) for name, array in arrays.items()]
     chunks = ((name, block) for name, array in arrays.items() for block in stored_blocks(array, dtype))
     write_safetensors(path, entries, chunks, lambda *_: None)
     return {name: dataclasses.replace(ref, file=Path("weights", file)) for name, ref in read_tensors(path).items()}
-
-
-def store_adapters(
-    matrices: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], dtype: str, root: Path
-) -> dict[str, tuple[TensorPlace, TensorPlace]]:
-    """Write `weights/adapters.safetensors` with A and s·B of every site."""
-    if not matrices:
-        return {}
-    arrays = {
-        f"surrogate.{site}.lora_{part}": array
-        for site, pair in matrices.items()
-        for part, array in zip("AB", pair, strict=True)
-    }
-    stored = store_arrays(arrays, ADAPTERS_NAME, dtype, root)
-    return {site: (stored[f"surrogate.{site}.lora_A"], stored[f"surrogate.{site}.lora_B"]) for site in matrices}
 
 
 def read_arrays(root: Path, file: str) -> dict[str, npt.NDArray[Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_export.targets.trt.options import BuilderOptions
+from lora_drop_export.weights.arrays import ADAPTERS_NAME
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
 from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
@@ -35,6 +37,32 @@ def _fitted(bundle, directory):
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
     bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, drop_layers=MIXED, rank=4, policy=policy)
     _run(bundle, _fitted(bundle, tmp_path / "a"), "llama", PROMPTS, 3)
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize(
+    ("sites", "rank", "policy", "weights"),
+    [
+        ((3, 4, 5, 6), 4, "backfill", ["3.lora_A", "3.lora_B"]),
+        ((3, 4, 5, 6), 8, "backfill", ["3.lora_BA"]),
+        ((3, 4, 6), 16, "skip", ["3.lora_BA", "6.lora_A", "6.lora_B"]),
+        ((3, 4), 16, "fill", ["3.lora_A", "3.lora_B", "4.lora_A", "4.lora_B"]),
+        (MIXED, 8, "fill", ["3.attn.lora_A", "3.attn.lora_B", "4.mlp.lora_A", "4.mlp.lora_B"]),
+    ],
+)
+def test_neighbours_share_a_surrogate(sites, rank, policy, weights, target, tmp_path):
+    """Loaded into a session, and exported with; the oracle runs one adapter after the other."""
+    options = {"drop_layers": sites, "policy": policy, "targets": (target,)}
+    bundle = make_bundle("llama", tmp_path / "b", rank=rank, **options)
+    model = bundle.manifest.model
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint, rank=rank)
+    stored = sorted(name.removeprefix("surrogate.") for name in read_tensors(bundle.root / "weights" / ADAPTERS_NAME))
+    assert stored[: len(weights)] == weights
+    assert len(stored) == len(weights) or sites is MIXED
+    with_them = make_bundle("llama", tmp_path / "c", adapters=adapters, **options)
+    _run(bundle, adapters, "llama", PROMPTS, 3)
+    with Session.open(with_them.root, threads=1) as session:
+        assert_same_run(session, family("llama").model, oracle_plan(with_them, adapters), PROMPTS, 3)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_not_a_bundle(bundle_refused, bundle, place):
 @pytest.mark.parametrize("version", [0, 1, 2, "3", None])
 def test_other_format_version(bundle_refused, bundle, version):
     edit_manifest(bundle, lambda data: data.update(format_version=version))
-    bundle_refused(bundle, "another format version", f"version {version}", "version 4", "Export the model again")
+    bundle_refused(bundle, "another format version", f"version {version}", "version 5", "Export the model again")
 
 
 def test_a_bundle_of_0_1(bundle_refused, tmp_path):
@@ -61,7 +61,7 @@ def test_a_bundle_of_0_1(bundle_refused, tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     shutil.copyfile(Path(__file__).with_name("bundle_of_0_1.json"), old / MANIFEST_NAME)
-    bundle_refused(old, "another format version", "version 2", "version 4", "lora-drop-export --model")
+    bundle_refused(old, "another format version", "version 2", "version 5", "lora-drop-export --model")
     assert BUNDLE.files(old) >= {MANIFEST_NAME, "refresh.onnx", "ort/steps.onnx"}
 
 
@@ -79,7 +79,7 @@ def test_file_is_missing_or_truncated(bundle_refused, bundle, file):
     bundle_refused(bundle, "missing", file, f"{len(whole)} bytes")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 4}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 5}'])
 def test_manifest_is_no_manifest(bundle_refused, bundle, content):
     (bundle / MANIFEST_NAME).write_bytes(content)
     bundle_refused(bundle, "manifest is damaged", MANIFEST_NAME)

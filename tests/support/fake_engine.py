@@ -113,7 +113,7 @@ class FakeEngine:
         self.allocated: list[Array] = []
         self.bindings: list[Binding] = []
         self.runs: list[Run] = []
-        self.adapters: list[Mapping[str, tuple[Array, Array]]] = []
+        self.adapters: list[Mapping[str, Array]] = []
         self.times_closed = 0
 
     @property
@@ -152,8 +152,8 @@ class FakeEngine:
         self.bindings.append(binding)
         return lambda: self._run(binding)
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        self.adapters.append(matrices)
+    def replace_adapters(self, weights: Mapping[str, Array]) -> None:
+        self.adapters.append(weights)
 
     def beside(self) -> Self:
         return self

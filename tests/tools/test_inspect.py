@@ -242,7 +242,7 @@ def test_a_damaged_bundle_is_refused(copied: Path, tmp_path: Path, capsys: pytes
     lora.unlink()
     refused("missing", "lora.onnx", f"{len(data)} bytes")
     change(copied, format_version=99)
-    refused("format version", "version 99", "version 4")
+    refused("format version", "version 99", "version 5")
     (copied / MANIFEST_NAME).write_text("{")
     refused("damaged", MANIFEST_NAME)
     (copied / MANIFEST_NAME).unlink()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from lora_drop_runtime.bundle.adapters import PARTS, weight_name
 from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PAST_STATES, PRESENT_STATES
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
@@ -227,16 +228,17 @@ class _Sites:
 
     def _surrogate(self, branch: _Branch, place: int, site: str, x: ir.Value) -> ir.Value:
         """y = base + x Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
-        ops, matrices = branch.ops, [self.lora.initializers.get(f"surrogate.{site}.lora_{part}") for part in "AB"]
+        ops, stored = branch.ops, self.lora.initializers
         base = x if self.states is None else self._base(branch, place)
-        a, b = matrices
-        if a is None or b is None:
+        weights = [stored[name] for part in PARTS if (name := weight_name(site, part)) in stored]
+        if not weights:
             return base
-        down = ops("Linear", x, branch.weight(a), domain=DOMAIN, quantized=0, bias=0, gated=0)
-        up = ops("Linear", down, branch.weight(b), domain=DOMAIN, quantized=0, bias=0, gated=0)
-        total = ops("Add", up, base)
-        for value in (down, up, total):
+        value = x
+        for weight in weights:
+            value = ops("Linear", value, branch.weight(weight), domain=DOMAIN, quantized=0, bias=0, gated=0)
             value.type = x.type
+        total = ops("Add", value, base)
+        total.type = x.type
         return total
 
     def finish(self) -> None:

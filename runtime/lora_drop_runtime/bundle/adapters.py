@@ -4,18 +4,18 @@ Enters: a PEFT-style directory. Leaves: A [r, d] and s·B [d, r] per surrogate, 
 
     adapter_config.json          peft_type "LORA", r, lora_alpha, and under "lora_drop": sites, surrogate,
                                  base_fingerprint, always_first and always_last, the policy that they were fitted
-                                 for, and bare_sites: those without an adapter. Version 0.1 wrote drop_layers and
-                                 injection in the place of sites
+                                 for, whether neighbours were fitted apart, and bare_sites: those without an adapter.
+                                 Version 0.1 wrote drop_layers and injection in the place of sites
     adapter_model.safetensors    …layers.4.lora_A.weight [r, d], …layers.4.lora_B.weight [d, r]; of halves
                                  …layers.4.self_attn.lora_A.weight and …layers.4.mlp.lora_A.weight
 
-The scale is `s = alpha / r` as in PEFT, folded into B here.
+The scale is `s = alpha / r` as in PEFT, folded into B here. So are neighbours into each other, for the graphs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError, PlanError
 from lora_drop_runtime.files import is_file, read_bounded
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.sites import in_halves, sorted_sites
+from lora_drop_runtime.plan.sites import in_halves, listed, sorted_sites
 
 from .safetensors_file import read_tensors
 from .typed_json import parse_json, typed
@@ -38,11 +38,15 @@ _TEXTS = ("surrogate", "base_fingerprint", "policy")  # of the plan that they we
 _COUNTS = ("always_first", "always_last")  # of layers that it could not drop
 _HALVES = {"": "", "self_attn": ".attn", "mlp": ".mlp"}
 Matrices = dict[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+PARTS = ("A", "B", "BA")  # of a surrogate: two factors, or their product
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says; None where it does not say."""
+    """What adapter_config.json says; None where it does not say.
+
+    `apart`: each layer's adapter stands for that layer alone, and not only with its neighbours'.
+    """
 
     rank: int
     alpha: float
@@ -53,6 +57,7 @@ class AdapterConfig:
     policy: str | None = None
     always_first: int | None = None
     always_last: int | None = None
+    apart: bool | None = None
 
 
 def _sites(plan: Mapping[str, object]) -> tuple[str, ...] | None:
@@ -91,6 +96,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
             sites=_sites(plan),
             bare_sites=sorted_sites(typed(tuple[str, ...], plan.get("bare_sites", []), "lora_drop.bare_sites")),
             **{name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS},
+            apart=typed(bool | None, plan.get("apart"), "lora_drop.apart"),
             **{name: typed(int | None, plan.get(name), f"lora_drop.{name}") for name in _COUNTS},
         )
     except (ValueError, BundleError) as error:
@@ -179,3 +185,58 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
             )
         matrices[site] = (a, scaled)
     return matrices
+
+
+def weight_name(site: str, part: str) -> str:
+    """What a surrogate's weight is called in the graphs; `part` is one of `PARTS`."""
+    return f"surrogate.{site}.lora_{part}"
+
+
+def weight_shapes(plan: DropPlan, hidden_size: int) -> dict[str, tuple[int, int]]:
+    """The weights of a plan's surrogates in the graphs, by name: those of a run under its first site.
+
+    Of n sites they are `A [n·r, d]` and `B [d, n·r]`, or where these are no smaller than their product that: `[d, d]`.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for first, *others in plan.surrogate_runs:
+        rank = plan.rank * (1 + len(others))
+        if 2 * rank >= hidden_size:
+            shapes[weight_name(first, "BA")] = hidden_size, hidden_size
+        else:
+            shapes |= {weight_name(first, "A"): (rank, hidden_size), weight_name(first, "B"): (hidden_size, rank)}
+    return shapes
+
+
+def stacked(matrices: Matrices, run: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A [n·r, d] and B [d, n·r] of the one map that n surrogates of base `residual` are, one behind the other.
+
+    `(I + B₂A₂)(I + B₁A₁) = I + [B₁ B₂] [A₁; A₂(I + B₁A₁)]`.
+    """
+    hidden_size = matrices[run[0]][0].shape[1]
+    a, b = np.empty((0, hidden_size)), np.empty((hidden_size, 0))
+    for site in run:
+        next_a, next_b = (matrix.astype(np.float64) for matrix in matrices[site])
+        a, b = np.vstack([a, next_a + (next_a @ b) @ a]), np.hstack([b, next_b])
+    return a, b
+
+
+def folded(matrices: Matrices, plan: DropPlan, hidden_size: int) -> dict[str, npt.NDArray[np.float32]]:
+    """The surrogates' weights as `weight_shapes` has them, from A and s·B of each adapted site.
+
+    Raises:
+        PlanError: a product is too large for a number.
+    """
+    shapes, weights = weight_shapes(plan, hidden_size), dict[str, npt.NDArray[np.float32]]()
+    for run in plan.surrogate_runs:
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, b = stacked(matrices, run)
+            parts = {"BA": b @ a} if weight_name(run[0], "BA") in shapes else {"A": a, "B": b}
+            found = {weight_name(run[0], part): array.astype(np.float32) for part, array in parts.items()}
+        if not all(np.isfinite(array).all() for array in found.values()):
+            raise PlanError(
+                "The adapters multiply to values that are not numbers.",
+                note=f"They are those of {listed(run)}; one of their products is too large.",
+                hint="Fit the adapters again, or copy the directory again.",
+            )
+        weights |= found
+    return weights

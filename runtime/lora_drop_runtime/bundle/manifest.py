@@ -14,7 +14,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from .graph_io import CacheShape, GraphIO, LoweredIO, graph_io
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets

@@ -24,7 +24,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.bundle.adapters import read_adapters
+from lora_drop_runtime.bundle.adapters import folded, read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import DraftsDoNotPay, InputError, whole_number
@@ -559,12 +559,13 @@ class Session:
         if len(self._family) > 1:
             raise checks.forks_use_the_adapters(len(self._family) - 1)
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
+        weights = folded(matrices, plan, model.hidden_size)
         self._usage.enter()
         try:
             self._check_no_foreign_stream()
             self._end_request(checks.ended_by_a_failure)
             self._paces.clear()
-            engine.replace_adapters(matrices)
+            engine.replace_adapters(weights)
             self._ended_by = checks.ended_by_adapters
         finally:
             self._usage.leave()

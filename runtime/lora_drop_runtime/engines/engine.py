@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from lora_drop_runtime.dtypes import BY_NAME, in_dtype
+from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -96,8 +96,8 @@ class Engine(Protocol):
         """
         ...
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        """Use other adapter matrices (A, s·B) from now on; prepared steps are void.
+    def replace_adapters(self, weights: Mapping[str, Array]) -> None:
+        """Use other weights of the surrogates (adapters.folded) from now on; prepared steps are void.
 
         Raises:
             InputError: the engine's adapters are constants.
@@ -351,12 +351,3 @@ def constant_adapters() -> InputError:
         note="Its weights are constants inside the engines (--weight-sharing constants).",
         hint="Export with --weight-sharing inputs, or with the adapters.",
     )
-
-
-def adapter_weights(matrices: Mapping[str, tuple[Array, Array]], dtype: str) -> dict[str, Array]:
-    """What stands for adapters in the graphs: by the name of the weight, in their dtype."""
-    return {
-        f"surrogate.{site}.lora_{part}": in_dtype(array, dtype)
-        for site, pair in matrices.items()
-        for part, array in zip("AB", pair, strict=True)
-    }

@@ -252,6 +252,25 @@ class DropPlan:
         return tuple(site for site in self.sites if site not in self.bare_sites) if self.rank else ()
 
     @property
+    def surrogate_runs(self) -> tuple[tuple[str, ...], ...]:
+        """Adapted sites in chains: within one, a site's output is the input of the next and nothing else is made of it.
+
+        Each chain is one linear map of its first site's input (adapters.folded). A site begins a chain where it starts
+        from a state, or where a LoRA step makes K and V of its input (`fill`).
+        """
+        runs: list[list[str]] = []
+        end = (-1, 0)  # layer, and half of it, that the site before leads to
+        for site in self.sites:
+            layer, half = layer_of(site), half_of(site)
+            makes_kv = self.refresh_policy.fills and half != MLP
+            if self.has_state or makes_kv or end != (layer, half == MLP):
+                runs.append([])
+            end = (layer, 1) if half == ATTENTION else (layer + 1, 0)
+            if site in self.adapted_sites:
+                runs[-1].append(site)
+        return tuple(tuple(run) for run in runs if run)
+
+    @property
     def updated_states(self) -> tuple[str, ...]:
         """Sites whose state LoRA steps change; one without an adapter keeps repeating its output at the anchor."""
         return self.adapted_sites if self.form.updates_state else ()

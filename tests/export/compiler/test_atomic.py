@@ -350,7 +350,7 @@ def test_manifest_is_self_describing(place, more):
     options = ("--drop-layers", "3,6", "--k", 5, "--always-first", 2, "--max-prompt-len", 40, "--max-batch", 3)
     assert main(arguments(out, *options, *more)) == 0
     data = json.loads((out / MANIFEST_NAME).read_text())
-    assert data["format_version"] == 4
+    assert data["format_version"] == 5
     model, plan = data["model"], data["plan"]
     assert (plan["sites"], plan["k"], plan["num_layers"]) == (["3", "6"], 5, SIZES["num_hidden_layers"])
     assert (plan["always_first"], plan["always_last"]) == (2, 1)

@@ -19,7 +19,7 @@ PLAN = DropPlan(num_layers=6, sites=(3, 4), rank=2)
 
 
 class FullEngine(FakeEngine):
-    def replace_adapters(self, matrices: Mapping[str, Any]) -> None:
+    def replace_adapters(self, weights: Mapping[str, Any]) -> None:
         raise BundleError("The engine is full.", note="It holds 1 of 1.", hint="Empty it.")
 
 

@@ -72,11 +72,11 @@ def test_load_adapters_replaces_them_and_ends_the_request(tmp_path) -> None:
     session.prefill(np.array([[1, 2]]), max_new_tokens=9)
     session.step([1])
     session.load_adapters(tmp_path)
-    (matrices,) = engine.adapters
-    assert set(matrices) == {"3", "4"}
+    (weights,) = engine.adapters
+    assert set(weights) == {f"surrogate.{layer}.lora_{part}" for layer in (3, 4) for part in "AB"}
     for layer in (3, 4):
-        np.testing.assert_array_equal(matrices[str(layer)][0], a * layer)
-        np.testing.assert_array_equal(matrices[str(layer)][1], b * layer * 4)  # s = alpha / r = 4
+        np.testing.assert_array_equal(weights[f"surrogate.{layer}.lora_A"], a * layer)
+        np.testing.assert_array_equal(weights[f"surrogate.{layer}.lora_B"], b * layer * 4)  # s = alpha / r = 4
     assert_refused(lambda: session.step([1]), "no running request")
     assert list(session.stream([4, 2], 9)) == continued([4, 2], 9)
     plain, _ = open_session(PLAN)

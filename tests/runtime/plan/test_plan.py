@@ -176,6 +176,29 @@ def test_sites() -> None:
     assert PLAN.sites == ("3", "5")
 
 
+@pytest.mark.parametrize(
+    ("sites", "changes", "runs"),
+    [
+        ((3, 5), {}, ["3", "5"]),
+        ((3, 4, 5), {}, ["3 4 5"]),
+        ((3, "4.attn", 5), {}, ["3 4.attn", "5"]),
+        ((3, "4.mlp", "5.attn", "5.mlp", "6.attn"), {}, ["3", "4.mlp 5.attn 5.mlp 6.attn"]),
+        ((3, 4, 5, 6), {"bare_sites": ("4",)}, ["3 5 6"]),
+        ((3, 4, 5, 6), {"bare_sites": ("3", "6")}, ["4 5"]),
+        ((3, 4, 5), {"surrogate": "recurrent"}, ["3", "4", "5"]),
+        ((3, 4, 5), {"surrogate": "anchor"}, ["3", "4", "5"]),
+        ((3, 4, 5), {"policy": "backfill"}, ["3 4 5"]),
+        ((3, "4.mlp", "5.attn", "5.mlp", 6), {"policy": "fill"}, ["3", "4.mlp", "5.attn 5.mlp", "6"]),
+        (("3.mlp", "4.attn", "4.mlp"), {"policy": "fill", "bare_sites": ("4.attn",)}, ["3.mlp", "4.mlp"]),
+        ((3, 4), {"rank": 0}, []),
+    ],
+    ids=str,
+)
+def test_surrogates_with_nothing_between_them(sites: tuple, changes: dict, runs: list[str]) -> None:
+    plan = DropPlan(**{"num_layers": 8, "sites": sites, "rank": 2, **changes})
+    assert [" ".join(run) for run in plan.surrogate_runs] == runs
+
+
 def test_fewer_layers_may_be_kept_always() -> None:
     assert DropPlan(num_layers=4, sites=(0, 3), always_first=0, always_last=0).kept_attentions == (1, 2)
 

@@ -6,9 +6,11 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest
 from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
@@ -44,9 +46,9 @@ def full_layer_macs(manifest: Manifest, context: int) -> float:
     return weights + 2 * model.num_heads * model.head_dim * context
 
 
-def surrogate_macs(manifest: Manifest) -> float:
-    """Eq. 6: `C_LoRA = Θ(r d)`: two products per surrogate, `2 r d` each."""
-    return 2 * manifest.plan.rank * manifest.model.hidden_size
+def surrogate_macs(manifest: Manifest) -> int:
+    """Eq. 6: `C_LoRA = Θ(r d)`, of all surrogates: `2 r d` each, and `d²` at most for a run of neighbours."""
+    return sum(math.prod(shape) for shape in weight_shapes(manifest.plan, manifest.model.hidden_size).values())
 
 
 def dropped_weight_bytes(manifest: Manifest) -> int:
@@ -74,7 +76,7 @@ def macs_speedup(manifest: Manifest, context: int, k: int) -> float:
     """Eq. 9: `S(L) = 1 / [(1 − ρ) + ρ/(k+1) + (ρk/(k+1)) γ(L)]`, with Eq. 8's γ; a term for each surrogate."""
     rho = dropped_macs_share(manifest, context)
     layers = manifest.model.num_layers * full_layer_macs(manifest, context)
-    surrogates = len(manifest.plan.adapted_sites) * surrogate_macs(manifest) / layers  # ρ γ
+    surrogates = surrogate_macs(manifest) / layers  # ρ γ
     return 1 / ((1 - rho) + rho / (k + 1) + k / (k + 1) * surrogates)
 
 
@@ -185,7 +187,7 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     kept_kv = rows * len(plan.kept_attentions) * (context + 1) * model.token_kv_bytes
     dropped_kv = rows * len(plan.dropped_attentions) * (dropped_context + 1) * model.token_kv_bytes
     written = rows * len(plan.dropped_attentions) * model.token_kv_bytes * plan.refresh_policy.fills
-    adapters = len(plan.adapted_sites) * 2 * plan.rank * model.hidden_size * BY_NAME[model.dtype].size_bytes
+    adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
     lora = outside + weights - dropped_weight_bytes(manifest) + kept_kv + written + adapters
     return outside + weights + kept_kv + dropped_kv, lora
 

@@ -25,7 +25,8 @@ from lora_drop_runtime.bundle.paged_io import (
     cache_names,
     table_names,
 )
-from lora_drop_runtime.engines.engine import Array, adapter_weights
+from lora_drop_runtime.dtypes import in_dtype
+from lora_drop_runtime.engines.engine import Array
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -239,8 +240,8 @@ class OpenVinoEngine:
             self.prepare_for_several()
         return Steps(self, several)
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
-        replaced = adapter_weights(matrices, self.bundle.manifest.model.dtype)
+    def replace_adapters(self, weights: Mapping[str, Array]) -> None:
+        replaced = {name: in_dtype(array, self.bundle.manifest.model.dtype) for name, array in weights.items()}
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
         self._replaced, self.wide = replaced, None
 

@@ -34,12 +34,11 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import LORA_STEP, TOTALS, beside_inputs, steps_name
 from lora_drop_runtime.bundle.manifest import OrtEntry, TrtEntry
-from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.dtypes import BY_NAME, in_dtype
 from lora_drop_runtime.engines.engine import (
     Array,
     DeviceBuffer,
     Step,
-    adapter_weights,
     constant_adapters,
     copy_arrays,
     fitting_slots,
@@ -388,9 +387,9 @@ class OrtEngine:
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         )
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+    def replace_adapters(self, weights: Mapping[str, Array]) -> None:
         dtype = self._bundle.manifest.model.dtype
-        replaced = adapter_weights(matrices, dtype)
+        replaced = {name: in_dtype(array, dtype) for name, array in weights.items()}
         if self._weights and self._memory is not None:
             for name, array in replaced.items():
                 self._memory.replace(name, array.reshape(-1).view(np.uint8))

@@ -176,16 +176,14 @@ class TrtEngine:
             self._made.add(made)
         return self._cycles[key]
 
-    def replace_adapters(self, matrices: Mapping[str, tuple[Array, Array]]) -> None:
+    def replace_adapters(self, weights: Mapping[str, Array]) -> None:
         """As the protocol has it, into the same device memory: prepared steps and CUDA graphs stay good."""
-        weights = self._memory.weights
-        if not weights:
+        buffers = self._memory.weights
+        if not buffers:
             raise constant_adapters()
-        for site, pair in matrices.items():
-            for part, matrix in zip("AB", pair, strict=True):
-                buffer = weights[f"surrogate.{site}.lora_{part}"]
-                assert matrix.shape == buffer.shape
-                self._device.upload(buffer.address, in_dtype(matrix, buffer.dtype))
+        for name, array in weights.items():
+            assert array.shape == buffers[name].shape
+            self._device.upload(buffers[name].address, in_dtype(array, buffers[name].dtype))
 
     def beside(self) -> Self:
         other = copy.copy(self)

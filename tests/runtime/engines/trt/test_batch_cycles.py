@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lora_drop_runtime import Batch, BundleError, Event, SamplingOptions, Session
+from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.flight import MOST_STEPS
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
@@ -306,7 +307,7 @@ def test_a_row_stands_still_only_where_it_has_room(opened, monkeypatch: pytest.M
 def test_logits_that_are_no_numbers_fail_their_row(opened) -> None:
     batch, _, engine, _ = opened("residual")
     plan = batch.bundle.manifest.plan
-    nan = {site: (np.full((2, 64), np.nan), np.full((64, 2), np.nan)) for site in plan.adapted_sites}
+    nan = {name: np.full(shape, np.nan) for name, shape in weight_shapes(plan, 64).items()}
     engine.replace_adapters(nan)
     script = [Asked(PROMPTS[1], 9), Asked(PROMPTS[2], 9, sampling=DRAWN)]
     for events in decoded(batch, script)[0]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session
+from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.cycle import DeviceCycle
@@ -234,7 +235,7 @@ def test_what_needs_the_host_goes_step_by_step(pair, monkeypatch: pytest.MonkeyP
 def test_logits_that_are_no_numbers(pair) -> None:
     _, cycles, engine, _ = pair("residual", "skip")
     plan = cycles.bundle.manifest.plan
-    nan = {site: (np.full((2, 64), np.nan), np.full((64, 2), np.nan)) for site in plan.adapted_sites}
+    nan = {name: np.full(shape, np.nan) for name, shape in weight_shapes(plan, 64).items()}
     engine.replace_adapters(nan)
     for sampling in (None, SAMPLING[0]):
         with pytest.raises(BundleError, match="not numbers"):

@@ -1,0 +1,62 @@
+"""Adapters of neighbours as one surrogate: the same function of the first one's input, in no more numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from lora_drop_runtime.bundle.adapters import Matrices, folded, weight_shapes
+from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
+
+WIDTH = 24
+
+
+def matrices_of(plan: DropPlan, size: float = 0.3) -> Matrices:
+    generator = np.random.default_rng(3)
+    draw = lambda *shape: (generator.standard_normal(shape) * size).astype(np.float32)  # noqa: E731
+    return {site: (draw(plan.rank, WIDTH), draw(WIDTH, plan.rank)) for site in plan.adapted_sites}
+
+
+@pytest.mark.parametrize(
+    ("rank", "names"),
+    [
+        (1, ["3.lora_A", "3.lora_B", "7.lora_A", "7.lora_B"]),
+        (3, ["3.lora_A", "3.lora_B", "7.lora_A", "7.lora_B"]),  # 2 · 3 · 3 < 24
+        (4, ["3.lora_BA", "7.lora_A", "7.lora_B"]),  # 2 · 3 · 4 = 24
+        (12, ["3.lora_BA", "7.lora_BA"]),
+        (40, ["3.lora_BA", "7.lora_BA"]),
+    ],
+)
+def test_one_after_the_other(rank: int, names: list[str]) -> None:
+    plan = DropPlan(num_layers=10, sites=("3", "4.attn", "4.mlp", "5", "7"), bare_sites=("4.mlp",), rank=rank)
+    matrices, shapes = matrices_of(plan), weight_shapes(plan, WIDTH)
+    weights = folded(matrices, plan, WIDTH)
+    assert [name.removeprefix("surrogate.") for name in weights] == names
+    assert {name: array.shape for name, array in weights.items()} == shapes
+    apart = sum(a.size + b.size for a, b in matrices.values())
+    assert sum(map(math.prod, shapes.values())) <= apart
+    x = np.random.default_rng(4).standard_normal((5, WIDTH))
+    for first, run in (("3", ("3", "4.attn", "5")), ("7", ("7",))):
+        expected = x
+        for site in run:
+            a, b = (matrix.astype(np.float64) for matrix in matrices[site])
+            expected = expected + expected @ a.T @ b.T
+        product = x
+        for part in ("A", "B", "BA"):
+            if (name := f"surrogate.{first}.lora_{part}") in weights:
+                product = product @ weights[name].T
+        np.testing.assert_allclose(x + product, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_product_that_is_too_large() -> None:
+    plan = DropPlan(num_layers=10, sites=("3", "4", "7"), rank=2)
+    matrices = matrices_of(plan)
+    matrices["4"] = matrices["4"][0], matrices["4"][1] * np.float32(1e25)
+    assert np.isfinite(folded(matrices, plan, WIDTH)["surrogate.3.lora_B"]).all()
+    matrices["3"] = matrices["3"][0], matrices["3"][1] * np.float32(1e25)
+    matrices["4"] = matrices["4"][0] * np.float32(1e25), matrices["4"][1]
+    with pytest.raises(PlanError, match="not numbers") as caught:
+        folded(matrices, plan, WIDTH)
+    assert "3, 4" in caught.value.note
