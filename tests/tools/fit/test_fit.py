@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
 from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
-from lora_drop_tools.fit.distill import DistillOptions, Divergence, Learner, Workers, distill, run_batch
+from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, distill, run_batch
 from lora_drop_tools.fit.fit import fit
+from lora_drop_tools.fit.learner import Learner, apart, unfolded
 from lora_drop_tools.fit.settings import FitSettings
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
@@ -101,18 +102,19 @@ def make_linear(layer: torch.nn.Module, half: str, weight: torch.Tensor) -> None
     layer.get_submodule(last).register_forward_hook(lambda *_: seen.pop() @ weight.T)
 
 
-def answer(site: str, made: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The matrix that a site's surrogate has to find: both halves' in turn for a whole layer."""
-    if "." in site:
-        return made[site.partition(".")[2]]
+def answer(run: Sequence[str], made: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The matrix that a surrogate has to find: both halves' in turn for a whole layer."""
+    if len(run) == 1 and "." in run[0]:
+        return made[run[0].partition(".")[2]]
     return made["attn"] + made["mlp"] + made["mlp"] @ made["attn"]
 
 
+@pytest.mark.parametrize("each", [True, False], ids=["apart", "as one"])
 @pytest.mark.parametrize("policy", STREAMS)
 @pytest.mark.parametrize(
     ("surrogate", "halves"), [*(("residual", one) for one in LINEAR), ("recurrent", "both"), ("anchor", "attention")]
 )
-def test_a_site_that_a_surrogate_can_be_is_found(surrogate: str, halves: str, policy: str) -> None:
+def test_a_site_that_a_surrogate_can_be_is_found(surrogate: str, halves: str, policy: str, each: bool) -> None:
     """A dropped site is given weights that make it linear in its input; a full-rank fit then leaves nothing.
 
     `residual` only, as decoded by the oracle. What the others leave is less than their base leaves.
@@ -136,18 +138,21 @@ def test_a_site_that_a_surrogate_can_be_is_found(surrogate: str, halves: str, po
         solution = solve(site, 64)
         return solution.a, solution.b
 
-    pairs = walk(forcing, batches_of(forcing, map(text, range(6))), plan, POLICIES[policy], choose)
-    assert set(pairs) <= set(plan.sites)
+    runs = [(site,) for site in plan.sites] if each else plan.surrogate_runs
+    found = walk(forcing, batches_of(forcing, map(text, range(6))), plan, POLICIES[policy], runs, choose)
+    assert list(found) == [run[-1] for run in runs]
     ids, _ = text(0)
+    pairs = apart({run[0]: found[run[-1]] for run in runs}, runs, 64)
     adapters = {name: (a, b, 1.0) for name, (a, b) in pairs.items()}
     theirs = oracle.OraclePlan(plan.sites, surrogate, adapters, fill=policy == "fill")
-    for name, (a, b) in pairs.items():
+    for name, (a, b) in found.items():
         site = sites[name]
         assert site.fit.error((b @ a).T.double()) <= site.fit.yy + 1e-6
         assert surrogate == "residual" or not b.any() or site.fit.error((b @ a).T.double()) < site.fit.yy
     if surrogate == "residual":
-        for name, (a, b) in pairs.items():
-            assert (b @ a - answer(name, made)).abs().max() < 2e-3, name
+        for run in runs:
+            a, b = found[run[-1]]
+            assert (b @ a - answer(run, made)).abs().max() < 2e-3, run
         full, fitted = (
             oracle.decode_row(model, theirs, ids[0, :5].tolist(), ids[0, 5:22].tolist(), k, policy) for k in (0, 3)
         )
@@ -203,7 +208,8 @@ def setting(policy: str = "backfill"):
 
     texts = Stock()
     pairs = {site: (torch.randn(4, 64, generator=random) / 8, torch.zeros(64, 4)) for site in plan.sites}
-    return forcing, texts, plan, Learner(pairs, {site: torch.ones(64) for site in plan.sites}, "cpu"), POLICIES[policy]
+    scales = {site: torch.ones(64) for site in plan.sites}
+    return forcing, texts, plan, Learner(pairs, scales, plan.surrogate_runs, "cpu"), POLICIES[policy]
 
 
 @pytest.mark.parametrize("policy", STREAMS)
@@ -219,6 +225,46 @@ def test_distillation_lowers_the_loss_and_leaves_the_model_alone(policy: str) ->
     assert loss() < 0.97 * at_first
     assert all(torch.equal(value, before[name]) for name, value in forcing.model.state_dict().items())
     assert all(parameter.grad.any() for parameter in learner.all())
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 4), (1, 16), (3, 4), (3, 9), (5, 2)])
+@pytest.mark.parametrize("kept", [2, 12, 16])
+def test_a_map_as_adapters_one_behind_the_other(count: int, rank: int, kept: int) -> None:
+    """Of more singular values than the adapters have room for the largest stay; the map may have no inverse."""
+    generator = np.random.default_rng(count * rank)
+    a, b = generator.standard_normal((kept, 16)) / 4, generator.standard_normal((16, kept)) / 4
+    total = np.eye(16)
+    pairs = unfolded(a, b, count, rank)
+    for next_a, next_b in pairs:
+        assert (next_a.shape, next_b.shape) == ((rank, 16), (16, rank))
+        total = total + next_b @ (next_a @ total)
+    assert len(pairs) == count
+    u, sizes, v = np.linalg.svd(b @ a)
+    sizes[count * rank :] = 0
+    np.testing.assert_allclose(total - np.eye(16), u * sizes @ v, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [3, 16, 40])
+def test_runs_are_learned_as_one(rank: int) -> None:
+    """What is learned decodes as the adapters do, before a step and after one, whatever form it has."""
+    forcing, texts, _, _, policy = setting()
+    plan = DropPlan(8, ("3", "4.attn", "4.mlp", "6"), rank=rank, policy="backfill")
+    random, shapes = torch.Generator().manual_seed(2), ((rank, 64), (64, rank))
+    pairs = {site: tuple(torch.randn(shape, generator=random) / 9 for shape in shapes) for site in plan.sites}
+    learner = Learner(
+        pairs, {site: torch.rand(64, generator=random) + 0.5 for site in plan.sites}, plan.surrogate_runs, "cpu"
+    )
+    assert [len(parts) for parts in learner.parameters.values()] == [1 if 3 * rank >= 64 else 2, 2]
+    ids, layout = texts(3)
+
+    def kl(surrogates: Any) -> float:
+        return run_batch(forcing, ids, layout, plan, surrogates, policy).kl
+
+    assert kl(learner.surrogates()) == pytest.approx(kl(pairs), rel=1e-3)
+    assert kl(learner.pairs()) == pytest.approx(kl(pairs), rel=1e-3)
+    distill(forcing, texts, plan, [policy], learner, DistillOptions(2, 1e-2), Workers())
+    assert kl(learner.surrogates()) != pytest.approx(kl(pairs), rel=1e-3)
+    assert kl(learner.pairs()) == pytest.approx(kl(learner.surrogates()), rel=1e-3)
 
 
 def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
@@ -691,14 +737,14 @@ def test_weights_of_the_offsets(policy: str) -> None:
     ids, layout = texts(1)
     assert layout.offset.tolist() == [0] * 5 + [1, 2, 3, 0] * 4 + [1, 2, 3]
     weights = torch.tensor([1.0, 4.0, 0.5, 0.0])
-    sums = run_batch(forcing, ids, layout, plan, learner.pairs(), policy_object, True, weights)
+    sums = run_batch(forcing, ids, layout, plan, learner.surrogates(), policy_object, True, weights)
     ours = [parameter.grad.clone() for parameter in learner.all()]
-    assert sums.kl == run_batch(forcing, ids, layout, plan, learner.pairs(), policy_object).kl
+    assert sums.kl == run_batch(forcing, ids, layout, plan, learner.surrogates(), policy_object).kl
     for parameter in learner.all():
         parameter.grad = None
     at = layout.lora if policy == "backfill" else torch.arange(5, 24)
     exact = forcing.exact(ids)
-    decoded = forcing.decode(exact, ids, layout, plan, learner.pairs(), policy_object)
+    decoded = forcing.decode(exact, ids, layout, plan, learner.surrogates(), policy_object)
     decoded = decoded if policy == "backfill" else decoded[:, at]
     p, q = (forcing.logits(hidden).log_softmax(-1) for hidden in (exact[-1].output[:, at], decoded))
     of_each = torch.tensor([[4.0, 0.5, 0.0, 1.0][(position - 5) % 4] for position in at.tolist()])

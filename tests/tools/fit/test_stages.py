@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_tools.fit import distill, stages
 from lora_drop_tools.fit.distill import DistillOptions, Divergence
 from lora_drop_tools.fit.fit import fit
@@ -49,12 +51,20 @@ def test_distillation_that_makes_them_worse_is_not_kept(
     assert not same_adapters(tmp_path / "better", tmp_path / "closed")
 
 
-def test_the_rate_by_adapters_and_rank(words: Path, tmp_path: Path) -> None:
-    """Never above that of 7 adapters of rank 64; what is asked for is taken as it is."""
+def test_the_rate_by_layers_and_rank(words: Path, tmp_path: Path) -> None:
+    """Never above that of 7 layers apart of rank 64; neighbours are one; what is asked for is taken as it is."""
     own = settings(words, tmp_path / "out")
-    assert [own.rate(sites, 64) for sites in (1, 7, 14)] == pytest.approx([0.015, 0.015, 0.0075])
-    assert [own.rate(7, rank) for rank in (16, 64, 256)] == pytest.approx([0.015, 0.015, 0.0075])
-    assert dataclasses.replace(own, learning_rate=0.3).rate(99, 512) == 0.3
+
+    def rates(*plans: tuple[Sequence[int], int], **changes: float) -> list[float]:
+        asked = dataclasses.replace(own, **changes)
+        return [asked.rate(DropPlan(40, tuple(map(str, layers)), rank=rank)) for layers, rank in plans]
+
+    apart = {count: range(3, 3 + 2 * count, 2) for count in (1, 7, 14)}
+    assert rates(*((apart[count], 64) for count in apart)) == pytest.approx([0.015, 0.015, 0.0075])
+    assert rates(*((apart[7], rank) for rank in (16, 64, 256))) == pytest.approx([0.015, 0.015, 0.0075])
+    neighbours = range(3, 19)
+    assert rates((neighbours, 64), (neighbours, 784)) == pytest.approx([0.015, 0.0075])
+    assert rates((range(3, 30), 512), learning_rate=0.3) == [0.3]
 
 
 def test_distillation_that_diverges_fails_and_leaves_nothing(

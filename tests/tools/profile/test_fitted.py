@@ -54,6 +54,25 @@ def command(*arguments: object) -> int:
     return main(["profile", *(str(a) for a in (*arguments, *sizes))])
 
 
+def test_neighbours_that_were_fitted_as_one(llama_dir: Path, text: Path, tmp_path: Path, capsys) -> None:
+    """Their adapters are refused; layers that are apart are not, nor those fitted so."""
+    fitted = ["--text", str(text), "--steps", "0", "--window", "24", "--closed-form-tokens", "192", "--rank", "4"]
+    for name, layers, more, code in (
+        ("one", "3,4,6", [], 2),
+        ("apart", "3,4,6", ["--apart"], 0),
+        ("others", "3,5", [], 0),
+        ("halves", "3.attn,3.mlp", [], 2),
+        ("state", "3,4", ["--surrogate", "recurrent"], 0),
+    ):
+        out = tmp_path / name
+        assert main(["fit", str(llama_dir), *fitted, "--drop-layers", layers, *more, "--out", str(out)]) == 0
+        capsys.readouterr()
+        assert command(llama_dir, "--text", text, "--adapters", out, "--out", tmp_path / f"p-{name}") == code, name
+        said = capsys.readouterr().err
+        assert ("fitted as one" in said) == ("lora-drop fit --apart" in said) == bool(code)
+        assert (tmp_path / f"p-{name}").exists() == (not code)
+
+
 @pytest.mark.parametrize(
     ("policy", "surrogate", "sites"),
     [

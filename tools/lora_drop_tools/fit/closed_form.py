@@ -4,12 +4,13 @@ Enters: texts, a plan. Leaves: A and B per surrogate, and what error each leaves
 (surrogates.features), so the matrix that brings its output closest to the full model's is a least-squares problem,
 and its best approximation of rank r is known. Layers are done in order: the inputs of a layer carry the errors of the
 surrogates before it, and its target, the full model's own output, lets it mend some of them. The target of an
-attention's surrogate is the stream between the halves.
+attention's surrogate is the stream between the halves. A run of neighbours is fitted as the one surrogate that it is:
+its features are the first site's, its target is the last one's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from lora_drop_tools.teacher_forcing.dropped import DroppedLayer
 from lora_drop_tools.teacher_forcing.exact import ExactLayer
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
-from lora_drop_tools.teacher_forcing.surrogates import Surrogates, product
+from lora_drop_tools.teacher_forcing.surrogates import product
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
 _HELD_OUT = 6  # every so many batches one chooses the ridge
@@ -85,6 +86,7 @@ def _dropped_layer(
     index: int,
     plan: DropPlan,
     policy: Policy,
+    ends: Collection[str],
     choose: Choose,
     chosen: dict[str, tuple[Any, Any]],
 ) -> None:
@@ -98,7 +100,7 @@ def _dropped_layer(
     for name in plan.sites_of(index):
         site, pairs = Site(), [layer.features(name) for layer in layers]
         pair = None
-        if name not in plan.bare_sites:
+        if name in ends:
             for number, (batch, full, (feature, base)) in enumerate(zip(batches, exact, pairs, strict=True)):
                 wanted = full.middle if half_of(name) == ATTENTION else full.output
                 moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
@@ -117,22 +119,27 @@ def walk(
     batches: Sequence[Batch],
     plan: DropPlan,
     policy: Policy,
+    runs: Iterable[Sequence[str]],
     choose: Choose,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Surrogates:
+) -> dict[str, tuple[Any, Any]]:
     """Send batches through all layers; at each surrogate sum features and targets up, and go on with `choose`'s answer.
 
-    A bare site goes on with its base, unasked. Only two hidden states per batch are held, and one layer's K and V.
+    A site that does not end one of the `runs` goes on with its base, unasked: so the features of one that does are the
+    input of its run. Only two hidden states per batch are held, and one layer's K and V.
+
+    Returns: what `choose` answered, by the last site of the run.
     """
     import torch
 
     chosen: dict[str, tuple[Any, Any]] = {}
+    ends = {run[-1] for run in runs}
     last = max(map(layer_of, plan.sites), default=-1)
     with torch.no_grad():
         for index in range(last + 1):
             exact = [forcing.exact_layer(index, batch.exact) for batch in batches]
             if plan.sites_of(index):
-                _dropped_layer(forcing, batches, exact, index, plan, policy, choose, chosen)
+                _dropped_layer(forcing, batches, exact, index, plan, policy, ends, choose, chosen)
             for batch, layer in zip(batches, exact, strict=True):
                 if not plan.sites_of(index) and batch.decoded is not None:
                     batch.decoded = forcing.kept_layer(index, batch.decoded, layer, batch.layout, policy)

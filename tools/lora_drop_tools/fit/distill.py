@@ -18,7 +18,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
+from .learner import Learner
 from .texts import Texts
 
 _LOSS_ROWS = 256  # tokens whose logits are in memory at once
@@ -118,30 +119,6 @@ class Workers:
             here = torch.ones(1, device=device)
             distributed.all_reduce(here)
             assert int(here) == self.count  # reading it waits for the device as well
-
-
-class Learner:
-    """A and B as parameters of like size: A in units of its features, both times the root of the product's size."""
-
-    def __init__(self, pairs: Surrogates, scales: Mapping[str, Any], device: Any) -> None:
-        import torch
-
-        self.scales = {site: scale.float().to(device) for site, scale in scales.items()}
-        self.sizes, self.parameters = {}, {}
-        for site, (a, b) in pairs.items():
-            a, b = a.float().to(device) * self.scales[site], b.float().to(device)
-            size = (b.square().mean() + a.square().mean()).sqrt().clamp(min=1e-6)
-            self.sizes[site] = size
-            self.parameters[site] = tuple(torch.nn.Parameter((m / size).contiguous()) for m in (a, b))
-
-    def pairs(self) -> Surrogates:
-        return {
-            site: (a * self.sizes[site] / self.scales[site], b * self.sizes[site])
-            for site, (a, b) in self.parameters.items()
-        }
-
-    def all(self) -> list[Any]:
-        return [parameter for pair in self.parameters.values() for parameter in pair]
 
 
 @dataclass
@@ -375,7 +352,7 @@ def distill(
             number = step * per_step + workers.rank * options.accumulate + turn
             ids, layout = texts(options.first + number)
             policy = policies[number % len(policies)]
-            sums += run_batch(forcing, ids, layout, plan, learner.pairs(), policy, True, weights)
+            sums += run_batch(forcing, ids, layout, plan, learner.surrogates(), policy, True, weights)
         loss = sums.figures()["kl"]
         _check_finite(loss, step, options)
         gradients = [parameter.grad for parameter in state.parameters]

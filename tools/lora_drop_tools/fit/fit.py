@@ -48,7 +48,7 @@ _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 # Settings as they are
 _TOLD = (
     *("dataset", "text_column", "closed_form_tokens", "steps", "tokens"),
-    *("offset_weights", "batch", "window", "accumulate", "seed", "dtype"),
+    *("offset_weights", "batch", "window", "accumulate", "seed", "dtype", "apart"),
 )
 
 
@@ -79,7 +79,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "rank": settings.rank,
         "alpha": settings.lora_alpha,
         **{name: getattr(settings, name) for name in _TOLD},
-        "learning_rate": settings.rate(len(plan.adapted_sites), plan.rank),
+        "learning_rate": settings.rate(plan),
     }
     described: dict[str, Any] = json.loads(json.dumps(told))
     return described

@@ -64,6 +64,7 @@ def save_adapters(
             "base_fingerprint": loaded.fingerprint,
             "k": list(settings.k),
             "policy": plan.policy,
+            "apart": settings.apart,
             "always_first": plan.always_first,
             "always_last": plan.always_last,
         },

@@ -12,6 +12,7 @@ from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
 from lora_drop_runtime.plan.sites import ATTENTION, INJECTIONS, MLP, parse_sites, sorted_sites
 from lora_drop_runtime.plan.surrogate import SURROGATES
@@ -60,6 +61,7 @@ class FitSettings:
         policies: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's or
             `skip` when empty. Distillation takes several in turns; the adapters are written for the first one.
         alpha: PEFT's; the rank when None, so that the scale is 1.
+        apart: fit each site for itself, although the surrogates of neighbours are one linear map together.
         closed_form_tokens: that the closed form sees, 0 to begin with adapters that do nothing.
         steps: of distillation, 0 for none, 300 when None; each of `accumulate` batches of `batch` texts of `window`
             tokens, which are 256 when None, or as many as the model and the bundle allow.
@@ -145,6 +147,12 @@ class FitSettings:
         help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)",
     )
 
+    apart: bool = option(
+        False,
+        group=_PLAN,
+        help="fit each layer for itself, as lora-drop profile --adapters wants; else neighbours are fitted as one",
+    )
+
     closed_form_tokens: int = option(
         32768,
         group=_HOW,
@@ -172,7 +180,7 @@ class FitSettings:
         group=_HOW,
         metavar="X",
         bounds=Bounds(0, 1000, open=True),
-        help=f"how fast distillation learns (default {LEARNING_RATE}, less for many adapters or a large rank)",
+        help=f"how fast distillation learns (default {LEARNING_RATE}, less for many layers apart or a large rank)",
     )
     offset_weights: tuple[float, ...] | None = option(
         None,
@@ -291,16 +299,21 @@ class FitSettings:
             )
             refuse_unused(self, unused, because, "give --steps")
 
-    def rate(self, sites: int, rank: int) -> float:
-        """The highest learning rate for so many adapters of a rank.
+    def runs(self, plan: DropPlan) -> tuple[tuple[str, ...], ...]:
+        """The adapted sites, neighbours that are fitted as one together."""
+        return tuple((site,) for site in plan.adapted_sites) if self.apart else plan.surrogate_runs
 
-        A step moves each value of A and B by about the rate, in units of their size. Sums over r such values, and
-        n layers one after the other, move by n·√r of it. 0.015 is right for 7 of rank 64, and 13 of rank 128 diverged
-        with it (DECISIONS.md).
+    def rate(self, plan: DropPlan) -> float:
+        """The highest learning rate for the surrogates of a plan.
+
+        A step moves each value of A and B by about the rate, in units of their size. Sums over r such values move by
+        √r of it, and so do n runs of neighbours one after the other by the sum of theirs. 0.015 is right for 7 layers
+        apart of rank 64 (DECISIONS.md).
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return LEARNING_RATE * min(1.0, 7 / max(1, sites) * math.sqrt(64 / rank))
+        moved = sum(math.sqrt(plan.rank * len(run)) for run in self.runs(plan))
+        return LEARNING_RATE * min(1.0, 7 * math.sqrt(64) / moved)
 
     def _check_weights(self) -> None:
         weights = self.offset_weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,10 @@ class Work:
         return [POLICIES[name] for name in self.settings.policies or (self.plan.policy,)]
 
     @property
+    def runs(self) -> Sequence[Sequence[str]]:
+        return self.settings.runs(self.plan)
+
+    @property
     def before(self) -> str:
         """The stage whose adapters distillation begins with."""
         return CLOSED_FORM if CLOSED_FORM in self.stages else BASE
@@ -95,24 +99,29 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
     rank, device = work.plan.rank, work.forcing.device
     random = torch.Generator().manual_seed(work.settings.seed)
     width = len(next(iter(scales.values())))
-    a = {name: torch.randn(rank, width, generator=random) / width**0.5 / scales[name] for name in scales}
-    return {name: (a[name].to(device), torch.zeros(width, rank).to(device)) for name in scales}
+    of_site = {site: scales[run[0]] for run in work.runs for site in run}
+    a = {site: torch.randn(rank, width, generator=random) / width**0.5 / scale for site, scale in of_site.items()}
+    return {site: (a[site].to(device), torch.zeros(width, rank).to(device)) for site in of_site}
 
 
 def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
-    """The adapters that distillation begins with, and the root mean square of each surrogate's features."""
+    """The adapters that distillation begins with, and the root mean square of each run's features by its first site."""
     from .closed_form import Site, balanced, batches_of, solve, walk
+    from .learner import apart
 
     forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console
     work.judge(BASE, {})
     scales: dict[str, Any] = {}
+    runs = {run[-1]: run for run in work.runs}
 
     def choose(name: str, site: Site) -> tuple[Any, Any] | None:
-        scales[name] = scale = site.fit.scale.float()
+        run = runs[name]
+        scales[run[0]] = scale = site.fit.scale.float()
         if not settings.closed_form_tokens:
             return None
-        solution = solve(site, plan.rank)
-        console.say(f"layer {name}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
+        solution = solve(site, plan.rank * len(run))
+        which = f"layer {name}" if len(run) == 1 else f"layers {run[0]} to {name} as one"
+        console.say(f"{which}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
         pair = balanced(solution.a, solution.b, scale)
         return pair[0].to(forcing.device), pair[1].to(forcing.device)
 
@@ -120,9 +129,12 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
     what = "closed form" if settings.closed_form_tokens else "scales of the features"
     with console.progress(what) as update:
         batches = batches_of(forcing, (work.seen(number) for number in range(count)))
-        pairs = walk(forcing, batches, plan, plan.refresh_policy, choose, lambda done, all_: update(what, done, all_))
+        found = walk(
+            forcing, batches, plan, plan.refresh_policy, work.runs, choose, lambda *counts: update(what, *counts)
+        )
     if not settings.closed_form_tokens:
         return _blank(work, scales), scales
+    pairs = apart({runs[end][0]: pair for end, pair in found.items()}, work.runs, plan.rank)
     work.judge(CLOSED_FORM, pairs)
     return pairs, scales
 
@@ -190,11 +202,12 @@ def distilled(
     Raises:
         InputError: the KL is not finite.
     """
-    from .distill import DistillOptions, Learner, distill
+    from .distill import DistillOptions, distill
+    from .learner import Learner
 
     settings = work.settings
-    learner = Learner(pairs, scales, work.forcing.device)
-    rate = settings.rate(len(work.plan.adapted_sites), work.plan.rank)
+    learner = Learner(pairs, scales, work.runs, work.forcing.device)
+    rate = settings.rate(work.plan)
     options = DistillOptions(
         settings.steps_of(workers.count),
         rate,
@@ -212,8 +225,9 @@ def distilled(
         losses = distill(
             work.forcing, work.seen, work.plan, work.policies, learner, options, workers, state_file, report
         )
-    work.judge(DISTILLATION, learner.pairs())
-    return learner.pairs(), losses
+    learned = learner.pairs()
+    work.judge(DISTILLATION, learned)
+    return learned, losses
 
 
 def better(work: Work, begun: Surrogates, learned: Surrogates) -> tuple[str, Surrogates]:

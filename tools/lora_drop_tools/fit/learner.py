@@ -1,0 +1,120 @@
+"""Adapters as the parameters that distillation learns, and back.
+
+Enters: adapters of a plan. Leaves: adapters of like form. Between them a run of dropped neighbours is the one linear
+map that it is (docs/algorithm.md), and is learned as one: a step that moves n adapters, one behind the other, moves the
+map n times as far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lora_drop_runtime.bundle.adapters import stacked
+
+from lora_drop_tools.teacher_forcing.surrogates import Surrogates
+
+_LEAST_SIZE = 1e-6
+_BLANK_SIZE = 0.1  # of a map that does nothing yet: what it may add to a feature, as a share of it
+
+
+def _array(matrix: Any) -> Any:
+    return matrix.detach().cpu().double().numpy()
+
+
+class Learner:
+    """The surrogates of a plan as parameters of like size, those of a run as one under its first site.
+
+    They are A [R, d] and B [d, R], where the ranks of the run sum up to R < d, else their product [d, d]. A and the
+    product are in units of the features.
+
+    Args:
+        scales: the root mean square of each run's features [d], by its first site.
+        runs: the adapted sites, neighbours that are learned as one together.
+    """
+
+    def __init__(
+        self, pairs: Surrogates, scales: Mapping[str, Any], runs: Sequence[Sequence[str]], device: Any
+    ) -> None:
+        import torch
+
+        self.runs = runs
+        self.scales, self.sizes, self.parameters = dict[str, Any](), dict[str, Any](), dict[str, tuple[Any, ...]]()
+        matrices = {site: (_array(a), _array(b)) for site, (a, b) in pairs.items()}
+        self.rank = len(matrices[runs[0][0]][0])
+        for run in runs:
+            scale = scales[run[0]].float().to(device)
+            a, b = (torch.from_numpy(array).float().to(device) for array in stacked(matrices, run))
+            width = len(scale)
+            if len(a) < width:
+                parts = [a * scale, b]
+                size = sum(part.square().mean() for part in parts).sqrt()
+            else:
+                parts = [b @ a * scale]
+                blank = _BLANK_SIZE * scale.median() / width**0.5
+                size = parts[0].square().mean().sqrt() if parts[0].any() else blank
+            self.scales[run[0]], self.sizes[run[0]] = scale, size.clamp(min=_LEAST_SIZE)
+            self.parameters[run[0]] = tuple(
+                torch.nn.Parameter((part / self.sizes[run[0]]).contiguous()) for part in parts
+            )
+
+    def surrogates(self) -> Surrogates:
+        """What stands for the plan's sites while it is learned: a run's first site has all of its map."""
+        import torch
+
+        found = {}
+        for site, (first, *second) in self.parameters.items():
+            size, scale = self.sizes[site], self.scales[site]
+            left = second[0] * size if second else torch.eye(len(scale), device=scale.device)
+            found[site] = first * size / scale, left
+        return found
+
+    def pairs(self) -> Surrogates:
+        """An adapter for each adapted site, of the rank that they had."""
+        return apart(self.surrogates(), self.runs, self.rank)
+
+    def all(self) -> list[Any]:
+        return [parameter for parameters in self.parameters.values() for parameter in parameters]
+
+
+def apart(surrogates: Surrogates, runs: Sequence[Sequence[str]], rank: int) -> Surrogates:
+    """An adapter of the rank for each site of the runs, of what stands for each run under its first site."""
+    import torch
+
+    found = {}
+    for run in runs:
+        a, b = surrogates[run[0]]
+        for site, pair in zip(run, unfolded(_array(a), _array(b), len(run), rank), strict=True):
+            found[site] = tuple(torch.from_numpy(matrix).float().to(a.device) for matrix in pair)
+    return found
+
+
+def unfolded(a: Any, b: Any, count: int, rank: int) -> list[tuple[Any, Any]]:
+    """Adapters A [r, d] and B [d, r] of `count` sites that one behind the other are the map I + B A.
+
+    With `B A = Σ UᵢVᵢ`, in blocks of r of its singular values, `Bᵢ = Uᵢ` and `Aᵢ = Vᵢ (I + Σ UⱼVⱼ)⁻¹`, the sum over the
+    blocks before. The smallest come first, which keeps what is inverted near I.
+
+    Args:
+        a, b: [R, d] and [d, R], float64; of their product count · r singular values at most are kept.
+    """
+    width = a.shape[1]
+    if count == 1 and len(a) == rank:
+        return [(a, b)]
+    left, upper = np.linalg.qr(b)
+    right, lower = np.linalg.qr(a.T)
+    u, sizes, v = np.linalg.svd(upper @ lower.T)
+    roots = np.sqrt(sizes)[::-1]  # the smallest first
+    u, v = (left @ u)[:, ::-1] * roots, roots[:, None] * (v @ right.T)[::-1]
+    room = count * rank
+    if len(roots) < room:
+        u = np.hstack([np.zeros((width, room - len(roots))), u])
+        v = np.vstack([np.zeros((room - len(roots), width)), v])
+    u, v = u[:, -room:], v[-room:]
+    pairs, before = list[tuple[Any, Any]](), np.eye(width)
+    for begin in range(0, room, rank):
+        block = slice(begin, begin + rank)
+        pairs.append((np.linalg.solve(before.T, v[block].T).T, u[:, block]))
+        before = before + u[:, block] @ v[block]
+    return pairs
