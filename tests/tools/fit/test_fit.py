@@ -244,6 +244,16 @@ def test_a_map_as_adapters_one_behind_the_other(count: int, rank: int, kept: int
     np.testing.assert_allclose(total - np.eye(16), u * sizes @ v, atol=1e-9)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_map_that_forgets_what_it_gets(share: float) -> None:
+    """I − I, whole or of half of the features: what is inverted on the way has no inverse."""
+    gone = (np.arange(16) < 16 * share).astype(float)
+    total = np.eye(16)
+    for a, b in unfolded(-np.diag(gone), np.eye(16), 4, 5):
+        total = total + b @ (a @ total)
+    np.testing.assert_allclose(total, np.diag(1 - gone), atol=1e-9)
+
+
 @pytest.mark.parametrize("rank", [3, 16, 40])
 def test_runs_are_learned_as_one(rank: int) -> None:
     """What is learned decodes as the adapters do, before a step and after one, whatever form it has."""
