@@ -58,7 +58,7 @@ def test_a_policy_counts_by_its_facts(policy: Policy) -> None:
         def choose(_: str, site: Site, to: list[float] = moments) -> None:
             to.append(site.fit.yy)
 
-        walk(forcing, batches_of(forcing, [(ids, layout)]), plan, one, choose)
+        walk(forcing, batches_of(forcing, [(ids, layout)]), plan, one, [(site,) for site in plan.sites], choose)
         found[name] = (vars(sums), moments)
     same = [name for name in POLICIES if found[name] == found["toy"]]
     assert same == [name for name, one in POLICIES.items() if isinstance(one, type(policy))]

@@ -23,6 +23,55 @@ def _array(matrix: Any) -> Any:
     return matrix.detach().cpu().double().numpy()
 
 
+def _one_behind_the_other(u: Any, v: Any, rank: int) -> tuple[list[tuple[Any, Any]], float]:
+    """The adapters of `unfolded` for one order of the map's parts, and what float32 loses of the map."""
+    before, rounded, pairs = np.eye(len(u)), np.eye(len(u)), list[tuple[Any, Any]]()
+    for begin in range(0, len(v), rank):
+        block = slice(begin, begin + rank)
+        try:
+            a = np.linalg.solve(before.T, v[block].T).T
+        except np.linalg.LinAlgError:  # the blocks before map something to 0
+            a = np.linalg.lstsq(before.T, v[block].T)[0].T
+        pairs.append((a, u[:, block]))
+        before = before + u[:, block] @ v[block]
+        low_a, low_b = (matrix.astype(np.float32).astype(np.float64) for matrix in pairs[-1])
+        rounded = rounded + low_b @ (low_a @ rounded)
+    return pairs, float(np.linalg.norm(rounded - before))
+
+
+def unfolded(a: Any, b: Any, count: int, rank: int) -> list[tuple[Any, Any]]:
+    """Adapters A [r, d] and B [d, r] of `count` sites that one behind the other are the map I + B A.
+
+    With `B A = Σ UᵢVᵢ`, in blocks of r of its singular values, `Bᵢ = Uᵢ` and `Aᵢ = Vᵢ (I + Σ UⱼVⱼ)⁻¹`, the sum over the
+    blocks before. The smallest come first, which keeps what is inverted near I, or the largest where that is better.
+
+    Args:
+        a, b: [R, d] and [d, R], float64; of their product count · r singular values at most are kept.
+    """
+    width, room = a.shape[1], count * rank
+    if count == 1 and len(a) == rank:
+        return [(a, b)]
+    left, upper = np.linalg.qr(b)
+    right, lower = np.linalg.qr(a.T)
+    u, sizes, v = np.linalg.svd(upper @ lower.T)
+    u, v = ((left @ u) * np.sqrt(sizes))[:, :room], (np.sqrt(sizes)[:, None] * (v @ right.T))[:room]
+    u = np.hstack([u, np.zeros((width, room - u.shape[1]))])  # the smallest are none
+    v = np.vstack([v, np.zeros((room - len(v), width))])
+    return min((_one_behind_the_other(u[:, ::o], v[::o], rank) for o in (-1, 1)), key=lambda found: found[1])[0]
+
+
+def apart(surrogates: Surrogates, runs: Sequence[Sequence[str]], rank: int) -> Surrogates:
+    """An adapter of the rank for each site of the runs, of what stands for each run under its first site."""
+    import torch
+
+    found = {}
+    for run in runs:
+        a, b = surrogates[run[0]]
+        for site, pair in zip(run, unfolded(_array(a), _array(b), len(run), rank), strict=True):
+            found[site] = tuple(torch.tensor(matrix.copy(), dtype=torch.float32, device=a.device) for matrix in pair)
+    return found
+
+
 class Learner:
     """The surrogates of a plan as parameters of like size, those of a run as one under its first site.
 
@@ -76,52 +125,3 @@ class Learner:
 
     def all(self) -> list[Any]:
         return [parameter for parameters in self.parameters.values() for parameter in parameters]
-
-
-def apart(surrogates: Surrogates, runs: Sequence[Sequence[str]], rank: int) -> Surrogates:
-    """An adapter of the rank for each site of the runs, of what stands for each run under its first site."""
-    import torch
-
-    found = {}
-    for run in runs:
-        a, b = surrogates[run[0]]
-        for site, pair in zip(run, unfolded(_array(a), _array(b), len(run), rank), strict=True):
-            found[site] = tuple(torch.tensor(matrix.copy(), dtype=torch.float32, device=a.device) for matrix in pair)
-    return found
-
-
-def _one_behind_the_other(u: Any, v: Any, rank: int) -> tuple[list[tuple[Any, Any]], float]:
-    """The adapters of `unfolded` for one order of the map's parts, and what float32 loses of the map."""
-    before, rounded, pairs = np.eye(len(u)), np.eye(len(u)), list[tuple[Any, Any]]()
-    for begin in range(0, len(v), rank):
-        block = slice(begin, begin + rank)
-        try:
-            a = np.linalg.solve(before.T, v[block].T).T
-        except np.linalg.LinAlgError:  # the blocks before map something to 0
-            a = np.linalg.lstsq(before.T, v[block].T)[0].T
-        pairs.append((a, u[:, block]))
-        before = before + u[:, block] @ v[block]
-        low_a, low_b = (matrix.astype(np.float32).astype(np.float64) for matrix in pairs[-1])
-        rounded = rounded + low_b @ (low_a @ rounded)
-    return pairs, float(np.linalg.norm(rounded - before))
-
-
-def unfolded(a: Any, b: Any, count: int, rank: int) -> list[tuple[Any, Any]]:
-    """Adapters A [r, d] and B [d, r] of `count` sites that one behind the other are the map I + B A.
-
-    With `B A = Σ UᵢVᵢ`, in blocks of r of its singular values, `Bᵢ = Uᵢ` and `Aᵢ = Vᵢ (I + Σ UⱼVⱼ)⁻¹`, the sum over the
-    blocks before. The smallest come first, which keeps what is inverted near I, or the largest where that is better.
-
-    Args:
-        a, b: [R, d] and [d, R], float64; of their product count · r singular values at most are kept.
-    """
-    width, room = a.shape[1], count * rank
-    if count == 1 and len(a) == rank:
-        return [(a, b)]
-    left, upper = np.linalg.qr(b)
-    right, lower = np.linalg.qr(a.T)
-    u, sizes, v = np.linalg.svd(upper @ lower.T)
-    u, v = ((left @ u) * np.sqrt(sizes))[:, :room], (np.sqrt(sizes)[:, None] * (v @ right.T))[:room]
-    u = np.hstack([u, np.zeros((width, room - u.shape[1]))])  # the smallest are none
-    v = np.vstack([v, np.zeros((room - len(v), width))])
-    return min((_one_behind_the_other(u[:, ::o], v[::o], rank) for o in (-1, 1)), key=lambda found: found[1])[0]
