@@ -65,7 +65,9 @@ def test_adapters_of_another_plan(export_refused, adapters, arguments, words):
     [
         (lambda c: c["lora_drop"].update(base_fingerprint="beef" * 16), ("another base model", "beefbeefbeef")),
         (lambda c: c["lora_drop"].update(sites=["4", "7"]), ("Layer 7", "always kept")),
-        (lambda c: c["lora_drop"].update(surrogate="sideways"), ("--surrogate", "sideways", "recurrent")),
+        (lambda c: c["lora_drop"].update(surrogate="sideways"), ("surrogate that is unknown", "sideways", "recurrent")),
+        (lambda c: c["lora_drop"].update(policy="hop"), ("policy that is unknown", "'hop'", "skip, backfill")),
+        (lambda c: c["lora_drop"].update(apart="yes"), ("not a directory of LoRA-Drop adapters", "lora_drop.apart")),
         (lambda c: c.update(r=5), ("wrong shape", "(4, 64)", "(5, 64)")),
         (lambda c: c["lora_drop"].update(always_first="three"), ("not a directory of LoRA-Drop adapters",)),
         (lambda c: c.update(r=0), ("not a directory of LoRA-Drop adapters",)),

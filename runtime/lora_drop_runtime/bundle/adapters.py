@@ -26,7 +26,9 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError, PlanError
 from lora_drop_runtime.files import is_file, read_bounded
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import in_halves, listed, sorted_sites
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from .safetensors_file import read_tensors
 from .typed_json import parse_json, typed
@@ -90,12 +92,20 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
                 note=f"{path} sets {unknown[0]}; the scale of every adapter is lora_alpha / r.",
                 hint="Use adapters written by: lora-drop fit",
             )
+        told = {name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS}
+        for name, known in (("surrogate", SURROGATES), ("policy", POLICIES)):
+            if told[name] is not None and told[name] not in known:
+                raise PlanError(
+                    f"The adapters were fitted for a {name} that is unknown.",
+                    note=f"{path} says {told[name]!r:.40}, {', '.join(known)} are known.",
+                    hint="Use the version of LoRA-Drop that wrote them, or fit them again with: lora-drop fit",
+                )
         return AdapterConfig(
             rank=rank,
             alpha=typed(float, data.get("lora_alpha", rank), "lora_alpha"),
             sites=_sites(plan),
             bare_sites=sorted_sites(typed(tuple[str, ...], plan.get("bare_sites", []), "lora_drop.bare_sites")),
-            **{name: typed(str | None, plan.get(name), f"lora_drop.{name}") for name in _TEXTS},
+            **told,
             apart=typed(bool | None, plan.get("apart"), "lora_drop.apart"),
             **{name: typed(int | None, plan.get(name), f"lora_drop.{name}") for name in _COUNTS},
         )
