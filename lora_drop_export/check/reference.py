@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.adapters import PARTS, weight_name
+from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
@@ -315,11 +315,10 @@ class Reference:
         """`y = base + s·B·A·x`."""
         form = self.plan.form
         base = self._states[half_of(site)] if form.has_state else x
-        weights = [self.weights[name] for part in PARTS if (name := weight_name(site, part)) in self.weights]
-        y = base
-        if weights:
-            for weight in weights:
-                x = x @ as_tensor(weight).T
+        y, names = base, weight_names(site, self.weights)
+        if names:
+            for name in names:
+                x = x @ as_tensor(self.weights[name]).T
             y = base + x
         if form.updates_state:
             self._states[half_of(site)] = y

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
@@ -35,7 +36,6 @@ from .facts import (
     make_plan,
     native_formats,
     quantization_of,
-    surrogate_weights,
 )
 from .files import check_disk
 from .forms import check_device, forms_of
@@ -185,6 +185,7 @@ def check_before_trace(
             caches = Caches(options.kv_dtype, head_dim, plan.refresh_policy.fills)
             for target in set(options.targets) & set(TARGETS):
                 TARGETS[target].check_caches(caches, options)
-        surrogate_weights(plan, width, fingerprint, options)
+        if options.adapters is not None:
+            read_adapters(options.adapters, plan, width, fingerprint)
         _warn_of_plan(plan, console)
     _check_disk(checkpoint, dtype, options, root)

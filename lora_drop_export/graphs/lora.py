@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
-from lora_drop_runtime.bundle.adapters import PARTS, weight_name
+from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -42,8 +42,8 @@ class _SurrogateBuilder:
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        parts = [part for part in PARTS if weight_name(site, part) in self.weights]
-        if not parts and not self.plan.has_state:
+        names = weight_names(site, self.weights)
+        if not names and not self.plan.has_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
 
@@ -60,14 +60,13 @@ class _SurrogateBuilder:
             base = gs.Variable(f"past_state.{site}", dtype, rows)
             self.states_in[base.name] = base
         result = base
-        if parts:
+        if names:
             to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
             x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
             value = x_rows
-            for part in parts:
-                weight = weight_name(site, part)
-                product = variable(part, ["batch", self.weights[weight].shape[0]])
-                value = add("Gemm", [value, self._weight(weight)], product, transB=1)
+            for name in names:
+                product = variable(f"by_{name.rpartition('_')[2]}", ["batch", self.weights[name].shape[0]])
+                value = add("Gemm", [value, self._weight(name)], product, transB=1)
             result = add("Add", [value, x_rows if base is None else base], variable("sum", rows))
             if site in self.plan.updated_states:
                 result.name = f"present_state.{site}"

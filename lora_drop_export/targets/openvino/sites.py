@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.bundle.adapters import PARTS, weight_name
+from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PAST_STATES, PRESENT_STATES
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
@@ -230,12 +230,11 @@ class _Sites:
         """y = base + x Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
         ops, stored = branch.ops, self.lora.initializers
         base = x if self.states is None else self._base(branch, place)
-        weights = [stored[name] for part in PARTS if (name := weight_name(site, part)) in stored]
-        if not weights:
+        names, value = weight_names(site, stored), x
+        if not names:
             return base
-        value = x
-        for weight in weights:
-            value = ops("Linear", value, branch.weight(weight), domain=DOMAIN, quantized=0, bias=0, gated=0)
+        for name in names:
+            value = ops("Linear", value, branch.weight(stored[name]), domain=DOMAIN, quantized=0, bias=0, gated=0)
             value.type = x.type
         total = ops("Add", value, base)
         total.type = x.type

@@ -15,7 +15,7 @@ The scale is `s = alpha / r` as in PEFT, folded into B here. So are neighbours i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +200,11 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
 def weight_name(site: str, part: str) -> str:
     """What a surrogate's weight is called in the graphs; `part` is one of `PARTS`."""
     return f"surrogate.{site}.lora_{part}"
+
+
+def weight_names(site: str, stored: Container[str]) -> list[str]:
+    """Those of `stored` that are a site's, in the order in which its input goes through them."""
+    return [name for part in PARTS if (name := weight_name(site, part)) in stored]
 
 
 def weight_shapes(plan: DropPlan, hidden_size: int) -> dict[str, tuple[int, int]]:

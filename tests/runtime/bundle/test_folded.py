@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from lora_drop_runtime.bundle.adapters import Matrices, folded, weight_shapes
 from lora_drop_runtime.errors import PlanError
@@ -15,7 +16,10 @@ WIDTH = 24
 
 def matrices_of(plan: DropPlan, size: float = 0.3) -> Matrices:
     generator = np.random.default_rng(3)
-    draw = lambda *shape: (generator.standard_normal(shape) * size).astype(np.float32)  # noqa: E731
+
+    def draw(*shape: int) -> npt.NDArray[np.float32]:
+        return (generator.standard_normal(shape) * size).astype(np.float32)
+
     return {site: (draw(plan.rank, WIDTH), draw(WIDTH, plan.rank)) for site in plan.adapted_sites}
 
 

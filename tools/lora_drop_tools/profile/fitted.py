@@ -16,7 +16,9 @@ from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.sites import half_of, layer_of, listed
+from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from .settings import SITES
 
@@ -58,14 +60,6 @@ class Fitted:
         return {site: (put(a), put(b)) for site, (a, b) in found.items()}
 
 
-def _plan_of(config: AdapterConfig) -> DropPlan:
-    """The plan that adapters were fitted for, of a model that ends with it."""
-    sites = config.sites or ()
-    plan = DropPlan(1 + max(map(layer_of, sites)), sites, rank=config.rank, always_first=0, always_last=0)
-    plan = dataclasses.replace(plan, bare_sites=config.bare_sites, surrogate=config.surrogate or plan.surrogate)
-    return dataclasses.replace(plan, policy=config.policy or plan.policy)
-
-
 def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | None]:
     """The adapters that were asked for, and the settings with what they bring.
 
@@ -92,7 +86,17 @@ def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | No
             note=f"{directory} has {listed(sites)}.",
             hint="Fit adapters for whole layers alone, or for halves alone.",
         )
-    together = next((run for run in _plan_of(config).surrogate_runs if len(run) > 1), None)
+    fitted_for = DropPlan(
+        1 + max(map(layer_of, sites)),
+        sites,
+        surrogate=config.surrogate or DEFAULT_SURROGATE,
+        rank=config.rank,
+        bare_sites=config.bare_sites,
+        always_first=0,
+        always_last=0,
+        policy=config.policy or DEFAULT_POLICY,
+    )
+    together = next((run for run in fitted_for.surrogate_runs if len(run) > 1), None)
     if config.apart is False and together:
         raise PlanError(
             "The adapters of neighbours were fitted as one, so they say nothing of a single layer.",
