@@ -131,7 +131,8 @@ class Reference:
     weights: Mapping[str, Array]
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     kv_dtype: str | None = None
-    _states: dict[str, Any] = field(default_factory=dict)
+    _states: dict[str, Any] = field(default_factory=dict)  # of the running layer's sites, [B, 1, d]
+    _begun: dict[tuple[str, int], Any] = field(default_factory=dict)  # site with a state, step → what it was given
     _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
 
     def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
@@ -280,7 +281,7 @@ class Reference:
         self._states = {}
         sites, rows = self.plan.sites_of(index), torch.arange(batch)
         outputs = []
-        for x, call, kind, count, stale in zip(hidden, calls, kinds, counts, again, strict=True):
+        for step, (x, call, kind, count, stale) in enumerate(zip(hidden, calls, kinds, counts, again, strict=True)):
             cache.new_tokens = count
             if kind is StepKind.LORA and sites:
                 outputs.append(self._lora_layer(index, layer, x, call[index]))
@@ -290,10 +291,21 @@ class Reference:
                 cache.values = [values[:-stale] for values in cache.values]
             middle, y = _run(layer, x, call[index])
             last = torch.tensor(count) - 1
-            self._states = {"": y[rows, last][:, None], ATTENTION: middle[rows, last][:, None]}  # [B, 1, d]
-            self._states[MLP] = self._states[""]
+            self._keep_states(index, step, *(stream[rows, last][:, None] for stream in (x, middle, y)))
             outputs.append(y)
         return outputs
+
+    def _keep_states(self, index: int, step: int, x: Any, middle: Any, y: Any) -> None:
+        """After a refresh: the streams before a layer, between its halves and behind it, of the last tokens."""
+        owners = {after: first for first, after in self.plan.states.items()}
+        for site in self.plan.sites_of(index):
+            half = half_of(site)
+            if site in self.plan.states:
+                self._begun[site, step] = middle if half == MLP else x
+            if site in owners:
+                self._states[site] = middle if half == ATTENTION else y
+                if self.plan.form.with_change:
+                    self._states[site] = self._states[site] - self._begun.pop((owners[site], step))
 
     def _lora_layer(self, index: int, layer: Any, x: Any, call: tuple[Any, Any]) -> Any:
         """A layer with dropped sites on a LoRA step: [B, 1, d]."""
@@ -312,14 +324,19 @@ class Reference:
         return self._surrogate(second[0], made) if second else made
 
     def _surrogate(self, site: str, x: Any) -> Any:
-        """`y = base + s·B·A·x`."""
-        form = self.plan.form
-        base = self._states[half_of(site)] if form.has_state else x
-        y, names = base, weight_names(site, self.weights)
+        """`y = base + s·B·A·feature`; of a run with a change the last site has it all: no refresh reached it before."""
+        import torch
+
+        form, owner = self.plan.form, site
+        if form.with_change:
+            owner = next((first for first, after in self.plan.states.items() if after == site), "")
+        base = self._states[site] if form.base_is_state else x
+        y, names = base, weight_names(owner, self.weights)
         if names:
+            feature = torch.cat([x, self._states[site]], dim=-1) if form.with_change else x
             for name in names:
-                x = x @ as_tensor(self.weights[name]).T
-            y = base + x
+                feature = feature @ as_tensor(self.weights[name]).T
+            y = base + feature
         if form.updates_state:
-            self._states[half_of(site)] = y
+            self._states[site] = y
         return y

@@ -18,18 +18,17 @@ from lora_drop_runtime.bundle.graph_io import CacheShape, graph_io
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
-from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from .values import IR_VERSION, external, middle_name
+from .values import IR_VERSION, external, stream_names
 
 G_LOGGER.severity = G_LOGGER.ERROR  # it warns of bfloat16, which it keeps as it is, and of colours that it has not got
 
 
 @dataclass
 class _SurrogateBuilder:
-    """Puts in `y = base + x Aᵀ (sB)ᵀ`: Reshape, one or two Gemm, Add, Reshape (docs/algorithm.md)."""
+    """Puts in `y = base + feature Aᵀ (sB)ᵀ`: Reshape, [Concat,] one or two Gemm, Add, Reshape (docs/algorithm.md)."""
 
     graph: gs.Graph
     plan: DropPlan
@@ -42,8 +41,8 @@ class _SurrogateBuilder:
     def surrogate(self, site: str, x: gs.Variable) -> gs.Variable:
         """Nodes of one surrogate; `x` [B, 1, d] → y [B, 1, d]."""
         dtype = x.dtype
-        names = weight_names(site, self.weights)
-        if not names and not self.plan.has_state:
+        names, form = weight_names(site, self.weights), self.plan.form
+        if not names and not form.base_is_state:
             return x  # plain layer skipping: the base alone is no node at all
         rows: list[int | str] = ["batch", self.hidden_size]
 
@@ -55,19 +54,22 @@ class _SurrogateBuilder:
             self.graph.nodes.append(gs.Node(op, name=name, attrs=attrs, inputs=inputs, outputs=[output]))
             return output
 
-        base: gs.Variable | None = None
-        if self.plan.has_state:
-            base = gs.Variable(f"past_state.{site}", dtype, rows)
-            self.states_in[base.name] = base
-        result = base
+        state: gs.Variable | None = None
+        if site in self.plan.states:
+            state = gs.Variable(f"past_state.{site}", dtype, rows)
+            self.states_in[state.name] = state
+        result = state
         if names:
             to_rows = gs.Constant(f"surrogate.{site}.rows_shape", np.array([-1, self.hidden_size], np.int64))
             x_rows = add("Reshape", [x, to_rows], variable("x", rows))  # [B, d]
             value = x_rows
+            if form.with_change:
+                width = form.feature_size(self.hidden_size)
+                value = add("Concat", [x_rows, state], variable("feature", ["batch", width]), axis=1)
             for name in names:
                 product = variable(f"by_{name.rpartition('_')[2]}", ["batch", self.weights[name].shape[0]])
                 value = add("Gemm", [value, self._weight(name)], product, transB=1)
-            result = add("Add", [value, x_rows if base is None else base], variable("sum", rows))
+            result = add("Add", [value, state if form.base_is_state else x_rows], variable("sum", rows))
             if site in self.plan.updated_states:
                 result.name = f"present_state.{site}"
                 self.states_out[result.name] = result
@@ -122,12 +124,7 @@ def lora_step_from_refresh(
     inputs = {tensor.name: tensor for tensor in graph.inputs}
     builder = _SurrogateBuilder(graph, plan, cache, hidden_size, weights)
     for site in plan.sites:
-        layer, half = layer_of(site), half_of(site)
-        x, y = f"hidden_states.{layer}", f"hidden_states.{layer + 1}"
-        if half == ATTENTION:
-            y = middle_name(layer)
-        elif half == MLP:
-            x = middle_name(layer)
+        x, y = stream_names(site)
         new = builder.surrogate(site, tensors[x])
         _replace_uses(tensors[y], new)
         tensors[y] = new

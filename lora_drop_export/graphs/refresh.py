@@ -23,7 +23,7 @@ from lora_drop_runtime.dtypes import BY_NAME, CACHE_DTYPES
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
-from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
+from lora_drop_runtime.plan.sites import half_of, layer_of
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from lora_drop_export.decoder.attention_interface import DOMAIN
@@ -31,7 +31,7 @@ from lora_drop_export.decoder.trace import TracedModel
 
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
-from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, typed_value
+from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, stream_names, typed_value
 
 
 def _ints(value: int | list[int]) -> ir.Node:
@@ -201,16 +201,23 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
 def _state_outputs(
     graph: ir.Graph, plan: DropPlan, logits_index: ir.Value, values: Mapping[str | None, ir.Value]
 ) -> dict[str, ir.Value]:
-    """present_state: each surrogate's output [B, d] at the last position whose logits are asked for."""
+    """present_state: a surrogate's output, or the change of a run, [B, d] at the last position that has logits."""
     last = ir.node("Gather", [logits_index, (end := _ints([-1])).outputs[0]], {"axis": 1})  # [B, 1]
     graph.extend([end, last])
+
+    def row(name: str) -> ir.Value:
+        chosen = ir.node("GatherND", [values[name], last.outputs[0]], {"batch_dims": 1})
+        graph.append(chosen)
+        return chosen.outputs[0]
+
     outputs = {}
-    for site in plan.sites:
-        layer = layer_of(site)
-        source = values[middle_name(layer) if half_of(site) == ATTENTION else f"hidden_states.{layer + 1}"]
-        state = ir.node("GatherND", [source, last.outputs[0]], {"batch_dims": 1})  # [B, d]
-        graph.append(state)
-        outputs[f"present_state.{site}"] = state.outputs[0]
+    for first, after in plan.states.items():
+        state = row(stream_names(after)[1])
+        if plan.form.with_change:
+            change = ir.node("Sub", [state, row(stream_names(first)[0])])
+            graph.append(change)
+            state = change.outputs[0]
+        outputs[f"present_state.{first}"] = state
     return outputs
 
 

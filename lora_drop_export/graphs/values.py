@@ -6,6 +6,7 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle.graph_io import TensorSpec
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
 
 OPSET = 24  # the first with TensorScatter
 IR_VERSION = 11
@@ -14,6 +15,13 @@ IR_VERSION = 11
 def middle_name(layer: int) -> str:
     """The residual stream between a layer's halves, where one of them is dropped."""
     return f"hidden_states.{layer}.attn"
+
+
+def stream_names(site: str) -> tuple[str, str]:
+    """The residual stream at a site's input and at its output."""
+    layer, half = layer_of(site), half_of(site)
+    begin = middle_name(layer) if half == MLP else f"hidden_states.{layer}"
+    return begin, middle_name(layer) if half == ATTENTION else f"hidden_states.{layer + 1}"
 
 
 def external(name: str, stored: TensorPlace) -> ir.ExternalTensor:

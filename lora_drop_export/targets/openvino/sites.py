@@ -16,10 +16,10 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.bundle.paged_io import DOMAIN, LAST_TOKENS, LORA_STEP, PAST_STATES, PRESENT_STATES
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of, layer_of
+from lora_drop_runtime.plan.sites import MLP, half_of, layer_of
 
 from lora_drop_export.graphs.nodes import Ops, viewed
-from lora_drop_export.graphs.values import middle_name
+from lora_drop_export.graphs.values import stream_names
 
 
 class _Branch:
@@ -133,22 +133,22 @@ class _Sites:
         self.last: ir.Value | None = None
         self.present: list[ir.Value] = []
         self.latest: list[ir.Value] = []
+        self.begun: dict[str, ir.Value] = {}  # what the sites with a state were given
+        self.owners = {after: first for first, after in plan.states.items()}
         if plan.has_state:
             hidden = self.values["hidden_states.0"]
             width = hidden.shape[2]  # type: ignore[index]
             self.last = ir.val(LAST_TOKENS, ir.DataType.INT64, ["states"])
-            self.states = ir.val(PAST_STATES, hidden.dtype, [len(plan.sites), "states", int(width)])  # type: ignore[arg-type]
+            self.states = ir.val(PAST_STATES, hidden.dtype, [len(plan.states), "states", int(width)])  # type: ignore[arg-type]
             graph.inputs.extend([self.last, self.states])
 
-    def put(self, place: int, site: str) -> None:
+    def put(self, site: str) -> None:
         """Put one site behind Ifs."""
         layer, half = layer_of(site), half_of(site)
-        begin, end = f"hidden_states.{layer}", f"hidden_states.{layer + 1}"
-        if half == ATTENTION:
-            end = middle_name(layer)
-        elif half == MLP:
-            begin = middle_name(layer)
+        begin, end = stream_names(site)
         x, y = self.values[begin], self.values[end]
+        if site in self.plan.states:
+            self.begun[site] = x
         begins = {x}
         attended = self.values.get(f"attended.{layer}")
         if half != MLP:
@@ -160,13 +160,15 @@ class _Sites:
         full, surrogate = _Branch(f"site.{site}/full"), _Branch(f"site.{site}/lora")
         nodes = _between([y], begins)
         results = [full.copy(nodes)[y]]
-        instead = [self._surrogate(surrogate, place, site, x)]
-        if self.states is not None:
-            ops = full.ops
-            row = ops("Gather", results[0], self.last, axis=1)  # [1, b, d]
-            results.append(row)
-            base = self._base(surrogate, place)
-            instead.append(instead[0] if site in self.plan.updated_states else base)
+        instead = [self._surrogate(surrogate, site, x)]
+        if site in self.owners:
+            ops, first = full.ops, self.owners[site]
+            state = ops("Gather", results[0], self.last, axis=1)  # [1, b, d]
+            if self.plan.form.with_change:
+                state.type = y.type
+                state = ops("Sub", state, ops("Gather", self.begun[first], self.last, axis=1))
+            results.append(state)
+            instead.append(instead[0] if site in self.plan.updated_states else self._state(surrogate, first))
         if instead[0] is x:
             instead[0] = surrogate.ops("Identity", x)
         for values in (results, instead):
@@ -184,7 +186,7 @@ class _Sites:
         self.values[end] = new
         self.graph.append(chosen)
         self.latest = list(chosen.outputs)
-        if self.states is not None:
+        if site in self.owners:
             chosen.outputs[1].type = y.type
             self.present.append(chosen.outputs[1])
 
@@ -218,21 +220,24 @@ class _Sites:
             self.graph.extend(ops.nodes)
             row.replace_all_uses_with(packed)
 
-    def _base(self, branch: _Branch, place: int) -> ir.Value:
+    def _state(self, branch: _Branch, site: str) -> ir.Value:
         """The state before the step, [1, b, d]."""
         ops = branch.ops
         assert self.states is not None
-        row = ops("Gather", self.states, ops.ints([place]), axis=0)
+        row = ops("Gather", self.states, ops.ints([list(self.plan.states).index(site)]), axis=0)
         row.type = self.states.type
         return row
 
-    def _surrogate(self, branch: _Branch, place: int, site: str, x: ir.Value) -> ir.Value:
-        """y = base + x Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
-        ops, stored = branch.ops, self.lora.initializers
-        base = x if self.states is None else self._base(branch, place)
+    def _surrogate(self, branch: _Branch, site: str, x: ir.Value) -> ir.Value:
+        """y = base + feature Aᵀ (sB)ᵀ [1, T, d]; x itself where nothing is added to it."""
+        ops, stored, form = branch.ops, self.lora.initializers, self.plan.form
+        base = self._state(branch, site) if form.base_is_state else x
         names, value = weight_names(site, stored), x
         if not names:
             return base
+        if form.with_change:
+            value = ops("Concat", x, self._state(branch, site), axis=-1)
+            value.type = x.type
         for name in names:
             value = ops("Linear", value, branch.weight(stored[name]), domain=DOMAIN, quantized=0, bias=0, gated=0)
             value.type = x.type
@@ -261,6 +266,6 @@ class _Sites:
 def put_behind_ifs(graph: ir.Graph, lora: ir.Graph, plan: DropPlan) -> None:
     """All sites of a plan, in the order in which a token goes through them."""
     sites = _Sites(graph, lora, plan)
-    for place, site in sorted(enumerate(plan.sites), key=lambda one: (layer_of(one[1]), half_of(one[1]) == MLP)):
-        sites.put(place, site)
+    for site in plan.sites:
+        sites.put(site)
     sites.finish()

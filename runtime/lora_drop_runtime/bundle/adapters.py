@@ -127,7 +127,7 @@ def _short(value: object) -> str:
 
 
 def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str) -> Matrices:
-    """The matrices for every surrogate of a plan: site → (A [r, d], s·B [d, r]), float32.
+    """The matrices for every surrogate of a plan: site → (A [r, d] or [r, 2d], s·B [d, r]), float32.
 
     Raises:
         PlanError: fitted for another base model, drop list, surrogate, injection, rank or width.
@@ -176,13 +176,14 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
         )
     scale = np.float32(config.alpha / config.rank)
     matrices: Matrices = {}
+    width = plan.form.feature_size(hidden_size)
     for site in plan.adapted_sites:
         a, b = found_matrices[site, "A"], found_matrices[site, "B"]
-        if a.shape != (plan.rank, hidden_size) or b.shape != (hidden_size, plan.rank):
+        if a.shape != (plan.rank, width) or b.shape != (hidden_size, plan.rank):
             raise PlanError(
                 "An adapter has the wrong shape.",
                 note=f"Layer {site} has A {a.shape} and B {b.shape}, needed are "
-                f"A {(plan.rank, hidden_size)} and B {(hidden_size, plan.rank)}.",
+                f"A {(plan.rank, width)} and B {(hidden_size, plan.rank)}.",
                 hint="Use adapters of this base model.",
             )
         with np.errstate(over="ignore", invalid="ignore"):
@@ -210,28 +211,31 @@ def weight_names(site: str, stored: Container[str]) -> list[str]:
 def weight_shapes(plan: DropPlan, hidden_size: int) -> dict[str, tuple[int, int]]:
     """The weights of a plan's surrogates in the graphs, by name: those of a run under its first site.
 
-    Of n sites they are `A [n·r, d]` and `B [d, n·r]`, or where these are no smaller than their product that: `[d, d]`.
+    Of n sites and w features, d or 2d, they are `A [n·r, w]` and `B [d, n·r]`, or where these are no smaller than their
+    product that: `[d, w]`.
     """
     shapes: dict[str, tuple[int, int]] = {}
+    width = plan.form.feature_size(hidden_size)
     for first, *others in plan.surrogate_runs:
         rank = plan.rank * (1 + len(others))
-        if 2 * rank >= hidden_size:
-            shapes[weight_name(first, "BA")] = hidden_size, hidden_size
+        if rank * (width + hidden_size) >= width * hidden_size:
+            shapes[weight_name(first, "BA")] = hidden_size, width
         else:
-            shapes |= {weight_name(first, "A"): (rank, hidden_size), weight_name(first, "B"): (hidden_size, rank)}
+            shapes |= {weight_name(first, "A"): (rank, width), weight_name(first, "B"): (hidden_size, rank)}
     return shapes
 
 
 def stacked(matrices: Matrices, run: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """A [n·r, d] and B [d, n·r] of the one map that n surrogates of base `residual` are, one behind the other.
+    """A [n·r, w] and B [d, n·r] of the one map that n surrogates whose base is the input are, one behind the other.
 
-    `(I + B₂A₂)(I + B₁A₁) = I + [B₁ B₂] [A₁; A₂(I + B₁A₁)]`.
+    `(I + B₂A₂)(I + B₁A₁) = I + [B₁ B₂] [A₁; A₂(I + B₁A₁)]`. Of w features the first d are the stream, to which B adds;
+    all that B adds to goes through the first d columns of the A's behind it.
     """
-    hidden_size = matrices[run[0]][0].shape[1]
-    a, b = np.empty((0, hidden_size)), np.empty((hidden_size, 0))
+    b = np.empty((len(matrices[run[0]][1]), 0))
+    a = np.empty((0, matrices[run[0]][0].shape[1]))
     for site in run:
         next_a, next_b = (matrix.astype(np.float64) for matrix in matrices[site])
-        a, b = np.vstack([a, next_a + (next_a @ b) @ a]), np.hstack([b, next_b])
+        a, b = np.vstack([a, next_a + (next_a[:, : len(b)] @ b) @ a]), np.hstack([b, next_b])
     return a, b
 
 

@@ -155,7 +155,7 @@ def graph_io(
         for part in ("key", "value"):
             inputs.append(TensorSpec(f"past_{part}.{layer}", entry, shape))
             outputs.append(TensorSpec(f"present_{part}.{layer}", entry, shape, f"past_{part}.{layer}"))
-    for site in plan.sites if plan.has_state else ():
+    for site in plan.states:
         row: tuple[Dim, ...] = ("batch", hidden_size)
         if not refresh or joined:
             inputs.append(TensorSpec(f"past_state.{site}", cache.dtype, row))

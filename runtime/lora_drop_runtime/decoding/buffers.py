@@ -44,7 +44,7 @@ class RowBuffers:
         states: list[States] = []
         for side in range(2 if manifest.plan.updated_states else 1):
             states.append({})
-            for site in manifest.plan.sites if manifest.plan.has_state else ():
+            for site in manifest.plan.states:
                 if side and site not in manifest.plan.updated_states:
                     states[side][site] = states[0][site]
                     continue

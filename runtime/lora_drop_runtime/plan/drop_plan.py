@@ -243,8 +243,15 @@ class DropPlan:
 
     @property
     def has_state(self) -> bool:
-        """Whether dropped sites keep a `[B, d]` state between steps."""
-        return self.form.has_state
+        """Whether dropped sites keep `[B, d]` states between steps."""
+        return bool(self.states)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """Whose states there are → the site behind which each is taken: a site, or a run's first site and its last."""
+        if self.form.with_change:
+            return {run[0]: run[-1] for run in self.surrogate_runs}
+        return {site: site for site in self.sites} if self.form.base_is_state else {}
 
     @property
     def adapted_sites(self) -> tuple[str, ...]:
@@ -255,15 +262,15 @@ class DropPlan:
     def surrogate_runs(self) -> tuple[tuple[str, ...], ...]:
         """Adapted sites in chains: within one, a site's output is the input of the next and nothing else is made of it.
 
-        Each chain is one linear map of its first site's input (adapters.folded). A site begins a chain where it starts
-        from a state, or where a LoRA step makes K and V of its input (`fill`).
+        Each chain is one linear map of its first site's features (adapters.folded). A site begins a chain where its
+        base is a state, or where a LoRA step makes K and V of its input (`fill`).
         """
         runs: list[list[str]] = []
         end = (-1, 0)  # layer, and half of it, that the site before leads to
         for site in self.sites:
             layer, half = layer_of(site), half_of(site)
             makes_kv = self.refresh_policy.fills and half != MLP
-            if self.has_state or makes_kv or end != (layer, half == MLP):
+            if self.form.base_is_state or makes_kv or end != (layer, half == MLP):
                 runs.append([])
             end = (layer, 1) if half == ATTENTION else (layer + 1, 0)
             if site in self.adapted_sites:

@@ -3,8 +3,9 @@
 Enters: nothing. Leaves: a table of forms. Knows no graph and no tensor: the graph builder, the reference and the
 teacher forcing each turn a form's facts into their own formula.
 
-Every surrogate is `y_t = base + s·B·A·x_t` with the site's input `x_t`; forms differ in the base. A base that is not
-made of the input is kept between steps, as the site's *state* [B, d]. Every refresh sets it to the site's output.
+Every surrogate is `y_t = base + s·B·A·feature`; forms differ in the base, and in what A multiplies: the site's input
+`x_t`, or with it what the site did at the anchor. What is of another position is kept between steps, as a *state*
+[B, d]. Every refresh sets it.
 """
 
 from __future__ import annotations
@@ -23,15 +24,29 @@ class Base(enum.Enum):
 
 @dataclass(frozen=True)
 class SurrogateForm:
-    """A row of the table; `name` is as users write it and manifests store it."""
+    """A row of the table; `name` is as users write it and manifests store it.
+
+    Attributes:
+        with_change: A [r, 2d] multiplies x_t and, behind it, the change at the anchor: what the run of neighbours that
+            the site belongs to (DropPlan.surrogate_runs) added to the stream there. That is the run's state, then; the
+            base is the input.
+    """
 
     name: str
     base: Base
+    with_change: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.with_change or self.base is Base.INPUT
 
     @property
-    def has_state(self) -> bool:
+    def base_is_state(self) -> bool:
         """Whether the base is a state, rather than the input."""
         return self.base is not Base.INPUT
+
+    def feature_size(self, hidden_size: int) -> int:
+        """The width of what A multiplies."""
+        return (1 + self.with_change) * hidden_size
 
     @property
     def updates_state(self) -> bool:
@@ -46,5 +61,6 @@ SURROGATES: dict[str, SurrogateForm] = {
         SurrogateForm(DEFAULT_SURROGATE, Base.INPUT),
         SurrogateForm("recurrent", Base.PREVIOUS),  # the paper's Eq. 4
         SurrogateForm("anchor", Base.ANCHOR),  # the authors' code
+        SurrogateForm("delta", Base.INPUT, with_change=True),  # ours
     )
 }

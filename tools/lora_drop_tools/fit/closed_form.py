@@ -36,11 +36,12 @@ class Batch:
     layout: Layout
     exact: Any  # [B, T, d]
     decoded: Any = None
+    begun: dict[str, Any] = field(default_factory=dict)  # of dropped.py
 
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64: XᵀX [d, d], XᵀY [d, d], mean-able ‖y‖²; X features, Y what the base lacks."""
+    """Sums over tokens, float64: XᵀX [w, w], XᵀY [w, d], mean-able ‖y‖²; X features, Y what the base lacks."""
 
     tokens: int = 0
     xx: Any = 0.0
@@ -64,7 +65,7 @@ class Moments:
 
     @property
     def scale(self) -> Any:
-        """Root mean square of each feature, [d]."""
+        """Root mean square of each feature, [w]."""
         return (self.xx.diagonal() / max(1, self.tokens)).sqrt().clamp(min=1e-6)
 
 
@@ -94,7 +95,7 @@ def _dropped_layer(
         if batch.decoded is None:
             batch.decoded = batch.exact[:, batch.layout.lora] if policy.exact_refreshes else batch.exact
     layers = [
-        DroppedLayer(forcing, index, batch.decoded, layer, batch.layout, plan, policy)
+        DroppedLayer(forcing, index, batch.decoded, layer, batch.layout, plan, policy, batch.begun)
         for batch, layer in zip(batches, exact, strict=True)
     ]
     for name in plan.sites_of(index):
@@ -150,7 +151,7 @@ def walk(
 
 @dataclass(frozen=True)
 class Solution:
-    """A surrogate's matrices, A [r, d] and B [d, r], and the share of the base's squared error that they leave.
+    """A surrogate's matrices, A [r, w] and B [d, r], and the share of the base's squared error that they leave.
 
     `left` is over the tokens that chose the ridge.
     """

@@ -25,6 +25,8 @@ def _array(matrix: Any) -> Any:
 
 def _one_behind_the_other(u: Any, v: Any, rank: int) -> tuple[list[tuple[Any, Any]], float]:
     """The adapters of `unfolded` for one order of the map's parts, and what float32 loses of the map."""
+    width = len(u)
+    u = np.vstack([u, np.zeros((v.shape[1] - width, u.shape[1]))])  # features that are not the stream stay as they are
     before, rounded, pairs = np.eye(len(u)), np.eye(len(u)), list[tuple[Any, Any]]()
     for begin in range(0, len(v), rank):
         block = slice(begin, begin + rank)
@@ -32,23 +34,24 @@ def _one_behind_the_other(u: Any, v: Any, rank: int) -> tuple[list[tuple[Any, An
             a = np.linalg.solve(before.T, v[block].T).T
         except np.linalg.LinAlgError:  # the blocks before map something to 0
             a = np.linalg.lstsq(before.T, v[block].T)[0].T
-        pairs.append((a, u[:, block]))
+        pairs.append((a, u[:width, block]))
         before = before + u[:, block] @ v[block]
-        low_a, low_b = (matrix.astype(np.float32).astype(np.float64) for matrix in pairs[-1])
+        low_a, low_b = (matrix.astype(np.float32).astype(np.float64) for matrix in (a, u[:, block]))
         rounded = rounded + low_b @ (low_a @ rounded)
     return pairs, float(np.linalg.norm(rounded - before))
 
 
 def unfolded(a: Any, b: Any, count: int, rank: int) -> list[tuple[Any, Any]]:
-    """Adapters A [r, d] and B [d, r] of `count` sites that one behind the other are the map I + B A.
+    """Adapters A [r, w] and B [d, r] of `count` sites that one behind the other are the map I + B A.
 
     With `B A = Σ UᵢVᵢ`, in blocks of r of its singular values, `Bᵢ = Uᵢ` and `Aᵢ = Vᵢ (I + Σ UⱼVⱼ)⁻¹`, the sum over the
     blocks before. The smallest come first, which keeps what is inverted near I, or the largest where that is better.
+    Of w features the first d are the stream, to which B adds.
 
     Args:
-        a, b: [R, d] and [d, R], float64; of their product count · r singular values at most are kept.
+        a, b: [R, w] and [d, R], float64; of their product count · r singular values at most are kept.
     """
-    width, room = a.shape[1], count * rank
+    width, room = len(b), count * rank
     if count == 1 and len(a) == rank:
         return [(a, b)]
     left, upper = np.linalg.qr(b)
@@ -56,30 +59,41 @@ def unfolded(a: Any, b: Any, count: int, rank: int) -> list[tuple[Any, Any]]:
     u, sizes, v = np.linalg.svd(upper @ lower.T)
     u, v = ((left @ u) * np.sqrt(sizes))[:, :room], (np.sqrt(sizes)[:, None] * (v @ right.T))[:room]
     u = np.hstack([u, np.zeros((width, room - u.shape[1]))])  # the smallest are none
-    v = np.vstack([v, np.zeros((room - len(v), width))])
+    v = np.vstack([v, np.zeros((room - len(v), v.shape[1]))])
     return min((_one_behind_the_other(u[:, ::o], v[::o], rank) for o in (-1, 1)), key=lambda found: found[1])[0]
 
 
 def apart(surrogates: Surrogates, runs: Sequence[Sequence[str]], rank: int) -> Surrogates:
-    """An adapter of the rank for each site of the runs, of what stands for each run under its first site."""
+    """An adapter of the rank for each site of the runs, of what stands for each run under its last site."""
     import torch
 
     found = {}
     for run in runs:
-        a, b = surrogates[run[0]]
+        a, b = surrogates[run[-1]]
         for site, pair in zip(run, unfolded(_array(a), _array(b), len(run), rank), strict=True):
             found[site] = tuple(torch.tensor(matrix.copy(), dtype=torch.float32, device=a.device) for matrix in pair)
     return found
 
 
-class Learner:
-    """The surrogates of a plan as parameters of like size, those of a run as one under its first site.
+def together(pairs: Surrogates, runs: Sequence[Sequence[str]]) -> Surrogates:
+    """The adapters of each run as the one map that they are, under its last site."""
+    import torch
 
-    They are A [R, d] and B [d, R], where the ranks of the run sum up to R < d, else their product [d, d]. A and the
-    product are in units of the features.
+    found = {}
+    for run in runs:
+        matrices = stacked({site: (_array(pairs[site][0]), _array(pairs[site][1])) for site in run}, run)
+        found[run[-1]] = tuple(torch.from_numpy(matrix).to(pairs[run[0]][0]) for matrix in matrices)
+    return found
+
+
+class Learner:
+    """The surrogates of a plan as parameters of like size, those of a run as one under its last site.
+
+    Of w features they are A [R, w] and B [d, R], where the ranks of the run sum up to R < d, else their product [d, w].
+    A and the product are in units of the features.
 
     Args:
-        scales: the root mean square of each run's features [d], by its first site.
+        scales: the root mean square of each run's features [w], by its last site.
         runs: the adapted sites, neighbours that are learned as one together.
     """
 
@@ -90,32 +104,27 @@ class Learner:
 
         self.runs = runs
         self.scales, self.sizes, self.parameters = dict[str, Any](), dict[str, Any](), dict[str, tuple[Any, ...]]()
-        matrices = {site: (_array(a), _array(b)) for site, (a, b) in pairs.items()}
-        self.rank = len(matrices[runs[0][0]][0])
-        for run in runs:
-            scale = scales[run[0]].float().to(device)
-            a, b = (torch.from_numpy(array).float().to(device) for array in stacked(matrices, run))
-            width = len(scale)
-            if len(a) < width:
+        self.rank = len(pairs[runs[0][0]][0])
+        for end, (a, b) in together(pairs, runs).items():
+            scale, a, b = (one.float().to(device) for one in (scales[end], a, b))
+            if len(a) < len(b):
                 parts = [a * scale, b]
                 size = sum(part.square().mean() for part in parts).sqrt()
             else:
                 parts = [b @ a * scale]
-                blank = _BLANK_SIZE * scale.median() / width**0.5
+                blank = _BLANK_SIZE * scale.median() / len(scale) ** 0.5
                 size = parts[0].square().mean().sqrt() if parts[0].any() else blank
-            self.scales[run[0]], self.sizes[run[0]] = scale, size.clamp(min=_LEAST_SIZE)
-            self.parameters[run[0]] = tuple(
-                torch.nn.Parameter((part / self.sizes[run[0]]).contiguous()) for part in parts
-            )
+            self.scales[end], self.sizes[end] = scale, size.clamp(min=_LEAST_SIZE)
+            self.parameters[end] = tuple(torch.nn.Parameter((part / self.sizes[end]).contiguous()) for part in parts)
 
     def surrogates(self) -> Surrogates:
-        """What stands for the plan's sites while it is learned: a run's first site has all of its map."""
+        """What stands for the plan's sites while it is learned: a run's last site has all of its map."""
         import torch
 
         found = {}
         for site, (first, *second) in self.parameters.items():
             size, scale = self.sizes[site], self.scales[site]
-            left = second[0] * size if second else torch.eye(len(scale), device=scale.device)
+            left = second[0] * size if second else torch.eye(len(first), device=scale.device)
             found[site] = first * size / scale, left
         return found
 

@@ -71,8 +71,9 @@ class Work:
             InputError: the KL is not finite.
         """
         from .distill import Diverged, Divergence, run_batch
+        from .learner import together
 
-        sums = Divergence()
+        sums, pairs = Divergence(), together(pairs, self.runs if pairs else ())
         for number in range(_HELD_OUT_BATCHES):
             ids, layout = self.unseen(number)
             for policy in self.policies:
@@ -98,14 +99,15 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
 
     rank, device = work.plan.rank, work.forcing.device
     random = torch.Generator().manual_seed(work.settings.seed)
-    width = len(next(iter(scales.values())))
-    of_site = {site: scales[run[0]] for run in work.runs for site in run}
-    a = {site: torch.randn(rank, width, generator=random) / width**0.5 / scale for site, scale in of_site.items()}
+    features = len(next(iter(scales.values())))
+    width = features // work.plan.form.feature_size(1)
+    of_site = {site: scales[run[-1]] for run in work.runs for site in run}
+    a = {site: torch.randn(rank, features, generator=random) / features**0.5 / scale for site, scale in of_site.items()}
     return {site: (a[site].to(device), torch.zeros(width, rank).to(device)) for site in of_site}
 
 
 def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
-    """The adapters that distillation begins with, and the root mean square of each run's features by its first site."""
+    """The adapters that distillation begins with, and the root mean square of each run's features by its last site."""
     from .closed_form import Site, balanced, batches_of, solve, walk
     from .learner import apart
 
@@ -116,7 +118,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
 
     def choose(name: str, site: Site) -> tuple[Any, Any] | None:
         run = runs[name]
-        scales[run[0]] = scale = site.fit.scale.float()
+        scales[name] = scale = site.fit.scale.float()
         if not settings.closed_form_tokens:
             return None
         solution = solve(site, plan.rank * len(run))
@@ -134,7 +136,7 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         )
     if not settings.closed_form_tokens:
         return _blank(work, scales), scales
-    pairs = apart({runs[end][0]: pair for end, pair in found.items()}, work.runs, plan.rank)
+    pairs = apart(found, work.runs, plan.rank)
     work.judge(CLOSED_FORM, pairs)
     return pairs, scales
 

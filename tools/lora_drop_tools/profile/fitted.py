@@ -96,6 +96,12 @@ def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | No
         always_last=0,
         policy=config.policy or DEFAULT_POLICY,
     )
+    if fitted_for.form.with_change:
+        raise PlanError(
+            "The adapters know what their neighbours do, so they say nothing of another drop list.",
+            note=f"{directory} was fitted with --surrogate {fitted_for.surrogate}.",
+            hint=f"Fit them for profile with: lora-drop fit --surrogate {DEFAULT_SURROGATE} --apart",
+        )
     together = next((run for run in fitted_for.surrogate_runs if len(run) > 1), None)
     if config.apart is False and together:
         raise PlanError(

@@ -53,7 +53,7 @@ class Greedy:
         with torch.no_grad():
             for ids in windows:
                 exact = scoring.forcing.exact(ids[None])
-                if not scoring.plan.form.has_state:  # then no base is the stream between the halves: it is not kept
+                if not scoring.plan.form.base_is_state:  # then no base is the stream between the halves: it is not kept
                     exact = [dataclasses.replace(e, middle=e.output) for e in exact]
                 stream = [scoring.forcing.embed(ids[None]), *(layer.output for layer in exact)]
                 if scoring.policy.exact_refreshes:

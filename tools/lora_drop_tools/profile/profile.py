@@ -255,7 +255,7 @@ def _write(result: Profile, root: Path) -> None:
             "base_errors": {
                 name: {site: measured[site].base_errors[name] for site in ranked.sites if not half_of(site)}
                 for name, form in SURROGATES.items()
-                if form.has_state
+                if form.base_is_state
             },
         }
         (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n")

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.sites import ATTENTION, half_of
+from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of
 
 from .attention import Attention
 from .exact import ExactLayer
@@ -32,6 +32,11 @@ class DroppedLayer:
     Whoever drives it takes `features` of each of the `sites` in turn, and sets `x` to what the surrogate makes of them;
     then `output` is the layer's. A half that is kept is computed on the way.
 
+    Args:
+        begun: of the sites with a state, by name: what prompt and refresh tokens had before them, [B, T − S, d]. It is
+            written where a run with a change begins, and read where it ends: there its adapters have their place, since
+            no change is known before.
+
     Attributes:
         sites: dropped ones of the layer, in the order of their computation.
         x: [B, S, d], what LoRA steps give the next site.
@@ -46,9 +51,11 @@ class DroppedLayer:
         layout: Layout,
         plan: DropPlan,
         policy: Policy,
+        begun: dict[str, Any],
     ) -> None:
         self.sites = plan.sites_of(index)
         self._forcing, self._index, self._layout = forcing, index, layout
+        self._hidden, self._begun, self._states = hidden, begun, plan.states
         self._form, self._policy, self._exact = plan.form, policy, exact
         self._full: tuple[Any, Any] | None = None  # middle and output of full tokens, [B, T − S, d] each
         self.x = hidden if policy.exact_refreshes else hidden[:, layout.lora]
@@ -70,14 +77,23 @@ class DroppedLayer:
 
     def features(self, site: str) -> tuple[Any, Any]:
         """What a site's surrogate multiplies and what it adds to, [B, S, d] each."""
-        if not self._form.has_state:
+        begin, middle, end = self._full_tokens()
+        if site in self._states:
+            self._begun[site] = middle if half_of(site) == MLP else begin
+        first = next((first for first, after in self._states.items() if after == site), None)
+        if first is None:
             return self.x, self.x
-        is_attention, full = half_of(site) == ATTENTION, self._layout.full
-        if self._full is None:
-            state = (self._exact.middle if is_attention else self._exact.output)[:, full]
-        else:
-            state = self._full[not is_attention]
+        state = middle if half_of(site) == ATTENTION else end
+        if self._form.with_change:
+            state = state - self._begun[first]
         return features(self.x, state, self._layout, self._form)
+
+    def _full_tokens(self) -> tuple[Any, Any, Any]:
+        """The streams before the layer, between its halves and behind it, [B, T − S, d] each."""
+        full, exact = self._layout.full, self._exact
+        if self._full is None:
+            return exact.input[:, full], exact.middle[:, full], exact.output[:, full]
+        return self._hidden[:, full], *self._full
 
     def output(self) -> Any:
         """Of the layer, after all its sites: [B, S, d] if refreshes are exact, else [B, T, d]."""

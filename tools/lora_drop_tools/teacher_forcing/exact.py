@@ -12,7 +12,7 @@ class ExactLayer:
 
     Attributes:
         keys, values: [B, Hkv, T, D], RoPE applied.
-        output: [B, T, d].
+        input, output: [B, T, d].
         middle: the residual stream between attention and MLP, [B, T, d].
     """
 
@@ -20,3 +20,4 @@ class ExactLayer:
     values: Any
     output: Any
     middle: Any
+    input: Any

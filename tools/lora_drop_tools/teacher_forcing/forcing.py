@@ -107,7 +107,7 @@ class TeacherForcing:
 
         positions = torch.arange(hidden.shape[1], device=self.device)
         output, middle, (keys, values) = self._run(index, hidden, Attention(positions))
-        return ExactLayer(keys, values, output, middle)
+        return ExactLayer(keys, values, output, middle, hidden)
 
     def exact(self, ids: Any) -> list[ExactLayer]:
         """All layers over texts [B, T]; keep them where several plans see the same texts."""
@@ -129,11 +129,16 @@ class TeacherForcing:
         plan: DropPlan,
         surrogates: Surrogates,
         policy: Policy,
+        begun: dict[str, Any] | None = None,
     ) -> Any:
-        """A layer of the decoded stream, with or without sites: [B, S, d] if refreshes are exact, else [B, T, d]."""
+        """A layer of the decoded stream, with or without sites: [B, S, d] if refreshes are exact, else [B, T, d].
+
+        Args:
+            begun: the same for all layers of a text where the surrogates have a change (dropped.py).
+        """
         if not plan.sites_of(index):
             return self.kept_layer(index, hidden, exact, layout, policy)
-        layer = DroppedLayer(self, index, hidden, exact, layout, plan, policy)
+        layer = DroppedLayer(self, index, hidden, exact, layout, plan, policy, {} if begun is None else begun)
         for site in layer.sites:
             feature, base = layer.features(site)
             layer.x = base + product(feature, surrogates.get(site))
@@ -225,7 +230,11 @@ class TeacherForcing:
         surrogates: Surrogates,
         policy: Policy,
     ) -> Any:
-        """The last layer's output of the decoded stream; with gradients for the surrogates."""
+        """The last layer's output of the decoded stream; with gradients for the surrogates.
+
+        Args:
+            surrogates: where they have a change, a run's last site has all of its map.
+        """
         import torch
         from torch.utils.checkpoint import checkpoint
 
@@ -235,8 +244,9 @@ class TeacherForcing:
         first = min(map(layer_of, plan.sites), default=len(exact))
         before = exact[first - 1].output if first else self.embed(ids)  # nothing differs before the first dropped layer
         hidden = before[:, layout.lora] if policy.exact_refreshes else before
+        begun: dict[str, Any] = {}
         for index in range(first, len(exact)):
-            hidden = run(index, hidden, exact[index], layout, plan, surrogates, policy)
+            hidden = run(index, hidden, exact[index], layout, plan, surrogates, policy, begun)
         return hidden
 
     def logits(self, hidden: Any) -> Any:

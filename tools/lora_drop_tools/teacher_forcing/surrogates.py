@@ -9,22 +9,24 @@ from lora_drop_runtime.plan.surrogate import SurrogateForm
 
 from .layout import Layout
 
-Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d], s·B [d, r]); a missing site has only its base
+Surrogates = Mapping[str, tuple[Any, Any]]  # site → (A [r, d] or [r, 2d], s·B [d, r]); a missing one has only its base
 
 
 def features(x: Any, state: Any, layout: Layout, form: SurrogateForm) -> tuple[Any, Any]:
-    """What a surrogate's product is of, and what it is added to, [B, S, d] each.
+    """What a surrogate's product is of, [B, S, d] or [B, S, 2d], and what it is added to, [B, S, d].
 
     `y_t = base + s·B·A·feature`. Where LoRA steps update the state, `y_t = y_{t−1} + s·B·A·x_t` unrolled
     to the anchor a is `y_a + s·B·A·Σ x` over the LoRA steps since a.
 
     Args:
         x: the layer's (or half's) input at LoRA steps, [B, S, d].
-        state: its output at full tokens, [B, T − S, d].
+        state: its output at full tokens, or the change of its run there, [B, T − S, d].
     """
     import torch
 
-    if not form.has_state:
+    if form.with_change:
+        return torch.cat([x, state[:, layout.segment]], dim=-1), x
+    if not form.base_is_state:
         return x, x
     base = state[:, layout.segment]
     if not form.updates_state:

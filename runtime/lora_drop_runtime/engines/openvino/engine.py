@@ -217,7 +217,7 @@ class OpenVinoEngine:
     def states_shape(self, rows: int) -> tuple[int, int, int]:
         """Of the states of so many rows, [sites, rows, d]."""
         manifest = self.bundle.manifest
-        return (len(manifest.plan.sites) if manifest.plan.has_state else 0, rows, manifest.model.hidden_size)
+        return (len(manifest.plan.states), rows, manifest.model.hidden_size)
 
     @property
     def _weight_bytes(self) -> int:

@@ -58,7 +58,7 @@ def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, 
             inputs |= dict.fromkeys(cache_names(layers[group]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     if plan.has_state:
-        inputs |= {PAST_STATES: [len(plan.sites), None, model.hidden_size], LAST_TOKENS: [None]}
+        inputs |= {PAST_STATES: [len(plan.states), None, model.hidden_size], LAST_TOKENS: [None]}
         outputs[PRESENT_STATES] = [None, None, model.hidden_size]
     return inputs, outputs
 
