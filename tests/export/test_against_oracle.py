@@ -20,7 +20,7 @@ from tests.support.models import FAMILIES
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
 WINDOWS = (0, 1, 2, 3, 5, 19)
-SURROGATES, INJECTIONS = ("residual", "recurrent", "anchor"), ("block", "attn_mlp")
+SURROGATES, INJECTIONS = ("residual", "recurrent", "anchor", "residual-delta"), ("block", "attn_mlp")
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 

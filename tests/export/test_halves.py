@@ -33,7 +33,7 @@ def _fitted(bundle, directory):
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
     bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, drop_layers=MIXED, rank=4, policy=policy)
     _run(bundle, _fitted(bundle, tmp_path / "a"), "llama", PROMPTS, 3)

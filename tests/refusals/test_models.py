@@ -252,7 +252,7 @@ def parallel(request):
     return traced_model(build(*family, 3, num_hidden_layers=5))
 
 
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, surrogate, rank):
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: parallel.traced)

@@ -146,7 +146,7 @@ def save_adapters(
     for site in plan.adapted_sites if plan.rank else plan.sites:
         layer, _, half = site.partition(".")
         prefix = f"base_model.model.model.layers.{layer}.{names['.' + half if half else '']}"
-        for part, shape in (("A", (rank, hidden_size)), ("B", (hidden_size, rank))):
+        for part, shape in (("A", (rank, plan.form.feature_size(hidden_size))), ("B", (hidden_size, rank))):
             values = generator.standard_normal(shape) * 0.2
             if matrices is not None:
                 values = matrices[site]["AB".index(part)].numpy()
@@ -166,6 +166,16 @@ def save_adapters(
     }
     (directory / "adapter_config.json").write_text(json.dumps(config))
     return directory
+
+
+def make_adapted_bundle(source: str | Family, root: Path, **options: Any) -> Bundle:
+    """A bundle at `root`, with random adapters where the options have a rank."""
+    bundle = make_bundle(source, root / "plain", **options)
+    plan, model = bundle.manifest.plan, bundle.manifest.model
+    if not plan.rank:
+        return bundle
+    adapters = save_adapters(root / "adapters", plan, model.hidden_size, model.fingerprint, plan.rank)
+    return make_bundle(source, root / "adapted", adapters=adapters, **options)
 
 
 def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:

@@ -1,4 +1,4 @@
-"""Six golden cases, computed by hand: 3 surrogates x 2 injections on a Llama whose arithmetic fits on paper.
+"""Eight golden cases, computed by hand: 4 surrogates x 2 injections on a Llama whose arithmetic fits on paper.
 
 Exports `golden_model()` and `GOLDEN`, a list of `GoldenCase` with the expected logits of every step. This
 module does not run the algorithm: every expected number is written out, with the arithmetic that leads to it.
@@ -49,6 +49,11 @@ The adapters have rank 1 and scale 1/2:
     position 3: x = ( 3, 1)   (x1 - x2) (2, 1) =  2 (2, 1) = ( 4,  2)
     position 5: x = (12, 1)   (x1 - x2) (2, 1) = 11 (2, 1) = (22, 11)
     position 6: x = (11, 1)   (x1 - x2) (2, 1) = 10 (2, 1) = (20, 10)
+
+Those of residual-delta read c = y - x at the anchor, too: (9, 1) - (6, 1) = (3, 0) at 1, (6, 1) - (3, 1) = (3, 0) at 4.
+
+    block and attn:  A = [1, -1, 2, 1], so s B A (x, c) = (x1 - x2 + 6) (2, 1)
+    mlp:             A = [1, 1, -1, 1], so s B A (h, c) = (h1 + h2 - 3) (1, -1)
 """
 
 from __future__ import annotations
@@ -125,6 +130,8 @@ def _logits(y1: float, y2: float) -> Tensor:
 _FIRST = (torch.tensor([[1.0, -1.0]]), torch.tensor([[4.0], [2.0]]), 0.5)
 _SECOND = (torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [-2.0]]), 0.5)
 _BLOCK = {"1": _FIRST}
+_DELTA_FIRST = (torch.tensor([[1.0, -1.0, 2.0, 1.0]]), *_FIRST[1:])
+_DELTA_SECOND = (torch.tensor([[1.0, 1.0, -1.0, 1.0]]), *_SECOND[1:])
 _ATTN_MLP = {"1.attn": _FIRST, "1.mlp": _SECOND}
 _ROW = {"prompt": [18, 2], "forced": [4, 0, 1, 17, 14, 24], "k": 2}
 
@@ -216,6 +223,36 @@ GOLDEN: list[GoldenCase] = [
             _logits(6, 1),  # 4: full, h = (12, 2)
             _logits(6 + 47, 1 - 47),  # 5: h = (12, 2) + (22, 11) = (34, 13), sum 47; from y = (6, 1)
             _logits(6 + 44, 1 - 44),  # 6: h = (12, 2) + (20, 10) = (32, 12), sum 44; from y = (6, 1)
+            _logits(14, 1),  # 7: full
+        ],
+    ),
+    # y_t = x_t + s B A (x_t, c)
+    GoldenCase(
+        "residual-delta-block",
+        OraclePlan(("1",), "residual-delta", {"1": _DELTA_FIRST}),
+        **_ROW,
+        logits=[
+            _logits(9, 1),  # 1: full
+            _logits(6 + 22, 1 + 11),  # 2: x = (6, 1), 6 - 1 + 6 = 11
+            _logits(3 + 16, 1 + 8),  # 3: x = (3, 1), 3 - 1 + 6 = 8
+            _logits(6, 1),  # 4: full
+            _logits(12 + 34, 1 + 17),  # 5: x = (12, 1), 12 - 1 + 6 = 17
+            _logits(11 + 32, 1 + 16),  # 6: x = (11, 1), 11 - 1 + 6 = 16
+            _logits(14, 1),  # 7: full
+        ],
+    ),
+    # h_t = x_t + s B1 A1 (x_t, c), then y_t = h_t + s B2 A2 (h_t, c); neighbours have one c
+    GoldenCase(
+        "residual-delta-attn_mlp",
+        OraclePlan(("1.attn", "1.mlp"), "residual-delta", {"1.attn": _DELTA_FIRST, "1.mlp": _DELTA_SECOND}),
+        **_ROW,
+        logits=[
+            _logits(9, 1),  # 1: full
+            _logits(28 + 37, 12 - 37),  # 2: h = (6, 1) + (22, 11) = (28, 12), 40 - 3 = 37
+            _logits(19 + 25, 9 - 25),  # 3: h = (3, 1) + (16, 8) = (19, 9), 28 - 3 = 25
+            _logits(6, 1),  # 4: full
+            _logits(46 + 61, 18 - 61),  # 5: h = (12, 1) + (34, 17) = (46, 18), 64 - 3 = 61
+            _logits(43 + 57, 17 - 57),  # 6: h = (11, 1) + (32, 16) = (43, 17), 60 - 3 = 57
             _logits(14, 1),  # 7: full
         ],
     ),

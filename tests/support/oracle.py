@@ -33,19 +33,20 @@ class OraclePlan:
     """Which layers and halves are dropped and what stands for them.
 
     `sites` are "4" for a layer, "4.attn" and "4.mlp" for its halves. `adapters` maps them to
-    `(A [r, d], B [d, r], scale)`; a missing key is no adapter. `fill`: LoRA steps write K and V of dropped attentions.
+    `(A [r, d], B [d, r], scale)`, A [r, 2d] of residual-delta; a missing key is no adapter. `fill`: LoRA steps
+    write K and V of dropped attentions.
     `kv_scales` maps a layer to the scales `[H_kv, D]` of its K and V, which are then int8.
     """
 
     sites: tuple[str, ...]
-    surrogate: str = "residual"  # residual | recurrent | anchor
+    surrogate: str = "residual"  # residual | recurrent | anchor | residual-delta
     adapters: dict[str, tuple[Tensor, Tensor, float]] | None = None
     kv_scales: dict[int, tuple[Tensor, Tensor]] | None = None
     fill: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a misspelt plan, which would silently test something else."""
-        assert self.surrogate in ("residual", "recurrent", "anchor"), self.surrogate
+        assert self.surrogate in ("residual", "recurrent", "anchor", "residual-delta"), self.surrogate
         assert all(isinstance(site, str) for site in self.sites), self.sites
         assert set(self.adapters or {}) <= set(self.sites), self.sites
 
@@ -84,6 +85,7 @@ class Row:
         self.slots: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in self.layers]
         self.h: dict[int, Tensor] = {}  # state of dropped layer i: post-attention residual stream [1, 1, d]
         self.y: dict[int, Tensor] = {}  # state of dropped layer i: output [1, 1, d]
+        self.x: dict[int, Tensor] = {}  # input of layer i in the last full step [1, 1, d]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -128,6 +130,8 @@ class Row:
         if self.full or not (layer or attn or mlp):
             y = own_forward(x, **kwargs)  # fills self.slots[i] and self.h[i]
             self.y[i] = y
+            if self.full:
+                self.x[i] = x
             return y
         states = self.h.get(i), self.y[i]
         if layer:
@@ -160,19 +164,53 @@ class Row:
 
     def base(self, value: Tensor, state: Tensor) -> Tensor:
         """What the adapter's product is added to: this step's own value, or the state."""
-        return value if self.plan.surrogate == "residual" else state
+        return value if self.plan.surrogate in ("residual", "residual-delta") else state
+
+    def change(self, key: str) -> Tensor:
+        """What a site and its neighbours together added to the stream in the last full step, `[d]`.
+
+        Neighbours are sites with adapters, one behind the other's output; `fill` parts them before an attention.
+        """
+        run, own = [], []
+        for site in sorted(self.plan.sites, key=lambda site: (int(site.partition(".")[0]), site)):
+            half = site.partition(".")[2]
+            if run and (begin_of(site) != end_of(run[-1]) or (self.plan.fill and half != "mlp")):
+                run = []
+            run.append(site)
+            if site == key:
+                own = run
+        own = [site for site in own if site in self.plan.adapters]
+        return (self.stream(*end_of(own[-1])) - self.stream(*begin_of(own[0])))[0, 0]
+
+    def stream(self, layer: int, half: int) -> Tensor:
+        """What the last full step had between layers' halves; what layer i gives is what layer i + 1 gets."""
+        if half:
+            return self.h[layer]
+        return self.x[layer] if layer in self.x else self.y[layer - 1]
 
     def adapter(self, key: str, x: Tensor) -> Tensor:
         """s · B A x, in the shape of x."""
         if key not in (self.plan.adapters or {}):
             return torch.zeros_like(x)
         A, B, scale = self.plan.adapters[key]
-        return (scale * (B @ (A @ x[0, 0]))).reshape(x.shape)
+        feature = torch.cat([x[0, 0], self.change(key)]) if self.plan.surrogate == "residual-delta" else x[0, 0]
+        return (scale * (B @ (A @ feature))).reshape(x.shape)
 
     def keep_h(self, i: int, _norm, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Pre-hook of the norm after attention."""
         self.h[i] = args[0]
         return None if self.second_half_of is None else (self.second_half_of,)
+
+
+def begin_of(site: str) -> tuple[int, int]:
+    """The layer and the half where a site begins."""
+    layer, _, half = site.partition(".")
+    return int(layer), int(half == "mlp")
+
+
+def end_of(site: str) -> tuple[int, int]:
+    layer, _, half = site.partition(".")
+    return (int(layer), 1) if half == "attn" else (int(layer) + 1, 0)
 
 
 def norm_after_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
@@ -232,7 +270,8 @@ def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tupl
         return run_prompt(model, plan, prompt)
     kept, logits = run_prompt_once(model, sum(one._version for one in model.parameters()), tuple(prompt))
     row = copy.copy(kept)
-    row.plan, row.h, row.y, row.slots = plan, {**kept.h}, {**kept.y}, [[*slots] for slots in kept.slots]
+    row.plan, row.h, row.y, row.x = plan, {**kept.h}, {**kept.y}, {**kept.x}
+    row.slots = [[*slots] for slots in kept.slots]
     return row, logits
 
 

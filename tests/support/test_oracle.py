@@ -18,7 +18,7 @@ from tests.support.oracle import OraclePlan
 
 # fp32 summed in another order, 8 layers that amplify: up to 5e-5 seen; the logits' standard deviation is 1.6
 TOLERANCE = {"rtol": 0.0, "atol": 2e-4}
-SURROGATES = ("residual", "recurrent", "anchor")
+SURROGATES = ("residual", "recurrent", "anchor", "residual-delta")
 INJECTIONS = ("block", "attn_mlp")
 DROPPED = (3, 5)  # not windowed in gemma2
 
@@ -42,8 +42,9 @@ def random_tokens(count, seed):
 def random_plan(drop_layers, surrogate="residual", injection="block", d=64, r=4):
     generator = torch.Generator().manual_seed(7)
     plan = OraclePlan(oracle.sites_of(drop_layers, injection), surrogate)
+    features = 2 * d if surrogate == "residual-delta" else d
     plan.adapters = {
-        key: (torch.randn(r, d, generator=generator) / d**0.5, torch.randn(d, r, generator=generator), 0.5)
+        key: (torch.randn(r, features, generator=generator) / d**0.5, torch.randn(d, r, generator=generator), 0.5)
         for key in plan.sites
     }
     return plan
@@ -59,8 +60,9 @@ def parallel_form(model, plan, prompt, forced, k):
     """LoRA-Drop with teacher forcing as one masked pass: logits `[len(forced) + 1, V]`."""
     holes = [len(prompt) + j - 1 for j in range(1, len(forced) + 1) if j % (k + 1) != 0]
 
-    def adapter(key, vector):
+    def adapter(key, vector, change):
         A, B, scale = plan.adapters.get(key, (torch.zeros(1, len(vector)), torch.zeros(len(vector), 1), 0.0))
+        vector = torch.cat([vector, change]) if A.shape[1] == 2 * len(vector) else vector
         return vector @ A.T @ B.T * scale
 
     def dropped_layer(i, layer):
@@ -77,12 +79,13 @@ def parallel_form(model, plan, prompt, forced, k):
             h = seen[0]
             for t in holes:
                 anchor = max(s for s in range(t) if s not in holes)
-                before = {"residual": None, "recurrent": t - 1, "anchor": anchor}[plan.surrogate]
+                before = {"recurrent": t - 1, "anchor": anchor}.get(plan.surrogate)
+                change = y[0, anchor] - x[0, anchor]
                 if f"{i}" in plan.sites:
-                    y[0, t] = (x[0, t] if before is None else y[0, before]) + adapter(f"{i}", x[0, t])
+                    y[0, t] = (x[0, t] if before is None else y[0, before]) + adapter(f"{i}", x[0, t], change)
                 else:
-                    h[0, t] = (x[0, t] if before is None else h[0, before]) + adapter(f"{i}.attn", x[0, t])
-                    y[0, t] = (h[0, t] if before is None else y[0, before]) + adapter(f"{i}.mlp", h[0, t])
+                    h[0, t] = (x[0, t] if before is None else h[0, before]) + adapter(f"{i}.attn", x[0, t], change)
+                    y[0, t] = (h[0, t] if before is None else y[0, before]) + adapter(f"{i}.mlp", h[0, t], change)
             return y
 
         return mock.patch.object(layer, "forward", forward)

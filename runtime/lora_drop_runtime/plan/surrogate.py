@@ -61,6 +61,6 @@ SURROGATES: dict[str, SurrogateForm] = {
         SurrogateForm(DEFAULT_SURROGATE, Base.INPUT),
         SurrogateForm("recurrent", Base.PREVIOUS),  # the paper's Eq. 4
         SurrogateForm("anchor", Base.ANCHOR),  # the authors' code
-        SurrogateForm("delta", Base.INPUT, with_change=True),  # ours
+        SurrogateForm("residual-delta", Base.INPUT, with_change=True),  # ours
     )
 }

@@ -28,26 +28,29 @@ def names(values) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("injection", ["block", "attn_mlp"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path):
     """Per op type: the refresh graph less its dropped layers' nodes, plus two Gemms and an Add for each surrogate.
 
-    A layer's halves are one surrogate where they start from their input.
+    A layer's halves are one surrogate where they start from their input; a Concat brings a change to it.
     """
     bundle = make_bundle("llama_bias", tmp_path / "b", surrogate=surrogate, injection=injection, rank=rank, k=1)
     plan = bundle.manifest.plan
     refresh, lora = load(bundle, "refresh"), load(bundle, "lora")
     dropped = len(plan.dropped_layers)
-    maps = dropped if surrogate == "residual" else len(plan.sites)
+    starts_from_input = surrogate.startswith("residual")
+    maps = dropped if starts_from_input else len(plan.sites)
     assert dropped == 2
     ours = [node for node in lora.graph.node if node.name.startswith("surrogate.")]
     assert Counter(node.op_type for node in ours if node.op_type not in ("Reshape", "Constant")) == (
-        Counter(Gemm=2 * maps, Add=maps) if rank else Counter()
+        Counter(Gemm=2 * maps, Add=maps) + Counter({"Concat": maps * plan.has_state * starts_from_input})
+        if rank
+        else Counter()
     )
     for site in plan.sites:
         reshapes = [n for n in ours if n.name.startswith(f"surrogate.{site}.") and n.op_type == "Reshape"]
         assert len(reshapes) <= 2
-    if surrogate == "residual" or rank:  # else what lies before a layer that repeats its state is dead
+    if starts_from_input or rank:  # else what lies before a layer that repeats its state is dead
         n = plan.num_layers
         before = Counter(node.op_type for node in refresh.graph.node)
         after = Counter(node.op_type for node in lora.graph.node if node not in ours)

@@ -34,15 +34,17 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sur
 
 
 def test_the_table() -> None:
-    assert list(SURROGATES) == [form.name for form in SURROGATES.values()] == ["residual", "recurrent", "anchor"]
-    assert [form.has_state for form in SURROGATES.values()] == [False, True, True]
-    assert [form.updates_state for form in SURROGATES.values()] == [False, True, False]
+    assert list(SURROGATES) == [form.name for form in SURROGATES.values()]
+    assert list(SURROGATES) == ["residual", "recurrent", "anchor", "residual-delta"]
+    assert [form.base_is_state for form in SURROGATES.values()] == [False, True, True, False]
+    assert [form.updates_state for form in SURROGATES.values()] == [False, True, False, False]
+    assert [form.feature_size(3) for form in SURROGATES.values()] == [3, 3, 3, 6]
 
 
 def test_a_plan_knows_the_rows_of_the_table_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match="Unknown value for --surrogate") as caught:
         DropPlan(num_layers=6, sites=(3,), surrogate="homemade")
-    assert "'homemade' was given, residual, recurrent, anchor are known." in str(caught.value)
+    assert "'homemade' was given, residual, recurrent, anchor, residual-delta are known." in str(caught.value)
     form = SurrogateForm("homemade", Base.PREVIOUS)
     monkeypatch.setitem(SURROGATES, form.name, form)
     for rank, updates in ((0, False), (2, True)):

@@ -21,7 +21,7 @@ from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
-from tests.support.bundles import make_bundle
+from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, kept_session, slots
 from tests.support.fake_engine import TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
 
@@ -504,9 +504,11 @@ def test_states_are_those_of_each_row(kind: str) -> None:
 
 # ── on ONNX Runtime ────────────────────────────────────────────────────────────────────────────────────────────
 
+CHANGE = {"surrogate": "residual-delta", "drop_layers": (3, 4, 6), "rank": 4}
 BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "residual": ("llama", {}, ("skip", "backfill", "lossless")),
     "recurrent": ("qwen2", {"surrogate": "recurrent"}, ("skip", "backfill", "lossless")),
+    "change": ("llama", CHANGE, ("skip", "backfill", "lossless")),
     "anchor, halves": ("llama_mqa", {"surrogate": "anchor", "injection": "attn_mlp"}, ("skip", "backfill", "lossless")),
     "fill": ("qwen2", {"policy": "fill"}, ("fill",)),
     "int8 caches": ("llama", {"kv_dtype": "int8"}, ("skip", "backfill")),
@@ -516,8 +518,7 @@ BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 @pytest.fixture(scope="module", params=BUNDLES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, tuple[str, ...]]:
     name, options, policies = BUNDLES[request.param]
-    root = tmp_path_factory.mktemp("batch") / "b"
-    return make_bundle(name, root, max_batch=8, **options), policies
+    return make_adapted_bundle(name, tmp_path_factory.mktemp("batch"), max_batch=8, **options), policies
 
 
 def alone(bundle: Bundle, request: Request) -> list[int]:

@@ -304,7 +304,7 @@ def test_a_fork_sees_the_latest_logits_and_its_place_in_the_schedule() -> None:
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 def test_turns_of_a_chat_are_those_of_the_oracle(policy: str, surrogate: str, tmp_path) -> None:
     """Logits at every token of three turns; under `skip` the holes of the turns before stay holes."""

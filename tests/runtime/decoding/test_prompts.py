@@ -66,7 +66,7 @@ def test_a_prompt_of_one_chunk_runs_at_once() -> None:
     assert [run.input_ids.shape for run in engine.runs] == [(2, PREFILL_CHUNK), (2, 1)]
 
 
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_long_prompts_go_row_by_row_in_chunks(surrogate: str) -> None:
     plan = dataclasses.replace(RECURRENT, surrogate=surrogate)
     session, engine = open_session(plan, k=1)
@@ -94,7 +94,7 @@ def test_long_prompts_go_row_by_row_in_chunks(surrogate: str) -> None:
     assert refresh.len_kept.tolist() == [length + 1 for length in lengths]
     assert refresh.len_dropped.tolist() == lengths
     assert refresh.logits_index.tolist() == [[0]] * 5
-    assert len(lora.past_states) == (0 if surrogate == "residual" else 2)
+    assert len(lora.past_states) == {"residual": 0, "residual-delta": 1}.get(surrogate, 2)
     for state in lora.past_states.values():
         assert state.tolist() == [[last_run_of_row[row]] * HIDDEN for row in range(5)]
     for row, prompt in enumerate(prompts):

@@ -165,6 +165,8 @@ def test_a_plan_may_drop_nothing() -> None:
         ("anchor", 4, True, False),
         ("recurrent", 0, True, False),  # y of the anchor, again and again
         ("recurrent", 4, True, True),
+        ("residual-delta", 0, False, False),  # nothing reads a change
+        ("residual-delta", 4, True, False),
     ],
 )
 def test_state(surrogate: str, rank: int, has_state: bool, updates_state: bool) -> None:
@@ -187,6 +189,7 @@ def test_sites() -> None:
         ((3, 4, 5, 6), {"bare_sites": ("3", "6")}, ["4 5"]),
         ((3, 4, 5), {"surrogate": "recurrent"}, ["3", "4", "5"]),
         ((3, 4, 5), {"surrogate": "anchor"}, ["3", "4", "5"]),
+        ((3, 4, 6), {"surrogate": "residual-delta"}, ["3 4", "6"]),
         ((3, 4, 5), {"policy": "backfill"}, ["3 4 5"]),
         ((3, "4.mlp", "5.attn", "5.mlp", 6), {"policy": "fill"}, ["3", "4.mlp", "5.attn 5.mlp", "6"]),
         (("3.mlp", "4.attn", "4.mlp"), {"policy": "fill", "bare_sites": ("4.attn",)}, ["3.mlp", "4.mlp"]),
@@ -197,6 +200,8 @@ def test_sites() -> None:
 def test_surrogates_with_nothing_between_them(sites: tuple, changes: dict, runs: list[str]) -> None:
     plan = DropPlan(**{"num_layers": 8, "sites": sites, "rank": 2, **changes})
     assert [" ".join(run) for run in plan.surrogate_runs] == runs
+    if plan.form.with_change:
+        assert plan.states == {"3": "4", "6": "6"}
 
 
 def test_fewer_layers_may_be_kept_always() -> None:
@@ -208,7 +213,7 @@ def test_fewer_layers_may_be_kept_always() -> None:
     [
         ({"k": -1}, "k is too small", ["-1", "0"]),
         ({"k": 2.0}, "k must be", ["2.0"]),
-        ({"surrogate": "mean"}, "--surrogate", ["'mean'", "residual, recurrent, anchor"]),
+        ({"surrogate": "mean"}, "--surrogate", ["'mean'", "residual, recurrent, anchor, residual-delta"]),
         ({"rank": -2}, "rank cannot be negative", ["-2"]),
         ({"always_first": -1}, "cannot be negative", ["-1"]),
         ({"always_last": -1}, "cannot be negative", ["-1"]),

@@ -58,7 +58,7 @@ def _figures(means: list[float]) -> SiteFigures:
     count = len(DELTAS)
     cosine, residual, recurrent, anchor, spread, norm = means[2 * count :]
     of_base = {Base.INPUT: residual, Base.PREVIOUS: recurrent, Base.ANCHOR: anchor}
-    distances = {name: of_base[form.base] for name, form in SURROGATES.items()}
+    distances = {name: of_base[form.base] for name, form in SURROGATES.items() if not form.with_change}
     return SiteFigures(
         similarity=dict(zip(DELTAS, means[:count], strict=True)),
         centred_similarity=dict(zip(DELTAS, means[count : 2 * count], strict=True)),

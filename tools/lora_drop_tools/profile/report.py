@@ -16,7 +16,7 @@ from lora_drop_tools.shared.table import table
 if TYPE_CHECKING:
     from .result import Profile
 
-BASES = tuple(SURROGATES)
+BASES = tuple(name for name, form in SURROGATES.items() if not form.with_change)
 
 
 def _ratios(result: Profile) -> list[float]:

@@ -38,7 +38,7 @@ def test_family(name, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
     """Adapters are loaded into the session; prompts are longer than a block."""
     options = {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}

@@ -16,13 +16,15 @@ from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import InputError
 
 from tests.runtime.decoding.test_batch import Request, check_ends, decoded, requests
-from tests.support.bundles import make_bundle
+from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import assert_refused
 
 from .test_engine import MIXED, MODEL, NEAR, TARGETS, VOCAB
 
+CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
 BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "residual": (MODEL, {}, ("skip", "backfill", "lossless")),
+    "change": (MODEL, CHANGE, ("skip", "backfill", "lossless")),
     "recurrent, halves": (MODEL, {"surrogate": "recurrent", "drop_layers": MIXED}, ("skip", "backfill", "lossless")),
     "fill": (MODEL, {"policy": "fill", "surrogate": "anchor"}, ("fill",)),
 }
@@ -58,9 +60,9 @@ def served(
 ) -> Iterator[tuple[Bundle, dict[str, Session]]]:
     """A bundle, and a session for each of its policies."""
     name, options, policies = BUNDLES[request.param]
-    root = tmp_path_factory.mktemp("served") / "b"
-    bundle = make_bundle(name, root, targets=TARGETS, max_batch=8, **options)
+    bundle = make_adapted_bundle(name, tmp_path_factory.mktemp("served"), targets=TARGETS, max_batch=8, **options)
     with contextlib.ExitStack() as stack:
+        root = bundle.root
         yield bundle, {policy: stack.enter_context(Session.open(root, policy=policy, threads=1)) for policy in policies}
 
 

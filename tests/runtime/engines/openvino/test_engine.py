@@ -85,7 +85,7 @@ GROWING = [([length], 3, 1, length) for length in (1, 2, 3, 5, 8, 13, 21, 34, 55
 RAGGED = [([1, 90, 7], 3, 1, 0), ([3], 2, 1, 1), ([64, 2, 33, 5], 4, 2, 2), ([100, 100], 5, 1, 3), ([1], 1, 1, 4)]
 
 
-@pytest.fixture(scope="module", params=["residual", "recurrent", "anchor"])
+@pytest.fixture(scope="module", params=["residual", "recurrent", "anchor", "residual-delta"])
 def surrogates(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Of a surrogate a bundle for each policy; the models stay compiled as long as an engine is open."""
     root = tmp_path_factory.mktemp("openvino")

@@ -37,7 +37,7 @@ def dropped_buffers(session: Session) -> list[np.ndarray]:
     return [caches[f"past_{part}.{layer}"] for layer in layers for part in ("key", "value")]
 
 
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor"])
+@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_lora_step_leaves_dropped_layers_alone(surrogate, tmp_path):
     """NaN in every buffer of a dropped layer: a LoRA step gives the same logits and leaves every bit of them."""
     bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, rank=2)

@@ -21,7 +21,7 @@ from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.plan.schedule import StepKind
 
 from tests.support import oracle
-from tests.support.bundles import family, heads_of, make_bundle, oracle_plan, rewritten, save_adapters
+from tests.support.bundles import family, heads_of, make_adapted_bundle, oracle_plan, rewritten
 
 TOLERANCE = 1e-5  # of the largest number, at least of 1
 PASTS, COUNTS = (7, 12, 20, 0), (0, 1, 4, 3)
@@ -179,6 +179,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "fill, windows": ("windows", {"policy": "fill"}),
     "recurrent": ("llama", {"surrogate": "recurrent", "rank": 4}),
     "recurrent, folded, halves": ("folded", {"surrogate": "recurrent", "rank": 4, "injection": "attn_mlp"}),
+    "change": ("llama", {"surrogate": "residual-delta", "drop_layers": (3, 4, 6), "rank": 4}),
     "recurrent, fill": ("llama", {"surrogate": "recurrent", "rank": 4, "policy": "fill"}),
     "recurrent, rank 0": ("llama", {"surrogate": "recurrent"}),
     "anchor": ("llama", {"surrogate": "anchor", "rank": 4}),
@@ -194,12 +195,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(form: str) -> Opened:
         name, options = FORMS[form]
-        source, folder = SOURCES[name](), tmp_path_factory.mktemp("ragged")
-        bundle = make_bundle(source, folder / "b", max_seq_len=SLOTS, **options)
-        if bundle.manifest.plan.rank:
-            model = bundle.manifest.model
-            adapters = save_adapters(folder / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
-            bundle = make_bundle(source, folder / "c", max_seq_len=SLOTS, adapters=adapters, **options)
+        bundle = make_adapted_bundle(SOURCES[name](), tmp_path_factory.mktemp("ragged"), max_seq_len=SLOTS, **options)
         return bundle, OrtEngine(bundle, threads=1)
 
     return make
@@ -217,7 +213,7 @@ def test_one_call_is_each_row_alone(opened: Any, form: str) -> None:
     run_and_compare(rows, StepKind.REFRESH, tokens_of((0, 0, 2, 0), 2))
 
 
-@pytest.mark.parametrize("form", ["llama", "folded", "windows", "recurrent", "int8 caches"])
+@pytest.mark.parametrize("form", ["llama", "folded", "windows", "recurrent", "change", "int8 caches"])
 def test_tokens_that_are_taken_again(opened: Any, form: str) -> None:
     """`backfill`: rows go back over their LoRA steps, as many as each has."""
     bundle, engine = opened(form)
@@ -258,13 +254,13 @@ def test_rows_at_their_last_slots(opened: Any, form: str) -> None:
     run_and_compare(rows, StepKind.LORA, [[], [], [8], []])
 
 
-@pytest.mark.parametrize("form", ["llama", "windows", "recurrent, folded, halves"])
+@pytest.mark.parametrize("form", ["llama", "windows", "recurrent, folded, halves", "change"])
 def test_against_the_oracle(opened: Any, form: str) -> None:
     bundle, engine = opened(form)
     pasts, drafts, fed = tokens_of((5, 8, 0)), (1, 0, 0), tokens_of((0, 2, 3), 1)
     rows = with_pasts(bundle, engine, pasts, drafts)
     ours = [rows.run(StepKind.REFRESH, fed), rows.run(StepKind.LORA, [[5], [9], []])]
-    adapters = bundle.root.parent / "a"
+    adapters = bundle.root.parent / "adapters"
     plan = oracle_plan(bundle, adapters if adapters.exists() else None)
     for row, (past, last, tokens) in enumerate(zip(pasts, drafts, fed, strict=True)):
         theirs = oracle.Row(SOURCES[FORMS[form][0]]().model, plan)
