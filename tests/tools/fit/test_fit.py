@@ -359,7 +359,9 @@ def test_every_family(name: str, words: Path, tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("policy", STREAMS)
-@pytest.mark.parametrize(("surrogate", "injection"), [("recurrent", "attn_mlp"), ("anchor", "block")])
+@pytest.mark.parametrize(
+    ("surrogate", "injection"), [("recurrent", "attn_mlp"), ("anchor", "block"), ("residual-delta", "attn_mlp")]
+)
 def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
     options = {"surrogate": surrogate, "injection": injection, "policies": (policy,), "drop_ratio": 0.75, "k": (1, 3)}
     run_fit(model_dir, words, tmp_path / "a", **options, steps=2, rank=64)
@@ -372,10 +374,14 @@ def test_every_plan(surrogate: str, injection: str, policy: str, model_dir: Path
 
 
 @pytest.mark.parametrize("policy", STREAMS)
-def test_halves_from_text_to_a_bundle(policy: str, model_dir: Path, words: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("surrogate", ["residual", "residual-delta"])
+def test_halves_from_text_to_a_bundle(
+    surrogate: str, policy: str, model_dir: Path, words: Path, tmp_path: Path
+) -> None:
     """A mixed list from a file: what is written has the sites, exports, and decodes as the oracle does."""
     (tmp_path / "list.json").write_text(json.dumps({"sites": ["3", "4.mlp", "5.attn"]}))
-    run_fit(model_dir, words, tmp_path / "a", drop_list=tmp_path / "list.json", steps=2, policies=(policy,))
+    options = {"drop_list": tmp_path / "list.json", "steps": 2, "policies": (policy,), "surrogate": surrogate}
+    run_fit(model_dir, words, tmp_path / "a", **options)
     said = json.loads((tmp_path / "a/adapter_config.json").read_text())["lora_drop"]
     assert (said["sites"], said["bare_sites"], said["policy"]) == (["3", "4.mlp", "5.attn"], [], policy)
     source = family("llama")
@@ -821,6 +827,7 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
         (["--drop-layers", "4.attn", "--injection", "block"], ("--injection block", "4.attn")),
         (["--adapters-for", "mlp"], ("--adapters-for mlp", "dropped whole", "--injection attn_mlp")),
         (["--drop-layers", "4.attn", "--adapters-for", "mlp"], ("nothing to fit", "4.attn")),
+        (["--drop-layers", "3,4", "--apart", "--surrogate", "residual-delta"], ("cannot be fitted apart", "3, 4")),
         (["--drop-layers", "3", "--drop-list", "x.json"], ("twice",)),
         (["--learning-rate", "0"], ("--learning-rate is too small", "above 0")),
         (["--device", "cuda"], ("device", "cuda")),

@@ -5,6 +5,7 @@ The oracle decodes one token and one row at a time on the unmodified transformer
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -83,3 +84,15 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
         assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
+
+
+def test_a_change_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that see what two neighbours, and one layer, added at the anchor."""
+    monkeypatch.setattr(EngineBuilder, "build", parse_alone)
+    options = OPTIONS | {"surrogate": "residual-delta", "drop_layers": (3, 4, 6)}
+    bundle = make_bundle("llama", tmp_path / "b", **options)
+    assert bundle.manifest.plan.states == {"3": "4", "6": "6"}
+    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
+        session.load_adapters(adapters)
+        assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), PROMPTS, 2)

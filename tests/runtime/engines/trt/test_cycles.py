@@ -55,7 +55,13 @@ def same(stepwise: Session, cycles: Session, prompts: list[list[int]], new_token
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("recurrent", "skip"), ("recurrent", "backfill"), ("fill", "fill"), ("anchor, attn_mlp", "backfill")],
+    [
+        ("recurrent", "skip"),
+        ("recurrent", "backfill"),
+        ("change", "backfill"),
+        ("fill", "fill"),
+        ("anchor, attn_mlp", "backfill"),
+    ],
 )
 def test_tokens_are_those_of_single_steps(pair, name: str, policy: str) -> None:
     """Rows of any lengths, k, and numbers of tokens that end within a cycle; stops in its midst; and a step after."""
