@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.plan.drop_plan import DropPlan
 from safetensors.numpy import load_file, save_file
 
 from tests.support.bundles import make_bundle, save_adapters
@@ -140,3 +142,30 @@ def test_adapters_in_a_session(place, adapters, tmp_path):
     make_bundle("llama", tmp_path / "roomless")
     with Session.open(tmp_path / "roomless") as session, pytest.raises(InputError, match="no room for adapters"):
         session.load_adapters(adapters)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "fitted", "policy", "apart", "taken"),
+    [
+        ("residual", "backfill", "skip", False, True),
+        ("residual", "backfill", "fill", False, False),  # K and V would be made of what means nothing alone
+        ("residual", "backfill", "fill", True, True),
+        ("residual", "backfill", "fill", None, True),  # of version 0.1, which fitted layer by layer
+        ("residual", "fill", "backfill", False, True),
+        ("residual-delta", "backfill", "lossless", False, True),
+        ("residual-delta", "backfill", "fill", False, False),
+        ("residual-delta", "fill", "backfill", False, False),  # the change would be another one
+    ],
+)
+def test_runs_of_neighbours_under_another_policy(surrogate, fitted, policy, apart, taken, tmp_path):
+    plan = DropPlan(8, (3, 4, 6), surrogate=surrogate, rank=4, policy=policy)
+    directory = save_adapters(tmp_path / "a", plan, 64, None)
+    edit_config(directory, lambda c: c["lora_drop"].update(policy=fitted, apart=apart))
+    if taken:
+        assert list(read_adapters(directory, plan, 64, "any")) == ["3", "4", "6"]
+        return
+    run = "3, 4" if fitted == "backfill" else "3"
+    with pytest.raises(PlanError, match=f"another policy than {policy}") as caught:
+        read_adapters(directory, plan, 64, "any")
+    assert f"layers {run} are one run of neighbours under {fitted}" in str(caught.value)
+    assert f"--policy {fitted}" in str(caught.value)

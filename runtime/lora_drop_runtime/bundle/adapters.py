@@ -14,6 +14,7 @@ The scale is `s = alpha / r` as in PEFT, folded into B here. So are neighbours i
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,17 +121,36 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
 
 def _short(value: object) -> str:
     if isinstance(value, str):
-        return value[:12]
+        return value if value in SURROGATES else value[:12]  # of a fingerprint
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return str(value)
+
+
+def _check_runs(directory: Path, config: AdapterConfig, plan: DropPlan) -> None:
+    """Refuse adapters of neighbours that are one together where the plan's policy parts these, or joins others to them.
+
+    The latter only where they have a change, which is that of their run.
+    """
+    if config.apart is not False or config.policy is None:
+        return
+    ours = [set(run) for run in plan.surrogate_runs]
+    for run in dataclasses.replace(plan, policy=config.policy).surrogate_runs:
+        if set(run) in ours or (not plan.form.with_change and any(set(run) < own for own in ours)):
+            continue
+        raise PlanError(
+            f"The adapters were fitted for another policy than {plan.policy}.",
+            note=f"In {directory} layers {listed(run)} are one run of neighbours under {config.policy}; under "
+            f"{plan.policy} they are not.",
+            hint=f"Use --policy {config.policy}, or fit adapters with: lora-drop fit --policy {plan.policy}",
+        )
 
 
 def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint: str) -> Matrices:
     """The matrices for every surrogate of a plan: site → (A [r, d] or [r, 2d], s·B [d, r]), float32.
 
     Raises:
-        PlanError: fitted for another base model, drop list, surrogate, injection, rank or width.
+        PlanError: fitted for another base model, drop list, surrogate, injection, rank, width, or runs of neighbours.
         BundleError: not an adapter directory.
     """
     config = read_adapter_config(directory)
@@ -147,6 +167,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
                 note=f"{directory} has {_short(found)}, needed is {_short(wanted)}.",
                 hint="Use the adapters of this plan, or fit new ones with: lora-drop fit",
             )
+    _check_runs(directory, config, plan)
     path = directory / "adapter_model.safetensors"
     if not is_file(path):
         raise BundleError(
@@ -184,7 +205,7 @@ def read_adapters(directory: Path, plan: DropPlan, hidden_size: int, fingerprint
                 "An adapter has the wrong shape.",
                 note=f"Layer {site} has A {a.shape} and B {b.shape}, needed are "
                 f"A {(plan.rank, width)} and B {(hidden_size, plan.rank)}.",
-                hint="Use adapters of this base model.",
+                hint=f"Use adapters of this base model, fitted with --surrogate {plan.surrogate} --rank {plan.rank}.",
             )
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = b * scale

@@ -168,6 +168,17 @@ def test_a_site_that_a_surrogate_can_be_is_found(surrogate: str, halves: str, po
             assert (a - b).abs().max() < 2e-2
 
 
+@pytest.mark.parametrize(("batches", "unseen"), [(1, 1), (2, 4), (5, 4), (6, 4), (13, 8)])
+def test_some_texts_choose_the_ridge_however_few_there_are(batches: int, unseen: int) -> None:
+    forcing, plan = TeacherForcing(FAMILIES["llama"]()), DropPlan(8, ("3",), rank=4, policy="backfill")
+    layout, random = Layout.of(12, 4, PeriodicSchedule(3)), torch.Generator().manual_seed(0)
+    texts = [(torch.randint(0, 131, (4, 12), generator=random), layout) for _ in range(batches)]
+    found: list[Site] = []
+    walk(forcing, batches_of(forcing, texts), plan, POLICIES["backfill"], [("3",)], lambda _, site: found.append(site))
+    assert found[0].held_out.tokens == unseen * len(layout.lora)
+    assert found[0].fit.tokens == (4 * batches - unseen) * len(layout.lora)
+
+
 # ── distillation ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -827,7 +838,10 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
         (["--drop-layers", "4.attn", "--injection", "block"], ("--injection block", "4.attn")),
         (["--adapters-for", "mlp"], ("--adapters-for mlp", "dropped whole", "--injection attn_mlp")),
         (["--drop-layers", "4.attn", "--adapters-for", "mlp"], ("nothing to fit", "4.attn")),
-        (["--drop-layers", "3,4", "--apart", "--surrogate", "residual-delta"], ("cannot be fitted apart", "3, 4")),
+        (
+            ["--drop-layers", "3", "--apart", "--surrogate", "residual-delta"],
+            ("not fitted apart", "--surrogate residual "),
+        ),
         (["--drop-layers", "3", "--drop-list", "x.json"], ("twice",)),
         (["--learning-rate", "0"], ("--learning-rate is too small", "above 0")),
         (["--device", "cuda"], ("device", "cuda")),

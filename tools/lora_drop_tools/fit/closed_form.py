@@ -25,7 +25,7 @@ from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import product
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
-_HELD_OUT = 6  # every so many batches one chooses the ridge
+_HELD_OUT = 6  # every so many batches one chooses the ridge; of fewer the last one, of one the last text
 
 
 @dataclass
@@ -102,10 +102,13 @@ def _dropped_layer(
         site, pairs = Site(), [layer.features(name) for layer in layers]
         pair = None
         if name in ends:
+            every = min(_HELD_OUT, len(batches))
             for number, (batch, full, (feature, base)) in enumerate(zip(batches, exact, pairs, strict=True)):
-                wanted = full.middle if half_of(name) == ATTENTION else full.output
-                moments = site.held_out if number % _HELD_OUT == _HELD_OUT - 1 else site.fit
-                moments.add(feature, wanted[:, batch.layout.lora] - base)
+                wanted = (full.middle if half_of(name) == ATTENTION else full.output)[:, batch.layout.lora] - base
+                texts = len(wanted)
+                seen = (0 if number % every == every - 1 else texts) if every > 1 else max(1, texts - 1)
+                for moments, part in ((site.fit, slice(0, seen)), (site.held_out, slice(seen, texts))):
+                    moments.add(feature[part], wanted[part])
             pair = choose(name, site)
         if pair is not None:
             chosen[name] = pair

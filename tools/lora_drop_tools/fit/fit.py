@@ -147,7 +147,10 @@ def _fit_loaded(
             raise
         kept, pairs = better(work, pairs, learned)
     if work.stages[kept]["kl"] >= work.stages[BASE]["kl"]:
-        console.say("warning: on held-out text these adapters are no better than none")
+        console.say(
+            "warning: on held-out text these adapters are no better than none; more --closed-form-tokens, --steps or "
+            "--text may help"
+        )
     result = Fit(
         model=loaded.name,
         fingerprint=loaded.fingerprint,

@@ -130,11 +130,10 @@ def plan_to_fit(
             if loaded.plan is None
             else "Give the model that the bundle was made from, with --drop-ratio, --drop-layers or --drop-list.",
         )
-    neighbours = next((run for run in plan.surrogate_runs if len(run) > 1), None)
-    if settings.apart and plan.form.with_change and neighbours:
+    if settings.apart and plan.form.with_change:
         raise PlanError(
-            "Neighbours have one change, so they cannot be fitted apart.",
-            note=f"--surrogate is {plan.surrogate}, and {listed_sites(neighbours)} are neighbours.",
-            hint="Leave --apart out.",
+            "These surrogates know what their neighbours do, so they are not fitted apart.",
+            note=f"--surrogate is {plan.surrogate}.",
+            hint=f"Leave --apart out; for profile --adapters fit with --surrogate {DEFAULT_SURROGATE} --apart.",
         )
     return dataclasses.replace(plan, k=settings.k[0])
