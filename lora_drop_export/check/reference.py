@@ -132,7 +132,7 @@ class Reference:
     kv_scales: Mapping[str, Array] = field(default_factory=dict)
     kv_dtype: str | None = None
     _states: dict[str, Any] = field(default_factory=dict)  # of the running layer's sites, [B, 1, d]
-    _begun: dict[tuple[str, int], Any] = field(default_factory=dict)  # site with a state, step → what it was given
+    _begun: dict[tuple[str, int], Any] = field(default_factory=dict)  # first site of a run, step → what it was given
     _cache: _Cache = field(default_factory=lambda: _Cache([], []))  # of the layer that is running
 
     def _model(self, ids: npt.NDArray[np.int64]) -> StreamedModel:
@@ -297,15 +297,15 @@ class Reference:
 
     def _keep_states(self, index: int, step: int, x: Any, middle: Any, y: Any) -> None:
         """After a refresh: the streams before a layer, between its halves and behind it, of the last tokens."""
-        owners = {after: first for first, after in self.plan.states.items()}
+        states, with_change = self.plan.states, self.plan.form.with_change
+        owners = {after: first for first, after in states.items()}
         for site in self.plan.sites_of(index):
             half = half_of(site)
-            if site in self.plan.states:
+            if with_change and site in states:
                 self._begun[site, step] = middle if half == MLP else x
             if site in owners:
-                self._states[site] = middle if half == ATTENTION else y
-                if self.plan.form.with_change:
-                    self._states[site] = self._states[site] - self._begun.pop((owners[site], step))
+                state = middle if half == ATTENTION else y
+                self._states[site] = state - self._begun.pop((owners[site], step)) if with_change else state
 
     def _lora_layer(self, index: int, layer: Any, x: Any, call: tuple[Any, Any]) -> Any:
         """A layer with dropped sites on a LoRA step: [B, 1, d]."""

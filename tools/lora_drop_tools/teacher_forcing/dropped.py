@@ -77,23 +77,23 @@ class DroppedLayer:
 
     def features(self, site: str) -> tuple[Any, Any]:
         """What a site's surrogate multiplies and what it adds to, [B, S, d] each."""
-        begin, middle, end = self._full_tokens()
-        if site in self._states:
-            self._begun[site] = middle if half_of(site) == MLP else begin
+        with_change, half = self._form.with_change, half_of(site)
+        if with_change and site in self._states:
+            self._begun[site] = self._full_tokens(1 if half == MLP else 0)
         first = next((first for first, after in self._states.items() if after == site), None)
         if first is None:
             return self.x, self.x
-        state = middle if half_of(site) == ATTENTION else end
-        if self._form.with_change:
+        state = self._full_tokens(1 if half == ATTENTION else 2)
+        if with_change:
             state = state - self._begun[first]
         return features(self.x, state, self._layout, self._form)
 
-    def _full_tokens(self) -> tuple[Any, Any, Any]:
-        """The streams before the layer, between its halves and behind it, [B, T − S, d] each."""
+    def _full_tokens(self, place: int) -> Any:
+        """The stream before the layer, between its halves or behind it, [B, T − S, d]; `place` is 0, 1 or 2."""
         full, exact = self._layout.full, self._exact
         if self._full is None:
-            return exact.input[:, full], exact.middle[:, full], exact.output[:, full]
-        return self._hidden[:, full], *self._full
+            return (exact.input, exact.middle, exact.output)[place][:, full]
+        return self._full[place - 1] if place else self._hidden[:, full]
 
     def output(self) -> Any:
         """Of the layer, after all its sites: [B, S, d] if refreshes are exact, else [B, T, d]."""
