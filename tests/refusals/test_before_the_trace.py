@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lora_drop_runtime.plan.drop_plan import DropPlan
 
 import lora_drop_export.cli
 from lora_drop_export.compiler.early import windows_of_config
@@ -134,7 +135,7 @@ def test_adapters_that_do_not_fit(export_refused, place, tmp_path):
     manifest = Bundle.open(place / "bundle").manifest
     wide = save_adapters(tmp_path / "wide", manifest.plan, 96, manifest.model.fingerprint)
     export_refused("--adapters", wide, words=("wrong shape", "(4, 96)", "(4, 64)"))
-    deep = SimpleNamespace(sites=("11",), adapted_sites=("11",), bare_sites=(), rank=4, surrogate="residual")
+    deep = DropPlan(12, ("11",), rank=4, always_last=0)
     deep = save_adapters(tmp_path / "deep", deep, 64, manifest.model.fingerprint)
     export_refused("--adapters", deep, words=("does not have", "Layer 11", "0 to 7"))
     ranked = save_adapters(tmp_path / "rank", manifest.plan, 64, manifest.model.fingerprint)
@@ -247,7 +248,7 @@ def test_layers_that_are_always_kept_come_with_the_files(passes, place, tmp_path
     assert "warning" not in capsys.readouterr().err
 
     manifest = Bundle.open(place / "bundle").manifest
-    plan = SimpleNamespace(sites=("1",), adapted_sites=("1",), bare_sites=(), rank=4, surrogate="residual")
+    plan = DropPlan(8, ("1",), rank=4, always_first=1)
     adapters = save_adapters(tmp_path / "adapters", plan, SIZES["hidden_size"], manifest.model.fingerprint)
     config = json.loads((adapters / "adapter_config.json").read_text())
     config["lora_drop"] |= {"always_first": 0, "always_last": 3}
