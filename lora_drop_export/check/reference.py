@@ -297,8 +297,7 @@ class Reference:
 
     def _keep_states(self, index: int, step: int, x: Any, middle: Any, y: Any) -> None:
         """After a refresh: the streams before a layer, between its halves and behind it, of the last tokens."""
-        states, with_change = self.plan.states, self.plan.form.with_change
-        owners = {after: first for first, after in states.items()}
+        states, owners, with_change = self.plan.states, self.plan.states_behind, self.plan.form.with_change
         for site in self.plan.sites_of(index):
             half = half_of(site)
             if with_change and site in states:
@@ -327,9 +326,8 @@ class Reference:
         """`y = base + s·B·A·feature`; of a run with a change the last site has it all: no refresh reached it before."""
         import torch
 
-        form, owner = self.plan.form, site
-        if form.with_change:
-            owner = next((first for first, after in self.plan.states.items() if after == site), "")
+        form = self.plan.form
+        owner = self.plan.states_behind.get(site, "") if form.with_change else site
         base = self._states[site] if form.base_is_state else x
         y, names = base, weight_names(owner, self.weights)
         if names:

@@ -134,7 +134,7 @@ class _Sites:
         self.present: list[ir.Value] = []
         self.latest: list[ir.Value] = []
         self.begun: dict[str, ir.Value] = {}  # what the sites with a state were given
-        self.owners = {after: first for first, after in plan.states.items()}
+        self.owners = plan.states_behind
         if plan.has_state:
             hidden = self.values["hidden_states.0"]
             width = hidden.shape[2]  # type: ignore[index]

@@ -6,11 +6,11 @@ The exporter declares its graphs from this table and the session binds its buffe
     graph    inputs                                              outputs
     refresh  input_ids len_kept [len_dropped] logits_index       logits
              past_key.i past_value.i          for every layer    present_key.i present_value.i
-                                                                 present_state.s  (recurrent, anchor)
+                                                                 present_state.s  (all forms but residual)
     lora     input_ids len_kept [len_dropped]                    logits
              past_key.i past_value.i     for kept attentions,    present_key.i present_value.i
                                          for all under `fill`
-             past_state.s (recurrent, anchor)                    present_state.s  (recurrent, with an adapter)
+             past_state.s (all forms but residual)               present_state.s  (recurrent, with an adapter)
 
 A cache belongs to the group `kept` or `dropped` by whether its layer's attention is dropped. `len_kept` and
 `len_dropped` are the valid slots of each group before the step, per row; the position of the s-th new token is

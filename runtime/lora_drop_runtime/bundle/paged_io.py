@@ -4,9 +4,9 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
 
     input_ids, positions      int64 [1, T]       the new tokens of all rows of a call, one row after the other
     logits_index              int64 [R]          places among them whose logits are wanted
-    last_tokens               int64 [b]          places of each row's last one (recurrent, anchor)
+    last_tokens               int64 [b]          places of each row's last one (where there are states)
     lora_step                 bool []            which step it is
-    past_states               [sites, b, d]      of the plan's sites, in its order (recurrent, anchor)
+    past_states               [states, b, d]     in the order of the plan's states (all forms but residual)
     <group>.past_lens         int32 [b]          valid slots before the step, of `kept` or `dropped` layers
     <group>.begins            int32 [b + 1]      where each row's tokens begin among those that the group gets
     <group>.blocks            int32 [n]          the blocks of all rows, a row's in the order of its slots
@@ -15,7 +15,7 @@ Enters: a drop plan. Leaves: names. The exporter declares the graph by them and 
     key_cache.i value_cache.i [blocks, H, 32, D] written in place; float32 here, what the engine computes in at run time
 
     logits                    float32 [1, R, V]
-    present_states            [sites, b, d]
+    present_states            [states, b, d]
 
 A LoRA step has one token a row; dropped layers get none then, but under `fill`.
 """

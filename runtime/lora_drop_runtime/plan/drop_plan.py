@@ -6,8 +6,9 @@ Knows nothing of graphs, weights, caches or tokens. Words and formulas: docs/alg
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bounds import SHARE
@@ -246,12 +247,17 @@ class DropPlan:
         """Whether dropped sites keep `[B, d]` states between steps."""
         return bool(self.states)
 
-    @property
-    def states(self) -> dict[str, str]:
+    @functools.cached_property  # every step asks whether there are any
+    def states(self) -> Mapping[str, str]:
         """Whose states there are → the site behind which each is taken: a site, or a run's first site and its last."""
         if self.form.with_change:
             return {run[0]: run[-1] for run in self.surrogate_runs}
         return {site: site for site in self.sites} if self.form.base_is_state else {}
+
+    @property
+    def states_behind(self) -> dict[str, str]:
+        """`states` the other way round: the sites behind which a state is taken → whose it is."""
+        return {after: first for first, after in self.states.items()}
 
     @property
     def adapted_sites(self) -> tuple[str, ...]:
@@ -266,6 +272,7 @@ class DropPlan:
         base is a state, or where a LoRA step makes K and V of its input (`fill`).
         """
         runs: list[list[str]] = []
+        adapted = self.adapted_sites
         end = (-1, 0)  # layer, and half of it, that the site before leads to
         for site in self.sites:
             layer, half = layer_of(site), half_of(site)
@@ -273,7 +280,7 @@ class DropPlan:
             if self.form.base_is_state or makes_kv or end != (layer, half == MLP):
                 runs.append([])
             end = (layer, 1) if half == ATTENTION else (layer + 1, 0)
-            if site in self.adapted_sites:
+            if site in adapted:
                 runs[-1].append(site)
         return tuple(tuple(run) for run in runs if run)
 

@@ -80,6 +80,14 @@ class Site:
 Choose = Callable[[str, Site], "tuple[Any, Any] | None"]
 
 
+def _fitted_texts(number: int, batches: int, texts: int) -> int:
+    """How many texts of a batch are fitted, from the first on; the others choose the ridge."""
+    if batches == 1:
+        return max(1, texts - 1)
+    every = min(_HELD_OUT, batches)
+    return 0 if number % every == every - 1 else texts
+
+
 def _dropped_layer(
     forcing: TeacherForcing,
     batches: Sequence[Batch],
@@ -102,13 +110,11 @@ def _dropped_layer(
         site, pairs = Site(), [layer.features(name) for layer in layers]
         pair = None
         if name in ends:
-            every = min(_HELD_OUT, len(batches))
             for number, (batch, full, (feature, base)) in enumerate(zip(batches, exact, pairs, strict=True)):
                 wanted = (full.middle if half_of(name) == ATTENTION else full.output)[:, batch.layout.lora] - base
-                texts = len(wanted)
-                seen = (0 if number % every == every - 1 else texts) if every > 1 else max(1, texts - 1)
-                for moments, part in ((site.fit, slice(0, seen)), (site.held_out, slice(seen, texts))):
-                    moments.add(feature[part], wanted[part])
+                count = _fitted_texts(number, len(batches), len(wanted))
+                site.fit.add(feature[:count], wanted[:count])
+                site.held_out.add(feature[count:], wanted[count:])
             pair = choose(name, site)
         if pair is not None:
             chosen[name] = pair

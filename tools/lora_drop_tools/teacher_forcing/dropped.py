@@ -55,7 +55,8 @@ class DroppedLayer:
     ) -> None:
         self.sites = plan.sites_of(index)
         self._forcing, self._index, self._layout = forcing, index, layout
-        self._hidden, self._begun, self._states = hidden, begun, plan.states
+        self._hidden, self._begun = hidden, begun
+        self._states, self._owners = plan.states, plan.states_behind
         self._form, self._policy, self._exact = plan.form, policy, exact
         self._full: tuple[Any, Any] | None = None  # middle and output of full tokens, [B, T − S, d] each
         self.x = hidden if policy.exact_refreshes else hidden[:, layout.lora]
@@ -80,12 +81,11 @@ class DroppedLayer:
         with_change, half = self._form.with_change, half_of(site)
         if with_change and site in self._states:
             self._begun[site] = self._full_tokens(1 if half == MLP else 0)
-        first = next((first for first, after in self._states.items() if after == site), None)
-        if first is None:
+        if site not in self._owners:
             return self.x, self.x
         state = self._full_tokens(1 if half == ATTENTION else 2)
         if with_change:
-            state = state - self._begun[first]
+            state = state - self._begun[self._owners[site]]
         return features(self.x, state, self._layout, self._form)
 
     def _full_tokens(self, place: int) -> Any:
