@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
-from lora_drop_runtime.bundle.manifest import VERIFY_NAME, FileRecord
+from lora_drop_runtime.bundle.manifest import CHANNEL, VERIFY_NAME, FileRecord
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.schedule import StepKind
@@ -53,7 +53,8 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
         except InputError as error:
             hint = error.hint.replace("Use --dtype", "Export the model again with --dtype")  # a bundle's is fixed
             raise InputError(error.fact, note=error.note, hint=hint) from None
-    check_formats(targets, manifest.model.weight_dtype, manifest.model.kv_dtype, manifest.model.dtype, root)
+    model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
+    check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
     if manifest.model.kv_dtype is not None:
         caches = Caches(manifest.model.kv_dtype, manifest.model.head_dim, manifest.plan.refresh_policy.fills)
         for target in targets:

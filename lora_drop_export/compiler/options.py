@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config
-from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES, QUANTIZED_DTYPES
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES
 from lora_drop_runtime.command_line import check_known, check_options, option, refuse_unused
 from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES, WEIGHT_SHORTS, long_name, short_name
 from lora_drop_runtime.errors import InputError
@@ -26,7 +26,8 @@ from lora_drop_export.targets.target import TARGETS, TargetOptions
 
 NO_TARGET = "none"  # graphs only
 HEAD_DTYPES = ("int4", "int8")
-AUTO = "auto"  # a block size that is measured (compiler/forms.py)
+AUTO: Final = "auto"  # a block size that is measured (compiler/forms.py)
+_BLOCKS = (*BLOCK_SIZES, CHANNEL, AUTO)
 WEIGHTS = ("copy", "link")
 _PLAN, _BUILD, _RUN = "what is dropped", "what is built", "how"
 
@@ -76,6 +77,8 @@ def check_formats(
     kv_dtype: str | None,
     activations: str | None,
     bundle: str | Path | None = None,
+    *,
+    by_channel: bool = False,
 ) -> None:
     """Refuse quantized weights and caches that a target does not take.
 
@@ -85,6 +88,7 @@ def check_formats(
         kv_dtype: of caches where it is not that of activations.
         activations: their dtype where weights are quantized; None is not given.
         bundle: which has weights and caches already; else they are asked for.
+        by_channel: integers have one scale for a whole row.
 
     Raises:
         InputError: a target takes something else.
@@ -100,6 +104,18 @@ def check_formats(
             hint=f"Use --target {able}, or another --dtype."
             if bundle is None
             else "Export the model again, with another --dtype.",
+        )
+    others = ", ".join(target.name for target in chosen if by_channel and not target.channel_weights)
+    if others:
+        able = " or ".join(name for name, target in TARGETS.items() if target.channel_weights)
+        raise InputError(
+            "The target cannot take a scale for each channel.",
+            note=f"--block-size {CHANNEL} works only with {able}; {others} was asked for."
+            if bundle is None
+            else f"{bundle} has {short_name(dtype)} weights in that form; {others} was asked for.",
+            hint=f"Use --target {able}, or --block-size {BLOCK_SIZES[-1]}."
+            if bundle is None
+            else f"Export the model again, with --block-size {BLOCK_SIZES[-1]}.",
         )
     others = ", ".join(target.name for target in chosen if activations not in (None, *target.quantized_dtypes))
     if dtype in (None, *QUANTIZED_DTYPES) and others:
@@ -235,13 +251,13 @@ class BuildOptions:
         help=f"text for --quantization {CALIBRATED} and --block-size {AUTO}: {WINDOWS} windows of {WINDOW} tokens, "
         "spread evenly over it (default: a bundled text)",
     )
-    block_size: int | Literal["auto"] | None = option(
+    block_size: int | Literal["channel", "auto"] | None = option(
         None,
         group=_BUILD,
-        metavar="|".join(map(str, (*BLOCK_SIZES, AUTO))),
-        choices=(*BLOCK_SIZES, AUTO),
-        help=f"weights that share a scale (default {BLOCK_SIZES[0]}); {AUTO} builds every form of the weights, times "
-        "them here and takes the fastest that costs at most 3 %% of perplexity",
+        metavar="|".join(map(str, _BLOCKS)),
+        choices=_BLOCKS,
+        help=f"weights that share a scale (default {BLOCK_SIZES[0]}); {CHANNEL} is a whole row, for openvino; {AUTO} "
+        "builds the other forms of the weights, times them and takes the fastest that costs at most 3 %% of perplexity",
     )
     symmetric: bool = option(
         False,
@@ -313,10 +329,11 @@ class BuildOptions:
                 note=f"It is {short_name(self.activation_dtype)}; --dtype is {short_name(self.dtype)}.",
                 hint=f"Leave it out, or use --dtype {quantized_shorts()}.",
             )
-        check_formats(self.targets, self.dtype, self.kv_dtype, self.activation_dtype)
+        by_channel = self.block_size == CHANNEL and self.dtype in INTEGER_DTYPES
+        check_formats(self.targets, self.dtype, self.kv_dtype, self.activation_dtype, by_channel=by_channel)
         for flag, value, known in (
             ("--quantization", self.quantization, (*ROUNDINGS, CALIBRATED)),
-            ("--block-size", self.block_size, (*BLOCK_SIZES, AUTO)),
+            ("--block-size", self.block_size, _BLOCKS),
         ):
             if value is not None and self.dtype not in INTEGER_DTYPES:
                 raise InputError(
@@ -360,9 +377,9 @@ class BuildOptions:
         return self.weights_format is not None and self.weights_format.calibrated
 
     @property
-    def _known_block_size(self) -> int | None:
+    def _known_block_size(self) -> int | Literal["channel"] | None:
         """The one that was asked for; None where it is the default or not found yet."""
-        return self.block_size if isinstance(self.block_size, int) else None
+        return None if self.block_size == AUTO else self.block_size
 
     @property
     def weights_format(self) -> Quantization | None:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+from lora_drop_runtime.bundle.manifest import CHANNEL
 from lora_drop_runtime.dtypes import BY_NAME
 
 from .formats import FLOAT8, BlockFormat, row_format
@@ -29,23 +30,26 @@ def _rows_are_whole(form: BlockFormat, k: int) -> bool:
 @dataclass(frozen=True)
 class Quantization:
     """What the user asked for, or the checkpoint has: bits, the largest block size, the method, and whether zero points
-    may be used. Without a block size it is E4M3, a scale for each row.
+    may be used. `CHANNEL` is a scale for each row, and never has zero points; None is E4M3, a scale for each row.
     """
 
     bits: int
-    block_size: int | None = 32
+    block_size: int | Literal["channel"] | None = 32
     method: str = "search"
     symmetric: bool = False
 
     @classmethod
-    def of(cls, dtype: str, block_size: int | None = None, method: str | None = None) -> Quantization:
+    def of(
+        cls, dtype: str, block_size: int | Literal["channel"] | None = None, method: str | None = None
+    ) -> Quantization:
         """With the defaults for what is not given. `dtype` is one of the manifest's QUANTIZED_DTYPES."""
         if dtype == FLOAT8:
             return cls(BY_NAME[dtype].bits, None, "rtn", symmetric=True)
         bits = BY_NAME[dtype].bits
         default = "search" if bits == 4 else "rtn"  # 8 bits leave nothing to search for
         chosen = cls(bits, block_size or BLOCK_SIZES[0], method or default)
-        return replace(chosen, symmetric=bits == 8 or not ROUNDINGS[chosen.rounding].zero_points)
+        has_points = bits == 4 and chosen.block_size != CHANNEL and ROUNDINGS[chosen.rounding].zero_points
+        return replace(chosen, symmetric=not has_points)
 
     @property
     def dtype(self) -> str:
@@ -64,10 +68,12 @@ class Quantization:
 
     def whole_format(self, k: int) -> BlockFormat:
         """The format of rows of K values where the block size divides K."""
-        return row_format(k) if self.block_size is None else BlockFormat(self.bits, self.block_size, self.symmetric)
+        if self.block_size is None:
+            return row_format(k)
+        return BlockFormat(self.bits, k if self.block_size == CHANNEL else self.block_size, self.symmetric)
 
     def format_of(self, shape: tuple[int, ...]) -> BlockFormat | None:
-        """The format of a matrix [N, K]; None when no block size divides K. E4M3 takes any.
+        """The format of a matrix [N, K]; None when no block size divides K, or a row is no whole bytes. E4M3 takes any.
 
         Where 4-bit zero points do not fit, a smaller block makes them, or the tensor is symmetric.
         """
@@ -75,6 +81,8 @@ class Quantization:
             return None
         if self.block_size is None:
             return row_format(shape[1])
+        if self.block_size == CHANNEL:
+            return None if shape[1] * self.bits % 8 else self.whole_format(shape[1])
         sizes = [size for size in _BLOCK_SIZES if size <= self.block_size and shape[1] % size == 0]
         forms = [BlockFormat(self.bits, size, self.symmetric) for size in sizes]
         forms += [BlockFormat(self.bits, size, True) for size in sizes]

@@ -20,7 +20,7 @@ from .rounding import searched
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to it; the paper has 0.01, for ten times as many inputs and more
 TIED_DAMPING = 1.0  # of a head whose rows are looked up, too: they stay closer to what they are
-_COLUMNS = 128  # whose errors go on to all that follow in one product; every block size divides it
+_COLUMNS = 128  # whose errors go on to all that follow in one product; every block size but a whole row divides it
 _ROWS = 4096  # at once: their columns fit into the caches
 
 
@@ -111,20 +111,25 @@ def _columns(rows: Any, unit: Any, own: Any, form: BlockFormat) -> Blocked:
     size = form.block_size
     q = np.empty((k, n), np.uint8)
     scales, zero_points = np.empty((k // size, n), np.float32), np.empty((k // size, n), np.uint8)
+    if size == k:  # a whole row: nothing is carried when it begins
+        _, scales[0], zero_points[0] = searched(rows.numpy(), form, own.square().numpy())
     errors = torch.zeros_like(columns)  # W − Q
     for begin in range(0, k, _COLUMNS):
         end = min(k, begin + _COLUMNS)
         carried = unit[:begin, begin:end].T @ errors[:begin]  # what the columns so far ask of these, [≤ 128, n]
         for first in range(begin, end, size):
-            last = first + size
+            last = min(first + size, end)
             inner = unit[first:last, first:last]
             carry = carried[first - begin : last - begin]
-            now = columns[first:last] + torch.linalg.solve_triangular(inner.T, carry, upper=False, unitriangular=True)
-            _, scale, zero = searched(now.T.contiguous().numpy(), form, own[first:last].square().numpy())
-            scales[first // size], zero_points[first // size] = scale, zero
+            if size < k:
+                now = columns[first:last]
+                now = now + torch.linalg.solve_triangular(inner.T, carry, upper=False, unitriangular=True)
+                found = searched(now.T.contiguous().numpy(), form, own[first:last].square().numpy())
+                _, scales[first // size], zero_points[first // size] = found
+            scale, zero = scales[first // size], zero_points[first // size]
             step, middle = torch.from_numpy(scale), torch.from_numpy(zero.astype(np.float32))
             inverse = torch.where(step == 0, 0, 1 / step)
-            for i in range(size):
+            for i in range(last - first):
                 wanted = columns[first + i] + carry[i]
                 level = torch.round(wanted * inverse).add_(middle).clamp_(0, 2**form.bits - 1)
                 q[first + i] = level.numpy()

@@ -52,6 +52,7 @@ class Target(Protocol):
         quantized_weights: of the manifest's QUANTIZED_DTYPES those that its graphs may have.
         quantized_dtypes: of activations beside them.
         symmetric_weights: quantized weights without zero points are the better ones for it.
+        channel_weights: its graphs may have integers with one scale for a whole row.
         cache_dtypes: of K/V caches of 8 bits → those of activations beside which it takes them.
         scales_per_head: those caches have a scale for each head; else one for each channel is the better for it.
     """
@@ -61,6 +62,7 @@ class Target(Protocol):
     quantized_weights: tuple[str, ...]
     quantized_dtypes: tuple[str, ...]
     symmetric_weights: bool
+    channel_weights: bool
     cache_dtypes: Mapping[str, tuple[str, ...]]
     scales_per_head: bool
 

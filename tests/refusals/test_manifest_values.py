@@ -61,6 +61,7 @@ def bundle(place, tmp_path) -> Path:
         ("quantization", {"bits": 4}, ("quantization.block_size is null",)),
         ("quantization", [], ("quantization is a list",)),
         ("quantization", {"bits": 4, "block_size": 0, "method": "rtn", "symmetric": True}, ("block_size is 0",)),
+        ("quantization", {"bits": 4, "block_size": "row"}, ("quantization.block_size is 'row'",)),
         ("files.lora.onnx.size_bytes", "x", ("size_bytes is 'x'",)),
         ("versions.numpy", 2, ("versions.'numpy' is 2",)),
         ("surprise", 1, ("'surprise'", "unknown")),

@@ -15,6 +15,7 @@ from lora_drop_export.weights.store import store_weights
 FORMATS = [
     BlockFormat(bits, size, symmetric) for bits in (4, 8) for size in (16, 32, 128) for symmetric in (True, False)
 ]
+FORMATS += [BlockFormat(bits, 256, True) for bits in (4, 8)]  # the whole of a row in tests of all formats
 
 
 def matrix(n: int, k: int, seed: int = 0) -> np.ndarray:

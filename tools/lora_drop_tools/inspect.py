@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -29,7 +29,8 @@ def _quantization(manifest: Manifest) -> list[str]:
     if not how:
         return []
     zero_points = "symmetric" if how["symmetric"] else "with zero points"
-    blocks = f"blocks of {how['block_size']}, {zero_points}" if how["block_size"] else "a scale for each row"
+    in_rows = how["block_size"] in (None, CHANNEL)
+    blocks = "a scale for each row" if in_rows else f"blocks of {how['block_size']}, {zero_points}"
     line = f"weights      {short_name(manifest.model.weight_dtype)}, {blocks}, {how['method']}"
     if "perplexity" in how:
         cost = how["perplexity"]

@@ -27,6 +27,7 @@ class OpenVinoTarget:
     quantized_weights: tuple[str, ...] = ("int4", "int8")
     quantized_dtypes: tuple[str, ...] = ("float32",)
     symmetric_weights = False
+    channel_weights = True
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": ("float32",)})
     scales_per_head = False
 

@@ -39,6 +39,7 @@ class OrtTarget:
     quantized_weights: tuple[str, ...] = ("int4", "int8")
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = False
+    channel_weights = False  # its operator wants blocks of a power of two
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({"int8": MODEL_DTYPES})
     scales_per_head = False
 

@@ -121,6 +121,7 @@ class TrtTarget:
     quantized_weights: tuple[str, ...] = ("int4", FLOAT8)
     quantized_dtypes: tuple[str, ...] = MODEL_DTYPES
     symmetric_weights = True
+    channel_weights = False
     cache_dtypes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     scales_per_head = True
 

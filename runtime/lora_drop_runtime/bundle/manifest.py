@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -20,6 +20,7 @@ VERIFY_NAME = "verify.json"
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
 INTEGER_DTYPES = ("int4", "int8")  # of weights in blocks, each with a scale
+CHANNEL: Final = "channel"  # their block size where one scale is for a whole row, an output channel
 QUANTIZED_DTYPES = (*INTEGER_DTYPES, "float8_e4m3fn")  # of weights; of fp8 a row has a scale
 
 
@@ -286,8 +287,8 @@ def _entry_to_dict(entry: TargetEntry) -> Mapping[str, object]:
 class Manifest:
     """All that a bundle says of itself.
 
-    `quantization`: bits, block size (None in fp8), method, and what it cost in perplexity; empty for weights as they
-    were.
+    `quantization`: bits, block size (or `CHANNEL`; None in fp8), method, and what it cost in perplexity; empty for
+    weights as they were.
     `calibration`: by the name of the adaptive schedule; left out of the file where it is empty.
     """
 

@@ -18,6 +18,7 @@ from lora_drop_runtime.plan.schedule import ADAPTIVE, StepKind
 
 from .manifest import (
     ATTENTION_FORMS,
+    CHANNEL,
     ENTRIES,
     FORMAT_VERSION,
     INTEGER_DTYPES,
@@ -118,10 +119,11 @@ def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
     if not how and weight_dtype not in QUANTIZED_DTYPES:
         return
     in_rows = weight_dtype in QUANTIZED_DTYPES and weight_dtype not in INTEGER_DTYPES
-    size: Any = int | None if in_rows else int
+    by_channel = not in_rows and how.get("block_size") == CHANNEL
+    size: Any = int | None if in_rows else str if by_channel else int
     for name, kind in (("bits", int), ("block_size", size), ("method", str), ("symmetric", bool)):
         typed(kind, how.get(name), f"quantization.{name}")
-    if not in_rows and how["block_size"] < 1:
+    if size is int and how["block_size"] < 1:
         raise ValueError("quantization.block_size is 0")
     if "perplexity" in how:
         figures = typed(Mapping[str, float], how["perplexity"], "quantization.perplexity")

@@ -50,6 +50,17 @@ def test_the_hint_names_no_option_that_a_bundle_fixes(tmp_path):
     assert refused.value.hint.startswith("Export the model again with --dtype fp32")
 
 
+@pytest.mark.parametrize("target", ["ort", RTX])
+def test_a_scale_for_each_channel_is_refused(target: str, tmp_path: Path) -> None:
+    """By each target that has no kernel for it, before anything is built."""
+    made = make_bundle("llama", tmp_path / "b", dtype="int4", block_size="channel", targets=("none",))
+    with pytest.raises(InputError, match="cannot take a scale for each channel") as refused:
+        add_target(made.root, [target], ExportOptions(verify=False))
+    assert f"{made.root} has int4 weights in that form; {target} was asked for" in refused.value.note
+    assert refused.value.hint == "Export the model again, with --block-size 128."
+    assert not (made.root / target).exists()
+
+
 @pytest.mark.parametrize("others", [[], [{"target": RTX, "steps": [{"step": 0}]}]])
 def test_steps_of_an_engine_that_is_replaced_are_forgotten(others, tmp_path):
     """They are those of the old one; what other targets' comparisons said stays, and the file's record is right."""

@@ -35,7 +35,15 @@ from tests.support.quantized import matrix
             {"block_size": 32, "dtype": "float32"},
             ("--block-size applies only to int4 and int8 weights", "--dtype is fp32"),
         ),
-        ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64, 128 and auto")),
+        ({"dtype": "int4", "block_size": 16}, ("Unknown --block-size", "32, 64, 128, channel and auto")),
+        (
+            {"dtype": "float32", "block_size": "channel"},
+            ("--block-size applies only to int4 and int8 weights", "--dtype is fp32"),
+        ),
+        (
+            {"dtype": "int8", "block_size": "channel", "targets": ("openvino", "ort")},
+            ("cannot take a scale for each channel", "works only with openvino; ort was asked for", "--block-size 128"),
+        ),
         ({"dtype": "int8", "quantization": "awq"}, ("Unknown --quantization", "rtn")),
         ({"head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "not given")),
         ({"dtype": "int8", "head_dtype": "int8"}, ("--head-dtype applies only to int4 weights", "int8")),

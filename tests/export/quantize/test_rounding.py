@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from lora_drop_runtime.bundle.manifest import CHANNEL
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from onnx.reference import ReferenceEvaluator
 
@@ -95,6 +96,10 @@ def test_dequantized_as_onnx_does(form):
         (4, 32, False, (8, 16), (16, True)),  # one block, no smaller one
         (8, 128, True, (8, 4864), (128, True)),
         (8, 32, False, (8, 96), (32, False)),
+        (4, CHANNEL, True, (8, 576), (576, True)),
+        (8, CHANNEL, True, (8, 97), (97, True)),
+        (4, CHANNEL, True, (8, 97), None),  # no whole bytes
+        (4, CHANNEL, True, (64,), None),
         (4, 32, False, (8, 100), None),
         (4, 32, False, (64,), None),
         (4, 32, False, (8, 64, 64), None),

@@ -48,6 +48,7 @@ class ToyTarget:
     quantized_weights = ()
     quantized_dtypes = ()
     symmetric_weights = False
+    channel_weights = True
     cache_dtypes = MappingProxyType({"int8": ("float32",)})
     scales_per_head = False
 

@@ -54,6 +54,7 @@ def manifest(weight_dtype: str, layer_bytes: float, quantization: dict[str, Any]
         ("int8", 1 + 4 / 32, {"block_size": 32, "symmetric": True}),
         ("int4", 1 / 2 + (4 + 1 / 2) / 32, {"block_size": 32, "symmetric": False}),
         ("int4", 1 / 2 + 4 / 128, {"block_size": 128, "symmetric": True}),
+        ("int8", 1, {"block_size": "channel", "symmetric": True}),
         ("float8_e4m3fn", 1, {"block_size": None, "symmetric": True}),
     ],
 )

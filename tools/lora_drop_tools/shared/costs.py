@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.adapters import weight_shapes
-from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, QUANTIZED_DTYPES, Manifest
 from lora_drop_runtime.decoding.statistics import Cycle
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -30,7 +30,7 @@ def _bits_per_weight(manifest: Manifest) -> float:
     if model.weight_dtype not in QUANTIZED_DTYPES:
         return BY_NAME[model.dtype].bits
     value = BY_NAME[model.weight_dtype].bits
-    if model.weight_dtype not in INTEGER_DTYPES:
+    if model.weight_dtype not in INTEGER_DTYPES or how["block_size"] == CHANNEL:
         return value  # a row's scale hardly counts
     of_block = BY_NAME["float32"].bits + (0 if how["symmetric"] else value)
     return value + of_block / int(how["block_size"])

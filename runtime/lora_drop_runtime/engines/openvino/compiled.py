@@ -247,7 +247,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
         model = reader.read_model(io.BytesIO(graph))
         check_io(model, conversions.dtypes, bundle.manifest, entry.steps)
         _leave_cache_types_open(ov, model)
-        group = 0 if settings.exact else conversions.least_block or 0
+        group = 0 if settings.exact else conversions.group or 0
         told = properties(bundle, settings, group)
         if model_facts.dtype == "bfloat16" and not _computes_halves(ov, told):
             raise _no_halves()

@@ -22,6 +22,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 from .capped import capped_attention, ints
 
 _NEARLY_NOTHING = 1e-37
+_LARGEST_GROUP, _LEAST_GROUP = 128, 16  # of activations with one scale
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
 Node = Any  # what OpenVINO hands a conversion
 Output = Any
@@ -212,7 +213,7 @@ class Conversions:
         threads: of a step.
 
     Attributes:
-        least_block: of the quantized weights seen; None before the first.
+        group: activations that may share a scale beside the quantized weights seen; None before the first.
         dtypes: of the weights seen.
     """
 
@@ -220,7 +221,7 @@ class Conversions:
         self, part: Callable[[str, str, int, int], npt.NDArray[Any]], held: list[npt.NDArray[Any]], threads: int
     ) -> None:
         self._part, self._held, self._threads = part, held, threads
-        self.least_block: int | None = None
+        self.group: int | None = None
         self.dtypes: set[str] = set()
 
     def extensions(self) -> list[Any]:
@@ -255,7 +256,9 @@ class Conversions:
         quantized = node.get_attribute("quantized")
         if quantized:
             block = inputs[1].get_partial_shape()[2].get_length()
-            self.least_block = min(block, self.least_block or block)
+            if block > _LARGEST_GROUP:  # a whole row; its activations with one scale would cost quality
+                block = max(_LEAST_GROUP, math.gcd(block, _LARGEST_GROUP))
+            self.group = min(block, self.group or block)
         weight, rest = _dequantized(inputs[1:], quantized)
         x = inputs[0]
         if self._threads == 1 and node.get_attribute("gated"):
