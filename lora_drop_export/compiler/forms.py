@@ -3,7 +3,8 @@
 Enters: options, and what writes a bundle of them. Leaves: the bundle of the form that was chosen, and a table of all.
 
 How fast a form is does not depend on its integers. So all forms are timed first, in bundles that are rounded to the
-nearest and not kept. Then they are rounded as was asked for, the fastest first, until one costs little enough.
+nearest and not kept. Then as few as can be are rounded as was asked for: a form that is no finer in any respect than
+one that lost too much is taken to lose too much, and a slower one than one that did not is not wanted.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Form:
         calibration = options.calibration if options.calibrated else None  # else it is for the perplexity alone
         return dataclasses.replace(options, calibration=calibration, **dataclasses.asdict(self))
 
+    def is_within(self, other: Form) -> bool:
+        """Whether it is the other one, or no finer than it in any respect."""
+        fine = [(-form.block_size, not form.symmetric, form.head_dtype or "") for form in (self, other)]
+        return all(own <= others for own, others in zip(*fine, strict=True))
+
 
 @contextlib.contextmanager
 def _timeable() -> Iterator[None]:
@@ -87,18 +93,27 @@ def forms_of(options: ExportOptions) -> list[Form]:
     return [Form(size, symmetric, head) for size in BLOCK_SIZES for symmetric in points for head in heads]
 
 
-def tried_forms(
-    rates: Mapping[Form, float], perplexity: Callable[[Form], float], most: float
-) -> tuple[Form, dict[Form, float]]:
-    """The fastest form whose perplexity is at most `most`, else the one of the least; and the perplexities of those
-    that were looked at for it, the fastest first.
+def best_form(rates: Mapping[Form, float], found: Mapping[Form, float], most: float) -> Form:
+    """The fastest of the forms whose perplexity is found and at most `most`, else the one of the least."""
+    return min(found, key=lambda form: (0.0, -rates[form]) if found[form] <= most else (1.0, found[form]))
+
+
+def tried_forms(rates: Mapping[Form, float], perplexity: Callable[[Form], float], most: float) -> dict[Form, float]:
+    """The perplexities of the forms that have to be looked at to know the fastest of at most `most`, in their order.
+
+    Next comes the form that leaves the fewest to look at, whatever its perplexity is.
     """
-    found: dict[Form, float] = {}
-    for form in sorted(rates, key=lambda form: rates[form], reverse=True):
+    open_forms, found = set(rates), dict[Form, float]()
+
+    def without(form: Form, much: bool) -> set[Form]:
+        """Which forms are left to look at once this one lost too much, or did not."""
+        return {one for one in open_forms if not (one.is_within(form) if much else rates[one] <= rates[form])}
+
+    while open_forms:
+        form = min(open_forms, key=lambda one: (max(len(without(one, much)) for much in (False, True)), -rates[one]))
         found[form] = perplexity(form)
-        if found[form] <= most:
-            break
-    return min(found, key=lambda form: found[form]), found
+        open_forms = without(form, found[form] > most)
+    return found
 
 
 def tokens_per_second(
@@ -224,13 +239,14 @@ def fastest_form(
         with console.progress("perplexity of the bundle") as progress:
             after, _ = engine_on_text(bundle, *_runs_on(bundle), options.threads, windows, progress)
         kept[form] = after, bundle
-        worse = max(kept, key=lambda form: kept[form][0])
-        if len(kept) > 1:
-            shutil.rmtree(kept.pop(worse)[1].root)
+        best = best_form(rates, {one: loss for one, (loss, _) in kept.items()}, most)
+        for other in set(kept) - {best}:
+            shutil.rmtree(kept.pop(other)[1].root)
         return after
 
-    chosen, found = tried_forms(rates, perplexity, before * (1 + MOST_LOSS))
-    bundle = kept[chosen][1]
+    most = before * (1 + MOST_LOSS)
+    found = tried_forms(rates, perplexity, most)
+    ((chosen, (_, bundle)),) = kept.items()
     rows, fastest_first = [], sorted(rates, key=lambda form: rates[form], reverse=True)
     for form in fastest_first:
         kind = form.of(options).weights_format
@@ -247,7 +263,7 @@ def fastest_form(
         )
     place = fastest_first.index(chosen)
     _print_table(rows, before, place, console)
-    if found[chosen] > before * (1 + MOST_LOSS):
+    if found[chosen] > most:
         console.say(f"no form costs less than {100 * MOST_LOSS:.0f} % of perplexity: this one costs least")
     for path in bundle.root.iterdir():
         if path.name != "tokenizer":

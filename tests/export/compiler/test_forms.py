@@ -20,7 +20,7 @@ from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler import forms
 from lora_drop_export.compiler.early import check_before_trace
 from lora_drop_export.compiler.export import export, write_bundle
-from lora_drop_export.compiler.forms import Form, fastest_form, forms_of, tried_forms
+from lora_drop_export.compiler.forms import Form, best_form, fastest_form, forms_of, tried_forms
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from tests.support.bundles import family, make_bundle
@@ -74,16 +74,37 @@ A, B, C = Form(32, False, None), Form(64, False, None), Form(128, False, None)
 @pytest.mark.parametrize(
     ("losses", "chosen", "asked"),
     [
-        ({A: 10.1, B: 10.2, C: 10.3}, C, [C]),  # the fastest is within 10.3; the slower ones are not rounded
-        ({A: 10.1, B: 10.2, C: 10.31}, B, [C, B]),
-        ({A: 10.5, B: 10.4, C: 10.6}, B, [C, B, A]),  # none is: the least loss
+        ({A: 10.1, B: 10.2, C: 10.3}, C, [B, C]),
+        ({A: 10.1, B: 10.2, C: 10.31}, B, [B, C]),
+        ({A: 10.3, B: 10.31, C: 10.4}, A, [B, A]),  # C is coarser than B, and not rounded
+        ({A: 10.5, B: 10.4, C: 10.6}, B, [B, A]),  # none is within 10.3: the least loss
     ],
 )
 def test_the_fastest_within_the_bound(losses: dict[Form, float], chosen: Form, asked: list[Form]) -> None:
     rates = {A: 1.0, B: 2.0, C: 3.0}
-    found, perplexities = tried_forms(rates, losses.__getitem__, 10.3)
-    assert found == chosen
-    assert list(perplexities.items()) == [(form, losses[form]) for form in asked]
+    found = tried_forms(rates, losses.__getitem__, 10.3)
+    assert list(found.items()) == [(form, losses[form]) for form in asked]
+    assert best_form(rates, found, 10.3) == chosen
+
+
+def test_few_of_many_forms_are_rounded() -> None:
+    """Whatever the speeds, and wherever the bound lies, where what is finer in each respect loses less: the form is
+    that of looking at all, and at most every second one is rounded."""
+    every = forms_of(ExportOptions(dtype="int4", block_size="auto"))
+    assert len(every) == 12
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        rates = dict(zip(every, generator.permutation(12).tolist(), strict=True))
+        of_block = dict(zip((32, 64, 128), generator.random(3).cumsum(), strict=True))
+        of_points, of_head = generator.random(2)
+        losses = {
+            form: of_block[form.block_size] + of_points * form.symmetric + of_head * (form.head_dtype == "int4")
+            for form in every
+        }
+        most = float(generator.uniform(0, 1.1 * max(losses.values())))
+        found = tried_forms(rates, losses.__getitem__, most)
+        assert best_form(rates, found, most) == best_form(rates, losses, most)
+        assert len(found) <= 6
 
 
 def search(root: Path, name: str = "llama", tokenizer: bool = True, **options: Any) -> Bundle:
