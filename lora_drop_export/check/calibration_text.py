@@ -121,7 +121,7 @@ def held_back_windows(root: Path, vocab_size: int, context: int, file: Path | No
         raise InputError(
             "The calibration text is too short.",
             note=f"{file or 'The bundled one'} has {len(rows)} windows of {window} of the model's tokens; {WINDOWS} "
-            "are for the rounding, and the perplexity is that of others.",
-            hint=f"Give a longer one; {(WINDOWS + HELD_BACK) * window} tokens are used.",
+            "are kept for rounding by a text, and the perplexity of each form of the weights is that of others.",
+            hint=f"Give one of {(WINDOWS + 1) * window} tokens at least; {(WINDOWS + HELD_BACK) * window} are used.",
         )
     return rest[_spread(len(rest), HELD_BACK)]

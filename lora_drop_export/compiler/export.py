@@ -29,6 +29,7 @@ from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.check.calibrate import calibrate_kv
+from lora_drop_export.check.calibration_text import held_back_windows
 from lora_drop_export.check.perplexity import report_perplexity
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.drop_list import check_drop_list
@@ -186,6 +187,9 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
         special_tokens(checkpoint)  # refuses what would be refused after the trace
+        if options.block_size == AUTO:  # and so does this
+            config = checkpoint.config
+            windows = held_back_windows(root, config.vocab_size, context_length(config), options.calibration)
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         if options.block_size == AUTO:
@@ -193,8 +197,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             def write(place: Path, form: ExportOptions, stand_in: bool) -> Bundle:
                 return write_bundle(place, checkpoint, traced, dtype, form, console, stand_in=stand_in)
 
-            context = context_length(checkpoint.config)
-            bundle = fastest_form(root, checkpoint, traced.vocab_size, context, options, write, console)
+            bundle = fastest_form(root, checkpoint, windows, options, write, console)
         else:
             bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         if bundle.manifest.targets and quantized and options.verify:

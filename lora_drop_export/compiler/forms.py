@@ -24,7 +24,6 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, NoDeviceError
 
-from lora_drop_export.check.calibration_text import held_back_windows
 from lora_drop_export.check.perplexity import engine_on_text
 from lora_drop_export.check.reference import Reference
 from lora_drop_export.check.runners import execution
@@ -57,7 +56,7 @@ class Form:
         calibration = options.calibration if options.calibrated else None  # else it is for the perplexity alone
         return dataclasses.replace(options, calibration=calibration, **dataclasses.asdict(self))
 
-    def is_within(self, other: Form) -> bool:
+    def no_finer_than(self, other: Form) -> bool:
         """Whether it is the other one, or no finer than it in any respect."""
         fine = [(-form.block_size, not form.symmetric, form.head_dtype or "") for form in (self, other)]
         return all(own <= others for own, others in zip(*fine, strict=True))
@@ -107,7 +106,7 @@ def tried_forms(rates: Mapping[Form, float], perplexity: Callable[[Form], float]
 
     def without(form: Form, much: bool) -> set[Form]:
         """Which forms are left to look at once this one lost too much, or did not."""
-        return {one for one in open_forms if not (one.is_within(form) if much else rates[one] <= rates[form])}
+        return {one for one in open_forms if not (one.no_finer_than(form) if much else rates[one] <= rates[form])}
 
     while open_forms:
         form = min(open_forms, key=lambda one: (max(len(without(one, much)) for much in (False, True)), -rates[one]))
@@ -182,8 +181,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], perplexity: float, chosen: i
 def fastest_form(
     root: Path,
     checkpoint: Checkpoint,
-    vocab_size: int,
-    context: int,
+    windows: npt.NDArray[np.int64],
     options: ExportOptions,
     write: Write,
     console: Console,
@@ -191,17 +189,15 @@ def fastest_form(
     """Write the bundle of the fastest form that costs at most `MOST_LOSS` of perplexity, else of the one that costs
     least, and say in its manifest what was measured.
 
-    Perplexity is that of held-back windows of the calibration text, before and after; speed is that of decode steps on
-    the first target.
+    Perplexity is that of windows of a text, before and after; speed is that of decode steps on the first target.
 
     Args:
         root: of the bundle, whose tokenizer is there already.
-        context: tokens that the model can see.
+        windows: int64 [N, S], of which nothing is rounded on (`held_back_windows`).
 
     Raises:
-        InputError: there is no text to measure on, or no device for the target.
+        InputError: there is no device for the target.
     """
-    windows = held_back_windows(root, vocab_size, context, options.calibration)
     forms, scratch = forms_of(options), root / "forms"
 
     def written(name: str, form: Form, stand_in: bool) -> Bundle:

@@ -367,7 +367,7 @@ class BuildOptions:
                 raise InputError(
                     f"--calibration applies only to --quantization {CALIBRATED} and --block-size {AUTO}.",
                     note=f"It is {self.calibration}; --quantization is {self.quantization or 'not given'}.",
-                    hint=f"Leave it out, or add --quantization {CALIBRATED}.",
+                    hint=f"Leave it out, or add --quantization {CALIBRATED} or --block-size {AUTO}.",
                 )
             read_calibration_text(self.calibration)
 

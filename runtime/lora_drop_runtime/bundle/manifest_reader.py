@@ -119,8 +119,9 @@ def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
     if not how and weight_dtype not in QUANTIZED_DTYPES:
         return
     in_rows = weight_dtype in QUANTIZED_DTYPES and weight_dtype not in INTEGER_DTYPES
-    by_channel = not in_rows and how.get("block_size") == CHANNEL
-    size: Any = int | None if in_rows else str if by_channel else int
+    size: Any = int | None if in_rows else int
+    if not in_rows and how.get("block_size") == CHANNEL:
+        size = str
     for name, kind in (("bits", int), ("block_size", size), ("method", str), ("symmetric", bool)):
         typed(kind, how.get(name), f"quantization.{name}")
     if size is int and how["block_size"] < 1:
