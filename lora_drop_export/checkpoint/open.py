@@ -24,6 +24,7 @@ from lora_drop_export.quantize.dequantized import dequantized_tensors
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
 from .gguf import gguf_reader, parsed_once, read_gguf
+from .gguf_config import complete_config
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
@@ -102,6 +103,7 @@ def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
 
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         _check_layer_count(config, len(reader.tensors))
+        complete_config(config, reader)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         tensors = read_gguf(path.resolve(), reader, model)
@@ -151,11 +153,12 @@ def _check_files(directory: Path) -> None:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, shards in order."""
-    index = directory / "model.safetensors.index.json"
+    """The safetensors files of a checkpoint, the whole one before shards, those in order."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if is_file(single):  # as in transformers, which leaves an index that is past where it writes one file
+        return [single]
     if not is_file(index):
-        single = directory / "model.safetensors"
-        return [single] if is_file(single) else sorted(directory.glob("*.safetensors"))
+        return sorted(directory.glob("*.safetensors"))
     damaged = "The checkpoint's index is damaged."
     data = read_json(index, damaged)
     places = data.get("weight_map") if isinstance(data, dict) else None

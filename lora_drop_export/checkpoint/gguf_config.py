@@ -1,0 +1,155 @@
+"""What a GGUF file says of its model's computation and transformers does not read of it.
+
+Enters: transformers' config of the file, gguf's reader. Leaves: the config completed, or a refusal by name. What is not
+in the config is in no layer of the model that is traced, and the check against PyTorch has the same one: a file whose
+frequencies were lost would pass it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.errors import ModelError
+
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all releases
+_GEMMA2_27B_LAYERS = 46  # whose scale of the scores llama.cpp knows by this number
+
+
+class _Fields:
+    """A file's metadata, without the architecture's name in front of the keys."""
+
+    def __init__(self, reader: Any) -> None:
+        fields = reader.fields
+        self._fields = fields
+        self._prefix = fields["general.architecture"].contents()
+
+    def get(self, key: str) -> Any:
+        field = self._fields.get(f"{self._prefix}.{key}")
+        return None if field is None else field.contents()
+
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
+        return None if value is None else float(value)
+
+
+def _not_read(what: str, found: object) -> ModelError:
+    return ModelError(
+        f"The GGUF file has {what}, which is read from safetensors checkpoints alone.",
+        note=f"It says {found!s:.120}.",
+        hint="Take the model's safetensors checkpoint.",
+    )
+
+
+def _frequencies(config: Any, rope: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """Angles a position of a RoPE, [head size / 2], by transformers."""
+    import copy
+
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    asked = copy.deepcopy(config)
+    asked.rope_parameters = rope
+    return np.asarray(ROPE_INIT_FUNCTIONS[rope["rope_type"]](asked, "cpu")[0], np.float64)
+
+
+def _divided(config: Any, rope: dict[str, Any], factors: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The RoPE of a file that divides frequencies by factors, as Llama 3.1 and later do.
+
+    The file has the factors alone, transformers wants what they were made from: that of all releases is tried.
+    """
+    if np.all(factors == 1):
+        return rope
+    found = rope | {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
+    base = float(rope["rope_theta"]) ** (-np.arange(len(factors)) / len(factors))
+    made = _frequencies(config, found)
+    if rope["rope_type"] != "default" or made.shape != base.shape or not np.allclose(made, base / factors, rtol=1e-3):
+        raise _not_read("RoPE frequencies of its own", f"rope_freqs.weight, 1 to {factors.max():g}")
+    return found
+
+
+def _yarn(fields: _Fields, rope: dict[str, Any], factor: float) -> dict[str, Any]:
+    original = fields.get("rope.scaling.original_context_length")
+    for key, usual in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0)):
+        if (fields.number(f"rope.scaling.{key}") or usual) != usual:
+            raise _not_read(f"YaRN with {key}", fields.number(f"rope.scaling.{key}"))
+    if original is None:
+        raise _not_read("YaRN without its original context", f"rope.scaling.factor {factor:g}")
+    found = rope | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original)}
+    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        value = fields.number(f"rope.scaling.{theirs}")
+        found |= {} if value is None else {ours: value}
+    scale = fields.number("rope.scaling.attn_factor")
+    return found | ({} if scale in (None, 1.0) else {"attention_factor": scale * (1 + 0.1 * float(np.log(factor)))})
+
+
+def _scaled(fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE with the file's scaling; linear where it names a factor and no kind, as in llama.cpp."""
+    kind = fields.get("rope.scaling.type") or "linear"
+    factor = fields.number("rope.scaling.factor") or fields.number("rope.scale_linear") or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return rope
+    if rope.get("rope_type") != "default":
+        raise _not_read(f"RoPE scaling ({kind}) for some of its layers", f"a factor of {factor:g}")
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return _yarn(fields, rope, factor)
+    raise _not_read(f"RoPE scaling of kind {kind}", f"a factor of {factor:g}")
+
+
+def _rotated_share(config: Any, fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
+    """The share of a head's dimensions that is rotated, where the file has another than the config."""
+    rotated = fields.get("rope.dimension_count")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rotated is None or rotated == int(size * rope.get("partial_rotary_factor", 1.0)):
+        return {}
+    if "partial_rotary_factor" not in rope:
+        raise _not_read("RoPE on a part of each head", f"{rotated} of {size} dimensions")
+    return {"partial_rotary_factor": rotated / size}
+
+
+def _complete_rope(config: Any, fields: _Fields, tensors: dict[str, Any]) -> None:
+    rope = dict(config.rope_parameters)
+    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+        if name in tensors:
+            raise _not_read("RoPE frequencies that depend on the sequence length", name)
+    rope = _scaled(fields, rope)
+    if "rope_freqs.weight" in tensors:
+        rope = _divided(config, rope, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
+    config.rope_parameters = rope | _rotated_share(config, fields, rope)
+
+
+def _complete_window(config: Any, fields: _Fields) -> None:
+    window = fields.get("attention.sliding_window")
+    if not window or window >= config.max_position_embeddings or window == getattr(config, "sliding_window", None):
+        return
+    if not hasattr(config, "sliding_window") or "sliding_attention" not in getattr(
+        config, "layer_types", ["sliding_attention"]
+    ):
+        raise _not_read("sliding-window attention", f"a window of {window} tokens")
+    config.sliding_window = int(window)
+
+
+def complete_config(config: Any, reader: Any) -> None:
+    """Put into a file's config what it says of RoPE, windows and soft caps.
+
+    Args:
+        config: transformers', changed in place.
+        reader: gguf's, of that file.
+
+    Raises:
+        ModelError: the file has a kind of one of them that cannot be put there.
+    """
+    fields = _Fields(reader)
+    if isinstance(getattr(config, "rope_parameters", None), dict):
+        _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})
+    _complete_window(config, fields)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        cap = fields.number(name)
+        if cap is not None and cap != getattr(config, name, None):
+            if not hasattr(config, name):
+                raise _not_read("soft-capped logits", f"{name} {cap:g}")
+            setattr(config, name, cap)
+    if config.model_type == "gemma2" and config.num_hidden_layers == _GEMMA2_27B_LAYERS:
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
