@@ -62,6 +62,15 @@ def test_sharded(tmp_path, expected, mode):
     assert tokens(bundle) == expected
 
 
+def test_a_whole_file_is_read_without_an_index(tmp_path, expected):
+    """transformers leaves the index of shards where it then writes one file."""
+    model = tmp_path / "model"
+    family("llama").model.save_pretrained(model, max_shard_size="200KB")
+    family("llama").model.save_pretrained(model)
+    assert (model / "model.safetensors.index.json").exists()
+    assert tokens(export(model, tmp_path / "out")) == expected
+
+
 @pytest.mark.parametrize("mode", ["copy", "link"])
 @pytest.mark.parametrize("shard_size", ["5GB", "200KB"])
 @pytest.mark.parametrize("by_name", [True, False])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError
 from safetensors.torch import load_file, save_file
 
 from lora_drop_export.cli import main
@@ -95,6 +96,20 @@ def test_narrowed(tmp_path, target):
     theirs = values.to(getattr(torch, target))
     ours = torch.frombuffer(bytearray(b"".join(stored_blocks(ref, target))), dtype=theirs.dtype).reshape(values.shape)
     assert_same_values(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("target", "largest", "too_large"), [("float16", 65519.0, 65520.0), ("bfloat16", 3.3895e38, 3.397e38)]
+)
+def test_what_would_be_infinite_is_refused(target, largest, too_large):
+    """Of finite values; what is infinite stays so."""
+    for sign in (1, -1):
+        values = np.array([[1, sign * largest], [np.inf, np.nan]], np.float32)
+        kept = torch.frombuffer(bytearray(b"".join(stored_blocks(values, target))), dtype=getattr(torch, target))
+        assert kept.isfinite().tolist() == [True, True, False, False]
+        values[0, 1] = sign * too_large
+        with pytest.raises(InputError, match=f"infinite as {target}"):
+            list(stored_blocks(values, target))
 
 
 def sparse_tensor(path: Path, dtype: str, shape: tuple[int, int], width: int) -> TensorPlace:

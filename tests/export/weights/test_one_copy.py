@@ -8,13 +8,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lora_drop_export.decoder.loaded import load_model
 from tests.support.bundles import family, make_bundle
 from tests.support.models import SIZES
 from tests.support.stored_weights import GRAPHS, export, external, inline_bytes, save, stored_bytes, tokens
@@ -81,6 +85,25 @@ def test_tied_weights_whatever_the_checkpoint_stores(tmp_path, traced):
         assert len({places[name] for name in (table, head) if name in places}) == 1
         results.append(tokens(bundle))
     assert results[0] == results[1] == results[2]
+
+
+def test_tied_by_the_config_with_two_tables(tmp_path, traced):
+    """transformers takes both, and so do we: a head of its own was read as the embedding, or the other way round."""
+    source = family("llama_tied")
+    traced(family("llama"))  # of two tables
+    whole = load_file(source.directory / "model.safetensors")
+    head = whole["model.embed_tokens.weight"].flip(0).contiguous()
+    model = shutil.copytree(source.directory, tmp_path / "model")
+    save(whole | {"lm_head.weight": head}, model)
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
+    assert torch.equal(theirs.lm_head.weight, head)
+    loaded = load_model(str(model), log=lambda _: None).model
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert torch.equal(loaded.model.embed_tokens.weight, whole["model.embed_tokens.weight"])
+    with torch.no_grad(), Session.open(export(model, tmp_path / "out").root, k=0) as session:
+        logits = theirs(torch.tensor([[7, 3, 11, 19]])).logits[0, -1].numpy()
+        found = session.prefill(np.array([[7, 3, 11, 19]]), np.array([4]), max_new_tokens=1)[0]
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])

@@ -19,7 +19,17 @@ from lora_drop_tools.eval.intervals import (
     paired_difference,
     share,
 )
-from lora_drop_tools.eval.result import EvalRow, averages, pooled_test, safe_zones, task_figures, too_wide
+from lora_drop_tools.eval.result import (
+    EvalRow,
+    TaskFigures,
+    averages,
+    group_figures,
+    pooled_test,
+    safe_zones,
+    task_figures,
+    too_wide,
+)
+from lora_drop_tools.eval.tasks.catalogue import OpenedGroup
 from lora_drop_tools.eval.tasks.metrics import Measured
 
 from tests.support.eval_rows import eval_row
@@ -42,6 +52,24 @@ def test_paired_difference_by_hand() -> None:
     same = paired_difference(full, full)
     assert same.value == 0
     assert same.low < 0 < same.high  # nothing lost in ten items is no proof
+
+
+def test_resamples_that_say_nothing_are_left_out() -> None:
+    """Windows without a LoRA step: of two windows a quarter of the resamples has none."""
+    figure = bootstrap([0.2, 0.0], [2.0, 0.0], 0)
+    assert (figure.value, figure.low, figure.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_group_of_another_metric_than_its_tasks() -> None:
+    """A perplexity is no share, whatever the tasks' own metric is; acc beside acc_norm is one."""
+    figures = {"acc": Figure(0.5, 0.4, 0.6, 9), "ppl": Figure(12.0, 11.0, 13.0, 9), "other": Figure(0.4, 0.3, 0.5, 9)}
+    tasks = {name: TaskFigures("acc", figures, None, 0) for name in ("a", "b")}
+    for metric, is_share in (("acc", True), ("ppl", False), ("other", True)):
+        group = OpenedGroup("g", tuple(tasks), metric, None, by_size=True, is_part=False)
+        found = group_figures(group, tasks)
+        assert found is not None
+        assert (found.metric, found.is_share) == (metric, is_share)
+        assert (averages(tasks, {"g": found})[0] is not None) == is_share
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 9), (9, 3), (6, 6), (12, 25), (0, 20), (700, 800)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import itertools
 import json
@@ -633,8 +634,9 @@ def test_a_streamed_fit_is_resumed_in_the_middle(
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("change", ["another file", "shorter", "other words"])
+@pytest.mark.parametrize("given", ["text", "dataset"])
 def test_another_text_is_not_resumed(
-    change: str, model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: str, change: str, model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "texts"
     shutil.copytree(lines, text)
@@ -644,8 +646,10 @@ def test_another_text_is_not_resumed(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages.Report, "__call__", interrupted)
+    where = {"text": (text,)} if given == "text" else {"dataset": str(text)}
+    settings = FitSettings(out=tmp_path / "a", **where, **(SMALL | STREAMED))
     with pytest.raises(KeyboardInterrupt):
-        run_fit(model_dir, text, tmp_path / "a", **STREAMED)
+        fit(str(model_dir), settings)
     file = text / "a.jsonl"
     if change == "another file":
         shutil.copy(file, text / "b.jsonl")
@@ -655,7 +659,7 @@ def test_another_text_is_not_resumed(
         file.write_text(file.read_text().replace("t5 ", "t6 "))
     before = {path: path.read_bytes() for path in (tmp_path / "a.partial").iterdir()}
     with pytest.raises(InputError, match="another text under these names"):
-        run_fit(model_dir, text, tmp_path / "a", **STREAMED, resume=True)
+        fit(str(model_dir), dataclasses.replace(settings, resume=True))
     assert {path: path.read_bytes() for path in (tmp_path / "a.partial").iterdir()} == before
 
 

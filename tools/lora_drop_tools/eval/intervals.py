@@ -80,10 +80,14 @@ def bootstrap(
     seed: int,
     transform: Callable[[Any], Any] = lambda value: value,
 ) -> Figure:
-    """`transform` of a ratio of sums over items, with the percentile interval of resampled items."""
+    """`transform` of a ratio of sums over items, with the percentile interval of resampled items.
+
+    Some denominator is above 0. Resamples of none but items whose denominator is 0 say nothing, and are left out.
+    """
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     picks = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
-    low, high = np.percentile(transform(above[picks].sum(axis=1) / below[picks].sum(axis=1)), [2.5, 97.5])
+    sums, counts = above[picks].sum(axis=1), below[picks].sum(axis=1)
+    low, high = np.percentile(transform(sums[counts > 0] / counts[counts > 0]), [2.5, 97.5])
     return Figure(float(transform(above.sum() / below.sum())), float(low), float(high), len(above))
 
 

@@ -299,7 +299,7 @@ def group_figures(group: OpenedGroup, tasks: Mapping[str, TaskFigures]) -> Group
         average(differences, weights) if len(differences) == len(own) else None,
         sum(figure.count for figure in figures),
         group.tasks,
-        all(task.is_share for task in own if task.metric == metric),
+        all(task.is_share if task.metric == metric else 0 <= task.metrics[metric].value <= 1 for task in own),
         group.is_part,
         pooled_test(own) if all(task.metric == metric for task in own) else None,
     )

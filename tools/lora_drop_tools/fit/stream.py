@@ -193,8 +193,17 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
     return parts[0] if len(parts) == 1 else datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
-def identity(files: Sequence[Path]) -> str:
+def _dataset_files(dataset: str | None) -> list[Path]:
+    """All files of a dataset that is a local directory."""
+    place = Path(dataset.partition(":")[0]) if dataset else None
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place is not None and place.is_dir() else []
+
+
+def identity(files: Sequence[Path], dataset: str | None = None) -> str:
     """A hash of what the files are, those of a directory too: their names, sizes, beginnings and ends.
+
+    Args:
+        dataset: as in `open_documents`; of one on the Hub nothing is looked at.
 
     Raises:
         InputError: as `open_documents`.
@@ -202,7 +211,7 @@ def identity(files: Sequence[Path]) -> str:
     plain = [file for file in files if not is_streamed([file])]
     streamed = _all_files([file for file in files if file not in plain])
     found = hashlib.sha256()
-    for file in (*plain, *(file for group in streamed.values() for file in group)):
+    for file in (*plain, *(file for group in streamed.values() for file in group), *_dataset_files(dataset)):
         try:
             with file.open("rb") as data:
                 size = data.seek(0, io.SEEK_END)
