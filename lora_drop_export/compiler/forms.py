@@ -172,7 +172,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], perplexity: float, chosen: i
             f"{row['tokens_per_second']:.1f}",
             f"{row['weight_bytes'] / 2**20:.0f}",
             "not measured" if own is None else f"{own:.2f}",
-            "" if own is None else f"{100 * (own / perplexity - 1):+.1f} %",
+            "" if own is None else f"{100 * (own / perplexity - 1):+.2f} %",
             "chosen" if place == chosen else "",
         )
     console.rich.print(table)

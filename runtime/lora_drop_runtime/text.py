@@ -321,7 +321,8 @@ class TextCodec:
                 hint="Shorten it.",
             )
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+            # `encode` would hold the GIL meanwhile, for seconds where the text is long
+            ids = self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
         except Exception as error:  # tokenizers raises nothing narrower: an unknown token in a vocabulary without one
             raise InputError(
                 "The tokenizer cannot take the text.",

@@ -1,7 +1,7 @@
 """The routes: a request is checked, its rows are submitted, and their events are told as they come.
 
 Enters: a driver and the bundle's tokenizer. Leaves: an ASGI application, which starts the driver on its event loop and
-stops it at its end. What costs time here, tokenizing and templates, runs in other threads.
+stops it at its end. What costs time here, tokenizing, templates and whole answers, runs in other threads.
 """
 
 from __future__ import annotations
@@ -230,12 +230,12 @@ async def _events(answer: Answer, job: Job) -> AsyncIterator[bytes]:
         yield _sse(error.body)
 
 
-async def _whole(answer: Answer, job: Job) -> dict[str, Any]:
+async def _whole(answer: Answer, job: Job) -> Response:
     while not answer.is_over:
         for told in await job.told():
             if answer.take(told).finish and not answer.choices[told.row].is_over:
                 job.cancel(told.row)
-    return answer.whole()
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole()))  # with logprobs it may have megabytes
 
 
 async def _gone(request: Request) -> None:
@@ -363,7 +363,9 @@ class Service:
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
             if isinstance(prompt, str):
-                return self._codec.encode(prompt, most_tokens=self.driver.max_prompt_len)
+                found = self._codec.encode(prompt, most_tokens=self.driver.max_prompt_len)
+                self._check_length(len(found), "prompt")  # before the others are read
+                return found
             wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
             if wrong is not None:
                 said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
@@ -393,16 +395,20 @@ class Service:
             raise ApiError(400, said, param="echo")
         return policy
 
+    def _check_length(self, length: int, param: str) -> None:
+        """Whether a prompt of so many tokens fits. Raises ApiError."""
+        if not length:
+            raise ApiError(400, "The prompt is empty: it has no tokens.", param=param)
+        most = min(self.driver.max_prompt_len, self.driver.max_seq_len - 1)
+        if length > most:
+            said = f"The prompt has {length} tokens, this server takes {most}."
+            raise ApiError(400, said, param=param, code=TOO_LONG)
+
     def _new_tokens(self, prompt: Ids, body: CompletionRequest | ChatRequest, param: str) -> int:
         """How many new tokens a row may have. Raises ApiError where the prompt or they do not fit."""
         driver, length, asked = self.driver, len(prompt), body.new_tokens
         asked = 1 if asked == 0 else asked  # which is not told
-        if not length:
-            raise ApiError(400, "The prompt is empty: it has no tokens.", param=param)
-        most = min(driver.max_prompt_len, driver.max_seq_len - 1)
-        if length > most:
-            said = f"The prompt has {length} tokens, this server takes {most}."
-            raise ApiError(400, said, param=param, code=TOO_LONG)
+        self._check_length(length, param)
         room = driver.max_seq_len - length
         if asked is not None and asked > room:
             said = f"Prompt and new tokens are {length} + {asked} tokens, this server takes {driver.max_seq_len}."
@@ -485,17 +491,16 @@ class Service:
         with contextlib.ExitStack() as ends:
             ends.enter_context(job)
 
-            async def work() -> dict[str, Any]:
+            async def work() -> Response:
                 await begin()
-                return {} if streams else await _whole(answer, job)
+                return _Stream(_events(answer, job), job) if streams else await _whole(answer, job)
 
             found = await _unless_gone(request, work())
             if found is None:
                 return Response(status_code=GONE)
-            if not streams:
-                return JSONResponse(found)
-            ends.pop_all()  # by the response
-            return _Stream(_events(answer, job), job)
+            if streams:
+                ends.pop_all()  # by the response
+            return found
 
 
 def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) -> FastAPI:

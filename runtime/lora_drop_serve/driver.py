@@ -267,7 +267,11 @@ class Driver:
             for index, number in enumerate(numbers):
                 self._rows[number] = job, index
                 self._numbers[job, index] = number
-        self._post(self._give, [(job, told)], None, time.perf_counter())
+        self._post(self._give, [(job, told)], self._state(), time.perf_counter())
+
+    def _state(self) -> tuple[int, Mapping[str, int]]:
+        """Rows that run and wait, and the bytes of their K/V."""
+        return self._batch.rows, self._batch.kv_bytes()
 
     def _cancel(self, job: Job, index: int) -> None:
         number = self._numbers.get((job, index))
@@ -299,7 +303,7 @@ class Driver:
             items.append((found[0], Told(found[1], event)))
             if event.finished is not None:
                 del self._rows[event.row], self._numbers[found]
-        self._post(self._give, items, (self._batch.rows, self._batch.kv_bytes()), time.perf_counter())
+        self._post(self._give, items, self._state(), time.perf_counter())
 
     def _drive(self) -> None:
         try:

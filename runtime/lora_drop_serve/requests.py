@@ -7,6 +7,7 @@ field. Knows no tokenizer and no engine: whether a prompt fits is found out late
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +32,7 @@ from .errors import ApiError, refused
 
 MOST_BODY_BYTES = 4 << 20
 MOST_FIELDS = 128  # of an object that is not a schema
-MOST_MESSAGES = 4096
+MOST_PROMPTS = MOST_MESSAGES = MOST_PARTS = 4096  # each is looked at by itself, while nobody else is answered
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
 MOST_TOP = 20  # logprobs of a token
 MOST_CHOICES = 128
@@ -158,10 +159,10 @@ class _Request(_Model):
 
     model: Text | None = None
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
-    top_p: Annotated[float, _within(bounds.TOP_P)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=bounds.TOP_P.most)] | None = None
     top_k: Annotated[int, _within(bounds.TOP_K)] | None = None
     repetition_penalty: Annotated[float, _within(bounds.PENALTY)] | None = None
-    seed: Annotated[int, _within(bounds.SEED)] | None = None
+    seed: Annotated[int, Field(ge=-bounds.SEED.most - 1, le=bounds.SEED.most)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     stop: Annotated[Stop | Annotated[Items[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_stops)] = None
@@ -231,7 +232,7 @@ class _Request(_Model):
         return SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else self.top_p or sys.float_info.min,  # 0: the likeliest token
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=None if self.seed is None else (self.seed + choice) % (int(bounds.SEED.most) + 1),
         )
@@ -253,6 +254,8 @@ class CompletionRequest(_Request):
     def _said_in_one_sentence(cls, prompt: Any) -> Any:
         """Of a union pydantic says one error for each part."""
         parts = prompt if isinstance(prompt, list) else [prompt]
+        if len(parts) > MOST_PROMPTS and type(parts[0]) is not int:
+            raise ValueError(f"{len(parts)} prompts are too many, {MOST_PROMPTS} are the most")
         texts = all(isinstance(part, str) for part in parts)
         ids = isinstance(prompt, list) and all(type(part) is int for part in parts)
         rows = all(isinstance(part, list) and all(type(one) is int for one in part) for part in parts)
@@ -387,6 +390,16 @@ class ChatRequest(_Request):
     tools: Annotated[Items[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _few_parts(cls, messages: Any) -> Any:
+        held = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+        lists = [one.get(name) for one in held for name in ("content", "tool_calls")]
+        count = sum(len(one) for one in lists if isinstance(one, list))
+        if count > MOST_PARTS:
+            raise ValueError(f"they have {count} parts and calls, {MOST_PARTS} are the most")
+        return messages
 
     @model_validator(mode="after")
     def _agree(self) -> ChatRequest:

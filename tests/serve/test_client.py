@@ -64,18 +64,29 @@ def test_a_completion_of_a_text_and_of_token_ids(client: openai.OpenAI, bundle: 
 
 def test_k_and_policy_are_the_requests_own(client: openai.OpenAI, bundle: Bundle) -> None:
     model = bundle.manifest.model.name
-    for k, policy in ((0, "backfill"), (2, "skip"), (4, "lossless")):
+    for k, policy in ((0, "backfill"), (2, "skip"), (4, "lossless"), (0, "lossless")):
         done = client.completions.create(
             model=model, prompt=PROMPT, max_tokens=12, temperature=0, extra_body={"k": k, "policy": policy}
         )
         assert done.choices[0].text == words(alone(bundle, PROMPT, 12, k=k, policy=policy))
         steps = done.usage.model_extra["lora_drop"]
-        if policy == "lossless":
+        if policy == "lossless" and k:
             assert steps["lora_steps"] >= steps["drafted"] >= steps["accepted"]
             assert steps["lora_steps"] > 0
             assert steps["refresh_steps"] + steps["accepted"] == 11  # a token each, and one from the prompt
         else:
-            assert steps == {"refresh_steps": 11 // (k + 1), "lora_steps": 11 - 11 // (k + 1)}
+            counted = {"refresh_steps": 11 // (k + 1), "lora_steps": 11 - 11 // (k + 1)}
+            assert {name: count for name, count in steps.items() if count} == {n: c for n, c in counted.items() if c}
+
+
+def test_the_ends_of_what_the_api_allows(client: openai.OpenAI, bundle: Bundle) -> None:
+    """A top_p of 0 leaves the likeliest token; any 64-bit number is a seed."""
+    hot = {"model": bundle.manifest.model.name, "prompt": PROMPT, "max_tokens": 9, "temperature": 2}
+    done = client.completions.create(**hot, top_p=0)
+    assert done.choices[0].text == words(alone(bundle, PROMPT, 9))
+    texts = [client.completions.create(**hot, seed=seed).choices[0].text for seed in (-1, -1, -(2**63), 2**63 - 1)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
 
 
 def test_lists_of_prompts_and_n_choices_draw_by_their_seeds(client: openai.OpenAI, bundle: Bundle) -> None:

@@ -70,11 +70,11 @@ WRONG = [
     (COMPLETIONS, {"temperature": -0.1}, "temperature"),
     (COMPLETIONS, {"temperature": "hot"}, "temperature"),
     (COMPLETIONS, {"temperature": True}, "temperature"),
-    (COMPLETIONS, {"top_p": 0}, "top_p"),
+    (COMPLETIONS, {"top_p": -0.1}, "top_p"),
     (COMPLETIONS, {"top_p": 1.1}, "top_p"),
     (COMPLETIONS, {"top_k": -1}, "top_k"),
     (COMPLETIONS, {"repetition_penalty": 0}, "repetition_penalty"),
-    (COMPLETIONS, {"seed": -1}, "seed"),
+    (COMPLETIONS, {"seed": -(2**63) - 1}, "seed"),
     (COMPLETIONS, {"seed": 2**63}, "seed"),
     (COMPLETIONS, {"n": 0}, "n"),
     (COMPLETIONS, {"n": 128}, "n"),
@@ -183,7 +183,9 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": [0] * 4000}, "messages.0: it has to be an object"),
         (CHAT, {"messages": [{}] * 4000}, "role"),
         (CHAT, {"messages": HI * 5000}, "4096"),
-        (CHAT, {"messages": [{"role": "user", "content": [0] * 10**5}]}, "text alone"),
+        (CHAT, {"messages": [{"role": "user", "content": [0] * 4096}]}, "text alone"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 2100}] * 2}, "4096 are"),
+        (CHAT, {"messages": [*HI, {"role": "assistant", "tool_calls": [{}] * 10**5}]}, "4096 are"),
         (CHAT, {"messages": [{"role": "user", **dict.fromkeys(map(str, range(10**4)), 0)}]}, "fields"),
         (COMPLETIONS, {"prompt": [1], "k": 1.5}, "k: Input should be a valid integer"),
         (CHAT, {"messages": HI, "stop": [0] * 10**5}, "32"),
@@ -191,7 +193,9 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
         (CHAT, {"messages": [{"role": "user"}]}, "content is missing"),
         (CHAT, {"messages": HI, **dict.fromkeys(map(str, range(10**4)), 0)}, "fields"),
-        (COMPLETIONS, {"prompt": [[]] * 10**5 + [0]}, "not empty"),
+        (COMPLETIONS, {"prompt": [[]] * 4095 + [0]}, "not empty"),
+        (COMPLETIONS, {"prompt": [[5]] * 10**5}, "4096 are the most"),
+        (COMPLETIONS, {"prompt": [""] * 10**5}, "4096 are the most"),
         (COMPLETIONS, {"prompt": [0] * 10**5 + ["t1"]}, "token ids"),
     ],
 )
@@ -209,7 +213,7 @@ def test_a_text_that_cannot_fit_is_not_tokenized(served: Served, monkeypatch: py
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it was read")
 
-    tokenizer = SimpleNamespace(encode=never, get_vocab=served.codec._tokenizer.get_vocab)
+    tokenizer = SimpleNamespace(encode_batch=never, get_vocab=served.codec._tokenizer.get_vocab)
     monkeypatch.setattr(served.codec, "_tokenizer", tokenizer)
     long = "t1 " * 10**5
     for path, body, param in (
@@ -219,6 +223,14 @@ def test_a_text_that_cannot_fit_is_not_tokenized(served: Served, monkeypatch: py
         error = check_error(served.http.post(path, json=body), 400, param)
         assert error["code"] == "context_length_exceeded"
         assert "characters" in error["message"]
+
+
+def test_texts_behind_one_that_is_too_long_are_not_tokenized(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, read = served.codec.encode, []
+    monkeypatch.setattr(served.codec, "encode", lambda text, **how: read.append(text) or plain(text, **how))
+    error = check_error(served.http.post(COMPLETIONS, json={"prompt": ["t1", "t1 " * 150, "t2"]}), 400, "prompt")
+    assert "150 tokens" in error["message"]
+    assert [text[:2] for text in read] == ["t1", "t1"]
 
 
 def test_hints_for_commands_are_not_for_clients(served: Served) -> None:

@@ -296,6 +296,7 @@ def test_a_full_queue(served: Served, engine: GatedEngine) -> None:
             assert (error_of(refused)["type"], error_of(refused)["code"]) == ("rate_limit_error", "queue_full")
         metrics = served.metrics()
         assert metrics["lora_drop_rows_running"] + metrics["lora_drop_rows_waiting"] <= 4
+        await_that(lambda: served.metrics()["lora_drop_rows_running"] > 0)  # though the first tick is not over
         engine.gate.set()
         texts = [one.result().json()["choices"][0]["text"] for one in running]
     assert texts == [wanted(6, n) for n in range(4)]

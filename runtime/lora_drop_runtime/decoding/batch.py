@@ -73,6 +73,8 @@ class Batch:
         self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
         steps = self.max_seq_len - self.max_prompt_len - 1
         needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
+        if self._join_early and self._policy.leaves_holes:
+            needed = min(needed + 1, self.max_seq_len - 1)  # a row's first refresh may come sooner
         self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
         # Padded attention wants room for a whole chunk behind a row that has a single token beside it
         self._paged = engine.block_slots is not None
@@ -317,7 +319,7 @@ class Batch:
         try:
             self._settle(land=True)  # and what an interrupted tick has left
             for rows in (self._rows, self._waiting):
-                for slot, one in enumerate(rows):
+                for slot, one in enumerate(list(rows)):  # at once: `add` comes from any thread
                     if one.number == row:
                         one.cancel()
                         if rows is self._rows:
@@ -502,12 +504,12 @@ class Batch:
 
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""
-        if self._join_early and any(row.is_new for row in self._rows):
-            return StepKind.REFRESH
         wanted = [row.run.kind for row in self._rows if row.run is not None]
         for row, kind in zip(self._rows, wanted, strict=True):
             if row.waited >= row.patience:  # those that wait all wait for one kind: the other ran
                 return kind
+        if self._join_early and any(row.is_new for row in self._rows):
+            return StepKind.REFRESH
         return StepKind.REFRESH if 2 * wanted.count(StepKind.REFRESH) > len(wanted) else StepKind.LORA
 
     def _free(self, slot: int) -> None:

@@ -130,6 +130,7 @@ class PagedSlots:
                     pool.copy(own[place], new)
                     pool.give_back([own[place]])
                     own[place] = new
+            pool.will_write(own[begin // self._size : -(-end // self._size)])
         return own[: max(1, -(-end // self._size))]
 
     # ── sizes ──────────────────────────────────────────────────────────────────────────────────────────────────

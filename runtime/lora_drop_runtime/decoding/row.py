@@ -84,6 +84,20 @@ class RowOptions:
     slots: Mapping[str, int]
 
 
+def logprobs(token: int, logits: Logits, most: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """A token's logprob by the logits [V], and so many of the likeliest tokens with theirs.
+
+    Of tokens that tie the lower ids come first, as argmax has it.
+    """
+    shifted = logits - logits.max()
+    total = np.log(np.exp(shifted).sum(dtype=np.float64))
+    most, likeliest = min(most, len(shifted)), np.empty(0, np.int64)
+    if most:  # a vocabulary is not sorted for a few
+        likeliest = np.flatnonzero(shifted >= np.partition(shifted, -most)[-most])
+        likeliest = likeliest[np.argsort(-shifted[likeliest], kind="stable")][:most]
+    return float(shifted[token] - total), tuple((int(one), float(shifted[one] - total)) for one in likeliest)
+
+
 class Row:
     """A row from its prompt to its end.
 
@@ -196,13 +210,18 @@ class Row:
         return Statistics(tuple(self._cycles), self._pace.note)
 
     @property
+    def _verifies(self) -> bool:
+        """Whether its refreshes verify drafts: under `lossless` and k = 0 there are none."""
+        schedule = self.options.schedule
+        return isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0
+
+    @property
     def _counted(self) -> Statistics | None:
-        return self.statistics() if self.options.policy.verifies else None
+        return self.statistics() if self._verifies else None
 
     def _steps(self) -> Runs:
         logits = yield from self._prefill()
-        schedule = self.options.schedule
-        if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
+        if self._verifies:
             yield from self._verified_tokens(logits)
         else:
             yield from self._scheduled_tokens(logits)
@@ -235,15 +254,8 @@ class Row:
     def _tell_scored(self, token: int, logits: Logits, kind: StepKind) -> None:
         """Tell a token of the prompt that stands behind these logits [V]."""
         self._sampler.largest(logits)
-        logprob, top = self._logprobs(token, logits)
+        logprob, top = logprobs(token, logits, self.options.logprobs or 0)
         self._tell(Event(self.number, token, kind, logprob, top, is_prompt=True))
-
-    def _logprobs(self, token: int, logits: Logits) -> tuple[float, tuple[tuple[int, float], ...]]:
-        """The token's logprob, and the likeliest tokens with theirs."""
-        shifted = logits - logits.max()
-        total = np.log(np.exp(shifted).sum(dtype=np.float64))
-        likeliest = np.argsort(-shifted, kind="stable")[: self.options.logprobs]
-        return float(shifted[token] - total), tuple((int(one), float(shifted[one] - total)) for one in likeliest)
 
     def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
         """Tell a token, behind which the row's constraint may be over; returns whether the row goes on."""
@@ -251,7 +263,8 @@ class Row:
             self._tell(Event(self.number, None, kind, finished=STOP, statistics=self._counted))
             return False
         self._left -= 1
-        logprob, top = (None, ()) if self.options.logprobs is None else self._logprobs(token, logits)
+        most = self.options.logprobs
+        logprob, top = (None, ()) if most is None else logprobs(token, logits, most)
         finished = STOP if is_over else None if self._left else LENGTH
         counted = self._counted if finished else None
         self._tell(Event(self.number, token, kind, logprob, top, finished, statistics=counted))

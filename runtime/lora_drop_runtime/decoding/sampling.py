@@ -94,8 +94,8 @@ def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple
     weights = np.exp((scores - scores.max()) / max(options.temperature, 1e-30))  # keeps float32 from overflow
     probs = weights / weights.sum(dtype=np.float64)
     if options.top_p < 1:
-        # Tokens of at most (1 - p) / C each weigh at most 1 - p together, so that tail needs no sorting.
-        head = np.flatnonzero(probs > (1 - options.top_p) / len(probs))
+        # Tokens of less than (1 - p) / C each weigh less than 1 - p together, so that tail needs no sorting.
+        head = np.flatnonzero(probs >= (1 - options.top_p) / len(probs))
         head = head[np.argsort(-probs[head], kind="stable")]  # ties: the lower id first, as argmax has it
         head = head[: np.searchsorted(np.cumsum(probs[head]), options.top_p) + 1]
         ids, probs = ids[head], probs[head] / probs[head].sum()

@@ -125,7 +125,11 @@ class Session:
             threads=threads,
             check=check,
         )
-        session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft)
+        try:
+            session = cls(opened.bundle, opened.engine, opened.schedule, opened.policy, draft)
+        except BaseException:
+            opened.engine.close()
+            raise
         if opened.engine.warms_up:
             try:
                 session.warm_up()
@@ -556,12 +560,12 @@ class Session:
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
         checks.check_path("The directory of adapters", directory)
         checks.check_room_for_adapters(plan.rank)
-        if len(self._family) > 1:
-            raise checks.forks_use_the_adapters(len(self._family) - 1)
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
         weights = folded(matrices, plan, model.hidden_size)
         self._usage.enter()
         try:
+            if len(self._family) > 1:
+                raise checks.forks_use_the_adapters(len(self._family) - 1)
             self._check_no_foreign_stream()
             self._end_request(checks.ended_by_a_failure)
             self._paces.clear()

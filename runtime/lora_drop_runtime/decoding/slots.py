@@ -9,6 +9,7 @@ due writes behind its valid entries, which its own next run overwrites, or the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,6 +106,7 @@ class Slots:
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
         self._side = 0
         self._outputs: dict[int, tuple[Buffer, Ids]] = {}  # of all slots, by how many a row wants; read before the next
+        self._several: Array | None = None  # the host's memory of those of more than one, which take turns in it
         self._prepared: dict[tuple[StepKind, int, int, int, int, int], _Prepared] = {}
         self._wanted = 1  # of the latest run
         self._keeps = True  # what is prepared now
@@ -358,11 +360,23 @@ class Slots:
             return min(most, min([self._most_kept - run.kept for run in runs]))
         return min(most, min([min(self._most_kept - run.kept, self._most_dropped - run.dropped) for run in runs]))
 
+    def _logits(self, name: str, wanted: int, shape: tuple[int, ...]) -> Buffer:
+        """Memory for the logits of one run: a view of what there is where that is the host's and large enough."""
+        size = math.prod(shape)
+        if wanted > 1 and self._several is not None and self._several.size >= size:
+            return self._several[:size].reshape(shape)
+        logits = self._engine.allocate_resident(name, shape, self._spec.dtype)
+        if wanted > 1 and isinstance(logits, np.ndarray):
+            self._several = logits.reshape(-1)
+            self._outputs = {count: output for count, output in self._outputs.items() if count == 1}
+            self._prepared = {key: one for key, one in self._prepared.items() if key[4] == 1}
+        return logits
+
     def _output(self, wanted: int) -> tuple[Buffer, Ids]:
         """Logits and chosen tokens of all slots, so many of each row."""
         if wanted not in self._outputs:
-            name, shape = "logits" if wanted == 1 else f"logits.{wanted}", {"batch": self._count, "rows": wanted}
-            logits = self._engine.allocate_resident(name, self._spec.sized(shape), self._spec.dtype)
+            name = "logits" if wanted == 1 else f"logits.{wanted}"
+            logits = self._logits(name, wanted, self._spec.sized({"batch": self._count, "rows": wanted}))
             tokens = self._engine.allocate(f"next_{name}", (self._count, wanted * self._engine.chooses_tokens), "int64")
             self._outputs[wanted] = logits, tokens
         return self._outputs[wanted]

@@ -238,6 +238,10 @@ class Pool(Protocol):
         """A row has these no more."""
         ...
 
+    def will_write(self, blocks: Iterable[int]) -> None:
+        """A step is about to write into these."""
+        ...
+
     def is_shared(self, block: int) -> bool: ...
 
     def copy(self, source: int, target: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import CHUNK
+from lora_drop_runtime.decoding.row import logprobs
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
@@ -230,6 +232,28 @@ def test_rows_that_join_early_write_what_they_should(script: list[Request], coun
         assert check_ends(request, events) == fake_tokens(request)
 
 
+def test_rows_that_run_wait_no_longer_than_a_cycle_for_one_that_joins_early() -> None:
+    """A prompt of several chunks has the ticks for itself, but for one in four, which a window of k = 3 has."""
+    batch, _ = fake_batch("backfill", k=3, slots=2, join_early=True)
+    first = batch.add([1, 2], 40, stop_token_ids=[])
+    batch.tick()
+    batch.add([token % VOCAB for token in range(9 * CHUNK + 3)], 4, stop_token_ids=[])
+    still = [0]
+    while batch.rows:
+        told = {event.row for event in batch.tick()}
+        still.append(0 if first in told else still[-1] + 1)
+    assert max(still) == 4
+
+
+def test_a_row_of_the_batchs_own_limits_may_join_early() -> None:
+    """Its first refresh may come sooner, and writes an entry more."""
+    for join_early in (False, True):
+        batch, _ = fake_batch("skip", k=3, slots=1, max_prompt_len=8, max_seq_len=16, join_early=join_early)
+        batch.add([1, 2, 3, 4, 5, 6, 7, 8], 8, stop_token_ids=[])
+        assert sum(len(batch.tick()) for _ in range(8)) == 8
+        assert batch.rows == 0
+
+
 def test_a_long_prompt_comes_in_chunks_beside_running_rows() -> None:
     batch, engine = fake_batch(k=1, slots=2)
     batch.add([1], 20)
@@ -407,6 +431,14 @@ def test_a_schedule_that_fails_ends_its_own_row() -> None:
     assert (last.finished, str(last.error)) == ("failed", "not today")
 
 
+def test_no_drafts_are_counted_where_there_are_none() -> None:
+    """`lossless` with k = 0 is the full schedule."""
+    batch, _ = fake_batch("lossless", k=0, slots=1)
+    batch.add([5, 6, 7], 4, stop_token_ids=[])
+    events = [event for _ in range(4) for event in batch.tick()]
+    assert [(event.finished, event.statistics) for event in events] == [*[(None, None)] * 3, ("length", None)]
+
+
 def test_the_last_event_of_a_row_that_verifies_has_what_it_counted() -> None:
     batch, _ = fake_batch("lossless", k=3, slots=3)
     whole, given_up = (batch.add([5, 6, 7], 9, stop_token_ids=[]) for _ in range(2))
@@ -429,6 +461,29 @@ def test_a_row_that_was_cancelled_counts_until_that_is_told() -> None:
     assert batch.rows == 2
     assert [(event.row, event.finished) for event in batch.tick()] == [(number, "cancelled") for number in numbers]
     assert batch.rows == 0
+
+
+def test_rows_are_cancelled_while_another_thread_adds_some() -> None:
+    batch, _ = fake_batch(slots=1)
+    numbers = [batch.add([1, 2], 4) for _ in range(300)]
+    done, before = threading.Event(), sys.getswitchinterval()
+
+    def add() -> None:
+        while not done.is_set() and batch.rows < 9000:
+            batch.add([1, 2], 2)
+
+    worker = threading.Thread(target=add)
+    sys.setswitchinterval(1e-6)
+    try:
+        worker.start()
+        for number in reversed(numbers):
+            batch.cancel(number)
+    finally:
+        done.set()
+        worker.join()
+        sys.setswitchinterval(before)
+    told = {event.row for event in batch.tick() if event.finished == "cancelled"}
+    assert told == set(numbers)
 
 
 def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
@@ -609,6 +664,17 @@ def test_what_follows_a_context_has_the_logprobs_of_its_steps(policy: str, tmp_p
             assert event.top_logprobs[0][1] == pytest.approx(wanted.max(), abs=1e-4)
 
 
+def test_the_likeliest_tokens_of_ties_are_the_lower_ids() -> None:
+    """As if all were sorted: the same as a stable sort, whatever their number."""
+    logits = np.repeat(np.random.default_rng(3).permutation(12), 2).astype(np.float32)
+    for number in (0, 1, 2, 3, 7, 24, 99):
+        logprob, found = logprobs(5, logits, number)
+        wanted = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum())
+        assert logprob == pytest.approx(wanted[5])
+        assert [token for token, _ in found] == np.argsort(-logits, kind="stable")[:number].tolist()
+        assert [value for _, value in found] == pytest.approx(sorted(wanted, reverse=True)[:number])
+
+
 def test_logprobs_are_those_of_the_full_softmax(tmp_path) -> None:
     bundle = make_bundle("llama", tmp_path / "b", max_batch=4)
     prompt = [3, 14, 15, 92]
@@ -627,6 +693,21 @@ def test_logprobs_are_those_of_the_full_softmax(tmp_path) -> None:
             assert [logprob for _, logprob in event.top_logprobs] == pytest.approx(wanted[best].tolist(), abs=1e-4)
             text.append(event.token)
     assert [event.finished for event in events] == [None, None, "length"]
+
+
+def test_logits_of_several_tokens_share_their_memory(tmp_path) -> None:
+    """Where now more and now fewer drafts are verified, as much is held as the most need."""
+    bundle = make_bundle("llama", tmp_path / "b", max_batch=4)
+    with Batch.open(bundle.root, slots=2, policy="lossless", draft="ngram", k=9, threads=1) as batch:
+        for number in range(8):
+            batch.add([1, 2, 3] * (2 + number), 20, stop_token_ids=[], k=1 + number)
+        while batch.rows:
+            batch.tick()
+        outputs = {wanted: logits for wanted, (logits, _) in batch._slots._outputs.items() if wanted > 1}
+        assert len(outputs) > 1
+        widest = outputs[max(outputs)]
+        assert all(logits.shape[:2] == (2, wanted) for wanted, logits in outputs.items())
+        assert all(np.shares_memory(logits, widest) for logits in outputs.values())
 
 
 def test_rows_reach_the_last_slot_beside_a_prompt(tmp_path) -> None:

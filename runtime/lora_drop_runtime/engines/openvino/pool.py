@@ -1,11 +1,14 @@
 """Blocks of cache slots, of one kind of layers: which are free, which belong to several rows, and their memory.
 
 Enters: how many blocks a row needs. Leaves: their numbers. A block's number is the same in all layers of the kind. What
-nobody has written takes no memory: the system gives pages when they are first touched.
+nobody has written takes no memory: the system gives pages when they are first touched, and a pool that grows copies no
+others.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +18,13 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _GROWTH = 1.5
+
+
+def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros in pages that the system has not given yet. Those of numpy may be 2 MiB each, and come with a write."""
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, dtype, size).reshape(shape)
 
 
 class BlockPool:
@@ -33,6 +43,7 @@ class BlockPool:
         self._lock = lock
         self._free: list[int] = []
         self._owners: list[int] = []  # of each block, how many rows have it
+        self._written: set[int] = set()  # blocks of rows, but for those that nobody has written
         self.version = 0
         self.caches: dict[str, Array] = {}
         self._resize(0)
@@ -49,12 +60,12 @@ class BlockPool:
 
     def _resize(self, count: int) -> None:
         """Memory for so many blocks; what is in those that are there goes along."""
-        before = len(self._owners)
-        used = max((block + 1 for block in range(before) if self._owners[block]), default=0)
+        before, written = len(self._owners), np.array(sorted(self._written), np.int64)
+        runs = np.split(written, np.flatnonzero(np.diff(written) != 1) + 1)
         for name, shape in self._shapes.items():
-            array = np.zeros((count, *shape), self._dtype)
-            if used:
-                array[:used] = self.caches[name][:used]
+            array = _untouched((count, *shape), self._dtype)
+            for run in runs if len(written) else ():
+                array[run[0] : run[-1] + 1] = self.caches[name][run[0] : run[-1] + 1]
             self.caches[name] = array
         self._owners += [0] * (count - before)
         self._free = [*range(count - 1, before - 1, -1), *self._free]  # the lowest first: they are touched already
@@ -84,6 +95,12 @@ class BlockPool:
                 self._owners[block] -= 1
                 if not self._owners[block]:
                     self._free.append(block)
+                    self._written.discard(block)
+
+    def will_write(self, blocks: Iterable[int]) -> None:
+        """A step is about to write into these."""
+        with self._lock:
+            self._written.update(blocks)
 
     def is_shared(self, block: int) -> bool:
         return self._owners[block] > 1
@@ -91,5 +108,6 @@ class BlockPool:
     def copy(self, source: int, target: int) -> None:
         """Copy what is in a block."""
         with self._lock:
+            self._written.add(target)
             for cache in self.caches.values():
                 cache[target] = cache[source]

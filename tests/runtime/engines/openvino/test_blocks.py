@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ class Rows:
 
     def _write(self, block: int) -> float:
         self._written += 1
+        self.pool.will_write([block])
         for cache in self.pool.caches.values():
             cache[block] = self._written
         return self._written
@@ -135,6 +137,28 @@ def test_a_pool_of_no_layers_gives_blocks_all_the_same() -> None:
     assert (pool.in_use, pool.block_bytes) == (5, 0)
 
 
+def test_what_nobody_has_written_takes_no_memory() -> None:
+    """Rows reserve 64 blocks of a MiB each and write one; the pool grows with each row, and copies that one alone."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pool = BlockPool({"key_cache.0": (1 << 18,)}, np.float32, threading.RLock())
+    before = resident()
+    for row in range(8):
+        taken = pool.take(64)
+        pool.will_write(taken[:1])
+        pool.caches["key_cache.0"][taken[0]] = row + 1
+    cache = pool.caches["key_cache.0"]
+    assert len(cache) >= 512
+    written = [64 * row for row in range(8)]
+    assert [cache[block, -1] for block in written] == list(range(1, 9))
+    assert resident() - before < 32 << 20
+    pool.give_back(written)
+    pool.take(1 + len(cache))  # no block of a row is written now
+    assert not pool.caches["key_cache.0"][written].any()
+
+
 def test_threads_take_and_give_back() -> None:
     """No block is in two threads at once, and all are free at the end."""
     pool = BlockPool(SHAPES, np.float32, threading.RLock())
@@ -143,6 +167,7 @@ def test_threads_take_and_give_back() -> None:
     def work(number: float) -> None:
         for turn in range(60):
             taken = pool.take(1 + turn % 5)
+            pool.will_write(taken)
             with pool._lock:
                 for block in taken:
                     pool.caches["key_cache.3"][block] = number
