@@ -30,6 +30,7 @@ from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
+_PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
 _CONVERT = "Convert it to a safetensors directory first, or download it again."
@@ -124,7 +125,10 @@ def _snapshot(model: str) -> Path:
     try:
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise HFValidationError("it looks like a path")
-        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        directory = Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        if not any(directory.glob("*.safetensors")):
+            directory = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, _PICKLED]))
+        return directory
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = said(error)
         raise InputError(

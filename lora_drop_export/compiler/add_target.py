@@ -131,6 +131,8 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     bundle = Bundle.open(out)
     root, manifest = bundle.root, bundle.manifest
     _check_addable(bundle, targets, options)
+    if options.verify:  # which reads all weights anyway, and would compare damaged ones with themselves
+        bundle.check_unchanged((VERIFY_NAME, *(f"{target}/" for target in targets)))
     console = Console()
     graphs = {kind: _neutral_graph(bundle, kind) for kind in (StepKind.REFRESH, StepKind.LORA)}
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them

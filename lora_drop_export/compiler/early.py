@@ -105,9 +105,27 @@ def _warn_of_plan(plan: DropPlan, console: Console) -> None:
     )
 
 
+_LAYER = re.compile(r"\b(?:layers|h|blocks)\.(\d+)\.")
+
+
+def warn_of_tensors(checkpoint: Checkpoint, taken: Mapping[str, TensorSource], layers: int, console: Console) -> None:
+    """Say so when the model's layers have no place for weights or biases of the checkpoint: its config is of another
+    model, such as one without biases. transformers leaves them out as well, and so does the verification."""
+    used = set(map(id, taken.values()))
+    left = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if id(tensor) not in used and name.endswith((".weight", ".bias")) and 0 < len(tensor.shape) <= 2
+        if (match := _LAYER.search(name)) and int(match[1]) < layers
+    ]
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        console.say(f"warning: by its config the model has no {min(left)}{more}: what the checkpoint has is left out")
+
+
 def warn_of_layers(checkpoint: Checkpoint, layers: int, console: Console) -> None:
     """Say so when the checkpoint holds layers that its config does not tell of, such as those that predict further."""
-    found = (re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", name) for name in checkpoint.tensors)
+    found = (_LAYER.search(name) for name in checkpoint.tensors)
     count = 1 + max((int(match[1]) for match in found if match), default=-1)
     if count > layers:
         console.say(

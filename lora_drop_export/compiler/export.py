@@ -46,7 +46,7 @@ from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, store
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
-from .early import check_before_trace, check_kept, warn_of_layers
+from .early import check_before_trace, check_kept, warn_of_layers, warn_of_tensors
 from .facts import (
     activations_dtype,
     chosen_formats,
@@ -91,6 +91,7 @@ def write_bundle(
     surrogates = surrogate_weights(plan, traced.hidden_size, fingerprint, options)
     refs = resolve_tensors(checkpoint, traced.parameters, traced.tied)
     warn_of_layers(checkpoint, len(traced.windows), console)
+    warn_of_tensors(checkpoint, refs, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options)
     quantization = quantization_of(refs, options)

@@ -247,17 +247,22 @@ class Bundle:
             files[location] = np.memmap(self.root / location, np.uint8, "r")
         return files[location][offset : offset + size]
 
-    def check_hashes(self) -> list[str]:
-        """Names of the files whose hash is not the recorded one. Reads the whole bundle."""
-        return [name for name, record in self.manifest.files.items() if record_file(self.root / name) != record]
+    def check_hashes(self, leave_out: tuple[str, ...] = ()) -> list[str]:
+        """Names of the files whose hash is not the recorded one. Reads the whole bundle.
 
-    def check_unchanged(self) -> None:
-        """Hash every file.
+        Args:
+            leave_out: beginnings of names of files that are not read.
+        """
+        files = {name: record for name, record in self.manifest.files.items() if not name.startswith(leave_out)}
+        return [name for name, record in files.items() if record_file(self.root / name) != record]
+
+    def check_unchanged(self, leave_out: tuple[str, ...] = ()) -> None:
+        """Hash every file, but for those as in `check_hashes`.
 
         Raises:
             BundleError: a hash is not the recorded one.
         """
-        wrong = self.check_hashes()
+        wrong = self.check_hashes(leave_out)
         if wrong:
             raise BundleError(
                 "A file of the bundle has changed.",

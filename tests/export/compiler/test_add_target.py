@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import BundleError, InputError
 
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
@@ -59,6 +59,21 @@ def test_a_scale_for_each_channel_is_refused(target: str, tmp_path: Path) -> Non
     assert f"{made.root} has int4 weights in that form; {target} was asked for" in refused.value.note
     assert refused.value.hint == "Export the model again, with --block-size 128."
     assert not (made.root / target).exists()
+
+
+def test_damaged_weights_are_not_verified_against_themselves(tmp_path):
+    """Their size is right, and the new target would read what its reference reads. Its own files may be damaged."""
+    made = make_bundle("llama", tmp_path / "b")
+    (made.root / "ort" / "steps.onnx").write_bytes(bytes((made.root / "ort" / "steps.onnx").stat().st_size))
+    assert add_target(made.root, ["ort"], ExportOptions(force=True, verify=False)).check_hashes() == []
+    weights = made.root / "weights" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match=r"(?s)has changed.*weights/model.safetensors"):
+        add_target(made.root, ["ort"], ExportOptions(force=True))
+    assert weights.read_bytes() == content
 
 
 @pytest.mark.parametrize("others", [[], [{"target": RTX, "steps": [{"step": 0}]}]])

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_drop_export.cli import main
 from lora_drop_export.weights.store import copy_file
@@ -69,6 +71,26 @@ def test_a_whole_file_is_read_without_an_index(tmp_path, expected):
     family("llama").model.save_pretrained(model)
     assert (model / "model.safetensors.index.json").exists()
     assert tokens(export(model, tmp_path / "out")) == expected
+
+
+def test_a_hub_repository_without_safetensors_gives_what_it_has(tmp_path, monkeypatch, expected):
+    """The pickled files are asked for where there are no others, and only then."""
+    snapshot = shutil.copytree(family("llama").directory, tmp_path / "snapshot")
+    asked: list[list[str]] = []
+
+    def download(_: str, *, allow_patterns: list[str]) -> str:
+        asked.append([pattern for pattern in allow_patterns if "bin" in pattern])
+        if asked[-1]:
+            torch.save(tensors, snapshot / "pytorch_model.bin")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert tokens(export("tiny/llama", tmp_path / "out")) == expected
+    assert asked == [[]]
+    tensors = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    assert tokens(export("tiny/llama", tmp_path / "other")) == expected
+    assert asked == [[], [], ["pytorch_model*.bin"]]
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])

@@ -87,6 +87,20 @@ def test_tied_weights_whatever_the_checkpoint_stores(tmp_path, traced):
     assert results[0] == results[1] == results[2]
 
 
+def test_biases_that_the_config_does_not_tell_of_are_said(tmp_path, traced, capsys):
+    """transformers leaves them out, and so do we; the model is another one than that which was trained."""
+    model = shutil.copytree(family("llama").directory, tmp_path / "model")
+    whole = load_file(model / "model.safetensors")
+    export(model, tmp_path / "plain")
+    assert "by its config" not in capsys.readouterr().err
+    biases = {f"model.layers.{n}.self_attn.{one}_proj.bias": torch.ones(4) for n in (0, 1) for one in "qkv"}
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save(whole | biases | buffers, model)
+    export(model, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "by its config the model has no model.layers.0.self_attn.k_proj.bias and 5 more" in said
+
+
 def test_tied_by_the_config_with_two_tables(tmp_path, traced):
     """transformers takes both, and so do we: a head of its own was read as the embedding, or the other way round."""
     source = family("llama_tied")
