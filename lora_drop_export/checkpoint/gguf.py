@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,13 +188,14 @@ def gguf_reader(path: Path) -> Any:
         raise ValueError("it ends before what its header promises, or the header is damaged") from error
 
 
-def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:
+def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -> dict[str, GgufTensor]:
     """The file's tensors under the names of the model's parameters.
 
     Args:
         path: the GGUF file.
         reader: gguf's, of that file.
         model: the transformers model of its config; its weights are not looked at.
+        log: is told of what the model's layers have no place for, such as biases that its config does not tell of.
 
     Raises:
         Exception: whatever transformers or gguf stumble over in a damaged file.
@@ -213,10 +214,11 @@ def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:
     conversion = _Conversion(processor, get_gguf_hf_weights_map(model, processor))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors: dict[str, GgufTensor] = {}
-    kinds = set()
+    kinds, left = set(), list[str]()
     for stored in reader.tensors:
         name = conversion.names.get(stored.name)
         if name is None or name not in shapes:
+            left += [stored.name] if stored.name.startswith("blk.") else []
             continue
         tensor = GgufTensor(
             name=name,
@@ -234,4 +236,7 @@ def read_gguf(path: Path, reader: Any, model: Any) -> dict[str, GgufTensor]:
             tensor._dequantized(np.asarray(stored.data[:1]))  # refuses a format that it does not know
             kinds.add(stored.tensor_type)
         tensors[name] = tensor
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        log(f"warning: transformers' model has no place for {left[0]}{more} of the file: they are left out")
     return tensors

@@ -107,7 +107,7 @@ def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
         complete_config(config, reader)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        tensors = read_gguf(path.resolve(), reader, model)
+        tensors = read_gguf(path.resolve(), reader, model, log)
         try:
             tokenizer = read_tokenizer(path.parent, False, gguf_file=path.name)
         except ModelError as error:  # of a kind that transformers cannot convert

@@ -16,6 +16,7 @@ from lora_drop_runtime.errors import ModelError
 from lora_drop_export.checkpoint.open import open_checkpoint
 
 HEADS, SIZE, THETA = 2, 64, 500000.0
+said: list[str] = []  # of the file that was opened last
 
 
 def llama3_factors(
@@ -60,7 +61,8 @@ def opened(tmp_path: Path, arch: str, tensors: dict[str, Any] | None = None, **f
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return open_checkpoint(str(path), tmp_path / "scratch", log=lambda _: None).config
+    said.clear()
+    return open_checkpoint(str(path), tmp_path / "scratch", log=said.append).config
 
 
 def rotary(config: Any) -> tuple[torch.Tensor, float]:
@@ -170,8 +172,15 @@ def test_the_scale_of_gemma_2_with_27_billion_parameters(tmp_path):
     assert opened(tmp_path, "gemma2", tensors, block_count=46).query_pre_attn_scalar == HEADS * SIZE // HEADS
 
 
+def test_what_the_model_has_no_place_for_is_said(tmp_path):
+    opened(tmp_path / "a", "llama", {f"blk.0.attn_{one}.bias": np.ones(128) for one in "qkv"})
+    assert any("no place for blk.0.attn_q.bias and 2 more" in line for line in said)
+    opened(tmp_path / "b", "llama", {"blk.0.attn_norm.weight": np.ones(128), "rope_freqs.weight": np.ones(32)})
+    assert not any("no place" in line for line in said)
+
+
 @pytest.mark.parametrize(
-    ("arch", "fields", "tensors", "said"),
+    ("arch", "fields", "tensors", "words"),
     [
         ("llama", {"rope__scaling__type": "longrope"}, {}, "RoPE scaling of kind longrope"),
         ("phi3", {}, {"rope_factors_long.weight": np.ones(32)}, "depend on the sequence length"),
@@ -198,7 +207,7 @@ def test_the_scale_of_gemma_2_with_27_billion_parameters(tmp_path):
         ("llama", {"attn_logit_softcapping": 30.0}, {}, "soft-capped logits"),
     ],
 )
-def test_what_cannot_be_put_there_is_refused_by_name(arch, fields, tensors, said, tmp_path):
-    with pytest.raises(ModelError, match=said) as error:
+def test_what_cannot_be_put_there_is_refused_by_name(arch, fields, tensors, words, tmp_path):
+    with pytest.raises(ModelError, match=words) as error:
         opened(tmp_path, arch, tensors, **fields)
     assert "safetensors" in error.value.hint
