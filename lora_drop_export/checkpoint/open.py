@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
+# Of a fast tokenizer; of older ones, some of which have no file named so
+_TOKENIZERS = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 _PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
@@ -44,9 +47,12 @@ def read_tokenizer(directory: Path, trust_remote_code: bool, **kwargs: Any) -> A
     """
     from transformers import AutoTokenizer
 
-    if not kwargs and not any(is_file(path) for path in directory.glob("tokenizer*")):
+    if not kwargs and not any(is_file(path) for pattern in _TOKENIZERS for path in directory.glob(pattern)):
         return None
-    with refused("The checkpoint's tokenizer cannot be read.", directory):
+    hint = CHECKPOINT_HINT
+    if not is_file(directory / "tokenizer.json") and any(directory.glob("*.model")) and not find_spec("sentencepiece"):
+        hint = "Tokenizers in a .model file need a package: pip install sentencepiece protobuf"
+    with refused("The checkpoint's tokenizer cannot be read.", directory, hint):
         return AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
         )

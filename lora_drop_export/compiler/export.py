@@ -187,6 +187,8 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         dtype = activations_dtype(checkpoint, options, quantized=quantized is not None)
         check_before_trace(checkpoint, dtype, options, root, console)
         copy_tokenizer(checkpoint, root / "tokenizer")
+        if not (root / "tokenizer" / "tokenizer.json").is_file():
+            console.say("the model brings no tokenizer that can be read here: prompts have to be token ids")
         special_tokens(checkpoint)  # refuses what would be refused after the trace
         if options.block_size == AUTO:  # and so does this
             config = checkpoint.config

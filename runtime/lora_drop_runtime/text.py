@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MOST_CONFIG_BYTES = 64 << 20  # special tokens of a model may be many
 MOST_TOKENIZER_BYTES = 1 << 30
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message, first come first
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its space tells whether a template trims
+
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of tokenizers that fall back to bytes
 
@@ -56,8 +60,10 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}  # add_bos_token is a bool
 
 
-def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None:
-    path = tokenizer_dir / "chat_template.jinja"
+def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any], name: str) -> str | None:
+    """The template of that name; one without a name is `default`."""
+    is_default = name == "default"
+    path = tokenizer_dir / ("chat_template.jinja" if is_default else f"additional_chat_templates/{name}.jinja")
     if is_file(path):
         try:
             return read_bounded(path, MOST_CONFIG_BYTES).decode("utf-8")
@@ -65,9 +71,57 @@ def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any]) -> str | None
             raise _unreadable("The model's chat template cannot be read.", f"{path} is not UTF-8 text") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == name]
         template = named[0].get("template") if named else None
+    elif not is_default:
+        template = None
     return template if isinstance(template, str) else None
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template.
+
+    What is None is left out: many templates would print the word. Reasoning has the names that templates look for.
+    """
+    found = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((found[name] for name in _REASONING if name in found), None)
+    return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
+
+
+def checked_variables(variables: object) -> dict[str, Any]:
+    """Variables of a chat template by name, none of which a rendering sets itself. Raises InputError."""
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise wrong_type(
+            "The set of a template's variables",
+            variables,
+            "a dictionary",
+            'Use for example {"enable_thinking": False}.',
+        )
+    own = sorted(_OWN_VARIABLES & variables.keys())
+    if own:
+        raise InputError(
+            "A variable of the chat template has a value already.",
+            note=f"{own[0]} was given; it is what the request says.",
+            hint="Leave it out.",
+        )
+    return dict(variables)
+
+
+def _continued(text: str, content: str) -> str:
+    """A rendering up to the end of its last message, which has the tag there. As transformers does it.
+
+    Raises:
+        InputError: the template changes the message, or leaves it out.
+    """
+    place = text.rfind(_TAG.strip())
+    if place < 0 or content.strip() not in text:
+        raise InputError(
+            "The last message cannot be continued.",
+            note="The model's chat template leaves it out, or changes it.",
+            hint="Let the model begin an answer of its own.",
+        )
+    trims = text[place : place + len(_TAG)] != _TAG
+    return text[:place].rstrip() if trims else text[:place]
 
 
 @cache
@@ -168,6 +222,12 @@ class TextStream:
         return text[:ready]
 
 
+def _compiled(source: str) -> ChatTemplate:
+    from .templates.chat_template import ChatTemplate
+
+    return ChatTemplate(source)
+
+
 class TextCodec:
     """The tokenizer and chat template of one model.
 
@@ -175,16 +235,23 @@ class TextCodec:
         tokenizer: without truncation and padding.
         special_tokens: names as in tokenizer_config.json ("bos_token"), for the chat template.
         chat_template: Jinja source, or None for a model without one.
+        tool_template: the one for chats with tools, where the model has two.
     """
 
-    def __init__(self, tokenizer: Tokenizer, special_tokens: Mapping[str, str], chat_template: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: Mapping[str, str],
+        chat_template: str | None,
+        tool_template: str | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
-        self.chat_template = chat_template
+        self.chat_template, self.tool_template = chat_template, tool_template
 
     @classmethod
     def open(cls, tokenizer_dir: str | Path) -> TextCodec:
-        """Reads tokenizer.json and, where present, tokenizer_config.json and chat_template.jinja.
+        """Reads tokenizer.json and, where present, tokenizer_config.json and the chat templates.
 
         Raises:
             BundleError: tokenizer.json is missing, or a file cannot be read.
@@ -208,7 +275,8 @@ class TextCodec:
         tokenizer.no_truncation()  # a file may carry its training set-up
         tokenizer.no_padding()
         config = _read_config(tokenizer_dir / "tokenizer_config.json")
-        return cls(tokenizer, _special_tokens(config), _chat_template(tokenizer_dir, config))
+        templates = (_chat_template(tokenizer_dir, config, name) for name in ("default", "tool_use"))
+        return cls(tokenizer, _special_tokens(config), *templates)
 
     def encode(self, text: str, *, most_tokens: int | None = None) -> NDArray[np.int64]:
         """Text to ids int64 [T], with the special tokens the tokenizer itself adds (such as BOS).
@@ -226,6 +294,7 @@ class TextCodec:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
         most_tokens: int | None = None,
     ) -> NDArray[np.int64]:
         """Messages to the ids int64 [T] of a prompt for the assistant's answer.
@@ -236,7 +305,7 @@ class TextCodec:
             InputError: as `render_chat`.
             TextTooLong: as `encode`.
         """
-        text = self.render_chat(messages, tools=tools)
+        text = self.render_chat(messages, tools=tools, variables=variables)
         return self._encoded(text, most_tokens, special_tokens=False)  # the template's own are in it
 
     def render_chat(
@@ -245,18 +314,35 @@ class TextCodec:
         add_generation_prompt: bool = True,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """Messages, such as {"role": "user", "content": "Hi"}, to the text that the model was trained on.
 
         Args:
             tools: that the model may call, {"type": "function", "function": {"name": …, "parameters": …}} each.
+            variables: others that the model's template knows, such as {"enable_thinking": False}.
+            continue_final_message: end within the last message, which the model goes on with.
 
         Raises:
             InputError: the model has no chat template, or one that says nothing of tools, there is no message, or the
                 template refuses them.
         """
-        text = self._rendered(messages, add_generation_prompt, tools)
-        if tools and text == self._rendered(messages, add_generation_prompt, None):
+        given = {} if variables is None else checked_variables(variables)
+        if continue_final_message:
+            last = messages[-1] if messages else {}
+            content = last.get("content")
+            if not isinstance(content, str):
+                raise InputError("The last message cannot be continued.", note="It has no text.", hint="Give it some.")
+            tagged = [*messages[:-1], {**last, "content": content + _TAG}]
+            text = self._rendered(tagged, add_generation_prompt, tools, given)
+            return _continued(text, content)
+        text = self._rendered(messages, add_generation_prompt, tools, given)
+        if (
+            tools
+            and self.tool_template is None
+            and text == self._rendered(messages, add_generation_prompt, None, given)
+        ):
             raise InputError(
                 "The model's chat template says nothing of tools.",
                 note=f"{len(tools)} were given, and its text is the same without them.",
@@ -269,6 +355,7 @@ class TextCodec:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
+        given: Mapping[str, Any],
     ) -> str:
         if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
             raise wrong_type("The list of tools", tools, "a list of dictionaries", "Use the tools of the OpenAI API.")
@@ -277,23 +364,26 @@ class TextCodec:
         if not messages:
             raise InputError("The chat is empty.", note="There are no messages.", hint="Give at least one message.")
         variables = {
-            # transformers, too, drops what is None: many templates would print the word.
-            "messages": [{k: v for k, v in message.items() if v is not None} for message in messages],
+            "messages": list(map(_for_template, messages)),
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return self._compiled_template.render(variables | self._special_tokens)
+        template = self._compiled_tool_template if tools and self.tool_template else self._compiled_template
+        return template.render(variables | self._special_tokens | dict(given))
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True) -> str:
         """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 of one token, which may be a part of a character."""
+        """UTF-8 of one token within a text, which may be a part of a character."""
         text, token = self.decode([token_id], skip_special_tokens=False), self._tokenizer.id_to_token(token_id)
         if INCOMPLETE not in text or not token:
-            return text.encode()
+            anchor, before = self._anchor  # alone, a token with a space in front may lose it
+            behind = self.decode([anchor, token_id], skip_special_tokens=False) if before else ""
+            is_within = before and behind.startswith(before) and token_id not in self._added
+            return (behind[len(before) :] if is_within else text).encode()
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         byte_of = _bytes_of_characters()
@@ -332,6 +422,18 @@ class TextCodec:
         return np.array(ids, np.int64)
 
     @cached_property
+    def _added(self) -> frozenset[int]:
+        """Tokens beside the vocabulary's own, such as special ones."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """An ordinary token to decode others behind, and its text; empty where there is none such."""
+        ids = self._tokenizer.encode_batch(["a"], add_special_tokens=False)[0].ids
+        text = self.decode(ids[-1:], skip_special_tokens=False) if ids else ""
+        return (ids[-1], text) if text == "a" else (0, "")
+
+    @cached_property
     def _compiled_template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise InputError(
@@ -339,6 +441,9 @@ class TextCodec:
                 note="It has no chat_template.jinja, and no (default) chat_template in tokenizer_config.json.",
                 hint="Pass a plain prompt.",
             )
-        from .templates.chat_template import ChatTemplate
+        return _compiled(self.chat_template)
 
-        return ChatTemplate(self.chat_template)
+    @cached_property
+    def _compiled_tool_template(self) -> ChatTemplate:
+        assert self.tool_template is not None
+        return _compiled(self.tool_template)

@@ -33,7 +33,7 @@ from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import scheduled
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from lora_drop_runtime.text import TextCodec, TextTooLong
+from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -349,7 +349,14 @@ class Service:
         self._check_count(1, body, "messages")
         messages = [message.for_template for message in body.messages]
         tools = body.called
-        encode = functools.partial(self._codec.encode_chat, messages, most_tokens=self.driver.max_prompt_len)
+        with _readable("chat_template_kwargs"):
+            variables = checked_variables(body.chat_template_kwargs or {})
+        encode = functools.partial(
+            self._codec.encode_chat,
+            messages,
+            variables=variables,
+            most_tokens=self.driver.max_prompt_len,
+        )
         try:
             with _readable("messages" if tools is None else "tools"):
                 ids = await asyncio.to_thread(encode, tools=None if tools is None else tools.for_template)
@@ -475,7 +482,7 @@ class Service:
 
         def compiled() -> Constraint | None:
             if tools is not None:
-                return tools.constraint(self._grammars, self._codec.chat_template)
+                return tools.constraint(self._grammars, self._codec.tool_template or self._codec.chat_template)
             assert schema is not None
             return self._grammars.json_schema(schema)
 

@@ -390,6 +390,9 @@ class ChatRequest(_Request):
     tools: Annotated[Items[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_fields), AfterValidator(_utf8_json)] | None = (
+        None
+    )
 
     @field_validator("messages", mode="before")
     @classmethod

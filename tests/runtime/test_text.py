@@ -10,6 +10,7 @@ import json
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +195,94 @@ def test_chat_with_tools_is_transformers(reference: PreTrainedTokenizerFast) -> 
     for wrong in ("weather", [3], {"name": "weather"}):
         with pytest.raises(InputError, match="list of tools has the wrong type"):
             codec.render_chat(messages, tools=wrong)
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+    "</think>{% endif %}{{ m.thinking }}|{{ m.reasoning }}{% endfor %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{{ bos_token }}"
+)
+
+
+@pytest.mark.parametrize("given", [None, {}, {"enable_thinking": False}, {"enable_thinking": True, "bos_token": "B"}])
+def test_variables_of_a_template_are_transformers(
+    reference: PreTrainedTokenizerFast, given: dict[str, Any] | None
+) -> None:
+    codec = TextCodec(reference.backend_tokenizer, {"bos_token": "<|start|>"}, THINKING)
+    expected = reference.apply_chat_template(CHAT, chat_template=THINKING, tokenize=False, **(given or {}))
+    assert codec.render_chat(CHAT, False, variables=given) == expected
+    assert codec.decode(codec.encode_chat(CHAT, variables=given), False) == codec.render_chat(CHAT, variables=given)
+
+
+def test_variables_that_a_rendering_has_itself_are_refused() -> None:
+    codec = TextCodec(byte_level_tokenizer(), {}, THINKING)
+    for wrong, words in (
+        ({"messages": []}, "has a value already"),
+        ({"add_generation_prompt": True}, "has a value already"),
+        ([1], "wrong type"),
+        ({3: 4}, "wrong type"),
+    ):
+        with pytest.raises(InputError, match=words):
+            codec.render_chat(CHAT, variables=wrong)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_the_names_that_transformers_gives_it(reference: PreTrainedTokenizerFast, name: str) -> None:
+    messages = [*CHAT, {"role": "assistant", "content": "c", name: "R"}, {"role": "user", "content": "d", name: None}]
+    expected = reference.apply_chat_template(messages, chat_template=THINKING, tokenize=False)
+    assert TextCodec(reference.backend_tokenizer, {"bos_token": "<|start|>"}, THINKING).render_chat(
+        messages, False
+    ) == (expected)
+    assert "<think>R</think>R|" in expected
+
+
+@pytest.mark.parametrize("content", ["The answer is", "The answer is ", " x\n"])
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_message_that_goes_on_is_transformers(reference: PreTrainedTokenizerFast, content: str, trims: bool) -> None:
+    """As lm-eval asks for it where a task begins the answer."""
+    shown = "m.content | trim" if trims else "m.content"
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ " + shown + " }}<|im_end|>\n{% endfor %}"
+    messages = [*CHAT, {"role": "assistant", "content": content}]
+    expected = reference.apply_chat_template(
+        messages, chat_template=template, tokenize=False, continue_final_message=True
+    )
+    codec = TextCodec(reference.backend_tokenizer, {}, template)
+    assert codec.render_chat(messages, False, continue_final_message=True) == expected
+    assert expected.endswith(content.strip() if trims else content)
+    for wrong in ([], [{"role": "assistant", "content": None}]):
+        with pytest.raises(InputError, match="cannot be continued"):
+            codec.render_chat(wrong, False, continue_final_message=True)
+    with pytest.raises(InputError, match="cannot be continued"):
+        TextCodec(reference.backend_tokenizer, {}, "{{ messages[0].content }}").render_chat(
+            messages, False, continue_final_message=True
+        )
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("tool_use",)])
+def test_a_template_of_its_own_for_tools_is_transformers(
+    reference: PreTrainedTokenizerFast, names: tuple[str, ...], in_config: bool, tmp_path: Path
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    reference.chat_template = {name: name + "{{ messages | length }}" for name in names}
+    reference.save_pretrained(tmp_path, save_jinja_files=not in_config)
+    codec = TextCodec.open(tmp_path)
+    assert codec.render_chat(CHAT, tools=tools) == reference.apply_chat_template(CHAT, tools=tools, tokenize=False)
+    if "default" in names:
+        assert codec.render_chat(CHAT) == reference.apply_chat_template(CHAT, tokenize=False)
+    else:
+        with pytest.raises(InputError, match="no chat template"):
+            codec.render_chat(CHAT)
+    reference.chat_template = None
+
+
+def test_bytes_of_tokens_join_to_the_text(codec: TextCodec) -> None:
+    """Spaces in front of tokens too, which a token alone may lose; but for one that the whole text loses as well."""
+    for text in TEXTS:
+        ids = codec.encode(text).tolist()
+        held = b"".join(codec.token_bytes(one) for one in ids).decode()
+        whole = codec.decode(ids, skip_special_tokens=False)
+        assert held.removeprefix("<|start|>").lstrip(" ") == whole.removeprefix("<|start|>").lstrip(" ")
 
 
 def test_message_fields_that_are_none_count_as_absent(reference: PreTrainedTokenizerFast) -> None:

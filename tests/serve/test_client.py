@@ -18,7 +18,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.text import TextCodec
 
-from tests.support.serving import Served, serving
+from tests.support.serving import TEMPLATE, Served, serving, word_tokenizer
 
 PROMPT = [3, 14, 15, 92]
 TEXT = "t3 t14 t15 t92"
@@ -304,6 +304,22 @@ def test_a_chat_whole_and_as_a_stream(client: openai.OpenAI, bundle: Bundle) -> 
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_variables_of_the_chat_template(bundle: Bundle, tmp_path: Path) -> None:
+    """`chat_template_kwargs`, as other servers call them."""
+    root = shutil.copytree(bundle.root, tmp_path / "b")
+    word_tokenizer(root, TEMPLATE + "{% if enable_thinking is false %}t7 t9{% endif %}")
+    with serving(Batch.open(root, slots=2, threads=1), TextCodec.open(root / "tokenizer")) as server:
+        asked = {"messages": [{"role": "user", "content": "t3 t14"}], "max_tokens": 4}
+        tokens = {}
+        for given in (None, {}, {"enable_thinking": True}, {"enable_thinking": False}):
+            answer = server.http.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": given})
+            tokens[json.dumps(given)] = answer.json()["usage"]["prompt_tokens"]
+        assert tokens == {"null": 2, "{}": 2, '{"enable_thinking": true}': 2, '{"enable_thinking": false}': 4}
+        for wrong in ({"messages": []}, {"tools": None}, [1], "x"):
+            answer = server.http.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": wrong})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
 
 
 def test_a_chat_takes_what_fits_where_it_does_not_say(client: openai.OpenAI, bundle: Bundle) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from lora_drop_runtime.errors import BundleError, DraftsDoNotPay, InputError, fi
 from lora_drop_runtime.files import read_bounded
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.plan.schedule import SCHEDULES
-from lora_drop_runtime.text import TextCodec
+from lora_drop_runtime.text import TextCodec, checked_variables
 
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
@@ -74,6 +75,7 @@ class GenerateSettings:
         draft: where drafts come from, under a policy that verifies.
         temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
         stop: strings that end a text, themselves left out.
+        chat_template_kwargs: more variables of the model's chat template, as a JSON object in text.
         json_schema, regex: what a text has to be; the schema as text, which begins with `{`, or the name of its file.
         target, provider, threads: as for `Session.open`.
     """
@@ -105,6 +107,9 @@ class GenerateSettings:
     )
     seed: int | None = option(None, metavar="N", bounds=bounds.SEED, help="draw the same text every time")
     stop: tuple[str, ...] = option((), repeat=True, metavar="TEXT", help="end before this text; may be repeated")
+    chat_template_kwargs: str | None = option(
+        None, metavar="JSON", help="give the chat template these variables, such as '{\"enable_thinking\": false}'"
+    )
     json_schema: str | None = option(
         None, metavar="FILE", help="write JSON that is valid under this schema; a text that begins with { is one itself"
     )
@@ -125,6 +130,21 @@ class GenerateSettings:
         refuse_idle_drafts(self, self.policy)
         if self.json_schema is not None and self.regex is not None:
             refuse_unused(self, ("regex",), "--json-schema says what the text has to be", "give one of the two")
+        _ = self.variables  # refuses what is none
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Of the chat template. Raises InputError."""
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            return checked_variables(json.loads(self.chat_template_kwargs))
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                "--chat-template-kwargs is no JSON.",
+                note=f"{self.chat_template_kwargs!r:.120}: {first_line(error)}.",
+                hint="Give an object, such as '{\"enable_thinking\": false}'.",
+            ) from None
 
     @property
     def sampling(self) -> SamplingOptions:
@@ -300,7 +320,7 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
         system: a system message that the conversation begins with.
     """
     opened = Bundle.open(bundle)
-    codec, constraint = _codec(opened, settings), settings.constraint(opened)
+    codec, constraint, variables = _codec(opened, settings), settings.constraint(opened), settings.variables
     with settings.open(bundle) as session, _said_by_us():
         said = False
         messages = [{"role": "system", "content": system}] if system else []
@@ -309,7 +329,7 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
             messages.append({"role": "user", "content": line})
             try:
                 check_text(f"Question {number}", line)
-                ids = codec.encode_chat(messages)
+                ids = codec.encode_chat(messages, variables=variables)
                 _check_conversation(len(ids), limits)
             except InputError as error:
                 if not sys.stdin.isatty():
@@ -340,9 +360,12 @@ def _encoded(
             note="None was given, at least one is needed.",
             hint='Give one with --prompt "…" or --prompt-file FILE.',
         )
-    codec = _codec(bundle, settings)
+    if not chat:
+        refuse_unused(settings, ("chat_template_kwargs",), "no chat template is used", "add --chat")
+    codec, variables = _codec(bundle, settings), settings.variables
     encoded = [
-        codec.encode_chat([{"role": "user", "content": prompt}]) if chat else codec.encode(prompt) for prompt in prompts
+        codec.encode_chat([{"role": "user", "content": prompt}], variables=variables) if chat else codec.encode(prompt)
+        for prompt in prompts
     ]
     for number, tokens in enumerate(encoded, 1):
         if not tokens.size:

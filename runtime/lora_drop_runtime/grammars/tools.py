@@ -231,7 +231,7 @@ class Tools:
         """What a row may write; None where the model is to call none.
 
         Args:
-            chat_template: of the model, `TextCodec.chat_template`.
+            chat_template: of the model for chats with tools.
 
         Raises:
             InputError: the template has calls of another style, or a tool's schema cannot be followed.

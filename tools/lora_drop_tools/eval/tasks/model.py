@@ -130,7 +130,9 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         Raises:
             InputError: the bundle has none.
         """
-        return self._codec.render_chat(chat_history, add_generation_prompt)
+        # Without a prompt for an answer the last message is the beginning of one (`gen_prefix` of a task)
+        goes_on = not add_generation_prompt
+        return self._codec.render_chat(chat_history, add_generation_prompt, continue_final_message=goes_on)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template's source, empty where none is asked for.
