@@ -73,9 +73,9 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
         trust_remote_code=settings.trust_remote_code,
         policy=settings.policy,
     )
-    print_table(result, console)
-    if settings.json_file is not None:
+    if settings.json_file is not None:  # first: who reads the table may have gone
         write_json(settings.json_file, json.dumps(dataclasses.asdict(result), indent=1) + "\n", _KEYS)
+    print_table(result, console)
     if not result.passed:
         raise failure(result)
     return result

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
+from lora_drop_tools.bench.arms import SessionOptions
 from lora_drop_tools.bench.bench import bench
+from lora_drop_tools.bench.memory import measure_memory
+from lora_drop_tools.bench.result import Request
 from lora_drop_tools.bench.settings import BenchSettings
 from lora_drop_tools.cli import main
 from lora_drop_tools.shared import costs, machine
@@ -109,6 +113,50 @@ def test_above_the_ceiling(
     assert data["rows"][1]["speedup"] == pytest.approx(2.5)
     assert any("10.0% of a step is not the engine's" in text for text in data["warnings"])
     assert "not measured" in printed.out  # PSS, as without /proc
+
+
+def test_what_was_measured_is_written_whoever_reads_the_tables(
+    bundles: list[Path], tmp_path: Path, scripted: Callable[..., None]
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    scripted({0: 0.01, 1: 0.01})
+    settings = BenchSettings(
+        k=(1,), contexts=(8,), new_tokens=12, repeats=2, json_file=tmp_path / "a.json", plots=tmp_path / "p"
+    )
+    with pytest.raises(BrokenPipeError):
+        bench(bundles, settings, out=Gone())
+    assert json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert list((tmp_path / "p").iterdir())
+
+
+def test_a_prompt_chunk_that_does_not_fit_is_not_timed(bundles: list[Path], scripted: Callable[..., None]) -> None:
+    """The ceiling by operations takes one of all rows' tokens behind the context, which nobody asked for."""
+    scripted({0: 0.01, 1: 0.01})
+    limits = Bundle.open(bundles[0]).manifest.limits
+    result = {}
+    for context in (8, limits.max_seq_len - 12):
+        settings = BenchSettings(
+            k=(1,), contexts=(context,), new_tokens=12, batches=(8,), repeats=2, policy="backfill", threads=1
+        )
+        rows = bench(bundles, settings, out=io.StringIO()).rows
+        result[context] = [row.operations_ceiling is None for row in rows if row.k]
+    assert result == {8: [False, False], limits.max_seq_len - 12: [True, True]}
+
+
+def test_memory_is_measured_beside_files_of_the_users(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module of theirs may have the name of one that Python brings."""
+    (tmp_path / "statistics.py").write_text("raise ImportError('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    request, options = Request(8, 1, 5), SessionOptions("skip", None, None, None, 1)
+    opened = Bundle.open(bundles[0])
+    (found,) = measure_memory("b", opened, [1], request, np.zeros((1, 8), np.int64), options)
+    assert found.pss
+    assert max(found.pss.values()) > 1 << 20
 
 
 def test_below_the_ceiling(bundles: list[Path], scripted: Callable[..., None]) -> None:

@@ -93,20 +93,24 @@ def test_table_5() -> None:
 
 def test_table_4(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"bundle": "b", "rho": 0.5, "k": k, "context": context, "rows": 1, "latency_ms": {"p50": 1 + k, "p95": 9}}
-        | {"kv_bytes": {"kept": 2**20, "dropped": 2**19}}
+        {"bundle": "tiny", "rho": 0.5, "k": k, "context": context, "rows": 1, "latency_ms": {"p50": 1 + k, "p95": 9}}
+        | {"kv_bytes": {"kept": 2**20, "dropped": 2**19, "allocated": 2**22}}
         for context in (128, 4096)
         for k in (0, 3)
     ]
-    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
+    others = [rows[1] | {"bundle": "other", "context": 9999}, rows[3] | {"schedule": "margin"}]
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": [*rows, *others]}))
     assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "Table IV: latency of a token and K/V over ρ and k"
     assert [line.split() for line in printed[3:5]] == [
-        *(["b", "–", "0", "1.00", "9.00", "1.5", "not", "at", "hand"],),
-        *(["b", "0.50", "3", "4.00", "9.00", "1.5", "not", "at", "hand"],),
+        *(["tiny", "–", "0", "1.00", "9.00", "1.5", "not", "at", "hand"],),
+        *(["tiny", "0.50", "3", "4.00", "9.00", "1.5", "not", "at", "hand"],),
     ]
     assert printed[5] == "context 4096, batch 1"
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": others}))
+    assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 2
+    assert "has other; asked for are tiny" in capsys.readouterr().err
 
 
 def test_fig_3(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +124,17 @@ def test_fig_3(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (
         main(["eval", str(bundle), "--paper", "fig3", "--plots", str(tmp_path / "plots")]) == 0
     )  # its own is replaced
+
+
+def test_figures_of_directories_of_one_name(bundle: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tiny").symlink_to(bundle)
+    both = [str(tmp_path / name / "tiny") for name in ("a", "b")]
+    assert main(["eval", *both, "--paper", "fig3", "--plots", str(tmp_path / "plots")]) == 0
+    names = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert len(names) == 2
+    assert all(name.startswith("paper_fig3_") and name.endswith(("a-tiny.png", "b-tiny.png")) for name in names)
 
 
 def test_tasks_and_windows_of_a_table() -> None:

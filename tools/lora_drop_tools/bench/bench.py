@@ -184,16 +184,16 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
 
 
 def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) -> None:
-    """Print and write everything.
+    """Write and print everything.
 
     Raises:
         MeasurementError: after that, where a figure cannot be true or a peer that was named ended early.
     """
-    print("\n".join(describe(result)), file=out or sys.stdout)
-    if settings.json_file is not None:
+    if settings.json_file is not None:  # first: who reads the tables may have gone
         write_json(settings.json_file, result.to_json(), KEYS)
     if settings.plots is not None:
         write_plots(result, settings.plots)
+    print("\n".join(describe(result)), file=out or sys.stdout)
     if result.problems:
         raise MeasurementError(
             "A speed-up is above what the bytes allow.",

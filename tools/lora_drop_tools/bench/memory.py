@@ -60,7 +60,8 @@ def measure_memory(
     found = []
     for k in windows:
         told = json.dumps(given | {"window": k})
-        done = subprocess.run([sys.executable, "-c", code], input=told, capture_output=True, text=True)
+        # -P: modules of the directory that the user is in are none of ours
+        done = subprocess.run([sys.executable, "-P", "-c", code], input=told, capture_output=True, text=True)
         if done.returncode:
             raise _failed(done.stderr, done.returncode)
         found.append(Memory(name, k, request, json.loads(done.stdout.splitlines()[-1])))

@@ -68,7 +68,7 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
         periodic = (row for row in result.rows if row.schedule == PERIODIC)
         own = [row for row in periodic if (row.context, row.rows) == (context, rows)]
         title = f"{result.model}, {result.weight_dtype}, context {context}, batch {rows}"
-        for name, draw in _DRAWN.items():
+        for name, draw in _DRAWN.items() if any(row.k for row in own) else [("latency", _draw_latency)]:
             figure = Figure(figsize=(6.4, 4.4), layout="constrained")
             axes = figure.add_subplot()
             draw(axes, own)

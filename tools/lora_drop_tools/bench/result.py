@@ -440,7 +440,8 @@ def make_row(
         own = _verified_steps(manifest, request, runs, bandwidth)
     operations = None
     several = policy.refresh_tokens(most) > 1 and not policy.verifies and schedule == PERIODIC
-    if chunk_seconds is not None and rows > 1 and several:
+    has_room = request.context + rows * (most + 1) < manifest.limits.max_seq_len  # in one row
+    if chunk_seconds is not None and rows > 1 and several and has_room:
         times = (chunk_seconds(request.context, rows * count) for count in (1, most + 1))
         operations = costs.operations_ceiling(manifest, request.context, most, rows, *times)
     speedups = [a.decode_seconds / b.decode_seconds for a, b in zip(full, runs, strict=True)]

@@ -116,6 +116,9 @@ class BenchSettings:
             )
         for schedule in self.schedules:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
+        if self.schedules and PERIODIC not in self.schedules:
+            because = f"--schedule is {', '.join(self.schedules)}, whose k is that of its calibration"
+            refuse_unused(self, ("k",), because, f"add {PERIODIC} to --schedule")
         if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policy", "draft"), "with --k 0 every step is a refresh", "use a larger --k")
         refuse_idle_drafts(self, self.policy)

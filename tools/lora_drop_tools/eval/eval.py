@@ -163,7 +163,7 @@ def _row(
         policy=arm,
         k=k,
         kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),
-        speedup=speedups.get((name, arm, k)) if isinstance(given, int) else None,
+        speedup=speedups.get((name, arm, k, PERIODIC if isinstance(given, int) else given.name)),
         text=None,
         tasks={},
         average=None,
@@ -347,11 +347,11 @@ def eval(
     result.safe_zones = safe_zones(result.rows)
     result.warnings += [said for said in map(too_wide, result.rows) if said is not None]
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
-    print("\n".join(lines), file=out or sys.stdout)
-    if settings.json_file is not None:
+    if settings.json_file is not None:  # first: who reads the tables may have gone
         write_json(settings.json_file, result.to_json(), KEYS)
     if settings.plots is not None:
         write_plots(result, settings.plots)
+    print("\n".join(lines), file=out or sys.stdout)
     return result
 
 
@@ -364,13 +364,12 @@ def reproduce(bundles: Sequence[str | Path], settings: EvalSettings, *, out: Tex
     opened = open_bundles([str(path) for path in bundles])
     if settings.paper == "table4":
         assert settings.bench_file is not None
-        print("\n".join(latencies(settings.bench_file)), file=out or sys.stdout)
+        print("\n".join(latencies(settings.bench_file, list(opened))), file=out or sys.stdout)
         return
     check_results(None, KEYS, settings.plots, (f"{FIGURE}_*.png",))
     lines = [PAPER["fig3"].title]
     for name, bundle in opened.items():
         lines += ["", *kv_lines(name, bundle.manifest)]
+        if settings.plots is not None:
+            draw_kv(name, bundle.manifest, settings.plots)
     print("\n".join(lines), file=out or sys.stdout)
-    for name, bundle in opened.items() if settings.plots else ():
-        assert settings.plots is not None
-        draw_kv(name, bundle.manifest, settings.plots)

@@ -9,6 +9,7 @@ own Eq. 10: they are context, no yardstick.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
+from lora_drop_runtime.plan.schedule import PERIODIC
 
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.results import of_one_request, save_figure
@@ -178,22 +180,26 @@ def described(name: str, result: EvalResult) -> list[str]:
 # ── Table IV ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def latencies(bench_file: Path) -> list[str]:
-    """Table IV of the rows that `lora-drop bench --json` wrote, at their longest context and smallest batch.
+def latencies(bench_file: Path, names: Sequence[str]) -> list[str]:
+    """Table IV of what `lora-drop bench --json` wrote of these bundles under the periodic schedule, at the longest
+    context and smallest batch.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or has nothing of them.
     """
     try:
         data = json.loads(bench_file.read_text())
-        rows, batch, context = of_one_request(data["rows"])
+        periodic = [row for row in data["rows"] if row.get("schedule", PERIODIC) == PERIODIC]
+        held = sorted({str(row["bundle"]) for row in periodic}) or ["none"]
+        own = [row for row in periodic if row["bundle"] in names]
+        rows, batch, context = of_one_request(own) if own else ([], 0, 0)
         cells = [
             (
                 str(row["bundle"]),
                 f"{row['rho']:.2f}" if row["k"] else MISSING,
                 str(row["k"]),
                 *(f"{row['latency_ms'][name]:.2f}" for name in ("p50", "p95")),
-                f"{sum(row['kv_bytes'].values()) / MIB:.1f}",
+                f"{(row['kv_bytes']['kept'] + row['kv_bytes']['dropped']) / MIB:.1f}",
                 ABSENT,
             )
             for row in rows
@@ -204,8 +210,15 @@ def latencies(bench_file: Path) -> list[str]:
             note=f"{bench_file}: {type(error).__name__}: {error}.",
             hint="Give what lora-drop bench --json wrote.",
         ) from None
+    if not cells:
+        raise InputError(
+            "The measured latencies are of other bundles.",
+            note=f"{bench_file} has {', '.join(held)}; asked for are {', '.join(names)}.",
+            hint="They are joined by the name of the bundle's directory.",
+        )
     headings = ("bundle", "ρ", "k", "p50 ms", "p95 ms", "K/V MiB", "paper's")
-    lines = [PAPER["table4"].title, "", *table(headings, cells), f"context {context}, batch {batch}"]
+    where = f"context {context}, batch {batch}" + (f", policy {data['policy']}" if data.get("policy") else "")
+    lines = [PAPER["table4"].title, "", *table(headings, cells), where]
     if context != CONTEXT:
         lines[-1] += f"; the paper's is {CONTEXT}: lora-drop bench --contexts {CONTEXT}"
     return [*lines, "Eq. 11: p95 is the refresh's for every k below 19"]
@@ -293,4 +306,5 @@ def draw_kv(name: str, manifest: Manifest, directory: Path) -> Path:
     figure.suptitle(
         f"{name}: {shape.layers} layers, {shape.always_on} always on, one row, policy skip", fontsize="medium"
     )
-    return save_figure(figure, directory / f"{FIGURE}_{name}.png")
+    flat = re.sub(r"[^\w.-]+", "-", name).strip("-.")  # a name has parts of a path where two directories are alike
+    return save_figure(figure, directory / f"{FIGURE}_{flat}.png")

@@ -126,7 +126,8 @@ def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int,
 
 
 def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[Key, float], str]:
-    """Measured speed-ups by bundle, policy and k from `lora-drop bench --json`, and what they were measured on.
+    """Measured speed-ups by bundle, policy, k and schedule from `lora-drop bench --json`, and what they were measured
+    on.
 
     Of several requests it is the smallest batch, and of those the longest context.
     """
@@ -137,9 +138,13 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
         policy = data.get("policy", DEFAULT_POLICY)
         rows, batch, context = of_one_request(data["rows"])
         found: dict[Key, float] = {
-            (row["bundle"], row.get("policy", policy) if row["k"] else FULL, row["k"]): row["speedup"]
+            (
+                row["bundle"],
+                row.get("policy", policy) if row["k"] else FULL,
+                row["k"],
+                row.get("schedule", PERIODIC),
+            ): row["speedup"]
             for row in rows
-            if row.get("schedule", PERIODIC) == PERIODIC
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -147,7 +152,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
             note=f"{path}: {type(error).__name__}: {error}.",
             hint="Give what lora-drop bench --json wrote.",
         ) from None
-    held = {str(bundle) for bundle, _, _ in found}
+    held = {str(bundle) for bundle, *_ in found}
     if not held & set(names):
         raise InputError(
             "The measured speed-ups are of other bundles.",

@@ -36,6 +36,8 @@ LLAMA_FILE_TYPES = {"float32": (0,), "int8": (7,), "int4": (2, 3)}
 LLAMA_NAMES = {0: "F32", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0"}
 WEIGHT_FORMATS = {"float32": "fp32", "int8": "int8", "int4": "int4"}  # in onnxruntime-genai's words, and OpenVINO's
 PACKAGES = {"llama.cpp": "llama-cpp-python"}  # whose version is a peer's, where that has another name
+# Without modules of the directory that the user is in, where this Python can leave them out
+PYTHON = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else [])]
 PREFILL_CHUNK = 512  # tokens, llama.cpp's own default
 
 
@@ -77,7 +79,7 @@ def prepare_genai(source: str, precision: str, out: str, threads: int) -> dict[s
     model = Path(out) / "genai"
     options = [] if precision == "float32" else ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
     options = ["-p", WEIGHT_FORMATS[precision], *options]
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source]
+    builder = [*PYTHON, "-m", "onnxruntime_genai.models.builder", "-i", source]
     with _made(model) as part:
         _build([*builder, "-o", part, "-e", "cpu", "-c", f"{out}/genai-cache", *options])
     return {"model": str(model), "built": " ".join(["builder", *options])}
@@ -256,7 +258,7 @@ def prepare_openvino_genai(source: str, precision: str, out: str, threads: int) 
     options = ["--weight-format", WEIGHT_FORMATS[precision]]
     if precision == "int4":
         options += ["--group-size", str(_group_size(source))]
-    exporter = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
+    exporter = [*PYTHON, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", source]
     with _made(model) as part:
         _build([*exporter, "--task", "text-generation-with-past", *options, part])
     return {"model": str(model), "built": " ".join(["optimum-cli export openvino", *options])}
