@@ -37,16 +37,29 @@ cudaError_t allow_shared_memory(const void* kernel, std::atomic<uint64_t>& allow
     return error;
 }
 
+/* Whether the kernels that run on a device wait for the one before by themselves: those compiled for 9.0 and later do.
+ * Code for an older architecture runs on newer devices too, compiled there, and does not. */
+bool kernels_wait(int device) {
+    static std::atomic<uint64_t> known{0}, waiting{0};
+    const uint64_t bit = uint64_t{1} << (device % 64);
+    if (device < 64 && (known.load() & bit) != 0) return (waiting.load() & bit) != 0;
+    cudaFuncAttributes attributes{};
+    const auto kernel = reinterpret_cast<const void*>(combine_kernel<float>);
+    const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    const bool wait = found && attributes.ptxVersion >= 90;
+    if (wait) waiting.fetch_or(bit);
+    if (found) known.fetch_or(bit);
+    return wait;
+}
+
 struct CudaLauncher {
     cudaStream_t stream;
     int device = 0;
     bool overlaps = false;  // a kernel may be launched before the one that it waits for has ended
 
     explicit CudaLauncher(cudaStream_t stream) : stream(stream) {
-        int major = 0;
         cudaGetDevice(&device);
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        overlaps = major >= 9;
+        overlaps = kernels_wait(device);
     }
 
     template <class Tile>

@@ -85,6 +85,9 @@ def check_replays(cuda: Any, library: ctypes.CDLL, case: Case) -> None:
     call = make_call(steps[0], lambda key: held[key].address if key in held else None)
 
     stream = done(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
+    # Plainly first: a capture allows no loading of kernels. What it writes is written over below
+    assert library.lora_drop_attention(call, workspace_bytes, case.multiprocessors, int(stream)) == 0
+    done(cuda.cudaStreamSynchronize(stream))
     done(cuda.cudaStreamBeginCapture(stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
     assert library.lora_drop_attention(call, workspace_bytes, case.multiprocessors, int(stream)) == 0
     graph = done(cuda.cudaStreamEndCapture(stream))
@@ -94,6 +97,7 @@ def check_replays(cuda: Any, library: ctypes.CDLL, case: Case) -> None:
         for key, array in arrays.items():
             if array is not None:
                 held[key].write(array)
+        done(cuda.cudaDeviceSynchronize())  # the stream does not wait for copies of pageable memory
         done(cuda.cudaGraphLaunch(executable, stream))
         after = {key: held[key].read()[0] for key in UPDATED}
         check(step, arrays, after)

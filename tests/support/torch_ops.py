@@ -8,6 +8,7 @@ is not here is an error with its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -202,10 +203,13 @@ class Program:
 
     def _on_device(self, value: Tensor) -> Tensor:
         """A host's integers on the device. Copied once, since a copy waits, which a capture does not allow; kept, since
-        captured graphs hold its address."""
+        captured graphs hold its address. On the default stream: memory of this one's may be what captured graphs write
+        to, which PyTorch does not know of."""
         key = value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
         if key not in self._uploaded:
-            self._uploaded[key] = value.to(self.device)
+            apart = torch.cuda.stream(torch.cuda.default_stream()) if "cuda" in str(self.device) else nullcontext()
+            with apart:
+                self._uploaded[key] = value.to(self.device)
         return self._uploaded[key]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -132,9 +132,10 @@ def test_p95_of_a_wide_window(copied: Path) -> None:
 
 
 def test_two_prompt_lengths_where_there_is_room(copied: Path) -> None:
-    change(copied, limits={"max_seq_len": 2048}, model={"context_length": 2048})
-    prompts = [line.split()[0] for line in described(copied).splitlines() if "saved)" in line]
-    assert prompts == ["128", "1024"]
+    for longest, expected in ((2047, ["128", "1024"]), (500, ["128", "500"]), (100, ["100"])):
+        change(copied, limits={"max_seq_len": 2048, "max_prompt_len": longest}, model={"context_length": 2048})
+        prompts = [line.split()[0] for line in described(copied).splitlines() if "saved)" in line]
+        assert prompts == expected
 
 
 def test_verification_is_printed_as_it_went(copied: Path) -> None:

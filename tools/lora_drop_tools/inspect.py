@@ -91,7 +91,7 @@ def _kv_savings(manifest: Manifest) -> str:
 
 def _predictions(manifest: Manifest) -> list[str]:
     k, policy = manifest.plan.k, manifest.plan.refresh_policy
-    half = manifest.limits.max_seq_len // 2
+    half = min(manifest.limits.max_seq_len // 2, manifest.limits.max_prompt_len)
     lines = [
         f"predicted at batch 1 for k = {k} (prompt, then as many new tokens"
         + ("; as if every draft were accepted)" if policy.verifies else ")"),

@@ -26,7 +26,7 @@ import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,19 @@ from .plans import Plans
 from .step import Captures, EngineStep, StepBindings
 
 _SIZED_AS = {"next_token": "logits_index"}  # outputs that the host reads, and inputs of as many values
+
+
+# With contexts and CUDA graphs of their own, which take memory on the device. Each k, policy and number of rows has its
+# cycle, and requests choose them
+MOST_STEPS, MOST_CYCLES = 64, 16
+_Kept = TypeVar("_Kept", EngineStep, DeviceCycle)
+
+
+def _remember(kept: dict[Any, _Kept], key: Any, one: _Kept, most: int) -> None:
+    """Keep the latest ones; the one that was not used for longest gives its graph and contexts back."""
+    kept[key] = one
+    if len(kept) > most:
+        kept.pop(next(iter(kept))).drop()
 
 
 class TrtEngine:
@@ -138,12 +151,12 @@ class TrtEngine:
         bindings = self._bindings(kind, inputs, outputs)
         places = tuple((name, bindings.shapes.get(name), address) for name, address in bindings.addresses.items())
         key = kind, places, (*bindings.copies_in, *bindings.copies_out)
-        if key in self._steps:
-            return self._steps[key]
-        step = EngineStep(self._plans, self._device, self._captures, kind, bindings)
-        self._made.add(step)
+        step = self._steps.pop(key, None)
+        if step is None:
+            step = EngineStep(self._plans, self._device, self._captures, kind, bindings)
+            self._made.add(step)
         if step.keeps_context:
-            self._steps[key] = step
+            _remember(self._steps, key, step, MOST_STEPS)
         return step
 
     @property
@@ -167,14 +180,15 @@ class TrtEngine:
             (step.kind, step.kept, step.back, tuple(one.shapes.items()), tuple(one.addresses.items()))
             for step, one in bound
         )
-        if key not in self._cycles:
+        found = self._cycles.pop(key, None)
+        if found is None:
             if not self._events:
                 self._events = [self._device.event() for _ in range(2)]
             parts = self._plans, self._device, self._memory, self._chooser, self._captures
-            made = DeviceCycle(*parts, rows, bound, slots, self._events)
-            self._cycles[key] = made
-            self._made.add(made)
-        return self._cycles[key]
+            found = DeviceCycle(*parts, rows, bound, slots, self._events)
+            self._made.add(found)
+        _remember(self._cycles, key, found, MOST_CYCLES)
+        return found
 
     def replace_adapters(self, weights: Mapping[str, Array]) -> None:
         """As the protocol has it, into the same device memory: prepared steps and CUDA graphs stay good."""

@@ -19,7 +19,7 @@ from .plans import Plans
 
 @dataclass
 class Captures:
-    """The CUDA graphs captured so far, and why steps run without them: empty while they are captured."""
+    """The CUDA graphs captured so far, and why a step runs without one: empty while all are captured."""
 
     count: int = 0
     note: str = ""
@@ -62,11 +62,12 @@ class EngineStep:
         self.keeps_context = all(device.is_pinned(array) for array in bindings.hosts)
         self._context: Any = None
         self._ran = False
+        self._is_refused = False  # a capture; other steps may have theirs
         self._graph: Any = None
 
     def __call__(self) -> None:
         try:
-            if self._graph is None and self._ran and not self._captures.note:
+            if self._graph is None and self._ran and not self._is_refused:
                 self._capture()
             if self._graph is None:
                 self._bind()
@@ -82,7 +83,7 @@ class EngineStep:
         if self._graph is not None:
             self._device.destroy(self._graph)
         self._graph = self._context = None
-        self._ran = False
+        self._ran = self._is_refused = False
 
     def _bind(self) -> None:
         if self._context is None:
@@ -101,10 +102,12 @@ class EngineStep:
         """Without a graph steps run all the same, only slower: the reason is kept for those who measure."""
         if not self._plans.may_be_captured(self._context):
             self._captures.note = f"{self._plans.target} says that the {self._kind.value} step cannot be captured"
+            self._is_refused = True
             return
         try:
             self._graph = self._device.capture(self._enqueue)
         except BundleError as error:
             self._captures.note = f"{error.fact} {error.note}"
+            self._is_refused = True
         else:
             self._captures.count += 1

@@ -119,7 +119,7 @@ def test_what_a_context_has_run_or_says_decides_on_capture(bundle: Bundle) -> No
     with session:
         assert_close(steps(session), expected)
         assert "cudaGraphInstantiate: cudaErrorInvalidValue" in engine.capture_note
-        assert cuda.calls["cudaStreamBeginCapture"] == 1
+        assert cuda.calls["cudaStreamBeginCapture"] == 2  # each step tries once
         assert not cuda.graphs
     assert not cuda.live
 

@@ -13,6 +13,7 @@ import pytest
 from lora_drop_runtime import BundleError, InputError, SamplingOptions, Session
 from lora_drop_runtime.bundle.adapters import weight_shapes
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.trt import engine as trt_engine
 from lora_drop_runtime.engines.trt.cuda_device import CudaDevice
 from lora_drop_runtime.engines.trt.cycle import DeviceCycle
 from lora_drop_runtime.engines.trt.engine import TrtEngine
@@ -265,6 +266,36 @@ def test_cycles_that_cannot_be_captured_run_all_the_same(bundles) -> None:
                 same(stepwise, session, RAGGED, 13, k=3, stop_token_ids=())
                 assert word in engine.capture_note
             assert not cuda.live
+
+
+def test_graphs_of_cycles_that_are_past_are_given_back(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests choose k, and each k has a cycle with contexts of its own; those that come again capture again."""
+    monkeypatch.setattr(trt_engine, "MOST_CYCLES", 3)
+    stepwise, cycles, engine, _ = pair("recurrent", "skip")
+    for k in (6, 5, 4, 3, 2, 1, 0, 6):
+        same(stepwise, cycles, [[7, 3, 11]], 3 * (k + 1) + 1, k=k, stop_token_ids=())
+    assert len(engine._cycles) == 3
+    of_cycles = sum(cycle._graph is not None for cycle in engine._cycles.values())
+    of_steps = sum(step._graph is not None for step in engine._steps.values())
+    assert of_cycles == 3
+    assert len(engine._device._graphs) == of_cycles + of_steps
+
+
+def test_a_capture_that_failed_once_is_no_reason_for_others(bundles) -> None:
+    """Such as for a card that was full: another k has its graph, and so have engines beside."""
+    kernel = chooser_on_host()
+    cuda = FakeCuda(kernel=kernel)
+    cuda.fail["cudaGraphInstantiate"] = cudaError_t.cudaErrorMemoryAllocation
+    session, engine, _ = open_device_session(bundles("recurrent"), cuda=cuda, policy="skip")
+    with session:
+        for _ in range(2):
+            session.generate([[7, 3, 11]], 13, k=3, stop_token_ids=())
+        assert engine.captures == 0
+        assert "cudaGraphInstantiate" in engine.capture_note
+        del cuda.fail["cudaGraphInstantiate"]
+        for _ in range(2):
+            session.generate([[7, 3, 11]], 13, k=2, stop_token_ids=())
+        assert engine.captures > 0
 
 
 def test_everything_is_freed_whichever_call_fails(bundles) -> None:
