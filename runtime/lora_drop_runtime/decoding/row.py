@@ -84,7 +84,7 @@ class RowOptions:
     slots: Mapping[str, int]
 
 
-def logprobs(token: int, logits: Logits, most: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+def logprobs_of(token: int, logits: Logits, most: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """A token's logprob by the logits [V], and so many of the likeliest tokens with theirs.
 
     Of tokens that tie the lower ids come first, as argmax has it.
@@ -254,7 +254,7 @@ class Row:
     def _tell_scored(self, token: int, logits: Logits, kind: StepKind) -> None:
         """Tell a token of the prompt that stands behind these logits [V]."""
         self._sampler.largest(logits)
-        logprob, top = logprobs(token, logits, self.options.logprobs or 0)
+        logprob, top = logprobs_of(token, logits, self.options.logprobs or 0)
         self._tell(Event(self.number, token, kind, logprob, top, is_prompt=True))
 
     def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
@@ -264,7 +264,7 @@ class Row:
             return False
         self._left -= 1
         most = self.options.logprobs
-        logprob, top = (None, ()) if most is None else logprobs(token, logits, most)
+        logprob, top = (None, ()) if most is None else logprobs_of(token, logits, most)
         finished = STOP if is_over else None if self._left else LENGTH
         counted = self._counted if finished else None
         self._tell(Event(self.number, token, kind, logprob, top, finished, statistics=counted))

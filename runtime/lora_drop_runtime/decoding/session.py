@@ -560,12 +560,12 @@ class Session:
         model, plan = self.bundle.manifest.model, self.bundle.manifest.plan
         checks.check_path("The directory of adapters", directory)
         checks.check_room_for_adapters(plan.rank)
+        self._check_no_forks()
         matrices = read_adapters(Path(directory), plan, model.hidden_size, model.fingerprint)
         weights = folded(matrices, plan, model.hidden_size)
         self._usage.enter()
         try:
-            if len(self._family) > 1:
-                raise checks.forks_use_the_adapters(len(self._family) - 1)
+            self._check_no_forks()  # one may have come meanwhile
             self._check_no_foreign_stream()
             self._end_request(checks.ended_by_a_failure)
             self._paces.clear()
@@ -583,6 +583,10 @@ class Session:
         """Whether a stream that is not over reads the running request."""
         stream = None if self._stream is None else self._stream()
         return stream is not None and not stream.is_over and self._streamed == self._requests_ended
+
+    def _check_no_forks(self) -> None:
+        if len(self._family) > 1:
+            raise checks.forks_use_the_adapters(len(self._family) - 1)
 
     def _check_no_foreign_stream(self) -> None:
         """Refuse to end another thread's stream; one that nobody holds any more is over."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import CHUNK
-from lora_drop_runtime.decoding.row import logprobs
+from lora_drop_runtime.decoding.row import logprobs_of
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
@@ -668,7 +668,7 @@ def test_the_likeliest_tokens_of_ties_are_the_lower_ids() -> None:
     """As if all were sorted: the same as a stable sort, whatever their number."""
     logits = np.repeat(np.random.default_rng(3).permutation(12), 2).astype(np.float32)
     for number in (0, 1, 2, 3, 7, 24, 99):
-        logprob, found = logprobs(5, logits, number)
+        logprob, found = logprobs_of(5, logits, number)
         wanted = np.log(np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum())
         assert logprob == pytest.approx(wanted[5])
         assert [token for token, _ in found] == np.argsort(-logits, kind="stable")[:number].tolist()
