@@ -7,6 +7,7 @@ frequencies were lost would pass it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,11 @@ class _Fields:
         field = self._fields.get(f"{self._prefix}.{key}")
         return None if field is None else field.contents()
 
-    def number(self, key: str) -> float | None:
+    def number(self, key: str, least: float = -math.inf) -> float | None:
+        """A finite number above `least`. Raises ValueError."""
         value = self.get(key)
+        if value is not None and not least < float(value) < math.inf:
+            raise ValueError(f"{key} is {value}")
         return None if value is None else float(value)
 
 
@@ -69,24 +73,25 @@ def _divided(config: Any, rope: dict[str, Any], factors: npt.NDArray[np.float64]
 
 
 def _yarn(fields: _Fields, rope: dict[str, Any], factor: float) -> dict[str, Any]:
-    original = fields.get("rope.scaling.original_context_length")
+    original = fields.number("rope.scaling.original_context_length", 0)
     for key, usual in (("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0)):
-        if (fields.number(f"rope.scaling.{key}") or usual) != usual:
-            raise _not_read(f"YaRN with {key}", fields.number(f"rope.scaling.{key}"))
-    if original is None:
-        raise _not_read("YaRN without its original context", f"rope.scaling.factor {factor:g}")
+        value = fields.number(f"rope.scaling.{key}")
+        if value not in (None, usual):
+            raise _not_read(f"YaRN with {key}", value)
+    if original is None or factor == 1:
+        raise _not_read("YaRN without its factor or original context", f"rope.scaling.factor {factor:g}")
     found = rope | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original)}
     for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        value = fields.number(f"rope.scaling.{theirs}")
+        value = fields.number(f"rope.scaling.{theirs}", 0)
         found |= {} if value is None else {ours: value}
-    scale = fields.number("rope.scaling.attn_factor")
+    scale = fields.number("rope.scaling.attn_factor", 0)
     return found | ({} if scale in (None, 1.0) else {"attention_factor": scale * (1 + 0.1 * float(np.log(factor)))})
 
 
 def _scaled(fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
     """The RoPE with the file's scaling; linear where it names a factor and no kind, as in llama.cpp."""
     kind = fields.get("rope.scaling.type") or "linear"
-    factor = fields.number("rope.scaling.factor") or fields.number("rope.scale_linear") or 1.0
+    factor = fields.number("rope.scaling.factor", 0) or fields.number("rope.scale_linear", 0) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1):
         return rope
     if rope.get("rope_type") != "default":
@@ -101,7 +106,11 @@ def _scaled(fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
 def _rotated_share(config: Any, fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
     """The share of a head's dimensions that is rotated, where the file has another than the config."""
     rotated = fields.get("rope.dimension_count")
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = (
+        fields.get("attention.key_length")
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads
+    )
     if rotated is None or rotated == int(size * rope.get("partial_rotary_factor", 1.0)):
         return {}
     if "partial_rotary_factor" not in rope:
@@ -114,6 +123,9 @@ def _complete_rope(config: Any, fields: _Fields, tensors: dict[str, Any]) -> Non
     for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
         if name in tensors:
             raise _not_read("RoPE frequencies that depend on the sequence length", name)
+    base = fields.number("rope.freq_base", 0)  # which transformers reads for most architectures
+    if base is not None and "rope_theta" in rope:
+        rope["rope_theta"] = base
     rope = _scaled(fields, rope)
     if "rope_freqs.weight" in tensors:
         rope = _divided(config, rope, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
@@ -140,14 +152,18 @@ def complete_config(config: Any, reader: Any) -> None:
 
     Raises:
         ModelError: the file has a kind of one of them that cannot be put there.
+        ValueError: a number that can be none of these.
     """
     fields = _Fields(reader)
+    size = fields.get("attention.key_length")
+    if size is not None and getattr(config, "head_dim", size) != size:
+        config.head_dim = int(size)
     if isinstance(getattr(config, "rope_parameters", None), dict):
         _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})
     _complete_window(config, fields)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        cap = fields.number(name)
-        if cap is not None and cap != getattr(config, name, None):
+        cap = fields.number(name, -1e-30) or None  # 0 is none
+        if fields.get(name) is not None and cap != getattr(config, name, None):
             if not hasattr(config, name):
                 raise _not_read("soft-capped logits", f"{name} {cap:g}")
             setattr(config, name, cap)

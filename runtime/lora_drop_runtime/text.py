@@ -78,6 +78,15 @@ def _chat_template(tokenizer_dir: Path, config: Mapping[str, Any], name: str) ->
     return template if isinstance(template, str) else None
 
 
+def _check_chat(messages: object, tools: object) -> None:
+    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise wrong_type("The list of tools", tools, "a list of dictionaries", "Use the tools of the OpenAI API.")
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise wrong_type("The chat", messages, "a list of dictionaries", 'Use [{"role": "user", "content": "Hi"}].')
+    if not messages:
+        raise InputError("The chat is empty.", note="There are no messages.", hint="Give at least one message.")
+
+
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as transformers hands it to a template.
 
@@ -328,9 +337,10 @@ class TextCodec:
             InputError: the model has no chat template, or one that says nothing of tools, there is no message, or the
                 template refuses them.
         """
+        _check_chat(messages, tools)
         given = {} if variables is None else checked_variables(variables)
         if continue_final_message:
-            last = messages[-1] if messages else {}
+            last = messages[-1]
             content = last.get("content")
             if not isinstance(content, str):
                 raise InputError("The last message cannot be continued.", note="It has no text.", hint="Give it some.")
@@ -357,12 +367,6 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] | None,
         given: Mapping[str, Any],
     ) -> str:
-        if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
-            raise wrong_type("The list of tools", tools, "a list of dictionaries", "Use the tools of the OpenAI API.")
-        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-            raise wrong_type("The chat", messages, "a list of dictionaries", 'Use [{"role": "user", "content": "Hi"}].')
-        if not messages:
-            raise InputError("The chat is empty.", note="There are no messages.", hint="Give at least one message.")
         variables = {
             "messages": list(map(_for_template, messages)),
             "tools": list(tools) if tools else None,

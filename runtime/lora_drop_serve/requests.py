@@ -60,7 +60,7 @@ def _few_fields(data: Any) -> Any:
 def _utf8_json(value: Any) -> Any:
     """The same of texts within JSON."""
     try:
-        _utf8(json.dumps(value, ensure_ascii=False))
+        _utf8(json.dumps(value, ensure_ascii=False, allow_nan=False))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return value

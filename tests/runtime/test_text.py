@@ -249,8 +249,15 @@ def test_a_message_that_goes_on_is_transformers(reference: PreTrainedTokenizerFa
     codec = TextCodec(reference.backend_tokenizer, {}, template)
     assert codec.render_chat(messages, False, continue_final_message=True) == expected
     assert expected.endswith(content.strip() if trims else content)
-    for wrong in ([], [{"role": "assistant", "content": None}]):
-        with pytest.raises(InputError, match="cannot be continued"):
+    for wrong, words in (
+        ([{"role": "assistant", "content": None}], "cannot be continued"),
+        ([], "The chat is empty"),
+        ("abc", "The chat has the wrong type"),
+        ([*CHAT, 5], "The chat has the wrong type"),
+        ({"a": 1}, "The chat has the wrong type"),
+        (None, "The chat has the wrong type"),
+    ):
+        with pytest.raises(InputError, match=words):
             codec.render_chat(wrong, False, continue_final_message=True)
     with pytest.raises(InputError, match="cannot be continued"):
         TextCodec(reference.backend_tokenizer, {}, "{{ messages[0].content }}").render_chat(

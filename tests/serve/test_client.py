@@ -317,8 +317,11 @@ def test_variables_of_the_chat_template(bundle: Bundle, tmp_path: Path) -> None:
             answer = server.http.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": given})
             tokens[json.dumps(given)] = answer.json()["usage"]["prompt_tokens"]
         assert tokens == {"null": 2, "{}": 2, '{"enable_thinking": true}': 2, '{"enable_thinking": false}': 4}
-        for wrong in ({"messages": []}, {"tools": None}, [1], "x"):
-            answer = server.http.post("/v1/chat/completions", json={**asked, "chat_template_kwargs": wrong})
+        for wrong in ({"messages": []}, {"tools": None}, [1], "x", {"x": math.inf}):
+            body = json.dumps({**asked, "chat_template_kwargs": wrong})
+            answer = server.http.post(
+                "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+            )
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
 
 

@@ -151,6 +151,53 @@ def test_llama3_by_the_factors_themselves(tmp_path):
     np.testing.assert_allclose(found.numpy(), plain / factors, rtol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gemma2", "starcoder2", "stablelm"])
+def test_the_base_of_the_frequencies(arch, tmp_path):
+    """Which transformers' table has for some architectures alone."""
+    extra = {"attention__layer_norm_epsilon": 1e-5} if arch in ("starcoder2", "stablelm") else {}
+    turned = {"rope__dimension_count": SIZE // 4} if arch == "stablelm" else {}
+    assert opened(tmp_path, arch, **extra, **turned).rope_parameters["rope_theta"] == THETA
+
+
+def test_the_size_of_heads(tmp_path):
+    """transformers takes 128 for Qwen3, whatever the file says."""
+    config = opened(tmp_path, "qwen3")
+    assert config.head_dim == SIZE
+    assert len(rotary(config)[0]) == SIZE // 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields"),
+    [
+        *(("llama", {"rope__scaling__factor": factor}) for factor in (math.nan, math.inf, -2.0)),
+        ("llama", {"rope__freq_base": -1.0}),
+        ("llama", {"rope__freq_base": 0.0}),
+        ("gemma2", {"final_logit_softcapping": -1.0}),
+        ("gemma2", {"attn_logit_softcapping": math.nan}),
+        *(
+            (
+                "llama",
+                {
+                    "rope__scaling__type": "yarn",
+                    "rope__scaling__factor": 4.0,
+                    "rope__scaling__original_context_length": 4096,
+                    f"rope__scaling__{name}": value,
+                },
+            )
+            for name, value in (("attn_factor", 0.0), ("attn_factor", math.inf), ("yarn_beta_fast", -1.0))
+        ),
+    ],
+)
+def test_numbers_that_can_be_none_of_these(arch, fields, tmp_path):
+    with pytest.raises(ModelError, match="The GGUF file cannot be read"):
+        opened(tmp_path, arch, **fields)
+
+
+def test_a_soft_cap_of_0_is_none(tmp_path):
+    assert opened(tmp_path / "a", "gemma2", final_logit_softcapping=0.0).final_logit_softcapping is None
+    opened(tmp_path / "b", "llama", final_logit_softcapping=0.0)
+
+
 def test_a_part_of_each_head(tmp_path):
     """Phi-4-mini rotates three quarters."""
     config = opened(tmp_path, "phi3", rope__dimension_count=48)
@@ -193,7 +240,29 @@ def test_what_the_model_has_no_place_for_is_said(tmp_path):
             {"rope_freqs.weight": llama3_factors(8.0)},
             "RoPE frequencies of its own",
         ),
-        ("qwen2", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, {}, "YaRN without its original"),
+        (
+            "qwen2",
+            {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0},
+            {},
+            "YaRN without its factor or original",
+        ),
+        (
+            "qwen2",
+            {"rope__scaling__type": "yarn", "rope__scaling__original_context_length": 4096},
+            {},
+            "YaRN without its factor or original",
+        ),
+        (
+            "llama",
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__original_context_length": 4096,
+                "rope__scaling__yarn_ext_factor": 0.0,
+            },
+            {},
+            "YaRN with yarn_ext_factor",
+        ),
         (
             "qwen2",
             {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__yarn_log_multiplier": 0.1},
