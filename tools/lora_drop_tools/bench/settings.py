@@ -116,7 +116,7 @@ class BenchSettings:
             )
         for schedule in self.schedules:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
-        if self.schedules and PERIODIC not in self.schedules:
+        if self.schedules and PERIODIC not in self.schedules and any(self.k):
             because = f"--schedule is {', '.join(self.schedules)}, whose k is that of its calibration"
             refuse_unused(self, ("k",), because, f"add {PERIODIC} to --schedule")
         if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):

@@ -148,7 +148,7 @@ class EvalSettings:
         check_options(self)
         if self.ks == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policies", "aim", "plots"), "with --k 0 every step is a refresh", "use a larger --k")
-        if self.schedules and PERIODIC not in self.schedules and self.calibrate is None:
+        if self.schedules and PERIODIC not in self.schedules and self.calibrate is None and any(self.k or ()):
             because = f"--schedule is {', '.join(self.schedules)}, whose k is that of its calibration"
             refuse_unused(self, ("k",), because, f"add {PERIODIC} to --schedule")
         for policy in self.policies:
