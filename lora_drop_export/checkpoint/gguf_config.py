@@ -22,9 +22,8 @@ class _Fields:
     """A file's metadata, without the architecture's name in front of the keys."""
 
     def __init__(self, reader: Any) -> None:
-        fields = reader.fields
-        self._fields = fields
-        self._prefix = fields["general.architecture"].contents()
+        self._fields = reader.fields
+        self._prefix = self._fields["general.architecture"].contents()
 
     def get(self, key: str) -> Any:
         field = self._fields.get(f"{self._prefix}.{key}")
@@ -136,9 +135,8 @@ def _complete_window(config: Any, fields: _Fields) -> None:
     window = fields.get("attention.sliding_window")
     if not window or window >= config.max_position_embeddings or window == getattr(config, "sliding_window", None):
         return
-    if not hasattr(config, "sliding_window") or "sliding_attention" not in getattr(
-        config, "layer_types", ["sliding_attention"]
-    ):
+    layer_types = getattr(config, "layer_types", None)
+    if not hasattr(config, "sliding_window") or (layer_types and "sliding_attention" not in layer_types):
         raise _not_read("sliding-window attention", f"a window of {window} tokens")
     config.sliding_window = int(window)
 
@@ -162,7 +160,7 @@ def complete_config(config: Any, reader: Any) -> None:
         _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})
     _complete_window(config, fields)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        cap = fields.number(name, -1e-30) or None  # 0 is none
+        cap = fields.number(name, 0) if fields.get(name) else None  # 0 is none, too
         if fields.get(name) is not None and cap != getattr(config, name, None):
             if not hasattr(config, name):
                 raise _not_read("soft-capped logits", f"{name} {cap:g}")

@@ -30,6 +30,17 @@ def _chunk_rows(shape: tuple[int, ...]) -> int:
     return max(1, CHUNK_BYTES // (4 * max(1, math.prod(shape[1:]))))
 
 
+def _converted(part: npt.NDArray[Any], wanted: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Raises FloatingPointError for a finite value that would be infinite."""
+    with np.errstate(over="raise"):
+        converted = np.ascontiguousarray(part).astype(wanted)
+    # ml_dtypes, whose bfloat16 is no kind of numpy's, sets no flag
+    narrows = wanted.kind == "V" and wanted.itemsize < part.dtype.itemsize
+    if narrows and (np.isinf(converted) & np.isfinite(part)).any():
+        raise FloatingPointError
+    return converted
+
+
 def stored_blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterator[bytes]:
     """The tensor's bytes in the wanted dtype, a few rows at a time; InputError for a value that it cannot hold."""
     import ml_dtypes
@@ -41,15 +52,14 @@ def stored_blocks(source: TensorSource | npt.NDArray[Any], dtype: str) -> Iterat
             part = source if isinstance(source, np.ndarray) else source.read()
         else:
             part = source[begin : begin + rows] if isinstance(source, np.ndarray) else source.rows(begin, begin + rows)
-        part = np.ascontiguousarray(part)
-        with np.errstate(over="ignore"):
-            converted = part.astype(wanted)
-        if (np.isinf(converted) & np.isfinite(part)).any():  # ml_dtypes sets no flag of an overflow
+        try:
+            converted = _converted(part, wanted)
+        except FloatingPointError:
             raise InputError(
                 "A weight is too large for the dtype.",
                 note=f"{getattr(source, 'name', 'An adapter or scale')} has values that are infinite as {dtype}.",
                 hint="Use --dtype fp32." if dtype == "bfloat16" else "Use --dtype bf16 or fp32.",
-            )
+            ) from None
         yield converted.tobytes()
 
 

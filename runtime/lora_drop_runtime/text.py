@@ -384,10 +384,7 @@ class TextCodec:
         """UTF-8 of one token within a text, which may be a part of a character."""
         text, token = self.decode([token_id], skip_special_tokens=False), self._tokenizer.id_to_token(token_id)
         if INCOMPLETE not in text or not token:
-            anchor, before = self._anchor  # alone, a token with a space in front may lose it
-            behind = self.decode([anchor, token_id], skip_special_tokens=False) if before else ""
-            is_within = before and behind.startswith(before) and token_id not in self._added
-            return (behind[len(before) :] if is_within else text).encode()
+            return (text if token_id in self._added else self._behind_another(token_id, text)).encode()
         if byte := _BYTE_TOKEN.fullmatch(token):
             return bytes.fromhex(byte[1])
         byte_of = _bytes_of_characters()
@@ -424,6 +421,12 @@ class TextCodec:
                 hint="Give other text, or pass token ids; the tokenizer of the checkpoint may be damaged.",
             ) from error
         return np.array(ids, np.int64)
+
+    def _behind_another(self, token_id: int, alone: str) -> str:
+        """What a token adds to a text. Alone, one with a space in front may lose it."""
+        anchor, before = self._anchor
+        whole = self.decode([anchor, token_id], skip_special_tokens=False) if before else ""
+        return whole[len(before) :] if before and whole.startswith(before) else alone
 
     @cached_property
     def _added(self) -> frozenset[int]:

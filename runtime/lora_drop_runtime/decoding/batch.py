@@ -72,9 +72,7 @@ class Batch:
         self.max_seq_len, self.max_prompt_len = checks.row_limits(max_seq_len, max_prompt_len, limits)
         self._chunk = min(CHUNK, engine.prefill_chunk or CHUNK)
         steps = self.max_seq_len - self.max_prompt_len - 1
-        needed = self._policy.dropped_slots(self.max_prompt_len, steps, self._schedule)
-        if self._join_early and self._policy.leaves_holes:
-            needed = min(needed + 1, self.max_seq_len - 1)  # a row's first refresh may come sooner
+        needed = self._dropped_slots(self._policy, self.max_prompt_len, steps, self._schedule)
         self._capacity = {"slots_kept": self.max_seq_len - 1, "slots_dropped": needed}
         # Padded attention wants room for a whole chunk behind a row that has a single token beside it
         self._paged = engine.block_slots is not None
@@ -277,11 +275,8 @@ class Batch:
         scores = checks.flag("prompt_logprobs", prompt_logprobs)
         context = checks.checked_context(context_tokens, len(prompt), scores)
         context = len(prompt) if verifier.verifies else context
-        joined = self._join_early and isinstance(chosen, PeriodicSchedule)
-        needed = verifier.dropped_slots(context, len(prompt) - context + new_tokens - 1, chosen)
         kept = len(prompt) + new_tokens - 1
-        if joined and verifier.leaves_holes:
-            needed = min(needed + 1, kept)  # its first refresh may come sooner
+        needed = self._dropped_slots(verifier, context, kept - context, chosen)
         if not self._paged:
             checks.check_fits(needed, self._capacity["slots_dropped"])
         takes = {"slots_kept": kept, "slots_dropped": needed}
@@ -373,6 +368,12 @@ class Batch:
         """Why the next tick is no whole cycle on the device; empty where it is one, or there is no row."""
         self._check_open()
         return self._why_single_steps()
+
+    def _dropped_slots(self, policy: Policy, prompt: int, steps: int, schedule: Schedule) -> int:
+        """What a row needs in dropped layers; one more where it joins early: its first refresh may come sooner."""
+        needed = policy.dropped_slots(prompt, steps, schedule)
+        joins = self._join_early and policy.leaves_holes and isinstance(schedule, PeriodicSchedule)
+        return min(needed + 1, prompt + steps) if joins else needed
 
     def _run(self) -> None:
         why, new = self._why_single_steps(), [row for row in self._rows if row.is_new]

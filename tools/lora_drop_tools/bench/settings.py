@@ -20,6 +20,7 @@ from lora_drop_tools.shared.options import (
     policy_option,
     provider_option,
     refuse_idle_drafts,
+    refuse_idle_windows,
     target_option,
     threads_option,
 )
@@ -116,9 +117,7 @@ class BenchSettings:
             )
         for schedule in self.schedules:
             check_known("schedule", schedule, SCHEDULES, "--schedule")
-        if self.schedules and PERIODIC not in self.schedules and any(self.k):
-            because = f"--schedule is {', '.join(self.schedules)}, whose k is that of its calibration"
-            refuse_unused(self, ("k",), because, f"add {PERIODIC} to --schedule")
+        refuse_idle_windows(self)
         if self.windows == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policy", "draft"), "with --k 0 every step is a refresh", "use a larger --k")
         refuse_idle_drafts(self, self.policy)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.manifest import Manifest
-from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PERIODIC
 
 from lora_drop_tools.shared import costs
-from lora_drop_tools.shared.results import of_one_request, save_figure
+from lora_drop_tools.shared.results import bench_file, check_bench_bundles, of_one_request, save_figure
 from lora_drop_tools.shared.table import MIB, table
 
 from .methods import LORA_DROP
@@ -180,22 +179,21 @@ def described(name: str, result: EvalResult) -> list[str]:
 # ── Table IV ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def latencies(bench_file: Path, names: Sequence[str]) -> list[str]:
+def latencies(path: Path, names: Sequence[str]) -> list[str]:
     """Table IV of what `lora-drop bench --json` wrote of these bundles under the periodic schedule, at the longest
     context and smallest batch.
 
     Raises:
         InputError: the file cannot be read, or has nothing of them.
     """
-    try:
-        data = json.loads(bench_file.read_text())
+    with bench_file(path, "latencies"):
+        data = json.loads(path.read_text())
         periodic = [row for row in data["rows"] if row.get("schedule", PERIODIC) == PERIODIC]
-        held = sorted({str(row["bundle"]) for row in periodic}) or ["none"]
-        own = [row for row in periodic if row["bundle"] in names]
-        rows, batch, context = of_one_request(own) if own else ([], 0, 0)
+        check_bench_bundles(path, "latencies", {row["bundle"] for row in periodic}, names)
+        rows, batch, context = of_one_request([row for row in periodic if row["bundle"] in names])
         cells = [
             (
-                str(row["bundle"]),
+                row["bundle"],
                 f"{row['rho']:.2f}" if row["k"] else MISSING,
                 str(row["k"]),
                 *(f"{row['latency_ms'][name]:.2f}" for name in ("p50", "p95")),
@@ -204,18 +202,6 @@ def latencies(bench_file: Path, names: Sequence[str]) -> list[str]:
             )
             for row in rows
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "The measured latencies cannot be read.",
-            note=f"{bench_file}: {type(error).__name__}: {error}.",
-            hint="Give what lora-drop bench --json wrote.",
-        ) from None
-    if not cells:
-        raise InputError(
-            "The measured latencies are of other bundles.",
-            note=f"{bench_file} has {', '.join(held)}; asked for are {', '.join(names)}.",
-            hint="They are joined by the name of the bundle's directory.",
-        )
     headings = ("bundle", "ρ", "k", "p50 ms", "p95 ms", "K/V MiB", "paper's")
     where = f"context {context}, batch {batch}" + (f", policy {data['policy']}" if data.get("policy") else "")
     lines = [PAPER["table4"].title, "", *table(headings, cells), where]

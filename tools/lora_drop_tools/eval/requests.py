@@ -16,7 +16,7 @@ from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
 
 from lora_drop_tools.shared.corpus import read_texts
-from lora_drop_tools.shared.results import of_one_request
+from lora_drop_tools.shared.results import bench_file, check_bench_bundles, of_one_request
 
 from .result import FULL
 from .scoring import Window, phase_of
@@ -133,8 +133,9 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
     """
     if path is None:
         return {}, "not measured (--bench)"
-    try:
-        data = json.loads(Path(path).read_text())
+    path = Path(path)
+    with bench_file(path, "speed-ups"):
+        data = json.loads(path.read_text())
         policy = data.get("policy", DEFAULT_POLICY)
         rows, batch, context = of_one_request(data["rows"])
         found: dict[Key, float] = {
@@ -146,17 +147,5 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
             ): row["speedup"]
             for row in rows
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            "The measured speed-ups cannot be read.",
-            note=f"{path}: {type(error).__name__}: {error}.",
-            hint="Give what lora-drop bench --json wrote.",
-        ) from None
-    held = {str(bundle) for bundle, *_ in found}
-    if not held & set(names):
-        raise InputError(
-            "The measured speed-ups are of other bundles.",
-            note=f"{path} has {', '.join(sorted(held))}; evaluated are {', '.join(names)}.",
-            hint="They are joined by the name of the bundle's directory.",
-        )
+    check_bench_bundles(path, "speed-ups", {str(bundle) for bundle, *_ in found}, names)
     return found, f"measured by lora-drop bench over k = 0, context {context}, batch {batch}"

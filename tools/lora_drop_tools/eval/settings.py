@@ -13,7 +13,14 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import ADAPTIVE, PERIODIC, SCHEDULES
 
 from lora_drop_tools.eval.paper import PAPER
-from lora_drop_tools.shared.options import json_option, plots_option, provider_option, target_option, threads_option
+from lora_drop_tools.shared.options import (
+    json_option,
+    plots_option,
+    provider_option,
+    refuse_idle_windows,
+    target_option,
+    threads_option,
+)
 
 WINDOW, PROMPT = 512, 32  # tokens, where bundles allow as many
 WINDOWS_K = (1, 3)
@@ -148,9 +155,8 @@ class EvalSettings:
         check_options(self)
         if self.ks == [0] and not set(self.schedules) & set(ADAPTIVE):
             refuse_unused(self, ("policies", "aim", "plots"), "with --k 0 every step is a refresh", "use a larger --k")
-        if self.schedules and PERIODIC not in self.schedules and self.calibrate is None and any(self.k or ()):
-            because = f"--schedule is {', '.join(self.schedules)}, whose k is that of its calibration"
-            refuse_unused(self, ("k",), because, f"add {PERIODIC} to --schedule")
+        if self.calibrate is None:
+            refuse_idle_windows(self)
         for policy in self.policies:
             check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         for schedule in self.schedules:

@@ -8,7 +8,7 @@ from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.command_line import option, refuse_unused
 from lora_drop_runtime.plan.drafting import DRAFTS
 from lora_drop_runtime.plan.policy import POLICIES
-from lora_drop_runtime.plan.schedule import SCHEDULES
+from lora_drop_runtime.plan.schedule import PERIODIC, SCHEDULES
 
 
 def policy_option() -> Any:
@@ -44,6 +44,17 @@ def refuse_idle_drafts(settings: Any, policy: str | None) -> None:
     """
     if policy is not None and policy in POLICIES and not POLICIES[policy].verifies:
         refuse_unused(settings, ("draft",), f"--policy {policy} verifies no drafts", "use --policy lossless")
+
+
+def refuse_idle_windows(settings: Any) -> None:
+    """Refuse `--k` beside adaptive schedules alone, whose k is that of their calibration; 0 runs in any case.
+
+    Raises:
+        InputError: one was given.
+    """
+    if settings.schedules and PERIODIC not in settings.schedules and any(settings.k or ()):
+        because = f"--schedule is {', '.join(settings.schedules)}, whose k is that of its calibration"
+        refuse_unused(settings, ("k",), because, f"add {PERIODIC} to --schedule")
 
 
 def target_option() -> Any:

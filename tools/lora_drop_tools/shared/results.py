@@ -6,11 +6,12 @@ metadata.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,29 @@ def of_one_request(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str,
     """Of the rows of a bench result those of the smallest batch and, among these, the longest context; and both."""
     batch, context = min((row["rows"], -row["context"]) for row in rows)
     return [row for row in rows if (row["rows"], -row["context"]) == (batch, context)], batch, -context
+
+
+@contextlib.contextmanager
+def bench_file(path: Path, what: str) -> Iterator[None]:
+    """Where what `lora-drop bench --json` wrote is read: whatever is wrong with it becomes an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The measured {what} cannot be read.",
+            note=f"{path}: {type(error).__name__}: {error}.",
+            hint="Give what lora-drop bench --json wrote.",
+        ) from None
+
+
+def check_bench_bundles(path: Path, what: str, held: Collection[str], names: Collection[str]) -> None:
+    """Refuse a file of `lora-drop bench --json` that has none of these bundles. Raises InputError."""
+    if not set(held) & set(names):
+        raise InputError(
+            f"The measured {what} are of other bundles.",
+            note=f"{path} has {', '.join(sorted(held)) or 'none'}; asked for are {', '.join(names)}.",
+            hint="They are joined by the name of the bundle's directory.",
+        )
 
 
 def write_json(path: Path, text: str, keys: Collection[str]) -> None:

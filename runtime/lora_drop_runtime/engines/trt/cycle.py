@@ -90,7 +90,7 @@ class DeviceCycle:
         self._contexts: list[Any] = []
         self._graph: Any = None
         self._ran = False
-        self._is_refused = False  # a capture
+        self._tried = False  # to capture it
         self._counts: list[int] = []  # steps of each run since `begin`
 
     def begin(self) -> None:
@@ -101,7 +101,7 @@ class DeviceCycle:
     def run(self, count: int) -> None:
         side = len(self._counts) % 2
         whole = count == len(self._steps)
-        if whole and self._graph is None and self._ran and not self._is_refused:
+        if whole and self._graph is None and self._ran and not self._tried:
             self._capture()
         if whole and self._graph is not None:
             self._device.launch(self._graph)
@@ -127,7 +127,7 @@ class DeviceCycle:
             self._device.destroy(self._graph)
         self._graph = None
         self._contexts = []
-        self._ran = self._is_refused = False
+        self._ran = self._tried = False
 
     # ── steps ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,15 +172,14 @@ class DeviceCycle:
 
     def _capture(self) -> None:
         """As of a step (step.py)."""
+        self._tried = True
         for (step, _), context in zip(self._steps, self._contexts, strict=True):
             if not self._plans.may_be_captured(context):
                 self._captures.note = f"{self._plans.target} says that the {step.kind.value} step cannot be captured"
-                self._is_refused = True
                 return
         try:
             self._graph = self._device.capture(lambda: self._enqueue(len(self._steps)))
         except BundleError as error:
             self._captures.note = f"{error.fact} {error.note}"
-            self._is_refused = True
         else:
             self._captures.count += 1

@@ -62,12 +62,12 @@ class EngineStep:
         self.keeps_context = all(device.is_pinned(array) for array in bindings.hosts)
         self._context: Any = None
         self._ran = False
-        self._is_refused = False  # a capture; other steps may have theirs
+        self._tried = False  # to capture it; that it failed says nothing of other steps
         self._graph: Any = None
 
     def __call__(self) -> None:
         try:
-            if self._graph is None and self._ran and not self._is_refused:
+            if self._graph is None and self._ran and not self._tried:
                 self._capture()
             if self._graph is None:
                 self._bind()
@@ -83,7 +83,7 @@ class EngineStep:
         if self._graph is not None:
             self._device.destroy(self._graph)
         self._graph = self._context = None
-        self._ran = self._is_refused = False
+        self._ran = self._tried = False
 
     def _bind(self) -> None:
         if self._context is None:
@@ -100,14 +100,13 @@ class EngineStep:
 
     def _capture(self) -> None:
         """Without a graph steps run all the same, only slower: the reason is kept for those who measure."""
+        self._tried = True
         if not self._plans.may_be_captured(self._context):
             self._captures.note = f"{self._plans.target} says that the {self._kind.value} step cannot be captured"
-            self._is_refused = True
             return
         try:
             self._graph = self._device.capture(self._enqueue)
         except BundleError as error:
             self._captures.note = f"{error.fact} {error.note}"
-            self._is_refused = True
         else:
             self._captures.count += 1
