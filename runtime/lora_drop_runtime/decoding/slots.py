@@ -149,21 +149,16 @@ class Slots:
         self._parts = None
         if self.buffers.are_double:
             self._choose_side(kind, runs)
-        engine = self._engine
-        if engine.idle_rows or len(runs) == 1:
-            if width == 1 or width <= self._room(kind, [runs[slot] for slot in due]):
-                self._call(kind, runs, due, 0, len(runs), width)
-            else:
-                self._run_in_parts(kind, runs, due, [])
-        elif engine.batched_chunks or not self._runs_one_by_one(kind, runs, due, width):
-            beside = [slot for slot, run in enumerate(runs) if run.tokens and slot not in due]
-            if width <= self._room(kind, [runs[slot] for slot in (*beside, *due)]):
-                self._call_beside(kind, runs, due, width, self._about_to_read(runs, beside))
-            else:
-                self._run_in_parts(kind, runs, due, beside)
-        else:
+        stand = self._engine.idle_rows or len(runs) == 1
+        beside = [] if stand else [slot for slot, run in enumerate(runs) if run.tokens and slot not in due]
+        room = self._room(kind, [runs[slot] for slot in (*beside, *due)])
+        if not stand and not self._engine.batched_chunks and self._runs_one_by_one(kind, runs, due, width, room):
             for slot in due:
                 self._call(kind, runs, (slot,), slot, slot + 1, len(runs[slot].tokens))
+        elif width <= room:
+            self._call_beside(kind, runs, due, width, self._about_to_read(runs, beside))
+        else:
+            self._run_in_parts(kind, runs, due, beside)
         if kind is StepKind.LORA and self.buffers.are_double:
             self._side = 1 - self._side
 
@@ -258,27 +253,36 @@ class Slots:
 
     # ── one call of the engine ─────────────────────────────────────────────────────────────────────────────────
 
-    def _runs_one_by_one(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int) -> bool:
+    def _runs_one_by_one(
+        self, kind: StepKind, runs: Sequence[Run], due: Collection[int], width: int, room: int
+    ) -> bool:
         """Whether an engine that takes no batched chunks runs these rows alone."""
         there = [run for run in runs if run.tokens]
         if width > 1 and (len(due) == 1 or any(run.kept for run in there)):
             return True
         if kind is StepKind.REFRESH and self._plan.has_state and any(run.kind is StepKind.LORA for run in there):
             return True
-        return width > self._room(kind, there)
+        return width > room
 
     def _run_in_parts(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], beside: Sequence[int]) -> None:
         """Rows have fewer free slots than others have tokens: these go on without them, a few tokens at a time."""
         found = np.zeros((len(runs), *self._spec.sized({"batch": 1, "rows": self._wanted})[1:]), np.float32)
         left, done = list(runs), dict.fromkeys(due, 0)
         while going := [slot for slot in due if left[slot].tokens]:
-            room = self._room(kind, [left[slot] for slot in (*beside, *going)])
-            width = min(max(room, 1), max(len(left[slot].tokens) for slot in going))
+            over = [slot for slot in due if not left[slot].tokens]
+            standing = [] if self._engine.idle_rows else [*beside, *over]
+            room = self._room(kind, [left[slot] for slot in (*standing, *going)])
+            if alone := room < 1:  # one that stands has no slot to spare
+                going = going[:1]
+                room = self._room(kind, [left[slot] for slot in going])
+            width = min(room, max(len(left[slot].tokens) for slot in going))
             now = list(left)
             for slot in going:
                 now[slot] = left[slot]._replace(tokens=left[slot].tokens[:width])
-            done_or_waiting = [*self._about_to_read(runs, beside), *(slot for slot in due if slot not in going)]
-            self._call_beside(kind, now, going, width, done_or_waiting)
+            if alone:
+                self._call(kind, now, going, going[0], going[0] + 1, width)
+            else:
+                self._call_beside(kind, now, going, width, [*self._about_to_read(runs, beside), *over])
             logits = self._engine.read(self._outputs[self._wanted][0])
             for slot in going:
                 count, place = now[slot].wanted, done[slot] if now[slot].each else 0

@@ -153,7 +153,9 @@ def fake_tokens(request: Request) -> list[int]:
 def test_rows_do_not_disturb_each_other(script: list[Request], count: int, kind: str) -> None:
     """Tokens, and every valid cache entry after every tick."""
     script = [Request(**{**vars(one), "temperature": 0.0}) for one in script]
-    batch, _ = fake_batch(slots=count, kind=kind)
+    longest = max(len(one.prompt) for one in script)
+    most = max(len(one.prompt) + one.new_tokens for one in script)
+    batch, _ = fake_batch(slots=count, kind=kind, max_seq_len=max(most, longest + 1), max_prompt_len=longest)
     plain = batch.tick
 
     def ticked() -> list[Event]:
@@ -179,6 +181,42 @@ def test_rows_do_not_disturb_each_other(script: list[Request], count: int, kind:
         assert tokens == wanted[: len(tokens)]
         if request.cancel is None:
             assert tokens == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", [(7,), (7, 8, 9)])
+def test_a_row_whose_dropped_slots_are_full_stands_beside_a_refresh(kind: str, prompt: tuple[int, ...]) -> None:
+    """It has no slot for what a refresh writes behind a row that is not due."""
+    batch, engine = fake_batch("skip", k=3, slots=3, kind=kind, max_prompt_len=4, max_seq_len=8)
+    batch.add([1, 2, 3, 4], 4)
+    batch.tick()
+    batch.tick()
+    batch.add(prompt, 4)
+    batch.add(prompt, 4)
+    batch.tick()
+    assert engine.kinds[:3] == [REFRESH, LORA, REFRESH]
+    for name, cache in batch._slots.buffers.caches.items():
+        assert slots(cache, 0, 4) == [1, 2, 3, 4], name
+        assert slots(cache, 1, len(prompt)) == slots(cache, 2, len(prompt)) == list(prompt), name
+    while batch.rows:
+        batch.tick()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("new", [3, 6])
+def test_a_row_near_its_end_stands_while_the_rest_of_a_prompt_runs(kind: str, new: int) -> None:
+    """A long prompt goes on by parts; the one token of a row beside it runs in the first."""
+    batch, _ = fake_batch(k=0, slots=2, kind=kind, max_prompt_len=6, max_seq_len=9)
+    first = Request((1, 2), 7, 0, "backfill", False, 0.0, 0, 0)
+    text = [*first.prompt, *fake_tokens(first)]
+    batch.add(first.prompt, first.new_tokens)
+    for _ in range(5):
+        batch.tick()
+    batch.add(range(10, 10 + new), 1)
+    while batch.rows:
+        batch.tick()
+        caches = batch._slots.buffers.caches.values()
+        assert all(slots(cache, 0, row.kept) == text[: row.kept] for row in batch._rows[:1] for cache in caches)
 
 
 @pytest.mark.parametrize("kind", KINDS)
