@@ -290,6 +290,9 @@ def expand(model: ir.Model, kinds: list[list[int]], prefix: str, stored: Collect
 
             hidden = _copy(body_of[layer], place, layer, hidden, counterpart)
         assert hidden is not None
+        for body in bodies:
+            if body.start is place.outputs[0]:  # the first layer of its kind comes behind this node
+                body.start = hidden
         place.outputs[0].replace_all_uses_with(hidden)
         graph.remove(place, safe=True)
     position = {name: index for index, name in enumerate(stored)}

@@ -210,10 +210,10 @@ def deepseek_v3_dense() -> transformers.PreTrainedModel:
     return build(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config, seed=47, **options)
 
 
-def gemma3() -> transformers.PreTrainedModel:
+def gemma3(**options: Any) -> transformers.PreTrainedModel:
     """Norms on q and k after the heads are put first; RoPE of its own in windowed layers."""
-    options = FEW | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-    return build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, seed=48, **options)
+    own = FEW | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+    return build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, seed=48, **own | options)
 
 
 # Of fewer layers and tested in fewer ways: what each of them adds to those above

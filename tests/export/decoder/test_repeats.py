@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lora_drop_export.decoder import trace as tracing
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.support.bundles import family, family_trace, traced_model
-from tests.support.models import llama
+from tests.support.models import gemma3, llama
 
 
 def seen(traced: TracedModel) -> tuple:
@@ -56,6 +56,14 @@ def test_equals_a_trace_of_every_layer(monkeypatch):
     for layer in range(len(every.windows)):
         assert weights_of(source.traced, layer) == weights_of(every, layer)
         assert all(f".{layer}." in weight for weight in weights_of(every, layer))
+
+
+def test_the_first_of_a_kind_behind_several_of_another():
+    """As in Gemma 3, where five windowed layers come before one that is not."""
+    windowed, full = "sliding_attention", "full_attention"
+    source = traced_model(gemma3(num_hidden_layers=5, layer_types=[windowed, windowed, full, windowed, full]))
+    for layer in range(5):
+        assert {name.split(".")[2] for name in weights_of(source.traced, layer)} == {str(layer)}
 
 
 def test_half_precision():
