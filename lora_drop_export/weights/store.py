@@ -24,6 +24,7 @@ from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
+from .arrays import ADAPTERS_NAME, KV_SCALES_NAME
 from .layout import Order, file_entries
 from .write import CHUNK_BYTES, write
 
@@ -164,8 +165,12 @@ def store_weights(
     if not is_taken_as_it_lies(refs.values(), dtype, owned=owned, formats=formats):
         return write(Order.of(refs, groups), refs, dtype, formats, method, directory / "model.safetensors", progress)
     places = {}
+    taken = {ADAPTERS_NAME, KV_SCALES_NAME}  # our own are written there, which a link would carry into the checkpoint
     for file in sorted({ref.file for ref in refs.values()}):
         name = file.name if file.suffix == ".safetensors" else f"{file.name}.safetensors"  # hub blobs: a hash
+        while name in taken:
+            name = f"model.{name}"
+        taken.add(name)
         places[file] = f"weights/{name}"
         if mode == "link":
             _link(file, root / places[file])

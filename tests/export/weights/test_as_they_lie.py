@@ -64,6 +64,20 @@ def test_sharded(tmp_path, expected, mode):
     assert tokens(bundle) == expected
 
 
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_files_of_our_own_names(tmp_path, model, expected, mode):
+    """The adapters, zeros here, were written over such a file: with `link` over the checkpoint's own."""
+    source = (model / "model.safetensors").rename(model / "adapters.safetensors")
+    before = source.read_bytes()
+    bundle = export(model, tmp_path / "out", "--weights", mode, "--rank", 4)
+    assert source.read_bytes() == before
+    assert {file.name for file in bundle.root.glob("weights/*.safetensors")} == {
+        "adapters.safetensors",
+        "model.adapters.safetensors",
+    }
+    assert tokens(bundle) == expected
+
+
 def test_a_whole_file_is_read_without_an_index(tmp_path, expected):
     """transformers leaves the index of shards where it then writes one file."""
     model = tmp_path / "model"
