@@ -99,6 +99,13 @@ def test_json_that_no_bundle_holds(refused, bundle, old, new, words) -> None:
     refused(lora_drop_tools.cli.main, "inspect", bundle, words=("manifest is damaged", words))
 
 
+def test_a_twin_among_very_many_keys(refused, bundle) -> None:
+    """Each was compared with each other: hours for a manifest of the size that is read."""
+    keys = "".join(f'"{key}": 0, ' for key in range(400_000))
+    (bundle / MANIFEST_NAME).write_text(f'{{{keys}"399999": 0}}')
+    refused(lora_drop_tools.cli.main, "inspect", bundle, words=("'399999' twice",))
+
+
 @pytest.mark.parametrize(
     ("section", "changes"),
     [

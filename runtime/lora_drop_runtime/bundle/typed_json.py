@@ -7,6 +7,7 @@ numbers, integers that need more than 63 bits or are negative, an object's key t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -56,8 +57,8 @@ def _finite(text: str) -> float:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twin = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"it says {_shown(twin)} twice")
     return found
 
