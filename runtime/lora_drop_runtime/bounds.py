@@ -116,7 +116,7 @@ BATCH = Bounds(1, 4096)  # rows at once
 RANK = Bounds(1, 2**16)  # of adapters; the model's hidden size is the next bound
 COUNT = Bounds(1, 2**31 - 1)  # of repeats, items, windows, steps, tokens of a text
 COUNT_OR_NONE = Bounds(0, 2**31 - 1)
-LAYERS = Bounds(0, 2**16)
+LAYERS = Bounds(0, 2**12)  # the deepest models that there are have 1000
 
 # As float32 computes with them, neither overflowing nor vanishing
 TEMPERATURE = Bounds(0, 1000)

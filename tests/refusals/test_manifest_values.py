@@ -106,6 +106,18 @@ def test_a_twin_among_very_many_keys(refused, bundle) -> None:
     refused(lora_drop_tools.cli.main, "inspect", bundle, words=("'399999' twice",))
 
 
+def test_more_layers_than_any_model_has(refused, bundle) -> None:
+    """Of a manifest of 800 KB each site was compared with each other; so are the layers by `inspect`."""
+    data = json.loads((bundle / MANIFEST_NAME).read_text())
+    count = 16_000
+    lists = ("windows", "layer_bytes", "attention_bytes", "kv_bytes")
+    data["model"] |= {name: data["model"][name][:1] * count for name in lists} | {"num_layers": count}
+    sites = [f"{layer}.{half}" for layer in range(3, count - 1) for half in ("attn", "mlp")]
+    data["plan"] |= {"num_layers": count, "sites": sites}
+    (bundle / MANIFEST_NAME).write_text(json.dumps(data))
+    refused(lora_drop_tools.cli.main, "inspect", bundle, words=("model.num_layers is 16000, more than 4096",))
+
+
 @pytest.mark.parametrize(
     ("section", "changes"),
     [

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_drop_runtime.bounds import K
+from lora_drop_runtime.bounds import LAYERS, K
 from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -62,6 +62,8 @@ def _check_one_of(where: str, value: object, known: tuple[object, ...]) -> None:
 def _check_model(model: ModelFacts) -> None:
     """Whether the model's figures fit each other."""
     _check_positive("model", model, *_COUNTS)
+    if model.num_layers > LAYERS.most:  # each is looked at beside each other
+        raise ValueError(f"model.num_layers is {model.num_layers}, more than {LAYERS.most}")
     for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes"):
         found = len(getattr(model, what))
         if found != model.num_layers:

@@ -100,7 +100,8 @@ class DropPlan:
         object.__setattr__(self, "sites", sorted_sites(self.sites))
         object.__setattr__(self, "bare_sites", sorted_sites(self.bare_sites))
         self._check_sites()
-        odd = [site for site in self.bare_sites if site not in self.sites]
+        dropped = set(self.sites)
+        odd = [site for site in self.bare_sites if site not in dropped]
         if odd:
             raise PlanError(
                 "A site without an adapter is not in the drop list.",
@@ -111,13 +112,14 @@ class DropPlan:
             object.__setattr__(self, "bare_sites", ())
 
     def _check_sites(self) -> None:
-        if len(set(self.sites)) != len(self.sites):
+        sites = set(self.sites)
+        if len(sites) != len(self.sites):
             raise PlanError(
                 "The drop list names a layer twice.",
                 note=f"It is {listed(self.sites)}.",
                 hint="Name each layer once.",
             )
-        both = [site for site in self.sites if half_of(site) and str(layer_of(site)) in self.sites]
+        both = [site for site in self.sites if half_of(site) and str(layer_of(site)) in sites]
         if both:
             raise PlanError(
                 "The drop list names a layer and a half of it.",
@@ -133,7 +135,8 @@ class DropPlan:
             )
         always_kept = [site for site in self.sites if not self.may_drop(site)]
         if always_kept:
-            windowed = [site for site in always_kept if layer_of(site) in self.windowed_layers]
+            windows = set(self.windowed_layers)
+            windowed = [site for site in always_kept if layer_of(site) in windows]
             reason = (
                 f"it attends to a sliding window, and policy {self.policy} leaves holes in its cache"
                 if windowed
