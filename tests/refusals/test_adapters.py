@@ -45,6 +45,16 @@ A4 = "base_model.model.model.layers.4.lora_A.weight"
 B4 = "base_model.model.model.layers.4.lora_B.weight"
 
 
+@pytest.mark.parametrize("shape", [[1] * 65, [1] * 65 + [0], [0, 2**62, 2**62], [2**63 - 1] * 400])
+def test_shapes_that_no_array_has(place, adapters, shape):
+    """Their bytes are as many as they say."""
+    header = {A4: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0 if 0 in shape else 4]}}
+    text = json.dumps(header).encode()
+    (adapters / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with Session.open(place / "bundle") as session, pytest.raises(BundleError, match="that no array has"):
+        session.load_adapters(adapters)
+
+
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("arguments", "words"),

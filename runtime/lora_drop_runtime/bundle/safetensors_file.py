@@ -24,6 +24,7 @@ from lora_drop_runtime.files import is_file
 from .typed_json import parse_json, typed
 
 _MAX_HEADER_BYTES = 100_000_000
+_MOST_AXES, _MOST_VALUES = 32, 2**59  # of an array in numpy
 # Bits → values, of what numpy does not know
 _WIDENED: Mapping[str, Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]] = MappingProxyType(
     {"bfloat16": float32_from_bfloat16, "float8_e4m3fn": float32_from_float8}
@@ -156,8 +157,10 @@ def _parse_header(header: bytes, path: Path) -> dict[str, _Entry]:
 
 
 def _check_extent(path: Path, name: str, entry: _Entry) -> None:
-    """Whether a tensor's bytes are as many as its shape needs; of an unknown dtype that cannot be said."""
+    """Whether a shape is one, and the bytes are as many as it needs; of an unknown dtype that cannot be said."""
     begin, end = entry.data_offsets
+    if len(entry.shape) > _MOST_AXES or math.prod(filter(None, entry.shape)) > _MOST_VALUES:
+        raise _not_whole(path, f"has a shape for tensor {name!r:.80} that no array has")
     known = BY_SAFETENSORS.get(entry.dtype)
     needed = end - begin if known is None else math.prod(entry.shape) * known.size_bytes
     if needed != end - begin:
