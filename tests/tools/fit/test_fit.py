@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import os
@@ -701,11 +702,17 @@ def test_a_damaged_state_is_said_and_kept(
     with pytest.raises(KeyboardInterrupt):
         run_fit(model_dir, words, tmp_path / "a", **options)
     monkeypatch.setattr(stages.Report, "__call__", report)
-    state = tmp_path / "a.partial/state.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"(?s)cannot be read.*state\.pt"):
-        run_fit(model_dir, words, tmp_path / "a", **options, resume=True)
-    assert state.exists()
+    other = io.BytesIO()
+    torch.save([], other)
+    for name in ("state.pt", "begin.pt"):
+        file = tmp_path / "a.partial" / name
+        whole = file.read_bytes()
+        for content in (whole[:-100], b"mine", b"", other.getvalue()):
+            file.write_bytes(content)
+            with pytest.raises(LoraDropError, match=rf"cannot be read\.\nNote: [^\n]*{name}: [^\n]+\nHint: "):
+                run_fit(model_dir, words, tmp_path / "a", **options, resume=True)
+            assert file.read_bytes() == content
+        file.write_bytes(whole)
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -276,7 +276,7 @@ class _State:
             state = torch.load(self._file, weights_only=True, map_location=device)
             self.step, self.losses = state["step"], state["losses"]
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise InputError(
                 "The unfinished fit cannot be read.",
                 note=f"{self._file}: {first_line(error)}.",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.errors import BundleError, InputError, PlanError
+from lora_drop_runtime.errors import BundleError, InputError, PlanError, first_line
 from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
 from lora_drop_export.staging.area import resolved
@@ -192,7 +193,7 @@ def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[s
     try:
         data = torch.load(path, weights_only=True)
         return data["pairs"], data["scales"], data["stages"]
-    except (RuntimeError, KeyError, EOFError, OSError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise BundleError(
-            "The unfinished fit cannot be read.", note=f"{path}: {error}.", hint="Begin anew by --force."
+            "The unfinished fit cannot be read.", note=f"{path}: {first_line(error)}.", hint="Begin anew by --force."
         ) from None
