@@ -6,6 +6,7 @@ of a large model take minutes. What only the trace tells is checked again after 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora_drop_runtime.bundle.adapters import read_adapters
 from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
@@ -40,6 +42,17 @@ from .facts import (
 from .files import check_disk
 from .forms import check_device, forms_of
 from .options import AUTO, NO_TARGET, ExportOptions, quantized_shorts
+
+
+def check_names(model: str, out: Path) -> None:
+    """Refuse places whose names the tokenizer's library cannot take. Raises InputError."""
+    for option, place in (("--model", model), ("--out", out)):
+        if not is_utf8(os.path.abspath(place)):
+            raise InputError(
+                f"The path at {option} is not UTF-8.",
+                note=f"It is {os.path.abspath(place)!a:.300}, in which tokenizers cannot be read or written.",
+                hint="Rename what it names, or choose another.",
+            )
 
 
 def windows_of_config(config: Any) -> tuple[int, ...] | None:

@@ -46,7 +46,7 @@ from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, store
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
-from .early import check_before_trace, check_kept, warn_of_layers, warn_of_tensors
+from .early import check_before_trace, check_kept, check_names, warn_of_layers, warn_of_tensors
 from .facts import (
     activations_dtype,
     chosen_formats,
@@ -178,6 +178,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     console = Console()
     options = with_files_read(options or ExportOptions(), console.say)
     out = Path(out)
+    check_names(model, out)
     with staged_directory(out, options.force, BUNDLE) as root:
         checkpoint = open_checkpoint(
             model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say

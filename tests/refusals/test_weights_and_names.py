@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import lora_drop_tools.cli
 import pytest
 import torch
+from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
 from safetensors.torch import load_file, save_file
@@ -67,6 +70,22 @@ def test_more_layers_than_the_config_says(copied: Path, tmp_path: Path, capsys: 
 def test_a_name_that_no_file_system_takes(refused, place: Path) -> None:
     model, out = place / "model", place / ("x" * 300)
     refused(lora_drop_export.cli.main, "--model", model, "--out", out, words=("cannot be used", "too long"))
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("option", ["--model", "--out"])
+def test_a_place_whose_name_is_no_utf8(refused, place: Path, copied: Path, option: str) -> None:
+    """The checkpoint was called damaged."""
+    places = {"--model": place / "model", "--out": place / "out"}
+    odd = places | {option: copied.rename(copied.parent / os.fsdecode(b"m\xff")) / os.fsdecode(b"\xfe")}
+    refused(lora_drop_export.cli.main, *itertools.chain(*odd.items()), words=(f"The path at {option} is not UTF-8.",))
+
+
+def test_a_bundle_whose_name_is_no_utf8(place: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(place / "bundle", tmp_path / os.fsdecode(b"b\xff"))
+    with Session.open(copy) as session:
+        assert session.generate([1, 2], 3)[0].size == 3
+    assert lora_drop_export.cli.main(["--add-target", "ort", "--force", "--out", str(copy)]) == 0
 
 
 def test_a_line_without_an_end(

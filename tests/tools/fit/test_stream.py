@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,14 @@ import zstandard
 from datasets import IterableDataset
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit import stream
-from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, _parquet_rows, is_streamed, open_documents
+from lora_drop_tools.fit.stream import (
+    HELD_OUT_WINDOWS,
+    TokenStream,
+    _parquet_rows,
+    identity,
+    is_streamed,
+    open_documents,
+)
 
 WINDOW, BATCH = 4, 2
 HELD = HELD_OUT_WINDOWS * WINDOW
@@ -229,3 +237,10 @@ def test_missing_files_and_datasets(tmp_path: Path) -> None:
         open_documents([tmp_path / "empty"], None, "text")
     with pytest.raises(InputError, match="cannot be read"):
         open_documents([], "nobody/nothing-of-the-kind", "text")
+
+
+def test_a_name_that_is_no_utf8_is_a_name(tmp_path: Path) -> None:
+    names = ("a", os.fsdecode(b"\xff"), os.fsdecode(b"\xfe"))
+    for name in names:
+        (tmp_path / name).write_text("the tide")
+    assert len({identity([tmp_path / name]) for name in names}) == 3

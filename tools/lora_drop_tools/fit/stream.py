@@ -215,7 +215,7 @@ def identity(files: Sequence[Path], dataset: str | None = None) -> str:
         try:
             with file.open("rb") as data:
                 size = data.seek(0, io.SEEK_END)
-                found.update(f"{file.name} {size} ".encode())
+                found.update(f"{file.name} {size} ".encode(errors="surrogateescape"))
                 for place in (0, max(0, size - _HASHED_BYTES)):
                     data.seek(place)
                     found.update(data.read(_HASHED_BYTES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def session_options(ort: Any, root: str | Path, threads: int | None) -> Any:
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(root).resolve()))
+    folder = os.fsencode(Path(root).resolve())  # which may be no UTF-8
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     # Threads that spin on after a step take the cores from whoever comes next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
