@@ -39,6 +39,11 @@ def is_directory(path: Path) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def is_device(path: Path) -> bool:
+    """Whether a device is there, which may have no end; a pipe has one."""
+    return stat.S_ISCHR(mode := _mode(path)) or stat.S_ISBLK(mode)
+
+
 def read_bounded(path: Path, most_bytes: int) -> bytes:
     """The content of an ordinary file.
 

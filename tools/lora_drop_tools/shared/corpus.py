@@ -5,6 +5,7 @@ Enters: files. Leaves: token ids, cut into what is fitted on and what is held ou
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import is_device
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
@@ -35,6 +37,8 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
     texts = []
     for file in map(Path, files):
         try:
+            if is_device(file):
+                raise OSError(errno.EINVAL, "is a device")
             texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(

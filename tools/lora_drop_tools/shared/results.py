@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.files import is_device
 
 from lora_drop_export.staging import file as staging
 
@@ -107,8 +108,10 @@ def of_one_request(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str,
 def bench_file(path: Path, what: str) -> Iterator[None]:
     """Where what `lora-drop bench --json` wrote is read: whatever is wrong with it becomes an InputError."""
     try:
+        if is_device(path):
+            raise ValueError("it is a device")
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"The measured {what} cannot be read.",
             note=f"{path}: {type(error).__name__}: {error}.",
