@@ -807,6 +807,14 @@ def test_weights_of_the_offsets(policy: str) -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_short_cycle_may_have_only_offsets_of_weight_0() -> None:
+    """As of --k 1,3 --offset-weights 0,0,1: nothing is learned from a batch of k = 1."""
+    forcing, texts, plan, learner, policy = setting()
+    ids, layout = texts(0)[0], Layout.of(24, 4, PeriodicSchedule(1))
+    run_batch(forcing, ids, layout, plan, learner.surrogates(), policy, True, torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    assert not any(parameter.grad.any() for parameter in learner.all())
+
+
 def test_a_budget_of_tokens() -> None:
     settings = FitSettings(text=(Path("x"),), out=Path("out"), tokens=15 * 10**9, window=256, batch=4)
     assert settings.steps_of(1) == 14648438

@@ -162,7 +162,8 @@ def diverge(
     sums, count = Divergence(), leaf.shape[1]
     shares = torch.full((count,), 1 / count, device=leaf.device)
     if weights is not None:
-        shares = (weights / (weights.sum() * len(decoded))).repeat(len(decoded))
+        total = weights.sum().clamp(min=1e-30)  # 0 where a short cycle has only offsets of weight 0
+        shares = (weights / (total * len(decoded))).repeat(len(decoded))
     for begin in range(0, count, _LOSS_ROWS):
         part = slice(begin, begin + _LOSS_ROWS)
         with torch.no_grad():
