@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -205,9 +206,12 @@ def test_divergence_against_plain_formulas() -> None:
                 expected.kl += float((p.exp() * (p - q)).sum())
                 expected.same += int(p.argmax() == q.argmax())
                 if position < 16:
+                    expected.followed += 1
                     expected.nats_full -= float(p[row[position + 1]])
                     expected.nats_decoded -= float(q[row[position + 1]])
         assert vars(sums) == pytest.approx(vars(expected), rel=1e-4)
+        perplexity = math.exp(expected.nats_decoded / expected.followed)
+        assert sums.figures()["perplexity"] == pytest.approx(perplexity, rel=1e-3)
 
 
 def setting(policy: str = "backfill"):

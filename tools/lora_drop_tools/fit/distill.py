@@ -123,11 +123,15 @@ class Workers:
 
 @dataclass
 class Divergence:
-    """Sums over tokens: KL(full ‖ decoded) in nats, equal most likely next tokens, −log p of the true next token."""
+    """Sums over tokens: KL(full ‖ decoded) in nats, equal most likely next tokens, −log p of the true next token.
+
+    A text's last token has no next one: `followed` counts the others.
+    """
 
     tokens: int = 0
     kl: float = 0.0
     same: int = 0
+    followed: int = 0
     nats_full: float = 0.0
     nats_decoded: float = 0.0
 
@@ -136,12 +140,12 @@ class Divergence:
 
     def figures(self) -> dict[str, float]:
         """Means, as reports name them."""
-        count = max(1, self.tokens)
+        count, followed = max(1, self.tokens), max(1, self.followed)
         return {
             "kl": self.kl / count,
             "agreement": self.same / count,
-            "perplexity_full": math.exp(self.nats_full / count),
-            "perplexity": math.exp(min(self.nats_decoded / count, 700.0)),
+            "perplexity_full": math.exp(self.nats_full / followed),
+            "perplexity": math.exp(min(self.nats_decoded / followed, 700.0)),
         }
 
 
@@ -180,6 +184,7 @@ def diverge(
                 len(expected),
                 float(kl.sum()),
                 int((expected.argmax(-1) == found.argmax(-1)).sum()),
+                int(known.sum()),
                 -float(expected.gather(1, true)[known].sum()),
                 -float(found.gather(1, true)[known].sum()),
             )
