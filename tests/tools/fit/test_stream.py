@@ -213,6 +213,17 @@ def test_parquet_from_elsewhere_is_read_by_its_column() -> None:
     assert next(_parquet_rows(["memory://a.parquet"], "none")) == {"text": TEXTS[0], "other": 0}
 
 
+def test_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor may each pass through them wait for one that does not answer."""
+    asked = list[str]()
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
+    monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("asked"))
+    for name in ("a.jsonl", "a.parquet", "a.txt"):
+        open_documents([write(tmp_path / name, TEXTS)], None, "text")
+    assert not asked
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -169,6 +169,7 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error, the error says
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it asks the network each time, also where the files are local
     parts = []
     for suffix, found in _all_files(files).items():
         if suffix in _PACKAGES:
