@@ -240,6 +240,13 @@ def test_damaged_files(name: str, content: bytes, said: str, tmp_path: Path) -> 
         list(open_documents([tmp_path / name], None, "text"))
 
 
+def test_a_column_of_text_beside_one_of_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", TEXTS)
+    (tmp_path / "a.jsonl").write_text('{"text": 5}')
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*together.*int64"):
+        open_documents([tmp_path], None, "text")
+
+
 def test_missing_files_and_datasets(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         open_documents([tmp_path / "a.jsonl"], None, "text")

@@ -191,7 +191,10 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
         with _readable(dataset):
             part = _rows(name, column, **({"name": config} if config else {}))
         parts.append(_text_alone(part, column, dataset))
-    return parts[0] if len(parts) == 1 else datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
+    if len(parts) == 1:
+        return parts[0]
+    with _readable("the texts together"):  # it reads the first rows of each
+        return datasets.interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
 def _dataset_files(dataset: str | None) -> list[Path]:
