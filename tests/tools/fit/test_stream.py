@@ -166,6 +166,20 @@ def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
     assert "".join(rows) == "".join(lines)
 
 
+def test_plain_files_are_apart(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, [f"{name} {n}\n" for n in range(1200)] + ["end"])
+    (tmp_path / "none.txt").write_bytes(b"")
+    documents = open_documents([tmp_path], None, "text")
+    rows = iter(documents)
+    found = [next(rows)["text"] for _ in range(3)]
+    again = open_documents([tmp_path], None, "text")
+    again.load_state_dict(documents.state_dict())
+    found += [row["text"] for row in again]
+    assert "".join(found[:2]) == (tmp_path / "a.txt").read_text()
+    assert "".join(found[2:]) == (tmp_path / "b.txt").read_text()
+
+
 def test_a_directory_and_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "in/deep").mkdir(parents=True)
     write(tmp_path / "in/b.jsonl", ["b1", "b2", "b3"])

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import importlib.util
 import io
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,12 @@ def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]
                 yield from batch.to_pylist()
 
 
-def _joined(rows: Mapping[str, list[Any]]) -> dict[str, list[str]]:
-    return {"text": ["".join(rows["text"])]}
+def _plain_rows(files: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Plain text, so many lines a row; none spans two files."""
+    for name in files:
+        with open(name, encoding="utf-8") as lines:
+            while part := "".join(itertools.islice(lines, _LINES)):
+                yield {"text": part}
 
 
 def _text_alone(dataset: Documents, column: str, what: str) -> Documents:
@@ -174,14 +179,15 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
     for suffix, found in _all_files(files).items():
         if suffix in _PACKAGES:
             require_package(_PACKAGES[suffix], suffix)
-        plain = suffix == ".txt"
         what = str(found[0]) if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
-        lines = {"keep_linebreaks": True} if plain else {}
+        names = [str(file.resolve()) for file in found]
+        plain = suffix == ".txt"
         with _readable(what):
-            found_files = [glob.escape(str(file.resolve())) for file in found]
-            part = _rows(_FORMATS[suffix], column, data_files=found_files, **lines)
-        part = _text_alone(part, "text" if plain else column, what)
-        parts.append(part.map(_joined, batched=True, batch_size=_LINES) if plain else part)
+            if plain:
+                part = datasets.IterableDataset.from_generator(_plain_rows, gen_kwargs={"files": names})
+            else:
+                part = _rows(_FORMATS[suffix], column, data_files=list(map(glob.escape, names)))
+        parts.append(_text_alone(part, "text" if plain else column, what))
     if dataset is not None:
         name, _, config = dataset.partition(":")
         if not name:
