@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit.distill import Workers
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.fit.stages import Report
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -47,19 +50,42 @@ def settings(tmp_path: Path) -> FitSettings:
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_process_removes_what_an_unfinished_fit_has_reached(
-    rank: int, settings: FitSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fast process may be done before the first one has written: it waits, and touches nothing."""
-    workers = Alone(rank, 2)
-
+def joins(workers: Alone, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def joined(device: str) -> Iterator[Workers]:
         yield workers
         workers.events.append("left")
 
     monkeypatch.setattr(Workers, "joined", joined)
+
+
+def test_as_many_processes_go_on_as_began(
+    settings: FitSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's batches and, of --tokens, the number of steps follow from how many they are."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "__call__", interrupted)
+    joins(Alone(0, 1), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        fit(str(tmp_path / "model"), settings)
+    monkeypatch.undo()
+    joins(Alone(0, 2), monkeypatch)
+    with pytest.raises(InputError, match=r"(?s)begun with other options.*processes 1"):
+        fit(str(tmp_path / "model"), dataclasses.replace(settings, resume=True))
+    joins(Alone(0, 1), monkeypatch)
+    assert fit(str(tmp_path / "model"), dataclasses.replace(settings, resume=True)).settings["processes"] == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_removes_what_an_unfinished_fit_has_reached(
+    rank: int, settings: FitSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fast process may be done before the first one has written: it waits, and touches nothing."""
+    workers = Alone(rank, 2)
+    joins(workers, monkeypatch)
     partial = tmp_path / "out.partial"
     if rank:
         partial.mkdir()

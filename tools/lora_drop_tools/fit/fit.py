@@ -126,7 +126,8 @@ def _fit_loaded(
     forcing.check_halves(plan)
     seen, unseen = source.texts(loaded, settings, forcing.device)
     work = Work(forcing, plan, settings, seen, unseen, console)
-    described = {**_described(loaded, plan, settings), "text_sha256": identity(settings.text, settings.dataset)}
+    text = identity(settings.text, settings.dataset)
+    described = {**_described(loaded, plan, settings), "processes": workers.count, "text_sha256": text}
     partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
     kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:
