@@ -11,7 +11,7 @@ import pytest
 import torch
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_tools.fit import distill, stages
+from lora_drop_tools.fit import closed_form, distill, stages
 from lora_drop_tools.fit.distill import DistillOptions, Divergence
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
@@ -49,6 +49,25 @@ def test_distillation_that_makes_them_worse_is_not_kept(
     assert result.kept == "distillation"
     assert "too fast" not in capsys.readouterr().err
     assert not same_adapters(tmp_path / "better", tmp_path / "closed")
+
+
+def test_distillation_learns_where_the_closed_form_found_nothing(
+    model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it does without a closed form: of a single layer, and of neighbours as one."""
+    genuine = closed_form.solve
+
+    def nothing(site: closed_form.Site, rank: int) -> closed_form.Solution:
+        found = genuine(site, rank)
+        return dataclasses.replace(found, b=torch.zeros_like(found.b))
+
+    monkeypatch.setattr(closed_form, "solve", nothing)
+    for layers in ((3,), (3, 4)):
+        asked = settings(words, tmp_path / f"{len(layers)}", steps=8, learning_rate=0.3)
+        asked = dataclasses.replace(asked, drop_layers=layers)
+        reached = fit(str(model_dir), asked).stages
+        assert reached["closed form"] == reached["base"]
+        assert reached["distillation"]["kl"] != pytest.approx(reached["base"]["kl"], rel=1e-4)
 
 
 def test_the_rate_by_layers_and_rank(words: Path, tmp_path: Path) -> None:

@@ -134,9 +134,12 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         found = walk(
             forcing, batches, plan, plan.refresh_policy, work.runs, choose, lambda *counts: update(what, *counts)
         )
+    blank = _blank(work, scales)
     if not settings.closed_form_tokens:
-        return _blank(work, scales), scales
+        return blank, scales
     pairs = apart(found, work.runs, plan.rank)
+    # Where nothing was found A says nothing either, and from B = 0 and a tiny A distillation goes nowhere
+    pairs = {site: pair if pair[1].any() else blank[site] for site, pair in pairs.items()}
     work.judge(CLOSED_FORM, pairs)
     return pairs, scales
 
