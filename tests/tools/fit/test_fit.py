@@ -517,7 +517,7 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
     """torchrun with two processes of one batch equals one process that accumulates two."""
     from safetensors.numpy import load_file
 
-    run_fit(model_dir, words, tmp_path / "one", drop_layers=(3, 5), steps=3, accumulate=2, threads=1)
+    single = run_fit(model_dir, words, tmp_path / "one", drop_layers=(3, 5), steps=3, accumulate=2, threads=1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -541,6 +541,7 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two/fit.json").read_text())["losses"] == pytest.approx(single.losses, rel=1e-4)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name in one:

@@ -359,11 +359,12 @@ def distill(
             ids, layout = texts(options.first + number)
             policy = policies[number % len(policies)]
             sums += run_batch(forcing, ids, layout, plan, learner.surrogates(), policy, True, weights)
-        loss = sums.figures()["kl"]
-        _check_finite(loss, step, options)
         gradients = [parameter.grad for parameter in state.parameters]
         torch._foreach_div_(gradients, options.accumulate)
-        workers.average(gradients)
+        kl, tokens = (torch.tensor(float(value), device=forcing.device) for value in (sums.kl, sums.tokens))
+        workers.average([*gradients, kl, tokens])
+        loss = float(kl / tokens)
+        _check_finite(loss, step, options)
         torch.nn.utils.clip_grad_norm_(state.parameters, options.clip)
         state.optimizer.step()
         state.add(loss)
