@@ -880,6 +880,7 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
         (["--policy", "skip,none"], ("refresh policy", "none")),
         (["--policy", "skip,fill"], ("cannot be mixed", "skip, fill")),
         (["--dataset", ":x"], ("no name", ":x")),
+        (["--text-column", "content"], ("--text-column would change nothing", "content", "--text is plain")),
         (["--tokens", "1.5"], ("1.5", "15e9")),
         (["--tokens", "nan"], ("nan", "15e9")),
         (["--tokens", "1e15"], ("--tokens is too large",)),

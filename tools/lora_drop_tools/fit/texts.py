@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import Corpus, read_texts
@@ -95,12 +96,13 @@ class Source:
     """The text that the settings name; opened, not yet tokens.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, it cannot be read, or it has no columns and one was named.
     """
 
     def __init__(self, settings: FitSettings) -> None:
         self._texts: Sequence[str] | None = None
         if settings.dataset is None and not is_streamed(settings.text):
+            refuse_unused(settings, ("text_column",), "--text is plain", "give files with rows")
             self._texts = read_texts(settings.text)
             return
         self._open = functools.partial(open_documents, settings.text, settings.dataset, settings.text_column)
