@@ -363,7 +363,7 @@ def distill(
         torch._foreach_div_(gradients, options.accumulate)
         kl, tokens = (torch.tensor(float(value), device=forcing.device) for value in (sums.kl, sums.tokens))
         workers.average([*gradients, kl, tokens])
-        loss = float(kl / tokens)
+        loss = float(kl / tokens.clamp(min=1))
         _check_finite(loss, step, options)
         torch.nn.utils.clip_grad_norm_(state.parameters, options.clip)
         state.optimizer.step()
