@@ -144,11 +144,16 @@ def test_what_a_program_needs_is_there() -> None:
     assert runs_to_its_end(f"{source}\nopen('here', 'w').write('x')\nassert open('here').read() == 'x'", 60.0)
 
 
+LEFT_BEHIND = "if libc.fork() == 0:\n    libc.prctl(15, {!r}, 0, 0, 0)\n    libc.sleep(600)"
+# Out of its process group, and not to be ended with its parent
+SLIPPED_OUT = "libc.prctl(1, 0, 0, 0, 0)\nos.setsid()\nlibc.prctl(15, {!r}, 0, 0, 0)\nlibc.sleep(600)"
+
+
 @needs_namespaces
-def test_processes_that_a_program_leaves_behind_end_with_it() -> None:
-    marker = f"lora-drop-left-behind-{os.getpid()}"
-    program = f"{LIBC}if libc.fork() == 0:\n    libc.prctl(15, {marker[:15].encode()!r}, 0, 0, 0)\n    libc.sleep(600)"
-    runs_to_its_end(program, 60.0)
+@pytest.mark.parametrize(("program", "seconds"), [(LEFT_BEHIND, 60.0), (SLIPPED_OUT, 3.0)], ids=["forked", "slipped"])
+def test_processes_that_a_program_leaves_behind_end_with_it(program: str, seconds: float) -> None:
+    marker = f"left-{seconds:.0f}-{os.getpid()}"
+    runs_to_its_end(LIBC + program.format(marker[:15].encode()), seconds)
 
     def names() -> set[str]:
         found = set()

@@ -136,6 +136,7 @@ def _go_apart(root: str, visible: list[str], box_bytes: int) -> None:
         sys.stderr.write(f"{error.strerror}\n")
         os._exit(NOT_APART)
     if child:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
         _, status = os.waitpid(child, 0)
         os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else FAILED)
     try:

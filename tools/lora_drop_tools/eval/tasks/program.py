@@ -31,6 +31,7 @@ MEMORY_BYTES = 2**30
 FILE_BYTES = 2**20
 PROCESSES = 64  # and threads, of a program that is cut off: they are counted by themselves there
 BOX_BYTES = 16 * 2**20  # of all files that a program writes, in memory
+_GUARD_SECONDS = 5.0  # to end a program
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _PYTHON = ("stdlib", "platstdlib", "purelib", "platlib")
 
@@ -83,6 +84,10 @@ def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False)
         except subprocess.TimeoutExpired:
             pass
         finally:
+            if apart and process.poll() is None:  # the guard ends the program, which may have left the group
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GUARD_SECONDS)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
