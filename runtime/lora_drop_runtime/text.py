@@ -390,6 +390,11 @@ class TextCodec:
         byte_of = _bytes_of_characters()
         return bytes(map(byte_of.__getitem__, token)) if byte_of.keys() >= {*token} else text.encode()
 
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name in tokenizer_config.json ("bos_token"), None without one."""
+        text = self._special_tokens.get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
     def tokenizer_json(self) -> str:
         """The tokenizer as text, in the format of tokenizer.json."""
         return self._tokenizer.to_str()

@@ -80,6 +80,35 @@ def test_rolling_log_likelihood_counts_each_token_once(bundle: Path, open_model:
     assert in_windows < found
 
 
+@pytest.fixture
+def beside_lm_evals_own(bundle: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
+    """A model and lm-eval's own of the same PyTorch model, under a tokenizer whose texts do not begin with its BOS."""
+    from lm_eval.models.huggingface import HFLM
+    from lora_drop_tools.eval.tasks.model import SessionLM
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [*map(chr, range(32, 127)), "\n", "a ", "<eos>", "<bos>"]
+    tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate(characters)}, [("a", " ")]))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    fast.save_pretrained(tmp_path)
+    codec = TextCodec.open(tmp_path)
+    with Session.open(bundle, threads=1) as session, Writer(bundle, codec, session.policy, threads=1) as writer:
+        own = HFLM(pretrained=family("llama").model, tokenizer=fast, backend="causal", max_length=255)
+        yield SessionLM(session, codec, writer, 0, 0, Store(None, {})), own
+
+
+def test_texts_without_a_context_begin_with_bos_as_in_lm_evals_own_model(beside_lm_evals_own: tuple[Any, Any]) -> None:
+    ours, own = beside_lm_evals_own
+    asked = [request(0, "", "Gulls follow"), request(1, "", " the boats.")]
+    expected = own.loglikelihood(asked, disable_tqdm=True)
+    assert [one[0] for one in ours.loglikelihood(asked)] == pytest.approx([one[0] for one in expected], abs=1e-3)
+    texts = [request(2, "Gulls follow the boats into the harbour."), request(3, "ab" * 400)]
+    expected = own.loglikelihood_rolling(texts, disable_tqdm=True)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, abs=1e-2)
+
+
 def test_what_is_scored_depends_on_the_item_and_the_seed_alone(open_model: Callable[..., Any]) -> None:
     """Each of the k + 1 places in the cycle comes about; batches and other items change nothing."""
     pair = ("The boat sank i", "n")  # one token

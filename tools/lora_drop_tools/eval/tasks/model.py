@@ -241,9 +241,11 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         return whole[:length], whole[length:]
 
     def _prefix(self) -> list[int]:
-        """What stands before a text without a context."""
+        """What stands before a text without a context: as in lm-eval BOS, also where texts do not begin with it."""
         special = self._session.bundle.manifest.special_tokens
-        return (self._codec.encode("").tolist() or [*special.eos[:1]] or [special.pad])[:1]
+        named = [self._codec.special_id(name) for name in ("bos_token", "eos_token")]
+        known = [*self._codec.encode("").tolist(), *named, *special.eos, special.pad]
+        return [token for token in known if token is not None][:1]
 
     def _item(self, request: Any) -> int:
         """The item's place in its split; by itself lm-eval counts what is evaluated."""
