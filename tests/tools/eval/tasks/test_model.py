@@ -109,6 +109,14 @@ def test_texts_without_a_context_begin_with_bos_as_in_lm_evals_own_model(beside_
     assert ours.loglikelihood_rolling(texts) == pytest.approx(expected, abs=1e-2)
 
 
+def test_a_token_across_the_border_is_cut_as_by_lm_evals_own_model(beside_lm_evals_own: tuple[Any, Any]) -> None:
+    """`a ` is one token, which the context alone does not end with."""
+    ours, own = beside_lm_evals_own
+    asked = [request(0, "The sea", " is wide"), request(1, "The sea ", "is"), request(2, "The boat", " sank")]
+    expected = own.loglikelihood(asked, disable_tqdm=True)
+    assert [one[0] for one in ours.loglikelihood(asked)] == pytest.approx([one[0] for one in expected], abs=1e-3)
+
+
 def test_what_is_scored_depends_on_the_item_and_the_seed_alone(open_model: Callable[..., Any]) -> None:
     """Each of the k + 1 places in the cycle comes about; batches and other items change nothing."""
     pair = ("The boat sank i", "n")  # one token

@@ -228,7 +228,9 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         return ids[count:] if doubled else ids
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
-        """Tokens of both, from their text in one piece; as in lm-eval, white space between them goes to the second."""
+        """Tokens of the context, and what their text in one piece has after as many; as in lm-eval, also where a token
+        lies across their border. White space between them goes to the second.
+        """
         given = context.rstrip()
         if not given:
             whole = [
@@ -236,9 +238,10 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
                 *self._codec.encode(context + continuation)[len(self._codec.encode("")) :].tolist(),
             ]
             return whole[:1], whole[1:]
-        whole = self._encode(context + continuation).tolist()
-        length = min(len(self._encode(given)), len(whole) - 1)
-        return whole[:length], whole[length:]
+        whole, alone = self._encode(context + continuation).tolist(), self._encode(given).tolist()
+        if len(alone) < len(whole):
+            return alone, whole[len(alone) :]
+        return whole[:-1], whole[-1:]  # which lm-eval refuses
 
     def _prefix(self) -> list[int]:
         """What stands before a text without a context: as in lm-eval BOS, also where texts do not begin with it."""
