@@ -322,7 +322,13 @@ def test_parts_that_are_made_where_they_stand_need_not_be_known(definition: dict
     catalogue._check_names(["group"], {"group": SimpleNamespace(cfg={"group": "group", **definition})})
 
 
-@pytest.mark.parametrize("text", ["task: [", "- a\n- b\n", "include: nowhere.yaml\ntask: a\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("task: [", "- a\n- b\n", "include: nowhere.yaml\ntask: a\n"),
+        *("task: 3\n", "group: 2024-01-01\ntask: [piqa]\n", "task: a\ntag: [b, 5]\n"),
+    ],
+)
 def test_damaged_definitions_are_refused(text: str, tmp_path: Path) -> None:
     """lm-eval would leave the file out and say that it does not know the task."""
     (tmp_path / "broken.yaml").write_text(text)

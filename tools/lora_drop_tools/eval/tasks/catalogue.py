@@ -87,6 +87,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _check_name(definition: Mapping[str, Any]) -> None:
+    """Refuse names that YAML takes for numbers or dates: lm-eval sorts all names it knows."""
+    name, tags = definition.get("group", definition.get("task", "")), definition.get("tag") or []
+    for one in (name, *(tags if isinstance(tags, list) else [tags])):
+        if not isinstance(one, str):
+            raise ValueError(f"the name {one!r} is no text, which quotes make of it")
+
+
 def _check_definitions(directory: Path) -> None:
     """Refuse YAML files that cannot be read; lm-eval would leave them out without a word."""
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -99,7 +107,7 @@ def _check_definitions(directory: Path) -> None:
         )
     for path in sorted(directory.rglob("*.yaml")):
         try:
-            load_yaml(path, resolve_func=False)
+            _check_name(load_yaml(path, resolve_func=False))
         except Exception as error:  # of YAML, of the file, of what it includes
             raise InputError(
                 "A definition of a task cannot be read.",
