@@ -272,6 +272,7 @@ def test_lm_evals_own_files_are_read_where_they_are_asked_for(
         (["beams"], "A task wants its texts written in a way that is not offered.", "num_beams"),
         (["no_length"], "A task's max_gen_toks must be a whole number.", "'x'"),
         (["no_tokens"], "A task's max_gen_toks is too small.", "-3"),
+        (["no_repeats"], "A task's repeats is too small.", "It is 0"),
         (["own_way"], "A task runs programs that a model writes in a way of its own.", "own_way does so"),
     ],
 )
@@ -280,7 +281,7 @@ def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_pa
     for name in ("no_file", "not_cached", "no_json", "no_items", "odd_metric"):
         define(tmp_path, name, "piqa/piqa.yaml", [row])
     define(tmp_path, "other_items", "piqa/piqa.yaml", [{"goal": "g"}])
-    for name in ("beams", "no_length", "no_tokens", "own_way"):
+    for name in ("beams", "no_length", "no_tokens", "no_repeats", "own_way"):
         define(tmp_path, name, "gsm8k/gsm8k.yaml", *[[{"question": "1?", "answer": "#### 1"}] * 6] * 2)
 
     def change(name: str, **values: Any) -> None:
@@ -295,6 +296,7 @@ def test_refused(names: list[str], fact: str, note: str, directory: Path, tmp_pa
     change("beams", generation_kwargs={"num_beams": 4})
     change("no_length", generation_kwargs={"max_gen_toks": "x"})
     change("no_tokens", generation_kwargs={"max_gen_toks": -3})
+    change("no_repeats", repeats=0)
     change("own_way", unsafe_code=True)
     (tmp_path / "helper.py").write_text("import no_such_package_of_ours\n\ndef text(doc):\n    return ''\n")
     (tmp_path / "no_package.yaml").write_text(

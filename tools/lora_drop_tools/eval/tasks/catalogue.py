@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lora_drop_runtime import bounds
 from lora_drop_runtime.errors import InputError
 
 from .code_eval import replaced, uses_code_eval
@@ -237,6 +238,7 @@ def _check_task(name: str, task: Any, unsafe: bool) -> None:
                 hint="Leave it out, or trust the model with --unsafe-code.",
             )
         check_apart(name, unsafe)
+    bounds.COUNT.whole("A task's repeats", task.config.repeats)
     if task.OUTPUT_TYPE == "generate_until":
         generation_of(task.config.generation_kwargs or {})
 
