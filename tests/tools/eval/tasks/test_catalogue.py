@@ -341,6 +341,14 @@ def test_damaged_definitions_are_refused(text: str, tmp_path: Path) -> None:
         open_tasks(["piqa"], [tmp_path / "nowhere"])
 
 
+def test_lm_evals_bootstrap_forks_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork of a process whose engine has threads may wait for ever."""
+    from lm_eval.api.metrics import bleu, bootstrap_stderr
+
+    monkeypatch.setattr("multiprocessing.Pool", lambda *_: pytest.fail("it forks"))
+    assert bootstrap_stderr(bleu, [("a b c d", "a b c d"), ("a b c d", "a b c e")], 8) > 0
+
+
 def test_a_task_without_a_figure_is_refused() -> None:
     with pytest.raises(InputError, match="no figure") as refused:
         main_metric("mine", ["absent"], [])

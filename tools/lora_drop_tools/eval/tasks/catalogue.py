@@ -29,7 +29,8 @@ from .metrics import name_of
 from .program import check_apart
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars; read when tqdm is first imported
-os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")  # it would fork a process that holds an engine
+for _name in ("DISABLE_MULTIPROC", "LMEVAL_DISABLE_MULTIPROC"):  # the bootstrap reads the first
+    os.environ.setdefault(_name, "1")  # it would fork a process that holds an engine
 FEWSHOT_SEED = 1234  # lm-eval's
 DEFINITIONS = Path(__file__).parent / "definitions"  # ours, beside lm-eval's
 _FETCHING = ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
