@@ -93,7 +93,7 @@ def _scaled(fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
     factor = fields.number("rope.scaling.factor", 0) or fields.number("rope.scale_linear", 0) or 1.0
     if kind == "none" or (kind == "linear" and factor == 1):
         return rope
-    if rope.get("rope_type") != "default":
+    if rope.get("rope_type") != "default" or any(isinstance(value, dict) for value in rope.values()):
         raise _not_read(f"RoPE scaling ({kind}) for some of its layers", f"a factor of {factor:g}")
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
