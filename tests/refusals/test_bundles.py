@@ -76,7 +76,9 @@ def test_file_is_missing_or_truncated(bundle_refused, bundle, file):
     (bundle / file).write_bytes(whole + b"\0")
     bundle_refused(bundle, "wrong size", file)
     (bundle / file).unlink()
-    bundle_refused(bundle, "missing", file, f"{len(whole)} bytes")
+    bundle_refused(bundle, "missing", file, f"{len(whole)} bytes: No such file")
+    (bundle / file).symlink_to((bundle / file).name)  # stands in for a directory that may not be looked into
+    bundle_refused(bundle, "missing", file, f"{len(whole)} bytes: Too many levels of symbolic links")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\x80\x81\x82", b'{"format_version": 5}'])

@@ -84,10 +84,10 @@ def _check_file(root: Path, real_root: str, name: str, record: FileRecord) -> No
     file = root / name
     try:
         real, status = os.path.realpath(file), file.stat()
-    except OSError:
+    except OSError as error:
         raise _damaged_file(
             "A file of the bundle is missing.",
-            f"{file} is recorded in the manifest with {record.size_bytes} bytes.",
+            f"{file} is recorded in the manifest with {record.size_bytes} bytes: {error.strerror}.",
         ) from None
     if os.path.commonpath((real_root, real)) != real_root:
         raise _damaged_file("A file of the bundle leads out of it.", f"{file} is a link to {real}.")
