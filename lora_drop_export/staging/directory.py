@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def _publish(area: Area, place: Path, force: bool, kind: Kind) -> None:
     if replaces:
         _flush(area.new)
         files = owned_files(place, force, kind)
+        area.new.chmod(stat.S_IMODE(place.stat().st_mode) | stat.S_IRWXU)  # whom the old one was kept from
         area.write_journal(place, files)
     try:
         if replaces:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,6 +197,14 @@ def test_nothing_is_written_inside_another(place: Path, deeper: str, tmp_path: P
     assert all_below(place) == before
     (place / "marker.json").unlink()
     stage(place / deeper)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o2775])
+def test_permissions_are_the_old_one_s(place: Path, how: str, mode: int) -> None:
+    place.chmod(mode)
+    stage(place)
+    assert held(place)["a"] == "new"
+    assert stat.S_IMODE(place.stat().st_mode) == mode
 
 
 def test_a_link_is_followed_and_stays(place: Path, how: str) -> None:
