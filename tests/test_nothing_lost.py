@@ -160,6 +160,17 @@ def test_figures_of_the_user_s_at_plots(run: Run, tmp_path: Path, capsys) -> Non
     assert held(tmp_path) == before
 
 
+@pytest.mark.parametrize("option", ["--json", "--plots", "--out"])
+@pytest.mark.parametrize("name", ["new", "weights", "weights/new"])
+def test_results_inside_a_bundle(run: Run, option: str, name: str, tmp_path: Path, capsys) -> None:
+    """It could be opened no more, or not be replaced."""
+    root = make_bundle("llama", tmp_path / "bundle").root
+    before = held(tmp_path)
+    assert run("eval", tmp_path / "json", option, root / name) == 2
+    assert f"The results at {option} would lie inside a bundle." in capsys.readouterr().err
+    assert held(tmp_path) == before
+
+
 def test_json_to_a_device_and_through_a_link(run: Run, tmp_path: Path) -> None:
     """A device is written to, not replaced; of a link the file that is meant."""
     (tmp_path / "link").symlink_to("figures")

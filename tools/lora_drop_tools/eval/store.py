@@ -18,6 +18,8 @@ from typing import Any
 from lora_drop_runtime.command_line import refusal_hint
 from lora_drop_runtime.errors import InputError
 
+from lora_drop_tools.shared.results import refuse_in_bundle
+
 FORMAT_VERSION = 1  # of a line, and of what the values mean
 Key = tuple[str | int, ...]
 
@@ -47,6 +49,7 @@ class Store:
         self._path: Path | None = None
         if directory is None:
             return
+        refuse_in_bundle(directory, "--out")
         identity = {"format_version": FORMAT_VERSION, **identity}
         self._path = directory / f"{digest(identity)}.jsonl"
         try:

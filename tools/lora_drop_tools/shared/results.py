@@ -15,10 +15,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.files import is_device
+from lora_drop_runtime.files import is_device, is_file
 
 from lora_drop_export.staging import file as staging
+from lora_drop_export.staging.area import resolved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +66,18 @@ def _check_figure(path: Path) -> None:
         _refuse_another(path, "a figure that can be read", "--plots")
 
 
+def refuse_in_bundle(path: Path, option: str) -> None:
+    """Refuse a place in a bundle, which then is opened or replaced no more. Raises InputError."""
+    place = resolved(path)
+    for parent in (place, *place.parents):
+        if is_file(parent / MANIFEST_NAME):
+            raise InputError(
+                f"The results at {option} would lie inside a bundle.",
+                note=f"{path} is below {parent}, which holds only what its manifest records.",
+                hint=f"Give another {option}.",
+            )
+
+
 def check_results(
     json_file: Path | None, keys: Collection[str], plots: Path | None = None, patterns: Collection[str] = ()
 ) -> None:
@@ -76,6 +90,9 @@ def check_results(
     Raises:
         InputError: it cannot be written, something else is there, or matplotlib is missing.
     """
+    for path, option in ((json_file, "--json"), (plots, "--plots")):
+        if path is not None:
+            refuse_in_bundle(path, option)
     if plots is not None:
         if importlib.util.find_spec("matplotlib") is None:
             raise InputError(
