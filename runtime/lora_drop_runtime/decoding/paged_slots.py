@@ -250,7 +250,8 @@ class PagedSlots:
         due, wanted, there = self._latest
         found, most = self._steps.logits(), max(wanted)
         if len(due) == there and min(wanted) == most:
-            return found.reshape(there, most, self._vocabulary)
+            # Where the last layer is dropped a LoRA step gives logits of padding, too
+            return found[: there * most].reshape(there, most, self._vocabulary)
         whole = np.zeros((there, most, self._vocabulary), np.float32)
         begin = 0
         for slot, count in zip(due, wanted, strict=True):

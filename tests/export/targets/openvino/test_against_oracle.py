@@ -118,6 +118,16 @@ def test_calls_of_one_width(policy, tmp_path):
         assert policy == "skip" or session._running().slots._width > 1
 
 
+def test_calls_of_one_width_of_a_dropped_last_layer(tmp_path):
+    """A LoRA step's surrogate there hands on all tokens, those that nobody reads among them."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(7,), always_last=0, **OPTIONS)
+    engine = OpenVinoEngine(bundle, threads=1)
+    engine.pads_tokens = True
+    with Session(bundle, engine, PeriodicSchedule(3), "backfill") as session:
+        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 1)
+        assert session._running().slots._width > len(PROMPTS)
+
+
 def test_the_neutral_graphs_are_left_as_they_were(tmp_path):
     """Gemma 2 has constants in the graph itself, which another target lowers behind this one."""
     bundle = make_bundle("gemma2", tmp_path / "b", drop_ratio=0.5, targets=("openvino", "ort"), policy="backfill")
