@@ -2,7 +2,8 @@
 
 The operator for paged attention has no cap. It runs beside this and writes the caches; here the entries of earlier
 steps are read from the blocks of the call, and those of this step as they come. What a token must not see is masked:
-other rows, later tokens, slots behind a row's length, and with a window older ones. The cost grows with rows × slots.
+other rows, later tokens, slots behind a row's length, and with a window older ones. Entries that are no numbers reach
+those alone that see them. The cost grows with rows × slots.
 """
 
 from __future__ import annotations
@@ -92,6 +93,11 @@ def capped_attention(node: Node) -> list[Any]:
     keys, values = (op.unsqueeze(entries(*pair), ints(1)) for pair in ((past_key, key), (past_value, value)))
     scale = op.constant(np.float32(node.get_attribute("scale")) / softcap)
     scores = op.multiply(op.tanh(op.multiply(op.matmul(queries, keys, False, True), scale)), op.constant(softcap))
+    # A weight of 0 keeps out no NaN: it comes through the scores, which are masked, and the values are 0 there
+    zero = op.constant(np.float32(0))
+    broken = op.multiply(values, zero)
+    values = op.select(op.equal(broken, zero), values, zero)
+    scores = op.add(scores, op.unsqueeze(op.reduce_sum(broken, ints([3]), False), ints(2)))
     mask = _mask(node, _size(query, 0), _size(past_key, 0))
     weights = op.softmax(op.select(mask, scores, op.constant(np.float32(_NEVER))), 3)
     mixed = op.transpose(op.matmul(weights, values, False, False), ints([2, 0, 1, 3]))

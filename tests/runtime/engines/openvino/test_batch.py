@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, Session
@@ -16,10 +18,11 @@ from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import InputError
 
 from tests.runtime.decoding.test_batch import Request, check_ends, decoded, requests
-from tests.support.bundles import make_adapted_bundle, make_bundle
-from tests.support.decoding import assert_refused
+from tests.support.bundles import make_adapted_bundle, make_bundle, traced_family
+from tests.support.decoding import assert_refused, padded
+from tests.support.models import FAMILIES
 
-from .test_engine import MIXED, MODEL, NEAR, TARGETS, VOCAB
+from .test_engine import MIXED, MODEL, NEAR, TARGETS, VOCAB, assert_near
 
 CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
 BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -101,6 +104,32 @@ def test_tokens_are_those_of_each_row_alone(
     check()
     assert compared > 60
     assert cut_short <= 6, "near-ties are rare in these models"  # of about 20 rows; which ones, Hypothesis draws
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])  # the second has attention in plain operators
+def test_a_row_of_no_numbers_spoils_no_other(name: str, tmp_path: Path) -> None:
+    """Neither while it runs, nor where its blocks are another row's later. Target ort has caches for each row."""
+    bad, clean, beside = 9, list(range(10, 50)), list(range(60, 75))
+    model = FAMILIES[name]()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    bundle = make_bundle(traced_family(name, model, "float32"), tmp_path / "b", targets=TARGETS)
+    steps = np.array([[43 + n, 55 + n] for n in range(4)])
+
+    def logits(session: Session, first: list[int]) -> np.ndarray:
+        found = [session.prefill(*padded([first, beside]), max_new_tokens=5, k=1).copy()]
+        found += [session.step(column).copy() for column in steps]
+        return np.delete(found, bad, axis=2)  # Gemma's head is the embedding
+
+    ours, theirs = (Session.open(bundle.root, target=target, threads=1) for target in TARGETS)
+    with ours, theirs:
+        wanted = logits(theirs, clean)
+        spoilt = logits(ours, [bad] * len(clean))
+        assert np.isnan(spoilt[:, 0]).all()
+        for step, found in enumerate(spoilt):
+            assert_near(found[1:], wanted[step, 1:], f"beside it, step {step}")
+        for step, found in enumerate(logits(ours, clean)):
+            assert_near(found, wanted[step], f"after it, step {step}")
 
 
 # ── the most bytes of K/V ──────────────────────────────────────────────────────────────────────────────────────
