@@ -18,6 +18,7 @@ def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
     assert answer.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert not re.search(r"https?://|src=|@import|url\(", answer.text)
+    assert not re.search(r"""["'`]/""", answer.text)  # paths are relative: it may stand below a prefix
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
