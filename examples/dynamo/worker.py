@@ -9,8 +9,10 @@ import sys
 
 import numpy as np
 from dynamo.llm import ModelInput, ModelType, WorkerType, register_model
+from dynamo.llm.exceptions import InvalidArgument
 from dynamo.runtime import dynamo_worker
 from lora_drop_runtime import Batch, SamplingOptions
+from lora_drop_runtime.errors import InputError
 from lora_drop_serve.driver import Driver, RowRequest
 
 
@@ -20,7 +22,7 @@ async def main(runtime):
     driver = Driver(Batch.open(bundle, slots=8, policy="lossless"), max_waiting=64)
     driver.start()
 
-    async def generate(request, context):
+    async def tokens(request, context):
         """Token ids in, among them those that a lost worker has told; token ids out."""
         prompt, limits, options = request["token_ids"], request["stop_conditions"], request["sampling_options"]
         temperature, seed = options.get("temperature"), options.get("seed") or 0
@@ -33,6 +35,14 @@ async def main(runtime):
                 for _, event in await job.told():
                     finished = event.finished
                     yield {"token_ids": [] if event.token is None else [event.token], "finish_reason": finished}
+
+    async def generate(request, context):
+        """The same; the frontend answers with 400 what the batch refuses, such as a prompt that is too long."""
+        try:
+            async for part in tokens(request, context):
+                yield part
+        except InputError as error:
+            raise InvalidArgument(str(error)) from None
 
     name, kinds = driver.bundle.manifest.model.name, ModelType.Chat | ModelType.Completions
     endpoint = runtime.endpoint("lora_drop.worker.generate")
