@@ -33,9 +33,22 @@ def first_output(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
+_AFTER_ATTENTION = (  # the first that a layer has; Gemma's `post_attention_layernorm` norms an output
+    "pre_feedforward_layernorm",
+    "feedforward_layernorm",
+    "post_attention_layernorm",
+    "mlp_norm",
+    "ffn_norm",
+    "ln_2",
+    "mlp",
+)
+
+
 def between_halves(layer: Any) -> Any:
     """The module whose input is the residual stream after attention."""
-    for name in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "mlp"):
+    # OLMo 2 and EXAONE 4 norm what the halves give, not what they are given
+    norms_outputs = hasattr(layer, "post_feedforward_layernorm") and not hasattr(layer, "pre_feedforward_layernorm")
+    for name in ("mlp",) if norms_outputs else _AFTER_ATTENTION:
         if getattr(layer, name, None) is not None:  # StableLM has a None where halves run in parallel
             return getattr(layer, name)
     return layer
