@@ -168,7 +168,10 @@ class Slots:
 
     def chosen(self) -> Ids:
         """int64 [b]: what the engine chose in the latest run, where it chooses and one token a row was wanted."""
-        return self._outputs[1][1][:, 0]
+        if self._parts is None:
+            return self._outputs[1][1][:, 0]
+        logits = self._parts[:, 0]  # a later call has chosen in rows that had run before it
+        return np.where(np.isfinite(logits.max(axis=1)), logits.argmax(axis=1), -1)
 
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
         """Copy a row's valid entries and its state to another slot."""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support import oracle
@@ -224,6 +225,36 @@ def test_what_cannot_be_is_refused() -> None:
     assert_refused(lambda: session.truncate(1), "stream")
     assert_refused(session.fork, "stream")
     stream.close()
+
+
+class ChoosingEngine(FakeEngine):
+    """Its graphs choose tokens, and give -1 where logits are no numbers."""
+
+    target, chooses_tokens = "tensorrt", True
+
+    def _predict(self, run: Any) -> None:
+        super()._predict(run)
+        logits = run.binding.outputs["logits"]
+        logits[run.input_ids.max(axis=1) == 49] = np.nan
+        run.binding.outputs["next_token"][...] = np.where(np.isnan(logits[..., 0]), -1, logits.argmax(axis=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_the_engine_chose_stay_while_the_rest_of_a_prompt_runs(kind: str) -> None:
+    """A row near its end has one new token, the other so many that they run in parts."""
+    engine = ChoosingEngine(PLAN)
+    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    session = Session(open_session(PLAN, engine=engine)[0].bundle, engine, PeriodicSchedule(0), "backfill")
+    text = [1, 2, 3, 4, 5, 6]
+    for last in ([7], [49]):
+        session.prefill([text])
+        prompts = [[*text, *last], [9, 8, 7, 6, 5]]
+        generate = functools.partial(session.generate, prompts, 2, stop_token_ids=(), reuse_prefix=True)
+        if last == [49]:
+            with pytest.raises(BundleError):
+                generate()
+        else:
+            assert [row.tolist() for row in generate()] == [continued(prompt, 2) for prompt in prompts]
 
 
 class OneRequestEngine(FakeEngine):
