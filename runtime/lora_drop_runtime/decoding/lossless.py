@@ -164,6 +164,9 @@ class Lossless:
         """Run the last draft of these rows, after so many LoRA steps, or all of them; the others stand still."""
         request = self._request
         runs = []
+        width = 1 if kind is StepKind.LORA else max(len(self._rows[row].fed) for row in due)
+        for row in set(range(len(self._rows))).difference(self._going):
+            request.stands_over(row, width)
         for row, (kept, dropped) in enumerate(zip(request.kept, request.dropped, strict=True)):
             fed: Sequence[int] = self._rows[row].fed if row in self._going else ()
             if kind is StepKind.LORA and row in due:

@@ -209,6 +209,13 @@ class Request:
         self._fed(row, tokens, len(tokens))
         self._cycle.steps_done = max(self.steps_done, self.kept[row] - self._prompts[row])
 
+    def stands_over(self, row: int, width: int) -> None:
+        """A row that is over may lose its last entries beside others that write so many: those are to run again."""
+        stays = min(self._capacities.values()) - width
+        if stays < self.dropped[row] and not self.engine.idle_rows:
+            self.dropped[row], self._written[row] = stays, self._written[row].first(stays)
+            self._since_refresh[row] = self.tokens[row][stays:]
+
     def _fed(self, row: int, tokens: Sequence[int], written: int) -> None:
         """A row has got tokens, and its dropped layers the entries of the latest `written` ones."""
         self.tokens[row] += tokens

@@ -76,16 +76,43 @@ def test_the_tokens_and_caches_are_those_of_the_full_schedule(k: int, errs, toge
             rows = session.generate(prompts, count, stop_token_ids=())
             assert [row.tolist() for row in rows] == [continued(prompt, count) for prompt in prompts]
             request = session._running()
-            assert request.len_kept.tolist() == request.len_dropped.tolist() == [len(p) + count - 1 for p in prompts]
+            assert request.len_kept.tolist() == [len(p) + count - 1 for p in prompts]
             for row, prompt in enumerate(prompts):
                 whole = prompt + continued(prompt, count - 1)
-                # What rows that are over do meanwhile may cost them their last slots, which nobody reads again
-                sure = len(whole) if len(prompts) == 1 else len(prompt)
+                # A row that is over may have lost its last slots, which then do not count
+                sure = request.dropped[row]
+                assert len(prompts) > 1 or sure == len(whole)
                 for cache in request.caches.values():
                     assert slots(cache, row, sure) == whole[:sure]
             assert request.steps_done == request.max_steps
             full = functools.partial(session.step, [1] * len(prompts))
             assert_refused(full, "caches are full")
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("count", [5, 9])
+@pytest.mark.parametrize("then", ["truncation", "fork", "next request"])
+def test_a_row_that_was_over_first_goes_on_from_what_it_wrote(then: str, count: int, together: bool) -> None:
+    """What others wrote over its last entries runs again."""
+    engine = Drafter(errs=lambda position: position % 4 == 1)
+    engine.batched_chunks = together
+    session = lossless(engine)
+    prompts = [list(range(20, 30)), [5], [7, 3]]
+    stops = [continued(prompts[0], count)[-1]]  # the longest row is over first
+    rows = session.generate(prompts, 9, stop_token_ids=stops)
+    if then == "next request":
+        texts = [[*prompt, *row.tolist(), 4] for prompt, row in zip(prompts, rows, strict=True)]
+        session.prefill(*padded(texts), reuse_prefix=True)
+    else:
+        texts = [[*tokens[:-1], 4] for tokens in session._running().tokens]
+        session.truncate([len(text) - 1 for text in texts])
+        session = session.fork() if then == "fork" else session
+        session.step([4, 4, 4])
+    request = session._running()
+    assert request.kept == request.dropped == [len(text) for text in texts]
+    for row, text in enumerate(texts):
+        for cache in request.caches.values():
+            assert slots(cache, row, len(text)) == text
 
 
 def test_a_cycle_feeds_what_was_chosen_to_lora_steps_and_verifies_it_in_one_run() -> None:
