@@ -123,14 +123,14 @@ class Request:
 
     def _run_in_full(self, fed: dict[int, list[int]], back: dict[int, int], *, once: bool) -> None:
         """Run tokens of rows, the first of them so many before a row's last entry, in chunks that are counted from each
-        row's end: the last run leaves the logits and states of all rows. The rows that are not fed are over."""
+        row's end: the last run leaves the logits and states of all rows. The others keep their entries."""
         chunk, longest = self._chunk, max(map(len, fed.values()))
         for left in range((longest - 1) // chunk * chunk, -1, -chunk):  # tokens that come after this run
             runs, due = [], []
             for row, (kept, dropped) in enumerate(zip(self.kept, self.dropped, strict=True)):
-                tokens = fed.get(row, [])
+                tokens = fed.get(row, [0])
                 begin, end = max(len(tokens) - left - chunk, 0), len(tokens) - left
-                if end > 0:
+                if end > 0 and row in fed:
                     due.append(row)
                 part = tokens[begin : max(end, begin + 1)]  # one, of a row that does not begin yet
                 runs.append(Run(StepKind.REFRESH, part, kept - back.get(row, 0) + begin, dropped + begin))

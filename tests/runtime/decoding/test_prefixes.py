@@ -184,6 +184,20 @@ def test_steps_after_rows_have_ended_at_different_places(policy: str, kind: str)
         check_caches(session, holes)
 
 
+@pytest.mark.parametrize("kind", ["together", "one by one"])
+def test_a_row_that_was_over_keeps_the_entries_of_its_lora_steps(kind: str) -> None:
+    """The others' refresh has no room behind it."""
+    session, _ = opened("backfill", k=2, kind=kind)
+    prompts = [[5], list(range(20, 30))]
+    texts = [continued(prompt, 4) for prompt in prompts]
+    session.generate(prompts, 5, stop_token_ids=[texts[0][3], texts[1][2]])
+    holes = [Holes(prompt) for prompt in prompts]
+    for one, text, count in zip(holes, texts, (3, 2), strict=True):
+        for step, token in enumerate(text[:count], 1):
+            one.step(token, step == 3, "backfill")
+    check_caches(session, holes)
+
+
 def test_rows_of_another_request_take_the_longest_prefix() -> None:
     session, engine = opened("backfill")
     session.prefill(*padded(RAGGED))
