@@ -92,6 +92,8 @@ class Request:
         self._written = [Written() for _ in self._all]
         self._since_refresh: list[list[int]] = [[] for _ in self._all]  # tokens of each row's LoRA steps
         self._next_is_full = False  # after a truncation
+        self._have_stood = False  # rows, while others ran
+        self._has_state = bundle.manifest.plan.has_state
         self._cycle = Cycle(schedule, self.max_steps)
 
     @property
@@ -175,8 +177,9 @@ class Request:
             self._run_one_token(kind, going, tokens)
         self.took(kind, tokens, going)
 
-    def took(self, kind: StepKind, tokens: Sequence[int], going: Iterable[int]) -> None:
+    def took(self, kind: StepKind, tokens: Sequence[int], going: Sequence[int]) -> None:
         """The next step has run tokens of the rows that are going."""
+        self._have_stood |= len(going) < self.batch
         for row in going:
             if kind is StepKind.LORA:
                 self._fed(row, (tokens[row],), int(self.policy.fills))
@@ -190,6 +193,11 @@ class Request:
             self.max_steps -= 1
         else:
             self._cycle.done()
+
+    def meet(self) -> None:
+        """All rows go on. Those that stood still have not kept their states: the next step then runs in full."""
+        if self._have_stood and self._has_state:
+            self.truncate(self.kept)
 
     def _taken_back(self, row: int, kind: StepKind) -> int:
         """LoRA steps of a row that the next step runs again."""
@@ -266,7 +274,7 @@ class Request:
         """Cut each row back to so many tokens. The next step runs in full, and the schedule begins anew."""
         for row, length in enumerate(lengths):
             self.cut(row, length)
-        self._next_is_full = True
+        self._next_is_full, self._have_stood = True, False
         self._prompts = list(lengths)
         self.max_steps = self._steps_left()
         self._cycle = Cycle(self.schedule, max(self.max_steps - 1, 0))

@@ -476,15 +476,17 @@ class Session:
         finally:
             self._usage.leave()
 
-    def _with_room(self) -> Request:
-        """The running request, which has a step left. Raises InputError where it has none."""
+    def _with_room(self, active: npt.NDArray[np.bool_] | None = None) -> Request:
+        """The running request, which has a step of these rows left. Raises InputError where it has none."""
         request = self._running()
+        if active is None:
+            request.meet()
         if request.steps_done == request.max_steps:
             raise checks.caches_full(request.max_steps)
         return request
 
     def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
-        self._with_room().step(token_ids, active)
+        self._with_room(active).step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
         self._opened()

@@ -198,6 +198,26 @@ def test_a_row_that_was_over_keeps_the_entries_of_its_lora_steps(kind: str) -> N
     check_caches(session, holes)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_a_step_of_rows_that_stood_still_reads_no_state(policy: str, kind: str) -> None:
+    """None is kept for them: it runs in full, and the schedule begins anew behind it."""
+    engine = FakeEngine(RECURRENT)
+    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    session = Session(open_session(RECURRENT, engine=engine)[0].bundle, engine, PeriodicSchedule(3), policy)
+    prompts = [[5], [6, 7]]
+    texts = [continued(prompt, 12) for prompt in prompts]
+    session.generate(prompts, 16, stop_token_ids=[texts[0][3], texts[1][5]])
+    assert [session._running().kept[row] - len(prompts[row]) for row in range(2)] == [3, 5]
+    assert session.next_step is REFRESH
+    session.step([1, 2])
+    assert session._running().kept == [5, 8]
+    for _ in range(3):
+        assert session.next_step is LORA
+        session.step([1, 2])
+    assert session.next_step is REFRESH
+
+
 def test_rows_of_another_request_take_the_longest_prefix() -> None:
     session, engine = opened("backfill")
     session.prefill(*padded(RAGGED))
