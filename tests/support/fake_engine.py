@@ -21,7 +21,7 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.engines.engine import copy_arrays
+from lora_drop_runtime.engines.engine import STANDING_SLOTS, copy_arrays
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from numpy.typing import NDArray
@@ -84,6 +84,14 @@ class Run:
     past_states: dict[str, Array]
 
 
+# Rows stand still; or several rows take several tokens, but write what is not theirs; or not even that
+KINDS = {
+    "idle rows": (True, True, 0),
+    "together": (True, False, STANDING_SLOTS),
+    "one by one": (False, False, 0),
+}
+
+
 class FakeEngine:
     """Implements the protocol `Engine`. Resident memory is never zeros, which a session must not rely on.
 
@@ -99,6 +107,7 @@ class FakeEngine:
     verified_tokens: int | None = None
     batched_chunks = False
     idle_rows = False
+    spare_slots = 0
     block_slots = None
     many_requests = True
     warms_up = False
@@ -116,6 +125,10 @@ class FakeEngine:
         self.adapters: list[Mapping[str, Array]] = []
         self.times_closed = 0
 
+    def behave(self, kind: str) -> None:
+        """As one of `KINDS`, from the next request on."""
+        self.batched_chunks, self.idle_rows, self.spare_slots = KINDS[kind]
+
     @property
     def kinds(self) -> list[StepKind]:
         return [run.kind for run in self.runs]
@@ -127,7 +140,7 @@ class FakeEngine:
     # ── the protocol ───────────────────────────────────────────────────────────────────────────────────────
 
     def slots(self, needed: Mapping[str, int]) -> Mapping[str, int]:
-        return needed
+        return {name: count + self.spare_slots for name, count in needed.items()}
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         buffer = np.zeros(shape, dtype)

@@ -14,6 +14,7 @@ from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, Limits, Manifest
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.decoding.request import PREFILL_CHUNK
 from lora_drop_runtime.dtypes import CACHE_DTYPES, MODEL_DTYPES, short_name
+from lora_drop_runtime.engines.engine import STANDING_SLOTS
 from lora_drop_runtime.engines.ort.providers import PROVIDERS
 from lora_drop_runtime.engines.trt.library import MODULES
 from lora_drop_runtime.errors import InputError
@@ -44,10 +45,11 @@ _ENGINE_CODE_BYTES = 32 << 20  # kernels of an engine; more than that is weights
 
 
 def static_slots(plan: DropPlan, limits: Limits) -> dict[str, int]:
-    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy."""
+    """Slots that the largest request of a bundle's limits needs in each cache group, at the plan's own k and policy,
+    and those of a row that stands beside others."""
     prompt, steps = limits.max_prompt_len, limits.max_seq_len - limits.max_prompt_len - 1
     dropped = plan.refresh_policy.dropped_slots(prompt, steps, PeriodicSchedule(plan.k))
-    return {"kept": limits.max_seq_len - 1, "dropped": dropped}
+    return {"kept": limits.max_seq_len - 1 + STANDING_SLOTS, "dropped": dropped + STANDING_SLOTS}
 
 
 def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: str, console: Console) -> None:
@@ -264,10 +266,9 @@ class TrtTarget:
         sharing = self.sharing(options, model.weight_dtype, model.dtype, graphs[StepKind.REFRESH], console)
         slots = static_slots(plan, limits)
         chunk = min(PREFILL_CHUNK, limits.max_prompt_len)
+        verified = min(max(plan.k + 1, LEAST_VERIFIED), min(slots.values()) - STANDING_SLOTS)
         profiles: dict[StepKind, dict[str, Profile]] = {
-            StepKind.REFRESH: refresh_profiles(
-                min(max(plan.k + 1, LEAST_VERIFIED), *slots.values()), limits.max_batch, chunk
-            ),
+            StepKind.REFRESH: refresh_profiles(verified, limits.max_batch, chunk),
             StepKind.LORA: lora_profiles(limits.max_batch),
         }
         builder_options = self.builder_options(options, model.weight_dtype, console)

@@ -275,17 +275,12 @@ class Slots:
             over = [slot for slot in due if not left[slot].tokens]
             standing = [] if self._engine.idle_rows else [*beside, *over]
             room = self._room(kind, [left[slot] for slot in (*standing, *going)])
-            if alone := room < 1:  # one that stands has no slot to spare
-                going = going[:1]
-                room = self._room(kind, [left[slot] for slot in going])
+            assert room > 0, "STANDING_SLOTS"
             width = min(room, max(len(left[slot].tokens) for slot in going))
             now = list(left)
             for slot in going:
                 now[slot] = left[slot]._replace(tokens=left[slot].tokens[:width])
-            if alone:
-                self._call(kind, now, going, going[0], going[0] + 1, width)
-            else:
-                self._call_beside(kind, now, going, width, [*self._about_to_read(runs, beside), *over])
+            self._call_beside(kind, now, going, width, [*self._about_to_read(runs, beside), *over])
             logits = self._engine.read(self._outputs[self._wanted][0])
             for slot in going:
                 count, place = now[slot].wanted, done[slot] if now[slot].each else 0

@@ -335,13 +335,18 @@ def copy_arrays(source: Array, target: Array, slots: int | None) -> None:
         target[:, :, :slots] = source[:, :, :slots]
 
 
+# Of an engine whose rows write where they stand still: so many more than a row needs take what others write at once
+STANDING_SLOTS = 16
+
+
 def fitting_slots(capacities: Mapping[str, int], needed: Mapping[str, int]) -> Mapping[str, int]:
-    """`Engine.slots` where the graphs fix the capacities {"kept": n, "dropped": m}."""
+    """`Engine.slots` where the graphs fix the capacities {"kept": n, "dropped": m}, `STANDING_SLOTS` among them."""
     for group, capacity in capacities.items():
-        if needed[f"slots_{group}"] > capacity:
+        most = capacity - STANDING_SLOTS
+        if needed[f"slots_{group}"] > most:
             raise InputError(
                 f"The request does not fit into the caches of the {group} layers.",
-                note=f"It needs {needed[f'slots_{group}']} slots in a row, the engines have {capacity}.",
+                note=f"It needs {needed[f'slots_{group}']} slots in a row, the engines have {most}.",
                 hint="Ask for fewer new tokens (max_new_tokens; for a batch max_seq_len), for a larger k with policy "
                 "skip, or export with a smaller --k.",
             )

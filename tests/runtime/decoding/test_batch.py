@@ -25,7 +25,7 @@ from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, kept_session, slots
-from tests.support.fake_engine import TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
+from tests.support.fake_engine import KINDS, TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
 
 NEAR = 1e-4  # logprobs that are nearer than this may change places
 WIDE = 0.05  # a margin that some steps of the tiny models have and some have not
@@ -120,15 +120,11 @@ def check_ends(request: Request, events: list[Event]) -> list[int]:
 # ── on an engine that records what it is asked ─────────────────────────────────────────────────────────────────
 
 
-# Rows stand still; or several rows take several tokens, but write what is not theirs; or not even that
-KINDS = {"idle rows": (True, True), "together": (True, False), "one by one": (False, False)}
-
-
 def fake_batch(
     policy: str = "backfill", k: int = 2, kind: str = "idle rows", plan: DropPlan = PLAN, **options: Any
 ) -> tuple[Batch, FakeEngine]:
     engine = FakeEngine(plan)
-    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    engine.behave(kind)
     bundle = open_session(plan, engine=engine)[0].bundle
     return Batch(bundle, engine, PeriodicSchedule(k), policy, **options), engine
 

@@ -18,14 +18,12 @@ from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 from tests.support import oracle
 from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
 from tests.support.decoding import LORA, PLAN, RAGGED, RECURRENT, REFRESH, assert_refused, continued, padded, slots
-from tests.support.fake_engine import FakeEngine, open_session
-
-KINDS = {"idle rows": (True, True), "together": (True, False), "one by one": (False, False)}
+from tests.support.fake_engine import KINDS, FakeEngine, open_session
 
 
 def opened(policy: str, k: int = 2, kind: str = "one by one", **manifest: Any) -> tuple[Session, FakeEngine]:
     engine = FakeEngine(PLAN)
-    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    engine.behave(kind)
     bundle = open_session(PLAN, engine=engine, **manifest)[0].bundle
     return Session(bundle, engine, PeriodicSchedule(k), policy), engine
 
@@ -203,7 +201,7 @@ def test_a_row_that_was_over_keeps_the_entries_of_its_lora_steps(kind: str) -> N
 def test_a_step_of_rows_that_stood_still_reads_no_state(policy: str, kind: str) -> None:
     """None is kept for them: it runs in full, and the schedule begins anew behind it."""
     engine = FakeEngine(RECURRENT)
-    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    engine.behave(kind)
     session = Session(open_session(RECURRENT, engine=engine)[0].bundle, engine, PeriodicSchedule(3), policy)
     prompts = [[5], [6, 7]]
     texts = [continued(prompt, 12) for prompt in prompts]
@@ -277,7 +275,7 @@ class ChoosingEngine(FakeEngine):
 def test_tokens_that_the_engine_chose_stay_while_the_rest_of_a_prompt_runs(kind: str) -> None:
     """A row near its end has one new token, the other so many that they run in parts."""
     engine = ChoosingEngine(PLAN)
-    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    engine.behave(kind)
     session = Session(open_session(PLAN, engine=engine)[0].bundle, engine, PeriodicSchedule(0), "backfill")
     text = [1, 2, 3, 4, 5, 6]
     for last in ([7], [49]):
@@ -313,7 +311,7 @@ class OneRequestEngine(FakeEngine):
 @pytest.mark.parametrize("policy", ["skip", "backfill"])
 def test_an_engine_of_one_request_takes_what_the_same_row_left(policy: str, kind: str) -> None:
     engine = OneRequestEngine()
-    engine.batched_chunks, engine.idle_rows = KINDS[kind]
+    engine.behave(kind)
     session = Session(open_session(PLAN, engine=engine)[0].bundle, engine, PeriodicSchedule(2), policy)
 
     def fed(*prompts: list[int]) -> set[int]:

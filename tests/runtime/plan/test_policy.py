@@ -16,6 +16,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Limits
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.engine import STANDING_SLOTS
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES, Policy, policy_named
@@ -107,7 +108,8 @@ def test_slots_of_an_engine_with_static_caches(name: str, k: int, half: Policy) 
     plan = DropPlan(num_layers=6, sites=(3,), k=k, policy=name)
     found = static_slots(plan, Limits(max_seq_len=50, max_prompt_len=20, max_batch=1))
     cycles = 29 // (k + 1)
-    assert found == {"kept": 49, "dropped": 20 + {"skip": cycles, "backfill": 29, "half": cycles * (1 + k // 2)}[name]}
+    dropped = 20 + {"skip": cycles, "backfill": 29, "half": cycles * (1 + k // 2)}[name]
+    assert found == {"kept": 49 + STANDING_SLOTS, "dropped": dropped + STANDING_SLOTS}
 
 
 # ── a policy of one's own ──────────────────────────────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from lora_drop_runtime import BundleError, InputError, ModelError, Session, Step
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.engines.engine import STANDING_SLOTS
 from lora_drop_runtime.errors import NoDeviceError
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -386,7 +387,7 @@ def test_rope_and_norms_of_heads_are_inside_the_plugin(name, dtype, norm, tmp_pa
 
 
 def test_static_slots_are_what_the_largest_request_needs(bundle):
-    """Every prompt and number of new tokens within the limits fits, and one of them needs it all."""
+    """Every prompt and number of new tokens within the limits fits, and one of them needs all but the spare ones."""
     plan, limits = bundle.manifest.plan, bundle.manifest.limits
     slots = static_slots(plan, limits)
     needs = [
@@ -394,7 +395,8 @@ def test_static_slots_are_what_the_largest_request_needs(bundle):
         for prompt in range(1, limits.max_prompt_len + 1)
         for new in range(1, limits.max_seq_len - prompt + 1)
     ]
-    assert slots == {"kept": max(kept for kept, _ in needs), "dropped": max(dropped for _, dropped in needs)}
+    most = (max(count) for count in zip(*needs, strict=True))
+    assert slots == dict(zip(("kept", "dropped"), (count + STANDING_SLOTS for count in most), strict=True))
 
 
 def test_the_smallest_capacities(tmp_path):
@@ -402,7 +404,7 @@ def test_the_smallest_capacities(tmp_path):
     sizes = {"max_seq_len": 3, "max_prompt_len": 1, "max_batch": 1}
     made = make_bundle("llama", tmp_path / "b", targets=(RTX,), **sizes, k=5, builder=ADA)
     entry = made.target(RTX)[1]
-    assert entry.slots == {"kept": 2, "dropped": 1}
+    assert entry.slots == {"kept": 2 + STANDING_SLOTS, "dropped": 1 + STANDING_SLOTS}
     assert entry.refresh_profiles == {"decode": (1, 1), "prefill": (1, 1)}
 
 
