@@ -11,7 +11,8 @@ from lora_drop_export.checkpoint.foreign import refused
 _DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ALIBI = ("bloom",)  # whose configs do not say so
-_OWN_ATTENTION = ("falcon", "mpt")
+_OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
+_OTHER_ATTENTION = ("linear", "chunked", "compressed", "indexed", "reference")  # words in the types of layers
 
 
 def unsupported(feature: str, config: Any) -> ModelError:
@@ -28,7 +29,8 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
-    recurrent = [t for t in getattr(text, "layer_types", None) or () if "attention" not in t or "linear" in t]
+    types = getattr(text, "layer_types", None) or ()
+    other = [t for t in types if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
     return [
         (config.is_encoder_decoder, "an encoder (cross attention)"),
@@ -37,7 +39,7 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
         (alibi or text.model_type in _ALIBI, "ALiBi (position biases on the scores) instead of RoPE"),
         (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
         (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
-        (recurrent, f"layers of type {recurrent[0] if recurrent else ''}"),
+        (other, f"layers of type {other[0] if other else ''}"),
     ]
 
 

@@ -191,6 +191,8 @@ def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
     config = wrapper.model.config
     if len(seen.outputs) != len(layers):
         raise unsupported("decoder layers that are not called once each, in order", config)
+    if any(args[0].dim() != 3 for args, _ in seen.arguments):
+        raise unsupported("several residual streams beside each other", config)
     if any(args[0].shape != first_output(y).shape for (args, _), y in zip(seen.arguments, seen.outputs, strict=True)):
         raise unsupported("decoder layers that change the shape of the hidden states", config)
     if calls.layers != list(range(len(layers))):

@@ -231,6 +231,11 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
                                           attn_config={"alibi": False}), "attention in code of its own"),
         "falcon_alibi": (t.FalconConfig(**FALCON, alibi=True), "ALiBi"),
         "falcon": (t.FalconConfig(**FALCON), "attention in code of its own"),
+        "llama4": (t.Llama4TextConfig(**TINY, moe_layers=[]), "type chunked_attention"),
+        "gpt_neo": (t.GPTNeoConfig(vocab_size=131, hidden_size=64, num_layers=4, num_heads=4,
+                                   attention_types=[[["global", "local"], 2]]), "attention in code of its own"),
+        "gemma3n": (t.Gemma3nTextConfig(**TINY | {"intermediate_size": [96] * 4}, num_kv_shared_layers=0,
+                                        activation_sparsity_pattern=[0.0] * 4), "several residual streams"),
         "doge": (t.DogeConfig(**TINY), "an attention mask of its own"),
         "doge_moe": (t.DogeConfig(**TINY, is_moe=True, num_experts=4, num_experts_per_tok=2), "an MoE router"),
     }  # fmt: skip
