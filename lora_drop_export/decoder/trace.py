@@ -89,6 +89,19 @@ def _quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
+@contextlib.contextmanager
+def _not_initialised() -> Iterator[None]:
+    """Let transformers draw no weights: fake tensors have none, and ModernBERT's way to draw them reads them."""
+    from transformers import PreTrainedModel
+
+    initialize = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = initialize
+
+
 def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     """One CacheAttention node in place of an attention, and a note of it in `calls`."""
     import torch
@@ -276,7 +289,8 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     refuse_by_config(config)
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet():
-        model = build_model(checkpoint, dtype, ATTENTION_NAME)
+        with _not_initialised():
+            model = build_model(checkpoint, dtype, ATTENTION_NAME)
         layers = decoder_layers(model)
         refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)

@@ -210,6 +210,13 @@ def deepseek_v3_dense() -> transformers.PreTrainedModel:
     return build(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config, seed=47, **options)
 
 
+def modernbert_decoder() -> transformers.PreTrainedModel:
+    """Its weights are drawn by code that fake tensors cannot run; a first layer without a norm, and with a window."""
+    options = {"num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "local_attention": 5}
+    options["layer_types"] = ["sliding_attention", "full_attention"]
+    return build(transformers.ModernBertDecoderForCausalLM, transformers.ModernBertDecoderConfig, seed=49, **options)
+
+
 def gemma3(**options: Any) -> transformers.PreTrainedModel:
     """Norms on q and k after the heads are put first; RoPE of its own in windowed layers."""
     own = FEW | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
@@ -218,5 +225,6 @@ def gemma3(**options: Any) -> transformers.PreTrainedModel:
 
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
 MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
-    builder.__name__: builder for builder in (apertus, stablelm_parallel, exaone, gptj, codegen, deepseek_v3_dense)
+    builder.__name__: builder
+    for builder in (apertus, stablelm_parallel, exaone, gptj, codegen, deepseek_v3_dense, modernbert_decoder)
 }
