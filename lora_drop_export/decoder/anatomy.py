@@ -40,6 +40,8 @@ _AFTER_ATTENTION = (  # the first that a layer has; Gemma's `post_attention_laye
     "mlp_norm",
     "ffn_norm",
     "ln_2",
+    "layernorm2",
+    "final_layer_norm",
     "mlp",
 )
 

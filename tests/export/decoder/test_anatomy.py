@@ -25,6 +25,8 @@ IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # ModernBERT wa
         ("Apertus", "down_proj"),
         ("ModernBertDecoder", "mlp.Wo"),
         ("GPT2", "mlp.c_proj"),
+        ("BioGpt", "fc2"),
+        ("CTRL", "ffn.2"),
     ],
 )
 def test_the_stream_between_halves(name, ends):
