@@ -39,6 +39,7 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
         (alibi or text.model_type in _ALIBI, "ALiBi (position biases on the scores) instead of RoPE"),
         (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
         (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
+        (getattr(text, "num_kv_shared_layers", 0), "layers that take the K and V of others"),
         (other, f"layers of type {other[0] if other else ''}"),
     ]
 
