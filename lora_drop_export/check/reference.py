@@ -20,7 +20,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
-from lora_drop_export.decoder.anatomy import between_halves
+from lora_drop_export.decoder.anatomy import between_halves, first_output
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
 
@@ -98,20 +98,18 @@ def _attend(cache: _Cache, call: AttentionCall) -> Any:
 def _run(layer: Any, x: Any, call: tuple[Any, Any], middle: Any = None) -> tuple[Any, Any]:
     """A layer's residual stream between its halves, and its output; with `middle`, of a second half that begins there.
 
-    Its own attention then runs for nothing: what that adds to the stream is taken out again.
+    Its own attention then runs for nothing: the stream itself is overwritten, whatever the layer does to it later.
     """
     seen: list[Any] = []
 
-    def begin(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        seen.append(args[0])
-        return None if middle is None else (middle, *args[1:])
+    def begin(_: Any, args: tuple[Any, ...]) -> None:
+        seen.append(args[0] if middle is None else args[0].copy_(middle))
 
     hook = between_halves(layer).register_forward_pre_hook(begin)
     args, kwargs = call
     y = layer(x, *args, **kwargs)
     hook.remove()
-    y = y[0] if isinstance(y, tuple) else y
-    return seen[0], y if middle is None else y - seen[0] + middle
+    return seen[0], first_output(y)
 
 
 @dataclass

@@ -10,12 +10,15 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
+from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.weights.arrays import ADAPTERS_NAME
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters, traced_model
+from tests.support.models import build
 
 MIXED = ("3.attn", "4.mlp", "5", "6.attn", "6.mlp")
 
@@ -30,6 +33,18 @@ def _run(bundle, adapters, name, prompts, k, policy=None):
 def _fitted(bundle, directory):
     model = bundle.manifest.model
     return save_adapters(directory, bundle.manifest.plan, model.hidden_size, model.fingerprint)
+
+
+def test_what_follows_the_mlp(tmp_path):
+    """In Gemma 4 the stream goes through an input of each layer, and is scaled, after both halves."""
+    windows = ["sliding_attention", "full_attention", "full_attention"]
+    heads = {"head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0, "num_hidden_layers": 3}
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131, "sliding_window": 5}
+    model = build(Gemma4ForCausalLM, Gemma4TextConfig, 50, **heads, **own, layer_types=windows)
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(0.7)
+    options = {"drop_layers": ("1.attn",), "always_first": 0, "policy": "fill"}
+    assert compare(make_bundle(traced_model(model), tmp_path / "b", **options)).passed
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
