@@ -69,6 +69,8 @@ def refuse_by_modules(model: Any, layers: Any) -> None:
     family = type(model).__name__.removesuffix("ForCausalLM")
     for layer in layers:
         for name, module in layer.named_modules():
+            if name in ("encoder_attn", "crossattention"):  # Bart and kin, which count positions too
+                raise unsupported("cross attention", model.config)
             kind = type(module).__name__.removeprefix(family).lower()  # each class of Qwen2Moe has it in its name
             if any(word in kind for word in ("moe", "router", "experts")) or name.endswith((".experts", ".router")):
                 raise unsupported("an MoE router", model.config)

@@ -219,6 +219,8 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
         "deepseek_v3": (t.DeepseekV3Config(**TINY, n_routed_experts=8), "an MoE router"),
         "t5": (t.T5Config(vocab_size=131, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16), "an encoder"),
         "bart": (t.BartConfig(vocab_size=131, d_model=64, encoder_layers=2, decoder_layers=2), "an encoder"),
+        "bart_decoder": (t.BartConfig(vocab_size=131, d_model=64, decoder_layers=2, num_hidden_layers=2,
+                                      is_encoder_decoder=False, is_decoder=True), "cross attention"),
         "bert": (t.BertConfig(**NAMED, num_attention_heads=4), "attention that is not causal"),
         "mamba": (t.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4), "type linear_attention"),
         "qwen3_next": (t.Qwen3NextConfig(**TINY, num_experts=0), "type linear_attention"),
