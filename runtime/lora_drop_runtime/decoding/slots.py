@@ -275,7 +275,7 @@ class Slots:
             over = [slot for slot in due if not left[slot].tokens]
             standing = [] if self._engine.idle_rows else [*beside, *over]
             room = self._room(kind, [left[slot] for slot in (*standing, *going)])
-            assert room > 0, "STANDING_SLOTS"
+            assert room > 0, "a row has no slot left to stand in"
             width = min(room, max(len(left[slot].tokens) for slot in going))
             now = list(left)
             for slot in going:
