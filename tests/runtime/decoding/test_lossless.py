@@ -71,7 +71,7 @@ def test_the_tokens_and_caches_are_those_of_the_full_schedule(k: int, errs, toge
     for prompts in (RAGGED, RAGGED[1:2]):
         for count in (1, 2, 3, 13):
             engine = Drafter(errs=errs, unsure=lambda position: position % 5 == 2)
-            engine.batched_chunks = together
+            engine.behave("together" if together else "one by one")
             session = lossless(engine, k, draft)
             rows = session.generate(prompts, count, stop_token_ids=())
             assert [row.tolist() for row in rows] == [continued(prompt, count) for prompt in prompts]
@@ -172,7 +172,7 @@ def test_rows_end_at_their_own_stop_tokens() -> None:
     for together in (False, True):
         for stop in range(50):
             engine = Drafter(errs=ERRS["sometimes"])
-            engine.batched_chunks = together
+            engine.behave("together" if together else "one by one")
             rows = lossless(engine, 4).generate(RAGGED, 10, stop_token_ids=[stop])
             for prompt, row in zip(RAGGED, rows, strict=True):
                 tokens = continued(prompt, 10)
