@@ -7,6 +7,7 @@ import onnx
 import pytest
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.engine import STANDING_SLOTS
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -105,7 +106,7 @@ def test_graphs_of_tensorrt(tmp_path):
     options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24, "policy": "fill"}
     options["builder"] = BuilderOptions(compute_capabilities=("8.9",))
     bundle = make_bundle("llama", tmp_path / "b", **options, drop_layers=MIXED)
-    assert bundle.target("tensorrt-rtx")[1].slots == {"kept": 39, "dropped": 39}
+    assert bundle.target("tensorrt-rtx")[1].slots == dict.fromkeys(("kept", "dropped"), 39 + STANDING_SLOTS)
     with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
         assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
 

@@ -712,7 +712,9 @@ def test_a_damaged_state_is_said_and_kept(
     for name in ("state.pt", "begin.pt"):
         file = tmp_path / "a.partial" / name
         whole = file.read_bytes()
-        for content in (whole[:-100], b"mine", b"", other.getvalue()):
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes(byte ^ 0x55 for byte in whole[middle : middle + 64]) + whole[middle + 64 :]
+        for content in (whole[:-100], b"mine", b"", other.getvalue(), flipped):
             file.write_bytes(content)
             with pytest.raises(LoraDropError, match=rf"cannot be read\.\nNote: [^\n]*{name}: [^\n]+\nHint: "):
                 run_fit(model_dir, words, tmp_path / "a", **options, resume=True)

@@ -18,6 +18,8 @@ import math
 import os
 import pickle
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +250,25 @@ def _check_finite(kl: float, step: int, options: DistillOptions) -> None:
         )
 
 
+@contextlib.contextmanager
+def saved(path: Path, hint: str, device: Any = None) -> Iterator[Any]:
+    """What PyTorch has saved; what is wrong with the file, or with what is taken from it, becomes an InputError."""
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as parts:  # PyTorch compares no checksums
+            if damaged := parts.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        yield torch.load(path, weights_only=True, map_location=device)
+    except (
+        *(RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+    ) as error:
+        raise InputError(
+            "The unfinished fit cannot be read.", note=f"{path}: {first_line(error)}.", hint=hint
+        ) from None
+
+
 class _State:
     """What training has reached, in memory and in a file.
 
@@ -278,20 +299,12 @@ class _State:
 
         if self._file is None or not self._file.exists():
             return
-        try:
-            state = torch.load(self._file, weights_only=True, map_location=device)
+        with saved(self._file, "Without it --resume begins distillation anew.", device) as state, torch.no_grad():
             self.step, self.losses = state["step"], state["losses"]
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise InputError(
-                "The unfinished fit cannot be read.",
-                note=f"{self._file}: {first_line(error)}.",
-                hint="Move it away, and begin anew.",
-            ) from None
-        self._texts.load(state.get("texts", {}))  # version 0.1 wrote none
-        with torch.no_grad():
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
+        self._texts.load(state.get("texts", {}))  # version 0.1 wrote none
 
     def save_in_time(self) -> None:
         """Write the file where that is due: minutes after the last time, and at the end."""

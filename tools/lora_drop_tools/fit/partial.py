@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.errors import BundleError, InputError, PlanError, first_line
+from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.sites import in_halves, sorted_sites
 
 from lora_drop_export.staging.area import resolved
@@ -18,10 +17,10 @@ from lora_drop_export.staging.file import check_writable
 from lora_drop_export.staging.owned import Kind, foreign_entries, refuse_foreign, remove_files
 from lora_drop_export.staging.rename import rename_new
 
+from .distill import Workers, saved
+
 if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.surrogates import Surrogates
-
-    from .distill import Workers
 
 _SETTINGS, _BEGIN, _STATE = "settings.json", "begin.pt", "state.pt"
 _FILES = frozenset((_SETTINGS, _BEGIN, _STATE, "state.part"))
@@ -188,12 +187,5 @@ class Partial:
 
 def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
     """What distillation began with: adapters, scales of the features, figures of the stages before."""
-    import torch
-
-    try:
-        data = torch.load(path, weights_only=True)
+    with saved(path, "Begin anew by --force.") as data:
         return data["pairs"], data["scales"], data["stages"]
-    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise BundleError(
-            "The unfinished fit cannot be read.", note=f"{path}: {first_line(error)}.", hint="Begin anew by --force."
-        ) from None
