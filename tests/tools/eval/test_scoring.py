@@ -119,13 +119,17 @@ def test_batches_hold_what_the_bundle_allows() -> None:
 
     session, _ = open_session(PLAN, limits=Limits(max_seq_len=20, max_prompt_len=19, max_batch=3))
     lengths = ((10, 5), (20, 19), (20, 2), (6, 5), (7, 6), (8, 7), (9, 8))
-    rows = [Row(np.zeros(length, np.int64), prompt, prompt - 1) for length, prompt in lengths]
+    rows = [Row(np.full(length, index, np.int64), prompt, prompt - 1) for index, (length, prompt) in enumerate(lengths)]
     found = list(batches(session, rows))
     assert sorted(index for batch in found for index in batch) == list(range(len(rows)))
     for batch in found:
         assert len(batch) <= 3
         assert max(rows[i].prompt for i in batch) + max(rows[i].steps for i in batch) + 1 <= 20
     assert len(found) == 4  # 20 tokens of which 2 are a prompt do not go with a prompt of 19
+    options = [Row(np.array([1, 2, prompt, index]), 3, 2) for prompt in range(4) for index in range(5)]
+    found = list(batches(session, options))
+    assert [len(batch) for batch in found] == [15, 5]  # rows of three prompts, then of one
+    assert sorted(index for batch in found for index in batch) == list(range(20))
 
 
 def test_log_softmax_of_large_and_of_no_numbers() -> None:
@@ -207,3 +211,31 @@ def test_the_full_schedule_scores_what_pytorch_does(bundle: Path) -> None:
         assert [one.log_prob for one in score(session, rows, 0)] == pytest.approx(expected, abs=1e-3)
         under_lora = score(session, rows, 3)
         assert under_lora[0].log_prob != pytest.approx(expected[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_options_of_a_question_share_its_prefill(bundle: Path, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of several lengths behind shared contexts, whatever part of these is decoded: scored as each alone."""
+    generator = np.random.default_rng(5)
+    rows = []
+    for context, decoded, options in ((9, 0, (1, 1, 1)), (14, 2, (3, 1, 5, 2)), (6, 1, (4,))):
+        given = generator.integers(0, 131, context)
+        for length in options:
+            ids = np.concatenate([given, generator.integers(0, 131, length)])
+            rows.append(Row(ids, context - decoded, context - 1))
+    prefilled: list[int] = []
+    original = Session.prefill
+
+    def prefill(self: Session, ids: Any, *rest: Any, **named: Any) -> Any:
+        prefilled.append(len(ids))
+        return original(self, ids, *rest, **named)
+
+    with Session.open(bundle, threads=1, policy=policy) as session:
+        alone = [score(session, [row], 3)[0] for row in rows]
+        monkeypatch.setattr(Session, "prefill", prefill)
+        order = [index for batch in batches(session, rows) for index in batch]
+        assert sorted(order) == list(range(len(rows)))
+        together = score(session, rows, 3)
+    assert prefilled == [3]
+    assert [one.log_prob for one in together] == pytest.approx([one.log_prob for one in alone], abs=1e-4)
+    assert [one.greedy for one in together] == [one.greedy for one in alone]

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,21 +119,27 @@ def log_softmax(logits: Floats) -> Floats:
     return log_probs
 
 
-def decode(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
-    """Decode a batch under k and yield what is to be read of each step, the prefill being step 0.
-
-    Rows may differ in everything: the steps are counted from each row's own prompt. A row that has no token left is
-    fed padding, and what comes of it is not read.
-    """
-    steps = max(row.steps for row in rows)
-    lengths = np.array([row.prompt for row in rows], np.int64)
-    ends = np.array([len(row.ids) - 1 for row in rows], np.int64)
-    firsts = np.array([row.first for row in rows], np.int64)
-    ids = np.full((len(rows), int(lengths.max()) + steps + 1), session.bundle.manifest.special_tokens.pad, np.int64)
+def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows that have each prompt, in the order of the prompts; those with most steps first."""
+    found: dict[bytes, list[int]] = {}
     for index, row in enumerate(rows):
+        found.setdefault(row.ids[: row.prompt].tobytes(), []).append(index)
+    return [sorted(indices, key=lambda i: -rows[i].steps) for indices in found.values()]
+
+
+def _decode_behind(session: Session, logits: Floats, lengths: Ids, rows: Mapping[int, Row]) -> Iterator[Read]:
+    """Decode what rows of a request have behind their prompts, by the request's rows; `logits` are the prefill's.
+
+    Rows may differ in everything: the steps are counted from each row's own prompt. A row that has no token left, or
+    that nothing is asked of, is fed padding, and what comes of it is not read.
+    """
+    steps = max(row.steps for row in rows.values())
+    ids = np.full((len(lengths), int(lengths.max()) + steps + 1), session.bundle.manifest.special_tokens.pad, np.int64)
+    firsts, ends = np.zeros_like(lengths), np.zeros_like(lengths)
+    for index, row in rows.items():
         ids[index, : len(row.ids)] = row.ids
-    every = np.arange(len(rows))
-    logits = session.prefill(ids[:, : lengths.max()], lengths, max_new_tokens=steps + 1, k=k)
+        firsts[index], ends[index] = row.first, len(row.ids) - 1
+    every = np.arange(len(lengths))
     offset = 0
     for step in range(steps + 1):
         positions = lengths - 1 + step
@@ -145,18 +152,42 @@ def decode(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
             logits = session.step(ids[every, positions + 1])
 
 
+def decode(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
+    """Decode a batch under k and yield what is to be read of each step, the prefill being step 0.
+
+    Rows with the same prompt, such as the options of a question, share its prefill: all but the last of them go on from
+    a fork of it.
+    """
+    prompts = _by_prompt(rows)
+    lengths = np.array([rows[indices[0]].prompt for indices in prompts], np.int64)
+    ids = np.full((len(prompts), int(lengths.max())), session.bundle.manifest.special_tokens.pad, np.int64)
+    for index, indices in enumerate(prompts):
+        ids[index, : lengths[index]] = rows[indices[0]].ids[: lengths[index]]
+    logits = session.prefill(ids, lengths, max_new_tokens=max(row.steps for row in rows) + 1, k=k)
+    turns = max(map(len, prompts))
+    for turn in range(turns):
+        now = {index: indices[turn] for index, indices in enumerate(prompts) if turn < len(indices)}
+        places = np.array([now.get(index, -1) for index in range(len(prompts))], np.int64)
+        asked = {index: rows[row] for index, row in now.items()}
+        goes_on = turn < turns - 1 and any(row.steps for row in asked.values())
+        with session.fork() if goes_on else nullcontext(session) as branch:
+            for read in _decode_behind(branch, logits, lengths, asked):
+                yield dataclasses.replace(read, rows=places[read.rows])
+
+
 def batches(session: Session, rows: Sequence[Row]) -> Iterator[list[int]]:
     """Indices of rows that run together: of alike numbers of steps and, among those, alike prompts."""
     limits = session.bundle.manifest.limits
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda i: (rows[i].steps, rows[i].prompt)):
-        longest = max(rows[i].prompt for i in (*batch, index))
-        if batch and (len(batch) == limits.max_batch or longest + rows[index].steps + 1 > limits.max_seq_len):
-            yield batch
+    batch: list[list[int]] = []
+    for indices in sorted(_by_prompt(rows), key=lambda those: (rows[those[0]].steps, rows[those[0]].prompt)):
+        longest = max(rows[those[0]].prompt for those in (*batch, indices))
+        steps = rows[indices[0]].steps
+        if batch and (len(batch) == limits.max_batch or longest + steps + 1 > limits.max_seq_len):
+            yield [index for those in batch for index in those]
             batch = []
-        batch.append(index)
+        batch.append(indices)
     if batch:
-        yield batch
+        yield [index for those in batch for index in those]
 
 
 def _decode_apart(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
