@@ -109,7 +109,7 @@ class GroupFigures:
     Attributes:
         figure: the mean of its tasks' `metric`, and `difference` to k = 0.
         items: of all its tasks.
-        is_part: of another group that was asked for.
+        is_part: of another group that was asked for and has a figure.
         test: over the items of all its tasks; None where one has none.
     """
 

@@ -43,6 +43,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         json.dumps({"group": "outer", "task": ["by_item"], "aggregate_metric_list": [{"metric": "acc_norm"}]})
     )
     (root / "bare.yaml").write_text(json.dumps({"group": "bare", "task": ["large"]}))
+    (root / "around.yaml").write_text(json.dumps({"group": "around", "task": [{"group": "outer"}]}))
     return root
 
 
@@ -203,6 +204,8 @@ def test_a_group_without_a_figure_in_lm_eval_has_none(directory: Path) -> None:
     opened = open_tasks(["bare"], [directory])
     assert list(opened.tasks) == ["large"]
     assert not opened.groups
+    around = open_tasks(["around"], [directory])  # the group inside it is what was asked for
+    assert [(name, one.is_part) for name, one in around.groups.items()] == [("outer", False), ("by_item", True)]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +418,7 @@ def test_the_examples_ask_what_lm_eval_asks(tmp_path: Path, monkeypatch: pytest.
     for name, rows in LOCAL.items():
         write_rows(Path(name), rows)
     Path("hellaswag_val_2000.txt").write_text(HELLASWAG)
-    names = [path.stem for path in sorted(EXAMPLES.glob("*.yaml"))]
+    names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - {"local_mmlu"})
     opened = open_tasks(names, [EXAMPLES], unsafe=True)
     asked: dict[str, Any] = {}
     for name, one in opened.tasks.items():
@@ -447,6 +450,29 @@ def test_the_examples_ask_what_lm_eval_asks(tmp_path: Path, monkeypatch: pytest.
     assert opened.tasks["winogrande"].task.doc_to_text(opened.tasks["winogrande"].task.eval_docs[0]) == 1
 
 
+def test_mmlu_of_the_examples_is_a_copy_of_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with a split in a file and a card that names them, here of one subject."""
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "Which is wet?", "subject": "anatomy", "choices": ["stone", "sea", "sand", "salt"], "answer": 1}
+    Path("mmlu", "anatomy").mkdir(parents=True)
+    for split, count in (("dev", 5), ("test", 2)):
+        write_rows(Path("mmlu", "anatomy", f"{split}.jsonl"), [row] * count)
+    files = [{"split": split, "path": f"anatomy/{split}.jsonl"} for split in ("dev", "test")]
+    card = json.dumps({"configs": [{"config_name": "anatomy", "data_files": files}]})
+    Path("mmlu", "README.md").write_text(f"---\n{card}\n---\n")
+    figure = [{"metric": "acc", "weight_by_size": True}]
+    one_subject = {"group": "mmlu", "task": ["mmlu_anatomy"], "aggregate_metric_list": figure}
+    Path("definitions").mkdir()
+    Path("definitions", "mmlu.yaml").write_text(json.dumps(one_subject))
+    opened = open_tasks(["local_mmlu"], [EXAMPLES, Path("definitions")], num_fewshot=5)
+    assert {name: len(one.places) for name, one in opened.tasks.items()} == {"mmlu_anatomy": 2}
+    assert [(name, one.is_part) for name, one in opened.groups.items()] == [("mmlu", False)]
+    task = opened.tasks["mmlu_anatomy"].task
+    task.build_all_requests()
+    assert [instance.args[1] for instance in task.instances] == [" A", " B", " C", " D"] * 2
+    assert task.instances[0].args[0].count("Which is wet?\nA. stone\nB. sea\nC. sand\nD. salt\nAnswer: B\n\n") == 5
+
+
 def test_a_damaged_file_of_the_examples_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("hellaswag_val_2000.txt").write_text("A: b\n3\na\nb\nc\n")
@@ -460,7 +486,7 @@ def test_a_damaged_file_of_the_examples_is_refused(tmp_path: Path, monkeypatch: 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"the evaluation data is not at {SHARED_DATA}")
 def test_real_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SHARED_DATA)
-    names = {path.stem for path in EXAMPLES.glob("*.yaml")} - {"local_mbpp"}  # whose file is not there
+    names = {path.stem for path in EXAMPLES.glob("*.yaml")} - {"local_mbpp", "local_mmlu"}  # not there
     opened = open_tasks(sorted(names), [EXAMPLES])
     assert {name: len(one.places) for name, one in opened.tasks.items()} == {
         "arc_easy": 2376,

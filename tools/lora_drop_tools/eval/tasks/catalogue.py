@@ -52,7 +52,7 @@ class OpenedGroup:
     Attributes:
         metric: of the tasks, whose mean it is; `filters` None takes the first there is.
         by_size: the mean counts items, and not tasks.
-        is_part: of another group that was asked for.
+        is_part: of another group that was asked for and has a figure.
     """
 
     name: str
@@ -251,10 +251,10 @@ def _set_shots(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
 
 
-def _group(group: Any, all_groups: Mapping[str, Any]) -> OpenedGroup:
+def _group(group: Any, figured: Sequence[Any]) -> OpenedGroup:
     config = group.aggregate_metric_list[0]
     filters = None if config.filter_list is None else tuple(config.filter_list)
-    inner = {one.name for other in all_groups.values() for one in other.get_all_groups()}
+    inner = {one.name for other in figured for one in other.get_all_groups()}
     tasks = tuple(task.task_name for task in group.get_all_tasks())
     return OpenedGroup(group.name, tasks, config.metric, filters, bool(config.weight_by_size), group.name in inner)
 
@@ -341,5 +341,5 @@ def open_tasks(
                 raise
             except Exception as error:  # the code of a definition
                 raise _as_ours(name, error) from None
-    figured = {name: _group(group, groups) for name, group in groups.items() if group.has_aggregation}
-    return Opened(opened, figured)
+    figured = [group for group in groups.values() if group.has_aggregation]
+    return Opened(opened, {group.name: _group(group, figured) for group in figured})
