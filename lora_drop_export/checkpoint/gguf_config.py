@@ -87,6 +87,18 @@ def _yarn(fields: _Fields, rope: dict[str, Any], factor: float) -> dict[str, Any
     return found | ({} if scale in (None, 1.0) else {"attention_factor": scale * (1 + 0.1 * float(np.log(factor)))})
 
 
+def _longrope(fields: _Fields, tensors: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE of a file with factors for short and for long texts, as of Phi-3.5 and Phi-4-mini."""
+    original = fields.number("rope.scaling.original_context_length", 0)
+    short, long = (tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long"))
+    if original is None or short is None or long is None or rope.get("rope_type") != "default":
+        raise _not_read("LongRoPE without its factors or original context", f"an original context of {original}")
+    found = {"rope_type": "longrope", "original_max_position_embeddings": int(original)}
+    found |= {"short_factor": short.data.tolist(), "long_factor": long.data.tolist()}
+    scale = fields.number("rope.scaling.attn_factor", 0)
+    return rope | found | ({} if scale is None else {"attention_factor": scale})
+
+
 def _scaled(fields: _Fields, rope: dict[str, Any]) -> dict[str, Any]:
     """The RoPE with the file's scaling; linear where it names a factor and no kind, as in llama.cpp."""
     kind = fields.get("rope.scaling.type") or "linear"
@@ -119,16 +131,18 @@ def _rotated_share(config: Any, fields: _Fields, rope: dict[str, Any]) -> dict[s
 
 def _complete_rope(config: Any, fields: _Fields, tensors: dict[str, Any]) -> None:
     rope = dict(config.rope_parameters)
-    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
-        if name in tensors:
-            raise _not_read("RoPE frequencies that depend on the sequence length", name)
     base = fields.number("rope.freq_base", 0)  # which transformers reads for most architectures
     if base is not None and "rope_theta" in rope:
         rope["rope_theta"] = base
-    rope = _scaled(fields, rope)
+    if any(name.startswith("rope_factors_") for name in tensors):
+        rope = _longrope(fields, tensors, rope)
+    else:
+        rope = _scaled(fields, rope)
     if "rope_freqs.weight" in tensors:
         rope = _divided(config, rope, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
     config.rope_parameters = rope | _rotated_share(config, fields, rope)
+    if original := rope.get("original_max_position_embeddings"):  # of which Phi-3's config has one more
+        config.original_max_position_embeddings = original
 
 
 def _complete_window(config: Any, fields: _Fields) -> None:

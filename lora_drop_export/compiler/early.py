@@ -23,6 +23,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
+from lora_drop_export.decoder.context import window_within
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import block_formats
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
@@ -63,7 +64,8 @@ def windows_of_config(config: Any) -> tuple[int, ...] | None:
     layers, size = getattr(config, "num_hidden_layers", None), getattr(config, "sliding_window", None)
     if type(layers) is not int or layers < 1:
         return None
-    size = size if type(size) is int and getattr(config, "use_sliding_window", None) is not False else 0
+    used = type(size) is int and getattr(config, "use_sliding_window", None) is not False
+    size = window_within(config, size) if used else 0
     types = getattr(config, "layer_types", None)
     if isinstance(types, list | tuple) and len(types) == layers:
         return tuple(size if kind == "sliding_attention" else 0 for kind in types)

@@ -35,6 +35,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.console import Console
+from lora_drop_export.decoder.context import context_length
 from lora_drop_export.decoder.trace import TracedModel, trace
 from lora_drop_export.graphs.early_rows import with_rows_chosen_early
 from lora_drop_export.graphs.lora import lora_step_from_refresh
@@ -50,7 +51,6 @@ from .early import check_before_trace, check_kept, check_names, warn_of_layers, 
 from .facts import (
     activations_dtype,
     chosen_formats,
-    context_length,
     make_limits,
     make_plan,
     model_facts,

@@ -29,6 +29,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
+from lora_drop_export.decoder.context import context_length
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.graphs.refresh import half_parameters
@@ -186,21 +187,6 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     )
     _check_plan(options, plan, hidden_size)
     return plan
-
-
-def context_length(config: Any) -> int:
-    """Tokens that the model can see, as its config says."""
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        length = getattr(config, name, None)
-        if length:
-            if type(length) is not int or length < 2:
-                raise InputError(
-                    "The model's config does not say how long its context is.",
-                    note=f"{name} is {length!r:.80}; needed is a whole number of tokens, 2 at least.",
-                    hint="Check config.json.",
-                )
-            return length
-    return 2048
 
 
 def make_limits(config: Any, options: BuildOptions) -> Limits:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .context import window_within
 from .refusals import unsupported
 
 DOMAIN = "lora_drop"  # of the nodes that a trace makes
@@ -64,7 +65,8 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
             if present:
                 raise unsupported(feature, getattr(module, "config", None))
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
-        call = AttentionCall(module, query, key, value, scale, int(sliding_window or 0), float(softcap or 0.0))
+        window = window_within(module.config, sliding_window)
+        call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0))
         return attend(call), None
 
     AttentionInterface.register(name, attention)

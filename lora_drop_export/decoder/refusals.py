@@ -8,7 +8,6 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.foreign import refused
 
-_DATA_DEPENDENT_ROPE = ("dynamic", "longrope")
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ALIBI = ("bloom",)  # whose configs do not say so
 _OWN_ATTENTION = ("falcon", "gpt_neo", "mpt")
@@ -27,8 +26,6 @@ def unsupported(feature: str, config: Any) -> ModelError:
 def _features_of_config(config: Any) -> list[tuple[Any, str]]:
     """Whether it has each of the features, and how it is called."""
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    rope_types = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
     types = getattr(text, "layer_types", None) or ()
     other = [t for t in types if "attention" not in t or any(word in t for word in _OTHER_ATTENTION)]
     alibi = getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False)
@@ -38,7 +35,6 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
         (text is not config, "a vision or audio tower (multimodal config)"),
         (alibi or text.model_type in _ALIBI, "ALiBi (position biases on the scores) instead of RoPE"),
         (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
-        (rope_types & set(_DATA_DEPENDENT_ROPE), "RoPE frequencies that depend on the sequence length"),
         (getattr(text, "num_kv_shared_layers", 0), "layers that take the K and V of others"),
         (other, f"layers of type {other[0] if other else ''}"),
     ]

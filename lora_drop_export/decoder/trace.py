@@ -123,6 +123,23 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     return output
 
 
+@contextlib.contextmanager
+def _frequencies_kept(model: Any) -> Iterator[None]:
+    """Let RoPE keep the frequencies that its module is made with.
+
+    `longrope` and `dynamic` change theirs with the longest position of a call, behind what `context_length` says.
+    """
+    rotaries = [module for module in model.modules() if isinstance(getattr(module, "rope_type", None), str | dict)]
+    kinds = [module.rope_type for module in rotaries]  # one for all layers, or one for each type of them
+    for module, kind in zip(rotaries, kinds, strict=True):
+        module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+    try:
+        yield
+    finally:
+        for module, kind in zip(rotaries, kinds, strict=True):
+            module.rope_type = kind
+
+
 def _step_module(model: Any, layers: Any) -> Any:
     """A module whose forward is one step; marks the residual stream and gathers the rows that want logits."""
     import torch
@@ -262,7 +279,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     shared = any(name.startswith(f"{prefix}.") for names in tied.items() for name in names)
     attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
     kinds = [] if shared else alike(layers, seen, attentions, prefix, buffers)
-    with fake, stand_ins(layers, kinds, seen) as wrapper.unmarked:
+    with fake, _frequencies_kept(model), stand_ins(layers, kinds, seen) as wrapper.unmarked:
         program = _export(wrapper)
     bind_initializers(program.model, buffers, stored)
     program.optimize()
@@ -294,7 +311,8 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         layers = decoder_layers(model)
         refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)
-        calls, seen = _dry_run(wrapper, layers)
+        with _frequencies_kept(model):
+            calls, seen = _dry_run(wrapper, layers)
         tied = tied_names(model)
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
     with _quiet():

@@ -14,7 +14,8 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 import lora_drop_export.cli
 from lora_drop_export.compiler.early import windows_of_config
-from tests.support.bundles import family, save_adapters, traced_model
+from lora_drop_export.decoder.context import context_length
+from tests.support.bundles import family, more_family, save_adapters, traced_model
 from tests.support.models import SIZES, build
 
 QUANTIZED = Path(__file__).parents[1] / "export" / "checkpoint" / "quantized"
@@ -175,19 +176,27 @@ def test_weights_that_cannot_be_linked_across_file_systems(export_refused, tmp_p
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize(
-    ("config", "arguments", "words"),
-    [
-        ({"layer_types": ["full_attention", "sliding_attention"] * 4, "sliding_window": 5}, "--drop-layers 4,5",
-         ("Layer 5", "sliding window")),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "", ("RoPE",)),
-    ],
-)  # fmt: skip
-def test_features_that_the_config_tells(export_refused, place, tmp_path, config, arguments, words):
-    model = changed_model(place, tmp_path / "model", **config)
-    if "layer_types" in config:
-        model = changed_model(place, tmp_path / "qwen", model_type="qwen2", **config, use_sliding_window=True)
-    export_refused(*arguments.split(), model=model, words=words)
+def test_windowed_layers_that_the_config_tells(export_refused, place, tmp_path):
+    config = {"layer_types": ["full_attention", "sliding_attention"] * 4, "sliding_window": 5}
+    model = changed_model(place, tmp_path / "qwen", model_type="qwen2", **config, use_sliding_window=True)
+    export_refused("--drop-layers", "4,5", model=model, words=("Layer 5", "sliding window"))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_texts_longer_than_longropes_short_factors(export_refused, place, tmp_path):
+    """Behind them its frequencies are others for all positions."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    rope["original_max_position_embeddings"] = 64
+    model = changed_model(place, tmp_path / "model", rope_parameters=rope)
+    words = ("--max-seq-len is too large", "It is 65, the model's context is 64")
+    export_refused("--max-seq-len", "65", model=model, words=words)
+
+
+def test_a_window_as_wide_as_the_context_is_none():
+    """As in Phi-3.5 and Phi-4-mini: their layers can be dropped under `skip`."""
+    source = more_family("phi3_longrope")
+    assert source.checkpoint.config.sliding_window == context_length(source.checkpoint.config) == 128
+    assert windows_of_config(source.checkpoint.config) == source.traced.windows == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2", "mistral", "phi3"])

@@ -211,7 +211,6 @@ NAMED = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hid
 def _unsupported() -> dict[str, tuple[Any, str]]:
     """A config and the words that name what is in the way."""
     t = transformers
-    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     no_kv_heads = {k: v for k, v in TINY.items() if k != "num_key_value_heads"}
     return {
         "mixtral": (t.MixtralConfig(**TINY, num_local_experts=4), "an MoE router"),
@@ -225,7 +224,6 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
         "mamba": (t.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4), "type linear_attention"),
         "qwen3_next": (t.Qwen3NextConfig(**TINY, num_experts=0), "type linear_attention"),
         "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
-        "dynamic_rope": (t.LlamaConfig(**TINY, rope_parameters=dynamic), "RoPE frequencies that depend on"),
         "llava": (t.LlavaConfig(text_config=t.LlamaConfig(**TINY)), "a vision or audio tower"),
         "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "ALiBi"),
         "mpt": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4), "ALiBi"),

@@ -188,6 +188,19 @@ def stablelm_parallel() -> transformers.PreTrainedModel:
     return build(transformers.StableLmForCausalLM, transformers.StableLmConfig, seed=42, **options)
 
 
+def phi3_longrope() -> transformers.PreTrainedModel:
+    """Phi-3.5 and Phi-4-mini: frequencies by long factors behind 128 tokens; windows as wide as the context."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0}
+    rope |= {f"{name}_factor": [start + 0.2 * n for n in range(8)] for name, start in (("short", 1.0), ("long", 3.0))}
+    options = FEW | {"original_max_position_embeddings": 128, "sliding_window": 128, "rope_parameters": rope}
+    return build(transformers.Phi3ForCausalLM, transformers.Phi3Config, seed=50, **options)
+
+
+def llama_dynamic_rope() -> transformers.PreTrainedModel:
+    """Frequencies that change behind the context."""
+    return llama(seed=51, **FEW, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
+
+
 def exaone() -> transformers.PreTrainedModel:
     """A Llama whose checkpoint has names of its own, which transformers changes on loading."""
     return build(transformers.LlamaForCausalLM, transformers.ExaoneConfig, seed=43, **FEW)
@@ -226,5 +239,15 @@ def gemma3(**options: Any) -> transformers.PreTrainedModel:
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
 MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder
-    for builder in (apertus, stablelm_parallel, exaone, gptj, codegen, deepseek_v3_dense, modernbert_decoder)
+    for builder in (
+        apertus,
+        stablelm_parallel,
+        phi3_longrope,
+        llama_dynamic_rope,
+        exaone,
+        gptj,
+        codegen,
+        deepseek_v3_dense,
+        modernbert_decoder,
+    )
 }

@@ -14,6 +14,7 @@ import transformers
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.decoder.context import context_length
 
 HEADS, SIZE, THETA = 2, 64, 500000.0
 said: list[str] = []  # of the file that was opened last
@@ -151,6 +152,29 @@ def test_llama3_by_the_factors_themselves(tmp_path):
     np.testing.assert_allclose(found.numpy(), plain / factors, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [None, 1.25])
+def test_longrope_is_that_of_the_model(scale, tmp_path):
+    """Phi-4-mini's: three quarters of each head, short factors up to the original context."""
+    factors = {name: np.linspace(1, last, 24).astype(np.float32) for name, last in (("short", 1.5), ("long", 40))}
+    rope = {"rope_type": "longrope", "rope_theta": THETA, "partial_rotary_factor": 0.75}
+    rope |= {f"{name}_factor": values.tolist() for name, values in factors.items()}
+    rope |= {} if scale is None else {"attention_factor": scale}
+    wanted = transformers.Phi3Config(
+        hidden_size=HEADS * SIZE,
+        num_attention_heads=HEADS,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=8192,
+        rope_parameters=rope,
+    )
+    tensors = {f"rope_factors_{name}.weight": values for name, values in factors.items()}
+    fields: dict[str, Any] = {"rope__scaling__original_context_length": 8192, "rope__dimension_count": 48}
+    fields |= {} if scale is None else {"rope__scaling__attn_factor": scale}
+    config = opened(tmp_path, "phi3", tensors, **fields)
+    for found, expected in zip(rotary(config), rotary(wanted), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+    assert context_length(config) == context_length(wanted) == 8192
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gemma2", "starcoder2", "stablelm"])
 def test_the_base_of_the_frequencies(arch, tmp_path):
     """Which transformers' table has for some architectures alone."""
@@ -230,7 +254,7 @@ def test_what_the_model_has_no_place_for_is_said(tmp_path):
     ("arch", "fields", "tensors", "words"),
     [
         ("llama", {"rope__scaling__type": "longrope"}, {}, "RoPE scaling of kind longrope"),
-        ("phi3", {}, {"rope_factors_long.weight": np.ones(32)}, "depend on the sequence length"),
+        ("phi3", {}, {"rope_factors_long.weight": np.ones(32)}, "LongRoPE without its factors"),
         ("llama", {}, {"rope_freqs.weight": np.linspace(1, 9, 32)}, "RoPE frequencies of its own"),
         ("llama", {}, {"rope_freqs.weight": llama3_factors(8.0, original=4096)}, "RoPE frequencies of its own"),
         ("llama", {}, {"rope_freqs.weight": np.full(16, 2.0)}, "RoPE frequencies of its own"),

@@ -1,0 +1,44 @@
+"""How far a model sees, as its config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_drop_runtime.errors import InputError
+
+_SIZES = ("max_position_embeddings", "n_positions", "max_sequence_length")
+_ORIGINAL = "original_max_position_embeddings"
+_UNKNOWN = 2048
+
+
+def _longrope_context(config: Any) -> Any:
+    """Tokens up to which LongRoPE has its short factors; None for a model without it."""
+    rope = getattr(config, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    ropes = [one for one in (rope, *rope.values()) if isinstance(one, dict)]  # of all layers, or of each type of them
+    return next((one.get(_ORIGINAL) for one in ropes if one.get("rope_type") == "longrope"), None)
+
+
+def context_length(config: Any) -> int:
+    """Tokens that the model can see; with LongRoPE those up to which its frequencies are the same for all texts.
+
+    Raises:
+        InputError: the config says none that can be.
+    """
+    said = {_ORIGINAL: _longrope_context(config)}
+    said |= {name: getattr(config, name, None) for name in _SIZES}
+    for name, length in said.items():
+        if length:
+            if type(length) is not int or length < 2:
+                raise InputError(
+                    "The model's config does not say how long its context is.",
+                    note=f"{name} is {length!r:.80}; needed is a whole number of tokens, 2 at least.",
+                    hint="Check config.json.",
+                )
+            return length
+    return _UNKNOWN
+
+
+def window_within(config: Any, size: int | None) -> int:
+    """A sliding window in positions; 0 for none, and for one as wide as the context, which hides nothing."""
+    return size if size and size < context_length(config) else 0
