@@ -29,6 +29,7 @@ from .gguf_config import complete_config
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
+from .text_part import SEEING, own_names, text_config
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 # Of a fast tokenizer; of older ones, some of which have no file named so
@@ -315,4 +316,12 @@ def open_checkpoint(
         log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
         if rounded_activations(quantization):
             log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
-    return Checkpoint(name, directory, config, tensors, renamed_tensors(tensors, config), trust_remote_code)
+    renamed = own_names(tensors)
+    if config.model_type in SEEING:
+        log(f"note: the model sees, too; its text decoder alone is taken ({config.model_type})")
+        config = text_config(config)
+        own = {*renamed.values(), "lm_head.weight"}
+        tensors = {stored: ref for stored, ref in tensors.items() if stored in own}
+        _check_layer_count(config, len(tensors))
+    renamed |= renamed_tensors(tensors, config)
+    return Checkpoint(name, directory, config, tensors, renamed, trust_remote_code)

@@ -224,7 +224,7 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
         "mamba": (t.MambaConfig(vocab_size=131, hidden_size=64, num_hidden_layers=4), "type linear_attention"),
         "qwen3_next": (t.Qwen3NextConfig(**TINY, num_experts=0), "type linear_attention"),
         "recurrent_gemma": (t.RecurrentGemmaConfig(**no_kv_heads), "type linear_attention"),
-        "llava": (t.LlavaConfig(text_config=t.LlamaConfig(**TINY)), "a vision or audio tower"),
+        "aya_vision": (t.AyaVisionConfig(text_config=t.Cohere2Config(**TINY)), "a vision or audio tower"),
         "bloom": (t.BloomConfig(vocab_size=131, hidden_size=64, n_layer=4, n_head=4), "ALiBi"),
         "mpt": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4), "ALiBi"),
         "mpt_without_alibi": (t.MptConfig(vocab_size=131, d_model=64, n_layers=4, n_heads=4,
@@ -252,6 +252,13 @@ def test_unsupported_feature(export_refused, tmp_path, name):
     tensors = {f"weight{i}": np.zeros(4, np.float32) for i in range(40)}  # as many as it has layers, at least
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     export_refused(model=tmp_path / "model", words=(feature, config.model_type))
+
+
+def test_a_model_that_sees_without_the_tensors_of_its_text(export_refused, tmp_path):
+    transformers.LlavaConfig(text_config=transformers.LlamaConfig(**TINY)).save_pretrained(tmp_path / "model")
+    tensors = {f"vision_tower.{i}": np.zeros(4, np.float32) for i in range(40)}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    export_refused(model=tmp_path / "model", words=("does not hold the model", "there are 0 tensors"))
 
 
 @pytest.fixture(scope="module", params=["GPTNeoX", "Cohere"])
