@@ -127,3 +127,13 @@ def test_bundles_of_different_policies_are_not_benched_under_the_first_one(tmp_p
     assert refused.value.note == "skip has skip, backfill has backfill."
     _check_alike(bundles, BenchSettings(policy="skip"))
     _check_alike({"skip": bundles["skip"]}, BenchSettings())
+
+
+def test_bundles_of_different_targets_are_not_benched_under_the_name_of_the_first_one(tmp_path: Path) -> None:
+    """Which would also hold the steps of all against the bandwidth of its machine."""
+    targets = {"one": ("ort",), "other": ("openvino", "ort")}
+    bundles = {name: make_bundle("llama", tmp_path / name, targets=own) for name, own in targets.items()}
+    with pytest.raises(InputError, match="different targets") as refused:
+        _check_alike(bundles, BenchSettings())
+    assert refused.value.note == "one runs on ort, other runs on openvino."
+    _check_alike(bundles, BenchSettings(target="ort"))

@@ -230,9 +230,16 @@ def _windows(
 
 
 def _check_alike(bundles: Mapping[str, Bundle], settings: BenchSettings) -> None:
-    """Refuse what cannot run all bundles, and policies of theirs of which none was chosen."""
+    """Refuse what cannot run all bundles, and targets and policies of theirs of which none was chosen."""
     for bundle in bundles.values():
         check_session(bundle, settings.target, settings.provider, settings.threads, [settings.policy])
+    targets = {name: bundle.target(settings.target)[0] for name, bundle in bundles.items()}
+    if len(set(targets.values())) > 1:
+        raise InputError(
+            "The bundles would run on different targets.",
+            note=f"{', '.join(f'{name} runs on {target}' for name, target in targets.items())}.",
+            hint="Choose one that all have with --target.",
+        )
     policies = {name: bundle.manifest.plan.policy for name, bundle in bundles.items()}
     if settings.policy is None and len(set(policies.values())) > 1:
         raise InputError(
