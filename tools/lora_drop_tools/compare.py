@@ -47,6 +47,12 @@ class CompareSettings:
             refuse_unused(self, ("policy",), "with --k 0 every step is a refresh", "use a larger --k")
 
 
+def _as_json(result: Verification) -> str:
+    """What --json writes. JSON has no NaN and no infinity: a figure that is one of them is null."""
+    data = json.loads(json.dumps(dataclasses.asdict(result)), parse_constant=lambda _: None)
+    return json.dumps(data, indent=1) + "\n"
+
+
 def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
     """Compare every step of a teacher-forced run with eager PyTorch and print a table.
 
@@ -74,7 +80,7 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
         policy=settings.policy,
     )
     if settings.json_file is not None:  # first: who reads the table may have gone
-        write_json(settings.json_file, json.dumps(dataclasses.asdict(result), indent=1) + "\n", _KEYS)
+        write_json(settings.json_file, _as_json(result), _KEYS)
     print_table(result, console)
     if not result.passed:
         raise failure(result)

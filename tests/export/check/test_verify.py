@@ -208,6 +208,20 @@ def test_compare_command(good, tmp_path, capsys):
     assert "error: The bundle on ort disagrees with PyTorch." in capsys.readouterr().err
 
 
+def test_figures_that_are_no_numbers_are_json(good, tmp_path):
+    """Which knows no NaN: parsers other than Python's refuse the file."""
+    root = shutil.copytree(good.root, tmp_path / "b")
+    weights = root / "weights" / "model.safetensors"
+    ref = read_tensors(weights)["model.layers.2.mlp.down_proj.weight"]
+    data = bytearray(weights.read_bytes())
+    np.frombuffer(data, np.float32, 1, ref.offset_bytes)[:] = np.nan
+    weights.write_bytes(data)
+    assert main(["compare", str(root), "--k", "1", "--json", str(tmp_path / "r.json"), "--threads", "1"]) == 2
+    text = (tmp_path / "r.json").read_text()
+    steps = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["steps"]
+    assert {(step["max_abs_error"], step["cosine"], step["passed"]) for step in steps} == {(None, None, False)}
+
+
 def test_near_ties_are_named():
     """Two best logits closer than the error: no failure, but counted; further apart: a failure."""
     tolerance = TOLERANCES["float32"]
