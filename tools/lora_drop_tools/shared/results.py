@@ -153,7 +153,11 @@ def write_json(path: Path, text: str, keys: Collection[str]) -> None:
 
 
 def figure_bytes(figure: Figure) -> bytes:
-    """A figure as PNG that says who drew it."""
+    """A figure as PNG that says who drew it. Names in it are drawn as they are: two $ make no formula."""
+    legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
+    named = [axes.title for axes in figure.axes] + [text for legend in legends for text in legend.get_texts()]
+    for text in [*figure.texts, *named]:
+        text.set_parse_math(False)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": _SOFTWARE})
     return data.getvalue()
