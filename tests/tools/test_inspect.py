@@ -151,6 +151,14 @@ def test_verification_is_printed_as_it_went(copied: Path) -> None:
     assert "passed" not in text
 
 
+def test_drafts_that_are_looked_up_take_no_lora_steps(tmp_path: Path) -> None:
+    """A refresh that accepts all k of them makes k + 1 tokens for the bytes of one and, hardly, of theirs."""
+    text = described(make_bundle("llama", tmp_path / "none", drop_ratio=0.0, policy="lossless").root)
+    prompt, _, _, lora_step, ceiling, by_macs, *_ = row(text, "      64 ").split()
+    assert (prompt, lora_step, ceiling, by_macs) == ("64", "–", "4.00×", "–")
+    assert "Eq. 10: –; Eq. 16" in text
+
+
 def test_other_plans(tmp_path: Path) -> None:
     source = family("llama")
     root = make_bundle("llama", tmp_path / "none", drop_ratio=0.0, k=0).root

@@ -91,6 +91,7 @@ def _kv_savings(manifest: Manifest) -> str:
 
 def _predictions(manifest: Manifest) -> list[str]:
     k, policy = manifest.plan.k, manifest.plan.refresh_policy
+    looks_up = costs.looks_up(manifest, policy)
     half = min(manifest.limits.max_seq_len // 2, manifest.limits.max_prompt_len)
     lines = [
         f"predicted at batch 1 for k = {k} (prompt, then as many new tokens"
@@ -100,18 +101,19 @@ def _predictions(manifest: Manifest) -> list[str]:
     for prompt in sorted({min(128, half), half}):
         kept, dropped = costs.kv_entries(prompt, prompt, k, policy)
         refresh, lora = costs.step_bytes(manifest, kept, dropped)
+        lora_step = "–" if looks_up else f"{lora / MIB:.1f} MiB"
+        by_macs = "–" if looks_up else f"{costs.macs_speedup(manifest, kept, k):.2f}×"
         base, ours = costs.kv_base_bytes(manifest, kept), sum(costs.kv_bytes(manifest, prompt, prompt, k, policy))
         lines.append(
-            f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora / MIB:7.1f} MiB   "
+            f"  {prompt:>6}   {refresh / MIB:7.1f} MiB {lora_step:>11}   "
             f"{costs.speedup_ceiling(manifest, prompt, prompt, k, policy):5.2f}×   "
-            f"{costs.macs_speedup(manifest, kept, k):5.2f}×  "
+            f"{by_macs:>6}  "
             f"{base / MIB:6.1f} → {ours / MIB:.1f} MiB ({1 - ours / base:.1%} saved)"
         )
     p95 = "a refresh" if costs.quantile_is_refresh(k, 0.95) else "a LoRA step"
-    spared = costs.most_macs_share(manifest)
+    most = f"at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {costs.most_macs_share(manifest):.3f}"
     lines += [
-        f"  Eq. 10: at most {costs.asymptotic_speedup(manifest, k):.3f}× with ρ_eff {spared:.3f}; "
-        f"Eq. 16, K/V of generated tokens saved: {_kv_savings(manifest)}",
+        f"  Eq. 10: {'–' if looks_up else most}; Eq. 16, K/V of generated tokens saved: {_kv_savings(manifest)}",
         f"  Eq. 11: one token in {k + 1} takes a refresh, so the p95 latency is that of {p95}",
     ]
     return lines

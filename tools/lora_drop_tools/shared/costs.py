@@ -128,6 +128,11 @@ def quantile_is_refresh(k: int, quantile: float) -> bool:
     return slow_share(k) + quantile > 1  # 1 − 0.9 is less than 0.1 in floats, 0.1 + 0.9 is 1
 
 
+def looks_up(manifest: Manifest, policy: Policy) -> bool:
+    """Whether drafts come from the text, since no layer is dropped: then no step is a LoRA step."""
+    return policy.verifies and not manifest.plan.sites
+
+
 def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
     """Entries of a kept and of a dropped attention after `steps` decode steps: `T + m` and `T + ⌊m/(k+1)⌋ · e`.
 
@@ -279,8 +284,11 @@ def verified_bytes(manifest: Manifest, prompt: int, cycles: Sequence[Cycle]) -> 
 
 
 def speedup_ceiling(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> float:
-    """docs/algorithm.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop."""
+    """docs/algorithm.md's byte-weighted ceiling at the end of a request, full schedule over LoRA-Drop.
+
+    Drafts that are looked up in the text take no LoRA step.
+    """
     kept, dropped = kv_entries(prompt, steps, k, policy)
     full, _ = step_bytes(manifest, kept, kept)
     refresh, lora = step_bytes(manifest, kept, dropped)
-    return (k + 1) * full / (refresh + k * lora)
+    return (k + 1) * full / (refresh + k * lora * (not looks_up(manifest, policy)))
