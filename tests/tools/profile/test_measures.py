@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from lora_drop_runtime.errors import InputError
 from lora_drop_tools.profile.measures import DELTAS, LEADING, SiteFigures, site_figures
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from transformers import PreTrainedModel
 
 from tests.support.models import FAMILIES
-from tests.support.profiles import TOLERANCE, K, random_windows
+from tests.support.profiles import TOLERANCE, WINDOW, K, random_windows
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -78,3 +79,11 @@ def test_figures_by_hand(name: str) -> None:
         expected = dataclasses.asdict(by_hand(FAMILIES[name](), windows, int(layer), K))
         for field, value in dataclasses.asdict(found).items():
             assert value == pytest.approx(expected[field], rel=TOLERANCE, abs=1e-5), (layer, field)
+
+
+def test_a_text_of_one_token_is_refused() -> None:
+    """In bfloat16, where its outputs are the same to the bit; a distance over their spread would be of nothing."""
+    forcing = TeacherForcing(FAMILIES["llama"]().to(torch.bfloat16))
+    with pytest.raises(InputError, match="the same for all tokens") as refused:
+        site_figures(forcing, torch.full((2, WINDOW), 7), K, lambda: None)
+    assert "Those of 0 do not differ" in refused.value.note

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.sites import ATTENTION, MLP
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base
 
@@ -54,9 +55,15 @@ def _window_means(x: Any, y: Any, k: int) -> Any:
     return torch.stack([*means, centred.norm(dim=-1).mean(), y.norm(dim=-1).mean()]).double()
 
 
-def _figures(means: list[float]) -> SiteFigures:
+def _figures(site: str, means: list[float]) -> SiteFigures:
     count = len(DELTAS)
     cosine, residual, recurrent, anchor, spread, norm = means[2 * count :]
+    if not spread:
+        raise InputError(
+            "The outputs of a layer are the same for all tokens.",
+            note=f"Those of {site} do not differ from their mean in any window, so nothing can be held against it.",
+            hint="Give --text of different tokens; if it is, look at the weights of the checkpoint.",
+        )
     of_base = {Base.INPUT: residual, Base.PREVIOUS: recurrent, Base.ANCHOR: anchor}
     distances = {name: of_base[form.base] for name, form in SURROGATES.items() if not form.with_change}
     return SiteFigures(
@@ -71,7 +78,11 @@ def _figures(means: list[float]) -> SiteFigures:
 def site_figures(
     forcing: TeacherForcing, windows: Any, k: int, tick: Tick, halves: bool = False
 ) -> dict[str, SiteFigures]:
-    """Figures of every layer, or half, over windows of token ids [N, T]; `tick` is called after each window."""
+    """Figures of every layer, or half, over windows of token ids [N, T]; `tick` is called after each window.
+
+    Raises:
+        InputError: a layer's outputs are all the same.
+    """
     import torch
 
     sums: dict[str, Any] = {}
@@ -90,4 +101,4 @@ def site_figures(
                     sums[site] = sums.get(site, 0.0) + means
                 hidden = layer.output
             tick()
-    return {site: _figures((means / len(windows)).tolist()) for site, means in sums.items()}
+    return {site: _figures(site, (means / len(windows)).tolist()) for site, means in sums.items()}
