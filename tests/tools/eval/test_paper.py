@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,14 @@ def test_figures_of_directories_of_one_name(bundle: Path, tmp_path: Path) -> Non
     names = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert len(names) == 2
     assert all(name.startswith("paper_fig3_") and name.endswith(("a-tiny.png", "b-tiny.png")) for name in names)
+
+
+def test_figures_of_names_that_differ_in_signs(bundle: Path, tmp_path: Path) -> None:
+    """Which a file's name does not have: the second figure does not replace the first."""
+    both = [str(shutil.copytree(bundle, tmp_path / name)) for name in ("rho=0.5", "rho 0.5")]
+    assert main(["eval", *both, "--paper", "fig3", "--plots", str(tmp_path / "plots")]) == 0
+    names = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert names == ["paper_fig3_rho-0.5.png", "paper_fig3_rho-0.5_.png"]
 
 
 def test_tasks_and_windows_of_a_table() -> None:

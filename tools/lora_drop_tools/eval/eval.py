@@ -43,7 +43,7 @@ from lora_drop_tools.shared.results import check_results, write_json
 
 from .intervals import Sums
 from .methods import method_of
-from .paper import FIGURE, PAPER, described, draw_kv, kv_lines, latencies
+from .paper import FIGURE, PAPER, described, draw_kv, figure_files, kv_lines, latencies
 from .plots import FIGURES, write_plots
 from .report import describe
 from .requests import checked, read_speedups, text_request, text_windows
@@ -368,8 +368,8 @@ def reproduce(bundles: Sequence[str | Path], settings: EvalSettings, *, out: Tex
         return
     check_results(None, KEYS, settings.plots, (f"{FIGURE}_*.png",))
     lines = [PAPER["fig3"].title]
-    for name, bundle in opened.items():
+    for (name, bundle), file in zip(opened.items(), figure_files(list(opened)), strict=True):
         lines += ["", *kv_lines(name, bundle.manifest)]
         if settings.plots is not None:
-            draw_kv(name, bundle.manifest, settings.plots)
+            draw_kv(name, bundle.manifest, settings.plots / file)
     print("\n".join(lines), file=out or sys.stdout)

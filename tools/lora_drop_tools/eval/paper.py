@@ -260,7 +260,18 @@ def kv_lines(name: str, manifest: Manifest) -> list[str]:
     ]
 
 
-def draw_kv(name: str, manifest: Manifest, directory: Path) -> Path:
+def figure_files(names: Sequence[str]) -> list[str]:
+    """A file for each bundle's Fig. 3; names have parts of a path where two directories are alike, and any signs."""
+    flat = list[str]()
+    for name in names:
+        own = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+        while own in flat:
+            own += "_"
+        flat.append(own)
+    return [f"{FIGURE}_{own}.png" for own in flat]
+
+
+def draw_kv(name: str, manifest: Manifest, path: Path) -> Path:
     """Fig. 3: the saving over ρ and over k, and the bytes over ρ and over tokens."""
     from matplotlib.figure import Figure as Canvas
 
@@ -292,5 +303,4 @@ def draw_kv(name: str, manifest: Manifest, directory: Path) -> Path:
     figure.suptitle(
         f"{name}: {shape.layers} layers, {shape.always_on} always on, one row, policy skip", fontsize="medium"
     )
-    flat = re.sub(r"[^\w.-]+", "-", name).strip("-.")  # a name has parts of a path where two directories are alike
-    return save_figure(figure, directory / f"{FIGURE}_{flat}.png")
+    return save_figure(figure, path)
