@@ -71,6 +71,17 @@ def test_table_1() -> None:
     assert [cell.strip() for cell in theirs[-3:]] == ["1.20×", "1.34–1.42×", "not at hand"]
 
 
+def test_the_papers_numbers_stand_beside_its_own_method_and_window() -> None:
+    """Table I's are of k = 3; what the paper says of LoRA-Drop it does not say of plain skipping."""
+    skipping = row(3, 0.4, 1.2, method="Unified Layer Skipping")
+    for k, theirs in ((1, "–"), (3, "1.68–1.73×"), (5, "–")):
+        own = lines("table1", row(0, 0.5), row(k, 0.45, 1.3))[2]
+        assert [cell.strip() for cell in own[-3:]] == ["1.30×", theirs, "not at hand"]
+    _, full, plain, *_ = lines("table3", row(0, 0.5, method="Unified Layer Skipping"), skipping)
+    assert [cell.strip() for cell in full[-2:]] == ["64.6 / 66.4 / 67.7", "1.00 / 1.00 / 1.00"]
+    assert [cell.strip() for cell in plain[-2:]] == ["–", "–"]
+
+
 def test_table_3() -> None:
     """A plan takes the paper's numbers of the ρ and k that are its own, and no others."""
     rows = (row(0, 0.5), row(2, 0.5, 1.1), row(3, 0.5, None, rho=0.46), row(4, 0.5), row(3, 0.5, rho=0.6))

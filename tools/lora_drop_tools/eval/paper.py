@@ -77,7 +77,7 @@ _TABLE_3: Mapping[tuple[float, int], tuple[tuple[float, ...], tuple[float, ...]]
     (0.75, 3): ((62.8, 64.7, 65.3), (2.35, 2.42, 2.20)),
     (0.75, 5): ((62.1, 63.9, 64.1), (2.45, 2.50, 2.45)),
 }
-# Table I: speed-ups over the models, by method and ρ
+# Table I, k = 3: speed-ups over the models, by method and ρ
 _TABLE_1_SPEEDUP: Mapping[tuple[str, float], str] = {
     (LORA_DROP, 0.25): "1.34–1.39×",
     (LORA_DROP, 0.5): "1.68–1.73×",
@@ -120,8 +120,8 @@ def _by_task(result: EvalResult, speedups: bool) -> list[str]:
     headings = [*_NAMES, *names, "average", *(("speed-up", "paper's speed-up") if speedups else ()), "paper's accuracy"]
     lines = []
     for row in result.rows:
-        ratio = _paper_ratio(row.rho)
-        theirs = _TABLE_1_METHODS.get(row.method) or _TABLE_1_SPEEDUP.get((row.method, ratio or 0), MISSING)
+        ours = _TABLE_1_SPEEDUP.get((row.method, _paper_ratio(row.rho) or 0), MISSING) if row.k == 3 else MISSING
+        theirs = _TABLE_1_METHODS.get(row.method) or ours
         speed = (_speedup(row), theirs if row.k else "1.00×") if speedups else ()
         lines.append(
             (
@@ -139,7 +139,7 @@ def _table_3(result: EvalResult) -> list[str]:
     headings = (*_NAMES, "average", "speed-up", "paper's average", "paper's speed-up")
     lines = []
     for row in result.rows:
-        ratio = _paper_ratio(row.rho) if row.k else 0
+        ratio = 0 if not row.k else _paper_ratio(row.rho) if row.method == LORA_DROP else None
         theirs = None if ratio is None else _TABLE_3.get((ratio, row.k))
         paper = (_slashed(theirs[0], 1), _slashed(theirs[1], 2)) if theirs else (MISSING, MISSING)
         lines.append((*_names(row), with_half(row.average, 100, 1), _speedup(row), *paper))
