@@ -23,6 +23,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_tools.bench.arms import SessionOptions
 from lora_drop_tools.bench.bench import bench
 from lora_drop_tools.bench.memory import measure_memory
+from lora_drop_tools.bench.plots import _draw_kv_saving
 from lora_drop_tools.bench.result import Request
 from lora_drop_tools.bench.settings import BenchSettings
 from lora_drop_tools.cli import main
@@ -198,6 +199,21 @@ def test_plots(bundles: list[Path], tmp_path: Path, scripted: Callable[..., None
     files = sorted(path.name for path in (tmp_path / "p").iterdir())
     assert files == [f"{name}_context8_batch1.png" for name in ("kv_saving", "latency", "speedup")]
     assert all((tmp_path / "p" / name).read_bytes().startswith(b"\x89PNG") for name in files)
+
+
+@pytest.mark.parametrize(("policy", "saving"), [("skip", 0.25 * 0.75), ("backfill", 0)])
+def test_the_line_of_equation_16_is_the_policys(
+    policy: str, saving: float, bundles: list[Path], scripted: Callable[..., None]
+) -> None:
+    """Of 2 of 8 layers dropped at k = 3; only `skip` saves K/V."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib, of the extra `bench`, is not installed")
+    scripted({0: 0.0100, 3: 0.0096})
+    settings = BenchSettings(k=(3,), contexts=(8,), new_tokens=12, repeats=2, policy=policy)
+    axes = figure.Figure().add_subplot()
+    _draw_kv_saving(axes, bench(bundles, settings, out=io.StringIO()).rows)
+    (equation,) = [line for line in axes.lines if line.get_label() == "k = 3, Eq. 16"]
+    assert equation.get_xdata()[-1] == 0.25
+    assert equation.get_ydata()[-1] == pytest.approx(100 * saving)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 
 from lora_drop_runtime.plan.schedule import PERIODIC
 
-from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.results import save_figure
 
 from .result import BenchResult, Row
@@ -45,10 +44,9 @@ def _draw_latency(axes: Any, rows: Sequence[Row]) -> None:
 def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
     for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
         colour = f"C{index}"
-        line = [0.0, max(1e-9, *(row.attention_share for row in own))]
-        if isinstance(k, int):  # `auto` saves nothing
-            equation = [100 * share * (1 - costs.slow_share(k)) for share in line]
-            axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
+        most = max(own, key=lambda row: row.attention_share)
+        line, equation = [0.0, most.attention_share], [0.0, 100 * most.kv_saving]
+        axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
         saved = [100 * row.kv_saved for row in own]
         axes.plot([row.attention_share for row in own], saved, "o", color=colour, label=f"k = {k}, measured")
     axes.set_xlabel("share of all layers whose attention is dropped")
