@@ -19,6 +19,7 @@ from the folders that are read as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -137,6 +138,8 @@ class Bundle:
         if not isinstance(path, str | os.PathLike):
             raise wrong_type("The bundle", path, "the path of its directory", 'Use for example "engines/".')
         root = Path(path)
+        with contextlib.suppress(OSError):  # no working directory
+            root = root.absolute()  # it may be another one when files are read later
         manifest_path = root / MANIFEST_NAME
         if not is_file(manifest_path):
             state = f"has no {MANIFEST_NAME}" if is_directory(root) else "is not a directory"
