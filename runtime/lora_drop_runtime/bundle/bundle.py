@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import BY_NAME
-from lora_drop_runtime.errors import BundleError, wrong_type
+from lora_drop_runtime.errors import BundleError, LoraDropError, wrong_type
 from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded
 
 from .graph_files import graph_files
@@ -249,6 +249,24 @@ class Bundle:
         if location not in files:
             files[location] = np.memmap(self.root / location, np.uint8, "r")
         return files[location][offset : offset + size]
+
+    def is_in_place(self) -> bool:
+        """Whether its weights still lie at its place, for who reads them long after it was opened."""
+        path = self.root / MANIFEST_NAME
+        try:
+            there = read_manifest(read_bounded(path, MOST_MANIFEST_BYTES), path)
+        except LoraDropError:
+            return False
+        return there.identity == self.manifest.identity
+
+    def check_in_place(self) -> None:
+        """Raise BundleError where `is_in_place` is false."""
+        if not self.is_in_place():
+            raise BundleError(
+                "The bundle is no longer what was opened.",
+                note=f"{self.root} was moved, removed or exported again since then, or its weights have changed.",
+                hint="Open it again.",
+            )
 
     def check_hashes(self, leave_out: tuple[str, ...] = ()) -> list[str]:
         """Names of the files whose hash is not the recorded one. Reads the whole bundle.

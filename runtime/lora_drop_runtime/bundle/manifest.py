@@ -304,6 +304,11 @@ class Manifest:
     calibration: dict[str, Calibration] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def identity(self) -> object:
+        """What stays when a target is added or something is measured: the model, the plan, and the weights' files."""
+        return self.model, self.plan, {name: file for name, file in self.files.items() if name.startswith("weights/")}
+
     def io(self, kind: StepKind, target: str | None = None) -> GraphIO:
         """The inputs and outputs of a step's graph: the neutral one, or a target's."""
         model, entry = self.model, self.targets.get(target or "")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError
 
-from tests.support.bundles import make_bundle, save_adapters
+from tests.support.bundles import make_bundle, record_again, save_adapters
 
 TARGETS = ("ort", "openvino")
 
@@ -36,3 +42,61 @@ def test_the_working_directory_changes(target: str, made: Path, tmp_path: Path, 
         monkeypatch.chdir(tmp_path)
         session.load_adapters(made / "adapters")
         assert tokens(session) == wanted
+
+
+def other_weights(root: Path) -> None:
+    """Let a bundle be what an export of a model of the same sizes makes."""
+    file = root / "weights" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    half = len(data) // 2 // 4 * 4
+    data[half:] = data[half:][4096:] + data[half:][:4096]  # other values of the same kind
+    file.unlink()  # who has it mapped keeps it
+    file.write_bytes(data)
+    record_again(root)
+
+
+def replaced(root: Path) -> None:
+    """Put such a bundle where another one is."""
+    shutil.copytree(root, root.with_name("new"))
+    other_weights(root.with_name("new"))
+    root.rename(root.with_name("old"))
+    root.with_name("new").rename(root)
+
+
+@pytest.mark.parametrize("change", [replaced, shutil.rmtree])
+@pytest.mark.parametrize("target", TARGETS)
+def test_adapters_for_a_bundle_that_is_gone(target: str, change: Callable[[Path], None], made: Path, tmp_path) -> None:
+    """Its weights are read again with them; those of the one in its place are others."""
+    root = tmp_path / "bundle"
+    shutil.copytree(made / "bundle", root)
+    with Session.open(root, target=target) as session:
+        before = tokens(session)
+        change(root)
+        with pytest.raises(BundleError, match="no longer what was opened"):
+            session.load_adapters(made / "adapters")
+        assert tokens(session) == before
+    if root.exists():
+        with Session.open(root, target=target) as session:
+            assert tokens(session) != before
+
+
+def test_no_second_model_of_a_bundle_that_is_gone(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(made / "bundle", root)
+    with Session.open(root, target="openvino", policy="backfill") as session:
+        before = tokens(session)
+        replaced(root)
+        session.warm_up()
+        assert tokens(session) == before
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_bundle_that_says_more_by_now(target: str, made: Path, tmp_path: Path) -> None:
+    """A target was added, or a schedule calibrated."""
+    root = tmp_path / "bundle"
+    shutil.copytree(made / "bundle", root)
+    with Session.open(root, target=target) as session:
+        manifest = dataclasses.replace(Bundle.open(root).manifest, versions={"numpy": "9"}, targets={})
+        (root / MANIFEST_NAME).write_text(manifest.to_json())
+        session.load_adapters(made / "adapters")
+        assert len(tokens(session)) == 12

@@ -20,7 +20,7 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Calibration, Manifest
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Calibration
 from lora_drop_runtime.bundle.manifest_reader import read_manifest
 from lora_drop_runtime.decoding.schedules import check_adaptive
 from lora_drop_runtime.decoding.session import Session
@@ -166,13 +166,9 @@ def store_calibration(bundle: Bundle, found: dict[str, Calibration]) -> None:
         InputError: it is another bundle by now, another command writes there, or it cannot be written.
     """
 
-    def weights(manifest: Manifest) -> object:
-        return {name: record for name, record in manifest.files.items() if name.startswith("weights/")}
-
     def change(data: bytes) -> bytes:
         now = read_manifest(data, bundle.root / MANIFEST_NAME)
-        was = bundle.manifest
-        if (now.model, now.plan, weights(now)) != (was.model, was.plan, weights(was)):
+        if now.identity != bundle.manifest.identity:
             raise InputError(
                 "The bundle was exported again meanwhile.",
                 note=f"{bundle.root} has other weights or another plan than what was measured.",

@@ -226,9 +226,10 @@ class OpenVinoEngine:
 
     def prepare_for_several(self) -> None:
         """Have a model of their own for calls of several tokens of a row, where a copy of the weights is small: else
-        all kernels are prepared anew whenever such a call comes behind one of one token."""
+        all kernels are prepared anew whenever such a call comes behind one of one token. Not where the bundle has been
+        replaced since: this model would have the weights of another."""
         gains = not self.pads_tokens and not self._settings.exact and self._weight_bytes <= MOST_TWICE
-        if gains and self.wide is None:
+        if gains and self.wide is None and self.bundle.is_in_place():
             settings = replace(self._settings, wide=True)
             self.wide = compiled_model(self.bundle, self.target, settings, self._replaced)
 
@@ -241,6 +242,7 @@ class OpenVinoEngine:
         return Steps(self, several)
 
     def replace_adapters(self, weights: Mapping[str, Array]) -> None:
+        self.bundle.check_in_place()
         replaced = {name: in_dtype(array, self.bundle.manifest.model.dtype) for name, array in weights.items()}
         self.compiled = compiled_model(self.bundle, self.target, self._settings, replaced)
         self._replaced, self.wide = replaced, None

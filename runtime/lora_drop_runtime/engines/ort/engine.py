@@ -177,6 +177,7 @@ class OrtEngine:
 
         The sessions are closed first, since both would hold the weights.
         """
+        self._bundle.check_in_place()
         self._sessions.clear()
         try:
             self._open_all(adapters)
