@@ -69,6 +69,18 @@ def _damaged_file(fact: str, note: str) -> BundleError:
     return BundleError(fact, note=note, hint="Copy the whole bundle again, or export the model again.")
 
 
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            "A file of the bundle cannot be read.",
+            note=f"{file}: {error.strerror}.",
+            hint="Check its permissions; or copy the whole bundle again.",
+        ) from None
+
+
 def _check_name(name: str) -> None:
     """Refuse a file's name that means another place on some system."""
     parts = name.split("/")
@@ -182,7 +194,8 @@ class Bundle:
             BundleError: it has changed, is no graph, or names another file.
         """
         path = self.file(name)
-        data = path.read_bytes()
+        with _reading(path):
+            data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
             raise _damaged_file("A graph of the bundle has changed.", f"{path} does not have the recorded hash.")
         try:
@@ -211,8 +224,10 @@ class Bundle:
         name = self.target(target)[1].weight_table
         if name is None:
             return {}
+        with _reading(self.file(name)):
+            data = self.file(name).read_bytes()
         try:
-            table = typed(Mapping[str, WeightInput], parse_json(self.file(name).read_bytes()), "the table")
+            table = typed(Mapping[str, WeightInput], parse_json(data), "the table")
             for weight, entry in table.items():
                 known = BY_NAME.get(entry.dtype)
                 if known is None or math.prod(entry.shape) * known.bits != 8 * entry.size_bytes:
@@ -228,7 +243,9 @@ class Bundle:
     def mapped_parts(self, weight: WeightInput) -> Iterator[npt.NDArray[np.uint8]]:
         """The bytes of a weight's parts, in order, mapped where they lie."""
         for file, offset, size in weight.parts:
-            yield np.memmap(self.root / file, np.uint8, "r", offset, (size,))
+            with _reading(self.root / file):
+                part = np.memmap(self.root / file, np.uint8, "r", offset, (size,))
+            yield part
 
     def mapped_part(
         self, files: dict[str, npt.NDArray[np.uint8]], reader: str, location: str, offset: int, size: int
@@ -247,7 +264,8 @@ class Bundle:
         if not size:
             return np.zeros(0, np.uint8)
         if location not in files:
-            files[location] = np.memmap(self.root / location, np.uint8, "r")
+            with _reading(self.root / location):
+                files[location] = np.memmap(self.root / location, np.uint8, "r")
         return files[location][offset : offset + size]
 
     def is_in_place(self) -> bool:
@@ -275,7 +293,12 @@ class Bundle:
             leave_out: beginnings of names of files that are not read.
         """
         files = {name: record for name, record in self.manifest.files.items() if not name.startswith(leave_out)}
-        return [name for name, record in files.items() if record_file(self.root / name) != record]
+        changed = []
+        for name, record in files.items():
+            with _reading(self.root / name):
+                if record_file(self.root / name) != record:
+                    changed.append(name)
+        return changed
 
     def check_unchanged(self, leave_out: tuple[str, ...] = ()) -> None:
         """Hash every file, but for those as in `check_hashes`.

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.bundle.bundle import Bundle, WeightInput
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, OrtEntry
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError
 
 from tests.support.bundles import make_bundle, record_again, save_adapters
 
 TARGETS = ("ort", "openvino")
+WEIGHTS = "weights/model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,26 @@ def test_a_bundle_that_says_more_by_now(target: str, made: Path, tmp_path: Path)
         (root / MANIFEST_NAME).write_text(manifest.to_json())
         session.load_adapters(made / "adapters")
         assert len(tokens(session)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("ort/steps.onnx", lambda bundle: bundle.graph("ort/steps.onnx")),
+        ("lora.onnx", Bundle.check_unchanged),
+        (WEIGHTS, lambda bundle: bundle.mapped_part({}, "ort/steps.onnx", WEIGHTS, 0, 8)),
+        (WEIGHTS, lambda bundle: list(bundle.mapped_parts(WeightInput("float32", (2,), ((WEIGHTS, 0, 8),))))),
+        ("refresh.onnx", lambda bundle: bundle.weight_inputs("ort")),
+    ],
+)
+def test_a_file_that_cannot_be_read(name: str, read: Callable[[Bundle], object], made: Path, tmp_path: Path) -> None:
+    """Here since it is gone: root may read files that nobody may."""
+    root = tmp_path / "bundle"
+    shutil.copytree(made / "bundle", root)
+    opened = Bundle.open(root)
+    table = OrtEntry(steps="ort/steps.onnx", weights="refresh.onnx")  # a target's table of weights, here any file
+    bundle = Bundle(root, dataclasses.replace(opened.manifest, targets={"ort": table}))
+    (root / name).unlink()
+    with pytest.raises(BundleError, match="cannot be read") as refused:
+        read(bundle)
+    assert refused.value.note == f"{root / name}: No such file or directory."
