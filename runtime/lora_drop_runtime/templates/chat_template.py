@@ -47,6 +47,7 @@ _METHODS: dict[type[Any], frozenset[str]] = {
 }
 _LEFT_OUT = ("random", "striptags", "urlize", "xmlattr")  # filters: of HTML pages, and slow on texts made for it
 _STEP, _READ, _SLICED, _LOOPED = "_step", "_read", "_sliced", "_looped"  # filters that the parser puts in
+_SCOPES = ("_loop_vars", "_block_vars")  # what Jinja hands on with a call, and takes off before the function runs
 
 
 class _Generation(Extension):
@@ -191,17 +192,18 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", type(__obj).__name__)
+        given = {key: value for key, value in kwargs.items() if key not in _SCOPES}
         kind = next((kind for kind in _METHODS if isinstance(owner, kind)), None)
         if kind is not None and name in _METHODS[kind]:
-            args = budget.pay_for_method(owner, name, args, kwargs)
+            args = budget.pay_for_method(owner, name, args, given)
         elif isinstance(owner, LoopContext):
-            budget.pay_for_text((*args, *kwargs.values()))  # loop.changed compares
+            budget.pay_for_text((*args, *given.values()))  # loop.changed compares
         else:
             of_jinja = type(__obj).__module__.startswith("jinja2.") or type(owner).__module__.startswith("jinja2.")
             known = of_jinja or isinstance(__obj, _Format) or any(__obj is function for function in __self._functions)
             if not known and not isinstance(__obj, Undefined):
                 raise TooMuch(f"it calls {name!r}, which is not offered to templates")
-            args = budget.pay_for_function(args, kwargs)
+            args = budget.pay_for_function(args, given)
         return super().call(__context, __obj, *args, **kwargs)
 
 

@@ -121,6 +121,9 @@ ORDINARY = [
     "{{ nothing|default(7) }}",
     "{{ messages[::-1][0].content }}{{ messages[-1] == messages[3] }}{{ 'b' in messages[3].content }}{{ 5 is odd }}",
     "{% filter upper %}text {{ 1 }}{% endfilter %}{{ 'x' is string and 'X' is upper }}{{ none is none }}",
+    "{% for m in messages %}{% set ns = namespace(parts=[]) %}{% for part in m.content.split(' ') %}"
+    "{% set ns.parts = ns.parts + [part.upper()] %}{% endfor %}{{ ns.parts|join('-') }}{{ range(2)|list }}{% endfor %}",
+    "{% for m in messages %}{% set long = 'x' * 1000000 %}" + "{{ m.role.upper() }}" * 20 + "{% endfor %}",
     "{% set text %}{{ bos_token }}{% endset %}{{ text * 3 }}{{ [text] * 2 }}{{ ('a' 'b') ~ 1 ~ none ~ 1.5 }}",
 ]
 
