@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,12 +163,13 @@ class TextStream:
     """Generated token ids in, text out, as soon as it can no longer change.
 
     The pieces joined are `codec.decode` of all ids, up to the first stop string and without an incomplete
-    character at the end. Special tokens are skipped, so a stop string never matches one.
+    character at the end. Special tokens are skipped, so a stop string never matches one but those that are kept.
     Bytes that are not UTF-8 become U+FFFD and never raise, unlike in `tokenizers.decoders.DecodeStream`.
 
     Args:
         codec: decodes the ids.
         stop: strings that end the text; the one completed first counts, whatever tokens it came in.
+        kept: special tokens that are text, as for `codec.decode`.
 
     Attributes:
         stopped: whether a stop string was completed. Nothing is returned after it.
@@ -177,7 +178,7 @@ class TextStream:
         InputError: a stop string is empty.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), kept: Collection[str] = ()) -> None:
         if isinstance(stop, str) or not isinstance(stop, Sequence):
             raise wrong_type("The list of stop strings", stop, "a list of texts", 'Use for example ["\\n"].')
         for text in stop:
@@ -189,7 +190,7 @@ class TextStream:
                 hint="Leave it out, or give at least one character.",
             )
         self.stopped = False
-        self._codec = codec
+        self._codec, self._kept = codec, kept
         self._stop = tuple(stop)
         # Ids are decoded after the ones before them, since a tokenizer may strip the space at a text's start.
         self._ids: list[int] = []  # context and new ids
@@ -202,13 +203,13 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(int(token_id))
-        text = self._codec.decode(self._ids)
+        text = self._codec.decode(self._ids, kept=self._kept)
         ready = text.rstrip(INCOMPLETE)
         new = ready[self._taken :]
         if new and ready == text:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
-            self._taken = len(self._codec.decode(self._ids))
+            self._taken = len(self._codec.decode(self._ids, kept=self._kept))
         else:
             # Not less than before: with byte fallback, an incomplete character spoils the bytes before it.
             self._taken = max(self._taken, len(ready))
@@ -376,9 +377,22 @@ class TextCodec:
         template = self._compiled_tool_template if tools and self.tool_template else self._compiled_template
         return template.render(variables | self._special_tokens | dict(given))
 
-    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]], skip_special_tokens: bool = True) -> str:
-        """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens)
+    def decode(
+        self,
+        ids: Sequence[int] | NDArray[np.integer[Any]],
+        skip_special_tokens: bool = True,
+        kept: Collection[str] = (),
+    ) -> str:
+        """Ids [T] to text. Bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            kept: special tokens that are not skipped, such as the marks of a tool call.
+        """
+        given: list[int] = np.asarray(ids, np.int64).tolist()
+        if skip_special_tokens and kept:
+            given = [one for one in given if one not in self._special or self._special[one] in kept]
+            skip_special_tokens = False
+        return self._tokenizer.decode(given, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 of one token within a text, which may be a part of a character."""
@@ -399,9 +413,9 @@ class TextCodec:
         """The tokenizer as text, in the format of tokenizer.json."""
         return self._tokenizer.to_str()
 
-    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+    def stream(self, stop: Sequence[str] = (), kept: Collection[str] = ()) -> TextStream:
         """A new text stream for one generated sequence."""
-        return TextStream(self, stop)
+        return TextStream(self, stop, kept)
 
     @cached_property
     def _longest_token(self) -> int:
@@ -437,6 +451,12 @@ class TextCodec:
     def _added(self) -> frozenset[int]:
         """Tokens beside the vocabulary's own, such as special ones."""
         return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """Special tokens by their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special}
 
     @cached_property
     def _anchor(self) -> tuple[int, str]:

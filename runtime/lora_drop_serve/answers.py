@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
-from lora_drop_runtime.grammars.tools import ToolCall, Tools
+from lora_drop_runtime.grammars.tools import MARKS, ToolCall, Tools
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
 
@@ -51,7 +51,7 @@ class Choice:
 
     def __init__(self, codec: TextCodec, stops: Sequence[str], tools: Tools | None, is_silent: bool) -> None:
         self._is_silent = is_silent
-        self._pieces = codec.stream(stops)
+        self._pieces = codec.stream(stops, () if tools is None else MARKS)
         self._parts = None if tools is None else tools.stream()
         self._has_called = False
         self.tokens, self.drafted, self.accepted = 0, 0, 0

@@ -448,7 +448,8 @@ class PartsCodec:
     def __init__(self, parts: list[str]) -> None:
         self.parts = parts
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], kept: tuple[str, ...]) -> str:
+        assert not kept
         return "".join(self.parts[n] for n in ids)
 
 

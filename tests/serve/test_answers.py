@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lora_drop_runtime.decoding.row import LENGTH, Event
+from lora_drop_runtime.decoding.row import LENGTH, STOP, Event
+from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.answers import Answer, ChatAnswer, CompletionAnswer
 from lora_drop_serve.driver import Told
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 TEXT = "aß€ 😀b\ufffdc"
 
@@ -69,3 +70,35 @@ def test_of_tokens_with_one_text_the_likeliest_is_told() -> None:
     answer = CompletionAnswer(TextCodec(tokenizer, {}, None), "m", 1, 1, (), **options)
     answer.take(Told(0, Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (0, -1.5), (2, -4.0)), finished=LENGTH)))
     assert answer.whole()["choices"][0]["logprobs"]["top_logprobs"] == [{"y": -0.5, "x": -1.5}]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_call_is_found_between_marks_that_are_special_tokens(special: bool) -> None:
+    """As some models with calls in Hermes's style have them; other special tokens are no text."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<tool_call>", "</tool_call>")])
+    tokenizer.add_special_tokens(["<|end|>"])
+    codec = TextCodec(tokenizer, {}, None)
+    ids = codec.encode('Oh<|end|>\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|end|>').tolist()
+    options: Any = {"logprobs": False, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
+    for stream in (False, True):
+        tools = Tools([{"type": "function", "function": {"name": "now"}}])
+        answer = ChatAnswer(codec, "m", 1, 1, (), tools=tools, **options)
+        events = [Event(0, token, StepKind.REFRESH) for token in ids]
+        events.append(Event(0, None, StepKind.REFRESH, finished=STOP))
+        if stream:
+            chunks = [chunk["choices"][0] for event in events for chunk in answer.chunks(Told(0, event))]
+            assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "Oh"
+            calls = [call["function"] for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
+            assert calls == [{"name": "now", "arguments": ""}, {"arguments": "{}"}]
+            assert chunks[-1]["finish_reason"] == "tool_calls"
+        else:
+            for event in events:
+                answer.take(Told(0, event))
+            choice = answer.whole()["choices"][0]
+            assert choice["message"]["content"] == "Oh"
+            (call,) = choice["message"]["tool_calls"]
+            assert call["function"] == {"name": "now", "arguments": "{}"}
+            assert choice["finish_reason"] == "tool_calls"

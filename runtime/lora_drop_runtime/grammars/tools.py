@@ -25,7 +25,7 @@ from lora_drop_runtime.errors import InputError, wrong_type
 
 from .grammar import GrammarConstraint, Grammars, checked_schema
 
-BEGIN, END = "<tool_call>", "</tool_call>"
+BEGIN, END = MARKS = "<tool_call>", "</tool_call>"  # special tokens of some models
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 MOST_TOOLS = 128
 _OTHER_STYLE = "<function="  # of Qwen3-Coder, which writes arguments as XML between the same marks
@@ -257,7 +257,8 @@ class Tools:
         return FreeUntilCall(body, grammars, self._parallel) if self._choice == AUTO else body
 
     def calls(self, text: str) -> tuple[str, list[ToolCall]]:
-        """What a finished text says beside its calls, and the calls. One that is not at its end is text."""
+        """What a finished text, which keeps the MARKS, says beside its calls, and the calls. One that is not at its end
+        is text."""
         rest, calls, place = list[str](), list[ToolCall](), 0
         for head in _HEAD.finditer(text) if self._choice != NONE else ():
             end = _end_of_json(text, head.end())
