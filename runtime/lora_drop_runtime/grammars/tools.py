@@ -28,7 +28,8 @@ from .grammar import GrammarConstraint, Grammars, checked_schema
 BEGIN, END = MARKS = "<tool_call>", "</tool_call>"  # special tokens of some models
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 MOST_TOOLS = 128
-_OTHER_STYLE = "<function="  # of Qwen3-Coder, which writes arguments as XML between the same marks
+# In templates that have the mark and another style: arguments in XML (Qwen3-Coder, GLM), calls in a list (Apriel)
+_OTHER_STYLES = ("<function=", "<arg_key>", "<tool_calls>")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HEAD = re.compile(f'{BEGIN}\\n{{"name": "({_NAME.pattern})", "arguments": ')
 _TAIL = f"}}\n{END}"
@@ -238,7 +239,8 @@ class Tools:
         """
         if self._choice == NONE:
             return None
-        if chat_template is None or BEGIN not in chat_template or _OTHER_STYLE in chat_template:
+        template = chat_template or ""
+        if BEGIN not in template or any(mark in template for mark in _OTHER_STYLES):
             raise InputError(
                 "The model's chat template has no tool calls of a known style.",
                 note=f'Known is {BEGIN} with {{"name": …, "arguments": …}}, as Qwen2.5, Qwen3 and Hermes write it.',

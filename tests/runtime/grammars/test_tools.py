@@ -188,7 +188,8 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
         assert_refused(lambda choice=choice: Tools(TOOLS, choice), "choice of a tool", "weather, now")
     unsupported = Tools([{"type": "function", "function": function}])
     assert_refused(lambda: unsupported.constraint(grammars, TEMPLATE), "cannot be followed", "not")
-    for template in (None, "{{ messages }}", TEMPLATE + "<function="):
+    others = ("<tool_call><function=now>", "<tool_call>now<arg_key>", '<tool_calls>[{"name": "now"}]</tool_calls>')
+    for template in (None, "{{ messages }}", *(TEMPLATE + other for other in others)):
         assert_refused(lambda template=template: Tools(TOOLS).constraint(grammars, template), "of a known style")
 
 
