@@ -89,10 +89,11 @@ class PagedSlots:
             row.release()
 
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
-        """A row takes another slot, whose row is over."""
-        self.release(target)
-        self._rows[target], self._rows[source] = self._rows[source], None
-        self._states[:, target] = self._states[:, source]
+        """A row takes another slot, whose row is over; nothing where it has done so already, before an interrupt."""
+        if self._rows[source] is not None:
+            self.release(target)
+            self._states[:, target] = self._states[:, source]
+            self._rows[target], self._rows[source] = self._rows[source], None
 
     def copy(self, other: PagedSlots, source: int, target: int, kept: int, dropped: int) -> None:
         """Begin an admitted row with valid entries of another one, whose blocks it shares, and with its state."""

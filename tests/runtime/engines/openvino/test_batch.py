@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.paged_slots import PagedSlots
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import InputError
 
@@ -204,6 +205,33 @@ def test_a_cancelled_row_makes_room(bundle: Bundle, capsys) -> None:
         batch.cancel(numbers[0])
         told = [(event.row, event.finished) for event in batch.tick()]
         assert told == [(numbers[0], "cancelled"), (numbers[1], None)]
+
+
+def test_a_row_that_moved_before_an_interrupt_goes_on(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """It has taken the slot of one that is over when Ctrl-C comes, and the batch does not know so yet."""
+    move = PagedSlots.move
+
+    def interrupted(slots: PagedSlots, *where: int) -> None:
+        monkeypatch.setattr(PagedSlots, "move", move)
+        move(slots, *where)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PagedSlots, "move", interrupted)
+    options = {"policy": "backfill", "k": 2, "threads": 1}
+    with Batch.open(bundle.root, slots=2, **options) as batch:
+        batch.add([1, 2], 2, stop_token_ids=[])
+        stays = batch.add([3, 4, 5], 9, stop_token_ids=[])
+        events, interrupts = [], 0
+        while batch.rows:
+            try:
+                events += batch.tick()
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert interrupts == 1
+        assert [pool.in_use for pool in batch._engine.pools] == [0, 0]
+    with Session.open(bundle.root, target="ort", **options) as session:
+        wanted = session.generate([[3, 4, 5]], 9, stop_token_ids=())[0].tolist()
+    assert [event.token for event in events if event.row == stays] == wanted
 
 
 @settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
