@@ -227,6 +227,8 @@ class EngineBuilder:
                     "the timing cache of the earlier build was measured on another GPU or by another version, so it is "
                     "not used"
                 )
+                cache = config.create_timing_cache(b"")
+                config.set_timing_cache(cache, False)
         what = f"{self._target}: {proto.graph.name} engine"
         with self._console.progress(what) as progress, held_signals() as signals:  # likewise
             monitor = config.progress_monitor = _progress_monitor(trt, progress, signals)

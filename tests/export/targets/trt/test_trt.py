@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -513,6 +514,46 @@ def test_target_tensorrt(tmp_path, monkeypatch):
     assert again.check_hashes() == []
     with pytest.raises(BundleError):
         Session.open(made.root, target="tensorrt")
+
+
+class TimedBuilder:
+    """Stands for a builder of enterprise TensorRT and its configuration: only a timing cache of this GPU is taken, and
+    a build that has one adds what it measures."""
+
+    def __init__(self) -> None:
+        self.cache = None
+
+    def create_builder_config(self):
+        config = MagicMock()
+        config.create_timing_cache = lambda data: SimpleNamespace(data=data, serialize=lambda: cache_of(self, data))
+        config.set_timing_cache = self.set_timing_cache
+        return config
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        taken = ignore_mismatch or not cache.data.startswith(b"another GPU")
+        self.cache = cache if taken else self.cache
+        return taken
+
+    def build_serialized_network(self, network, config):
+        return b"an engine"
+
+
+def cache_of(builder, data):
+    return data + b"measured" if builder.cache is not None and builder.cache.data == data else data
+
+
+def test_a_timing_cache_of_another_gpu_gives_way_to_what_is_measured_here(tmp_path, monkeypatch):
+    """Else it would be stored again, and no later build would start from what this one measured."""
+    tensorrt = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("lora_drop_export.targets.trt.build.check_buildable", lambda *_: tensorrt)
+    monkeypatch.setattr(EngineBuilder, "parse", lambda self, proto: (TimedBuilder(), None))
+    console = RecordingConsole()
+    builder = EngineBuilder("tensorrt", tmp_path, BuilderOptions(), console, b"another GPU's")
+    for measured in (b"measured", b"measuredmeasured"):  # by one engine after the other
+        builder.build(onnx.ModelProto(), {})
+        assert builder.timing_cache == measured
+    assert len(console.said) == 1
+    assert "so it is not used" in console.said[0]
 
 
 class RecordingConsole(Console):
