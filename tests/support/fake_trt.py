@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, TrtEntry
 from lora_drop_runtime.decoding.session import Session
@@ -282,8 +281,10 @@ class FakeRuntimeConfig:
 
 
 @functools.lru_cache(32)
-def _ort_session(graph: bytes, root: str) -> onnxruntime.InferenceSession:
+def _ort_session(graph: bytes, root: str) -> Any:
     """Stateless, so engines of the same graph share it."""
+    import onnxruntime  # here: torch_trt.py has engines of its own, and runs where ONNX Runtime is not installed
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # each TensorScatter would warn that it copies
     options.intra_op_num_threads = 1

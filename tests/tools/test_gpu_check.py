@@ -19,7 +19,7 @@ import pytest
 from gpu_check import command, decode, device, speed
 from gpu_check.anonymous import anonymous
 from gpu_check.bundles import exported, small_checkpoint
-from gpu_check.job import Failed, Job, Skip, Stage
+from gpu_check.job import Failed, Job, Skip, Stage, runtime_path
 
 from lora_drop_export.compiler import export as exporter
 from lora_drop_export.targets.trt.options import BuilderOptions, compute_capability
@@ -133,6 +133,13 @@ def test_device(kernel_stages) -> None:
 @pytest.mark.parametrize("capability", ["7.5", "8.7", "9.0", "12.0"])
 def test_device_runs_on_cards_that_tensorrt_rtx_does_not_know(capability: str) -> None:
     assert compute_capability(TorchTrt(FakeGpu()), capability)
+
+
+def test_the_stage_device_needs_no_onnx_runtime() -> None:
+    """As on a Jetson, whose command names the stage and whose packages do not name ONNX Runtime (docs/tensorrt.md)."""
+    program = "import sys; sys.modules['onnxruntime'] = None; import gpu_check.device, tests.support.torch_trt"
+    environment = os.environ | {"PYTHONPATH": runtime_path([])}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_ort(engine_stages) -> None:
