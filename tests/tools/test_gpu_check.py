@@ -183,6 +183,18 @@ def test_decode(engine_stages) -> None:
     assert numbers["transformers"]["tokens_per_s"] > 0
 
 
+def test_decode_and_speed_are_skips_where_nothing_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the copy rate was: no time is left for any part, or no memory for any call."""
+    monkeypatch.setattr(decode, "small_checkpoint", lambda _: tmp_path)
+    late = Job(tmp_path, tmp_path / "report.json", stand_in=True, states={}, deadline=0)
+    with pytest.raises(Skip, match=r"s are left"):
+        decode.run(late)
+    monkeypatch.setattr(speed, "fits", lambda *_: False)
+    monkeypatch.setattr(speed, "kernels", lambda *_: None)
+    with pytest.raises(Skip, match="too little device memory"):
+        speed.run(Job(tmp_path, tmp_path / "report.json", stand_in=True, states={}, deadline=0))
+
+
 @pytest.mark.parametrize(
     ("free", "disk", "shape"), [(80e9, 60e9, "8B"), (80e9, 30e9, "3B"), (16e9, 60e9, "3B"), (6e9, 60e9, "1B")]
 )

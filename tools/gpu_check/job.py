@@ -60,6 +60,10 @@ def write_json(path: Path, data: Any) -> None:
     part.replace(path)
 
 
+def _is_skip(found: Any) -> bool:
+    return isinstance(found, str) and found.startswith("skip: ")
+
+
 @dataclass
 class Job:
     """One run of a stage.
@@ -114,9 +118,13 @@ class Job:
         """Raises Failed with all problems of the parts, or Skip where not one of them could run."""
         if self.problems:
             raise Failed("; ".join(self.problems))
-        parts = [value for value in self.numbers.values() if isinstance(value, str)]
-        if parts and len(parts) == len(self.numbers) and all(part.startswith("skip: ") for part in parts):
-            raise Skip("; ".join(dict.fromkeys(part.removeprefix("skip: ") for part in parts)))
+        if self.numbers and all(_is_skip(found) for found in self.numbers.values()):
+            raise self.skipped()
+
+    def skipped(self) -> Skip:
+        """With the reasons of all parts that were skipped."""
+        reasons = (found.removeprefix("skip: ") for found in self.numbers.values() if _is_skip(found))
+        return Skip("; ".join(dict.fromkeys(reasons)))
 
 
 def first_line(error: BaseException) -> str:

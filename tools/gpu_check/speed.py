@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gpu_check.cuda import ELEMENT_BYTES, Gpu, kernels
-from gpu_check.job import Failed, Job
+from gpu_check.job import Failed, Job, Skip
 
 LAYOUTS = {"Llama-3-8B": (32, 8, 128), "SmolLM2-135M": (9, 3, 64)}  # heads, kv heads, head size
 REPEATS = 21
@@ -223,5 +223,7 @@ def run(job: Job) -> None:
         share = f", {call['of_copy_rate']:.0%} of copy" if shape.new_tokens == 1 else ""
         tokens = f", {shape.new_tokens} new" if shape.new_tokens > 1 else ""
         job.say(f"{shape.layout} {shape.batch} × {shape.length}{tokens}: {call['kernel_us']:.1f} µs{share}{sdpa}")
+    if not calls:
+        raise Skip("too little device memory is free for any of the calls")
     if not job.stand_in:
         judge(calls)
