@@ -379,3 +379,27 @@ def test_a_cycle_that_was_interrupted_as_it_was_begun_fails_its_rows(opened, mon
     assert "was interrupted" in str(ends[0].error)
     own = [event for event in events if event.row == 2]
     assert tokens_of(own) == alone.generate([PROMPTS[2]], 12, k=3, stop_token_ids=())[0].tolist()
+
+
+def test_where_no_memory_is_left_for_a_cycle_rows_go_on_once_there_is(opened) -> None:
+    """Their caches stay: cycles of more rows want more memory, which somebody else has taken meanwhile."""
+    batch, alone, _, cuda = opened("recurrent")
+    free = cuda.memory_bytes
+    rows: dict[int, list[int | None]] = defaultdict(list)
+
+    def ticks(count: int) -> None:
+        for event in (event for _ in range(count) for event in batch.tick()):
+            rows[event.row].append(event.token)
+
+    batch.add(PROMPTS[0], max_new_tokens=6)
+    ticks(4)
+    cuda.memory_bytes = sum(block.nbytes for block in cuda.blocks.values()) + 2048
+    for prompt in PROMPTS[1:4]:
+        batch.add(prompt, max_new_tokens=6)
+    for _ in range(2):
+        with pytest.raises(BundleError, match="rows of a cycle takes"):
+            ticks(4)
+    cuda.memory_bytes = free
+    ticks(6)
+    for row, prompt in enumerate(PROMPTS[:4]):
+        assert rows[row] == alone.generate([prompt], 6)[0].tolist()
