@@ -121,7 +121,7 @@ def tokens_per_second(
     """Of decode steps of one row under the bundle's own schedule, over tokens of a text, int64 [T]."""
     limits = bundle.manifest.limits
     prompt = min(_PROMPT, limits.max_prompt_len, len(ids) // 2, max(1, limits.max_seq_len // 2))
-    forced = ids[prompt : min(prompt + _STEPS, limits.max_seq_len), None]  # [steps, 1]
+    forced = ids[prompt : min(prompt + _STEPS, limits.max_seq_len - 1), None]  # [steps, 1]; behind them is one more
     with execution(target), Session.open(bundle.root, target=target, provider=provider, threads=threads) as session:
         for _ in range(2):  # the first warms up
             session.prefill(ids[None, :prompt], max_new_tokens=len(forced) + 1)

@@ -20,7 +20,7 @@ from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler import forms
 from lora_drop_export.compiler.early import check_before_trace
 from lora_drop_export.compiler.export import export, write_bundle
-from lora_drop_export.compiler.forms import Form, best_form, fastest_form, forms_of, tried_forms
+from lora_drop_export.compiler.forms import Form, best_form, fastest_form, forms_of, tokens_per_second, tried_forms
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from tests.support.bundles import family, make_bundle
@@ -212,6 +212,12 @@ def test_what_is_measured(tmp_path: Path, few_forms: None) -> None:
     )
     assert all(row["tokens_per_second"] > 0 for row in record["measured"])
     assert (form_of(bundle)[1:], len(record["measured"])) == ((True, True), 2)
+
+
+@pytest.mark.parametrize("max_seq_len", [3, 64, 96])
+def test_steps_are_timed_that_a_short_sequence_has_room_for(max_seq_len: int, tmp_path: Path) -> None:
+    bundle = make_bundle("llama", tmp_path / "b", max_seq_len=max_seq_len)
+    assert tokens_per_second(bundle, "ort", None, 1, np.arange(max_seq_len)) > 0
 
 
 def test_the_measured_windows_are_none_that_is_rounded_on(tmp_path: Path) -> None:
