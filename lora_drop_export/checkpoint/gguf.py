@@ -176,16 +176,26 @@ def gguf_reader(path: Path) -> Any:
     """gguf's reader of a file.
 
     Raises:
+        ModelError: it is one of several that hold a model together. What is missing in it need not show: without a head
+            it would be a model whose embedding is the head.
         ValueError: it is none, or not whole.
     """
     import gguf
 
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
     except (IndexError, ValueError) as error:
         if not isinstance(error, IndexError) and not re.search("reshape|unpack|dtype", str(error)):
             raise  # gguf's own say what is wrong; these are of views that end with the file
         raise ValueError("it ends before what its header promises, or the header is damaged") from error
+    count = reader.fields.get("split.count")
+    if count is not None and count.contents() > 1:
+        raise ModelError(
+            "The GGUF file is a part of a model.",
+            note=f"{path} is one of {count.contents()} files.",
+            hint="Make one of them with llama.cpp's llama-gguf-split --merge.",
+        )
+    return reader
 
 
 def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -> dict[str, GgufTensor]:

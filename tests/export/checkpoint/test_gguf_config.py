@@ -32,8 +32,9 @@ def llama3_factors(
     return np.array(found, np.float32)
 
 
-def opened(tmp_path: Path, arch: str, tensors: dict[str, Any] | None = None, **fields: Any) -> Any:
-    """The config of a file that has these fields besides a small model's, «__» for a dot."""
+def opened(tmp_path: Path, arch: str, tensors: dict[str, Any] | None = None, *, parts: int = 0, **fields: Any) -> Any:
+    """The config of a file that has these fields besides a small model's, «__» for a dot; `parts` is 0 in one that was
+    made of several."""
     tmp_path.mkdir(exist_ok=True)
     path = tmp_path / f"{arch}.gguf"
     writer = gguf.GGUFWriter(path, arch)
@@ -55,6 +56,7 @@ def opened(tmp_path: Path, arch: str, tensors: dict[str, Any] | None = None, **f
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
         add[type(value)](name, value)
     writer.add_pad_token_id(0)
+    writer.add_uint16("split.count", parts)
     embedding = {"token_embd.weight": np.ones((37, HEADS * SIZE), np.float32), "output_norm.weight": np.ones(128)}
     for name, values in (embedding | (tensors or {})).items():
         writer.add_tensor(name, np.asarray(values, np.float32))
@@ -248,6 +250,14 @@ def test_what_the_model_has_no_place_for_is_said(tmp_path):
     assert any("no place for blk.0.attn_q.bias and 2 more" in line for line in said)
     opened(tmp_path / "b", "llama", {"blk.0.attn_norm.weight": np.ones(128), "rope_freqs.weight": np.ones(32)})
     assert not any("no place" in line for line in said)
+
+
+def test_a_part_of_a_model_is_refused(tmp_path):
+    """One of several, as llama-gguf-split writes them; without a head it would be a model whose head is tied."""
+    with pytest.raises(ModelError, match="is a part of a model") as error:
+        opened(tmp_path, "llama", parts=3)
+    assert "llama.gguf is one of 3 files" in error.value.note
+    assert "--merge" in error.value.hint
 
 
 @pytest.mark.parametrize(
