@@ -208,6 +208,7 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
         log: is told of what the model's layers have no place for, such as biases that its config does not tell of.
 
     Raises:
+        ModelError: weights have scales beside them.
         Exception: whatever transformers or gguf stumble over in a damaged file.
     """
     from transformers.modeling_gguf_pytorch_utils import (
@@ -226,6 +227,12 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
     tensors: dict[str, GgufTensor] = {}
     kinds, left = set(), list[str]()
     for stored in reader.tensors:
+        if stored.name.endswith(".scale"):  # of a whole matrix in NVFP4
+            raise ModelError(
+                "The GGUF file has scales beside its weights, which are not read.",
+                note=f"It has {stored.name!s:.120}.",
+                hint="Take a GGUF file in another format, or the model's float checkpoint.",
+            )
         name = conversion.names.get(stored.name)
         if name is None or name not in shapes:
             left += [stored.name] if stored.name.startswith("blk.") else []

@@ -260,6 +260,14 @@ def test_a_part_of_a_model_is_refused(tmp_path):
     assert "--merge" in error.value.hint
 
 
+@pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.0.attn_q.weight.scale", "output.scale"])
+def test_scales_beside_weights_are_refused(name, tmp_path):
+    """Of NVFP4, which has one for a whole tensor besides those of its blocks."""
+    with pytest.raises(ModelError, match="scales beside its weights") as error:
+        opened(tmp_path, "llama", {name: np.full(1, 3.0)})
+    assert name in error.value.note
+
+
 @pytest.mark.parametrize(
     ("arch", "fields", "tensors", "words"),
     [
