@@ -326,7 +326,8 @@ class Service:
         encoded = await self._encoded(prompts)
         echoes = None
         if body.echo:
-            texts = [p if isinstance(p, str) else self._codec.decode(p) for p in prompts]
+            decode = self._codec.decode
+            texts = await asyncio.to_thread(lambda: [p if isinstance(p, str) else decode(p) for p in prompts])
             echoes = [text for text in texts for _ in range(body.choices)]
         return await self._answer(CompletionAnswer, body, encoded, "prompt", request, echoes)
 
@@ -373,6 +374,7 @@ class Service:
                 found = self._codec.encode(prompt, most_tokens=self.driver.max_prompt_len)
                 self._check_length(len(found), "prompt")  # before the others are read
                 return found
+            self._check_length(len(prompt), "prompt")  # before millions of ids are
             wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
             if wrong is not None:
                 said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."

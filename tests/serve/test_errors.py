@@ -233,6 +233,15 @@ def test_texts_behind_one_that_is_too_long_are_not_tokenized(served: Served, mon
     assert [text[:2] for text in read] == ["t1", "t1"]
 
 
+def test_ids_that_cannot_fit_are_not_made_text(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 million fit into a body."""
+    read: list[int] = []
+    monkeypatch.setattr(served.codec, "decode", lambda ids: read.append(len(ids)) or "")
+    error = check_error(served.http.post(COMPLETIONS, json={"prompt": [1] * 10**5, "echo": True}), 400, "prompt")
+    assert error["code"] == "context_length_exceeded"
+    assert read == []
+
+
 def test_hints_for_commands_are_not_for_clients(served: Served) -> None:
     error = check_error(served.http.post(COMPLETIONS, json={"prompt": [1], "k": "auto"}), 400, "k")
     assert "--" not in error["message"]
