@@ -120,7 +120,7 @@ def report_perplexity(
         machine cannot execute the target.
 
     Raises:
-        VerificationError: the engine cannot execute the bundle.
+        VerificationError: the engine cannot execute the bundle, or a perplexity is not finite.
     """
     manifest = bundle.manifest
 

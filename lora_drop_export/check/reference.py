@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import weight_names
+from lora_drop_runtime.errors import VerificationError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
@@ -192,6 +193,9 @@ class Reference:
         Returns:
             The perplexity, exp of the mean negative log likelihood of each token but a window's first; and the most
             likely tokens in their place, int64 [B · (T − 1)].
+
+        Raises:
+            VerificationError: the perplexity is not finite.
         """
         import torch
 
@@ -209,7 +213,15 @@ class Reference:
                     loss = torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum")
                     nats += float(loss)
                     likeliest.append(logits[: len(targets)].argmax(dim=-1).numpy())
-            return float(np.exp(nats / (batch * (length - 1)))), np.concatenate(likeliest)
+            with np.errstate(over="ignore"):
+                perplexity = float(np.exp(nats / (batch * (length - 1))))
+            if not np.isfinite(perplexity):
+                raise VerificationError(
+                    "The checkpoint computes logits that are not numbers, or far from the text.",
+                    note=f"Its perplexity on {ids.size} tokens of a text is {perplexity}, in PyTorch.",
+                    hint="Look for NaN, infinity or far too large values in the checkpoint.",
+                )
+            return perplexity, np.concatenate(likeliest)
 
     def largest_kv(
         self, ids: npt.NDArray[np.int64], progress: Callable[[int, int], None] = lambda done, total: None

@@ -14,9 +14,11 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import NoDeviceError, VerificationError
 from lora_drop_runtime.text import TextCodec
+from safetensors.numpy import load_file, save_file
 
 from lora_drop_export.check import perplexity as module
 from lora_drop_export.check.sample import sample_ids
+from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.console import Console
 from tests.support.bundles import family, make_bundle, record_again
@@ -101,6 +103,18 @@ def test_a_graph_that_cannot_run_is_an_error(good, monkeypatch):
     with pytest.raises(VerificationError, match="cannot be executed") as refused:
         measured(good)
     assert "list index out of range" in refused.value.note
+
+
+def test_a_checkpoint_that_computes_no_numbers_is_an_error(good, tmp_path):
+    """Kernels that round activations make numbers of NaN, PyTorch does not."""
+    model = shutil.copytree(family("llama").directory, tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, model / "model.safetensors")
+    checkpoint = open_checkpoint(str(model), tmp_path / "scratch")
+    with pytest.raises(VerificationError, match="checkpoint computes logits that are not numbers") as error:
+        module.report_perplexity(good, checkpoint, "ort", provider=None, console=Console(), threads=1)
+    assert "128 tokens of a text is nan, in PyTorch" in error.value.note
 
 
 def test_what_is_not_run_is_said(good, monkeypatch, capsys):
