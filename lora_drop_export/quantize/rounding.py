@@ -21,6 +21,7 @@ from lora_drop_runtime.errors import InputError
 from .formats import FLOAT8, Blocked, BlockFormat, Floats
 
 _PIECE_VALUES = 1 << 17  # of one thread: what a core's cache holds
+_LEAST = 1e-36  # of a block's range: steps of less than that have no reciprocal in float32, and are 0 in any product
 _STEPS = np.arange(-1.0, 1.01, 0.1, dtype=np.float32)  # levels by which a block's range is widened or clipped
 
 
@@ -31,11 +32,11 @@ def _range(x: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
     """
     if form.symmetric:
         largest = np.take_along_axis(x, np.abs(x).argmax(1, keepdims=True), 1)
-        steps = np.divide(-form.middle, largest, out=np.zeros_like(largest), where=largest != 0)
+        steps = np.divide(-form.middle, largest, out=np.zeros_like(largest), where=np.abs(largest) > _LEAST)
         return steps, np.zeros_like(largest)
     low = np.minimum(x.min(1, keepdims=True), 0)
     span = np.maximum(x.max(1, keepdims=True), 0) - low
-    return np.divide(2**form.bits - 1, span, out=np.zeros_like(span), where=span > 0), low
+    return np.divide(2**form.bits - 1, span, out=np.zeros_like(span), where=span > _LEAST), low
 
 
 def _round(x: Floats, steps: Floats, low: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
@@ -85,9 +86,12 @@ def searched(x: Floats, form: BlockFormat, weights: Floats) -> Blocked:
 
 
 def _search(x: Floats, form: BlockFormat) -> Blocked:
+    exponents = np.frexp(np.abs(x).max(1, keepdims=True))[1]
+    x = np.ldexp(x, -exponents)  # exact; the third powers below leave float32 with what is beyond 1e13 or 1e-13
     weights = np.abs(x)
     weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
-    return searched(x, form, weights)
+    q, scales, zero_points = searched(x, form, weights)
+    return q, np.ldexp(scales, exponents[:, 0]), zero_points
 
 
 def _rtn(x: Floats, form: BlockFormat) -> Blocked:

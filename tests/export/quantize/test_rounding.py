@@ -71,6 +71,21 @@ def test_search_is_better_than_rounding(form):
     assert errors["search"].sum() < 0.97 * errors["rtn"].sum() or form.bits == 8
 
 
+@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_magnitude_does_not_matter(form, method):
+    """The integers are the same whatever power of two the weights are multiplied by; what is next to nothing is 0."""
+    x = matrix(8, 256)
+    q, scales, zero_points = quantize_rows(x, form, method)
+    for power in (-100, -60, 45, 100):
+        found = quantize_rows(np.ldexp(x, power), form, method)
+        assert np.array_equal(found[0], q)
+        assert np.array_equal(found[1], np.ldexp(scales, power))
+        assert np.array_equal(found[2], zero_points)
+    least = np.ldexp(x, -133)  # beyond float32's normal numbers
+    assert np.abs(quantize.dequantize(*quantize_rows(least, form, method)) - least).max() <= 1e-36
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_dequantized_as_onnx_does(form):
     """DequantizeLinear of onnx's reference evaluator gives the same float32 values, bit by bit."""
