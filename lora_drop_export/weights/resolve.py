@@ -43,9 +43,9 @@ def resolve_tensors(
             )
         if ref.dtype not in MODEL_DTYPES:
             raise ModelError(
-                "The checkpoint holds a weight that is not floating point.",
-                note=f"{name} is {ref.dtype}; float are {', '.join(MODEL_DTYPES)}.",
-                hint="Use the unquantized checkpoint.",
+                "The checkpoint holds a weight in a dtype that is not taken.",
+                note=f"{name} is {ref.dtype}; taken are {', '.join(MODEL_DTYPES)}.",
+                hint="Convert it to one of these; if it is quantized, use the unquantized checkpoint.",
             )
         refs[name] = ref
     return refs

@@ -184,7 +184,8 @@ def test_weights_do_not_fit_the_config(export_refused, model):
     for changed, words in (
         ({name: None}, ("Parameter", name, "missing")),
         ({name: tensors[name][:-1]}, ("Parameter", name, "(95, 64)")),
-        ({name: tensors[name].astype(np.int32)}, ("not floating point", name, "int32", "float32, float16, bfloat16")),
+        ({name: tensors[name].astype(np.int32)}, ("not taken", name, "int32", "float32, float16, bfloat16")),
+        ({name: tensors[name].astype(np.float64)}, ("not taken", name, "float64", "Convert it")),
         ({name: tensors[name].astype(np.int8)}, ("cannot be read", name, "I8", "BF16")),
     ):
         save_file({n: a for n, a in (tensors | changed).items() if a is not None}, model / "model.safetensors")
