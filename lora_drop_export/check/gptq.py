@@ -257,13 +257,13 @@ class _Rounder:
         self.found[name] = store_rounded(ref, self.formats[name], chunks(), self.directory)
 
 
-def _round_lookups(model: StreamedModel, ids: npt.NDArray[np.int64], form: BlockFormat) -> None:
-    """The embedding's rows as the bundle will have them."""
+def _round_lookups(model: StreamedModel, ids: npt.NDArray[np.int64], form: BlockFormat, name: str) -> None:
+    """The embedding's rows as the bundle will have them; `name` is the checkpoint's for it."""
     import torch
 
     table = model.model.get_input_embeddings().weight
     used = np.unique(ids)
-    blocks = quantize_rows(table[used].numpy(), form, "search")
+    blocks = quantize_rows(finite(table[used].numpy(), name), form, "search")
     table.data[used] = torch.from_numpy(dequantize(*blocks))
 
 
@@ -310,7 +310,7 @@ def round_model(
         exact, calls = map(list, zip(*embed(), strict=True))
         hidden = exact
         if table in wanted:
-            _round_lookups(model, windows, wanted[table])
+            _round_lookups(model, windows, wanted[table], refs[table].name)
             hidden = [x for x, _ in embed()]
         streams = hidden, exact
         prefix, total = name_of(inner, model.layers), len(model.layers) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError
+from safetensors.numpy import save_file
 
 from lora_drop_export.check.calibration_text import (
     CALIBRATION_TEXT,
@@ -163,6 +165,20 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
 def test_the_same_bytes_twice(tmp_path: Path) -> None:
     files = [make_bundle("qwen2", tmp_path / name, **OPTIONS).root / "weights" / "model.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_embedding_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """Before a layer runs, which takes minutes."""
+    source, name = family("llama"), "model.embed_tokens.weight"
+    tensors = {n: place.read() for n, place in source.checkpoint.tensors.items()}
+    tensors[name] = np.where(np.arange(64) == 5, np.float32(np.nan), tensors[name])
+    model = shutil.copytree(source.directory, tmp_path / "m")
+    save_file(tensors, model / "model.safetensors")
+    checkpoint = open_checkpoint(str(model), tmp_path / "scratch")
+    refs = {n: checkpoint.tensors[n] for n in source.traced.parameters}
+    windows, rounded = np.arange(128).reshape(4, 32), tmp_path / "rounded"
+    with pytest.raises(InputError, match=f"{name} has values that are infinite or not a number"):
+        round_model(checkpoint, refs, {name: BlockFormat(4, 32, False)}, windows, rounded, pytest.fail)
 
 
 def test_what_has_its_integers_already_is_left_alone(tmp_path: Path) -> None:
