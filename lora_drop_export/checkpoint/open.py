@@ -10,6 +10,7 @@ GGUF file's config and tokenizer are written there.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -215,14 +216,17 @@ def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Check
     from transformers import AutoModelForCausalLM
 
     with refused(_UNREADABLE, directory, _CONVERT):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            weights_only=True,  # no pickled object but tensors
-            output_loading_info=True,
-        )
+        try:
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                weights_only=True,  # no pickled object but tensors
+                output_loading_info=True,
+            )
+        except pickle.UnpicklingError:  # PyTorch's message advises to run the objects' code
+            raise ValueError("a .bin file is damaged, or holds objects besides tensors, which are not made") from None
     if report["missing_keys"]:
         raise ModelError(
             "The checkpoint does not hold the model that its config describes.",
