@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import hmac
 import importlib.metadata
 import json
@@ -53,6 +54,9 @@ MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
 ACCEPT_LOG_SECONDS = 60
 TOO_LONG = "context_length_exceeded"  # a code of the API
 GONE = 499  # the client went away: nobody reads this
+# New ones between two collections. A body may have a million lists, and each collection looks at many of them again:
+# by Python's own number, some hundreds, that takes four times as long as to read them
+COLLECTED_OBJECTS = 50_000
 
 Ids = NDArray[np.int64]
 T = TypeVar("T")
@@ -524,9 +528,12 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_exception_handler(_Log())
+        collects = gc.get_threshold()
+        gc.set_threshold(COLLECTED_OBJECTS, *collects[1:])
         driver.start()
         yield
         await driver.stop()
+        gc.set_threshold(*collects)
 
     app = FastAPI(
         title="LoRA-Drop",

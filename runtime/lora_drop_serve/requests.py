@@ -372,7 +372,7 @@ class Message(_Model):
     def for_template(self) -> dict[str, Any]:
         content = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role  # its name in newer versions of the API
-        calls = [call.model_dump() for call in self.tool_calls or ()] or None
+        calls = [{**dict(call), "function": dict(call.function)} for call in self.tool_calls or ()] or None
         return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls}
 
 

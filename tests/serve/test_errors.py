@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _Log
 from lora_drop_serve.errors import of_validation
-from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest
+from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest, Message
 from pydantic import ValidationError
 
 from tests.support.serving import Served, serving, word_bundle
@@ -240,6 +242,41 @@ def test_ids_that_cannot_fit_are_not_made_text(served: Served, monkeypatch: pyte
     error = check_error(served.http.post(COMPLETIONS, json={"prompt": [1] * 10**5, "echo": True}), 400, "prompt")
     assert error["code"] == "context_length_exceeded"
     assert read == []
+
+
+@pytest.fixture
+def plain_collector() -> Iterator[None]:
+    """Python's own, which tests/conftest.py changes."""
+    found = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*found)
+
+
+@pytest.mark.usefixtures("plain_collector")
+def test_a_body_of_many_lists_is_not_searched_for_garbage_all_the_time(bundle: Bundle) -> None:
+    def collections() -> int:
+        return sum(generation["collections"] for generation in gc.get_stats())
+
+    lists = 10**5
+    body = '{"prompt": "t1", "max_tokens": 1, "metadata": [' + "[]," * lists + "[]]}"
+    batch = Batch.open(bundle.root, slots=1, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as server:
+        before = collections()
+        answer = server.http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200
+        assert collections() - before < lists / 5000
+    assert gc.get_threshold()[0] == 700
+
+
+def test_arguments_of_calls_are_not_copied_for_the_template() -> None:
+    """A million lists fit into them."""
+    calls = [{"id": "a", "function": {"name": "f", "arguments": '{"a": [[], []]}'}}]
+    message = Message.model_validate({"role": "assistant", "tool_calls": calls})
+    assert message.tool_calls is not None
+    (call,) = message.for_template["tool_calls"]
+    assert call == {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"a": [[], []]}}}
+    assert call["function"]["arguments"] is message.tool_calls[0].function.arguments
 
 
 def test_hints_for_commands_are_not_for_clients(served: Served) -> None:
