@@ -79,7 +79,7 @@ def test_of_a_model(
         ("generate BUNDLE --prompt one --max-new-tokens 999", ("longer than the bundle allows", "999")),
         ("generate BUNDLE --prompt one --provider cuda", ("provider", "cuda")),
         ("generate BUNDLE --prompt one --provider=", ("--provider is empty",)),
-        ("generate BUNDLE --prompt one --target tensorrt", ("cannot run on that target", "tensorrt")),
+        ("generate BUNDLE --prompt one --target tensorrt", ("cannot run on that target", "with --target tensorrt.")),
         ("chat BUNDLE --provider cuda", ("provider", "cuda")),
         ("chat BUNDLE --target metal", ("cannot run on that target", "metal")),
         ("compare BUNDLE --provider cuda", ("provider", "cuda")),

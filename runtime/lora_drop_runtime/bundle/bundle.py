@@ -215,7 +215,8 @@ class Bundle:
             raise BundleError(
                 "The bundle cannot run on that target." if name else "The bundle has no target to run on.",
                 note=f"{f'{name!r} was asked for; ' if name else ''}the bundle at {self.root} has {held}.",
-                hint=f"Known targets are {', '.join(ENTRIES)}; export with --target {next(iter(ENTRIES))}.",
+                hint=f"Known targets are {', '.join(ENTRIES)}; "
+                f"export with --target {name if name in ENTRIES else next(iter(ENTRIES))}.",
             )
         return chosen, targets[chosen]
 
