@@ -31,9 +31,9 @@ from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import Tools
-from lora_drop_runtime.plan.drafting import scheduled
+from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule, scheduled
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
 from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -284,6 +284,14 @@ class _Log:
             tell("warning: too many connections are open, no more can be accepted (ulimit -n)")
 
 
+def _k_of(schedule: Schedule) -> int | str:
+    """As a request would say it."""
+    if isinstance(schedule, VerifiedSchedule):
+        return AUTO if schedule.drafts is None else schedule.drafts
+    assert isinstance(schedule, PeriodicSchedule | AdaptiveSchedule)  # a server's has a name
+    return schedule.k
+
+
 class Service:
     """What the routes share: how a request becomes rows, and rows become an answer.
 
@@ -303,7 +311,7 @@ class Service:
     def model(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
         facts = {
-            "k": self.driver.bundle.manifest.plan.k,
+            "k": _k_of(self.driver.schedule),
             "policy": self.driver.policy.name,
             "chat": self._codec.chat_template is not None,
             "max_seq_len": self.driver.max_seq_len,

@@ -34,7 +34,7 @@ class Status(_Said):
 class ModelFacts(_Said):
     """What a request gets where it does not say, and what it may have."""
 
-    k: int
+    k: int | Literal["auto"]
     policy: str
     chat: bool
     max_seq_len: int

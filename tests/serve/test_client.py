@@ -48,6 +48,19 @@ def test_models(client: openai.OpenAI, bundle: Bundle) -> None:
     assert (facts["k"], facts["policy"], facts["chat"]) == (bundle.manifest.plan.k, "backfill", True)
 
 
+@pytest.mark.parametrize(
+    ("k", "policy", "said"), [(5, "skip", 5), (2, "lossless", 2), ("auto", "lossless", "auto"), (None, "skip", 3)]
+)
+def test_the_models_k_is_that_of_requests_without_one(
+    bundle: Bundle, k: int | str | None, policy: str, said: int | str
+) -> None:
+    assert bundle.manifest.plan.k == 3
+    codec = TextCodec.open(bundle.root / "tokenizer")
+    with serving(Batch.open(bundle.root, slots=1, threads=1, k=k, policy=policy), codec) as server:
+        (model,) = server.http.get("/v1/models").json()["data"]
+        assert model["lora_drop"]["k"] == said
+
+
 def test_a_completion_of_a_text_and_of_token_ids(client: openai.OpenAI, bundle: Bundle) -> None:
     wanted = alone(bundle, PROMPT, 9, k=3)
     for prompt in (TEXT, PROMPT):

@@ -26,7 +26,7 @@ def test_a_chat_on_the_page(served: Served, bundle: Bundle, tmp_path: Path) -> N
     prompt, k = [3, 14, 15, 92], bundle.manifest.plan.k
     with open_page(tmp_path / "profile") as page:
         page.open(served.address)
-        page.await_that("at('k').textContent.includes('bundle')")
+        page.await_that("at('k').textContent.includes('server')")
         assert page.run("at('k').textContent").startswith(f"{k},")
         for number, switch in enumerate(("own", "full"), 1):
             page.run(f"at('{switch}').click(), at('tokens').value = 9, at('text').value = 't3 t14 t15 t92'")
