@@ -55,7 +55,8 @@ BELOW = {
     "lora_drop_export": ("lora_drop_runtime",),
     "lora_drop_tools": tuple(SOURCES),
 }
-NEVER_MEET = {"lora_drop_export.targets": ("ort", "trt"), "lora_drop_runtime.engines": ("ort", "trt")}
+APART = ("ort", "openvino", "trt")
+NEVER_MEET = {"lora_drop_export.targets": APART, "lora_drop_runtime.engines": APART}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "onnx_graphsurgeon", "safetensors"}
 
 
