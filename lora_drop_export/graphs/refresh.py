@@ -148,7 +148,7 @@ def _expand_cache_attention(
     return presents
 
 
-def attention_residual(graph: ir.Graph, values: Mapping[str | None, ir.Value], layer: int) -> ir.Value:
+def attention_residual(values: Mapping[str | None, ir.Value], layer: int) -> ir.Value:
     """The residual stream between a layer's halves: the Add that joins its input with its attention's output."""
     x = values.get(f"hidden_states.{layer}")
     y = values[f"hidden_states.{layer + 1}"]
@@ -192,7 +192,7 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
         begin = f"hidden_states.{layer}"
         made = parameters(attentions[layer].inputs[1:3], begin) if layer in attentions else frozenset()
         try:
-            halves.append((parameters([attention_residual(graph, values, layer)], begin), made))
+            halves.append((parameters([attention_residual(values, layer)], begin), made))
         except ModelError:
             halves.append((frozenset(), frozenset()))
     return halves
@@ -272,7 +272,7 @@ def refresh_from_trace(
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
         presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
     for layer in sorted({layer_of(site) for site in plan.sites if half_of(site)}):
-        middle = attention_residual(graph, values, layer)  # refuses halves that run in parallel
+        middle = attention_residual(values, layer)  # refuses halves that run in parallel
         middle.name = middle_name(layer)
         values[middle.name] = middle
     if plan.has_state:

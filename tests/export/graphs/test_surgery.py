@@ -15,8 +15,6 @@ from lora_drop_runtime.plan.schedule import StepKind
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
 
-SURROGATE_OPS = {"Reshape", "Gemm", "Add", "Constant"}
-
 
 def load(bundle: Bundle, name: str) -> onnx.ModelProto:
     return onnx.load(bundle.root / f"{name}.onnx", load_external_data=False)

@@ -231,11 +231,9 @@ def bytes_of_steps(
     return moved
 
 
-def request_bytes(
-    manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1, policy: Policy = _SKIP
-) -> list[int]:
-    """`bytes_of_steps` of the periodic schedule."""
-    return bytes_of_steps(manifest, prompt, periodic_kinds(steps, k), rows, policy)
+def request_bytes(manifest: Manifest, prompt: int, steps: int, k: int, rows: int = 1) -> list[int]:
+    """`bytes_of_steps` of the periodic schedule, under `skip`."""
+    return bytes_of_steps(manifest, prompt, periodic_kinds(steps, k), rows)
 
 
 def request_ceiling(manifest: Manifest, prompt: int, steps: int, moved: Sequence[int], rows: int = 1) -> float:

@@ -55,7 +55,7 @@ class CudaDevice:
         bindings = [_bindings(part) if runtime is None else runtime for part in ("runtime", "driver", "nvrtc")]
         self._cuda, self._driver, self.nvrtc = bindings
         runtime = self._cuda
-        self._blocks: dict[int, int] = {}  # address → bytes
+        self._blocks: set[int] = set()  # addresses
         self._pinned: dict[int, Array] = {}
         self._graphs: list[Any] = []
         self._modules: list[Any] = []
@@ -105,11 +105,6 @@ class CudaDevice:
 
     # ── memory ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Device memory that is handed out."""
-        return sum(self._blocks.values())
-
     def malloc(self, size_bytes: int, purpose: str) -> int:
         """At an address that is a multiple of 256. Raises NoDeviceError with the numbers when memory is out."""
         error, address = self._cuda.cudaMalloc(size_bytes)
@@ -121,12 +116,12 @@ class CudaDevice:
                 hint="Ask for a smaller batch, free the GPU, or export with a smaller --max-seq-len or --dtype.",
             )
         self._check("cudaMalloc", error)
-        self._blocks[address] = size_bytes
+        self._blocks.add(address)
         return int(address)
 
     def free(self, address: int) -> None:
         self._call("cudaFree", address)
-        del self._blocks[address]
+        self._blocks.remove(address)
 
     def zero(self, address: int, size_bytes: int) -> None:
         """Asynchronous."""
