@@ -1,6 +1,6 @@
 """The CUDA runtime over host memory, in the place of `cuda.bindings.runtime`, and what is used of `driver` and `nvrtc`.
 
-What it stands for: each function takes and returns what the real one does (test_engine_trt.py compares the signatures);
+What it stands for: each function takes and returns what the real one does (test_fakes.py compares the signatures);
 the stream runs nothing before it is synchronized, so that a missing wait or a host array written too early shows; a
 captured graph replays copies and engine runs from the addresses that it was captured with; device memory begins and
 ends as NaN, and an access outside a live block fails; page-locked memory is told from other memory. Where it is given
@@ -415,7 +415,6 @@ class FakeCuda:
 
     def nvrtcCompileProgram(self, prog: bytes, numOptions: int, options: list[bytes]) -> tuple[int]:
         assert numOptions == len(options)
-        self.compiled_for = options[0].decode()
         return (0,)
 
     def nvrtcGetCUBINSize(self, prog: bytes) -> tuple[int, int]:
