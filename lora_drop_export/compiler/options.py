@@ -154,10 +154,18 @@ class PlanOptions:
     drop_list: Path | None = option(None, group=_PLAN, metavar="FILE", help="drop the layers that this JSON file names")
     drop_list_fingerprint: str | None = None  # of the model whose profile chose `drop_layers`
     always_first: int | None = option(
-        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
+        None,
+        group=_PLAN,
+        metavar="N",
+        bounds=bounds.LAYERS,
+        help="never drop the first N (default: as the adapters or the drop list say, or 3)",
     )
     always_last: int | None = option(
-        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
+        None,
+        group=_PLAN,
+        metavar="N",
+        bounds=bounds.LAYERS,
+        help="never drop the last N (default: as the adapters or the drop list say, or 1)",
     )
     k: int = option(
         3,

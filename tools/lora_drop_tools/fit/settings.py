@@ -106,10 +106,18 @@ class FitSettings:
         None, group=_PLAN, metavar="FILE", help="drop the layers of a file of lora-drop profile"
     )
     always_first: int | None = option(
-        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the first N (default 3)"
+        None,
+        group=_PLAN,
+        metavar="N",
+        bounds=bounds.LAYERS,
+        help="never drop the first N (default: as the drop list says, or 3)",
     )
     always_last: int | None = option(
-        None, group=_PLAN, metavar="N", bounds=bounds.LAYERS, help="never drop the last N (default 1)"
+        None,
+        group=_PLAN,
+        metavar="N",
+        bounds=bounds.LAYERS,
+        help="never drop the last N (default: as the drop list says, or 1)",
     )
     surrogate: str | None = option(
         None, group=_PLAN, choices=tuple(SURROGATES), help="what stands for a dropped layer (default residual)"
