@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.settings import EvalSettings
@@ -70,3 +72,17 @@ def test_a_model_with_a_short_context(text: Path, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
     fit(str(model), FitSettings(text=(text,), out=tmp_path / "a", rank=3, closed_form_tokens=512, steps=0, batch=2))
     assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == 40
+
+
+def test_longrope_ends_where_its_frequencies_change(text: Path, tmp_path: Path) -> None:
+    """As bundles do: a longer window would be learned from with the frequencies of long texts."""
+    model = with_tokenizer("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    settings = ProfileSettings(text=(text,), out=tmp_path / "p", tokens=256, sensitivity_tokens=256)
+    assert profile(str(model), settings).settings["window"] == 40
+    with pytest.raises(InputError, match="The window is longer than the model's context") as caught:
+        profile(str(model), dataclasses.replace(settings, window=41, out=tmp_path / "q"))
+    assert "--window is 41, the context is 40" in caught.value.note

@@ -6,7 +6,6 @@ Enters: files. Leaves: token ids, cut into what is fitted on and what is held ou
 from __future__ import annotations
 
 import errno
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,9 @@ def window_that_fits(loaded: LoadedModel, window: int | None) -> int:
     Raises:
         InputError: it is longer than the model's context.
     """
-    config = loaded.model.config
-    context = int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize)
+    from lora_drop_export.decoder.context import context_length
+
+    context = context_length(loaded.model.config)
     if window is None:
         return min(WINDOW, context, loaded.max_seq_len or WINDOW)
     if window > context:
