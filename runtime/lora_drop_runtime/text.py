@@ -8,6 +8,7 @@ no sampling, and not which token ids end a text. It needs `tokenizers` and, for 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -31,6 +32,7 @@ MOST_TOKENIZER_BYTES = 1 << 30
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message, first come first
 _OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+_PROBE = "CONTENT_OF_A_MESSAGE"
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its space tells whether a template trims
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
@@ -95,6 +97,18 @@ def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in message.items() if value is not None}
     reasoning = next((found[name] for name in _REASONING if name in found), None)
     return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose text is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+
+
+def _shows(template: ChatTemplate, message: Mapping[str, Any], constants: Mapping[str, Any]) -> bool:
+    with contextlib.suppress(InputError):
+        return _PROBE in template.render({"messages": [message], "tools": None, "documents": None, **constants})
+    return False
 
 
 def checked_variables(variables: object) -> dict[str, Any]:
@@ -258,6 +272,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         self.chat_template, self.tool_template = chat_template, tool_template
+        self._parts_taken: dict[ChatTemplate, bool] = {}
 
     @classmethod
     def open(cls, tokenizer_dir: str | Path) -> TextCodec:
@@ -368,13 +383,14 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] | None,
         given: Mapping[str, Any],
     ) -> str:
+        template = self._compiled_tool_template if tools and self.tool_template else self._compiled_template
+        asked = map(_for_template, messages)
         variables = {
-            "messages": list(map(_for_template, messages)),
+            "messages": list(map(_in_parts, asked) if self._takes_parts(template) else asked),
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = self._compiled_tool_template if tools and self.tool_template else self._compiled_template
         return template.render(variables | self._special_tokens | dict(given))
 
     def decode(
@@ -464,6 +480,15 @@ class TextCodec:
         ids = self._tokenizer.encode_batch(["a"], add_special_tokens=False)[0].ids
         text = self.decode(ids[-1:], skip_special_tokens=False) if ids else ""
         return (ids[-1], text) if text == "a" else (0, "")
+
+    def _takes_parts(self, template: ChatTemplate) -> bool:
+        """Whether it leaves out a text that is no list of parts, as those of many models that see do."""
+        if template not in self._parts_taken:
+            message = {"role": "user", "content": _PROBE}
+            constants = {"add_generation_prompt": False, **self._special_tokens}
+            whole, parts = (_shows(template, one, constants) for one in (message, _in_parts(message)))
+            self._parts_taken[template] = parts and not whole
+        return self._parts_taken[template]
 
     @cached_property
     def _compiled_template(self) -> ChatTemplate:

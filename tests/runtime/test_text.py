@@ -204,6 +204,26 @@ THINKING = (
 )
 
 
+IN_PARTS = (  # as SmolVLM's, and those of LLaVA, which print one
+    "{% for m in messages %}{{ m.role }}: {% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}<end>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    "{% for m in messages %}{{ bos_token + m.role }}: "
+    "{% for part in m.content | selectattr('type', 'equalto', 'text') %}{{ part.text + ' ' }}{% endfor %}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("template", IN_PARTS)
+def test_a_template_that_wants_parts_is_given_them(reference: PreTrainedTokenizerFast, template: str) -> None:
+    """A text as such would be left out without a word."""
+    codec = TextCodec(reference.backend_tokenizer, {"bos_token": "<|start|>"}, template)
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in SYSTEM_CHAT]
+    expected = reference.apply_chat_template(parts, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert CHAT[0]["content"] in expected
+    assert codec.render_chat(SYSTEM_CHAT) == codec.render_chat(parts) == expected
+    going_on = codec.render_chat(SYSTEM_CHAT[:3], add_generation_prompt=False, continue_final_message=True)
+    assert going_on.endswith(f"assistant: {CHAT[1]['content']}")
+
+
 @pytest.mark.parametrize("given", [None, {}, {"enable_thinking": False}, {"enable_thinking": True, "bos_token": "B"}])
 def test_variables_of_a_template_are_transformers(
     reference: PreTrainedTokenizerFast, given: dict[str, Any] | None
