@@ -35,6 +35,7 @@ from .text_part import SEEING, own_names, text_config
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 # Of a fast tokenizer; of older ones, some of which have no file named so
 _TOKENIZERS = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+_PROCESSORS_TEMPLATE = "chat_template.json"  # of models that see, in which their tokenizers do not look
 _PICKLED = "pytorch_model*.bin"  # where there is nothing else
 _FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
 _UNREADABLE = "transformers cannot read this checkpoint."
@@ -42,7 +43,7 @@ _CONVERT = "Convert it to a safetensors directory first, or download it again."
 
 
 def read_tokenizer(directory: Path, trust_remote_code: bool, **kwargs: Any) -> Any:
-    """transformers' tokenizer of a local directory, None where it has none.
+    """transformers' tokenizer of a local directory, None where it has none; with the chat template of its processor.
 
     Raises:
         ModelError: its files are damaged, or it needs code of its own that is not trusted.
@@ -55,9 +56,15 @@ def read_tokenizer(directory: Path, trust_remote_code: bool, **kwargs: Any) -> A
     if not is_file(directory / "tokenizer.json") and any(directory.glob("*.model")) and not find_spec("sentencepiece"):
         hint = "Tokenizers in a .model file need a package: pip install sentencepiece protobuf"
     with refused("The checkpoint's tokenizer cannot be read.", directory, hint):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
         )
+        template = directory / _PROCESSORS_TEMPLATE
+        if not kwargs and tokenizer.chat_template is None and is_file(template):
+            tokenizer.chat_template = read_json(template, "The checkpoint's chat template cannot be read.")[
+                "chat_template"
+            ]
+    return tokenizer
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:

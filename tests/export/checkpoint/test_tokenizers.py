@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lora_drop_runtime.errors import ModelError
+from lora_drop_runtime.errors import InputError, ModelError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lora_drop_export.checkpoint import open as opening
@@ -36,6 +36,21 @@ def test_a_vocabulary_and_merges_alone(tmp_path: Path) -> None:
 def test_a_directory_without_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert opening.read_tokenizer(tmp_path, False) is None
+
+
+def test_the_chat_template_of_a_processor(tmp_path: Path) -> None:
+    """The file that many checkpoints of models that see have; the tokenizer's own goes before it."""
+    byte_level(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    found = opening.read_tokenizer(tmp_path, False)
+    assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"
+    (tmp_path / "chat_template.jinja").write_text("own")
+    assert opening.read_tokenizer(tmp_path, False).chat_template == "own"
+    (tmp_path / "chat_template.jinja").unlink()
+    for damaged in ("{", "{}"):
+        (tmp_path / "chat_template.json").write_text(damaged)
+        with pytest.raises((InputError, ModelError), match="cannot be read"):
+            opening.read_tokenizer(tmp_path, False)
 
 
 def test_a_package_that_a_model_file_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
