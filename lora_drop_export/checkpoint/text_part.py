@@ -32,7 +32,9 @@ def own_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def text_config(config: Any) -> Any:
-    """Of the decoder alone."""
+    """Of the decoder alone; its end tokens are the whole model's, where that has some, as in transformers."""
     text = config.get_text_config()
     text.tie_word_embeddings = text.tie_word_embeddings or getattr(config, "tie_word_embeddings", False)
+    if getattr(config, "eos_token_id", None) is not None:
+        text.eos_token_id = config.eos_token_id
     return text

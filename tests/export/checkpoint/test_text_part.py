@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import transformers
 from lora_drop_runtime.decoding.session import Session
 
-from lora_drop_export.checkpoint.text_part import own_names
+from lora_drop_export.checkpoint.text_part import own_names, text_config
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from tests.support.models import SIZES
@@ -87,3 +88,12 @@ def test_how_checkpoints_call_them() -> None:
     }
     others = ("lm_head.weight", "model.norm.weight", "vision_tower.vision_model.head.weight", "model.vision_model.a")
     assert own_names([*stored, *others]) == {own: name for name, own in stored.items()}
+
+
+def test_end_tokens_are_the_whole_models(tmp_path: Path) -> None:
+    """Without a generation config. Gemma 3 has its end of a turn outside of the text's config."""
+    transformers.Gemma3Config(eos_token_id=[1, 106]).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.GenerationConfig.from_model_config(config).eos_token_id
+    assert text_config(config).eos_token_id == theirs == [1, 106]
+    assert text_config(transformers.Gemma3Config()).eos_token_id == 1
