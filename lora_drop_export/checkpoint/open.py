@@ -301,7 +301,14 @@ def open_checkpoint(
         files = _weight_files(directory)
         pickled = list(directory.glob("*.bin"))
     if not files and pickled:
-        if _quantization(_config(directory, trust_remote_code)) is not None:
+        config = _config(directory, trust_remote_code)
+        if config.model_type in SEEING:  # transformers' class of such a model is another one
+            raise InputError(
+                "The text decoder of a model that sees is taken from safetensors files alone.",
+                note=f"{directory} has *.bin alone, and its model type is {config.model_type}.",
+                hint="Take one in safetensors files.",
+            )
+        if _quantization(config) is not None:
             raise InputError(
                 "The checkpoint is quantized, and not in safetensors files.",
                 note=f"{directory} has *.bin alone, and config.json a quantization_config.",

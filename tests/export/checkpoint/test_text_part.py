@@ -11,7 +11,9 @@ import pytest
 import torch
 import transformers
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import InputError
 
+from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.checkpoint.text_part import own_names, text_config
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
@@ -97,3 +99,10 @@ def test_end_tokens_are_the_whole_models(tmp_path: Path) -> None:
     theirs = transformers.GenerationConfig.from_model_config(config).eos_token_id
     assert text_config(config).eos_token_id == theirs == [1, 106]
     assert text_config(transformers.Gemma3Config()).eos_token_id == 1
+
+
+def test_bin_files_of_a_model_that_sees(tmp_path: Path) -> None:
+    gemma3().config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="from safetensors files alone"):
+        open_checkpoint(str(tmp_path), tmp_path / "scratch")
