@@ -30,7 +30,7 @@ from .gguf_config import complete_config
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
 from .renamed import renamed_tensors
-from .text_part import SEEING, own_names, text_config
+from .text_part import SEEING, own_names, text_config, text_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
 # Of a fast tokenizer; of older ones, some of which have no file named so
@@ -327,19 +327,16 @@ def open_checkpoint(
     config = _config(directory, trust_remote_code)
     _check_layer_count(config, len(tensors))
     quantization = _quantization(config)
+    if config.model_type in SEEING:
+        log(f"note: the model sees, too; its text decoder alone is taken ({config.model_type})")
+        config, tensors = text_config(config), text_tensors(tensors)
+        _check_layer_count(config, len(tensors))
     if quantization is not None:
         tensors = packed_tensors(quantization, tensors)
-        del config.quantization_config  # what is read is the model without it
+        vars(config).pop("quantization_config", None)  # what is read is the model without it
         held = "fp8 weights" if in_float8(quantization) else "integers"
         log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
         if rounded_activations(quantization):
             log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
-    renamed = own_names(tensors)
-    if config.model_type in SEEING:
-        log(f"note: the model sees, too; its text decoder alone is taken ({config.model_type})")
-        config = text_config(config)
-        own = {*renamed.values(), "lm_head.weight"}
-        tensors = {stored: ref for stored, ref in tensors.items() if stored in own}
-        _check_layer_count(config, len(tensors))
-    renamed |= renamed_tensors(tensors, config)
+    renamed = own_names(tensors) | renamed_tensors(tensors, config)
     return Checkpoint(name, directory, config, tensors, renamed, trust_remote_code)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .checkpoint import TensorSource
 
 # Model types that give their text, where no picture is, to an ordinary decoder as it is
 SEEING = (
@@ -29,6 +31,11 @@ def own_names(names: Iterable[str]) -> dict[str, str]:
         if inside:
             found[inside[1] if inside[1].startswith("lm_head.") else f"model.{inside[1]}"] = name
     return found
+
+
+def text_tensors(tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """Those of the decoder and of its head, under the checkpoint's names."""
+    return {name: one for name, one in tensors.items() if _IN_PART.fullmatch(name) or name.startswith("lm_head.")}
 
 
 def text_config(config: Any) -> Any:
