@@ -235,6 +235,16 @@ def test_files_that_may_not_grow(run: Run, name: str, limits: tuple[int, ...], t
         assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize(("name", "words"), [("compare", "prefill"), ("eval", "perplexity"), ("bench", "tokens/s")])
+def test_tables_of_what_no_disk_takes(run: Run, name: str, words: str, capsys) -> None:
+    """What was measured is told, and the table of `compare` stands on standard error."""
+    assert run(name, Path("/dev/full")) == 2
+    printed = capsys.readouterr()
+    table = printed.err if name == "compare" else printed.out
+    assert words in table
+    assert "error: The results cannot be written.\nNote: /dev/full: No space left on device." in printed.err
+
+
 def test_results_that_eval_keeps(run: Run, tmp_path: Path, capsys) -> None:
     """Those that were kept stay, and it goes on from there."""
     with largest_file(400):

@@ -79,9 +79,11 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
         trust_remote_code=settings.trust_remote_code,
         policy=settings.policy,
     )
-    if settings.json_file is not None:  # first: who reads the table may have gone
-        write_json(settings.json_file, _as_json(result), _KEYS)
-    print_table(result, console)
+    try:
+        if settings.json_file is not None:  # first: who reads the table may have gone
+            write_json(settings.json_file, _as_json(result), _KEYS)
+    finally:  # where a disk is full, the table is what is left
+        print_table(result, console)
     if not result.passed:
         raise failure(result)
     return result

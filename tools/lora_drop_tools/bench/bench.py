@@ -189,11 +189,14 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
     Raises:
         MeasurementError: after that, where a figure cannot be true or a peer that was named ended early.
     """
-    if settings.json_file is not None:  # first: who reads the tables may have gone
-        write_json(settings.json_file, result.to_json(), KEYS)
-    if settings.plots is not None:
-        write_plots(result, settings.plots)
-    print("\n".join(describe(result)), file=out or sys.stdout)
+    lines = describe(result)
+    try:
+        if settings.json_file is not None:  # first: who reads the tables may have gone
+            write_json(settings.json_file, result.to_json(), KEYS)
+        if settings.plots is not None:
+            write_plots(result, settings.plots)
+    finally:  # where a disk is full, the tables are what is left
+        print("\n".join(lines), file=out or sys.stdout)
     if result.problems:
         raise MeasurementError(
             "A speed-up is above what the bytes allow.",

@@ -347,11 +347,13 @@ def eval(
     result.safe_zones = safe_zones(result.rows)
     result.warnings += [said for said in map(too_wide, result.rows) if said is not None]
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
-    if settings.json_file is not None:  # first: who reads the tables may have gone
-        write_json(settings.json_file, result.to_json(), KEYS)
-    if settings.plots is not None:
-        write_plots(result, settings.plots)
-    print("\n".join(lines), file=out or sys.stdout)
+    try:
+        if settings.json_file is not None:  # first: who reads the tables may have gone
+            write_json(settings.json_file, result.to_json(), KEYS)
+        if settings.plots is not None:
+            write_plots(result, settings.plots)
+    finally:  # where a disk is full, the tables are what is left
+        print("\n".join(lines), file=out or sys.stdout)
     return result
 
 
