@@ -107,14 +107,15 @@ def owned_files(place: Path, force: bool, kind: Kind) -> frozenset[str]:
     """
     if not os.path.lexists(place):
         return frozenset()
+    ours = (place / kind.marker).is_file()
     if not force:
         raise _refusal(
             "The output directory exists already.",
             f"{place} is not touched.",
-            "Choose another --out, or replace it with --force.",
+            "Choose another --out, or replace it with --force." if ours else "Choose another --out.",
         )
     fact = f"The output directory is not a {kind.name}, so --force will not replace it."
-    if not (place / kind.marker).is_file():
+    if not ours:
         raise _refusal(fact, f"{place} has no {kind.marker}." if place.is_dir() else f"{place} is not a directory.")
     files = kind.files(place)
     if files is None:

@@ -215,6 +215,23 @@ def test_a_link_is_followed_and_stays(place: Path, how: str) -> None:
     assert sorted(os.listdir(place.parent)) == ["link", "place"]
 
 
+@pytest.mark.parametrize(("what", "hinted"), [("result", True), ("empty", False), ("notes", False), ("file", False)])
+def test_force_is_hinted_at_where_it_replaces(tmp_path: Path, place: Path, what: str, hinted: bool) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    for name in ("notes/a.txt", "file"):
+        (tmp_path / name).write_text("mine")
+    out = place if what == "result" else tmp_path / what
+    with pytest.raises(InputError, match="exists already") as refusal:
+        stage(out, force=False)
+    assert ("--force" in str(refusal.value)) == hinted
+    if hinted:
+        stage(out)
+        return
+    with pytest.raises(InputError, match="--force will not replace it"):
+        stage(out)
+
+
 def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("one")
