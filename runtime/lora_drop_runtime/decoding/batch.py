@@ -35,7 +35,7 @@ from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
 from .sampling import RowSampler, SamplingOptions
 from .schedules import named_schedule
-from .slots import Logits, Slots
+from .slots import Logits, Run, Slots
 from .statistics import Statistics
 from .stream import Usage
 
@@ -87,7 +87,7 @@ class Batch:
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
-        self._got: list[tuple[Row, Logits, float]] = []  # rows that have run, and have not been given their logits
+        self._got: list[tuple[Row, Run, Logits, float]] = []  # of the latest run: what rows wanted, and its logits
         self._flight: Flight | None = None  # of all rows, which hold the slots until it is over
         self._added = 0
         self._usage = Usage("batch")
@@ -388,10 +388,10 @@ class Batch:
         assert len(runs) == len(self._rows)
         due = [slot for slot, run in enumerate(runs) if run.kind is kind]
         begin = time.perf_counter()
-        self._slots.run(kind, runs, due, once=any(self._rows[slot].is_new for slot in due))
+        self._slots.run(kind, runs, due, once=any(self._rows[slot].is_new for slot in due), held=True)
         logits = self._slots.logits()
         seconds = time.perf_counter() - begin
-        self._got = [(self._rows[slot], logits[slot, : runs[slot].wanted], seconds) for slot in due]
+        self._got = [(self._rows[slot], runs[slot], logits[slot, : runs[slot].wanted], seconds) for slot in due]
         for slot, row in enumerate(self._rows):
             row.waited += slot not in due
 
@@ -430,8 +430,14 @@ class Batch:
 
     def _found(self) -> Iterator[tuple[Row, Logits | int, float]]:
         """What rows have got and were not given."""
+        if self._got:
+            self._slots.accept()
         while self._got:
-            yield self._got.pop(0)
+            row, run, logits, seconds = self._got[0]
+            if row.run is run:
+                yield row, logits, seconds
+            else:
+                self._got.pop(0)
         flight = self._flight
         if flight is None:
             return

@@ -64,6 +64,7 @@ class PagedSlots:
         self._width = 0  # of calls so far
         self._spare: _Row | None = None  # what such tokens write
         self._latest: tuple[list[int], list[int], int] | None = None  # due rows, what each wanted, rows that are there
+        self._updates = False  # whether the latest run is a LoRA step that has updated states
         self._copied: Logits | None = None
 
     # ── whose blocks ───────────────────────────────────────────────────────────────────────────────────────────
@@ -154,13 +155,16 @@ class PagedSlots:
 
     # ── runs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False) -> None:
+    def run(
+        self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False, held: bool = False
+    ) -> None:
         """Run what some rows want. An interrupt leaves every row's valid entries as they are.
 
         Args:
             kind: of all runs that are due.
             runs: of the rows in the first slots.
             due: which of them run, by slot; at least one.
+            once, held: as of `Slots`.
         """
         order = sorted(due)
         chosen, rows = [runs[slot] for slot in order], [self._rows[slot] for slot in order]
@@ -191,8 +195,17 @@ class PagedSlots:
         self._copied = None
         self._latest = order, wanted, len(runs)
         self._steps.run()
-        if self._plan.has_state and (kind is StepKind.REFRESH or self._plan.updated_states):
+        self._updates = kind is StepKind.LORA and bool(self._plan.updated_states)
+        if self._plan.has_state and kind is StepKind.REFRESH:
             self._states[:, order] = self._steps.states()
+        if not held:
+            self.accept()
+
+    def accept(self) -> None:
+        """As of `Slots`."""
+        if self._updates:
+            assert self._latest is not None
+            self._states[:, self._latest[0]] = self._steps.states()
 
     def _padding(self, tokens: int) -> int:
         """How many tokens that nobody reads are added, so that small calls have one width."""

@@ -104,7 +104,7 @@ class Slots:
         self._kept_now, self._dropped_now = (lengths.data for lengths in self._lengths.values())
         self._most_verified = engine.verified_tokens or self._most_kept
         self._idle = -1 if engine.idle_rows else 0  # the place of a row that stands still
-        self._side = 0
+        self._side = self._written_side = 0  # of the states: what the next run reads, and what the latest one wrote
         self._outputs: dict[int, tuple[Buffer, Ids]] = {}  # of all slots, by how many a row wants; read before the next
         self._several: Array | None = None  # the host's memory of those of more than one, which take turns in it
         self._prepared: dict[tuple[StepKind, int, int, int, int, int], _Prepared] = {}
@@ -133,7 +133,9 @@ class Slots:
     def release(self, slot: int) -> None:
         """A row is over."""
 
-    def run(self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False) -> None:
+    def run(
+        self, kind: StepKind, runs: Sequence[Run], due: Collection[int], *, once: bool = False, held: bool = False
+    ) -> None:
         """Run what some rows want; the others stand still. An interrupt leaves every row's valid entries as they are.
 
         Args:
@@ -142,12 +144,14 @@ class Slots:
             due: which of them run, by slot; at least one.
             once: a run of this size hardly comes again, as one of a prompt: nothing is kept for it, and an engine that
                 captures steps does not capture it.
+            held: states count as they were until `accept`: the same may run again.
         """
         self._keeps = not once
         width = 1 if kind is StepKind.LORA else max([len(runs[slot].tokens) for slot in due])
         self._wanted = 1 if width == 1 else max([runs[slot].wanted for slot in due])
         self._parts = None
-        if self.buffers.are_double:
+        double = self.buffers.are_double
+        if double:
             self._choose_side(kind, runs)
         stand = self._engine.idle_rows or len(runs) == 1
         beside = [] if stand else [slot for slot, run in enumerate(runs) if run.tokens and slot not in due]
@@ -159,8 +163,13 @@ class Slots:
             self._call_beside(kind, runs, due, width, self._about_to_read(runs, beside))
         else:
             self._run_in_parts(kind, runs, due, beside)
-        if kind is StepKind.LORA and self.buffers.are_double:
-            self._side = 1 - self._side
+        self._written_side = 1 - self._side if double and kind is StepKind.LORA else self._side
+        if not held:
+            self._side = self._written_side
+
+    def accept(self) -> None:
+        """The rows go on behind the latest run, from the states that it has left; may be said again before the next."""
+        self._side = self._written_side
 
     def logits(self) -> Logits:
         """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want."""

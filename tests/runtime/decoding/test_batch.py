@@ -340,7 +340,7 @@ class Interrupt:
     Not in the last line of a tick, where its events are on their way to the caller.
     """
 
-    FILES = ("/batch.py", "/row.py", "/slots.py", "/cycle.py", "/flight.py", "/sampling.py")
+    FILES = ("/batch.py", "/row.py", "/slots.py", "/paged_slots.py", "/cycle.py", "/flight.py", "/sampling.py")
 
     def __init__(self, count: int) -> None:
         self.left = count
@@ -644,6 +644,40 @@ def test_tokens_are_those_of_each_row_alone(served: tuple[Bundle, tuple[str, ...
     check()
     assert compared > 100
     assert near_ties <= 1, f"{near_ties} near-ties in {compared} tokens"
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    options = {"surrogate": "recurrent", "drop_layers": (3, 4, 6), "rank": 4, "targets": ("ort", "openvino")}
+    return make_adapted_bundle("qwen2", tmp_path_factory.mktemp("recurrent"), **options)
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_a_lora_step_that_was_interrupted_runs_again_from_the_state_before_it(
+    target: str, recurrent: Bundle, capsys
+) -> None:
+    """Wherever Ctrl-C comes in its tick, the logprobs of what follows are those of a session."""
+    prompt, wanted = [3, 1, 4], []
+    with Session.open(recurrent.root, target=target, policy="backfill", k=3, threads=1) as session:
+        logits = session.prefill([prompt], max_new_tokens=5)[0]
+        for _ in range(5):
+            token = int(logits.argmax())
+            wanted.append((token, float(logits[token] - np.logaddexp.reduce(logits))))
+            logits = session.step([token])[0] if len(wanted) < 5 else logits
+    failed = 0
+    with Batch.open(recurrent.root, target=target, policy="backfill", k=3, threads=1, slots=1) as batch:
+        for count in range(90, 300, 2):
+            batch.add(prompt, 5, logprobs=0, stop_token_ids=[])
+            events = [*batch.tick(), *batch.tick()]
+            with interrupted(count):
+                events += batch.tick()
+            while batch.rows:
+                events += batch.tick()
+            told = [(event.token, event.logprob) for event in events if event.token is not None]
+            failed += len(told) < 5
+            assert [token for token, _ in told] == [token for token, _ in wanted[: len(told)]], count
+            np.testing.assert_allclose([one for _, one in told], [one for _, one in wanted[: len(told)]], atol=NEAR)
+    assert 0 < failed < 100  # of a row whose token was being chosen
 
 
 def test_a_prompt_that_is_scored_changes_nothing_else(tmp_path) -> None:
