@@ -111,6 +111,7 @@ class Slots:
         self._wanted = 1  # of the latest run
         self._keeps = True  # what is prepared now
         self._parts: Logits | None = None  # of the latest run, where it took several calls
+        self._output(1)  # every request wants them, and nothing else is in their way once it has begun
 
     @property
     def nbytes(self) -> int:
@@ -310,9 +311,9 @@ class Slots:
         writes = kind is StepKind.REFRESH and self._plan.has_state and not engine.idle_rows
         rows = [slice(slot, slot + 1) for slot in beside] if writes else []
         states = self.buffers.states[self._side]
-        if rows and not self._aside:
-            for spec in self._state_specs:
-                name, shape = spec.name.removeprefix("present_state."), {"batch": self._count, "rows": 1}
+        for spec in self._state_specs if rows else ():
+            name, shape = spec.name.removeprefix("present_state."), {"batch": self._count, "rows": 1}
+            if name not in self._aside:
                 self._aside[name] = engine.allocate_resident(f"aside.{name}", spec.sized(shape), spec.dtype)
         for name, state in states.items() if rows else ():
             for row in rows:

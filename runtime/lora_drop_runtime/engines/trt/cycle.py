@@ -49,7 +49,7 @@ def rows_in(memory: SessionMemory, rows: int, window: int, vocab: int, draws: in
         begins[name] = size
         size += -(-DeviceBuffer(name, 0, shape, dtype).nbytes // ALIGNMENT) * ALIGNMENT
     host_block = memory.pinned(ROWS, (size,), "uint8")
-    block = memory.buffer(ROWS, (size,), "uint8", of_running=True)
+    block = memory.buffer(ROWS, (size,), "uint8")
     host_block[...] = 0
     host, device = {}, {}
     for name, (shape, dtype) in parts.items():
@@ -83,7 +83,7 @@ class DeviceCycle:
         self._plans, self._device, self._chooser, self._captures = plans, device, chooser, captures
         self._steps, self._rows = steps, rows
         count = rows.device["ids"].shape[0]
-        self._tokens = memory.buffer("tokens of a cycle", (len(steps), count), "int64", of_running=True)
+        self._tokens = memory.buffer("tokens of a cycle", (len(steps), count), "int64")
         # Two, since one is read while the next cycle runs
         self._read = memory.pinned("tokens of cycles", (2, len(steps), count), "int64")
         self._events = events

@@ -56,6 +56,7 @@ from .plans import Plans
 from .step import Captures, EngineStep, StepBindings
 
 _SIZED_AS = {"next_token": "logits_index"}  # outputs that the host reads, and inputs of as many values
+_BEGINS = ("past_key.", "past_value.", "state.")  # which only a request that begins asks for, as `logits`
 
 
 # With contexts and CUDA graphs of their own, which take memory on the device. Each k, policy and number of rows has its
@@ -132,7 +133,7 @@ class TrtEngine:
         return array
 
     def allocate_resident(self, name: str, shape: tuple[int, ...], dtype: str) -> DeviceBuffer:
-        return self._memory.buffer(name, shape, dtype)
+        return self._memory.buffer(name, shape, dtype, begins=name == "logits" or name.startswith(_BEGINS))
 
     def read(self, buffer: DeviceBuffer) -> npt.NDArray[np.float32]:
         dtype = "uint16" if buffer.dtype == "bfloat16" else buffer.dtype

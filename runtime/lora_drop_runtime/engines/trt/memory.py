@@ -72,11 +72,12 @@ class SessionMemory:
             block = self._pinned[name] = self._device.pin(max(size, 1))
         return block[:size].view(dtype).reshape(shape)
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: str, *, of_running: bool = False) -> DeviceBuffer:
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: str, *, begins: bool = False) -> DeviceBuffer:
         """A device buffer, zeroed when it is new. A larger one of the same name takes the smaller one's place.
 
         Args:
-            of_running: for rows that run, whose other buffers stay where memory is out; else all are given back.
+            begins: a request that only begins: where memory is out all buffers are given back. Else those of rows that
+                run stay.
         """
         buffer = DeviceBuffer(name, 0, shape, dtype)
         address, size = self._blocks.get(name, (0, 0))
@@ -89,7 +90,7 @@ class SessionMemory:
             try:
                 address = self._device.malloc(size, f"The buffer {name}")
             except BundleError:
-                if not of_running:  # the request is over: what it has got so far must not be in a smaller one's way
+                if begins:  # the request is over: what it has got so far must not be in a smaller one's way
                     self._free_buffers()
                 raise
             self._blocks[name] = address, size

@@ -403,3 +403,29 @@ def test_where_no_memory_is_left_for_a_cycle_rows_go_on_once_there_is(opened) ->
     ticks(6)
     for row, prompt in enumerate(PROMPTS[:4]):
         assert rows[row] == alone.generate([prompt], 6)[0].tolist()
+
+
+@pytest.mark.parametrize(("buffer", "k", "more"), [("aside", 3, {}), ("logits.2", 0, {"prompt_logprobs": True})])
+def test_where_no_memory_is_left_for_what_comes_late_rows_go_on_once_there_is(
+    opened, buffer: str, k: int, more: dict[str, Any]
+) -> None:
+    """A refresh beside a row amid its cycle puts that one's states aside; a scored prompt wants more logits."""
+    batch, alone, _, cuda = opened("recurrent")
+    free = cuda.memory_bytes
+    rows = {batch.add(PROMPTS[0], 12, k=k, stop_token_ids=(), logprobs=0): k}
+    events = [*batch.tick(), *batch.tick()]
+
+    def ticks() -> None:
+        while batch.rows:
+            events.extend(batch.tick())
+
+    rows[batch.add(PROMPTS[0], 12, k=0, stop_token_ids=(), logprobs=0, **more)] = 0
+    cuda.memory_bytes = sum(block.nbytes for block in cuda.blocks.values()) + 100
+    for _ in range(2):
+        with pytest.raises(BundleError, match=f"The buffer {buffer}"):
+            ticks()
+    cuda.memory_bytes = free
+    ticks()
+    for row, k in rows.items():
+        own = [event for event in events if event.row == row and not event.is_prompt]
+        assert tokens_of(own) == alone.generate([PROMPTS[0]], 12, k=k, stop_token_ids=())[0].tolist()

@@ -142,10 +142,14 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
         error=NoDeviceError,
     )
     assert not cuda.live
-    cuda = FakeCuda(memory_bytes=1_250_000)
+
+
+@pytest.mark.parametrize(("size", "buffer"), [(1_250_000, "buffer past_"), (1_689_500, "buffer logits")])
+def test_a_smaller_request_gets_the_memory_of_one_that_did_not_fit(bundle: Bundle, size: int, buffer: str) -> None:
+    cuda = FakeCuda(memory_bytes=size)
     session, _, _ = open_device_session(bundle, cuda=cuda)
     with session:
-        refused(lambda: session.generate([[1, 2, 3]] * 4, 5), "out of memory", "past_", "MiB", error=NoDeviceError)
+        refused(lambda: session.generate([[1, 2, 3]] * 4, 5), "out of memory", buffer, "MiB", error=NoDeviceError)
         assert len(session.generate([[1, 2, 3]], 5)[0]) == 5  # and goes on with what fits
     assert not cuda.live
 
