@@ -7,7 +7,7 @@ tokens; the others are not in it. Rows may have blocks in common: one that is ab
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -22,8 +22,8 @@ from .slots import Logits, Run, Slots, valid_kv_bytes
 
 def _give_back(pools: Sequence[Pool], blocks: Sequence[list[int]]) -> None:
     for pool, own in zip(pools, blocks, strict=True):
-        pool.give_back(own)
-        own.clear()
+        while own:
+            pool.give_back([own.pop()])
 
 
 Table = tuple[int, int, list[int]]  # of a row in a call: valid entries, new ones, and the blocks that hold both
@@ -31,14 +31,22 @@ MOST_PADDED = 8  # tokens of a call that is brought to the width of others
 
 
 class _Row:
-    """A row's blocks, of kept and of dropped layers; given back when it goes."""
+    """A row's blocks, so many of kept and of dropped layers; given back when it goes."""
 
-    def __init__(self, engine: PagedEngine, blocks: Iterable[list[int]]) -> None:
-        self.blocks = list(blocks)
-        self._give_back = weakref.finalize(self, _give_back, list(engine.pools), self.blocks)
+    def __init__(self, engine: PagedEngine, counts: Sequence[int]) -> None:
+        self.blocks: list[list[int]] = [[] for _ in counts]
+        self._pools = list(engine.pools)
+        weakref.finalize(self, _give_back, self._pools, self.blocks)
+        try:
+            for pool, own, count in zip(engine.pools, self.blocks, counts, strict=True):
+                own += pool.take(count)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
-        self._give_back()
+        """What an interrupt leaves of it goes with the row."""
+        _give_back(self._pools, self.blocks)
 
 
 class PagedSlots:
@@ -81,7 +89,7 @@ class PagedSlots:
     def admit(self, slot: int, slots: Mapping[str, int]) -> None:
         """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later."""
         self.release(slot)
-        self._rows[slot] = _Row(self._engine, [pool.take(count) for pool, count in self._counts(slots)])
+        self._rows[slot] = _Row(self._engine, [count for _, count in self._counts(slots)])
 
     def release(self, slot: int) -> None:
         """A row is over."""
@@ -217,7 +225,7 @@ class PagedSlots:
     def _spare_blocks(self) -> list[list[int]]:
         """A block of each pool, which only padding writes."""
         if self._spare is None:
-            self._spare = _Row(self._engine, [pool.take(1) for pool in self._engine.pools])
+            self._spare = _Row(self._engine, [1, 1])
         return self._spare.blocks
 
     def _fill(self, feed: Feed, runs: Sequence[Run], rows: int, tables: Sequence[Sequence[Table]]) -> None:

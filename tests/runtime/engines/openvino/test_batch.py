@@ -234,6 +234,50 @@ def test_a_row_that_moved_before_an_interrupt_goes_on(bundle: Bundle, monkeypatc
     assert [event.token for event in events if event.row == stays] == wanted
 
 
+def test_a_row_that_gets_only_some_of_its_blocks_gives_them_back(bundle: Bundle, capsys) -> None:
+    """Memory is out for those of dropped layers; the error is held, as an interpreter holds the latest."""
+    with Batch.open(bundle.root, slots=2, policy="backfill", k=2, threads=1) as batch:
+        pools = batch._engine.pools
+        take, calls = pools[1].take, 0
+
+        def refused(count: int) -> list[int]:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise MemoryError
+            return take(count)
+
+        pools[1].take = refused
+        batch.add([1, 2], 3, stop_token_ids=[])
+        with pytest.raises(MemoryError):
+            batch.tick()
+        assert [pool.in_use for pool in pools] == [0, 0]
+        assert sum(event.token is not None for _ in range(3) for event in batch.tick()) == 3
+        assert [pool.in_use for pool in pools] == [0, 0]
+
+
+def test_an_interrupt_as_blocks_are_given_back_keeps_none(bundle: Bundle, capsys) -> None:
+    with Batch.open(bundle.root, slots=2, policy="backfill", k=2, threads=1) as batch:
+        pools = batch._engine.pools
+        give_back, calls = pools[0].give_back, 0
+
+        def interrupted(blocks: list[int]) -> None:
+            nonlocal calls
+            calls += 1
+            give_back(blocks)
+            if calls == 1:
+                raise KeyboardInterrupt
+
+        pools[0].give_back = interrupted
+        row = batch.add(list(range(40)), 30, stop_token_ids=[])
+        batch.tick()
+        with pytest.raises(KeyboardInterrupt):
+            batch.cancel(row)
+        while batch.rows:
+            batch.tick()
+        assert [pool.in_use for pool in pools] == [0, 0]
+
+
 @settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(requests(VOCAB, 70, ("skip", "backfill", "lossless")), min_size=2, max_size=8),
