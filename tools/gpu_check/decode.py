@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_check.bundles import need_exporter, small_checkpoint, timed
+from gpu_check.bundles import TINY_LENGTHS, need_exporter, small_checkpoint, timed
 from gpu_check.cuda import Gpu
 from gpu_check.engines import options_here
 from gpu_check.job import Job, Skip, brief
@@ -27,7 +27,6 @@ RATIOS = (0.5, 0.25)
 WINDOW = 3
 AIM = 0.85  # of the copy rate
 LENGTHS = {"prompt": 128, "new_tokens": 129}
-TINY_LENGTHS = {"prompt": 8, "new_tokens": 9}
 # Shapes of Llama 3, as far as they differ from the largest
 SHAPES: dict[str, dict[str, Any]] = {
     "8B": {},

@@ -139,5 +139,5 @@ def run(job: Job) -> None:
         job.attempt(f"{dtype} logits", partial(agreement, bundle, TARGET, None))
         job.attempt(f"{dtype} tokens", partial(same_tokens, bundle, TARGET, None))
         job.attempt(f"{dtype} graphs", partial(graphs_and_growth, bundle))
-        job.attempt(f"{dtype} times", partial(timed_windows, bundle, TARGET, None))
+        job.attempt(f"{dtype} times", partial(timed_windows, job, bundle, TARGET, None))
     job.attempt("plugins", partial(plugin_forms, job, model))

@@ -81,7 +81,7 @@ def check_bundle(job: Job, name: str, target: str, model: Path, **options: Any) 
     root = job.work / bundle
     job.attempt(f"{name} logits", partial(agreement, root, target, None))
     job.attempt(f"{name} tokens", partial(same_tokens, root, target, None))
-    job.attempt(f"{name} times", partial(timed_windows, root, target, None))
+    job.attempt(f"{name} times", partial(timed_windows, job, root, target, None))
 
 
 def options_here(job: Job, target: str) -> dict[str, Any]:

@@ -122,6 +122,6 @@ def run(job: Job) -> None:
         root = job.work / bundle
         job.attempt(f"{name} logits", partial(agreement, root, "ort", provider))
         job.attempt(f"{name} tokens", partial(same_tokens, root, "ort", provider))
-        job.attempt(f"{name} times", partial(timed_windows, root, "ort", provider))
+        job.attempt(f"{name} times", partial(timed_windows, job, root, "ort", provider))
     if job.numbers[f"{dtype} export"] == BUILT:  # last, since it changes onnxruntime in this process
         job.attempt("placement", partial(placement, job, job.work / f"ort.{dtype}", provider))
