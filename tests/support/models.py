@@ -174,6 +174,8 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 }
 
 
+ROPES = ("llama3_rope", "llama_linear_rope", "llama_yarn", "phi3_longrope", "llama_dynamic_rope")  # differ in it alone
+
 FEW = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 
 
