@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_drop_runtime import Session
+from lora_drop_runtime import Batch, Event, Session
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
@@ -43,6 +43,18 @@ def kept_session(root: Path, policy: str) -> Session:
 def kinds_after_prefill(k: int, steps: int) -> list[StepKind]:
     """k LoRA steps, then a refresh, and so on."""
     return (([LORA] * k + [REFRESH]) * (steps + 1))[:steps]
+
+
+def ticked_through(batch: Batch) -> tuple[list[Event], int]:
+    """Events of ticks until no row is left, and how many of them Ctrl-C came into; the next one goes on."""
+    events: list[Event] = []
+    interrupts = 0
+    while batch.rows:
+        try:
+            events += batch.tick()
+        except KeyboardInterrupt:
+            interrupts += 1
+    return events, interrupts
 
 
 def padded(prompts: list[list[int]], fill: int = 0, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

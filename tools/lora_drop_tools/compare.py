@@ -21,7 +21,7 @@ from lora_drop_tools.shared.options import (
     threads_option,
     trust_remote_code_option,
 )
-from lora_drop_tools.shared.results import check_results, write_json
+from lora_drop_tools.shared.results import check_results, then_shown, write_json
 
 if TYPE_CHECKING:
     from lora_drop_export.check.figures import Verification
@@ -79,11 +79,9 @@ def compare(bundle: str | Path, settings: CompareSettings) -> Verification:
         trust_remote_code=settings.trust_remote_code,
         policy=settings.policy,
     )
-    try:
-        if settings.json_file is not None:  # first: who reads the table may have gone
+    with then_shown(lambda: print_table(result, console)):
+        if settings.json_file is not None:
             write_json(settings.json_file, _as_json(result), _KEYS)
-    finally:  # where a disk is full, the table is what is left
-        print_table(result, console)
     if not result.passed:
         raise failure(result)
     return result

@@ -30,7 +30,7 @@ from lora_drop_tools.bench.peers.options import PeerOptions, check_named, peer_o
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
-from lora_drop_tools.shared.results import check_results, said_command, write_json
+from lora_drop_tools.shared.results import check_results, said_command, then_shown, write_json
 
 from .arms import Arm, SessionOptions, TimedSession, measure, peer_arm, session_arms
 from .judge import MeasurementError, judge
@@ -190,13 +190,11 @@ def _finish(result: BenchResult, settings: BenchSettings, out: TextIO | None) ->
         MeasurementError: after that, where a figure cannot be true or a peer that was named ended early.
     """
     lines = describe(result)
-    try:
-        if settings.json_file is not None:  # first: who reads the tables may have gone
+    with then_shown(lambda: print("\n".join(lines), file=out or sys.stdout)):
+        if settings.json_file is not None:
             write_json(settings.json_file, result.to_json(), KEYS)
         if settings.plots is not None:
             write_plots(result, settings.plots)
-    finally:  # where a disk is full, the tables are what is left
-        print("\n".join(lines), file=out or sys.stdout)
     if result.problems:
         raise MeasurementError(
             "A speed-up is above what the bytes allow.",

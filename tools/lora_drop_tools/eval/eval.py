@@ -39,7 +39,7 @@ from lora_drop_tools.eval.tasks.metrics import Measured
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
-from lora_drop_tools.shared.results import check_results, write_json
+from lora_drop_tools.shared.results import check_results, then_shown, write_json
 
 from .intervals import Sums
 from .methods import method_of
@@ -347,13 +347,11 @@ def eval(
     result.safe_zones = safe_zones(result.rows)
     result.warnings += [said for said in map(too_wide, result.rows) if said is not None]
     lines = [*describe(result), *(described(settings.paper, result) if settings.paper else ())]
-    try:
-        if settings.json_file is not None:  # first: who reads the tables may have gone
+    with then_shown(lambda: print("\n".join(lines), file=out or sys.stdout)):
+        if settings.json_file is not None:
             write_json(settings.json_file, result.to_json(), KEYS)
         if settings.plots is not None:
             write_plots(result, settings.plots)
-    finally:  # where a disk is full, the tables are what is left
-        print("\n".join(lines), file=out or sys.stdout)
     return result
 
 

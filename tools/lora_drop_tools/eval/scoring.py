@@ -167,12 +167,11 @@ def decode(session: Session, rows: Sequence[Row], k: WindowK) -> Iterator[Read]:
     turns = max(map(len, prompts))
     for turn in range(turns):
         now = {index: indices[turn] for index, indices in enumerate(prompts) if turn < len(indices)}
-        places = np.array([now.get(index, -1) for index in range(len(prompts))], np.int64)
         asked = {index: rows[row] for index, row in now.items()}
         goes_on = turn < turns - 1 and any(row.steps for row in asked.values())
         with session.fork() if goes_on else nullcontext(session) as branch:
             for read in _decode_behind(branch, logits, lengths, asked):
-                yield dataclasses.replace(read, rows=places[read.rows])
+                yield dataclasses.replace(read, rows=np.array([now[index] for index in read.rows]))
 
 
 def batches(session: Session, rows: Sequence[Row]) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,17 @@ def check_bench_bundles(path: Path, what: str, held: Collection[str], names: Col
             note=f"{path} has {', '.join(sorted(held)) or 'none'}; asked for are {', '.join(names)}.",
             hint="They are joined by the name of the bundle's directory.",
         )
+
+
+@contextlib.contextmanager
+def then_shown(show: Callable[[], None]) -> Iterator[None]:
+    """Write files inside, first, since who reads tables may have gone. They are shown behind it in any case: where a
+    disk is full, they are what is left.
+    """
+    try:
+        yield
+    finally:
+        show()
 
 
 def write_json(path: Path, text: str, keys: Collection[str]) -> None:

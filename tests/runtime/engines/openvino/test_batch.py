@@ -20,7 +20,7 @@ from lora_drop_runtime.errors import InputError
 
 from tests.runtime.decoding.test_batch import Request, check_ends, decoded, requests
 from tests.support.bundles import make_adapted_bundle, make_bundle, traced_family
-from tests.support.decoding import assert_refused, padded
+from tests.support.decoding import assert_refused, padded, ticked_through
 from tests.support.models import FAMILIES
 
 from .test_engine import MIXED, MODEL, NEAR, TARGETS, VOCAB, assert_near
@@ -221,12 +221,7 @@ def test_a_row_that_moved_before_an_interrupt_goes_on(bundle: Bundle, monkeypatc
     with Batch.open(bundle.root, slots=2, **options) as batch:
         batch.add([1, 2], 2, stop_token_ids=[])
         stays = batch.add([3, 4, 5], 9, stop_token_ids=[])
-        events, interrupts = [], 0
-        while batch.rows:
-            try:
-                events += batch.tick()
-            except KeyboardInterrupt:
-                interrupts += 1
+        events, interrupts = ticked_through(batch)
         assert interrupts == 1
         assert [pool.in_use for pool in batch._engine.pools] == [0, 0]
     with Session.open(bundle.root, target="ort", **options) as session:

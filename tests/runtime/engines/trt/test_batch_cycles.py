@@ -25,6 +25,7 @@ from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.runtime.decoding.test_batch import Interrupt
 from tests.runtime.engines.trt.test_cycles import WORK
+from tests.support.decoding import ticked_through
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_trt import open_device_session
 
@@ -367,12 +368,7 @@ def test_a_cycle_that_was_interrupted_as_it_was_begun_fails_its_rows(opened, mon
         mark(self, event)
 
     monkeypatch.setattr(CudaDevice, "mark", interrupted)
-    events, interrupts = [], 0
-    while batch.rows:
-        try:
-            events += batch.tick()
-        except KeyboardInterrupt:
-            interrupts += 1
+    events, interrupts = ticked_through(batch)
     assert interrupts == 1
     ends = {event.row: event for event in events if event.finished}
     assert [ends[row].finished for row in range(3)] == ["failed", "failed", "length"]
