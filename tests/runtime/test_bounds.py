@@ -171,5 +171,5 @@ def test_help_says_the_bounds() -> None:
     add_options(parser, GenerateSettings)
     text = " ".join(parser.format_help().split())
     assert f"one per physical core) [1 to {THREADS.most}]" in text
-    assert "draw the same text every time [0 to 2^63 − 1]" in text
+    assert "draw the same text every time, but for --k auto [0 to 2^63 − 1]" in text
     assert "1 is off (default) [above 0, at most 1]" in text

@@ -105,7 +105,9 @@ class GenerateSettings:
     repetition_penalty: float = option(
         1.0, metavar="P", bounds=bounds.PENALTY, help="make what was said already less likely; 1 is off (default)"
     )
-    seed: int | None = option(None, metavar="N", bounds=bounds.SEED, help="draw the same text every time")
+    seed: int | None = option(
+        None, metavar="N", bounds=bounds.SEED, help="draw the same text every time, but for --k auto"
+    )
     stop: tuple[str, ...] = option((), repeat=True, metavar="TEXT", help="end before this text; may be repeated")
     chat_template_kwargs: str | None = option(
         None, metavar="JSON", help="give the chat template these variables, such as '{\"enable_thinking\": false}'"

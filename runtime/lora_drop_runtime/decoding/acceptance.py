@@ -5,8 +5,8 @@ verifier would have chosen itself, greedily or, where it draws, in distribution.
 
 With p the verifier's distribution and q the draft's, both after penalty, constraint, temperature, top-k and top-p, a
 draft d is accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft
-that was looked up is drawn from the distribution that knows no other: accepted with p(d), else p without d. Greedy, a
-draft is accepted iff it is the verifier's own choice.
+that was looked up, or taken greedily, is accepted iff it is the token that the verifier chooses itself. So a seed draws
+the same tokens with looked-up drafts as without, however many there are.
 """
 
 from __future__ import annotations
@@ -49,19 +49,15 @@ def _probability(ids: Ids, probs: NDArray[np.float64], token: int) -> float:
 
 def judged(row: RowSampler, scores: NDArray[np.float32], draft: Draft) -> int:
     """The verifier's token by penalized logits [V]: the draft's, if it is accepted."""
-    if row.options.temperature == 0:
-        return int(scores.argmax())
+    if draft.drawn_from is None:
+        return row.choose(scores)
     ids, probs = distribution(scores, row.options)
-    ours = _probability(ids, probs, draft.token)
-    theirs = 1.0 if draft.drawn_from is None else _probability(*draft.drawn_from, draft.token)
+    ours, theirs = _probability(ids, probs, draft.token), _probability(*draft.drawn_from, draft.token)
     if row.generator.random() * theirs < ours:
         return draft.token
     rest = np.zeros(len(scores))
     rest[ids] = probs
-    if draft.drawn_from is None:
-        rest[draft.token] = 0
-    else:
-        rest[draft.drawn_from[0]] -= draft.drawn_from[1]
+    rest[draft.drawn_from[0]] -= draft.drawn_from[1]
     left = np.flatnonzero(rest > 0)
     return row.draw(left, rest[left]) if left.size else draft.token  # p = q but for their last bits
 

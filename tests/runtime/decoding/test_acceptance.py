@@ -116,6 +116,23 @@ def test_looked_up_drafts_leave_the_verifiers_distribution(options: SamplingOpti
     assert p_value(counts, expected(LOGITS, options, [1, 4])) > LEAST_P
 
 
+@pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
+def test_a_seed_draws_the_same_tokens_whatever_was_looked_up(options: SamplingOptions) -> None:
+    """The n-th token is where the n-th random number falls in the distribution, whatever the drafts and how many."""
+    stream = np.random.default_rng(np.random.SeedSequence(7))
+    seen, wanted = [1, 4], list[int]()
+    for _ in range(200):
+        reached = np.cumsum(expected(LOGITS, options, seen))
+        wanted.append(int(np.argmax(reached > stream.random() * reached[-1])))
+        seen.append(wanted[-1])
+    sampler, drafts, made = row(options), np.random.default_rng(0), list[int]()
+    while len(made) < len(wanted):
+        count = int(drafts.integers(4))
+        guesses = [Draft(int(token)) for token in drafts.integers(3, size=count)]
+        made += verified(sampler, guesses, np.stack([LOGITS] * (count + 1)))
+    assert made[: len(wanted)] == wanted
+
+
 @pytest.mark.parametrize("looked_up", [False, True])
 def test_all_tokens_of_a_cycle_are_distributed_as_without_drafts(looked_up: bool) -> None:
     """Over a model with memory: the joint distribution of a text's next two tokens, however many a cycle makes."""
