@@ -22,9 +22,9 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.engines.engine import Array, Engine
 from lora_drop_runtime.errors import InputError, whole_number
-from lora_drop_runtime.plan.drafting import draft_source, scheduled
+from lora_drop_runtime.plan.drafting import VerifiedSchedule, draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy
-from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
+from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind, periodic_like
 
 from . import checks
 from .constraint import Constraint
@@ -238,7 +238,8 @@ class Batch:
         Args:
             prompt_ids: at least one token.
             max_new_tokens: upper bound.
-            k, schedule, policy, draft: of this row; the batch's when None.
+            k, schedule, policy, draft: of this row; the batch's when None. An adaptive schedule that is named brings
+                the k and the policy that it was calibrated for.
             sampling: greedy when None.
             stop_token_ids: end the row; the model's end tokens when None.
             logprobs: tell each token's logprob, and so many of the likeliest tokens'; None tells none.
@@ -267,7 +268,9 @@ class Batch:
         checks.check_name("The draft", draft, 'Use for example draft="ngram".')
         verifier = self._policy if policy is None else checked_policy(self.bundle, policy)
         if schedule is not None:
-            k, name = named_schedule(manifest, schedule, k, policy)
+            verified = isinstance(self._schedule, VerifiedSchedule)
+            periodic = self._schedule if verified else periodic_like(self._schedule, manifest.plan.k)
+            k, name = named_schedule(manifest, schedule, k, policy, (periodic, self._policy.name))
             verifier = checked_policy(self.bundle, name)
         chosen = scheduled(self._schedule if k is None else k, verifier)
         draft = self._draft if draft is None and verifier.verifies else draft

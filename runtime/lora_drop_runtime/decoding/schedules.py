@@ -51,15 +51,20 @@ def check_adaptive(name: str, policy: str | None) -> None:
 
 
 def named_schedule(
-    manifest: Manifest, name: str | None, k: int | str | Schedule | None, policy: str | None
+    manifest: Manifest,
+    name: str | None,
+    k: int | str | Schedule | None,
+    policy: str | None,
+    usual: tuple[Schedule, str] | None = None,
 ) -> tuple[int | str | Schedule, str]:
     """What `k` and the policy of a session are.
 
     Args:
         name: one of SCHEDULES; None is `periodic`, or the schedule that `k` is.
-        k: LoRA steps between two refreshes, at most where the schedule is adaptive; None is the bundle's window, or the
-            one that it was calibrated for.
+        k: LoRA steps between two refreshes, at most where the schedule is adaptive; None is the usual window, or the
+            one that the bundle was calibrated for.
         policy: None likewise.
+        usual: schedule and policy; the bundle's own when None.
 
     Raises:
         InputError: an unknown name, a name beside a schedule object, or no threshold for this window and policy.
@@ -72,7 +77,8 @@ def named_schedule(
             hint="Leave schedule out, or give k as a number.",
         )
     if name is None or name not in ADAPTIVE:
-        return manifest.plan.k if k is None else k, manifest.plan.policy if policy is None else policy
+        usual_k, usual_policy = (manifest.plan.k, manifest.plan.policy) if usual is None else usual
+        return usual_k if k is None else k, usual_policy if policy is None else policy
     check_adaptive(name, policy)
     found = _calibration(manifest, name)
     _check_same(name, "k", k, found.k)

@@ -465,6 +465,30 @@ def test_a_schedule_that_fails_ends_its_own_row() -> None:
     assert (last.finished, str(last.error)) == ("failed", "not today")
 
 
+@pytest.mark.parametrize(
+    ("policy", "usual", "row", "kinds"),
+    [
+        ("backfill", 1, {}, [REFRESH, *[LORA, REFRESH] * 3]),
+        ("backfill", MarginSchedule(2, np.inf), {}, [REFRESH, *[LORA, LORA, REFRESH] * 2]),
+        ("backfill", 1, {"k": 2}, [REFRESH, *[LORA, LORA, REFRESH] * 2]),
+        ("lossless", 2, {}, [REFRESH] * 7),
+        ("lossless", 2, {"policy": "skip"}, [REFRESH, *[LORA, LORA, REFRESH] * 2]),
+    ],
+)
+def test_a_row_that_names_the_periodic_schedule_keeps_the_batchs_window_and_policy(policy, usual, row, kinds) -> None:
+    """Not those of the bundle, whose k is 3 and whose policy is `skip`."""
+    engine = FakeEngine(PLAN)
+    bundle = open_session(PLAN, engine=engine)[0].bundle
+    assert (bundle.manifest.plan.k, bundle.manifest.plan.policy) == (3, "skip")
+    batch = Batch(bundle, engine, PeriodicSchedule(usual) if isinstance(usual, int) else usual, policy, slots=1)
+    batch.add([5, 6, 7], 7, schedule="periodic", stop_token_ids=[], **row)
+    events = [event for _ in iter(lambda: batch.rows, 0) for event in batch.tick()]
+    assert [event.kind for event in events] == kinds
+    assert (events[-1].statistics is not None) == (policy == "lossless" and not row)
+    wide = [run for run in engine.runs[1:] if run.kind is REFRESH and run.input_ids.shape[1] > 1]
+    assert bool(wide) == (policy == "backfill")
+
+
 def test_no_drafts_are_counted_where_there_are_none() -> None:
     """`lossless` with k = 0 is the full schedule."""
     batch, _ = fake_batch("lossless", k=0, slots=1)
