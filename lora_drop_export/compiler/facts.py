@@ -29,7 +29,7 @@ from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.packed import PackedTensor
 from lora_drop_export.console import Console
-from lora_drop_export.decoder.context import context_length
+from lora_drop_export.decoder.context import context_in_words, context_length
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.graphs.refresh import half_parameters
@@ -194,12 +194,13 @@ def make_limits(config: Any, options: BuildOptions) -> Limits:
     context = context_length(config)
     max_seq_len = options.max_seq_len or min(2048, context)
     max_prompt_len = options.max_prompt_len or max(1, max_seq_len - 1)
+    most = max_seq_len - 1
     for option, value, bound, what in (
-        ("--max-seq-len", max_seq_len, context, "the model's context"),
-        ("--max-prompt-len", max_prompt_len, max_seq_len - 1, "--max-seq-len less one new token"),
+        ("--max-seq-len", max_seq_len, context, f"the model's context is {context_in_words(config)}"),
+        ("--max-prompt-len", max_prompt_len, most, f"--max-seq-len less one new token is {most}"),
     ):
         if value > bound:
-            raise InputError(f"{option} is too large.", note=f"It is {value}, {what} is {bound}.", hint="Lower it.")
+            raise InputError(f"{option} is too large.", note=f"It is {value}, {what}.", hint="Lower it.")
     return Limits(max_seq_len, max_prompt_len, options.max_batch)
 
 

@@ -39,6 +39,14 @@ def context_length(config: Any) -> int:
     return _UNKNOWN
 
 
+def context_in_words(config: Any) -> str:
+    """The context's tokens for a message, and why they are fewer than the config's own number."""
+    context = context_length(config)
+    if context == _longrope_context(config):
+        return f"{context} (up to which LongRoPE's frequencies are the same for all texts)"
+    return str(context)
+
+
 def window_within(config: Any, size: int | None) -> int:
     """A sliding window in positions; 0 for none, and for one as wide as the context, which hides nothing."""
     return size if size and size < context_length(config) else 0

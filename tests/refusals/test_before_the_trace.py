@@ -188,7 +188,7 @@ def test_texts_longer_than_longropes_short_factors(export_refused, place, tmp_pa
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     rope["original_max_position_embeddings"] = 64
     model = changed_model(place, tmp_path / "model", rope_parameters=rope)
-    words = ("--max-seq-len is too large", "It is 65, the model's context is 64")
+    words = ("--max-seq-len is too large", "It is 65, the model's context is 64 (up to which LongRoPE")
     export_refused("--max-seq-len", "65", model=model, words=words)
 
 

@@ -85,4 +85,4 @@ def test_longrope_ends_where_its_frequencies_change(text: Path, tmp_path: Path) 
     assert profile(str(model), settings).settings["window"] == 40
     with pytest.raises(InputError, match="The window is longer than the model's context") as caught:
         profile(str(model), dataclasses.replace(settings, window=41, out=tmp_path / "q"))
-    assert "--window is 41, the context is 40" in caught.value.note
+    assert "--window is 41, the context is 40 (up to which LongRoPE" in caught.value.note

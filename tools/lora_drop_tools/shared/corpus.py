@@ -54,7 +54,7 @@ def window_that_fits(loaded: LoadedModel, window: int | None) -> int:
     Raises:
         InputError: it is longer than the model's context.
     """
-    from lora_drop_export.decoder.context import context_length
+    from lora_drop_export.decoder.context import context_in_words, context_length
 
     context = context_length(loaded.model.config)
     if window is None:
@@ -62,7 +62,7 @@ def window_that_fits(loaded: LoadedModel, window: int | None) -> int:
     if window > context:
         raise InputError(
             "The window is longer than the model's context.",
-            note=f"--window is {window}, the context is {context}.",
+            note=f"--window is {window}, the context is {context_in_words(loaded.model.config)}.",
             hint=f"Use --window {min(WINDOW, context)}.",
         )
     return window
