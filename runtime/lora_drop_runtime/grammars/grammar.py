@@ -19,6 +19,7 @@ from lora_drop_runtime.errors import InputError, first_line, wrong_type
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.text import TextCodec
 
+from .schema import followed
 from .trial import compile_apart
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def checked_schema(schema: str | Mapping[str, Any] | bool) -> str:
             value = {} if value else {"not": {}}
         if not isinstance(value, Mapping):
             raise wrong_type("The JSON schema", value, "an object", 'Use for example {"type": "object"}.')
-        return json.dumps({**value, "x-guidance": _JSON_OPTIONS}, allow_nan=False)
+        return json.dumps({**followed(value), "x-guidance": _JSON_OPTIONS}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             "The JSON schema is not JSON.", note=f"{first_line(error)}.", hint='Use for example {"type": "object"}.'

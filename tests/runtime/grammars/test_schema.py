@@ -1,0 +1,40 @@
+"""What llguidance alone would get wrong: texts are allowed where they are valid under their schema, and only there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.grammars.grammar import Grammars
+
+
+@pytest.fixture(scope="module")
+def grammars(bundle: Bundle) -> Grammars:
+    return Grammars.of(bundle)
+
+
+def is_allowed(grammars: Grammars, schema: Any, value: Any) -> bool:
+    fork = grammars.json_schema(schema).behind(json.dumps(value).encode())
+    return fork is not None and (fork.is_over or bool(fork.allowed()[grammars.tokenizer.eos_tokens].any()))
+
+
+def check(grammars: Grammars, schema: Any, values: list[Any]) -> None:
+    for value in values:
+        assert is_allowed(grammars, schema, value) == jsonschema.Draft202012Validator(schema).is_valid(value), value
+
+
+@pytest.mark.parametrize("pattern", [r'^[^"\\/]+$', r'^\[[^"]\]$', r"^\\[^\\]$"])
+def test_a_negated_class_allows_no_escape_of_what_it_leaves_out(grammars: Grammars, pattern: str) -> None:
+    texts = ["", "a", '"', "\\", "\n", '"a', "a\\", "[a]", '["]', "[\\]", "\\a", "\\\\", '\\"', "/"]
+    names = {"type": "object", "patternProperties": {pattern: {"type": "null"}}, "additionalProperties": False}
+    schema = {"anyOf": [{"type": "string", "pattern": pattern}, names]}
+    check(grammars, schema, [*texts, *({text: None} for text in texts)])
+
+
+def test_what_only_looks_like_a_pattern_is_left_alone(grammars: Grammars) -> None:
+    named = {"type": "object", "properties": {"pattern": {"const": "[^a]"}}, "additionalProperties": False}
+    schema = {"anyOf": [{"const": {"pattern": "[^b]"}}, named]}
+    check(grammars, schema, [{"pattern": text} for text in ("[^a]", "[^b]", r"[^\x00a]", "a")])
