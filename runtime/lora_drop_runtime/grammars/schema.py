@@ -3,6 +3,8 @@
 Enters: a schema, as JSON makes it. Leaves: one without what llguidance would get wrong:
 
 1. A class of all control characters without `"` or `\\`, such as `[^"]`, allows these two. One without U+0000 does not.
+2. A whole number that one bound excludes is allowed where the other is less than 1 away. A bound next to it, which is
+   included, does not allow it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+_NEXT = 2.0**-40  # from 1 to a number next to it; llguidance does not read all digits of the very next
 _NEGATED = re.compile(r"(\\.)|\[\^", re.DOTALL)
 _VALUES = ("const", "enum", "default", "examples")  # no schemas in them
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # their keys are no keywords
@@ -19,6 +22,25 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # their 
 def _pattern(pattern: str) -> str:
     """Case 1, for classes that are negated."""
     return _NEGATED.sub(lambda found: found[1] or r"[^\x00", pattern)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _include_bounds(schema: dict[str, Any]) -> None:
+    """Case 2."""
+    tighter: Any
+    for sign, least, most, tighter in ((1, "Minimum", "Maximum", max), (-1, "Maximum", "Minimum", min)):
+        bound: Any = schema.get(f"exclusive{least}")
+        if not _is_number(bound) or bound % 1:
+            continue
+        low, high = sorted((bound, bound + sign))
+        others: list[Any] = [schema.get(most.lower()), schema.get(f"exclusive{most}")]
+        if any(_is_number(other) and low < other < high for other in others):
+            within, given = bound + sign * _NEXT * max(abs(bound), 1), schema.get(least.lower())
+            schema[least.lower()] = tighter(within, given) if _is_number(given) else within
+            del schema[f"exclusive{least}"]
 
 
 def followed(schema: Any) -> Any:
@@ -36,4 +58,5 @@ def followed(schema: Any) -> Any:
             found[name] = _pattern(part)
         else:
             found[name] = part if name in _VALUES else followed(part)
+    _include_bounds(found)
     return found

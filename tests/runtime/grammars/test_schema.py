@@ -38,3 +38,19 @@ def test_what_only_looks_like_a_pattern_is_left_alone(grammars: Grammars) -> Non
     named = {"type": "object", "properties": {"pattern": {"const": "[^a]"}}, "additionalProperties": False}
     schema = {"anyOf": [{"const": {"pattern": "[^b]"}}, named]}
     check(grammars, schema, [{"pattern": text} for text in ("[^a]", "[^b]", r"[^\x00a]", "a")])
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0, "maximum": 0.5},
+        {"exclusiveMinimum": 3, "exclusiveMaximum": 3.25, "minimum": 2},
+        {"minimum": -3.5, "exclusiveMaximum": -3.0},
+        {"exclusiveMinimum": 1000, "minimum": 1000.25, "maximum": 1000.5},
+        {"exclusiveMinimum": 3, "maximum": 4},
+    ],
+)
+def test_a_number_that_a_bound_excludes_is_not_allowed(grammars: Grammars, bounds: dict[str, float]) -> None:
+    edges = {edge + more for edge in bounds.values() for more in (-1, -0.25, -0.125, 0, 0.125, 0.25, 1)}
+    numbers = [int(one) if one % 1 == 0 else one for one in edges]
+    check(grammars, {"type": "number", **bounds}, numbers)
