@@ -5,6 +5,7 @@ Enters: a schema, as JSON makes it. Leaves: one without what llguidance would ge
 1. A class of all control characters without `"` or `\\`, such as `[^"]`, allows these two. One without U+0000 does not.
 2. A whole number that one bound excludes is allowed where the other is less than 1 away. A bound next to it, which is
    included, does not allow it.
+3. An integer of `const` or `enum` beyond 2⁵³ is written rounded. It is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lora_drop_runtime.errors import InputError
+
 _NEXT = 2.0**-40  # from 1 to a number next to it; llguidance does not read all digits of the very next
+_EXACT = 1 << 53  # integers up to here are floats
 _NEGATED = re.compile(r"(\\.)|\[\^", re.DOTALL)
 _VALUES = ("const", "enum", "default", "examples")  # no schemas in them
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # their keys are no keywords
@@ -43,14 +47,32 @@ def _include_bounds(schema: dict[str, Any]) -> None:
             del schema[f"exclusive{least}"]
 
 
+def _check_integers(value: Any) -> None:
+    """Case 3."""
+    if isinstance(value, int) and abs(value) > _EXACT:
+        raise InputError(
+            "An integer of the JSON schema is too large.",
+            note=f"It is {str(value)[:40]}, in const or enum; up to {_EXACT} they are followed exactly.",
+            hint="Use texts there.",
+        )
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _check_integers(part)
+
+
 def followed(schema: Any) -> Any:
-    """The schema, or a part of one."""
+    """The schema, or a part of one.
+
+    Raises:
+        InputError: case 3.
+    """
     if isinstance(schema, list | tuple):
         return [followed(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}
     for name, part in schema.items():
+        if name in ("const", "enum"):
+            _check_integers(part)
         if name in _BY_NAME and isinstance(part, Mapping):
             is_pattern = name == "patternProperties"
             found[name] = {_pattern(key) if is_pattern else key: followed(one) for key, one in part.items()}

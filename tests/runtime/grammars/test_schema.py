@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.grammars.grammar import Grammars
 
 
@@ -54,3 +55,11 @@ def test_a_number_that_a_bound_excludes_is_not_allowed(grammars: Grammars, bound
     edges = {edge + more for edge in bounds.values() for more in (-1, -0.25, -0.125, 0, 0.125, 0.25, 1)}
     numbers = [int(one) if one % 1 == 0 else one for one in edges]
     check(grammars, {"type": "number", **bounds}, numbers)
+
+
+def test_an_integer_that_would_be_rounded_is_refused(grammars: Grammars) -> None:
+    exact = {"enum": [2**53, -(2**53)], "default": 2**60, "title": "of 2 values"}
+    check(grammars, exact, [2**53, -(2**53), 2**53 - 1])
+    for schema in ({"const": 2**53 + 1}, {"properties": {"id": {"enum": [1, {"a": [-(2**60)]}]}}}):
+        with pytest.raises(InputError, match="too large"):
+            grammars.json_schema(schema)
