@@ -130,6 +130,18 @@ def test_what_is_scored_depends_on_the_item_and_the_seed_alone(open_model: Calla
     assert other != pytest.approx(alone, abs=1e-4)
 
 
+def test_progress_names_all_tasks_that_are_asked_at_once(
+    open_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [request(item, "The boat", " sank") for item in range(3)]
+    asked[1].task_name = asked[2].task_name = "other"
+    model = open_model(0)
+    model.loglikelihood(asked)
+    model.loglikelihood([request(4, "Nets ", "and ropes")])
+    said = [line.partition(" in ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["t and 1 more, k = 0: 3", "t, k = 0: 1"]
+
+
 def test_long_contexts_lose_their_beginning(bundle: Path, open_model: Callable[..., Any]) -> None:
     context = "The tide is out and the nets are dry. " * 8  # 304 tokens, of which the last is moved
     model = open_model(0)

@@ -260,7 +260,9 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         return policy, self._k, str(request.task_name), self._item(request), kind, digest(question)
 
     def _what(self, requests: Sequence[Any]) -> str:
-        return f"{requests[0].task_name}, k = {self._k}"
+        """What is asked; lm-eval's own command asks for all tasks at once."""
+        first, *others = dict.fromkeys(str(request.task_name) for request in requests)
+        return f"{first}{f' and {len(others)} more' if others else ''}, k = {self._k}"
 
 
 @register_model(MODEL_NAME)
