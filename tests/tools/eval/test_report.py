@@ -1,4 +1,4 @@
-"""The table by offsets: a column each in a short cycle; stretches of a long one have the means over their steps."""
+"""The tables of a text: a column for each offset of a short cycle, and for stretches of a long one the means."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lora_drop_tools.eval.report import _columns, _offset_table
+from lora_drop_tools.eval.report import _columns, _offset_table, _text_table
 from lora_drop_tools.eval.result import text_figures
+
+from tests.support.eval_rows import eval_row
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,12 @@ def test_a_stretch_has_the_mean_over_its_steps() -> None:
     count, own, full, same, kl = sums[9:].sum(axis=0)
     expected = [f"{math.exp((own - full) / count):.3f}", f"{100 * same / count:.1f}", f"{kl / count:.3f}"]
     assert [line.split()[-1] for line in lines] == expected
+
+
+def test_a_divergence_of_equal_logits_has_no_sign() -> None:
+    """Rounding makes it a little less than 0."""
+    sums = np.array([[10, 30, 30, 10, -1e-6], [10, 30, 30, 9, 2.0]])
+    row = eval_row(1, None, text=text_figures([sums[:1]], 0))
+    assert _text_table([row])[1].split()[-3:] == ["0.000", "±0.000", "–"]
+    row = eval_row(1, None, text=text_figures([sums], 0))
+    assert _offset_table([row])[-1].split()[-3:] == ["KL", "0.000", "0.200"]

@@ -43,7 +43,7 @@ def schedule_name(row: EvalRow) -> str:
 def with_half(figure: Figure | None, scale: float, digits: int) -> str:
     if figure is None:
         return MISSING
-    return f"{scale * figure.value:.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
+    return f"{scale * figure.value:z.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
 
 
 def _text_table(rows: Sequence[EvalRow]) -> list[str]:
@@ -74,7 +74,7 @@ def _text_table(rows: Sequence[EvalRow]) -> list[str]:
 _OFFSET_LINES: tuple[tuple[str, Callable[[OffsetFigures], float], Callable[[float], str]], ...] = (
     ("over full", lambda one: math.log(one.ratio), lambda mean: f"{math.exp(mean):.3f}"),
     ("agree %", lambda one: one.agreement, lambda mean: f"{100 * mean:.1f}"),
-    ("KL", lambda one: one.kl, lambda mean: f"{mean:.3f}"),
+    ("KL", lambda one: one.kl, lambda mean: f"{mean:z.3f}"),  # rounding leaves less than 0 of equal logits
 )
 _OFFSETS_APART = 8  # LoRA steps of a cycle that have a column each
 
