@@ -226,6 +226,18 @@ def test_refused_before_any_work(
     assert capsys.readouterr().err.startswith(f"error: {fact}")
 
 
+def test_windows_have_room_for_the_cycle_of_the_bundle(own: Path, text: Path) -> None:
+    """As where the same k is named."""
+    manifest = json.loads((own / MANIFEST_NAME).read_text())
+    manifest["plan"]["k"] = 20
+    (own / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(InputError) as named:
+        settings(text, 0.9, k=(20,))
+    with pytest.raises(InputError) as left_out:
+        calibrate(own, settings(text, 0.9, k=None))
+    assert str(left_out.value) == str(named.value)
+
+
 def test_two_bundles_are_refused(bundle: Path, text: Path, capsys: Any) -> None:
     assert main(["eval", str(bundle), str(bundle), "--calibrate", "0.9", "--text", str(text)]) == 2
     assert "A threshold is found for one bundle." in capsys.readouterr().err

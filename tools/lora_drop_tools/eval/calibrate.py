@@ -245,7 +245,14 @@ def calibrate(bundle: str | Path, settings: EvalSettings, *, out: TextIO | None 
     opened = Bundle.open(bundle)
     name, plan = opened.root.resolve().name, opened.manifest.plan
     check_session(opened, settings.target, settings.provider, settings.threads)
-    settings = checked({name: opened}, settings)
+    k = settings.ks[-1] if settings.k is not None else plan.k
+    if not k:
+        raise InputError(
+            "There is no LoRA step to calibrate.",
+            note="The bundle's own window is k = 0, where every step is a refresh.",
+            hint="Use for example --k 3.",
+        )
+    settings = checked({name: opened}, dataclasses.replace(settings, k=(k,)))  # windows with room for its cycle
     request = text_request(settings)
     assert request is not None
     windows = list(text_windows(request, TextCodec.open(opened.root / "tokenizer"), settings.seed).values())
@@ -254,13 +261,6 @@ def calibrate(bundle: str | Path, settings: EvalSettings, *, out: TextIO | None 
             "The text is too short.",
             note=f"It has one window of {request.window} tokens; one is searched on, another is held out.",
             hint="Give a longer --text, a smaller --window, or more --windows.",
-        )
-    k = settings.ks[-1] if settings.k is not None else plan.k
-    if not k:
-        raise InputError(
-            "There is no LoRA step to calibrate.",
-            note="The bundle's own window is k = 0, where every step is a refresh.",
-            hint="Use for example --k 3.",
         )
     policy = settings.policies[0] if settings.policies else plan.policy
     names, half = settings.schedules or tuple(ADAPTIVE), (len(windows) + 1) // 2
