@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,14 @@ def test_bundles_of_different_targets_are_not_benched_under_the_name_of_the_firs
         _check_alike(bundles, BenchSettings())
     assert refused.value.note == "one runs on ort, other runs on openvino."
     _check_alike(bundles, BenchSettings(target="ort"))
+
+
+def test_fits_help_says_of_a_bundles_plan_what_the_bundle_brings(capsys: pytest.CaptureFixture[str]) -> None:
+    """An option with a default of its own, such as --rank, counts for a bundle, too, whatever its plan says."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    _, _, of_plan = capsys.readouterr().out.partition("the plan (of a bundle: its own)")
+    named = set(re.findall(r"^  --([a-z-]+)", of_plan.partition("\nhow:")[0], re.MULTILINE))
+    own = {field.name.replace("_", "-") for field in dataclasses.fields(FitSettings) if field.default in (None, ())}
+    assert {"drop-layers", "surrogate", "policy"} <= named
+    assert named - {"policy"} <= own

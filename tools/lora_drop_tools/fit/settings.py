@@ -134,7 +134,7 @@ class FitSettings:
     )
     k: tuple[int, ...] = option(
         (3,),
-        group=_PLAN,
+        group=_HOW,
         metavar="K,…",
         bounds=Bounds(1, bounds.K.most),
         help="windows, mixed if several (default 3)",
@@ -146,10 +146,10 @@ class FitSettings:
         metavar="NAME,…",
         help=f"what refreshes do at deployment: {', '.join(POLICIES)}; mixed if several (default {DEFAULT_POLICY})",
     )
-    rank: int = option(16, group=_PLAN, metavar="R", bounds=bounds.RANK, help="fit matrices of this rank (default 16)")
+    rank: int = option(16, group=_HOW, metavar="R", bounds=bounds.RANK, help="fit matrices of this rank (default 16)")
     alpha: float | None = option(
         None,
-        group=_PLAN,
+        group=_HOW,
         metavar="A",
         bounds=Bounds(0.001, 10**6),
         help="write this alpha of PEFT's; the scale is alpha / r (default: the rank)",
@@ -157,7 +157,7 @@ class FitSettings:
 
     apart: bool = option(
         False,
-        group=_PLAN,
+        group=_HOW,
         help="fit each layer for itself, as lora-drop profile --adapters wants; else neighbours are fitted as one",
     )
 
