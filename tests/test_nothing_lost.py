@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -233,6 +234,27 @@ def test_files_that_may_not_grow(run: Run, name: str, limits: tuple[int, ...], t
         assert code == 2
         assert held(tmp_path) == before
         assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+def test_no_room_for_temporary_files(format: str, made: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Python tries to write four bytes to each directory that it knows."""
+    if format == "gguf":
+        monkeypatch.setattr("lora_drop_export.checkpoint.open.gguf_reader", lambda _: tempfile.gettempdir())
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what it has found so far
+    command = ["--model", file, "--out", tmp_path / "out"]
+    main = lora_drop_export.cli.main
+    if format == "safetensors":
+        command = ["fit", made / "model", "--text", made / "words", "--out", tmp_path / "out", *FIT]
+        main = lora_drop_tools.cli.main
+    with largest_file(0):
+        assert main([str(argument) for argument in command]) == 2
+    printed = capsys.readouterr().err
+    assert "error: There is no room for temporary files.\nNote: " in printed
+    assert "TMPDIR" in printed
+    assert os.listdir(tmp_path) == ["model.gguf"]
 
 
 @pytest.mark.parametrize(("name", "words"), [("compare", "prefill"), ("eval", "perplexity"), ("bench", "tokens/s")])

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.command_line import no_temporary_directory
 from lora_drop_runtime.errors import InputError, LoraDropError, ModelError
 from lora_drop_runtime.files import read_bounded
 
@@ -33,7 +34,8 @@ def said(error: BaseException) -> str:
 def _is_ours(error: BaseException) -> bool:
     """Whether an error is none of the file's: our own, Ctrl-C, too little memory, or a full disk."""
     if isinstance(error, Exception):
-        return isinstance(error, LoraDropError | MemoryError) or refused_write(error) is not None
+        is_full = refused_write(error) is not None or no_temporary_directory(error)
+        return isinstance(error, LoraDropError | MemoryError) or is_full
     return type(error).__name__ != "PanicException"  # of libraries written in Rust, no Exception
 
 

@@ -471,6 +471,11 @@ def _refused_by_the_system(error: OSError) -> InputError | None:
     return InputError("The system refuses to read or write.", note=note, hint=_REFUSALS[error.errno])
 
 
+def no_temporary_directory(error: BaseException) -> bool:
+    """Whether Python has found none: it tries a few, and full disks have no room for its four bytes."""
+    return isinstance(error, FileNotFoundError) and str(error.strerror).startswith("No usable temporary directory")
+
+
 def _as_ours(error: BaseException) -> LoraDropError | None:
     """An exception as the error that a user gets for it; None where it is a bug of ours."""
     if isinstance(error, MemoryError):
@@ -478,6 +483,12 @@ def _as_ours(error: BaseException) -> LoraDropError | None:
             "There is too little memory.",
             note=f"{first_line(error)}.",
             hint="Ask for less, such as fewer tokens or a smaller batch, or close other programs.",
+        )
+    if no_temporary_directory(error):
+        return InputError(
+            "There is no room for temporary files.",
+            note=f"{first_line(error)}.",
+            hint="Free some space, or set TMPDIR to a directory that can be written.",
         )
     if isinstance(error, OSError):
         return _refused_by_the_system(error)
