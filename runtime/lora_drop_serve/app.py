@@ -475,7 +475,7 @@ class Service:
         job = self.driver.submit(rows)
 
         async def begin() -> None:
-            await job.begin(await self._constraint(body, tools))
+            await job.begin(await self._constraint(body, tools, job))
 
         try:
             return await self._told(answer, job, begin, bool(body.stream), request)
@@ -488,7 +488,9 @@ class Service:
         manifest = self.driver.bundle.manifest
         return Grammars(self._codec.tokenizer_json(), manifest.model.vocab_size, manifest.special_tokens.eos)
 
-    async def _constraint(self, body: CompletionRequest | ChatRequest, tools: Tools | None) -> Constraint | None:
+    async def _constraint(
+        self, body: CompletionRequest | ChatRequest, tools: Tools | None, job: Job
+    ) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""
         schema = body.json_schema
         if schema is None and tools is None:
@@ -501,7 +503,7 @@ class Service:
             return self._grammars.json_schema(schema)
 
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compilers, compiled)
+            return await job.unless_ended(asyncio.get_running_loop().run_in_executor(self._compilers, compiled))
         except InputError as error:
             raise refused(error, "response_format" if tools is None else "tools") from None
 

@@ -13,9 +13,9 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.constraint import Constraint
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from .errors import closing, engine_failed, queue_full, stalled
 from .metrics import Metrics
 
+T = TypeVar("T")
 STALLED_SECONDS = 60  # a tick takes milliseconds, with a chunk of a long prompt a second
 
 
@@ -74,6 +75,24 @@ class Job:
     def cancel(self, index: int) -> None:
         """Give a row up; its last event comes within a tick."""
         self._driver.cancel(self, index)
+
+    async def unless_ended(self, work: Awaitable[T]) -> T:
+        """The result of work that comes before `begin`.
+
+        Raises:
+            ApiError: meanwhile the server is closing, or the engine has failed.
+        """
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._inbox.get()), asyncio.ensure_future(work)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                raise tasks[0].result()
+            found: T = tasks[1].result()
+            return found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def begin(self, constraint: Constraint | None = None) -> None:
         """Put the rows into the batch, and wait until they are in it.

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -441,3 +442,25 @@ def test_who_hangs_up_leaves_the_compilers_to_others(
         release.set()
     assert served.http.post(CHAT, json={"messages": HI, **schema({})}).status_code == 400
     assert len(begun) == MOST_COMPILING + 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_is_compiled_at_the_end_is_cut_at_once(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """What has not begun to be compiled, too."""
+    release = threading.Event()
+    monkeypatch.setattr(Grammars, "json_schema", lambda *_: release.wait())
+    batch = Batch.open(bundle.root, slots=4, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as served, ThreadPoolExecutor(4) as pool:
+        try:
+            body = {"messages": HI, "stream": streams, **schema({})}
+            asked = [pool.submit(served.http.post, CHAT, json=body) for _ in range(4)]
+            await_that(lambda: served.driver.open_rows == 4)
+            drained = asyncio.run_coroutine_threadsafe(served.driver.drain(0), served.driver._loop)
+            assert drained.result() == 4
+            for answer in asked:
+                found = answer.result(30)
+                assert (found.status_code, found.json()["error"]["code"]) == (503, "closing")
+        finally:
+            release.set()
