@@ -1,10 +1,13 @@
-"""What the wheel asks of pip: which extra brings what, and that none brings two packages of ONNX Runtime."""
+"""What the wheel asks of pip: which extra brings what, and that none brings two packages of ONNX Runtime. And what the
+wheel holds.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
@@ -17,15 +20,24 @@ ROOT = Path(__file__).parents[1]
 ENGINES = set(EXTRAS)
 
 
-@pytest.fixture(scope="module")
-def requirements(tmp_path_factory) -> list[Requirement]:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", out]
+def built(kind: str, out: Path) -> Path:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = Parser().parsestr(wheel.read(name).decode())
+    (file,) = out.iterdir()
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(built("wheel", tmp_path_factory.mktemp("wheel"))) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def requirements(wheel) -> list[Requirement]:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
     return [Requirement(line) for line in metadata.get_all("Requires-Dist")]
 
 
@@ -77,3 +89,9 @@ def test_the_tests_own_requirements_are_in_dev(requirements):
     assert {"pytest", "pytest-xdist", "hypothesis", "hatchling", "mypy", "ruff"} <= of_extras(
         requirements, "dev"
     ).keys()
+
+
+def test_the_wheel_types_all_its_packages(wheel):
+    packages = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packages == {"lora_drop_export", "lora_drop_runtime", "lora_drop_serve", "lora_drop_tools"}
+    assert {f"{package}/py.typed" for package in packages} <= set(wheel.namelist())
