@@ -1,11 +1,12 @@
 """What the wheel asks of pip: which extra brings what, and that none brings two packages of ONNX Runtime. And what the
-wheel holds.
+wheel and the source distribution hold.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -95,3 +96,11 @@ def test_the_wheel_types_all_its_packages(wheel):
     packages = {name.partition("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
     assert packages == {"lora_drop_export", "lora_drop_runtime", "lora_drop_serve", "lora_drop_tools"}
     assert {f"{package}/py.typed" for package in packages} <= set(wheel.namelist())
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_the_source_distribution_holds_the_repository(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tarfile.open(built("sdist", tmp_path)) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {name for name in listed.splitlines() if (ROOT / name).exists()} <= held
