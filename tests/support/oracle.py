@@ -105,7 +105,7 @@ class Row:
             undo.callback(setattr, self, "is_installed", False)
             yield
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, token: int, full: bool) -> Tensor:
         """Consume one token and return the logits `[V]` after it."""
         global running

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,16 +32,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def profile_of(text: Path, model: Path, out: Path, **options: Any) -> Profile:
+    """`profile` of little text."""
+    sizes = {"tokens": 8 * WINDOW, "sensitivity_tokens": 2 * WINDOW, "window": WINDOW}
+    return profile(str(model), ProfileSettings(text=(text,), out=out, **(sizes | options)))
+
+
 @pytest.fixture(scope="session")
 def short(text: Path) -> Callable[..., Profile]:
-    """`profile` of little text."""
-    options = {"tokens": 8 * WINDOW, "sensitivity_tokens": 2 * WINDOW, "window": WINDOW}
-    return lambda model, out, **more: profile(str(model), ProfileSettings(text=(text,), out=out, **(options | more)))
+    """`profile` of little text, without figures: they take longer than the rest."""
+
+    def run(model: Path, out: Path, **options: Any) -> Profile:
+        with mock.patch.object(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots"):
+            return profile_of(text, model, out, **options)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def made(
-    llama_dir: Path, short: Callable[..., Profile], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Profile, Path]:
+def made(llama_dir: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Profile, Path]:
+    """The whole of it."""
     out = tmp_path_factory.mktemp("made") / "deeper" / "profile"
-    return short(llama_dir, out), out
+    return profile_of(text, llama_dir, out), out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,26 +96,28 @@ def test_scores_and_order_are_the_oracles(
     tmp_path: Path,
 ) -> None:
     fitted = adapters(tmp_path / "adapters", sites, surrogate)
-    pairs, windows = matrices(fitted), drawn(text)
+    pairs, (compared, ranked) = matrices(fitted), drawn(text).view(2, 2, WINDOW)
 
-    def kl(windows: torch.Tensor, dropped: tuple[str, ...]) -> float:
+    @functools.cache
+    def kl(dropped: tuple[str, ...], *, comparing: bool = False) -> float:
         own = {site: pairs[site] for site in dropped}
+        windows = compared if comparing else ranked
         return kl_by_oracle("llama", windows, dropped, policy, surrogate=surrogate, adapters=own)
 
     result = short(llama_dir, tmp_path / "out", adapters=fitted, policy=policy)
     assert set(result.rankings["temporal"]) == set(sites)
     for one in result.drop_lists:
-        assert one.kl == pytest.approx(kl(windows[:2], one.sites), rel=TOLERANCE)
-    alone = {site: kl(windows[2:], (site,)) for site in sites}
+        assert one.kl == pytest.approx(kl(one.sites, comparing=True), rel=TOLERANCE)
+    alone = {site: kl((site,)) for site in sites}
     measured = {one.site: one for one in result.sites}
     assert {site: measured[site].kl_alone for site in sites} == pytest.approx(alone, rel=TOLERANCE)
     order, listed = result.rankings["sensitivity"], list[str]()
     for place, reached in enumerate(result.greedy_kl):
         listed.append(order[place])
-        assert reached == pytest.approx(kl(windows[2:], tuple(sorted(listed))), rel=TOLERANCE)
+        assert reached == pytest.approx(kl(tuple(sorted(listed))), rel=TOLERANCE)
         before = result.greedy_kl[place - 1] if place else 0.0
         price = {
-            site: (kl(windows[2:], tuple(sorted([*listed[:-1], site]))) - before) / measured[site].saved_bytes
+            site: (kl(tuple(sorted([*listed[:-1], site]))) - before) / measured[site].saved_bytes
             for site in sites
             if site not in listed[:-1]
         }

@@ -41,11 +41,17 @@ def three(sites: Sequence[str]) -> bool:
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {**FAMILIES, "uneven": uneven}
 
 
+@functools.cache
+def reference(name: str) -> PreTrainedModel:
+    """The oracle's model, which it does not change."""
+    return MODELS[name]()
+
+
 def kl_by_oracle(
     name: str, windows: torch.Tensor, dropped: tuple[str, ...], policy: str, k: int = K, **surrogates: Any
 ) -> float:
     """Mean KL(full ‖ LoRA step), one token at a time; `surrogates` are the oracle's `surrogate` and `adapters`."""
-    model, found = MODELS[name](), []
+    model, found = reference(name), []
     for ids in windows.tolist():
         with torch.no_grad():
             full = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)

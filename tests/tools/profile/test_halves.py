@@ -119,6 +119,7 @@ def test_a_list_stands_under_rho_when_it_saves_as_much_as_whole_layers() -> None
 
 
 @functools.cache
+@functools.cache
 def kl(sites: tuple[str, ...], policy: str) -> float:
     return kl_by_oracle("uneven", random_windows(1), sites, policy)
 
