@@ -73,13 +73,17 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         " (--max-seq-len, --max-prompt-len, --max-batch)"
     )
     if manifest.targets and is_file(bundle.root / "tokenizer" / "tokenizer.json"):
+        from lora_drop_export.check.lora_steps import LEAST_AGREEMENT
+
         first = next(iter(manifest.targets))
         chosen = TARGETS[first].provider(manifest.model.dtype)
         provider = f" --provider {chosen}" if chosen else ""
         result = manifest.verification.get(first)  # an engine that was not verified may be for another machine
         absent = isinstance(manifest.targets[first], TrtEntry) if result is None else result["status"] == "not run"
         where = "try, on a machine with its device" if absent else "try"
-        print(f'{where}: lora-drop generate {shlex.quote(str(out))}{provider} --prompt "The capital of Italy is"')
+        cost = (result or {}).get("lora_steps", {"agreement": 1.0})
+        full = " --k 0" if cost["agreement"] < LEAST_AGREEMENT and not plan.refresh_policy.verifies else ""
+        print(f'{where}: lora-drop generate {shlex.quote(str(out))}{provider}{full} --prompt "The capital of Italy is"')
 
 
 def _export(command_line: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import weight_names
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import VerificationError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -21,9 +22,11 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.plan.sites import ATTENTION, MLP, half_of
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
+from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.decoder.anatomy import between_halves, first_output
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
+from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
 
 Array = npt.NDArray[Any]
 _ROWS = 128  # tokens whose logits are
@@ -348,3 +351,18 @@ class Reference:
         if form.updates_state:
             self._states[site] = y
         return y
+
+
+def reference_of(bundle: Bundle, trust_remote_code: bool = False, *, rounds_caches: bool = False) -> Reference:
+    """The reference over a bundle's own weight files, looked up by tensor name.
+
+    Args:
+        rounds_caches: as 8-bit caches do, where the bundle has their scales.
+    """
+    checkpoint = open_checkpoint(
+        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
+    )
+    plan = bundle.manifest.plan
+    weights = read_arrays(bundle.root, ADAPTERS_NAME)
+    scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
+    return Reference(checkpoint, plan, weights, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)

@@ -30,9 +30,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.console import Console
-from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
 
 from .figures import (
     CACHES,
@@ -45,24 +43,9 @@ from .figures import (
     print_table,
     row_cosines,
 )
-from .reference import Reference
+from .reference import reference_of
 from .runners import ReferenceRunner, SessionRunner
 from .sample import sample_feeds, steps_that_fit
-
-
-def _reference(bundle: Bundle, trust_remote_code: bool, rounds_caches: bool) -> Reference:
-    """The reference over the bundle's own weight files, looked up by tensor name.
-
-    Args:
-        rounds_caches: as 8-bit caches do, where the bundle has their scales.
-    """
-    checkpoint = open_checkpoint(
-        str(bundle.root / "weights"), bundle.root / "scratch", trust_remote_code=trust_remote_code
-    )
-    plan = bundle.manifest.plan
-    weights = read_arrays(bundle.root, ADAPTERS_NAME)
-    scales = read_arrays(bundle.root, KV_SCALES_NAME) if rounds_caches else {}
-    return Reference(checkpoint, plan, weights, kv_scales=scales, kv_dtype=bundle.manifest.model.kv_dtype)
 
 
 @contextlib.contextmanager
@@ -163,7 +146,7 @@ def compare(
     feeds = sample_feeds(bundle, steps)
     kinds = [schedule.kind(step) for step in range(1, steps + 1)]
     scaled = manifest.model.kv_dtype is not None and entry.takes_cache_scales
-    computed = _reference(bundle, trust_remote_code, scaled)
+    computed = reference_of(bundle, trust_remote_code, rounds_caches=scaled)
     reference = ReferenceRunner(computed, feeds, kinds, refreshes, console or Console())
     engine: dict[str, Any] = {"target": name, "provider": provider, "threads": threads}
     rounded: list[npt.NDArray[np.float32]] = []

@@ -9,6 +9,7 @@ from typing import Any
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import VERIFY_NAME
 
+from lora_drop_export.check.lora_steps import report_lora_steps
 from lora_drop_export.check.verify import verify_target
 from lora_drop_export.console import Console
 from lora_drop_export.targets.target import TARGETS
@@ -26,7 +27,8 @@ def verify(
 ) -> Bundle:
     """Verify targets of a bundle that is being written, all when None; writes verify.json and the manifest.
 
-    A target that this machine cannot execute is recorded as `not run`, with the reason; see `verify_target`.
+    A target that this machine cannot execute is recorded as `not run`, with the reason; see `verify_target`. How near
+    LoRA steps come to all layers is said and recorded, too.
 
     Raises:
         VerificationError: a step disagrees.
@@ -48,5 +50,8 @@ def verify(
         )
         if result is not None:
             details.append(dataclasses.asdict(result))
+    lora_steps = report_lora_steps(bundle, console, trust_remote_code=trust_remote_code)
+    if lora_steps is not None:
+        entries |= {name: entries[name] | {"lora_steps": lora_steps} for name in checked}
     files = manifest.files | {VERIFY_NAME: write_verification(bundle.root, details)}
     return write_manifest(bundle.root, dataclasses.replace(manifest, verification=entries, files=files))

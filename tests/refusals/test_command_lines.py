@@ -45,7 +45,7 @@ WORK = (  # what takes seconds, or a machine
     "lora_drop_export.compiler.export.trace",
     "lora_drop_export.compiler.add_target.build_target",
     "lora_drop_export.decoder.loaded.resolve_tensors",
-    "lora_drop_export.check.verify._reference",
+    "lora_drop_export.check.verify.reference_of",
     "lora_drop_runtime.decoding.opening.open_engine",
     "lora_drop_tools.shared.machine.read_bandwidth",
 )

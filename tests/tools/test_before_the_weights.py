@@ -94,7 +94,7 @@ def test_of_a_bundle(
     root = make_bundle("llama", tmp_path / "bundle").root
     add_tokenizer(root / "tokenizer")
     monkeypatch.setattr("lora_drop_runtime.decoding.opening.open_engine", fail)
-    monkeypatch.setattr("lora_drop_export.check.verify._reference", fail)
+    monkeypatch.setattr("lora_drop_export.check.verify.reference_of", fail)
     monkeypatch.setattr("lora_drop_tools.shared.machine.read_bandwidth", fail)
     given = line.replace("BUNDLE", str(root)).replace("TEXT", str(text))
     assert main(given.split(" ")) == 2

@@ -59,7 +59,7 @@ def _report_engine(kind: StepKind, size_bytes: int, weight_bytes: int, target: s
     if weight_bytes and size_bytes > 1.5 * weight_bytes + _ENGINE_CODE_BYTES:
         console.say(
             f"warning: the {kind.value} engine is {size_bytes / weight_bytes:.1f} times its weights: profiles or "
-            "compute capabilities hold copies of their own; --weight-sharing inputs holds none"
+            "compute capabilities hold copies of their own; --weight-sharing inputs, where weights can be, holds none"
         )
 
 

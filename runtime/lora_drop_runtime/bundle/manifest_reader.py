@@ -142,6 +142,10 @@ def _check_result(where: str, data: object) -> None:
     if "steps" in result:
         typed(int, result["steps"], f"{where}.steps")
         typed(float, result.get("max_abs_error"), f"{where}.max_abs_error")
+    if "lora_steps" in result:
+        figures = typed(Mapping[str, float], result["lora_steps"], f"{where}.lora_steps")
+        for name in ("tokens", "agreement"):
+            typed(float, figures.get(name), f"{where}.lora_steps.{name}")
     on_cpu = result.get("graphs_on_cpu")
     if on_cpu is not None:
         _check_result(f"{where}.graphs_on_cpu", on_cpu)

@@ -1,0 +1,87 @@
+"""What an export says of its LoRA steps, against the oracle's logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Limits
+
+from lora_drop_export.check.lora_steps import PROMPT, ROWS, report_lora_steps
+from lora_drop_export.check.sample import sample_ids
+from lora_drop_export.compiler.verify import verify
+from lora_drop_export.console import Console
+from tests.support import oracle
+from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
+from tests.support.tokenizers import character_tokenizer
+
+
+def by_oracle(bundle: Bundle, prompt: int, steps: int, k: int, adapters: Path | None = None) -> list[bool]:
+    """Of each LoRA step of each text: whether its most likely token is transformers' own."""
+    model, plan = family("llama").model, oracle_plan(bundle, adapters)
+    rows = np.resize(sample_ids(bundle.root, 131), (ROWS, prompt + steps + 1))
+    same = []
+    for row in rows.tolist():
+        with torch.no_grad():
+            full = model(torch.tensor([row])).logits[0].argmax(-1)[prompt:-1]
+        found = oracle.decode_row(model, plan, row[:prompt], row[prompt:-1], k, bundle.manifest.plan.policy)[1:]
+        places = zip(range(1, steps + 1), found, full, strict=True)
+        same += [bool(ours.argmax() == theirs) for j, ours, theirs in places if not oracle.is_refresh(j, k)]
+    return same
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"k": 3}, 8),
+        ({"k": 3, "policy": "backfill", "surrogate": "recurrent", "rank": 4}, 8),
+        ({"k": 1, "drop_ratio": 0.25}, 4),
+        ({"k": 40, "drop_ratio": 0.25}, 16),
+        ({"k": 1, "drop_layers": ("6.attn",)}, 4),  # the one that is not warned of
+    ],
+    ids=str,
+)
+def test_the_share_is_the_oracles(options: dict, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bundle, adapters = make_bundle("llama", tmp_path / "b", **options), None
+    if options.get("rank"):
+        model = bundle.manifest.model
+        adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
+        bundle = make_bundle("llama", tmp_path / "c", adapters=adapters, **options)
+    character_tokenizer(bundle.root)
+    found = report_lora_steps(Bundle.open(bundle.root), Console())
+    expected = by_oracle(bundle, PROMPT, steps, options["k"], adapters)
+    assert found == {"tokens": len(expected), "agreement": pytest.approx(np.mean(expected))}
+    said = capsys.readouterr().err
+    assert f"that of all layers in {np.mean(expected):.0%} of {len(expected)} places" in " ".join(said.split())
+    assert ("lora-drop fit" in said) == (np.mean(expected) < 0.5) == ("drop_layers" not in options)
+
+
+def test_short_requests(tmp_path: Path) -> None:
+    bundle = make_bundle("llama", tmp_path / "b", k=3, max_seq_len=5)
+    character_tokenizer(bundle.root)
+    found = report_lora_steps(Bundle.open(bundle.root), Console())
+    assert found == {"tokens": 3 * ROWS, "agreement": pytest.approx(np.mean(by_oracle(bundle, 1, 3, 3)))}
+    least = dataclasses.replace(bundle.manifest, limits=Limits(2, 1, 1))
+    assert report_lora_steps(dataclasses.replace(bundle, manifest=least), Console()) is None
+
+
+@pytest.mark.parametrize("options", [{"k": 0}, {"drop_ratio": 0.0}, {}])
+def test_nothing_to_measure(options: dict, tmp_path: Path) -> None:
+    """No LoRA steps, no layer dropped, no tokenizer."""
+    bundle = make_bundle("llama", tmp_path / "b", **options)
+    if options:
+        character_tokenizer(bundle.root)
+    assert report_lora_steps(Bundle.open(bundle.root), Console()) is None
+
+
+def test_it_is_recorded(tmp_path: Path) -> None:
+    bundle = make_bundle("llama", tmp_path / "b")
+    character_tokenizer(bundle.root)
+    verified = verify(Bundle.open(bundle.root), console=Console())
+    cost = verified.manifest.verification["ort"]["lora_steps"]
+    assert cost == Bundle.open(bundle.root).manifest.verification["ort"]["lora_steps"]
+    assert cost["tokens"] == 6 * ROWS
