@@ -30,7 +30,7 @@ from .package import import_openvino
 
 Array = npt.NDArray[Any]
 _CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}
-_KERNELS = 3000  # that are kept for shapes that come again; the default, 5000, takes tens of MB more
+_KERNELS = 500  # kept for numbers of tokens that come again: five each in int4, which take a megabyte
 _DONTNEED = 4  # madvise: of a mapped file, pages that are read again when they are touched
 _TYPES_OF_MEMORY = {"f32": np.float32, "bf16": np.uint16, "u8": np.uint8}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import subprocess
@@ -134,6 +135,37 @@ def test_the_memory_of_calls_is_bounded_and_one_that_left_comes_back(surrogates:
         assert max(len(request._feeds) for request in (steps._narrow, steps._wide)) <= _FEEDS
     ours.close()
     theirs.close()
+
+
+KERNELS = """
+import ctypes, sys
+from lora_drop_runtime import Session
+class Heap(ctypes.Structure):  # mallinfo2
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e used free keep".split()]
+heap = ctypes.CDLL(None).mallinfo2
+heap.restype = Heap
+with Session.open(sys.argv[1], threads=1, k=0) as session:
+    for count in range(130, 0, -1):  # the largest first, which takes the memory of what a call computes
+        session.prefill([[1] * count], max_new_tokens=2)
+        if count in (20, 1):
+            print(heap().used + heap().mapped)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not tell its heap's size")
+def test_kernels_of_numbers_of_tokens_take_bounded_memory(tmp_path: Path) -> None:
+    """Without the cache that all models of a process share, which has a bound of its own."""
+    bundle = make_bundle(MODEL, tmp_path / "b", targets=("openvino",), dtype="int4", drop_ratio=0.5, max_seq_len=256)
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS, str(bundle.root)],
+        env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=MINUTES,
+        check=True,
+    )
+    before, after = map(int, done.stdout.split())
+    assert after - before < 3e6  # a kind of kernels takes 0.1 MB a number, and there are five
 
 
 def test_a_feed_has_a_place_for_every_input(surrogates: dict[str, Any]) -> None:
