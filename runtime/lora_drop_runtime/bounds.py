@@ -115,6 +115,7 @@ K = Bounds(0, 2**24)  # LoRA steps between two refreshes
 BATCH = Bounds(1, 4096)  # rows at once
 RANK = Bounds(1, 2**16)  # of adapters; the model's hidden size is the next bound
 COUNT = Bounds(1, 2**31 - 1)  # of repeats, items, windows, steps, tokens of a text
+TOKEN_ID = Bounds(0, 2**31 - 1)  # whatever the vocabulary
 COUNT_OR_NONE = Bounds(0, 2**31 - 1)
 LAYERS = Bounds(0, 2**12)  # the deepest models that there are have 1000
 
@@ -123,4 +124,6 @@ TEMPERATURE = Bounds(0, 1000)
 TOP_K = Bounds(0, 2**31 - 1)
 TOP_P = Bounds(0, 1, open=True)
 PENALTY = Bounds(0.001, 1000)
+COUNT_PENALTY = Bounds(-2, 2)  # presence and frequency, as OpenAI's API has them
+BIAS = Bounds(-100, 100)  # likewise
 SHARE = Bounds(0, 1)

@@ -89,6 +89,19 @@ def test_greedy_tokens_are_the_full_schedules(opened) -> None:
     assert {0} < accepted, "drafts are all accepted, or none"
 
 
+def test_greedy_under_penalties_is_the_full_schedules(opened) -> None:
+    """The oracle's logits belong to another text here; so the session's own, of k = 0, at which nothing is drafted."""
+    session, _ = opened
+    sampling = SamplingOptions(presence_penalty=0.3, frequency_penalty=0.2, logit_bias={5: 0.5, 17: -100})
+    full = session.generate(PROMPTS, COUNT, k=0, sampling=sampling, stop_token_ids=())
+    plain = session.generate(PROMPTS, COUNT, k=0, stop_token_ids=())
+    assert any(ours.tolist() != theirs.tolist() for ours, theirs in zip(full, plain, strict=True))
+    for draft in ("lora", "ngram", "both"):
+        for k in (1, 3):
+            out = session.generate(PROMPTS, COUNT, k=k, draft=draft, sampling=sampling, stop_token_ids=())
+            assert [row.tolist() for row in out] == [row.tolist() for row in full], (draft, k)
+
+
 def test_a_seeded_draw_does_not_depend_on_the_other_rows(opened) -> None:
     session, _ = opened
     sampling = SamplingOptions(0.8, top_k=20, repetition_penalty=1.1, seed=3)

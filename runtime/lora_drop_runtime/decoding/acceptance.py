@@ -3,10 +3,10 @@
 Enters: drafts, each with what it was drawn from, and the verifier's logits at each of them. Leaves: the tokens that the
 verifier would have chosen itself, greedily or, where it draws, in distribution. Knows no engine and no cache.
 
-With p the verifier's distribution and q the draft's, both after penalty, constraint, temperature, top-k and top-p, a
-draft d is accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft
-that was looked up, or taken greedily, is accepted iff it is the token that the verifier chooses itself. So a seed draws
-the same tokens with looked-up drafts as without, however many there are.
+With p the verifier's distribution and q the draft's, both after all sampling options and the constraint, a draft d is
+accepted with probability min(1, p(d) / q(d)); else a token is drawn from max(p − q, 0), normalized. A draft that was
+looked up, or taken greedily, is accepted iff it is the token that the verifier chooses itself. So a seed draws the same
+tokens with looked-up drafts as without, however many there are. Penalties count drafts as if they had been accepted.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ class Batch:
                 hint="Use for example logprobs=0.",
             )
         options = RowOptions(new_tokens, verifier, chosen, source, stops, likeliest, scores, context, takes)
-        sampling = checks.checked_sampling(sampling)
+        sampling = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
         number = self._added
@@ -301,7 +301,7 @@ class Batch:
         own = None if constraint is None else constraint.fork()
         sampler = RowSampler(sampling, prompt, stream, number, own)
         limits_of_runs = self._chunk, self._engine.verified_tokens
-        why = why_single_steps(self._engine, chosen, verifier, own, likeliest)
+        why = why_single_steps(self._engine, chosen, verifier, sampling, own, likeliest)
         self._waiting.append(Row(number, prompt, options, sampler, *limits_of_runs, why, self._tell))
         return number
 

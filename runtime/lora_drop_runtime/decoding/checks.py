@@ -37,11 +37,19 @@ def check_path(what: str, path: str | Path) -> None:
         raise wrong_type(what, path, "the path of a directory", 'Use for example "adapters/".')
 
 
-def checked_sampling(sampling: SamplingOptions | None) -> SamplingOptions:
-    """Greedy when None."""
+def checked_sampling(sampling: SamplingOptions | None, vocab_size: int) -> SamplingOptions:
+    """Greedy when None. A bias of a token that the vocabulary does not have is refused."""
     if sampling is not None and not isinstance(sampling, SamplingOptions):
         raise wrong_type("The sampling", sampling, "SamplingOptions", "Use for example SamplingOptions(temperature=1).")
-    return sampling or SamplingOptions()
+    sampling = sampling or SamplingOptions()
+    outside = next((token for token in sampling.logit_bias if token >= vocab_size), None)
+    if outside is not None:
+        raise InputError(
+            "The sampling option logit_bias names a token that the model does not have.",
+            note=f"It is {outside}, the model has ids 0 to {vocab_size - 1}.",
+            hint="Use the tokenizer of the bundle.",
+        )
+    return sampling
 
 
 def check_constraint(constraint: Constraint | None) -> None:

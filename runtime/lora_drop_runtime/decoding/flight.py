@@ -22,14 +22,21 @@ MOST_STEPS = 64  # of a cycle: a CUDA graph holds all of them, and their tokens 
 
 
 def why_single_steps(
-    engine: Engine, schedule: Schedule, policy: Policy, constraint: Constraint | None, logprobs: int | None = None
+    engine: Engine,
+    schedule: Schedule,
+    policy: Policy,
+    options: SamplingOptions,
+    constraint: Constraint | None,
+    logprobs: int | None = None,
 ) -> str:
     """Why the tokens of a row go through the host, one by one; empty where whole cycles run in the engine: every step
-    is known before it begins, and logits alone decide the tokens."""
+    is known before it begins, and logits alone decide the tokens, by options that engines know."""
     if constraint is not None:
         return "a constraint chooses among its tokens"
     if logprobs is not None:
         return "its logprobs are asked for"
+    if options.on_host_alone:
+        return f"its {options.on_host_alone[0]} is of the host alone"
     if policy.verifies:
         return f"its policy {policy.name} verifies drafts"
     if not isinstance(schedule, PeriodicSchedule | JoinedSchedule):
@@ -73,7 +80,7 @@ class FirstState:
         host["top_k"][row], host["top_p"][row] = options.top_k, options.top_p
         host["stops"][row, [token for token in self.stops if 0 <= token < vocab]] = 1
         if self.sampler is not None:
-            host["seen"][row, self.sampler.seen] = 1
+            host["seen"][row, self.sampler.seen.ids] = 1
             if options.temperature > 0:
                 ahead = copy.deepcopy(self.sampler.generator)
                 host["uniforms"][: self.new_tokens, row] = ahead.random(self.new_tokens)

@@ -38,8 +38,8 @@ class Event:
         row: as `Batch.add` named it.
         token: of the prompt where `is_prompt`. None where the row ends without one: a stop token is none, and a
             cancelled row makes no more.
-        logprob: natural logarithm of the token's probability by the logits as they are, before penalty, constraint
-            and temperature; None where it was not asked for, and of a prompt's first token.
+        logprob: natural logarithm of the token's probability by the logits as they are, before bias, penalties,
+            constraint and temperature; None where it was not asked for, and of a prompt's first token.
         top_logprobs: the likeliest tokens and their logprobs, as many as were asked for.
         kind: the step that made it.
         finished: None while the row goes on; `stop`, also where its constraint is over, `length`, `cancelled`, or

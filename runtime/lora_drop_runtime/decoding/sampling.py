@@ -1,26 +1,61 @@
 """Choosing the next tokens.
 
 Enters: the logits of one decode step, one row per request. Leaves: one token id per row.
-The semantics are those of transformers' `generate`: repetition penalty, temperature, top-k, top-p, draw.
+In this order apply: bias, repetition penalty, presence and frequency penalty, constraint, temperature, top-k, top-p,
+min-p, draw. It is that of transformers' `generate`, with the two penalties that it does not have where vLLM has them.
 This module knows no text, no engine and no schedule, and not when a row is finished.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_drop_runtime.bounds import PENALTY, SEED, TEMPERATURE, TOP_K, TOP_P
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.bounds import (
+    BIAS,
+    COUNT_PENALTY,
+    PENALTY,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    TOKEN_ID,
+    TOP_K,
+    TOP_P,
+)
+from lora_drop_runtime.errors import BundleError, InputError, wrong_type
 
 from .constraint import Constraint
 
 Ids = NDArray[np.int64]
+
+MOST_BIASES = 1024  # each is added at each token
+_REALS = {
+    "temperature": TEMPERATURE,
+    "top_p": TOP_P,
+    "repetition_penalty": PENALTY,
+    "min_p": SHARE,
+    "presence_penalty": COUNT_PENALTY,
+    "frequency_penalty": COUNT_PENALTY,
+}
+
+
+def _checked_bias(given: Any) -> dict[int, float]:
+    """A copy of the biases, by token id."""
+    if not isinstance(given, Mapping):
+        raise wrong_type("The sampling option logit_bias", given, "a mapping", "Use for example {50256: -100}.")
+    if len(given) > MOST_BIASES:
+        raise InputError(
+            "The sampling option logit_bias has too many tokens.",
+            note=f"It has {len(given)}, the most are {MOST_BIASES}.",
+            hint="Use a constraint, where most tokens are to be left out.",
+        )
+    token, bias = "A token of the sampling option logit_bias", "A value of the sampling option logit_bias"
+    return {TOKEN_ID.whole(token, one): BIAS.real(bias, value) for one, value in given.items()}
 
 
 @dataclass(frozen=True)
@@ -28,11 +63,16 @@ class SamplingOptions:
     """How a request's tokens are chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest token (greedy); top_k and top_p then change nothing.
+        temperature: 0 takes the likeliest token (greedy); top_k, top_p and min_p then change nothing.
         top_k: draw among the k likeliest tokens and those tied with the last of them; 0 is off.
         top_p: draw among the fewest tokens that hold this much probability; 1 is off.
         repetition_penalty: lowers, if above 1, the logits of tokens already seen; it acts on greedy too.
         seed: of the random streams; None draws another one each time.
+        min_p: draw among the tokens that have at least this share of the likeliest one's probability; 0 is off.
+        presence_penalty: is taken off the logits of tokens that the row has written, not of the prompt's; it acts on
+            greedy too.
+        frequency_penalty: the same, once for each time that the row has written them.
+        logit_bias: is added to the logits of these tokens, on greedy too; of a model whose vocabulary has them.
 
     Raises:
         InputError: a value outside its range, or of another type.
@@ -43,19 +83,39 @@ class SamplingOptions:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        reals = {"temperature": TEMPERATURE, "top_p": TOP_P, "repetition_penalty": PENALTY}
-        for name, bounds in reals.items():
+        for name, bounds in _REALS.items():
             object.__setattr__(self, name, bounds.real(f"The sampling option {name}", getattr(self, name)))
         for name, bounds in {"top_k": TOP_K, "seed": SEED}.items():
             if (value := getattr(self, name)) is not None or name == "top_k":
                 object.__setattr__(self, name, bounds.whole(f"The sampling option {name}", value))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+
+    @property
+    def changes_with_the_text(self) -> bool:
+        """Whether the tokens of a text change the logits of those behind them."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits change before temperature, which greedy notices."""
+        return self.changes_with_the_text or bool(self.logit_bias)
 
     @property
     def takes_the_largest(self) -> bool:
-        """Whether the largest logit is taken as it is: top-k and top-p change nothing at temperature 0."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        """Whether the largest logit is taken as it is: top-k, top-p and min-p change nothing at temperature 0."""
+        return self.temperature == 0 and not self.changes_logits
+
+    @property
+    def on_host_alone(self) -> tuple[str, ...]:
+        """The options in use that an engine which chooses tokens itself does not know."""
+        names = [name for name in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(self, name)]
+        return (*names, "min_p") if self.min_p and self.temperature else tuple(names)
 
 
 def not_numbers(note: str) -> BundleError:
@@ -66,19 +126,53 @@ def not_numbers(note: str) -> BundleError:
     )
 
 
-def penalize(scores: NDArray[np.float32], seen: Ids, penalty: float) -> NDArray[np.float32]:
-    """A copy of the logits [V], lower (higher, for a penalty below 1) at the token ids `seen` [N]."""
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of a row, each once.
+
+    Attributes:
+        ids: int64 [N].
+        counts: int64 [N], how often the row has written each; 0 of those that stand in the prompt alone.
+    """
+
+    ids: Ids
+    counts: Ids
+
+    @classmethod
+    def of(cls, prompt: NDArray[np.integer[Any]]) -> Seen:
+        ids = np.unique(prompt).astype(np.int64)
+        return cls(ids, np.zeros_like(ids))
+
+    def and_then(self, token: int) -> Seen:
+        """The same behind one more token that the row has written."""
+        places = np.flatnonzero(self.ids == token)
+        if not places.size:
+            return Seen(np.append(self.ids, token), np.append(self.counts, 1))
+        counts = self.counts.copy()
+        counts[places] += 1
+        return Seen(self.ids, counts)
+
+
+def penalize(scores: NDArray[np.float32], seen: Seen, options: SamplingOptions) -> NDArray[np.float32]:
+    """A copy of the logits [V] under the options' bias, then their repetition penalty (Keskar et al. 2019), then their
+    presence and frequency penalties (OpenAI's API): l − presence · [count > 0] − frequency · count."""
     scores = scores.copy()
-    chosen = scores[seen]
-    scores[seen] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
+    if options.logit_bias:
+        biases = np.fromiter(options.logit_bias.values(), np.float64, len(options.logit_bias))
+        scores[np.fromiter(options.logit_bias, np.int64, len(biases))] += biases
+    if options.repetition_penalty != 1:
+        chosen, penalty = scores[seen.ids], options.repetition_penalty
+        scores[seen.ids] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        scores[seen.ids] -= options.presence_penalty * (seen.counts > 0) + options.frequency_penalty * seen.counts
     return scores
 
 
 def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple[Ids, NDArray[np.float64]]:
-    """What is left to draw from after temperature (above 0), top-k and top-p.
+    """What is left to draw from after temperature (above 0), top-k, top-p and min-p.
 
     Args:
-        scores: logits [V], the repetition penalty already applied.
+        scores: logits [V], bias and penalties already applied.
 
     Returns:
         ids int64 [C] and their probabilities float64 [C], which sum to 1. All other tokens have none.
@@ -99,6 +193,9 @@ def distribution(scores: NDArray[np.float32], options: SamplingOptions) -> tuple
         head = head[np.argsort(-probs[head], kind="stable")]  # ties: the lower id first, as argmax has it
         head = head[: np.searchsorted(np.cumsum(probs[head]), options.top_p) + 1]
         ids, probs = ids[head], probs[head] / probs[head].sum()
+    if options.min_p:
+        kept = probs >= options.min_p * probs.max()
+        ids, probs = ids[kept], probs[kept] / probs[kept].sum()
     return ids, probs
 
 
@@ -119,11 +216,10 @@ def masked(scores: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[n
 
 
 class RowSampler:
-    """The token choice of one row: its random stream, its constraint, and the tokens that the repetition penalty has
-    seen.
+    """The token choice of one row: its random stream, its constraint, and the tokens that the penalties have seen.
 
     Attributes:
-        seen: int64 [N], replaced and never written, so that who keeps it can put it back.
+        seen: replaced and never written, so that who keeps it can put it back.
         constraint: the row's own, which `remember` moves on; None allows every token.
     """
 
@@ -137,7 +233,7 @@ class RowSampler:
     ) -> None:
         self.options = options
         self.generator = np.random.default_rng(stream)
-        self.seen: Ids = np.unique(prompt).astype(np.int64)
+        self.seen = Seen.of(prompt)
         self.constraint = constraint
         self._row = row
 
@@ -147,7 +243,7 @@ class RowSampler:
         return self.constraint is not None and self.constraint.is_over
 
     def penalized(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits [V] under the repetition penalty, −∞ where the constraint does not allow a token.
+        """Logits [V] under bias and penalties, −∞ where the constraint does not allow a token.
 
         Raises:
             BundleError: the largest is NaN or infinite.
@@ -157,8 +253,7 @@ class RowSampler:
 
     def _penalized(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """The same, and the index of the largest."""
-        penalty = self.options.repetition_penalty
-        scores = logits if penalty == 1 else penalize(logits, self.seen, penalty)
+        scores = penalize(logits, self.seen, self.options) if self.options.changes_logits else logits
         index = self.largest(scores)
         if self.constraint is not None:
             scores = masked(scores, self.constraint.allowed())
@@ -208,8 +303,8 @@ class RowSampler:
         """The token belongs to the text from now on."""
         if self.constraint is not None:
             self.constraint.accept(token)
-        if self.options.repetition_penalty != 1 and token not in self.seen:
-            self.seen = np.append(self.seen, token)
+        if self.options.changes_with_the_text:
+            self.seen = self.seen.and_then(token)
 
 
 class Sampler:
@@ -220,7 +315,7 @@ class Sampler:
 
     Args:
         options: the same for all rows.
-        prompts: int64 [T_i] for each row; seen by the repetition penalty.
+        prompts: int64 [T_i] for each row; seen by the repetition penalty alone.
         constraint: every row takes a fork of it.
     """
 

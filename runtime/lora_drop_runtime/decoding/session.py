@@ -253,7 +253,7 @@ class Session:
         manifest = self.bundle.manifest
         stops = checks.stop_ids(stop_token_ids, manifest.special_tokens.eos)
         ids, lengths = padded(rows, manifest.special_tokens.pad)
-        options = checks.checked_sampling(sampling)
+        options = checks.checked_sampling(sampling, manifest.model.vocab_size)
         checks.check_constraint(constraint)
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         source = self._source if draft is None else self._draft_source(draft)
@@ -268,7 +268,7 @@ class Session:
         self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
         ended = self._requests_ended
         active = np.ones(len(rows), np.bool_)
-        if not why_single_steps(self._opened(), schedule, self._policy, constraint):
+        if not why_single_steps(self._opened(), schedule, self._policy, options, constraint):
             request, samplers = self._running(), None if chooser is None else chooser.rows
             first = request.chosen(active) if chooser is None else chooser.sample(self._logits(), active)
             yield from Cycles(request, options, samplers, stops).tokens(first, lambda: self._check_runs(ended))
@@ -515,7 +515,7 @@ class Session:
         self.prefill(tokens, max_new_tokens=enough + 1, k=schedule)
         for _ in range(enough):
             self.step(tokens[:, 0])
-        if not why_single_steps(self._opened(), schedule, self._policy, None):
+        if not why_single_steps(self._opened(), schedule, self._policy, SamplingOptions(), None):
             twice = min(2 * (window.k + 1), most)  # a plain and a captured run
             self.generate(list(tokens), twice + 1, k=schedule, stop_token_ids=())
         self._request = None

@@ -8,6 +8,8 @@ definitions, not by the code under test.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -30,15 +32,24 @@ FILTERS = {
     "top-p 0.7": SamplingOptions(1.0, top_p=0.7),
     "all": SamplingOptions(1.3, top_k=5, top_p=0.8),
     "penalty": SamplingOptions(1.0, repetition_penalty=1.7),
+    "min-p 0.3": SamplingOptions(1.0, min_p=0.3),
+    "counts": SamplingOptions(1.2, presence_penalty=0.4, frequency_penalty=0.3),
+    "bias": SamplingOptions(0.9, logit_bias={0: -1.5, 3: 1}),
+    "all of them": SamplingOptions(
+        1.3, 6, 0.9, 1.2, min_p=0.05, presence_penalty=-0.51, frequency_penalty=0.43, logit_bias={6: 4.07, 1: -0.6}
+    ),
 }
+WRITTEN = [2, 0, 2]  # by the row, before it is asked
 
 
-def expected(logits: np.ndarray, options: SamplingOptions, seen: list[int]) -> np.ndarray:
-    """Probabilities [V] by the definitions of penalty, temperature, top-k and top-p, token by token."""
-    scores = [float(x) for x in logits]
-    for token in set(seen):
+def expected(logits: np.ndarray, options: SamplingOptions, prompt: list[int], written: Sequence[int]) -> np.ndarray:
+    """Probabilities [V] by the definitions of bias, penalties, temperature, top-k, top-p and min-p, token by token."""
+    scores = [float(x) + options.logit_bias.get(token, 0) for token, x in enumerate(logits)]
+    for token in {*prompt, *written}:
         penalty = options.repetition_penalty
         scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token, count in Counter(written).items():
+        scores[token] -= options.presence_penalty + options.frequency_penalty * count
     kept = set(range(len(scores)))
     if options.top_k:
         kth = sorted(scores, reverse=True)[options.top_k - 1]
@@ -52,6 +63,7 @@ def expected(logits: np.ndarray, options: SamplingOptions, seen: list[int]) -> n
         held += probs[token]
         if held > options.top_p:
             break
+    nucleus = {token for token in nucleus if probs[token] >= options.min_p * probs[order[0]]}
     total = sum(probs[token] for token in nucleus)
     return np.array([probs[token] / total if token in nucleus else 0.0 for token in range(len(scores))])
 
@@ -72,8 +84,11 @@ def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
     return tail
 
 
-def row(options: SamplingOptions, prompt: tuple[int, ...] = (1, 4), seed: int = 7) -> RowSampler:
-    return RowSampler(options, np.array(prompt, np.int64), np.random.SeedSequence(seed), 0)
+def row(options: SamplingOptions, prompt: Sequence[int] = (1, 4), written: Sequence[int] = ()) -> RowSampler:
+    sampler = RowSampler(options, np.array(prompt, np.int64), np.random.SeedSequence(7), 0)
+    for token in written:
+        sampler.remember(token)
+    return sampler
 
 
 def test_the_p_value_is_that_of_the_tables() -> None:
@@ -90,7 +105,7 @@ def test_the_p_value_is_that_of_the_tables() -> None:
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
 @pytest.mark.parametrize("theirs", [NEAR, FAR, LOGITS], ids=["near", "far", "same"])
 def test_drawn_drafts_leave_the_verifiers_distribution(options: SamplingOptions, theirs: np.ndarray) -> None:
-    sampler = row(options)
+    sampler = row(options, written=WRITTEN)
     scores = sampler.penalized(LOGITS)
     counts = np.zeros(len(LOGITS))
     accepted = 0
@@ -99,7 +114,7 @@ def test_drawn_drafts_leave_the_verifiers_distribution(options: SamplingOptions,
         token = judged(sampler, scores, draft)
         accepted += token == draft.token
         counts[token] += 1
-    target, draft_probs = expected(LOGITS, options, [1, 4]), expected(theirs, options, [1, 4])
+    target, draft_probs = (expected(logits, options, [1, 4], WRITTEN) for logits in (LOGITS, theirs))
     assert p_value(counts, target) > LEAST_P
     share = np.minimum(target, draft_probs).sum()  # what the rule accepts, at least: min(p, q)
     assert abs(accepted / counts.sum() - share) < 5 * math.sqrt(0.25 / counts.sum())
@@ -108,23 +123,24 @@ def test_drawn_drafts_leave_the_verifiers_distribution(options: SamplingOptions,
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
 @pytest.mark.parametrize("token", [0, 2, 6])
 def test_looked_up_drafts_leave_the_verifiers_distribution(options: SamplingOptions, token: int) -> None:
-    sampler = row(options)
+    sampler = row(options, written=WRITTEN)
     scores = sampler.penalized(LOGITS)
     counts = np.bincount(
         [judged(sampler, scores, Draft(token)) for _ in range(DRAWS // 40)], minlength=len(LOGITS)
     ).astype(float)
-    assert p_value(counts, expected(LOGITS, options, [1, 4])) > LEAST_P
+    assert p_value(counts, expected(LOGITS, options, [1, 4], WRITTEN)) > LEAST_P
 
 
 @pytest.mark.parametrize("options", FILTERS.values(), ids=FILTERS.keys())
 def test_a_seed_draws_the_same_tokens_whatever_was_looked_up(options: SamplingOptions) -> None:
     """The n-th token is where the n-th random number falls in the distribution, whatever the drafts and how many."""
     stream = np.random.default_rng(np.random.SeedSequence(7))
-    seen, wanted = [1, 4], list[int]()
+    wanted = list[int]()
     for _ in range(200):
-        reached = np.cumsum(expected(LOGITS, options, seen))
-        wanted.append(int(np.argmax(reached > stream.random() * reached[-1])))
-        seen.append(wanted[-1])
+        probs = expected(LOGITS, options, [1, 4], wanted)
+        order = np.arange(len(probs)) if options.top_p == 1 else np.argsort(-probs, kind="stable")
+        reached = np.cumsum(probs[order])
+        wanted.append(int(order[np.argmax(reached > stream.random() * reached[-1])]))
     sampler, drafts, made = row(options), np.random.default_rng(0), list[int]()
     while len(made) < len(wanted):
         count = int(drafts.integers(4))
@@ -134,19 +150,26 @@ def test_a_seed_draws_the_same_tokens_whatever_was_looked_up(options: SamplingOp
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
-def test_all_tokens_of_a_cycle_are_distributed_as_without_drafts(looked_up: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(1.0, top_k=3, repetition_penalty=1.3),
+        SamplingOptions(1.0, min_p=0.1, presence_penalty=0.5, frequency_penalty=0.8, logit_bias={2: 0.7}),
+    ],
+    ids=["repetition", "counts"],
+)
+def test_all_tokens_of_a_cycle_are_distributed_as_without_drafts(options: SamplingOptions, looked_up: bool) -> None:
     """Over a model with memory: the joint distribution of a text's next two tokens, however many a cycle makes."""
-    options = SamplingOptions(1.0, top_k=3, repetition_penalty=1.3)
     generator = np.random.default_rng(11)
     model = generator.standard_normal((4, 4)).astype(np.float32)  # logits after each token
     draft_model = model + generator.standard_normal((4, 4)).astype(np.float32)
     probs = np.zeros((4, 4))
-    for first, p in enumerate(expected(model[0], options, [0])):
-        probs[first] = p * expected(model[first], options, [0, first])
+    for first, p in enumerate(expected(model[0], options, [0], [])):
+        probs[first] = p * expected(model[first], options, [0], [first])
     counts = np.zeros((4, 4))
     sampler = row(options, (0,))
     start = sampler.seen
-    for _ in range(DRAWS // 8):
+    for _ in range(DRAWS // 16):
         sampler.seen, drafts = start, []
         if looked_up:
             drafts = [Draft(2), Draft(1)]
@@ -170,14 +193,17 @@ def test_greedy_accepts_what_the_verifier_would_choose_under_its_penalty() -> No
     logits = np.stack([LOGITS, LOGITS, LOGITS])
     tokens = verified(sampler, [Draft(0), Draft(1)], logits)
     assert tokens == [0, 1, 2]  # each is taken once: the penalty sees them in order
-    assert sorted(sampler.seen.tolist()) == [0, 1, 2, 6]
+    assert sorted(sampler.seen.ids.tolist()) == [0, 1, 2, 6]
     assert verified(row(SamplingOptions()), [Draft(3), Draft(0)], logits) == [0]
+    sampler = row(SamplingOptions(frequency_penalty=0.4), (0,))
+    assert verified(sampler, [Draft(0), Draft(0)], logits) == [0, 0, 1]  # 2.0, 1.6 and 1.2 against 1.5
+    assert verified(sampler, [Draft(2), Draft(0)], logits) == [2, 0, 1]  # 1.1 and 1.5; then 1.2, 1.1, 1.1
 
 
 def test_the_confidence_is_the_likeliest_tokens_probability_whatever_is_drawn() -> None:
     for options in (SamplingOptions(), SamplingOptions(0.7, top_k=4)):
         of = options if options.temperature else SamplingOptions(1.0)
-        assert drafted(row(options), LOGITS)[1] == pytest.approx(expected(LOGITS, of, []).max(), rel=1e-6)
+        assert drafted(row(options), LOGITS)[1] == pytest.approx(expected(LOGITS, of, [], []).max(), rel=1e-6)
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:

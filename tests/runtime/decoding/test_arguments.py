@@ -109,7 +109,9 @@ def test_numbers_of_any_kind(session, three) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["x", True, None, [1.0], 1j, np.array([1.0]), np.bool_(True)], ids=kind)
-@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "name", ["temperature", "top_p", "repetition_penalty", "min_p", "presence_penalty", "frequency_penalty"]
+)
 def test_sampling_options_that_are_no_numbers(name, wrong) -> None:
     assert_refused(lambda: SamplingOptions(**{name: wrong}), f"option {name} must be a number", repr(wrong))
 

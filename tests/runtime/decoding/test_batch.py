@@ -28,6 +28,7 @@ from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, k
 from tests.support.fake_engine import KINDS, TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
 
 NEAR = 1e-4  # logprobs that are nearer than this may change places
+COUNTED: dict[str, Any] = {"min_p": 0.02, "presence_penalty": 0.3, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}}
 WIDE = 0.05  # a margin that some steps of the tiny models have and some have not
 
 
@@ -46,6 +47,7 @@ class Request:
     cancel: int | None = None
     draft: str | None = None
     stops: tuple[int, ...] = ()
+    counted: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Request:
         return {
             "k": MarginSchedule(self.k, WIDE) if adaptive else self.k,
             "draft": self.draft if self.policy == "lossless" and self.k else None,
-            "sampling": SamplingOptions(temperature=self.temperature, seed=self.seed),
+            "sampling": SamplingOptions(self.temperature, seed=self.seed, **(COUNTED if self.counted else {})),
             "stop_token_ids": self.stops,
         }
 
@@ -72,6 +74,7 @@ def requests(draw, vocab: int, longest: int, policies: tuple[str, ...]) -> Reque
         cancel=draw(st.none() | st.none() | st.integers(0, 12)),
         draft=draw(st.sampled_from((None, "ngram", "both"))),
         stops=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=2))),
+        counted=draw(st.booleans()),
     )
 
 
@@ -148,7 +151,7 @@ def fake_tokens(request: Request) -> list[int]:
 )
 def test_rows_do_not_disturb_each_other(script: list[Request], count: int, kind: str) -> None:
     """Tokens, and every valid cache entry after every tick."""
-    script = [Request(**{**vars(one), "temperature": 0.0}) for one in script]
+    script = [Request(**{**vars(one), "temperature": 0.0, "counted": False}) for one in script]
     longest = max(len(one.prompt) for one in script)
     most = max(len(one.prompt) + one.new_tokens for one in script)
     batch, _ = fake_batch(slots=count, kind=kind, max_seq_len=max(most, longest + 1), max_prompt_len=longest)
@@ -260,7 +263,7 @@ def test_a_row_may_join_early_and_then_refreshes_with_the_others() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9), st.integers(1, 4))
 def test_rows_that_join_early_write_what_they_should(script: list[Request], count: int) -> None:
-    script = [Request(**{**vars(one), "temperature": 0.0, "cancel": None}) for one in script]
+    script = [Request(**{**vars(one), "temperature": 0.0, "cancel": None, "counted": False}) for one in script]
     batch, _ = fake_batch(slots=count, join_early=True)
     for request, events in zip(script, decoded(batch, script, patient=False), strict=True):
         assert check_ends(request, events) == fake_tokens(request)
@@ -554,6 +557,8 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     assert_refused(lambda: batch.add([1, 2, 3, 4], 8, k=0), "does not fit into the caches of the dropped", "11", "5")
     assert_refused(lambda: batch.add([1], 3, policy="both"), "refresh policy")
     assert_refused(lambda: batch.add([1], 3, policy="skip", draft="ngram"), "The policy has no drafts.")
+    biased = SamplingOptions(logit_bias={VOCAB: 1})
+    assert_refused(lambda: batch.add([1], 3, sampling=biased), "logit_bias names a token that", f"It is {VOCAB}")
     assert_refused(lambda: batch.add([1], 3, logprobs=-1), "The number of logprobs is out of range.", "-1")
     assert_refused(lambda: batch.add([1], 3, prompt_logprobs=True), "A prompt's logprobs need logprobs.")
     assert_refused(lambda: batch.add([1], 3, logprobs=0, context_tokens=1), "A context needs a prompt that is scored.")

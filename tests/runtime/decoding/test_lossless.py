@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lora_drop_runtime.decoding.drafts import Text
+from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError, PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -87,6 +88,37 @@ def test_the_tokens_and_caches_are_those_of_the_full_schedule(k: int, errs, toge
             assert request.steps_done == request.max_steps
             full = functools.partial(session.step, [1] * len(prompts))
             assert_refused(full, "caches are full")
+
+
+OPTIONS = {
+    "presence": SamplingOptions(presence_penalty=2, logit_bias={7: 39, 11: 38.7}),
+    "frequency": SamplingOptions(frequency_penalty=0.7, presence_penalty=-0.3, logit_bias={7: 40.7, 11: 40.2}),
+    "bias": SamplingOptions(logit_bias=dict.fromkeys(range(0, 50, 3), -100) | {7: 1}),
+    "all": SamplingOptions(
+        repetition_penalty=1.02, presence_penalty=1, frequency_penalty=0.5, logit_bias={7: 39, 11: 39.5}
+    ),
+    "drawn": SamplingOptions(4, seed=5, min_p=0.02, frequency_penalty=0.5, logit_bias={7: 40, 11: 40}),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("errs", ERRS.values(), ids=ERRS.keys())
+def test_penalties_and_biases_choose_what_they_choose_in_the_full_schedule(options: SamplingOptions, errs) -> None:
+    """They change from draft to draft. The model's favourite is 40 before the rest; several tokens come again and
+    again."""
+    wanted = lossless(Drafter(errs=errs), 0).generate(RAGGED, 30, sampling=options, stop_token_ids=())
+    assert any(row.tolist() != continued(prompt, 30) for row, prompt in zip(wanted, RAGGED, strict=True))
+    accepted = 0
+    for draft in ("ngram",) if options.temperature else ("lora", "ngram", "both"):
+        for k in (1, 3, 5):
+            for together in (False, True):
+                engine = Drafter(errs=errs)
+                engine.behave("together" if together else "one by one")
+                session = lossless(engine, k, draft)
+                rows = session.generate(RAGGED, 30, sampling=options, stop_token_ids=())
+                assert [row.tolist() for row in rows] == [row.tolist() for row in wanted]
+                accepted += sum(sum(cycle.accepted) for cycle in session.statistics().cycles)
+    assert accepted
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -1,17 +1,24 @@
-"""Sampling against transformers' logits processors, in the order in which `generate` applies them."""
+"""Sampling against transformers' logits processors, in the order in which `generate` applies them; OpenAI's penalties,
+which it does not have, against their formula in numpy."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lora_drop_runtime.decoding.sampling import Sampler, SamplingOptions, distribution, penalize
+from lora_drop_runtime.decoding.sampling import MOST_BIASES, RowSampler, Sampler, SamplingOptions, distribution
 from lora_drop_runtime.errors import BundleError, InputError
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,21 +32,55 @@ def logits_of(seed: int, shape: tuple[int, ...] = (VOCAB,)) -> np.ndarray:
     return (np.random.default_rng(seed).normal(size=shape) * 3).astype(np.float32)
 
 
-def our_probabilities(scores: np.ndarray, seen: np.ndarray, options: SamplingOptions) -> np.ndarray:
-    ids, probs = distribution(penalize(scores, seen, options.repetition_penalty), options)
+NONE = np.array([], np.int64)
+
+
+def our_probabilities(
+    scores: np.ndarray, prompt: np.ndarray, options: SamplingOptions, written: np.ndarray = NONE
+) -> np.ndarray:
+    row = RowSampler(options, prompt, np.random.SeedSequence(0), 0)
+    for token in written.tolist():
+        row.remember(token)
+    ids, probs = distribution(row.penalized(scores), options)
     dense = np.zeros(len(scores))
     dense[ids] = probs
     return dense
 
 
-def hf_probabilities(scores: np.ndarray, seen: np.ndarray, options: SamplingOptions) -> np.ndarray:
+class CountPenalties(LogitsProcessor):
+    """l − presence · [count > 0] − frequency · count, by what stands behind a prompt of so many tokens."""
+
+    def __init__(self, options: SamplingOptions, prompt: int) -> None:
+        self.options, self.prompt = options, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = np.bincount(input_ids[0, self.prompt :].numpy(), minlength=scores.shape[1])
+        taken = self.options.presence_penalty * (counts > 0) + self.options.frequency_penalty * counts
+        return scores - torch.from_numpy(taken.astype(np.float32))
+
+
+def hf_scores(
+    scores: np.ndarray, prompt: np.ndarray, options: SamplingOptions, written: np.ndarray = NONE
+) -> torch.Tensor:
+    """The processors that greedy has, too."""
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(options.repetition_penalty)])
-    processors.append(TemperatureLogitsWarper(options.temperature))
+    if options.logit_bias:
+        processors.insert(0, SequenceBiasLogitsProcessor({(token,): x for token, x in options.logit_bias.items()}))
+    processors.append(CountPenalties(options, len(prompt)))
+    return processors(torch.from_numpy(np.append(prompt, written))[None], torch.from_numpy(scores)[None])
+
+
+def hf_probabilities(
+    scores: np.ndarray, prompt: np.ndarray, options: SamplingOptions, written: np.ndarray = NONE
+) -> np.ndarray:
+    processors = LogitsProcessorList([TemperatureLogitsWarper(options.temperature)])
     if options.top_k:
         processors.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
         processors.append(TopPLogitsWarper(options.top_p))
-    processed = processors(torch.from_numpy(seen)[None], torch.from_numpy(scores)[None])
+    if options.min_p:
+        processors.append(MinPLogitsWarper(options.min_p))
+    processed = processors(None, hf_scores(scores, prompt, options, written))
     return processed.softmax(-1)[0].numpy()
 
 
@@ -57,12 +98,119 @@ def test_distribution_is_transformers(temperature: float, top_k: int, top_p: flo
         np.testing.assert_allclose(ours, theirs, rtol=2e-5)  # theirs is a float32 softmax
 
 
+def any_options(random: np.random.Generator) -> SamplingOptions:
+    """Each of them is off now and then."""
+
+    def one(off: float, *others: float) -> float:
+        return float(random.choice([off, off, *others]))
+
+    tokens = random.choice(VOCAB, int(random.integers(0, 40)), replace=False).tolist()
+    return SamplingOptions(
+        temperature=one(1, 0.3, 0.8, 2.5),
+        top_k=int(one(0, 1, 20, 300)),
+        top_p=one(1, 0.3, 0.9, 0.999),
+        repetition_penalty=one(1, 0.8, 1.2, 3),
+        min_p=one(0, 0.001, 0.05, 0.3, 1),
+        presence_penalty=one(0, *random.uniform(-2, 2, 3)),
+        frequency_penalty=one(0, *random.uniform(-2, 2, 3)),
+        logit_bias={token: float(random.choice([-100, -1.5, 0, 0.25, 3, 100])) for token in tokens},
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_distribution_under_any_options_is_transformers(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    for _ in range(100):
+        options, scores = any_options(random), logits_of(int(random.integers(10**6)))
+        prompt = random.integers(0, VOCAB, int(random.integers(1, 60)))
+        written = random.integers(0, VOCAB, int(random.integers(0, 300))) // 5  # a hundred tokens, most of them often
+        ours = our_probabilities(scores, prompt, options, written)
+        theirs = hf_probabilities(scores, prompt, options, written)
+        # Theirs is a float32 softmax, whose smallest numbers have few digits
+        np.testing.assert_array_equal(ours > 1e-30, theirs > 1e-30, err_msg=str(options))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-30, err_msg=str(options))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_under_any_options_is_transformers_step_by_step(seed: int) -> None:
+    """By the tokens that the sampler has chosen so far; what only changes a draw changes nothing."""
+    random = np.random.default_rng(seed)
+    for _ in range(5):
+        options = dataclasses.replace(any_options(random), temperature=0)
+        prompt, written = random.integers(0, VOCAB, 9), NONE
+        sampler = Sampler(options, [prompt])
+        for step in range(30):
+            scores = logits_of(step % 2)
+            expected = hf_scores(scores, prompt, options, written).argmax()
+            written = np.append(written, sampler.sample(scores[None], ALL))
+            assert written[-1] == expected
+
+
+def test_min_p_comes_after_top_p() -> None:
+    """As in transformers. The other way round top-p would count shares of what min-p has left, and keep two here."""
+    scores = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    options = SamplingOptions(1.0, top_p=0.75, min_p=0.4)
+    assert np.count_nonzero(our_probabilities(scores, NONE, options)) == 3
+    assert np.count_nonzero(hf_probabilities(scores, NONE, options)) == 3
+    three = np.array([0.4, 0.3, 0.2]) / 0.9
+    assert np.searchsorted(np.cumsum(three), 0.75) + 1 == 2
+
+
+def test_presence_and_frequency_count_what_was_written_and_not_the_prompt() -> None:
+    logits = np.array([[4.0, 3.5, 1.0, -1.0]], np.float32)
+    for options, tokens in (
+        (SamplingOptions(presence_penalty=1.0), [0, 1, 0, 0, 0]),  # once, however often
+        (SamplingOptions(frequency_penalty=1.0), [0, 1, 0, 1, 0]),
+        (SamplingOptions(frequency_penalty=2.0), [0, 1, 0, 1, 2]),
+        (SamplingOptions(presence_penalty=-2.0, logit_bias={0: -1}), [1, 1, 1, 1, 1]),
+    ):
+        sampler = Sampler(options, [np.array([0, 0, 0])])
+        assert [int(sampler.sample(logits, ALL)[0]) for _ in tokens] == tokens, options
+
+
+def test_a_bias_of_100_chooses_and_of_minus_100_bans() -> None:
+    scores = logits_of(0)
+    best = int(scores.argmax())
+    for temperature in (0.0, 1.0):
+        for bias, allowed in (({17: 100}, lambda token: token == 17), ({best: -100}, lambda token: token != best)):
+            sampler = Sampler(SamplingOptions(temperature, seed=0, logit_bias=bias), [np.array([1])])
+            assert all(allowed(int(sampler.sample(scores[None], ALL)[0])) for _ in range(50))
+
+
+def test_what_an_engine_may_choose_by_itself() -> None:
+    """Top-k, top-p and min-p change nothing at temperature 0."""
+    for options, largest, host in (
+        (SamplingOptions(top_k=3, top_p=0.5, min_p=0.5), True, ()),
+        (SamplingOptions(repetition_penalty=1.1), False, ()),
+        (SamplingOptions(temperature=1, top_k=3), False, ()),
+        (SamplingOptions(temperature=1, min_p=0.1), False, ("min_p",)),
+        (SamplingOptions(presence_penalty=0.1), False, ("presence_penalty",)),
+        (SamplingOptions(frequency_penalty=-0.1), False, ("frequency_penalty",)),
+        (SamplingOptions(logit_bias={3: 0}), False, ("logit_bias",)),
+        (SamplingOptions(temperature=1, min_p=1, logit_bias={3: 1}), False, ("logit_bias", "min_p")),
+    ):
+        assert options.takes_the_largest == largest, options
+        assert options.on_host_alone == host, options
+
+
+def test_options_are_values() -> None:
+    """They can be compared, hashed, copied and sent, and hold what they were given."""
+    given = {np.int64(3): 1, 5: np.float32(-0.5)}
+    options = SamplingOptions(logit_bias=given)
+    given[7] = 1
+    assert options.logit_bias == {3: 1.0, 5: -0.5}
+    assert [type(one) for pair in options.logit_bias.items() for one in pair] == [int, float] * 2
+    for other in (dataclasses.replace(options), pickle.loads(pickle.dumps(options))):
+        assert other == options
+        assert hash(other) == hash(options)
+    assert options != SamplingOptions()
+
+
 def test_ties() -> None:
-    """Top-k keeps all that tie with the k-th; top-p keeps the lowest ids, as many as transformers."""
+    """Top-k and min-p keep all that tie with the last; top-p keeps the lowest ids, as many as transformers."""
     scores = np.zeros(20, np.float32)
     best = [2, 3, 7, 11, 12, 18]
     scores[best] = 5
-    unseen = np.array([], np.int64)
     for options, kept in [
         (SamplingOptions(1.0, top_k=3), best),
         (SamplingOptions(1.0, top_p=0.5), best[:4]),
@@ -70,10 +218,12 @@ def test_ties() -> None:
         (SamplingOptions(1.0, top_p=1e-9), best[:1]),
         (SamplingOptions(1.0, top_p=1e-20), best[:1]),  # 1 − p is 1, and all six have the same share
         (SamplingOptions(1.0, top_k=1, top_p=1e-20), best[:1]),
+        (SamplingOptions(1.0, min_p=1.0), best),
+        (SamplingOptions(1.0, top_p=0.5, min_p=1.0), best[:4]),
     ]:
-        assert np.flatnonzero(our_probabilities(scores, unseen, options)).tolist() == kept
+        assert np.flatnonzero(our_probabilities(scores, NONE, options)).tolist() == kept
         if options.top_p > 1e-16:  # transformers keeps one there, too, whatever it is
-            assert np.count_nonzero(hf_probabilities(scores, unseen, options)) == len(kept)
+            assert np.count_nonzero(hf_probabilities(scores, NONE, options)) == len(kept)
 
 
 def test_top_p_keeps_the_token_that_reaches_it() -> None:
@@ -199,8 +349,40 @@ def test_masked_logits_are_never_drawn() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.inf),
         ("seed", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", math.nan),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 3),
+        ("frequency_penalty", -math.inf),
+        ("frequency_penalty", math.nan),
     ],
 )
 def test_options_out_of_range_are_named_with_their_value(name: str, value: float) -> None:
     with pytest.raises(InputError, match=rf"(?s){name}.*{value}.*Hint:"):
         SamplingOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        ({5: 101}, ("value of the sampling option logit_bias is too large", "It is 101", "100")),
+        ({5: math.nan}, ("value of the sampling option logit_bias is not a number",)),
+        ({5: "1"}, ("value of the sampling option logit_bias must be a number", "'1'")),
+        ({-1: 1}, ("token of the sampling option logit_bias is too small", "It is -1")),
+        ({"5": 1}, ("token of the sampling option logit_bias must be a whole number", "'5'")),
+        ({True: 1}, ("token of the sampling option logit_bias must be a whole number",)),
+        ({10**40: 1}, ("token of the sampling option logit_bias is too large",)),
+        (dict.fromkeys(range(MOST_BIASES + 1), 1), ("too many", f"It has {MOST_BIASES + 1}", str(MOST_BIASES))),
+        ([(5, 1)], ("logit_bias has the wrong type", "mapping")),
+        (None, ("logit_bias has the wrong type",)),
+    ],
+    ids=lambda value: None if isinstance(value, tuple) else repr(value)[:20],
+)
+def test_biases_that_are_refused(bias: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as refused:
+        SamplingOptions(logit_bias=bias)
+    assert all(word in str(refused.value) for word in words)
+    assert "Hint:" in str(refused.value)
+    SamplingOptions(logit_bias=dict.fromkeys(range(MOST_BIASES), -100))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import PlanError
 
 from tests.support.decoding import PLAN, assert_refused, continued
@@ -71,6 +72,10 @@ def test_requests_refuse_what_prefill_refuses() -> None:
         assert_refused(lambda prompts=prompts, count=count: session.generate(prompts, count), fact)
         if len(prompts) != 3 and prompts != [[1], []]:
             assert_refused(lambda prompts=prompts, count=count: next(session.stream(prompts, count)), fact)
+    biased = SamplingOptions(logit_bias={49: 1, 50: 1})
+    for call in (session.generate, lambda *asked, **how: next(session.stream(*asked, **how))):
+        words = "logit_bias names a token that the model does not have", "It is 50", "0 to 49"
+        assert_refused(lambda call=call: call([1], 3, sampling=biased), *words)
     assert_refused(lambda: session.generate([1], 3, k=-1), "k is too small", error=PlanError)
     assert_refused(lambda: next(session.stream([[1], [2]], 3)), "one prompt", "2")
     assert not engine.runs

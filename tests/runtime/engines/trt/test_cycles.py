@@ -163,6 +163,24 @@ def test_a_seed_means_the_same_tokens(pair) -> None:
     assert alone.tolist() == beside.tolist()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"min_p": 0.05}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.7}, {"logit_bias": {5: 2.0}}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_the_device_does_not_know_take_single_steps(
+    pair, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokens of an engine that runs nothing else; min-p changes nothing for greedy."""
+    stepwise, cycles, _, _ = pair("recurrent", "backfill")
+    runs, run = [], DeviceCycle.run
+    monkeypatch.setattr(DeviceCycle, "run", lambda self, count: (runs.append(count), run(self, count))[1])
+    for temperature, in_cycles in ((2.0, False), (0.0, "min_p" in options)):
+        sampling = SamplingOptions(temperature, seed=3, **options)
+        same(stepwise, cycles, RAGGED, 9, k=3, sampling=sampling, stop_token_ids=())
+        assert bool(runs) == in_cycles
+
+
 @pytest.mark.parametrize("sampling", [None, SAMPLING[1]], ids=["greedy", "drawn"])
 def test_what_the_host_does_for_a_cycle(pair, sampling: SamplingOptions | None) -> None:
     """One copy, one wait and one launch for the four tokens of a cycle; single steps do that for each token."""
