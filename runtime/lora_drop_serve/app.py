@@ -14,7 +14,7 @@ import hmac
 import importlib.metadata
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, TypeVar
@@ -387,14 +387,18 @@ class Service:
                 self._check_length(len(found), "prompt")  # before the others are read
                 return found
             self._check_length(len(prompt), "prompt")  # before millions of ids are
-            wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
-            if wrong is not None:
-                said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
-                raise ApiError(400, said, param="prompt")
+            self._check_vocabulary(prompt, "prompt")
             return np.array(prompt, np.int64)
 
         with _readable("prompt"):
             return await asyncio.to_thread(lambda: [ids(prompt) for prompt in prompts])
+
+    def _check_vocabulary(self, tokens: Iterable[int], param: str) -> None:
+        """Whether the model has them. Raises ApiError."""
+        wrong = next((token for token in tokens if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            said = f"Token id {wrong!r:.40} is outside the vocabulary, which has ids 0 to {self._vocabulary - 1}."
+            raise ApiError(400, said, param=param)
 
     def _policy(self, body: CompletionRequest | ChatRequest) -> Policy:
         """The request's policy; `k` is checked beside it."""
@@ -447,6 +451,7 @@ class Service:
         tools: Tools | None = None,
     ) -> Response:
         policy = self._policy(body)
+        self._check_vocabulary(body.biases, "logit_bias")
         shared: dict[str, Any] = {"k": body.k, "policy": body.policy, "logprobs": body.likeliest}
         if body.scores_prompt:
             shared["prompt_logprobs"] = True

@@ -7,13 +7,14 @@ field. Knows no tokenizer and no engine: whether a prompt fits is found out late
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
-from lora_drop_runtime.decoding.sampling import SamplingOptions
+from lora_drop_runtime.decoding.sampling import MOST_BIASES, SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
 from lora_drop_runtime.grammars.tools import AUTO, NONE, Tools
@@ -69,9 +70,6 @@ def _utf8_json(value: Any) -> Any:
 _ANY: list[Any] = []  # whatever the value, it changes nothing
 # Fields of OpenAI's API that this server does not have, and the values with which they change nothing
 CHANGES_NOTHING: dict[str, Sequence[Any]] = {
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
     "best_of": (None, 1),
     "suffix": (None, ""),
     "functions": (None, []),
@@ -119,6 +117,25 @@ def _stops(stop: Any) -> Any:
     return stop
 
 
+_TOKEN_ID = r"^(0|[1-9][0-9]{0,9})$"  # as a key of JSON
+
+
+def _biases(given: Any) -> Any:
+    """Of each wrong pair pydantic would say its own errors."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("it has to be an object whose keys are token ids")
+    if len(given) > MOST_BIASES:
+        raise ValueError(f"{len(given)} tokens are too many, {MOST_BIASES} are the most")
+    for token, bias in given.items():
+        if re.fullmatch(_TOKEN_ID, token) is None:  # search lets a line end behind it
+            raise ValueError(f"{token!r:.40} is no token id")
+        if type(bias) not in (int, float) or not bounds.BIAS.least <= bias <= bounds.BIAS.most:
+            raise ValueError(f"the bias of token {token} has to be a number from {bounds.BIAS}")
+    return given
+
+
 class StreamOptions(_Model):
     """`continuous_usage_stats`, as vLLM has it: every chunk with a choice has the usage so far."""
 
@@ -151,8 +168,14 @@ class JsonSchemaFormat(_Model):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=_TOKEN_ID)], Annotated[float, _within(bounds.BIAS)]],
+    Field(max_length=MOST_BIASES, json_schema_extra={"additionalProperties": False}),
+]
+
+
 class _Request(_Model):
-    """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k`,
+    """Fields of both kinds of request. `k` and `policy` are this server's own, and so are `top_k`, `min_p`,
     `repetition_penalty` and `ignore_eos`."""
 
     model_config = ConfigDict(json_schema_extra=_describe_the_rest)
@@ -161,7 +184,11 @@ class _Request(_Model):
     temperature: Annotated[float, _within(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(ge=0, le=bounds.TOP_P.most)] | None = None
     top_k: Annotated[int, _within(bounds.TOP_K)] | None = None
+    min_p: Annotated[float, _within(bounds.SHARE)] | None = None
     repetition_penalty: Annotated[float, _within(bounds.PENALTY)] | None = None
+    presence_penalty: Annotated[float, _within(bounds.COUNT_PENALTY)] | None = None
+    frequency_penalty: Annotated[float, _within(bounds.COUNT_PENALTY)] | None = None
+    logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
     seed: Annotated[int, Field(ge=-bounds.SEED.most - 1, le=bounds.SEED.most)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
@@ -207,6 +234,11 @@ class _Request(_Model):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def biases(self) -> dict[int, float]:
+        """By token id."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
     def choices(self) -> int:
         return self.n or 1
 
@@ -235,6 +267,10 @@ class _Request(_Model):
             top_p=1.0 if self.top_p is None else self.top_p or sys.float_info.min,  # 0: the likeliest token
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=None if self.seed is None else (self.seed + choice) % (int(bounds.SEED.most) + 1),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.biases,
         )
 
 

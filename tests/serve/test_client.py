@@ -102,6 +102,43 @@ def test_the_ends_of_what_the_api_allows(client: openai.OpenAI, bundle: Bundle) 
     assert len(set(texts)) > 1
 
 
+def test_penalties_biases_and_min_p(client: openai.OpenAI, bundle: Bundle) -> None:
+    """By the API's names, and vLLM's for min-p; in chats, too. null is what is left out."""
+    asked: dict[str, Any] = {"presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {"7": 1.5, "130": -100}}
+    both = {"min_p": 0.05, "repetition_penalty": 1.1}
+    options = {**asked, **both, "logit_bias": {7: 1.5, 130: -100}}
+    chat = TextCodec.open(bundle.root / "tokenizer").encode_chat([{"role": "user", "content": TEXT}]).tolist()
+    for k, policy in ((2, "skip"), (3, "lossless")):
+        wanted = []
+        with Session.open(bundle.root, threads=1, k=k, policy=policy, draft="ngram" if k == 3 else None) as session:
+            for prompt, temperature in ((PROMPT, 0), (PROMPT, 1.5), (chat, 0)):
+                sampling = SamplingOptions(temperature, seed=3, **options)
+                wanted.append(words(session.generate([prompt], 30, sampling=sampling)[0].tolist()))
+            assert wanted[0] != words(session.generate([PROMPT], 30)[0].tolist())
+        usual = {"model": bundle.manifest.model.name, "max_tokens": 30, "seed": 3, **asked}
+        usual["extra_body"] = {**both, "k": k, "policy": policy}
+        for temperature in (0, 1.5) if policy == "skip" else (0,):  # of drafts by LoRA steps are other draws
+            done = client.completions.create(prompt=PROMPT, temperature=temperature, **usual)
+            assert done.choices[0].text == wanted[bool(temperature)]
+        said = client.chat.completions.create(messages=[{"role": "user", "content": TEXT}], temperature=0, **usual)
+        assert said.choices[0].message.content == wanted[2]
+    nothing: dict[str, Any] = dict.fromkeys(("presence_penalty", "frequency_penalty", "logit_bias"))
+    usual = {"model": bundle.manifest.model.name, "prompt": PROMPT, "max_tokens": 9, "temperature": 0}
+    done = client.completions.create(**usual, **nothing, extra_body={"min_p": None})
+    assert done.choices[0].text == client.completions.create(**usual, logit_bias={}).choices[0].text
+
+
+def test_logprobs_are_the_models_own_under_penalties_and_biases(client: openai.OpenAI, bundle: Bundle) -> None:
+    usual = {"model": bundle.manifest.model.name, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "logprobs": 2}
+    plain = client.completions.create(**usual).choices[0]
+    banned = client.completions.create(**usual, logit_bias={plain.text[1:]: -100}).choices[0]
+    assert banned.text != plain.text
+    assert plain.logprobs is not None
+    assert banned.logprobs is not None
+    assert banned.logprobs.top_logprobs == plain.logprobs.top_logprobs
+    assert banned.logprobs.token_logprobs[0] < plain.logprobs.token_logprobs[0]
+
+
 def test_lists_of_prompts_and_n_choices_draw_by_their_seeds(client: openai.OpenAI, bundle: Bundle) -> None:
     prompts = [PROMPT, [5], [23, 29]]
     done = client.completions.create(

@@ -25,6 +25,7 @@ ASKED: list[dict[str, Any]] = [
     {"prompt": [23, 29, 31, 2, 40], "max_tokens": 9, "temperature": 0.8, "top_p": 0.9, "seed": 1},
     {"prompt": [9, 8], "max_tokens": 12, "temperature": 0, "logprobs": 1},
     {"prompt": [9, 8], "max_tokens": 3, "temperature": 0},
+    {"prompt": [4], "max_tokens": 12, "temperature": 1.0, "seed": 2, "min_p": 0.02, "frequency_penalty": 0.5},
 ]
 
 
@@ -34,7 +35,8 @@ def test_answers_are_those_of_each_request_alone(tmp_path: Path, monkeypatch: py
     codec, wanted = TextCodec.open(made.root / "tokenizer"), []
     with open_device_session(made)[0] as alone:
         for one in ASKED:
-            sampling = SamplingOptions(one["temperature"], top_p=one.get("top_p", 1.0), seed=one.get("seed"))
+            options = {name: one[name] for name in one.keys() & {"top_p", "seed", "min_p", "frequency_penalty"}}
+            sampling = SamplingOptions(one["temperature"], **options)
             (tokens,) = alone.generate([one["prompt"]], one["max_tokens"], sampling=sampling)
             wanted.append(codec.decode(tokens))
     runs, run = [], DeviceCycle.run

@@ -112,14 +112,44 @@ WRONG = [
         {"messages": HI, "ignore_eos": True, "tools": [{"type": "function", "function": {"name": "f"}}]},
         "ignore_eos",
     ),
-    (COMPLETIONS, {"presence_penalty": 0.5}, "presence_penalty"),
-    (COMPLETIONS, {"frequency_penalty": -1}, "frequency_penalty"),
+    (COMPLETIONS, {"presence_penalty": 2.5}, "presence_penalty"),
+    (COMPLETIONS, {"frequency_penalty": -2.1}, "frequency_penalty"),
+    (COMPLETIONS, {"frequency_penalty": 10**400}, "frequency_penalty"),
     (COMPLETIONS, {"presence_penalty": False}, "presence_penalty"),
+    (COMPLETIONS, {"presence_penalty": "0.5"}, "presence_penalty"),
     (COMPLETIONS, {"store": 0}, "store"),
-    (COMPLETIONS, {"logit_bias": {"5": 100}}, "logit_bias"),
+    *(
+        (COMPLETIONS, {"logit_bias": wrong}, "logit_bias")
+        for wrong in (
+            [],
+            [[5, 1]],
+            "5",
+            {"5": 101},
+            {"5": -100.5},
+            {"5": "1"},
+            {"5": None},
+            {"5": True},
+            {"5": 10**400},
+            {"x": 1},
+            {"-1": 1},
+            {"05": 1},
+            {"5.0": 1},
+            {" 5": 1},
+            {"5\n": 1},
+            {"٥": 1},
+            {"": 1},
+            {"131": 1},
+            {"9" * 10: 1},
+            {"9" * 5000: 1},
+            {str(token): 1 for token in range(1025)},
+        )
+    ),
+    (CHAT, {"messages": HI, "logit_bias": {"131": 1}}, "logit_bias"),
+    (CHAT, {"messages": HI, "presence_penalty": -3}, "presence_penalty"),
     (COMPLETIONS, {"best_of": 2}, "best_of"),
     (COMPLETIONS, {"suffix": "end"}, "suffix"),
-    (COMPLETIONS, {"min_p": 0.1}, "min_p"),
+    (COMPLETIONS, {"min_p": 1.1}, "min_p"),
+    (COMPLETIONS, {"min_p": -0.1}, "min_p"),
     (COMPLETIONS, {"messages": HI}, "messages"),
     (CHAT, {}, "messages"),
     (CHAT, {"messages": []}, "messages"),
@@ -173,7 +203,9 @@ def test_a_body_that_is_none(served: Served, path: str, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("field", ["temperature", "top_p", "repetition_penalty", "presence_penalty", "seed", "k", "n"])
+@pytest.mark.parametrize(
+    "field", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "logit_bias", "seed", "k", "n"]
+)
 def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> None:
     body = f'{{"prompt": [1], "{field}": {number}}}'.encode()
     check_error(served.http.post(COMPLETIONS, content=body, headers={"Content-Type": "application/json"}), 400, field)
@@ -191,6 +223,9 @@ def test_no_number_is_not_a_number(served: Served, field: str, number: str) -> N
         (CHAT, {"messages": [{"role": "user", **dict.fromkeys(map(str, range(10**4)), 0)}]}, "fields"),
         (COMPLETIONS, {"prompt": [1], "k": 1.5}, "k: Input should be a valid integer"),
         (CHAT, {"messages": HI, "stop": [0] * 10**5}, "32"),
+        (CHAT, {"messages": HI, "logit_bias": dict.fromkeys(map(str, range(10**4)), 0)}, "1024 are the most"),
+        (CHAT, {"messages": HI, "logit_bias": dict.fromkeys(map(str, range(10**3)), 200)}, "bias of token 0"),
+        (CHAT, {"messages": HI, "logit_bias": {f"x{n}": 0 for n in range(10**3)}}, "'x0' is no token id"),
         (CHAT, {"messages": HI, "stop": [0]}, "it has to be a text, or a list of texts"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text alone"),
         (CHAT, {"messages": [{"role": "user"}]}, "content is missing"),
