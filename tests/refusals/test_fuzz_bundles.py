@@ -260,7 +260,7 @@ def test_tokenizers(bundle: Path, run: Runner) -> None:
 WORDS = """{{ }} {% %} for in if endfor endif set endset macro endmacro ( ) [ ] | . messages m range content 'x' 9999999
 * ** % + ~ - == join center tojson replace format namespace raise_exception loop items {# #} , = : is not"""
 OPTIONS = """--max-new-tokens --k --temperature --top-k --top-p --repetition-penalty --seed --stop --target --provider
---threads --policy --prompt-file --prompt"""
+--min-p --presence-penalty --frequency-penalty --threads --policy --prompt-file --prompt"""
 
 
 def test_templates(bundle: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.bench.bench import _check_alike
 from lora_drop_tools.bench.peers.options import peer_options
@@ -29,6 +30,7 @@ FIT: dict[str, Any] = {"text": (FILE,), "out": Path("out")}
     [
         (GenerateSettings, {"top_k": 5}, "--top-k", "--temperature is 0"),
         (GenerateSettings, {"top_p": 0.5}, "--top-p", "--temperature is 0"),
+        (GenerateSettings, {"min_p": 0.1}, "--min-p", "--temperature is 0"),
         (GenerateSettings, {"seed": 0}, "--seed", "--temperature is 0"),
         (GenerateSettings, {"policy": "skip", "k": 0}, "--policy", "every step is a refresh"),
         (GenerateSettings, {"draft": "ngram", "k": 0}, "--draft", "every step is a refresh"),
@@ -64,7 +66,8 @@ def test_options_that_would_change_nothing(cls: type, given: dict[str, Any], fla
 
 
 def test_options_that_change_something_are_taken() -> None:
-    GenerateSettings(temperature=0.5, top_k=5, top_p=0.5, seed=0)
+    GenerateSettings(temperature=0.5, top_k=5, top_p=0.5, min_p=0.1, seed=0)
+    GenerateSettings(repetition_penalty=1.1, presence_penalty=1, frequency_penalty=-2)
     GenerateSettings(policy="skip", k=1)
     GenerateSettings(policy="lossless", k="auto", draft="both")
     assert BenchSettings(policy="lossless", k=("auto", 1), draft="ngram").windows == [0, 1, "auto"]
@@ -106,6 +109,21 @@ def test_lists_and_names(line: str, words: tuple[str, ...], capsys: pytest.Captu
     error = capsys.readouterr().err
     for word in (*words, "Note: ", "Hint: "):
         assert word in error
+
+
+def test_sampling_is_what_the_options_say() -> None:
+    given = {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 1.5,
+        "seed": 3,
+    }
+    for cls in (GenerateSettings, ChatSettings):
+        assert cls(**given).sampling == SamplingOptions(**given)
 
 
 def test_pythons_of_peers_that_would_not_be_used(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ class GenerateSettings:
         k: LoRA steps between refreshes, 0 for the full schedule; `auto` under a policy that verifies.
         schedule: when refreshes come, as for `Session.open`.
         draft: where drafts come from, under a policy that verifies.
-        temperature, top_k, top_p, repetition_penalty, seed: as for `SamplingOptions`.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed: as for
+            `SamplingOptions`.
         stop: strings that end a text, themselves left out.
         chat_template_kwargs: more variables of the model's chat template, as a JSON object in text.
         json_schema, regex: what a text has to be; the schema as text, which begins with `{`, or the name of its file.
@@ -102,8 +103,23 @@ class GenerateSettings:
     top_p: float = option(
         1.0, metavar="P", bounds=bounds.TOP_P, help="draw among those that hold this probability; 1 is off (default)"
     )
+    min_p: float = option(
+        0.0,
+        metavar="P",
+        bounds=bounds.SHARE,
+        help="draw among those with this share of the likeliest's probability; 0 is off (default)",
+    )
     repetition_penalty: float = option(
         1.0, metavar="P", bounds=bounds.PENALTY, help="make what was said already less likely; 1 is off (default)"
+    )
+    presence_penalty: float = option(
+        0.0,
+        metavar="P",
+        bounds=bounds.COUNT_PENALTY,
+        help="take this off the logits of what the text has, not the prompt; 0 is off (default)",
+    )
+    frequency_penalty: float = option(
+        0.0, metavar="P", bounds=bounds.COUNT_PENALTY, help="the same, once for each time that the text has it"
     )
     seed: int | None = option(
         None, metavar="N", bounds=bounds.SEED, help="draw the same text every time, but for --k auto"
@@ -123,7 +139,7 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         check_options(self)
         if not self.temperature:
-            refuse_unused(self, ("top_k", "top_p", "seed"), "--temperature is 0", "add --temperature 0.8")
+            refuse_unused(self, ("top_k", "top_p", "min_p", "seed"), "--temperature is 0", "add --temperature 0.8")
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         if self.k == 0:
             refuse_unused(
@@ -150,7 +166,16 @@ class GenerateSettings:
 
     @property
     def sampling(self) -> SamplingOptions:
-        return SamplingOptions(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        return SamplingOptions(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
 
     def constraint(self, bundle: Bundle) -> Constraint | None:
         """What a text has to be.

@@ -210,6 +210,9 @@ def test_without_do_sample_the_temperature_says_nothing(open_model: Callable[...
     assert open_model(1).generate_until([sampled(0, temperature=0.0)]) == greedy
     assert open_model(1).generate_until([sampled(0, top_p=1e-6)]) == greedy
     assert open_model(1).generate_until([sampled(0, top_k=1)]) == greedy
+    assert open_model(1).generate_until([sampled(0, min_p=1.0)]) == greedy
+    assert open_model(1).generate_until([sampled(0, do_sample=False, min_p=1.0, presence_penalty=0)]) == greedy
+    assert open_model(1).generate_until([sampled(0, temperature=0.0, frequency_penalty=2.0)]) != greedy
     with pytest.raises(InputError, match="in a way that is not offered"):
         open_model(1).generate_until([sampled(0, num_beams=4)])
 

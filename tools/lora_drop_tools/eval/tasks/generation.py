@@ -1,14 +1,16 @@
 """How a task wants its texts written: lm-eval's `generation_kwargs` as sampling options.
 
-until, max_gen_toks          where a text ends
-do_sample                    draws; without it the likeliest token is taken, whatever the temperature says
-temperature, top_p, top_k    of the drawing
-repetition_penalty           of either
-seed                         in the place of the evaluation's own
+until, max_gen_toks                 where a text ends
+do_sample                           draws; without it the likeliest token is taken, whatever the temperature says
+temperature, top_p, top_k, min_p    of the drawing
+repetition_, presence_penalty,
+frequency_penalty                   of either
+seed                                in the place of the evaluation's own
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from lora_drop_runtime.errors import InputError
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
-_KNOWN = (*_LENGTHS, "until", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_DRAWING = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # and where they are off
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_KNOWN = (*_LENGTHS, "until", "do_sample", "temperature", *_DRAWING, *_PENALTIES, "seed")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,7 @@ class Generation:
             return self.sampling
         name = " ".join(map(str, (self.seed if self.seed is not None else seed, *what)))
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
-        options = self.sampling
-        return SamplingOptions(options.temperature, options.top_k, options.top_p, options.repetition_penalty, number)
+        return dataclasses.replace(self.sampling, seed=number)
 
 
 def generation_of(options: Mapping[str, Any]) -> Generation:
@@ -73,11 +76,7 @@ def generation_of(options: Mapping[str, Any]) -> Generation:
         temperature = 0.0
     elif temperature is None:
         temperature = 1.0
-    penalty = options.get("repetition_penalty")
-    sampling = SamplingOptions(
-        temperature=temperature,
-        top_k=(options.get("top_k") or 0) if draws else 0,
-        top_p=1.0 if options.get("top_p") is None or not draws else options["top_p"],
-        repetition_penalty=1.0 if penalty is None else penalty,
-    )
+    known = {**_DRAWING, **_PENALTIES} if draws else _PENALTIES
+    given: dict[str, Any] = {name: off if options.get(name) is None else options[name] for name, off in known.items()}
+    sampling = SamplingOptions(temperature=temperature, **given)
     return Generation(until, new_tokens, sampling, options.get("seed"))
