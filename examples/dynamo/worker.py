@@ -15,6 +15,9 @@ from lora_drop_runtime import Batch, SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_serve.driver import Driver, RowRequest
 
+DRAWING = "temperature", "top_k", "top_p", "min_p", "seed"
+PENALTIES = "repetition_penalty", "presence_penalty", "frequency_penalty"
+
 
 @dynamo_worker()
 async def main(runtime):
@@ -25,8 +28,9 @@ async def main(runtime):
     async def tokens(request, context):
         """Token ids in, among them those that a lost worker has told; token ids out."""
         prompt, limits, options = request["token_ids"], request["stop_conditions"], request["sampling_options"]
-        temperature, seed = options.get("temperature"), options.get("seed") or 0
-        sampling = SamplingOptions(temperature=1.0 if temperature is None else temperature, seed=seed)
+        given = {name: options[name] for name in (*DRAWING, *PENALTIES) if options.get(name) is not None}
+        given["top_k"] = max(0, given.get("top_k", 0))  # -1 is off, too
+        sampling = SamplingOptions(**{"temperature": 1.0, "seed": 0} | given)
         new_tokens = limits["max_tokens"] or driver.max_seq_len - len(prompt)
         with driver.submit([RowRequest(np.array(prompt), new_tokens, {"sampling": sampling})]) as job:
             await job.begin()
