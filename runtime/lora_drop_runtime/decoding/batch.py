@@ -29,17 +29,19 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .constraint import Constraint
 from .flight import FirstState, Flight, why_single_steps
+from .kept_prefixes import common, prefixes_for
 from .opening import checked_policy, open_bundle
-from .paged_slots import prepare_for_several, slots_for
+from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
-from .sampling import RowSampler, SamplingOptions
+from .sampling import Ids, RowSampler, SamplingOptions
 from .schedules import named_schedule
 from .slots import Logits, Run, Slots
 from .statistics import Statistics
 from .stream import Usage
 
 CHUNK = 128  # tokens of a prompt in one tick, beside rows that decode
+_WORTH_WAITING = 32  # tokens that another row's prompt is just running: fewer run anew with the rest
 
 
 class Batch:
@@ -61,6 +63,7 @@ class Batch:
         max_prompt_len: int | None = None,
         join_early: bool = False,
         kv_cache_bytes: int | None = None,
+        keep_prefixes: bool = False,
     ) -> None:
         self.bundle, self._engine = bundle, engine
         self._in_cycles = engine.runs_cycles  # asked in this thread, which may compile a kernel: `add` comes from any
@@ -84,6 +87,9 @@ class Batch:
         self._slots = slots_for(bundle, engine, self._count, most, several)
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
         checks.check_pool(self._slots.bytes_of({"slots_kept": 1, "slots_dropped": 1}), self._most_bytes)
+        keeps = checks.flag("keep_prefixes", keep_prefixes)
+        self._prefixes = prefixes_for(engine, self._slots, self._bytes_of_all()) if keeps else None
+        self._why_none_kept = "" if self._prefixes or not keeps else "; no prefixes are kept by this engine"
         self._rows: list[Row] = []  # by slot
         self._waiting: deque[Row] = deque()
         self._untold: list[Event] = []
@@ -103,6 +109,7 @@ class Batch:
         max_prompt_len: int | None = None,
         join_early: bool = False,
         kv_cache_bytes: int | None = None,
+        keep_prefixes: bool = False,
         k: int | str | Schedule | None = None,
         schedule: str | None = None,
         policy: str | None = None,
@@ -123,6 +130,9 @@ class Batch:
                 it refreshes with rows of its `k`. Its first token comes sooner, and its tokens depend on when it came.
             kv_cache_bytes: the most that the rows' K/V may take, where caches are paged (target openvino); what all
                 slots can need when None. A row waits until its blocks fit beside those of the rows that run.
+            keep_prefixes: do not run again what a prompt has in common with the beginning of another row, which runs or
+                is over: its K/V are taken over, where they are the full model's. Those of rows that are over stay until
+                their room is needed. Not on a GPU.
 
         The other arguments are those of `Session.open`, and what rows do that are added without their own.
 
@@ -153,6 +163,7 @@ class Batch:
                 max_prompt_len=max_prompt_len,
                 join_early=join_early,
                 kv_cache_bytes=kv_cache_bytes,
+                keep_prefixes=keep_prefixes,
             )
         except BaseException:
             opened.engine.close()
@@ -179,7 +190,7 @@ class Batch:
         try:
             if self._is_open:
                 self._is_open = False
-                self._rows, self._waiting = [], deque()
+                self._rows, self._waiting, self._prefixes = [], deque(), None
                 del self._slots
                 self._engine.close()
         finally:
@@ -191,11 +202,9 @@ class Batch:
         slots = f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
         if not self._paged:
             cycles = "; whole cycles without the host" if self._in_cycles else ""
-            return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states{cycles}"
-        # Whatever its policy, a row has no more entries in dropped layers than in kept ones
-        most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
-        most = most if self._most_bytes is None else min(most, self._most_bytes)
-        return slots + f"K/V grows with the rows, to at most {most / 2**20:,.1f} MiB"
+            return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states{cycles}{self._why_none_kept}"
+        rows = "rows" if self._prefixes is None else "rows, and with prefixes that are kept"
+        return slots + f"K/V grows with the {rows}, to at most {self._bytes_of_all() / 2**20:,.1f} MiB"
 
     @property
     def slots(self) -> int:
@@ -342,11 +351,9 @@ class Batch:
         self._check_open()
         self._usage.enter()
         try:
-            self._settle(land=self._may_admit())  # and what an interrupted tick has left
-            while self._may_admit():
-                self._slots.admit(len(self._rows), self._waiting[0].options.slots)
-                self._rows.append(self._waiting[0])
-                self._waiting.popleft()
+            self._settle(land=self._next_row() is not None)  # and what an interrupted tick has left
+            while (row := self._next_row()) is not None:
+                self._admit(row)
             if self._rows:
                 self._run()
                 self._settle()
@@ -362,9 +369,12 @@ class Batch:
         return next((one.statistics() for one in self._rows if one.number == row), None)
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of valid K/V entries in kept and in dropped layers, and of all slots."""
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all slots; there prefixes are kept, too."""
         self._check_open()
-        return self._slots.kv_bytes(sum(row.kept for row in self._rows), sum(row.dropped for row in self._rows))
+        found = self._slots.kv_bytes(sum(row.kept for row in self._rows), sum(row.dropped for row in self._rows))
+        if self._prefixes is not None and isinstance(self._slots, PagedSlots):
+            found["allocated"] = self._slots.bytes_in_use
+        return found
 
     @property
     def why_single_steps(self) -> str:
@@ -467,8 +477,8 @@ class Batch:
         Args:
             land: wait for cycles that are under way; done in any case where a row is over, whose slot is another's.
         """
-        if self._rows and self._waiting and self._rows[-1] is self._waiting[0]:  # an interrupt came as it was admitted
-            self._waiting.popleft()
+        if self._rows and self._rows[-1] in self._waiting:  # an interrupt came as it was admitted
+            self._waiting.remove(self._rows[-1])
         interrupt = self._give()
         land = land or any(row.run is None for row in self._rows)
         while (flight := self._flight) is not None and (land or flight.is_torn):
@@ -501,14 +511,48 @@ class Batch:
                 )
                 row.join(next(others, 0))
 
-    def _may_admit(self) -> bool:
-        """Whether the row that waits longest may begin."""
-        return bool(self._waiting) and len(self._rows) < self._count and self._has_room(self._waiting[0])
+    def _next_row(self) -> Row | None:
+        """The row that may begin: the one that waits longest, but for those of whose prompts another row is just
+        running the beginning."""
+        if len(self._rows) == self._count or not self._waiting:
+            return None
+        waiting = list(self._waiting)  # at once: `add` comes from any thread
+        row = next((row for row in waiting if self._prefixes is None or not self._is_being_run(row)), None)
+        return row if row is not None and self._has_room(row) else None
+
+    def _is_being_run(self, row: Row) -> bool:
+        """Whether a row's prompt will soon have more entries to begin with than now."""
+        assert self._prefixes is not None
+        tokens = row.reusable
+        soon = max([common(one.will_run, tokens) for one in self._rows if one.is_new], default=0)
+        if soon < _WORTH_WAITING:
+            return False
+        return soon - self._prefixes.longest(tokens, self._exact())[0] >= _WORTH_WAITING
+
+    def _exact(self) -> list[Ids]:
+        return [row.exact for row in self._rows]
+
+    def _admit(self, row: Row) -> None:
+        slot, slots = len(self._rows), row.options.slots
+        if self._prefixes is None:
+            self._slots.admit(slot, slots)
+        else:
+            row.begin_behind(self._prefixes.begin(slot, slots, row.reusable, self._exact()))
+        self._rows.append(row)
+        self._waiting.remove(row)
+
+    def _bytes_of_all(self) -> int:
+        """That the blocks of all rows may take, where caches are paged."""
+        # Whatever its policy, a row has no more entries in dropped layers than in kept ones
+        most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
+        return most if self._most_bytes is None else min(most, self._most_bytes)
 
     def _has_room(self, row: Row) -> bool:
         """Whether its blocks fit beside those of the rows that run."""
         if self._most_bytes is None:
             return True
+        if self._prefixes is not None:
+            return self._prefixes.has_room(row.options.slots, row.reusable, self._exact())
         taken = sum(self._slots.bytes_of(one.options.slots) for one in self._rows)
         return taken + self._slots.bytes_of(row.options.slots) <= self._most_bytes
 
@@ -525,6 +569,10 @@ class Batch:
     def _free(self, slot: int) -> None:
         """Take a row out; the last one moves to its slot."""
         rows, last = self._rows[:-1], self._rows[-1]
+        if self._prefixes is not None:
+            over = self._rows[slot]
+            self._prefixes.keep(slot, over.exact, len(self._rows))
+            over.forget_exact()  # an interrupt may come behind the move, and its slot is another's then
         if slot < len(rows):
             assert last.run is not None
             valid = (max(last.kept, last.run.kept), max(last.dropped, last.run.dropped))

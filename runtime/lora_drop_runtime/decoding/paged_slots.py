@@ -30,19 +30,32 @@ Table = tuple[int, int, list[int]]  # of a row in a call: valid entries, new one
 MOST_PADDED = 8  # tokens of a call that is brought to the width of others
 
 
-class _Row:
-    """A row's blocks, so many of kept and of dropped layers; given back when it goes."""
+class RowBlocks:
+    """A row's blocks, so many of kept and of dropped layers; given back when it goes.
 
-    def __init__(self, engine: PagedEngine, counts: Sequence[int]) -> None:
+    Args:
+        shared: the first of them, which others have as well.
+    """
+
+    def __init__(self, engine: PagedEngine, counts: Sequence[int], shared: Sequence[Sequence[int]] = ((), ())) -> None:
         self.blocks: list[list[int]] = [[] for _ in counts]
         self._pools = list(engine.pools)
         weakref.finalize(self, _give_back, self._pools, self.blocks)
         try:
-            for pool, own, count in zip(engine.pools, self.blocks, counts, strict=True):
-                own += pool.take(count)
+            for pool, own, count, first in zip(engine.pools, self.blocks, counts, shared, strict=True):
+                for block in first:
+                    pool.share([block])
+                    own.append(block)
+                own += pool.take(count - len(first))
         except BaseException:
             self.release()
             raise
+
+    def cut(self, count: int) -> None:
+        """Give back all but the first so many of each kind."""
+        for pool, own in zip(self._pools, self.blocks, strict=True):
+            while len(own) > count:
+                pool.give_back([own.pop()])
 
     def release(self) -> None:
         """What an interrupt leaves of it goes with the row."""
@@ -64,13 +77,13 @@ class PagedSlots:
         self._size = engine.block_slots
         self._fills = self._plan.refresh_policy.fills
         self._steps = engine.steps(several)
-        self._rows: list[_Row | None] = [None] * count
+        self._rows: list[RowBlocks | None] = [None] * count
         self._states = np.zeros(engine.states_shape(count), np.float32)
         self._vocabulary = bundle.manifest.model.vocab_size
         # Of a call, where another number of tokens than before would cost more than tokens that nobody reads
         self._pads = engine.pads_tokens and not self._plan.has_state
         self._width = 0  # of calls so far
-        self._spare: _Row | None = None  # what such tokens write
+        self._spare: RowBlocks | None = None  # what such tokens write
         self._latest: tuple[list[int], list[int], int] | None = None  # due rows, what each wanted, rows that are there
         self._updates = False  # whether the latest run is a LoRA step that has updated states
         self._copied: Logits | None = None
@@ -86,16 +99,25 @@ class PagedSlots:
         """What a row's blocks take once they are all written."""
         return sum(count * pool.block_bytes for pool, count in self._counts(slots))
 
-    def admit(self, slot: int, slots: Mapping[str, int]) -> None:
-        """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later."""
+    def admit(self, slot: int, slots: Mapping[str, int], shared: Sequence[Sequence[int]] = ((), ())) -> None:
+        """Reserve what a row will need, {"slots_kept": n, "slots_dropped": m}: it never fails later.
+
+        Args:
+            shared: blocks that it begins with, of kept and of dropped layers; nobody writes there any more.
+        """
         self.release(slot)
-        self._rows[slot] = _Row(self._engine, [count for _, count in self._counts(slots)])
+        self._rows[slot] = RowBlocks(self._engine, [count for _, count in self._counts(slots)], shared)
 
     def release(self, slot: int) -> None:
         """A row is over."""
         row, self._rows[slot] = self._rows[slot], None
         if row is not None:
             row.release()
+
+    def release_behind(self, rows: int) -> None:
+        """None but the first rows have anything."""
+        for slot in range(rows, self._count):
+            self.release(slot)
 
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
         """A row takes another slot, whose row is over; nothing where it has done so already, before an interrupt."""
@@ -129,6 +151,42 @@ class PagedSlots:
             new.copy(self, row, row, *valid)
         new._copied = np.array(self.logits())
         return new
+
+    # ── what is taken over from rows ───────────────────────────────────────────────────────────────────────────
+
+    @property
+    def block_slots(self) -> int:
+        """Entries of a block."""
+        return self._size
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Of all blocks that somebody has."""
+        return sum(pool.in_use * pool.block_bytes for pool in self._engine.pools)
+
+    def blocks(self, slot: int) -> list[list[int]]:
+        """A row's blocks, of kept and of dropped layers."""
+        row = self._rows[slot]
+        assert row is not None
+        return row.blocks
+
+    def shared(self, blocks: Sequence[Sequence[int]], entries: int) -> RowBlocks:
+        """The same blocks, as far as they hold so many entries of each kind, for another one who has them."""
+        first = [own[: -(-entries // self._size)] for own in blocks]
+        return RowBlocks(self._engine, [len(own) for own in first], first)
+
+    def bytes_beside(self, rows: int, slots: Mapping[str, int], shared: Sequence[Sequence[int]]) -> int:
+        """What so many rows take with one more, which needs slots and begins with shared blocks."""
+        total = 0
+        for number, ((pool, count), first) in enumerate(zip(self._counts(slots), shared, strict=True)):
+            there = {block for row in self._rows[:rows] if row is not None for block in row.blocks[number]}
+            total += (len(there.union(first)) + count - len(first)) * pool.block_bytes
+        return total
+
+    def copy_block(self, source: Sequence[Sequence[int]], slot: int, place: int) -> None:
+        """Copy what is in a row's block of each kind, by its place among others, to a row's own."""
+        for pool, there, here in zip(self._engine.pools, source, self.blocks(slot), strict=True):
+            pool.copy(there[place], here[place])
 
     def _own(self, pool: Pool, own: list[int], begin: int, end: int) -> list[int]:
         """The blocks of the first `end` slots, at least one; those from `begin` on are about to be written, and are
@@ -225,7 +283,7 @@ class PagedSlots:
     def _spare_blocks(self) -> list[list[int]]:
         """A block of each pool, which only padding writes."""
         if self._spare is None:
-            self._spare = _Row(self._engine, [1, 1])
+            self._spare = RowBlocks(self._engine, [1, 1])
         return self._spare.blocks
 
     def _fill(self, feed: Feed, runs: Sequence[Run], rows: int, tables: Sequence[Sequence[Table]]) -> None:

@@ -47,6 +47,7 @@ class Event:
         error: why it failed.
         statistics: with the end of a row whose refreshes verify drafts, what it has counted.
         is_prompt: the token is one of the prompt, which was asked to be scored.
+        reused: how many tokens of the row's prompt were not run, for their K/V were there.
     """
 
     row: int
@@ -58,6 +59,7 @@ class Event:
     error: BaseException | None = None
     statistics: Statistics | None = None
     is_prompt: bool = False
+    reused: int = 0
 
 
 Runs = Generator[Run, tuple[Logits, float], None]  # is sent the logits [n or 1, V] and the seconds that the run took
@@ -111,6 +113,7 @@ class Row:
     Attributes:
         run: what it wants to run; None once it is over.
         kept, dropped: valid slots of its caches.
+        reused: tokens of its prompt that were not run.
         waited: ticks since its last run.
         patience: ticks that it waits at most.
         is_new: whether its prompt is not done.
@@ -131,8 +134,10 @@ class Row:
     ) -> None:
         self.number, self.options, self._tell = number, options, tell
         self.why_single_steps = why_single_steps
-        self.kept = self.dropped = self.waited = 0
+        self.kept = self.dropped = self.waited = self.reused = 0
         self._prompt: list[int] = prompt[: options.context].tolist()
+        self._text = list(self._prompt)  # and what was chosen behind it
+        self._exact = 0  # of it the first tokens that full steps alone have run, each behind such tokens
         self._given: list[int] = prompt[options.context :].tolist()
         self._sampler, self._chunk = sampler, chunk
         self._most_verified = chunk if most_verified is None else min(chunk, most_verified)
@@ -152,6 +157,34 @@ class Row:
         self._runs = self._steps()
         self.run: Run | None = next(self._runs)
 
+    @property
+    def reusable(self) -> Ids:
+        """Tokens of its prompt that need not run where their K/V are there: the last one has to give logits, and where
+        the prompt is scored all have."""
+        return np.array([] if self.options.prompt_logprobs else self._prompt[:-1], np.int64)
+
+    @property
+    def exact(self) -> Ids:
+        """Its first tokens, as far as its caches hold what a prompt of these would have: whatever the adapters, k and
+        policy are. Nothing is written there any more."""
+        return np.array(self._text[: self._exact], np.int64)
+
+    @property
+    def will_run(self) -> Ids:
+        """Of a new row, what `exact` will soon have: its prompt, unless that is scored, which takes long."""
+        runs_at_once = self.is_new and not self.options.prompt_logprobs
+        return np.array(self._prompt if runs_at_once else [], np.int64)
+
+    def begin_behind(self, count: int) -> None:
+        """Before its first run: so many tokens of its prompt are in its caches."""
+        self.kept = self.dropped = self.reused = self._exact = count
+        self._runs = self._steps()
+        self.run = next(self._runs)
+
+    def forget_exact(self) -> None:
+        """Its caches are another's now."""
+        self._exact = 0
+
     def advance(self, found: Logits | int, seconds: float) -> None:
         """Its run is done, and gave these logits [n, V], or the token that was chosen from them on the device."""
         assert self.run is not None
@@ -169,7 +202,7 @@ class Row:
     def fail(self, error: BaseException, kind: StepKind) -> None:
         """End the row."""
         self.run = None
-        self._tell(Event(self.number, None, kind, finished=FAILED, error=error, statistics=self._counted))
+        self._end(kind, FAILED, error)
 
     def in_flight(self) -> FirstState:
         """What it begins whole cycles with, or stands still beside them with while its prompt is not done."""
@@ -203,7 +236,13 @@ class Row:
         assert self.run is not None
         kind, self.run = self.run.kind, None
         self._runs.close()
-        self._tell(Event(self.number, None, kind, finished=CANCELLED, statistics=self._counted))
+        self._end(kind, CANCELLED)
+
+    def _end(self, kind: StepKind, finished: str, error: BaseException | None = None) -> None:
+        """Tell that it is over, without a token."""
+        counted = self._counted
+        event = Event(self.number, None, kind, finished=finished, error=error, statistics=counted, reused=self.reused)
+        self._tell(event)
 
     def statistics(self) -> Statistics:
         """What was counted, where refreshes verify drafts."""
@@ -240,6 +279,7 @@ class Row:
                 self._tell_prompt(self.kept, logits)
             self.kept += count
             self.dropped += count
+            self._exact = self.kept
         self.is_new = False
         after: Logits = logits[-1]
         return after
@@ -260,14 +300,14 @@ class Row:
     def _event(self, token: int, logits: Logits, kind: StepKind, is_over: bool) -> bool:
         """Tell a token, behind which the row's constraint may be over; returns whether the row goes on."""
         if token in self.options.stops:
-            self._tell(Event(self.number, None, kind, finished=STOP, statistics=self._counted))
+            self._end(kind, STOP)
             return False
         self._left -= 1
         most = self.options.logprobs
         logprob, top = (None, ()) if most is None else logprobs_of(token, logits, most)
         finished = STOP if is_over else None if self._left else LENGTH
         counted = self._counted if finished else None
-        self._tell(Event(self.number, token, kind, logprob, top, finished, statistics=counted))
+        self._tell(Event(self.number, token, kind, logprob, top, finished, statistics=counted, reused=self.reused))
         return finished is None
 
     # ── by a schedule ──────────────────────────────────────────────────────────────────────────────────────
@@ -286,8 +326,10 @@ class Row:
             token = next(given, None)
             if token is not None:
                 self._tell_scored(token, logits, kind)
+                self._text.append(token)
             else:
                 token = self._choose(logits)
+                self._text.append(token)
                 if not self._event(token, logits, kind, self._sampler.is_over):
                     return
             kind = cycle.next_kind(lambda seen=logits: seen[None])  # type: ignore[misc]
@@ -305,6 +347,8 @@ class Row:
                 since_refresh.clear()
                 self.dropped += back + 1
                 self.phase = 0
+                if policy.exact_refreshes or self._exact == self.kept:
+                    self._exact = self.kept + 1
             self.kept += 1
             cycle.done()
             logits = found[-1]
@@ -315,6 +359,7 @@ class Row:
         options = self.options
         drafter = Drafter(self._sampler, options.source, options.stops, self._prompt)
         made, found = [self._sampler.take(logits)], logits[None]
+        self._text += made
         self._pace.begin()
         while True:
             for place, token in enumerate(made):
@@ -328,8 +373,10 @@ class Row:
             fed = drafter.fed
             found, seconds = yield Run(StepKind.REFRESH, fed, self.kept, self.dropped, each=True)
             made = drafter.judge(found)
+            self._text += made
             self.kept += len(made)
             self.dropped += len(made)
+            self._exact = self.kept
             outcome = drafter.outcome(made)
             count = (outcome.drafted,), (outcome.accepted,), (len(made),)
             self._cycles.append(VerifiedCycle(lora_steps, *count))

@@ -1,0 +1,176 @@
+"""Prompts of a batch that need not run again: the K/V of rows that run, and of rows that are over, which stay a while.
+
+Enters: a row's first tokens, whenever it begins or is over. Leaves: how many tokens of a new row are in its caches
+already. What is taken over is what full steps have written behind tokens of full steps (`Row.exact`): it depends on the
+tokens alone, and not on the adapters, the k or the policy of the row that wrote it. No state is taken over: the last
+token of each prompt runs in full, which sets it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lora_drop_runtime.engines.engine import Engine
+
+from .paged_slots import PagedSlots, RowBlocks
+from .sampling import Ids
+from .slots import Slots
+
+Place = TypeVar("Place")
+
+
+def common(one: Ids, other: Ids) -> int:
+    """With how many tokens both begin."""
+    most = min(len(one), len(other))
+    differs = one[:most] != other[:most]
+    return int(differs.argmax()) if differs.any() else most
+
+
+@dataclass(eq=False)
+class Kept(Generic[Place]):
+    """What a row that is over has left: tokens [n], and the place of their K/V."""
+
+    tokens: Ids
+    place: Place
+
+
+class Prefixes(ABC, Generic[Place]):
+    """K/V of rows, by their tokens."""
+
+    def __init__(self) -> None:
+        self._kept: list[Kept[Place]] = []  # the least recently used first
+
+    def longest(self, tokens: Ids, running: Sequence[Ids]) -> tuple[int, int | Kept[Place] | None]:
+        """How many of these tokens some row begins with, at most, and where: its slot if it runs.
+
+        Args:
+            running: `Row.exact` of the rows in the first slots.
+        """
+        count, source = 0, None
+        candidates: list[tuple[Ids, int | Kept[Place]]] = [(one.tokens, one) for one in self._kept]
+        for there, place in [*candidates, *((row, slot) for slot, row in enumerate(running))]:
+            same = common(there, tokens)
+            if same and same >= count:  # of kept ones that have as many the one that was used last
+                count, source = same, place
+        return count, source
+
+    @abstractmethod
+    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
+        """Whether a row with so many slots may begin, whatever has to go of rows that are over."""
+
+    @abstractmethod
+    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+        """Admit a row, and take over what there is of its prompt.
+
+        Args:
+            slot: behind those of the rows that run.
+            slots: that it needs, {"slots_kept": n, "slots_dropped": m}.
+            tokens: of its prompt that need not run.
+
+        Returns:
+            How many of them it has in its caches.
+        """
+
+    def keep(self, slot: int, tokens: Ids, rows: int) -> None:
+        """Let the first entries of a row stay that is over.
+
+        Args:
+            rows: so many are in the first slots, this one among them.
+        """
+        if not len(tokens):
+            return
+        again = next((one for one in self._kept if common(one.tokens, tokens) == len(tokens)), None)
+        if again is not None:
+            self._used(again)
+        else:
+            for one in [one for one in self._kept if common(one.tokens, tokens) == len(one.tokens)]:
+                self._drop(one)
+            self._store(slot, tokens, rows)
+
+    @abstractmethod
+    def _store(self, slot: int, tokens: Ids, rows: int) -> None:
+        """`keep` of what is not there yet."""
+
+    def _used(self, one: Kept[Place]) -> None:
+        self._kept = [*(other for other in self._kept if other is not one), one]
+
+    def _drop(self, one: Kept[Place]) -> None:
+        self._kept = [other for other in self._kept if other is not one]
+
+
+class PagedPrefixes(Prefixes[RowBlocks]):
+    """Blocks that rows share. Those that are full nobody writes to any more; the entries behind them are copied.
+
+    Args:
+        most: bytes that all blocks may take. Those that only rows that are over have go first, the end of the text that
+            was used least recently before all others.
+    """
+
+    def __init__(self, slots: PagedSlots, most: int) -> None:
+        super().__init__()
+        self._slots, self._most = slots, most
+
+    def _found(self, tokens: Ids, running: Sequence[Ids]) -> tuple[int, Sequence[Sequence[int]]]:
+        """How many tokens there are, and in which blocks."""
+        count, source = self.longest(tokens, running)
+        if source is None:
+            return 0, ([], [])
+        return count, self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
+
+    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
+        count, blocks = self._found(tokens, running)
+        full = count // self._slots.block_slots
+        return self._slots.bytes_beside(len(running), slots, [own[:full] for own in blocks]) <= self._most
+
+    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+        self._slots.release_behind(slot)  # of an admission that was interrupted
+        count, source = self.longest(tokens, running)
+        if isinstance(source, Kept):
+            self._used(source)
+        full, rest = divmod(count, self._slots.block_slots)
+        _, blocks = self._found(tokens, running)
+        taken = self._slots.shared(blocks, count)
+        try:
+            begun = [own[:full] for own in taken.blocks]
+            new = self._slots.bytes_of(slots) - self._slots.bytes_of(
+                dict.fromkeys(slots, full * self._slots.block_slots)
+            )
+            while self._slots.bytes_in_use + new > self._most and self._kept:
+                self._shorten(self._kept[0])
+            if rest and self._slots.bytes_in_use + new > self._most:  # for a block that only this row still has
+                count, rest = count - rest, 0
+                taken.cut(full)
+            self._slots.admit(slot, slots, begun)
+            if rest:
+                self._slots.copy_block(taken.blocks, slot, full)
+        finally:
+            taken.release()
+        return count
+
+    def _shorten(self, one: Kept[RowBlocks]) -> None:
+        """By a block."""
+        count = (len(one.tokens) - 1) // self._slots.block_slots
+        if count:
+            one.tokens = one.tokens[: count * self._slots.block_slots]
+            one.place.cut(count)
+        else:
+            self._drop(one)
+
+    def _store(self, slot: int, tokens: Ids, rows: int) -> None:
+        self._kept = [*self._kept, Kept(tokens, self._slots.shared(self._slots.blocks(slot), len(tokens)))]
+
+    def _drop(self, one: Kept[RowBlocks]) -> None:
+        super()._drop(one)
+        one.place.release()
+
+
+def prefixes_for(engine: Engine, slots: Slots | PagedSlots, most: int) -> Prefixes[RowBlocks] | None:
+    """What keeps them, in an engine that can; an engine on a GPU does not.
+
+    Args:
+        most: bytes that the blocks of paged caches may take.
+    """
+    return PagedPrefixes(slots, most) if isinstance(slots, PagedSlots) else None
