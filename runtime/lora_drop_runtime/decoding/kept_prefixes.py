@@ -49,11 +49,11 @@ class Prefixes(ABC, Generic[Place]):
         Args:
             running: `Row.exact` of the rows in the first slots.
         """
+        found: list[tuple[Ids, int | Kept[Place]]] = [(row, slot) for slot, row in enumerate(running)]
         count, source = 0, None
-        candidates: list[tuple[Ids, int | Kept[Place]]] = [(one.tokens, one) for one in self._kept]
-        for there, place in [*candidates, *((row, slot) for slot, row in enumerate(running))]:
+        for there, place in found + [(one.tokens, one) for one in self._kept]:
             same = common(there, tokens)
-            if same and same >= count:  # of kept ones that have as many the one that was used last
+            if same and same >= count:  # of those that have as many the one that was used last
                 count, source = same, place
         return count, source
 
@@ -167,10 +167,82 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         one.place.release()
 
 
-def prefixes_for(engine: Engine, slots: Slots | PagedSlots, most: int) -> Prefixes[RowBlocks] | None:
-    """What keeps them, in an engine that can; an engine on a GPU does not.
+class SlotPrefixes(Prefixes[int]):
+    """Entries in the slots behind those of the rows that run; a row takes over a copy of them, or the slot itself.
 
     Args:
+        count: of all slots.
+    """
+
+    def __init__(self, slots: Slots, count: int) -> None:
+        super().__init__()
+        self._slots, self._count = slots, count
+
+    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
+        return True
+
+    def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
+        count, source = self.longest(tokens, running)
+        place = source.place if isinstance(source, Kept) else slot if source is None else source
+        there = next((one for one in self._kept if one.place == slot), None)
+        if isinstance(source, Kept):
+            self._used(source)
+            if count == len(source.tokens):  # the row has all of it
+                self._drop(source)
+                if there not in (None, source):
+                    self._exchange(there, source)
+                    return count
+                there = None
+        if there is not None:
+            free = self._free([one for one in range(slot + 1, self._count) if one != place], there)
+            if free is None:
+                self._drop(there)
+            else:
+                self._slots.copy(self._slots, slot, free, len(there.tokens), len(there.tokens))
+                there.place = free
+        if place != slot:
+            self._slots.copy(self._slots, place, slot, count, count)
+        return count
+
+    def _exchange(self, there: Kept[int], source: Kept[int]) -> None:
+        """Let two change places, the second of which is a row's from now on. An interrupt loses both."""
+        before = self._kept
+        self._drop(there)
+        self._slots.exchange(there.place, source.place, len(there.tokens), len(source.tokens))
+        there.place = source.place
+        self._kept = before
+
+    def _free(self, places: Sequence[int], one: Kept[int] | None) -> int | None:
+        """One of these places, for another entry or for `one`: a free one, or that of what was used least recently,
+        which goes; None where that is `one`."""
+        held = [other for other in self._kept if other is one or other.place in places]
+        free = next((place for place in places if all(other.place != place for other in held)), None)
+        if free is None and held and held[0] is not one:
+            free = held[0].place
+            self._drop(held[0])
+        return free
+
+    def _store(self, slot: int, tokens: Ids, rows: int) -> None:
+        place: int | None = slot
+        if slot < rows - 1:  # the last row moves there
+            place = self._free(range(rows, self._count), None)
+            if place is None:
+                return
+            self._slots.copy(self._slots, slot, place, len(tokens), len(tokens))
+        assert place is not None
+        self._kept = [*self._kept, Kept(tokens, place)]
+
+
+def prefixes_for(
+    engine: Engine, slots: Slots | PagedSlots, count: int, most: int
+) -> PagedPrefixes | SlotPrefixes | None:
+    """What keeps them, in an engine that can; one on a GPU does not.
+
+    Args:
+        count: of slots.
         most: bytes that the blocks of paged caches may take.
     """
-    return PagedPrefixes(slots, most) if isinstance(slots, PagedSlots) else None
+    if isinstance(slots, PagedSlots):
+        return PagedPrefixes(slots, most)
+    on_host = engine.many_requests and not engine.runs_cycles
+    return SlotPrefixes(slots, count) if on_host else None

@@ -196,6 +196,15 @@ class Slots:
             before = other.buffers.states[other._side][name]
             self._engine.copy(before[source : source + 1], state[target : target + 1], None)
 
+    def exchange(self, one: int, other: int, ones: int, others: int) -> None:
+        """Let two slots of no row exchange so many entries of all layers, in the host's memory. An interrupt leaves
+        them between."""
+        for cache in self.buffers.caches.values():
+            assert isinstance(cache, np.ndarray)
+            aside = cache[one, :, :ones].copy()
+            cache[one, :, :others] = cache[other, :, :others]
+            cache[other, :, :ones] = aside
+
     def has_memory_of(self, other: Slots) -> bool:
         """Whether the caches lie where those of other slots lie, row for row."""
         pairs = [(cache, other.buffers.caches[name]) for name, cache in self.buffers.caches.items()]
