@@ -2,6 +2,7 @@
 
 Enters: events. Leaves: dictionaries for JSON. Beside the API's fields a chunk has `lora_drop.step`, the kind of the
 step that made its token, and `usage` has `lora_drop`: how many steps the rows took after their prompts.
+`usage.prompt_tokens_details.cached_tokens` are those of the prompts that no row had to run.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Choice:
         tokens: of the answer.
         steps: after the prompt, by kind.
         drafted, accepted: drafts, where refreshes verify them.
+        reused: tokens of its prompt that were not run; None before anything is known of its row.
         finish: why its text ended.
         is_over: its row has ended, too.
     """
@@ -56,6 +58,7 @@ class Choice:
         self._has_called = False
         self.tokens, self.drafted, self.accepted = 0, 0, 0
         self.steps = dict.fromkeys(StepKind, 0)
+        self.reused: int | None = None
         self.finish: str | None = None
         self.is_over = False
         self._is_new = True
@@ -64,6 +67,7 @@ class Choice:
         """Raises ApiError: the row has failed."""
         if event.finished == FAILED:
             raise row_failed(event.error, "response_format" if self._parts is None else "tools")
+        self.reused = event.reused
         if event.is_prompt:
             return Piece("", event, None)
         self._count(event)
@@ -147,6 +151,7 @@ class Answer:
     Args:
         model: its name.
         prompt_tokens: of all prompts, each counted once.
+        choices: rows of each prompt, which come one after another.
         includes_usage: a stream ends with the usage.
         includes_usage_so_far: each chunk of a choice has the usage so far.
         echoes: text that a choice begins with.
@@ -166,6 +171,7 @@ class Answer:
         rows: int,
         stops: Sequence[str],
         *,
+        choices: int = 1,
         logprobs: bool,
         includes_usage: bool,
         includes_usage_so_far: bool,
@@ -176,7 +182,7 @@ class Answer:
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
-        self._includes_usage_so_far = includes_usage_so_far
+        self._includes_usage_so_far, self._each = includes_usage_so_far, choices
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.choices = [Choice(codec, stops, tools, is_silent) for _ in range(rows)]
         self._echoes = echoes or [""] * rows
@@ -261,8 +267,15 @@ class Answer:
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": new,
             "total_tokens": self._prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens()},
             "lora_drop": steps,
         }
+
+    def _cached_tokens(self) -> int:
+        """Of the prompts, each counted once, those that none of its choices had to run."""
+        reused = [choice.reused for choice in self.choices]
+        of_prompts = [reused[begin : begin + self._each] for begin in range(0, len(reused), self._each)]
+        return sum(min([count for count in counts if count is not None], default=0) for counts in of_prompts)
 
     def _token(self, token: int, part: str = "") -> tuple[str, bytes]:
         """A token's text and bytes; those of a part of a character stand behind `part` in the text."""

@@ -469,6 +469,7 @@ class Service:
             sum(map(len, prompts)),
             len(rows),
             body.stops,
+            choices=body.choices,
             logprobs=body.likeliest is not None,
             includes_usage=body.includes_usage,
             includes_usage_so_far=body.includes_usage_so_far,

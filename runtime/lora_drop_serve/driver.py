@@ -136,6 +136,7 @@ class Job:
                 before = self._latest.get(item.row)
                 if before is None:
                     metrics.first.observe(now - self._began)
+                    metrics.reused.inc(event.reused)
                 else:
                     metrics.between.observe(now - before)
                 self._latest[item.row] = now

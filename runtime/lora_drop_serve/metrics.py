@@ -24,6 +24,9 @@ class Metrics:
         self.running = Gauge("lora_drop_rows_running", "Rows in slots.", registry=registry)
         self.waiting = Gauge("lora_drop_rows_waiting", "Rows that wait for a slot.", registry=registry)
         self.prompt_tokens = Counter("lora_drop_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.reused = Counter(
+            "lora_drop_prompt_tokens_reused", "Tokens of prompts that were not run.", registry=registry
+        )
         tokens = Counter("lora_drop_tokens", "New tokens by the step that made them.", ("step",), registry=registry)
         self.tokens = {kind: tokens.labels(kind.value) for kind in StepKind}
         self.first = Histogram(

@@ -63,10 +63,17 @@ class Steps(_Said):
     accepted: int | None = None
 
 
+class PromptTokens(_Said):
+    """Of the prompts, those whose K/V were there from other requests."""
+
+    cached_tokens: int
+
+
 class Usage(_Said):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
     lora_drop: Steps
 
 

@@ -58,6 +58,7 @@ class Arguments(BaseModel):
         grace: seconds that running requests may take when a replica is told to end.
         api_key: that clients have to send; the variable LORA_DROP_API_KEY's when None.
         gpus: that a replica reserves, 1 when None if its engine runs on one.
+        keep_prefixes: whether a prompt is not run again as far as another of the replica began alike.
         max_seq_len, max_prompt_len, k, schedule, policy, draft, target, provider: as for `Batch.open`.
         threads: as there; a replica reserves as many CPUs, 1 when None.
     """
@@ -74,6 +75,7 @@ class Arguments(BaseModel):
     gpus: float | None = _within(Bounds(0, 64))
     max_seq_len: int | None = _within(bounds.TOKENS)
     max_prompt_len: int | None = _within(bounds.TOKENS)
+    keep_prefixes: bool = True
     k: Annotated[int, _within(bounds.K, ...)] | Literal["auto"] | None = None
     schedule: str | None = None
     policy: str | None = None
@@ -148,6 +150,7 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
             slots=slots,
             max_seq_len=arguments.max_seq_len,
             max_prompt_len=arguments.max_prompt_len,
+            keep_prefixes=arguments.keep_prefixes,
             **arguments.model_dump(include=_OF_OPENING),
         )
         codec = TextCodec.open(arguments.bundle / "tokenizer")

@@ -19,6 +19,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="package")
 def served(bundle: Bundle) -> Iterator[Served]:
-    batch = Batch.open(bundle.root, slots=4, policy="backfill", threads=1)
+    batch = Batch.open(bundle.root, slots=4, policy="backfill", threads=1, keep_prefixes=True)
     with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as server:
         yield server

@@ -153,6 +153,39 @@ def test_lists_of_prompts_and_n_choices_draw_by_their_seeds(client: openai.OpenA
     assert len(done.choices) == 2
 
 
+def cached(done: Any) -> int:
+    found: int = done.usage.prompt_tokens_details.cached_tokens
+    return found
+
+
+def test_a_chat_s_next_turn_runs_what_is_new(client: openai.OpenAI, bundle: Bundle, served: Served) -> None:
+    """The reply too, up to its last refresh; and the text is what it is alone."""
+    asked = {"model": bundle.manifest.model.name, "temperature": 0, "extra_body": {"k": 2, "policy": "backfill"}}
+    chat = [{"role": "user", "content": words(list(range(60, 90)))}]
+    first = client.chat.completions.create(messages=chat, max_tokens=9, **asked)  # type: ignore[call-overload]
+    assert cached(first) == 0
+    before = served.metrics()["lora_drop_prompt_tokens_reused_total"]
+    chat += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "t1 t2"}]
+    done = client.chat.completions.create(messages=chat, max_tokens=9, **asked)  # type: ignore[call-overload]
+    assert (done.usage.prompt_tokens, cached(done)) == (30 + 9 + 2, 30 + 6)
+    assert served.metrics()["lora_drop_prompt_tokens_reused_total"] == before + 36
+    tokens = [int(word[1:]) for message in chat for word in message["content"].split()]
+    assert done.choices[0].message.content == words(alone(bundle, tokens, 9, k=2))
+
+
+def test_the_choices_of_a_prompt_run_it_once(client: openai.OpenAI, bundle: Bundle, served: Served) -> None:
+    """What they give each other was not there before: it counts in the metrics and not in the usage."""
+    prompts = [list(range(start, start + 40)) for start in (20, 70)]
+    before = served.metrics()["lora_drop_prompt_tokens_reused_total"]
+    asked = {"model": bundle.manifest.model.name, "prompt": prompts, "n": 2, "max_tokens": 3, "temperature": 0}
+    done = client.completions.create(**asked)  # type: ignore[call-overload]
+    assert (done.usage.prompt_tokens, cached(done)) == (80, 0)
+    assert served.metrics()["lora_drop_prompt_tokens_reused_total"] == before + 2 * 39
+    (*_, last) = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
+    assert 39 <= cached(last) <= 78
+    assert [choice.text for choice in done.choices[::2]] == [words(alone(bundle, prompt, 3)) for prompt in prompts]
+
+
 def test_echo_and_stop(client: openai.OpenAI, bundle: Bundle) -> None:
     wanted = alone(bundle, PROMPT, 20)
     place = next(i for i in range(2, 20) if wanted[i] not in wanted[:i])
@@ -421,6 +454,7 @@ def test_metrics_count_what_was_served(served: Served, bundle: Bundle) -> None:
     gained = {name: after[name] - before.get(name, 0) for name in after}
     assert gained['lora_drop_requests_total{path="/v1/completions",status="200"}'] == 2
     assert gained["lora_drop_prompt_tokens_total"] == 8
+    assert 3 <= gained["lora_drop_prompt_tokens_reused_total"] <= 6  # an earlier test may have asked the same
     assert gained['lora_drop_tokens_total{step="lora"}'] == 6
     assert gained['lora_drop_tokens_total{step="refresh"}'] == 3 + 40
     assert gained["lora_drop_time_to_first_token_seconds_count"] == 2

@@ -214,6 +214,15 @@ def test_a_bundle_that_disappears_is_served_on(bundle: Bundle, tmp_path: Path) -
     assert "Traceback" not in errors
 
 
+def test_prefixes_are_kept_unless_told_otherwise(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, cached in (((), 39), (("--no-prefixes",), 0)):
+        with started(bundle, *arguments) as (_, address):
+            body = {"prompt": list(range(40)), "max_tokens": 2, "temperature": 0}
+            answers = [httpx.post(f"{address}/v1/completions", json=body, timeout=60).json() for _ in range(2)]
+        assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in answers] == [0, cached]
+        assert answers[0]["choices"] == answers[1]["choices"]
+
+
 def test_what_cannot_be_served_is_refused(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

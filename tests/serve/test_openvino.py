@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def served(bundle: Bundle) -> Iterator[Served]:
-    batch = Batch.open(bundle.root, slots=4, policy="backfill", target="openvino", threads=1)
+    batch = Batch.open(bundle.root, slots=4, policy="backfill", target="openvino", threads=1, keep_prefixes=True)
     with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as server:
         yield server
 

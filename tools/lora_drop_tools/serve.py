@@ -46,7 +46,7 @@ class ServeSettings:
         slots: rows that run at once; 8 when None, or what the bundle allows.
         max_waiting: rows that wait for a slot; beyond them requests are refused with 429.
         grace: seconds that running requests may take when the server is told to end.
-        max_seq_len, max_prompt_len: as for `Batch.open`.
+        max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
         k, schedule, policy, draft: of requests that do not say their own.
         target, provider, threads: as for `Batch.open`.
     """
@@ -72,6 +72,9 @@ class ServeSettings:
     )
     max_prompt_len: int | None = option(
         None, metavar="N", bounds=bounds.TOKENS, help="take prompts of N tokens (default: the bundle's)"
+    )
+    keep_prefixes: bool = option(
+        True, flag="--no-prefixes", help="run each prompt from its first token, though others began alike"
     )
     k: int | Literal["auto"] | None = option(
         None, bounds=bounds.K, help="put so many LoRA steps between refreshes where requests do not say"
@@ -102,6 +105,7 @@ class ServeSettings:
             slots=min(SLOTS, most) if self.slots is None else self.slots,
             max_seq_len=self.max_seq_len,
             max_prompt_len=self.max_prompt_len,
+            keep_prefixes=self.keep_prefixes,
             k=self.k,
             schedule=self.schedule,
             policy=self.policy,
