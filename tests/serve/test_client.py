@@ -180,9 +180,9 @@ def test_the_choices_of_a_prompt_run_it_once(client: openai.OpenAI, bundle: Bund
     asked = {"model": bundle.manifest.model.name, "prompt": prompts, "n": 2, "max_tokens": 3, "temperature": 0}
     done = client.completions.create(**asked)  # type: ignore[call-overload]
     assert (done.usage.prompt_tokens, cached(done)) == (80, 0)
-    assert served.metrics()["lora_drop_prompt_tokens_reused_total"] == before + 2 * 39
+    assert served.metrics()["lora_drop_prompt_tokens_reused_total"] == before + 2 * 38
     (*_, last) = client.completions.create(**asked, stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
-    assert 39 <= cached(last) <= 78
+    assert 38 <= cached(last) <= 76
     assert [choice.text for choice in done.choices[::2]] == [words(alone(bundle, prompt, 3)) for prompt in prompts]
 
 
@@ -454,7 +454,7 @@ def test_metrics_count_what_was_served(served: Served, bundle: Bundle) -> None:
     gained = {name: after[name] - before.get(name, 0) for name in after}
     assert gained['lora_drop_requests_total{path="/v1/completions",status="200"}'] == 2
     assert gained["lora_drop_prompt_tokens_total"] == 8
-    assert 3 <= gained["lora_drop_prompt_tokens_reused_total"] <= 6  # an earlier test may have asked the same
+    assert 2 <= gained["lora_drop_prompt_tokens_reused_total"] <= 4  # an earlier test may have asked the same
     assert gained['lora_drop_tokens_total{step="lora"}'] == 6
     assert gained['lora_drop_tokens_total{step="refresh"}'] == 3 + 40
     assert gained["lora_drop_time_to_first_token_seconds_count"] == 2

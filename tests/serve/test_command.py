@@ -215,7 +215,7 @@ def test_a_bundle_that_disappears_is_served_on(bundle: Bundle, tmp_path: Path) -
 
 
 def test_prefixes_are_kept_unless_told_otherwise(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, cached in (((), 39), (("--no-prefixes",), 0)):
+    for arguments, cached in (((), 38), (("--no-prefixes",), 0)):
         with started(bundle, *arguments) as (_, address):
             body = {"prompt": list(range(40)), "max_tokens": 2, "temperature": 0}
             answers = [httpx.post(f"{address}/v1/completions", json=body, timeout=60).json() for _ in range(2)]

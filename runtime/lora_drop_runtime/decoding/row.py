@@ -160,8 +160,8 @@ class Row:
     @property
     def reusable(self) -> Ids:
         """Tokens of its prompt that need not run where their K/V are there: the last one has to give logits, and where
-        the prompt is scored all have."""
-        return np.array([] if self.options.prompt_logprobs else self._prompt[:-1], np.int64)
+        the prompt is scored all have. Nor does the last one run alone: a kernel for one token may round otherwise."""
+        return np.array([] if self.options.prompt_logprobs else self._prompt[:-2], np.int64)
 
     @property
     def exact(self) -> Ids:

@@ -126,10 +126,10 @@ def test_what_a_second_turn_takes_over(policy: str, k: int, exact: int) -> None:
     assert reused == 0
     turn = [*first, *reply, 1, 2, 3]
     assert answered(batch, turn)[1] == 40 + exact
-    assert answered(batch, turn)[1] == len(turn) - 1  # the last one has to give logits
+    assert answered(batch, turn)[1] == len(turn) - 2  # the last one has to give logits, and does not run alone
     assert answered(batch, [*first[:35], 1, 1])[1] == 35
     assert answered(batch, turn, logprobs=0, prompt_logprobs=True)[1] == 0
-    assert ran == {0: 40, 1: 12 - exact, 2: 1, 3: 2, 4: len(turn)}
+    assert ran == {0: 40, 1: 12 - exact, 2: 2, 3: 2, 4: len(turn)}
 
 
 def test_rows_of_one_prompt_run_it_once() -> None:
@@ -141,7 +141,7 @@ def test_rows_of_one_prompt_run_it_once() -> None:
     batch.tick()
     assert [row.number for row in batch._rows] == [rows[0], overtakes]
     ticked_through(batch)
-    assert ran == {rows[0]: 201, rows[1]: 1, rows[2]: 1, overtakes: 2}
+    assert ran == {rows[0]: 201, rows[1]: 2, rows[2]: 2, overtakes: 2}
 
 
 def test_prompts_that_begin_with_little_in_common_do_not_wait() -> None:
@@ -175,8 +175,8 @@ def test_as_many_chats_as_slots_take_turns() -> None:
     for turn in range(4):
         for own in chats:
             reply, reused = answered(batch, own, 3)
-            assert reused == (len(own) - 2 if turn else 0)
-            own += [*reply, 7]
+            assert reused == (len(own) - 3 if turn else 0)
+            own += [*reply, 7, 7]
             check_kept(batch)
 
 
@@ -184,7 +184,7 @@ def test_the_text_that_was_used_least_recently_goes() -> None:
     batch, _ = keeping(slots=3, k=0)
     for number in (0, 1, 2):
         answered(batch, chat(number))
-    assert answered(batch, chat(0))[1] == 19
+    assert answered(batch, chat(0))[1] == 18
     answered(batch, chat(3))
     assert batch._prefixes is not None
     assert [one.tokens[:20].tolist() for one in batch._prefixes._kept] == [chat(2), chat(0), chat(3)]
@@ -194,7 +194,7 @@ def test_a_text_is_kept_where_its_slot_is_taken_over_in_part() -> None:
     batch, _ = keeping(slots=2, k=0)
     answered(batch, chat(0))
     assert answered(batch, [*chat(0)[:10], 1, 2])[1] == 10
-    assert answered(batch, [*chat(0), 1])[1] == 20
+    assert answered(batch, [*chat(0), 1, 2])[1] == 20
 
 
 def test_a_single_slot_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,15 +202,15 @@ def test_a_single_slot_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, _ = keeping(slots=1, k=0)
     monkeypatch.setattr(Slots, "copy", None)
     reply, _ = answered(batch, chat(0), 3)
-    assert answered(batch, [*chat(0), *reply, 1], 3)[1] == 22
-    assert answered(batch, chat(0), 3)[1] == 19
+    assert answered(batch, [*chat(0), *reply, 1, 2], 3)[1] == 22
+    assert answered(batch, chat(0), 3)[1] == 18
 
 
 def test_a_running_row_gives_its_prompt_on() -> None:
     batch, _ = keeping(slots=2, k=0)
     batch.add(chat(0), 50)
     batch.tick()
-    assert answered(batch, [*chat(0), 1])[1] == 20
+    assert answered(batch, [*chat(0), 1, 2])[1] == 20
 
 
 @pytest.mark.parametrize("place", range(1, 9))
