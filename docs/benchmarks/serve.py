@@ -107,7 +107,12 @@ def main() -> None:
         }
         for _ in range(options.requests)
     ]
-    shared = ["--threads", str(options.threads), *(["--policy", options.policy] if options.policy else [])]
+    shared = [
+        "--threads",
+        str(options.threads),
+        "--no-prefixes",
+        *(["--policy", options.policy] if options.policy else []),
+    ]
     server, port = started(options.bundle, "--slots", str(options.users), *shared)
     ways: dict[str, list[float]] = {"bare": [], "served": [], "streamed": []}
     first: list[float] = []
