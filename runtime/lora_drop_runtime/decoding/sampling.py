@@ -236,6 +236,8 @@ class RowSampler:
         self.seen = Seen.of(prompt)
         self.constraint = constraint
         self._row = row
+        # Asked at each token
+        self._changes_logits, self._counts = options.changes_logits, options.changes_with_the_text
 
     @property
     def is_over(self) -> bool:
@@ -253,7 +255,7 @@ class RowSampler:
 
     def _penalized(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
         """The same, and the index of the largest."""
-        scores = penalize(logits, self.seen, self.options) if self.options.changes_logits else logits
+        scores = penalize(logits, self.seen, self.options) if self._changes_logits else logits
         index = self.largest(scores)
         if self.constraint is not None:
             scores = masked(scores, self.constraint.allowed())
@@ -303,7 +305,7 @@ class RowSampler:
         """The token belongs to the text from now on."""
         if self.constraint is not None:
             self.constraint.accept(token)
-        if self.options.changes_with_the_text:
+        if self._counts:
             self.seen = self.seen.and_then(token)
 
 
