@@ -43,9 +43,7 @@ class RowBlocks:
         weakref.finalize(self, _give_back, self._pools, self.blocks)
         try:
             for pool, own, count, first in zip(engine.pools, self.blocks, counts, shared, strict=True):
-                for block in first:
-                    pool.share([block])
-                    own.append(block)
+                own += pool.share(first)
                 own += pool.take(count - len(first))
         except BaseException:
             self.release()

@@ -230,8 +230,8 @@ class Pool(Protocol):
         """Blocks of one's own."""
         ...
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Another row has these as well."""
+    def share(self, blocks: Sequence[int]) -> list[int]:
+        """Another row has these as well; returns them."""
         ...
 
     def give_back(self, blocks: Iterable[int]) -> None:

@@ -343,7 +343,10 @@ class Interrupt:
     Not in the last line of a tick, where its events are on their way to the caller.
     """
 
-    FILES = ("/batch.py", "/row.py", "/slots.py", "/paged_slots.py", "/cycle.py", "/flight.py", "/sampling.py")
+    FILES = tuple(
+        f"/{name}.py"
+        for name in ("batch", "row", "slots", "paged_slots", "kept_prefixes", "cycle", "flight", "sampling")
+    )
 
     def __init__(self, count: int) -> None:
         self.left = count

@@ -23,7 +23,7 @@ from tests.support.bundles import make_adapted_bundle
 from tests.support.decoding import PLAN, RECURRENT, assert_refused, slots, ticked_through
 from tests.support.fake_engine import KINDS, VOCAB, FakeEngine
 
-from .test_batch import Request, check_ends, decoded, fake_batch, fake_tokens, requests
+from .test_batch import Request, check_ends, decoded, fake_batch, fake_tokens, interrupted, requests
 
 CLOSE = 2e-4  # of logprobs, which other orders of sums change
 NEAR = 1e-3  # of the largest |logit|: two best logits that are nearer may change places
@@ -211,6 +211,34 @@ def test_a_running_row_gives_its_prompt_on() -> None:
     batch.add(chat(0), 50)
     batch.tick()
     assert answered(batch, [*chat(0), 1, 2])[1] == 20
+
+
+@pytest.mark.parametrize("count", range(1, 1200, 13))
+def test_an_interrupt_in_any_line_spoils_nothing(count: int) -> None:
+    """While rows are admitted and end that begin with texts of others."""
+    batch, _ = keeping(slots=3, k=1)
+    asked = [(*range(9), *chat(number)[: 2 + number]) for number in range(6)]
+    events: list[Event] = []
+    for prompt in asked[:3]:
+        batch.add(prompt, 3 + len(prompt) % 3, stop_token_ids=[])
+        events += batch.tick()
+    for prompt in asked[3:]:
+        batch.add(prompt, 3 + len(prompt) % 3, stop_token_ids=[])
+    with interrupted(count):
+        while batch.rows:
+            events += batch.tick()
+    for prompt in asked:
+        batch.add((*prompt, 1), 2, stop_token_ids=[])
+    while batch.rows:
+        events += batch.tick()
+        check_kept(batch)
+    for number, prompt in enumerate([*asked, *((*prompt, 1) for prompt in asked)]):
+        own = [event for event in events if event.row == number]
+        request = Request(prompt, 9, 1, "backfill", False, 0.0, 0, 0)
+        tokens = [event.token for event in own if event.token is not None]
+        assert own[-1].finished in ("length", "failed")
+        assert tokens == fake_tokens(request)[: len(tokens)]
+    assert sum(event.finished == "failed" for event in events) <= 1
 
 
 @pytest.mark.parametrize("place", range(1, 9))

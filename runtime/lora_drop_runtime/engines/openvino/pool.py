@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,11 +82,12 @@ class BlockPool:
                 self._owners[block] = 1
             return taken
 
-    def share(self, blocks: Iterable[int]) -> None:
-        """Another row has these as well."""
+    def share(self, blocks: Sequence[int]) -> list[int]:
+        """Another row has these as well; returns them."""
         with self._lock:
             for block in blocks:
                 self._owners[block] += 1
+        return list(blocks)
 
     def give_back(self, blocks: Iterable[int]) -> None:
         """A row has these no more."""
