@@ -28,7 +28,13 @@ RUNTIME = [
     ["templates", "files", "bounds"],
     ["errors"],
 ]
-SERVE = [["server", "ray_app"], ["app"], ["answers", "requests"], ["driver"], ["errors", "key", "metrics", "openapi"]]
+SERVE = [
+    ["server", "ray_app"],
+    ["app"],
+    ["answers", "requests"],
+    ["driver"],
+    ["errors", "key", "metrics", "names", "openapi"],
+]
 EXPORT = [
     ["__main__"],
     ["cli"],

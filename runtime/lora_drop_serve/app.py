@@ -298,12 +298,14 @@ class Service:
     Args:
         driver: runs the bundle.
         codec: its tokenizer and chat template.
+        name: of the model; the bundle's when None.
     """
 
-    def __init__(self, driver: Driver, codec: TextCodec) -> None:
+    def __init__(self, driver: Driver, codec: TextCodec, name: str | None = None) -> None:
         self.driver, self._codec = driver, codec
         model = driver.bundle.manifest.model
-        self._vocabulary, self.name, self._created = model.vocab_size, model.name, int(time.time())
+        self.name = model.name if name is None else name
+        self._vocabulary, self._created = model.vocab_size, int(time.time())
         # Apart from the loop's own threads, which others need for their prompts: a compilation whose client has gone
         # away still runs to its end, and one that has not begun never does
         self._compilers = ThreadPoolExecutor(MOST_COMPILING, thread_name_prefix="lora-drop-compile")
@@ -532,13 +534,16 @@ class Service:
             return found
 
 
-def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) -> FastAPI:
+def create_app(
+    driver: Driver, codec: TextCodec, *, api_key: str | None = None, model_name: str | None = None
+) -> FastAPI:
     """An application that serves a driver's bundle.
 
     Args:
         driver: is started and stopped by the application's lifespan.
         codec: the bundle's tokenizer and chat template.
         api_key: that clients have to send; None lets everybody in.
+        model_name: what the model is called in requests and answers; the bundle's name for it when None.
     """
 
     @contextlib.asynccontextmanager
@@ -561,7 +566,7 @@ def create_app(driver: Driver, codec: TextCodec, *, api_key: str | None = None) 
         redirect_slashes=False,
     )
     app.state.driver = driver
-    service = Service(driver, codec)
+    service = Service(driver, codec, model_name)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
     _handle_errors(app)
     # What the description says of the key, which the gate asks for

@@ -29,6 +29,7 @@ from ray.serve.metrics import Gauge
 from .app import create_app
 from .driver import Driver
 from .key import usable_key
+from .names import usable_name
 
 SLOTS = 8
 HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
@@ -57,6 +58,7 @@ class Arguments(BaseModel):
         min_replicas, max_replicas: between which Ray starts and ends replicas, so that each has `slots` requests.
         grace: seconds that running requests may take when a replica is told to end.
         api_key: that clients have to send; the variable LORA_DROP_API_KEY's when None.
+        model_name: what the model is called in requests and answers; the bundle's name for it when None.
         gpus: that a replica reserves, 1 when None if its engine runs on one.
         keep_prefixes: whether a prompt is not run again as far as another of the replica began alike.
         max_seq_len, max_prompt_len, k, schedule, policy, draft, target, provider: as for `Batch.open`.
@@ -72,6 +74,7 @@ class Arguments(BaseModel):
     max_replicas: int = _within(_REPLICAS, 1)
     grace: float = _within(Bounds(0, 86400), 30.0)
     api_key: str | None = None
+    model_name: str | None = None
     gpus: float | None = _within(Bounds(0, 64))
     max_seq_len: int | None = _within(bounds.TOKENS)
     max_prompt_len: int | None = _within(bounds.TOKENS)
@@ -155,7 +158,8 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
         )
         codec = TextCodec.open(arguments.bundle / "tokenizer")
         # What Ray sends has a place, whatever waits before it
-        return create_app(Driver(batch, max(slots, arguments.max_waiting)), codec, api_key=api_key)
+        driver = Driver(batch, max(slots, arguments.max_waiting))
+        return create_app(driver, codec, api_key=api_key, model_name=arguments.model_name)
 
     return application
 
@@ -163,6 +167,7 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
 def _deployment(given: dict[str, Any]) -> serve.Application:
     arguments = _arguments(given)
     key = usable_key(arguments.api_key, "api_key")
+    usable_name(arguments.model_name, "model_name")
     bundle, _, _ = check_opening(arguments.bundle.absolute(), **arguments.model_dump(include=_OF_OPENING))
     target = bundle.target(arguments.target)[1]
     on_gpu = target.on_device if arguments.provider is None else arguments.provider != "cpu"

@@ -236,6 +236,7 @@ def test_what_cannot_be_served_is_refused(
             ([str(bundle.root), "--slots", "0"], "--slots is too small"),
             ([str(bundle.root), "--max-waiting", "-1"], "--max-waiting is too small"),
             ([str(bundle.root), "--max-waiting", "99999999"], "--max-waiting is too large"),
+            ([str(bundle.root), "--model-name", "ein Modell"], "such a name"),
             ([str(bundle.root), "--grace", "nan"], "--grace is not a number"),
             ([str(bundle.root), "--grace", "1e9"], "--grace is too large"),
             ([str(bundle.root), "--port", "0", "--policy", "fill"], "fill"),

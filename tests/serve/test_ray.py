@@ -137,6 +137,7 @@ def check_told(found: list[list[str] | None], bundle: Bundle) -> int:
         ({"k": "-1"}, "'k' cannot be used"),
         ({"policy": "fill"}, "cannot be decoded under policy fill"),
         ({"api_key": 123}, "'api_key' cannot be used.\nNote: It is wrong"),
+        ({"model_name": "a b"}, "model_name is 'a b'"),
         ({"api_key": " x"}, "api_key begins or ends with white space"),
         ({"bundle": "/nowhere"}, "no bundle here.\nNote: /nowhere"),
         ({"provider": "cuda"}, "Hint: "),

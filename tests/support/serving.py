@@ -70,17 +70,18 @@ def await_that(condition: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def serving(
-    batch: Batch, codec: TextCodec, *, max_waiting: int = 64, api_key: str | None = None, grace: float = 600.0
+    batch: Batch, codec: TextCodec, *, max_waiting: int = 64, grace: float = 600.0, **options: Any
 ) -> Iterator[Served]:
-    """Serve a batch, which is closed at the end."""
+    """Serve a batch, which is closed at the end; `options` are those of `create_app`."""
     driver = Driver(batch, max_waiting)
     with listening("127.0.0.1", 0) as made:
         where = address(made)
-        server = make_server(create_app(driver, codec, api_key=api_key), driver, grace)
+        server = make_server(create_app(driver, codec, **options), driver, grace)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [made]})
         thread.start()
         try:
             await_that(lambda: server.started or not thread.is_alive())
+            api_key = options.get("api_key")
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
             with httpx.Client(base_url=where, headers=headers, timeout=None) as http:
                 yield Served(where, driver, codec, http)

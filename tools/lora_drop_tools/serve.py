@@ -20,6 +20,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.key import KEY_VARIABLE, usable_key
+from lora_drop_serve.names import usable_name
 
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.options import (
@@ -43,6 +44,7 @@ class ServeSettings:
     Attributes:
         host, port: where to listen; port 0 is a free one.
         api_key: that clients have to send; the variable LORA_DROP_API_KEY's when None.
+        model_name: what the model is called in requests and answers.
         slots: rows that run at once; 8 when None, or what the bundle allows.
         max_waiting: rows that wait for a slot; beyond them requests are refused with 429.
         grace: seconds that running requests may take when the server is told to end.
@@ -57,6 +59,9 @@ class ServeSettings:
     )
     api_key: str | None = option(
         None, metavar="KEY", help=f"refuse requests without this key (default: the variable {KEY_VARIABLE})"
+    )
+    model_name: str | None = option(
+        None, metavar="NAME", help="call the model so in requests and answers (default: the bundle's name for it)"
     )
     slots: int | None = option(
         None, metavar="N", bounds=bounds.BATCH, help=f"run N rows at once (default {SLOTS}, or what the bundle allows)"
@@ -91,6 +96,7 @@ class ServeSettings:
         check_known("schedule", self.schedule, SCHEDULES, "--schedule")
         refuse_idle_drafts(self, self.policy)
         usable_key(self.api_key, "--api-key")
+        usable_name(self.model_name, "--model-name")
 
     @property
     def key(self) -> str | None:
@@ -145,5 +151,9 @@ def serve(bundle: str | Path, settings: ServeSettings) -> None:
             tell(f"warning: {settings.host} may be reached by other machines, and there is no --api-key")
         driver = Driver(settings.open(opened), settings.max_waiting)
         where = address(made)
-        tell(f"serving {opened.manifest.model.name} at {where} (API: {where}/v1, Ctrl-C ends)", sys.stdout)
-        make_server(create_app(driver, codec, api_key=settings.key), driver, settings.grace).run(sockets=[made])
+        tell(
+            f"serving {settings.model_name or opened.manifest.model.name} at {where} (API: {where}/v1, Ctrl-C ends)",
+            sys.stdout,
+        )
+        app = create_app(driver, codec, api_key=settings.key, model_name=settings.model_name)
+        make_server(app, driver, settings.grace).run(sockets=[made])
