@@ -249,14 +249,14 @@ class Driver:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, STALLED_SECONDS)
 
-    def _give(self, items: Sequence[Item], state: tuple[int, Mapping[str, int]] | None, now: float) -> None:
+    def _give(self, items: Sequence[Item], state: tuple[int, int, Mapping[str, int]] | None, now: float) -> None:
         metrics = self.metrics
         for job, item in items:
             job.take(item, now, metrics)
         if state is not None:
-            rows, kv = state
-            metrics.running.set(min(rows, self._batch.slots))
-            metrics.waiting.set(max(rows - self._batch.slots, 0))
+            rows, waiting, kv = state
+            metrics.running.set(rows - waiting)
+            metrics.waiting.set(waiting)
             for name, count in kv.items():
                 metrics.kv[name].set(count)
 
@@ -289,9 +289,9 @@ class Driver:
                 self._numbers[job, index] = number
         self._post(self._give, [(job, told)], self._state(), time.perf_counter())
 
-    def _state(self) -> tuple[int, Mapping[str, int]]:
-        """Rows that run and wait, and the bytes of their K/V."""
-        return self._batch.rows, self._batch.kv_bytes()
+    def _state(self) -> tuple[int, int, Mapping[str, int]]:
+        """All rows, those of them that wait, and the bytes of their K/V."""
+        return self._batch.rows, self._batch.waiting, self._batch.kv_bytes()
 
     def _cancel(self, job: Job, index: int) -> None:
         number = self._numbers.get((job, index))

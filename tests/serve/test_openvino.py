@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from lora_drop_runtime import Batch, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
+from lora_drop_tools.serve import ServeSettings
 
 from tests.support.bundles import make_bundle
-from tests.support.serving import Served, serving
+from tests.support.serving import Served, await_that, serving
 from tests.support.tokenizers import byte_tokenizer
 
 from .test_constraints import CITY, schema
@@ -85,3 +88,29 @@ def test_who_goes_away_gives_its_blocks_back(served: Served) -> None:
     served.await_rows(0)
     assert served.metrics()['lora_drop_kv_bytes{of="kept"}'] == 0
     assert len({choices(served, temperature=0)[0]["text"] for _ in range(5)}) == 1
+
+
+def test_rows_wait_for_room_in_the_caches(bundle: Bundle) -> None:
+    """Of four slots two are free, and rows that wait for blocks are counted as waiting; one whole row has to fit."""
+    settings = ServeSettings(slots=4, policy="backfill", target="openvino", threads=1, max_seq_len=64)
+    with settings.open(bundle) as batch:
+        row = batch.row_bytes
+    with pytest.raises(InputError, match="no room for one whole row") as refused:
+        dataclasses.replace(settings, kv_cache_bytes=row - 1).open(bundle)
+    assert f"It is {row - 1}; a row of 64 tokens may take {row}." in refused.value.note
+    batch = dataclasses.replace(settings, kv_cache_bytes=2 * row).open(bundle)
+    body = {"prompt": [PROMPT] * 4, "max_tokens": 56, "seed": 4}
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as served:
+        driver, seen = served.driver, set[tuple[float, float]]()
+        give = driver._give
+
+        def watched(*arguments: Any) -> None:
+            give(*arguments)
+            seen.add((driver.metrics.running._value.get(), driver.metrics.waiting._value.get()))
+
+        driver._give = watched  # type: ignore[method-assign]
+        texts = [choice["text"] for choice in served.http.post(COMPLETIONS, json=body).json()["choices"]]
+        await_that(lambda: served.metrics()["lora_drop_rows_running"] == 0)
+    assert max(running for running, _ in seen) == 2
+    assert (2.0, 2.0) in seen
+    assert len(set(texts)) == 1

@@ -47,6 +47,7 @@ class ServeSettings:
         model_name: what the model is called in requests and answers.
         slots: rows that run at once; 8 when None, or what the bundle allows.
         max_waiting: rows that wait for a slot; beyond them requests are refused with 429.
+        kv_cache_bytes: that the K/V of all rows may take, where the target's caches are paged.
         grace: seconds that running requests may take when the server is told to end.
         max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
         k, schedule, policy, draft: of requests that do not say their own.
@@ -68,6 +69,12 @@ class ServeSettings:
     )
     max_waiting: int = option(
         64, metavar="N", bounds=Bounds(0, 2**20), help="let N rows wait for a slot, and refuse more (default 64)"
+    )
+    kv_cache_bytes: int | None = option(
+        None,
+        metavar="N",
+        bounds=Bounds(1, 2**50),
+        help="let the K/V of all rows take N bytes; rows wait for room (target openvino; default: no limit)",
     )
     grace: float = option(
         30.0, metavar="S", bounds=Bounds(0, 86400), help="let what runs take S seconds at the end (default 30)"
@@ -104,14 +111,26 @@ class ServeSettings:
         return usable_key(self.api_key, "--api-key")
 
     def open(self, bundle: Bundle) -> Batch:
-        """A batch of the bundle with these slots and defaults."""
+        """A batch of the bundle with these slots and defaults.
+
+        Raises:
+            InputError, BundleError: what cannot be opened so.
+        """
         most = bundle.manifest.limits.max_batch
-        return Batch.open(
+        target, entry = bundle.target(self.target)
+        if self.kv_cache_bytes is not None and not entry.is_paged:
+            raise InputError(
+                "--kv-cache-bytes is for targets that take K/V caches by pages.",
+                note=f"It is {self.kv_cache_bytes}; the target {target} reserves the caches of all slots at the start.",
+                hint="Leave it out, and bound the caches by --slots and --max-seq-len, or use --target openvino.",
+            )
+        batch = Batch.open(
             bundle.root,
             slots=min(SLOTS, most) if self.slots is None else self.slots,
             max_seq_len=self.max_seq_len,
             max_prompt_len=self.max_prompt_len,
             keep_prefixes=self.keep_prefixes,
+            kv_cache_bytes=self.kv_cache_bytes,
             k=self.k,
             schedule=self.schedule,
             policy=self.policy,
@@ -120,6 +139,15 @@ class ServeSettings:
             provider=self.provider,
             threads=self.threads,
         )
+        if self.kv_cache_bytes is not None and batch.row_bytes > self.kv_cache_bytes:
+            note = f"It is {self.kv_cache_bytes}; a row of {batch.max_seq_len} tokens may take {batch.row_bytes}."
+            batch.close()
+            raise InputError(
+                "--kv-cache-bytes has no room for one whole row.",
+                note=note,
+                hint="Give more, or rows room for fewer tokens by --max-seq-len.",
+            )
+        return batch
 
 
 def _check_packages() -> None:

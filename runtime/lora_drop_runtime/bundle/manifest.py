@@ -124,11 +124,13 @@ class TargetEntry:
     Attributes:
         lowered: in what its graphs differ from the neutral ones.
         on_device: whether its own engine runs on a GPU.
+        is_paged: whether rows take K/V caches by blocks as they come, not all slots in advance.
         takes_cache_scales: whether 8-bit caches have the calibrated scales; else the engine finds its own as it writes.
     """
 
     lowered: ClassVar[LoweredIO] = LoweredIO()
     on_device: ClassVar[bool] = False
+    is_paged: ClassVar[bool] = False
     takes_cache_scales: ClassVar[bool] = True
 
     @property
@@ -188,6 +190,7 @@ class OrtEntry(TargetEntry):
 class OpenVinoEntry(TargetEntry):
     """OpenVINO: `steps` is the graph that holds both steps, over paged caches (paged_io.py)."""
 
+    is_paged = True
     takes_cache_scales = False
 
     steps: str

@@ -10,9 +10,11 @@ tokens of the cycle before. Rows come and leave between two cycles, and there pr
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -212,6 +214,12 @@ class Batch:
         return self._count
 
     @property
+    def row_bytes(self) -> int:
+        """The most bytes of K/V that a row can need where caches are paged, whatever its policy."""
+        # Which has no more entries in dropped layers than in kept ones
+        return self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
+
+    @property
     def policy(self) -> Policy:
         """Of rows that are added without their own."""
         return self._policy
@@ -225,6 +233,17 @@ class Batch:
     def rows(self) -> int:
         """Rows that run or wait, or whose last event has not been told."""
         return len(self._rows) + len(self._waiting) + sum(event.finished is not None for event in self._untold)
+
+    @property
+    def waiting(self) -> int:
+        """Rows for which the next tick has no slot, or no room in the caches."""
+        beginning, room = 0, self._free_bytes()
+        for row in list(islice(self._waiting, self._count - len(self._rows))):  # at once: `add` comes from any thread
+            room -= self._slots.bytes_of(row.options.slots)
+            if room < 0:
+                break
+            beginning += 1
+        return len(self._waiting) - beginning
 
     def add(
         self,
@@ -543,8 +562,7 @@ class Batch:
 
     def _bytes_of_all(self) -> int:
         """That the blocks of all rows may take, where caches are paged."""
-        # Whatever its policy, a row has no more entries in dropped layers than in kept ones
-        most = self._count * self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
+        most = self._count * self.row_bytes
         return most if self._most_bytes is None else min(most, self._most_bytes)
 
     def _has_room(self, row: Row) -> bool:
@@ -553,8 +571,15 @@ class Batch:
             return True
         if self._prefixes is not None:
             return self._prefixes.has_room(row.options.slots, row.reusable, self._exact())
-        taken = sum(self._slots.bytes_of(one.options.slots) for one in self._rows)
-        return taken + self._slots.bytes_of(row.options.slots) <= self._most_bytes
+        return self._slots.bytes_of(row.options.slots) <= self._free_bytes()
+
+    def _free_bytes(self) -> float:
+        """Beside what the rows that run may take."""
+        if self._most_bytes is None:
+            return math.inf
+        if self._prefixes is not None:  # blocks that they share count once
+            return self._most_bytes - self._prefixes.bytes_of_rows(len(self._rows))
+        return self._most_bytes - sum(self._slots.bytes_of(row.options.slots) for row in self._rows)
 
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""

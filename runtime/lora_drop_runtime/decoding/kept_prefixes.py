@@ -62,6 +62,10 @@ class Prefixes(ABC, Generic[Place]):
         """Whether a row with so many slots may begin, whatever has to go of rows that are over."""
 
     @abstractmethod
+    def bytes_of_rows(self, rows: int) -> int:
+        """What the first rows may take, where caches are paged."""
+
+    @abstractmethod
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         """Admit a row, and take over what there is of its prompt.
 
@@ -125,6 +129,9 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         full = count // self._slots.block_slots
         return self._slots.bytes_beside(len(running), slots, [own[:full] for own in blocks]) <= self._most
 
+    def bytes_of_rows(self, rows: int) -> int:
+        return self._slots.bytes_beside(rows, {"slots_kept": 0, "slots_dropped": 0}, ([], []))
+
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         self._slots.release_behind(slot)  # of an admission that was interrupted
         count, source = self.longest(tokens, running)
@@ -180,6 +187,9 @@ class SlotPrefixes(Prefixes[int]):
 
     def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
         return True
+
+    def bytes_of_rows(self, rows: int) -> int:
+        return 0  # all slots are there
 
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         count, source = self.longest(tokens, running)

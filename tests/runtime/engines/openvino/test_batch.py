@@ -181,12 +181,16 @@ def test_rows_wait_until_their_blocks_are_free(bundle: Bundle, capsys) -> None:
         first: dict[int, int] = {}
         events: list[Event] = []
         tick = 0
+        assert batch.row_bytes == bytes_of(4, 4)
         while batch.rows:
+            waiting = batch.waiting
+            assert waiting == max(0, len(batch._rows) + len(batch._waiting) - 2)  # of the tick that comes
             assert len(batch._rows) <= 2
             assert batch.kv_bytes()["allocated"] <= 2 * row
             for event in batch.tick():
                 events.append(event)
                 first.setdefault(event.row, tick)
+            assert len(batch._waiting) == waiting
             tick += 1
     assert max(seen) == 2 * row
     assert list(first) == numbers  # in the order in which they came
