@@ -42,7 +42,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
 from .errors import ApiError, closing, of_validation, refused, too_slow
-from .metrics import Metrics
 from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
@@ -90,17 +89,18 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
 
 
 class Gate:
-    """Around all routes: the key, size and time of bodies, readers that take nothing, and the count of answers.
+    """Around all routes: the key, size and time of bodies, readers that take nothing, the count of answers, and the end
+    of connections once the server leaves.
 
     Args:
         app: behind it.
         key: that `/v1` and `/metrics` ask for.
-        metrics: get the count.
+        driver: its metrics get the count.
         paths: that are counted by name.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, metrics: Metrics, paths: Sequence[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+    def __init__(self, app: ASGIApp, key: str | None, driver: Driver, paths: Sequence[str]) -> None:
+        self._app, self._driver, self._paths = app, driver, frozenset(paths)
         self._key = None if key is None else key.encode("utf-8", "surrogateescape")
 
     def _check(self, scope: Scope) -> None:
@@ -152,7 +152,9 @@ class Gate:
             if message["type"] == "http.response.start":
                 path = _path(scope)
                 path = path if path in self._paths else "other"
-                self._metrics.requests.labels(path, str(message["status"])).inc()
+                self._driver.metrics.requests.labels(path, str(message["status"])).inc()
+                if self._driver.is_leaving:  # a client that keeps its connection would never ask another server
+                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             try:
                 async with asyncio.timeout(MOST_STALL_SECONDS):
                     await send(message)
@@ -588,7 +590,7 @@ def create_app(
     @app.get("/ready", response_model=Status, responses=errors(503))
     async def ready() -> dict[str, str]:
         driver.check()
-        if driver.is_closing:
+        if driver.is_leaving or driver.is_closing:
             raise closing()
         return {"status": "ok"}
 
@@ -614,5 +616,5 @@ def create_app(
         return await service.chat(body, request)
 
     paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]
-    app.add_middleware(Gate, key=api_key, metrics=driver.metrics, paths=paths)
+    app.add_middleware(Gate, key=api_key, driver=driver, paths=paths)
     return app

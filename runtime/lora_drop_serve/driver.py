@@ -9,7 +9,6 @@ and jobs are bounded by `most_rows` until their answers are delivered.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
@@ -161,6 +160,7 @@ class Driver:
 
     Attributes:
         most_rows: that run and wait, answers that are not delivered yet among them.
+        is_leaving: others should send no more, though jobs are still taken.
         is_closing: new jobs are refused.
         error: why the engine runs no more.
     """
@@ -171,7 +171,7 @@ class Driver:
         self.bundle, self.policy, self.schedule = batch.bundle, batch.policy, batch.schedule
         self.max_seq_len, self.max_prompt_len = batch.max_seq_len, batch.max_prompt_len
         self.metrics = Metrics()
-        self.is_closing = False
+        self.is_leaving = self.is_closing = self._is_cut = False
         self.error: BaseException | None = None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Job] = set()  # of the event loop
@@ -231,17 +231,27 @@ class Driver:
         if self.is_stalled:
             raise stalled()
 
-    async def drain(self, seconds: float) -> int:
-        """Refuse new jobs, let those that run end, and cut them after so many seconds, or when it is cancelled; returns
-        how many were cut."""
+    async def _wait(self, seconds: float, is_over: Callable[[], bool]) -> None:
+        """Until something is over, nothing can go on, or `cut` was called, and no longer than that."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + seconds
+        while not (is_over() or self._is_cut or self.error is not None) and clock() < until:
+            await asyncio.sleep(min(0.02, seconds))
+
+    async def drain(self, seconds: float, delay: float = 0.0) -> int:
+        """End: say so, and refuse new jobs after the delay; let those that run end, and cut them after so many seconds
+        more. `cut` ends both times at once. Returns how many jobs were cut."""
+        self.is_leaving = True
+        await self._wait(delay, lambda: False)
         self.is_closing = True
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            async with asyncio.timeout(seconds):
-                while self._open and self.error is None:
-                    await asyncio.sleep(0.02)
+        await self._wait(seconds, lambda: not self._open)
         cut = len(self._open)
         self._give([(job, closing()) for job in self._open], None, time.perf_counter())
         return cut
+
+    def cut(self) -> None:
+        """Let what is being drained end now."""
+        self._is_cut = True
 
     async def stop(self) -> None:
         """End the thread, and close the batch."""

@@ -1,7 +1,7 @@
 """The server's process: its socket, its signals, and its end.
 
-SIGTERM, SIGINT and SIGHUP let what runs end, and answer what comes with 503 meanwhile; after the grace, or at a second
-signal, what still runs is cut.
+SIGTERM, SIGINT and SIGHUP turn /ready to 503. After the drain delay what runs may end, and what comes is answered with
+503 meanwhile; after the grace, or at a second signal, what still runs is cut.
 """
 
 from __future__ import annotations
@@ -130,13 +130,15 @@ class Protocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Whose first signal drains the driver before uvicorn closes anything."""
 
-    def __init__(self, config: uvicorn.Config, driver: Driver, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, driver: Driver, grace: float, delay: float) -> None:
         super().__init__(config)
-        self._driver, self._grace = driver, grace
+        self._driver, self._grace, self._delay = driver, grace, delay
         self._draining: asyncio.Task[None] | None = None
 
     async def _drain(self) -> None:
-        cut = await self._driver.drain(self._grace)
+        if self._delay:
+            tell(f"ending: /ready says so, and new requests are still served for {self._delay:g} s")
+        cut = await self._driver.drain(self._grace, self._delay)
         if cut:
             tell(f"{cut} request{'' if cut == 1 else 's'} cut, after {self._grace:g} s of grace or a second signal")
         self.should_exit = True
@@ -145,19 +147,20 @@ class _Server(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         else:
-            self._draining.cancel()
+            self._driver.cut()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # A signal's handler runs in the loop's thread, in the midst of anything
         asyncio.get_running_loop().call_soon_threadsafe(self._end)
 
 
-def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:
+def make_server(app: FastAPI, driver: Driver, grace: float, drain_delay: float = 0.0) -> uvicorn.Server:
     """A server whose `run(sockets=[…])` returns when a signal has come and all is over.
 
     Args:
         app: of the driver.
         grace: seconds that what runs then may take.
+        drain_delay: seconds before it, in which /ready already says 503 and new requests are served.
     """
     config = uvicorn.Config(
         app,
@@ -170,7 +173,7 @@ def make_server(app: FastAPI, driver: Driver, grace: float) -> uvicorn.Server:
         timeout_graceful_shutdown=_FLUSH_SECONDS,
         server_header=False,
     )
-    server = _Server(config, driver, grace)
+    server = _Server(config, driver, grace, drain_delay)
     if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, server.handle_exit)  # the others uvicorn handles
     return server

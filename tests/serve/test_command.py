@@ -110,6 +110,40 @@ def test_a_second_signal_cuts_what_runs(bundle: Bundle) -> None:
     assert "Traceback" not in errors
 
 
+BODY = {"prompt": [1], "max_tokens": 3, "temperature": 0}
+
+
+def test_the_delay_ends_by_itself(bundle: Bundle) -> None:
+    with started(bundle, "--drain-delay", "0.05", "--grace", "86400") as (process, address):
+        with httpx.Client(base_url=address, timeout=None) as http:
+            assert "connection" not in http.post("/v1/completions", json=BODY).headers
+            process.send_signal(signal.SIGTERM)
+        code, errors = end_of(process)
+    assert code == 0
+    assert "served for 0.05 s" in errors
+    assert "cut" not in errors
+    assert "Traceback" not in errors
+
+
+def test_a_second_signal_ends_the_delay(bundle: Bundle) -> None:
+    with started(bundle, "--drain-delay", "86400", "--grace", "86400") as (process, address):
+        with (
+            httpx.Client(base_url=address, timeout=None) as http,
+            http.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 120, "n": 60, "stream": True}) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            await_that(lambda: http.get("/ready").status_code == 503)
+            assert http.get("/v1/models").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert '"code":"closing"' in [line for line in lines if line][-1]
+        code, errors = end_of(process)
+    assert code == 0
+    assert "1 request cut, after" in errors
+    assert "Traceback" not in errors
+
+
 def test_the_key_comes_from_the_environment(bundle: Bundle) -> None:
     with started(bundle, LORA_DROP_API_KEY="sesame") as (process, address):
         assert httpx.get(f"{address}/v1/models").status_code == 401
@@ -240,6 +274,8 @@ def test_what_cannot_be_served_is_refused(
             ([str(bundle.root), "--kv-cache-bytes", "0"], "--kv-cache-bytes is too small"),
             ([str(bundle.root), "--kv-cache-bytes", "2GiB"], "--kv-cache-bytes"),
             ([str(bundle.root), "--kv-cache-bytes", str(2**30), "--port", "0"], "--slots and --max-seq-len"),
+            ([str(bundle.root), "--drain-delay", "-1"], "--drain-delay is too small"),
+            ([str(bundle.root), "--drain-delay", "nan"], "--drain-delay is not a number"),
             ([str(bundle.root), "--grace", "nan"], "--grace is not a number"),
             ([str(bundle.root), "--grace", "1e9"], "--grace is too large"),
             ([str(bundle.root), "--port", "0", "--policy", "fill"], "fill"),

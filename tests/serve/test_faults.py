@@ -378,11 +378,11 @@ def test_a_step_that_does_not_end_is_no_health(
 # ── the end ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drain(served: Served, seconds: float) -> Any:
+def drain(served: Served, seconds: float, delay: float = 0.0) -> Any:
     """What the first signal does."""
     import asyncio
 
-    return asyncio.run_coroutine_threadsafe(served.driver.drain(seconds), served.driver._loop)
+    return asyncio.run_coroutine_threadsafe(served.driver.drain(seconds, delay), served.driver._loop)
 
 
 def test_what_runs_ends_and_what_comes_is_refused(served: Served, engine: GatedEngine) -> None:
@@ -400,6 +400,41 @@ def test_what_runs_ends_and_what_comes_is_refused(served: Served, engine: GatedE
         texts = [one.result().json()["choices"][0]["text"] for one in running]
     assert texts == [wanted(6, n) for n in range(4)]
     assert draining.result() == 0
+
+
+def test_before_it_drains_a_server_that_leaves_serves(served: Served) -> None:
+    draining = drain(served, 600, delay=600)
+    await_that(lambda: served.http.get("/ready").status_code == 503)
+    for streams in (False, True):
+        late = served.http.post(COMPLETIONS, json=body(3, stream=streams))
+        assert (late.status_code, late.headers["connection"]) == (200, "close")
+    assert not draining.done()
+    served.driver.cut()
+    assert draining.result() == 0
+    assert error_of(served.http.post(COMPLETIONS, json=body(3)))["code"] == "closing"
+
+
+def test_an_engine_that_fails_ends_the_delay(served: Served, engine: GatedEngine) -> None:
+    def broken(_: Run) -> None:
+        raise RuntimeError
+
+    draining = drain(served, 600, delay=600)
+    engine.broken = broken
+    assert served.http.post(COMPLETIONS, json=body(3)).status_code == 503
+    assert draining.result() == 0
+
+
+def test_two_signals_at_once_end_the_server(served: Served, engine: GatedEngine) -> None:
+    """Before the loop has come to what the first one began."""
+    engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.http.post, COMPLETIONS, json=body(6))
+        await_that(lambda: served.driver.open_rows == 1)
+        for _ in range(2):
+            served.driver._loop.call_soon_threadsafe(lambda: [served.server._end(), served.server._end()])
+        await_that(lambda: served.server.should_exit)
+        assert running.result().status_code == 503
+        engine.gate.set()
 
 
 def test_after_the_grace_what_runs_is_cut(served: Served, engine: GatedEngine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.text import TextCodec
@@ -50,6 +51,7 @@ class Served:
     address: str
     driver: Driver
     codec: TextCodec
+    server: uvicorn.Server
     http: httpx.Client
 
     def metrics(self) -> dict[str, float]:
@@ -84,7 +86,7 @@ def serving(
             api_key = options.get("api_key")
             headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}".encode()}
             with httpx.Client(base_url=where, headers=headers, timeout=None) as http:
-                yield Served(where, driver, codec, http)
+                yield Served(where, driver, codec, server, http)
         finally:
             server.should_exit = True
             thread.join()

@@ -48,6 +48,7 @@ class ServeSettings:
         slots: rows that run at once; 8 when None, or what the bundle allows.
         max_waiting: rows that wait for a slot; beyond them requests are refused with 429.
         kv_cache_bytes: that the K/V of all rows may take, where the target's caches are paged.
+        drain_delay: seconds before that, in which /ready already says 503 and new requests are served.
         grace: seconds that running requests may take when the server is told to end.
         max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
         k, schedule, policy, draft: of requests that do not say their own.
@@ -75,6 +76,12 @@ class ServeSettings:
         metavar="N",
         bounds=Bounds(1, 2**50),
         help="let the K/V of all rows take N bytes; rows wait for room (target openvino; default: no limit)",
+    )
+    drain_delay: float = option(
+        0.0,
+        metavar="S",
+        bounds=Bounds(0, 86400),
+        help="serve new requests for S seconds after the signal that ends it, while /ready says 503 (default 0)",
     )
     grace: float = option(
         30.0, metavar="S", bounds=Bounds(0, 86400), help="let what runs take S seconds at the end (default 30)"
@@ -184,4 +191,4 @@ def serve(bundle: str | Path, settings: ServeSettings) -> None:
             sys.stdout,
         )
         app = create_app(driver, codec, api_key=settings.key, model_name=settings.model_name)
-        make_server(app, driver, settings.grace).run(sockets=[made])
+        make_server(app, driver, settings.grace, settings.drain_delay).run(sockets=[made])
