@@ -31,6 +31,7 @@ RUNTIME = [
 SERVE = [
     ["server", "ray_app"],
     ["app"],
+    ["records"],
     ["answers", "requests"],
     ["driver"],
     ["errors", "key", "metrics", "names", "openapi"],

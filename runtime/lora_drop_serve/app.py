@@ -36,6 +36,7 @@ from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
 from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
 from numpy.typing import NDArray
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,6 +44,7 @@ from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
 from .errors import ApiError, closing, of_validation, refused, too_slow
 from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
+from .records import GONE, Record, Records
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
 BODY_SECONDS = 120  # that a client may take for a body
@@ -52,7 +54,6 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe
 MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
 ACCEPT_LOG_SECONDS = 60
 TOO_LONG = "context_length_exceeded"  # a code of the API
-GONE = 499  # the client went away: nobody reads this
 # New ones between two collections. A body may have a million lists, and each collection looks at many of them again:
 # by Python's own number, some hundreds, that takes four times as long as to read them
 COLLECTED_OBJECTS = 50_000
@@ -61,8 +62,15 @@ Ids = NDArray[np.int64]
 T = TypeVar("T")
 
 
-def _error(error: ApiError) -> JSONResponse:
+def _error(error: ApiError, record: Record) -> JSONResponse:
+    record.fails(error.body)
     return JSONResponse(error.body, error.status, error.headers)
+
+
+def _record(request: Request) -> Record:
+    """Of a request, which the gate has begun."""
+    record: Record = request.state.record
+    return record
 
 
 def _path(scope: Scope) -> str:
@@ -79,28 +87,32 @@ async def _discard(receive: Receive) -> None:
                 pass
 
 
-async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
+async def _refuse(answer: JSONResponse, receive: Receive, send: Send) -> None:
     """Answer from the head alone: the answer is there before the body is, and ends when that does."""
-    answer = _error(error)
     await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
     await send({"type": "http.response.body", "body": answer.body, "more_body": True})
     await _discard(receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def _of_ours() -> ApiError:
+    return ApiError(500, "The server has an error of its own; its log has more.", code="internal_error")
+
+
 class Gate:
-    """Around all routes: the key, size and time of bodies, readers that take nothing, the count of answers, and the end
-    of connections once the server leaves.
+    """Around all routes: the key, size and time of bodies, readers that take nothing, the record of each request, and
+    the end of connections once the server leaves.
 
     Args:
         app: behind it.
         key: that `/v1` and `/metrics` ask for.
-        driver: its metrics get the count.
+        driver: says when the server leaves.
+        records: of the requests.
         paths: that are counted by name.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, driver: Driver, paths: Sequence[str]) -> None:
-        self._app, self._driver, self._paths = app, driver, frozenset(paths)
+    def __init__(self, app: ASGIApp, key: str | None, driver: Driver, records: Records, paths: Sequence[str]) -> None:
+        self._app, self._driver, self._records, self._paths = app, driver, records, frozenset(paths)
         self._key = None if key is None else key.encode("utf-8", "surrogateescape")
 
     def _check(self, scope: Scope) -> None:
@@ -121,13 +133,7 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body has more than {MOST_BODY_BYTES} bytes.", code="body_too_large")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if scope["path"].startswith(("http://", "https://")):  # as to a proxy (RFC 9112, 3.2.2)
-            with contextlib.suppress(ValueError):
-                scope = {**scope, "path": urlsplit(scope["path"]).path or "/"}
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         taken, is_whole, stalled = 0, False, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
@@ -150,11 +156,12 @@ class Gate:
         async def sent(message: Message) -> None:
             nonlocal stalled
             if message["type"] == "http.response.start":
-                path = _path(scope)
-                path = path if path in self._paths else "other"
-                self._driver.metrics.requests.labels(path, str(message["status"])).inc()
+                self._records.answer(record, message["status"])
+                headers = MutableHeaders(raw=[*message["headers"]])
+                headers.update(self._records.headers(record))
                 if self._driver.is_leaving:  # a client that keeps its connection would never ask another server
-                    message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+                    headers["Connection"] = "close"
+                message = {**message, "headers": headers.raw}
             try:
                 async with asyncio.timeout(MOST_STALL_SECONDS):
                     await send(message)
@@ -165,7 +172,7 @@ class Gate:
         try:
             self._check(scope)
         except ApiError as error:
-            await _refuse(error, receive, sent)
+            await _refuse(_error(error, record), receive, sent)
             return
         try:
             await self._app(scope, received, sent)
@@ -173,31 +180,55 @@ class Gate:
             if not stalled:
                 raise
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if path.startswith(("http://", "https://")):  # as to a proxy (RFC 9112, 3.2.2)
+            with contextlib.suppress(ValueError):
+                path = urlsplit(path).path or "/"
+        found = _path({**scope, "path": path})
+        record = self._records.begin(found if found in self._paths else "other", scope["headers"])
+        scope["state"] = {**scope.get("state", {}), "record": record}  # also for what answers our own errors
+        try:
+            await self._answer({**scope, "path": path}, receive, send, record)
+        except Exception:
+            if record.status is None:
+                self._records.refuse(record, _of_ours())
+            raise
+        finally:
+            self._records.end(record)
 
-def _handle_errors(app: FastAPI) -> None:
+
+def _handle_errors(app: FastAPI, records: Records) -> None:
     """Every error as the API's error object."""
 
     @app.exception_handler(ApiError)
-    async def of_the_api(_: Request, error: ApiError) -> Response:
-        return _error(error)
+    async def of_the_api(request: Request, error: ApiError) -> Response:
+        return _error(error, _record(request))
 
     @app.exception_handler(RequestValidationError)
-    async def of_a_body(_: Request, error: RequestValidationError) -> Response:
-        return _error(of_validation(error.errors()))
+    async def of_a_body(request: Request, error: RequestValidationError) -> Response:
+        return _error(of_validation(error.errors()), _record(request))
 
     @app.exception_handler(AnyHTTPException)
     async def of_http(request: Request, error: AnyHTTPException) -> Response:
         if isinstance(error.detail, dict):  # made above
+            _record(request).fails(error.detail)
             return JSONResponse(error.detail, error.status_code, error.headers)
         where = f"{request.method} {request.url.path}"[:200]
         said = {404: f"There is nothing at {where}.", 405: f"{where} is not possible: see docs/serving.md."}
         code = {400: "json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = said.get(error.status_code, "The body cannot be read as JSON.")
-        return _error(ApiError(error.status_code, message, code=code, headers=error.headers))
+        return _error(ApiError(error.status_code, message, code=code, headers=error.headers), _record(request))
 
     @app.exception_handler(Exception)
-    async def of_ours(_: Request, __: Exception) -> Response:
-        return _error(ApiError(500, "The server has an error of its own; its log has more.", code="internal_error"))
+    async def of_ours(request: Request, _: Exception) -> Response:
+        answer = _error(_of_ours(), _record(request))
+        # The gate is behind this, and uvicorn closes the connection
+        answer.headers.update({**records.headers(_record(request)), "Connection": "close"})
+        return answer
 
 
 class _Stream(StreamingResponse):
@@ -216,7 +247,7 @@ def _sse(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def _events(answer: Answer, job: Job) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[bytes]:
     """The chunks of an answer; those that are there at once go out together."""
     try:
         begin = b"".join(map(_sse, answer.first_chunks()))
@@ -233,6 +264,7 @@ async def _events(answer: Answer, job: Job) -> AsyncIterator[bytes]:
                 yield b"".join(out)
         yield b"".join(map(_sse, answer.last_chunks())) + b"data: [DONE]\n\n"
     except ApiError as error:
+        record.fails(error.body)
         yield _sse(error.body)
 
 
@@ -337,6 +369,7 @@ class Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
+        _record(request).model = self.name
         prompts = body.prompts
         self._check_count(len(prompts), body, "prompt")
         encoded = await self._encoded(prompts)
@@ -363,6 +396,7 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
+        _record(request).model = self.name
         self._check_count(1, body, "messages")
         messages = [message.for_template for message in body.messages]
         tools = body.called
@@ -483,6 +517,7 @@ class Service:
             is_silent=body.new_tokens == 0,
         )
         job = self.driver.submit(rows)
+        _record(request).runs(answer, job)
 
         async def begin() -> None:
             await job.begin(await self._constraint(body, tools, job))
@@ -526,7 +561,8 @@ class Service:
 
             async def work() -> Response:
                 await begin()
-                return _Stream(_events(answer, job), job) if streams else await _whole(answer, job)
+                record = _record(request)
+                return _Stream(_events(answer, job, record), job) if streams else await _whole(answer, job)
 
             found = await _unless_gone(request, work())
             if found is None:
@@ -537,7 +573,13 @@ class Service:
 
 
 def create_app(
-    driver: Driver, codec: TextCodec, *, api_key: str | None = None, model_name: str | None = None
+    driver: Driver,
+    codec: TextCodec,
+    *,
+    api_key: str | None = None,
+    model_name: str | None = None,
+    log_requests: bool = False,
+    tells_ids: bool = True,
 ) -> FastAPI:
     """An application that serves a driver's bundle.
 
@@ -546,6 +588,8 @@ def create_app(
         codec: the bundle's tokenizer and chat template.
         api_key: that clients have to send; None lets everybody in.
         model_name: what the model is called in requests and answers; the bundle's name for it when None.
+        log_requests: write a line of JSON on standard error at each request's end.
+        tells_ids: answers have `X-Request-ID`, the request's own or a new one; False where what is before this does so.
     """
 
     @contextlib.asynccontextmanager
@@ -567,10 +611,11 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.driver = driver
+    records = Records(driver.metrics, logs=log_requests, tells_ids=tells_ids)
+    app.state.driver, app.state.records = driver, records
     service = Service(driver, codec, model_name)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
-    _handle_errors(app)
+    _handle_errors(app, records)
     # What the description says of the key, which the gate asks for
     keyed: Any = {} if api_key is None else {"dependencies": [Depends(HTTPBearer(auto_error=False))]}
     wrong_key = () if api_key is None else (401,)
@@ -616,5 +661,5 @@ def create_app(
         return await service.chat(body, request)
 
     paths = [route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path]
-    app.add_middleware(Gate, key=api_key, driver=driver, paths=paths)
+    app.add_middleware(Gate, key=api_key, driver=driver, records=records, paths=paths)
     return app

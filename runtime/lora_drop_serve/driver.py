@@ -9,6 +9,7 @@ and jobs are bounded by `most_rows` until their answers are delivered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import threading
 import time
@@ -45,14 +46,28 @@ class Told(NamedTuple):
     event: Event
 
 
+class Began(NamedTuple):
+    """A job's row has got its slot, at a time of `perf_counter`."""
+
+    row: int
+    at: float
+
+
 class Job:
     """Rows that one request asks for. Belongs to the event loop; use as a context manager, which gives up what still
-    runs."""
+    runs.
+
+    Attributes:
+        queue_seconds: until its first row had a slot; None before.
+        first_token_seconds: until its first token; None before.
+    """
 
     def __init__(self, driver: Driver, rows: Sequence[RowRequest]) -> None:
         self._driver, self.rows = driver, rows
         self._inbox: asyncio.Queue[Told | BaseException | None] = asyncio.Queue()
         self._going = set(range(len(rows)))
+        self.queue_seconds: float | None = None
+        self.first_token_seconds: float | None = None
         self._began = time.perf_counter()
         self._latest: dict[int, float] = {}  # row → when it got its latest token
         self._is_open = True
@@ -125,7 +140,11 @@ class Job:
 
     # ── for the driver, on the event loop ──────────────────────────────────────────────────────────────────
 
-    def take(self, item: Told | BaseException | None, now: float, metrics: Metrics) -> None:
+    def take(self, item: Told | Began | BaseException | None, now: float, metrics: Metrics) -> None:
+        if isinstance(item, Began):
+            if self.queue_seconds is None:
+                self.queue_seconds = item.at - self._began
+            return
         if isinstance(item, Told):
             event = item.event
             if event.finished is not None:
@@ -136,6 +155,8 @@ class Job:
                 if before is None:
                     metrics.first.observe(now - self._began)
                     metrics.reused.inc(event.reused)
+                    if self.first_token_seconds is None:
+                        self.first_token_seconds = now - self._began
                 else:
                     metrics.between.observe(now - before)
                 self._latest[item.row] = now
@@ -148,7 +169,7 @@ class Job:
             self._inbox.put_nowait(item)
 
 
-Item = tuple[Job, Told | BaseException | None]
+Item = tuple[Job, Told | Began | BaseException | None]
 
 
 class Driver:
@@ -177,6 +198,7 @@ class Driver:
         self._open: set[Job] = set()  # of the event loop
         self._rows: dict[int, tuple[Job, int]] = {}  # of the thread: by the batch's numbers
         self._numbers: dict[tuple[Job, int], int] = {}
+        self._queue: dict[int, None] = {}  # numbers of rows that have no slot yet, in their order
         self._tick_began: float | None = None
         self._thread = threading.Thread(target=self._drive, name="lora-drop-batch", daemon=True)
 
@@ -297,6 +319,7 @@ class Driver:
             for index, number in enumerate(numbers):
                 self._rows[number] = job, index
                 self._numbers[job, index] = number
+                self._queue[number] = None
         self._post(self._give, [(job, told)], self._state(), time.perf_counter())
 
     def _state(self) -> tuple[int, int, Mapping[str, int]]:
@@ -306,6 +329,7 @@ class Driver:
     def _cancel(self, job: Job, index: int) -> None:
         number = self._numbers.get((job, index))
         if number is not None:
+            self._queue.pop(number, None)
             self._batch.cancel(number)
 
     def _take_commands(self) -> bool:
@@ -321,11 +345,18 @@ class Driver:
             command()
             wait = False
 
+    def _begun(self, now: float) -> list[Item]:
+        """The rows that get their slots with the tick that comes, and none before them."""
+        numbers = list(itertools.islice(self._queue, max(0, len(self._queue) - self._batch.waiting)))
+        for number in numbers:
+            del self._queue[number]
+        return [(job, Began(row, now)) for job, row in map(self._rows.__getitem__, numbers)]
+
     def _tick(self) -> None:
-        self._tick_began = time.perf_counter()
+        self._tick_began = now = time.perf_counter()
+        items = self._begun(now)
         events = self._batch.tick()
         self._tick_began = None
-        items: list[Item] = []
         for event in events:
             found = self._rows.get(event.row)
             if found is None:  # of a job that was refused
@@ -333,6 +364,7 @@ class Driver:
             items.append((found[0], Told(found[1], event)))
             if event.finished is not None:
                 del self._rows[event.row], self._numbers[found]
+                self._queue.pop(event.row, None)  # where it began with a tick that freed more slots than was known
         self._post(self._give, items, self._state(), time.perf_counter())
 
     def _drive(self) -> None:

@@ -159,7 +159,9 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
         codec = TextCodec.open(arguments.bundle / "tokenizer")
         # What Ray sends has a place, whatever waits before it
         driver = Driver(batch, max(slots, arguments.max_waiting))
-        return create_app(driver, codec, api_key=api_key, model_name=arguments.model_name)
+        return create_app(
+            driver, codec, api_key=api_key, model_name=arguments.model_name, tells_ids=False
+        )  # Ray's proxies do
 
     return application
 

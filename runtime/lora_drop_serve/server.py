@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -25,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .driver import Driver
 from .errors import ApiError, malformed, too_slow
+from .records import Records
 
 HEAD_SECONDS = 60  # that a client may take for a request's line and headers
 _FLUSH_SECONDS = 5  # for responses on their way, once nothing runs any more
@@ -100,11 +101,16 @@ class Protocol(H11Protocol):
             return
         is_idle = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not is_idle:
+            records: Records = cast(FastAPI, self.config.app).state.records
+            record = records.begin("other", ())
             body = json.dumps(error.body).encode()
             headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+            headers |= records.headers(record)
             answer = h11.Response(status_code=error.status, headers=list(headers.items()), reason=error.reason)
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
+            records.refuse(record, error)
+            records.end(record)
         self.transport.close()
 
     def connection_made(self, transport: Any) -> None:

@@ -50,6 +50,7 @@ class ServeSettings:
         kv_cache_bytes: that the K/V of all rows may take, where the target's caches are paged.
         drain_delay: seconds before that, in which /ready already says 503 and new requests are served.
         grace: seconds that running requests may take when the server is told to end.
+        log_requests: a line of JSON on standard error at each request's end.
         max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
         k, schedule, policy, draft: of requests that do not say their own.
         target, provider, threads: as for `Batch.open`.
@@ -86,6 +87,7 @@ class ServeSettings:
     grace: float = option(
         30.0, metavar="S", bounds=Bounds(0, 86400), help="let what runs take S seconds at the end (default 30)"
     )
+    log_requests: bool = option(False, help="write a line of JSON on standard error at each request's end")
     max_seq_len: int | None = option(
         None, metavar="N", bounds=bounds.TOKENS, help="give each row room for N tokens (default: the bundle's)"
     )
@@ -190,5 +192,11 @@ def serve(bundle: str | Path, settings: ServeSettings) -> None:
             f"serving {settings.model_name or opened.manifest.model.name} at {where} (API: {where}/v1, Ctrl-C ends)",
             sys.stdout,
         )
-        app = create_app(driver, codec, api_key=settings.key, model_name=settings.model_name)
+        app = create_app(
+            driver,
+            codec,
+            api_key=settings.key,
+            model_name=settings.model_name,
+            log_requests=settings.log_requests,
+        )
         make_server(app, driver, settings.grace, settings.drain_delay).run(sockets=[made])

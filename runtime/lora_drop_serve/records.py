@@ -1,0 +1,119 @@
+"""What is known of each request at its end: its id, its answer's status, its tokens and times.
+
+Enters: heads of requests, and what the routes find out about them. Leaves: the counts of answers, and a line of JSON on
+standard error for each request, where that is wanted. No text of a prompt or an answer comes here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_drop_runtime.command_line import tell
+
+from .answers import Answer
+from .driver import Job
+from .errors import ApiError
+from .metrics import Metrics
+from .names import request_id
+
+PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, and worth a line where they fail
+GONE, GONE_CODE = 499, "client_gone"  # nobody reads this, but in the log
+_DIGITS = 6  # of a number of seconds
+
+
+class Record:
+    """One request, from its head to the end of its answer.
+
+    Attributes:
+        id: that it came with, or was given.
+        route: as `/metrics` has it.
+        status: of HTTP; None until the answer begins.
+        error: the code of the error that it was answered with, or that ended its stream.
+        model: that it is for, once that is known.
+    """
+
+    def __init__(self, id: str, route: str) -> None:
+        self.id, self.route = id, route
+        self.status: int | None = None
+        self.error: str | None = None
+        self.model: str | None = None
+        self._began = time.perf_counter()
+        self._answer: Answer | None = None
+        self._job: Job | None = None
+
+    def runs(self, answer: Answer, job: Job) -> None:
+        """Its rows have their places."""
+        self._answer, self._job = answer, job
+
+    def fails(self, error: dict[str, Any]) -> None:
+        """It is answered with that body of an error."""
+        self.error = error["error"]["code"] or error["error"]["type"]
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Of its choices, each once; none until all have ended."""
+        found = [] if self._answer is None else [choice.finish for choice in self._answer.choices]
+        return [] if None in found else [reason for reason in dict.fromkeys(found) if reason is not None]
+
+    def line(self, now: datetime) -> str:
+        """For the log, at its end."""
+        job, usage = self._job, None if self._answer is None else self._answer.usage()
+        times = (None, None) if job is None else (job.queue_seconds, job.first_token_seconds)
+        queue, first = (None if one is None else round(one, _DIGITS) for one in times)
+        is_left = self.status == GONE or (self._answer is not None and not self.finish_reasons)
+        said = {
+            "time": now.isoformat(timespec="milliseconds"),
+            "id": self.id,
+            "route": self.route,
+            "status": self.status,
+            "error": GONE_CODE if self.error is None and is_left else self.error,
+            "model": self.model,
+            "prompt_tokens": None if usage is None else usage["prompt_tokens"],
+            "new_tokens": None if usage is None else usage["completion_tokens"],
+            "finish_reason": ",".join(self.finish_reasons) or None,
+            "queue_seconds": queue,
+            "first_token_seconds": first,
+            "total_seconds": round(time.perf_counter() - self._began, _DIGITS),
+        }
+        return json.dumps(said)
+
+
+class Records:
+    """Of all requests of a server.
+
+    Args:
+        metrics: get the count of answers.
+        logs: whether each request has a line on standard error at its end; probes that succeed have none.
+        tells_ids: whether answers have `X-Request-ID`.
+    """
+
+    def __init__(self, metrics: Metrics, *, logs: bool, tells_ids: bool) -> None:
+        self._metrics, self._logs, self._tells_ids = metrics, logs, tells_ids
+
+    def begin(self, route: str, headers: Iterable[tuple[bytes, bytes]]) -> Record:
+        """A request has come."""
+        return Record(request_id(headers), route)
+
+    def headers(self, record: Record) -> dict[str, str]:
+        """What its answer's head has beside the answer's own."""
+        return {"X-Request-ID": record.id} if self._tells_ids else {}
+
+    def answer(self, record: Record, status: int) -> None:
+        """Its answer begins."""
+        record.status = status
+        self._metrics.requests.labels(record.route, str(status)).inc()
+
+    def refuse(self, record: Record, error: ApiError) -> None:
+        """Its answer begins, and is an error."""
+        record.fails(error.body)
+        self.answer(record, error.status)
+
+    def end(self, record: Record) -> None:
+        """Its answer is over."""
+        is_quiet = record.route in PROBES and record.status is not None and record.status < 400
+        if self._logs and not is_quiet:
+            tell(record.line(datetime.now(UTC)))
