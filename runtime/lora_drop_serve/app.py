@@ -613,6 +613,17 @@ def create_app(
     )
     records = Records(driver.metrics, logs=log_requests, tells_ids=tells_ids)
     app.state.driver, app.state.records = driver, records
+    served = driver.bundle.manifest.model
+    driver.metrics.info.info(
+        {
+            "version": app.version,
+            "model": served.name,
+            "target": driver.target,
+            "dtype": served.weight_dtype,
+            "k": str(_k_of(driver.schedule)),
+            "policy": driver.policy.name,
+        }
+    )
     service = Service(driver, codec, model_name)
     page = resources.files("lora_drop_serve").joinpath("page.html").read_text(encoding="utf-8")
     _handle_errors(app, records)

@@ -142,6 +142,7 @@ class Job:
 
     def take(self, item: Told | Began | BaseException | None, now: float, metrics: Metrics) -> None:
         if isinstance(item, Began):
+            metrics.queued.observe(item.at - self._began)
             if self.queue_seconds is None:
                 self.queue_seconds = item.at - self._began
             return
@@ -189,7 +190,8 @@ class Driver:
     def __init__(self, batch: Batch, max_waiting: int) -> None:
         self._batch = batch
         self.most_rows = batch.slots + max_waiting
-        self.bundle, self.policy, self.schedule = batch.bundle, batch.policy, batch.schedule
+        self.bundle, self.target = batch.bundle, batch.target
+        self.policy, self.schedule = batch.policy, batch.schedule
         self.max_seq_len, self.max_prompt_len = batch.max_seq_len, batch.max_prompt_len
         self.metrics = Metrics()
         self.is_leaving = self.is_closing = self._is_cut = False
@@ -223,7 +225,9 @@ class Driver:
             raise queue_full(len(rows), self.most_rows)
         job = Job(self, rows)
         self._open.add(job)
-        self.metrics.prompt_tokens.inc(sum(len(row.prompt) for row in rows))
+        for row in rows:
+            self.metrics.prompt_tokens.inc(len(row.prompt))
+            self.metrics.prompt_lengths.observe(len(row.prompt))
         return job
 
     def add(self, job: Job, constraint: Constraint | None) -> None:

@@ -1,7 +1,7 @@
 """What is known of each request at its end: its id, its answer's status, its tokens and times.
 
-Enters: heads of requests, and what the routes find out about them. Leaves: the counts of answers, and a line of JSON on
-standard error for each request, where that is wanted. No text of a prompt or an answer comes here.
+Enters: heads of requests, and what the routes find out about them. Leaves: figures for `/metrics`, and where it is
+wanted a line of JSON on standard error for each request. No text of a prompt or an answer comes here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_drop_runtime.command_line import tell
 from .answers import Answer
 from .driver import Job
 from .errors import ApiError
-from .metrics import Metrics
+from .metrics import INVALID, REASONS, Metrics
 from .names import request_id
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, and worth a line where they fail
@@ -59,6 +59,20 @@ class Record:
         found = [] if self._answer is None else [choice.finish for choice in self._answer.choices]
         return [] if None in found else [reason for reason in dict.fromkeys(found) if reason is not None]
 
+    @property
+    def seconds(self) -> float:
+        """Since its head came."""
+        return time.perf_counter() - self._began
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it was not taken, as `/metrics` has it; None of one that was, and of probes."""
+        if self.error is None or self.status is None or self.route in PROBES:
+            return None
+        if self.status < 500 or (self.status == 503 and self._job is None):
+            return self.error if self.error in REASONS else INVALID
+        return None
+
     def line(self, now: datetime) -> str:
         """For the log, at its end."""
         job, usage = self._job, None if self._answer is None else self._answer.usage()
@@ -77,7 +91,7 @@ class Record:
             "finish_reason": ",".join(self.finish_reasons) or None,
             "queue_seconds": queue,
             "first_token_seconds": first,
-            "total_seconds": round(time.perf_counter() - self._began, _DIGITS),
+            "total_seconds": round(self.seconds, _DIGITS),
         }
         return json.dumps(said)
 
@@ -86,7 +100,7 @@ class Records:
     """Of all requests of a server.
 
     Args:
-        metrics: get the count of answers.
+        metrics: get the figures.
         logs: whether each request has a line on standard error at its end; probes that succeed have none.
         tells_ids: whether answers have `X-Request-ID`.
     """
@@ -114,6 +128,10 @@ class Records:
 
     def end(self, record: Record) -> None:
         """Its answer is over."""
+        if record.refusal is not None:
+            self._metrics.refused[record.refusal].inc()
+        elif record.status == 200 and record.error is None and record.finish_reasons:
+            self._metrics.whole.observe(record.seconds)
         is_quiet = record.route in PROBES and record.status is not None and record.status < 400
         if self._logs and not is_quiet:
             tell(record.line(datetime.now(UTC)))

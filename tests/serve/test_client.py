@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -453,8 +456,14 @@ def test_metrics_count_what_was_served(served: Served, bundle: Bundle) -> None:
     after = served.metrics()
     gained = {name: after[name] - before.get(name, 0) for name in after}
     assert gained['lora_drop_requests_total{path="/v1/completions",status="200"}'] == 2
-    assert gained["lora_drop_prompt_tokens_total"] == 8
     assert 2 <= gained["lora_drop_prompt_tokens_reused_total"] <= 4  # an earlier test may have asked the same
+    assert gained["lora_drop_prompt_tokens_total"] == gained["lora_drop_prompt_length_tokens_sum"] == 8
+    assert gained['lora_drop_prompt_length_tokens_bucket{le="8.0"}'] == 2
+    for name in ("request_duration", "time_in_queue"):
+        assert gained[f"lora_drop_{name}_seconds_count"] == 2
+    assert after["lora_drop_time_in_queue_seconds_sum"] <= after["lora_drop_time_to_first_token_seconds_sum"]
+    assert after["lora_drop_time_to_first_token_seconds_sum"] <= after["lora_drop_request_duration_seconds_sum"]
+    assert not any(count for name, count in gained.items() if name.startswith("lora_drop_refused"))
     assert gained['lora_drop_tokens_total{step="lora"}'] == 6
     assert gained['lora_drop_tokens_total{step="refresh"}'] == 3 + 40
     assert gained["lora_drop_time_to_first_token_seconds_count"] == 2
@@ -466,3 +475,50 @@ def test_metrics_count_what_was_served(served: Served, bundle: Bundle) -> None:
     assert after['lora_drop_kv_bytes{of="kept"}'] == 0
     assert after['lora_drop_kv_bytes{of="allocated"}'] > 0
     assert math.isfinite(after["lora_drop_time_to_first_token_seconds_sum"])
+
+
+@pytest.mark.parametrize(("k", "policy"), [(5, "skip"), ("auto", "lossless"), (0, "backfill")])
+def test_the_info_metric_says_what_is_served(bundle: Bundle, k: int | str, policy: str) -> None:
+    batch, codec = (
+        Batch.open(bundle.root, slots=1, threads=1, k=k, policy=policy),
+        TextCodec.open(bundle.root / "tokenizer"),
+    )
+    with serving(batch, codec, model_name="other") as server:
+        (line,) = (line for line in server.http.get("/metrics").text.splitlines() if line.startswith("lora_drop_info"))
+    labels = dict(re.findall(r'(\w+)="(.*?)"', line))
+    assert line.endswith(" 1.0")
+    version = importlib.metadata.version("lora-drop-export")
+    model = json.loads((bundle.root / MANIFEST_NAME).read_text())["model"]
+    assert labels == {
+        "version": version,
+        "model": model["name"],
+        "target": "ort",
+        "dtype": model["weight_dtype"],
+        "k": str(k),
+        "policy": policy,
+    }
+
+
+def test_what_is_refused_is_counted_by_its_reason(bundle: Bundle) -> None:
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/completions", {"json": {"prompt": [1], "max_tokens": -1}}, "invalid"),
+        ("/v1/completions", {"json": {"prompt": [1], "n": 99}}, "invalid"),
+        ("/v1/completions", {"json": {"prompt": [1], "x": 1}}, "invalid"),
+        ("/v1/completions", {"json": {"prompt": [1], "model": "x"}}, "model_not_found"),
+        ("/v1/completions", {"json": {"prompt": [1] * 128}}, "context_length_exceeded"),
+        ("/v1/completions", {"content": b"{", "headers": {"Content-Type": "application/json"}}, "json"),
+        ("/v1/completions", {"json": {}, "headers": {"Authorization": "Bearer x"}}, "invalid_api_key"),
+        ("/v1/completions", {"json": {"prompt": [1], "max_tokens": 2}}, ""),
+        ("/nothing", {"json": {}}, "not_found"),
+        ("/v1/models", {"json": {}}, "method_not_allowed"),
+    ]
+    batch = Batch.open(bundle.root, slots=1, threads=1)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer"), api_key="sesame", max_waiting=1) as server:
+        for path, request, _ in asked:
+            server.http.post(path, **request)
+        server.driver.is_leaving = server.driver.is_closing = True
+        assert server.http.post("/v1/completions", json={"prompt": [1]}).status_code == 503
+        assert server.http.get("/ready").status_code == 503  # a probe, and no request
+        counted = {name: int(value) for name, value in server.metrics().items() if "refused_requests_total" in name}
+    reasons = Counter(reason for *_, reason in asked if reason) + Counter(["closing"])
+    assert {name.split('"')[1]: count for name, count in counted.items() if count} == reasons

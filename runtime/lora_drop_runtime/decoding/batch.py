@@ -220,6 +220,11 @@ class Batch:
         return self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
 
     @property
+    def target(self) -> str:
+        """That it runs on."""
+        return self._engine.target
+
+    @property
     def policy(self) -> Policy:
         """Of rows that are added without their own."""
         return self._policy
