@@ -237,6 +237,8 @@ def test_where_no_head_of_a_cluster_listens_is_refused(
 def test_the_real_client(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
     assert [len(found) for found in cluster.do("replicas")] == [1, 1]
     assert httpx.get(f"{cluster.address}/v1/models").status_code == 401
+    named = http.get("/v1/models", headers={"X-Request-ID": "a-1"})
+    assert named.headers.get_list("x-request-id") == ["a-1"]  # once: Ray's proxies tell it
     with openai.OpenAI(base_url=f"{cluster.address}/v1", api_key="sesame", max_retries=0) as client:
         (model,) = client.models.list().data
         wanted = words(alone(bundle, [7, 8], 40))
