@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from types import SimpleNamespace
@@ -130,23 +131,33 @@ def test_routes_and_probes(served: Served, log: Log, monkeypatch: pytest.MonkeyP
     assert found == [("/v1/models", 200, None), ("other", 404, "not_found"), ("/ready", 503, "closing")]
 
 
-def test_clients_that_go_away(served: Served, log: Log) -> None:
-    asked: dict[str, Any] = {"prompt": [3], "max_tokens": 126, "ignore_eos": True}
-    with served.http.stream("POST", COMPLETIONS, json={**asked, "n": 2, "stream": True}) as answer:
-        next(answer.iter_lines())
-    (line,) = log.lines(1)
-    assert (line["status"], line["error"], line["finish_reason"]) == (200, "client_gone", None)
-    assert line["new_tokens"] < 2 * 126
-    served.await_rows(0)
-    data = json.dumps(asked | {"n": 2}).encode()
+@pytest.mark.parametrize("streams", [True, False])
+def test_clients_that_go_away(served: Served, log: Log, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    """Ticks stand still from the fourth on, until the server knows."""
+    gate, ticks, tick = threading.Event(), 0, served.driver._batch.tick
+
+    def held() -> list[Event]:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 3:
+            gate.wait()
+        return tick()
+
+    monkeypatch.setattr(served.driver._batch, "tick", held)
+    data = json.dumps({"prompt": [3], "max_tokens": 126, "ignore_eos": True, "n": 2, "stream": streams}).encode()
     head = (
         f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer sesame\r\n"
     )
     with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
         client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        await_that(lambda: served.driver.open_rows == 2)
+        await_that(lambda: ticks > 3)
+        if streams:
+            assert client.recv(9) == b"HTTP/1.1 "
+    await_that(lambda: served.driver.open_rows == 0)
     (line,) = log.lines(1)
-    assert (line["status"], line["error"]) in ((499, "client_gone"), (200, None))  # had it ended by then
+    assert (line["status"], line["error"], line["finish_reason"]) == (200 if streams else 499, "client_gone", None)
+    assert line["new_tokens"] <= 3
+    gate.set()
     served.await_rows(0)
 
 
