@@ -9,7 +9,6 @@ and jobs are bounded by `most_rows` until their answers are delivered.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import queue
 import threading
 import time
@@ -350,17 +349,20 @@ class Driver:
             wait = False
 
     def _begun(self, now: float) -> list[Item]:
-        """The rows that get their slots with the tick that comes, and none before them."""
-        numbers = list(itertools.islice(self._queue, max(0, len(self._queue) - self._batch.waiting)))
+        """The rows that have got their slots with the tick that began then."""
+        if not self._queue:
+            return []
+        waiting = set(self._batch.waiting_rows)
+        numbers = [number for number in self._queue if number not in waiting]
         for number in numbers:
             del self._queue[number]
         return [(job, Began(row, now)) for job, row in map(self._rows.__getitem__, numbers)]
 
     def _tick(self) -> None:
         self._tick_began = now = time.perf_counter()
-        items = self._begun(now)
         events = self._batch.tick()
         self._tick_began = None
+        items = self._begun(now)
         for event in events:
             found = self._rows.get(event.row)
             if found is None:  # of a job that was refused
@@ -368,7 +370,6 @@ class Driver:
             items.append((found[0], Told(found[1], event)))
             if event.finished is not None:
                 del self._rows[event.row], self._numbers[found]
-                self._queue.pop(event.row, None)  # where it began with a tick that freed more slots than was known
         self._post(self._give, items, self._state(), time.perf_counter())
 
     def _drive(self) -> None:

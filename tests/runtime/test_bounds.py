@@ -118,7 +118,7 @@ def test_threads_are_bounded_by_the_machine() -> None:
 def test_every_number_of_every_command_has_bounds(cls: type, name: str, hint: str) -> None:
     """Neither a huge nor a negative number, no NaN and no bool gets through, and it is named by its flag."""
     flag = "--" + name.replace("_", "-")
-    for value in (10**30, -1, -(10**30), True, "1", float("nan"), float("inf")):
+    for value in (10**30, -3, -(10**30), True, "1", float("nan"), float("inf")):
         given = (value,) if hint.startswith(("tuple", "collections", "typing.Sequence")) else value
         with pytest.raises(InputError, match=f"^{flag} "):
             cls(**{**CLASSES[cls], name: given})

@@ -250,6 +250,11 @@ class Batch:
             beginning += 1
         return len(self._waiting) - beginning
 
+    @property
+    def waiting_rows(self) -> list[int]:
+        """The numbers of the rows that have no slot."""
+        return [row.number for row in list(self._waiting)]  # at once: `add` comes from any thread
+
     def add(
         self,
         prompt_ids: Sequence[int] | Array,
