@@ -80,7 +80,8 @@ SHARED = st.lists(st.integers(0, 2), max_size=9)  # of few tokens, so that promp
 )
 def test_caches_and_tokens(drawn: list[Any], count: int, kind: str, chunk: int, join_early: bool) -> None:
     """After every tick, of rows that run and of what is kept; then a second turn of each row."""
-    script = [Request(**{**vars(one), "temperature": 0.0, "prompt": (*begin, *one.prompt)}) for one, begin in drawn]
+    greedy = {"temperature": 0.0, "counted": False}
+    script = [Request(**{**vars(one), **greedy, "prompt": (*begin, *one.prompt)}) for one, begin in drawn]
     sizes = {"max_seq_len": 80, "max_prompt_len": 60}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "CHUNK", chunk)
