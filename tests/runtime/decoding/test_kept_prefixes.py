@@ -346,7 +346,7 @@ def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) ->
     )
     def check(drawn: list[Any], count: int, join_early: bool) -> None:
         nonlocal compared, reused
-        changed = {"temperature": 0.0, "adaptive": False} | ({"k": 0} if join_early else {})
+        changed = {"temperature": 0.0, "counted": False, "adaptive": False} | ({"k": 0} if join_early else {})
         script = [Request(**{**vars(one), **changed, "prompt": (*begin, *one.prompt)}) for one, begin in drawn]
         options = {"slots": count, "policy": policies[0], "k": 0, "join_early": join_early, "threads": 1}
         with Batch.open(bundle.root, keep_prefixes=True, **options) as batch:

@@ -55,7 +55,7 @@ def alone(session: Session, request: Request) -> tuple[list[int], int | None]:
 
 
 def greedy(request: Request) -> Request:
-    return Request(**{**vars(request), "temperature": 0.0, "adaptive": False})
+    return Request(**{**vars(request), "temperature": 0.0, "counted": False, "adaptive": False})
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
