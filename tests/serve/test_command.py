@@ -252,7 +252,7 @@ def test_prefixes_are_kept_unless_told_otherwise(bundle: Bundle, capsys: pytest.
     for arguments, cached in (((), 38), (("--no-prefixes",), 0)):
         with started(bundle, *arguments) as (_, address):
             body = {"prompt": list(range(40)), "max_tokens": 2, "temperature": 0}
-            answers = [httpx.post(f"{address}/v1/completions", json=body, timeout=60).json() for _ in range(2)]
+            answers = [httpx.post(f"{address}/v1/completions", json=body, timeout=600).json() for _ in range(2)]
         assert [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in answers] == [0, cached]
         assert answers[0]["choices"] == answers[1]["choices"]
 

@@ -132,7 +132,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch, few_forms: None) -> Callable[[dict[
 
     def put(rates: dict[Any, float], losses: dict[Any, float]) -> None:
         monkeypatch.setattr(forms, "tokens_per_second", lambda bundle, *_: rates.get(form_of(bundle), 1.0))
-        monkeypatch.setattr(forms.Reference, "on_text", lambda *_: (10.0, None))
+        likeliest = lambda ids: np.zeros(np.atleast_2d(ids)[:, 1:].size, np.int64)  # noqa: E731
+        monkeypatch.setattr(forms.Reference, "on_text", lambda _, ids, *__: (10.0, likeliest(ids)))
         lost = lambda bundle, *_: (10 * (1 + losses.get(form_of(bundle), 0.5)), None)  # noqa: E731
         monkeypatch.setattr(forms, "engine_on_text", lost)
 
