@@ -81,8 +81,8 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         result = manifest.verification.get(first)  # an engine that was not verified may be for another machine
         absent = isinstance(manifest.targets[first], TrtEntry) if result is None else result["status"] == "not run"
         where = "try, on a machine with its device" if absent else "try"
-        cost = (result or {}).get("lora_steps", {"agreement": 1.0})
-        full = " --k 0" if cost["agreement"] < LEAST_AGREEMENT and not plan.refresh_policy.verifies else ""
+        is_poor = manifest.lora_steps.get("agreement", 1) < LEAST_AGREEMENT
+        full = " --k 0" if is_poor and not plan.refresh_policy.verifies else ""
         print(f'{where}: lora-drop generate {shlex.quote(str(out))}{provider}{full} --prompt "The capital of Italy is"')
 
 

@@ -5,10 +5,9 @@ Enters: a bundle. Leaves: in how many places of a sample text the most likely to
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import numpy as np
-import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.plan.policy import policy_named
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -22,43 +21,30 @@ ROWS, PROMPT, STEPS = 8, 24, 16  # texts, tokens of their prompts, and the most 
 LEAST_AGREEMENT = 0.5
 
 
-def _windows(bundle: Bundle, k: int) -> npt.NDArray[np.int64] | None:
-    """Texts of a prompt, two cycles and the token after them: int64 [ROWS, T]; None where there are none."""
-    sample = sample_ids(bundle.root, bundle.manifest.model.vocab_size)
-    steps = min(2 * (k + 1), STEPS, bundle.manifest.limits.max_seq_len - 2)
-    if sample is None or not len(sample) or steps < 1:
-        return None
-    prompt = min(PROMPT, bundle.manifest.limits.max_seq_len - 1 - steps)
-    return np.resize(sample, (ROWS, prompt + steps + 1))
-
-
-def report_lora_steps(bundle: Bundle, console: Console, *, trust_remote_code: bool = False) -> dict[str, float] | None:
+def report_lora_steps(bundle: Bundle, console: Console, *, trust_remote_code: bool = False) -> dict[str, float]:
     """Run the bundle's schedule in PyTorch over texts that are given, and all layers over the same.
 
     Returns:
         `tokens`, how many places after LoRA steps there were, and `agreement`, in what share of them both have the same
-        most likely token; None where no step is a LoRA step, or there is no tokenizer to measure with.
+        most likely token; empty where no step is a LoRA step, or there is no tokenizer to measure with.
     """
-    plan = bundle.manifest.plan
-    windows = _windows(bundle, plan.k) if plan.k and plan.sites else None
-    if windows is None:
-        return None
-    steps = min(2 * (plan.k + 1), STEPS, windows.shape[1] - 2)
-    prompts, tokens = windows[:, : -1 - steps], windows[:, -1 - steps : -1]
+    plan, room = bundle.manifest.plan, bundle.manifest.limits.max_seq_len
+    sample = sample_ids(bundle.root, bundle.manifest.model.vocab_size)
+    steps = min(2 * (plan.k + 1), STEPS, room - 2)  # two cycles, or what of them has room
+    if not plan.k or not plan.sites or sample is None or not len(sample) or steps < 1:
+        return {}
+    prompt = min(PROMPT, room - 1 - steps)
+    texts = np.resize(sample, (ROWS, prompt + steps + 1))
     kinds = [PeriodicSchedule(plan.k).kind(step) for step in range(1, steps + 1)]
-    lengths = np.full(len(windows), prompts.shape[1], np.int64)
+    lengths = np.full(ROWS, prompt, np.int64)
     reference = reference_of(bundle, trust_remote_code)
     what = "LoRA steps on a sample text"
     with console.progress(what) as progress:
-
-        def tick(done: int, total: int) -> None:
-            progress(what, done, total)
-
-        policy = policy_named(plan.policy).in_steps
-        logits: list[npt.NDArray[Any]] = reference.run(prompts, lengths, tokens.T, kinds, tick, policy)
-        _, likeliest = reference.on_text(windows, tick)
+        tick, policy = functools.partial(progress, what), policy_named(plan.policy).in_steps
+        logits = reference.run(texts[:, :prompt], lengths, texts[:, prompt:-1].T, kinds, tick, policy)
+        _, likeliest = reference.on_text(texts, tick)
     ours = np.stack([step.argmax(axis=1) for step in logits[1:]])  # [steps, ROWS]
-    theirs = likeliest.reshape(len(windows), -1)[:, -steps:].T
+    theirs = likeliest.reshape(ROWS, -1)[:, -steps:].T
     same = (ours == theirs)[[kind is StepKind.LORA for kind in kinds]]
     found = {"tokens": same.size, "agreement": float(same.mean())}
     console.say(f"{what}: the most likely token is that of all layers in {same.mean():.0%} of {same.size} places")

@@ -50,8 +50,9 @@ def verify(
         )
         if result is not None:
             details.append(dataclasses.asdict(result))
-    lora_steps = report_lora_steps(bundle, console, trust_remote_code=trust_remote_code)
-    if lora_steps is not None:
-        entries |= {name: entries[name] | {"lora_steps": lora_steps} for name in checked}
+    # Of the plan, not of a target: one that is added changes nothing
+    cost = manifest.lora_steps or report_lora_steps(bundle, console, trust_remote_code=trust_remote_code)
     files = manifest.files | {VERIFY_NAME: write_verification(bundle.root, details)}
-    return write_manifest(bundle.root, dataclasses.replace(manifest, verification=entries, files=files))
+    return write_manifest(
+        bundle.root, dataclasses.replace(manifest, verification=entries, files=files, lora_steps=cost)
+    )

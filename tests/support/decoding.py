@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,21 @@ def ticked_through(batch: Batch) -> tuple[list[Event], int]:
         except KeyboardInterrupt:
             interrupts += 1
     return events, interrupts
+
+
+def prompts_run(batch: Batch) -> dict[int, int]:
+    """Tokens of each row's prompt that the engine runs from now on."""
+    ran: dict[int, int] = defaultdict(int)
+    plain = batch._slots.run
+
+    def run(kind: Any, runs: Any, due: Any, **options: Any) -> None:
+        for slot in due:
+            if batch._rows[slot].is_new:
+                ran[batch._rows[slot].number] += len(runs[slot].tokens)
+        plain(kind, runs, due, **options)
+
+    batch._slots.run = run  # type: ignore[method-assign]
+    return ran
 
 
 def padded(prompts: list[list[int]], fill: int = 0, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

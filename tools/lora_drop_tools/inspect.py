@@ -197,8 +197,7 @@ def describe(bundle: Bundle) -> list[str]:
             lines.append(f"  {'':<14}its graphs on ONNX Runtime's CPU: {on_cpu['status']}, {_figures(on_cpu)}")
     if not manifest.targets:
         lines.append("  graphs only, nothing to run")
-    cost = next((one["lora_steps"] for one in manifest.verification.values() if "lora_steps" in one), None)
-    if cost is not None:
+    if cost := manifest.lora_steps:
         share = f"{cost['agreement']:.0%} of {cost['tokens']:.0f} places of a sample text"
         lines.append(f"  LoRA steps    the most likely token is that of all layers in {share}")
     return lines

@@ -292,7 +292,10 @@ class Manifest:
 
     `quantization`: bits, block size (or `CHANNEL`; None in fp8), method, and what it cost in perplexity; empty for
     weights as they were.
-    `calibration`: by the name of the adaptive schedule; left out of the file where it is empty.
+    `calibration`: by the name of the adaptive schedule.
+    `lora_steps`: `tokens` of a sample text behind LoRA steps, and `agreement`, the share of them at which the likeliest
+    token is that of all layers.
+    These two are left out of the file where they are empty.
     """
 
     model: ModelFacts
@@ -305,6 +308,7 @@ class Manifest:
     verification: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Calibration] = field(default_factory=dict)
+    lora_steps: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -323,6 +327,7 @@ class Manifest:
     def to_json(self) -> str:
         data = dataclasses.asdict(self)
         data["targets"] = {name: _entry_to_dict(entry) for name, entry in self.targets.items()}
-        if not self.calibration:
-            del data["calibration"]
+        for name in ("calibration", "lora_steps"):
+            if not data[name]:
+                del data[name]
         return json.dumps(data, indent=1) + "\n"

@@ -142,10 +142,6 @@ def _check_result(where: str, data: object) -> None:
     if "steps" in result:
         typed(int, result["steps"], f"{where}.steps")
         typed(float, result.get("max_abs_error"), f"{where}.max_abs_error")
-    if "lora_steps" in result:
-        figures = typed(Mapping[str, float], result["lora_steps"], f"{where}.lora_steps")
-        for name in ("tokens", "agreement"):
-            typed(float, figures.get(name), f"{where}.lora_steps.{name}")
     on_cpu = result.get("graphs_on_cpu")
     if on_cpu is not None:
         _check_result(f"{where}.graphs_on_cpu", on_cpu)
@@ -212,8 +208,11 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         verification=section("verification", Mapping[str, Mapping[str, object]]),
         quantization=section("quantization", Mapping[str, object]),
         calibration=section("calibration", Mapping[str, Calibration]) if "calibration" in data else {},
+        lora_steps=section("lora_steps", Mapping[str, float]) if "lora_steps" in data else {},
     )
     _check_calibration(manifest.calibration)
+    for name in ("tokens", "agreement") if manifest.lora_steps else ():
+        typed(float, manifest.lora_steps.get(name), f"lora_steps.{name}")
     _check_limits(manifest.limits, model.context_length)
     _check_quantization(manifest.quantization, model.weight_dtype)
     for target, result in manifest.verification.items():

@@ -117,17 +117,16 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         super().__init__()
         self._slots, self._most = slots, most
 
-    def _found(self, tokens: Ids, running: Sequence[Ids]) -> tuple[int, Sequence[Sequence[int]]]:
-        """How many tokens there are, and in which blocks."""
-        count, source = self.longest(tokens, running)
+    def _blocks(self, source: int | Kept[RowBlocks] | None) -> Sequence[Sequence[int]]:
+        """Those of what `longest` has found, of kept and of dropped layers."""
         if source is None:
-            return 0, ([], [])
-        return count, self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
+            return [], []
+        return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
     def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
-        count, blocks = self._found(tokens, running)
-        full = count // self._slots.block_slots
-        return self._slots.bytes_beside(len(running), slots, [own[:full] for own in blocks]) <= self._most
+        count, source = self.longest(tokens, running)
+        shared = [own[: count // self._slots.block_slots] for own in self._blocks(source)]
+        return self._slots.bytes_beside(len(running), slots, shared) <= self._most
 
     def bytes_of_rows(self, rows: int) -> int:
         return self._slots.bytes_beside(rows, {"slots_kept": 0, "slots_dropped": 0}, ([], []))
@@ -138,8 +137,7 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         if isinstance(source, Kept):
             self._used(source)
         full, rest = divmod(count, self._slots.block_slots)
-        _, blocks = self._found(tokens, running)
-        taken = self._slots.shared(blocks, count)
+        taken = self._slots.shared(self._blocks(source), count)
         try:
             begun = [own[:full] for own in taken.blocks]
             new = self._slots.bytes_of(slots) - self._slots.bytes_of(

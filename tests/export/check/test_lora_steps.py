@@ -66,7 +66,7 @@ def test_short_requests(tmp_path: Path) -> None:
     found = report_lora_steps(Bundle.open(bundle.root), Console())
     assert found == {"tokens": 3 * ROWS, "agreement": pytest.approx(np.mean(by_oracle(bundle, 1, 3, 3)))}
     least = dataclasses.replace(bundle.manifest, limits=Limits(2, 1, 1))
-    assert report_lora_steps(dataclasses.replace(bundle, manifest=least), Console()) is None
+    assert report_lora_steps(dataclasses.replace(bundle, manifest=least), Console()) == {}
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"drop_ratio": 0.0}, {}])
@@ -75,13 +75,15 @@ def test_nothing_to_measure(options: dict, tmp_path: Path) -> None:
     bundle = make_bundle("llama", tmp_path / "b", **options)
     if options:
         character_tokenizer(bundle.root)
-    assert report_lora_steps(Bundle.open(bundle.root), Console()) is None
+    assert report_lora_steps(Bundle.open(bundle.root), Console()) == {}
 
 
-def test_it_is_recorded(tmp_path: Path) -> None:
+def test_it_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     bundle = make_bundle("llama", tmp_path / "b")
     character_tokenizer(bundle.root)
     verified = verify(Bundle.open(bundle.root), console=Console())
-    cost = verified.manifest.verification["ort"]["lora_steps"]
-    assert cost == Bundle.open(bundle.root).manifest.verification["ort"]["lora_steps"]
+    cost = verified.manifest.lora_steps
+    assert cost == Bundle.open(bundle.root).manifest.lora_steps
     assert cost["tokens"] == 6 * ROWS
+    verify(verified, console=Console())  # as for a target that is added: it is not measured again
+    assert capsys.readouterr().err.count("LoRA steps on a sample text: the") == 1

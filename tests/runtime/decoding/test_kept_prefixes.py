@@ -20,7 +20,7 @@ from lora_drop_runtime.decoding import batch as module
 from lora_drop_runtime.decoding.slots import Slots
 
 from tests.support.bundles import make_adapted_bundle
-from tests.support.decoding import PLAN, RECURRENT, assert_refused, slots, ticked_through
+from tests.support.decoding import PLAN, RECURRENT, assert_refused, prompts_run, slots, ticked_through
 from tests.support.fake_engine import KINDS, VOCAB, FakeEngine
 
 from .test_batch import Request, check_ends, decoded, fake_batch, fake_tokens, interrupted, requests
@@ -31,21 +31,6 @@ NEAR = 1e-3  # of the largest |logit|: two best logits that are nearer may chang
 
 def keeping(policy: str = "backfill", k: int = 2, kind: str = "idle rows", **options: Any) -> tuple[Batch, FakeEngine]:
     return fake_batch(policy, k, kind, **{"keep_prefixes": True, "max_seq_len": 400, "max_prompt_len": 300} | options)
-
-
-def prompts_run(batch: Batch) -> dict[int, int]:
-    """Tokens of each row's prompt that the engine runs from now on."""
-    ran: dict[int, int] = defaultdict(int)
-    plain = batch._slots.run
-
-    def run(kind: Any, runs: Any, due: Any, **options: Any) -> None:
-        for slot in due:
-            if batch._rows[slot].is_new:
-                ran[batch._rows[slot].number] += len(runs[slot].tokens)
-        plain(kind, runs, due, **options)
-
-    batch._slots.run = run  # type: ignore[method-assign]
-    return ran
 
 
 def answered(batch: Batch, prompt: list[int], new_tokens: int = 6, **options: Any) -> tuple[list[int], int]:

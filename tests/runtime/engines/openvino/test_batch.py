@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,11 @@ from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import InputError
 
 from tests.runtime.decoding.test_batch import Request, check_ends, decoded, requests
-from tests.support.bundles import make_adapted_bundle, make_bundle, traced_family
+from tests.support.bundles import make_bundle, traced_family
 from tests.support.decoding import assert_refused, padded, ticked_through
 from tests.support.models import FAMILIES
 
-from .test_engine import MIXED, MODEL, NEAR, TARGETS, VOCAB, assert_near
-
-CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
-BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "residual": (MODEL, {}, ("skip", "backfill", "lossless")),
-    "change": (MODEL, CHANGE, ("skip", "backfill", "lossless")),
-    "recurrent, halves": (MODEL, {"surrogate": "recurrent", "drop_layers": MIXED}, ("skip", "backfill", "lossless")),
-    "fill": (MODEL, {"policy": "fill", "surrogate": "anchor"}, ("fill",)),
-}
+from .test_engine import MODEL, NEAR, TARGETS, VOCAB, assert_near
 
 
 def alone(session: Session, request: Request) -> tuple[list[int], int | None]:
@@ -56,18 +47,6 @@ def alone(session: Session, request: Request) -> tuple[list[int], int | None]:
 
 def greedy(request: Request) -> Request:
     return Request(**{**vars(request), "temperature": 0.0, "counted": False, "adaptive": False})
-
-
-@pytest.fixture(scope="module", params=BUNDLES)
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Bundle, dict[str, Session]]]:
-    """A bundle, and a session for each of its policies."""
-    name, options, policies = BUNDLES[request.param]
-    bundle = make_adapted_bundle(name, tmp_path_factory.mktemp("served"), targets=TARGETS, max_batch=8, **options)
-    with contextlib.ExitStack() as stack:
-        root = bundle.root
-        yield bundle, {policy: stack.enter_context(Session.open(root, policy=policy, threads=1)) for policy in policies}
 
 
 @pytest.mark.parametrize("join_early", [False, True])

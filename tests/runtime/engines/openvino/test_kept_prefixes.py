@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,13 @@ from lora_drop_runtime import Batch, Event, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.paged_slots import PagedSlots
 
-from tests.runtime.decoding.test_batch import Request, check_ends, decoded, requests
+from tests.runtime.decoding.test_batch import Request, decoded, requests
+from tests.runtime.decoding.test_kept_prefixes import check_row
 from tests.support.bundles import make_adapted_bundle, make_bundle
-from tests.support.decoding import ticked_through
+from tests.support.decoding import prompts_run, ticked_through
 
-from .test_batch import BUNDLES, bytes_of, greedy, watched
-from .test_engine import MODEL, NEAR, TARGETS, VOCAB
-
-CLOSE = 2e-4  # of logprobs, which other orders of sums change
+from .test_batch import bytes_of, greedy, watched
+from .test_engine import MODEL, TARGETS, VOCAB
 
 
 def text(count: int, seed: int = 0) -> list[int]:
@@ -32,21 +28,6 @@ def text(count: int, seed: int = 0) -> list[int]:
 
 def tokens_of(events: list[Event], row: int) -> list[int]:
     return [event.token for event in events if event.row == row and event.token is not None]
-
-
-def prompts_run(batch: Batch) -> dict[int, int]:
-    """Tokens of each row's prompt that the engine runs from now on."""
-    ran: dict[int, int] = defaultdict(int)
-    plain = batch._slots.run
-
-    def run(kind: Any, runs: Any, due: Any, **options: Any) -> None:
-        for slot in due:
-            if batch._rows[slot].is_new:
-                ran[batch._rows[slot].number] += len(runs[slot].tokens)
-        plain(kind, runs, due, **options)
-
-    batch._slots.run = run  # type: ignore[method-assign]
-    return ran
 
 
 def in_use(batch: Batch) -> list[int]:
@@ -64,47 +45,6 @@ def check_nothing_leaks(batch: Batch) -> None:
         assert [len(own) for own in one.place.blocks] == [-(-len(one.tokens) // 32)] * 2
         prefixes._drop(one)
     assert in_use(batch) == [0, 0]
-
-
-def alone(session: Session, request: Request) -> Iterator[tuple[int, float, bool]]:
-    """Tokens of a row in a session of its own, their logprobs, and whether one may be another."""
-    k = 0 if request.policy == "lossless" else request.k
-    logits = session.prefill(np.array([request.prompt]), max_new_tokens=request.new_tokens, k=k)[0]
-    for left in reversed(range(request.new_tokens)):
-        second, first = np.sort(logits)[-2:]
-        token = int(logits.argmax())
-        shifted = logits.astype(np.float64) - logits.max()
-        yield token, shifted[token] - np.log(np.exp(shifted).sum()), first - second < NEAR * np.abs(logits).max()
-        if token in request.stops or not left:
-            return
-        logits = session.step([token])[0]
-
-
-def check_row(session: Session, request: Request, events: list[Event]) -> int:
-    """Tokens and logprobs are those of a row alone, up to its first near-tie; returns how many were compared."""
-    check_ends(request, events)
-    compared = 0
-    for event, (token, logprob, is_near) in zip(events, alone(session, request), strict=False):
-        if is_near or event.finished == "cancelled":
-            break
-        if event.token is None:
-            assert token in request.stops
-            break
-        assert event.token == token, f"{request}: token {compared}"
-        assert event.logprob == pytest.approx(logprob, abs=CLOSE)
-        compared += 1
-    return compared
-
-
-@pytest.fixture(scope="module", params=BUNDLES)
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Bundle, dict[str, Session]]]:
-    name, options, policies = BUNDLES[request.param]
-    bundle = make_adapted_bundle(name, tmp_path_factory.mktemp("served"), targets=TARGETS, max_batch=8, **options)
-    with contextlib.ExitStack() as stack:
-        root = bundle.root
-        yield bundle, {policy: stack.enter_context(Session.open(root, policy=policy, threads=1)) for policy in policies}
 
 
 TEXTS = [text(90, seed) for seed in (1, 2)]
