@@ -49,8 +49,10 @@ def report_lora_steps(bundle: Bundle, console: Console, *, trust_remote_code: bo
     found = {"tokens": same.size, "agreement": float(same.mean())}
     console.say(f"{what}: the most likely token is that of all layers in {same.mean():.0%} of {same.size} places")
     if same.mean() < LEAST_AGREEMENT:
+        verifies = plan.refresh_policy.verifies
+        why = "hardly a draft would be accepted" if verifies else "its own text would be another than the model's"
         console.say(
-            "so few that its own text would be another than the model's: choose layers (lora-drop profile) and fit "
-            "adapters for them (lora-drop fit), drop fewer, or decode with --k 0"
+            f"so few that {why}: choose layers (lora-drop profile) and fit adapters for them (lora-drop fit), drop "
+            "fewer, or decode with --k 0"
         )
     return found

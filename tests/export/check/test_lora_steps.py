@@ -23,12 +23,13 @@ from tests.support.tokenizers import character_tokenizer
 def by_oracle(bundle: Bundle, prompt: int, steps: int, k: int, adapters: Path | None = None) -> list[bool]:
     """Of each LoRA step of each text: whether its most likely token is transformers' own."""
     model, plan = family("llama").model, oracle_plan(bundle, adapters)
+    policy = bundle.manifest.plan.refresh_policy.in_steps.name
     rows = np.resize(sample_ids(bundle.root, 131), (ROWS, prompt + steps + 1))
     same = []
     for row in rows.tolist():
         with torch.no_grad():
             full = model(torch.tensor([row])).logits[0].argmax(-1)[prompt:-1]
-        found = oracle.decode_row(model, plan, row[:prompt], row[prompt:-1], k, bundle.manifest.plan.policy)[1:]
+        found = oracle.decode_row(model, plan, row[:prompt], row[prompt:-1], k, policy)[1:]
         places = zip(range(1, steps + 1), found, full, strict=True)
         same += [bool(ours.argmax() == theirs) for j, ours, theirs in places if not oracle.is_refresh(j, k)]
     return same
@@ -39,6 +40,7 @@ def by_oracle(bundle: Bundle, prompt: int, steps: int, k: int, adapters: Path | 
     [
         ({"k": 3}, 8),
         ({"k": 3, "policy": "backfill", "surrogate": "recurrent", "rank": 4}, 8),
+        ({"k": 3, "policy": "lossless"}, 8),
         ({"k": 1, "drop_ratio": 0.25}, 4),
         ({"k": 40, "drop_ratio": 0.25}, 16),
         ({"k": 1, "drop_layers": ("6.attn",)}, 4),  # the one that is not warned of
@@ -58,6 +60,7 @@ def test_the_share_is_the_oracles(options: dict, steps: int, tmp_path: Path, cap
     said = capsys.readouterr().err
     assert f"that of all layers in {np.mean(expected):.0%} of {len(expected)} places" in " ".join(said.split())
     assert ("lora-drop fit" in said) == (np.mean(expected) < 0.5) == ("drop_layers" not in options)
+    assert ("draft" in said) == (options.get("policy") == "lossless")
 
 
 def test_short_requests(tmp_path: Path) -> None:
