@@ -31,7 +31,7 @@ from lora_drop_tools.shared.table import MIB, table
 from lora_drop_export import ExportOptions, export
 
 HERE = Path(".demo")
-# Seven and thirteen of the 26 layers that may be dropped, chosen and fitted as docs/quality.md says, for `backfill`
+# Seven and thirteen of the 26 layers that may be dropped, chosen and fitted as docs/fitting.md says, for `backfill`
 ADAPTERS = {
     0.25: Path(__file__).parent / "adapters" / "SmolLM2-135M-Instruct",
     0.5: Path(__file__).parent / "adapters" / "SmolLM2-135M-Instruct-0.5",
