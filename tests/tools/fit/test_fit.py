@@ -27,11 +27,11 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
-from lora_drop_tools.fit.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, distill, run_batch
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.learner import Learner, apart, together, unfolded
 from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.teacher_forcing.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
 from transformers import PreTrainedTokenizerFast

@@ -11,10 +11,11 @@ import pytest
 import torch
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drop_plan import DropPlan
-from lora_drop_tools.fit import closed_form, distill, stages
+from lora_drop_tools.fit import distill, stages
 from lora_drop_tools.fit.distill import DistillOptions, Divergence
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.teacher_forcing import closed_form
 from safetensors.numpy import load_file
 
 SMALL = {"window": 32, "batch": 2, "rank": 3, "closed_form_tokens": 512}

@@ -11,9 +11,9 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES, Backfill, Policy, Skip
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_runtime.plan.surrogate import SURROGATES, Base, SurrogateForm
-from lora_drop_tools.fit.closed_form import Site, batches_of, walk
 from lora_drop_tools.fit.distill import run_batch
 from lora_drop_tools.profile.measures import site_figures
+from lora_drop_tools.teacher_forcing.closed_form import Site, batches_of, walk
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout, check_policy
 

@@ -108,7 +108,8 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
 
 def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
     """The adapters that distillation begins with, and the root mean square of each run's features by its last site."""
-    from .closed_form import Site, balanced, batches_of, solve, walk
+    from lora_drop_tools.teacher_forcing.closed_form import Site, balanced, batches_of, solve, walk
+
     from .learner import apart
 
     forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console

@@ -97,6 +97,9 @@ def _draw_sensitivity(axes: Any, result: Profile) -> None:
     for name in result.rankings:
         lists = [ranked for ranked in result.drop_lists if ranked.ranking == name]
         axes[1].plot([len(r.sites) for r in lists], [r.kl for r in lists], "o--", label=f"{name}, other text")
+        fitted = [(len(r.sites), r.kl_fitted) for r in lists if r.kl_fitted is not None]
+        if fitted:
+            axes[1].plot(*zip(*fitted, strict=True), "s-", label=f"{name}, with adapters")
     _label(axes[1], result, "KL of LoRA steps (nats)", "drop lists")
     axes[1].set_xlabel(f"dropped {result.settings['sites']}")
     axes[1].legend(fontsize="small")

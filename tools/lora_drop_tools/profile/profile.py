@@ -8,8 +8,9 @@ Enters: what load_model takes, text files. Leaves: a directory, whole or not at 
 
 Rankings of the eligible sites, the first to be dropped first: `temporal` (the paper: similarity of Eq. 17, mean over
 Δ, descending), `influence` (cosine of a site's input and output, descending), `sensitivity` (greedy by KL for what is
-saved, see greedy.py and sizes.py). All are made from one part of the text; the drop lists are compared on another.
-Fitted adapters may be in place meanwhile (fitted.py); what they stand in for is ranked then.
+saved, see greedy.py and sizes.py), `run` (the neighbours of each length that cost least with an adapter in their place,
+see runs.py). All are made from one part of the text; the drop lists are compared on another. Fitted adapters may be in
+place meanwhile (fitted.py); what they stand in for is ranked then.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ from .plots import FIGURE_FILES, write_plots
 from .report import describe
 from .result import PROFILE_NAME, Profile, RankedList, SiteProfile, profile_files
 from .scoring import Scoring
-from .settings import ProfileSettings
+from .settings import RUN, ProfileSettings
 from .sizes import savings
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
     from lora_drop_export.decoder.loaded import LoadedModel
+    from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
 _LISTED = ("k", "policy", "adapters", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
@@ -132,23 +134,44 @@ def _greedy(
 
 @dataclass(frozen=True)
 class _Ranked:
-    """The rankings by name, and what `sensitivity` measured on the way where it was asked for."""
+    """The rankings by name, and what was measured on the way where that was asked for.
+
+    Attributes:
+        alone, greedy_kl: by `sensitivity`.
+        runs: of `run`, by ρ.
+    """
 
     orders: Mapping[str, Sequence[str]]
     alone: Mapping[str, float]
     greedy_kl: tuple[float, ...]
+    runs: Mapping[float, Sequence[str]]
+
+    def lists(self, choice: Choice) -> list[tuple[str, float, Sequence[str]]]:
+        """Ranking, ρ and sites of each drop list."""
+        return [
+            (name, rho, self.runs[rho] if name == RUN else choice.saved.list_under(order, rho))
+            for name, order in self.orders.items()
+            for rho in (self.runs if name == RUN else choice.ratios)
+        ]
 
 
 def _rank(
     scoring: Scoring,
     figures: Mapping[str, SiteFigures],
+    fitting: Any,
     windows: Any,
     choice: Choice,
     settings: ProfileSettings,
     console: Console,
 ) -> _Ranked:
-    """Rank the eligible sites, the first to be dropped first."""
-    alone, greedy = dict[str, float](), list[tuple[str, float]]()
+    """Rank the eligible sites, the first to be dropped first.
+
+    Args:
+        fitting, windows: token ids [N, T] that adapters of runs are fitted on, and that lists are measured on.
+    """
+    from .runs import best_runs, with_adapters
+
+    alone, greedy, runs = dict[str, float](), list[tuple[str, float]](), dict[float, tuple[str, ...]]()
     candidates = choice.candidates
     orders: dict[str, list[str]] = {
         "temporal": sorted(candidates, key=lambda i: -sum(figures[i].similarity.values())),
@@ -157,24 +180,42 @@ def _rank(
     if "sensitivity" in settings.rankings:
         alone, greedy = _greedy(scoring, windows, choice, console)
         orders["sensitivity"] = [site for site, _ in greedy]
+    if RUN in settings.rankings:
+        runs = best_runs(with_adapters(scoring, settings.rank), fitting, windows, choice, console)
+        orders[RUN] = list(dict.fromkeys(site for rho in sorted(runs) for site in runs[rho]))
     names = dict.fromkeys(settings.rankings)
-    return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy))
+    return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy), runs)
 
 
 def _compare(
-    scoring: Scoring, ranked: _Ranked, windows: Any, choice: Choice, console: Console
+    scoring: Scoring,
+    ranked: _Ranked,
+    fitting: Any,
+    windows: Any,
+    choice: Choice,
+    settings: ProfileSettings,
+    console: Console,
 ) -> tuple[RankedList, ...]:
     """The drop list of each ranking and ratio, scored on text that no ranking saw."""
-    saved, ratios = choice.saved, choice.ratios
-    wanted = [(name, rho, saved.list_under(order, rho)) for name, order in ranked.orders.items() for rho in ratios]
-    with console.progress("drop lists on other text") as update:
-        done = iter(range(1, len(windows) + 1))
-        scores = scoring.of_lists(
-            windows, [sites for *_, sites in wanted], lambda: update("drop lists", next(done), len(windows))
-        )
+    from .runs import of_lists, with_adapters
+
+    saved, wanted = choice.saved, ranked.lists(choice)
+    lists = [sites for *_, sites in wanted]
+
+    def scored(scoring: Scoring, surrogates: Sequence[Surrogates] | None) -> list[float]:
+        with console.progress("drop lists on other text") as update:
+            done = iter(range(1, len(windows) + 1))
+            return scoring.of_lists(windows, lists, lambda: update("drop lists", next(done), len(windows)), surrogates)
+
+    kls, fitted = scored(scoring, None), list[float | None]([None] * len(lists))
+    if RUN in ranked.orders:
+        adapted = with_adapters(scoring, settings.rank)
+        fitted = [*scored(adapted, of_lists(adapted, lists, fitting, console))]
     return tuple(
-        RankedList(name, rho, sorted_sites(sites), kl, saved.share(sites, "attentions"), saved.share(sites, "weights"))
-        for (name, rho, sites), kl in zip(wanted, scores, strict=True)
+        RankedList(
+            name, rho, sorted_sites(sites), kl, saved.share(sites, "attentions"), saved.share(sites, "weights"), best
+        )
+        for (name, rho, sites), kl, best in zip(wanted, kls, fitted, strict=True)
     )
 
 
@@ -220,7 +261,8 @@ def _measure(
         )
     layout = Layout.of(window, window // _PROMPT_SHARE, PeriodicSchedule(settings.k), forcing.device)
     scoring = Scoring(forcing, plan, layout, plan.refresh_policy, surrogates)
-    ranked = _rank(scoring, figures, ranking[:scored], choice, settings, console)
+    fitting = ranking[scored:count]  # of which the rankings see nothing
+    ranked = _rank(scoring, figures, fitting, ranking[:scored], choice, settings, console)
     return Profile(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
@@ -238,7 +280,7 @@ def _measure(
         ),
         rankings={name: tuple(order) for name, order in ranked.orders.items()},
         greedy_kl=ranked.greedy_kl,
-        drop_lists=_compare(scoring, ranked, comparing, choice, console),
+        drop_lists=_compare(scoring, ranked, fitting, comparing, choice, settings, console),
     )
 
 

@@ -13,9 +13,12 @@ from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.table import table
 
-if TYPE_CHECKING:
-    from .result import Profile
+from .settings import RUN, RUN_SURROGATE
 
+if TYPE_CHECKING:
+    from .result import Profile, RankedList
+
+_FITTED = f"in closed form, {RUN_SURROGATE}, each run of neighbours as one; a fit makes them better"
 BASES = tuple(name for name, form in SURROGATES.items() if not form.with_change)
 
 
@@ -23,20 +26,30 @@ def _ratios(result: Profile) -> list[float]:
     return sorted({ranked.rho for ranked in result.drop_lists})
 
 
-def _compared(result: Profile) -> list[str]:
-    """The KL of the drop lists: of whole layers all are equally long."""
+def _kl(ranked: RankedList, halves: bool, fitted: bool) -> str:
+    kl = ranked.kl_fitted if fitted else ranked.kl
+    return f"{kl:.4f} of {len(ranked.sites):2}" if halves else f"{kl:.4f}"
+
+
+def _compared(result: Profile, fitted: bool = False) -> list[str]:
+    """The KL of the drop lists, as they are or with adapters: of whole layers all are equally long."""
     settings, names = result.settings, tuple(result.rankings)
     lists = {(ranked.ranking, ranked.rho): ranked for ranked in result.drop_lists}
     share = "attentions" if settings["objective"] == "kv" else "ρ"
+    halves = settings["sites"] == "halves"
     rows = []
     for rho in _ratios(result):
-        ranked = [lists[name, rho] for name in names]
-        if settings["sites"] == "halves":
-            rows.append((f"{share} = {rho:g}", *(f"{one.kl:.4f} of {len(one.sites):2}" for one in ranked)))
-        else:
-            rows.append((f"{share} = {rho:g}", f"{len(ranked[0].sites)}", *(f"{one.kl:.4f}" for one in ranked)))
-    lengths = () if settings["sites"] == "halves" else ("layers",)
-    return table(("KL of LoRA steps, nats", *lengths, *names), rows)
+        ranked = [lists.get((name, rho)) for name in names]  # neighbours may reach less than other lists
+        lengths = {len(one.sites) for one in ranked if one}
+        rows.append(
+            (
+                f"{share} = {rho:g}",
+                *(() if halves else map(str, lengths)),
+                *("–" if one is None else _kl(one, halves, fitted) for one in ranked),
+            )
+        )
+    heading = "the same with adapters" if fitted else "KL of LoRA steps, nats"
+    return table((heading, *(() if halves else ("layers",)), *names), rows)
 
 
 def _objective(settings: Mapping[str, Any]) -> str:
@@ -52,9 +65,11 @@ def _adapters(settings: Mapping[str, Any]) -> str:
     return f"with the adapters of {settings['adapters']}" if settings["adapters"] else "without adapters"
 
 
-def _use(settings: Mapping[str, Any]) -> str:
-    """The command that takes a list; adapters of a longer one are fitted anew for it."""
-    return "lora-drop fit MODEL --text …" if settings["adapters"] else "lora-drop-export --model MODEL"
+def _use(result: Profile) -> str:
+    """The command that takes a list; adapters of a longer one, or of a run, are fitted anew for it."""
+    if RUN in result.rankings:
+        return f"lora-drop fit MODEL --text … --surrogate {RUN_SURROGATE}"
+    return "lora-drop fit MODEL --text …" if result.settings["adapters"] else "lora-drop-export --model MODEL"
 
 
 def describe(result: Profile, out: Path) -> list[str]:
@@ -90,11 +105,12 @@ def describe(result: Profile, out: Path) -> list[str]:
         f"on {settings['sensitivity_tokens']} other tokens, k = {settings['k']}, policy {settings['policy']}, "
         f"{settings['surrogate']} {_adapters(settings)}",
         *([_objective(settings)] if "sensitivity" in names else []),
+        *(["", *_compared(result, fitted=True), _FITTED] if RUN in names else []),
         "",
         "recommended, the least KL:",
         *(
             f"  {out / ranked.file}: {', '.join(ranked.sites) or 'none'}" + (f" ({share})" if what == "half" else "")
             for ranked, share in zip(best, shares, strict=True)
         ),
-        f"use one: {_use(settings)} --drop-list FILE --policy {settings['policy']} --out DIR",
+        f"use one: {_use(result)} --drop-list FILE --policy {settings['policy']} --out DIR",
     ]

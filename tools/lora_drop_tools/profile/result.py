@@ -41,6 +41,7 @@ class RankedList:
         rho: asked for; sizes.py says which lists stand under it.
         sites: of the list, in order.
         kl: mean KL(full model ‖ LoRA step) in nats, on text that no ranking saw.
+        kl_fitted: the same with adapters in closed form in place (runs.py); None where `run` was no ranking.
         attention_share: of the eligible layers' attentions, how many are dropped.
         weight_share: of the bytes of the eligible layers' weights, how many a LoRA step does not read.
     """
@@ -51,6 +52,7 @@ class RankedList:
     kl: float
     attention_share: float
     weight_share: float
+    kl_fitted: float | None = None
 
     @property
     def file(self) -> str:
@@ -64,7 +66,8 @@ class Profile:
     Attributes:
         settings: the arguments, and how much text was measured.
         sites: every layer, or every half.
-        rankings: name → eligible sites, the first to be dropped first; of `sensitivity` as many as were found.
+        rankings: name → eligible sites, the first to be dropped first; of `sensitivity` as many as were found, of `run`
+            those of the shortest list, then what each longer one adds.
         greedy_kl: of the lists that `sensitivity` grows by one site each, on the text that it ranks on.
     """
 
@@ -78,8 +81,9 @@ class Profile:
     drop_lists: tuple[RankedList, ...]
 
     def best(self, rho: float) -> RankedList:
-        """The list with the least KL; of equal ones the first ranking's."""
-        return min((ranked for ranked in self.drop_lists if ranked.rho == rho), key=lambda ranked: ranked.kl)
+        """The list with the least KL, with adapters where that is known; of equal ones the first ranking's."""
+        lists = (ranked for ranked in self.drop_lists if ranked.rho == rho)
+        return min(lists, key=lambda ranked: ranked.kl if ranked.kl_fitted is None else ranked.kl_fitted)
 
 
 def profile_files(root: Path) -> frozenset[str] | None:

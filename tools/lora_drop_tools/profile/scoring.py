@@ -70,8 +70,18 @@ class Scoring:
             )
         return total
 
-    def of_lists(self, windows: Any, lists: Sequence[Sequence[str]], tick: Tick) -> list[float]:
-        """Of each drop list over windows of token ids [N, T], one window in memory; `tick` after each window."""
+    def of_lists(
+        self,
+        windows: Any,
+        lists: Sequence[Sequence[str]],
+        tick: Tick,
+        surrogates: Sequence[Surrogates] | None = None,
+    ) -> list[float]:
+        """Of each drop list over windows of token ids [N, T], one window in memory; `tick` after each window.
+
+        Args:
+            surrogates: of each list, in the place of those of all.
+        """
         import torch
 
         sums = [0.0] * len(lists)
@@ -81,7 +91,8 @@ class Scoring:
                 reference = self.reference(exact)
                 for index, sites in enumerate(lists):
                     plan = dataclasses.replace(self.plan, sites=tuple(sites))
-                    hidden = self.forcing.decode(exact, ids[None], self.layout, plan, self.surrogates, self.policy)
+                    own = self.surrogates if surrogates is None else surrogates[index]
+                    hidden = self.forcing.decode(exact, ids[None], self.layout, plan, own, self.policy)
                     sums[index] += self.kl(reference, hidden)
                 tick()
         return [total / (len(windows) * len(self.layout.lora)) for total in sums]

@@ -19,6 +19,9 @@ from lora_drop_tools.teacher_forcing.layout import check_policy
 from .measures import DELTAS, LEADING
 
 RANKINGS = ("sensitivity", "influence", "temporal")
+RUN = "run"  # a ranking that is made where it is asked for
+RUN_SURROGATE = "residual-delta"
+RUN_RANK = 64  # of each layer's part where --rank names none
 SITES = ("layers", "halves")
 OBJECTIVES = ("speed", "kv")
 CONTEXT = 1024
@@ -41,7 +44,8 @@ class ProfileSettings:
         rank: of the adapters whose bytes are counted.
         adapters: of `lora-drop fit`. What they stand in for is ranked, and each list has them in place.
         always_first, always_last: layers that are kept; as the adapters say, or 3 and 1, when None.
-        tokens: how much text the figures of layers are means over.
+        tokens: how much text the figures of layers are means over. `run` fits adapters on what `sensitivity_tokens`
+            leaves of it.
         window: tokens of a piece of text, 256 when None, or as many as the model and the bundle allow; the pieces are
             drawn from all over it.
         sensitivity_tokens: how much of it `sensitivity` decodes again and again, and how much other text the drop lists
@@ -90,7 +94,10 @@ class ProfileSettings:
         help="count the bytes of adapters of this rank, which LoRA steps read (default: the adapters', or 0)",
     )
     rankings: tuple[str, ...] = option(
-        RANKINGS, metavar="NAME,…", help=f"rank by some of {', '.join(RANKINGS)} (default all)"
+        RANKINGS,
+        metavar="NAME,…",
+        help=f"rank by some of {', '.join(RANKINGS)} (default all of these), and {RUN}: neighbours that cost least "
+        "with an adapter in their place",
     )
     tokens: int = option(
         8192, metavar="N", bounds=bounds.COUNT, help="take the layers' figures on so many tokens (default 8192)"
@@ -129,7 +136,8 @@ class ProfileSettings:
         check_known("objective", self.objective, OBJECTIVES, "--objective")
         self._check_objective()
         for ranking in self.rankings or ("",):
-            check_known("ranking", ranking, RANKINGS, "--rankings")
+            check_known("ranking", ranking, (*RANKINGS, RUN), "--rankings")
+        self._check_run()
         farthest = max(*DELTAS, self.k)
         shortest = LEADING + farthest + 2
         if self.window_tokens < shortest:
@@ -151,6 +159,12 @@ class ProfileSettings:
         """Refuse a policy that cannot be profiled under, or under which there is no saving of the objective's."""
         check_known("refresh policy", policy, tuple(POLICIES), "--policy")
         check_policy(POLICIES[policy], self.k)
+        if RUN in self.rankings and POLICIES[policy].fills:
+            raise InputError(
+                f"The ranking {RUN} is of neighbours that one adapter stands for.",
+                note=f"Under {policy} a LoRA step makes K and V of each dropped layer's own input.",
+                hint=f"Leave {RUN} out of --rankings.",
+            )
         if self.objective == "kv" and not POLICIES[policy].leaves_holes:
             raise InputError(
                 "No K/V is saved under this policy.",
@@ -165,6 +179,25 @@ class ProfileSettings:
             return
         because = f"--objective {self.objective} counts no weights"
         refuse_unused(self, ("bundle_dtype", "rank"), because, "use --objective speed")
+
+    def _check_run(self) -> None:
+        """Refuse what `run` does not rank."""
+        if RUN not in self.rankings:
+            return
+        odd = ("--sites is halves", "--sites") if self.halves else ("--adapters was given", "--adapters")
+        if self.halves or self.adapters is not None:
+            raise InputError(
+                f"The ranking {RUN} is of whole layers, with adapters that it finds itself.",
+                note=f"{odd[0]}, and --rankings has {RUN}.",
+                hint=f"Leave {odd[1]} out, or {RUN}.",
+            )
+        if self.tokens < 2 * self.sensitivity_tokens:
+            raise InputError(
+                f"There is too little text for the adapters of {RUN}.",
+                note=f"They are fitted on what --sensitivity-tokens {self.sensitivity_tokens} leaves of --tokens "
+                f"{self.tokens}.",
+                hint=f"Use --tokens {8 * self.sensitivity_tokens}, or fewer --sensitivity-tokens.",
+            )
 
     @property
     def halves(self) -> bool:

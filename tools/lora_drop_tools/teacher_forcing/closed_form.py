@@ -18,11 +18,11 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.sites import ATTENTION, half_of, layer_of
 
-from lora_drop_tools.teacher_forcing.dropped import DroppedLayer
-from lora_drop_tools.teacher_forcing.exact import ExactLayer
-from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
-from lora_drop_tools.teacher_forcing.layout import Layout
-from lora_drop_tools.teacher_forcing.surrogates import product
+from .dropped import DroppedLayer
+from .exact import ExactLayer
+from .forcing import TeacherForcing
+from .layout import Layout
+from .surrogates import product
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # per token, of features scaled to a mean square of 1
 _HELD_OUT = 6  # every so many batches one chooses the ridge; of fewer the last one, of one the last text
@@ -175,7 +175,8 @@ def solve(site: Site, rank: int) -> Solution:
     """Reduced-rank ridge regression (Izenman 1975): the matrix of rank r that leaves the least squared error.
 
     With M = XᵀX + λI = L Lᵀ the ridge solution is W = M⁻¹ XᵀY; the best W of rank r truncates Lᵀ W, W in whitened
-    coordinates: `W V_r V_rᵀ`, V_r its leading right singular vectors. y ≈ x W, so A = (W V_r)ᵀ and B = V_r.
+    coordinates: `W V_r V_rᵀ`, V_r its leading right singular vectors, the eigenvectors of `WᵀMW = WᵀXᵀY`. y ≈ x W, so
+    A = (W V_r)ᵀ and B = V_r.
     λ is the one of RIDGES that leaves the least error on held-out tokens. Features are scaled to a mean square of 1,
     since a few dimensions of a residual stream are a hundred times the others.
     """
@@ -188,7 +189,7 @@ def solve(site: Site, rank: int) -> Solution:
     for ridge in RIDGES:
         lower = torch.linalg.cholesky(xx + ridge * fit.tokens * torch.eye(len(xx), dtype=xx.dtype))
         w = torch.cholesky_solve(xy, lower)
-        v = torch.linalg.svd(lower.T @ w, full_matrices=False).Vh[:rank].T  # [d, r]
+        v = torch.linalg.eigh(w.T @ xy).eigenvectors.flip(1)[:, :rank]  # [d, r]
         w_r = (w @ v) / scale[:, None]  # [d, r]
         left = held_out.error(w_r @ v.T) / max(held_out.yy, 1e-30)
         if best is None or left < best.left:
