@@ -11,6 +11,7 @@ from lora_drop_runtime.command_line import check_known, check_options, option, r
 from lora_drop_runtime.dtypes import WEIGHT_SHORTS
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES
+from lora_drop_runtime.plan.surrogate import SURROGATES
 
 from lora_drop_tools.shared.corpus import DTYPES, WINDOW
 from lora_drop_tools.shared.options import trust_remote_code_option
@@ -20,7 +21,7 @@ from .measures import DELTAS, LEADING
 
 RANKINGS = ("sensitivity", "influence", "temporal")
 RUN = "run"  # a ranking that is made where it is asked for
-RUN_SURROGATE = "residual-delta"
+RUN_SURROGATE = next(name for name, form in SURROGATES.items() if form.with_change)
 RUN_RANK = 64  # of each layer's part where --rank names none
 SITES = ("layers", "halves")
 OBJECTIVES = ("speed", "kv")
