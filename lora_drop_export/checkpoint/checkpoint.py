@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from lora_drop_runtime.dtypes import BY_NAME
 
 _FINGERPRINT_VALUES = 64
 
@@ -60,12 +61,16 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
 
-        SHA-256 over each tensor's name, shape and first 64 values as float32.
+        SHA-256 over each tensor's name, shape and first 64 values as float32; over the dtype of one that cannot be
+        read, which the model may have no place for.
         """
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]
             digest.update(f"{name}{ref.shape}".encode())
+            if ref.dtype not in BY_NAME:
+                digest.update(ref.dtype.encode())
+                continue
             rows = ref.rows(0, 1) if ref.shape else ref.read()
             digest.update(np.asarray(rows, np.float32).reshape(-1)[:_FINGERPRINT_VALUES].tobytes())
         return digest.hexdigest()

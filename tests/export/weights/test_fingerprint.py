@@ -53,3 +53,13 @@ def test_fingerprint_is_the_bundles(tmp_path, model):
     """The manifest has the checkpoint's, also when the weights were converted."""
     cast(model, torch.bfloat16)
     assert export(model, tmp_path / "out").manifest.model.fingerprint == fingerprint(model)
+
+
+def test_weights_that_the_model_has_no_place_for_may_be_of_any_dtype(tmp_path, model):
+    """Such as a quantized part of a model that sees; they are another model all the same."""
+    whole, seen = load_file(model / "model.safetensors"), {fingerprint(model)}
+    for dtype in (torch.int8, torch.float8_e5m2):
+        save(whole | {"vision_tower.weight": torch.zeros(4, 4, dtype=dtype)}, model)
+        seen.add(fingerprint(model))
+    assert len(seen) == 3
+    assert export(model, tmp_path / "out").manifest.model.fingerprint in seen
