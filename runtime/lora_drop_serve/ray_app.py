@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from lora_drop_runtime import bounds
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.decoding.batch import Batch
-from lora_drop_runtime.decoding.checks import checked_slots, row_limits
+from lora_drop_runtime.decoding.checks import checked_cache_bytes, checked_slots, row_limits
 from lora_drop_runtime.decoding.opening import check_opening
 from lora_drop_runtime.errors import InputError, LoraDropError
 from lora_drop_runtime.text import TextCodec
@@ -61,6 +61,7 @@ class Arguments(BaseModel):
         model_name: what the model is called in requests and answers; the bundle's name for it when None.
         gpus: that a replica reserves, 1 when None if its engine runs on one.
         keep_prefixes: whether a prompt is not run again as far as another of the replica began alike.
+        kv_cache_bytes: that the K/V of a replica's rows may take, where the target's caches are paged.
         max_seq_len, max_prompt_len, k, schedule, policy, draft, target, provider: as for `Batch.open`.
         threads: as there; a replica reserves as many CPUs, 1 when None.
     """
@@ -79,6 +80,7 @@ class Arguments(BaseModel):
     max_seq_len: int | None = _within(bounds.TOKENS)
     max_prompt_len: int | None = _within(bounds.TOKENS)
     keep_prefixes: bool = True
+    kv_cache_bytes: int | None = _within(Bounds(1, 2**50))
     k: Annotated[int, _within(bounds.K, ...)] | Literal["auto"] | None = None
     schedule: str | None = None
     policy: str | None = None
@@ -154,6 +156,7 @@ def _application(arguments: Arguments, slots: int, api_key: str | None) -> Calla
             max_seq_len=arguments.max_seq_len,
             max_prompt_len=arguments.max_prompt_len,
             keep_prefixes=arguments.keep_prefixes,
+            kv_cache_bytes=arguments.kv_cache_bytes,
             **arguments.model_dump(include=_OF_OPENING),
         )
         codec = TextCodec.open(arguments.bundle / "tokenizer")
@@ -175,6 +178,7 @@ def _deployment(given: dict[str, Any]) -> serve.Application:
     on_gpu = target.on_device if arguments.provider is None else arguments.provider != "cpu"
     limits = bundle.manifest.limits
     row_limits(arguments.max_seq_len, arguments.max_prompt_len, limits)
+    checked_cache_bytes(arguments.kv_cache_bytes, target.is_paged)
     slots = checked_slots(min(SLOTS, limits.max_batch) if arguments.slots is None else arguments.slots, limits)
     arguments = arguments.model_copy(update={"bundle": bundle.root})
     deployment = serve.deployment(

@@ -151,6 +151,8 @@ def check_told(found: list[list[str] | None], bundle: Bundle) -> int:
         ({"target": "tensorrt"}, "Hint: "),
         ({"gpus": "0.00001"}, "gpus is 1e-05"),
         ({"gpus": 1.5}, "gpus is 1.5"),
+        ({"kv_cache_bytes": "0"}, "'kv_cache_bytes' cannot be used"),
+        ({"kv_cache_bytes": 2**20}, "applies only where caches are paged"),
     ],
     ids=str,
 )
@@ -163,6 +165,25 @@ def test_wrong_arguments_are_refused_before_a_replica_starts(bundle: Bundle, giv
         build({"bundle": str(bundle.root), **given} if given else given)
     assert said in caught.value.format_message()
     assert caught.value.exit_code == 2
+
+
+def test_what_a_replica_opens(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_drop_serve import ray_app
+
+    opened: dict[str, Any] = {}
+    batch = Batch.open(bundle.root, slots=1)
+
+    def note(root: Path, **given: Any) -> Batch:
+        opened.update(given, root=root)
+        return batch
+
+    monkeypatch.setattr(ray_app.Batch, "open", note)
+    wanted = {"kv_cache_bytes": 2**20, "keep_prefixes": False, "max_seq_len": 100, "max_prompt_len": 50, "k": 2}
+    arguments = ray_app.Arguments(bundle=bundle.root, slots=4, **wanted)
+    with batch:
+        ray_app._application(arguments, 3, None)()
+    assert wanted.items() <= opened.items()
+    assert (opened["root"], opened["slots"]) == (bundle.root, 3)
 
 
 def test_health_fails_when_the_engine_is_stuck(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
