@@ -69,7 +69,7 @@ class Record:
         """Why it was not taken, as `/metrics` has it; None of one that was, and of probes."""
         if self.error is None or self.status is None or self.route in PROBES:
             return None
-        if self.status < 500 or (self.status == 503 and self._job is None):
+        if 400 <= self.status < 500 or (self.status == 503 and self._job is None):
             return self.error if self.error in REASONS else INVALID
         return None
 

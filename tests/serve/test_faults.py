@@ -86,6 +86,11 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return answer.json()["error"]
 
 
+def refused(served: Served) -> dict[str, float]:
+    """What `/metrics` counts as requests that were not taken."""
+    return {name: count for name, count in served.metrics().items() if "refused_requests_total" in name and count}
+
+
 # ── clients ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -290,10 +295,10 @@ def test_a_full_queue(served: Served, engine: GatedEngine) -> None:
         running = [pool.submit(served.http.post, COMPLETIONS, json=body(6, n)) for n in range(4)]
         await_that(lambda: served.driver.open_rows == 4)
         for options in ({}, {"stream": True}):
-            refused = served.http.post(COMPLETIONS, json=body(6, **options))
-            assert refused.status_code == 429
-            assert int(refused.headers["Retry-After"]) >= 1
-            assert (error_of(refused)["type"], error_of(refused)["code"]) == ("rate_limit_error", "queue_full")
+            late = served.http.post(COMPLETIONS, json=body(6, **options))
+            assert late.status_code == 429
+            assert int(late.headers["Retry-After"]) >= 1
+            assert (error_of(late)["type"], error_of(late)["code"]) == ("rate_limit_error", "queue_full")
         metrics = served.metrics()
         assert metrics["lora_drop_rows_running"] + metrics["lora_drop_rows_waiting"] <= 4
         await_that(lambda: served.metrics()["lora_drop_rows_running"] > 0)  # though the first tick is not over
@@ -335,6 +340,7 @@ def test_a_row_that_fails_fails_alone(served: Served, engine: GatedEngine, strea
     assert "not numbers" in error["message"]
     engine.broken = lambda run: None
     check_alive(served)
+    assert not refused(served)  # it was taken
 
 
 @pytest.mark.parametrize("error", [BundleError("The device is lost."), RuntimeError("secret"), MemoryError()], ids=repr)
