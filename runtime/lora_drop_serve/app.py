@@ -145,6 +145,8 @@ class Gate:
             except TimeoutError:
                 error = too_slow("body", BODY_SECONDS)
                 raise HTTPException(error.status, error.body, error.headers) from None
+            if message["type"] == "http.disconnect" and not is_whole:
+                raise HTTPException(GONE)
             is_whole = not message.get("more_body")
             taken += len(message.get("body", b""))
             if taken > MOST_BODY_BYTES:
@@ -214,6 +216,8 @@ def _handle_errors(app: FastAPI, records: Records) -> None:
 
     @app.exception_handler(AnyHTTPException)
     async def of_http(request: Request, error: AnyHTTPException) -> Response:
+        if error.status_code == GONE:
+            return Response(status_code=GONE)
         if isinstance(error.detail, dict):  # made above
             _record(request).fails(error.detail)
             return JSONResponse(error.detail, error.status_code, error.headers)

@@ -161,6 +161,18 @@ def test_clients_that_go_away(served: Served, log: Log, monkeypatch: pytest.Monk
     served.await_rows(0)
 
 
+def test_a_client_that_goes_away_within_its_body(served: Served, log: Log) -> None:
+    """Its JSON is not wrong, but cut."""
+    name = 'lora_drop_refused_requests_total{reason="json"}'
+    before = served.metrics()[name]
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Length: 9\r\n\r\n"
+    with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
+        client.sendall(f"{head}{{".encode())
+    (line,) = log.lines(1)
+    assert (line["route"], line["status"], line["error"]) == (COMPLETIONS, 499, "client_gone")
+    assert served.metrics()[name] == before
+
+
 def test_errors_of_our_own(served: Served, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(*_: object) -> Any:
