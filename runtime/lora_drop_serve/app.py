@@ -49,7 +49,6 @@ from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
 
 BODY_SECONDS = 120  # that a client may take for a body
 DISCARD_SECONDS = 10  # that a body which is refused may still come
-MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 MOST_COMPILING = 2  # schemas and tools at once, each in a process of its own
 ACCEPT_LOG_SECONDS = 60
@@ -100,8 +99,8 @@ def _of_ours() -> ApiError:
 
 
 class Gate:
-    """Around all routes: the key, size and time of bodies, readers that take nothing, the record of each request, and
-    the end of connections once the server leaves.
+    """Around all routes: the key, size and time of bodies, the record of each request, and the end of connections once
+    the server leaves.
 
     Args:
         app: behind it.
@@ -134,7 +133,7 @@ class Gate:
         return ApiError(413, f"The body has more than {MOST_BODY_BYTES} bytes.", code="body_too_large")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
-        taken, is_whole, stalled = 0, False, False
+        taken, is_whole = 0, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def received() -> Message:
@@ -156,7 +155,6 @@ class Gate:
             return message
 
         async def sent(message: Message) -> None:
-            nonlocal stalled
             if message["type"] == "http.response.start":
                 self._records.answer(record, message["status"])
                 headers = MutableHeaders(raw=[*message["headers"]])
@@ -164,23 +162,14 @@ class Gate:
                 if self._driver.is_leaving:  # a client that keeps its connection would never ask another server
                     headers["Connection"] = "close"
                 message = {**message, "headers": headers.raw}
-            try:
-                async with asyncio.timeout(MOST_STALL_SECONDS):
-                    await send(message)
-            except TimeoutError:
-                stalled = True
-                raise
+            await send(message)
 
         try:
             self._check(scope)
         except ApiError as error:
             await _refuse(_error(error, record), receive, sent)
             return
-        try:
-            await self._app(scope, received, sent)
-        except Exception:
-            if not stalled:
-                raise
+        await self._app(scope, received, sent)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -28,6 +28,7 @@ from .errors import ApiError, malformed, too_slow
 from .records import Records
 
 HEAD_SECONDS = 60  # that a client may take for a request's line and headers
+MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 _FLUSH_SECONDS = 5  # for responses on their way, once nothing runs any more
 
 
@@ -74,13 +75,15 @@ def address(made: socket.socket) -> str:
 
 
 class Protocol(H11Protocol):
-    """HTTP of one connection, whose errors are the API's objects too, and whose requests have to come in time.
+    """HTTP of one connection, whose errors are the API's objects too, whose requests have to come in time, and whose
+    answers have to be taken.
 
     uvicorn bounds how long a connection may lie idle between two requests; this bounds how long one may take for the
-    head of a request. What its body may take, the application says.
+    head of a request, and how long its reader may take nothing. What its body may take, the application says.
     """
 
     _limit: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
 
     def _watch(self) -> None:
         """Let time run exactly while a head is awaited."""
@@ -113,12 +116,34 @@ class Protocol(H11Protocol):
             records.end(record)
         self.transport.close()
 
+    def _look_at_reader(self, left: int) -> None:
+        """Cut one that has taken nothing of so many bytes since the last look."""
+        size = self.transport.get_write_buffer_size()
+        if size == left:
+            self.transport.abort()  # closed alone it would keep them for its reader
+        else:
+            self._stall = self.loop.call_later(MOST_STALL_SECONDS, self._look_at_reader, size)
+
+    def _stop_looking(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_at_reader(0)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_looking()
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        self._stop_looking()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
