@@ -163,6 +163,7 @@ class Gate:
                     headers["Connection"] = "close"
                 message = {**message, "headers": headers.raw}
             await send(message)
+            record.is_told = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             self._check(scope)

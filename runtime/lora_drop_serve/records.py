@@ -34,6 +34,7 @@ class Record:
         status: of HTTP; None until the answer begins.
         error: the code of the error that it was answered with, or that ended its stream.
         model: that it is for, once that is known.
+        is_told: whether all of its answer was sent.
     """
 
     def __init__(self, id: str, route: str) -> None:
@@ -41,6 +42,7 @@ class Record:
         self.status: int | None = None
         self.error: str | None = None
         self.model: str | None = None
+        self.is_told = False
         self._began = time.perf_counter()
         self._answer: Answer | None = None
         self._job: Job | None = None
@@ -78,7 +80,7 @@ class Record:
         job, usage = self._job, None if self._answer is None else self._answer.usage()
         times = (None, None) if job is None else (job.queue_seconds, job.first_token_seconds)
         queue, first = (None if one is None else round(one, _DIGITS) for one in times)
-        is_left = self.status == GONE or (self._answer is not None and not self.finish_reasons)
+        is_left = self.status == GONE or (self._answer is not None and not self.is_told)
         said = {
             "time": now.isoformat(timespec="milliseconds"),
             "id": self.id,
@@ -130,7 +132,7 @@ class Records:
         """Its answer is over."""
         if record.refusal is not None:
             self._metrics.refused[record.refusal].inc()
-        elif record.status == 200 and record.error is None and record.finish_reasons:
+        elif record.status == 200 and record.error is None and record.finish_reasons and record.is_told:
             self._metrics.whole.observe(record.seconds)
         is_quiet = record.route in PROBES and record.status is not None and record.status < 400
         if self._logs and not is_quiet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -17,6 +18,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.row import Event
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.answers import Answer
+from lora_drop_serve.app import Gate
 from lora_drop_serve.driver import Began, Job
 from lora_drop_serve.names import request_id
 
@@ -159,6 +161,31 @@ def test_clients_that_go_away(served: Served, log: Log, monkeypatch: pytest.Monk
     assert line["new_tokens"] <= 3
     gate.set()
     served.await_rows(0)
+
+
+def test_a_client_that_goes_away_before_the_end_of_what_was_made(
+    served: Served, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens are there, but the last of them do not go out."""
+    answer = Gate.__call__
+
+    async def held(gate: Gate, scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: Any) -> None:
+            if b"[DONE]" in message.get("body", b""):
+                await asyncio.Event().wait()
+            await send(message)
+
+        await answer(gate, scope, receive, sent)
+
+    name = "lora_drop_request_duration_seconds_count"
+    before = served.metrics()[name]
+    with monkeypatch.context() as patch:
+        patch.setattr(Gate, "__call__", held)
+        with served.http.stream("POST", COMPLETIONS, json={"prompt": [3], "max_tokens": 4, "stream": True}) as told:
+            next(line for line in told.iter_lines() if '"finish_reason":null' not in line and line)
+        (line,) = log.lines(1)
+    assert (line["status"], line["error"], line["new_tokens"]) == (200, "client_gone", 4)
+    assert served.metrics()[name] == before
 
 
 def test_a_client_that_goes_away_within_its_body(served: Served, log: Log) -> None:
