@@ -530,7 +530,7 @@ def forget_signals() -> None:
     _came.clear()
 
 
-def _handlers() -> dict[signal.Signals, Any]:
+def signal_handlers() -> dict[signal.Signals, Any]:
     """Of the signals that end a command; none in a thread where Python lets nobody handle signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -543,7 +543,7 @@ def held_signals() -> Iterator[Sequence[int]]:
     """Let SIGINT, SIGTERM and SIGHUP wait until the context ends, where they are handled in Python; yields those that
     came. For what must not be torn, and for C code that calls back: it loses what a handler raises there."""
     caught: list[int] = []
-    before = {number: handler for number, handler in _handlers().items() if callable(handler)}
+    before = {number: handler for number, handler in signal_handlers().items() if callable(handler)}
     for number in before:
         signal.signal(number, lambda number, _: caught.append(number))
     try:
@@ -579,7 +579,7 @@ def _ended_by_signals() -> Iterator[None]:
         again[-1].start()
 
     defaults = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: handler for number, handler in _handlers().items() if handler in defaults}
+    before = {number: handler for number, handler in signal_handlers().items() if handler in defaults}
     for number in before:
         signal.signal(number, end)
     if before:

@@ -12,14 +12,14 @@ import ipaddress
 import json
 import signal
 import socket
-import threading
+from collections.abc import Generator
 from types import FrameType
 from typing import Any, cast
 
 import h11
 import uvicorn
 from fastapi import FastAPI
-from lora_drop_runtime.command_line import tell
+from lora_drop_runtime.command_line import signal_handlers, tell
 from lora_drop_runtime.errors import InputError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -180,6 +180,19 @@ class _Server(uvicorn.Server):
         else:
             self._driver.cut()
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """uvicorn's, with SIGHUP, and without those that are ignored, as by `nohup`."""
+        before = {number: handler for number, handler in signal_handlers().items() if handler is not None}
+        with super().capture_signals():
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is signal.SIG_IGN else self.handle_exit)
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # A signal's handler runs in the loop's thread, in the midst of anything
         asyncio.get_running_loop().call_soon_threadsafe(self._end)
@@ -204,7 +217,4 @@ def make_server(app: FastAPI, driver: Driver, grace: float, drain_delay: float =
         timeout_graceful_shutdown=_FLUSH_SECONDS,
         server_header=False,
     )
-    server = _Server(config, driver, grace, drain_delay)
-    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGHUP, server.handle_exit)  # the others uvicorn handles
-    return server
+    return _Server(config, driver, grace, drain_delay)

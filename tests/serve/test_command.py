@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
+from lora_drop_serve.driver import Driver
+from lora_drop_serve.server import make_server
 from lora_drop_tools.cli import main
 from lora_drop_tools.serve import ServeSettings
 
@@ -111,6 +114,26 @@ def test_a_second_signal_cuts_what_runs(bundle: Bundle) -> None:
 
 
 BODY = {"prompt": [1], "max_tokens": 3, "temperature": 0}
+
+
+def test_signals_that_are_ignored_stay_so_and_all_handlers_come_back() -> None:
+    """`nohup` lets SIGHUP be ignored."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        server = make_server(FastAPI(), cast(Driver, None), 0)
+        with server.capture_signals():
+            taken = [signal.getsignal(number) for number in numbers]
+        assert taken == [server.handle_exit, server.handle_exit, signal.SIG_IGN]
+        assert [signal.getsignal(number) for number in numbers] == [*list(before.values())[:2], signal.SIG_IGN]
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGHUP) == server.handle_exit
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_delay_ends_by_itself(bundle: Bundle) -> None:
