@@ -14,7 +14,7 @@ import hmac
 import importlib.metadata
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, TypeVar
@@ -133,18 +133,19 @@ class Gate:
         return ApiError(413, f"The body has more than {MOST_BODY_BYTES} bytes.", code="body_too_large")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
-        taken, is_whole = 0, False
+        taken, is_whole, has_left = 0, False, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def received() -> Message:
-            nonlocal taken, is_whole
+            nonlocal taken, is_whole, has_left
             try:
                 async with asyncio.timeout_at(None if is_whole else until):
                     message = await receive()
             except TimeoutError:
                 error = too_slow("body", BODY_SECONDS)
                 raise HTTPException(error.status, error.body, error.headers) from None
-            if message["type"] == "http.disconnect" and not is_whole:
+            has_left = message["type"] == "http.disconnect"
+            if has_left and not is_whole:
                 raise HTTPException(GONE)
             is_whole = not message.get("more_body")
             taken += len(message.get("body", b""))
@@ -163,7 +164,8 @@ class Gate:
                     headers["Connection"] = "close"
                 message = {**message, "headers": headers.raw}
             await send(message)
-            record.is_told = message["type"] == "http.response.body" and not message.get("more_body")
+            is_last = message["type"] == "http.response.body" and not message.get("more_body")
+            record.is_told = is_last and not has_left  # to one that has left a server sends nothing, and says nothing
 
         try:
             self._check(scope)
@@ -225,11 +227,12 @@ def _handle_errors(app: FastAPI, records: Records) -> None:
         return answer
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events of a job, which ends with the response, whatever ends that."""
+class _Delivery(StreamingResponse):
+    """A job's answer, in parts or one. The job ends with the response, whatever ends that: a reader that is slow keeps
+    its places."""
 
-    def __init__(self, events: AsyncIterator[bytes], job: Job) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, parts: AsyncIterator[bytes], job: Job, kind: str, headers: Mapping[str, str]) -> None:
+        super().__init__(parts, media_type=kind, headers=headers)
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,12 +265,21 @@ async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[byt
         yield _sse(error.body)
 
 
+def _stream(answer: Answer, job: Job, record: Record) -> Response:
+    return _Delivery(_events(answer, job, record), job, "text/event-stream", {"Cache-Control": "no-store"})
+
+
+async def _at_once(whole: bytes) -> AsyncIterator[bytes]:
+    yield whole
+
+
 async def _whole(answer: Answer, job: Job) -> Response:
     while not answer.is_over:
         for told in await job.told():
             if answer.take(told).finish and not answer.choices[told.row].is_over:
                 job.cancel(told.row)
-    return await asyncio.to_thread(lambda: JSONResponse(answer.whole()))  # with logprobs it may have megabytes
+    body = await asyncio.to_thread(lambda: bytes(JSONResponse(answer.whole()).body))  # with logprobs maybe megabytes
+    return _Delivery(_at_once(body), job, "application/json", {"Content-Length": str(len(body))})
 
 
 async def _gone(request: Request) -> None:
@@ -556,13 +568,12 @@ class Service:
             async def work() -> Response:
                 await begin()
                 record = _record(request)
-                return _Stream(_events(answer, job, record), job) if streams else await _whole(answer, job)
+                return _stream(answer, job, record) if streams else await _whole(answer, job)
 
             found = await _unless_gone(request, work())
             if found is None:
                 return Response(status_code=GONE)
-            if streams:
-                ends.pop_all()  # by the response
+            ends.pop_all()  # by the response
             return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -158,17 +159,24 @@ def test_a_reader_that_sleeps_holds_nobody_up(served: Served) -> None:
     check_alive(served)
 
 
-@pytest.mark.parametrize("streams", [True, False])
-def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
-    """Once what is sent to it does not go out any more: here at once, not after a minute. Nothing is kept for it."""
-    monkeypatch.setattr("lora_drop_serve.server.MOST_STALL_SECONDS", 0)
-    data = json.dumps(body(2000, n=4, stream=streams, logprobs=20)).encode()  # far more than the system keeps
+@contextlib.contextmanager
+def sleeping_reader(served: Served, count: int, streams: bool) -> Iterator[socket.socket]:
+    """One that takes nothing of an answer of so many texts, which have far more than the system keeps."""
+    data = json.dumps(body(8000 // count, n=count, stream=streams, logprobs=20)).encode()
     headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((served.http.base_url.host, served.http.base_url.port))
         client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{headers}\r\n".encode() + data)
-        await_that(lambda: served.driver.open_rows == 4)
+        await_that(lambda: served.driver.open_rows == count)
+        yield client
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
+    """Once what is sent to it does not go out any more: here at once, not after a minute. Nothing is kept for it."""
+    monkeypatch.setattr("lora_drop_serve.server.MOST_STALL_SECONDS", 0)
+    with sleeping_reader(served, 4, streams) as client:
         await_that(lambda: not served.server.server_state.connections)
         monkeypatch.undo()
         check_alive(served)
@@ -179,6 +187,18 @@ def test_a_reader_that_never_wakes_is_cut_off(served: Served, monkeypatch: pytes
         assert b"[DONE]" not in told
     else:
         assert f"content-length: {len(told)}".encode() not in head.lower().splitlines()
+    assert served.metrics()["lora_drop_request_duration_seconds_count"] == 4  # those of `check_alive`
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_keeps_its_places_until_it_is_delivered(served: Served, streams: bool) -> None:
+    connections = served.server.server_state.connections
+    with sleeping_reader(served, 2, streams):
+        await_that(lambda: any(one.transport.get_write_buffer_size() > 1 << 16 for one in connections))
+        await_that(lambda: served.driver._batch.rows == 0)
+        answer = served.http.post(COMPLETIONS, json=body(3, n=3))
+        assert (answer.status_code, error_of(answer)["code"]) == (429, "queue_full")
+    check_alive(served)
 
 
 # ── what is no request, or none that ends ──────────────────────────────────────────────────────────────────────
