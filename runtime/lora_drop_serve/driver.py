@@ -297,7 +297,8 @@ class Driver:
 
     def _fail(self, error: BaseException) -> None:
         self.error = error
-        self._give([(job, engine_failed(error)) for job in self._open], None, time.perf_counter())
+        nothing = 0, 0, dict.fromkeys(self.metrics.kv, 0)
+        self._give([(job, engine_failed(error)) for job in self._open], nothing, time.perf_counter())
 
     # ── in the thread ──────────────────────────────────────────────────────────────────────────────────────
 

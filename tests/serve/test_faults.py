@@ -386,7 +386,10 @@ def test_an_engine_that_fails_ends_what_runs_and_says_so(served: Served, engine:
         assert answer.status_code == 503
         assert error_of(answer)["code"] == "engine_failed"
         assert "secret" not in answer.text
-    assert served.http.get("/metrics").status_code == 200
+    metrics = served.metrics()
+    gauges = [name for name in metrics if name.startswith(("lora_drop_rows", "lora_drop_kv"))]
+    assert len(gauges) == 5
+    assert {metrics[name] for name in gauges} == {0}  # of what is no more
     assert engine.times_closed == 1
 
 
