@@ -2,7 +2,8 @@
 
 Some schemas keep it busy for minutes (`multipleOf` with a large number), and long chains of rules overflow its stack,
 which ends the process. Who serves strangers' schemas can have neither. So the first compilation has little stack, and
-limits of processor time and memory; what passes is compiled again here.
+limits of processor time and memory; what passes is compiled again here. Signals that end a server are not for that
+process, though Ctrl-C and systemd send them to it, too: the server lets what it has taken end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ MEMORY = 192 << 20  # bytes; 2500 properties or 15000 values of an enum need hal
 STACK = 3 << 19  # bytes, less than a thread has anywhere
 _WALL = 120  # seconds, where a system has no limit of processor time
 _PROGRAM = f"""
-import sys
+import signal, sys
+for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    if hasattr(signal, name):  # not on Windows
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 try:
     import resource
 except ImportError:  # Windows
@@ -57,7 +61,11 @@ def compile_apart(grammar: str) -> str:
     """What is wrong with a grammar of llguidance's; empty where nothing is."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _PROGRAM], input=grammar.encode(), capture_output=True, timeout=_WALL
+            [sys.executable, "-P", "-c", _PROGRAM],
+            input=grammar.encode(),
+            capture_output=True,
+            timeout=_WALL,
+            start_new_session=True,  # no Ctrl-C comes before it ignores them
         )
     except subprocess.TimeoutExpired:
         return f"it takes more than {_WALL} seconds to compile"

@@ -207,6 +207,13 @@ def test_a_schema_that_takes_for_ever_is_refused(grammars: Grammars, monkeypatch
     assert_refused(lambda: grammars.json_schema(schema), "cannot be followed", f"{trial.SECONDS} seconds")
 
 
+def test_signals_that_end_a_server_end_no_compilation(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come to all processes of systemd's unit."""
+    come = "import os\nfor one in (1, 2, 15):\n    os.kill(os.getpid(), one)\nfrom llguidance"
+    monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace("from llguidance", come, 1))
+    grammars.json_schema({"const": "signals"})
+
+
 def test_patterns_and_grammars_that_cannot_be_followed_are_refused(grammars: Grammars) -> None:
     for pattern in ("(a", "", "a{0}", "[^\\s\\S]", "é", "(" * 100_000 + "a" + ")" * 100_000):
         assert_refused(lambda pattern=pattern: grammars.regex(pattern), "cannot be followed")
