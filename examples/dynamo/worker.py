@@ -30,7 +30,7 @@ async def main(runtime):
         prompt, limits, options = request["token_ids"], request["stop_conditions"], request["sampling_options"]
         given = {name: options[name] for name in (*DRAWING, *PENALTIES) if options.get(name) is not None}
         given["top_k"] = max(0, given.get("top_k", 0))  # -1 is off, too
-        sampling = SamplingOptions(**{"temperature": 1.0, "seed": 0} | given)
+        sampling = SamplingOptions(**{"temperature": 1.0} | given)
         new_tokens = limits["max_tokens"] or driver.max_seq_len - len(prompt)
         with driver.submit([RowRequest(np.array(prompt), new_tokens, {"sampling": sampling})]) as job:
             await job.begin()
