@@ -64,8 +64,8 @@ class Choice:
         self._is_new = True
 
     def take(self, event: Event) -> Piece:
-        """Raises ApiError: the row has failed."""
-        if event.finished == FAILED:
+        """Raises ApiError: the row has failed before its text ended."""
+        if event.finished == FAILED and self.finish is None:
             raise row_failed(event.error, "response_format" if self._parts is None else "tools")
         self.reused = event.reused
         if event.is_prompt:

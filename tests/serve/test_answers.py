@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lora_drop_runtime.decoding.row import LENGTH, STOP, Event
+from lora_drop_runtime.decoding.row import FAILED, LENGTH, STOP, Event
 from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.answers import Answer, ChatAnswer, CompletionAnswer
 from lora_drop_serve.driver import Told
+from lora_drop_serve.errors import ApiError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 TEXT = "aß€ 😀b\ufffdc"
@@ -70,6 +71,25 @@ def test_of_tokens_with_one_text_the_likeliest_is_told() -> None:
     answer = CompletionAnswer(TextCodec(tokenizer, {}, None), "m", 1, 1, (), **options)
     answer.take(Told(0, Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (0, -1.5), (2, -4.0)), finished=LENGTH)))
     assert answer.whole()["choices"][0]["logprobs"]["top_logprobs"] == [{"y": -0.5, "x": -1.5}]
+
+
+def test_a_row_that_fails_behind_a_stop_string_has_its_answer() -> None:
+    """It is given up there, and one tick may still run."""
+    codec = byte_fallback()
+    options: Any = {"logprobs": False, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
+    events = [Event(0, int(token), StepKind.REFRESH) for token in codec.encode("ab")]
+    events.append(Event(0, None, StepKind.REFRESH, finished=FAILED, error=ValueError()))
+    whole = CompletionAnswer(codec, "m", 1, 1, ("b",), **options)
+    for event in events:
+        whole.take(Told(0, event))
+    assert whole.is_over
+    (choice,) = whole.whole()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
+    stream = CompletionAnswer(codec, "m", 1, 1, ("b",), **options)
+    chunks = [chunk["choices"][0] for event in events for chunk in stream.chunks(Told(0, event))]
+    assert ("".join(chunk["text"] for chunk in chunks), chunks[-1]["finish_reason"]) == ("a", "stop")
+    with pytest.raises(ApiError, match="could not be computed"):
+        CompletionAnswer(codec, "m", 1, 1, ("c",), **options).take(Told(0, events[-1]))
 
 
 @pytest.mark.parametrize("special", [False, True])
