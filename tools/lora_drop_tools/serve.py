@@ -48,7 +48,7 @@ class ServeSettings:
         slots: rows that run at once; 8 when None, or what the bundle allows.
         max_waiting: rows that wait for a slot; beyond them requests are refused with 429.
         kv_cache_bytes: that the K/V of all rows may take, where the target's caches are paged.
-        drain_delay: seconds before that, in which /ready already says 503 and new requests are served.
+        drain_delay: seconds before the grace, in which /ready already says 503 and new requests are served.
         grace: seconds that running requests may take when the server is told to end.
         log_requests: a line of JSON on standard error at each request's end.
         max_seq_len, max_prompt_len, keep_prefixes: as for `Batch.open`.
