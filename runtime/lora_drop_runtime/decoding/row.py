@@ -269,7 +269,10 @@ class Row:
         """Returns the logits [V] after the prompt."""
         each = self.options.prompt_logprobs
         while self.kept < len(self._prompt):
-            count = min(self._chunk, len(self._prompt) - self.kept)
+            left = len(self._prompt) - self.kept
+            count = min(self._chunk, left)
+            if 1 < count == left - 1:  # the last token does not run alone: see `reusable`
+                count -= 1
             if each:
                 most = min(count, self._most_verified, _SCORED)
                 count = 1 << (most.bit_length() - 1)  # each number of logits has buffers of its own

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding import batch as module
+from lora_drop_runtime.decoding.batch import CHUNK
 from lora_drop_runtime.decoding.slots import Slots
 
-from tests.support.bundles import make_adapted_bundle
+from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import PLAN, RECURRENT, assert_refused, prompts_run, slots, ticked_through
 from tests.support.fake_engine import KINDS, VOCAB, FakeEngine
 
@@ -128,6 +130,21 @@ def test_rows_of_one_prompt_run_it_once() -> None:
     assert [row.number for row in batch._rows] == [rows[0], overtakes]
     ticked_through(batch)
     assert ran == {rows[0]: 201, rows[1]: 2, rows[2]: 2, overtakes: 2}
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_the_last_token_of_a_prompt_does_not_run_alone(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of it is there, and whatever chunks it comes in."""
+    monkeypatch.setattr(module, "CHUNK", 4)
+    batch, engine = keeping(k=0)
+    prompt = list(range(20, 20 + count))
+    for there in range(count + 1):
+        begun = len(engine.runs)
+        _, reused = answered(batch, [*prompt[:there], *(there + 1 for _ in prompt[there:])], 1)
+        widths = [run.input_ids.shape[1] for run in engine.runs[begun:]]
+        assert sum(widths) == count - reused
+        assert max(widths) <= 4
+        assert widths[-1] >= min(count, 2)
 
 
 def test_prompts_that_begin_with_little_in_common_do_not_wait() -> None:
@@ -316,6 +333,23 @@ def check_row(session: Session, request: Request, events: list[Event]) -> int:
         if event.finished is None:
             logits = session.step([token])[0]
     return compared
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_a_prompt_has_the_same_bits_the_second_time(target: str, tmp_path: Path, capsys) -> None:
+    """In int4, where a token that runs alone rounds otherwise; the prompt has a token more than a chunk."""
+    count = CHUNK + 1
+    sizes = {"max_batch": 8, "max_seq_len": 256, "max_prompt_len": 200}
+    root = make_bundle("qwen3", tmp_path / "b", targets=(target,), dtype="int4", drop_ratio=0.5, **sizes).root
+    prompt = np.random.default_rng(count).integers(0, 131, count).tolist()
+    found = []
+    with Batch.open(root, slots=1, k=0, threads=1, keep_prefixes=True) as batch:
+        for reused in (0, count - 2):
+            batch.add(prompt, 1, stop_token_ids=[], logprobs=5)
+            (event,) = ticked_through(batch)[0]
+            assert event.reused == reused
+            found.append((event.token, event.logprob, event.top_logprobs))
+    assert found[0] == found[1]
 
 
 def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) -> None:
