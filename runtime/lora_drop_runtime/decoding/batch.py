@@ -14,7 +14,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -241,14 +240,20 @@ class Batch:
 
     @property
     def waiting(self) -> int:
-        """Rows for which the next tick has no slot, or no room in the caches."""
-        beginning, room = 0, self._free_bytes()
-        for row in list(islice(self._waiting, self._count - len(self._rows))):  # at once: `add` comes from any thread
+        """Rows that do not begin with the next tick, for want of a slot or of room in the caches, or because another
+        row is just running the beginning of their prompts."""
+        begin: list[Row] = []
+        waiting, room = list(self._waiting), self._free_bytes()  # at once: `add` comes from any thread
+        for row in waiting:
+            if len(self._rows) + len(begin) == self._count:
+                break
+            if self._is_being_run(row, begin):
+                continue
             room -= self._slots.bytes_of(row.options.slots)
             if room < 0:
                 break
-            beginning += 1
-        return len(self._waiting) - beginning
+            begin.append(row)
+        return len(waiting) - len(begin)
 
     @property
     def waiting_rows(self) -> list[int]:
@@ -546,14 +551,16 @@ class Batch:
         if len(self._rows) == self._count or not self._waiting:
             return None
         waiting = list(self._waiting)  # at once: `add` comes from any thread
-        row = next((row for row in waiting if self._prefixes is None or not self._is_being_run(row)), None)
+        row = next((row for row in waiting if not self._is_being_run(row)), None)
         return row if row is not None and self._has_room(row) else None
 
-    def _is_being_run(self, row: Row) -> bool:
-        """Whether a row's prompt will soon have more entries to begin with than now."""
-        assert self._prefixes is not None
+    def _is_being_run(self, row: Row, begin: Sequence[Row] = ()) -> bool:
+        """Whether a row's prompt will soon have more entries to begin with than now, by the rows that run and by others
+        that begin."""
+        if self._prefixes is None:
+            return False
         tokens = row.reusable
-        soon = max([common(one.will_run, tokens) for one in self._rows if one.is_new], default=0)
+        soon = max([common(one.will_run, tokens) for one in [*self._rows, *begin] if one.is_new], default=0)
         if soon < _WORTH_WAITING:
             return False
         return soon - self._prefixes.longest(tokens, self._exact())[0] >= _WORTH_WAITING

@@ -77,7 +77,9 @@ def test_caches_and_tokens(drawn: list[Any], count: int, kind: str, chunk: int, 
         ran, told, plain = prompts_run(batch), defaultdict(list), batch.tick
 
         def ticked() -> list[Event]:
+            waiting = batch.waiting
             events = plain()
+            assert len(batch._waiting) == waiting
             for event in events:
                 told[event.row] += [event.token] * (event.token is not None)
             for slot, row in enumerate(batch._rows):
@@ -126,7 +128,9 @@ def test_rows_of_one_prompt_run_it_once() -> None:
     ran = prompts_run(batch)
     rows = [batch.add([*prompt, token], 3, stop_token_ids=[]) for token in range(3)]
     overtakes = batch.add([5, 6], 3, stop_token_ids=[])
+    assert batch.waiting == 2
     batch.tick()
+    assert batch.waiting == 2
     assert [row.number for row in batch._rows] == [rows[0], overtakes]
     ticked_through(batch)
     assert ran == {rows[0]: 201, rows[1]: 2, rows[2]: 2, overtakes: 2}
