@@ -11,6 +11,7 @@ import math
 import mmap
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 class BlockPool:
     """Args:
-    shapes: name of each cache → shape of a block.
+    shapes: name of each cache → shape of a block; those of a layer, whose number ends their names, one behind another.
     dtype: of the memory.
     lock: held while the caches are used: a pool that grows has others.
 
@@ -62,14 +63,16 @@ class BlockPool:
         """Memory for so many blocks; what is in those that are there goes along."""
         before, written = len(self._owners), np.array(sorted(self._written), np.int64)
         runs = np.split(written, np.flatnonzero(np.diff(written) != 1) + 1)
-        for name, shape in self._shapes.items():
-            array = _untouched((count, *shape), self._dtype)
-            for run in runs if len(written) else ():
-                array[run[0] : run[-1] + 1] = self.caches[name][run[0] : run[-1] + 1]
-            self.caches[name] = array
+        self.version += 1  # before the first goes, which a call would read: an interrupt may come, or memory be short
+        for _, names in groupby(self._shapes, lambda name: name.rpartition(".")[2]):  # of a layer
+            grown = {}
+            for name in names:
+                grown[name] = _untouched((count, *self._shapes[name]), self._dtype)
+                for run in runs if len(written) else ():
+                    grown[name][run[0] : run[-1] + 1] = self.caches[name][run[0] : run[-1] + 1]
+            self.caches.update(grown)  # at once: a call takes keys and values of one size
         self._owners += [0] * (count - before)
         self._free = [*range(count - 1, before - 1, -1), *self._free]  # the lowest first: they are touched already
-        self.version += 1
 
     def take(self, count: int) -> list[int]:
         """Blocks of one's own; the pool grows where it has too few."""

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.openvino import pool as module
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine, Steps
 from lora_drop_runtime.engines.openvino.pool import BlockPool
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
@@ -121,6 +122,41 @@ def test_the_pool_is_that_of_a_plain_model(acts: list[tuple[str, int, int]]) -> 
     size = len(rows.pool.caches["key_cache.3"])
     assert sorted(rows.pool.take(size)) == list(range(size))  # all of them are there again
     assert len(rows.pool.caches["key_cache.3"]) == size
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("place", range(1, 5))
+def test_a_pool_that_does_not_come_to_grow_goes_on(
+    place: int, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C or a lack of memory comes at the n-th cache of two layers. What calls have bound is bound again where it
+    has gone."""
+    rows, calls, plain = Rows(), 0, module._untouched
+    more = {"key_cache.4": (2, 4, 3), "value_cache.4": (2, 4, 5)}
+    rows.pool = BlockPool(SHAPES | more, np.float32, threading.RLock())
+    rows.begin(3)
+    bound, version = dict(rows.pool.caches), rows.pool.version
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == place:
+            raise error
+        return plain(*arguments)
+
+    monkeypatch.setattr(module, "_untouched", fails)
+    with pytest.raises(error):
+        rows.pool.take(30)
+    for layer in (3, 4):
+        key, value = (rows.pool.caches[f"{kind}_cache.{layer}"] for kind in ("key", "value"))
+        assert len(key) == len(value)
+    assert rows.pool.caches.keys() == bound.keys()
+    is_same = all(rows.pool.caches[name] is cache for name, cache in bound.items())
+    assert is_same or rows.pool.version != version
+    rows.check()
+    rows.write(0, 1)
+    rows.begin(40)
+    rows.check()
 
 
 def test_bytes_of_a_block() -> None:
