@@ -166,7 +166,8 @@ class Row:
     @property
     def exact(self) -> Ids:
         """Its first tokens, as far as its caches hold what a prompt of these would have: whatever the adapters, k and
-        policy are. Nothing is written there any more."""
+        policy are. Nothing is written there any more. Of a run whose logits are no numbers it has none: in an attention
+        these spoil the entries of the tokens before them as well, whose weights of 0 make no 0 of them."""
         return np.array(self._text[: self._exact], np.int64)
 
     @property
@@ -200,8 +201,9 @@ class Row:
                 raise
 
     def fail(self, error: BaseException, kind: StepKind) -> None:
-        """End the row."""
+        """End the row. Nobody takes over what it has written: not all of it may be numbers."""
         self.run = None
+        self.forget_exact()
         self._end(kind, FAILED, error)
 
     def in_flight(self) -> FirstState:
@@ -280,9 +282,10 @@ class Row:
             logits, _ = yield Run(StepKind.REFRESH, tokens, self.kept, self.dropped, each=each)
             if each:
                 self._tell_prompt(self.kept, logits)
+            if self._exact == self.kept and np.isfinite(logits[-1].max()):
+                self._exact += count
             self.kept += count
             self.dropped += count
-            self._exact = self.kept
         self.is_new = False
         after: Logits = logits[-1]
         return after

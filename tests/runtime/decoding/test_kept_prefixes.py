@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, Session
@@ -21,9 +22,10 @@ from lora_drop_runtime.decoding import batch as module
 from lora_drop_runtime.decoding.batch import CHUNK
 from lora_drop_runtime.decoding.slots import Slots
 
-from tests.support.bundles import make_adapted_bundle, make_bundle
+from tests.support.bundles import make_adapted_bundle, make_bundle, traced_family
 from tests.support.decoding import PLAN, RECURRENT, assert_refused, prompts_run, slots, ticked_through
 from tests.support.fake_engine import KINDS, VOCAB, FakeEngine
+from tests.support.models import FAMILIES
 
 from .test_batch import Request, check_ends, decoded, fake_batch, fake_tokens, interrupted, requests
 
@@ -354,6 +356,29 @@ def test_a_prompt_has_the_same_bits_the_second_time(target: str, tmp_path: Path,
             assert event.reused == reused
             found.append((event.token, event.logprob, event.top_logprobs))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+def test_a_row_of_no_numbers_leaves_nothing(target: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Neither when it has failed, nor while the rest of its prompt runs. A token that is no number spoils the entries
+    of those before it, which come in the same chunk."""
+    monkeypatch.setattr(module, "CHUNK", 64)
+    bad, begin, model = 77, list(range(10, 50)), FAMILIES["qwen3"]()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad] = torch.nan
+    spoilt = traced_family("qwen3", model, "float32")
+    root = make_bundle(spoilt, tmp_path / "b", targets=(target,), drop_ratio=0.5, max_batch=8).root
+    prompt = [*begin, 1, 2]
+    with Session.open(root, k=0, threads=1) as session:
+        wanted = session.generate([prompt], 6, stop_token_ids=())[0].tolist()
+    with Batch.open(root, slots=3, k=0, threads=1, keep_prefixes=True) as batch:
+        for rest in (3, 50):
+            first = batch.add([*begin, bad, *range(rest)], 6)
+            events = batch.tick()
+            row = batch.add(prompt, 6, stop_token_ids=[])
+            events += ticked_through(batch)[0]
+            assert [event.finished for event in events if event.row == first] == ["failed"]
+            assert [event.token for event in events if event.row == row] == wanted
 
 
 def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) -> None:
