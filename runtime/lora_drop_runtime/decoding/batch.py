@@ -30,7 +30,7 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind
 from . import checks
 from .constraint import Constraint
 from .flight import FirstState, Flight, why_single_steps
-from .kept_prefixes import common, prefixes_for
+from .kept_prefixes import PagedPrefixes, common, prefixes_for
 from .opening import checked_policy, open_bundle
 from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
@@ -586,7 +586,7 @@ class Batch:
         """Whether its blocks fit beside those of the rows that run."""
         if self._most_bytes is None:
             return True
-        if self._prefixes is not None:
+        if isinstance(self._prefixes, PagedPrefixes):
             return self._prefixes.has_room(row.options.slots, row.reusable, self._exact())
         return self._slots.bytes_of(row.options.slots) <= self._free_bytes()
 
@@ -594,7 +594,7 @@ class Batch:
         """Beside what the rows that run may take."""
         if self._most_bytes is None:
             return math.inf
-        if self._prefixes is not None:  # blocks that they share count once
+        if isinstance(self._prefixes, PagedPrefixes):  # blocks that they share count once
             return self._most_bytes - self._prefixes.bytes_of_rows(len(self._rows))
         return self._most_bytes - sum(self._slots.bytes_of(row.options.slots) for row in self._rows)
 

@@ -58,14 +58,6 @@ class Prefixes(ABC, Generic[Place]):
         return count, source
 
     @abstractmethod
-    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
-        """Whether a row with so many slots may begin, whatever has to go of rows that are over."""
-
-    @abstractmethod
-    def bytes_of_rows(self, rows: int) -> int:
-        """What the first rows may take, where caches are paged."""
-
-    @abstractmethod
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         """Admit a row, and take over what there is of its prompt.
 
@@ -124,11 +116,13 @@ class PagedPrefixes(Prefixes[RowBlocks]):
         return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
     def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
+        """Whether a row with so many slots may begin, whatever has to go of rows that are over."""
         count, source = self.longest(tokens, running)
         shared = [own[: count // self._slots.block_slots] for own in self._blocks(source)]
         return self._slots.bytes_beside(len(running), slots, shared) <= self._most
 
     def bytes_of_rows(self, rows: int) -> int:
+        """What the first rows may take."""
         return self._slots.bytes_beside(rows, {"slots_kept": 0, "slots_dropped": 0}, ([], []))
 
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
@@ -182,12 +176,6 @@ class SlotPrefixes(Prefixes[int]):
     def __init__(self, slots: Slots, count: int) -> None:
         super().__init__()
         self._slots, self._count = slots, count
-
-    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
-        return True
-
-    def bytes_of_rows(self, rows: int) -> int:
-        return 0  # all slots are there
 
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         count, source = self.longest(tokens, running)
