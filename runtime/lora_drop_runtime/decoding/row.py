@@ -135,7 +135,8 @@ class Row:
         self.number, self.options, self._tell = number, options, tell
         self.why_single_steps = why_single_steps
         self.kept = self.dropped = self.waited = self.reused = 0
-        self._prompt: list[int] = prompt[: options.context].tolist()
+        self._ids = prompt[: options.context].copy()  # as an array, which is compared with others in every tick
+        self._prompt: list[int] = self._ids.tolist()
         self._text = list(self._prompt)  # and what was chosen behind it
         self._exact = 0  # of it the first tokens that full steps alone have run, each behind such tokens
         self._given: list[int] = prompt[options.context :].tolist()
@@ -161,7 +162,7 @@ class Row:
     def reusable(self) -> Ids:
         """Tokens of its prompt that need not run where their K/V are there: the last one has to give logits, and where
         the prompt is scored all have. Nor does the last one run alone: a kernel for one token may round otherwise."""
-        return np.array([] if self.options.prompt_logprobs else self._prompt[:-2], np.int64)
+        return self._ids[: 0 if self.options.prompt_logprobs else -2]
 
     @property
     def exact(self) -> Ids:
@@ -173,8 +174,7 @@ class Row:
     @property
     def will_run(self) -> Ids:
         """Of a new row, what `exact` will soon have: its prompt, unless that is scored, which takes long."""
-        runs_at_once = self.is_new and not self.options.prompt_logprobs
-        return np.array(self._prompt if runs_at_once else [], np.int64)
+        return self._ids[: len(self._ids) if self.is_new and not self.options.prompt_logprobs else 0]
 
     def begin_behind(self, count: int) -> None:
         """Before its first run: so many tokens of its prompt are in its caches."""

@@ -161,6 +161,20 @@ def test_prompts_that_begin_with_little_in_common_do_not_wait() -> None:
     assert len(batch._rows) == 3
 
 
+def test_prompts_that_wait_are_compared_as_they_lie() -> None:
+    """In every tick no array of them is made; and they are what they were when they were added."""
+    batch, _ = keeping(slots=2)
+    prompt = np.arange(50)
+    rows = [batch.add(prompt, 3) for _ in range(2)]
+    prompt[:] = 7
+    for row in batch._waiting:
+        assert np.shares_memory(row.reusable, row.will_run)
+        assert row.reusable.tolist() == list(range(48))
+        assert row.will_run.tolist() == list(range(50))
+    events, _ = ticked_through(batch)
+    assert {event.reused for event in events if event.row == rows[1]} == {48}
+
+
 def test_a_scored_prompt_keeps_nobody_waiting() -> None:
     """It goes in by 8 tokens a tick."""
     batch, _ = keeping(slots=2)
