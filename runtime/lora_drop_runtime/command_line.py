@@ -20,6 +20,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -49,6 +50,11 @@ EXPORT_PACKAGES = (
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that complains in the project's three-part form."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # argparse takes `-1e-3`, `-inf` and `-1,3` for options, and says that a value is missing
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Python 3.11 takes the value of `--option=--` for the end of the options, and makes an empty list of it."""

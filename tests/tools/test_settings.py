@@ -102,6 +102,9 @@ def test_options_that_change_something_are_taken() -> None:
         ('chat b --chat-template-kwargs {"tools":3}', ("has a value already", "tools")),
         ("generate b --prompt-file=", ("--prompt-file", "'' is not a path")),
         ("compare b --threads 0", ("--threads is too small", "It is 0")),
+        ("generate b --temperature -1e-3", ("--temperature is too small", "It is -0.001")),
+        ("generate b --temperature -inf", ("--temperature is too small", "It is -inf")),
+        ("eval b --text t --k -1,3", ("--k is too small", "It is -1")),
     ],
 )
 def test_lists_and_names(line: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
