@@ -61,6 +61,16 @@ def _refuse_what_the_bundle_fixes(arguments: argparse.Namespace) -> None:
         )
 
 
+def _options_of_added(arguments: argparse.Namespace) -> ExportOptions:
+    """The options beside --add-target, whose names are checked as those of --target. Raises InputError."""
+    arguments.targets = arguments.add_target
+    try:
+        return settings_of(ExportOptions, arguments)
+    except InputError as error:
+        fact, note, hint = (said.replace("--target", "--add-target") for said in (error.fact, error.note, error.hint))
+        raise InputError(fact, note=note, hint=hint) from None
+
+
 def _print_exported(bundle: Bundle, out: Path) -> None:
     manifest = bundle.manifest
     plan, limits = manifest.plan, manifest.limits
@@ -94,8 +104,7 @@ def _export(command_line: Sequence[str]) -> None:
 
     if arguments.add_target:
         _refuse_what_the_bundle_fixes(arguments)
-        arguments.targets = arguments.add_target
-        bundle = add_target(arguments.out, arguments.add_target, settings_of(ExportOptions, arguments))
+        bundle = add_target(arguments.out, arguments.add_target, _options_of_added(arguments))
         print(f"targets: {', '.join(bundle.manifest.targets)}")
         return
     if arguments.model is None:

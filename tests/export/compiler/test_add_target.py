@@ -50,6 +50,17 @@ def test_the_hint_names_no_option_that_a_bundle_fixes(tmp_path):
     assert refused.value.hint.startswith("Export the model again with --dtype fp32")
 
 
+@pytest.mark.parametrize(("targets", "word"), [(["ort", "ort"], "names a value twice"), (["nope"], "Unknown target")])
+def test_refusals_name_the_option_that_was_given(targets, word, tmp_path, capsys):
+    """--target is another one, and refused beside it."""
+    made = make_bundle("llama", tmp_path / "b", targets=("none",))
+    assert main(["--out", str(made.root), *(part for name in targets for part in ("--add-target", name))]) == 2
+    error = capsys.readouterr().err
+    assert word in error
+    assert "--add-target" in error
+    assert "--target" not in error
+
+
 @pytest.mark.parametrize("target", ["ort", RTX])
 def test_a_scale_for_each_channel_is_refused(target: str, tmp_path: Path) -> None:
     """By each target that has no kernel for it, before anything is built."""
