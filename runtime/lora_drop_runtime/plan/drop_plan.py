@@ -50,7 +50,8 @@ def spread_layers(eligible: Sequence[int], drop_ratio: float) -> tuple[int, ...]
 
 
 def _without_holes() -> str:
-    return next(policy.name for policy in POLICIES.values() if not policy.leaves_holes)
+    *others, last = (policy.name for policy in POLICIES.values() if not policy.leaves_holes)
+    return f"{', '.join(others)} or {last}"
 
 
 @dataclass(frozen=True)

@@ -229,3 +229,11 @@ def test_fewer_layers_may_be_kept_always() -> None:
 )
 def test_plan_refuses(changes: dict, fact: str, note: list[str]) -> None:
     assert_refused(lambda: dataclasses.replace(PLAN, **changes), fact, *note)
+
+
+def test_the_hint_names_every_policy_that_takes_a_layer_with_a_window() -> None:
+    with pytest.raises(PlanError, match="sliding window") as refused:
+        DropPlan(num_layers=8, sites=(4,), windowed_layers=(4,))
+    assert refused.value.hint == "Leave it out, name 4.mlp, or use --policy backfill, fill or lossless."
+    for policy in ("backfill", "fill", "lossless"):
+        DropPlan(num_layers=8, sites=(4,), windowed_layers=(4,), policy=policy)
