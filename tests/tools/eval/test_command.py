@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def count_prefills(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     return install
 
 
-def test_command_on_a_text(bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_on_a_text(
+    bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     written, plots = tmp_path / "figures.json", tmp_path / "plots"
     timed = [
         {"bundle": "tiny", "k": k, "context": context, "rows": rows, "speedup": 1 + k / 10 + context / 1000}
@@ -67,6 +70,7 @@ def test_command_on_a_text(bundle: Path, text: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "bench.json").write_text(json.dumps({"rows": timed}))
     options = [*OPTIONS, "--k", "1,3", "--policy", "skip,backfill", "--text", str(text), "--label", "ours"]
     options += ["--bench", str(tmp_path / "bench.json"), "--json", str(written), "--plots", str(plots)]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-drop", "eval", str(bundle), *options])
     assert main(["eval", str(bundle), *options]) == 0
     data = json.loads(written.read_text())
     assert [(one["policy"], one["k"]) for one in data["rows"]] == [
@@ -90,6 +94,9 @@ def test_command_on_a_text(bundle: Path, text: Path, tmp_path: Path, capsys: pyt
     manifest = Session.open(bundle, threads=1).bundle.manifest
     assert skip_3["kv_bytes"] == sum(costs.kv_bytes(manifest, *KV_REQUEST, 3))
     assert backfill_1["kv_bytes"] == full["kv_bytes"] == costs.kv_base_bytes(manifest, sum(KV_REQUEST))
+    assert data["command"].startswith(f"lora-drop eval {bundle.name} --window 48")
+    assert str(tmp_path) not in written.read_text()  # who reads it need not know where the files lay
+    assert data["arguments"]["text"] == text.name
     assert data["arguments"]["k"] == [1, 3]
     assert data["arguments"]["seed"] == data["seed"] == 0
     assert data["machine"]["versions"]["numpy"]

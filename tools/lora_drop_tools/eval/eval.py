@@ -39,7 +39,7 @@ from lora_drop_tools.eval.tasks.metrics import Measured
 from lora_drop_tools.shared import costs, machine
 from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
 from lora_drop_tools.shared.progress import Progress
-from lora_drop_tools.shared.results import check_results, then_shown, write_json
+from lora_drop_tools.shared.results import check_results, said_command, then_shown, write_json
 
 from .intervals import Sums
 from .methods import method_of
@@ -195,9 +195,10 @@ def _new_result(
     facts = machine.machine_facts()
     if settings.tasks:
         facts["versions"]["lm-eval"] = importlib.metadata.version("lm-eval")
+    arguments = {"bundles": [*map(Path, given)], **dataclasses.asdict(settings)}
     return EvalResult(
-        command=" ".join(sys.argv),
-        arguments=json.loads(json.dumps({"bundles": given, **dataclasses.asdict(settings)}, default=str)),
+        command=said_command(sys.argv),
+        arguments=json.loads(json.dumps(arguments, default=lambda path: said_command([str(path)]))),
         begun=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=facts,
         model=first.name,
