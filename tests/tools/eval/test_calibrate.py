@@ -21,7 +21,7 @@ from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval.calibrate import calibrate, store_calibration
-from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.requests import text_request, text_windows
 from lora_drop_tools.eval.scoring import Window
 from lora_drop_tools.eval.settings import EvalSettings
@@ -172,10 +172,12 @@ def test_kv_of_an_adaptive_schedule_under_skip(own: Path, text: Path) -> None:
     }
     (own / MANIFEST_NAME).write_text(json.dumps(data))
     given = dataclasses.replace(skipping, calibrate=None, k=(0,), policies=())
-    full, row = eval(own, given, out=io.StringIO()).rows
+    result = eval(own, given, out=io.StringIO())
+    full, row = result.rows
     assert row.text is not None
     manifest = Bundle.open(own).manifest
-    prompt, steps = KV_REQUEST
+    prompt, steps = result.kv_request
+    assert prompt + steps == manifest.limits.max_seq_len
     refreshes = round(steps * row.text.refresh_share.value)
     dropped = len(manifest.plan.sites)
     entries = (manifest.model.num_layers - dropped) * (prompt + steps) + dropped * (prompt + refreshes)

@@ -17,7 +17,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval import scoring as eval_scoring
-from lora_drop_tools.eval.eval import KV_REQUEST, eval
+from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.shared import costs
 
@@ -92,8 +92,9 @@ def test_command_on_a_text(
     assert skip_1["text"]["offsets"][0]["kl"] > 1e-3
     assert [one["speedup"] for one in data["rows"]] == pytest.approx([1.1, 1.2, 1.4, None, None])
     manifest = Session.open(bundle, threads=1).bundle.manifest
-    assert skip_3["kv_bytes"] == sum(costs.kv_bytes(manifest, *KV_REQUEST, 3))
-    assert backfill_1["kv_bytes"] == full["kv_bytes"] == costs.kv_base_bytes(manifest, sum(KV_REQUEST))
+    assert data["kv_request"] == [32, 96]  # no more than the bundle's 128 tokens
+    assert skip_3["kv_bytes"] == sum(costs.kv_bytes(manifest, 32, 96, 3))
+    assert backfill_1["kv_bytes"] == full["kv_bytes"] == costs.kv_base_bytes(manifest, 128)
     assert data["command"].startswith(f"lora-drop eval {bundle.name} --window 48")
     assert str(tmp_path) not in written.read_text()  # who reads it need not know where the files lay
     assert data["arguments"]["text"] == text.name

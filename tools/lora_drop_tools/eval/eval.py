@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME, Manifest
+from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -66,7 +66,15 @@ from .spread import Spread, connected
 from .store import Key, Store, digest
 from .texts import Writer
 
-KV_REQUEST = (512, 1536)  # tokens of prompt and decode steps that K/V bytes are given for
+KV_REQUEST = (512, 1536)  # tokens of prompt and decode steps that K/V bytes are given for, where bundles allow as many
+
+
+def _kv_request(bundles: Mapping[str, Bundle]) -> tuple[int, int]:
+    """`KV_REQUEST`, or of all tokens that the bundles allow a quarter and the rest."""
+    limits = [bundle.manifest.limits for bundle in bundles.values()]
+    tokens = min(sum(KV_REQUEST), *(one.max_seq_len for one in limits))
+    prompt = min(max(1, tokens // 4), *(one.max_prompt_len for one in limits))
+    return prompt, tokens - prompt
 
 
 def _open_stores(bundles: Mapping[str, Bundle], settings: EvalSettings) -> dict[str, Store]:
@@ -144,15 +152,33 @@ def _measure_tasks(
     return found
 
 
-def _row(
-    name: str, label: str, bundle: Bundle, policy: Policy, given: WindowK, speedups: Mapping[Key, float]
-) -> EvalRow:
+@dataclass(frozen=True)
+class _Work:
+    """What is measured of one bundle.
+
+    Attributes:
+        windows: of the text by their place; none without a text.
+        opened: tasks and groups.
+        kv_request: tokens of prompt and decode steps that K/V bytes are given for.
+    """
+
+    name: str
+    label: str
+    bundle: Bundle
+    codec: TextCodec
+    store: Store
+    windows: Mapping[int, Window]
+    opened: Opened
+    kv_request: tuple[int, int]
+
+
+def _row(work: _Work, policy: Policy, given: WindowK, speedups: Mapping[Key, float]) -> EvalRow:
     """What is known of an arm before anything is measured."""
-    k = longest(given)
+    k, name, bundle = longest(given), work.name, work.bundle
     plan, arm, share = bundle.manifest.plan, policy.name if k else FULL, costs.shares(bundle.manifest)
     return EvalRow(
         bundle=name,
-        label=label,
+        label=work.label,
         method=method_of(plan),
         surrogate=plan.surrogate,
         rank=plan.rank,
@@ -162,7 +188,7 @@ def _row(
         weight_bytes=share.weight_bytes,
         policy=arm,
         k=k,
-        kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *KV_REQUEST, k, policy),
+        kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *work.kv_request, k, policy),
         speedup=speedups.get((name, arm, k, PERIODIC if isinstance(given, int) else given.name)),
         text=None,
         tasks={},
@@ -204,33 +230,15 @@ def _new_result(
         model=first.name,
         weight_dtype=weight_dtype(first),
         seed=settings.seed,
-        kv_request=KV_REQUEST,
+        kv_request=_kv_request(bundles),
         speed_request=speed_request,
     )
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is measured of one bundle.
-
-    Attributes:
-        windows: of the text by their place; none without a text.
-        opened: tasks and groups.
-    """
-
-    name: str
-    label: str
-    bundle: Bundle
-    codec: TextCodec
-    store: Store
-    windows: Mapping[int, Window]
-    opened: Opened
-
-
-def _adaptive_row(row: EvalRow, manifest: Manifest, policy: Policy, sums: Sequence[Sums], seed: int) -> EvalRow:
+def _adaptive_row(row: EvalRow, work: _Work, policy: Policy, sums: Sequence[Sums], seed: int) -> EvalRow:
     """The row of an adaptive schedule: its K/V are those of as many refreshes as there were."""
     steps_at = np.sum(sums, axis=0)[:, 0].tolist()
-    held = costs.kv_bytes_of_cycles(manifest, *KV_REQUEST, steps_at, policy)
+    held = costs.kv_bytes_of_cycles(work.bundle.manifest, *work.kv_request, steps_at, policy)
     return dataclasses.replace(_filled(row, sums, {}, {}, seed), kv_bytes=held)
 
 
@@ -254,11 +262,11 @@ def _measure(
     for k in ks:
         full = measured[0] if k else {}
         found = {task: task_figures(measured[k][task], full.get(task), seed) for task in work.opened.tasks}
-        row = _row(work.name, work.label, bundle, POLICIES[policy], k, speedups)
+        row = _row(work, POLICIES[policy], k, speedups)
         rows.append(_filled(row, sums.get(k), found, work.opened.groups, seed))
     for schedule in schedules:
-        row = _row(work.name, work.label, bundle, POLICIES[policy], schedule, speedups)
-        rows.append(_adaptive_row(row, bundle.manifest, POLICIES[policy], sums[schedule], seed))
+        row = _row(work, POLICIES[policy], schedule, speedups)
+        rows.append(_adaptive_row(row, work, POLICIES[policy], sums[schedule], seed))
     return rows
 
 
@@ -336,7 +344,8 @@ def eval(
     result = _new_result(opened, given, settings, speed_request)
     with connected(settings.ray):
         for (name, bundle), label in zip(opened.items(), settings.labels or opened, strict=True):
-            work = _Work(name, label, bundle, codecs[name], stores[name], drawn[name], opened_tasks)
+            known = codecs[name], stores[name], drawn[name], opened_tasks
+            work = _Work(name, label, bundle, *known, result.kv_request)
             policies = settings.policies or tuple(dict.fromkeys((bundle.manifest.plan.policy, *adaptive[name])))
             periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
             aim = settings.aim_of(list(opened).index(name))
