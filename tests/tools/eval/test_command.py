@@ -67,6 +67,7 @@ def test_command_on_a_text(
         for context in (8, 100)
         for k in (0, 1, 3)
     ]
+    timed.append({**timed[-1], "rows": 1, "schedule": "margin"})
     (tmp_path / "bench.json").write_text(json.dumps({"rows": timed}))
     options = [*OPTIONS, "--k", "1,3", "--policy", "skip,backfill", "--text", str(text), "--label", "ours"]
     options += ["--bench", str(tmp_path / "bench.json"), "--json", str(written), "--plots", str(plots)]
@@ -103,7 +104,8 @@ def test_command_on_a_text(
     assert data["machine"]["versions"]["numpy"]
     printed = capsys.readouterr()
     assert "tiny" not in printed.out
-    for part in ("ours k=3 backfill", "LoRA 3", "over full", "context 100, batch 1", "1.40×"):
+    measured = "by lora-drop bench for k=1 skip, k=3 skip, k=3 skip margin over k = 0, context 100, batch 1"
+    for part in ("ours k=3 backfill", "LoRA 3", "over full", measured, "1.40×"):
         assert part in printed.out
     assert "text, k = 0, 1, 3: 15 in" in printed.err
     assert sorted(path.name for path in plots.iterdir()) == [

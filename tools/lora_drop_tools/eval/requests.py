@@ -129,7 +129,8 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
     """Measured speed-ups by bundle, policy, k and schedule from `lora-drop bench --json`, and what they were measured
     on.
 
-    Of several requests it is the smallest batch, and of those the longest context.
+    Of several requests it is the smallest batch, and of those the longest context. Which windows and policies were
+    measured is said as the tables name them: others have no speed-up.
     """
     if path is None:
         return {}, "not measured (--bench)"
@@ -147,5 +148,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
             ): row["speedup"]
             for row in rows
         }
+        arms = (f"k={k} {arm}" + ("" if schedule == PERIODIC else f" {schedule}") for _, arm, k, schedule in found if k)
+        measured = ", ".join(dict.fromkeys(arms)) or "k=0"
     check_bench_bundles(path, "speed-ups", {str(bundle) for bundle, *_ in found}, names)
-    return found, f"measured by lora-drop bench over k = 0, context {context}, batch {batch}"
+    return found, f"measured by lora-drop bench for {measured} over k = 0, context {context}, batch {batch}"
