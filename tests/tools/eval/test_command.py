@@ -207,6 +207,7 @@ def test_another_bundle_is_not_taken_for_this_one(
         (["--text", "TEXT", "--bench", "nowhere.json"], "The measured speed-ups cannot be read."),
         (["--text", "TEXT", "--bench", "OTHER"], "The measured speed-ups are of other bundles."),
         (["--text", "TEXT", "--bench", "TEXT"], "The measured speed-ups cannot be read."),
+        (["--text", "TEXT", "--bench", "WORDS"], "The measured speed-ups cannot be read."),
         (["--tasks", "arc_hard"], "Unknown task."),
         (["--tasks", "piqa,piqa"], "--tasks names a value twice."),
         (["--tasks", "piqa", "--include-path", "nowhere"], "There are no definitions of tasks."),
@@ -232,11 +233,13 @@ def test_refused_before_any_work(
     (tmp_path / "bench.json").write_text(
         json.dumps({"rows": [{"bundle": "else", "k": 0, "context": 1, "rows": 1, "speedup": 1.0}]})
     )
+    (tmp_path / "words.json").write_text((tmp_path / "bench.json").read_text().replace("1.0", '"fast"'))
     (tmp_path / "broken.yaml").write_text("task: [")
     names = {
         "TEXT": text,
         "SHORT": tmp_path / "short",
         "OTHER": tmp_path / "bench.json",
+        "WORDS": tmp_path / "words.json",
         "DIR": tmp_path,
         "EXAMPLES": EXAMPLES,
     }

@@ -145,7 +145,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
                 row.get("policy", policy) if row["k"] else FULL,
                 row["k"],
                 row.get("schedule", PERIODIC),
-            ): row["speedup"]
+            ): float(row["speedup"])
             for row in rows
         }
         arms = (f"k={k} {arm}" + ("" if schedule == PERIODIC else f" {schedule}") for _, arm, k, schedule in found if k)
