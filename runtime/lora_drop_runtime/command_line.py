@@ -64,6 +64,13 @@ class Parser(argparse.ArgumentParser):
             return value
         return super()._get_values(action, arg_strings)
 
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """What a command does not know is its own error, not that of the program above it: the hint names its help."""
+        found, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         raise InputError(
             "The command line is not understood.",
