@@ -81,7 +81,7 @@ def test_of_a_model(
         ("generate BUNDLE --prompt one --provider=", ("--provider is empty",)),
         ("generate BUNDLE --prompt one --target tensorrt", ("cannot run on that target", "with --target tensorrt.")),
         ("chat BUNDLE --provider cuda", ("provider", "cuda")),
-        ("chat BUNDLE --target metal", ("cannot run on that target", "metal")),
+        ("chat BUNDLE --target metal", ("cannot run on that target", "metal", "; use --target ort.")),
         ("compare BUNDLE --provider cuda", ("provider", "cuda")),
         ("bench BUNDLE --provider rtx --k 1 --new-tokens 8", ("provider", "rtx")),
         ("bench BUNDLE --new-tokens 999 --k 1", ("does not allow", "--max-seq-len")),

@@ -212,11 +212,12 @@ class Bundle:
         chosen = name or next(iter(targets), None)
         if chosen is None or chosen not in targets:
             held = ", ".join(targets) or "none (exported with --target none)"
+            named = name if name in ENTRIES else next(iter(targets or ENTRIES))
             raise BundleError(
                 "The bundle cannot run on that target." if name else "The bundle has no target to run on.",
                 note=f"{f'{name!r} was asked for; ' if name else ''}the bundle at {self.root} has {held}.",
                 hint=f"Known targets are {', '.join(ENTRIES)}; "
-                f"export with --target {name if name in ENTRIES else next(iter(ENTRIES))}.",
+                f"{'use' if named in targets else 'export with'} --target {named}.",
             )
         return chosen, targets[chosen]
 
