@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.errors import BundleError, InputError
+from lora_drop_runtime.errors import BundleError, InputError, counted
 from lora_drop_runtime.files import read_bounded
 from lora_drop_runtime.text import TextCodec
 
@@ -39,7 +39,7 @@ def read_calibration_text(file: Path) -> str:
             hint="Give a UTF-8 text file.",
         ) from None
     if len(data) < LEAST_TOKENS:
-        raise _too_short(file, f"{len(data)} bytes")
+        raise _too_short(file, counted(len(data), "byte"))
     return text
 
 
@@ -61,7 +61,7 @@ def _all_windows(root: Path, vocab_size: int, window: int, file: Path | None) ->
     tokens = TextCodec.open(root / "tokenizer").encode(text)
     tokens = tokens[tokens < vocab_size]
     if len(tokens) < LEAST_TOKENS:
-        raise _too_short(file, f"{len(tokens)} tokens")
+        raise _too_short(file, counted(len(tokens), "token"))
     kinds = len(np.unique(tokens))
     if kinds < LEAST_KINDS:
         raise InputError(

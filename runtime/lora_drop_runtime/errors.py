@@ -104,6 +104,11 @@ def whole_number(what: str, value: Any, hint: str) -> int:
         raise wrong_type(what, value, "a whole number", hint) from None
 
 
+def counted(number: int, what: str) -> str:
+    """For a message: `1 token`, `2 tokens`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line; the name of its class when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

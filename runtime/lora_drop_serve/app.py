@@ -28,7 +28,7 @@ from fastapi.security import HTTPBearer
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, counted
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule, scheduled
@@ -396,7 +396,7 @@ class Service:
             raise ApiError(400, said, param="context_tokens")
         for count, prompt in zip(each, prompts, strict=True):
             if count > len(prompt):
-                said = f"context_tokens is {count}, and the prompt has {len(prompt)} tokens."
+                said = f"context_tokens is {count}, and the prompt has {counted(len(prompt), 'token')}."
                 raise ApiError(400, said, param="context_tokens")
         return each
 

@@ -17,7 +17,7 @@ from lora_drop_runtime.command_line import (
     run_command,
     settings_of,
 )
-from lora_drop_runtime.errors import InputError, first_line
+from lora_drop_runtime.errors import InputError, counted, first_line
 
 from lora_drop_tools.bench.command import add_bench, run_bench
 from lora_drop_tools.eval.command import add_eval, run_eval, run_harness
@@ -71,7 +71,7 @@ def _generate(args: argparse.Namespace) -> None:
     tokens = sum(completion.tokens for completion in completions)
     seconds, kv = completions[0].seconds, completions[0].kv_bytes
     print(
-        f"{tokens} tokens in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s with prefill); "
+        f"{counted(tokens, 'token')} in {seconds:.2f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s with prefill); "
         f"K/V {(kv['kept'] + kv['dropped']) / 2**20:.2f} MiB",
         *completions[0].notes,
         sep="\n",

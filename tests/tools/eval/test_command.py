@@ -262,6 +262,14 @@ def test_the_hint_for_a_long_cycle_names_windows_that_have_room(k: int, text: Pa
         EvalSettings(text=text, k=(k,), window=window - 1, prompt=prompt)
 
 
+def test_one_token_is_no_tokens(bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(bundle), "--prompt", "a", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.startswith("1 token in ")
+    (tmp_path / "short").write_text("a")
+    assert main(["eval", str(bundle), "--text", str(tmp_path / "short")]) == 2
+    assert "It has 1 token, a window takes 128." in capsys.readouterr().err
+
+
 def test_the_prompt_grows_with_the_cycle_where_none_is_given(text: Path) -> None:
     assert EvalSettings(text=text).prompt_tokens == 32
     assert EvalSettings(text=text, k=(5, 63)).prompt_tokens == 64

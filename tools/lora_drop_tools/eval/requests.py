@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, counted
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.schedule import PERIODIC
 from lora_drop_runtime.text import TextCodec
@@ -111,7 +111,7 @@ def text_windows(request: TextRequest, codec: TextCodec, seed: int) -> dict[int,
     if not places:
         raise InputError(
             "The text is too short.",
-            note=f"It has {len(ids)} tokens, a window takes {size}.",
+            note=f"It has {counted(len(ids), 'token')}, a window takes {size}.",
             hint="Give a longer --text" + (", or a smaller --window." if len(ids) > 1 else "."),
         )
     drawn = np.random.default_rng([seed, places]).permutation(places)[: request.count].tolist()

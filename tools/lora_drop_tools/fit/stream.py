@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.errors import InputError, LoraDropError, first_line
+from lora_drop_runtime.errors import InputError, LoraDropError, counted, first_line
 
 BLOCK_TOKENS = 1 << 20  # in memory and shuffled, at 8 bytes each
 HELD_OUT_WINDOWS = 32  # of a stream, its first
@@ -288,7 +288,7 @@ class TokenStream:
             if self._passes > 1:
                 raise InputError(
                     "The text is too short.",
-                    note=f"It has {have} tokens; the first {count} are held out, and a window is {more} tokens.",
+                    note=f"It has {counted(have, 'token')}; the first {count} are held out, and a window is {more}.",
                     hint=f"Give more text, {count + more} tokens at least, or lower --window.",
                 )
         return torch.cat(parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.dtypes import BY_SHORT, MODEL_DTYPES
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, counted
 from lora_drop_runtime.files import is_device
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Corpus:
             total = len(corpus.fit) + len(corpus.held_out)
             raise InputError(
                 "The text is too short.",
-                note=f"It has {total} tokens; one in {HELD_OUT_SHARE} is held out, and a window is {window} tokens.",
+                note=f"It has {counted(total, 'token')}; one in {HELD_OUT_SHARE} is held out, a window has {window}.",
                 hint=f"Give more --text, {window * HELD_OUT_SHARE} tokens at least, or lower --window.",
             )
         return corpus
