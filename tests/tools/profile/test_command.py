@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import itertools
@@ -121,6 +122,22 @@ def test_what_it_prints(llama_dir: Path, text: Path, tmp_path: Path, capsys: pyt
     assert "figures of the layers" in printed.err
     assert "sensitivity" not in printed.err
     assert not list((tmp_path / "out").glob("drop-sensitivity*"))
+
+
+def test_a_full_disk_leaves_the_table(
+    llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what is left of minutes or hours."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(profile_module, "_write", full)
+    assert main(arguments(llama_dir, text, tmp_path / "out", "--rankings", "influence")) == 2
+    printed = capsys.readouterr()
+    assert "error: The disk is full." in printed.err
+    assert "recommended, the least KL:" in printed.out
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_matplotlib(

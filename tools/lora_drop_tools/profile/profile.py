@@ -15,6 +15,7 @@ place meanwhile (fitted.py); what they stand in for is ranked then.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -35,6 +36,7 @@ from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
+from lora_drop_tools.shared.results import then_shown
 
 from .choice import Choice, choose, plan_to_profile
 from .fitted import Fitted, read_fitted
@@ -328,7 +330,8 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
     console = Console()
     if fitted is not None:
         warn_of_always(settings, fitted.directory, fitted.config, console.say)
-    with staged_directory(settings.out, settings.force, Kind("profile", PROFILE_NAME, _files)) as root:
+    kind = Kind("profile", PROFILE_NAME, _files)
+    with contextlib.ExitStack() as shown, staged_directory(settings.out, settings.force, kind) as root:
         with console.phase("loading the model"):
             loaded = load_model(
                 model,
@@ -339,10 +342,10 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
                 check=lambda found: _check_early(found, texts, settings, fitted),
             )
         result = _measure(loaded, texts, settings, fitted, console)
+        shown.enter_context(then_shown(lambda: print(*describe(result, settings.out), sep="\n")))
         _write(result, root)
         if importlib.util.find_spec("matplotlib") is None:
             console.say("no figures: matplotlib is not installed (pip install 'lora-drop-export[bench]')")
         else:
             write_plots(result, root)
-    print(*describe(result, settings.out), sep="\n")
     return result
