@@ -40,7 +40,7 @@ from lora_drop_export.decoder.trace import TracedModel, trace
 from lora_drop_export.graphs.early_rows import with_rows_chosen_early
 from lora_drop_export.graphs.lora import lora_step_from_refresh
 from lora_drop_export.graphs.match import fusable_groups
-from lora_drop_export.graphs.refresh import refresh_from_trace
+from lora_drop_export.graphs.refresh import check_halves, refresh_from_trace
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import TARGETS, build_target
 from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, store_arrays
@@ -86,6 +86,7 @@ def write_bundle(
     """
     limits = make_limits(checkpoint.config, options)
     plan = make_plan(traced.windows, traced.hidden_size, options)
+    check_halves(traced, plan)  # before weights are read, rounded and written
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     surrogates = surrogate_weights(plan, traced.hidden_size, fingerprint, options)

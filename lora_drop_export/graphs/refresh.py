@@ -163,6 +163,18 @@ def attention_residual(values: Mapping[str | None, ir.Value], layer: int) -> ir.
     )
 
 
+def _streams_between_halves(graph: ir.Graph, plan: DropPlan) -> dict[int, ir.Value]:
+    """`attention_residual` of each layer of which a plan drops a half alone."""
+    values: dict[str | None, ir.Value] = {value.name: value for node in graph for value in node.outputs}
+    layers = sorted({layer_of(site) for site in plan.sites if half_of(site)})
+    return {layer: attention_residual(values, layer) for layer in layers}
+
+
+def check_halves(traced: TracedModel, plan: DropPlan) -> None:
+    """Refuse a plan that drops halves of layers that have none. Raises ModelError."""
+    _streams_between_halves(traced.graph.graph, plan)
+
+
 def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset[str]]]:
     """For each layer the names of its attention half's parameters, and of those that K and V are made with.
 
@@ -271,8 +283,7 @@ def refresh_from_trace(
     masks = _Masks(inputs, plan)
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"]:
         presents |= _expand_cache_attention(graph, node, inputs, masks, kv_scales or {})
-    for layer in sorted({layer_of(site) for site in plan.sites if half_of(site)}):
-        middle = attention_residual(values, layer)  # refuses halves that run in parallel
+    for layer, middle in _streams_between_halves(graph, plan).items():
         middle.name = middle_name(layer)
         values[middle.name] = middle
     if plan.has_state:

@@ -273,5 +273,6 @@ def parallel(request):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, surrogate, rank):
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: parallel.traced)
+    monkeypatch.setattr("lora_drop_export.compiler.export.store_weights", None)  # which takes minutes, and more by text
     options = ("--injection", "attn_mlp", "--surrogate", surrogate, "--rank", rank)
     export_refused(*options, model=parallel.directory, words=("halves run in parallel", "--injection block"))
