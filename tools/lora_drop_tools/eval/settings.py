@@ -108,8 +108,8 @@ class EvalSettings:
         None,
         metavar="T",
         bounds=bounds.TOKENS,
-        help=f"give so many of them without scoring them (default {PROMPT}, or as a long cycle "
-        "needs; at most half a piece)",
+        help="give so many of them without scoring them, more than k, and leave room for a cycle "
+        f"(default {PROMPT}, or as a long cycle needs; at most half a piece)",
     )
     windows: int = option(32, metavar="N", bounds=bounds.COUNT, help="score at most so many pieces (default 32)")
     tasks: tuple[str, ...] = option((), metavar="NAME,…", help="run these tasks, groups and tags of lm-eval")
