@@ -172,6 +172,29 @@ def test_results_inside_a_bundle(run: Run, option: str, name: str, tmp_path: Pat
     assert held(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["fit", "profile"])
+def test_directories_inside_a_bundle(run: Run, name: str, tmp_path: Path, capsys) -> None:
+    root = make_bundle("llama", tmp_path / "bundle").root
+    before = held(tmp_path)
+    assert run(name, root / "weights" / "new") == 2
+    assert "The results at --out would lie inside a bundle." in capsys.readouterr().err
+    assert held(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "more"),
+    [("fit", "--log-dir", ("--steps", 1)), ("bench", "--peer-cache", ("--peers", "transformers", "--model", "model"))],
+)
+def test_what_is_kept_beside_a_result_inside_a_bundle(run: Run, name, option, more, tmp_path: Path, capsys) -> None:
+    if name == "fit":
+        pytest.importorskip("tensorboard", reason="tensorboard, of the extra `fit`, is not installed")
+    root = make_bundle("llama", tmp_path / "bundle").root
+    before = held(tmp_path)
+    assert run(name, tmp_path / "result", *more, option, root / "new") == 2
+    assert f"The results at {option} would lie inside a bundle." in capsys.readouterr().err
+    assert held(tmp_path) == before
+
+
 def test_json_to_a_device_and_through_a_link(run: Run, tmp_path: Path) -> None:
     """A device is written to, not replaced; of a link the file that is meant."""
     (tmp_path / "link").symlink_to("figures")

@@ -28,6 +28,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
+from lora_drop_tools.shared.results import refuse_in_bundle
 
 from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
@@ -202,6 +203,7 @@ def fit(model: str, settings: FitSettings) -> Fit:
         device = workers.device(settings.device)
         with _written_by_first(out, force, workers) as root:
             if workers.rank == 0:
+                refuse_in_bundle(out, "--out")
                 check_place(out, settings.resume, settings.force)
             with console.phase("loading the model"):
                 loaded = load_model(

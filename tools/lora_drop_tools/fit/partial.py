@@ -16,6 +16,7 @@ from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.file import check_writable
 from lora_drop_export.staging.owned import Kind, foreign_entries, refuse_foreign, remove_files
 from lora_drop_export.staging.rename import rename_new
+from lora_drop_tools.shared.results import refuse_in_bundle
 
 from .distill import Workers, saved
 
@@ -129,11 +130,12 @@ def check_place(out: Path, resume: bool, force: bool) -> None:
 
 
 def check_log_dir(log_dir: Path, out: Path) -> None:
-    """Refuse a place for curves that is no directory, cannot be written, or is where the adapters are made.
+    """Refuse a place for curves that is no directory, cannot be written, or is a bundle or where the adapters are made.
 
     Raises:
         InputError: it is.
     """
+    refuse_in_bundle(log_dir, "--log-dir")
     place = resolved(log_dir)
     for taken in (resolved(out), _place(resolved(out))):
         if place == taken or taken in place.parents:

@@ -36,7 +36,7 @@ from lora_drop_export.staging.area import resolved
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.owned import Kind
 from lora_drop_tools.shared.corpus import DTYPES, read_texts, window_that_fits
-from lora_drop_tools.shared.results import then_shown
+from lora_drop_tools.shared.results import refuse_in_bundle, then_shown
 
 from .choice import Choice, choose, plan_to_profile
 from .fitted import Fitted, read_fitted
@@ -332,6 +332,7 @@ def profile(model: str, settings: ProfileSettings) -> Profile:
         warn_of_always(settings, fitted.directory, fitted.config, console.say)
     kind = Kind("profile", PROFILE_NAME, _files)
     with contextlib.ExitStack() as shown, staged_directory(settings.out, settings.force, kind) as root:
+        refuse_in_bundle(settings.out, "--out")
         with console.phase("loading the model"):
             loaded = load_model(
                 model,

@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.checkpoint.foreign import CHECKPOINT_HINT, read_json
+from lora_drop_tools.shared.results import refuse_in_bundle
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def peer_options(
             note=f"{unknown[0]!r} was given, {', '.join(PEERS)} are known.",
             hint="Use --peers alone for all that can run, or --peers with names, separated by commas.",
         )
+    if cache is not None:
+        refuse_in_bundle(cache, "--peer-cache")
     if cache is not None and cache.exists() and not cache.is_dir():
         raise InputError(
             "What peers build cannot be kept there.",
