@@ -79,8 +79,8 @@ def read_drop_list(path: Path) -> DropList:
     except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError(
             "The file holds no drop list.",
-            note=f'{path} is neither a JSON list of sites nor an object with "sites".',
-            hint="Use a file written by lora-drop profile, or --drop-layers 4,6,9.",
+            note=f"{path} is neither a JSON list of sites nor what lora-drop profile writes into a drop-….json.",
+            hint="Use a drop-….json that lora-drop profile wrote, or --drop-layers 4,6,9.",
         ) from None
     if len(set(found.sites)) < len(found.sites):
         raise InputError(

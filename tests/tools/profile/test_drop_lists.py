@@ -45,6 +45,16 @@ def test_export_warns_of_a_bad_base(
             assert "layers 4, 6 (relative errors 1.25 to 1.50)" in lines[0]
 
 
+def test_profile_json_is_no_drop_list(
+    made: tuple[Profile, Path], export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is a file of the profile's and has "sites", so the message says which file is meant."""
+    assert export("--drop-list", made[1] / "profile.json") == 2
+    message = capsys.readouterr().err
+    assert "nor what lora-drop profile writes into a drop-….json." in message
+    assert "Use a drop-….json that lora-drop profile wrote" in message
+
+
 def test_export_refuses_a_list_of_another_model(
     export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
