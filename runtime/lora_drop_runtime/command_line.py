@@ -328,7 +328,8 @@ def _checked(flag: str, value: Any, kind: Any, said: _Option) -> Any:
             raise _wrong_type(flag, value, "a path")
         return Path(value)
     if not isinstance(value, kind):
-        raise _wrong_type(flag, value, {str: "a text", bool: "True or False", int: "a whole number"}[kind])
+        wanted = {str: "a text", bool: "True or False", int: "a whole number", int | str: "a whole number or a text"}
+        raise _wrong_type(flag, value, wanted[kind])
     if kind is str:
         check_text(flag, value)
         if not value:

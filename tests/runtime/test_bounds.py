@@ -164,6 +164,20 @@ def test_wrong_types_of_settings(wrong: dict[str, Any]) -> None:
     assert refused.value.hint
 
 
+@pytest.mark.parametrize(
+    ("cls", "given", "word"),
+    [
+        (ExportOptions, {"drop_layers": [4.0]}, "needed is a whole number or a text"),
+        (FitSettings, {"drop_layers": [None]}, "needed is a whole number or a text"),
+        (FitSettings, {"offset_weights": ()}, "--offset-weights has 0, --k has 3"),
+    ],
+)
+def test_odd_lists_of_settings(cls: type, given: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError) as refused:
+        cls(**CLASSES[cls], **given)
+    assert word in refused.value.note
+
+
 def test_help_says_the_bounds() -> None:
     import argparse
 

@@ -331,7 +331,7 @@ class FitSettings:
             raise InputError(
                 "The weights do not fit the cycle.",
                 note=f"--offset-weights has {len(weights)}, --k has {max(self.k)} as its largest; "
-                f"the largest weight is {max(weights):g}.",
+                f"the largest weight is {max(weights, default=0):g}.",
                 hint="Give one for each of them, at least one above 0.",
             )
 
