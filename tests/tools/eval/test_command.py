@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
@@ -13,14 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Calibration
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import main
 from lora_drop_tools.eval import scoring as eval_scoring
+from lora_drop_tools.eval.calibrate import store_calibration
 from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.settings import EvalSettings
 from lora_drop_tools.shared import costs
 
+from lora_drop_export.compiler.add_target import add_target
+from lora_drop_export.compiler.options import ExportOptions
 from tests.support.bundles import family, make_bundle
 from tests.support.tokenizers import character_tokenizer
 
@@ -165,6 +171,25 @@ def test_goes_on_where_it_was_cut_off(
         assert seen == []
         assert main([*arguments, "--seed", "1", "--windows", "1"]) == 0  # another seed is another evaluation
         assert seen == [0, 1]
+
+
+def test_what_is_kept_of_a_bundle_outlives_a_threshold_and_another_target(
+    text: Path, tmp_path: Path, count_prefills: Callable[..., list[int]]
+) -> None:
+    """Neither changes what its target writes."""
+    root = make_bundle("llama", tmp_path / "b", drop_ratio=0.5).root
+    character_tokenizer(root)
+    settings = EvalSettings(k=(1,), text=text, window=48, prompt=8, windows=1, out_dir=tmp_path / "i")
+    seen = count_prefills()
+    before = eval(root, settings, out=io.StringIO())
+    threshold = Calibration(1.0, 3, "skip", 0.9, 0.91, 0.4, 93, 0.89, 0.41, 93)
+    store_calibration(Bundle.open(root), {"margin": threshold})
+    add_target(root, ["openvino"], ExportOptions(verify=False))
+    after = eval(root, settings, out=io.StringIO())
+    assert seen == [0, 1]
+    assert [row.text for row in after.rows] == [row.text for row in before.rows]
+    eval(root, dataclasses.replace(settings, target="openvino"), out=io.StringIO())
+    assert seen == [0, 1, 0, 1]
 
 
 def test_another_bundle_is_not_taken_for_this_one(

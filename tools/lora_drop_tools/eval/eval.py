@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import sys
@@ -26,7 +25,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -77,15 +76,24 @@ def _kv_request(bundles: Mapping[str, Bundle]) -> tuple[int, int]:
     return prompt, tokens - prompt
 
 
+def _decoded(manifest: Manifest, target: str) -> dict[str, Any]:
+    """What results depend on: not what was measured of the bundle, such as thresholds, and not its other targets."""
+    folders = ("weights", "tokenizer", target)
+    return {
+        "files": {name: one.sha256 for name, one in manifest.files.items() if name.partition("/")[0] in folders},
+        **{part: dataclasses.asdict(getattr(manifest, part)) for part in ("model", "plan", "limits", "special_tokens")},
+    }
+
+
 def _open_stores(bundles: Mapping[str, Bundle], settings: EvalSettings) -> dict[str, Store]:
-    """What is kept of each bundle; a bundle that was exported again is another one."""
+    """What is kept of each bundle; one that was exported otherwise is another one."""
     version = machine.machine_facts()["versions"].get("lora-drop-export", "")
     provider = f" on {settings.provider}" if settings.provider else ""
     stores = {}
     for name, bundle in bundles.items():
-        manifest_hash = hashlib.sha256((bundle.root / MANIFEST_NAME).read_bytes()).hexdigest()
-        identity = {"manifest_sha256": manifest_hash, "bundle": bundle.manifest.model.name, "version": version}
-        identity |= {"engine": bundle.target(settings.target)[0] + provider}
+        target, _ = bundle.target(settings.target)
+        identity = {"decoded": digest(_decoded(bundle.manifest, target)), "bundle": bundle.manifest.model.name}
+        identity |= {"engine": target + provider, "version": version}
         stores[name] = Store(settings.out_dir, {**identity, "seed": settings.seed})
     return stores
 
