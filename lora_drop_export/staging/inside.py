@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_drop_runtime.errors import InputError
 
 from .area import area_of, refuse_others, resolved
 from .failures import refused_writes
+
+
+@contextlib.contextmanager
+def _refused(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            "The file cannot be replaced.",
+            note=f"{file}: {error.strerror}. It is as it was.",
+            hint="Make the directory and the one above it writable, or copy it to where they are.",
+        ) from None
+
+
+def check_changeable(directory: Path, name: str) -> None:
+    """Refuse before any work what `change_file` could not do after it. Raises InputError."""
+    place = resolved(directory)
+    refuse_others(place)
+    with _refused(place / name), area_of(place):
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def change_file(directory: Path, name: str, change: Callable[[bytes], bytes], option: str) -> None:
@@ -28,19 +51,12 @@ def change_file(directory: Path, name: str, change: Callable[[bytes], bytes], op
     place = resolved(directory)
     refuse_others(place)
     file = place / name
-    try:
-        with refused_writes(place, option), area_of(place) as area:
-            refuse_others(place, but=area.root)
-            data = change(file.read_bytes())
-            with area.new.open("wb") as new:
-                new.write(data)
-                new.flush()
-                os.fsync(new.fileno())
-            area.new.chmod(file.stat().st_mode & 0o7777)
-            os.replace(area.new, file)
-    except OSError as error:
-        raise InputError(
-            "The file cannot be replaced.",
-            note=f"{file}: {error.strerror}. It is as it was.",
-            hint="Make the directory and the one above it writable, or copy it to where they are.",
-        ) from None
+    with _refused(file), refused_writes(place, option), area_of(place) as area:
+        refuse_others(place, but=area.root)
+        data = change(file.read_bytes())
+        with area.new.open("wb") as new:
+            new.write(data)
+            new.flush()
+            os.fsync(new.fileno())
+        area.new.chmod(file.stat().st_mode & 0o7777)
+        os.replace(area.new, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -226,6 +227,33 @@ def test_refused_before_any_work(
     windows = ["--window", "40", "--prompt", "8"] if "--text" in options else []
     assert main(["eval", str(bundle), *windows, *options.replace("TEXT", str(text)).split()]) == 2
     assert capsys.readouterr().err.startswith(f"error: {fact}")
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(
+    own: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "open", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr(os, "access", lambda path, _: path != own.resolve())
+    with pytest.raises(InputError, match="cannot be replaced") as refused:
+        calibrate(own, settings(text, 0.5))
+    assert f"{own.resolve() / MANIFEST_NAME}: Permission denied." in refused.value.note
+    assert os.listdir(own.parent) == ["own"]
+
+
+def test_a_full_disk_leaves_the_table(own: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what is left of the search; nothing says that the threshold is stored."""
+    out = io.StringIO()
+    most, _ = recomputed(own, halves(own, settings(text, 0.5))[0], lambda _: False)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="disk is full"):
+        calibrate(own, settings(text, most - 1e-9), out=out)
+    assert "margin, k = 3" in out.getvalue()
+    assert "stored in the bundle" not in out.getvalue()
+    assert not Bundle.open(own).manifest.calibration
 
 
 def test_windows_have_room_for_the_cycle_of_the_bundle(own: Path, text: Path) -> None:

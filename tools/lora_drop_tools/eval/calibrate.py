@@ -28,9 +28,10 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import ADAPTIVE, LastLogits
 from lora_drop_runtime.text import TextCodec
 
-from lora_drop_export.staging.inside import change_file
+from lora_drop_export.staging.inside import change_file, check_changeable
 from lora_drop_tools.shared.bundles import check_session
 from lora_drop_tools.shared.progress import Progress
+from lora_drop_tools.shared.results import then_shown
 from lora_drop_tools.shared.table import table
 
 from .requests import checked, text_request, text_windows
@@ -203,7 +204,7 @@ def _verdict(one: Calibrated) -> str:
 
 
 def describe(results: Sequence[Calibrated]) -> list[str]:
-    """The lines that are printed."""
+    """The lines of the table; what was stored is said behind it."""
     first = results[0]
     headings = ("schedule", "threshold", "agree %", "refreshes %", "other text: agree %", "refreshes %")
     cells = [_line(f"periodic, k = {first.k}", "–", *first.periodic)]
@@ -222,7 +223,6 @@ def describe(results: Sequence[Calibrated]) -> list[str]:
         f"wanted: {first.wanted:.1%} of the likeliest tokens are the full schedule's, policy {first.policy}",
         *table(headings, cells),
         f"{tokens[0]} steps were searched on, {tokens[1]} steps of other text were held out; one row at a time",
-        *map(_verdict, results),
     ]
 
 
@@ -263,6 +263,7 @@ def calibrate(bundle: str | Path, settings: EvalSettings, *, out: TextIO | None 
             hint="Give a longer --text, a smaller --window, or more --windows.",
         )
     policy = settings.policies[0] if settings.policies else plan.policy
+    check_changeable(opened.root, MANIFEST_NAME)
     names, half = settings.schedules or tuple(ADAPTIVE), (len(windows) + 1) // 2
     check_adaptive(" or ".join(names), policy)
     total = len(windows) + len(names) * (len(windows) + half * MOST_TRIED + 2 * (len(windows) - half))
@@ -276,7 +277,9 @@ def calibrate(bundle: str | Path, settings: EvalSettings, *, out: TextIO | None 
         texts = _Text(session, windows[:half], progress), _Text(session, windows[half:], progress)
         results += [_calibrated(texts, one, k, policy, wanted) for one in names]
     found = {one.name: one.stored for one in results if one.stored is not None}
-    if found:
-        store_calibration(opened, found)
-    print("\n".join(describe(results)), file=out or sys.stdout)
+    lines = describe(results)
+    with then_shown(lambda: print("\n".join(lines), file=out or sys.stdout)):
+        if found:
+            store_calibration(opened, found)
+        lines += map(_verdict, results)
     return results
