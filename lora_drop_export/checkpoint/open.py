@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
-from lora_drop_runtime.files import is_directory, is_file
+from lora_drop_runtime.files import is_directory, is_file, refuse_locked
 
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 
@@ -271,6 +271,7 @@ def open_checkpoint(
         )
     with refused("There is no such model.", repr(model), "Check the spelling."):  # ~nobody/model
         path = Path(model).expanduser()
+    refuse_locked(path)
     if is_file(path) and path.suffix.lower() == ".gguf":
         log(f"reading {path.name}")
         return _gguf(path, scratch, log)

@@ -44,6 +44,24 @@ def is_device(path: Path) -> bool:
     return stat.S_ISCHR(mode := _mode(path)) or stat.S_ISBLK(mode)
 
 
+def refuse_locked(path: Path) -> None:
+    """Refuse a path behind a directory that may not be entered: what is there looks as if it were absent.
+
+    Raises:
+        BundleError: it is behind one.
+    """
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        raise BundleError(
+            "A path cannot be looked at.",
+            note=f"{path}: {error.strerror}.",
+            hint="Check the permissions of the directories above it.",
+        ) from None
+    except (OSError, ValueError):
+        pass
+
+
 def read_bounded(path: Path, most_bytes: int) -> bytes:
     """The content of an ordinary file.
 

@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, LoraDropError, wrong_type
-from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded
+from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded, refuse_locked
 
 from .graph_files import graph_files
 from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
@@ -154,6 +154,7 @@ class Bundle:
             root = root.absolute()  # it may be another one when files are read later
         manifest_path = root / MANIFEST_NAME
         if not is_file(manifest_path):
+            refuse_locked(manifest_path)
             state = f"has no {MANIFEST_NAME}" if is_directory(root) else "is not a directory"
             raise BundleError(
                 "There is no bundle here.",

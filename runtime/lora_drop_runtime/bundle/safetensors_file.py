@@ -129,7 +129,9 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             length = int.from_bytes(prefix, "little")
             header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
-        raise _not_whole(path, f"cannot be read: {error.strerror}") from None
+        raise BundleError(
+            "A file cannot be read.", note=f"{path}: {error.strerror}.", hint="Check its permissions, or copy it again."
+        ) from None
     if len(prefix) != 8 or len(header) != length or not header.startswith(b"{"):
         raise _not_whole(path, f"announces a header of {length} bytes")
     return header, 8 + length
