@@ -250,7 +250,7 @@ class BuildOptions:
         group=_BUILD,
         metavar="|".join((*ROUNDINGS, CALIBRATED)),
         help="how int4 and int8 are found: with the scale of the least error or of the range, or so that the layers' "
-        f"outputs over a text change least ({CALIBRATED}; takes minutes; default search for int4)",
+        f"outputs over a text change least ({CALIBRATED}; takes minutes; default search for int4, rtn for int8)",
     )
     calibration: Path | None = option(
         None,
@@ -276,7 +276,8 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="|".join(HEAD_DTYPES),
-        help="what the head and the embedding are where the rest is int4 (default int4): more accurate, and slower",
+        help="what the head and the embedding are where the rest is int4 (default int4); int8 is more accurate, and "
+        "slower",
     )
     activation_dtype: str | None = option(
         None,

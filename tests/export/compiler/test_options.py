@@ -10,6 +10,7 @@ from lora_drop_runtime.command_line import Parser, add_options, given_flags, set
 from lora_drop_runtime.errors import InputError
 
 from lora_drop_export.compiler.options import BuildOptions, ExportOptions, PlanOptions, with_files_read
+from lora_drop_export.quantize.choice import Quantization
 from lora_drop_export.targets.trt.options import BuilderOptions
 
 
@@ -24,6 +25,13 @@ def test_nothing_given_is_the_defaults(parser):
     arguments = parser.parse_args([])
     assert vars(arguments) == {}
     assert settings_of(ExportOptions, arguments) == ExportOptions()
+
+
+def test_help_says_how_each_dtype_is_rounded_and_which_head_is_slower(parser):
+    text = " ".join(parser.format_help().split())
+    defaults = (f"{Quantization.of(dtype).method} for {dtype}" for dtype in ("int4", "int8"))
+    assert f"default {', '.join(defaults)})" in text
+    assert "(default int4); int8 is more accurate, and slower" in text
 
 
 def test_what_is_given_reaches_its_field(parser):
