@@ -61,7 +61,9 @@ class LoadedModel:
             raise InputError(
                 "The model has no tokenizer.",
                 note=f"{self.name} has no tokenizer files, and the text has to become tokens.",
-                hint="Put the tokenizer's files beside the weights.",
+                hint="Put the tokenizer's files beside the weights."
+                if self.plan is None
+                else "Give the checkpoint that the bundle was made from, with the tokenizer's files.",
             )
         import torch
 

@@ -289,7 +289,7 @@ class TextCodec:
             raise BundleError(
                 "There is no tokenizer.",
                 note=f"{path} does not exist.",
-                hint="Put the tokenizer's files there, or pass token ids from Python.",
+                hint="Export again from a checkpoint that has its tokenizer.json, or pass token ids from Python.",
             )
         try:
             tokenizer = Tokenizer.from_buffer(read_bounded(path, MOST_TOKENIZER_BYTES))

@@ -235,7 +235,10 @@ def test_not_a_model(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not a GGUF file" in capsys.readouterr().err
     without = shutil.copytree(family("llama").directory, tmp_path / "model")
     assert main(arguments(without, text, tmp_path / "out")) == 2
-    assert "no tokenizer" in capsys.readouterr().err
+    assert "Put the tokenizer's files beside the weights." in capsys.readouterr().err
+    bundle = make_bundle("llama", tmp_path / "bundle").root  # which takes no more files
+    assert main(arguments(bundle, text, tmp_path / "out")) == 2
+    assert "Give the checkpoint that the bundle was made from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
