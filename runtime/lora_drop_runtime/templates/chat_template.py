@@ -210,13 +210,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 _ENVIRONMENT: _Environment | None = None
 
 
-def _refused(error: Exception) -> InputError:
+def _refused(error: Exception, fact: str, hint: str) -> InputError:
     endless = isinstance(error, RecursionError)
-    return InputError(
-        "The model's chat template does not accept these messages.",
-        note="It is nested too deep, or calls itself without an end." if endless else first_line(error)[:300],
-        hint="Check the messages' roles, their order and content, or pass a plain prompt.",
-    )
+    note = "It is nested too deep, or calls itself without an end." if endless else first_line(error)[:300]
+    return InputError(f"The model's chat template {fact}.", note=note, hint=f"{hint}, or pass a plain prompt.")
 
 
 class ChatTemplate:
@@ -237,7 +234,8 @@ class ChatTemplate:
                 raise TooMuch(f"it has {len(source)} characters, {MOST_SOURCE} are the most")
             self._template = _ENVIRONMENT.from_string(source)
         except Exception as error:  # whatever Jinja and Python make of a text that is no template
-            raise _refused(error) from error
+            hint = "Mend the checkpoint's chat_template.jinja and export again"
+            raise _refused(error, "is no template that can be read", hint) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The template's text.
@@ -249,5 +247,6 @@ class ChatTemplate:
             with spending(Budget(variables)):
                 text: str = self._template.render(variables)
         except Exception as error:  # it is a program that somebody else wrote, and may fail in any way
-            raise _refused(error) from error
+            hint = "Check the messages' roles, their order and content"
+            raise _refused(error, "does not accept these messages", hint) from error
         return text

@@ -139,6 +139,13 @@ def test_a_template_that_asks_for_too_much(source: str) -> None:
     assert caught.value.hint
 
 
+def test_a_text_that_is_no_template() -> None:
+    """Whatever the messages are, so they are not what is to be looked at."""
+    with pytest.raises(InputError, match="is no template that can be read") as refused:
+        ChatTemplate("{% for message in")
+    assert "messages' roles" not in refused.value.hint
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_template_that_fails(name: str) -> None:
     with pytest.raises(InputError, match=r"\AThe model's chat template [^\n]+\nNote: [^\n]+\nHint: [^\n]+\Z"):
