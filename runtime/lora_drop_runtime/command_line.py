@@ -490,6 +490,14 @@ def no_temporary_directory(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and str(error.strerror).startswith("No usable temporary directory")
 
 
+def _no_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _as_ours(error: BaseException) -> LoraDropError | None:
     """An exception as the error that a user gets for it; None where it is a bug of ours."""
     if isinstance(error, MemoryError):
@@ -503,6 +511,12 @@ def _as_ours(error: BaseException) -> LoraDropError | None:
             "There is no room for temporary files.",
             note=f"{first_line(error)}.",
             hint="Free some space, or set TMPDIR to a directory that can be written.",
+        )
+    if isinstance(error, FileNotFoundError) and _no_working_directory():
+        return InputError(
+            "The current directory does not exist any more.",
+            note="It was removed, and a path begins there.",
+            hint="Change into one that exists (cd), and run the command again.",
         )
     if isinstance(error, OSError):
         return _refused_by_the_system(error)

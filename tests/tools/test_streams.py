@@ -53,6 +53,14 @@ def test_streams_and_names(bundle, line, code, words) -> None:
     assert words in done.stderr
 
 
+@pytest.mark.parametrize("command", ["$RUN inspect ../b", "$EXPORT --model here --out there"])
+def test_a_working_directory_that_was_removed(bundle, tmp_path, command) -> None:
+    done = shell(f"cd {tmp_path} && cp -r $B b && mkdir gone && cd gone && rmdir ../gone && {command}", bundle)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: The current directory does not exist any more.\nNote: ")
+    assert b"\nHint: " in done.stderr
+
+
 @pytest.mark.parametrize(
     "environment",
     [
