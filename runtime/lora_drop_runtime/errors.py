@@ -18,8 +18,8 @@ import operator
 from typing import Any
 
 
-def _one_line(text: str) -> str:
-    """A part of a message on one line: what a name may hold beside text, such as a line's end, is escaped."""
+def one_line(text: str) -> str:
+    """A message or a name on one line: what a name may hold beside text, such as a line's end, is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -35,7 +35,7 @@ class LoraDropError(Exception):
     exit_code = 2
 
     def __init__(self, fact: str, *, note: str = "", hint: str = "") -> None:
-        fact, note, hint = _one_line(fact), _one_line(note), _one_line(hint)
+        fact, note, hint = one_line(fact), one_line(note), one_line(hint)
         self.fact, self.note, self.hint = fact, note, hint
         lines = [fact]
         if note:

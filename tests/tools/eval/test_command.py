@@ -287,6 +287,16 @@ def test_the_hint_for_a_long_cycle_names_windows_that_have_room(k: int, text: Pa
         EvalSettings(text=text, k=(k,), window=window - 1, prompt=prompt)
 
 
+def test_a_name_with_a_line_s_end_breaks_no_table(text: Path, tmp_path: Path) -> None:
+    root = make_bundle("llama", tmp_path / "one\ntwo", drop_ratio=0.5).root
+    character_tokenizer(root)
+    out = io.StringIO()
+    eval(root, EvalSettings(k=(1,), text=text, window=48, prompt=8, windows=1), out=out)
+    lines = [line for line in out.getvalue().splitlines() if "two" in line]
+    assert any(line.startswith(r"one\ntwo k=1 skip") for line in lines)
+    assert all(r"one\ntwo" in line for line in lines)
+
+
 def test_one_token_is_no_tokens(bundle: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", str(bundle), "--prompt", "a", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err.startswith("1 token in ")

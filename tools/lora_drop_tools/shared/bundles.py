@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, ModelFacts
 from lora_drop_runtime.engines.open import check_engine
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, one_line
 from lora_drop_runtime.plan.policy import policy_named
 
 
@@ -44,13 +44,13 @@ def check_session(
 
 
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
-    """Bundles by a short name each; they must be of one model with weights of one kind."""
+    """Bundles by a short name each, on one line; they must be of one model with weights of one kind."""
     if not paths:
         raise InputError("There is no bundle to measure.", note="None was given.", hint="Give at least one.")
     opened = [Bundle.open(path) for path in paths]
-    names = [Path(path).resolve().name for path in paths]
+    names = [one_line(Path(path).resolve().name) for path in paths]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+        names = [one_line(str(path)) for path in paths]
     bundles = dict(zip(names, opened, strict=True))
     if len(bundles) < len(opened):
         raise InputError("A bundle is given twice.", note=f"{', '.join(names)} were given.", hint="Give each once.")
