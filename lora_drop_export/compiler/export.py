@@ -29,7 +29,7 @@ from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.check.calibrate import calibrate_kv
-from lora_drop_export.check.calibration_text import held_back_windows
+from lora_drop_export.check.calibration_text import calibration_windows, held_back_windows
 from lora_drop_export.check.perplexity import report_perplexity
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.drop_list import check_drop_list
@@ -192,9 +192,11 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         if not (root / "tokenizer" / "tokenizer.json").is_file():
             console.say("the model brings no tokenizer that can be read here: prompts have to be token ids")
         special_tokens(checkpoint)  # refuses what would be refused after the trace
+        text = root, checkpoint.config.vocab_size, context_length(checkpoint.config), options.calibration
         if options.block_size == AUTO:  # and so does this
-            config = checkpoint.config
-            windows = held_back_windows(root, config.vocab_size, context_length(config), options.calibration)
+            windows = held_back_windows(*text)
+        elif options.calibrated:  # and this
+            calibration_windows(*text)
         with console.phase("tracing the model"):
             traced = trace(checkpoint, dtype)
         if options.block_size == AUTO:

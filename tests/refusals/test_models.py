@@ -177,6 +177,15 @@ def test_weights_are_truncated(export_refused, model):
         export_refused(model=model, words=("model.safetensors",))
 
 
+@pytest.mark.usefixtures("untraced")
+def test_a_calibration_text_that_says_too_little(export_refused, model, tmp_path):
+    text = tmp_path / "text.txt"
+    for said, words in (("t1 " * 2000, ("too short", "2000 tokens")), ("t1 t2 " * 2000, ("too little", "2 kinds"))):
+        text.write_text(said)
+        options = ("--dtype", "int8", "--quantization", "gptq", "--calibration", text)
+        export_refused(*options, model=model, words=words)
+
+
 @pytest.mark.usefixtures("traced")
 def test_weights_do_not_fit_the_config(export_refused, model):
     tensors = load_file(model / "model.safetensors")
