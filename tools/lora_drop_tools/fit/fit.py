@@ -30,6 +30,7 @@ from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
 from lora_drop_tools.shared.results import refuse_in_bundle
 
+from .given import Given, read_given
 from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
@@ -67,7 +68,7 @@ class Fit:
     versions: Mapping[str, str]
 
 
-def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> dict[str, Any]:
+def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings, given: Given | None) -> dict[str, Any]:
     """All that a fit's result depends on but for what the texts hold; a fit is resumed only where it is the same."""
     told = {
         "model": loaded.name,
@@ -81,6 +82,7 @@ def _described(loaded: LoadedModel, plan: DropPlan, settings: FitSettings) -> di
         "alpha": settings.lora_alpha,
         **{name: getattr(settings, name) for name in _TOLD},
         "learning_rate": settings.rate(plan),
+        "adapters_sha256": None if given is None else given.digest,
     }
     described: dict[str, Any] = json.loads(json.dumps(told))
     return described
@@ -91,7 +93,9 @@ def _written_by_first(out: Path, force: bool, workers: Workers) -> contextlib.Ab
     return staged_directory(out, force, ADAPTERS) if workers.rank == 0 else contextlib.nullcontext(out)
 
 
-def _check_early(loaded: LoadedModel, source: Source, listed: DropList | None, settings: FitSettings) -> None:
+def _check_early(
+    loaded: LoadedModel, source: Source, listed: DropList | None, given: Given | None, settings: FitSettings
+) -> None:
     """Refuse what will not fit the model, before its weights are read."""
     from lora_drop_export.checkpoint.drop_list import check_drop_list
     from lora_drop_export.compiler.early import windows_of_config
@@ -100,9 +104,11 @@ def _check_early(loaded: LoadedModel, source: Source, listed: DropList | None, s
     check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
     windows = windows_of_config(loaded.model.config)
     if windows is not None:
-        plan = plan_to_fit(loaded, windows, settings, listed)
+        plan = plan_to_fit(loaded, windows, settings, listed, given)
+        if given is not None:
+            given.pairs(plan, loaded, "cpu")
         if settings.resume:
-            check_same(resolved(settings.out), _described(loaded, plan, settings))
+            check_same(resolved(settings.out), _described(loaded, plan, settings, given))
     source.texts(loaded, settings, "cpu")
 
 
@@ -110,6 +116,7 @@ def _fit_loaded(
     loaded: LoadedModel,
     source: Source,
     listed: DropList | None,
+    given: Given | None,
     settings: FitSettings,
     workers: Workers,
     console: Console,
@@ -123,19 +130,19 @@ def _fit_loaded(
 
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     forcing = TeacherForcing(loaded.model, settings.recompute)
-    plan = plan_to_fit(loaded, forcing.windows(), settings, listed)
+    plan = plan_to_fit(loaded, forcing.windows(), settings, listed, given)
     forcing.check_halves(plan)
     seen, unseen = source.texts(loaded, settings, forcing.device)
     work = Work(forcing, plan, settings, seen, unseen, console)
     text = identity(settings.text, settings.dataset)
-    described = {**_described(loaded, plan, settings), "processes": workers.count, "text_sha256": text}
+    described = {**_described(loaded, plan, settings, given), "processes": workers.count, "text_sha256": text}
     partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
     kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:
         pairs, scales, stages = load_begin(partial.begin)
         work.stages.update(stages)
     else:
-        pairs, scales = begin(work)
+        pairs, scales = begin(work, None if given is None else given.pairs(plan, loaded, forcing.device))
         if settings.steps != 0:
             partial.save(pairs, scales, work.stages, root.with_name("partial"))
     if settings.steps != 0:
@@ -178,7 +185,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
     Raises:
         InputError, ModelError, BundleError: the output directory is as it was.
     """
-    listed = listed_layers(settings)
+    settings, given = read_given(settings)
+    listed = given.listed if given else listed_layers(settings)
     require_export_packages("fitting runs the model in PyTorch")
     if settings.log_dir is not None:
         require_package("tensorboard", "--log-dir")
@@ -212,9 +220,9 @@ def fit(model: str, settings: FitSettings) -> Fit:
                     device=device,
                     trust_remote_code=settings.trust_remote_code,
                     log=console.say,
-                    check=lambda found: _check_early(found, source, listed, settings),
+                    check=lambda found: _check_early(found, source, listed, given, settings),
                 )
-            result, partial = _fit_loaded(loaded, source, listed, settings, workers, console, root)
+            result, partial = _fit_loaded(loaded, source, listed, given, settings, workers, console, root)
         partial.remove()
         workers.wait(device)
     console.say(f"done: {out}")

@@ -30,7 +30,8 @@ _FILES = frozenset((_SETTINGS, _BEGIN, _STATE, "state.part"))
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What was told otherwise, in words; empty where nothing was. An earlier version told less."""
     found = [name for name in now if name in before and before[name] != now[name]]
-    said = {name: f"{name} {before[name]!r}" for name in found} | {"text_sha256": "another text under these names"}
+    said = {name: f"{name} {before[name]!r}" for name in found}
+    said |= {"text_sha256": "another text under these names", "adapters_sha256": "other adapters under this name"}
     return ", ".join(said[name] for name in found)
 
 

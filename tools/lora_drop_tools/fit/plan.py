@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lora_drop_export.checkpoint.drop_list import DropList
     from lora_drop_export.decoder.loaded import LoadedModel
 
+    from .given import Given
+
 
 def _bare_sites(sites: Sequence[str], adapters_for: str) -> tuple[str, ...]:
     """Those that get no adapter."""
@@ -42,7 +44,9 @@ def _bare_sites(sites: Sequence[str], adapters_for: str) -> tuple[str, ...]:
     return bare
 
 
-def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList | None) -> DropPlan:
+def _chosen_plan(
+    windows: Sequence[int], settings: FitSettings, listed: DropList | None, given: Given | None
+) -> DropPlan:
     """The plan that was asked for, of a model that brings none."""
     windowed = tuple(i for i, size in enumerate(windows) if size)
     first = settings.always_first if listed is None or settings.always_first is not None else listed.always_first
@@ -55,9 +59,9 @@ def _chosen_plan(windows: Sequence[int], settings: FitSettings, listed: DropList
     return DropPlan(
         num_layers=len(windows),
         sites=sites,
-        surrogate=settings.surrogate or DEFAULT_SURROGATE,
+        surrogate=settings.surrogate or (given and given.config.surrogate) or DEFAULT_SURROGATE,
         rank=settings.rank,
-        bare_sites=_bare_sites(sites, settings.adapters_for or "all"),
+        bare_sites=given.config.bare_sites if given else _bare_sites(sites, settings.adapters_for or "all"),
         policy=policy,
         always_first=first,
         always_last=last,
@@ -99,12 +103,18 @@ def listed_layers(settings: FitSettings) -> DropList | None:
 
 
 def plan_to_fit(
-    loaded: LoadedModel, windows: Sequence[int], settings: FitSettings, listed: DropList | None
+    loaded: LoadedModel,
+    windows: Sequence[int],
+    settings: FitSettings,
+    listed: DropList | None,
+    given: Given | None = None,
 ) -> DropPlan:
     """The bundle's plan, or the one that was asked for, with the rank, window and policy to be fitted.
 
     Args:
         windows: each layer's sliding window in positions, 0 for none.
+        listed: what is to be dropped of a model; with `given` its own list.
+        given: adapters to go on from.
 
     Raises:
         InputError: the model brings a plan, and another one was asked for.
@@ -114,9 +124,9 @@ def plan_to_fit(
     width = loaded.model.get_input_embeddings().weight.shape[1]
     Bounds(1, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
     if loaded.plan is None:
-        plan = _chosen_plan(windows, settings, listed)
+        plan = _chosen_plan(windows, settings, listed, given)
     else:
-        _check_nothing_chosen(loaded, settings, listed)
+        _check_nothing_chosen(loaded, settings, None if given else listed)
         plan = loaded.plan
         _check_policies(plan, settings)
         policy = settings.policies[0] if settings.policies else plan.policy

@@ -56,6 +56,7 @@ class FitSettings:
         text_column: where JSON lines, Parquet and the dataset have their text.
         out: a directory; must not exist unless `force`.
         drop_layers, drop_list: the sites to drop, or a file of `lora-drop profile` that says them; at most one.
+        adapters: of an earlier fit, from which distillation goes on; they bring the plan, the rank and the policy.
         adapters_for: `attn` and `mlp` leave the other halves without an adapter.
         k: LoRA steps between refreshes; of several each batch draws one.
         policies: of the refreshes at deployment, on which depends what LoRA steps find in the caches; the bundle's or
@@ -104,6 +105,12 @@ class FitSettings:
     )
     drop_list: Path | None = option(
         None, group=_PLAN, metavar="FILE", help="drop the layers of a file of lora-drop profile"
+    )
+    adapters: Path | None = option(
+        None,
+        group=_PLAN,
+        metavar="DIR",
+        help="go on from these adapters of lora-drop fit: their plan and rank, and no closed form",
     )
     always_first: int | None = option(
         None,
@@ -258,6 +265,7 @@ class FitSettings:
                 note=f"{' and '.join('--' + flag.replace('_', '-') for flag in given)} exclude each other.",
                 hint="Give one of --drop-ratio, --drop-layers and --drop-list.",
             )
+        self._check_adapters()
         policies = self.policies or (DEFAULT_POLICY,)
         for policy in policies:
             check_known("refresh policy", policy, tuple(POLICIES), "--policy")
@@ -306,6 +314,22 @@ class FitSettings:
                 "resume",
             )
             refuse_unused(self, unused, because, "give --steps")
+
+    def _check_adapters(self) -> None:
+        """Refuse what adapters that are given bring."""
+        if self.adapters is None:
+            return
+        brought = (
+            *("drop_ratio", "drop_layers", "drop_list", "always_first", "always_last"),
+            *("surrogate", "injection", "adapters_for", "rank", "closed_form_tokens"),
+        )
+        refuse_unused(self, brought, "--adapters brings it", "leave --adapters out")
+        if self.steps == 0:
+            raise InputError(
+                "Nothing would be fitted.",
+                note="--steps is 0, and --adapters stand in the place of the closed form.",
+                hint="Give --steps or --tokens.",
+            )
 
     def runs(self, plan: DropPlan) -> tuple[tuple[str, ...], ...]:
         """The adapted sites, neighbours that are fitted as one together."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _HELD_OUT_BATCHES = 4
 _REPORTS = 20  # lines that distillation says on its way
 _TOO_FAST = 1.5  # times the KL that distillation began with
-BASE, CLOSED_FORM, DISTILLATION = "base", "closed form", "distillation"  # the stages by name
+BASE, GIVEN, CLOSED_FORM, DISTILLATION = "base", "given adapters", "closed form", "distillation"  # the stages by name
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Work:
     @property
     def before(self) -> str:
         """The stage whose adapters distillation begins with."""
-        return CLOSED_FORM if CLOSED_FORM in self.stages else BASE
+        return next((stage for stage in (CLOSED_FORM, GIVEN) if stage in self.stages), BASE)
 
     def judge(self, stage: str, pairs: Surrogates) -> None:
         """Note means over held-out text, each of whose batches is seen in its own phase, under each policy.
@@ -106,22 +106,27 @@ def _blank(work: Work, scales: Mapping[str, Any]) -> Surrogates:
     return {site: (a[site].to(device), torch.zeros(width, rank).to(device)) for site in of_site}
 
 
-def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
-    """The adapters that distillation begins with, and the root mean square of each run's features by its last site."""
+def begin(work: Work, given: Surrogates | None = None) -> tuple[Surrogates, dict[str, Any]]:
+    """The adapters that distillation begins with, and the root mean square of each run's features by its last site.
+
+    Args:
+        given: adapters that stand in the place of the closed form.
+    """
     from lora_drop_tools.teacher_forcing.closed_form import Site, balanced, batches_of, solve, walk
 
-    from .learner import apart
+    from .learner import apart, together
 
     forcing, plan, settings, console = work.forcing, work.plan, work.settings, work.console
     work.judge(BASE, {})
     scales: dict[str, Any] = {}
     runs = {run[-1]: run for run in work.runs}
+    whole = {} if given is None else together(given, work.runs)
 
     def choose(name: str, site: Site) -> tuple[Any, Any] | None:
         run = runs[name]
         scales[name] = scale = site.fit.scale.float()
         if not settings.closed_form_tokens:
-            return None
+            return whole.get(name)
         solution = solve(site, plan.rank * len(run))
         which = f"layer {name}" if len(run) == 1 else f"layers {run[0]} to {name} as one"
         console.say(f"{which}: leaves {solution.left:.3f} of the base's squared error, ridge {solution.ridge:g}")
@@ -135,6 +140,9 @@ def begin(work: Work) -> tuple[Surrogates, dict[str, Any]]:
         found = walk(
             forcing, batches, plan, plan.refresh_policy, work.runs, choose, lambda *counts: update(what, *counts)
         )
+    if given is not None:
+        work.judge(GIVEN, given)
+        return given, scales
     blank = _blank(work, scales)
     if not settings.closed_form_tokens:
         return blank, scales
