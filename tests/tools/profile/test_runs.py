@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile import runs
 from lora_drop_tools.profile.result import Profile
@@ -143,6 +143,18 @@ def test_a_model_without_neighbours(
     with pytest.raises(InputError, match="No neighbours are as many") as raised:
         short(model, tmp_path / "none", policy="skip", rankings=("run",))
     assert "Leave run out" in str(raised.value)
+
+
+def test_an_overflow_is_refused() -> None:
+    """As where lists are scored; no map can be found of it."""
+    model = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.model.layers[4].mlp.down_proj.weight.mul_(1e6)
+    windows = torch.randint(0, 131, (2, WINDOW), generator=torch.Generator().manual_seed(5))
+    scoring = runs.with_adapters(make_scoring(model.half(), "skip"), 3)
+    with pytest.raises(ModelError, match="not finite") as raised:
+        dict(runs._of_runs(scoring, windows, [("3", "4")], lambda: None))
+    assert "float16" in str(raised.value)
 
 
 @pytest.mark.parametrize(

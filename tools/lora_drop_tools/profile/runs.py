@@ -19,7 +19,7 @@ from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates, features
 
 from .choice import Choice
-from .scoring import Scoring, Tick
+from .scoring import Scoring, Tick, not_finite
 from .settings import RUN, RUN_RANK, RUN_SURROGATE
 
 _HELD_OUT = 6  # every so many windows one chooses the ridge; of fewer the last one
@@ -70,6 +70,9 @@ def _of_runs(scoring: Scoring, windows: Any, runs: Collection[Run], tick: Tick) 
 
     Args:
         scoring: `with_adapters`.
+
+    Raises:
+        ModelError: the model overflows.
     """
     import torch
 
@@ -79,6 +82,8 @@ def _of_runs(scoring: Scoring, windows: Any, runs: Collection[Run], tick: Tick) 
         for index in range(len(forcing)):
             hidden = [forcing.exact_layer(index, one[None]).output for one in inputs[index]]
             inputs[index + 1] = torch.cat(hidden)
+            if not inputs[index + 1].isfinite().all():
+                raise not_finite(inputs[index + 1].dtype)
             for run in runs:
                 if run[-1] == str(index):
                     site = _site(inputs[int(run[0])], inputs[index + 1], scoring.layout)
@@ -127,6 +132,7 @@ def best_runs(scoring: Scoring, fitting: Any, windows: Any, choice: Choice, cons
 
     Raises:
         InputError: they reach none.
+        ModelError: the model overflows.
     """
     lengths = {rho: len(choice.saved.list_under(choice.candidates, rho)) for rho in choice.ratios}
     runs = {length: _runs_of(choice.candidates, length) for length in sorted(set(lengths.values()))}

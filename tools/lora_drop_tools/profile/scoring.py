@@ -22,6 +22,11 @@ HEAD_ROWS = 128  # tokens whose logits are in memory at once, beside those of on
 Tick = Callable[[], None]
 
 
+def not_finite(dtype: Any) -> ModelError:
+    """Of a model that overflows in the dtype that it runs in."""
+    return ModelError("The model's logits are not finite.", note=f"Some overflow in {dtype}.", hint="Use --dtype fp32.")
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How drop lists are scored: KL(full model ‖ LoRA step) in nats, mean over LoRA steps.
@@ -63,11 +68,7 @@ class Scoring:
             found = self._log_probs(rows)
             total += float(torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
         if not math.isfinite(total):
-            raise ModelError(
-                "The model's logits are not finite.",
-                note=f"Some overflow in {lora.dtype}.",
-                hint="Use --dtype fp32.",
-            )
+            raise not_finite(lora.dtype)
         return total
 
     def of_lists(
