@@ -119,6 +119,16 @@ def test_all_lists_are_compared_with_adapters(
     assert "lora-drop fit MODEL --text … --surrogate residual-delta --drop-list FILE --policy skip" in said
 
 
+def test_the_rank_matters_where_no_weights_are_counted(
+    short: Callable[..., Profile], uneven_dir: Path, tmp_path: Path
+) -> None:
+    asked = {"objective": "kv", "rankings": ("run",)}
+    one, many = (short(uneven_dir, tmp_path / f"{rank}", rank=rank, **asked).drop_lists[-1] for rank in (1, 16))
+    assert one.kl_fitted != many.kl_fitted
+    with pytest.raises(InputError, match="--bundle-dtype would change nothing"):
+        ProfileSettings(text=(Path("t"),), out=Path("o"), bundle_dtype="bf16", **asked)
+
+
 def test_gaps_between_what_may_be_dropped() -> None:
     assert runs._runs_of(("3", "4", "6", "10", "11", "12"), 2) == [("3", "4"), ("10", "11"), ("11", "12")]
     assert runs._runs_of(("3", "5"), 2) == []

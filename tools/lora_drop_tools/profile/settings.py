@@ -42,7 +42,7 @@ class ProfileSettings:
             LoRA step does not read, weights and K/V; or `kv`, the bytes of K/V that are not stored.
         context: tokens in the caches when `speed` counts K/V.
         bundle_dtype: that weights are counted in, as loaded when None.
-        rank: of the adapters whose bytes are counted.
+        rank: of the adapters whose bytes are counted, and of those that `run` finds; of the latter RUN_RANK when 0.
         adapters: of `lora-drop fit`. What they stand in for is ranked, and each list has them in place.
         always_first, always_last: layers that are kept; as the adapters say, or 3 and 1, when None.
         tokens: how much text the figures of layers are means over. `run` fits adapters on what `sensitivity_tokens`
@@ -92,7 +92,8 @@ class ProfileSettings:
         0,
         metavar="R",
         bounds=Bounds(0, bounds.RANK.most),
-        help="count the bytes of adapters of this rank, which LoRA steps read (default: the adapters', or 0)",
+        help="count the bytes of adapters of this rank, which LoRA steps read (default: the adapters', or 0); "
+        f"{RUN} finds adapters of it (default {RUN_RANK})",
     )
     rankings: tuple[str, ...] = option(
         RANKINGS,
@@ -178,8 +179,8 @@ class ProfileSettings:
         if self.objective == "speed":
             check_known("dtype", self.bundle_dtype or WEIGHT_SHORTS[0], WEIGHT_SHORTS, "--bundle-dtype")
             return
-        because = f"--objective {self.objective} counts no weights"
-        refuse_unused(self, ("bundle_dtype", "rank"), because, "use --objective speed")
+        unused = ("bundle_dtype",) if RUN in self.rankings else ("bundle_dtype", "rank")
+        refuse_unused(self, unused, f"--objective {self.objective} counts no weights", "use --objective speed")
 
     def _check_run(self) -> None:
         """Refuse what `run` does not rank."""
