@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,22 @@ def test_all_lists_are_compared_with_adapters(
         best = result.best(rho)
         assert best.kl_fitted == min(one.kl_fitted for one in lists if one.kl_fitted is not None)
         assert f"{best.file}: {', '.join(best.sites)}" in said
-    assert "lora-drop fit MODEL --text … --surrogate residual-delta --drop-list FILE --policy skip" in said
+
+
+def test_the_printed_command_fits_what_was_measured(
+    short: Callable[..., Profile], uneven_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, adapters = tmp_path / "out", tmp_path / "adapters"
+    result = short(uneven_dir, out, policy="backfill", k=2, rank=5, rankings=("run",))
+    *_, last = capsys.readouterr().out.splitlines()
+    best = result.best(0.5)
+    assert json.loads((out / best.file).read_text())["run_rank"] == 5
+    given = {"MODEL": uneven_dir, "…": text, "FILE": out / best.file, "DIR": adapters}
+    words = [str(given.get(word, word)) for word in last.removeprefix("use one: lora-drop ").split()]
+    assert main([*words, "--steps", "0", "--window", str(WINDOW)]) == 0
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_drop"]["k"], config["lora_drop"]["policy"]) == (5, [2], "backfill")
+    assert (config["lora_drop"]["surrogate"], tuple(config["lora_drop"]["sites"])) == ("residual-delta", best.sites)
 
 
 def test_the_rank_matters_where_no_weights_are_counted(

@@ -55,7 +55,10 @@ if TYPE_CHECKING:
     from lora_drop_tools.teacher_forcing.surrogates import Surrogates
 
 _PROMPT_SHARE = 4  # a quarter of a window is its prompt, the rest is decoded
-_LISTED = ("k", "policy", "adapters", "objective", "context", "bundle_dtype", "rank", "always_first", "always_last")
+_LISTED = (
+    *("k", "policy", "adapters", "objective", "context", "bundle_dtype", "rank", "run_rank"),
+    *("always_first", "always_last"),
+)
 _VERSIONED = ("lora-drop-export", "torch", "transformers", "numpy")
 
 
@@ -68,6 +71,7 @@ def _described(settings: ProfileSettings, plan: DropPlan) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in ("policy", "surrogate", "always_first", "always_last")},
         "adapters": None if settings.adapters is None else resolved(settings.adapters).name,
         **{name: getattr(settings, name) for name in ("sites", "objective", "context", "bundle_dtype", "rank")},
+        "run_rank": settings.run_rank if RUN in settings.rankings else None,
         "tokens": settings.tokens // window * window,
         "window": window,
         "prompt": window // _PROMPT_SHARE,
@@ -183,7 +187,7 @@ def _rank(
         alone, greedy = _greedy(scoring, windows, choice, console)
         orders["sensitivity"] = [site for site, _ in greedy]
     if RUN in settings.rankings:
-        runs = best_runs(with_adapters(scoring, settings.rank), fitting, windows, choice, console)
+        runs = best_runs(with_adapters(scoring, settings.run_rank), fitting, windows, choice, console)
         orders[RUN] = list(dict.fromkeys(site for rho in sorted(runs) for site in runs[rho]))
     names = dict.fromkeys(settings.rankings)
     return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy), runs)
@@ -211,7 +215,7 @@ def _compare(
 
     kls, fitted = scored(scoring, None), list[float | None]([None] * len(lists))
     if RUN in ranked.orders:
-        adapted = with_adapters(scoring, settings.rank)
+        adapted = with_adapters(scoring, settings.run_rank)
         fitted = [*scored(adapted, of_lists(adapted, lists, fitting, console))]
     return tuple(
         RankedList(

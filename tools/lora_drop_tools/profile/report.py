@@ -18,7 +18,6 @@ from .settings import RUN, RUN_SURROGATE
 if TYPE_CHECKING:
     from .result import Profile, RankedList
 
-_FITTED = f"in closed form, {RUN_SURROGATE}, each run of neighbours as one; a fit makes them better"
 BASES = tuple(name for name, form in SURROGATES.items() if not form.with_change)
 
 
@@ -65,11 +64,18 @@ def _adapters(settings: Mapping[str, Any]) -> str:
     return f"with the adapters of {settings['adapters']}" if settings["adapters"] else "without adapters"
 
 
+def _fitted(settings: Mapping[str, Any]) -> str:
+    form = f"{RUN_SURROGATE} of rank {settings['run_rank']}"
+    return f"in closed form, {form}, each run of neighbours as one; a fit makes them better"
+
+
 def _use(result: Profile) -> str:
     """The command that takes a list; adapters of a longer one, or of a run, are fitted anew for it."""
+    settings = result.settings
+    command = "lora-drop fit MODEL --text …" if settings["adapters"] else "lora-drop-export --model MODEL"
     if RUN in result.rankings:
-        return f"lora-drop fit MODEL --text … --surrogate {RUN_SURROGATE}"
-    return "lora-drop fit MODEL --text …" if result.settings["adapters"] else "lora-drop-export --model MODEL"
+        command = f"lora-drop fit MODEL --text … --surrogate {RUN_SURROGATE} --rank {settings['run_rank']}"
+    return f"{command} --drop-list FILE --policy {settings['policy']} --k {settings['k']} --out DIR"
 
 
 def describe(result: Profile, out: Path) -> list[str]:
@@ -105,12 +111,12 @@ def describe(result: Profile, out: Path) -> list[str]:
         f"on {settings['sensitivity_tokens']} other tokens, k = {settings['k']}, policy {settings['policy']}, "
         f"{settings['surrogate']} {_adapters(settings)}",
         *([_objective(settings)] if "sensitivity" in names else []),
-        *(["", *_compared(result, fitted=True), _FITTED] if RUN in names else []),
+        *(["", *_compared(result, fitted=True), _fitted(settings)] if RUN in names else []),
         "",
         "recommended, the least KL:",
         *(
             f"  {out / ranked.file}: {', '.join(ranked.sites) or 'none'}" + (f" ({share})" if what == "half" else "")
             for ranked, share in zip(best, shares, strict=True)
         ),
-        f"use one: {_use(result)} --drop-list FILE --policy {settings['policy']} --out DIR",
+        f"use one: {_use(result)}",
     ]

@@ -20,7 +20,7 @@ from lora_drop_tools.teacher_forcing.surrogates import Surrogates, features
 
 from .choice import Choice
 from .scoring import Scoring, Tick, not_finite
-from .settings import RUN, RUN_RANK, RUN_SURROGATE
+from .settings import RUN, RUN_SURROGATE
 
 _HELD_OUT = 6  # every so many windows one chooses the ridge; of fewer the last one
 
@@ -56,8 +56,8 @@ def _pair(site: Site, layers: int, scoring: Scoring) -> tuple[Any, Any]:
 
 
 def with_adapters(scoring: Scoring, rank: int) -> Scoring:
-    """The same for lists that have adapters of their own; of RUN_RANK where the rank is 0."""
-    plan = dataclasses.replace(scoring.plan, surrogate=RUN_SURROGATE, rank=rank or RUN_RANK)
+    """The same for lists that have adapters of their own, of this rank."""
+    plan = dataclasses.replace(scoring.plan, surrogate=RUN_SURROGATE, rank=rank)
     return dataclasses.replace(scoring, plan=plan)
 
 

@@ -206,5 +206,10 @@ class ProfileSettings:
         return self.sites == SITES[1]
 
     @property
+    def run_rank(self) -> int:
+        """Of the adapters that `run` finds."""
+        return self.rank or RUN_RANK
+
+    @property
     def window_tokens(self) -> int:
         return WINDOW if self.window is None else self.window
