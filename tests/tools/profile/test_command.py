@@ -216,6 +216,7 @@ def test_refused_by_the_function(text: Path, tmp_path: Path) -> None:
         (("--sensitivity-tokens", 11 * WINDOW), ("text is too short", "22")),
         (("--window", 257, "--tokens", 257, "--sensitivity-tokens", 257), ("model's context", "257", "256")),
         (("--always-first", 7), ("No layer", "first 7", "last 1")),
+        (("--rank", 65), ("--rank is too large", "65", "64, the model's hidden size")),
         (("--always-first", -1), ("--always-first is too small", "-1")),
         (("--device", "nowhere"), ("device", "nowhere")),
     ],

@@ -219,7 +219,7 @@ def test_attentions_for_kv(llama_dir: Path, short: Callable[..., Profile], tmp_p
         ("--objective kv --policy fill", ("No K/V is saved", "fill")),
         ("--objective kv --rank 4", ("--rank would change nothing", "counts no weights")),
         ("--sites thirds", ("--sites", "thirds")),
-        ("--sites layers --rank 5000 --context 1", ("No layer saves", "rank 5000", "Lower --rank")),
+        ("--sites layers --bundle-dtype int4 --rank 64 --context 1", ("No layer saves", "rank 64", "Lower --rank")),
     ],
 )
 def test_refusals(

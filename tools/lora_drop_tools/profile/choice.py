@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
@@ -32,11 +33,13 @@ def plan_to_profile(
     """The plan whose eligible sites are ranked; it drops none.
 
     Raises:
-        PlanError: no layer is eligible.
+        PlanError: no layer is eligible, or the rank is larger than the hidden size.
         InputError: nothing is saved under the policy that the adapters or the bundle bring.
     """
     from lora_drop_export.compiler.options import always_kept
 
+    width = loaded.model.get_input_embeddings().weight.shape[1]
+    Bounds(0, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
     theirs = None if fitted is None else fitted.config
     first, last = always_kept(settings, theirs)
     brought = (theirs and theirs.policy) or (loaded.plan and loaded.plan.policy) or DEFAULT_POLICY
