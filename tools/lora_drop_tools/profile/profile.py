@@ -104,11 +104,30 @@ def _windows(loaded: LoadedModel, texts: Sequence[str], window: int, count: int,
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def _drawn(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings) -> Any:
-    """All pieces that the figures, the rankings and the comparison take."""
-    window = settings.window_tokens
-    count, scored = settings.tokens // window, settings.sensitivity_tokens // window
-    return _windows(loaded, texts, window, scored + max(count, scored), settings.seed)
+@dataclass(frozen=True)
+class _Pieces:
+    """Of the text, as token ids [N, T].
+
+    Attributes:
+        figures: that the layers' figures are means over; `ranking` and `fitting` may be among them.
+        ranking: that sites and lists are ranked on.
+        fitting: that adapters are fitted on where `run` ranks; none of `ranking`.
+        comparing: that the drop lists are compared on; none of the others.
+    """
+
+    figures: Any
+    ranking: Any
+    fitting: Any
+    comparing: Any
+
+    @classmethod
+    def drawn(cls, loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings, device: Any) -> _Pieces:
+        """Raises InputError where the texts are too short."""
+        window = settings.window_tokens
+        count, scored = settings.tokens // window, settings.sensitivity_tokens // window
+        found = _windows(loaded, texts, window, scored + max(count, scored), settings.seed).to(device)
+        comparing, others = found[:scored], found[scored:]
+        return cls(others[:count], others[:scored], others[scored:count], comparing)
 
 
 def _greedy(
@@ -164,17 +183,12 @@ class _Ranked:
 def _rank(
     scoring: Scoring,
     figures: Mapping[str, SiteFigures],
-    fitting: Any,
-    windows: Any,
+    pieces: _Pieces,
     choice: Choice,
     settings: ProfileSettings,
     console: Console,
 ) -> _Ranked:
-    """Rank the eligible sites, the first to be dropped first.
-
-    Args:
-        fitting, windows: token ids [N, T] that adapters of runs are fitted on, and that lists are measured on.
-    """
+    """Rank the eligible sites, the first to be dropped first."""
     from .runs import best_runs, with_adapters
 
     alone, greedy, runs = dict[str, float](), list[tuple[str, float]](), dict[float, tuple[str, ...]]()
@@ -184,10 +198,11 @@ def _rank(
         "influence": sorted(candidates, key=lambda i: -figures[i].influence_cosine),
     }
     if "sensitivity" in settings.rankings:
-        alone, greedy = _greedy(scoring, windows, choice, console)
+        alone, greedy = _greedy(scoring, pieces.ranking, choice, console)
         orders["sensitivity"] = [site for site, _ in greedy]
     if RUN in settings.rankings:
-        runs = best_runs(with_adapters(scoring, settings.run_rank), fitting, windows, choice, console)
+        adapted = with_adapters(scoring, settings.run_rank)
+        runs = best_runs(adapted, pieces.fitting, pieces.ranking, choice, console)
         orders[RUN] = list(dict.fromkeys(site for rho in sorted(runs) for site in runs[rho]))
     names = dict.fromkeys(settings.rankings)
     return _Ranked({name: orders[name] for name in names}, alone, tuple(kl for _, kl in greedy), runs)
@@ -196,8 +211,7 @@ def _rank(
 def _compare(
     scoring: Scoring,
     ranked: _Ranked,
-    fitting: Any,
-    windows: Any,
+    pieces: _Pieces,
     choice: Choice,
     settings: ProfileSettings,
     console: Console,
@@ -205,7 +219,7 @@ def _compare(
     """The drop list of each ranking and ratio, scored on text that no ranking saw."""
     from .runs import of_lists, with_adapters
 
-    saved, wanted = choice.saved, ranked.lists(choice)
+    saved, wanted, windows = choice.saved, ranked.lists(choice), pieces.comparing
     lists = [sites for *_, sites in wanted]
 
     def scored(scoring: Scoring, surrogates: Sequence[Surrogates] | None) -> list[float]:
@@ -216,7 +230,7 @@ def _compare(
     kls, fitted = scored(scoring, None), list[float | None]([None] * len(lists))
     if RUN in ranked.orders:
         adapted = with_adapters(scoring, settings.run_rank)
-        fitted = [*scored(adapted, of_lists(adapted, lists, fitting, console))]
+        fitted = [*scored(adapted, of_lists(adapted, lists, pieces.fitting, console))]
     return tuple(
         RankedList(
             name, rho, sorted_sites(sites), kl, saved.share(sites, "attentions"), saved.share(sites, "weights"), best
@@ -235,7 +249,7 @@ def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSet
         plan = plan_to_profile(windows, settings, fitted, loaded)
         if fitted is not None:
             fitted.matrices(plan, loaded, "cpu")
-    _drawn(loaded, texts, settings)
+    _Pieces.drawn(loaded, texts, settings, "cpu")
 
 
 def _measure(
@@ -250,12 +264,9 @@ def _measure(
     from lora_drop_tools.teacher_forcing.layout import Layout
 
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
-    window = settings.window_tokens
-    count, scored = settings.tokens // window, settings.sensitivity_tokens // window
-    windows = _drawn(loaded, texts, settings)
     forcing = TeacherForcing(loaded.model)
-    windows = windows.to(forcing.device)
-    comparing, ranking = windows[:scored], windows[scored:]  # of the latter both may be the same text
+    pieces = _Pieces.drawn(loaded, texts, settings, forcing.device)
+    count, window = pieces.figures.shape
     plan = plan_to_profile(forcing.windows(), settings, fitted, loaded)
     surrogates = {} if fitted is None else fitted.matrices(plan, loaded, forcing.device)
     choice = choose(savings(forcing, plan, settings), settings, fitted)
@@ -263,12 +274,11 @@ def _measure(
     with console.progress(f"figures of the {settings.sites}") as update:
         done = iter(range(1, count + 1))
         figures = site_figures(
-            forcing, ranking[:count], settings.k, lambda: update("figures", next(done), count), settings.halves
+            forcing, pieces.figures, settings.k, lambda: update("figures", next(done), count), settings.halves
         )
     layout = Layout.of(window, window // _PROMPT_SHARE, PeriodicSchedule(settings.k), forcing.device)
     scoring = Scoring(forcing, plan, layout, plan.refresh_policy, surrogates)
-    fitting = ranking[scored:count]  # of which the rankings see nothing
-    ranked = _rank(scoring, figures, fitting, ranking[:scored], choice, settings, console)
+    ranked = _rank(scoring, figures, pieces, choice, settings, console)
     return Profile(
         model=loaded.name,
         fingerprint=loaded.fingerprint,
@@ -286,7 +296,7 @@ def _measure(
         ),
         rankings={name: tuple(order) for name, order in ranked.orders.items()},
         greedy_kl=ranked.greedy_kl,
-        drop_lists=_compare(scoring, ranked, fitting, comparing, choice, settings, console),
+        drop_lists=_compare(scoring, ranked, pieces, choice, settings, console),
     )
 
 
