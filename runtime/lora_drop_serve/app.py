@@ -28,10 +28,11 @@ from fastapi.security import HTTPBearer
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
+from lora_drop_runtime.decoding.schedules import row_schedule
 from lora_drop_runtime.errors import InputError, counted
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import Tools
-from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule, scheduled
+from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
 from lora_drop_runtime.text import TextCodec, TextTooLong, checked_variables
@@ -452,7 +453,7 @@ class Service:
         except InputError as error:
             raise refused(error, "policy") from None
         try:
-            schedule = scheduled(driver.schedule if body.k is None else body.k, policy)
+            schedule = row_schedule(driver.bundle.manifest, driver.schedule, body.k, policy)
         except InputError as error:
             raise refused(error, "policy" if body.k is None else "k") from None
         scores_context = body.scores_prompt and body.context_tokens is None

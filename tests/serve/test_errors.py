@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Calibration
+from lora_drop_runtime.plan.schedule import MarginSchedule
 from lora_drop_runtime.text import TextCodec
 from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _Log
 from lora_drop_serve.errors import of_validation
@@ -438,6 +441,20 @@ def test_a_row_that_does_not_fit_beside_the_batchs_k(bundle: Bundle) -> None:
         assert "does not fit" in error["message"]
         check_error(served.http.post(COMPLETIONS, json={**body, "k": 0, "stream": True}), 400, "k")
         assert served.http.post(COMPLETIONS, json=body).status_code == 200
+        check_alive(served)
+
+
+def test_a_threshold_is_that_of_its_policy(bundle: Bundle) -> None:
+    """As `lora-drop generate --schedule margin --policy skip` is refused; k goes with every policy."""
+    batch = Batch.open(bundle.root, slots=1, policy="backfill", k=MarginSchedule(3, 1.25), threads=1)
+    found = Calibration(1.25, 3, "backfill", 0.9, 0.91, 0.4, 500, 0.89, 0.41, 480)
+    manifest = dataclasses.replace(bundle.manifest, calibration={"margin": found})
+    batch.bundle = dataclasses.replace(bundle, manifest=manifest)
+    with serving(batch, TextCodec.open(bundle.root / "tokenizer")) as served:
+        body = {"prompt": [1] * 8, "max_tokens": 4, "policy": "skip"}
+        error = check_error(served.http.post(COMPLETIONS, json=body), 400, "policy")
+        assert "margin schedule was found for backfill; skip was asked for" in error["message"]
+        assert served.http.post(COMPLETIONS, json={**body, "k": 2}).status_code == 200
         check_alive(served)
 
 

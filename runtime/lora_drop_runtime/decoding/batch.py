@@ -36,7 +36,7 @@ from .paged_slots import PagedSlots, prepare_for_several, slots_for
 from .prompts import prompt_rows
 from .row import Event, Row, RowOptions
 from .sampling import Ids, RowSampler, SamplingOptions
-from .schedules import named_schedule
+from .schedules import named_schedule, row_schedule
 from .slots import Logits, Run, Slots
 from .statistics import Statistics
 from .stream import Usage
@@ -315,7 +315,7 @@ class Batch:
             periodic = self._schedule if verified else periodic_like(self._schedule, manifest.plan.k)
             k, name = named_schedule(manifest, schedule, k, policy, (periodic, self._policy.name))
             verifier = checked_policy(self.bundle, name)
-        chosen = scheduled(self._schedule if k is None else k, verifier)
+        chosen = row_schedule(manifest, self._schedule, k, verifier)
         draft = self._draft if draft is None and verifier.verifies else draft
         source = draft_source(draft, verifier, len(manifest.plan.sites))
         scores = checks.flag("prompt_logprobs", prompt_logprobs)

@@ -10,8 +10,9 @@ from typing import Any
 from lora_drop_runtime.bundle.manifest import Calibration, Manifest
 from lora_drop_runtime.command_line import check_known
 from lora_drop_runtime.errors import InputError
-from lora_drop_runtime.plan.policy import policy_named
-from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, Schedule
+from lora_drop_runtime.plan.drafting import scheduled
+from lora_drop_runtime.plan.policy import Policy, policy_named
+from lora_drop_runtime.plan.schedule import ADAPTIVE, SCHEDULES, AdaptiveSchedule, Schedule
 
 
 def _calibration(manifest: Manifest, name: str) -> Calibration:
@@ -84,3 +85,19 @@ def named_schedule(
     _check_same(name, "k", k, found.k)
     _check_same(name, "policy", policy, found.policy)
     return ADAPTIVE[name](found.k, found.threshold), found.policy
+
+
+def row_schedule(manifest: Manifest, usual: Schedule, k: int | str | Schedule | None, policy: Policy) -> Schedule:
+    """What a row of a batch runs under its policy: `k`, or else the batch's usual schedule.
+
+    Raises:
+        InputError: the usual schedule has the bundle's threshold, which was found for another policy; or what
+            `scheduled` refuses.
+        PlanError: k out of range.
+    """
+    if k is None and isinstance(usual, AdaptiveSchedule):
+        name, found = usual.name, manifest.calibration.get(usual.name)
+        if found is not None and usual == ADAPTIVE[name](found.k, found.threshold):
+            check_adaptive(name, policy.name)
+            _check_same(name, "policy", policy.name, found.policy)
+    return scheduled(usual if k is None else k, policy)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Calibration
+from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -290,3 +291,25 @@ def test_a_policy_that_decides_by_itself_is_refused(monkeypatch: pytest.MonkeyPa
     assert named_schedule(manifest, None, None, "verifying") == (3, "verifying")
     with pytest.raises(InputError, match="The policy verifying follows no margin schedule"):
         named_schedule(manifest, "margin", None, "verifying")
+
+
+def test_a_row_does_not_run_the_bundles_threshold_under_another_policy() -> None:
+    """It is refused as at the opening; a window, or a threshold of one's own, goes with every policy."""
+    engine = FakeEngine(PLAN)
+    manifest = dataclasses.replace(make_manifest(PLAN), calibration={"margin": FOUND})
+    bundle = dataclasses.replace(open_session(PLAN, engine=engine)[0].bundle, manifest=manifest)
+    batch = Batch(bundle, engine, MarginSchedule(3, 1.25), "backfill", slots=8)
+    for policy, words in (
+        ("skip", ("calibrated for another policy", "margin schedule was found for backfill; skip was asked for")),
+        ("lossless", ("policy lossless follows no margin schedule", "verifies drafts")),
+    ):
+        with pytest.raises(InputError) as caught:
+            batch.add([5, 6, 7], 4, policy=policy)
+        assert all(word in str(caught.value) for word in words), caught.value
+    assert batch.rows == 0
+    batch.add([5, 6, 7], 4, policy="backfill")
+    batch.add([5, 6, 7], 4, policy="skip", k=2)
+    batch.add([5, 6, 7], 4, policy="skip", k=MarginSchedule(3, 0.5))
+    batch.add([5, 6, 7], 4, policy="lossless", schedule="periodic")
+    own = Batch(bundle, engine, MarginSchedule(3, 0.5), "backfill", slots=1)
+    own.add([5, 6, 7], 4, policy="skip")
