@@ -37,6 +37,8 @@ async def main(runtime):
             finished = None
             while finished is None and not context.is_stopped():
                 for _, event in await job.told():
+                    if event.error is not None:
+                        raise event.error
                     finished = event.finished
                     yield {"token_ids": [] if event.token is None else [event.token], "finish_reason": finished}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.errors import BundleError
 from lora_drop_serve.driver import Driver
 
 from tests.serve.test_client import alone
@@ -32,11 +33,13 @@ def told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, 
     class Endpoint:
         async def serve_endpoint(self, generate: Callable[[Any, Any], Any]) -> None:
             context = SimpleNamespace(is_stopped=lambda: False)
-            for one in asked:
-                parts = [part async for part in generate(one, context)]
-                assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
-                found.append([token for part in parts for token in part["token_ids"]])
-            await drivers[0].stop()
+            try:
+                for one in asked:
+                    parts = [part async for part in generate(one, context)]
+                    assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+                    found.append([token for part in parts for token in part["token_ids"]])
+            finally:
+                await drivers[0].stop()
 
     async def register_model(*_: Any, **__: Any) -> None:
         await asyncio.sleep(0)
@@ -59,13 +62,25 @@ def told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, 
     return found
 
 
-def test_requests_draw_by_their_seed_and_anew_without_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def request(**options: Any) -> dict[str, Any]:
-        sampling = {"temperature": None, "top_p": None, "top_k": -1, "seed": None, "frequency_penalty": None} | options
-        return {"token_ids": [3, 14], "stop_conditions": {"max_tokens": 12}, "sampling_options": sampling}
+def request(**options: Any) -> dict[str, Any]:
+    sampling = {"temperature": None, "top_p": None, "top_k": -1, "seed": None, "frequency_penalty": None} | options
+    return {"token_ids": [3, 14], "stop_conditions": {"max_tokens": 12}, "sampling_options": sampling}
 
+
+def test_requests_draw_by_their_seed_and_anew_without_one(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [request(temperature=0.0), request(seed=5), request(seed=5), request(), request()]
     greedy, seeded, again, first, second = told(bundle, monkeypatch, asked)
     assert greedy == alone(bundle, [3, 14], 12, k=0)
     assert seeded == again
     assert first != second
+
+
+def test_a_row_that_fails_is_an_error(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of a text, with a reason beside which nobody learns what went wrong."""
+
+    def largest(*_: Any) -> None:
+        raise BundleError("These are no numbers.")
+
+    monkeypatch.setattr("lora_drop_runtime.decoding.sampling.RowSampler.largest", largest)
+    with pytest.raises(BundleError, match="These are no numbers"):
+        told(bundle, monkeypatch, [request(temperature=0.0)])
