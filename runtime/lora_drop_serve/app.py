@@ -502,11 +502,11 @@ class Service:
             shared["prompt_logprobs"] = True
         if body.ignore_eos or (body.scores_prompt and body.new_tokens in (0, 1)):
             shared["stop_token_ids"] = ()  # of a scored prompt: who reads such answers counts on one token
-        rows = []
+        rows, samplings = [], body.sampling
         for prompt, context in zip(prompts, self._contexts(prompts, body.context_tokens), strict=True):
             new_tokens = self._new_tokens(prompt, body, param)
-            for choice in range(body.choices):
-                own = {"context_tokens": context, "sampling": body.sampling(choice)}
+            for sampling in samplings:
+                own = {"context_tokens": context, "sampling": sampling}
                 rows.append(RowRequest(prompt, new_tokens, shared | own))
         answer = kind(
             self._codec,

@@ -259,19 +259,22 @@ class _Request(_Model):
         """Whether each chunk has the usage so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
-    def sampling(self, choice: int) -> SamplingOptions:
-        """How the tokens of one of `n` choices are drawn: choice i draws by seed + i."""
-        return SamplingOptions(
+    @property
+    def sampling(self) -> list[SamplingOptions]:
+        """How the tokens of each of `n` choices are drawn: choice i draws by seed + i."""
+        first = SamplingOptions(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p or sys.float_info.min,  # 0: the likeliest token
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            seed=None if self.seed is None else (self.seed + choice) % (int(bounds.SEED.most) + 1),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=self.biases,
         )
+        if self.seed is None:
+            return [first] * self.choices
+        return [first.seeded((self.seed + choice) % (int(bounds.SEED.most) + 1)) for choice in range(self.choices)]
 
 
 class CompletionRequest(_Request):

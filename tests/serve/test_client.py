@@ -19,6 +19,7 @@ import pytest
 from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
+from lora_drop_runtime.decoding import sampling
 from lora_drop_runtime.text import TextCodec
 
 from tests.support.serving import TEMPLATE, Served, serving, word_tokenizer
@@ -154,6 +155,20 @@ def test_lists_of_prompts_and_n_choices_draw_by_their_seeds(client: openai.OpenA
     texts = ["t5", "t23 t29"]
     done = client.completions.create(model=bundle.manifest.model.name, prompt=texts, seed=7, max_tokens=6)
     assert len(done.choices) == 2
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_biases_are_read_once_for_all_choices(
+    client: openai.OpenAI, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """They may be a thousand, of 128 choices, and what reads them holds up all streams."""
+    read = list[Any]()
+    check = sampling._checked_bias
+    monkeypatch.setattr(sampling, "_checked_bias", lambda given: read.append(given) or check(given))
+    asked: dict[str, Any] = {"prompt": [PROMPT, [5]], "n": 2, "temperature": 1, "max_tokens": 6, "seed": seed}
+    done = client.completions.create(model=bundle.manifest.model.name, **asked, logit_bias={"77": 100, "5": 0.5})
+    assert len(read) == 1
+    assert [choice.text for choice in done.choices] == [words([77] * 6)] * 4
 
 
 def cached(done: Any) -> int:

@@ -8,6 +8,7 @@ This module knows no text, no engine and no schedule, and not when a row is fini
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,12 @@ class SamplingOptions:
             if (value := getattr(self, name)) is not None or name == "top_k":
                 object.__setattr__(self, name, bounds.whole(f"The sampling option {name}", value))
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+
+    def seeded(self, seed: int) -> SamplingOptions:
+        """The same with another seed, which alone is checked: there may be a thousand biases."""
+        other = copy.copy(self)
+        object.__setattr__(other, "seed", SEED.whole("The sampling option seed", seed))
+        return other
 
     @property
     def changes_with_the_text(self) -> bool:

@@ -386,3 +386,11 @@ def test_biases_that_are_refused(bias: Any, words: tuple[str, ...]) -> None:
     assert all(word in str(refused.value) for word in words)
     assert "Hint:" in str(refused.value)
     SamplingOptions(logit_bias=dict.fromkeys(range(MOST_BIASES), -100))
+
+
+def test_other_options_alone_stay_with_another_seed() -> None:
+    options = SamplingOptions(0.7, 5, 0.9, 1.1, None, 0.1, 0.2, 0.3, {3: 1.5})
+    assert options.seeded(7) == SamplingOptions(0.7, 5, 0.9, 1.1, 7, 0.1, 0.2, 0.3, {3: 1.5})
+    assert options.seed is None
+    with pytest.raises(InputError, match="The sampling option seed"):
+        options.seeded(-1)
