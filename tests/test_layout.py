@@ -34,7 +34,7 @@ SERVE = [
     ["records"],
     ["answers", "requests"],
     ["driver"],
-    ["errors", "key", "metrics", "names", "openapi"],
+    ["errors", "key", "log", "metrics", "names", "openapi"],
 ]
 EXPORT = [
     ["__main__"],

@@ -25,7 +25,6 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
-from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.decoding.schedules import row_schedule
@@ -44,6 +43,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .answers import Answer, ChatAnswer, CompletionAnswer
 from .driver import Driver, Job, RowRequest
 from .errors import ApiError, closing, of_validation, refused, too_slow
+from .log import Log
 from .openapi import METRICS_ANSWER, METRICS_TYPE, ChatCompletion, Completion, Model, Models, Status, errors, generated
 from .records import GONE, Record, Records
 from .requests import MOST_BODY_BYTES, ChatRequest, CompletionRequest
@@ -310,19 +310,19 @@ def _readable(param: str) -> Iterator[None]:
         raise refused(error, param, TOO_LONG if isinstance(error, TextTooLong) else None) from None
 
 
-class _Log:
-    """Of an event loop's own errors. asyncio says thousands of times a second, each with a traceback, that no
+class _LoopErrors:
+    """An event loop's own errors in the log. asyncio says thousands of times a second, each with a traceback, that no
     connection can be accepted; this says it once a minute."""
 
-    def __init__(self) -> None:
-        self._quiet_until = 0.0
+    def __init__(self, log: Log) -> None:
+        self._log, self._quiet_until = log, 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if not str(context.get("message", "")).startswith("socket.accept() out of system resource"):
             loop.default_exception_handler(context)
         elif loop.time() >= self._quiet_until:
             self._quiet_until = loop.time() + ACCEPT_LOG_SECONDS
-            tell("warning: too many connections are open, no more can be accepted (ulimit -n)")
+            self._log.say("warning: too many connections are open, no more can be accepted (ulimit -n)")
 
 
 def _k_of(schedule: Schedule) -> int | str:
@@ -598,14 +598,17 @@ def create_app(
         tells_ids: answers have `X-Request-ID`, the request's own or a new one; False where what is before this does so.
     """
 
+    log = Log()
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        asyncio.get_running_loop().set_exception_handler(_Log())
+        asyncio.get_running_loop().set_exception_handler(_LoopErrors(log))
         collects = gc.get_threshold()
         gc.set_threshold(COLLECTED_OBJECTS, *collects[1:])
         driver.start()
         yield
         await driver.stop()
+        await log.close()
         gc.set_threshold(*collects)
 
     app = FastAPI(
@@ -617,8 +620,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    records = Records(driver.metrics, logs=log_requests, tells_ids=tells_ids)
-    app.state.driver, app.state.records = driver, records
+    records = Records(driver.metrics, log if log_requests else None, tells_ids=tells_ids)
+    app.state.driver, app.state.records, app.state.log = driver, records, log
     served = driver.bundle.manifest.model
     driver.metrics.info.info(
         {

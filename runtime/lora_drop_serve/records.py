@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_drop_runtime.command_line import tell
-
 from .answers import Answer
 from .driver import Job
 from .errors import ApiError
+from .log import Log
 from .metrics import INVALID, REASONS, Metrics
 from .names import request_id
 
@@ -103,12 +102,12 @@ class Records:
 
     Args:
         metrics: get the figures.
-        logs: whether each request has a line on standard error at its end; probes that succeed have none.
+        log: gets a line at each request's end, but for probes that succeed; none where it is None.
         tells_ids: whether answers have `X-Request-ID`.
     """
 
-    def __init__(self, metrics: Metrics, *, logs: bool, tells_ids: bool) -> None:
-        self._metrics, self._logs, self._tells_ids = metrics, logs, tells_ids
+    def __init__(self, metrics: Metrics, log: Log | None, *, tells_ids: bool) -> None:
+        self._metrics, self._log, self._tells_ids = metrics, log, tells_ids
 
     def begin(self, route: str, headers: Iterable[tuple[bytes, bytes]]) -> Record:
         """A request has come."""
@@ -135,5 +134,5 @@ class Records:
         elif record.status == 200 and record.error is None and record.finish_reasons and record.is_told:
             self._metrics.whole.observe(record.seconds)
         is_quiet = record.route in PROBES and record.status is not None and record.status < 400
-        if self._logs and not is_quiet:
-            tell(record.line(datetime.now(UTC)))
+        if self._log is not None and not is_quiet:
+            self._log.say(record.line(datetime.now(UTC)))

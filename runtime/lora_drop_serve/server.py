@@ -19,12 +19,13 @@ from typing import Any, cast
 import h11
 import uvicorn
 from fastapi import FastAPI
-from lora_drop_runtime.command_line import signal_handlers, tell
+from lora_drop_runtime.command_line import signal_handlers
 from lora_drop_runtime.errors import InputError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .driver import Driver
 from .errors import ApiError, malformed, too_slow
+from .log import Log
 from .records import Records
 
 HEAD_SECONDS = 60  # that a client may take for a request's line and headers
@@ -167,11 +168,12 @@ class _Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def _drain(self) -> None:
+        log: Log = cast(FastAPI, self.config.app).state.log
         if self._delay:
-            tell(f"ending: /ready says so, and new requests are still served for {self._delay:g} s")
+            log.say(f"ending: /ready says so, and new requests are still served for {self._delay:g} s")
         cut = await self._driver.drain(self._grace, self._delay)
         if cut:
-            tell(f"{cut} request{'' if cut == 1 else 's'} cut, after {self._grace:g} s of grace or a second signal")
+            log.say(f"{cut} request{'' if cut == 1 else 's'} cut, after {self._grace:g} s of grace or a second signal")
         self.should_exit = True
 
     def _end(self) -> None:

@@ -18,8 +18,9 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Calibration
 from lora_drop_runtime.plan.schedule import MarginSchedule
 from lora_drop_runtime.text import TextCodec
-from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _Log
+from lora_drop_serve.app import ACCEPT_LOG_SECONDS, _LoopErrors
 from lora_drop_serve.errors import of_validation
+from lora_drop_serve.log import Log
 from lora_drop_serve.requests import CHANGES_NOTHING, MOST_BODY_BYTES, ChatRequest, CompletionRequest, Message
 from pydantic import ValidationError
 
@@ -329,14 +330,15 @@ def test_probes_may_ask_for_the_head_alone(served: Served) -> None:
 
 
 def test_connections_that_cannot_be_accepted_are_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
-    log, now = _Log(), [5.0]
+    now = [5.0]
+    told = _LoopErrors(Log())
     loop: Any = SimpleNamespace(time=lambda: now[0])
     context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many open files")}
     for _ in range(1000):
-        log(loop, context)
+        told(loop, context)
     assert capsys.readouterr().err.count("too many connections") == 1
     now[0] += ACCEPT_LOG_SECONDS
-    log(loop, context)
+    told(loop, context)
     assert capsys.readouterr().err.count("too many connections") == 1
 
 
