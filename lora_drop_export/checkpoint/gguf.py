@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def gguf_reader(path: Path) -> Any:
 
     Raises:
         ModelError: it is one of several that hold a model together. What is missing in it need not show: without a head
-            it would be a model whose embedding is the head.
+            it would be a model whose embedding is the head. Or its bytes are in the order of other machines.
         ValueError: it is none, or not whole.
     """
     import gguf
@@ -188,6 +189,12 @@ def gguf_reader(path: Path) -> Any:
         if not isinstance(error, IndexError) and not re.search("reshape|unpack|dtype", str(error)):
             raise  # gguf's own say what is wrong; these are of views that end with the file
         raise ValueError("it ends before what its header promises, or the header is damaged") from error
+    if reader.byte_order == "S":
+        raise ModelError(
+            "The GGUF file has its bytes in the order of other machines.",
+            note=f"{path} is {reader.endianess.name.lower()}-endian, this machine is {sys.byteorder}-endian.",
+            hint="Convert a copy of it in place with: gguf-convert-endian FILE native",
+        )
     count = reader.fields.get("split.count")
     if count is not None and count.contents() > 1:
         raise ModelError(

@@ -260,6 +260,21 @@ def test_a_part_of_a_model_is_refused(tmp_path):
     assert "--merge" in error.value.hint
 
 
+def test_bytes_in_another_order_are_refused_with_what_turns_them(tmp_path):
+    """As files for mainframes have them."""
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((37, HEADS * SIZE), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="bytes in the order of other machines") as error:
+        open_checkpoint(str(path), tmp_path / "scratch", log=said.append)
+    assert "big.gguf is big-endian, this machine is little-endian" in error.value.note
+    assert "gguf-convert-endian FILE native" in error.value.hint
+
+
 @pytest.mark.parametrize("name", ["blk.0.attn_q.scale", "blk.0.attn_q.weight.scale", "output.scale"])
 def test_scales_beside_weights_are_refused(name, tmp_path):
     """Of NVFP4, which has one for a whole tensor besides those of its blocks."""
