@@ -102,6 +102,7 @@ def test_predictions(made: Path) -> None:
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64
     entry = 2 * 2 * 16
     outside = 131 * 64 + 64 + 64
+    assert "(prompt, then as many decode steps)" in text  # N new tokens take N − 1
     kept, dropped = 64 + 64, 64 + 16  # prompt 64, 64 decode steps of which 16 refreshes
     full = outside + 8 * (layer + (kept + 1) * entry)
     refresh = outside + 6 * (layer + (kept + 1) * entry) + 2 * (layer + (dropped + 1) * entry)

@@ -94,7 +94,7 @@ def _predictions(manifest: Manifest) -> list[str]:
     looks_up = costs.looks_up(manifest, policy)
     half = min(manifest.limits.max_seq_len // 2, manifest.limits.max_prompt_len)
     lines = [
-        f"predicted at batch 1 for k = {k} (prompt, then as many new tokens"
+        f"predicted at batch 1 for k = {k} (prompt, then as many decode steps"
         + ("; as if every draft were accepted)" if policy.verifies else ")"),
         "  prompt   refresh     LoRA step   ceiling   Eq. 9   K/V full → LoRA-Drop",
     ]
