@@ -157,8 +157,9 @@ def attention_residual(values: Mapping[str | None, ir.Value], layer: int) -> ir.
         if node.op_type == "Add" and node.outputs[0] is not y and len(node.outputs[0].uses()) > 1:
             return node.outputs[0]
     raise ModelError(
-        "The model's layers have no residual stream between attention and MLP.",
-        note=f"Nothing inside layer {layer} adds hidden_states.{layer}: its halves run in parallel.",
+        "No residual stream is found between the attention and the MLP of the model's layers.",
+        note=f"In layer {layer} its MLP, and what adds to that, read no sum with hidden_states.{layer} itself: its "
+        "halves run in parallel, or the sum is reshaped or normalized first.",
         hint="Use --injection block, and drop whole layers.",
     )
 

@@ -285,3 +285,13 @@ def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, 
     monkeypatch.setattr("lora_drop_export.compiler.export.store_weights", None)  # which takes minutes, and more by text
     options = ("--injection", "attn_mlp", "--surrogate", surrogate, "--rank", rank)
     export_refused(*options, model=parallel.directory, words=("halves run in parallel", "--injection block"))
+
+
+def test_a_residual_stream_that_changes_its_shape(export_refused, monkeypatch):
+    """OPT's halves run one after the other, but its MLP takes the tokens of all rows in one line."""
+    sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_hidden_layers": 5}
+    opt = traced_model(build(transformers.OPTForCausalLM, transformers.OPTConfig, 3, **sizes))
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: opt.traced)
+    for site in ("3.attn", "3.mlp"):
+        words = ("No residual stream is found", "the sum is reshaped or normalized first", "drop whole layers")
+        export_refused("--drop-layers", site, model=opt.directory, words=words)
