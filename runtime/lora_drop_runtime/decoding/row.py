@@ -149,7 +149,8 @@ class Row:
         self._pace: Pace = AutoPace()
         window = schedule.k if isinstance(schedule, PeriodicSchedule | AdaptiveSchedule) else _USUAL_WAIT - 1
         if isinstance(schedule, VerifiedSchedule):
-            window = MOST_DRAFTS if schedule.drafts is None else schedule.drafts
+            drafts = MOST_DRAFTS if schedule.drafts is None else schedule.drafts
+            window = min(drafts, self._most_verified - 1)  # what one refresh verifies ends a cycle, too
             if schedule.drafts is not None:
                 self._pace = FixedPace(schedule.drafts)
         self.patience = window + 1

@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.decoding.batch import CHUNK
 from lora_drop_runtime.decoding.row import logprobs_of
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
@@ -25,7 +27,7 @@ from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import LORA, PLAN, PLANS, REFRESH, assert_refused, kept_session, slots
-from tests.support.fake_engine import KINDS, TOKEN_BYTES, VOCAB, FakeEngine, next_token, open_session
+from tests.support.fake_engine import KINDS, TOKEN_BYTES, VOCAB, FakeEngine, make_manifest, next_token, open_session
 
 NEAR = 1e-4  # logprobs that are nearer than this may change places
 COUNTED: dict[str, Any] = {"min_p": 0.02, "presence_penalty": 0.3, "frequency_penalty": 0.5, "logit_bias": {7: 2.0}}
@@ -493,6 +495,29 @@ def test_a_row_that_names_the_periodic_schedule_keeps_the_batchs_window_and_poli
     assert (events[-1].statistics is not None) == (policy == "lossless" and not row)
     wide = [run for run in engine.runs[1:] if run.kind is REFRESH and run.input_ids.shape[1] > 1]
     assert bool(wide) == (policy == "backfill")
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(None, CHUNK), (4, 4)])
+def test_a_verified_row_waits_no_longer_than_what_a_refresh_verifies(chunk: int | None, most: int) -> None:
+    """Beside rows that run LoRA steps to their end, and whatever its k is."""
+    engine = FakeEngine(PLAN)
+    engine.prefill_chunk = chunk  # type: ignore[assignment]
+    limits = Limits(1000, 10, 8)
+    bundle = Bundle(Path("/nowhere"), make_manifest(PLAN, limits=limits))
+    batch = Batch(bundle, engine, PeriodicSchedule(900), "backfill", slots=3)
+    for _ in range(2):
+        batch.add([5, 6, 7], 600, stop_token_ids=[])
+    last = batch.add([5, 6, 7], 300, policy="lossless", k=900, stop_token_ids=[])
+    gaps, since = [], 0
+    while batch.rows:
+        told = [event for event in batch.tick() if event.row == last]
+        since += 1
+        if told:
+            gaps.append(since)
+            since = 0
+        if any(event.finished for event in told):
+            break
+    assert max(gaps) <= 2 * most  # its drafts, and then as long a wait
 
 
 def test_no_drafts_are_counted_where_there_are_none() -> None:
