@@ -417,6 +417,14 @@ def no_request() -> InputError:
     )
 
 
+def torn_request() -> InputError:
+    return InputError(
+        "The request was interrupted as a step was counted.",
+        note="Whether its caches have the step's tokens is not known.",
+        hint="Begin it again.",
+    )
+
+
 def read_by_a_stream() -> InputError:
     return InputError(
         "A stream is reading the tokens of this request.",

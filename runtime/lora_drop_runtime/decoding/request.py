@@ -70,6 +70,7 @@ class Request:
         tokens: that each row has in its caches, prompt and decoded.
         kept, dropped: valid entries of each row.
         max_steps: decode steps that there is room for.
+        is_torn: whether an interrupt came as a step was counted, so that entries and lengths may disagree.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Request:
         self.kept, self.dropped = [0] * self.batch, [0] * self.batch
         self._written = [Written() for _ in self._all]
         self._since_refresh: list[list[int]] = [[] for _ in self._all]  # tokens of each row's LoRA steps
+        self.is_torn = False
         self._next_is_full = False  # after a truncation
         self._have_stood = False  # rows, while others ran
         self._has_state = bundle.manifest.plan.has_state
@@ -165,7 +167,8 @@ class Request:
         return StepKind.REFRESH if self._next_is_full else self._cycle.next_kind(read)
 
     def step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:
-        """Run the next step in the rows that are active; all when None."""
+        """Run the next step in the rows that are active; all when None. One that is interrupted can be repeated, unless
+        the request is torn."""
         kind = self.next_kind(active)
         tokens: list[int] = token_ids.tolist()
         going = self._all if active is None else [row for row, goes_on in enumerate(active.tolist()) if goes_on]
@@ -175,10 +178,13 @@ class Request:
             self._run_in_full({row: [*again[row], tokens[row]] for row in going}, back, once=False)
         else:
             self._run_one_token(kind, going, tokens)
+        self.is_torn = True
+        self.slots.accept()
         self.took(kind, tokens, going)
 
     def took(self, kind: StepKind, tokens: Sequence[int], going: Sequence[int]) -> None:
         """The next step has run tokens of the rows that are going."""
+        self.is_torn = True
         self._have_stood |= len(going) < self.batch
         for row in going:
             if kind is StepKind.LORA:
@@ -193,6 +199,7 @@ class Request:
             self.max_steps -= 1
         else:
             self._cycle.done()
+        self.is_torn = False
 
     def meet(self) -> None:
         """All rows go on. Those that stood still have not kept their states: the next step then runs in full."""
@@ -210,7 +217,7 @@ class Request:
         if len(going) < self.batch:
             for row in set(self._all).difference(going):
                 runs[row] = runs[row]._replace(tokens=())
-        self.slots.run(kind, runs, going)
+        self.slots.run(kind, runs, going, held=True)
 
     def advance(self, row: int, tokens: Sequence[int]) -> None:
         """A refresh that verified drafts has run these tokens of a row, which stay."""

@@ -372,6 +372,7 @@ class Session:
     ) -> None:
         engine = self._opened()
         before = self._request if checks.flag("reuse_prefix", reuse_prefix) else None
+        before = None if before is not None and before.is_torn else before
         ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
         checks.check_prompts(ids)
         if lengths is None:
@@ -408,8 +409,8 @@ class Session:
             float32 [B, V]; valid until the next call.
 
         Raises:
-            InputError: no prefill yet, another batch, ids outside the vocabulary, the caches are full, or a stream is
-                reading the request.
+            InputError: no prefill yet, another batch, ids outside the vocabulary, the caches are full, a stream is
+                reading the request, or an interrupt came as the step before was counted.
         """
         self._usage.enter()
         try:
@@ -489,7 +490,6 @@ class Session:
         self._with_room(active).step(token_ids, active)
 
     def _logits(self) -> npt.NDArray[np.float32]:
-        self._opened()
         return self._running().logits()
 
     def warm_up(self, batch: int = 1) -> None:
@@ -617,4 +617,6 @@ class Session:
         self._opened()
         if self._request is None:
             raise checks.no_request()
+        if self._request.is_torn:
+            raise checks.torn_request()
         return self._request

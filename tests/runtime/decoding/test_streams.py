@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +117,65 @@ def test_ctrl_c_in_the_prefill_leaves_no_half_request(chunks: int) -> None:
         session.prefill(np.array([prompt]))
     with pytest.raises(InputError, match="no running request"):
         session.step([1])
+
+
+class InALine:
+    """Raises KeyboardInterrupt in the `left`-th line that is run in the modules of a session."""
+
+    FILES = tuple(f"/decoding/{name}.py" for name in ("session", "request", "slots", "cycle"))
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        self.left -= event == "line"
+        if event == "line" and not self.left:
+            raise KeyboardInterrupt
+        return self
+
+
+def _step_interrupted(session: Session, step: int, line: int) -> bool:
+    """Run it up to a line; returns whether it has fewer."""
+    tracing, interrupt = sys.gettrace(), InALine(line)
+    sys.settrace(interrupt)
+    try:
+        session.step([step] * 3)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    return interrupt.left > 0
+
+
+@pytest.mark.parametrize("at", [1, 3])  # a LoRA step and a refresh
+def test_a_step_that_is_interrupted_anywhere_is_repeated_or_refused(at: int) -> None:
+    """No request goes on from caches and lengths that disagree, or from the state behind a step that is repeated."""
+    refused = 0
+    for line in itertools.count(1):
+        session, engine = open_session(RECURRENT, k=2)
+        session.prefill(*padded(RAGGED), max_new_tokens=9)
+        for step in range(1, at):
+            session.step([step] * 3)
+        if _step_interrupted(session, at, line):
+            break
+        assert session._request is not None
+        if session._request.is_torn:
+            refused += 1
+            with pytest.raises(InputError, match="interrupted as a step was counted"):
+                session.step([at] * 3)
+            assert session.generate([4, 2], 3, reuse_prefix=True)[0].tolist() == continued([4, 2], 3)
+            continue
+        for step in range(at + (session._request.steps_done == at), 9):
+            session.step([step] * 3)
+        assert slots(engine.runs[0].binding.inputs["past_key.0"], 1, 9) == [5, *range(1, 9)]
+        assert slots(engine.runs[0].binding.inputs["past_key.3"], 1, 3) == [5, 3, 6]
+        if len(engine.runs) > 9:
+            first, again = engine.runs[at : at + 2]
+            assert all((again.past_states[name] == state).all() for name, state in first.past_states.items())
+    assert line > 100
+    assert refused > 10
 
 
 @pytest.mark.parametrize("number", range(2, 8))
