@@ -256,7 +256,8 @@ def _export(wrapper: Any) -> Any:
         raise ModelError(
             "The model cannot be traced into one graph.",
             note=f"Model type {wrapper.model.config.model_type!r}: {first_line(reason)}",
-            hint="Choose a decoder without control flow that depends on its data.",
+            hint="Choose a decoder whose operations ONNX has, in real numbers, and without control flow that depends on"
+            " its data.",
         ) from error
 
 

@@ -264,6 +264,15 @@ def test_unsupported_feature(export_refused, tmp_path, name):
     export_refused(model=tmp_path / "model", words=(feature, config.model_type))
 
 
+def test_complex_numbers(export_refused, tmp_path):
+    """DeepSeek-V2 rotates in them; of its layers those that are dense get as far as the trace."""
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": None}
+    config = transformers.DeepseekV2Config(**TINY, **heads, first_k_dense_replace=4)
+    transformers.DeepseekV2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    words = ("cannot be traced", "deepseek_v2", "complex", "operations ONNX has, in real numbers")
+    export_refused(model=tmp_path / "model", words=words)
+
+
 def test_a_model_that_sees_without_the_tensors_of_its_text(export_refused, tmp_path):
     transformers.LlavaConfig(text_config=transformers.LlamaConfig(**TINY)).save_pretrained(tmp_path / "model")
     tensors = {f"vision_tower.{i}": np.zeros(4, np.float32) for i in range(40)}
