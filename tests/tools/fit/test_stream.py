@@ -162,13 +162,16 @@ def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "text.txt", lines)
     assert not is_streamed([file])
     rows = [row["text"] for row in open_documents([file], None, "text")]
-    assert [row.count("\n") for row in rows] == [1000, 1000, 500]
+    assert all(row.endswith("\n") for row in rows)
+    assert {len(row) >> 13 for row in rows[:-1]} == {1}  # the first line that ends behind so many bytes
     assert "".join(rows) == "".join(lines)
+    file.write_bytes(b"one\r\ntwo\rthree")
+    assert [row["text"] for row in open_documents([file], None, "text")] == ["one\ntwo\nthree"]
 
 
 def test_plain_files_are_apart(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
-        write(tmp_path / name, [f"{name} {n}\n" for n in range(1200)] + ["end"])
+        write(tmp_path / name, [f"{name} {n}\n" for n in range(5000)] + ["end"])
     (tmp_path / "none.txt").write_bytes(b"")
     documents = open_documents([tmp_path], None, "text")
     rows = iter(documents)
@@ -176,8 +179,28 @@ def test_plain_files_are_apart(tmp_path: Path) -> None:
     again = open_documents([tmp_path], None, "text")
     again.load_state_dict(documents.state_dict())
     found += [row["text"] for row in again]
-    assert "".join(found[:2]) == (tmp_path / "a.txt").read_text()
-    assert "".join(found[2:]) == (tmp_path / "b.txt").read_text()
+    for name in ("a.txt", "b.txt"):
+        own = [row for row in found if row.startswith(name)]
+        assert "".join(own) == (tmp_path / name).read_text()
+    assert sum(row.startswith(("a.txt", "b.txt")) for row in found) == len(found)
+
+
+def test_plain_files_are_read_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one stops, of each file the same share was read, up to a row; also of more than are open at once."""
+    sizes = {"a": 40, "b": 4, "c": 12, "d": 1}
+    for name, size in sizes.items():
+        write(tmp_path / f"{name}.txt", [name * 1023 + "\n"] * (9 * size))
+    rows = [row["text"][0] for row in open_documents([tmp_path], None, "text")]
+    assert {name: rows.count(name) for name in sizes} == sizes
+    for n in range(len(rows)):
+        shares = [rows[:n].count(name) / size for name, size in sizes.items()]
+        assert max(shares) - min(shares) <= 1
+        assert max(share - 1 / size for share, size in zip(shares, sizes.values(), strict=True)) <= min(shares)
+    monkeypatch.setattr(stream, "_OPEN_FILES", 2)
+    few = [row["text"][0] for row in open_documents([tmp_path], None, "text")]
+    assert sorted(few) == sorted(rows)
+    assert "b" in few[:3]
+    assert few.index("c") > max(i for i, name in enumerate(few) if name == "b")
 
 
 def test_a_directory_and_a_dataset(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Enters: files, directories, a dataset of the Hub; what makes tokens of a text. Leaves: windows of token ids by number.
 
-Documents are read in their order, an end token between them, and cut into windows. The first windows are held out.
+Documents are read in their order, an end token between them, and cut into windows; plain files are read beside each
+other, since they may be of different kinds. The first windows are held out.
 Of the others so many make a block, which is in memory and is shuffled. After the last document comes the first one
 again. So what a window holds follows from its number and the seed; `state` is a way to a block without reading what
 stands before it.
@@ -15,10 +16,12 @@ import glob
 import hashlib
 import importlib.util
 import io
-import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from lora_drop_runtime.errors import InputError, LoraDropError, counted, first_line
@@ -26,7 +29,9 @@ from lora_drop_runtime.errors import InputError, LoraDropError, counted, first_l
 BLOCK_TOKENS = 1 << 20  # in memory and shuffled, at 8 bytes each
 HELD_OUT_WINDOWS = 32  # of a stream, its first
 _HASHED_BYTES = 1 << 20  # at the beginning and at the end of a file
-_LINES = 1000  # of plain text, read as one document
+_ROWS = 1000  # of a Parquet file, read at once
+_ROW_BYTES = 1 << 13  # of plain text, read as one document
+_OPEN_FILES = 64  # of plain text, at once
 _FORMATS = {
     ".txt": "text",
     ".jsonl": "json",
@@ -114,16 +119,49 @@ def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]
         with fsspec.open(name, "rb") as data:
             file = pyarrow.parquet.ParquetFile(data)
             columns = [column] if column in file.schema_arrow.names else None
-            for batch in file.iter_batches(batch_size=_LINES, columns=columns):
+            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 yield from batch.to_pylist()
 
 
-def _plain_rows(files: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Plain text, so many lines a row; none spans two files."""
-    for name in files:
-        with open(name, encoding="utf-8") as lines:
-            while part := "".join(itertools.islice(lines, _LINES)):
-                yield {"text": part}
+@dataclass
+class _PlainFile:
+    """A plain text that is being read.
+
+    Attributes:
+        begun: where the others stood when it was opened.
+    """
+
+    data: BinaryIO
+    size: int
+    begun: float
+    read: int = 0
+
+    @property
+    def place(self) -> float:
+        return self.begun + self.read / max(1, self.size)
+
+
+def _plain_rows(files: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Plain text, whole lines of some thousand bytes a row; none spans two files.
+
+    The files are read beside each other, each as fast as its size says, so that all end together: whoever stops early
+    has seen some of each. Of many so many are open, and others follow them.
+    """
+    waiting, reading = deque(files), list[_PlainFile]()
+    with contextlib.ExitStack() as opened:
+        while waiting or reading:
+            while waiting and len(reading) < _OPEN_FILES:
+                data = opened.enter_context(open(waiting.popleft(), "rb"))
+                begun = min((one.place for one in reading), default=0.0)
+                reading.append(_PlainFile(data, os.fstat(data.fileno()).st_size, begun))
+            least = min(reading, key=lambda one: one.place)
+            part = b"".join(least.data.readlines(_ROW_BYTES))
+            if part:
+                least.read += len(part)
+                yield {"text": part.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")}
+            else:
+                least.data.close()
+                reading.remove(least)
 
 
 def _text_alone(dataset: Documents, column: str, what: str) -> Documents:
@@ -184,7 +222,7 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
         plain = suffix == ".txt"
         with _readable(what):
             if plain:
-                part = datasets.IterableDataset.from_generator(_plain_rows, gen_kwargs={"files": names})
+                part = datasets.IterableDataset.from_generator(_plain_rows, gen_kwargs={"files": tuple(names)})
             else:
                 part = _rows(_FORMATS[suffix], column, data_files=list(map(glob.escape, names)))
         parts.append(_text_alone(part, "text" if plain else column, what))
