@@ -32,12 +32,22 @@ from tests.support.serving import await_that
 COMMAND = [sys.executable, "-m", "lora_drop_tools", "serve"]
 
 
+def _hear_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # which a run in the background may ignore
+        signal.signal(number, signal.SIG_DFL)
+
+
 @contextmanager
 def started(bundle: Bundle, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command, once it listens, and its address."""
     command = [*COMMAND, str(bundle.root), "--port", "0", "--threads", "1", *arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        preexec_fn=_hear_signals,
     ) as process:
         try:
             assert process.stdout is not None
@@ -121,12 +131,13 @@ def test_signals_that_are_ignored_stay_so_and_all_handlers_come_back() -> None:
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = {number: signal.getsignal(number) for number in numbers}
     try:
+        _hear_signals()  # this process may ignore some itself
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         server = make_server(FastAPI(), cast(Driver, None), 0)
         with server.capture_signals():
             taken = [signal.getsignal(number) for number in numbers]
         assert taken == [server.handle_exit, server.handle_exit, signal.SIG_IGN]
-        assert [signal.getsignal(number) for number in numbers] == [*list(before.values())[:2], signal.SIG_IGN]
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN]
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         with server.capture_signals():
             assert signal.getsignal(signal.SIGHUP) == server.handle_exit

@@ -90,11 +90,6 @@ def _without_copy_of(name: str) -> tuple[Any, str, Any]:
     return EngineStep, "_enqueue", changed
 
 
-def _one_side(self: Slots, *args: Any, run: Any = Slots.run, **keywords: Any) -> None:
-    run(self, *args, **keywords)
-    self._side = 0
-
-
 def _prepared_as(kind: StepKind) -> tuple[Any, str, Any]:
     """Steps of one token run another kind."""
     prepare = Slots._prepare
@@ -140,7 +135,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
     ),
     "the refresh engine for a LoRA step": _prepared_as(REFRESH),
     "the LoRA engine for a refresh": _prepared_as(LORA),
-    "the state's sides never change": (Slots, "run", _one_side),
+    "the state's sides never change": (Slots, "accept", lambda _: None),
     "parts of fused weights in the wrong order": (Bundle, "weight_inputs", _reversed_parts),
     "caches that are not zeroed": (CudaDevice, "zero", lambda *_: None),
     "no wait for the step": (CudaDevice, "synchronize", lambda *_: None),
