@@ -7,17 +7,16 @@ of the closed form.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config, read_adapters
-from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.bundle.adapters import AdapterConfig
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.drop_list import DropList
+from lora_drop_tools.teacher_forcing.stored import config_with_sites, stored_surrogates
 
 from .settings import FitSettings
 
@@ -45,17 +44,8 @@ class Given:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def pairs(self, plan: DropPlan, loaded: LoadedModel, device: Any) -> Surrogates:
-        """A [r, d] (or [r, 2d]) and s·B [d, r] of each adapted site of the plan, float32 on the device.
-
-        Raises:
-            PlanError, BundleError: they were fitted for another model or plan, or are damaged.
-        """
-        import torch
-
-        width = loaded.model.get_input_embeddings().weight.shape[1]
-        put = functools.partial(torch.tensor, device=device)
-        found = read_adapters(self.directory, plan, width, loaded.fingerprint)
-        return {site: (put(a), put(b)) for site, (a, b) in found.items()}
+        """Of each adapted site of the plan; raises as `stored_surrogates` does."""
+        return stored_surrogates(self.directory, plan, loaded, device)
 
 
 def read_given(settings: FitSettings) -> tuple[FitSettings, Given | None]:
@@ -67,13 +57,7 @@ def read_given(settings: FitSettings) -> tuple[FitSettings, Given | None]:
     directory = settings.adapters
     if directory is None:
         return settings, None
-    config = read_adapter_config(directory)
-    if not config.sites:
-        raise PlanError(
-            "The adapters do not say what they stand in for.",
-            note=f'{directory} names no sites under "lora_drop".',
-            hint="Use adapters written by: lora-drop fit",
-        )
+    config, _ = config_with_sites(directory)
     brought = (config.policy,) if config.policy else ()
     settings = dataclasses.replace(
         settings,

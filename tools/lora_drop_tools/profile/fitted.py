@@ -7,18 +7,19 @@ that has an adapter. Measures nothing.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_drop_runtime.bundle.adapters import AdapterConfig, read_adapter_config, read_adapters
+from lora_drop_runtime.bundle.adapters import AdapterConfig
 from lora_drop_runtime.command_line import refuse_unused
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
 from lora_drop_runtime.plan.sites import half_of, layer_of, listed
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
+
+from lora_drop_tools.teacher_forcing.stored import config_with_sites, stored_surrogates
 
 from .settings import SITES
 
@@ -50,14 +51,9 @@ class Fitted:
         Raises:
             PlanError, BundleError: they were fitted for another model, or for layers that the plan keeps.
         """
-        import torch
-
         own = self.config
         theirs = dataclasses.replace(plan, sites=self.sites, bare_sites=own.bare_sites, rank=own.rank)
-        width = loaded.model.get_input_embeddings().weight.shape[1]
-        found = read_adapters(self.directory, theirs, width, loaded.fingerprint)
-        put = functools.partial(torch.tensor, device=device)
-        return {site: (put(a), put(b)) for site, (a, b) in found.items()}
+        return stored_surrogates(self.directory, theirs, loaded, device)
 
 
 def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | None]:
@@ -71,14 +67,7 @@ def read_fitted(settings: ProfileSettings) -> tuple[ProfileSettings, Fitted | No
     if directory is None:
         return settings, None
     refuse_unused(settings, ("sites", "rank"), "--adapters brings it", "leave --adapters out")
-    config = read_adapter_config(directory)
-    sites = config.sites or ()
-    if not sites:
-        raise PlanError(
-            "The adapters do not say what they stand in for.",
-            note=f'{directory} names no sites under "lora_drop".',
-            hint="Use adapters written by: lora-drop fit",
-        )
+    config, sites = config_with_sites(directory)
     halves = any(map(half_of, sites))
     if halves and not all(map(half_of, sites)):
         raise PlanError(

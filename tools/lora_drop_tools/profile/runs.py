@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.surrogate import SURROGATES
 
-from lora_drop_tools.teacher_forcing.closed_form import Site, batches_of, solve, walk
+from lora_drop_tools.teacher_forcing.closed_form import Site, batches_of, fitted_texts, solve, walk
 from lora_drop_tools.teacher_forcing.layout import Layout
 from lora_drop_tools.teacher_forcing.surrogates import Surrogates, features
 
 from .choice import Choice
 from .scoring import Scoring, Tick, not_finite
 from .settings import RUN, RUN_SURROGATE
-
-_HELD_OUT = 6  # every so many windows one chooses the ridge; of fewer the last one
 
 if TYPE_CHECKING:
     from lora_drop_export.console import Console
@@ -43,10 +41,8 @@ def _site(first: Any, last: Any, layout: Layout) -> Site:
     change = (last - first)[:, layout.full]
     feature, base = features(first[:, layout.lora], change, layout, form)
     wanted = last[:, layout.lora] - base
-    every = min(_HELD_OUT, len(first))
-    held_out = [number % every == every - 1 and len(first) > 1 for number in range(len(first))]
-    for number, out in enumerate(held_out):
-        (site.held_out if out else site.fit).add(feature[number], wanted[number])
+    for number, (x, y) in enumerate(zip(feature, wanted, strict=True)):
+        (site.fit if fitted_texts(number, len(feature), 1) else site.held_out).add(x, y)
     return site
 
 

@@ -80,7 +80,7 @@ class Site:
 Choose = Callable[[str, Site], "tuple[Any, Any] | None"]
 
 
-def _fitted_texts(number: int, batches: int, texts: int) -> int:
+def fitted_texts(number: int, batches: int, texts: int) -> int:
     """How many texts of a batch are fitted, from the first on; the others choose the ridge."""
     if batches == 1:
         return max(1, texts - 1)
@@ -112,7 +112,7 @@ def _dropped_layer(
         if name in ends:
             for number, (batch, full, (feature, base)) in enumerate(zip(batches, exact, pairs, strict=True)):
                 wanted = (full.middle if half_of(name) == ATTENTION else full.output)[:, batch.layout.lora] - base
-                count = _fitted_texts(number, len(batches), len(wanted))
+                count = fitted_texts(number, len(batches), len(wanted))
                 site.fit.add(feature[:count], wanted[:count])
                 site.held_out.add(feature[count:], wanted[count:])
             pair = choose(name, site)
