@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import subprocess
 import sys
@@ -17,18 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-import zstandard
 from datasets import IterableDataset
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit import stream
-from lora_drop_tools.fit.stream import (
-    HELD_OUT_WINDOWS,
-    TokenStream,
-    _parquet_rows,
-    identity,
-    is_streamed,
-    open_documents,
-)
+from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, _parquet_rows, identity, open_documents
+
+from tests.tools.fit.test_files import write
 
 WINDOW, BATCH = 4, 2
 HELD = HELD_OUT_WINDOWS * WINDOW
@@ -129,169 +121,81 @@ def test_a_column_of_numbers() -> None:
         ours.block(0)
 
 
-# ── files ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files and datasets ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write(path: Path, texts: list[str], column: str = "text") -> Path:
-    lines = "".join(json.dumps({column: text, "other": n}) + "\n" for n, text in enumerate(texts)).encode()
-    if path.name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pa.table({column: texts, "other": range(len(texts))}), path)
-    elif path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(lines))
-    elif path.name.endswith(".zst"):
-        path.write_bytes(zstandard.compress(lines))
-    else:
-        path.write_bytes("".join(texts).encode() if path.name.endswith(".txt") else lines)
-    return path
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[list[Path], str]:
+    """A directory of three documents, and a dataset of two."""
+    files = write(tmp_path / "in/a.jsonl", ["a1", "a2", "a3"])
+    return [files.parent], str(write(tmp_path / "set/train.jsonl", ["d1", "d2"]).parent)
 
 
-TEXTS = ["one\n", "two\n\n", "  three ü\n", "four"]
+def test_a_dataset(both: tuple[list[Path], str]) -> None:
+    assert [row["text"] for row in open_documents([], both[1], "text")] == ["d1", "d2"]
+    with pytest.raises(InputError, match=r"(?s)no such column.*--text-column is content.*other, text"):
+        open_documents([], both[1], "content")
 
 
-@pytest.mark.parametrize("name", ["a [b] * {c} é.jsonl", "a * {c} é.jsonl.gz", "a * {c}.jsonl.zst", "a [b] ?.parquet"])
-def test_formats(name: str, tmp_path: Path) -> None:
-    file = write(tmp_path / name, TEXTS, "content")
-    assert is_streamed([file])
-    assert [row["text"] for row in open_documents([file], None, "content")] == TEXTS
-    with pytest.raises(InputError, match=r"(?s)no such column.*--text-column is text.*content, other"):
-        open_documents([file], None, "text")
+def test_files_and_a_dataset_take_turns(both: tuple[list[Path], str]) -> None:
+    """Until both have ended; and from every place on."""
+    expected = ["a1", "d1", "a2", "d2", "a3", "d1"]  # the dataset begins again
+    documents = open_documents(*both, "text")
+    states = [documents.state_dict()]
+    for row, text in zip(documents, expected, strict=True):
+        assert row["text"] == text
+        states.append(documents.state_dict())
+    for n, state in enumerate(states):
+        after = open_documents(*both, "text")
+        after.load_state_dict(state)
+        assert [row["text"] for row in after] == expected[n:]
 
 
-def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
-    lines = [f"line {n}\n" for n in range(2500)]
-    file = write(tmp_path / "text.txt", lines)
-    assert not is_streamed([file])
-    rows = [row["text"] for row in open_documents([file], None, "text")]
-    assert all(row.endswith("\n") for row in rows)
-    assert {len(row) >> 13 for row in rows[:-1]} == {1}  # the first line that ends behind so many bytes
-    assert "".join(rows) == "".join(lines)
-    file.write_bytes(b"one\r\ntwo\rthree")
-    assert [row["text"] for row in open_documents([file], None, "text")] == ["one\ntwo\nthree"]
-
-
-def test_plain_files_are_apart(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt"):
-        write(tmp_path / name, [f"{name} {n}\n" for n in range(5000)] + ["end"])
-    (tmp_path / "none.txt").write_bytes(b"")
-    documents = open_documents([tmp_path], None, "text")
-    rows = iter(documents)
-    found = [next(rows)["text"] for _ in range(3)]
-    again = open_documents([tmp_path], None, "text")
-    again.load_state_dict(documents.state_dict())
-    found += [row["text"] for row in again]
-    for name in ("a.txt", "b.txt"):
-        own = [row for row in found if row.startswith(name)]
-        assert "".join(own) == (tmp_path / name).read_text()
-    assert sum(row.startswith(("a.txt", "b.txt")) for row in found) == len(found)
-
-
-def test_plain_files_are_read_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever one stops, of each file the same share was read, up to a row; also of more than are open at once."""
-    sizes = {"a": 40, "b": 4, "c": 12, "d": 1}
-    for name, size in sizes.items():
-        write(tmp_path / f"{name}.txt", [name * 1023 + "\n"] * (9 * size))
-    rows = [row["text"][0] for row in open_documents([tmp_path], None, "text")]
-    assert {name: rows.count(name) for name in sizes} == sizes
-    for n in range(len(rows)):
-        shares = [rows[:n].count(name) / size for name, size in sizes.items()]
-        assert max(shares) - min(shares) <= 1
-        assert max(share - 1 / size for share, size in zip(shares, sizes.values(), strict=True)) <= min(shares)
-    monkeypatch.setattr(stream, "_OPEN_FILES", 2)
-    few = [row["text"][0] for row in open_documents([tmp_path], None, "text")]
-    assert sorted(few) == sorted(rows)
-    assert "b" in few[:3]
-    assert few.index("c") > max(i for i, name in enumerate(few) if name == "b")
-
-
-def test_a_directory_and_a_dataset(tmp_path: Path) -> None:
-    (tmp_path / "in/deep").mkdir(parents=True)
-    write(tmp_path / "in/b.jsonl", ["b1", "b2", "b3"])
-    write(tmp_path / "in/deep/a.jsonl", ["a1"])
-    write(tmp_path / "in/c.parquet", ["c1"])
-    (tmp_path / "in/notes.md").write_text("not read")
-    assert is_streamed([tmp_path / "in"])
-    rows = [row["text"] for row in open_documents([tmp_path / "in"], None, "text")]
-    assert set(rows) == {"a1", "b1", "b2", "b3", "c1"}
-    assert [row for row in rows if row[0] != "c"] == ["b1", "b2", "b3", "a1"]
-    (tmp_path / "set").mkdir()
-    write(tmp_path / "set/train.jsonl", ["d1", "d2"])
-    assert [row["text"] for row in open_documents([], str(tmp_path / "set"), "text")] == ["d1", "d2"]
-
-
-def test_parquet_left_before_its_end(tmp_path: Path) -> None:
+def test_parquet_of_a_dataset_left_before_its_end(tmp_path: Path) -> None:
     """Readers of `datasets` abort the process at its end, or hang; and a place in the middle is found again."""
-    for name in ("set/train-0.parquet", "set/train-1.parquet"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write(tmp_path / name, [f"{name} {n}" for n in range(3000)])
+    for name in ("0", "1"):
+        write(tmp_path / f"set/train-{name}.parquet", [f"{name} {n}" for n in range(3000)])
     program = """if True:
         import sys
-        from pathlib import Path
         from lora_drop_tools.fit.stream import open_documents
 
-        where = Path(sys.argv[1])
-        for files, dataset in (([where], None), ([], str(where))):
-            documents = open_documents(files, dataset, "text")
-            rows = iter(documents)
-            begun = [next(rows)["text"] for _ in range(4000)]
-            again = open_documents(files, dataset, "text")
-            again.load_state_dict(documents.state_dict())
-            print(begun[-1], next(iter(again))["text"], sum(1 for _ in again), sep="|")
+        documents = open_documents([], sys.argv[1], "text")
+        rows = iter(documents)
+        begun = [next(rows)["text"] for _ in range(4000)]
+        again = open_documents([], sys.argv[1], "text")
+        again.load_state_dict(documents.state_dict())
+        print(begun[-1], next(iter(again))["text"], sum(1 for _ in again), sep="|")
     """
     command = [sys.executable, "-c", program, str(tmp_path / "set")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == "set/train-1.parquet 999|set/train-1.parquet 1000|2000\n" * 2
+    assert run.stdout == "1 999|1 1000|2000\n"
 
 
 def test_parquet_from_elsewhere_is_read_by_its_column() -> None:
+    texts = ["one", "two"]
     with fsspec.open("memory://a.parquet", "wb") as file:
-        pyarrow.parquet.write_table(pa.table({"text": TEXTS, "other": range(len(TEXTS))}), file)
-    assert list(_parquet_rows(["memory://a.parquet"], "text")) == [{"text": text} for text in TEXTS]
-    assert next(_parquet_rows(["memory://a.parquet"], "none")) == {"text": TEXTS[0], "other": 0}
+        pyarrow.parquet.write_table(pa.table({"text": texts, "other": range(2)}), file)
+    assert list(_parquet_rows(["memory://a.parquet"], "text")) == [{"text": text} for text in texts]
+    assert next(_parquet_rows(["memory://a.parquet"], "none")) == {"text": "one", "other": 0}
 
 
-def test_files_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_local_datasets_need_no_network(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor may each pass through them wait for one that does not answer."""
     asked = list[str]()
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", True)
     monkeypatch.setattr("datasets.load.get_session", lambda: asked.append("asked"))
-    for name in ("a.jsonl", "a.parquet", "a.txt"):
-        open_documents([write(tmp_path / name, TEXTS)], None, "text")
+    open_documents([], str(write(tmp_path / f"set/a{suffix}", ["one"]).parent), "text")
     assert not asked
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text":', "cannot be read"),
-        ("a.jsonl", b"", "empty, or ends too early"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read"),
-        ("a.csv", b"text\nx\n", "format is not known"),
-    ],
-)
-def test_damaged_files(name: str, content: bytes, said: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=said):
-        list(open_documents([tmp_path / name], None, "text"))
-
-
-def test_a_column_of_text_beside_one_of_numbers(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", TEXTS)
-    (tmp_path / "a.jsonl").write_text('{"text": 5}')
-    with pytest.raises(InputError, match=r"(?s)cannot be read.*together.*int64"):
-        open_documents([tmp_path], None, "text")
-
-
-def test_missing_files_and_datasets(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        open_documents([tmp_path / "a.jsonl"], None, "text")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no file with \.txt, \.jsonl"):
-        open_documents([tmp_path / "empty"], None, "text")
+def test_missing_datasets() -> None:
     with pytest.raises(InputError, match="cannot be read"):
         open_documents([], "nobody/nothing-of-the-kind", "text")
+    with pytest.raises(InputError, match="no name"):
+        open_documents([], ":part", "text")
 
 
 def test_a_name_that_is_no_utf8_is_a_name(tmp_path: Path) -> None:

@@ -30,13 +30,14 @@ from lora_drop_export.staging.directory import staged_directory
 from lora_drop_tools.shared.corpus import DTYPES, window_that_fits
 from lora_drop_tools.shared.results import refuse_in_bundle
 
+from .files import require_package
 from .given import Given, read_given
 from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same, load_begin
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
 from .stages import BASE, CLOSED_FORM, Work, begin, better, distilled
-from .stream import identity, require_package
+from .stream import identity
 from .texts import Source
 
 if TYPE_CHECKING:

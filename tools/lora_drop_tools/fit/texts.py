@@ -15,8 +15,9 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_tools.shared.corpus import Corpus, read_texts
 
+from .files import has_columns, is_streamed
 from .settings import PROMPT, FitSettings
-from .stream import TokenStream, is_streamed, open_documents
+from .stream import TokenStream, open_documents
 
 if TYPE_CHECKING:
     from lora_drop_export.decoder.loaded import LoadedModel
@@ -101,8 +102,9 @@ class Source:
 
     def __init__(self, settings: FitSettings) -> None:
         self._texts: Sequence[str] | None = None
-        if settings.dataset is None and not is_streamed(settings.text):
+        if settings.dataset is None and not has_columns(settings.text):
             refuse_unused(settings, ("text_column",), "--text is plain", "give files with rows")
+        if settings.dataset is None and not is_streamed(settings.text):
             self._texts = read_texts(settings.text)
             return
         self._open = functools.partial(open_documents, settings.text, settings.dataset, settings.text_column)

@@ -1,0 +1,195 @@
+"""Text in files: every document once and as it was written, of each file as much as of the others, and the way back."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+from lora_drop_runtime.errors import InputError
+from lora_drop_tools.fit import files as reading
+from lora_drop_tools.fit.files import FileDocuments, has_columns, is_streamed
+
+TEXTS = ["one\n", "two\n\n", "  three ü\n", "four"]
+SUFFIXES = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
+
+
+def write(path: Path, texts: list[str], column: str = "text") -> Path:
+    """The texts: as rows, or one behind the other in plain text."""
+    lines = "".join(json.dumps({column: text, "other": n}) + "\n" for n, text in enumerate(texts)).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(".parquet"):
+        rows = pa.table({column: texts, "other": range(len(texts))})
+        pyarrow.parquet.write_table(rows, path, row_group_size=7)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines))
+    elif path.name.endswith(".zst"):
+        half = len(lines) // 2
+        path.write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))
+    else:
+        path.write_bytes("".join(texts).encode() if path.name.endswith(".txt") else lines)
+    return path
+
+
+def read(*files: Path, column: str = "text") -> list[str]:
+    return [row["text"] for row in FileDocuments(files, column)]
+
+
+@pytest.mark.parametrize("name", ["a [b] * {c} é.jsonl", "a * {c} é.jsonl.gz", "a * {c}.jsonl.zst", "a [b] ?.parquet"])
+def test_formats(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / name, TEXTS, "content")
+    assert is_streamed([file])
+    assert has_columns([tmp_path])
+    assert read(file, column="content") == TEXTS
+    with pytest.raises(InputError, match=r"(?s)no such column.*--text-column is text.*content, other"):
+        FileDocuments([file], "text")
+
+
+def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
+    lines = [f"line {n}\n" for n in range(2500)]
+    file = write(tmp_path / "text.txt", lines)
+    assert not is_streamed([file])
+    assert is_streamed([tmp_path])
+    assert not has_columns([tmp_path])
+    rows = read(file)
+    assert all(row.endswith("\n") for row in rows)
+    assert {len(row) >> 13 for row in rows[:-1]} == {1}  # the first line that ends behind so many bytes
+    assert "".join(rows) == "".join(lines)
+    file.write_bytes(b"one\r\ntwo\rthree")
+    assert read(file) == ["one\ntwo\nthree"]
+
+
+def test_lines_of_json(tmp_path: Path) -> None:
+    """Blank lines, ends of lines of another system, nulls, a row without the column, half a surrogate pair, a mark."""
+    file = tmp_path / "a.jsonl"
+    lines = [b'\xef\xbb\xbf{"text": "a\\nb"}\r', b"", b'{"text": null}', b'{"other": 1}']
+    file.write_bytes(b"\n".join([*lines, rb'{"text": "\ud83d"}', rb'{"text": "\ud83d\ude00"}']))
+    assert read(file) == ["a\nb", None, None, "?", "\U0001f600"]
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    write(tmp_path / "in/b.jsonl", ["b1", "b2", "b3"])
+    write(tmp_path / "in/deep/a.jsonl", ["a1"])
+    write(tmp_path / "in/c.parquet", ["c1"])
+    write(tmp_path / "in/d.jsonl", [])
+    (tmp_path / "in/notes.md").write_text("not read")
+    found = read(tmp_path / "in")
+    assert sorted(found) == ["a1", "b1", "b2", "b3", "c1"]
+    assert sorted(found[:3]) == ["a1", "b1", "c1"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_are_read_beside_each_other(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one stops, of each file the same share was read, up to a row; also of more than are open at once."""
+    sizes = {"a": 10, "b": 4, "c": 6, "d": 1}
+    random = np.random.default_rng(0)
+    for name, size in sizes.items():
+        rows = [name + random.bytes(300_000).hex() + "\n" for _ in range(size)]
+        write(tmp_path / f"{name}{suffix}", rows)
+    found = [row[0] for row in read(tmp_path)]
+    assert {name: found.count(name) for name in sizes} == sizes
+    for n in range(len(found)):
+        counts = {name: found[:n].count(name) for name in sizes}
+        ahead = 0.5  # rows; of what is packed 128 KiB are read at once
+        most = max((counts[name] - 1) / size for name, size in sizes.items())
+        assert most <= min((counts[name] + ahead) / size for name, size in sizes.items())
+    monkeypatch.setattr(reading, "_OPEN_FILES", 2)
+    few = [row[0] for row in read(tmp_path)]
+    assert sorted(few) == sorted(found)
+    assert "b" in few[:3]
+    assert few.index("c") > max(i for i, name in enumerate(few) if name == "b")
+
+
+def test_plain_files_are_apart(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / name, [f"{name} {n}\n" for n in range(5000)] + ["end"])
+    (tmp_path / "none.txt").write_bytes(b"")
+    found = read(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        own = [row for row in found if row.startswith(name)]
+        assert "".join(own) == (tmp_path / name).read_text()
+    assert sum(row.startswith(("a.txt", "b.txt")) for row in found) == len(found)
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
+def test_a_state_leads_to_the_rows_behind_it(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every row, of one format and of all, and of more files than are open at once."""
+    monkeypatch.setattr(reading, "_OPEN_FILES", 3)
+    for n, one in enumerate([suffix] * 4 if suffix else SUFFIXES):
+        write(tmp_path / f"{n}{one}", [f"{n} {row} " + "ü" * 3000 * (row % 3) + "\n" for row in range(3 + 4 * n)])
+    expected = read(tmp_path)
+    documents = FileDocuments([tmp_path], "text")
+    states = [documents.state_dict(), *(documents.state_dict() for _ in documents)]
+    assert len(states) == len(expected) + 1
+    for n, state in enumerate(states):
+        after = FileDocuments([tmp_path], "text")
+        after.load_state_dict(json.loads(json.dumps(state)))
+        assert [row["text"] for row in after] == expected[n:]
+
+
+def test_parquet_left_before_its_end(tmp_path: Path) -> None:
+    """Readers of `datasets` abort the process at its end, or hang."""
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.parquet", [f"{name}{n}" for n in range(3000)])
+    program = """if True:
+        import itertools, sys
+        from pathlib import Path
+        from lora_drop_tools.fit.files import FileDocuments
+
+        print(*(row["text"] for row in itertools.islice(FileDocuments([Path(sys.argv[1])], "text"), 4000)))
+    """
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.split() == list(itertools.chain(*((f"a{n}", f"b{n}") for n in range(2000))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text":', "cannot be read.*a.jsonl: JSONDecodeError"),
+        ("a.jsonl", b'{"text": "x"}\n["text"]', "cannot be read.*a.jsonl: .*no object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "cannot be read.*a.jsonl: UnicodeDecodeError"),
+        ("a.jsonl", b"", "no text.*a.jsonl"),
+        ("a.jsonl", b'{"text": 5}', "no text.*a.jsonl: a row has 5"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read.*a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-12], "cannot be read.*ends too early"),
+        ("a.jsonl.zst", b"no zstd", "cannot be read.*a.jsonl.zst"),
+        ("a.parquet", b"no parquet", "cannot be read.*a.parquet"),
+        ("a.txt", b"\xff", "cannot be read.*a.txt: UnicodeDecodeError"),
+        ("a.csv", b"text\nx\n", "format is not known"),
+    ],
+)
+def test_damaged_files(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"(?s){said}"):
+        read(tmp_path / name)
+
+
+def test_every_file_is_tried_before_any_work(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    write(tmp_path / "b.jsonl", TEXTS, "content")
+    with pytest.raises(InputError, match=r"(?s)no such column.*b\.jsonl has content, other"):
+        FileDocuments([tmp_path], "text")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        FileDocuments([tmp_path / "a.jsonl"], "text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no file with \.txt, \.jsonl"):
+        FileDocuments([tmp_path / "empty"], "text")
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        file = write(tmp_path / f"a{suffix}", TEXTS).rename(tmp_path / os.fsdecode(b"\xff" + suffix.encode()))
+        assert "".join(read(file)) == "".join(TEXTS)

@@ -1,0 +1,296 @@
+"""Files of text that are read beside each other, since they may be of different kinds.
+
+Enters: files and directories. Leaves: their documents, one by one, and a state with which another reader goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_drop_runtime.errors import InputError, LoraDropError, first_line
+
+ROWS_AT_ONCE = 1000  # of a Parquet file
+_ROW_BYTES = 1 << 13  # of plain text, read as one document
+_OPEN_FILES = 64  # at once
+
+Rows = Iterator[tuple[Any, int, float]]  # a document, where the file stands behind it, and what share of it that is
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn whatever readers throw into an error of ours."""
+    try:
+        yield
+    except LoraDropError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        early = isinstance(cause, StopIteration | EOFError)
+        said = "it is empty, or ends too early" if early else f"{type(cause).__name__}: {first_line(cause)}"
+        raise InputError(
+            "The text cannot be read.", note=f"{what}: {said}", hint="Give another --text or --dataset."
+        ) from None
+
+
+def require_package(package: str, why: str) -> None:
+    """Refuse what needs a package of the extra `fit` that is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"{why} needs {package}.", note="It is not installed.", hint="pip install 'lora-drop-export[fit]'"
+        )
+
+
+def no_such_column(column: str, what: str, has: Sequence[str]) -> InputError:
+    return InputError(
+        "The text has no such column.",
+        note=f"--text-column is {column}; {what} has {', '.join(sorted(has)) or 'none'}.",
+        hint="Name one of them with --text-column.",
+    )
+
+
+def check_text(found: Any, what: str) -> None:
+    """Refuse what a column holds, where it is no text and not nothing."""
+    if found is not None and not isinstance(found, str):
+        raise InputError(
+            "The text's column holds no text.",
+            note=f"{what}: a row has {found!r:.60}.",
+            hint="Name another one with --text-column.",
+        )
+
+
+def _plain(file: Path, column: str, place: int) -> Rows:
+    """Whole lines of some thousand bytes; a place is in bytes."""
+    with file.open("rb") as data:
+        size = os.fstat(data.fileno()).st_size
+        data.seek(place)
+        while part := b"".join(data.readlines(_ROW_BYTES)):
+            place += len(part)
+            yield part.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"), place, place / size
+
+
+def _as_it_lies(data: BinaryIO, place: int) -> BinaryIO:
+    data.seek(place)
+    return data
+
+
+def _gzip(data: BinaryIO, place: int) -> Any:
+    unpacked = gzip.GzipFile(fileobj=data)
+    unpacked.seek(place)
+    return unpacked
+
+
+def _zstandard(data: BinaryIO, place: int) -> Any:
+    import zstandard
+
+    unpacked = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+    unpacked.seek(place)
+    return io.BufferedReader(unpacked)
+
+
+def _writable(text: Any) -> Any:
+    """The text with a question mark for each half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
+
+
+def _json_lines(unpacked: Callable[[BinaryIO, int], Any]) -> Callable[[Path, str, int], Rows]:
+    """A reader of lines with an object each; a place is in unpacked bytes. A row without the column has no text."""
+
+    def rows(file: Path, column: str, place: int) -> Rows:
+        known = place > 0
+        with file.open("rb") as packed:
+            size = os.fstat(packed.fileno()).st_size
+            for line in unpacked(packed, place):
+                place += len(line)
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a line is no object: {line[:40]!r}")
+                if not known and column not in row:
+                    raise no_such_column(column, str(file), list(row))
+                known = True
+                yield _writable(row.get(column)), place, packed.tell() / size
+
+    return rows
+
+
+def _parquet(file: Path, column: str, place: int) -> Rows:
+    """Not read by `datasets`: left before its end, its reader may hang or abort the process; a place is a row's number.
+
+    See github.com/apache/arrow/issues/45214.
+    """
+    import pyarrow.parquet
+
+    with file.open("rb") as data, pyarrow.parquet.ParquetFile(data) as table:
+        if column not in table.schema_arrow.names:
+            raise no_such_column(column, str(file), table.schema_arrow.names)
+        end = 0
+        for group in range(table.num_row_groups):
+            begin, end = end, end + table.metadata.row_group(group).num_rows
+            if end <= place:
+                continue
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+                for row, text in enumerate(batch.column(0).to_pylist(), begin):
+                    if row >= place:
+                        yield text, row + 1, (row + 1) / table.metadata.num_rows
+                begin += batch.num_rows
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How files of a suffix are read.
+
+    Attributes:
+        rows: documents of a file behind a place.
+        package: what it needs of the extra `fit`.
+    """
+
+    rows: Callable[[Path, str, int], Rows]
+    package: str | None = None
+
+
+_FORMATS = {
+    ".txt": _Format(_plain),
+    ".jsonl": _Format(_json_lines(_as_it_lies)),
+    ".jsonl.gz": _Format(_json_lines(_gzip)),
+    ".jsonl.zst": _Format(_json_lines(_zstandard), "zstandard"),
+    ".parquet": _Format(_parquet, "pyarrow"),
+}
+
+
+def _suffix(file: Path) -> str | None:
+    return next((suffix for suffix in sorted(_FORMATS, key=len, reverse=True) if file.name.endswith(suffix)), None)
+
+
+def _format(file: Path) -> _Format:
+    return _FORMATS[_suffix(file) or ".txt"]
+
+
+def is_streamed(files: Sequence[Path]) -> bool:
+    """Whether one of them is not a plain text, which is read whole."""
+    return any(file.is_dir() or _format(file).rows is not _plain for file in files)
+
+
+def all_files(given: Sequence[Path]) -> list[Path]:
+    """The files; of a directory all that have a known suffix, in the order of their names.
+
+    Raises:
+        InputError: one is missing or has another suffix, or a directory has none.
+    """
+    found = list[Path]()
+    known = ", ".join(_FORMATS)
+    for path in given:
+        files = (
+            sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file)) if path.is_dir() else [path]
+        )
+        if not files:
+            raise InputError("A directory has no text.", note=f"{path} has no file with {known}.", hint="Give another.")
+        for file in files:
+            if _suffix(file) is None:
+                raise InputError(
+                    "The text's format is not known.",
+                    note=f"{file} ends in none of {known}.",
+                    hint="Rename it, or convert it.",
+                )
+            if not file.is_file():
+                said = "is no file" if file.exists() else "does not exist"
+                raise InputError("The text cannot be read.", note=f"{file} {said}.", hint="Give another --text.")
+        found += files
+    return found
+
+
+def has_columns(files: Sequence[Path]) -> bool:
+    """Whether one of them, those of a directory too, has rows with columns. Raises as `all_files`."""
+    return any(_format(file).rows is not _plain for file in all_files(files))
+
+
+@dataclass
+class _Place:
+    """Where the reading of a file stands.
+
+    Attributes:
+        file: its number.
+        begun: where the others stood when it was opened.
+        place: what its reader goes on from.
+        share: of the file that was read.
+    """
+
+    file: int
+    begun: float
+    place: int = 0
+    share: float = 0.0
+
+    @property
+    def reached(self) -> float:
+        return self.begun + self.share
+
+
+class FileDocuments:
+    """Rows with a `text`: documents of files, which are read beside each other, each as fast as its length says.
+
+    So all end together, and whoever stops early has seen some of each. Some are open at once, and others follow them.
+
+    Args:
+        column: of rows, which holds the text.
+
+    Raises:
+        InputError: there is no row, no such column, or a file that cannot be read.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str) -> None:
+        self._files, self._column = all_files(files), column
+        self._opened = 0
+        self._reading = list[tuple[_Place, Rows]]()
+        for package in {one for file in self._files if (one := _format(file).package)}:
+            require_package(package, "A text of this format")
+        self._check_beginnings()
+
+    def _rows(self, place: _Place) -> Rows:
+        file = self._files[place.file]
+        with readable(str(file)):
+            yield from _format(file).rows(file, self._column, place.place)
+
+    def _check_beginnings(self) -> None:
+        """See that each file can be read, as far as its first row says, and that one has a row."""
+        first = [next(self._rows(_Place(n, 0.0)), None) for n in range(len(self._files))]
+        for file, row in zip(self._files, first, strict=True):
+            if row is not None:
+                check_text(row[0], str(file))
+        if not any(first):
+            what = str(self._files[0]) + (f" and {len(self._files) - 1} more" if self._files[1:] else "")
+            raise InputError("There is no text.", note=f"{what}: empty.", hint="Give another --text.")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            while self._opened < len(self._files) and len(self._reading) < _OPEN_FILES:
+                new = _Place(self._opened, min((one.reached for one, _ in self._reading), default=0.0))
+                self._reading.append((new, self._rows(new)))
+                self._opened += 1
+            if not self._reading:
+                return
+            least = min(self._reading, key=lambda one: one[0].reached)
+            place, rows = least
+            if (row := next(rows, None)) is None:
+                self._reading.remove(least)
+                continue
+            text, place.place, place.share = row
+            yield {"text": text}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each file stands."""
+        return {"opened": self._opened, "reading": [asdict(place) for place, _ in self._reading]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a state of the same files."""
+        self._opened = state["opened"]
+        places = [_Place(**place) for place in state["reading"]]
+        self._reading = [(place, self._rows(place)) for place in places]
