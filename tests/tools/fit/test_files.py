@@ -152,6 +152,18 @@ def test_parquet_left_before_its_end(tmp_path: Path) -> None:
     assert run.stdout.split() == list(itertools.chain(*((f"a{n}", f"b{n}") for n in range(2000))))
 
 
+def test_of_a_large_group_of_rows_little_is_in_memory(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = pa.table({"text": [random.bytes(1000).hex() for _ in range(16000)]})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    assert pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1
+    del rows
+    before = pa.total_allocated_bytes()
+    documents = iter(FileDocuments([tmp_path], "text"))
+    assert len(next(documents)["text"]) == 2000
+    assert pa.total_allocated_bytes() - before < 12e6
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -128,9 +128,11 @@ def _parquet(file: Path, column: str, place: int) -> Rows:
 
     See github.com/apache/arrow/issues/45214.
     """
+    import pyarrow as pa
     import pyarrow.parquet
 
-    with file.open("rb") as data, pyarrow.parquet.ParquetFile(data) as table:
+    # Of a file that is not mapped whole groups of rows are read, which may be most of it
+    with pa.memory_map(os.fsencode(file)) as data, pyarrow.parquet.ParquetFile(data) as table:
         if column not in table.schema_arrow.names:
             raise no_such_column(column, str(file), table.schema_arrow.names)
         end = 0
@@ -261,11 +263,12 @@ class FileDocuments:
 
     def _check_beginnings(self) -> None:
         """See that each file can be read, as far as its first row says, and that one has a row."""
-        first = [next(self._rows(_Place(n, 0.0)), None) for n in range(len(self._files))]
-        for file, row in zip(self._files, first, strict=True):
-            if row is not None:
+        has_rows = False
+        for n, file in enumerate(self._files):
+            if (row := next(self._rows(_Place(n, 0.0)), None)) is not None:
                 check_text(row[0], str(file))
-        if not any(first):
+                has_rows = True
+        if not has_rows:
             what = str(self._files[0]) + (f" and {len(self._files) - 1} more" if self._files[1:] else "")
             raise InputError("There is no text.", note=f"{what}: empty.", hint="Give another --text.")
 
