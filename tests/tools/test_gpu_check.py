@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools" / "gpu_check.py"
 
 
-def checked(out: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]], str]:
+def checked(
+    program: Sequence[str], out: Path, *arguments: str, **environment: str
+) -> tuple[int, dict[str, dict[str, Any]], str]:
     """(exit status, stage → its entry, what was printed) of the command over stand-ins."""
     done = subprocess.run(
-        [sys.executable, str(COMMAND), "--stand-in", "--out", str(out), *arguments],
+        [sys.executable, *program, "--stand-in", "--out", str(out), *arguments],
         capture_output=True,
         text=True,
         check=False,
+        cwd=ROOT,
         env=os.environ | environment,
         timeout=1200,
     )
@@ -59,47 +63,43 @@ def passed_over_stand_ins(entry: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def kernel_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Those of the kernel, which share one build; with a sanitizer that runs what it is given."""
+def stages_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All of them, which share a build, a checkpoint and its traces; with a sanitizer that runs what it is given."""
     folder = tmp_path_factory.mktemp("gpu_check")
     sanitizer = folder / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\n[ $2 = memcheck ] || exit 86\nshift 4\n"$@"\n')
     sanitizer.chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    code, stages, said = checked(folder / "out.json", "--only", "device,speed,kernel,build,env", PATH=path)
-    assert list(stages) == [
-        "env",
-        "build",
-        "kernel",
-        "speed",
-        "device",
-    ]  # as they build on each other
+    environment = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": runtime_path([])}
+    names = [stage.name for stage in command.STAGES]
+    program = ("-m", "tests.support.forked_stages")
+    code, stages, said = checked(program, folder / "out.json", "--only", ",".join(names[::-1]), **environment)
+    assert list(stages) == names  # as they build on each other
     assert "nothing of this says anything about a GPU" in said
     assert code == 1  # the sanitizer's
     return stages
 
 
-def test_env(kernel_stages) -> None:
-    entry = kernel_stages["env"]
+def test_env(stages_run) -> None:
+    entry = stages_run["env"]
     assert passed_over_stand_ins(entry)
     assert entry["numbers"]["card"]["compute_capability"] == "8.9"
     assert "numpy" in entry["numbers"]["libraries"]
     assert set(entry["numbers"]) == {"python", "libraries", "nvcc", "card"}
 
 
-def test_build_and_speed(kernel_stages) -> None:
-    assert passed_over_stand_ins(kernel_stages["build"])
-    assert passed_over_stand_ins(kernel_stages["speed"])
-    calls = kernel_stages["speed"]["numbers"]["calls"]
+def test_build_and_speed(stages_run) -> None:
+    assert passed_over_stand_ins(stages_run["build"])
+    assert passed_over_stand_ins(stages_run["speed"])
+    calls = stages_run["speed"]["numbers"]["calls"]
     assert {call["layout"] for call in calls} == set(speed.LAYOUTS)
     assert {call["new_tokens"] for call in calls} == {1, 20}
     # Everything takes a millisecond here: a step and its copies have the same share of it
     assert {(call["new_tokens"], call["of_copy_rate"]) for call in calls} == {(1, 1.0), (20, None)}
 
 
-def test_kernel(kernel_stages) -> None:
+def test_kernel(stages_run) -> None:
     """Some cases on host threads; the sanitizer that says it found something makes the stage fail, and alone."""
-    entry = kernel_stages["kernel"]
+    entry = stages_run["kernel"]
     if entry["state"] == "skip":
         pytest.skip(entry["reason"])
     numbers = entry["numbers"]
@@ -112,15 +112,9 @@ def test_kernel(kernel_stages) -> None:
     assert entry["reason"].startswith("racecheck: AssertionError: racecheck found something")
 
 
-@pytest.fixture(scope="module")
-def engine_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Those that export and run bundles, which share one checkpoint and its traces."""
-    out = tmp_path_factory.mktemp("gpu_check") / "out.json"
-    return checked(out, "--only", "ort,trt,rtx,decode")[1]
-
-
-def test_device(kernel_stages) -> None:
-    entry = kernel_stages["device"]
+def test_device(stages_run) -> None:
+    """Without ONNX Runtime, as on a Jetson, whose packages do not name it (tests/support/forked_stages.py)."""
+    entry = stages_run["device"]
     assert passed_over_stand_ins(entry)
     assert entry["numbers"]["bfloat16 logits"]["status"] == "passed"
     first, replayed, larger, after = entry["numbers"]["bfloat16 graphs"]["captures"]
@@ -135,16 +129,9 @@ def test_device_runs_on_cards_that_tensorrt_rtx_does_not_know(capability: str) -
     assert compute_capability(TorchTrt(FakeGpu()), capability)
 
 
-def test_the_stage_device_needs_no_onnx_runtime() -> None:
-    """As on a Jetson, whose command names the stage and whose packages do not name ONNX Runtime (docs/tensorrt.md)."""
-    program = "import sys; sys.modules['onnxruntime'] = None; import gpu_check.device, tests.support.torch_trt"
-    environment = os.environ | {"PYTHONPATH": runtime_path([])}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
-
-
-def test_ort(engine_stages) -> None:
-    numbers = engine_stages["ort"]["numbers"]
-    assert passed_over_stand_ins(engine_stages["ort"])
+def test_ort(stages_run) -> None:
+    numbers = stages_run["ort"]["numbers"]
+    assert passed_over_stand_ins(stages_run["ort"])
     for name in ("float32", "int4", "int8 caches"):
         assert numbers[f"{name} logits"]["status"] == "passed"
     assert set(numbers["float32 times"]["k=3"]["step_ms"]) == {"lora", "refresh"}
@@ -152,9 +139,9 @@ def test_ort(engine_stages) -> None:
 
 
 @pytest.mark.parametrize("stage", ["trt", "rtx"])
-def test_engines(engine_stages, stage: str) -> None:
-    numbers = engine_stages[stage]["numbers"]
-    assert passed_over_stand_ins(engine_stages[stage])
+def test_engines(stages_run, stage: str) -> None:
+    numbers = stages_run[stage]["numbers"]
+    assert passed_over_stand_ins(stages_run[stage])
     assert numbers["native float32 logits"]["status"] == "passed"
     assert set(numbers["native float32 build"]["engine_bytes"]) == {"lora", "refresh"}
     for k, timed in numbers["native float32 times"].items():  # in the form that users get
@@ -173,9 +160,9 @@ def test_what_the_exporter_refuses_is_a_skip(tmp_path: Path, monkeypatch: pytest
         exported(job, model, "b", builder=builder, targets=("tensorrt-rtx",), dtype="float8_e4m3fn")
 
 
-def test_decode(engine_stages) -> None:
-    numbers = engine_stages["decode"]["numbers"]
-    assert passed_over_stand_ins(engine_stages["decode"])
+def test_decode(stages_run) -> None:
+    numbers = stages_run["decode"]["numbers"]
+    assert passed_over_stand_ins(stages_run["decode"])
     for name in ("ρ=0.5 k=0", "ρ=0.5 k=3", "ρ=0.25 k=3"):
         assert numbers[f"ort float32 {name}"]["of_copy_rate"] > 0
     full, dropped = (numbers[f"ort float32 ρ=0.5 k={k}"]["bytes_per_token"] for k in (0, 3))
@@ -434,7 +421,7 @@ def make_wheel(folder: Path, name: str, version: str) -> Path:
 def test_wheels_are_what_the_stages_import(tmp_path: Path, capsys) -> None:
     """Without a network; and a file that is no wheel is refused with pip's words."""
     make_wheel(tmp_path, "tensorrt_frobnicated", "99.5")
-    code, stages, _ = checked(tmp_path / "out.json", "--only", "env", "--wheels", str(tmp_path))
+    code, stages, _ = checked([str(COMMAND)], tmp_path / "out.json", "--only", "env", "--wheels", str(tmp_path))
     assert code == 0
     assert stages["env"]["numbers"]["libraries"]["tensorrt_frobnicated"] == "99.5"
     (tmp_path / "broken-1-py3-none-any.whl").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -14,8 +15,9 @@ from gpu_check.job import STAND_IN, Failed, Job, first_line, what_lacks
 
 
 def prepare_stand_in(work: Path) -> None:
-    """What tests/conftest.py sets for those who use tests/support."""
-    os.environ["LORA_DROP_TEST_TRACES"] = str(work)
+    """What tests/conftest.py sets for those who use tests/support; it does so itself where it tests this."""
+    os.environ.setdefault("LORA_DROP_TEST_TRACES", str(work))
+    gc.set_threshold(100_000, 50, 50)
 
 
 def main(module: str, settings: str) -> None:
