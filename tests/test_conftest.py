@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,10 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").touch()
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_lives.py").write_text("def test_one():\n    pass\n")
-    command = (sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", "2", "--dist", "loadfile", str(tmp_path))
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=600)
+    options = ["-p", "xdist", "-p", "tests.conftest", "-n", "2", "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to import them takes each process a second
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == pytest.ExitCode.INTERNAL_ERROR
     assert "a process died in test_dies.py::test_one[5]" in run.stdout

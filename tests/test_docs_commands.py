@@ -15,7 +15,7 @@ from lora_drop_tools.cli import main as lora_drop
 
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main as lora_drop_export
-from lora_drop_export.decoder.trace import trace
+from tests.support.bundles import traced_once
 from tests.support.tokenizers import with_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_readme_and_tools(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    traced = trace(open_checkpoint(str(model), tmp_path / "scratch"), "float32")  # once for all exports
+    traced = traced_once("llama", open_checkpoint(str(model), tmp_path / "scratch"), "float32")
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_: traced)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("t1 t2\n"))  # for `chat`
