@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ from lora_drop_tools.teacher_forcing.layout import Layout
 from transformers import PreTrainedModel
 
 from tests.support import oracle
+from tests.support.covering import covering_array
 from tests.support.models import FAMILIES, GEMMA2_WINDOW, gptj, stablelm_parallel
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
@@ -36,14 +38,20 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
     }
 
 
-def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt: int = PROMPT, rows: int = 1) -> None:
+@functools.cache
+def made(name: str) -> tuple[PreTrainedModel, TeacherForcing]:
+    """The oracle's model, which it does not change, and what is tested, on a copy."""
     model = FAMILIES[name]()
+    return model, TeacherForcing(copy.deepcopy(model))
+
+
+def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt: int = PROMPT, rows: int = 1) -> None:
+    model, forcing = made(name)
     ids = torch.randint(0, 131, (rows, TOKENS), generator=torch.Generator().manual_seed(3))
     matrices = random_adapters(plan, 64)
     adapters = {site: (a, b, 1.0) for site, (a, b) in matrices.items()}
     theirs = oracle.OraclePlan(plan.sites, plan.surrogate, adapters, fill=policy == "fill")
     found = [oracle.decode_row(model, theirs, row[:prompt].tolist(), row[prompt:].tolist(), k, policy) for row in ids]
-    forcing = TeacherForcing(copy.deepcopy(model))
     layout = Layout.of(TOKENS, prompt, PeriodicSchedule(k))
     exact = forcing.exact(ids)
     if plan.form.with_change:  # they have their place where a run ends
@@ -63,13 +71,15 @@ def assert_as_the_oracle(name: str, plan: DropPlan, policy: str, k: int, prompt:
 
 
 POLICY_NAMES = ("skip", "backfill", "fill")  # lossless has the stream of backfill
+FORMS = ("residual", "recurrent", "anchor", "residual-delta")
+MIXED = ("3.mlp", "4", "5.attn", "6.attn", "6.mlp")
 HALVES = {
     "whole": ("3", "4", "6"),
     "both halves": ("3.attn", "3.mlp", "4.attn", "4.mlp"),
     "attentions": ("3.attn", "4.attn", "6.attn"),
     "MLPs": ("3.mlp", "4.mlp", "6.mlp"),
-    "mixed": ("3.mlp", "4", "5.attn", "6.attn", "6.mlp"),
 }
+PLANS = covering_array({"surrogate": FORMS, "halves": HALVES, "policy": POLICY_NAMES}, seed=0)
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
@@ -80,21 +90,25 @@ def test_family(name: str, policy: str) -> None:
     assert_as_the_oracle(name, DropPlan(8, sites, windowed_layers=windowed, rank=3, policy=policy), policy, 3)
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize("halves", HALVES)
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
+@pytest.mark.parametrize(("surrogate", "halves", "policy"), [tuple(plan.values()) for plan in PLANS])
 def test_plan(surrogate: str, halves: str, policy: str) -> None:
-    sites = HALVES[halves]
-    plan = DropPlan(8, sites, surrogate=surrogate, rank=3, policy=policy)
+    plan = DropPlan(8, HALVES[halves], surrogate=surrogate, rank=3, policy=policy)
     assert_as_the_oracle("llama", plan, policy, 5, rows=2)
-    if halves == "mixed":
-        assert_as_the_oracle("llama", plan, policy, 1)
-        bare = dataclasses.replace(plan, bare_sites=sites[::2])
-        assert_as_the_oracle("qwen2", bare, policy, 3, prompt=1)
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
+@pytest.mark.parametrize("surrogate", FORMS)
+def test_mixed_plan(surrogate: str, policy: str) -> None:
+    """Each kind of site in one plan, with every surrogate under every policy."""
+    plan = DropPlan(8, MIXED, surrogate=surrogate, rank=3, policy=policy)
+    assert_as_the_oracle("llama", plan, policy, 5, rows=2)
+    assert_as_the_oracle("llama", plan, policy, 1)
+    bare = dataclasses.replace(plan, bare_sites=MIXED[::2])
+    assert_as_the_oracle("qwen2", bare, policy, 3, prompt=1)
+
+
+@pytest.mark.parametrize("policy", POLICY_NAMES)
+@pytest.mark.parametrize("surrogate", FORMS)
 def test_the_first_and_the_last_layer(surrogate: str, policy: str) -> None:
     options = {"surrogate": surrogate, "rank": 3, "always_first": 0, "always_last": 0, "policy": policy}
     ends = DropPlan(8, ("0.attn", "1", "7.attn", "7.mlp"), **options)
@@ -114,16 +128,15 @@ def test_halves_that_run_beside_each_other_are_refused(build: Callable[[], PreTr
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_has_halves(name: str) -> None:
-    TeacherForcing(FAMILIES[name]()).check_halves(DropPlan(8, ("3.attn", "5.mlp")))
+    made(name)[1].check_halves(DropPlan(8, ("3.attn", "5.mlp")))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_exact_stream_is_the_model(name: str) -> None:
-    model = FAMILIES[name]()
+    model, forcing = made(name)
     ids = torch.randint(0, 131, (2, 12), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected = model(ids).logits
-        forcing = TeacherForcing(copy.deepcopy(model))
         ours = forcing.logits(forcing.exact(ids)[-1].output)
     assert (ours - expected).abs().max() < TOLERANCE * expected.abs().max()
     windows = (GEMMA2_WINDOW, 0) * 4 if name == "gemma2" else (0,) * 8
@@ -140,7 +153,7 @@ def test_layout() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
+@pytest.mark.parametrize("surrogate", FORMS)
 def test_gradients_are_those_of_finite_differences(surrogate: str, policy: str) -> None:
     model = FAMILIES["llama"]().double()
     plan = DropPlan(8, ("3", "4.mlp", "6.attn"), surrogate=surrogate, rank=3, policy=policy)
