@@ -159,13 +159,25 @@ def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
 def parsed_once() -> Iterator[None]:
     """Within it gguf parses a file, and makes a table of names, once.
 
-    transformers asks for the one four times (with the vocabulary, which takes a second and more) and for the other once
-    for each module of a model.
+    transformers asks for the one four times (with the vocabulary, which takes a second) and for the other once for each
+    module of a model.
     """
     import gguf
 
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        """Of a plain array over the mapped file: a vocabulary is 200 000 views, and one of a memmap takes 3 times as
+        long."""
+
+        @property
+        def data(self) -> npt.NDArray[np.uint8]:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: npt.NDArray[np.uint8]) -> None:
+            self._data = np.asarray(mapped)
+
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    read = functools.cache(reader)
+    read = functools.cache(Reader)
     vars(gguf).update(GGUFReader=lambda path: read(Path(path).resolve()), get_tensor_name_map=functools.cache(names))
     try:
         yield
