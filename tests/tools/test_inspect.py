@@ -18,6 +18,7 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_tools import inspect
 from lora_drop_tools.cli import main
 
+from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.support.bundles import family, make_bundle, save_adapters
 
@@ -31,6 +32,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "bundle"))
+
+
+ENGINE_BYTES = {"refresh": 3 << 20, "lora": 1 << 20}
 
 
 def described(bundle: Path, **options: bool) -> str:
@@ -78,8 +82,12 @@ def test_sizes_are_those_on_disk(made: Path) -> None:
     ]  # 8 layers of 30848, head and embedding of 131 · 64, one norm
 
 
-def test_targets(tmp_path: Path) -> None:
-    """Bytes on disk are the files'; resident are the engines and, as inputs, the weights once."""
+def test_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes on disk are the files'; resident are the engines and, as inputs, the weights once.
+
+    Engines of other sizes than the library's, which takes seconds for each: nothing looks into them.
+    """
+    monkeypatch.setattr(EngineBuilder, "build", lambda _, proto, __: bytes(ENGINE_BYTES[proto.graph.name]))
     ada = BuilderOptions(compute_capabilities=("8.9",))
     shared, constants = (
         make_bundle("llama", tmp_path / sharing, targets=("ort", "tensorrt-rtx"), weight_sharing=sharing, builder=ada)
@@ -88,7 +96,9 @@ def test_targets(tmp_path: Path) -> None:
     weights = (shared.root / "weights" / "model.safetensors").stat().st_size
     for bundle, extra in ((shared, weights), (constants, 0)):
         text = described(bundle.root).split("targets")[1].split("predicted")[0]
-        engines = sum((bundle.root / "tensorrt-rtx" / f"{kind}.engine").stat().st_size for kind in ("refresh", "lora"))
+        files = {kind: bundle.root / "tensorrt-rtx" / f"{kind}.engine" for kind in ENGINE_BYTES}
+        assert {kind: file.stat().st_size for kind, file in files.items()} == ENGINE_BYTES
+        engines = sum(ENGINE_BYTES.values())
         disk = sum(file.stat().st_size for file in (bundle.root / "tensorrt-rtx").iterdir())
         on_disk, _, resident, *_ = row(text, "  tensorrt-rtx ").split()[1:]
         assert float(on_disk) == pytest.approx(disk / 2**20, abs=0.051)
