@@ -1,6 +1,6 @@
 """The commands that README and docs/tools.md show work as they stand there, one after the other.
 
-A tiny model stands in for the named one; the two commands that would take minutes get smaller sizes.
+A tiny model stands in for the named one; the commands that would take minutes of a real one get smaller sizes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NAMED = ("HuggingFaceTB/SmolLM2-135M-Instruct", "MODEL")
 SMALLER = {
     "profile": "--tokens 512 --sensitivity-tokens 256 --rankings sensitivity",
     "fit": "--closed-form-tokens 1024 --steps 2",
+    "eval": "--windows 2",
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
