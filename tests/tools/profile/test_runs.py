@@ -129,7 +129,8 @@ def test_the_printed_command_fits_what_was_measured(
     assert json.loads((out / best.file).read_text())["run_rank"] == 5
     given = {"MODEL": uneven_dir, "…": text, "FILE": out / best.file, "DIR": adapters}
     words = [str(given.get(word, word)) for word in last.removeprefix("use one: lora-drop ").split()]
-    assert main([*words, "--steps", "0", "--window", str(WINDOW)]) == 0
+    sizes = ["--steps", "0", "--window", str(WINDOW), "--closed-form-tokens", "256"]
+    assert main([*words, *sizes]) == 0
     config = json.loads((adapters / "adapter_config.json").read_text())
     assert (config["r"], config["lora_drop"]["k"], config["lora_drop"]["policy"]) == (5, [2], "backfill")
     assert (config["lora_drop"]["surrogate"], tuple(config["lora_drop"]["sites"])) == ("residual-delta", best.sites)
