@@ -127,7 +127,7 @@ def mistral() -> transformers.PreTrainedModel:
     return build(transformers.MistralForCausalLM, transformers.MistralConfig, seed=11, sliding_window=None)
 
 
-def gemma2() -> transformers.PreTrainedModel:
+def gemma2(**options: Any) -> transformers.PreTrainedModel:
     """Soft caps on scores and logits, every other layer windowed, four norms, scaled and tied embeddings."""
     return build(
         transformers.Gemma2ForCausalLM,
@@ -139,6 +139,7 @@ def gemma2() -> transformers.PreTrainedModel:
         attn_logit_softcapping=5.0,
         final_logit_softcapping=10.0,
         tie_word_embeddings=True,
+        **options,
     )
 
 

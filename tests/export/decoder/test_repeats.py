@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_drop_export.decoder import trace as tracing
 from lora_drop_export.decoder.trace import TracedModel, trace
-from tests.support.bundles import family, family_trace, traced_model
-from tests.support.models import gemma3, llama
+from tests.support.bundles import family_trace, traced_model
+from tests.support.models import gemma2, gemma3, llama
 
 
 def seen(traced: TracedModel) -> tuple:
@@ -48,32 +48,10 @@ def weights_of(traced: TracedModel, layer: int) -> set[str]:
 
 
 def test_equals_a_trace_of_every_layer(monkeypatch):
-    """Two kinds of layers take turns."""
-    source = family("gemma2")
-    monkeypatch.setattr(tracing, "alike", lambda *_: [])
-    every = trace(source.checkpoint, "float32")
-    assert seen(source.traced) == seen(every)
-    for layer in range(len(every.windows)):
-        assert weights_of(source.traced, layer) == weights_of(every, layer)
-        assert all(f".{layer}." in weight for weight in weights_of(every, layer))
+    """Two kinds of layers take turns, and the first of each is traced.
 
-
-def test_the_first_of_a_kind_behind_several_of_another():
-    """As in Gemma 3, where five windowed layers come before one that is not."""
-    windowed, full = "sliding_attention", "full_attention"
-    source = traced_model(gemma3(num_hidden_layers=5, layer_types=[windowed, windowed, full, windowed, full]))
-    for layer in range(5):
-        assert {name.split(".")[2] for name in weights_of(source.traced, layer)} == {str(layer)}
-
-
-def test_half_precision():
-    kinds = Counter(node.op_type for node in family_trace("qwen3", "bfloat16").graph.graph)
-    assert kinds["CacheAttention"] == 8
-    assert not kinds["Repeat"]
-
-
-def test_the_first_of_a_kind_is_traced(monkeypatch):
-    """The others are one node as long as they follow each other, and their weights are no inputs of the tracer."""
+    The others are one node as long as they follow each other, and their weights are no inputs of the tracer.
+    """
     export, exported = tracing._export, []
 
     def noted(wrapper):
@@ -91,12 +69,32 @@ def test_the_first_of_a_kind_is_traced(monkeypatch):
         return program
 
     monkeypatch.setattr(tracing, "_export", noted)
-    traced = trace(family("gemma2").checkpoint, "float32")
+    source = traced_model(gemma2(num_hidden_layers=4))
     ((nodes, layers),) = exported
     assert nodes["CacheAttention"] == 2
     assert nodes["Repeat"] == 1
     assert layers == {"0", "1"}
-    assert len(traced.windows) == 8
+    monkeypatch.setattr(tracing, "alike", lambda *_: [])
+    every = trace(source.checkpoint, "float32")
+    assert exported[1][0]["CacheAttention"] == len(every.windows) == 4
+    assert seen(source.traced) == seen(every)
+    for layer in range(4):
+        assert weights_of(source.traced, layer) == weights_of(every, layer)
+        assert all(f".{layer}." in weight for weight in weights_of(every, layer))
+
+
+def test_the_first_of_a_kind_behind_several_of_another():
+    """As in Gemma 3, where five windowed layers come before one that is not."""
+    windowed, full = "sliding_attention", "full_attention"
+    source = traced_model(gemma3(num_hidden_layers=5, layer_types=[windowed, windowed, full, windowed, full]))
+    for layer in range(5):
+        assert {name.split(".")[2] for name in weights_of(source.traced, layer)} == {str(layer)}
+
+
+def test_half_precision():
+    kinds = Counter(node.op_type for node in family_trace("qwen3", "float16").graph.graph)
+    assert kinds["CacheAttention"] == 8
+    assert not kinds["Repeat"]
 
 
 def times_number(y, other, _):
@@ -190,7 +188,7 @@ def test_a_layer_whose_buffers_have_other_values(monkeypatch):
 def test_arithmetic_with_a_layers_own_index(monkeypatch):
     """Each layer is of a kind of its own."""
     forward = LlamaMLP.forward
-    model = llama(num_hidden_layers=5)
+    model = llama(num_hidden_layers=3)
     scales = {}
 
     def scaled(self, x):
