@@ -90,24 +90,36 @@ def forced(request) -> bool:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, list[int]]:
+    """A bundle to copy, and what it generates."""
+    root = make_bundle("llama", tmp_path_factory.mktemp("whole") / "b").root
+    return root, tokens(root)
+
+
 @pytest.fixture
-def check_untouched(place, forced) -> Callable[[], None]:
+def check_untouched(place, forced, whole) -> Callable[[], None]:
     """Afterwards the place is as before, and a bundle that was there works."""
     before: dict[str, Any] = {}
     if forced:
-        make_bundle("llama", place / "engines")
+        shutil.copytree(whole[0], place / "engines")
         before = snapshot(place)
-        expected = tokens(place / "engines")
 
     def check() -> None:
         assert snapshot(place) == before
         if before:
-            assert tokens(place / "engines") == expected
+            assert tokens(place / "engines") == whole[1]
 
     return check
 
 
-@pytest.mark.parametrize("where", PLACES)
+def at_every_place(first_is_forced: bool) -> pytest.MarkDecorator:
+    """In turns with and without a bundle at --out."""
+    cases = [(where, bool(index % 2) != first_is_forced) for index, where in enumerate(PLACES)]
+    return pytest.mark.parametrize(("where", "forced"), cases)
+
+
+@at_every_place(first_is_forced=False)
 def test_exception_in_the_middle(place, monkeypatch, check_untouched, where):
     """Our own bugs are not dressed up; they leave nothing behind either."""
     monkeypatch.setattr(PLACES[where], raising(RuntimeError("in the middle")))
@@ -116,7 +128,7 @@ def test_exception_in_the_middle(place, monkeypatch, check_untouched, where):
     check_untouched()
 
 
-@pytest.mark.parametrize("where", PLACES)
+@at_every_place(first_is_forced=True)
 def test_interrupted(place, monkeypatch, capsys, check_untouched, where):
     monkeypatch.setattr(PLACES[where], raising(KeyboardInterrupt()))
     assert main(arguments(place / "engines", "--force")) == 130
