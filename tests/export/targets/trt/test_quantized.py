@@ -17,12 +17,15 @@ from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.decoder.trace import TracedModel
+from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import family, family_trace, make_bundle
+from tests.support.bundles import family, family_trace, make_bundle, traced_once
 from tests.support.trt_graphs import ADA, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
 
 
@@ -114,10 +117,23 @@ def test_the_plugin_form_takes_them(symmetric):
     assert operators.count("DequantizeLinear") == MATRICES - 7 * dropped
 
 
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints of one model: its trace knows no weights."""
+
+    def traced(checkpoint: Checkpoint, dtype: str) -> TracedModel:
+        config = checkpoint.config
+        sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+        assert (config.model_type, sizes) == ("llama", (64, 96, 2, 40))
+        return traced_once("quantized", checkpoint, dtype)
+
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", traced)
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "integers"), [("gptq-group-32", "INT4"), ("awq-group-32", "INT8"), ("gptq-8-bit-channel", "INT8")]
 )
-def test_quantized_checkpoints(checkpoint, integers, tmp_path):
+def test_quantized_checkpoints(checkpoint, integers, tmp_path, one_trace):
     """Built with what is beside their integers in half precision: those of two layers, or of the first alone."""
     options = [
         "--target",
@@ -137,8 +153,9 @@ def test_quantized_checkpoints(checkpoint, integers, tmp_path):
         assert quantized_constants(bundle, kind) == [(integers, half)] * 7 * layers
 
 
-def test_signed_8_bits_are_the_checkpoint_s(tmp_path):
+def test_signed_8_bits_are_the_checkpoint_s(tmp_path, monkeypatch):
     """(q − 128) · scale of what the parser reads is what the reference of the checkpoint says of its weights."""
+    monkeypatch.setattr(EngineBuilder, "build", lambda *_: b"an engine")  # of the graph alone is something said
     options = ["--target", RTX, "--always-first", "0", "--always-last", "0", "--compute-capability", "8.9"]
     model = QUANTIZED / "gptq-8-bit-channel"
     assert main(["--model", str(model), "--out", str(tmp_path / "b"), *options, "--activation-dtype", "fp32"]) == 0
