@@ -51,7 +51,7 @@ TINY_FIT = (
     "--threads",
     1,
 )
-TINY_PROFILE = ("--tokens", 128, "--sensitivity-tokens", 64, "--window", 32, "--k", 3, "--rankings", "influence")
+TINY_PROFILE = ("--tokens", 64, "--sensitivity-tokens", 32, "--window", 32, "--k", 3, "--rankings", "influence")
 
 
 @dataclass(frozen=True)
