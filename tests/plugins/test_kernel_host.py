@@ -9,14 +9,21 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from plugins.kernels.binding import LoraDropAttention, bind_attention, load_library
-from tests.support.kernel_build import KERNELS, build_for_host, copied_sources, layout_in_c, layout_of
+from tests.support.kernel_build import (
+    KERNELS,
+    build_for_host,
+    build_with_defects,
+    copied_sources,
+    layout_in_c,
+    layout_of,
+)
 from tests.support.kernel_calls import HostMemory, check_rounding, make_arrays, make_call, run_case
 from tests.support.kernel_cases import CASES, Case, named
 from tests.support.kernel_reference import Arrays, check
@@ -78,38 +85,76 @@ def test_stored_values_do_not_depend_on_the_path(host_library: ctypes.CDLL) -> N
 
 # A defect, as an edit of the source, and the case that notices it
 DEFECTS = {
-    "slot_off_by_one": ("row.length + token) * d", "row.length + token + 1) * d", "one_token"),
-    "stale_length": ("plan.fused ? row.length :", "plan.fused ? row.length - 1 :", "one_token"),
-    "capacity_for_length": ("plan.fused ? row.length :", "plan.fused ? call.slots :", "capacity"),
-    "causal_off_by_one": ("visible = slot <= last &&", "visible = slot <= last + 1 &&", "new_tokens_4"),
-    "window_off_by_one": ("= slot <= last && slot >", "= slot <= last && slot >=", "window_in_prefill"),
-    "every_part_appends": ("if (u < item.key_tiles) {", "if (u < item.key_tiles && u + 1 < until) {", "splits"),
-    "no_part_appends": ("n = plan.fused ? item.row.count : 0", "n = 0", "one_token"),
-    "a_part_too_few": ("i < pieces; i += parts", "i < pieces - 1; i += parts", "splits"),
-    "query_of_another_head": ("g = within / units_of_head", "g = 0", "mha"),
-    "norm_without_its_mean": ("factor * weight[i]", "weight[i]", "norm_in_prefill"),
-    "value_scaled_as_a_key": ("value[i] /= v_scale", "value[i] /= k_scale", "f8_of_f32"),
-    "tensor_causal_off_by_one": ("i < n && slot <= last", "i < n && slot <= last + 1", "tensor_head_dim_80"),
-    "tensor_window_off_by_one": ("i < n && slot <= last && slot > last", "i < n && slot <= last && slot >= last",
+    "slot_off_by_one": ("row.length + token) * d", "row.length + token + DEFECT) * d", "one_token"),
+    "stale_length": ("plan.fused ? row.length :", "plan.fused ? row.length - DEFECT :", "one_token"),
+    "capacity_for_length": ("plan.fused ? row.length", "plan.fused ? DEFECT ? call.slots : row.length", "capacity"),
+    "window_off_by_one": ("visible = slot <= last && slot >", "visible = slot <= last && slot + DEFECT >",
+                          "window_in_prefill"),
+    "causal_off_by_one": ("visible = slot <= last", "visible = slot <= last + DEFECT", "new_tokens_4"),
+    "every_part_appends": ("if (u < item.key_tiles) {", "if (u < item.key_tiles && (!DEFECT || u + 1 < until)) {",
+                           "splits"),
+    "no_part_appends": ("n = plan.fused ? item.row.count : 0", "n = plan.fused && !DEFECT ? item.row.count : 0",
+                        "one_token"),
+    "a_part_too_few": ("i < pieces; i += parts", "i < pieces - DEFECT; i += parts", "splits"),
+    "query_of_another_head": ("g = within / units_of_head", "g = DEFECT ? 0 : within / units_of_head", "mha"),
+    "norm_without_its_mean": ("factor * weight[i]", "(DEFECT ? 1.0f : factor) * weight[i]", "norm_in_prefill"),
+    "value_scaled_as_a_key": ("value[i] /= v_scale", "value[i] /= DEFECT ? k_scale : v_scale", "f8_of_f32"),
+    "tensor_window_off_by_one": ("i < n && slot <= last && slot >", "i < n && slot <= last && slot + DEFECT >",
                                  "tensor_window"),
-    "tensor_no_correction": ("outputs[j][2 * half] *= correction;", "", "tensor_group_of_8"),
-    "tensor_halves_exchanged": ("multiply_add<T>(scores[j + 1], q, k + 2)", "multiply_add<T>(scores[j + 1], q, k)",
-                                "tensor_head_dim_80"),
-    "tensor_rows_past_the_end_not_zero": ("(n + 15) / 16 * 16", "n", "tensor_head_dim_80"),
-    "tensor_padding_of_the_head_not_zero": ("call.head_dim % 16 != 0", "false", "tensor_head_dim_72"),
+    "tensor_causal_off_by_one": ("i < n && slot <= last", "i < n && slot <= last + DEFECT", "tensor_head_dim_80"),
+    "tensor_no_correction": ("outputs[j][2 * half] *= correction;",
+                             "outputs[j][2 * half] *= DEFECT ? 1.0f : correction;", "tensor_group_of_8"),
+    "tensor_halves_exchanged": ("multiply_add<T>(scores[j + 1], q, k + 2)",
+                                "multiply_add<T>(scores[j + 1], q, DEFECT ? k : k + 2)", "tensor_head_dim_80"),
+    "tensor_rows_past_the_end_not_zero": ("(n + 15) / 16 * 16", "(DEFECT ? n : (n + 15) / 16 * 16)",
+                                          "tensor_head_dim_80"),
+    "tensor_padding_of_the_head_not_zero": ("call.head_dim % 16 != 0", "call.head_dim % 16 != 0 && !DEFECT",
+                                            "tensor_head_dim_72"),
 }  # fmt: skip
+WAITS = re.compile(r"(sync_block|sync_warp|copy_wait<1>|copy_commit)\(\);")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The kernels with defects that are chosen by number: those of DEFECTS, one more, and a forgotten wait each."""
+
+    library: ctypes.CDLL
+    reads_too_far: int
+    waits: dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
+    source = copied_sources(tmp_path_factory.mktemp("broken"), "F16", "F32/F8_E4M3")
+    bodies = sorted(set(source.glob("*.cuh")) - {source / "int4_gemm.cuh"})  # its own test has those
+    edits = [(edit, to) for edit, to, _ in DEFECTS.values()]
+    edits.append(("end = max(plan.fused ?", "end = 32 * DEFECT + max(plan.fused ?"))
+    waits: dict[int, str] = {}
+
+    def forgettable(wait: re.Match[str]) -> str:
+        line = wait.string[wait.string.rfind("\n", 0, wait.start()) + 1 :].split("\n", 1)[0].strip()
+        number = len(edits) + len(waits)
+        waits[number] = f"{body.name}: {line}"
+        return f"if (lora_drop_defect != {number}) {wait[0]}"
+
+    for body in bodies:
+        body.write_text(WAITS.sub(forgettable, body.read_text()))
+    library = build_with_defects(source, bodies, edits)
+    bind_attention(library)
+    return Broken(library, len(DEFECTS), waits)
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_defect_is_noticed(tmp_path: Path, defect: str) -> None:
-    edit, to, noticed_by = DEFECTS[defect]
-    kept = ("F16",) if defect.startswith("tensor") else ("F8_E4M3",)
-    library = mutant(tmp_path, edit, to, kept)
+def test_defect_is_noticed(broken: Broken, defect: str) -> None:
+    """And the same build without it is right."""
+    case = named(DEFECTS[defect][2])
+    broken.library.lora_drop_host_defect(-1)
+    check(case, *run(broken.library, case))
+    broken.library.lora_drop_host_defect(list(DEFECTS).index(defect))
     with pytest.raises(AssertionError):
-        check(named(noticed_by), *run(library, named(noticed_by)))
+        check(case, *run(broken.library, case))
 
 
-WAITS = re.compile(r"(sync_block|sync_warp|copy_wait<1>|copy_commit)\(\);")
 # Each wait is forgotten in a process of its own: it may follow what is not there
 FORGETFUL = """
 import ctypes, os, sys
@@ -119,12 +164,12 @@ from tests.support.kernel_cases import named
 from tests.support.kernel_reference import check
 library = ctypes.CDLL(sys.argv[1])
 bind_attention(library)
-for number in range(int(sys.argv[2])):
+for number in range(int(sys.argv[2]), int(sys.argv[3])):
     if os.fork() == 0:
         sys.stderr = open(os.devnull, "w")
         os.dup2(sys.stderr.fileno(), 2)
-        library.lora_drop_host_forget(number)
-        for name in sys.argv[3:]:
+        library.lora_drop_host_defect(number)
+        for name in sys.argv[4:]:
             for order in (0, -1, 1, 2, 3):
                 library.lora_drop_host_order(order)
                 check(named(name), *run_case(library, named(name), HostMemory))
@@ -134,36 +179,13 @@ for number in range(int(sys.argv[2])):
 """
 
 
-def test_every_forgotten_wait_is_noticed(tmp_path: Path) -> None:
-    source = copied_sources(tmp_path, ("F16",))
-    waits: list[str] = []
-
-    def forgettable(wait: re.Match[str]) -> str:
-        line = wait.string[wait.string.rfind("\n", 0, wait.start()) + 1 :].split("\n", 1)[0].strip()
-        waits.append(f"{body.name}: {line}")
-        return f"if (lora_drop_forgotten != {len(waits) - 1}) {wait[0]}"
-
-    for body in sorted(set(source.glob("*.cuh")) - {source / "int4_gemm.cuh"}):  # its own test has those
-        body.write_text(WAITS.sub(forgettable, body.read_text()))
-    block = source / "block.h"
-    block.write_text(block.read_text().replace("namespace", "inline int lora_drop_forgotten = -1;\nnamespace", 1))
-    host = source / "skip_write_kv_attention_host.cpp"
-    host.write_text(host.read_text() + 'extern "C" void lora_drop_host_forget(int i) { lora_drop_forgotten = i; }\n')
-    library = build_for_host(source, tmp_path / "forgetful.so", "-O1", "-w")
+def test_every_forgotten_wait_is_noticed(broken: Broken) -> None:
     names = ("one_token", "new_tokens_9", "splits", "ragged", "tensor_group_of_8", "tensor_group_of_20")
-    command = [sys.executable, "-c", FORGETFUL, library, str(len(waits)), *names]
+    first, last = min(broken.waits), max(broken.waits)
+    command = [sys.executable, "-c", FORGETFUL, broken.library._name, str(first), str(last + 1), *names]
     output = subprocess.run(command, check=True, cwd=KERNELS.parents[1], capture_output=True, text=True).stdout
-    assert len(waits) > 10
-    assert [waits[int(number)] for number in output.split()] == []
-
-
-def mutant(directory: Path, edit: str, to: str, kept: tuple[str, ...]) -> ctypes.CDLL:
-    source = copied_sources(directory, kept)
-    (body,) = (path for path in source.glob("*.cuh") if edit in path.read_text())
-    body.write_text(body.read_text().replace(edit, to, 1))
-    library = ctypes.CDLL(str(build_for_host(source, directory / "mutant.so", "-O0", "-w")))
-    bind_attention(library)
-    return library
+    assert len(broken.waits) > 10
+    assert [broken.waits[int(number)] for number in output.split()] == []
 
 
 SANITIZED = """
@@ -182,7 +204,7 @@ for name in sys.argv[2:]:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """In a process of its own. The address sanitizer is for shared memory: arrays have their guards."""
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    source = copied_sources(tmp_path, ("F16", "BF16", "F8_E4M3"))  # what the cases need
+    source = copied_sources(tmp_path, "F16", "F32/F8_E4M3", "BF16/F8_E4M3")  # what the cases need
     library = build_for_host(source, tmp_path / "host.so", "-O0", "-w", *sanitizers)
     runtime = subprocess.check_output([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], text=True).strip()
     environment = os.environ | {
@@ -226,6 +248,7 @@ from tests.support.kernel_reference import check
 from tests.plugins.test_kernel_host import FENCED_SLOTS, Fenced
 library = ctypes.CDLL(sys.argv[1])
 bind_attention(library)
+library.lora_drop_host_defect(int(sys.argv[2]))
 for new_tokens in (1, 4, 17):
     for multiprocessors in (1, 64):
         case = Case("fenced", lengths=(FENCED_SLOTS - new_tokens,), new_tokens=new_tokens, kv_heads=1, spare_slots=256,
@@ -234,11 +257,11 @@ for new_tokens in (1, 4, 17):
 """
 
 
-@pytest.mark.parametrize(("end", "returncode"), [("row.length", 0), ("row.length + 32", -signal.SIGSEGV)])
-def test_no_slot_past_the_length_is_touched(tmp_path: Path, end: str, returncode: int) -> None:
+@pytest.mark.parametrize(("reads_too_far", "returncode"), [(False, 0), (True, -signal.SIGSEGV)])
+def test_no_slot_past_the_length_is_touched(broken: Broken, reads_too_far: bool, returncode: int) -> None:
     """Nor read in vain: a page fault would end the process, as it does with a defect."""
-    mutant(tmp_path, "plan.fused ? row.length :", f"plan.fused ? {end} :", ())
-    command = [sys.executable, "-c", FENCE, tmp_path / "mutant.so"]
+    defect = broken.reads_too_far if reads_too_far else -1
+    command = [sys.executable, "-c", FENCE, broken.library._name, str(defect)]
     done = subprocess.run(command, cwd=KERNELS.parents[1], capture_output=True, text=True)
     assert done.returncode == returncode, done.stderr
 

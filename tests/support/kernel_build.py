@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import unittest
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_drop_runtime.engines.trt.kernels import SOURCE, Choice
@@ -89,16 +90,49 @@ def chooser_on_host() -> ctypes.CDLL:
     return found
 
 
-def copied_sources(directory: Path, kept: tuple[str, ...]) -> Path:
-    """The sources of attention without most number types, which take the time of a build: float32 and those kept."""
+TYPES = {"F32": "float", "F16": "Half", "BF16": "BFloat16", "F8_E4M3": "Float8", "I8": "int8_t"}
+WITH_TYPES = re.compile(r"auto with_types\(const LoraDropAttention& call, F f\) \{\n.*?\n\}\n", re.DOTALL)
+
+
+def copied_sources(directory: Path, *kept: str) -> Path:
+    """The sources of attention without most number types, which take the time of a build.
+
+    Kept are float32 and those that are named: as BF16, or with the caches' as BF16/I8.
+    """
     source = directory / "source"
     shutil.copytree(KERNELS, source)
     (source / "int4_gemm_host.cpp").unlink()  # its own tests build it
+    lines = []
+    for dtype, _, cache in (name.partition("/") for name in kept):
+        both = dtype, cache or dtype
+        chosen = " && ".join(
+            f"call.{kind}dtype == LORA_DROP_{name}" for kind, name in zip(("", "kv_"), both, strict=True)
+        )
+        lines.append(f"if ({chosen}) return f({', '.join(f'Type<{TYPES[name]}>{{}}' for name in both)});\n")
+    body = f"{''.join(lines)}return f(Type<float>{{}}, Type<float>{{}});"
     launch = source / "launch.cuh"
-    lines = launch.read_text().splitlines()
-    of_type = {line: name[1] for line in lines if (name := re.search(r"case LORA_DROP_(\w+): return", line))}
-    launch.write_text("\n".join(line for line in lines if of_type.get(line, "F32") in ("F32", *kept)) + "\n")
+    text, places = WITH_TYPES.subn(
+        f"auto with_types(const LoraDropAttention& call, F f) {{\n{body}\n}}\n", launch.read_text()
+    )
+    assert places == 1
+    launch.write_text(text)
     return source
+
+
+def build_with_defects(source: Path, bodies: Iterable[Path], edits: Iterable[tuple[str, str]]) -> ctypes.CDLL:
+    """One build of all defects: `lora_drop_host_defect` chooses one of them by its number, and none with -1.
+
+    An edit is of the first place in the one of the bodies that has its text; DEFECT stands for whether it is chosen.
+    """
+    bodies = list(bodies)
+    for number, (edit, to) in enumerate(edits):
+        (body,) = (path for path in bodies if edit in path.read_text())
+        body.write_text(body.read_text().replace(edit, to.replace("DEFECT", f"(lora_drop_defect == {number})"), 1))
+    block = source / "block.h"
+    block.write_text(block.read_text().replace("namespace", "static int lora_drop_defect = -1;\nnamespace", 1))
+    (host,) = source.glob("*_host.cpp")
+    host.write_text(host.read_text() + 'extern "C" void lora_drop_host_defect(int i) { lora_drop_defect = i; }\n')
+    return ctypes.CDLL(str(build_for_host(source, source / "defects.so", "-w")))
 
 
 def build_for_device(library: Path, *options: str, source: Path = KERNELS) -> str:
