@@ -22,9 +22,9 @@ from tests.support.kernel_reference import check
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "kept", "kernels"),
-    # Those of float16 and bfloat16 are the same code (of as many registers) with other names of instructions: of their
-    # caches in 8 bits each has one. Of attend 14 on FMAs and 12 on tensor cores, 7 of append, 3 of combine; 4 of int4
-    # products. Of float32 with caches in fp8 or its own 4, 0, 2 and 1
+    # Those of float16 and bfloat16 are the same code with other names of instructions: of the caches in 8 bits each has
+    # one kind. Of attend 14 on FMAs and 12 on tensor cores, 7 of append, 3 of combine; 4 of int4 products. Of float32
+    # with caches in fp8 or its own 4, 0, 2 and 1
     [
         (90, ("F32/F8_E4M3", "F32/I8", "F16", "F16/I8", "BF16", "BF16/F8_E4M3"), 40),
         (80, ("F32/F8_E4M3",), 11),

@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.engines.openvino import compiled
 
 from tests.support.bundles import make_adapted_bundle
 
 from .test_engine import MIXED, MODEL, TARGETS
+
+
+@pytest.fixture(scope="module")
+def models_stay_compiled() -> Iterator[None]:
+    """Until the module's last test, though nobody has them open: each takes a third of a second to compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_open", {})
+        yield
+
 
 CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
 BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {

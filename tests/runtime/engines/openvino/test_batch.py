@@ -24,6 +24,8 @@ from tests.support.models import FAMILIES
 
 from .test_engine import MODEL, NEAR, TARGETS, VOCAB, assert_near
 
+pytestmark = pytest.mark.usefixtures("models_stay_compiled")
+
 
 def alone(session: Session, request: Request) -> tuple[list[int], int | None]:
     """The tokens of a row in a session of its own; and the place of the first that is a near-tie there: its two best

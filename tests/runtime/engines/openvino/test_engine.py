@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -186,9 +187,17 @@ def test_a_feed_has_a_place_for_every_input(surrogates: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     options = {"rank": 4, "drop_ratio": 0.5, "surrogate": "recurrent", "max_batch": 8}
-    return make_bundle(MODEL, tmp_path_factory.mktemp("shared") / "b", targets=TARGETS, **options)
+    bundle = make_bundle(MODEL, tmp_path_factory.mktemp("shared") / "b", targets=TARGETS, **options)
+    with contextlib.closing(OpenVinoEngine(bundle, threads=1)):  # so that the model stays compiled
+        yield bundle
+
+
+@pytest.fixture
+def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
+    """That nobody has open."""
+    return Bundle.open(shutil.copytree(bundle.root, tmp_path / "copy"))
 
 
 @pytest.fixture
@@ -205,9 +214,9 @@ def some_requests(seed: int) -> list[tuple[list[list[int]], np.ndarray]]:
     ]
 
 
-def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle) -> None:
-    first, second = (Session.open(bundle.root, threads=1) for _ in range(2))
-    reference = Session.open(bundle.root, target="ort", threads=1)
+def test_sessions_share_a_compiled_model_until_the_last_is_closed(copy: Bundle) -> None:
+    first, second = (Session.open(copy.root, threads=1) for _ in range(2))
+    reference = Session.open(copy.root, target="ort", threads=1)
     compiled = weakref.ref(first._engine.compiled)
     assert first._engine is not second._engine
     assert second._engine.compiled is compiled()
@@ -217,7 +226,7 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle
     for prompts, tokens in some_requests(1):
         follow([second, reference], prompts, tokens, 2)
     assert compiled() is not None
-    with Session.open(bundle.root, threads=1) as third:
+    with Session.open(copy.root, threads=1) as third:
         assert third._engine.compiled is compiled()
     second.close()
     del third, first
@@ -226,14 +235,14 @@ def test_sessions_share_a_compiled_model_until_the_last_is_closed(bundle: Bundle
     reference.close()
 
 
-def test_steps_of_several_tokens_get_a_model_of_their_own(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_several_tokens_get_a_model_of_their_own(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where many come between those of one token, about as many each time: not under skip, lossless or with k = 0."""
     prompts, tokens = some_requests(4)[0]
     monkeypatch.setattr(module, "ENOUGH_CALLS", 2)
     engines = []
     with contextlib.ExitStack() as opened:
         for policy, k in (("skip", 2), ("lossless", 2), ("backfill", 0), ("backfill", 2), ("backfill", 2)):
-            sessions = both(bundle, policy=policy)
+            sessions = both(copy, policy=policy)
             for session in sessions:
                 opened.enter_context(session)
             follow(sessions, prompts, tokens, k)
@@ -249,7 +258,7 @@ def test_steps_of_several_tokens_get_a_model_of_their_own(bundle: Bundle, monkey
         assert "MiB of weights are held twice" in wide.notes()[-1]
         narrow, second = (weakref.ref(model) for model in (wide.compiled, wide.wide))
         monkeypatch.setattr(module, "MOST_TWICE", wide._weight_bytes - 1)
-        sessions = both(bundle, policy="backfill")
+        sessions = both(copy, policy="backfill")
         for session in sessions:
             opened.enter_context(session)
             session.warm_up()
@@ -350,8 +359,8 @@ def test_loaded_adapters_are_a_sessions_own(bundle: Bundle, adapters: Path) -> N
         session.close()
 
 
-def test_a_fork_shares_the_engine_and_the_last_one_closes_it(bundle: Bundle) -> None:
-    session = Session.open(bundle.root, threads=1)
+def test_a_fork_shares_the_engine_and_the_last_one_closes_it(copy: Bundle) -> None:
+    session = Session.open(copy.root, threads=1)
     compiled = weakref.ref(session._engine.compiled)
     session.prefill(np.array([[1, 2, 3]]))
     fork = session.fork()

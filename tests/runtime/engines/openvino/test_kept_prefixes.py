@@ -21,6 +21,8 @@ from tests.support.decoding import prompts_run, ticked_through
 from .test_batch import bytes_of, greedy, watched
 from .test_engine import MODEL, TARGETS, VOCAB
 
+pytestmark = pytest.mark.usefixtures("models_stay_compiled")
+
 
 def text(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
