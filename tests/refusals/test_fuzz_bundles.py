@@ -23,8 +23,9 @@ from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.text import TextCodec
 
-from tests.support.bundles import record_again, save_adapters
+from tests.support.bundles import heads_of, make_bundle, record_again, save_adapters
 from tests.support.damage import TEXTS, VALUES, damaged_bytes, damaged_json, write
+from tests.support.refused import LIMITS
 
 MESSAGE = re.compile(r"\Aerror: [^\n]+\nNote: [^\n]+\nHint: [^\n]+\n\Z")
 CHAT = [{"role": "system", "content": "t4"}, {"role": "user", "content": "t1 t2"}]
@@ -48,9 +49,10 @@ def cases(number: int) -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="module")
 def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a chat template, to be damaged file by file and mended again."""
+    """A bundle of few layers with a chat template, to be damaged file by file and mended again."""
     root = tmp_path_factory.mktemp("fuzz") / "bundle"
-    shutil.copytree(place / "bundle", root)
+    make_bundle(heads_of(32, 2), root, rank=4, drop_layers=(1,), always_first=1, **LIMITS)
+    shutil.copytree(place / "bundle" / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
     (root / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     record_again(root)
     return root
