@@ -49,23 +49,27 @@ inline uint32_t float_bits(float x) {
     return bits;
 }
 
-/* A float with `mantissa` stored mantissa bits and exponents from 1 − bias, as its bits without the sign. */
+/* A float with `mantissa` stored mantissa bits and exponents from 1 − bias, as its bits without the sign; ties to
+ * even. */
 inline uint32_t round_to_small_float(float x, int mantissa, int bias) {
-    x = std::fabs(x);
-    if (x == 0.0f) return 0;
-    int exponent;
-    std::frexp(x, &exponent);  // x = 0.5 … 1 · 2^exponent
-    exponent = std::max(exponent - 1, 1 - bias);
-    const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(x, mantissa - exponent)));  // ties to even
-    // Units of a normal number hold the implicit bit; a carry out of the mantissa moves into the exponent by itself
-    return units + (static_cast<uint32_t>(exponent + bias - 1) << mantissa);
+    const uint32_t bits = float_bits(x) & 0x7fffffff, dropped = 23 - static_cast<uint32_t>(mantissa);
+    const uint32_t least = static_cast<uint32_t>(128 - bias) << 23;  // of the numbers that are not subnormal
+    // A carry out of the mantissa moves into the exponent by itself
+    if (bits >= least) {
+        return ((bits + (1u << (dropped - 1)) - 1 + (bits >> dropped & 1)) >> dropped) - ((127u - bias) << mantissa);
+    }
+    const float units = static_cast<float>(1u << (mantissa + bias - 1));
+    return static_cast<uint32_t>(std::nearbyint(std::fabs(x) * units));
 }
 
 inline float small_float_value(uint32_t magnitude, int mantissa, int bias) {
-    const int exponent = static_cast<int>(magnitude >> mantissa);
-    const uint32_t fraction = magnitude & ((1u << mantissa) - 1);
-    return exponent == 0 ? std::ldexp(static_cast<float>(fraction), 1 - bias - mantissa)
-                         : std::ldexp(static_cast<float>(fraction + (1u << mantissa)), exponent - bias - mantissa);
+    if (magnitude >> mantissa == 0) {
+        return static_cast<float>(magnitude) / static_cast<float>(1u << (mantissa + bias - 1));
+    }
+    const uint32_t bits = (magnitude << (23 - mantissa)) + ((127u - bias) << 23);
+    float y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
 }
 
 inline float to_float(float x) { return x; }
@@ -124,7 +128,6 @@ public:
         memset(shared_.get(), 0xff, shared_bytes);
         random_.seed(static_cast<unsigned>(order));
         for (int i = 0; i < kThreads; ++i) {
-            fibers_[i].started = false;
             fibers_[i].shows = 0;
             fibers_[i].copies.clear();
             fibers_[i].groups.clear();
@@ -211,7 +214,7 @@ private:
         const void* from;
     };
     struct Fiber {
-        bool started;
+        bool started = false;
         unsigned shows;
         std::vector<Copy> copies;
         std::vector<size_t> groups;  // where each committed group ends in copies
@@ -241,9 +244,11 @@ private:
 
     static void enter() {
         HostBlock& block = get();
-        (*block.body_)();
-        block.live_[block.current_ / kWarp] &= ~(1u << block.current_ % kWarp);
-        _longjmp(block.scheduler_, 1);
+        for (;;) {  // each round is another block's: to start a fiber takes system calls
+            (*block.body_)();
+            block.live_[block.current_ / kWarp] &= ~(1u << block.current_ % kWarp);
+            if (_setjmp(block.fibers_[block.current_].place) == 0) _longjmp(block.scheduler_, 1);
+        }
     }
 
     __attribute__((noinline)) void wait(uint32_t* arrived) {
@@ -384,13 +389,15 @@ template <class T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t* b) {
     const HostBlock::Shown* shown = HostBlock::get().show({{a[0], a[1], a[2], a[3], b[0], b[1]}});
     const int lane = thread_index() % kWarp;
-    for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float rows[2][16], columns[2][16];
+    for (int i = 0; i < 2; ++i) {
         for (int k = 0; k < 16; ++k) {
-            const uint32_t x = shown[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2];
-            const uint32_t y = shown[column * 4 + k % 8 / 2].word[4 + k / 8];
-            sum[e] += element<T>(x, k % 2) * element<T>(y, k % 2);
+            rows[i][k] = element<T>(shown[lane / 4 * 4 + k % 8 / 2].word[i + k / 8 * 2], k % 2);
+            columns[i][k] = element<T>(shown[(lane % 4 * 2 + i) * 4 + k % 8 / 2].word[4 + k / 8], k % 2);
         }
+    }
+    for (int e = 0; e < 4; ++e) {  // row lane / 4 + e / 2 * 8, column lane % 4 * 2 + e % 2
+        for (int k = 0; k < 16; ++k) sum[e] += rows[e / 2][k] * columns[e % 2][k];
     }
 }
 
