@@ -299,9 +299,10 @@ def greedy_row(
     """Greedy decoding without a stop token: `new_tokens` tokens and the logits each was chosen from."""
     row, logits = prefill(model, plan, prompt)
     tokens, all_logits = [int(logits.argmax())], [logits]
-    for j in range(1, new_tokens):  # N new tokens take N - 1 decode steps
-        all_logits.append(row.step(tokens[-1], full=is_refresh(j, k)))
-        tokens.append(int(all_logits[-1].argmax()))
+    with row.installed():
+        for j in range(1, new_tokens):  # N new tokens take N - 1 decode steps
+            all_logits.append(row.step(tokens[-1], full=is_refresh(j, k)))
+            tokens.append(int(all_logits[-1].argmax()))
     return tokens, all_logits
 
 
