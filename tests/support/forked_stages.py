@@ -52,11 +52,12 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float = float("inf")) -> int:
-        end = time.monotonic() + timeout
+        left = timeout
         while (code := self.poll()) is None:
-            if time.monotonic() >= end:
+            if left <= 0:
                 raise subprocess.TimeoutExpired("a stage", timeout)
             time.sleep(command.POLL_S)
+            left -= command.POLL_S
         return code
 
 

@@ -60,7 +60,7 @@ def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
     file = write(tmp_path / "text.txt", lines)
     assert not is_streamed([file])
     assert is_streamed([tmp_path])
-    assert not has_columns([tmp_path])
+    assert not has_columns([tmp_path, tmp_path / "whatever its name"])
     rows = read(file)
     assert all(row.endswith("\n") for row in rows)
     assert {len(row) >> 13 for row in rows[:-1]} == {1}  # the first line that ends behind so many bytes

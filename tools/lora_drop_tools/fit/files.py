@@ -212,7 +212,8 @@ def all_files(given: Sequence[Path]) -> list[Path]:
 
 def has_columns(files: Sequence[Path]) -> bool:
     """Whether one of them, those of a directory too, has rows with columns. Raises as `all_files`."""
-    return any(_format(file).rows is not _plain for file in all_files(files))
+    found = [one for file in files for one in (all_files([file]) if file.is_dir() else [file])]
+    return any(_format(file).rows is not _plain for file in found)
 
 
 @dataclass
