@@ -137,6 +137,21 @@ def test_a_state_leads_to_the_rows_behind_it(suffix: str, tmp_path: Path, monkey
         assert [row["text"] for row in after] == expected[n:]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_state_of_packed_files_leads_to_the_same_turns(suffix: str, tmp_path: Path) -> None:
+    """Files of many reads each, whose readers are ahead of the rows."""
+    random = np.random.default_rng(0)
+    for name, count in (("a", 150), ("b", 90), ("c", 220)):
+        sizes = random.integers(10, 6000, count)
+        write(tmp_path / f"{name}{suffix}", [f"{name}{n} {random.bytes(size).hex()}" for n, size in enumerate(sizes)])
+    documents = FileDocuments([tmp_path], "text")
+    found = [(row["text"].split()[0], documents.state_dict()) for row in documents]
+    for n in range(0, len(found), 40):
+        after = FileDocuments([tmp_path], "text")
+        after.load_state_dict(found[n][1])
+        assert [row["text"].split()[0] for row in after] == [name for name, _ in found[n + 1 :]]
+
+
 def test_parquet_left_before_its_end(tmp_path: Path) -> None:
     """Readers of `datasets` abort the process at its end, or hang."""
     for name in ("a", "b"):

@@ -82,18 +82,26 @@ def _as_it_lies(data: BinaryIO, place: int) -> BinaryIO:
     return data
 
 
-def _gzip(data: BinaryIO, place: int) -> Any:
-    unpacked = gzip.GzipFile(fileobj=data)
-    unpacked.seek(place)
+def _packed(unpacker: Callable[[BinaryIO], Any]) -> Callable[[BinaryIO, int], Any]:
+    """The place is found line by line, as it was come to, and not by a seek: so `data` stands where it stood then."""
+
+    def unpacked(data: BinaryIO, place: int) -> Any:
+        lines = unpacker(data)
+        while place > 0 and (line := lines.readline()):
+            place -= len(line)
+        return lines
+
     return unpacked
 
 
-def _zstandard(data: BinaryIO, place: int) -> Any:
+def _gzip(data: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=data)
+
+
+def _zstandard(data: BinaryIO) -> Any:
     import zstandard
 
-    unpacked = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
-    unpacked.seek(place)
-    return io.BufferedReader(unpacked)
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True))
 
 
 def _writable(text: Any) -> Any:
@@ -163,8 +171,8 @@ class _Format:
 _FORMATS = {
     ".txt": _Format(_plain),
     ".jsonl": _Format(_json_lines(_as_it_lies)),
-    ".jsonl.gz": _Format(_json_lines(_gzip)),
-    ".jsonl.zst": _Format(_json_lines(_zstandard), "zstandard"),
+    ".jsonl.gz": _Format(_json_lines(_packed(_gzip))),
+    ".jsonl.zst": _Format(_json_lines(_packed(_zstandard)), "zstandard"),
     ".parquet": _Format(_parquet, "pyarrow"),
 }
 
