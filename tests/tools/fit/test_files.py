@@ -77,6 +77,16 @@ def test_lines_of_json(tmp_path: Path) -> None:
     assert read(file) == ["a\nb", None, None, "?", "\U0001f600"]
 
 
+def test_packed_files_of_several_members(tmp_path: Path) -> None:
+    """A line goes over an end, a member holds nothing; gzip is padded by zeros, zstandard has a frame to be skipped."""
+    parts = [b'{"text": "one"}\n{"te', b"", b'xt": "two"}\n', b'{"text": "three"}']
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0{}{}"
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(part) + b"\0" * 9000 for part in parts))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(part) + skipped for part in parts))
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        assert read(tmp_path / name) == ["one", "two", "three"]
+
+
 def test_a_directory(tmp_path: Path) -> None:
     write(tmp_path / "in/b.jsonl", ["b1", "b2", "b3"])
     write(tmp_path / "in/deep/a.jsonl", ["a1"])
@@ -108,6 +118,15 @@ def test_files_are_read_beside_each_other(suffix: str, tmp_path: Path, monkeypat
     assert sorted(few) == sorted(found)
     assert "b" in few[:3]
     assert few.index("c") > max(i for i, name in enumerate(few) if name == "b")
+
+
+def test_of_a_packed_file_little_is_read_at_once(tmp_path: Path) -> None:
+    """Else all but the first row of a small one comes behind all others."""
+    random = np.random.default_rng(0)
+    write(tmp_path / "a.jsonl.gz", [f"a {random.bytes(250).hex()}" for _ in range(200)])
+    write(tmp_path / "b.jsonl", [f"b {random.bytes(250).hex()}" for _ in range(2000)])
+    found = [row["text"][0] for row in itertools.islice(FileDocuments([tmp_path], "text"), 1100)]
+    assert 90 < found.count("a") < 110
 
 
 def test_plain_files_are_apart(tmp_path: Path) -> None:
@@ -194,6 +213,7 @@ def test_of_a_large_group_of_rows_little_is_in_memory(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"no gzip", "cannot be read.*a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-12], "cannot be read.*ends too early"),
         ("a.jsonl.zst", b"no zstd", "cannot be read.*a.jsonl.zst"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9)[:-2], "cannot be read.*ends too early"),
         ("a.parquet", b"no parquet", "cannot be read.*a.parquet"),
         ("a.txt", b"\xff", "cannot be read.*a.txt: UnicodeDecodeError"),
         ("a.csv", b"text\nx\n", "format is not known"),

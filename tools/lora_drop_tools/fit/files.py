@@ -6,11 +6,11 @@ Enters: files and directories. Leaves: their documents, one by one, and a state 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import importlib.util
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lora_drop_runtime.errors import InputError, LoraDropError, first_line
 
 ROWS_AT_ONCE = 1000  # of a Parquet file
 _ROW_BYTES = 1 << 13  # of plain text, read as one document
+_PACKED_BYTES = 1 << 12
 _OPEN_FILES = 64  # at once
 
 Rows = Iterator[tuple[Any, int, float]]  # a document, where the file stands behind it, and what share of it that is
@@ -82,11 +83,47 @@ def _as_it_lies(data: BinaryIO, place: int) -> BinaryIO:
     return data
 
 
-def _packed(unpacker: Callable[[BinaryIO], Any]) -> Callable[[BinaryIO, int], Any]:
+def _members(packed: BinaryIO, unpacker: Callable[[], Any]) -> Iterator[bytes]:
+    """What members hold that stand one behind the other. Little is read at once, so that a file's place tells much.
+
+    Args:
+        unpacker: of one member, as `zlib` and `zstandard` make it.
+
+    Raises:
+        EOFError: a member has no end. Where files are read by `stream_reader`, `zstandard` does not say so.
+    """
+    member: Any = None  # that has begun
+    while data := packed.read(_PACKED_BYTES):
+        while data := data if member else data.lstrip(b"\0"):  # gzip files may be padded
+            member = member or unpacker()
+            yield member.decompress(data)
+            data, member = (member.unused_data, None) if member.eof else (b"", member)
+    if member:
+        raise EOFError
+
+
+class _Stream(io.RawIOBase):
+    """Pieces as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._piece = pieces, io.BytesIO()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not (count := self._piece.readinto(buffer)):
+            if (piece := next(self._pieces, None)) is None:
+                return 0
+            self._piece = io.BytesIO(piece)
+        return count
+
+
+def _packed(unpacker: Callable[[], Any]) -> Callable[[BinaryIO, int], Any]:
     """The place is found line by line, as it was come to, and not by a seek: so `data` stands where it stood then."""
 
     def unpacked(data: BinaryIO, place: int) -> Any:
-        lines = unpacker(data)
+        lines = io.BufferedReader(_Stream(_members(data, unpacker)))
         while place > 0 and (line := lines.readline()):
             place -= len(line)
         return lines
@@ -94,14 +131,14 @@ def _packed(unpacker: Callable[[BinaryIO], Any]) -> Callable[[BinaryIO, int], An
     return unpacked
 
 
-def _gzip(data: BinaryIO) -> Any:
-    return gzip.GzipFile(fileobj=data)
+def _gzip() -> Any:
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
 
 
-def _zstandard(data: BinaryIO) -> Any:
+def _zstandard() -> Any:
     import zstandard
 
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True))
+    return zstandard.ZstdDecompressor().decompressobj()
 
 
 def _writable(text: Any) -> Any:
