@@ -210,6 +210,7 @@ def test_of_a_large_group_of_rows_little_is_in_memory(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "cannot be read.*a.jsonl: UnicodeDecodeError"),
         ("a.jsonl", b"", "no text.*a.jsonl"),
         ("a.jsonl", b'{"text": 5}', "no text.*a.jsonl: a row has 5"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": NaN}', "no text.*a.jsonl: a row has nan"),
         ("a.jsonl.gz", b"no gzip", "cannot be read.*a.jsonl.gz"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-12], "cannot be read.*ends too early"),
         ("a.jsonl.zst", b"no zstd", "cannot be read.*a.jsonl.zst"),

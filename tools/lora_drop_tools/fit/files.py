@@ -291,7 +291,7 @@ class FileDocuments:
         column: of rows, which holds the text.
 
     Raises:
-        InputError: there is no row, no such column, or a file that cannot be read.
+        InputError: there is no row, no such column, or a file that cannot be read; on the way a row holds no text.
     """
 
     def __init__(self, files: Sequence[Path], column: str) -> None:
@@ -305,15 +305,15 @@ class FileDocuments:
     def _rows(self, place: _Place) -> Rows:
         file = self._files[place.file]
         with readable(str(file)):
-            yield from _format(file).rows(file, self._column, place.place)
+            for row in _format(file).rows(file, self._column, place.place):
+                check_text(row[0], str(file))
+                yield row
 
     def _check_beginnings(self) -> None:
         """See that each file can be read, as far as its first row says, and that one has a row."""
         has_rows = False
-        for n, file in enumerate(self._files):
-            if (row := next(self._rows(_Place(n, 0.0)), None)) is not None:
-                check_text(row[0], str(file))
-                has_rows = True
+        for n in range(len(self._files)):
+            has_rows |= next(self._rows(_Place(n, 0.0)), None) is not None
         if not has_rows:
             what = str(self._files[0]) + (f" and {len(self._files) - 1} more" if self._files[1:] else "")
             raise InputError("There is no text.", note=f"{what}: empty.", hint="Give another --text.")
