@@ -114,6 +114,16 @@ def test_too_little_text() -> None:
     make([" ".join(["1"] * (HELD + WINDOW - 1))]).block(3)
 
 
+@pytest.mark.parametrize("left", [3, HELD])
+def test_text_that_becomes_shorter_than_what_is_held_out(left: int) -> None:
+    texts = documents(30, 11)
+    ours = make(texts)
+    ours.block(0)
+    texts[:] = [" ".join(["1"] * (left - 1))]
+    with pytest.raises(InputError, match=rf"(?s)become too short.*first {HELD} tokens"):
+        ours.block(20)
+
+
 def test_a_column_of_numbers() -> None:
     ours = make(documents(30, 11))
     ours._rows = iter([{"text": 5}])

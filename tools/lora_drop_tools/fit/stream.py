@@ -289,13 +289,21 @@ class TokenStream:
         return ids[skipped:]
 
     def _read(self, count: int) -> Any:
-        """The next `count` tokens."""
+        """The next `count` tokens. Raises InputError where none are left: the files became shorter meanwhile."""
         import torch
 
-        parts, have = [self._carry], len(self._carry)
+        parts, have, last = [self._carry], len(self._carry), self._passes
         while have < count:
             parts.append(self._document())
             have += len(parts[-1])
+            if len(parts[-1]):
+                last = self._passes
+            elif self._passes > last + 1:  # else it would be read again and again
+                raise InputError(
+                    "The text has become too short.",
+                    note=f"Now it has no more than the first {self._held_tokens} tokens, which are held out.",
+                    hint="Put back the files that the fit began with, and go on by --resume.",
+                )
         joined = torch.cat(parts)
         self._carry = joined[count:].clone()
         return joined[:count]
