@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -239,6 +240,22 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no file with \.txt, \.jsonl"):
         FileDocuments([tmp_path / "empty"], "text")
+
+
+def test_a_directory_in_a_directory_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", TEXTS)
+    write(tmp_path / "locked/b.jsonl", TEXTS)
+    genuine = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return genuine(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for given in (tmp_path, tmp_path / "locked"):
+        with pytest.raises(InputError, match=r"(?s)cannot be read.*locked: Permission denied"):
+            FileDocuments([given], "text")
 
 
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:

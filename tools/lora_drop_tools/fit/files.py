@@ -227,18 +227,34 @@ def is_streamed(files: Sequence[Path]) -> bool:
     return any(file.is_dir() or _format(file).rows is not _plain for file in files)
 
 
-def all_files(given: Sequence[Path]) -> list[Path]:
-    """The files; of a directory all that have a known suffix, in the order of their names.
+def _of_directory(path: Path) -> list[Path]:
+    """All files that have a known suffix, in the order of their names. Links to directories are not followed.
 
     Raises:
-        InputError: one is missing or has another suffix, or a directory has none.
+        InputError: a directory cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(
+            "The text cannot be read.",
+            note=f"{error.filename}: {error.strerror}.",
+            hint="Allow it to be read, or give the other directories.",
+        )
+
+    found = (Path(place, name) for place, _, names in os.walk(path, onerror=refuse) for name in names)
+    return sorted(file for file in found if _suffix(file) and file.is_file())
+
+
+def all_files(given: Sequence[Path]) -> list[Path]:
+    """The files; of a directory all that have a known suffix.
+
+    Raises:
+        InputError: one is missing or has another suffix, or a directory has none or cannot be read.
     """
     found = list[Path]()
     known = ", ".join(_FORMATS)
     for path in given:
-        files = (
-            sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file)) if path.is_dir() else [path]
-        )
+        files = _of_directory(path) if path.is_dir() else [path]
         if not files:
             raise InputError("A directory has no text.", note=f"{path} has no file with {known}.", hint="Give another.")
         for file in files:
