@@ -187,7 +187,21 @@ def test_parquet_from_elsewhere_is_read_by_its_column() -> None:
     with fsspec.open("memory://a.parquet", "wb") as file:
         pyarrow.parquet.write_table(pa.table({"text": texts, "other": range(2)}), file)
     assert list(_parquet_rows(["memory://a.parquet"], "text")) == [{"text": text} for text in texts]
-    assert next(_parquet_rows(["memory://a.parquet"], "none")) == {"text": "one", "other": 0}
+
+
+def test_a_file_of_a_dataset_that_is_odd_is_named(tmp_path: Path) -> None:
+    """Parquet behind the first file, without the column or damaged."""
+    write(tmp_path / "set/a.parquet", ["one"])
+    write(tmp_path / "set/b.parquet", ["one"], "content")
+    rows = iter(open_documents([], str(tmp_path / "set"), "text"))
+    assert next(rows) == {"text": "one"}
+    with pytest.raises(InputError, match=r"(?s)no such column.*b\.parquet has content, other"):
+        next(rows)
+    (tmp_path / "set/b.parquet").write_bytes(b"damaged")
+    rows = iter(open_documents([], str(tmp_path / "set"), "text"))
+    assert next(rows) == {"text": "one"}
+    with pytest.raises(InputError, match=r"(?s)cannot be read.*b\.parquet: ArrowInvalid"):
+        next(rows)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -39,19 +39,23 @@ Documents = Any  # iterable rows with a `text`, and what `datasets.IterableDatas
 
 
 def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
-    """Rows of local or remote files: of the column alone, or whole where there is none of that name.
+    """Rows of local or remote files, of the column alone.
 
     Not read by `datasets`: left before its end, its reader may hang or abort the process
     (github.com/apache/arrow/issues/45214).
+
+    Raises:
+        InputError: a file cannot be read or has no such column.
     """
     import fsspec
     import pyarrow.parquet
 
     for name in files:
-        with fsspec.open(name, "rb") as data:
+        with readable(name), fsspec.open(name, "rb") as data:
             file = pyarrow.parquet.ParquetFile(data)
-            columns = [column] if column in file.schema_arrow.names else None
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+            if column not in file.schema_arrow.names:
+                raise no_such_column(column, name, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
                 yield from batch.to_pylist()
 
 
