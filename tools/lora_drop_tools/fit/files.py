@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from lora_drop_runtime.errors import InputError, LoraDropError, first_line
 
 ROWS_AT_ONCE = 1000  # of a Parquet file
@@ -302,6 +303,7 @@ class FileDocuments:
     """Rows with a `text`: documents of files, which are read beside each other, each as fast as its length says.
 
     So all end together, and whoever stops early has seen some of each. Some are open at once, and others follow them.
+    Of more files these are a sample: their order is random, but the same each time.
 
     Args:
         column: of rows, which holds the text.
@@ -312,6 +314,7 @@ class FileDocuments:
 
     def __init__(self, files: Sequence[Path], column: str) -> None:
         self._files, self._column = all_files(files), column
+        self._order = np.random.default_rng(0).permutation(len(self._files)).tolist()
         self._opened = 0
         self._reading = list[tuple[_Place, Rows]]()
         for package in {one for file in self._files if (one := _format(file).package)}:
@@ -337,7 +340,7 @@ class FileDocuments:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             while self._opened < len(self._files) and len(self._reading) < _OPEN_FILES:
-                new = _Place(self._opened, min((one.reached for one, _ in self._reading), default=0.0))
+                new = _Place(self._order[self._opened], min((one.reached for one, _ in self._reading), default=0.0))
                 self._reading.append((new, self._rows(new)))
                 self._opened += 1
             if not self._reading:
