@@ -115,6 +115,7 @@ def test_kernel(stages_run) -> None:
 def test_device(stages_run) -> None:
     """Without ONNX Runtime, as on a Jetson, whose packages do not name it (tests/support/forked_stages.py)."""
     entry = stages_run["device"]
+    assert "onnxruntime" not in entry["reason"]  # which would be a skip
     assert passed_over_stand_ins(entry)
     assert entry["numbers"]["bfloat16 logits"]["status"] == "passed"
     first, replayed, larger, after = entry["numbers"]["bfloat16 graphs"]["captures"]
