@@ -140,8 +140,7 @@ def test_chat_prompt_is_transformers(exported, model_file):
     from transformers import AutoTokenizer
 
     messages = [{"role": "user", "content": "Où est le phare ? 灯台 🗼"}]
-    with parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name)
+    tokenizer = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name)
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert TextCodec.open(exported / "tokenizer").encode_chat(messages).tolist() == theirs
 
