@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def documents(count: int, length: int) -> list[str]:
     return [" ".join(map(str, range(n * length, (n + 1) * length))) for n in range(count)]
 
 
-def opened(texts: list[str]) -> Callable[[], Any]:
+def opened(texts: Sequence[Any]) -> Callable[[], Any]:
     def rows() -> Iterator[dict[str, str]]:
         yield from ({"text": text} for text in texts)
 
@@ -48,7 +48,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "BLOCK_TOKENS", 40)
 
 
-def make(texts: list[str], end: int | None = END, seed: int = 0) -> TokenStream:
+def make(texts: Sequence[Any], end: int | None = END, seed: int = 0) -> TokenStream:
     return TokenStream(opened(texts), encode, end, WINDOW, BATCH, seed)
 
 
@@ -125,10 +125,9 @@ def test_text_that_becomes_shorter_than_what_is_held_out(left: int) -> None:
 
 
 def test_a_column_of_numbers() -> None:
-    ours = make(documents(30, 11))
-    ours._rows = iter([{"text": 5}])
-    with pytest.raises(InputError, match="no text"):
-        ours.block(0)
+    ours = make([*documents(30, 11), 5])
+    with pytest.raises(InputError, match=r"(?s)no text.*a row has 5"):
+        ours.block(6)
 
 
 # ── files and datasets ─────────────────────────────────────────────────────────────────────────────────────────

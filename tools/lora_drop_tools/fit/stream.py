@@ -176,6 +176,72 @@ def identity(files: Sequence[Path], dataset: str | None = None) -> str:
     return found.hexdigest()
 
 
+class _Tokens:
+    """The text's token ids, pass after pass, without the first ones of each pass.
+
+    Args:
+        documents, encode, end: as for `TokenStream`.
+        left_out: tokens at the beginning of each pass.
+    """
+
+    def __init__(
+        self, documents: Callable[[], Documents], encode: Callable[[str], Any], end: int | None, left_out: int
+    ) -> None:
+        import torch
+
+        self._open, self._encode, self._left_out = documents, encode, left_out
+        self._end = torch.tensor([] if end is None else [end], dtype=torch.int64)
+        self._read = torch.empty(0, dtype=torch.int64)  # and not taken
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._documents = self._open()
+        self._rows = iter(self._documents)
+        self._skip = self._left_out
+
+    def _next_document(self) -> Any:
+        """Its ids, less those that are left out. None at the end of a pass; then the next one begins."""
+        import torch
+
+        with readable("a document on the way"):
+            row = next(self._rows, None)
+        if row is None:
+            self._begin_pass()
+            return None
+        check_text(row["text"], "a document on the way")
+        ids = torch.cat([self._encode(row["text"] or ""), self._end])
+        skipped = min(self._skip, len(ids))
+        self._skip -= skipped
+        return ids[skipped:]
+
+    def take(self, count: int, of_this_pass: bool = False) -> Any:
+        """The next `count` ids; fewer where this pass, or a whole one, has none left."""
+        import torch
+
+        parts, have, ends = [self._read], len(self._read), 0
+        while have < count and ends < (1 if of_this_pass else 2):
+            ids = self._next_document()
+            if ids is None:
+                ends += 1
+            elif len(ids):
+                ends = 0
+                parts.append(ids)
+                have += len(ids)
+        joined = torch.cat(parts)
+        self._read = joined[count:].clone()
+        return joined[:count]
+
+    def state(self) -> dict[str, Any]:
+        """What leads to the same tokens, as `torch.save` takes it."""
+        return {"carry": self._read, "held": self._skip, "documents": self._documents.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go to a `state` of the same text."""
+        self._read, self._skip = state["carry"], state["held"]
+        self._documents.load_state_dict(state["documents"])
+        self._rows = iter(self._documents)
+
+
 class TokenStream:
     """Blocks of windows by number.
 
@@ -204,47 +270,43 @@ class TokenStream:
         batch: int,
         seed: int,
     ) -> None:
-        import torch
-
-        self._open, self._encode, self._window, self._seed = documents, encode, window, seed
-        self._end = torch.tensor([] if end is None else [end], dtype=torch.int64)
+        self._window, self._seed, self._held = window, seed, HELD_OUT_WINDOWS * window
         self.per_block = batch * max(1, BLOCK_TOKENS // (batch * window))
-        self._held_tokens = HELD_OUT_WINDOWS * window
-        self._block: Any = None
-        self._state: dict[str, Any] = {}
+        self._tokens_without = functools.partial(_Tokens, documents, encode, end)
+        first = self._tokens_without(0).take(self._held + window, of_this_pass=True)
+        if len(first) < self._held + window:
+            raise InputError(
+                "The text is too short.",
+                note=f"It has {counted(len(first), 'token')}; the first {self._held} are held out, and a window is "
+                f"{window}.",
+                hint=f"Give more text, {self._held + window} tokens at least, or lower --window.",
+            )
+        self.held_out = first[: self._held]
         self._restart()
-        self._skip = 0
-        first = self._first_tokens(self._held_tokens, window)
-        self.held_out, self._carry = first[: self._held_tokens], first[self._held_tokens :].clone()
 
-    def _first_tokens(self, count: int, more: int) -> Any:
-        """The first `count` tokens and at least `more`."""
-        import torch
-
-        parts, have = [], 0
-        while have < count + more:
-            parts.append(self._document())
-            have += len(parts[-1])
-            if self._passes > 1:
-                raise InputError(
-                    "The text is too short.",
-                    note=f"It has {counted(have, 'token')}; the first {count} are held out, and a window is {more}.",
-                    hint=f"Give more text, {count + more} tokens at least, or lower --window.",
-                )
-        return torch.cat(parts)
+    def _restart(self) -> None:
+        """Back to block 0."""
+        self._tokens = self._tokens_without(self._held)
+        self._next, self._block, self._state = 0, None, dict[str, Any]()
 
     def block(self, number: int) -> Any:
         """Ids [per_block, window], shuffled. Going on is cheap; for an earlier block all is read from the start.
 
         Raises:
-            InputError: the text cannot be read any more.
+            InputError: the text cannot be read any more, or files became shorter meanwhile than what is held out.
         """
         if number < self._next - (self._block is not None):
             self._restart()
         while self._next <= number:
-            place = {"next": self._next, "carry": self._carry, "held": self._skip}
-            self._state = {**place, "documents": self._documents.state_dict()}
-            windows = self._read(self.per_block * self._window).reshape(self.per_block, self._window)
+            self._state = {"next": self._next, **self._tokens.state()}
+            ids = self._tokens.take(self.per_block * self._window)
+            if len(ids) < self.per_block * self._window:  # it would be read again and again
+                raise InputError(
+                    "The text has become too short.",
+                    note=f"Now it has no more than the first {self._held} tokens, which are held out.",
+                    hint="Put back the files that the fit began with, and go on by --resume.",
+                )
+            windows = ids.reshape(self.per_block, self._window)
             self._block = windows[np.random.default_rng([self._seed, self._next]).permutation(self.per_block)]
             self._next += 1
         return self._block
@@ -257,57 +319,5 @@ class TokenStream:
         """Go to a stream's `state`."""
         self._restart()
         if state:
-            self._next, self._carry, self._skip = state["next"], state["carry"], state["held"]
-            self._documents.load_state_dict(state["documents"])
-            self._rows = iter(self._documents)
-
-    def _restart(self) -> None:
-        """Back to block 0."""
-        import torch
-
-        self._next, self._passes, self._block = 0, 0, None
-        self._state = {}
-        self._carry = torch.empty(0, dtype=torch.int64)
-        self._begin_pass()
-
-    def _begin_pass(self) -> None:
-        self._documents = self._open()
-        self._rows = iter(self._documents)
-        self._skip = self._held_tokens
-        self._passes += 1
-
-    def _document(self) -> Any:
-        """Token ids of the next document, less what of them is held out."""
-        import torch
-
-        with readable("a document on the way"):
-            row = next(self._rows, None)
-        if row is None:
-            self._begin_pass()
-            return torch.empty(0, dtype=torch.int64)
-        text = row["text"]
-        check_text(text, "a document on the way")
-        ids = torch.cat([self._encode(text or ""), self._end])
-        skipped = min(self._skip, len(ids))
-        self._skip -= skipped
-        return ids[skipped:]
-
-    def _read(self, count: int) -> Any:
-        """The next `count` tokens. Raises InputError where none are left: the files became shorter meanwhile."""
-        import torch
-
-        parts, have, last = [self._carry], len(self._carry), self._passes
-        while have < count:
-            parts.append(self._document())
-            have += len(parts[-1])
-            if len(parts[-1]):
-                last = self._passes
-            elif self._passes > last + 1:  # else it would be read again and again
-                raise InputError(
-                    "The text has become too short.",
-                    note=f"Now it has no more than the first {self._held_tokens} tokens, which are held out.",
-                    hint="Put back the files that the fit began with, and go on by --resume.",
-                )
-        joined = torch.cat(parts)
-        self._carry = joined[count:].clone()
-        return joined[:count]
+            self._next = state["next"]
+            self._tokens.load(state)
