@@ -70,6 +70,17 @@ def test_plain_text_keeps_its_lines(tmp_path: Path) -> None:
     assert read(file) == ["one\ntwo\nthree"]
 
 
+@pytest.mark.parametrize("word", ["word ", "漢", "\r\n\r\n", "x" * 50000 + "\n"])
+def test_a_long_line_is_many_rows(word: str, tmp_path: Path) -> None:
+    """As of text8, whose 100 MB are one; and a file that ends in one."""
+    text = "begin\n" + word * (200_000 // len(word)) + "end"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    rows = read(tmp_path / "a.txt")
+    assert "".join(rows) == text.replace("\r\n", "\n")
+    assert max(map(len, rows)) <= 2 * 2**13
+    assert len(rows) < 200_000 * len(word.encode()) // len(word) // 2**12
+
+
 def test_lines_of_json(tmp_path: Path) -> None:
     """Blank lines, ends of lines of another system, nulls, a row without the column, half a surrogate pair, a mark."""
     file = tmp_path / "a.jsonl"
@@ -105,7 +116,8 @@ def test_files_are_read_beside_each_other(suffix: str, tmp_path: Path, monkeypat
     sizes = {"a": 10, "b": 4, "c": 6, "d": 1}
     random = np.random.default_rng(0)
     for name, size in sizes.items():
-        rows = [name + random.bytes(300_000).hex() + "\n" for _ in range(size)]
+        plain = suffix == ".txt"  # a line is a row, where it has no more than 16 KiB
+        rows = [name * 9000 + "\n" if plain else name + random.bytes(300_000).hex() for _ in range(size)]
         write(tmp_path / f"{name}{suffix}", rows)
     found = [row[0] for row in read(tmp_path)]
     assert {name: found.count(name) for name in sizes} == sizes

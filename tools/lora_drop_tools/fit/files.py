@@ -69,12 +69,22 @@ def check_text(found: Any, what: str) -> None:
         )
 
 
+def _some_lines(data: BinaryIO) -> bytes:
+    """Whole lines of some thousand bytes. A longer one is cut behind a space, or at least between two characters."""
+    part = data.read(_ROW_BYTES) + data.readline(_ROW_BYTES)
+    if len(part) < 2 * _ROW_BYTES or part.endswith(b"\n"):
+        return part
+    end = part.rfind(b" ") + 1 or next((n for n in range(len(part) - 1, 0, -1) if part[n] & 0xC0 != 0x80), len(part))
+    data.seek(end - len(part), os.SEEK_CUR)
+    return part[:end]
+
+
 def _plain(file: Path, column: str, place: int) -> Rows:
-    """Whole lines of some thousand bytes; a place is in bytes."""
+    """Lines of some thousand bytes a row; a place is in bytes."""
     with file.open("rb") as data:
         size = os.fstat(data.fileno()).st_size
         data.seek(place)
-        while part := b"".join(data.readlines(_ROW_BYTES)):
+        while part := _some_lines(data):
             place += len(part)
             yield part.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"), place, place / size
 
