@@ -149,6 +149,10 @@ class Request:
         """float32 [B, V] of the latest step; valid until the next."""
         return self.slots.logits()[:, 0]
 
+    def may_be_taken_over(self) -> bool:
+        """Whether another request can begin with its caches; where logits are no numbers, later slots are none."""
+        return not self.is_torn and bool(np.isfinite(self.logits().max(axis=1)).all())
+
     def chosen(self, active: npt.NDArray[np.bool_]) -> Ids:
         """The tokens [B] that the engine chose in the last step, 0 in rows that are not active."""
         return checked_tokens(self.slots.chosen(), active)

@@ -372,7 +372,7 @@ class Session:
     ) -> None:
         engine = self._opened()
         before = self._request if checks.flag("reuse_prefix", reuse_prefix) else None
-        before = None if before is not None and before.is_torn else before
+        before = None if before is not None and not before.may_be_taken_over() else before
         ids = integers("The prompt", input_ids, "Give token ids [batch, tokens], such as [[1, 2], [3, 4]].")
         checks.check_prompts(ids)
         if lengths is None:

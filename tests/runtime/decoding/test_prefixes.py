@@ -289,6 +289,19 @@ def test_tokens_that_the_engine_chose_stay_while_the_rest_of_a_prompt_runs(kind:
             assert [row.tolist() for row in generate()] == [continued(prompt, 2) for prompt in prompts]
 
 
+def test_nothing_is_built_on_a_request_whose_logits_were_no_numbers() -> None:
+    """In an attention 0 · NaN is NaN: a slot behind the prefix would spoil the next request, too."""
+    engine = ChoosingEngine(PLAN)
+    session = Session(open_session(PLAN, engine=engine)[0].bundle, engine, PeriodicSchedule(0), "backfill")
+    with pytest.raises(BundleError):
+        session.generate([[1, 2, 3, 49]], 2)
+    engine.runs.clear()
+    assert session.generate([[1, 2, 3, 4]], 2, stop_token_ids=(), reuse_prefix=True)[0].tolist() == continued(
+        [1, 2, 3, 4], 2
+    )
+    assert engine.runs[0].input_ids.tolist() == [[1, 2, 3, 4]]
+
+
 class OneRequestEngine(FakeEngine):
     """Has one buffer of each name, which the next request of as many rows gets as it is."""
 
