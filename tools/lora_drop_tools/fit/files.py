@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from lora_drop_runtime.errors import InputError, LoraDropError, first_line
 
-ROWS_AT_ONCE = 1000  # of a Parquet file
+_ROWS_AT_ONCE = 1000  # of a Parquet file
 _ROW_BYTES = 1 << 13  # of plain text, read as one document
 _PACKED_BYTES = 1 << 12
 _OPEN_FILES = 64  # at once
@@ -179,28 +179,38 @@ def _json_lines(unpacked: Callable[[BinaryIO, int], Any]) -> Callable[[Path, str
     return rows
 
 
-def _parquet(file: Path, column: str, place: int) -> Rows:
-    """Not read by `datasets`: left before its end, its reader may hang or abort the process; a place is a row's number.
+def parquet_rows(data: Any, column: str, what: str, place: int = 0) -> Rows:
+    """Rows of a file that is open; a place is a row's number.
 
-    See github.com/apache/arrow/issues/45214.
+    Not read by `datasets`: left before its end, its reader may hang or abort the process
+    (github.com/apache/arrow/issues/45214).
+
+    Raises:
+        InputError: there is no such column in `what`, as a message calls the file.
     """
-    import pyarrow as pa
     import pyarrow.parquet
 
-    # Of a file that is not mapped whole groups of rows are read, which may be most of it
-    with pa.memory_map(os.fsencode(file)) as data, pyarrow.parquet.ParquetFile(data) as table:
+    with pyarrow.parquet.ParquetFile(data) as table:
         if column not in table.schema_arrow.names:
-            raise no_such_column(column, str(file), table.schema_arrow.names)
+            raise no_such_column(column, what, table.schema_arrow.names)
         end = 0
         for group in range(table.num_row_groups):
             begin, end = end, end + table.metadata.row_group(group).num_rows
             if end <= place:
                 continue
-            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
                 for row, text in enumerate(batch.column(0).to_pylist(), begin):
                     if row >= place:
                         yield text, row + 1, (row + 1) / table.metadata.num_rows
                 begin += batch.num_rows
+
+
+def _parquet(file: Path, column: str, place: int) -> Rows:
+    """Of a file that is not mapped whole groups of rows are in memory, which may be most of it."""
+    import pyarrow as pa
+
+    with pa.memory_map(os.fsencode(file)) as data:
+        yield from parquet_rows(data, column, str(file), place)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import numpy as np
 from lora_drop_runtime.errors import InputError, counted
 
 from .files import (
-    ROWS_AT_ONCE,
     FileDocuments,
     all_files,
     check_text,
     is_streamed,
     no_such_column,
+    parquet_rows,
     readable,
     require_package,
 )
@@ -41,22 +41,15 @@ Documents = Any  # iterable rows with a `text`, and what `datasets.IterableDatas
 def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]:
     """Rows of local or remote files, of the column alone.
 
-    Not read by `datasets`: left before its end, its reader may hang or abort the process
-    (github.com/apache/arrow/issues/45214).
-
     Raises:
         InputError: a file cannot be read or has no such column.
     """
     import fsspec
-    import pyarrow.parquet
 
     for name in files:
         with readable(name), fsspec.open(name, "rb") as data:
-            file = pyarrow.parquet.ParquetFile(data)
-            if column not in file.schema_arrow.names:
-                raise no_such_column(column, name, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-                yield from batch.to_pylist()
+            for text, _, _ in parquet_rows(data, column, name):
+                yield {column: text}
 
 
 def _open_dataset(dataset: str, column: str) -> Documents:
@@ -182,22 +175,28 @@ class _Tokens:
     Args:
         documents, encode, end: as for `TokenStream`.
         left_out: tokens at the beginning of each pass.
+        from_the_first: the first pass has them.
     """
 
     def __init__(
-        self, documents: Callable[[], Documents], encode: Callable[[str], Any], end: int | None, left_out: int
+        self,
+        documents: Callable[[], Documents],
+        encode: Callable[[str], Any],
+        end: int | None,
+        left_out: int,
+        from_the_first: bool = False,
     ) -> None:
         import torch
 
         self._open, self._encode, self._left_out = documents, encode, left_out
         self._end = torch.tensor([] if end is None else [end], dtype=torch.int64)
         self._read = torch.empty(0, dtype=torch.int64)  # and not taken
-        self._begin_pass()
+        self._begin_pass(0 if from_the_first else left_out)
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, skip: int) -> None:
         self._documents = self._open()
         self._rows = iter(self._documents)
-        self._skip = self._left_out
+        self._skip = skip
 
     def _next_document(self) -> Any:
         """Its ids, less those that are left out. None at the end of a pass; then the next one begins."""
@@ -206,7 +205,7 @@ class _Tokens:
         with readable("a document on the way"):
             row = next(self._rows, None)
         if row is None:
-            self._begin_pass()
+            self._begin_pass(self._left_out)
             return None
         check_text(row["text"], "a document on the way")
         ids = torch.cat([self._encode(row["text"] or ""), self._end])
@@ -230,6 +229,12 @@ class _Tokens:
         joined = torch.cat(parts)
         self._read = joined[count:].clone()
         return joined[:count]
+
+    def give_back(self, ids: Any) -> None:
+        """Let `take` begin with what was taken."""
+        import torch
+
+        self._read = torch.cat([ids, self._read])
 
     def state(self) -> dict[str, Any]:
         """What leads to the same tokens, as `torch.save` takes it."""
@@ -272,8 +277,9 @@ class TokenStream:
     ) -> None:
         self._window, self._seed, self._held = window, seed, HELD_OUT_WINDOWS * window
         self.per_block = batch * max(1, BLOCK_TOKENS // (batch * window))
-        self._tokens_without = functools.partial(_Tokens, documents, encode, end)
-        first = self._tokens_without(0).take(self._held + window, of_this_pass=True)
+        self._begin = functools.partial(_Tokens, documents, encode, end, self._held)
+        self._go_to(self._begin(from_the_first=True))
+        first = self._tokens.take(self._held + window, of_this_pass=True)
         if len(first) < self._held + window:
             raise InputError(
                 "The text is too short.",
@@ -282,12 +288,12 @@ class TokenStream:
                 hint=f"Give more text, {self._held + window} tokens at least, or lower --window.",
             )
         self.held_out = first[: self._held]
-        self._restart()
+        self._tokens.give_back(first[self._held :])
 
-    def _restart(self) -> None:
-        """Back to block 0."""
-        self._tokens = self._tokens_without(self._held)
-        self._next, self._block, self._state = 0, None, dict[str, Any]()
+    def _go_to(self, tokens: _Tokens, number: int = 0) -> None:
+        """Where the next block is that of a number, and begins with these tokens."""
+        self._tokens, self._next = tokens, number
+        self._block, self._state = None, dict[str, Any]()
 
     def block(self, number: int) -> Any:
         """Ids [per_block, window], shuffled. Going on is cheap; for an earlier block all is read from the start.
@@ -296,7 +302,7 @@ class TokenStream:
             InputError: the text cannot be read any more, or files became shorter meanwhile than what is held out.
         """
         if number < self._next - (self._block is not None):
-            self._restart()
+            self._go_to(self._begin())
         while self._next <= number:
             self._state = {"next": self._next, **self._tokens.state()}
             ids = self._tokens.take(self.per_block * self._window)
@@ -317,7 +323,6 @@ class TokenStream:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go to a stream's `state`."""
-        self._restart()
+        self._go_to(self._begin(), state["next"] if state else 0)
         if state:
-            self._next = state["next"]
             self._tokens.load(state)
