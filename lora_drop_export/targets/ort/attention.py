@@ -151,29 +151,27 @@ def lower_attention(
     inputs = [*rows, past_key, past_value, *lengths.get(length), *rotary, *scales, None, None, lengths.new_tokens]
     while inputs[-1] is None:
         inputs.pop()
-    name, any_rows = f"layer_{past_key.name}", Ops()  # type: ignore[union-attr]
-    attention = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
-    any_rows.nodes.append(attention)
+    any_rows, given = Ops(), list(inputs)
     if packing is not None:
-        ragged = Ops()
-        chunks = [packing.chunks(ragged, row) for row in rows]
-        padded_rows = ir.node(
-            "GroupQueryAttention", [*chunks, *inputs[3:]], attributes, domain=MICROSOFT, num_outputs=3
-        )
-        ragged.nodes.append(padded_rows)
-        mixed = packing.packed(ragged, padded_rows.outputs[0], heads * padded)
-        sides = (ragged, [mixed, *padded_rows.outputs[1:]]), (any_rows, list(attention.outputs))
-        attention, any_rows = choice(packing.condition, *sides, f"{name}.rows"), Ops()
-        any_rows.nodes.append(attention)
+        given[:3] = [packing.chunks(any_rows, row) for row in rows]
+    attention = ir.node("GroupQueryAttention", given, attributes, domain=MICROSOFT, num_outputs=3)
+    any_rows.nodes.append(attention)
+    mixed, *presents = attention.outputs
+    if packing is not None:
+        mixed = packing.tokens(any_rows, mixed)
     if folds:
         one_row = _folded(inputs, length, attributes, padded)
-        condition = lengths.folds(length, heads // kv_heads)
-        attention = choice(condition, one_row, (any_rows, list(attention.outputs)), name)
-    ops.nodes.append(attention)
-    mixed = attention.outputs[0] if factor is None else ops("Mul", attention.outputs[0], factor)
-    merged = _resized_heads(ops, mixed, heads, padded, head_dim)  # [B, S, H·D]
-    attention.outputs[0].type = merged.type = query.type
-    for made, old in zip(attention.outputs[1:], (present_key, present_value), strict=True):
+        condition, name = lengths.folds(length, heads // kv_heads), f"layer_{past_key.name}"  # type: ignore[union-attr]
+        chosen = choice(condition, one_row, (any_rows, [mixed, *presents]), name)
+        ops.nodes.append(chosen)
+        mixed, *presents = chosen.outputs
+    else:
+        ops.nodes += any_rows.nodes
+    mixed.type = query.type
+    scaled = mixed if factor is None else ops("Mul", mixed, factor)
+    merged = _resized_heads(ops, scaled, heads, padded, head_dim)  # [B, S, H·D]
+    merged.type = query.type
+    for made, old in zip(presents, (present_key, present_value), strict=True):
         made.name, made.shape, made.type = old.name, ir.Shape([*old.shape[:3], padded]), old.type  # type: ignore[index]
         old.name = f"{old.name}.neutral"
         graph.outputs[:] = [made if output is old else output for output in graph.outputs]

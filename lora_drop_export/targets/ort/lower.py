@@ -24,9 +24,8 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
                                   transposes around it
     10. logits                  → float32, whatever the dtype
     11. rows with fewer than S  → in float32: products, norms and the head over one packed sequence of the tokens that
-        new tokens                there are, each attention with its query_seqlens over padded chunks, by an If of its
-                                  own; a row without any keeps its caches and states (packing.py)
-
+        new tokens                there are, each attention with its query_seqlens over padded chunks, a GatherND on
+                                  either side; a row without any keeps its caches and states (packing.py)
     12. int8 caches in halves   → keys divided by the scales of their channels, queries multiplied by them, values and
                                   outputs likewise, and GroupQueryAttention with one scale of 1: its fast kernel on CUDA
                                   knows one for a whole cache

@@ -2,8 +2,9 @@
 
 A refresh takes `input_ids` [B, S]. Where rows have fewer than S new tokens (`packed_step`), products, norms and the
 head run over one packed sequence [1, T] of the real tokens; attention alone takes chunks [B, S], padded on the right.
-Else all run over [B, S], and nothing is moved. Two small Ifs do it: one makes the tokens, one in each layer stands
-around the attention. No weight may lie in an If within an If: ONNX Runtime would not pack it for its kernels.
+Else all run over [B, S]. A small If makes the tokens, and where each lies on either side of the attentions: two
+GatherNDs in each layer, which cost less than an If that leaves them out. No weight may lie in an If within an If: ONNX
+Runtime would not pack it for its kernels.
 
 In both steps a row may stand still: no cache and no state of it changes.
 """
@@ -59,37 +60,38 @@ class Packing:
         graph.inputs.append(self.condition)
         plain = Ops()
         zero, one = (plain.constant(np.array(n, np.int64)) for n in (0, 1))
-        flat, front = plain.ints([-1]), plain.ints([0])
         width = plain("Squeeze", plain("Shape", ids, start=1, end=2))  # S
         columns = plain("Range", zero, width, one)  # [S]
         positions = plain("Add", plain("Unsqueeze", kept, plain.ints([1])), columns)  # [B, S]
         then, other = Ops(), Ops()
         counts = then("Cast", new_tokens, to=int(ir.DataType.INT64))  # [B]
         is_token = then("Less", columns, then("Unsqueeze", counts, then.ints([1])))  # [B, S]
-        indices = then("NonZero", is_token)
-        row, column = (then("Gather", indices, n, axis=0) for n in (zero, one))  # [T]
-        places = then("Add", then("Mul", row, width), column)  # [T]: where each token lies in [B·S]
+        places = then("Unsqueeze", then("Transpose", then("NonZero", is_token), perm=[1, 0]), then.ints([0]))
         last = then("Sub", then("ReduceSum", counts, keepdims=0), one)
         begins = then("Unsqueeze", then("CumSum", counts, zero, exclusive=1), then.ints([1]))  # [B, 1]
         chunks = then("Min", then("Add", begins, columns), last)  # [B, S]: where each place lies in [T]
         rows = then("Min", then("Add", begins, then("Max", index, zero)), last)  # [B, R]: the same of what has logits
         packed = [
-            then("Unsqueeze", then("Gather", then("Reshape", ids, flat), places), front),
-            then("Unsqueeze", then("Reshape", rows, flat), front),
-            then("Unsqueeze", then("Gather", then("Reshape", positions, flat), places), front),
+            then("GatherND", ids, places),
+            then("Reshape", rows, then.ints([1, -1])),
+            then("GatherND", positions, places),
             places,
-            chunks,
+            then("Pad", then("Unsqueeze", chunks, then.ints([2])), then.ints([0, 0, 1, 0, 0, 0])),
         ]
         whole = [other("Identity", value) for value in (ids, index, positions)]
-        whole += [other.constant(np.zeros(shape, np.int64)) for shape in ((0,), (0, 0))]  # nothing is moved
+        size = other("Shape", ids)
+        each = other("NonZero", other("ConstantOfShape", size, value=ir.tensor(np.ones(1, np.int64))))
+        pairs = other("Concat", size, other.ints([2]), axis=0)
+        whole.append(other("Reshape", other("Transpose", each, perm=[1, 0]), pairs))  # [B, S, 2]: (row, column)
+        whole.append(other("Identity", whole[-1]))
         made = choice(self.condition, (then, packed), (other, whole), "packing")
         self.ids, self.index, self.positions, self._places, self._chunks = made.outputs
         for value, shape in (
             (self.ids, LEAD),
             (self.index, ("lead", "chosen")),
             (self.positions, LEAD),
-            (self._places, ("places",)),
-            (self._chunks, ("chunk_rows", "chunk_width")),
+            (self._places, (*LEAD, 2)),
+            (self._chunks, ("chunk_rows", "chunk_width", 2)),
         ):
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape(shape)
         for results in (packed, whole):
@@ -140,16 +142,13 @@ class Packing:
             else:
                 assert node.op_type == "TensorScatter"
 
-    def chunks(self, ops: Ops, packed: ir.Value | None) -> ir.Value | None:
-        """[1, T, width] as [B, S, width]."""
-        if packed is None:
-            return None
-        return ops("Gather", ops("Squeeze", packed, ops.ints([0])), self._chunks, axis=0)
+    def chunks(self, ops: Ops, tokens: ir.Value | None) -> ir.Value | None:
+        """[lead, tokens, width] as [B, S, width]."""
+        return None if tokens is None else ops("GatherND", tokens, self._chunks)
 
-    def packed(self, ops: Ops, chunks: ir.Value, width: int) -> ir.Value:
-        """[B, S, width] as [1, T, width]."""
-        tokens = ops("Gather", ops("Reshape", chunks, ops.ints([-1, width])), self._places, axis=0)
-        return ops("Unsqueeze", tokens, ops.ints([0]))
+    def tokens(self, ops: Ops, chunks: ir.Value) -> ir.Value:
+        """[B, S, width] as [lead, tokens, width]."""
+        return ops("GatherND", chunks, self._places)
 
     def unpack_logits(self, graph: ir.Graph) -> None:
         """[lead, chosen, V] as [B, R, V]."""
