@@ -294,7 +294,9 @@ class OrtEngine:
             totals = beside.totals
             inputs = {**inputs, **beside.rows, **totals}
         if self._joined:
-            inputs = {**inputs, LORA_STEP: np.array(kind is StepKind.LORA)}
+            # Where nothing is dropped both steps are one model, and LoRA's form is the lighter one for a token a row
+            same = not self._bundle.manifest.plan.sites and inputs["input_ids"].shape[1] == 1
+            inputs = {**inputs, LORA_STEP: np.array(same or kind is StepKind.LORA)}
         if self._memory is not None:
             return self._device_step(kind, inputs, outputs, totals, set_beside, captured)
         binding = session.io_binding()

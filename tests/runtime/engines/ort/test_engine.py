@@ -54,6 +54,27 @@ def test_lora_step_leaves_dropped_layers_alone(surrogate, tmp_path):
             assert (buffer.view(np.uint32) == 0x7FC0DEAD).all()
 
 
+@pytest.mark.parametrize(("drop_ratio", "lora_form"), [(0.0, True), (0.5, False)])
+def test_full_schedule_where_nothing_is_dropped(drop_ratio, lora_form, tmp_path):
+    """Both steps are one model then, and a token of each row takes the form without Ifs: it adds 1000 to its logits."""
+    bundle = make_bundle("llama", tmp_path / "b", drop_ratio=drop_ratio)
+    file = bundle.root / bundle.manifest.targets["ort"].steps
+    model = onnx.load(file, load_external_data=False)
+    (choice,) = model.graph.node
+    branch = next(attribute.g for attribute in choice.attribute if attribute.name == "then_branch")
+    (logits,) = (value.name for value in branch.output if value.name.endswith("logits"))
+    for node in branch.node:
+        node.output[:] = [f"{name}.before" if name == logits else name for name in node.output]
+    shift = onnx.helper.make_node("Constant", [], ["shift"], value_float=1000.0)
+    branch.node.extend([shift, onnx.helper.make_node("Add", [f"{logits}.before", "shift"], [logits])])
+    onnx.save(model, file)
+    record_again(bundle.root)
+    with Session.open(bundle.root, threads=1) as session:
+        assert prefill(session, k=0).max() < 500
+        steps = [session.step([3, 5, 7]).max() > 500 for _ in range(3)]
+    assert steps == [lora_form] * 3
+
+
 def test_nothing_past_a_length_is_read(tmp_path):
     """NaN in every slot past a row's length, before every step: the logits do not change."""
     bundle = make_bundle("qwen3", tmp_path / "b")
