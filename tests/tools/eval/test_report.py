@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lora_drop_tools.eval.report import _columns, _offset_table, _text_table
-from lora_drop_tools.eval.result import text_figures
+from lora_drop_tools.eval.report import _columns, _offset_table, _text_table, value
+from lora_drop_tools.eval.result import task_figures, text_figures
+from lora_drop_tools.eval.tasks.metrics import Aggregate, Measured
 
 from tests.support.eval_rows import eval_row
 
@@ -38,6 +39,14 @@ def test_a_divergence_of_equal_logits_has_no_sign() -> None:
     """Rounding makes it a little less than 0."""
     sums = np.array([[10, 30, 30, 10, -1e-6], [10, 30, 30, 9, 2.0]])
     row = eval_row(1, None, text=text_figures([sums[:1]], 0))
-    assert _text_table([row])[1].split()[-3:] == ["0.000", "±0.000", "–"]
+    assert _text_table([row])[1].split()[-3:] == ["–", "0.000", "–"]
     row = eval_row(1, None, text=text_figures([sums], 0))
     assert _offset_table([row])[-1].split()[-3:] == ["KL", "0.000", "0.200"]
+
+
+@pytest.mark.parametrize(("stderr", "written"), [(0.05, "1.400 ±0.098"), (None, "1.400")])
+def test_a_figure_without_an_error_has_no_interval(stderr: float | None, written: str) -> None:
+    """lm-eval gives none for bits per byte: ±0.000 would say that they are known exactly."""
+    aggregates = {"bits_per_byte": Aggregate(1.4, stderr, 9)}
+    measured = Measured({0: {}}, "bits_per_byte", rises=False, aggregates=aggregates)
+    assert value(task_figures(measured, None, seed=0)) == written

@@ -41,9 +41,11 @@ def schedule_name(row: EvalRow) -> str:
 
 
 def with_half(figure: Figure | None, scale: float, digits: int) -> str:
+    """The value with half of its interval; alone where that has no width: of one window, or without lm-eval's error."""
     if figure is None:
         return MISSING
-    return f"{scale * figure.value:z.{digits}f} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
+    value = f"{scale * figure.value:z.{digits}f}"
+    return value if figure.low == figure.high else f"{value} ±{scale * (figure.high - figure.low) / 2:.{digits}f}"
 
 
 def _text_table(rows: Sequence[EvalRow]) -> list[str]:
