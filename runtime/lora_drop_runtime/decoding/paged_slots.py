@@ -159,8 +159,9 @@ class PagedSlots:
 
     @property
     def bytes_in_use(self) -> int:
-        """Of all blocks that somebody has."""
-        return sum(pool.in_use * pool.block_bytes for pool in self._engine.pools)
+        """Of all blocks that rows have or have left; not those of padding, which no bound of rows counts."""
+        padding = self._spare is not None
+        return sum((pool.in_use - padding) * pool.block_bytes for pool in self._engine.pools)
 
     def blocks(self, slot: int) -> list[list[int]]:
         """A row's blocks, of kept and of dropped layers."""

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lora_drop_runtime import Batch, Event, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.paged_slots import PagedSlots
+from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.runtime.decoding.test_batch import Request, decoded, requests
 from tests.runtime.decoding.test_kept_prefixes import check_row
@@ -252,6 +254,20 @@ def test_a_part_of_a_block_that_finds_no_room_runs_again(bundle: Bundle, capsys)
         answered(batch, first, 2)
         assert answered(batch, [*first, 1, 2], 50)[1] == 32
         check_nothing_leaks(batch)
+
+
+def test_the_block_of_padding_takes_no_room_of_rows(bundle: Bundle) -> None:
+    """As in bfloat16, where small calls have one width: a row and what it begins with fill the memory."""
+    engine, most = OpenVinoEngine(bundle, threads=1), bytes_of(3, 3)
+    engine.pads_tokens = True
+    with Batch(bundle, engine, PeriodicSchedule(2), "backfill", keep_prefixes=True, kv_cache_bytes=most) as batch:
+        answered(batch, text(40))
+        assert in_use(batch) == [3, 3]  # a text of two blocks, and padding
+        batch.add([*text(40), 1, 2], 6, stop_token_ids=[])
+        (event,) = batch.tick()
+        assert event.reused == 40
+        assert len(batch._prefixes._kept) == 1  # type: ignore[union-attr]
+        assert batch.kv_bytes()["allocated"] == most
 
 
 @pytest.mark.parametrize("place", range(1, 4))
