@@ -193,10 +193,10 @@ class PagedSlots:
         if end > begin:
             for place in range(begin // self._size, -(-end // self._size)):
                 if pool.is_shared(own[place]):
-                    (new,) = pool.take(1)
-                    pool.copy(own[place], new)
-                    pool.give_back([own[place]])
-                    own[place] = new
+                    own += pool.take(1)  # what an interrupt leaves of it goes with the row
+                    pool.copy(own[place], own[-1])
+                    own[place], own[-1] = own[-1], own[place]
+                    pool.give_back([own.pop()])
             pool.will_write(own[begin // self._size : -(-end // self._size)])
         return own[: max(1, -(-end // self._size))]
 

@@ -302,6 +302,26 @@ def test_blocks_are_given_back_when_a_session_goes(engine: OpenVinoEngine) -> No
     assert in_use(engine) == [0, 0]
 
 
+def test_an_interrupt_within_a_copy_leaks_no_block(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(engine)
+    session.prefill(np.array([text(40)]), max_new_tokens=5)
+    fork = session.fork()
+    plain = BlockPool.copy
+
+    def copied(*arguments: Any) -> None:
+        plain(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockPool, "copy", copied)
+    with pytest.raises(KeyboardInterrupt):
+        fork.step([1])
+    monkeypatch.undo()
+    assert_near(fork.step([1]), session.step([1]))
+    del fork, session
+    gc.collect()
+    assert in_use(engine) == [0, 0]
+
+
 @pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
 def test_a_fork_copies_a_block_when_one_writes_into_it(engine: OpenVinoEngine, policy: str) -> None:
     """50 tokens are one full block and one that is not; 70 more fit into four blocks."""
