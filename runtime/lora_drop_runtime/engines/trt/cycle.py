@@ -155,13 +155,15 @@ class DeviceCycle:
     def _bind(self) -> None:
         """A context of the cycle's own for each set of addresses: LoRA steps on one side of the state share one."""
         made: dict[Any, Any] = {}
+        contexts = []  # kept once all are bound: where one cannot be, the next run begins anew
         for step, bindings in self._steps:
             key = step.kind, tuple(bindings.addresses.items())
             if key not in made:
                 profile = self._plans.profile(step.kind, bindings.shapes)
                 made[key] = self._plans.context(step.kind, profile, shared=False)
                 self._plans.bind(made[key], step.kind, bindings.shapes, bindings.addresses)
-            self._contexts.append(made[key])
+            contexts.append(made[key])
+        self._contexts = contexts
 
     def _enqueue(self, count: int) -> None:
         if not self._contexts:

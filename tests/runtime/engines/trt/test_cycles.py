@@ -21,7 +21,7 @@ from lora_drop_runtime.plan.schedule import MarginSchedule, PeriodicSchedule
 
 from tests.support.device_steps import LORA, RAGGED
 from tests.support.fake_cuda import FakeCuda, cudaError_t
-from tests.support.fake_trt import FakeTrt, open_device_session
+from tests.support.fake_trt import FakeCudaEngine, FakeTrt, open_device_session
 from tests.support.kernel_build import chooser_on_host
 
 WORK = ("cudaMemcpyAsync", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaGraphLaunch", "cuLaunchKernel")
@@ -314,6 +314,26 @@ def test_a_capture_that_failed_once_is_no_reason_for_others(bundles) -> None:
         for _ in range(2):
             session.generate([[7, 3, 11]], 13, k=2, stop_token_ids=())
         assert engine.captures > 0
+
+
+def test_a_cycle_that_could_not_be_bound_is_whole_the_next_time(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its contexts in turn is not to be had once, as where the card is full; then there is room again."""
+    stepwise, cycles, engine, _ = pair("recurrent", "skip")
+    create, left = FakeCudaEngine.create_execution_context, 0
+
+    def refuses_one(self: FakeCudaEngine, config: Any) -> Any:
+        nonlocal left
+        left -= 1
+        return None if left == 0 else create(self, config)
+
+    cycles.generate([[5]], 4, k=2, stop_token_ids=())
+    monkeypatch.setattr(FakeCudaEngine, "create_execution_context", refuses_one)
+    for number, prompt in enumerate(([7, 3, 11], [23, 29, 31], [9, 8, 7]), 1):  # LoRA steps on two sides, the refresh
+        engine._drop_steps()
+        left = number
+        with pytest.raises(BundleError, match="cannot create an execution context"):
+            cycles.generate([prompt], 4, k=2, stop_token_ids=())
+        same(stepwise, cycles, [prompt], 4, k=2, stop_token_ids=())
 
 
 def test_everything_is_freed_whichever_call_fails(bundles) -> None:
