@@ -218,6 +218,7 @@ class TrtEngine:
         self._sharing.discard(self)
         try:
             self._drop_steps()
+            self._steps.clear()
             for step in self._made:  # held by someone still, as by the traceback of an error
                 step.drop()
             if self._sharing:
@@ -280,10 +281,10 @@ class TrtEngine:
         return replace(self._memory.buffer(f"copy of {name}", (values,), array.dtype.name), shape=array.shape)
 
     def _drop_steps(self) -> None:
-        """Forget captured graphs and their contexts, before memory that they use is freed."""
+        """Forget captured graphs and their contexts, before memory that they use is freed. Steps stay known: a request
+        that goes on captures them again."""
         for cycle in self._cycles.values():
             cycle.drop()
         for step in self._steps.values():
             step.drop()
-        self._steps.clear()
         self._cycles.clear()

@@ -58,6 +58,17 @@ def test_a_larger_batch_replaces_buffers_and_drops_the_graphs_that_hold_them(bun
         assert len(cuda.executables) == 6
 
 
+def test_steps_that_are_captured_again_amid_a_request_are_found_by_the_next(bundles) -> None:
+    """More rows that verify drafts want more logits: that drops the graphs of steps which the request still runs."""
+    session, engine, cuda = open_device_session(bundles("recurrent"), policy="lossless")
+    with session:
+        for rows in (1, 2, 3):
+            session.generate([[7, 3, 11], [5], [23, 29, 31]][:rows], 20, k=3, stop_token_ids=())
+            held = sum(step._graph is not None for step in engine._steps.values())
+            assert held == len(cuda.executables) > 0
+    assert not cuda.live
+
+
 def test_prompts_of_any_length_leave_the_graphs_alone(bundle: Bundle) -> None:
     session, engine, cuda = open_device_session(bundle)
     with session:
