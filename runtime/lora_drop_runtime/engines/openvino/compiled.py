@@ -23,6 +23,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry
 from lora_drop_runtime.bundle.paged_io import BLOCK
+from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 
 from .io_check import check_io
@@ -72,6 +73,7 @@ class Compiled:
         cache_shapes: of each cache, of a block [H, 32, entry].
         cache_type, memory_type: what caches hold, for OpenVINO and for numpy.
         held, mapped: what constants lie in; those of it that are mapped files.
+        pages: for what packing weights allocates.
         notes: what a user who measures should know.
     """
 
@@ -83,6 +85,7 @@ class Compiled:
     memory_type: type
     held: list[Array] = field(default_factory=list)
     mapped: list[Array] = field(default_factory=list)
+    pages: HugePages = field(default_factory=HugePages)
     notes: list[str] = field(default_factory=list)
 
     def has_run(self) -> None:
@@ -90,6 +93,7 @@ class Compiled:
         if self.mapped:
             _forget_pages(self.mapped)
             self.mapped = []
+            self.pages.take()
 
 
 _lock = threading.Lock()
@@ -235,6 +239,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
 
     entry = bundle.target(target)[1]
     assert isinstance(entry, OpenVinoEntry)
+    pages = HugePages()
     weights = _Weights(bundle, replaced)
     path = bundle.root / entry.steps
     conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held, settings.threads)
@@ -266,7 +271,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
             hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
         ) from error
     found = _described(ov, compiled, notes)
-    found.held, found.mapped = weights.held, list(weights.mapped.values())
+    found.held, found.mapped, found.pages = weights.held, list(weights.mapped.values()), pages
     return found
 
 

@@ -43,6 +43,7 @@ from lora_drop_runtime.engines.engine import (
     copy_arrays,
     fitting_slots,
 )
+from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -157,6 +158,7 @@ class OrtEngine:
         self._weights = self._load_weights()  # now: a provider that cannot start has said so
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
+        pages = HugePages()
         if self._joined:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
             written = self._bundle.manifest.io(StepKind.LORA).outputs
@@ -171,6 +173,8 @@ class OrtEngine:
                 check_beside(session, beside_inputs(lengths, self._joined), self._files[kind])
             check_io(session, io, self._files[kind])
         _trim_heap()
+        if self._memory is None:
+            pages.take()
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
         """Open the graphs with other adapters, or where that fails again with those from before.

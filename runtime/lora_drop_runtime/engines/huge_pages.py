@@ -1,0 +1,110 @@
+"""What an engine allocates for its weights, in huge pages where Linux has them.
+
+A step reads all weights. The processor looks up where each page of memory lies: at 4 KiB that is a look-up for every
+4096 bytes, and in a virtual machine a dear one; at 2 MiB it is one for 512 times as many. Linux gives huge pages to
+those who ask (`transparent_hugepage/enabled` is `madvise`), and the engines do not ask. Where the system says `never`,
+nothing is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
+_PIECE = 32 << 20  # moved in one call, which a process that ends waits for
+
+
+def _page_bytes() -> int:
+    """Size of a huge page; 0 where there are none to be had."""
+    try:
+        if "[never]" in (_SETTINGS / "enabled").read_text():
+            return 0
+        return int((_SETTINGS / "hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _mappings() -> list[tuple[int, int]]:
+    """Begin and end of the process's own writable memory that is no file's, in order."""
+    found = []
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        span, access, _, _, node, *name = line.split(maxsplit=5)
+        if access == "rw-p" and node == "0" and name != ["[stack]"]:
+            begin, end = span.split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found
+
+
+def _without(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What of spans is in none of the others; both in order, and none of one list meets another of it."""
+    place = 0
+    for begin, end in spans:
+        while place < len(others) and others[place][1] <= begin:
+            place += 1
+        for other_begin, other_end in others[place:]:
+            if other_begin >= end:
+                break
+            if other_begin > begin:
+                yield begin, other_begin
+            begin = other_end
+        if begin < end:
+            yield begin, end
+
+
+class HugePages:
+    """Notes what memory the process has; `take` is for what came later."""
+
+    def __init__(self) -> None:
+        self._bytes = _page_bytes()
+        self._before: list[tuple[int, int]] = []
+        if self._bytes:
+            with contextlib.suppress(OSError):
+                self._before = _mappings()
+
+    def take(self) -> threading.Thread | None:
+        """Move what has been allocated since into huge pages, in a thread of its own.
+
+        Moved is what the process uses already, so that it takes hardly more memory. Returns the thread; None where
+        there is nothing to move, or no thread to be had.
+        """
+        if not self._before:
+            return None
+        size, spans = self._bytes, []
+        piece = max(size, _PIECE)
+        for begin, end in _without(_mappings(), self._before):
+            last = end // size * size
+            spans += [(place, min(place + piece, last)) for place in range(-(-begin // size) * size, last, piece)]
+        self._before = []
+        if not spans:
+            return None
+        thread = threading.Thread(target=_move, args=(spans, size), name="huge pages", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return None
+        return thread
+
+
+def _move(spans: list[tuple[int, int]], size: int) -> None:
+    """Put each huge page's worth that is resident, but for an eighth, into one; whatever the system refuses stays."""
+    system = ctypes.CDLL(None)
+    system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    system.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    for begin, end in spans:
+        resident = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
+        if system.mincore(begin, end - begin, resident.ctypes.data):
+            continue  # it is gone
+        used = (resident & 1).reshape(-1, size // mmap.PAGESIZE).mean(1) >= 7 / 8
+        edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2):
+            place, length = begin + int(first) * size, int(last - first) * size
+            if system.madvise(place, length, _COLLAPSE):
+                system.madvise(place, length, _HUGEPAGE)
