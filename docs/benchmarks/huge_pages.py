@@ -26,7 +26,7 @@ def times(session: Session, context: int) -> tuple[float, float]:
     firsts, steps = [], []
     for _ in range(REPEATS):
         marks, prompt = [time.perf_counter()], np.arange(10, 10 + context).tolist()
-        for _ in session.stream([prompt], TOKENS, stop_token_ids=()):
+        for _ in session.stream(prompt, TOKENS, stop_token_ids=()):
             marks.append(time.perf_counter())
         first, *others = np.diff(marks) * 1e3
         firsts.append(first)
