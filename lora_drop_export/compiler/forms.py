@@ -253,7 +253,7 @@ def fastest_form(
                 "symmetric": kind.symmetric,
                 "head_dtype": form.head_dtype or f"int{kind.bits}",
                 "tokens_per_second": rates[form],
-                "weight_bytes": sum(facts[form].layer_bytes) + facts[form].head_bytes,
+                "weight_bytes": facts[form].weight_bytes,
                 "perplexity": found.get(form),
             }
         )

@@ -60,6 +60,11 @@ class ModelFacts:
         return CacheShape(self.kv_heads, self.head_dim, self.dtype, self.kv_dtype)
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the layers' weights and the head's."""
+        return sum(self.layer_bytes) + self.head_bytes
+
+    @property
     def token_kv_bytes(self) -> int:
         """Bytes of one token's K and V in one layer."""
         return 2 * self.kv_heads * self.head_dim * BY_NAME[self.kv_dtype or self.dtype].size_bytes

@@ -19,6 +19,7 @@ import numpy as np
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
+_LEAST = 8 << 20
 _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
 
 
@@ -60,10 +61,14 @@ def _without(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Ite
 
 
 class HugePages:
-    """Notes what memory the process has; `take` is for what came later."""
+    """Notes what memory the process has; `take` is for what came later.
 
-    def __init__(self) -> None:
-        self._bytes = _page_bytes()
+    Args:
+        expected: bytes that will come; a few are not worth a look at the process's memory.
+    """
+
+    def __init__(self, expected: int) -> None:
+        self._bytes = _page_bytes() if expected >= _LEAST else 0
         self._before: list[tuple[int, int]] = []
         if self._bytes:
             with contextlib.suppress(OSError):

@@ -33,7 +33,7 @@ def said(name: str, begin: int = 0, end: int = 1 << 64) -> int:
 
 def moves() -> bool:
     """Whether this system moves memory into huge pages when it is asked."""
-    pages = HugePages()
+    pages = HugePages(64 * MIB)
     memory = mmap.mmap(-1, 8 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.write(bytes([1]) * len(memory))
     thread = pages.take()
@@ -58,7 +58,7 @@ def test_what_came_later_is_moved_as_it_is() -> None:
     early, *_ = of_its_own(16 * MIB)
     early[:] = 7
     before = said("AnonHugePages")
-    pages = HugePages()
+    pages = HugePages(64 * MIB)
     late, begin, end = of_its_own(64 * MIB)
     late[:] = np.arange(len(late), dtype=np.uint8)
     thread = pages.take()
@@ -74,7 +74,7 @@ def test_what_came_later_is_moved_as_it_is() -> None:
 @needs_huge_pages
 def test_what_is_not_used_stays_free() -> None:
     """Half of each huge page, and whole ones that were never written: none is filled up."""
-    pages = HugePages()
+    pages = HugePages(64 * MIB)
     memory, begin, end = of_its_own(64 * MIB)
     memory.reshape(-1, MIB)[:48:2] = 1
     used = said("Rss", begin, end)
@@ -90,7 +90,14 @@ def test_a_system_that_has_none_is_left_alone(text, tmp_path, monkeypatch) -> No
     if text is not None:
         (tmp_path / "enabled").write_text(text)
         (tmp_path / "hpage_pmd_size").write_text("2097152\n")
-    pages = HugePages()
+    pages = HugePages(64 * MIB)
+    memory, *_ = of_its_own(16 * MIB)
+    memory[:] = 1
+    assert pages.take() is None
+
+
+def test_little_is_not_worth_it() -> None:
+    pages = HugePages(MIB)
     memory, *_ = of_its_own(16 * MIB)
     memory[:] = 1
     assert pages.take() is None

@@ -85,7 +85,7 @@ class Compiled:
     memory_type: type
     held: list[Array] = field(default_factory=list)
     mapped: list[Array] = field(default_factory=list)
-    pages: HugePages = field(default_factory=HugePages)
+    pages: HugePages = field(default_factory=lambda: HugePages(0))
     notes: list[str] = field(default_factory=list)
 
     def has_run(self) -> None:
@@ -239,7 +239,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
 
     entry = bundle.target(target)[1]
     assert isinstance(entry, OpenVinoEntry)
-    pages = HugePages()
+    pages = HugePages(bundle.manifest.model.weight_bytes)
     weights = _Weights(bundle, replaced)
     path = bundle.root / entry.steps
     conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held, settings.threads)

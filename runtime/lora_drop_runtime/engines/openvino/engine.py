@@ -219,16 +219,12 @@ class OpenVinoEngine:
         manifest = self.bundle.manifest
         return (len(manifest.plan.states), rows, manifest.model.hidden_size)
 
-    @property
-    def _weight_bytes(self) -> int:
-        model = self.bundle.manifest.model
-        return sum(model.layer_bytes) + model.head_bytes
-
     def prepare_for_several(self) -> None:
         """Have a model of their own for calls of several tokens of a row, where a copy of the weights is small: else
         all kernels are prepared anew whenever such a call comes behind one of one token. Not where the bundle has been
         replaced since: this model would have the weights of another."""
-        gains = not self.pads_tokens and not self._settings.exact and self._weight_bytes <= MOST_TWICE
+        is_small = self.bundle.manifest.model.weight_bytes <= MOST_TWICE
+        gains = is_small and not self.pads_tokens and not self._settings.exact
         if gains and self.wide is None and self.bundle.is_in_place():
             settings = replace(self._settings, wide=True)
             self.wide = compiled_model(self.bundle, self.target, settings, self._replaced)
@@ -253,7 +249,8 @@ class OpenVinoEngine:
     def notes(self) -> list[str]:
         if self.wide is None:
             return list(self.compiled.notes)
-        held = f"{self._weight_bytes / 2**20:.0f} MiB of weights are held twice, for steps of one token and of several"
+        size = self.bundle.manifest.model.weight_bytes >> 20
+        held = f"{size} MiB of weights are held twice, for steps of one token and of several"
         return [*self.compiled.notes, held]
 
     def close(self) -> None:

@@ -158,7 +158,7 @@ class OrtEngine:
         self._weights = self._load_weights()  # now: a provider that cannot start has said so
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
-        pages = HugePages()
+        pages = HugePages(self._bundle.manifest.model.weight_bytes)
         if self._joined:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
             written = self._bundle.manifest.io(StepKind.LORA).outputs

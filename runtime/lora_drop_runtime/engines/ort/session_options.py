@@ -17,7 +17,7 @@ def packs_weights(model: ModelFacts) -> bool:
     Quantized weights have no other kernels worth having. Float weights gain where matrices are small and opening stays
     below a second.
     """
-    return model.weight_dtype in QUANTIZED_DTYPES or sum(model.layer_bytes) + model.head_bytes <= PACKED_BYTES
+    return model.weight_dtype in QUANTIZED_DTYPES or model.weight_bytes <= PACKED_BYTES
 
 
 def session_options(ort: Any, root: str | Path, threads: int | None) -> Any:
