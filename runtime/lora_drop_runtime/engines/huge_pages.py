@@ -20,6 +20,7 @@ import numpy as np
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
 _LEAST = 8 << 20
+_TOGETHER = (32 << 20) - 2 * mmap.PAGESIZE  # the largest block that glibc puts into its heap
 _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
 
 
@@ -60,17 +61,49 @@ def _without(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Ite
             yield begin, end
 
 
+def _lie_together() -> None:
+    """Let glibc allocate side by side: weights of their own mappings, each less than a huge page, cannot be moved.
+
+    It puts blocks into the heap that are smaller than one that it has given back, up to 32 MiB; this is such a one.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        system = ctypes.CDLL(None)
+        system.malloc.restype, system.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        system.free.argtypes = [ctypes.c_void_p]
+        system.free(system.malloc(_TOGETHER))
+
+
+def _move(spans: list[tuple[int, int]], size: int) -> None:
+    """Put each huge page's worth that is resident, but for an eighth, into one; whatever the system refuses stays."""
+    system = ctypes.CDLL(None)
+    system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    system.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    for begin, end in spans:
+        resident = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
+        if system.mincore(begin, end - begin, resident.ctypes.data):
+            continue  # it is gone
+        used = (resident & 1).reshape(-1, size // mmap.PAGESIZE).mean(1) >= 7 / 8
+        edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
+        for first, last in edges.reshape(-1, 2):
+            place, length = begin + int(first) * size, int(last - first) * size
+            if system.madvise(place, length, _COLLAPSE):
+                system.madvise(place, length, _HUGEPAGE)
+
+
 class HugePages:
     """Notes what memory the process has; `take` is for what came later.
 
     Args:
         expected: bytes that will come; a few are not worth a look at the process's memory.
+        scattered: whether they come in blocks of their own mappings.
     """
 
-    def __init__(self, expected: int) -> None:
+    def __init__(self, expected: int, scattered: bool = False) -> None:
         self._bytes = _page_bytes() if expected >= _LEAST else 0
         self._before: list[tuple[int, int]] = []
         if self._bytes:
+            if scattered:
+                _lie_together()
             with contextlib.suppress(OSError):
                 self._before = _mappings()
 
@@ -96,20 +129,3 @@ class HugePages:
         except RuntimeError:
             return None
         return thread
-
-
-def _move(spans: list[tuple[int, int]], size: int) -> None:
-    """Put each huge page's worth that is resident, but for an eighth, into one; whatever the system refuses stays."""
-    system = ctypes.CDLL(None)
-    system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    system.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    for begin, end in spans:
-        resident = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
-        if system.mincore(begin, end - begin, resident.ctypes.data):
-            continue  # it is gone
-        used = (resident & 1).reshape(-1, size // mmap.PAGESIZE).mean(1) >= 7 / 8
-        edges = np.flatnonzero(np.diff(used, prepend=False, append=False))
-        for first, last in edges.reshape(-1, 2):
-            place, length = begin + int(first) * size, int(last - first) * size
-            if system.madvise(place, length, _COLLAPSE):
-                system.madvise(place, length, _HUGEPAGE)

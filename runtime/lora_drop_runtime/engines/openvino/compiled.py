@@ -239,7 +239,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
 
     entry = bundle.target(target)[1]
     assert isinstance(entry, OpenVinoEntry)
-    pages = HugePages(bundle.manifest.model.weight_bytes)
+    pages = HugePages(bundle.manifest.model.weight_bytes, scattered=True)
     weights = _Weights(bundle, replaced)
     path = bundle.root / entry.steps
     conversions = Conversions(lambda *part: weights.get(entry.steps, *part), weights.held, settings.threads)

@@ -96,7 +96,7 @@ def test_attention_of_float32_gets_the_lengths_of_queries(tmp_path):
     graph = onnx.load(bundle.root / "ort/steps.onnx", load_external_data=False).graph
     nodes = [node for node in attentions(graph) if not any(a.name == "causal" for a in node.attribute)]
     layers = bundle.manifest.plan.num_layers
-    assert len(nodes) == 3 * layers - 1  # of a refresh over packed tokens and over rows, and of a LoRA step
+    assert len(nodes) == 2 * layers - 1  # of a refresh and of a LoRA step
     assert {node.input[QUERY_LENGTHS] for node in nodes} == {NEW_TOKENS}
     assert {value.name for value in graph.input} >= RAGGED
 
