@@ -20,7 +20,7 @@ import numpy as np
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
 _LEAST = 8 << 20
-_TOGETHER = (32 << 20) - 2 * mmap.PAGESIZE  # the largest block that glibc puts into its heap
+_TOGETHER = 4 << 20  # a block as large has a huge page's worth in a mapping of its own
 _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
 
 
@@ -64,7 +64,7 @@ def _without(spans: list[tuple[int, int]], others: list[tuple[int, int]]) -> Ite
 def _lie_together() -> None:
     """Let glibc allocate side by side: weights of their own mappings, each less than a huge page, cannot be moved.
 
-    It puts blocks into the heap that are smaller than one that it has given back, up to 32 MiB; this is such a one.
+    It puts blocks into the heap that are smaller than one that it has given back; this is such a one.
     """
     with contextlib.suppress(OSError, AttributeError):
         system = ctypes.CDLL(None)

@@ -257,7 +257,7 @@ def test_steps_of_several_tokens_get_a_model_of_their_own(copy: Bundle, monkeypa
         assert wide.wide is not wide.compiled
         assert "MiB of weights are held twice" in wide.notes()[-1]
         narrow, second = (weakref.ref(model) for model in (wide.compiled, wide.wide))
-        monkeypatch.setattr(module, "MOST_TWICE", wide._weight_bytes - 1)
+        monkeypatch.setattr(module, "MOST_TWICE", copy.manifest.model.weight_bytes - 1)
         sessions = both(copy, policy="backfill")
         for session in sessions:
             opened.enter_context(session)
