@@ -20,6 +20,7 @@ import numpy as np
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
 _LEAST = 8 << 20
+_STEPS = 128  # before it: to move weights takes as long as they then spare in about as many
 _TOGETHER = 4 << 20  # a block as large has a huge page's worth in a mapping of its own
 _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
 
@@ -91,7 +92,7 @@ def _move(spans: list[tuple[int, int]], size: int) -> None:
 
 
 class HugePages:
-    """Notes what memory the process has; `take` is for what came later.
+    """Notes what memory the process has, and moves what came later into huge pages once so many steps have run.
 
     Args:
         expected: bytes that will come; a few are not worth a look at the process's memory.
@@ -101,14 +102,21 @@ class HugePages:
     def __init__(self, expected: int, scattered: bool = False) -> None:
         self._bytes = _page_bytes() if expected >= _LEAST else 0
         self._before: list[tuple[int, int]] = []
+        self._left = _STEPS
         if self._bytes:
             if scattered:
                 _lie_together()
             with contextlib.suppress(OSError):
                 self._before = _mappings()
 
+    def has_run(self) -> None:
+        """Called after each step."""
+        self._left -= 1
+        if self._left == 0:
+            self.take()
+
     def take(self) -> threading.Thread | None:
-        """Move what has been allocated since into huge pages, in a thread of its own.
+        """Move what has been allocated since, in a thread of its own.
 
         Moved is what the process uses already, so that it takes hardly more memory. Returns the thread; None where
         there is nothing to move, or no thread to be had.

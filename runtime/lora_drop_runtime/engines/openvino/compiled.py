@@ -73,7 +73,7 @@ class Compiled:
         cache_shapes: of each cache, of a block [H, 32, entry].
         cache_type, memory_type: what caches hold, for OpenVINO and for numpy.
         held, mapped: what constants lie in; those of it that are mapped files.
-        pages: for what packing weights allocates.
+        pages: for what is allocated for the weights.
         notes: what a user who measures should know.
     """
 
@@ -93,7 +93,7 @@ class Compiled:
         if self.mapped:
             _forget_pages(self.mapped)
             self.mapped = []
-            self.pages.take()
+        self.pages.has_run()
 
 
 _lock = threading.Lock()

@@ -158,7 +158,7 @@ class OrtEngine:
         self._weights = self._load_weights()  # now: a provider that cannot start has said so
 
     def _open_all(self, replaced: Mapping[str, Any]) -> None:
-        pages = HugePages(self._bundle.manifest.model.weight_bytes)
+        self._pages = HugePages(self._bundle.manifest.model.weight_bytes if self._memory is None else 0)
         if self._joined:
             self._sessions = dict.fromkeys(StepKind, self._open(self._files[StepKind.REFRESH], replaced))
             written = self._bundle.manifest.io(StepKind.LORA).outputs
@@ -173,8 +173,6 @@ class OrtEngine:
                 check_beside(session, beside_inputs(lengths, self._joined), self._files[kind])
             check_io(session, io, self._files[kind])
         _trim_heap()
-        if self._memory is None:
-            pages.take()
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
         """Open the graphs with other adapters, or where that fails again with those from before.
@@ -309,6 +307,7 @@ class OrtEngine:
         for name, array in outputs.items():
             self._bind(binding.bind_output, name, array)
         kept = (*self._mapped, *inputs.values(), *outputs.values())  # keep the bound memory alive
+        has_run = self._pages.has_run
 
         def step(run: Callable[..., None] = session.run_with_iobinding, _: Any = kept) -> None:
             set_beside()
@@ -316,6 +315,7 @@ class OrtEngine:
                 run(binding)
             except Exception as error:
                 raise self._cannot_run(kind, error) from error
+            has_run()
 
         return step
 
