@@ -160,6 +160,7 @@ def compare(model: Path) -> None:
     windows = held_out_windows(codec)
     with contextlib.ExitStack() as stack:
         arms = [pytorch_arm(model), *session_arms(model, stack)]
+        perplexities = [arm.perplexity(windows) for arm in arms]  # first: after some steps weights move to faster pages
         seconds, held = np.empty((ROUNDS + 1, len(arms))), [0] * len(arms)
         for number in range(ROUNDS + 1):  # the first warms up
             for place, arm in enumerate(arms):  # interleaved: all see the same machine
@@ -170,7 +171,7 @@ def compare(model: Path) -> None:
         for place, arm in enumerate(arms):
             speed = NEW_TOKENS / np.median(seconds[1:, place])
             faster = np.median(seconds[1:, 0] / seconds[1:, place])
-            kv, perplexity = f"{held[place] / MIB:.2f}", f"{arm.perplexity(windows):.1f}"
+            kv, perplexity = f"{held[place] / MIB:.2f}", f"{perplexities[place]:.1f}"
             rows.append((arm.name, f"{speed:.1f}", f"{faster:.2f}×", kv, perplexity))
     print(
         f"\n{NEW_TOKENS} tokens after «{PROMPT}», prompt included, medians of {ROUNDS} interleaved runs; "
