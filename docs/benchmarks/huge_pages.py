@@ -52,9 +52,7 @@ def main() -> None:
         times(session, options.context)  # both see code and data that are warm
         before = times(session, options.context)
         may_move.set()
-        for thread in threading.enumerate():
-            if thread.name == "huge pages":
-                thread.join()
+        huge_pages.settle()
         after = times(session, options.context)
     for name, old, new in zip(("prompt", "step"), before, after, strict=True):
         print(f"{name:8} {old:8.2f} ms {new:8.2f} ms {old / new:6.3f}×")

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,8 @@ class HugePages:
         self._bytes = _page_bytes() if expected >= _LEAST else 0
         self._before: list[tuple[int, int]] = []
         self._left = _STEPS
+        self._thread: threading.Thread | None = None
+        _all.add(self)
         if self._bytes:
             if scattered:
                 _lie_together()
@@ -136,4 +139,20 @@ class HugePages:
             thread.start()
         except RuntimeError:
             return None
+        self._thread = thread
         return thread
+
+    def settle(self) -> None:
+        """Move it now, and wait until it has been."""
+        self.take()
+        if self._thread is not None:
+            self._thread.join()
+
+
+_all: weakref.WeakSet[HugePages] = weakref.WeakSet()
+
+
+def settle() -> None:
+    """For all engines of the process that have run once, as who measures steps wants it."""
+    for pages in list(_all):
+        pages.settle()

@@ -21,6 +21,7 @@ from typing import TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.schedules import named_schedule
+from lora_drop_runtime.engines import huge_pages
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
@@ -121,6 +122,7 @@ def _measure_all(
             # A cycle that runs on the device is captured when it comes for the second time
             warm = 2 * (longest + 1) + 1
             arm.run(prompts_of(next(iter(bundles.values())), largest.context, largest.rows), warm)
+        huge_pages.settle()
         begin = machine.cpu_time(peer.pid for peer in peers)
         for request in requests:
             arms = ours + [arm for arm in theirs if arm.peer not in result.peers_left_out and request.rows == 1]
