@@ -3,8 +3,8 @@
 A refresh takes `input_ids` [B, S]. Where rows have fewer than S new tokens (`packed_step`), products, norms and the
 head run over one packed sequence [1, T] of the real tokens; attention alone takes chunks [B, S], padded on the right.
 Else all run over [B, S]. A small If makes the tokens, and where each lies on either side of the attentions: two
-GatherNDs in each layer, which cost less than an If that leaves them out. No weight may lie in an If within an If: ONNX
-Runtime would not pack it for its kernels.
+GatherNDs in each layer, which cost no more than an If that leaves them out. No weight may lie in an If within an If:
+ONNX Runtime would not pack it for its kernels.
 
 In both steps a row may stand still: no cache and no state of it changes.
 """

@@ -20,7 +20,7 @@ import numpy as np
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise; the second since Linux 6.1, before it the system does so some time
-_LEAST = 8 << 20
+_LEAST = 8 << 20  # of weights
 _STEPS = 128  # before it: to move weights takes as long as they then spare in about as many
 _TOGETHER = 4 << 20  # a block as large has a huge page's worth in a mapping of its own
 _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
