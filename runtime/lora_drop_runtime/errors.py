@@ -110,5 +110,8 @@ def counted(number: int, what: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, in one line; the name of its class when it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's exception says, in one line and without a full stop, which some end with; the name of its
+    class when it says nothing.
+    """
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(".") if lines else "") or type(error).__name__
