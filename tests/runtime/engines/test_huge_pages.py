@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 
 import numpy as np
 import pytest
@@ -105,7 +104,7 @@ def test_it_is_taken_after_so_many_steps() -> None:
     memory[:] = 1
     for _ in range(huge_pages._STEPS - 1):
         pages.has_run()
-    assert not any(thread.name == "huge pages" for thread in threading.enumerate())
+    assert pages._thread is None
     pages.has_run()
     pages.settle()
     assert said("AnonHugePages", begin, end) >= 8 * MIB
