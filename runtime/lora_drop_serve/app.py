@@ -149,7 +149,10 @@ class Gate:
             if has_left and not is_whole:
                 raise HTTPException(GONE)
             is_whole = not message.get("more_body")
-            taken += len(message.get("body", b""))
+            piece = message.get("body", b"")
+            if self._driver.is_closing and not (is_whole or piece):  # `Protocol.shutdown`: the rest is not waited for
+                raise HTTPException(503, closing().body, closing().headers)
+            taken += len(piece)
             if taken > MOST_BODY_BYTES:
                 if message.get("more_body"):
                     await _discard(receive)

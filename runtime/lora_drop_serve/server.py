@@ -147,6 +147,13 @@ class Protocol(H11Protocol):
         self._stop_looking()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        """The server ends. Who waits for a body finds out, and who takes nothing of its answer is cut off in time."""
+        super().shutdown()
+        if self.cycle is not None:
+            self.cycle.message_event.set()
+        self.loop.call_later(_FLUSH_SECONDS, self.transport.abort)
+
     def handle_events(self) -> None:
         super().handle_events()
         self._watch()
@@ -216,7 +223,7 @@ def make_server(app: FastAPI, driver: Driver, grace: float, drain_delay: float =
         log_level="error",
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        timeout_graceful_shutdown=_FLUSH_SECONDS + 1,  # by then all connections are cut off
         server_header=False,
     )
     return _Server(config, driver, grace, drain_delay)

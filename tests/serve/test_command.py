@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,6 +121,37 @@ def test_a_second_signal_cuts_what_runs(bundle: Bundle) -> None:
         code, errors = end_of(process)
     assert code == 0
     assert "1 request cut, after" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_end_waits_for_no_client_that_stands_still(bundle: Bundle) -> None:
+    """One in the midst of its body is told that the server closes; of one that is told of its refusal and goes on, and
+    of one that takes nothing of its answer, the server takes leave. None of it is an error of the server's own."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    data = json.dumps({"prompt": [1], "max_tokens": 120, "stream": True, "n": 60, "logprobs": 20}).encode()
+    begun = {
+        "half": head + b"100\r\n\r\n{",
+        "refused": head + b"10000000\r\n\r\n{",
+        "reader": head + f"{len(data)}\r\n\r\n".encode() + data,
+    }
+    with started(bundle, "--grace", "0") as (process, address), ExitStack() as ends:
+        http = ends.enter_context(httpx.Client(base_url=address, timeout=None))
+        clients = {name: ends.enter_context(socket.socket()) for name in begun}
+        for name, client in clients.items():
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((http.base_url.host, http.base_url.port))
+            client.sendall(begun[name])
+        assert clients["refused"].recv(1 << 16).startswith(b"HTTP/1.1 413")
+        made = r"^lora_drop_tokens_total\S+ (\S+)"
+        await_that(lambda: sum(map(float, re.findall(made, http.get("/metrics").text, re.MULTILINE))) == 60 * 120)
+        process.send_signal(signal.SIGTERM)
+        told = b"".join(iter(lambda: clients["half"].recv(1 << 16), b""))
+        code, errors = end_of(process)
+    assert told.startswith(b"HTTP/1.1 503"), told
+    assert b'"code":"closing"' in told
+    assert code == 0
+    assert "1 request cut, after" in errors
+    assert "ERROR" not in errors
     assert "Traceback" not in errors
 
 
