@@ -270,7 +270,7 @@ class Driver:
         await self._wait(delay, lambda: False)
         self.is_closing = True
         await self._wait(seconds, lambda: not self._open)
-        cut = len(self._open)
+        cut = len(self._open) if self.error is None else 0  # a failed engine has ended them, and they have been told
         self._give([(job, closing()) for job in self._open], None, time.perf_counter())
         return cut
 

@@ -18,6 +18,7 @@ from lora_drop_runtime import Batch, BundleError, PeriodicSchedule
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.text import TextCodec
+from lora_drop_serve.driver import Job, RowRequest
 from lora_drop_serve.requests import MOST_BODY_BYTES
 
 from tests.support.decoding import PLAN, continued
@@ -456,6 +457,26 @@ def test_an_engine_that_fails_ends_the_delay(served: Served, engine: GatedEngine
     engine.broken = broken
     assert served.http.post(COMPLETIONS, json=body(3)).status_code == 503
     assert draining.result() == 0
+
+
+def test_what_a_failed_engine_has_ended_is_not_cut(served: Served, engine: GatedEngine) -> None:
+    """Though its answer is not delivered yet."""
+    import asyncio
+
+    def broken(_: Run) -> None:
+        raise RuntimeError
+
+    async def begun() -> Job:
+        job = served.driver.submit([RowRequest(np.array([7]), 3, {})])
+        await job.begin()
+        return job
+
+    engine.broken = broken
+    job = asyncio.run_coroutine_threadsafe(begun(), served.driver._loop).result()
+    await_that(lambda: served.driver.error is not None)
+    assert served.driver.open_rows == 1
+    assert drain(served, 600).result() == 0
+    served.driver._loop.call_soon_threadsafe(job.close)
 
 
 def test_two_signals_at_once_end_the_server(served: Served, engine: GatedEngine) -> None:
