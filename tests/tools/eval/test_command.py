@@ -43,6 +43,17 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("policy", "dropped"), [("skip", 32 + 19), ("backfill", 32 + 5 * 19), ("lossless", 32 + 96)])
+def test_kv_of_a_request_that_ends_within_a_cycle(policy: str, dropped: int, bundle: Path, text: Path) -> None:
+    """Eq. 13: dropped layers lack the tokens since the last of 19 refreshes."""
+    given = EvalSettings(text=text, k=(4,), policies=(policy,), window=48, prompt=8, windows=1, threads=1)
+    result = eval(bundle, given, out=io.StringIO())
+    assert result.kv_request == (32, 96)
+    manifest = Bundle.open(bundle).manifest
+    lacking = (128 - dropped) * len(manifest.plan.sites)
+    assert result.rows[-1].kv_bytes == costs.kv_base_bytes(manifest, 128) - lacking * manifest.model.token_kv_bytes
+
+
 @pytest.fixture
 def count_prefills(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Notes the k of each prefill; with `interrupt_at`, Ctrl-C is pressed in one."""

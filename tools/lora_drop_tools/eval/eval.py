@@ -196,7 +196,7 @@ def _row(work: _Work, policy: Policy, given: WindowK, speedups: Mapping[Key, flo
         weight_bytes=share.weight_bytes,
         policy=arm,
         k=k,
-        kv_bytes=costs.kv_reserved_bytes(bundle.manifest, *work.kv_request, k, policy),
+        kv_bytes=sum(costs.kv_bytes(bundle.manifest, *work.kv_request, k, policy)),
         speedup=speedups.get((name, arm, k, PERIODIC if isinstance(given, int) else given.name)),
         text=None,
         tasks={},

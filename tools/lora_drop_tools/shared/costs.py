@@ -151,13 +151,6 @@ def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy
     return kept * len(plan.kept_attentions) * token_bytes, dropped * len(plan.dropped_attentions) * token_bytes
 
 
-def kv_reserved_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> int:
-    """Bytes of the K/V slots that one row of a request needs in all layers."""
-    plan, dropped = manifest.plan, policy.dropped_slots(prompt, steps, PeriodicSchedule(k))
-    slots = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
-    return slots * manifest.model.token_kv_bytes
-
-
 def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Sequence[float], policy: Policy) -> int:
     """Bytes of valid K/V of one row under a schedule that is known by what it did.
 
