@@ -87,7 +87,7 @@ class Batch:
             prepare_for_several(engine)
         self._slots = slots_for(bundle, engine, self._count, most, several)
         self._most_bytes = checks.checked_cache_bytes(kv_cache_bytes, self._paged)
-        checks.check_pool(self._slots.bytes_of({"slots_kept": 1, "slots_dropped": 1}), self._most_bytes)
+        checks.check_block(self._slots.bytes_of(dict.fromkeys(self._capacity, 1)), self.row_bytes, self._most_bytes)
         keeps = checks.flag("keep_prefixes", keep_prefixes)
         self._prefixes = prefixes_for(engine, self._slots, self._count, self._bytes_of_all()) if keeps else None
         self._why_none_kept = "" if self._prefixes or not keeps else "; no prefixes are kept by this engine"

@@ -221,6 +221,16 @@ def checked_cache_bytes(most: int | None, paged: bool) -> int | None:
     return int(most)
 
 
+def check_block(block: int, row: int, most: int | None) -> None:
+    """There has to be room for the shortest row, `block` bytes; the longest one may take `row` bytes."""
+    if most is not None and block > most:
+        raise InputError(
+            "The K/V caches have no room for a block.",
+            note=f"kv_cache_bytes is {most}; a block of all layers takes {block}, and a row up to {row}.",
+            hint="Give more, or leave it out.",
+        )
+
+
 def check_pool(needed: int, most: int | None) -> None:
     if most is not None and needed > most:
         raise InputError(

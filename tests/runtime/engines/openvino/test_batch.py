@@ -293,6 +293,15 @@ def test_a_row_that_can_never_fit_is_refused(bundle: Bundle, capsys) -> None:
         assert tokens == 70
 
 
+def test_caches_of_less_than_a_block_are_refused(bundle: Bundle) -> None:
+    block, row = bytes_of(1, 1), bytes_of(2, 2)
+    call = lambda most: Batch.open(bundle.root, max_seq_len=64, kv_cache_bytes=most, threads=1)  # noqa: E731
+    said = f"kv_cache_bytes is {block - 1}; a block of all layers takes {block}, and a row up to {row}."
+    assert_refused(lambda: call(block - 1), "no room for a block", said)
+    with call(block) as batch:
+        assert batch.row_bytes == row
+
+
 @pytest.mark.parametrize("wrong", [0, -1])
 def test_sizes_out_of_range(bundle: Bundle, wrong: int) -> None:
     call = lambda: Batch.open(bundle.root, kv_cache_bytes=wrong, threads=1)  # noqa: E731
