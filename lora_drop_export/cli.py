@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-drop-export",
         description="Compile a Hugging Face causal language model into a bundle that decodes with LoRA-Drop.",
     )
-    parser.add_argument("--model", metavar="DIR|HUB_ID|FILE.gguf", help="the model to export")
+    what = "the model to export; of a bundle its weights, for another plan"
+    parser.add_argument("--model", metavar="DIR|HUB_ID|FILE.gguf|BUNDLE", help=what)
     parser.add_argument("--out", required=True, type=given_path, metavar="DIR", help="where the bundle goes")
     parser.add_argument(
         "--add-target",
@@ -111,7 +112,7 @@ def _export(command_line: Sequence[str]) -> None:
         raise InputError(
             "There is no model to export.",
             note="--model was not given, nor --add-target for an existing bundle.",
-            hint="Use --model DIR|HUB_ID|FILE.gguf.",
+            hint="Use --model DIR|HUB_ID|FILE.gguf|BUNDLE.",
         )
     _print_exported(export(arguments.model, arguments.out, settings_of(ExportOptions, arguments)), arguments.out)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from lora_drop_runtime import Session
 from lora_drop_runtime.decoding.slots import Run
+from lora_drop_runtime.engines import huge_pages
 from lora_drop_runtime.plan.schedule import StepKind
 
 ROWS, NEW_TOKENS = 8, 16
@@ -63,6 +64,9 @@ def calls_of(session: Session, context: int) -> dict[str, Callable[[], object]]:
 def measured(arms: dict[str, Session], context: int, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each call, by arm and call; all arms run a call twice in turn, and the second counts."""
     calls = {arm: calls_of(session, context) for arm, session in arms.items()}
+    for own in calls.values():
+        own["refresh of 1"]()  # weights are where they stay
+    huge_pages.settle()
     found: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in own} for arm, own in calls.items()}
     for name in next(iter(calls.values())):
         for _ in range(max(3, repeats // 3) if name.startswith("prompt") else repeats):

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME
 from lora_drop_runtime.errors import VerificationError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
@@ -26,7 +27,7 @@ from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.decoder.anatomy import between_halves, first_output
 from lora_drop_export.decoder.attention_interface import AttentionCall
 from lora_drop_export.decoder.streamed import StreamedModel, as_tensor
-from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, read_arrays
+from lora_drop_export.weights.arrays import read_arrays
 
 Array = npt.NDArray[Any]
 _ROWS = 128  # tokens whose logits are

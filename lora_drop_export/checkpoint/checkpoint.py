@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from lora_drop_runtime.bundle.manifest import Manifest
 from lora_drop_runtime.dtypes import BY_NAME
 
 _FINGERPRINT_VALUES = 64
@@ -48,6 +49,7 @@ class Checkpoint:
         trust_remote_code: the user lets the code that the checkpoint brings run.
         owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
             file, or from files that were made for this export.
+        bundle: the manifest of the bundle that holds the tensors.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
     owned: bool = False
+    bundle: Manifest | None = None
 
     def fingerprint(self) -> str:
         """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
@@ -64,6 +67,8 @@ class Checkpoint:
         SHA-256 over each tensor's name, shape and first 64 values as float32; over the dtype of one that cannot be
         read, which the model may have no place for.
         """
+        if self.bundle is not None:
+            return self.bundle.model.fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]

@@ -1,10 +1,10 @@
 """From what the user named to a checkpoint on disk.
 
-Enters: a local directory, a hub id or a GGUF file. Leaves: a `Checkpoint`: the config, where each tensor lies, and the
-directory with tokenizer and generation config. Reads headers only, and a quantized checkpoint's zero points: tensors
-are read, and those of a GGUF file, of a quantized checkpoint or of a quantized bundle dequantized, when they are asked
-for. A `.bin` checkpoint is first converted by transformers into an ordinary safetensors directory under `scratch`; a
-GGUF file's config and tokenizer are written there.
+Enters: a local directory, a hub id, a GGUF file or a bundle. Leaves: a `Checkpoint`: the config, where each tensor
+lies, and the directory with tokenizer and generation config. Reads headers only, a quantized checkpoint's zero points,
+and a bundle's files for their hashes: tensors are read, and those of a GGUF file, of a quantized checkpoint or of a
+quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first converted by transformers into an
+ordinary safetensors directory under `scratch`; a GGUF file's or a bundle's config and tokenizer are written there.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME, MANIFEST_NAME, VERIFY_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.files import is_directory, is_file, refuse_locked
 
-from lora_drop_export.quantize.dequantized import dequantized_tensors
+from lora_drop_export.quantize.choice import Quantization
+from lora_drop_export.quantize.dequantized import DequantizedTensor, dequantized_tensors
 
 from .checkpoint import Checkpoint, TensorSource
 from .foreign import CHECKPOINT_HINT, read_json, refused, said
@@ -255,6 +260,27 @@ def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Check
     )
 
 
+def _bundle(path: Path, scratch: Path, trust_remote_code: bool, log: Callable[[str], None]) -> Checkpoint:
+    """The weights of a bundle, quantized ones as they lie; config and tokenizer are put together under `scratch`."""
+    bundle = Bundle.open(path)
+    manifest, weights, directory = bundle.manifest, bundle.root / "weights", scratch / "bundle"
+    bundle.check_unchanged((VERIFY_NAME, *(f"{target}/" for target in manifest.targets)))
+    directory.mkdir(parents=True)
+    for file in (*weights.glob("*.py"), weights / "config.json", *bundle.root.glob("tokenizer/*")):
+        shutil.copyfile(file, directory / file.name)
+    own = (weights / ADAPTERS_NAME, weights / KV_SCALES_NAME)
+    tensors = _tensors(weights, [file for file in sorted(weights.glob("*.safetensors")) if file not in own])
+    config = _config(directory, trust_remote_code)
+    if manifest.quantization:
+        how = Quantization(**{name: manifest.quantization[name] for name in Quantization.__dataclass_fields__})
+        log(f"the bundle's weights are taken as they are ({short_name(how.dtype)}, {how.method})")
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DequantizedTensor):
+                tensors[name] = replace(tensor, quantization=how)
+    renamed = own_names(tensors) | renamed_tensors(tensors, config)
+    return Checkpoint(manifest.model.name, directory, config, tensors, renamed, trust_remote_code, bundle=manifest)
+
+
 def open_checkpoint(
     model: str, scratch: Path, *, trust_remote_code: bool = False, log: Callable[[str], None] = print
 ) -> Checkpoint:
@@ -267,7 +293,7 @@ def open_checkpoint(
         raise InputError(
             "The name of the model is empty.",
             note="It names nothing.",
-            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+            hint="Give a Hugging Face directory, a hub id, a .gguf file, or a bundle.",
         )
     with refused("There is no such model.", repr(model), "Check the spelling."):  # ~nobody/model
         path = Path(model).expanduser()
@@ -279,15 +305,17 @@ def open_checkpoint(
         raise InputError(
             "The model is a file, but not a GGUF file.",
             note=f"{path} ends in {path.suffix or 'nothing'}.",
-            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+            hint="Give a Hugging Face directory, a hub id, a .gguf file, or a bundle.",
         )
+    if is_file(path / MANIFEST_NAME):
+        return _bundle(path, scratch, trust_remote_code, log)
     if is_directory(path):
         directory = path
     elif path.suffix.lower() == ".gguf" or os.path.lexists(path):
         raise InputError(
             "There is no such model.",
             note=f"{model:.300} is {_what_is_there(path)}.",
-            hint="Give a Hugging Face directory, a hub id, or a .gguf file.",
+            hint="Give a Hugging Face directory, a hub id, a .gguf file, or a bundle.",
         )
     else:
         directory = _snapshot(model)

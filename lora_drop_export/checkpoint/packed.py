@@ -30,7 +30,8 @@ from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
-from lora_drop_export.quantize.choice import kept_format
+from lora_drop_export.quantize.choice import Quantization, kept_format
+from lora_drop_export.quantize.dequantized import DequantizedTensor
 from lora_drop_export.quantize.formats import (
     FLOAT8,
     Blocked,
@@ -102,6 +103,13 @@ class PackedTensor(abc.ABC):
     def holds(cls, integers: TensorSource) -> bool:
         """Whether the tensor in the place of a weight's integers is one: a weight in float may have that name, too."""
         return True
+
+    @property
+    def quantization(self) -> Quantization:
+        """As the manifest has it."""
+        form = self.native
+        size = None if form.floating else form.block_size
+        return Quantization(form.bits, size, f"{self.method} of the checkpoint", form.symmetric)
 
     @property
     def file(self) -> Path:
@@ -319,6 +327,8 @@ class Float8Tensor(PackedTensor):
     def _zero_points(self) -> Integers | None:
         return None
 
+
+Kept = PackedTensor | DequantizedTensor  # of a quantized checkpoint or of a bundle: they are stored as they are
 
 _METHODS: dict[str, type[PackedTensor]] = {kind.method: kind for kind in (GptqTensor, AwqTensor, CompressedTensor)}
 _PARTS = {

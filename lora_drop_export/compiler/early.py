@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.adapters import read_adapters
-from lora_drop_runtime.bundle.manifest import INTEGER_DTYPES
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
@@ -21,7 +21,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
-from lora_drop_export.checkpoint.packed import PackedTensor
+from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import window_within
 from lora_drop_export.decoder.refusals import refuse_by_config
@@ -164,18 +164,37 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
             )
         return
     weights = str(short_name(kept.dtype))
-    packed = [ref for ref in checkpoint.tensors.values() if isinstance(ref, PackedTensor)]
+    packed = [ref for ref in checkpoint.tensors.values() if isinstance(ref, Kept)]
+    by_channel = kept.block_size == CHANNEL
+
+    def takes(name: str, ref: Kept) -> bool:
+        return TARGETS[name].takes_kept(ref.native) and (TARGETS[name].channel_weights or not by_channel)
+
     for target in (name for name in options.targets if name != NO_TARGET):
-        other = next((ref for ref in packed if not TARGETS[target].takes_kept(ref.native)), None)
+        other = next((ref for ref in packed if not takes(target, ref)), None)
         if other is not None:
             points = "no zero points" if other.native.symmetric else "zero points"
-            held = "fp8 values" if other.native.floating else f"int{other.native.bits} blocks with {points}"
-            able = [name for name, row in TARGETS.items() if all(row.takes_kept(ref.native) for ref in packed)]
+            blocks = "rows" if by_channel else "blocks"
+            held = "fp8 values" if other.native.floating else f"int{other.native.bits} {blocks} with {points}"
+            able = [name for name in TARGETS if all(takes(name, ref) for ref in packed)]
             raise InputError(
                 "The target cannot take the checkpoint's weights as they are.",
                 note=f"{other.name} of {checkpoint.name} has {held}; {target} was asked for.",
                 hint=f"Use --target {' or '.join(able)}, or the model's float checkpoint.",
             )
+    asked = {
+        "--dtype": options.dtype not in (None, "float32", kept.dtype),
+        "--block-size": options.block_size is not None,
+        "--quantization": options.quantization is not None,
+        "--symmetric": options.symmetric,
+        "--head-dtype": options.head_dtype is not None,
+    }
+    if checkpoint.bundle is not None and any(asked.values()):  # of a bundle no weight is left to be quantized
+        raise InputError(
+            "The weights of a bundle stay as they are.",
+            note=f"It has {weights} weights ({kept.method}); given is {', '.join(filter(asked.get, asked))}.",
+            hint="Leave that out, or export the model again. For a GPU use --activation-dtype fp16 or bf16.",
+        )
     alike = (kept.dtype,) if kept.dtype == FLOAT8 else INTEGER_DTYPES  # what the rest may be
     if options.dtype not in (None, "float32", *alike):
         raise InputError(

@@ -24,7 +24,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME, Manifest
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -43,7 +43,7 @@ from lora_drop_export.graphs.match import fusable_groups
 from lora_drop_export.graphs.refresh import check_halves, refresh_from_trace
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import TARGETS, build_target
-from lora_drop_export.weights.arrays import ADAPTERS_NAME, KV_SCALES_NAME, store_arrays
+from lora_drop_export.weights.arrays import store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
@@ -155,10 +155,16 @@ def write_bundle(
 
 
 def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None, console: Console) -> Bundle:
-    """Measure what quantization costs, on the first target, and say it in the manifest."""
+    """Measure what quantization costs, on the first target, and say it in the manifest.
+
+    Of a bundle's weights that was measured before, beside those that they were rounded from.
+    """
     name, _ = bundle.target(None)
     provider = TARGETS[name].provider(bundle.manifest.model.dtype)
-    perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
+    if checkpoint.bundle is not None and checkpoint.bundle.quantization:
+        perplexity = checkpoint.bundle.quantization.get("perplexity")
+    else:
+        perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
     if perplexity is None:
         return bundle
     said = bundle.manifest.quantization | {"perplexity": perplexity}
@@ -169,7 +175,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     """Export a model to a bundle at `out`.
 
     Args:
-        model: a Hugging Face directory, a hub id, or a GGUF file.
+        model: a Hugging Face directory, a hub id, a GGUF file, or a bundle, whose weights are taken as they are.
         out: the bundle's directory; must not exist unless `options.force`.
 
     Raises:

@@ -27,7 +27,7 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
-from lora_drop_export.checkpoint.packed import PackedTensor
+from lora_drop_export.checkpoint.packed import Kept, PackedTensor
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import context_in_words, context_length
 from lora_drop_export.decoder.trace import TracedModel
@@ -46,8 +46,8 @@ def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
 
 
 def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
-    """The block formats of weights that a quantized checkpoint holds: they are stored as they are."""
-    return {name: ref.native for name, ref in refs.items() if isinstance(ref, PackedTensor)}
+    """The block formats of weights that a quantized checkpoint or a bundle holds: they are stored as they are."""
+    return {name: ref.native for name, ref in refs.items() if isinstance(ref, Kept)}
 
 
 def head_formats(
@@ -60,12 +60,9 @@ def head_formats(
 
 
 def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
-    """How most of a quantized checkpoint's weights are stored; None for another checkpoint."""
-    kinds = Counter((ref.native, ref.method) for ref in refs.values() if isinstance(ref, PackedTensor))
-    for (form, method), _ in kinds.most_common(1):
-        size = None if form.floating else form.block_size
-        return Quantization(form.bits, size, f"{method} of the checkpoint", form.symmetric)
-    return None
+    """How most of a quantized checkpoint's weights, or of a bundle's, are stored; None for another checkpoint."""
+    kinds = Counter(ref.quantization for ref in refs.values() if isinstance(ref, Kept))
+    return next((kind for kind, _ in kinds.most_common(1)), None)
 
 
 def quantization_of(refs: Mapping[str, TensorSource], options: BuildOptions) -> Quantization | None:
@@ -98,7 +95,9 @@ def quantization_facts(
     if quantization is None:
         return {}
     shapes = {name: ref.shape for name, ref in refs.items()}
-    found = departures(shapes, formats, native_formats(refs) | kept_formats(refs), quantization)
+    # A bundle's were rounded here: what departed from what was asked for then departs now
+    kept = {name: form for name, form in kept_formats(refs).items() if isinstance(refs[name], PackedTensor)}
+    found = departures(shapes, formats, native_formats(refs) | kept, quantization)
     for one in found:
         what = f"{one['weights']} ({one['count']})"
         if one["block_size"] is None:

@@ -11,19 +11,34 @@ import numpy as np
 from lora_drop_runtime.bundle.safetensors_file import Blocks, TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME
 
-from .formats import FLOAT8, METADATA_KEY, Floats, dequantize, dequantize_floats, part_names, unpack
+from .choice import Quantization
+from .formats import (
+    FLOAT8,
+    METADATA_KEY,
+    Blocked,
+    BlockFormat,
+    Floats,
+    dequantize,
+    dequantize_floats,
+    part_names,
+    row_format,
+    unpack,
+)
 
 _CHUNK_VALUES = 1 << 22  # read at once when dequantizing
 
 
 @dataclass(frozen=True)
 class DequantizedTensor:
-    """A quantized tensor [N, K] that is read as float32; offers what TensorPlace offers.
+    """A quantized tensor [N, K] that is read as float32; offers what TensorPlace offers, and `native_rows`.
 
-    `stored` is where it lies, with its blocks.
+    Attributes:
+        stored: where it lies, with its blocks.
+        quantization: as the manifest of its bundle has it, where that was read.
     """
 
     stored: TensorPlace
+    quantization: Quantization | None = None
     dtype: str = "float32"
 
     @property
@@ -42,32 +57,46 @@ class DequantizedTensor:
     def size_bytes(self) -> int:
         return 4 * self.shape[0] * self.shape[1]
 
+    @property
+    def _blocks(self) -> Blocks:
+        assert self.stored.blocks is not None
+        return self.stored.blocks
+
+    @property
+    def native(self) -> BlockFormat:
+        """The format in which `native_rows` gives the values."""
+        if self._blocks.zero_points is None:
+            return row_format(self.shape[1])
+        return BlockFormat(BY_NAME[self.stored.dtype].bits, self._blocks.block_size, self._blocks.symmetric)
+
+    def native_rows(self, begin: int, end: int) -> Blocked:
+        """Rows `begin` to `end` as they lie: integers, scales and zero points, or the bits of E4M3 and scales."""
+        blocks, form = self._blocks, self.native
+        scales = np.asarray(blocks.scales.rows(begin, end), np.float32)
+        if blocks.zero_points is None:
+            bits = replace(self.stored, dtype="uint8").rows(begin, end)
+            return bits, scales[:, None], np.zeros((len(bits), 1), np.uint8)
+        q = unpack(self.stored.rows(begin, end), form.bits)
+        if form.symmetric:
+            return q, scales, np.full(scales.shape, form.middle, np.uint8)
+        return q, scales, unpack(blocks.zero_points.rows(begin, end), form.bits)
+
     def read(self) -> Floats:
         """All values, float32."""
         return self.rows(0, self.shape[0])
 
     def rows(self, begin: int, end: int) -> Floats:
         """Rows `begin` to `end`, float32."""
-        blocks = self.stored.blocks
-        assert blocks is not None
-        bits = BY_NAME[self.stored.dtype].bits
         end = min(end, self.shape[0])
         values = np.empty((max(0, end - begin), self.shape[1]), np.float32)
         step = max(1, _CHUNK_VALUES // self.shape[1])
         for first in range(begin, end, step):
             last = min(end, first + step)
-            if blocks.zero_points is None:
-                stored = replace(self.stored, dtype="uint8").rows(first, last)
-                scales = np.asarray(blocks.scales.rows(first, last), np.float32)
-                values[first - begin : last - begin] = dequantize_floats(stored, scales[:, None])
-                continue
-            q = unpack(self.stored.rows(first, last), bits)
-            scales = np.asarray(blocks.scales.rows(first, last), np.float32)
-            if blocks.symmetric:
-                zero_points = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+            q, scales, zero_points = self.native_rows(first, last)
+            if self.native.floating:
+                values[first - begin : last - begin] = dequantize_floats(q, scales)
             else:
-                zero_points = unpack(blocks.zero_points.rows(first, last), bits)
-            values[first - begin : last - begin] = dequantize(q, scales, zero_points)
+                values[first - begin : last - begin] = dequantize(q, scales, zero_points)
         return values
 
 

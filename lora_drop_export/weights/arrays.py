@@ -14,8 +14,6 @@ from lora_drop_runtime.dtypes import safetensors_name
 from .layout import Entry
 from .write import stored_blocks, write_safetensors
 
-ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the checkpoint's own files
-
 
 def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, root: Path) -> dict[str, TensorPlace]:
     """Write small arrays, if any, to `weights/file` and return their places; `read_arrays` is the way back."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError
@@ -24,7 +25,6 @@ from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.console import Progress
 from lora_drop_export.quantize.formats import BlockFormat
 
-from .arrays import ADAPTERS_NAME, KV_SCALES_NAME
 from .layout import Order, file_entries
 from .write import CHUNK_BYTES, write
 

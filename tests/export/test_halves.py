@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.engine import STANDING_SLOTS
@@ -15,7 +16,6 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.options import BuilderOptions
-from lora_drop_export.weights.arrays import ADAPTERS_NAME
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
 from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters, traced_model

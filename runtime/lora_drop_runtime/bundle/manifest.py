@@ -17,6 +17,7 @@ from .graph_io import CacheShape, GraphIO, LoweredIO, graph_io
 FORMAT_VERSION = 5
 MANIFEST_NAME = "lora_drop.json"
 VERIFY_NAME = "verify.json"
+ADAPTERS_NAME, KV_SCALES_NAME = "adapters.safetensors", "kv_scales.safetensors"  # beside the weights
 ATTENTION_FORMS = ("native", "plugin")  # of the device targets
 WEIGHT_SHARINGS = ("inputs", "constants")
 INTEGER_DTYPES = ("int4", "int8")  # of weights in blocks, each with a scale
