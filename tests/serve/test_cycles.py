@@ -51,5 +51,7 @@ def test_answers_are_those_of_each_request_alone(tmp_path: Path, monkeypatch: py
             return str(response.json()["choices"][0]["text"])
 
         assert list(pool.map(answer, ASKED)) == wanted
+        runs.clear()  # which of them met, and so ran in cycles, is a matter of time; one alone does
+        assert answer(ASKED[0]) == wanted[0]
     assert sum(runs) > 8
     assert not cuda.live

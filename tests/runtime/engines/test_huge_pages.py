@@ -138,19 +138,26 @@ def test_an_engine_has_its_weights_there(target, tmp_path, monkeypatch) -> None:
     source = traced_model(llama(vocab_size=24576, hidden_size=256, tie_word_embeddings=False, num_hidden_layers=2))
     bundle = make_bundle(source, tmp_path / "b", targets=(target,), drop_ratio=0.0)
 
-    def logits() -> tuple[np.ndarray, int]:
-        before, others = said("AnonHugePages"), set(huge_pages._all)
+    seen: list[tuple[int, int]] = []
+    move = huge_pages._move
+    monkeypatch.setattr(huge_pages, "_move", lambda spans, size: (seen.extend(spans), move(spans, size)))
+
+    def logits() -> np.ndarray:
+        others = set(huge_pages._all)  # of engines that are open still
         with Session.open(bundle.root, k=0, threads=1, target=target) as session:
             first = session.prefill(np.array([[3, 5, 7]]), np.array([3]), max_new_tokens=4)
             second = session.step([9])
             own = set(huge_pages._all) - others
-            assert {pages._left for pages in own} == {huge_pages._STEPS - 2}
-            assert said("AnonHugePages") - before < 8 * MIB  # that is awaited
-            huge_pages.settle()
-            moved = said("AnonHugePages") - before
-            return np.stack([first, second, session.step([4])]), moved
+            assert {(pages._left, pages._thread) for pages in own} == {(huge_pages._STEPS - 2, None)}
+            for pages in own:
+                pages.settle()
+            if seen:
+                assert max(said("AnonHugePages", *span) for span in seen) >= 16 * MIB
+            return np.stack([first, second, session.step([4])])
 
-    there, moved = logits()
-    assert moved >= 16 * MIB
+    there = logits()
+    assert sum(end - begin for begin, end in seen) >= 24 * MIB
+    seen.clear()
     monkeypatch.setattr(huge_pages, "_page_bytes", lambda: 0)
-    np.testing.assert_array_equal(there, logits()[0])
+    np.testing.assert_array_equal(there, logits())
+    assert not seen
