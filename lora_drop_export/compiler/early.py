@@ -35,6 +35,7 @@ from .facts import (
     head_formats,
     kept_formats,
     kept_quantization,
+    kept_weights,
     make_limits,
     make_plan,
     native_formats,
@@ -164,7 +165,7 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
             )
         return
     weights = str(short_name(kept.dtype))
-    packed = [ref for ref in checkpoint.tensors.values() if isinstance(ref, Kept)]
+    packed = list(kept_weights(checkpoint.tensors).values())
     by_channel = kept.block_size == CHANNEL
 
     def takes(name: str, ref: Kept) -> bool:

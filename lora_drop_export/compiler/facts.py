@@ -45,9 +45,14 @@ def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     return {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
 
 
+def kept_weights(refs: Mapping[str, TensorSource]) -> dict[str, Kept]:
+    """The weights that a quantized checkpoint or a bundle holds: they are stored as they are."""
+    return {name: ref for name, ref in refs.items() if isinstance(ref, Kept) and ref.quantization is not None}
+
+
 def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
-    """The block formats of weights that a quantized checkpoint or a bundle holds: they are stored as they are."""
-    return {name: ref.native for name, ref in refs.items() if isinstance(ref, Kept)}
+    """Their block formats."""
+    return {name: ref.native for name, ref in kept_weights(refs).items()}
 
 
 def head_formats(
@@ -61,7 +66,7 @@ def head_formats(
 
 def kept_quantization(refs: Mapping[str, TensorSource]) -> Quantization | None:
     """How most of a quantized checkpoint's weights, or of a bundle's, are stored; None for another checkpoint."""
-    kinds = Counter(ref.quantization for ref in refs.values() if isinstance(ref, Kept))
+    kinds = Counter(ref.quantization for ref in kept_weights(refs).values())
     return next((kind for kind, _ in kinds.most_common(1)), None)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lora_drop_runtime import Session
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import BundleError, InputError
 from safetensors import safe_open
 
@@ -58,6 +59,16 @@ def test_another_plan_over_the_same_weights(form: str, tmp_path: Path) -> None:
     assert again.manifest.quantization == plain.manifest.quantization
     for name, record in plain.manifest.files.items():
         assert again.manifest.files[name].sha256 == record.sha256, name
+
+
+def test_the_folder_of_its_weights_is_a_checkpoint_in_float(int4: Bundle, tmp_path: Path) -> None:
+    source = dataclasses.replace(family("llama"), checkpoint=open_checkpoint(str(int4.root / "weights"), tmp_path))
+    again = make_bundle(source, tmp_path / "b")
+    assert again.manifest.model.weight_dtype == "float32"
+    assert not again.manifest.quantization
+    first, second = (read_tensors(one.root / "weights" / "model.safetensors") for one in (int4, again))
+    assert {name for name in first if not name.endswith((".scales", ".zero_points"))} == set(second)
+    assert {tensor.dtype for tensor in second.values()} == {"float32"}
 
 
 def test_export_in_its_own_place(tmp_path: Path) -> None:
