@@ -266,7 +266,9 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool, log: Callable[[s
     manifest, weights, directory = bundle.manifest, bundle.root / "weights", scratch / "bundle"
     bundle.check_unchanged((VERIFY_NAME, *(f"{target}/" for target in manifest.targets)))
     directory.mkdir(parents=True)
-    for file in (*weights.glob("*.py"), weights / "config.json", *bundle.root.glob("tokenizer/*")):
+    if is_directory(bundle.root / "tokenizer"):
+        shutil.copytree(bundle.root / "tokenizer", directory, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    for file in (*weights.glob("*.py"), weights / "config.json"):
         shutil.copyfile(file, directory / file.name)
     own = (weights / ADAPTERS_NAME, weights / KV_SCALES_NAME)
     tensors = _tensors(weights, [file for file in sorted(weights.glob("*.safetensors")) if file not in own])

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from lora_drop_export import ExportOptions, export
 from lora_drop_export.checkpoint.open import open_checkpoint
-from tests.support.bundles import Family, family, make_bundle, save_adapters
+from tests.support.bundles import Family, family, make_bundle, record_again, save_adapters
+from tests.support.tokenizers import character_tokenizer
 
 FORMS = {
     "float": {},
@@ -87,6 +88,19 @@ def test_export_in_its_own_place(tmp_path: Path) -> None:
     assert made.manifest.verification["ort"]["status"] == "passed"
     with Session.open(made.root, k=0, threads=1) as session:
         np.testing.assert_array_equal(session.prefill(ids, max_new_tokens=2), before)
+
+
+def test_the_tokenizers_files_in_folders(tmp_path: Path) -> None:
+    """Chat templates beside the first, as transformers writes them."""
+    bundle = make_bundle("llama", tmp_path / "b")
+    character_tokenizer(bundle.root)
+    named = Path("additional_chat_templates", "tool_use.jinja")
+    (bundle.root / "tokenizer" / named).parent.mkdir()
+    (bundle.root / "tokenizer" / named).write_text("tools")
+    record_again(bundle.root)
+    opened = open_checkpoint(str(bundle.root), tmp_path / "scratch")
+    assert (opened.directory / "tokenizer.json").is_file()
+    assert (opened.directory / named).read_text() == "tools"
 
 
 @pytest.mark.parametrize(
