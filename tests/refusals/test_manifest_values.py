@@ -11,6 +11,8 @@ import lora_drop_tools.cli
 import pytest
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 
+INT4 = {"bits": 4, "block_size": 32, "method": "rtn", "symmetric": True}
+
 
 @pytest.fixture
 def bundle(place, tmp_path) -> Path:
@@ -62,6 +64,11 @@ def bundle(place, tmp_path) -> Path:
         ("quantization", [], ("quantization is a list",)),
         ("quantization", {"bits": 4, "block_size": 0, "method": "rtn", "symmetric": True}, ("block_size is 0",)),
         ("quantization", {"bits": 4, "block_size": "row"}, ("quantization.block_size is 'row'",)),
+        ("quantization", INT4 | {"departures": 3}, ("quantization.departures is 3",)),
+        ("quantization", INT4 | {"departures": [{"weights": "a"}]}, ("departures[0].count is null",)),
+        ("quantization", INT4 | {"forms": {}}, ("quantization.forms.measured is null",)),
+        ("quantization", INT4 | {"forms": {"measured": [], "chosen": 0}}, ("forms.chosen is 0, of 0",)),
+        ("quantization", INT4 | {"forms": {"measured": [{}], "chosen": 0}}, ("measured[0].perplexity is null",)),
         ("files.lora.onnx.size_bytes", "x", ("size_bytes is 'x'",)),
         ("versions.numpy", 2, ("versions.'numpy' is 2",)),
         ("surprise", 1, ("'surprise'", "unknown")),

@@ -128,6 +128,19 @@ def _check_quantization(how: Mapping[str, Any], weight_dtype: str) -> None:
         typed(kind, how.get(name), f"quantization.{name}")
     if size is int and how["block_size"] < 1:
         raise ValueError("quantization.block_size is 0")
+    listed = typed(tuple[Mapping[str, object], ...], how.get("departures", []), "quantization.departures")
+    for n, one in enumerate(listed):
+        for name, kind in (("weights", str), ("count", int), ("block_size", int | None), ("symmetric", bool | None)):
+            typed(kind, one.get(name), f"quantization.departures[{n}].{name}")
+    if "forms" in how:
+        forms = typed(Mapping[str, object], how["forms"], "quantization.forms")
+        rows = typed(tuple[Mapping[str, object], ...], forms.get("measured"), "quantization.forms.measured")
+        chosen = typed(int, forms.get("chosen"), "quantization.forms.chosen")
+        if chosen >= len(rows):
+            raise ValueError(f"quantization.forms.chosen is {chosen}, of {len(rows)} measured")
+        typed(float, rows[chosen].get("perplexity"), f"quantization.forms.measured[{chosen}].perplexity")
+        for name in ("float", "bound"):
+            typed(float, forms.get(name), f"quantization.forms.{name}")
     if "perplexity" in how:
         figures = typed(Mapping[str, float], how["perplexity"], "quantization.perplexity")
         for name in ("tokens", "float", weight_dtype):
