@@ -137,7 +137,7 @@ def write_bundle(
         limits=limits,
         special_tokens=special_tokens(checkpoint),
         versions=tool_versions(),
-        quantization=quantization_facts(refs, formats, quantization, console),
+        quantization=quantization_facts(refs, formats, quantization, checkpoint.bundle, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, facts.kv_dtype, kv_scales)

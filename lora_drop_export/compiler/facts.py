@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapter_config, read_adapters, weight_shapes
-from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
@@ -27,7 +27,7 @@ from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
-from lora_drop_export.checkpoint.packed import Kept, PackedTensor
+from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import context_in_words, context_length
 from lora_drop_export.decoder.trace import TracedModel
@@ -94,15 +94,21 @@ def quantization_facts(
     refs: Mapping[str, TensorSource],
     formats: Mapping[str, BlockFormat],
     quantization: Quantization | None,
+    bundle: Manifest | None,
     console: Console,
 ) -> dict[str, Any]:
-    """What the manifest says of quantized weights; weights that are stored otherwise are named on the console, too."""
+    """What the manifest says of quantized weights; weights that are stored otherwise are named on the console, too.
+
+    Args:
+        bundle: the manifest of the one that holds the weights, and says what departs where they are quantized.
+    """
     if quantization is None:
         return {}
     shapes = {name: ref.shape for name, ref in refs.items()}
-    # A bundle's were rounded here: what departed from what was asked for then departs now
-    kept = {name: form for name, form in kept_formats(refs).items() if isinstance(refs[name], PackedTensor)}
-    found = departures(shapes, formats, native_formats(refs) | kept, quantization)
+    if bundle is not None and bundle.quantization:
+        found = bundle.quantization.get("departures", [])
+    else:
+        found = departures(shapes, formats, native_formats(refs) | kept_formats(refs), quantization)
     for one in found:
         what = f"{one['weights']} ({one['count']})"
         if one["block_size"] is None:

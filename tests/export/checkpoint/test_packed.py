@@ -182,6 +182,16 @@ def test_the_rest(dtype: str | None, bits: int | None, tmp_path: Path, capsys: p
     ] in shown
 
 
+@pytest.mark.parametrize("name", ["awq-group-32", "compressed-tensors-channel", "gptq-8-bit-channel"])
+def test_a_bundle_of_it_says_the_same_of_another(name: str, tmp_path: Path) -> None:
+    """Weights in blocks that no export would choose are no departures there either."""
+    targets = ("openvino",) if name.startswith("gptq-8") else ("ort",)
+    first = bundle_of(name, tmp_path / "a", targets=targets)
+    made_from: Any = Family(None, first.root, open_checkpoint(str(first.root), tmp_path / "scratch"), traced())  # type: ignore[arg-type]
+    again = make_bundle(made_from, tmp_path / "b", **PLAN, targets=targets)
+    assert again.manifest.quantization == first.manifest.quantization
+
+
 def test_tools_take_it() -> None:
     """`fit` and `profile` load the dequantized model."""
     loaded = load_model(str(DIRECTORY / "awq-group-32"), log=lambda _: None)
