@@ -183,14 +183,16 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
                 note=f"{other.name} of {checkpoint.name} has {held}; {target} was asked for.",
                 hint=f"Use --target {' or '.join(able)}, or the model's float checkpoint.",
             )
+    before = checkpoint.bundle.quantization if checkpoint.bundle is not None else {}
+    in_float = any(one["block_size"] is None for one in before.get("departures", ()))  # which its dtype would round
     asked = {
-        "--dtype": options.dtype not in (None, "float32", kept.dtype),
+        "--dtype": options.dtype not in (None, "float32", *(() if in_float else (kept.dtype,))),
         "--block-size": options.block_size is not None,
         "--quantization": options.quantization is not None,
         "--symmetric": options.symmetric,
         "--head-dtype": options.head_dtype is not None,
     }
-    if checkpoint.bundle is not None and any(asked.values()):  # of a bundle no weight is left to be quantized
+    if checkpoint.bundle is not None and any(asked.values()):
         raise InputError(
             "The weights of a bundle stay as they are.",
             note=f"It has {weights} weights ({kept.method}); given is {', '.join(filter(asked.get, asked))}.",

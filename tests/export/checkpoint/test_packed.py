@@ -25,6 +25,7 @@ from lora_drop_tools.inspect import describe
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from lora_drop_export import ExportOptions, export
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -190,6 +191,17 @@ def test_a_bundle_of_it_says_the_same_of_another(name: str, tmp_path: Path) -> N
     made_from: Any = Family(None, first.root, open_checkpoint(str(first.root), tmp_path / "scratch"), traced())  # type: ignore[arg-type]
     again = make_bundle(made_from, tmp_path / "b", **PLAN, targets=targets)
     assert again.manifest.quantization == first.manifest.quantization
+
+
+@pytest.mark.parametrize("name", ["awq-group-32", "gptq-8-bit-channel"])
+def test_what_a_bundle_of_it_has_in_float_stays_so(name: str, tmp_path: Path) -> None:
+    """The perplexity that it says of its weights is that of all of them."""
+    targets = ("openvino",) if name.startswith("gptq-8") else ("ort",)
+    bundle = bundle_of(name, tmp_path / "a", targets=targets)
+    dtype = f"int{bundle.manifest.quantization['bits']}"
+    with pytest.raises(InputError, match="weights of a bundle stay as they are") as refused:
+        export(str(bundle.root), tmp_path / "b", ExportOptions(dtype=dtype, targets=("none",)))
+    assert "given is --dtype." in str(refused.value)
 
 
 def test_tools_take_it() -> None:
