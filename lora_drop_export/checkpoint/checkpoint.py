@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.dtypes import BY_NAME
 
 _FINGERPRINT_VALUES = 64
@@ -49,7 +49,7 @@ class Checkpoint:
         trust_remote_code: the user lets the code that the checkpoint brings run.
         owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
             file, or from files that were made for this export.
-        bundle: the manifest of the bundle that holds the tensors.
+        bundle: that holds the tensors.
     """
 
     name: str
@@ -59,7 +59,12 @@ class Checkpoint:
     renamed: Mapping[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
     owned: bool = False
-    bundle: Manifest | None = None
+    bundle: Bundle | None = None
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """What the bundle's manifest says of quantized weights; empty for weights in float, and where there is none."""
+        return {} if self.bundle is None else self.bundle.manifest.quantization
 
     def fingerprint(self) -> str:
         """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.
@@ -68,7 +73,7 @@ class Checkpoint:
         read, which the model may have no place for.
         """
         if self.bundle is not None:
-            return self.bundle.model.fingerprint
+            return self.bundle.manifest.model.fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]

@@ -1,9 +1,9 @@
 """From what the user named to a checkpoint on disk.
 
 Enters: a local directory, a hub id, a GGUF file or a bundle. Leaves: a `Checkpoint`: the config, where each tensor
-lies, and the directory with tokenizer and generation config. Reads headers only, a quantized checkpoint's zero points,
-and a bundle's files for their hashes: tensors are read, and those of a GGUF file, of a quantized checkpoint or of a
-quantized bundle dequantized, when they are asked for. A `.bin` checkpoint is first converted by transformers into an
+lies, and the directory with tokenizer and generation config. Reads headers only, and a quantized checkpoint's zero
+points: tensors are read, and those of a GGUF file, of a quantized checkpoint or of a quantized bundle dequantized, when
+they are asked for. A `.bin` checkpoint is first converted by transformers into an
 ordinary safetensors directory under `scratch`; a GGUF file's or a bundle's config and tokenizer are written there.
 """
 
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME, MANIFEST_NAME, VERIFY_NAME
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME, MANIFEST_NAME
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.files import is_directory, is_file, refuse_locked
 
@@ -260,11 +259,10 @@ def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Check
     )
 
 
-def _bundle(path: Path, scratch: Path, trust_remote_code: bool, log: Callable[[str], None]) -> Checkpoint:
+def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
     """The weights of a bundle, quantized ones as they lie; config and tokenizer are put together under `scratch`."""
     bundle = Bundle.open(path)
     manifest, weights, directory = bundle.manifest, bundle.root / "weights", scratch / "bundle"
-    bundle.check_unchanged((VERIFY_NAME, *(f"{target}/" for target in manifest.targets)))
     directory.mkdir(parents=True)
     if is_directory(bundle.root / "tokenizer"):
         shutil.copytree(bundle.root / "tokenizer", directory, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -275,12 +273,11 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool, log: Callable[[s
     config = _config(directory, trust_remote_code)
     if manifest.quantization:
         how = Quantization(**{name: manifest.quantization[name] for name in Quantization.__dataclass_fields__})
-        log(f"the bundle's weights are taken as they are ({short_name(how.dtype)}, {how.method})")
         for name, tensor in tensors.items():
             if isinstance(tensor, DequantizedTensor):
                 tensors[name] = replace(tensor, quantization=how)
     renamed = own_names(tensors) | renamed_tensors(tensors, config)
-    return Checkpoint(manifest.model.name, directory, config, tensors, renamed, trust_remote_code, bundle=manifest)
+    return Checkpoint(manifest.model.name, directory, config, tensors, renamed, trust_remote_code, bundle=bundle)
 
 
 def open_checkpoint(
@@ -310,7 +307,7 @@ def open_checkpoint(
             hint="Give a Hugging Face directory, a hub id, a .gguf file, or a bundle.",
         )
     if is_file(path / MANIFEST_NAME):
-        return _bundle(path, scratch, trust_remote_code, log)
+        return _bundle(path, scratch, trust_remote_code)
     if is_directory(path):
         directory = path
     elif path.suffix.lower() == ".gguf" or os.path.lexists(path):

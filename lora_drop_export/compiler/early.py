@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.bundle.adapters import read_adapters
-from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.bundle.manifest import CHANNEL, INTEGER_DTYPES, VERIFY_NAME
 from lora_drop_runtime.dtypes import MODEL_DTYPES, short_name
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
@@ -25,7 +26,7 @@ from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.context import window_within
 from lora_drop_export.decoder.refusals import refuse_by_config
-from lora_drop_export.quantize.choice import block_formats
+from lora_drop_export.quantize.choice import Quantization, block_formats
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.quantize.rounding import has_native
 from lora_drop_export.targets.target import TARGETS, Caches
@@ -149,6 +150,37 @@ def warn_of_layers(checkpoint: Checkpoint, layers: int, console: Console) -> Non
         )
 
 
+def check_bundle(bundle: Bundle, console: Console) -> None:
+    """Refuse a bundle whose files have changed, and say what becomes of its weights.
+
+    Raises:
+        BundleError: they have.
+    """
+    bundle.check_unchanged((VERIFY_NAME, *(f"{target}/" for target in bundle.manifest.targets)))
+    if how := bundle.manifest.quantization:
+        held = short_name(bundle.manifest.model.weight_dtype)
+        console.say(f"the bundle's weights are taken as they are ({held}, {how['method']})")
+
+
+def _refuse_rounding(checkpoint: Checkpoint, kept: Quantization, options: ExportOptions) -> None:
+    """Refuse what would round a quantized bundle's weights again, or those that it has in float."""
+    in_float = any(one["block_size"] is None for one in checkpoint.quantization.get("departures", ()))
+    asked = {
+        "--dtype": options.dtype not in (None, "float32", *(() if in_float else (kept.dtype,))),
+        "--block-size": options.block_size is not None,
+        "--quantization": options.quantization is not None,
+        "--symmetric": options.symmetric,
+        "--head-dtype": options.head_dtype is not None,
+    }
+    if any(asked.values()):
+        raise InputError(
+            "The weights of a bundle stay as they are.",
+            note=f"It has {short_name(kept.dtype)} weights ({kept.method}); given is "
+            f"{', '.join(filter(asked.get, asked))}.",
+            hint="Leave that out, or export the model again. For a GPU use --activation-dtype fp16 or bf16.",
+        )
+
+
 def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
     """Refuse what a quantized checkpoint, whose integers are stored as they are, does not allow.
 
@@ -183,21 +215,8 @@ def check_kept(checkpoint: Checkpoint, options: ExportOptions) -> None:
                 note=f"{other.name} of {checkpoint.name} has {held}; {target} was asked for.",
                 hint=f"Use --target {' or '.join(able)}, or the model's float checkpoint.",
             )
-    before = checkpoint.bundle.quantization if checkpoint.bundle is not None else {}
-    in_float = any(one["block_size"] is None for one in before.get("departures", ()))  # which its dtype would round
-    asked = {
-        "--dtype": options.dtype not in (None, "float32", *(() if in_float else (kept.dtype,))),
-        "--block-size": options.block_size is not None,
-        "--quantization": options.quantization is not None,
-        "--symmetric": options.symmetric,
-        "--head-dtype": options.head_dtype is not None,
-    }
-    if checkpoint.bundle is not None and any(asked.values()):
-        raise InputError(
-            "The weights of a bundle stay as they are.",
-            note=f"It has {weights} weights ({kept.method}); given is {', '.join(filter(asked.get, asked))}.",
-            hint="Leave that out, or export the model again. For a GPU use --activation-dtype fp16 or bf16.",
-        )
+    if checkpoint.bundle is not None:
+        _refuse_rounding(checkpoint, kept, options)
     alike = (kept.dtype,) if kept.dtype == FLOAT8 else INTEGER_DTYPES  # what the rest may be
     if options.dtype not in (None, "float32", *alike):
         raise InputError(

@@ -47,7 +47,7 @@ from lora_drop_export.weights.arrays import store_arrays
 from lora_drop_export.weights.resolve import resolve_tensors
 from lora_drop_export.weights.store import store_weights, weights_bytes
 
-from .early import check_before_trace, check_kept, check_names, warn_of_layers, warn_of_tensors
+from .early import check_before_trace, check_bundle, check_kept, check_names, warn_of_layers, warn_of_tensors
 from .facts import (
     activations_dtype,
     chosen_formats,
@@ -137,7 +137,7 @@ def write_bundle(
         limits=limits,
         special_tokens=special_tokens(checkpoint),
         versions=tool_versions(),
-        quantization=quantization_facts(refs, formats, quantization, checkpoint.bundle, console),
+        quantization=quantization_facts(refs, formats, quantization, checkpoint.quantization, console),
     )
     with console.phase("refresh.onnx and lora.onnx"):
         refresh = refresh_from_trace(traced, plan, dtype, stored, facts.kv_dtype, kv_scales)
@@ -155,16 +155,10 @@ def write_bundle(
 
 
 def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None, console: Console) -> Bundle:
-    """Measure what quantization costs, on the first target, and say it in the manifest.
-
-    Of a bundle's weights that was measured before, beside those that they were rounded from.
-    """
+    """Measure what quantization costs, on the first target, and say it in the manifest."""
     name, _ = bundle.target(None)
     provider = TARGETS[name].provider(bundle.manifest.model.dtype)
-    if checkpoint.bundle is not None and checkpoint.bundle.quantization:
-        perplexity = checkpoint.bundle.quantization.get("perplexity")
-    else:
-        perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
+    perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
     if perplexity is None:
         return bundle
     said = bundle.manifest.quantization | {"perplexity": perplexity}
@@ -190,6 +184,8 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
         checkpoint = open_checkpoint(
             model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say
         )
+        if checkpoint.bundle is not None:
+            check_bundle(checkpoint.bundle, console)
         check_kept(checkpoint, options)
         quantized = quantization_of(checkpoint.tensors, options)
         dtype = activations_dtype(checkpoint, options, quantized=quantized is not None)
@@ -213,7 +209,8 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             bundle = fastest_form(root, checkpoint, windows, options, write, console)
         else:
             bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
-        if bundle.manifest.targets and quantized and options.verify:
+        # Of a bundle's weights that was measured beside those that they were rounded from, and is said already
+        if bundle.manifest.targets and quantized and options.verify and not checkpoint.quantization:
             bundle = _with_perplexity(bundle, checkpoint, options.threads, console)
         if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")

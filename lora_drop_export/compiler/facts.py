@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapter_config, read_adapters, weight_shapes
-from lora_drop_runtime.bundle.manifest import Limits, Manifest, ModelFacts, SpecialTokens
+from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
 from lora_drop_runtime.errors import InputError, PlanError
@@ -94,22 +94,22 @@ def quantization_facts(
     refs: Mapping[str, TensorSource],
     formats: Mapping[str, BlockFormat],
     quantization: Quantization | None,
-    bundle: Manifest | None,
+    before: Mapping[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     """What the manifest says of quantized weights; weights that are stored otherwise are named on the console, too.
 
     Args:
-        bundle: the manifest of the one that holds the weights, and says what departs where they are quantized.
+        before: what the manifest of a bundle says of them that holds them.
     """
     if quantization is None:
         return {}
-    shapes = {name: ref.shape for name, ref in refs.items()}
-    if bundle is not None and bundle.quantization:
-        found = bundle.quantization.get("departures", [])
-    else:
-        found = departures(shapes, formats, native_formats(refs) | kept_formats(refs), quantization)
-    for one in found:
+    found = dict(before)
+    if not found:
+        shapes = {name: ref.shape for name, ref in refs.items()}
+        departed = departures(shapes, formats, native_formats(refs) | kept_formats(refs), quantization)
+        found = dataclasses.asdict(quantization) | ({"departures": departed} if departed else {})
+    for one in found.get("departures", ()):
         what = f"{one['weights']} ({one['count']})"
         if one["block_size"] is None:
             console.say(f"left in float: {what}")
@@ -117,7 +117,7 @@ def quantization_facts(
             zero_points = "symmetric" if one["symmetric"] else "with zero points"
             bits = f"to {one['bits']} bits " if "bits" in one else ""
             console.say(f"quantized {bits}in blocks of {one['block_size']}, {zero_points}: {what}")
-    return dataclasses.asdict(quantization) | ({"departures": found} if found else {})
+    return found
 
 
 def _check_plan(options: PlanOptions, plan: DropPlan, hidden_size: int) -> None:

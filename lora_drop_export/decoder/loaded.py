@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.errors import InputError, first_line
-from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
@@ -136,23 +133,18 @@ def load_model(
     _check_device(device)
     with refused("There is no such model.", repr(source), "Check the spelling."):  # ~nobody/model
         path = Path(source).expanduser()
-    plan, fingerprint, max_seq_len, tokenizer_dir = None, None, None, None
-    if is_file(path / MANIFEST_NAME):
-        bundle = Bundle.open(path)
-        plan, fingerprint = bundle.manifest.plan, bundle.manifest.model.fingerprint
-        max_seq_len = bundle.manifest.limits.max_seq_len
-        source, tokenizer_dir = str(path / "weights"), path / "tokenizer"
     with tempfile.TemporaryDirectory(prefix="lora-drop-") as scratch:
         checkpoint = open_checkpoint(source, Path(scratch), trust_remote_code=trust_remote_code, log=log)
-        if plan is not None:
+        manifest = None if checkpoint.bundle is None else checkpoint.bundle.manifest
+        if manifest is not None:
             checkpoint = dataclasses.replace(checkpoint, name=path.resolve().name)
         loaded = LoadedModel(
             name=checkpoint.name,
             model=None,
-            tokenizer=read_tokenizer(tokenizer_dir or checkpoint.directory, trust_remote_code),
-            fingerprint=fingerprint or checkpoint.fingerprint(),
-            plan=plan,
-            max_seq_len=max_seq_len,
+            tokenizer=read_tokenizer(checkpoint.directory, trust_remote_code),
+            fingerprint=checkpoint.fingerprint(),
+            plan=None if manifest is None else manifest.plan,
+            max_seq_len=None if manifest is None else manifest.limits.max_seq_len,
         )
 
         def look(model: Any) -> None:
