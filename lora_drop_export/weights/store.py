@@ -85,7 +85,7 @@ def check_linkable(
         dtype: that the bundle stores.
         mode: `copy` is never refused.
         owned: the checkpoint has no files of the user's to take as they lie.
-        quantized: weights will be.
+        quantized: the bundle's weights are.
 
     Raises:
         InputError: the weights have to be converted, or lie on another file system.
@@ -93,7 +93,13 @@ def check_linkable(
     if mode != "link":
         return
     refs = list(refs)
-    if quantized or not is_stored_as(refs, dtype):
+    if quantized:
+        raise InputError(
+            "The checkpoint's weights cannot be linked.",
+            note=f"Only weights in float are; the bundle needs {short_name(dtype)}.",
+            hint="Use --weights copy.",
+        )
+    if not is_stored_as(refs, dtype):
         raise InputError(
             "The checkpoint's weights cannot be linked.",
             note=f"They are {_dtypes(refs)}, the bundle needs {short_name(dtype)}: they have to be converted.",

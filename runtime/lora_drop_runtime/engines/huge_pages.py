@@ -118,14 +118,14 @@ class HugePages:
         if self._left == 0:
             self.take()
 
-    def take(self) -> threading.Thread | None:
+    def take(self) -> None:
         """Move what has been allocated since, in a thread of its own.
 
-        Moved is what the process uses already, so that it takes hardly more memory. Returns the thread; None where
-        there is nothing to move, or no thread to be had.
+        Moved is what the process uses already, so that it takes hardly more memory. Nothing is done a second time, nor
+        where no thread is to be had.
         """
         if not self._before:
-            return None
+            return
         size, spans = self._bytes, []
         piece = max(size, _PIECE)
         for begin, end in _without(_mappings(), self._before):
@@ -133,14 +133,13 @@ class HugePages:
             spans += [(place, min(place + piece, last)) for place in range(-(-begin // size) * size, last, piece)]
         self._before = []
         if not spans:
-            return None
+            return
         thread = threading.Thread(target=_move, args=(spans, size), name="huge pages", daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            return None
+            return
         self._thread = thread
-        return thread
 
     def settle(self) -> None:
         """Move it now, and wait until it has been."""
