@@ -112,7 +112,7 @@ def _columns(rows: Any, unit: Any, own: Any, form: BlockFormat) -> Blocked:
     q = np.empty((k, n), np.uint8)
     scales, zero_points = np.empty((k // size, n), np.float32), np.empty((k // size, n), np.uint8)
     if size == k:  # a whole row: nothing is carried when it begins
-        _, scales[0], zero_points[0] = searched(rows.numpy(), form, own.square().numpy())
+        _, scales[0], zero_points[0] = searched(columns.numpy(), form, own.square().numpy()[:, None])
     errors = torch.zeros_like(columns)  # W − Q
     for begin in range(0, k, _COLUMNS):
         end = min(k, begin + _COLUMNS)
@@ -124,7 +124,7 @@ def _columns(rows: Any, unit: Any, own: Any, form: BlockFormat) -> Blocked:
             if size < k:
                 now = columns[first:last]
                 now = now + torch.linalg.solve_triangular(inner.T, carry, upper=False, unitriangular=True)
-                found = searched(now.T.contiguous().numpy(), form, own[first:last].square().numpy())
+                found = searched(now.numpy(), form, own[first:last].square().numpy()[:, None])
                 _, scales[first // size], zero_points[first // size] = found
             scale, zero = scales[first // size], zero_points[first // size]
             step, middle = torch.from_numpy(scale), torch.from_numpy(zero.astype(np.float32))

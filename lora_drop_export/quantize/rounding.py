@@ -26,79 +26,93 @@ _STEPS = np.arange(-1.0, 1.01, 0.1, dtype=np.float32)  # levels by which a block
 
 
 def _range(x: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
-    """Per block [b, 1]: the steps per unit that make the range fit, and its lower end.
+    """Per block, [b]: the steps per unit that make the range fit, and its lower end.
 
     Symmetric integers reach one further down than up, so the value of largest magnitude goes to the lower end.
     """
     if form.symmetric:
-        largest = np.take_along_axis(x, np.abs(x).argmax(1, keepdims=True), 1)
+        largest = np.take_along_axis(x, np.abs(x).argmax(0)[None], 0)[0]
         steps = np.divide(-form.middle, largest, out=np.zeros_like(largest), where=np.abs(largest) > _LEAST)
         return steps, np.zeros_like(largest)
-    low = np.minimum(x.min(1, keepdims=True), 0)
-    span = np.maximum(x.max(1, keepdims=True), 0) - low
+    low = np.minimum(x.min(0), 0)
+    span = np.maximum(x.max(0), 0) - low
     return np.divide(2**form.bits - 1, span, out=np.zeros_like(span), where=span > _LEAST), low
 
 
-def _round(x: Floats, steps: Floats, low: Floats, form: BlockFormat) -> tuple[Floats, Floats]:
-    """Integers q − zero_point [b, block] and the zero points [b, 1], as float32."""
+def _zero(steps: Floats, low: Floats, form: BlockFormat) -> Floats:
+    """The zero points, [b], as float32."""
     if form.symmetric:
-        zero: Floats = np.full_like(steps, form.middle)
-    else:
-        zero = np.clip(np.rint(-low * steps), 0, 2**form.bits - 1)
-    q = x * steps
-    np.rint(q, out=q)
-    np.clip(q, -zero, 2**form.bits - 1 - zero, out=q)
-    return q, zero
+        return np.full_like(steps, form.middle)
+    zero: Floats = np.clip(np.rint(-low * steps), 0, 2**form.bits - 1)
+    return zero
+
+
+def _round(x: Floats, zero: Floats, form: BlockFormat, out: Floats) -> None:
+    """Values in steps [block_size, b] → integers q − zero_point, as float32."""
+    np.rint(x, out=out)
+    np.maximum(out, -zero, out=out)
+    np.minimum(out, 2**form.bits - 1 - zero, out=out)
 
 
 def searched(x: Floats, form: BlockFormat, weights: Floats) -> Blocked:
     """The scales of the least weighted squared error.
 
+    With integers q and rests r, in steps per unit t: x = (q + r) / t. The least-squares scale is Σwxq / Σwq², with
+    which Σw(x − sq)² = (Σwr² − (Σwqr)² / Σwq²) / t²: no small difference of large sums.
+
     Args:
-        x: float32 [b, block_size].
-        weights: of each value's squared error, [b, block_size] or [block_size].
+        x: float32 [block_size, b]: a block is a column, so that what is done to all of them runs along the memory.
+        weights: of each value's squared error, [block_size, b] or [block_size, 1].
 
     Returns:
-        Integers uint8, scales [b] and zero points [b].
+        Integers uint8 [block_size, b], scales [b] and zero points [b].
     """
-    weights = np.broadcast_to(weights, x.shape)
-    weighted = weights * x
     fit, low = _range(x, form)
     levels = form.middle if form.symmetric else 2**form.bits - 1
-    best_q, best_zero = _round(x, fit, low, form)
     best_error = np.full_like(fit, np.inf)
-    best_scale = np.zeros_like(fit)
+    best_steps, best_scale, best_zero = np.zeros_like(fit), np.zeros_like(fit), _zero(fit, low, form)
+    rest, q, weighted, terms = (np.empty_like(x) for _ in range(4))
     for step in _STEPS:
-        q, zero = _round(x, fit * (1 + step / levels), low, form)
-        dot = np.einsum("bk,bk->b", weighted, q)[:, None]
-        norm = np.einsum("bk,bk,bk->b", weights, q, q)[:, None]
-        scale = np.divide(dot, norm, out=np.zeros_like(dot), where=norm > 0)  # the least-squares one
-        rest = q * scale
-        rest -= x
-        error = np.einsum("bk,bk,bk->b", weights, rest, rest)[:, None]
+        steps = fit * (1 + step / levels)
+        zero = _zero(steps, low, form)
+        np.multiply(x, steps, out=rest)
+        _round(rest, zero, form, q)
+        rest -= q
+        np.multiply(weights, q, out=weighted)
+        norm = np.multiply(weighted, q, out=terms).sum(0)
+        lean = np.multiply(weighted, rest, out=terms).sum(0)
+        np.multiply(rest, rest, out=terms)
+        error = np.multiply(terms, weights, out=terms).sum(0)
+        held = norm > 0
+        lean = np.divide(lean, norm, out=np.zeros_like(norm), where=held)
+        error -= lean * lean * norm
+        error = np.divide(error, steps * steps, out=np.full_like(error, np.inf), where=held)
+        scale = np.divide(1 + lean, steps, out=np.zeros_like(norm), where=held)
         better = error < best_error
-        np.copyto(best_error, error, where=better)
-        np.copyto(best_scale, scale, where=better)
-        np.copyto(best_zero, zero, where=better)
-        np.copyto(best_q, q, where=better)
-    best_q += best_zero
-    return best_q.astype(np.uint8), best_scale[:, 0], best_zero[:, 0].astype(np.uint8)
+        for best, new in ((best_error, error), (best_steps, steps), (best_scale, scale), (best_zero, zero)):
+            np.copyto(best, new, where=better)
+    np.multiply(x, best_steps, out=rest)
+    _round(rest, best_zero, form, q)
+    q += best_zero
+    return q.astype(np.uint8), best_scale, best_zero.astype(np.uint8)
 
 
 def _search(x: Floats, form: BlockFormat) -> Blocked:
-    exponents = np.frexp(np.abs(x).max(1, keepdims=True))[1]
+    exponents = np.frexp(np.abs(x).max(0))[1]
     x = np.ldexp(x, -exponents)  # exact; the third powers below leave float32 with what is beyond 1e13 or 1e-13
     weights = np.abs(x)
-    weights += np.sqrt(np.mean(x * x, axis=1, keepdims=True))  # large values matter more, none is nothing
+    weights += np.sqrt(np.mean(x * x, axis=0))  # large values matter more, none is nothing
     q, scales, zero_points = searched(x, form, weights)
-    return q, np.ldexp(scales, exponents[:, 0]), zero_points
+    return q, np.ldexp(scales, exponents), zero_points
 
 
 def _rtn(x: Floats, form: BlockFormat) -> Blocked:
     steps, low = _range(x, form)
-    q, zero = _round(x, steps, low, form)
+    zero, q = _zero(steps, low, form), x * steps
+    _round(q, zero, form, q)
+    q += zero
     scales = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-    return (q + zero).astype(np.uint8), scales[:, 0], zero[:, 0].astype(np.uint8)
+    return q.astype(np.uint8), scales, zero.astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Rounding:
     """A method of finding integers and scales.
 
     Attributes:
-        blocks: float32 [b, block_size] → integers uint8, scales [b] and zero points [b].
+        blocks: float32 [block_size, b] → integers uint8 [block_size, b], scales [b] and zero points [b].
         zero_points: whether 4-bit blocks get a zero point of their own where the format has room for it.
     """
 
@@ -125,8 +139,9 @@ def quantize_rows(rows: Floats, form: BlockFormat, method: str) -> Blocked:
     step = max(1, _PIECE_VALUES // form.block_size)
     pieces = [blocks[begin : begin + step] for begin in range(0, len(blocks), step)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda piece: quantize(piece, form), pieces))
-    q, scales, zero_points = (np.concatenate(parts) for parts in zip(*results, strict=True))
+        results = list(pool.map(lambda piece: quantize(np.ascontiguousarray(piece.T), form), pieces))
+    q = np.concatenate([part[0].T for part in results])
+    scales, zero_points = (np.concatenate([part[i] for part in results]) for i in (1, 2))
     return q.reshape(n, k), scales.reshape(n, -1), zero_points.reshape(n, -1)
 
 

@@ -127,9 +127,9 @@ def test_block_size(bits, asked, symmetric, shape, wanted):
 
 def _to_zero_or_max(blocks, form):
     """A rounding that nobody wants: each value becomes 0 or the block's largest magnitude, with its sign."""
-    scale = np.abs(blocks).max(1)
-    q = np.where(np.abs(blocks) * 2 >= scale[:, None], np.sign(blocks), 0) + form.middle
-    return q.astype(np.uint8), scale.astype(np.float32), np.full(len(blocks), form.middle, np.uint8)
+    scale = np.abs(blocks).max(0)
+    q = np.where(np.abs(blocks) * 2 >= scale, np.sign(blocks), 0) + form.middle
+    return q.astype(np.uint8), scale.astype(np.float32), np.full(len(scale), form.middle, np.uint8)
 
 
 def test_a_new_rounding_is_a_row_of_the_table(monkeypatch, tmp_path):
