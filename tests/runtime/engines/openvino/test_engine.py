@@ -589,7 +589,7 @@ def test_a_machine_that_says_nothing(machine: Machine, monkeypatch: pytest.Monke
 def test_an_engine_takes_them_where_the_user_says_nothing(
     bundle: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine.processors(FOUR_CORES, {0, 1, 4})
+    machine.processors(FOUR_CORES, {0, 4})  # one core: more than there are OpenVINO itself does not take
     engine = OpenVinoEngine(bundle)
-    assert engine.compiled.model.get_property("INFERENCE_NUM_THREADS") == 2
+    assert engine.compiled.model.get_property("INFERENCE_NUM_THREADS") == 1
     engine.close()
