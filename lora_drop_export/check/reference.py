@@ -304,20 +304,22 @@ class Reference:
                 cache.keys = [keys[:-stale] for keys in cache.keys]
                 cache.values = [values[:-stale] for values in cache.values]
             middle, y = _run(layer, x, call[index])
-            last = torch.tensor(count) - 1
-            self._keep_states(index, step, *(stream[rows, last][:, None] for stream in (x, middle, y)))
+            self._keep_states(index, step, (rows, torch.tensor(count) - 1), x, middle, y)
             outputs.append(y)
         return outputs
 
-    def _keep_states(self, index: int, step: int, x: Any, middle: Any, y: Any) -> None:
-        """After a refresh: the streams before a layer, between its halves and behind it, of the last tokens."""
+    def _keep_states(self, index: int, step: int, last: tuple[Any, Any], x: Any, middle: Any, y: Any) -> None:
+        """After a refresh: the streams before a layer, between its halves and behind it, of the tokens at `last`.
+
+        Where no half is dropped, `middle` may have no rows: OPT puts the tokens of all of them behind each other there.
+        """
         states, owners, with_change = self.plan.states, self.plan.states_behind, self.plan.form.with_change
         for site in self.plan.sites_of(index):
             half = half_of(site)
             if with_change and site in states:
-                self._begun[site, step] = middle if half == MLP else x
+                self._begun[site, step] = (middle if half == MLP else x)[last][:, None]
             if site in owners:
-                state = middle if half == ATTENTION else y
+                state = (middle if half == ATTENTION else y)[last][:, None]
                 self._states[site] = state - self._begun.pop((owners[site], step)) if with_change else state
 
     def _lora_layer(self, index: int, layer: Any, x: Any, call: tuple[Any, Any]) -> Any:

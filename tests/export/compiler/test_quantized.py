@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
@@ -21,6 +22,7 @@ from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.weights.store import store_weights
 from tests.support.bundles import family, make_bundle
+from tests.support.models import build
 from tests.support.quantized import matrix
 
 # ── the export ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,6 +143,22 @@ def test_perplexity_is_the_models(tmp_path, exported):
         with torch.no_grad():
             found = model(torch.tensor(ids)[None], labels=torch.tensor(ids)[None])
         ours, likeliest = Reference(checkpoint, exported.manifest.plan, {}).on_text(ids)
+        assert ours == pytest.approx(float(found.loss.exp()), rel=1e-4)
+        assert likeliest.tolist() == found.logits[0, :-1].argmax(-1).tolist()
+
+
+def test_perplexity_of_more_tokens_than_opt_is_wide(tmp_path):
+    """OPT puts the tokens of all rows behind each other before its MLP, where other models have a row's in a row."""
+    config = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_hidden_layers": 2}
+    model = build(transformers.OPTForCausalLM, transformers.OPTConfig, 61, **config)
+    model.save_pretrained(tmp_path / "opt")
+    checkpoint = open_checkpoint(str(tmp_path / "opt"), tmp_path / "scratch")
+    ids = torch.tensor(np.random.default_rng(3).integers(0, 131, 100))
+    with torch.no_grad():
+        found = model(ids[None], labels=ids[None])
+    for surrogate in ("residual", "residual-delta"):
+        plan = DropPlan(2, ("1",), surrogate=surrogate, always_first=0, always_last=0)
+        ours, likeliest = Reference(checkpoint, plan, {}).on_text(ids.numpy())
         assert ours == pytest.approx(float(found.loss.exp()), rel=1e-4)
         assert likeliest.tolist() == found.logits[0, :-1].argmax(-1).tolist()
 
