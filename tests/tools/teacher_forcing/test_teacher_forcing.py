@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tests.support import oracle
 from tests.support.covering import covering_array
-from tests.support.models import FAMILIES, GEMMA2_WINDOW, gptj, stablelm_parallel
+from tests.support.models import FAMILIES, GEMMA2_WINDOW, build, gptj, stablelm_parallel
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 19
@@ -117,13 +118,22 @@ def test_the_first_and_the_last_layer(surrogate: str, policy: str) -> None:
     assert_as_the_oracle("llama_tied", everything, policy, 2)
 
 
-@pytest.mark.parametrize("build", [gptj, stablelm_parallel])
-def test_halves_that_run_beside_each_other_are_refused(build: Callable[[], PreTrainedModel]) -> None:
-    forcing = TeacherForcing(build())
+@pytest.mark.parametrize("model", [gptj, stablelm_parallel])
+def test_halves_that_run_beside_each_other_are_refused(model: Callable[[], PreTrainedModel]) -> None:
+    forcing = TeacherForcing(model())
     first = DropPlan(2, ("1",), always_first=0, always_last=0)
     forcing.check_halves(first)
     with pytest.raises(ModelError, match=r"(?s)no halves.*layer 1.*Name whole layers"):
         forcing.check_halves(dataclasses.replace(first, sites=("1.attn",)))
+
+
+def test_halves_whose_stream_has_another_shape_are_refused() -> None:
+    """OPT puts the tokens of all rows behind each other before its MLP."""
+    sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_hidden_layers": 2}
+    forcing = TeacherForcing(build(transformers.OPTForCausalLM, transformers.OPTConfig, 61, **sizes))
+    for site in ("1.attn", "1.mlp"):
+        with pytest.raises(ModelError, match=r"(?s)no halves.*layer 1.*Name whole layers"):
+            forcing.check_halves(DropPlan(2, (site,), always_first=0, always_last=0))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
