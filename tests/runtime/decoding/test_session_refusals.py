@@ -15,8 +15,8 @@ LIMITS = Limits(max_seq_len=12, max_prompt_len=8, max_batch=2)
 REFUSED_PROMPTS = {
     "no rows": ((np.zeros((0, 3), np.int64),), {}, "prompt is empty", "(0, 3)"),
     "no tokens": ((np.zeros((2, 0), np.int64),), {}, "prompt is empty", "(2, 0)"),
-    "a row without batch": ((np.array([1, 2, 3]),), {}, "prompt is empty", "(3,)", "[batch, tokens]"),
-    "three axes": ((np.ones((1, 1, 2), np.int64),), {}, "prompt is empty", "(1, 1, 2)"),
+    "a row without batch": ((np.array([1, 2, 3]),), {}, "not one row of token ids each", "(3,)", "[batch, tokens]"),
+    "three axes": ((np.ones((1, 1, 2), np.int64),), {}, "not one row of token ids each", "(1, 1, 2)"),
     "an empty row": ((np.ones((2, 3), np.int64), [3, 0]), {}, "A prompt is empty", "[3, 0]", "(2, 3)"),
     "a negative length": ((np.ones((2, 3), np.int64), [-1, 3]), {}, "A prompt is empty", "[-1, 3]", "(2, 3)"),
     "too large a length": ((np.ones((2, 3), np.int64), [3, 4]), {}, "lengths do not fit", "[3, 4]", "(2, 3)"),
