@@ -139,6 +139,15 @@ def test_encode_and_decode_are_transformers(codec: TextCodec, reference: PreTrai
     assert codec.decode(ids.tolist(), skip_special_tokens=False) == reference.decode(ids)
 
 
+@pytest.mark.parametrize(
+    "ids", [[np.array([1, 2])], [[1], [2, 3]], [1.5], [True], [-1], [2**32], [2**70], 5, None, "abc", {1: 2}], ids=str
+)
+def test_what_is_no_text_is_not_decoded(codec: TextCodec, ids: object) -> None:
+    """Such as all rows of `generate`, where one is meant."""
+    with pytest.raises(InputError, match=r"(?s)list of tokens has the wrong type.*one text.*decode\(rows\[0\]\)"):
+        codec.decode(ids)  # type: ignore[arg-type]
+
+
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     ids = tokenizer.encode(TEXTS[0]).ids
