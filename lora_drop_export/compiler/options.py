@@ -315,6 +315,8 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        for name in ("dtype", "activation_dtype", "kv_dtype"):  # from Python, too, these may be `bf16`
+            object.__setattr__(self, name, long_name(getattr(self, name)))
         if not self.targets:
             raise InputError("There is no target.", note="None was given.", hint=f"Use --target {next(iter(TARGETS))}.")
         for target in self.targets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lora_drop_runtime.command_line import Parser, add_options, given_flags, settings_of
@@ -91,3 +92,20 @@ def test_a_drop_list_is_read_once(tmp_path):
     options = with_files_read(ExportOptions(drop_list=tmp_path / "list.json", k=2))
     assert options == ExportOptions(drop_layers=(4, 6), drop_list_fingerprint="ab", k=2)
     assert with_files_read(options) is options
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"dtype": "bf16", "targets": ("openvino",)}, {"dtype": "bfloat16", "targets": ("openvino",)}),
+        ({"dtype": "fp32"}, {"dtype": "float32"}),
+        ({"dtype": "int4", "activation_dtype": "fp16"}, {"dtype": "int4", "activation_dtype": "float16"}),
+        (
+            {"dtype": "fp8", "kv_dtype": "fp8", "targets": ("none",)},
+            {"dtype": "float8_e4m3fn", "kv_dtype": "float8_e4m3fn", "targets": ("none",)},
+        ),
+    ],
+    ids=str,
+)
+def test_names_of_dtypes_are_those_of_the_command_line_too(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    assert ExportOptions(**given) == ExportOptions(**meant)
