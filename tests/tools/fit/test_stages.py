@@ -52,6 +52,26 @@ def test_distillation_that_makes_them_worse_is_not_kept(
     assert not same_adapters(tmp_path / "better", tmp_path / "closed")
 
 
+@pytest.mark.parametrize(
+    ("policies", "what"),
+    [
+        (("backfill",), "(LoRA steps, held-out text)"),
+        (("fill",), "(LoRA steps and inexact refreshes, held-out text)"),
+        (("backfill", "skip"), "(LoRA steps and inexact refreshes, held-out text)"),
+    ],
+)
+def test_figures_say_which_steps_they_count(
+    policies: tuple[str, ...],
+    what: str,
+    model_dir: Path,
+    words: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fit(str(model_dir), settings(words, tmp_path / "out", steps=0, policies=policies))
+    assert capsys.readouterr().err.replace("\n", " ").count(what) == 2  # the base, and the closed form
+
+
 def test_distillation_learns_where_the_closed_form_found_nothing(
     model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

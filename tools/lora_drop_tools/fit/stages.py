@@ -80,6 +80,8 @@ class Work:
                 sums += run_batch(self.forcing, ids, layout, self.plan, pairs, policy)
         figures = sums.figures()
         name = "base alone" if stage == BASE else stage
+        exact = all(policy.exact_refreshes for policy in self.policies)
+        what = "LoRA steps" if exact else "LoRA steps and inexact refreshes"
         if not math.isfinite(figures["kl"]):
             raise Diverged(
                 "The KL divergence is not finite.",
@@ -89,7 +91,7 @@ class Work:
         self.stages[stage] = figures
         self.console.say(
             f"{name}: KL {figures['kl']:.4f}, top-1 agreement {figures['agreement']:.3f}, perplexity "
-            f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} (LoRA steps, held-out text)"
+            f"{figures['perplexity_full']:.2f} → {figures['perplexity']:.2f} ({what}, held-out text)"
         )
 
 
