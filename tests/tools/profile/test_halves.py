@@ -23,7 +23,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list
 from tests.support.bundles import make_bundle
-from tests.support.models import FAMILIES, GEMMA2_WINDOW, gptj
+from tests.support.models import FAMILIES, gptj
 from tests.support.profiles import TOLERANCE, WINDOW, make_scoring, random_windows, saved
 from tests.tools.profile.test_greedy import kl_by_oracle, uneven
 
@@ -37,7 +37,7 @@ def plan(policy: str = "skip", **options: object) -> DropPlan:
 
 
 def of_llama(policy: str, objective: str = "speed", context: int = 100, adapter: float = 0.0) -> Savings:
-    one = LayerBytes(4 * (ATTENTION + MLP), 4 * ATTENTION, 4 * MAKES_KV, 4 * TOKEN_KV, 0)
+    one = LayerBytes(4 * (ATTENTION + MLP), 4 * ATTENTION, 4 * MAKES_KV, 4 * TOKEN_KV)
     return Savings(plan(policy), [one] * 8, objective, context, adapter)
 
 
@@ -80,8 +80,6 @@ def test_what_a_site_saves() -> None:
     assert fill.of("3.attn") == 4 * (ATTENTION - MAKES_KV + 100 * TOKEN_KV) - 512
     assert fill.of("3.mlp") == 4 * MLP - 512
     assert of_llama("skip", "kv").of("3.attn") == of_llama("skip", "kv").of("3") == 4 * 100 * TOKEN_KV
-    windowed = dataclasses.replace(skip, layers=[dataclasses.replace(skip.layers[0], window=30)] * 8)
-    assert windowed.of("3.attn") == 4 * (ATTENTION + 30 * TOKEN_KV)
 
 
 def test_candidates() -> None:
@@ -250,7 +248,7 @@ def test_windowed_layers(short: Callable[..., Profile], tmp_path: Path) -> None:
     under_fill = short(directory, tmp_path / "b", policy="fill", context=100, **options)
     assert set(under_fill.rankings["influence"]) == {"3", "4", "5", "6"}
     saved_bytes = {one.site: one.saved_bytes for one in under_fill.sites}
-    assert saved_bytes["5"] - saved_bytes["4"] == (100 - GEMMA2_WINDOW) * 4 * TOKEN_KV
+    assert saved_bytes["5"] == saved_bytes["4"]  # an engine reads a whole cache, as `step_bytes` counts it
 
 
 def test_gradients_are_left_as_they_were() -> None:

@@ -32,7 +32,6 @@ class LayerBytes:
     attention: float  # of these, the attention half's
     makes_kv: float  # of these, what K and V are made with
     token_kv: float
-    window: int
 
 
 def _beside(dtype: str) -> str:
@@ -61,7 +60,7 @@ def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> lis
     """
     cache = _beside(dtype)
     found = []
-    for index, window in enumerate(forcing.windows()):
+    for index in range(len(forcing)):
         first, makes_kv, values = forcing.parameters_of(index)
         found.append(
             LayerBytes(
@@ -69,7 +68,6 @@ def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> lis
                 attention=_stored(first, dtype) if halves else 0.0,
                 makes_kv=_stored(makes_kv, dtype),
                 token_kv=values * BY_NAME[cache].size_bytes,
-                window=window,
             )
         )
     return found
@@ -101,10 +99,8 @@ class Savings:
         return saved
 
     def kv(self, site: str) -> float:
-        """Bytes of K/V that a LoRA step does not read: of as many tokens as the context, or the layer's window, has."""
-        layer = self.layers[layer_of(site)]
-        tokens = min(self.context, layer.window) if layer.window else self.context
-        return 0 if half_of(site) == MLP else tokens * layer.token_kv
+        """Bytes of K/V that a LoRA step does not read; an engine reads all of a cache, also behind a layer's window."""
+        return 0 if half_of(site) == MLP else self.context * self.layers[layer_of(site)].token_kv
 
     def of(self, site: str) -> float:
         """What the objective counts."""
