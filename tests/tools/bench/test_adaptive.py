@@ -75,6 +75,20 @@ def test_a_row_of_an_adaptive_schedule() -> None:
     assert row.kv_saved == pytest.approx(1 - 32 / 48)
     assert row.asymptotic == pytest.approx(1 / (0.5 + 0.5 / 3))
     assert row.tails == []
+    assert (
+        make_row(
+            "b",
+            tiny_manifest(),
+            3,
+            Request(context=10, rows=1, new_tokens=6),
+            [dataclasses.replace(run, step_seconds=run.step_seconds[:5], kinds=names[:5])],  # ends within a cycle
+            [dataclasses.replace(full[0], step_seconds=[3.0] * 5)],
+            None,
+            POLICIES["backfill"],
+            "margin",
+        ).kv_saving
+        == 0
+    )
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

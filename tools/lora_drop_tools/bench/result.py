@@ -358,7 +358,7 @@ def _scheduled_steps(
         mixed = sum(one.steps * one.median_ms for one in figures.values())
         own_speedup = steps * figures[StepKind.REFRESH.value].median_ms / mixed
     saving = costs.kv_saving(manifest, k, policy)
-    if not periodic:
+    if not periodic and policy.leaves_holes:
         saving = manifest.plan.attention_share * (1 - costs.entries_made(kinds, policy)[-1] / steps)
     medians_ms = {kind: one.median_ms for kind, one in figures.items()}
     both = manifest.plan.sites and len(figures) > 1 and periodic
