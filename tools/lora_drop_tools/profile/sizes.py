@@ -99,7 +99,10 @@ class Savings:
         return saved
 
     def kv(self, site: str) -> float:
-        """Bytes of K/V that a LoRA step does not read; an engine reads all of a cache, also behind a layer's window."""
+        """Bytes of K/V that a LoRA step does not read.
+
+        The whole cache, as `step_bytes` has it: on a CPU engines read what lies behind a layer's window, too.
+        """
         return 0 if half_of(site) == MLP else self.context * self.layers[layer_of(site)].token_kv
 
     def of(self, site: str) -> float:
