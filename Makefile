@@ -1,4 +1,4 @@
-# make setup   .venv with everything that demo and tests need
+# make setup   .venv with everything that demo and tests need; what is imported is compiled then
 # make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved
 # make test    the whole test suite
 # make check   lint, types
@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[export,dev]'
 	touch $@
 
 demo: setup

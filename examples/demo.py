@@ -41,6 +41,7 @@ SHOWN = ("float32", 0.25)
 PROMPT = "The capital of Italy is"
 K, NEW_TOKENS, ROUNDS = 3, 64, 3
 WINDOWS, GIVEN, SCORED = 8, 32, 48  # of a text: how many, tokens that are given in each, and that are scored
+CALIBRATION_BYTES = 10_000  # of text that int4 is rounded on: some 2500 tokens; the default is up to 16 384
 
 
 @dataclass
@@ -107,22 +108,36 @@ def session_arm(name: str, session: Session, k: int) -> Arm:
     return Arm(name, generate, perplexity)
 
 
-def bundle_of(model: Path, dtype: str, ratio: float) -> Path:
-    """Export quietly, but for the bundle that the demo has shown."""
+def docstrings(modules: str) -> list[str]:
+    """Of Python's own modules whose names begin with one of `modules`, such as `s-z`."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    texts: list[str | None] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob(f"[{modules}]*.py")):
+        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
+        texts += map(ast.get_docstring, nodes)
+    return list(filter(None, texts))
+
+
+def bundle_of(given: Path, dtype: str, ratio: float) -> Path:
+    """Export quietly, but for the bundle that the demo has shown; `given` is a bundle whose weights are taken."""
     if (dtype, ratio) == SHOWN:
-        return HERE / "engines"
+        return given
     out = HERE / f"{dtype}-{ratio}"
     print(f"exporting {out}", flush=True)
-    options = ExportOptions(
-        adapters=ADAPTERS[ratio], k=K, dtype=dtype, targets=(FORMS[dtype],), verify=False, force=True
-    )
+    weights: dict[str, Any] = {"dtype": dtype}
+    if dtype == "int4":
+        text = HERE / "calibration.txt"
+        text.write_text("\n\n".join(docstrings("a-r")[::16])[:CALIBRATION_BYTES])
+        rounded = given != HERE / "engines"
+        weights = {} if rounded else weights | {"quantization": "gptq", "calibration": text}
+    options = ExportOptions(adapters=ADAPTERS[ratio], k=K, targets=(FORMS[dtype],), verify=False, force=True, **weights)
     with contextlib.redirect_stderr(io.StringIO()):
-        export(str(model), out, options)
+        export(str(given), out, options)
     return out
 
 
-def session_arms(model: Path, stack: contextlib.ExitStack) -> list[Arm]:
-    """For each dtype the full schedule and both plans."""
+def session_arms(stack: contextlib.ExitStack) -> list[Arm]:
+    """For each dtype the full schedule and both plans, of which the second takes the weights of the first."""
     arms = []
     for dtype, target in FORMS.items():
         if target == "openvino" and importlib.util.find_spec("openvino") is None:
@@ -130,8 +145,10 @@ def session_arms(model: Path, stack: contextlib.ExitStack) -> list[Arm]:
             continue
         label = f"{dtype}, {'ONNX Runtime' if target == 'ort' else 'OpenVINO'}"
         try:
+            bundle = HERE / "engines"
             for ratio in ADAPTERS:
-                session = stack.enter_context(Session.open(bundle_of(model, dtype, ratio)))
+                bundle = bundle_of(bundle, dtype, ratio)
+                session = stack.enter_context(Session.open(bundle))
                 if ratio == min(ADAPTERS):
                     arms.append(session_arm(f"all layers, {label}", session, 0))
                 arms.append(session_arm(f"LoRA-Drop ρ = {ratio}, {label}", session, K))
@@ -143,12 +160,7 @@ def session_arms(model: Path, stack: contextlib.ExitStack) -> list[Arm]:
 def held_out_windows(codec: TextCodec) -> npt.NDArray[np.int64]:
     """int64 [WINDOWS, GIVEN + SCORED + 1]: pieces of the docstrings of Python's own modules from s to z, on which
     nothing was fitted."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef
-    texts: list[str] = []
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[s-z]*.py")):
-        nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
-        texts += filter(None, map(ast.get_docstring, nodes))
-    ids, size = codec.encode("\n\n".join(texts)), GIVEN + SCORED + 1
+    ids, size = codec.encode("\n\n".join(docstrings("s-z"))), GIVEN + SCORED + 1
     pieces: npt.NDArray[np.int64] = ids[: len(ids) // size * size].reshape(-1, size)
     return pieces[:: len(pieces) // WINDOWS][:WINDOWS]
 
@@ -159,7 +171,7 @@ def compare(model: Path) -> None:
     ids = codec.encode(PROMPT)
     windows = held_out_windows(codec)
     with contextlib.ExitStack() as stack:
-        arms = [pytorch_arm(model), *session_arms(model, stack)]
+        arms = [pytorch_arm(model), *session_arms(stack)]
         perplexities = [arm.perplexity(windows) for arm in arms]  # first: after some steps weights move to faster pages
         seconds, held = np.empty((ROUNDS + 1, len(arms))), [0] * len(arms)
         for number in range(ROUNDS + 1):  # the first warms up
