@@ -24,7 +24,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME, Manifest
+from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, INTEGER_DTYPES, KV_SCALES_NAME, Manifest
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -41,6 +41,7 @@ from lora_drop_export.graphs.early_rows import with_rows_chosen_early
 from lora_drop_export.graphs.lora import lora_step_from_refresh
 from lora_drop_export.graphs.match import fusable_groups
 from lora_drop_export.graphs.refresh import check_halves, refresh_from_trace
+from lora_drop_export.quantize.choice import CALIBRATED
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.targets.target import TARGETS, build_target
 from lora_drop_export.weights.arrays import store_arrays
@@ -51,6 +52,7 @@ from .early import check_before_trace, check_bundle, check_kept, check_names, wa
 from .facts import (
     activations_dtype,
     chosen_formats,
+    kept_quantization,
     make_limits,
     make_plan,
     model_facts,
@@ -60,7 +62,7 @@ from .facts import (
     surrogate_weights,
 )
 from .files import BUNDLE, check_disk, copy_tokenizer, make_model_directory, tool_versions, write_manifest
-from .forms import fastest_form
+from .forms import MOST_LOSS, fastest_form
 from .options import AUTO, NO_TARGET, ExportOptions, with_files_read
 from .records import HashedMeanwhile, file_records
 from .rounded import calibrated
@@ -154,13 +156,21 @@ def write_bundle(
     return write_manifest(root, dataclasses.replace(manifest, targets=targets, files=files))
 
 
-def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, threads: int | None, console: Console) -> Bundle:
-    """Measure what quantization costs, on the first target, and say it in the manifest."""
+def _with_perplexity(bundle: Bundle, checkpoint: Checkpoint, options: ExportOptions, console: Console) -> Bundle:
+    """Measure what quantization costs, on the first target, and say it in the manifest; and what would cost less."""
     name, _ = bundle.target(None)
     provider = TARGETS[name].provider(bundle.manifest.model.dtype)
-    perplexity = report_perplexity(bundle, checkpoint, name, provider=provider, console=console, threads=threads)
+    perplexity = report_perplexity(
+        bundle, checkpoint, name, provider=provider, console=console, threads=options.threads
+    )
     if perplexity is None:
         return bundle
+    by_range = options.dtype in INTEGER_DTYPES and not options.calibrated and options.block_size != AUTO
+    costly = perplexity[bundle.manifest.model.weight_dtype] > (1 + MOST_LOSS) * perplexity["float"]
+    if costly and by_range and kept_quantization(checkpoint.tensors) is None:
+        console.say(
+            f"over {100 * MOST_LOSS:.0f} %: --quantization {CALIBRATED} takes minutes, and as a rule costs less"
+        )
     said = bundle.manifest.quantization | {"perplexity": perplexity}
     return write_manifest(bundle.root, dataclasses.replace(bundle.manifest, quantization=said))
 
@@ -211,7 +221,7 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
             bundle = write_bundle(root, checkpoint, traced, dtype, options, console)
         # Of a bundle's weights that was measured beside those that they were rounded from, and is said already
         if bundle.manifest.targets and quantized and options.verify and not checkpoint.quantization:
-            bundle = _with_perplexity(bundle, checkpoint, options.threads, console)
+            bundle = _with_perplexity(bundle, checkpoint, options, console)
         if not bundle.manifest.targets:
             console.say("graphs only: nothing was executed, so nothing was verified")
         elif options.verify:

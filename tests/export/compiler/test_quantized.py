@@ -17,8 +17,10 @@ from safetensors.numpy import save_file
 
 from lora_drop_export.check.reference import Reference
 from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler import export as exporter
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
 from lora_drop_export.quantize.formats import BlockFormat
 from lora_drop_export.weights.store import store_weights
 from tests.support.bundles import family, make_bundle
@@ -145,6 +147,26 @@ def test_perplexity_is_the_models(tmp_path, exported):
         ours, likeliest = Reference(checkpoint, exported.manifest.plan, {}).on_text(ids)
         assert ours == pytest.approx(float(found.loss.exp()), rel=1e-4)
         assert likeliest.tolist() == found.logits[0, :-1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "said"),
+    [
+        ({"dtype": "int4"}, 10.31, True),
+        ({"dtype": "int4", "quantization": "rtn"}, 10.31, True),
+        ({"dtype": "int4"}, 10.29, False),
+        ({"dtype": "int4", "quantization": "gptq"}, 10.31, False),
+    ],
+    ids=str,
+)
+def test_what_costs_less_is_said(options, found, said, tmp_path, monkeypatch, capsys):
+    """Where integers found without a text cost more than 3 % of perplexity."""
+    checkpoint, bundle = family("llama").checkpoint, make_bundle("llama", tmp_path / "b", dtype="int4")
+    measured = {"tokens": 9, "float": 10.0, "int4": found, "agreement": 0.9}
+    monkeypatch.setattr(exporter, "report_perplexity", lambda *_, **__: measured)
+    after = exporter._with_perplexity(bundle, checkpoint, ExportOptions(**options), Console())
+    assert after.manifest.quantization["perplexity"] == measured
+    assert ("over 3 %: --quantization gptq" in capsys.readouterr().err) is said
 
 
 def test_perplexity_of_more_tokens_than_opt_is_wide(tmp_path):
