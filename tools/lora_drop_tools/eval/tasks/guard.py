@@ -107,8 +107,9 @@ def _own_root(root: str, visible: list[str], box_bytes: int) -> None:
     os.mkdir(root + BOX)
     _mount("tmpfs", root + BOX, "tmpfs", _NO_SUID | _NO_DEV, f"size={box_bytes},mode=700")
     os.mkdir(root + "/proc")
+    # Read-only: of root's programs the kernel takes its settings there, such as core_pattern, for the whole machine
     with contextlib.suppress(OSError):  # a container's may be covered in part, and then there is none
-        _mount("proc", root + "/proc", "proc", _NO_SUID | _NO_DEV | _NO_EXEC)
+        _mount("proc", root + "/proc", "proc", _READ_ONLY | _NO_SUID | _NO_DEV | _NO_EXEC)
     os.chdir(root)
     number = _PIVOT_ROOT.get(platform.machine())
     if number is None:
