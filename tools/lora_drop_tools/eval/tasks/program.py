@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lora_drop_runtime.errors import InputError
 
-from .guard import NOT_APART
+from .guard import FAILED, NOT_APART, READY
 
 TIMEOUT_SECONDS = 10.0
 MEMORY_BYTES = 2**30
@@ -93,9 +93,10 @@ def _run(source: str, timeout_seconds: float, apart: bool, listen: bool = False)
             process.wait()
             os.set_blocking(reader, False)
             with contextlib.suppress(BlockingIOError):
-                told = os.read(reader, 2 * len(secret))
+                told = os.read(reader, 2 * len(READY + secret.encode()))
             os.close(reader)
-        return told == secret.encode(), process.returncode, said.decode("utf-8", "replace").strip()
+        code = FAILED if told and process.returncode == NOT_APART else process.returncode  # the program's own
+        return told == READY + secret.encode(), code, said.decode("utf-8", "replace").strip()
 
 
 @functools.cache
