@@ -6,8 +6,10 @@ import contextlib
 import itertools
 import os
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,24 +153,46 @@ LEFT_BEHIND = "if libc.fork() == 0:\n    libc.prctl(15, {!r}, 0, 0, 0)\n    libc
 SLIPPED_OUT = "libc.prctl(1, 0, 0, 0, 0)\nos.setsid()\nlibc.prctl(15, {!r}, 0, 0, 0)\nlibc.sleep(600)"
 
 
+def names() -> set[str]:
+    """What the processes of this machine are called."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            found.add(path.read_text().strip())
+    return found
+
+
+def wait_until(is_so: Callable[[], bool], tries: int = 100) -> bool:
+    """The kernel takes a moment."""
+    return any(is_so() or time.sleep(0.1) for _ in range(tries))
+
+
 @needs_namespaces
 @pytest.mark.parametrize(("program", "seconds"), [(LEFT_BEHIND, 60.0), (SLIPPED_OUT, 3.0)], ids=["forked", "slipped"])
 def test_processes_that_a_program_leaves_behind_end_with_it(program: str, seconds: float) -> None:
     marker = f"left-{seconds:.0f}-{os.getpid()}"
     runs_to_its_end(LIBC + program.format(marker[:15].encode()), seconds)
 
-    def names() -> set[str]:
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/comm"):
-            with contextlib.suppress(OSError):
-                found.add(path.read_text().strip())
-        return found
+    assert wait_until(lambda: marker[:15] not in names()), "it runs on"
 
-    for _ in range(100):  # the kernel takes a moment
-        if marker[:15] not in names():
-            return
-        time.sleep(0.1)
-    pytest.fail("it runs on")
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process that its parent has ended")
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_a_program_ends_with_the_evaluation_that_is_killed(tmp_path: Path, unsafe: bool) -> None:
+    if not unsafe and why_not_apart():
+        pytest.skip(f"programs cannot be cut off here: {why_not_apart()}")
+    marker = f"killed-{unsafe:d}-{os.getpid()}"[:15]
+    program = f"{LIBC}libc.prctl(15, {marker.encode()!r}, 0, 0, 0)\nlibc.sleep(600)"
+    source = "from lora_drop_tools.eval.tasks.program import runs_to_its_end\n"
+    source += f"runs_to_its_end({program!r}, 600.0, unsafe={unsafe})"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # a folder stays of what is killed
+    asks = subprocess.Popen([sys.executable, "-c", source], env=environment)
+    try:
+        assert wait_until(lambda: marker in names(), 600)
+    finally:
+        asks.kill()
+        asks.wait()
+    assert wait_until(lambda: marker not in names()), "it runs on"
 
 
 def test_without_namespaces_nothing_is_run_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,12 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
+def _end_with_parent() -> None:
+    """Also where the parent is killed and cannot end it; Linux alone does that."""
+    if sys.platform == "linux":
+        _libc().prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
 def _check(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
@@ -143,7 +149,7 @@ def _go_apart(root: str, visible: list[str], box_bytes: int) -> None:
         _, status = os.waitpid(child, 0)
         os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else FAILED)
     try:
-        _libc().prctl(1, signal.SIGKILL, 0, 0, 0)  # ends with its parent
+        _end_with_parent()
         _own_root(root, visible, box_bytes)
         _no_capabilities()
     except OSError as error:
@@ -195,6 +201,7 @@ def _watch() -> None:
 def main() -> None:
     """Never returns where the program runs to its end."""
     options = json.loads(sys.argv[1])
+    _end_with_parent()
     secret, source = sys.stdin.read().split("\n", 1)
     if options["visible"] is not None:
         _go_apart(os.getcwd(), options["visible"], options["box_bytes"])
