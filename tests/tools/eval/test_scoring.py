@@ -130,6 +130,8 @@ def test_batches_hold_what_the_bundle_allows() -> None:
     found = list(batches(session, options))
     assert [len(batch) for batch in found] == [15, 5]  # rows of three prompts, then of one
     assert sorted(index for batch in found for index in batch) == list(range(20))
+    whole = [Row(np.array([1, 2, 3, index]), 1, 0) for index in range(5)]
+    assert [len(batch) for batch in batches(session, whole)] == [3, 2]  # side by side, though all begin alike
 
 
 def test_log_softmax_of_large_and_of_no_numbers() -> None:

@@ -120,10 +120,13 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def _by_prompt(rows: Sequence[Row]) -> list[list[int]]:
-    """Indices of the rows that have each prompt, in the order of the prompts; those with most steps first."""
-    found: dict[bytes, list[int]] = {}
+    """Indices of the rows that have each prompt, in the order of the prompts; those with most steps first.
+
+    Rows share no prompt of one token, since those of a prompt run one after the other: whole texts begin alike.
+    """
+    found: dict[bytes | int, list[int]] = {}
     for index, row in enumerate(rows):
-        found.setdefault(row.ids[: row.prompt].tobytes(), []).append(index)
+        found.setdefault(row.ids[: row.prompt].tobytes() if row.prompt > 1 else index, []).append(index)
     return [sorted(indices, key=lambda i: -rows[i].steps) for indices in found.values()]
 
 

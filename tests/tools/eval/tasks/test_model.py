@@ -80,6 +80,13 @@ def test_rolling_log_likelihood_counts_each_token_once(bundle: Path, open_model:
     assert in_windows < found
 
 
+def test_whole_texts_are_asked_together(open_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [request(i, text) for i, text in enumerate(["The sea.", "Gulls follow the boats " * 20, "", "Nets"])]
+    together = open_model(1).loglikelihood_rolling(asked)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert together == pytest.approx([open_model(1).loglikelihood_rolling([one])[0] for one in asked], abs=1e-3)
+
+
 @pytest.fixture
 def beside_lm_evals_own(bundle: Path, tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A model and lm-eval's own of the same PyTorch model, under a tokenizer whose texts do not begin with its BOS."""

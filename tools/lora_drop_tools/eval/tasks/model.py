@@ -81,16 +81,19 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Log-likelihood of whole strings, in windows of what the bundle allows, each token once."""
-        totals = []
+        asked: list[Any] = []
+        pairs: list[tuple[Sequence[int], Sequence[int]]] = []
+        prefix = self._prefix()
         for request in requests:
-            ids = self._codec.encode(request.args[0]).tolist()
-            prefix = self._prefix()
-            ids = ids[len(self._codec.encode("")) :]
+            ids = self._codec.encode(request.args[0]).tolist()[len(self._codec.encode("")) :]
             windows = get_rolling_token_windows(ids, prefix[-1], self._limits.max_prompt_len, 1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            answers = self._scored("rolling", [request] * len(pairs), pairs)
-            totals.append(float(sum(answer[0] for answer in answers)))
-        return totals
+            pairs += map(make_disjoint_window, windows)
+            asked += [request] * (len(pairs) - len(asked))
+        answers = self._scored("rolling", asked, pairs) if pairs else []  # an empty text has no window
+        totals: Counter[int] = Counter()
+        for request, (log_prob, _) in zip(asked, answers, strict=True):
+            totals[id(request)] += log_prob
+        return [float(totals[id(request)]) for request in requests]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Texts, each up to a stop string or an end token; drawn by a seed of its own for each item and repeat."""
