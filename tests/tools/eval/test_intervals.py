@@ -120,6 +120,14 @@ def test_average_and_perplexity_of_items() -> None:
     mean = average([Figure(0.5, 0.4, 0.6, 10), Figure(0.7, 0.5, 0.9, 10)])
     half = math.hypot(0.1, 0.2) / 2
     assert (mean.value, mean.low, mean.high, mean.count) == pytest.approx((0.6, 0.6 - half, 0.6 + half, 2))
+    # Of few hits and misses: not below 0, not above 1; and of one task it is the task's
+    for hits in (0, 1, 4, 5):
+        alone, together = average([share(hits, 5)]), average([share(hits, 5), share(hits, 5)])
+        assert (alone.low, alone.high) == pytest.approx((share(hits, 5).low, share(hits, 5).high))
+        assert together.low >= -1e-9
+        assert together.high <= 1 + 1e-9
+    lost = paired_difference([0.0] * 3 + [1.0] * 7, [1.0] * 10)
+    assert (average([lost]).low, average([lost]).high) == pytest.approx((lost.low, lost.high))
     items = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -3.0, "acc": 0.0}}
     full = {4: {"perplexity": -1.0, "acc": 1.0}, 9: {"perplexity": -2.0, "acc": 1.0}}
     logs = frozenset({"perplexity"})

@@ -115,13 +115,14 @@ def item_test(values: Sequence[float], full: Sequence[float]) -> McNemar | None:
 
 
 def average(figures: Sequence[Figure], weights: Sequence[float] | None = None) -> Figure:
-    """The mean of independent figures, weighted or not; their intervals' halves stand for standard errors.
+    """The mean of independent figures, weighted or not, with Zou and Donner's interval: each end lies as far from the
+    mean as the figures' own do together. So that of one figure is its own, and that of shares is within 0 and 1.
 
     Its count is that of the figures.
     """
     shares = np.ones(len(figures)) if weights is None else np.asarray(weights, np.float64)
     shares = shares / shares.sum()
-    value = float(sum(one * figure.value for one, figure in zip(shares, figures, strict=True)))
-    squares = ((one * (figure.high - figure.low) / 2) ** 2 for one, figure in zip(shares, figures, strict=True))
-    half = math.sqrt(sum(squares))
-    return Figure(value, value - half, value + half, len(figures))
+    value, low, high = (np.array([getattr(one, name) for one in figures]) for name in ("value", "low", "high"))
+    mean = float(shares @ value)
+    below, above = (float(np.linalg.norm(shares * (value - end))) for end in (low, high))
+    return Figure(mean, mean - below, mean + above, len(figures))

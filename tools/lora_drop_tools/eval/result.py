@@ -6,8 +6,8 @@ Measures nothing.
 
 Intervals: Wilson's for a share; Agresti and Min's for the difference of two shares over the same items; the bootstrap
 over windows or items, with the run's seed, for all else that is a mean; lm-eval's standard error for its own figures.
-An average over tasks takes their variances as independent. Beside a difference of shares stands McNemar's exact test;
-that of several tasks is over all of their items.
+That of an average over tasks takes them as independent, and is Zou and Donner's. Beside a difference of shares stands
+McNemar's exact test; that of several tasks is over all of their items.
 """
 
 from __future__ import annotations
