@@ -140,6 +140,24 @@ def test_a_full_disk_leaves_the_table(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("most", [0.003, 0.08, 0.5, 4.0])
+def test_the_axes_of_kl_can_be_read(made: tuple[Profile, Path], most: float) -> None:
+    """At least three ticks, whatever the layers cost."""
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `bench`, is not installed")
+    from lora_drop_tools.profile.plots import _draw_sensitivity
+    from matplotlib.figure import Figure
+
+    sites = tuple(dataclasses.replace(one, kl_alone=most * (i + 1) / 8) for i, one in enumerate(made[0].sites))
+    lists = tuple(dataclasses.replace(one, kl=most * one.rho) for one in made[0].drop_lists)
+    result = dataclasses.replace(made[0], sites=sites, drop_lists=lists, greedy_kl=(most / 3, most / 2, most))
+    figure = Figure()
+    panels = figure.subplots(2, 1)
+    _draw_sensitivity(panels, result)
+    for panel in panels:
+        bottom, top = panel.get_ylim()
+        assert sum(bottom <= tick <= top for tick in panel.get_yticks()) >= 3
+
+
 def test_without_matplotlib(
     llama_dir: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

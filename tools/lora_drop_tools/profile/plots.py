@@ -104,7 +104,8 @@ def _draw_sensitivity(axes: Any, result: Profile) -> None:
     axes[1].set_xlabel(f"dropped {result.settings['sites']}")
     axes[1].legend(fontsize="small")
     for panel in axes:
-        panel.set_yscale("symlog", linthresh=0.01)
+        if panel.get_ylim()[1] > 0.1:  # below it such a scale has no ticks to read
+            panel.set_yscale("symlog", linthresh=0.01)
         panel.set_ylim(bottom=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
 
