@@ -201,7 +201,7 @@ def test_without_namespaces_nothing_is_run_unless_asked(monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="cannot be cut off") as refused:
         runs_to_its_end("pass")
     assert "unshare: not permitted" in refused.value.note
-    assert "--unsafe-code" in refused.value.hint
+    assert "lora-drop eval --unsafe-code" in refused.value.hint  # lora-drop lm-eval, which refuses so too, has no such
     check_apart("a task", unsafe=True)
 
 

@@ -118,7 +118,8 @@ def check_apart(what: str, unsafe: bool) -> None:
         raise InputError(
             "Programs that a model writes cannot be cut off from this machine.",
             note=f"{what} runs them; {reason}.",
-            hint="Leave it out, run it where user namespaces are allowed, or trust the model with --unsafe-code.",
+            hint="Leave it out, run it where user namespaces are allowed, or trust the model with "
+            "lora-drop eval --unsafe-code.",
         )
 
 
