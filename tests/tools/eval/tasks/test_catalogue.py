@@ -115,6 +115,21 @@ def test_the_number_of_examples_is_as_lm_evals_command_takes_it(tmp_path: Path) 
         shots(5)
 
 
+def test_answers_that_are_among_no_options_are_refused(tmp_path: Path) -> None:
+    """A misspelt column, which lm-eval takes for a text; one item's is enough."""
+    items = [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1, "name": name} for name in ("x", "b")]
+    define(tmp_path, "own", "piqa/piqa.yaml", items)
+    path = tmp_path / "own.yaml"
+    definition = json.loads(path.read_text())
+    for target in ("label", "name", "{{[label]}}"):
+        path.write_text(json.dumps({**definition, "doc_to_target": target}))
+        assert open_tasks(["own"], [tmp_path]).tasks
+    path.write_text(json.dumps({**definition, "doc_to_target": "lable"}))
+    with pytest.raises(InputError, match="answer among its options") as refused:
+        open_tasks(["own"], [tmp_path])
+    assert refused.value.note == "own: the last one's is lable."
+
+
 @pytest.mark.parametrize(
     ("name", "defined", "found", "main"),
     [

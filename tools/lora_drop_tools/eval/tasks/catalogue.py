@@ -269,6 +269,23 @@ def _check_twice(name: str, new: Mapping[str, Any], tasks: Mapping[str, Any]) ->
         )
 
 
+def _check_answers(name: str, task: Any) -> None:
+    """Refuse options of which none is ever right: of a misspelt column, which lm-eval takes for a text."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "fewshot_cfg"):
+        return
+    if task.multiple_input or task.config.process_results is not None:  # other ways to say what is right
+        return
+    for doc in _documents(task):
+        answer = task.doc_to_target(doc)
+        if not isinstance(answer, str) or answer in task.doc_to_choice(doc):
+            return
+    raise InputError(
+        "No item of a task has its answer among its options.",
+        note=f"{name}: the last one's is {answer:.100}.",
+        hint="Correct the definition: doc_to_target and doc_to_choice name columns of the data, or hold templates.",
+    )
+
+
 def _check_prompts(opened: OpenedTask) -> None:
     """Build the first item's prompt: where there are too few examples for it, this fails."""
     if not opened.places:
@@ -337,6 +354,7 @@ def open_tasks(
                 _set_shots(task, own_shots[name])
                 opened[name] = _drawn(name, task, sys.maxsize if limit is None else limit, seed)
                 _check_prompts(opened[name])
+                _check_answers(name, task)
             except InputError:
                 raise
             except Exception as error:  # the code of a definition
