@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.dtypes import BY_NAME
+from lora_drop_runtime.errors import InputError
 
 _FINGERPRINT_VALUES = 64
 
@@ -65,6 +67,41 @@ class Checkpoint:
     def quantization(self) -> Mapping[str, Any]:
         """What the bundle's manifest says of quantized weights; empty for weights in float, and where there is none."""
         return {} if self.bundle is None else self.bundle.manifest.quantization
+
+    def _stamps(self) -> dict[Path, tuple[int, int, int] | None]:
+        """What tells that a file of the tensors was written to or replaced; None of one that is gone."""
+        stamps: dict[Path, tuple[int, int, int] | None] = {}
+        for file in sorted({ref.file for ref in self.tensors.values()}):
+            stamps[file] = None
+            with contextlib.suppress(OSError):
+                found = file.stat()
+                stamps[file] = found.st_ino, found.st_size, found.st_mtime_ns
+        return stamps
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block that reads the tensors.
+
+        Raises:
+            InputError: their files were changed meanwhile, so that what was read is of no one model.
+        """
+        before = self._stamps()
+        try:
+            yield
+        except Exception:  # what was read may be nonsense
+            self._refuse_change(before)
+            raise
+        self._refuse_change(before)
+
+    def _refuse_change(self, before: Mapping[Path, tuple[int, int, int] | None]) -> None:
+        now = self._stamps()
+        changed = next((file for file in before if now[file] != before[file]), None)
+        if changed is not None:
+            raise InputError(
+                "The checkpoint changed while it was read.",
+                note=f"{changed} was {'removed' if now[changed] is None else 'written or replaced'} meanwhile.",
+                hint="Run the command again once nothing writes there.",
+            ) from None
 
     def fingerprint(self) -> str:
         """Identity of the base weights, the same for float32, float16 and bfloat16 copies of equal values.

@@ -190,10 +190,11 @@ def export(model: str, out: str | Path, options: ExportOptions | None = None) ->
     options = with_files_read(options or ExportOptions(), console.say)
     out = Path(out)
     check_names(model, out)
-    with staged_directory(out, options.force, BUNDLE) as root:
+    with staged_directory(out, options.force, BUNDLE) as root, contextlib.ExitStack() as stack:
         checkpoint = open_checkpoint(
             model, root.with_name("scratch"), trust_remote_code=options.trust_remote_code, log=console.say
         )
+        stack.enter_context(checkpoint.unchanged())
         if checkpoint.bundle is not None:
             check_bundle(checkpoint.bundle, console)
         check_kept(checkpoint, options)

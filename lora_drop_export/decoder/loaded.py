@@ -7,6 +7,7 @@ checkpoint/open.py, so a quantized bundle gives the weights that it decodes with
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -133,8 +134,9 @@ def load_model(
     _check_device(device)
     with refused("There is no such model.", repr(source), "Check the spelling."):  # ~nobody/model
         path = Path(source).expanduser()
-    with tempfile.TemporaryDirectory(prefix="lora-drop-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="lora-drop-") as scratch, contextlib.ExitStack() as stack:
         checkpoint = open_checkpoint(source, Path(scratch), trust_remote_code=trust_remote_code, log=log)
+        stack.enter_context(checkpoint.unchanged())
         manifest = None if checkpoint.bundle is None else checkpoint.bundle.manifest
         if manifest is not None:
             checkpoint = dataclasses.replace(checkpoint, name=path.resolve().name)

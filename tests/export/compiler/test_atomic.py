@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,12 @@ import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.errors import InputError, VerificationError
 
 import lora_drop_export.check.verify
 from lora_drop_export.check.figures import Tolerance
 from lora_drop_export.cli import main
+from lora_drop_export.decoder.loaded import load_model
 from tests.support.bundles import family, make_bundle
 from tests.support.models import SIZES
 
@@ -169,6 +171,47 @@ def test_bundle_that_disagrees_with_pytorch(place, monkeypatch, capsys, check_un
     assert "Traceback" not in printed.err
     assert printed.out == ""
     check_untouched()
+
+
+def other_values(file: Path) -> None:
+    """As a training run does it: the same tensors at the same places."""
+    data = bytearray(file.read_bytes())
+    data[-4096:] = bytes(4096)
+    file.write_bytes(data)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "written": other_values,
+    "shorter": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "removed": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("forced", [True], indirect=True)
+@pytest.mark.parametrize("change", CHANGES)
+def test_checkpoint_that_changes_during_the_export(
+    place, tmp_path, monkeypatch, capsys, check_untouched, change
+) -> None:
+    model = shutil.copytree(family("llama").directory, tmp_path / "model")
+    weights = model / "model.safetensors"
+
+    def traced(*_: object, **__: object) -> Any:
+        CHANGES[change](weights)
+        return family("llama").traced
+
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", traced)
+    assert main([*arguments(place / "engines", "--force"), "--model", str(model)]) == 2
+    what = "removed" if change == "removed" else "written or replaced"
+    said = f"error: The checkpoint changed while it was read.\nNote: {weights} was {what} meanwhile.\nHint: "
+    assert said in capsys.readouterr().err
+    check_untouched()
+
+
+def test_checkpoint_that_changes_while_a_tool_reads_it(tmp_path) -> None:
+    model = shutil.copytree(family("llama").directory, tmp_path / "model")
+
+    with pytest.raises(InputError, match="The checkpoint changed while it was read"):
+        load_model(str(model), check=lambda _: other_values(model / "model.safetensors"))
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)])
