@@ -36,12 +36,17 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(few) + more
 
 
+def _folders(files: Collection[str]) -> set[str]:
+    """The folders that files lie in, "." among them."""
+    return {"."} | {str(parent) for name in files for parent in PurePosixPath(name).parents}
+
+
 def foreign_entries(root: Path, files: Collection[str]) -> list[str]:
     """What lies in a directory and is not among `files`: files, links, directories that hold none of them.
 
     A link and what lies on another file system are never ours.
     """
-    folders = {"."} | {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    folders = _folders(files)
     device = root.lstat().st_dev
     found: list[str] = []
 
@@ -99,6 +104,17 @@ def refuse_inside(place: Path, kind: Kind) -> None:
             raise _refusal(f"The output directory would lie inside a {kind.name}.", f"{place} is below {parent}.")
 
 
+def _refuse_locked(place: Path, kind: Kind, files: Collection[str]) -> None:
+    """Raise InputError where a folder may not be changed: the system would not rename it, or its files would stay."""
+    for folder in sorted(place / name for name in _folders(files)):
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise _refusal(
+                f"The {kind.name} at --out may not be changed, so it cannot be replaced.",
+                f"{folder} is not readable and writable to you.",
+                "Change its permissions (chmod u+rwx), or choose another --out.",
+            )
+
+
 def owned_files(place: Path, force: bool, kind: Kind) -> frozenset[str]:
     """The names of all files at `place`, every one of which a command of ours wrote; none where nothing is there.
 
@@ -129,5 +145,6 @@ def owned_files(place: Path, force: bool, kind: Kind) -> frozenset[str]:
             f"The current directory is {working}; it would be gone.",
             f"Use: cd {place.parent}, and --out {place.name}",
         )
+    _refuse_locked(place, kind, files)
     refuse_foreign(place, kind, foreign_entries(place, files))
     return files

@@ -176,6 +176,21 @@ def test_a_marker_that_leads_outside_removes_nothing(place: Path, tmp_path: Path
 # ── places ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("folder", [".", "deep/er"])
+def test_folders_that_may_not_be_changed(place: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, where the system refused after it, or left the old files beside the new ones for good."""
+    access, locked = os.access, place / folder
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and access(path, mode))  # root has all
+    before = all_below(place.parent)
+    with (
+        pytest.raises(InputError, match="may not be changed") as raised,
+        staged_directory(place, True, KIND),
+    ):
+        pytest.fail("the work began")
+    assert f"{locked} is not readable and writable to you." in str(raised.value)
+    assert all_below(place.parent) == before
+
+
 @pytest.mark.parametrize("deeper", [".", "deep", "deep/er"])
 def test_the_current_directory_is_not_replaced(place: Path, deeper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place / deeper)
