@@ -46,7 +46,8 @@ def refused_writes(place: Path, option: str) -> Iterator[None]:
         if number is None:
             raise
         fact, hint = _REFUSED[number]
-        where = getattr(error, "filename", None) or f"beside {place}"
+        # Of a copy the second name is what was written, the first what was read
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or f"beside {place}"
         raise InputError(
             fact,
             note=f"Writing {where} failed: {os.strerror(number)}. What was at {place} is untouched.",

@@ -348,6 +348,13 @@ def test_a_disk_that_takes_no_more(place: Path, error: Exception, fact: str) -> 
     assert os.listdir(place.parent) == ["place"]
 
 
+def test_of_a_copy_what_was_written_is_named(tmp_path: Path) -> None:
+    """And not the user's file that was read, of which «writing failed» would frighten."""
+    error = OSError(errno.ENOSPC, "No space left on device", "/x/read", None, "/x/written")  # as of shutil.copyfile
+    with pytest.raises(InputError, match="Writing /x/written failed"), refused_writes(tmp_path, "--out"):
+        raise error
+
+
 def test_an_exchange_that_the_system_refuses(place: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bool:
         raise OSError(errno.EIO, "Input/output error")
