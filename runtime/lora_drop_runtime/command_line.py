@@ -158,10 +158,10 @@ def names(text: str) -> tuple[str, ...]:
 
 
 def given_path(text: str) -> Path:
-    """A path; nothing is none."""
+    """A path; nothing is none. Shells leave the ~ of --out=~/bundle as it is, which would become a folder «~»."""
     if not text:
         raise argparse.ArgumentTypeError("'' is not a path")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # and not Path.expanduser, to which ./~ is ~
 
 
 def check_text(what: str, text: str) -> None:

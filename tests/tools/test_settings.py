@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_drop_runtime.command_line import add_options
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.bench.bench import _check_alike
@@ -115,6 +117,16 @@ def test_lists_and_names(line: str, words: tuple[str, ...], capsys: pytest.Captu
     error = capsys.readouterr().err
     for word in (*words, "Note: ", "Hint: "):
         assert word in error
+
+
+def test_the_home_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which shells put in where a word begins with ~, and not behind the = of an option."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = argparse.ArgumentParser()
+    add_options(options, FitSettings)
+    given = options.parse_args(["--text", "~/a", "--text=./~", "--out=~/engines"])
+    assert given.text == [tmp_path / "a", Path("~")]
+    assert given.out == tmp_path / "engines"
 
 
 def test_sampling_is_what_the_options_say() -> None:
