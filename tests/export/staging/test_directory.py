@@ -247,6 +247,17 @@ def test_force_is_hinted_at_where_it_replaces(tmp_path: Path, place: Path, what:
         stage(out)
 
 
+def test_up_from_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be used"):
+        stage(tmp_path / "no" / ".." / "place")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "in").mkdir()
+    stage(tmp_path / "in" / ".." / "deep" / "place")
+    assert os.listdir(tmp_path / "deep") == ["place"]
+    with pytest.raises(InputError, match="exists already"):
+        stage(tmp_path / "in" / "..", force=False)
+
+
 def test_a_circle_of_links_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("one")
