@@ -52,9 +52,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def cluster(bundle: Bundle) -> Iterator[RayCluster]:
-    with ray_cluster(
-        bundle=bundle.root, slots=4, threads=2, policy="backfill", api_key="sesame", min_replicas=2, max_replicas=2
-    ) as made:
+    replicas = {"min_replicas": 2, "max_replicas": 2, "grace": 600}  # on a busy machine 30 s are not enough
+    with ray_cluster(bundle=bundle.root, slots=4, threads=2, policy="backfill", api_key="sesame", **replicas) as made:
         yield made
 
 
