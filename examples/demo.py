@@ -125,11 +125,12 @@ def bundle_of(given: Path, dtype: str, ratio: float) -> Path:
     out = HERE / f"{dtype}-{ratio}"
     print(f"exporting {out}", flush=True)
     weights: dict[str, Any] = {"dtype": dtype}
-    if dtype == "int4":
+    if dtype == "int4" and given != HERE / "engines":
+        weights = {}  # they are int4
+    elif dtype == "int4":
         text = HERE / "calibration.txt"
         text.write_text("\n\n".join(docstrings("a-r")[::16])[:CALIBRATION_BYTES])
-        rounded = given != HERE / "engines"
-        weights = {} if rounded else weights | {"quantization": "gptq", "calibration": text}
+        weights |= {"quantization": "gptq", "calibration": text}
     options = ExportOptions(adapters=ADAPTERS[ratio], k=K, targets=(FORMS[dtype],), verify=False, force=True, **weights)
     with contextlib.redirect_stderr(io.StringIO()):
         export(str(given), out, options)

@@ -239,7 +239,6 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="|".join(WEIGHT_SHORTS),
-        parse=long_name,
         help="what weights and activations are stored and computed in (default fp32 on the CPU, else what the "
         "checkpoint has); int4, int8 and fp8 quantize the linear layers' weights and the embedding; fp8 is for "
         "TensorRT, on GPUs of compute capability 8.9 and newer; "
@@ -283,7 +282,6 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="|".join(filter(None, map(short_name, MODEL_DTYPES))),
-        parse=long_name,
         help="what activations are computed in where weights are quantized, on a GPU (default fp32 for ort, what the "
         "checkpoint has for TensorRT)",
     )
@@ -291,7 +289,6 @@ class BuildOptions:
         None,
         group=_BUILD,
         metavar="|".join(filter(None, map(short_name, CACHE_DTYPES))),
-        parse=long_name,
         help="what K/V caches hold: int8 for ort and openvino on the CPU, int8 or fp8 for tensorrt with its plugin "
         "(default: what activations are computed in)",
     )
@@ -315,7 +312,7 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("dtype", "activation_dtype", "kv_dtype"):  # from Python, too, these may be `bf16`
+        for name in ("dtype", "activation_dtype", "kv_dtype"):  # given as `bf16` as well
             object.__setattr__(self, name, long_name(getattr(self, name)))
         if not self.targets:
             raise InputError("There is no target.", note="None was given.", hint=f"Use --target {next(iter(TARGETS))}.")

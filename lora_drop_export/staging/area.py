@@ -73,8 +73,9 @@ def resolved(path: Path) -> Path:
         place = path.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             place.lstat()  # which a name that is too long ends
-        if ".." in path.parts:  # up from a folder that is not there: nobody would find the result by that path
-            Path(*path.parts[: -path.parts[::-1].index("..") or None]).lstat()
+        up = next((one for one in (path, *path.parents) if one.name == ".."), None)
+        if up is not None:  # from a folder that is not there nobody would find the result by that path
+            up.lstat()
     except (OSError, RuntimeError, ValueError) as error:  # no working directory, a circle of links, a NUL
         raise InputError("The path cannot be used.", note=f"{path}: {error}.", hint="Choose another.") from None
     if not place.name:

@@ -411,11 +411,10 @@ class TextCodec:
             array = np.asarray(ids)
         except (TypeError, ValueError, OverflowError):  # rows of different lengths, or anything
             array = np.asarray(None)
-        whole = not array.size or array.dtype.kind in "iu"
-        if array.ndim != 1 or not whole or array.min(initial=0) < 0 or array.max(initial=0) >= 2**32:
+        given: list[int] = array.tolist()
+        if array.ndim != 1 or (given and (array.dtype.kind not in "iu" or min(given) < 0 or max(given) >= 2**32)):
             hint = "Use for example decode(rows[0]), where rows is what generate returned."
             raise wrong_type("The list of tokens", ids, "the token ids of one text", hint)
-        given: list[int] = array.tolist()
         if skip_special_tokens and kept:
             given = [one for one in given if one not in self._special or self._special[one] in kept]
             skip_special_tokens = False

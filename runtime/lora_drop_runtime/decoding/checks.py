@@ -274,12 +274,12 @@ def checked_context(context_tokens: int | None, length: int, scores: bool) -> in
 
 def check_prompts(ids: Ids) -> None:
     """Whether ids are [B, T] and neither is 0."""
-    if ids.ndim != 2 or not ids.size:
-        raise InputError(
-            "The prompt is empty." if not ids.size else "The prompts are not one row of token ids each.",
-            note=f"input_ids has shape {ids.shape}, needed is [batch, tokens].",
-            hint="Give at least one token." if not ids.size else "Give a list of rows, such as [[1, 2]] for one.",
-        )
+    note = f"input_ids has shape {ids.shape}, needed is [batch, tokens]."
+    if not ids.size:
+        raise InputError("The prompt is empty.", note=note, hint="Give at least one token.")
+    if ids.ndim != 2:
+        hint = "Give a list of rows, such as [[1, 2]] for one."
+        raise InputError("The prompts are not one row of token ids each.", note=note, hint=hint)
 
 
 def check_vocabulary(ids: Ids, vocab_size: int) -> None:

@@ -215,11 +215,11 @@ class TeacherForcing:
             hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
             for index in range(max(halved, default=-1) + 1):
                 layer = self.exact_layer(index, hidden)
-                if index in halved and between_halves(self.layers[index]) is self.layers[index]:
-                    raise _without_halves(index)
-                if index in halved and layer.middle.shape != hidden.shape:  # of OPT, all rows in one line
-                    raise _without_halves(index)
-                if index in halved and not _near(self.second_half(index, layer.middle), layer.output):
+                if index in halved and (
+                    between_halves(self.layers[index]) is self.layers[index]
+                    or layer.middle.shape != hidden.shape  # of OPT, all rows in one line
+                    or not _near(self.second_half(index, layer.middle), layer.output)
+                ):
                     raise _without_halves(index)
                 hidden = layer.output
 

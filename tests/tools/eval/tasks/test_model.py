@@ -85,6 +85,7 @@ def test_whole_texts_are_asked_together(open_model: Callable[..., Any], capsys: 
     together = open_model(1).loglikelihood_rolling(asked)
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert together == pytest.approx([open_model(1).loglikelihood_rolling([one])[0] for one in asked], abs=1e-3)
+    assert open_model(1).loglikelihood_rolling([asked[1]] * 2) == pytest.approx([together[1]] * 2)  # as of repeats
 
 
 @pytest.fixture

@@ -83,17 +83,16 @@ class SessionLM(LM):  # type: ignore[misc] # lm-eval is left untyped
         """Log-likelihood of whole strings, in windows of what the bundle allows, each token once."""
         asked: list[Any] = []
         pairs: list[tuple[Sequence[int], Sequence[int]]] = []
-        prefix = self._prefix()
+        counts, prefix = [], self._prefix()
         for request in requests:
             ids = self._codec.encode(request.args[0]).tolist()[len(self._codec.encode("")) :]
             windows = get_rolling_token_windows(ids, prefix[-1], self._limits.max_prompt_len, 1)
-            pairs += map(make_disjoint_window, windows)
-            asked += [request] * (len(pairs) - len(asked))
-        answers = self._scored("rolling", asked, pairs) if pairs else []  # an empty text has no window
-        totals: Counter[int] = Counter()
-        for request, (log_prob, _) in zip(asked, answers, strict=True):
-            totals[id(request)] += log_prob
-        return [float(totals[id(request)]) for request in requests]
+            own = [make_disjoint_window(window) for window in windows]
+            pairs += own
+            asked += [request] * len(own)
+            counts.append(len(own))
+        answers = iter(self._scored("rolling", asked, pairs) if pairs else ())  # an empty text has no window
+        return [float(sum(next(answers)[0] for _ in range(count))) for count in counts]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Texts, each up to a stop string or an end token; drawn by a seed of its own for each item and repeat."""
