@@ -1,5 +1,5 @@
 # make setup   .venv with everything that demo and tests need; what is imported is compiled then
-# make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved
+# make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved; sets up what it needs
 # make test    the whole test suite
 # make check   lint, types
 # make test-cuda   what runs on ONNX Runtime's CUDA provider, without a GPU: needs g++, makes .venv-cuda
@@ -12,13 +12,16 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
+# The demo needs less than half of what the tests need
+$(VENV)/.ready: EXTRAS := export,dev
+$(VENV)/.demo: EXTRAS := export,cpu,openvino
+$(VENV)/.ready $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: setup
+demo: $(or $(wildcard $(VENV)/.ready),$(VENV)/.demo)
 	$(BIN)/python examples/demo.py
 
 test: setup

@@ -29,6 +29,7 @@ from lora_drop_tools.eval.scoring import Window, score
 from lora_drop_tools.shared.table import MIB, table
 
 from lora_drop_export import ExportOptions, export
+from lora_drop_export.decoder.loaded import load_model
 
 HERE = Path(".demo")
 # Seven and thirteen of the 26 layers that may be dropped, chosen and fitted as docs/fitting.md says, for `backfill`
@@ -65,13 +66,14 @@ def run(*command: str) -> None:
     subprocess.run([program, *command[1:]], check=True)
 
 
-def pytorch_arm(file: Path) -> Arm:
-    """transformers as it comes: float32, eager, a growing cache."""
+def pytorch_arm(source: Path) -> Arm:
+    """transformers as it comes: float32, eager, a growing cache. It takes 15 seconds for a GGUF file that this reads in
+    five, and a bundle has its weights and config too."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    with contextlib.redirect_stderr(io.StringIO()):  # bars
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    transformers.logging.set_verbosity_error()  # its `generate` names an argument as it should no longer be named
+    model = load_model(str(source)).model
 
     def generate(ids: npt.NDArray[np.int64]) -> int:
         made: Any = model.generate(
@@ -166,13 +168,13 @@ def held_out_windows(codec: TextCodec) -> npt.NDArray[np.int64]:
     return pieces[:: len(pieces) // WINDOWS][:WINDOWS]
 
 
-def compare(model: Path) -> None:
+def compare() -> None:
     """Speed, K/V and quality of all arms, from one run."""
     codec = TextCodec.open(HERE / "engines" / "tokenizer")
     ids = codec.encode(PROMPT)
     windows = held_out_windows(codec)
     with contextlib.ExitStack() as stack:
-        arms = [pytorch_arm(model), *session_arms(stack)]
+        arms = [pytorch_arm(HERE / "engines"), *session_arms(stack)]
         perplexities = [arm.perplexity(windows) for arm in arms]  # first: after some steps weights move to faster pages
         seconds, held = np.empty((ROUNDS + 1, len(arms))), [0] * len(arms)
         for number in range(ROUNDS + 1):  # the first warms up
@@ -206,7 +208,7 @@ def main() -> None:
     run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length)
     run("lora-drop", "generate", bundle, "--prompt", PROMPT, *length, "--k", "0")
     print()
-    compare(model)
+    compare()
 
 
 if __name__ == "__main__":
