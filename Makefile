@@ -3,6 +3,9 @@
 # make test    the whole test suite
 # make check   lint, types
 # make test-cuda   what runs on ONNX Runtime's CUDA provider, without a GPU: needs g++, makes .venv-cuda
+# Set in many containers: without what is written, each command would compile torch anew, six seconds of it
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test check test-cuda clean
 
 PYTHON ?= python3
