@@ -14,7 +14,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from tests.support.bundles import family, traced_model
+from tests.support.bundles import family, more_family, traced_model
 from tests.support.models import SIZES, build
 
 NO_NAMES = ["~nobody-has-this-name/model", "n" * 300, "n" * 5000, "a/" + "n" * 300, "a\0b"]
@@ -267,7 +267,7 @@ def test_unsupported_feature(export_refused, tmp_path, name):
 def test_complex_numbers(export_refused, tmp_path):
     """DeepSeek-V2 rotates in them; of its layers those that are dense get as far as the trace."""
     heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": None}
-    config = transformers.DeepseekV2Config(**TINY, **heads, first_k_dense_replace=4)
+    config = transformers.DeepseekV2Config(**TINY | heads | {"num_hidden_layers": 2, "first_k_dense_replace": 2})
     transformers.DeepseekV2ForCausalLM(config).save_pretrained(tmp_path / "model")
     words = ("cannot be traced", "deepseek_v2", "complex", "operations ONNX has, in real numbers")
     export_refused(model=tmp_path / "model", words=words)
@@ -280,19 +280,16 @@ def test_a_model_that_sees_without_the_tensors_of_its_text(export_refused, tmp_p
     export_refused(model=tmp_path / "model", words=("does not hold the model", "there are 0 tensors"))
 
 
-@pytest.fixture(scope="module", params=["GPTNeoX", "Cohere"])
-def parallel(request):
-    """Models whose attention and MLP both read the layer's input; they differ in the order of the additions."""
-    family = (getattr(transformers, f"{request.param}{kind}") for kind in ("ForCausalLM", "Config"))
-    return traced_model(build(*family, 3, num_hidden_layers=5))
-
-
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_parallel_residual_with_attn_mlp(export_refused, parallel, monkeypatch, surrogate, rank):
+@pytest.mark.parametrize("name", ["gptj", "stablelm_parallel"])
+def test_parallel_residual_with_attn_mlp(export_refused, monkeypatch, name, surrogate, rank):
+    """Of attention and MLP, which both read the layer's input; the two differ in the order of the additions."""
+    parallel = more_family(name)
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: parallel.traced)
     monkeypatch.setattr("lora_drop_export.compiler.export.store_weights", None)  # which takes minutes, and more by text
     options = ("--injection", "attn_mlp", "--surrogate", surrogate, "--rank", rank)
+    options += ("--drop-layers", "1", "--always-first", "0", "--always-last", "0")
     export_refused(*options, model=parallel.directory, words=("halves run in parallel", "--injection block"))
 
 

@@ -23,7 +23,7 @@ from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.compiler.export import export
 from lora_drop_export.compiler.options import ExportOptions
-from tests.support.bundles import Family, family, make_bundle
+from tests.support.bundles import Family, family, heads_of, make_bundle
 
 
 @pytest.fixture
@@ -58,12 +58,15 @@ def test_no_number_in_the_config(export_refused, copied: Path, value: float) -> 
     export_refused(model=copied, words=("config.json is damaged", "NaN" if value != value else "Infinity"))
 
 
-def test_more_layers_than_the_config_says(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_config(copied, num_hidden_layers=5)
-    options = ExportOptions(drop_layers=(3,), max_seq_len=32, verify=False, targets=("none",))
+def test_more_layers_than_the_config_says(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(copied, num_hidden_layers=3)
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: heads_of(16, 2).traced)
+    options = ExportOptions(drop_layers=(1,), always_first=1, max_seq_len=32, verify=False, targets=("none",))
     export(str(copied), tmp_path / "b", options)
     said = " ".join(capsys.readouterr().err.split())
-    assert "warning: the checkpoint holds 8 layers and config.json says 5" in said
+    assert "warning: the checkpoint holds 8 layers and config.json says 3" in said
 
 
 @pytest.mark.usefixtures("untraced")

@@ -15,8 +15,10 @@ from lora_drop_runtime.errors import BundleError, InputError
 from safetensors import safe_open
 
 from lora_drop_export import ExportOptions, export
+from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
-from tests.support.bundles import Family, family, make_bundle, record_again, save_adapters
+from lora_drop_export.decoder.trace import TracedModel
+from tests.support.bundles import family, heads_of, make_bundle, record_again, save_adapters
 from tests.support.tokenizers import character_tokenizer
 
 FORMS = {
@@ -41,19 +43,15 @@ def tensors(root: Path) -> dict[str, bytes]:
     return found
 
 
-def with_weights_of(bundle: Bundle, scratch: Path) -> Family:
-    source = family("llama")
-    return dataclasses.replace(source, checkpoint=open_checkpoint(str(bundle.root), scratch))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_another_plan_over_the_same_weights(form: str, tmp_path: Path) -> None:
-    options = FORMS[form]
+    options, source = FORMS[form], heads_of(16, 2)
     built = {name: options[name] for name in ("targets",) if name in options}
-    first = make_bundle("llama", tmp_path / "a", drop_layers=(3,), **options)
-    plain = make_bundle("llama", tmp_path / "c", drop_layers=(4,), surrogate="recurrent", rank=4, **options)
-    source = with_weights_of(first, tmp_path / "scratch")
-    again = make_bundle(source, tmp_path / "b", drop_layers=(4,), surrogate="recurrent", rank=4, **built)
+    other = {"drop_layers": (2,), "always_first": 1, "always_last": 0, "surrogate": "recurrent", "rank": 4}
+    first = make_bundle(source, tmp_path / "a", drop_layers=(1,), always_first=1, **options)
+    plain = make_bundle(source, tmp_path / "c", **other, **options)
+    with_its_weights = dataclasses.replace(source, checkpoint=open_checkpoint(str(first.root), tmp_path / "scratch"))
+    again = make_bundle(with_its_weights, tmp_path / "b", **other, **built)
     assert tensors(again.root) == tensors(first.root)
     assert again.manifest.model == plain.manifest.model
     assert again.manifest.plan == plain.manifest.plan
@@ -72,8 +70,15 @@ def test_the_folder_of_its_weights_is_a_checkpoint_in_float(int4: Bundle, tmp_pa
     assert {tensor.dtype for tensor in second.values()} == {"float32"}
 
 
-def test_export_in_its_own_place(tmp_path: Path) -> None:
+def test_export_in_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With adapters of the model itself; the full schedule gives the same logits."""
+
+    def traced(checkpoint: Checkpoint, *_: object, **__: object) -> TracedModel:
+        source = family("llama")
+        assert checkpoint.config.to_diff_dict() == source.checkpoint.config.to_diff_dict()
+        return source.traced
+
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", traced)
     bundle = make_bundle("llama", tmp_path / "b", dtype="int4", drop_layers=(3,))
     model, ids = bundle.manifest.model, np.array([[3, 5, 7, 11]])
     with Session.open(bundle.root, k=0, threads=1) as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,10 @@ from lora_drop_export.compiler.export import export, write_bundle
 from lora_drop_export.compiler.forms import Form, best_form, fastest_form, forms_of, tokens_per_second, tried_forms
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
-from tests.support.bundles import family, make_bundle
+from tests.support.bundles import Family, family, heads_of, make_bundle
 from tests.support.tokenizers import character_tokenizer
 
-AUTO = {"dtype": "int4", "block_size": "auto", "max_seq_len": 128}
+AUTO = {"dtype": "int4", "block_size": "auto", "always_first": 1, "max_seq_len": 128}
 
 
 @pytest.fixture
@@ -107,12 +108,17 @@ def test_few_of_many_forms_are_rounded() -> None:
         assert len(found) <= 6
 
 
-def search(root: Path, name: str = "llama", tokenizer: bool = True, **options: Any) -> Bundle:
+@functools.cache
+def source() -> Family:
+    """Few layers: there is a bundle for each form."""
+    return heads_of(16, 2)
+
+
+def search(root: Path, source: Family, **options: Any) -> Bundle:
     """As `export` does it after the trace."""
-    source, given = family(name), ExportOptions(**AUTO, **options)
+    given = ExportOptions(**AUTO, **options)
     root.mkdir()
-    if tokenizer:
-        character_tokenizer(root)
+    character_tokenizer(root)
 
     def write(place: Path, form: ExportOptions, stand_in: bool) -> Bundle:
         return write_bundle(place, source.checkpoint, source.traced, source.dtype, form, Console(), stand_in=stand_in)
@@ -148,14 +154,14 @@ def test_the_bundle_is_that_of_the_form(
     rates = {(64, True, True): 9.0, (64, False, True): 8.0, (32, True, True): 7.0}
     made_up(rates, {(64, True, True): 0.04, (64, False, True): 0.03, (32, True, True): 0.01})
     options = {"quantization": quantization, "head_dtype": "int8"}
-    bundle = search(tmp_path / "auto", **options)
+    bundle = search(tmp_path / "auto", source(), **options)
     said = capsys.readouterr().err
     assert form_of(bundle) == (64, False, True)
     assert Bundle.open(bundle.root).manifest == bundle.manifest
-    source, given = family("llama"), ExportOptions(**{**AUTO, "block_size": 64}, **options)
+    made_from, given = source(), ExportOptions(**{**AUTO, "block_size": 64}, **options)
     (tmp_path / "b").mkdir()
     character_tokenizer(tmp_path / "b")
-    plain = write_bundle(tmp_path / "b", source.checkpoint, source.traced, source.dtype, given, Console())
+    plain = write_bundle(tmp_path / "b", made_from.checkpoint, made_from.traced, made_from.dtype, given, Console())
     assert plain.manifest.files == bundle.manifest.files
     for name in ("weights/model.safetensors", "refresh.onnx", "lora.onnx"):
         assert (bundle.root / name).read_bytes() == (plain.root / name).read_bytes(), name
@@ -175,7 +181,7 @@ def test_where_none_is_within_the_bound_it_is_the_least_loss(
     tmp_path: Path, made_up: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made_up({(64, True, True): 9.0}, {(32, True, True): 0.2})
-    bundle = search(tmp_path / "auto", symmetric=True, head_dtype="int8")
+    bundle = search(tmp_path / "auto", source(), symmetric=True, head_dtype="int8")
     assert form_of(bundle) == (32, True, True)
     assert "no form costs less than 3 % of perplexity" in capsys.readouterr().err
     assert None not in [row["perplexity"] for row in bundle.manifest.quantization["forms"]["measured"]]
@@ -187,7 +193,7 @@ def test_forms_of_the_same_weights_are_one(
     """64 channels have no block of 128."""
     monkeypatch.setattr(forms, "BLOCK_SIZES", (64, 128))
     made_up({(64, True, True): 2.0}, {(64, True, True): 0.01})
-    bundle = search(tmp_path / "auto", quantization="rtn", head_dtype="int8")
+    bundle = search(tmp_path / "auto", source(), quantization="rtn", head_dtype="int8")
     assert form_of(bundle)[0] == 64
     measured = bundle.manifest.quantization["forms"]["measured"]
     assert [row["block_size"] for row in measured] == [64]
@@ -199,7 +205,7 @@ def test_forms_of_the_same_weights_are_one(
 def test_what_is_measured(tmp_path: Path, few_forms: None) -> None:
     """Perplexity in float is transformers' own on the windows, the form's is that of the bundle; speeds are numbers."""
     source = family("llama_tied")
-    bundle = search(tmp_path / "auto", "llama_tied", symmetric=True, head_dtype="int8")
+    bundle = search(tmp_path / "auto", source, symmetric=True, head_dtype="int8")
     assert compare(bundle).passed
     windows = held_back_windows(bundle.root, source.traced.vocab_size, 256, None)
     ids = torch.from_numpy(windows)
@@ -234,7 +240,7 @@ def test_a_text_without_a_window_to_spare_is_refused(tmp_path: Path, monkeypatch
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijklmnop" * 128)
     with pytest.raises(InputError, match="too short") as error:
-        search(tmp_path / "auto", calibration=text)
+        search(tmp_path / "auto", source(), calibration=text)
     assert "has 32 windows of 64" in str(error.value)
     assert f"{33 * 64} tokens at least; {40 * 64} are used" in str(error.value)
 
@@ -256,7 +262,7 @@ def test_a_machine_without_the_device_is_refused(
 
     monkeypatch.setattr(forms, "tokens_per_second", no_device)
     with pytest.raises(InputError, match="cannot be timed") as error:
-        search(tmp_path / "auto", symmetric=True, head_dtype="int8")
+        search(tmp_path / "auto", source(), symmetric=True, head_dtype="int8")
     assert "There is none." in str(error.value)
 
 
@@ -304,11 +310,12 @@ def test_symmetric_weights(tmp_path: Path) -> None:
         assert bundle.manifest.quantization["symmetric"] is symmetric
 
 
-def test_from_the_command_to_the_manifest(tmp_path: Path, made_up: Any) -> None:
+def test_from_the_command_to_the_manifest(tmp_path: Path, made_up: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole export, verified; what was measured and the perplexity stand side by side."""
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source().traced)
     made_up({(32, True, True): 2.0}, {(32, True, True): 0.0})
     model = tmp_path / "model"
-    family("llama").model.save_pretrained(model)
+    source().model.save_pretrained(model)
     character_tokenizer(tmp_path)
     (tmp_path / "tokenizer" / "tokenizer.json").rename(model / "tokenizer.json")
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
