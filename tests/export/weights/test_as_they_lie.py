@@ -107,9 +107,10 @@ def test_a_hub_repository_without_safetensors_gives_what_it_has(tmp_path, monkey
     assert asked == [[], [], ["pytorch_model*.bin"]]
 
 
-@pytest.mark.parametrize("mode", ["copy", "link"])
-@pytest.mark.parametrize("shard_size", ["5GB", "200KB"])
-@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(
+    ("by_name", "shard_size", "mode"),
+    [(True, "5GB", "copy"), (True, "200KB", "link"), (False, "5GB", "link"), (False, "200KB", "copy")],
+)
 def test_hub_cache(tmp_path, monkeypatch, expected, mode, shard_size, by_name):
     """snapshots/<revision>/model.safetensors is a symbolic link to ../../blobs/<hash>."""
     family("llama").model.save_pretrained(tmp_path / "files", max_shard_size=shard_size)
@@ -149,7 +150,6 @@ def test_link_that_cannot_be_made(tmp_path, model, monkeypatch, capsys, code, re
     assert reason in message
     assert "--weights copy" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert main([*arguments[:-1], "copy"]) == 0
 
 
 @pytest.fixture
