@@ -317,25 +317,6 @@ def test_killed_at_the_beginning(place):
     assert staging(place) == []
 
 
-def test_killed_at_the_end(place):
-    """All is written and the verification runs: the bundle at --out is still the old one, whole."""
-    make_bundle("llama", place / "engines")
-    before, expected = snapshot(place / "engines"), tokens(place / "engines")
-    script = (
-        "import sys, time, lora_drop_export.cli, lora_drop_export.compiler.export, tests.support.bundles as bundles\n"
-        "lora_drop_export.compiler.export.trace = lambda *_, **__: bundles.family('llama').traced\n"
-        "lora_drop_export.compiler.export.verify = lambda *_, **__: time.sleep(600)\n"
-        "lora_drop_export.cli.main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", script, *arguments(place / "engines", "--force", "--drop-layers", "5")]
-    kill_when(command, lambda: any((path / "new" / MANIFEST_NAME).is_file() for path in staging(place)))
-    assert snapshot(place / "engines") == before
-    assert tokens(place / "engines") == expected
-    assert main(arguments(place / "engines", "--force", "--drop-layers", "5")) == 0
-    assert Bundle.open(place / "engines").manifest.plan.dropped_layers == (5,)
-    assert staging(place) == []
-
-
 # ── what a bundle says of itself ───────────────────────────────────────────────────────────────────────────────
 
 
