@@ -26,11 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lora_drop_tools.cli
+import onnxruntime  # noqa: F401  # and others below: imported before processes are forked
+import polygraphy.cuda  # noqa: F401
+import rich.progress
+import rich.table  # noqa: F401
 import torch
 
 import lora_drop_export.cli
 import lora_drop_export.compiler.export
-from lora_drop_export.compiler.add_target import add_target  # noqa: F401  # imported before processes are forked
+from lora_drop_export.compiler.add_target import add_target  # noqa: F401
 from lora_drop_export.decoder import loaded  # noqa: F401
 from tests.support.models import FAMILIES
 from tests.support.profiles import saved
@@ -149,6 +153,7 @@ def wait_for_the_exchange(pid: int, out: Path) -> None:
         for name in os.listdir(out.parent):
             if name.startswith(f".{out.name}.") and os.path.exists(out.parent / name / "journal"):
                 return
+        time.sleep(0.0002)  # leaves most of a core to the process
 
 
 class Trials:
@@ -159,6 +164,7 @@ class Trials:
         self.out = scratch / "place" / "out"
         self.out.parent.mkdir()
         self.kept = scratch / "old"
+        self.kept.mkdir()
         self.counts: collections.Counter[tuple[str, ...]] = collections.Counter()
         self.failures: list[str] = []
         self.hits = 0  # of commands that were not done before the signal came
@@ -172,6 +178,8 @@ class Trials:
         shutil.rmtree(self.out)
 
     def trial(self, command: Command, number: signal.Signals) -> None:
+        if command.name not in self.facts:
+            self.prepare(command)
         old, new, seconds = self.facts[command.name]
         if command.fresh and self.random.random() < 0.25:
             old = None
@@ -218,9 +226,6 @@ def run(count: int, seed: int) -> Trials:
         scratch = Path(directory).resolve()
         trials = Trials(scratch, seed)
         known = commands(scratch, trials.out)
-        for command in known:
-            trials.prepare(command)
-        trials.kept.mkdir(exist_ok=True)
         for index in itertools.count():
             if trials.hits == count:
                 break

@@ -1,7 +1,8 @@
 """Ends a process at each point of a staging where the file system is about to change, one run after the other.
 
-Run as a program: it prints, as JSON, what was there after each end and after the next run. The points are Python's own
-audit events (open below the place, mkdir, rename, remove, flock, …), and either side of the renames through ctypes.
+Run as a program: it prints, as JSON, what was there after each end and after the next run, for each of its arguments,
+such as directory,exchange,old,SIGKILL,force. The points are Python's own audit events (open below the place, mkdir,
+rename, remove, flock, …), and either side of the renames through ctypes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lora_drop_export.staging.owned import Kind
 MEMORY = "/dev/shm"  # where nobody waits for a disk
 MARKER = "marker.json"
 PLACE = "place with a name"
+EXCHANGE = rename._renameat2
 
 
 def _files(root: Path) -> frozenset[str] | None:
@@ -129,16 +131,15 @@ def _one(stage: Callable[[Path, bool], None], old: bool, number: int, point: int
         return {"point": point, "status": status, "first": first, "next_status": following, "after": after}
 
 
-def main(what: str, how: str, old: str, name: str, following: str) -> None:
-    """Print the results of all points, until one is not reached any more."""
-    if how == "journal":
-        rename._renameat2 = lambda *_: False
+def results_of(what: str, how: str, old: str, name: str, following: str) -> list[dict[str, Any]]:
+    """The results of all points, until one is not reached any more."""
+    rename._renameat2 = EXCHANGE if how == "exchange" else lambda *_: False
     stage = {"directory": stage_directory, "file": stage_file, "inside": stage_inside}[what]
     number, results = signal.Signals[name], []
     while not results or results[-1]["status"]:
         results.append(_one(stage, old == "old", number, len(results) + 1, following == "force"))
-    print(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps({run: results_of(*run.split(",")) for run in sys.argv[1:]}))

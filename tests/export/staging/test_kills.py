@@ -6,6 +6,7 @@ real commands (`python -m tests.kills` has more).
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,26 +20,40 @@ OLD, NEW = ({"marker.json": f'["marker.json", "a", "deep/er/{g}"]', "a": g, f"de
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
-def ended(*arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.support.kill_points", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+DIRECTORIES = [
+    ("exchange", "old", "SIGKILL"),
+    ("exchange", "old", "SIGINT"),
+    ("exchange", "none", "SIGTERM"),
+    ("journal", "old", "SIGKILL"),
+    ("journal", "old", "SIGHUP"),
+]
+FILES = [("old", "SIGKILL"), ("none", "SIGTERM")]
+INSIDE = ["SIGKILL", "SIGINT"]
+RUNS = [
+    *(("directory", *run, "force") for run in DIRECTORIES),
+    ("directory", "journal", "old", "SIGKILL", "plain"),
+    *(("file", "exchange", *run, "force") for run in FILES),
+    *(("inside", "exchange", "old", name, "force") for name in INSIDE),
+]
+
+
+@functools.cache
+def all_ended() -> dict[str, list[dict[str, Any]]]:
+    """Of all tests here, by one program."""
+    command = [sys.executable, "-m", "tests.support.kill_points", *map(",".join, RUNS)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def ended(*arguments: str) -> list[dict[str, Any]]:
+    results = all_ended()[",".join(arguments)]
     assert len(results) > (30 if arguments[0] == "directory" else 10)
     assert results[-1]["status"] == 0  # ran to its end
     return results
 
 
-@pytest.mark.parametrize(
-    ("how", "old", "name"),
-    [
-        ("exchange", "old", "SIGKILL"),
-        ("exchange", "old", "SIGINT"),
-        ("exchange", "none", "SIGTERM"),
-        ("journal", "old", "SIGKILL"),
-        ("journal", "old", "SIGHUP"),
-    ],
-)
+@pytest.mark.parametrize(("how", "old", "name"), DIRECTORIES)
 def test_a_directory_at_every_point(how: str, old: str, name: str) -> None:
     """With two directories exchanged in one step, and where the system cannot."""
     before = OLD if old == "old" else None
@@ -69,7 +84,7 @@ def test_a_directory_that_was_on_its_way_out_is_put_back() -> None:
     assert between
 
 
-@pytest.mark.parametrize(("old", "name"), [("old", "SIGKILL"), ("none", "SIGTERM")])
+@pytest.mark.parametrize(("old", "name"), FILES)
 def test_a_file_at_every_point(old: str, name: str) -> None:
     before = "old" if old == "old" else None
     for result in ended("file", "exchange", old, name, "force"):
@@ -77,7 +92,7 @@ def test_a_file_at_every_point(old: str, name: str) -> None:
         assert result["after"] == {"at_place": "new", "beside": []}
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("name", INSIDE)
 def test_a_file_of_a_directory_at_every_point(name: str) -> None:
     """Never anything foreign in the directory; what is left beside it the next run removes."""
     changed = OLD | {"a": "new"}
