@@ -249,7 +249,7 @@ KEYS = ("auto_map", "rope_parameters", "rope_scaling", "head_dim", "sliding_wind
         "attn_implementation", "base_model_tp_plan", "id2label", "is_encoder_decoder", "backend")  # fmt: skip
 
 
-@fuzz(260)
+@fuzz(120)
 @given(data=st.data())
 def test_config(whole, data):
     text = (whole / "model" / "config.json").read_bytes()
@@ -257,7 +257,7 @@ def test_config(whole, data):
     check(whole, "model", "config.json", content, EXPORTED)
 
 
-@fuzz(300)
+@fuzz(150)
 @given(data=st.data())
 def test_tokenizer_files(whole, data):
     name = data.draw(st.sampled_from(TOKENIZER_FILES))
@@ -268,7 +268,7 @@ def test_tokenizer_files(whole, data):
     check(whole, "model", name, data.draw(st.one_of(damaged)), TRACE)
 
 
-@fuzz(100)
+@fuzz(60)
 @given(data=st.data())
 def test_tools(whole, data):
     """`lora-drop profile` on the same: it loads the whole model."""
@@ -282,7 +282,7 @@ def test_tools(whole, data):
         run([*arguments, *SHORT], LOADED, place / "out", tools)
 
 
-@fuzz(180)
+@fuzz(120)
 @given(data=st.data())
 def test_safetensors(whole, data):
     content = (whole / "model" / "model.safetensors").read_bytes()
@@ -291,7 +291,7 @@ def test_safetensors(whole, data):
     check(whole, "model", "model.safetensors", damaged, EXPORTED)
 
 
-@fuzz(120)
+@fuzz(80)
 @given(data=st.data())
 def test_index(whole, data):
     name = "model.safetensors.index.json"
@@ -299,7 +299,7 @@ def test_index(whole, data):
     check(whole, "sharded", name, data.draw(damaged_json(text) | damaged_bytes(text) | st.none()), TRACE)
 
 
-@fuzz(60)
+@fuzz(40)
 @given(data=st.data())
 def test_pickled_weights(whole, data):
     content = (whole / "bin" / "pytorch_model.bin").read_bytes()
@@ -319,7 +319,7 @@ def test_gguf(whole, data):
         run(["--model", model, "--out", str(place / "out"), *options], TRACE, place / "out")
 
 
-@fuzz(120)
+@fuzz(80)
 @given(data=st.data())
 def test_adapters(whole, data):
     name = data.draw(st.sampled_from(["adapter_config.json", "adapter_model.safetensors"]))

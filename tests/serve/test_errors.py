@@ -481,7 +481,7 @@ BODY = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([COMPLETIONS, CHAT]), BODY, st.booleans())
 def test_any_json_is_answered(served: Served, path: str, body: dict[str, Any], rare: bool) -> None:
     content = json.dumps({**body, "max_tokens": 2} if not rare else body)

@@ -1,4 +1,4 @@
-"""Each request gets what it would get alone, whatever runs beside it, when it comes, and who goes away: 200 requests
+"""Each request gets what it would get alone, whatever runs beside it, when it comes, and who goes away: 120 requests
 over HTTP against sessions, in float32."""
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def is_near_tie(session: Session, one: Asked, tokens: list[int]) -> bool:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_each_request_gets_what_it_would_get_alone(served: Served, bundle: Bundle, policy: str) -> None:
-    script = requests(policy, 67)
+    script = requests(policy, 40)
 
     async def all_of_them() -> list[Any]:
         limits = httpx.Limits(max_connections=None)
