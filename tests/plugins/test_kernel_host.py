@@ -125,7 +125,7 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
-    source = copied_sources(tmp_path_factory.mktemp("broken"), "F16", "F32/F8_E4M3")
+    source = copied_sources(tmp_path_factory.mktemp("broken"), "F16", "F32/F8_E4M3", "F32")
     bodies = sorted(set(source.glob("*.cuh")) - {source / "int4_gemm.cuh"})  # its own test has those
     edits = [(edit, to) for edit, to, _ in DEFECTS.values()]
     edits.append(("end = max(plan.fused ?", "end = 32 * DEFECT + max(plan.fused ?"))
@@ -204,14 +204,15 @@ for name in sys.argv[2:]:
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """In a process of its own. The address sanitizer is for shared memory: arrays have their guards."""
     sanitizers = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    source = copied_sources(tmp_path, "F16", "F32/F8_E4M3", "BF16/F8_E4M3")  # what the cases need
+    source = copied_sources(tmp_path, "F16", "BF16/F8_E4M3", "F32")  # what the cases need
     library = build_for_host(source, tmp_path / "host.so", "-O0", "-w", *sanitizers)
     runtime = subprocess.check_output([os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], text=True).strip()
     environment = os.environ | {
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
-    names = ["splits", "counts_in_prefill", "mqa_71_of_4_tokens_in_tiles", "f8_of_f32", "everything", "head_dim_8"]
+    names = ["splits", "counts_in_prefill", "mqa_71_of_4_tokens_in_tiles", "f8_of_bf16_of_one_token", "everything",
+             "head_dim_8"]  # fmt: skip
     command = [sys.executable, "-c", SANITIZED, library, *names]
     subprocess.run(command, check=True, env=environment, cwd=KERNELS.parents[1])
 

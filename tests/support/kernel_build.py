@@ -97,7 +97,7 @@ WITH_TYPES = re.compile(r"auto with_types\(const LoraDropAttention& call, F f\) 
 def copied_sources(directory: Path, *kept: str) -> Path:
     """The sources of attention without most number types, which take the time of a build.
 
-    Kept are float32 and those that are named: as BF16, or with the caches' as BF16/I8.
+    Kept are those that are named: as BF16, or with the caches' as BF16/I8.
     """
     source = directory / "source"
     shutil.copytree(KERNELS, source)
@@ -109,7 +109,7 @@ def copied_sources(directory: Path, *kept: str) -> Path:
             f"call.{kind}dtype == LORA_DROP_{name}" for kind, name in zip(("", "kv_"), both, strict=True)
         )
         lines.append(f"if ({chosen}) return f({', '.join(f'Type<{TYPES[name]}>{{}}' for name in both)});\n")
-    body = f"{''.join(lines)}return f(Type<float>{{}}, Type<float>{{}});"
+    body = "".join([*lines[:-1], lines[-1].partition(") ")[2]])  # the last one is that of all others
     launch = source / "launch.cuh"
     text, places = WITH_TYPES.subn(
         f"auto with_types(const LoraDropAttention& call, F f) {{\n{body}\n}}\n", launch.read_text()

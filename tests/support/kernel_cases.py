@@ -89,6 +89,7 @@ CASES = [
     Case("bf16", dtype="bf16", head_dim=256, heads=8, kv_heads=1, new_tokens=2),
     Case("f8_of_f32", kv_dtype="f8", new_tokens=3),
     Case("f8_of_bf16", dtype="bf16", kv_dtype="f8", head_dim=128, new_tokens=2, multiprocessors=64),
+    Case("f8_of_bf16_of_one_token", dtype="bf16", kv_dtype="f8"),
     Case("f8_of_f16_in_prefill", dtype="f16", kv_dtype="f8", new_tokens=33, lengths=(4,)),
     Case("i8_of_f32_in_prefill", kv_dtype="i8", new_tokens=33, lengths=(4, 70), counts=(33, 5)),
     Case("i8_of_f16", dtype="f16", kv_dtype="i8", head_dim=96, new_tokens=2),
