@@ -60,7 +60,7 @@ def time_export() -> None:
             jobs["engines, weights as inputs"] = engines_without_weights(out)
         for name, arguments in jobs.items():
             begin = time.perf_counter()
-            found = measured(arguments)
+            (found,) = measured(arguments)
             seconds = time.perf_counter() - begin
             print(f"Llama-3-8B shape, {name}: {seconds:.0f} s, peak {found.peak_bytes / 1e9:.2f} GB")
         graph_bytes = sum((out / f"{name}.onnx").stat().st_size for name in ("refresh", "lora"))

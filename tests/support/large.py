@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ LLAMA3_8B = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 MEASURE = """
-import re, sys
+import json, re, sys
 from lora_drop_export.cli import main
 from lora_drop_export.compiler import records
 from lora_drop_runtime.bundle.manifest import FileRecord
@@ -34,15 +35,16 @@ def record_but_not_the_hole(path, plain=records.record_file):
     return FileRecord(size, "0" * 64) if size > 2**30 else plain(path)
 
 records.record_file = record_but_not_the_hole
-code = main(sys.argv[1:])
-try:
-    read = re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1]
-    # Not getrusage: what it says of a process begins with what the one had that started it
-    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
-except OSError:
-    read = peak = 0
-print("measured", peak, read)
-sys.exit(code)
+for arguments in json.loads(sys.argv[1]):
+    if code := main(arguments):
+        sys.exit(code)
+    try:
+        read = re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1]
+        # Not getrusage: what it says of a process begins with what the one had that started it
+        peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    except OSError:
+        read = peak = 0
+    print("measured", peak, read)
 """
 
 
@@ -82,11 +84,10 @@ def engines_without_weights(out: Path) -> list[str]:
     return ["--add-target", "tensorrt-rtx", "--out", str(out), "--no-verify"]
 
 
-def measured(arguments: list[str]) -> Measured:
-    """An export that has to succeed, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False, timeout=3600
-    )
+def measured(*commands: list[str]) -> list[Measured]:
+    """Exports that have to succeed, one after the other in a process of their own; each with those before it."""
+    command = [sys.executable, "-c", MEASURE, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stderr
-    peak_kib, read = done.stdout.rsplit("measured", 1)[1].split()
-    return Measured(int(peak_kib) * 1024, int(read))
+    found = re.findall(r"^measured (\d+) (\d+)$", done.stdout, re.MULTILINE)
+    return [Measured(int(peak_kib) * 1024, int(read)) for peak_kib, read in found]
