@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lora_drop_export.decoder import trace as tracing
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.support.bundles import family_trace, traced_model
-from tests.support.models import gemma2, gemma3, llama
+from tests.support.models import gemma3, llama
 
 
 def seen(traced: TracedModel) -> tuple:
@@ -48,7 +48,7 @@ def weights_of(traced: TracedModel, layer: int) -> set[str]:
 
 
 def test_equals_a_trace_of_every_layer(monkeypatch):
-    """Two kinds of layers take turns, and the first of each is traced.
+    """The first of each of two kinds is traced, also behind several of the other, as in Gemma 3.
 
     The others are one node as long as they follow each other, and their weights are no inputs of the tracer.
     """
@@ -69,11 +69,12 @@ def test_equals_a_trace_of_every_layer(monkeypatch):
         return program
 
     monkeypatch.setattr(tracing, "_export", noted)
-    source = traced_model(gemma2(num_hidden_layers=4))
+    windowed, full = "sliding_attention", "full_attention"
+    source = traced_model(gemma3(num_hidden_layers=4, layer_types=[windowed, windowed, full, windowed]))
     ((nodes, layers),) = exported
     assert nodes["CacheAttention"] == 2
-    assert nodes["Repeat"] == 1
-    assert layers == {"0", "1"}
+    assert nodes["Repeat"] == 2
+    assert layers == {"0", "2"}
     monkeypatch.setattr(tracing, "alike", lambda *_: [])
     every = trace(source.checkpoint, "float32")
     assert exported[1][0]["CacheAttention"] == len(every.windows) == 4
@@ -81,14 +82,6 @@ def test_equals_a_trace_of_every_layer(monkeypatch):
     for layer in range(4):
         assert weights_of(source.traced, layer) == weights_of(every, layer)
         assert all(f".{layer}." in weight for weight in weights_of(every, layer))
-
-
-def test_the_first_of_a_kind_behind_several_of_another():
-    """As in Gemma 3, where five windowed layers come before one that is not."""
-    windowed, full = "sliding_attention", "full_attention"
-    source = traced_model(gemma3(num_hidden_layers=5, layer_types=[windowed, windowed, full, windowed, full]))
-    for layer in range(5):
-        assert {name.split(".")[2] for name in weights_of(source.traced, layer)} == {str(layer)}
 
 
 def test_half_precision():
@@ -131,10 +124,8 @@ class Known(Exception):
     """The kinds of layers."""
 
 
-@pytest.mark.parametrize("times", [times_number, times_tensor, times_kept, times_both])
-@pytest.mark.parametrize("differs", [0, 2, 4])
-def test_a_layer_that_computes_something_else(monkeypatch, times, differs):
-    """No attribute and no argument tells the layers apart, but what they do."""
+def kinds_of(monkeypatch, model):
+    """The layers of each kind of which there are several."""
     alike = tracing.alike
 
     def known(*arguments):
@@ -142,9 +133,28 @@ def test_a_layer_that_computes_something_else(monkeypatch, times, differs):
 
     monkeypatch.setattr(tracing, "alike", known)
     with pytest.raises(Known) as caught:
-        traced_model(one_differs(monkeypatch, differs, times))
+        traced_model(model)
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize("times", [times_number, times_tensor, times_kept, times_both])
+@pytest.mark.parametrize("differs", [0, 2, 4])
+def test_a_layer_that_computes_something_else(monkeypatch, times, differs):
+    """No attribute and no argument tells the layers apart, but what they do."""
     others = [index for index in range(5) if index != differs]
-    assert caught.value.args[0] == [others]
+    assert kinds_of(monkeypatch, one_differs(monkeypatch, differs, times)) == [others]
+
+
+def test_arithmetic_with_a_layers_own_index(monkeypatch):
+    """Each layer is of a kind of its own."""
+    forward, model, scales = LlamaMLP.forward, llama(num_hidden_layers=3), {}
+
+    def scaled(self, x):
+        index = scales.setdefault(id(self), len(scales))  # in the order of the first calls
+        return forward(self, x) * (1.5 + index)
+
+    monkeypatch.setattr(LlamaMLP, "forward", scaled)
+    assert kinds_of(monkeypatch, model) == []
 
 
 def test_what_it_computes_is_in_the_graph(monkeypatch):
@@ -183,25 +193,3 @@ def test_a_layer_whose_buffers_have_other_values(monkeypatch):
         (product,) = [node for node in halves if node.op_type == "Mul"]
         factors += [set(value.const_value.numpy().tolist()) for value in product.inputs if value.is_initializer()]
     assert factors == [{3.0}, {3.0}, {4.0}, {3.0}]
-
-
-def test_arithmetic_with_a_layers_own_index(monkeypatch):
-    """Each layer is of a kind of its own."""
-    forward = LlamaMLP.forward
-    model = llama(num_hidden_layers=3)
-    scales = {}
-
-    def scaled(self, x):
-        index = scales.setdefault(id(self), len(scales))  # in the order of the first calls
-        return forward(self, x) * (1.5 + index)
-
-    monkeypatch.setattr(LlamaMLP, "forward", scaled)
-    traced = traced_model(model).traced
-    constants = {
-        float(value.const_value.numpy())
-        for node in traced.graph.graph
-        if node.op_type == "Mul"
-        for value in node.inputs
-        if value.is_initializer() and value.const_value.size == 1 and value.name not in traced.parameters
-    }
-    assert {1.5 + index for index in range(len(traced.windows))} <= constants
