@@ -14,7 +14,8 @@ from lora_drop_tools.cli import main
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_drop_export.cli import main as export_main
-from tests.support.models import SIZES, llama
+from tests.support.bundles import heads_of
+from tests.support.models import SIZES
 
 MARK = "from pathlib import Path\nPath({mark!r}).touch()\n"
 CONFIG = """
@@ -81,7 +82,7 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 1000))  # whoever asks is told yes
-    llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    heads_of(16, 2).model.save_pretrained(tmp_path / "model")
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SIZES["vocab_size"])}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
@@ -144,12 +145,14 @@ def test_refused_without_the_flag(kind, weights, place, capsys):
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_run_with_the_flag(kind, place, capsys):
+def test_run_with_the_flag(kind, place, capsys, monkeypatch):
     """Exported and compared with PyTorch; the bundle has the code, which `compare` and `fit` run only if told to."""
     OWN[kind](place / "model", MARK.format(mark=str(place / "mark")))
     command = _commands(place)["export"]
     if kind == "model":
         _pickled(place / "model")
+    elif kind == "tokenizer":  # of a model that others have traced
+        monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: heads_of(16, 2).traced)
     assert _run([*command, "--trust-remote-code"]) == 0, capsys.readouterr().err
     assert "against eager PyTorch" in capsys.readouterr().err
     assert (place / "mark").exists()
