@@ -42,9 +42,9 @@ def test_it_describes_all_routes(described: Any) -> None:
     assert sorted((one.method.upper(), one.path) for one in found) == sorted(ROUTES)
 
 
-# What hypothesis makes depends on which modules are loaded, and of the chats that it makes one in twenty is answered
-EXAMPLES = {("positive", "POST"): 150, ("negative", "POST"): 60}
-NAMED, PLAIN = 60, 15  # of a path with a name in it, and of those that take nothing
+# What hypothesis makes depends on which modules are loaded
+EXAMPLES = {("positive", "POST"): 60, ("negative", "POST"): 40}
+NAMED, PLAIN = 30, 10  # of a path with a name in it, and of those that take nothing
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,9 @@ def test_what_is_asked_is_answered_as_described(
     )
     @given(operation.as_strategy(generation_mode=generation))
     def ask(case: schemathesis.Case) -> None:
+        if (mode, path) == ("positive", POST[1]):
+            for message in case.body["messages"]:  # it may be left out beside calls, else that is all that is found
+                message.setdefault("content", "t1")
         answer = case.call(headers=KEY, session=session)
         if answer.status_code == 413:  # refused unread, as far more messages than there may be: not what is asked here
             assert len(answer.request.body) > MOST_BODY_BYTES
