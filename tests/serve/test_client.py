@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import json
 import math
@@ -34,10 +35,16 @@ def client(served: Served) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def alone(bundle: Bundle, prompt: list[int], count: int, seed: int | None = None, **options: Any) -> list[int]:
+@functools.cache
+def _alone(root: Path, prompt: tuple[int, ...], count: int, seed: int | None, **options: Any) -> list[int]:
     sampling = SamplingOptions() if seed is None else SamplingOptions(temperature=1.0, seed=seed)
-    with Session.open(bundle.root, threads=1, **{"policy": "backfill", **options}) as session:
+    with Session.open(root, threads=1, **{"policy": "backfill", **options}) as session:
         return session.generate([prompt], count, sampling=sampling)[0].tolist()
+
+
+def alone(bundle: Bundle, prompt: list[int], count: int, seed: int | None = None, **options: Any) -> list[int]:
+    """What a session writes, computed once."""
+    return [*_alone(bundle.root, tuple(prompt), count, seed, **options)]
 
 
 def words(tokens: list[int]) -> str:
