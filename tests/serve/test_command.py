@@ -66,6 +66,10 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
+def on_this_host(address: str) -> str:
+    return f"http://127.0.0.1:{address.rpartition(':')[2]}"
+
+
 def test_a_signal_under_load_loses_nothing(bundle: Bundle) -> None:
     """Every request that was taken is answered in full; those that come later are refused, none is cut."""
     asked: list[dict[str, Any]] = [
@@ -226,10 +230,6 @@ def test_a_key_that_nobody_can_send_is_refused(key: str, said: str, monkeypatch:
     with pytest.raises(InputError, match=rf"LORA_DROP_API_KEY {said}"):
         ServeSettings()
     assert ServeSettings(api_key="x").key == "x"
-
-
-def on_this_host(address: str) -> str:
-    return f"http://127.0.0.1:{address.rpartition(':')[2]}"
 
 
 def asked_twice(address: str) -> list[int]:
