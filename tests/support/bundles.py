@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.compiler.export import write_bundle
+from lora_drop_export.compiler.facts import make_plan
 from lora_drop_export.compiler.files import copy_tokenizer
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
@@ -168,14 +169,20 @@ def save_adapters(
     return directory
 
 
-def make_adapted_bundle(source: str | Family, root: Path, **options: Any) -> Bundle:
-    """A bundle at `root`, with random adapters where the options have a rank."""
-    bundle = make_bundle(source, root / "plain", **options)
-    plan, model = bundle.manifest.plan, bundle.manifest.model
-    if not plan.rank:
-        return bundle
-    adapters = save_adapters(root / "adapters", plan, model.hidden_size, model.fingerprint, plan.rank)
-    return make_bundle(source, root / "adapted", adapters=adapters, **options)
+def plan_of(made_from: str | Family, **options: Any) -> DropPlan:
+    """The plan of a bundle with these options, which is not made."""
+    source = family(made_from) if isinstance(made_from, str) else made_from
+    return make_plan(source.traced.windows, source.traced.hidden_size, ExportOptions(**options))
+
+
+def make_adapted_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:
+    """A bundle in `root`, with random adapters where the options have a rank; those lie in `root` / adapters."""
+    source = family(made_from) if isinstance(made_from, str) else made_from
+    plan = plan_of(source, **options)
+    if plan.rank:
+        hidden_size, fingerprint = source.traced.hidden_size, source.checkpoint.fingerprint()
+        options["adapters"] = save_adapters(root / "adapters", plan, hidden_size, fingerprint, plan.rank)
+    return make_bundle(source, root / "bundle", **options)
 
 
 def oracle_plan(bundle: Bundle, adapters: Path | None = None) -> OraclePlan:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 
-from tests.support.bundles import save_adapters
+from tests.support.bundles import plan_of, save_adapters
 from tests.support.device_steps import PLANS
 from tests.support.fake_trt import make_device_bundle
 
@@ -22,11 +22,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     @functools.cache
     def make(name: str, made_from: str = "llama", sharing: str = "inputs") -> Bundle:
         root = tmp_path_factory.mktemp("trt")
-        options = {"sharing": sharing} | PLANS[name]
+        options = dict(PLANS[name])
+        shared = options.pop("sharing", sharing)
         if options.get("rank"):
-            plan = make_device_bundle(made_from, root / "without", **options).manifest.plan
+            plan = plan_of(made_from, **options)
             options["adapters"] = save_adapters(root / "adapters", plan, 64, None, rank=options["rank"])
-        return make_device_bundle(made_from, root / "bundle", k=1, **options)
+        return make_device_bundle(made_from, root / "bundle", k=1, sharing=shared, **options)
 
     return make
 
