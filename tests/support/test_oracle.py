@@ -107,21 +107,21 @@ def parallel_form(model, plan, prompt, forced, k):
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_no_dropped_layers_is_the_model(name):
-    model, prompt, forced = family(name), random_tokens(9, 1), random_tokens(15, 2)
+    model, prompt, forced = family(name), random_tokens(6, 1), random_tokens(9, 2)
     logits = oracle.decode_row(model, OraclePlan(()), prompt, forced, k=3)
-    torch.testing.assert_close(torch.stack(logits), whole_sequence(model, prompt + forced)[8:], **TOLERANCE)
+    torch.testing.assert_close(torch.stack(logits), whole_sequence(model, prompt + forced)[5:], **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
 def test_greedy_is_generate(name):
-    model, prompt = family(name), random_tokens(12, 3)
-    tokens, logits = oracle.greedy_row(model, OraclePlan(()), prompt, new_tokens=16, k=3)
+    model, prompt = family(name), random_tokens(7, 3)
+    tokens, logits = oracle.greedy_row(model, OraclePlan(()), prompt, new_tokens=12, k=3)
     ids = torch.tensor([prompt])
     expected = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     assert tokens == expected[0, len(prompt) :].tolist()
-    assert len(logits) == 16
+    assert len(logits) == 12
     assert len(set(tokens)) > 4, "the model says one thing over and over: a bad test model"
 
 
@@ -161,9 +161,14 @@ def test_golden_arithmetic_of_the_layers():
 # (c) against the parallel form
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "surrogate", "injection"),
+    [
+        (name, surrogate, INJECTIONS[(row + column) % 2])
+        for row, name in enumerate(models.FAMILIES)
+        for column, surrogate in enumerate(SURROGATES)
+    ],
+)
 def test_parallel_form(name, surrogate, injection):
     model, prompt, forced = family(name), random_tokens(7, 5), random_tokens(9, 6)
     plan = random_plan(DROPPED, surrogate, injection)
