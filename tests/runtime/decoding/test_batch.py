@@ -145,7 +145,7 @@ def fake_tokens(request: Request) -> list[int]:
     return text[len(request.prompt) :]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9),
     st.integers(1, 4),
@@ -678,7 +678,7 @@ def test_tokens_are_those_of_each_row_alone(served: tuple[Bundle, tuple[str, ...
     bundle, policies = served
     near_ties = compared = 0
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(requests(90, 24, policies), min_size=2, max_size=8), st.integers(2, 4))
     def check(script: list[Request], count: int) -> None:
         nonlocal near_ties, compared
@@ -723,7 +723,7 @@ def test_a_lora_step_that_was_interrupted_runs_again_from_the_state_before_it(
             logits = session.step([token])[0] if len(wanted) < 5 else logits
     failed = 0
     with Batch.open(recurrent.root, target=target, policy="backfill", k=3, threads=1, slots=1) as batch:
-        for count in range(90, 300, 2):
+        for count in range(90 + 2 * (target == "ort"), 300, 4):
             batch.add(prompt, 5, logprobs=0, stop_token_ids=[])
             events = [*batch.tick(), *batch.tick()]
             with interrupted(count):
@@ -734,7 +734,7 @@ def test_a_lora_step_that_was_interrupted_runs_again_from_the_state_before_it(
             failed += len(told) < 5
             assert [token for token, _ in told] == [token for token, _ in wanted[: len(told)]], count
             np.testing.assert_allclose([one for _, one in told], [one for _, one in wanted[: len(told)]], atol=NEAR)
-    assert 0 < failed < 100  # of a row whose token was being chosen
+    assert 0 < failed < 50  # of a row whose token was being chosen
 
 
 def test_a_prompt_that_is_scored_changes_nothing_else(tmp_path) -> None:

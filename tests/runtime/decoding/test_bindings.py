@@ -77,16 +77,16 @@ def test_every_bound_buffer_came_from_the_engine() -> None:
 def test_nothing_is_allocated_or_prepared_per_step(k: int, plan: DropPlan) -> None:
     """At most three bindings per request (prefill, refresh, LoRA step), and one more where the state has two sides."""
     session, engine = open_session(plan, k=k)
-    session.prefill(*padded(RAGGED), max_new_tokens=100)
+    session.prefill(*padded(RAGGED), max_new_tokens=45)
     allocated = len(engine.allocated)
-    for _ in range(99):
+    for _ in range(44):
         session.step([1, 2, 3])
-    assert len(engine.runs) == 100
+    assert len(engine.runs) == 45
     assert len(engine.allocated) == allocated + 2 * (len(engine.bindings) - 1)  # ids and places of each binding
     two_sides = plan.surrogate == "recurrent" and plan.rank > 0 and bool(plan.dropped_layers)
     assert len(engine.bindings) <= 3 + two_sides
     engine.forget()
-    session.generate(RAGGED, 100)
+    session.generate(RAGGED, 45)
     assert len(engine.bindings) <= 3 + two_sides
 
 

@@ -17,6 +17,7 @@ from lora_drop_runtime.plan.schedule import LastLogits
 
 from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan
 from tests.support.constraints import Rule, Ruled
+from tests.support.covering import covering_array
 from tests.support.decoding import assert_refused, kept_session
 from tests.support.oracle import is_refresh, prefill
 
@@ -89,12 +90,18 @@ def check(rule: Rule, tokens: list[int]) -> None:
     assert not after or END in after or len(tokens) == NEW
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
-def test_greedy_takes_the_largest_logit_that_is_allowed(
-    bundle: Bundle, filling: Bundle, rule: Rule, k: int, policy: str
-) -> None:
+def covering(**factors: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Cases in which each rule meets each value of each factor, and those each other."""
+    return covering_array({"rule": tuple(RULES), **factors}, seed=0)
+
+
+def named(case: dict[str, Any]) -> str:
+    return "-".join(f"{case[name]}" for name in sorted(case))
+
+
+@pytest.mark.parametrize("case", covering(policy=("skip", "backfill", "fill"), k=(0, 1, 3)), ids=named)
+def test_greedy_takes_the_largest_logit_that_is_allowed(bundle: Bundle, filling: Bundle, case: dict[str, Any]) -> None:
+    rule, policy, k = RULES[case["rule"]], case["policy"], case["k"]
     served = filling if policy == "fill" else bundle
     ours = generated(served, rule, k, policy)
     assert ours == by_pytorch(served.root, rule, k, policy)
@@ -110,10 +117,9 @@ def test_lossless_writes_what_the_full_schedule_writes_under_the_constraint(
     assert ours == by_pytorch(bundle.root, rule, 0, "skip")
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless", "fill"])
-@pytest.mark.parametrize("k", [0, 1, 2, 3])
-def test_whatever_is_drawn_is_allowed(bundle: Bundle, filling: Bundle, rule: Rule, policy: str, k: int) -> None:
+@pytest.mark.parametrize("case", covering(policy=("skip", "backfill", "lossless", "fill"), k=(0, 1, 2, 3)), ids=named)
+def test_whatever_is_drawn_is_allowed(bundle: Bundle, filling: Bundle, case: dict[str, Any]) -> None:
+    rule, policy, k = RULES[case["rule"]], case["policy"], case["k"]
     for seed in range(4):
         options = SamplingOptions(0.5 + seed, top_k=(0, 7)[seed % 2], top_p=(1.0, 0.8)[seed // 2], seed=seed)
         penalty = SamplingOptions(1.0, repetition_penalty=1.5, seed=seed)

@@ -67,7 +67,7 @@ TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=7)  # of few tokens, so
 ACTS = st.tuples(st.lists(TEXTS, min_size=1, max_size=3), st.integers(0, 9), st.one_of(st.none(), st.integers(1, 12)))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(ACTS, min_size=1, max_size=4), st.integers(0, 3), st.sampled_from(("skip", "backfill")), st.data())
 def test_caches_are_those_of_what_ran(acts: list[Any], k: int, policy: str, data: Any) -> None:
     """Requests of any rows, each begun with what it has in common with any row before, steps, truncations, forks."""
@@ -380,8 +380,17 @@ def test_a_fork_sees_the_latest_logits_and_its_place_in_the_schedule() -> None:
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
-@pytest.mark.parametrize("policy", ["skip", "backfill"])
+@pytest.mark.parametrize(
+    ("policy", "surrogate"),
+    [
+        ("skip", "residual"),
+        ("skip", "recurrent"),
+        ("backfill", "recurrent"),
+        ("backfill", "anchor"),
+        ("skip", "residual-delta"),
+        ("backfill", "residual-delta"),
+    ],
+)
 def test_turns_of_a_chat_are_those_of_the_oracle(policy: str, surrogate: str, tmp_path) -> None:
     """Logits at every token of three turns; under `skip` the holes of the turns before stay holes."""
     bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, rank=4, drop_ratio=0.75, policy=policy)
@@ -389,7 +398,7 @@ def test_turns_of_a_chat_are_those_of_the_oracle(policy: str, surrogate: str, tm
     model, plan = family("llama").model, oracle_plan(bundle, adapters)
     rng, k, text = np.random.default_rng(0), 2, []
     row = oracle.Row(model, plan)
-    with Session.open(bundle.root, k=k, threads=1) as session:
+    with Session.open(bundle.root, k=k, threads=1) as session, row.installed():
         session.load_adapters(adapters)
         for _ in range(3):
             text += rng.integers(0, 131, 6).tolist()

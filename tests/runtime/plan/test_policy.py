@@ -195,12 +195,13 @@ def decoded_by_the_oracle(plan: oracle.OraclePlan, prompt: list[int], forced: li
     """The logits after the prompt and after each forced token; a refresh repeats the last k // 2 tokens in full."""
     row, logits = oracle.prefill(family("llama").model, plan, prompt)
     found = [logits]
-    for j, token in enumerate(forced, start=1):
-        if j % (k + 1):
-            found.append(row.step(token, full=False))
-        else:
-            row.since_refresh = row.since_refresh[k - k // 2 :]
-            found.append(row.backfill(token))
+    with row.installed():
+        for j, token in enumerate(forced, start=1):
+            if j % (k + 1):
+                found.append(row.step(token, full=False))
+            else:
+                row.since_refresh = row.since_refresh[k - k // 2 :]
+                found.append(row.backfill(token))
     return found
 
 
