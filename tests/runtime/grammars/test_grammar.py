@@ -20,6 +20,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
 from tests.support.bundles import family, make_bundle, oracle_plan
+from tests.support.covering import covering_array
 from tests.support.decoding import assert_refused, kept_session
 from tests.support.oracle import is_refresh, prefill
 from tests.support.tokenizers import END, byte_tokenizer, character_tokenizer
@@ -45,8 +46,14 @@ def texts(bundle: Bundle, constraint: Constraint, k: int, policy: str, count: in
     return [codec.decode(row) for row in rows]
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
-@pytest.mark.parametrize("k", [0, 1, 2, 3])
+COVERING = covering_array(
+    {"bundle": ("characters", "merges"), "k": (0, 1, 2, 3), "policy": ("skip", "backfill", "lossless")}, seed=0
+)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "k", "policy"), [(one["bundle"], one["k"], one["policy"]) for one in COVERING], indirect=["bundle"]
+)
 def test_json_is_valid_under_its_schema(bundle: Bundle, k: int, policy: str) -> None:
     constraint = Grammars.of(bundle).json_schema(SCHEMA)
     found = set[str]()
@@ -71,8 +78,7 @@ PATTERNS = {  # each with texts of which one completes whatever begins a match
 }
 
 
-@pytest.mark.parametrize("k", [0, 2])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "k"), [*zip(PATTERNS, (0, 2, 2), strict=True)])
 def test_greedy_takes_the_largest_logit_after_which_the_pattern_can_match(bundle: Bundle, pattern: str, k: int) -> None:
     """The reference tries every token, with Python's own `re` and the logits of PyTorch."""
     codec = TextCodec.open(bundle.root / "tokenizer")
@@ -85,18 +91,19 @@ def test_greedy_takes_the_largest_logit_after_which_the_pattern_can_match(bundle
     prompt = codec.encode("A name: ")
     row, logits = prefill(family("llama").model, oracle_plan(bundle), prompt.tolist())
     text, tokens = "", list[int]()
-    while len(tokens) < 12:
-        allowed = [i for i, word in words.items() if can_match(text + word)]
-        if re.fullmatch(pattern, text):
-            if not allowed:
+    with row.installed():
+        while len(tokens) < 12:
+            allowed = [i for i, word in words.items() if can_match(text + word)]
+            if re.fullmatch(pattern, text):
+                if not allowed:
+                    break
+                allowed.append(end)
+            token = allowed[int(logits[allowed].argmax())]
+            if token == end:
                 break
-            allowed.append(end)
-        token = allowed[int(logits[allowed].argmax())]
-        if token == end:
-            break
-        tokens.append(token)
-        text += words[token]
-        logits = row.step(token, full=is_refresh(len(tokens), k))
+            tokens.append(token)
+            text += words[token]
+            logits = row.step(token, full=is_refresh(len(tokens), k))
     with Session.open(bundle.root, k=k, policy="skip", threads=1) as session:
         ours = session.generate([prompt], 12, constraint=Grammars.of(bundle).regex(pattern))[0]
     assert ours.tolist() == tokens

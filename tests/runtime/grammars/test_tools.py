@@ -118,8 +118,18 @@ def test_a_single_call_ends_the_text(grammars: Grammars) -> None:
     assert constraint.is_over
 
 
-@pytest.mark.parametrize("policy", ["skip", "lossless"])
-@pytest.mark.parametrize("choice", ["auto", "required", NOW], ids=["auto", "required", "named"])
+@pytest.mark.parametrize(
+    ("bundle", "choice", "policy"),
+    [
+        ("characters", "auto", "skip"),
+        ("characters", "required", "lossless"),
+        ("characters", NOW, "skip"),
+        ("merges", "auto", "lossless"),
+        ("merges", "required", "skip"),
+        ("merges", NOW, "lossless"),
+    ],
+    indirect=["bundle"],
+)
 def test_a_model_writes_calls_that_are_valid(bundle: Bundle, policy: str, choice: object) -> None:
     """Under `auto` this model calls nothing by itself, so its prompt has the mark as its last token but one."""
     tools, grammars, codec = Tools(TOOLS, choice), Grammars.of(bundle), TextCodec.open(bundle.root / "tokenizer")
