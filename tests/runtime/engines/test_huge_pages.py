@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines import huge_pages
 from lora_drop_runtime.engines.huge_pages import HugePages, _without
 
@@ -57,14 +59,14 @@ def test_what_came_later_is_moved_as_it_is(monkeypatch) -> None:
     early, first, last = of_its_own(16 * MIB)
     early[:] = 7
     pages = HugePages(64 * MIB)
-    late, begin, end = of_its_own(64 * MIB)
+    late, begin, end = of_its_own(24 * MIB)
     late[:] = np.arange(len(late), dtype=np.uint8)
     seen: list[tuple[int, int]] = []
     move = huge_pages._move
     monkeypatch.setattr(huge_pages, "_move", lambda spans, size: (seen.extend(spans), move(spans, size)))
     pages.settle()
-    assert said("AnonHugePages", begin, end) >= 56 * MIB  # whole pages of 2 MiB
-    assert sum(max(0, min(b, end) - max(a, begin)) for a, b in seen) >= 56 * MIB
+    assert said("AnonHugePages", begin, end) >= 16 * MIB  # whole pages of 2 MiB
+    assert sum(max(0, min(b, end) - max(a, begin)) for a, b in seen) >= 16 * MIB
     assert not any(a < last and b > first for a, b in seen)  # nothing of the early one
     np.testing.assert_array_equal(late, np.arange(len(late), dtype=np.uint8))
     count = len(seen)
@@ -156,16 +158,21 @@ np.savez(out, logits=np.stack(logits), left=pages._left, early=early, moved=move
 """
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    source = traced_model(llama(vocab_size=24576, hidden_size=256, tie_word_embeddings=False, num_hidden_layers=1))
+    targets = ("ort", "openvino") if importlib.util.find_spec("openvino") else ("ort",)
+    return make_bundle(source, tmp_path_factory.mktemp("huge") / "b", targets=targets, drop_ratio=0.0)
+
+
 @needs_huge_pages
 @pytest.mark.parametrize("target", ["ort", "openvino"])
-def test_an_engine_has_its_weights_there(target: str, tmp_path: Path) -> None:
+def test_an_engine_has_its_weights_there(target: str, bundle: Bundle, tmp_path: Path) -> None:
     """A head of 24 MiB, once it is asked for, in a process of its own: in one that has freed as much before, weights
     may come to lie there. The logits are those of an engine that leaves it where it was.
     """
     if target == "openvino":
         pytest.importorskip("openvino")
-    source = traced_model(llama(vocab_size=24576, hidden_size=256, tie_word_embeddings=False, num_hidden_layers=2))
-    bundle = make_bundle(source, tmp_path / "b", targets=(target,), drop_ratio=0.0)
     found = {}
     for allowed in ("yes", "no"):
         out = tmp_path / f"{allowed}.npz"

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 from lora_drop_runtime import BundleError, InputError, NoDeviceError, PeriodicSchedule, PlanError, Session, StepKind
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import TOTALS
 from lora_drop_runtime.engines.ort import engine as engine_ort
 from lora_drop_runtime.engines.ort.device_memory import DeviceMemory
@@ -21,6 +22,12 @@ from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, record_again, save_adapters
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Bundle:
+    """float32, without room for adapters."""
+    return make_bundle("llama", tmp_path_factory.mktemp("plain") / "b")
 
 
 def prefill(session: Session, k: int, new_tokens: int = 12) -> np.ndarray:
@@ -140,18 +147,16 @@ def test_load_adapters_is_exporting_with_them(tmp_path):
         np.testing.assert_array_equal(session.step([3, 5, 7]), without)
 
 
-def test_sessions_do_not_spin_between_steps(tmp_path):
+def test_sessions_do_not_spin_between_steps(plain):
     """Else the threads of the session that waits take the cores from the one that runs (DECISIONS.md)."""
-    bundle = make_bundle("llama", tmp_path / "b")
-    with Session.open(bundle.root) as session:
+    with Session.open(plain.root) as session:
         for ort_session in session._engine._sessions.values():
             options = ort_session.get_session_options()
             assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
-def test_no_room_for_adapters(tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b", rank=0)
-    with Session.open(bundle.root) as session, pytest.raises(InputError, match="no room"):
+def test_no_room_for_adapters(plain, tmp_path):
+    with Session.open(plain.root) as session, pytest.raises(InputError, match="no room"):
         session.load_adapters(tmp_path)
 
 
@@ -281,12 +286,11 @@ def test_providers_that_cannot_run_here(target, provider, note, half_bundle):
     assert caught.value.hint
 
 
-def test_float32_does_not_run_on_cuda(tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b")
+def test_float32_does_not_run_on_cuda(plain):
     with pytest.raises(NoDeviceError, match="float32 runs on cpu"):
-        Session.open(bundle.root, provider="cuda")
+        Session.open(plain.root, provider="cuda")
     with pytest.raises(BundleError, match="'metal' was asked for"):
-        Session.open(bundle.root, provider="metal")
+        Session.open(plain.root, provider="metal")
 
 
 def test_half_precision_on_the_cpu_is_said_to_be_slow(half_bundle):
