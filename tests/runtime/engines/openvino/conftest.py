@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +15,24 @@ from lora_drop_runtime.engines.openvino import compiled
 
 from tests.support.bundles import make_adapted_bundle
 
-from .test_engine import MIXED, MODEL, TARGETS
+from .test_engine import MIXED, MODEL
+
+_COMPILED: dict[Any, Any] = {}
 
 
 @pytest.fixture(scope="module")
 def models_stay_compiled() -> Iterator[None]:
-    """Until the module's last test, though nobody has them open: each takes a third of a second to compile."""
+    """For the modules that ask for it, though nobody has them open: each takes a third of a second to compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_open", {})
+        patch.setattr(compiled, "_open", _COMPILED)
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_to_collect() -> None:
+    """Collections of garbage, each a second and more beside what other tests have left, look at the module's alone."""
+    gc.collect()
+    gc.freeze()
 
 
 CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
@@ -33,13 +44,27 @@ BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=BUNDLES)
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Bundle, dict[str, Session]]]:
-    """A bundle, and a session for each of its policies."""
-    name, options, policies = BUNDLES[request.param]
-    bundle = make_adapted_bundle(name, tmp_path_factory.mktemp("served"), targets=TARGETS, max_batch=8, **options)
+Served = tuple[Bundle, dict[str, Session]]
+
+
+@pytest.fixture(scope="session")
+def opened_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Served]]:
     with contextlib.ExitStack() as stack:
-        root = bundle.root
-        yield bundle, {policy: stack.enter_context(Session.open(root, policy=policy, threads=1)) for policy in policies}
+
+        @functools.cache
+        def make(key: str) -> Served:
+            name, options, policies = BUNDLES[key]
+            root = tmp_path_factory.mktemp("served")
+            bundle = make_adapted_bundle(name, root, targets=("openvino",), max_batch=8, **options)
+            sessions = {policy: Session.open(bundle.root, policy=policy, threads=1) for policy in policies}
+            for session in sessions.values():
+                stack.enter_context(session)
+            return bundle, sessions
+
+        yield make
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def served(request: pytest.FixtureRequest, models_stay_compiled: None, opened_once: Callable[[str], Served]) -> Served:
+    """A bundle, and a session for each of its policies."""
+    return opened_once(request.param)

@@ -26,7 +26,7 @@ from tests.support.decoding import padded
 
 from .test_engine import MINUTES, MODEL, TARGETS, VOCAB, assert_near, both, follow
 
-pytestmark = pytest.mark.usefixtures("models_stay_compiled")
+pytestmark = pytest.mark.usefixtures("models_stay_compiled", "quick_to_collect")
 
 SHAPES = {"key_cache.3": (2, 4, 3), "value_cache.3": (2, 4, 5)}
 

@@ -270,10 +270,25 @@ def test_the_block_of_padding_takes_no_room_of_rows(bundle: Bundle) -> None:
         assert batch.kv_bytes()["allocated"] == most
 
 
+INTERRUPTED = [[*text(40), *text(5 * (1 + seed), seed)] for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bundle: Bundle) -> list[list[int]]:
+    """What each of these prompts becomes in a session."""
+    with Session.open(bundle.root, policy="backfill", k=2, threads=1) as session:
+        return [session.generate([prompt], 6, stop_token_ids=())[0].tolist() for prompt in INTERRUPTED]
+
+
 @pytest.mark.parametrize("place", range(1, 4))
 @pytest.mark.parametrize("method", ["admit", "copy_block", "shared", "move", "release"])
 def test_interrupts_spoil_nothing(
-    bundle: Bundle, method: str, place: int, monkeypatch: pytest.MonkeyPatch, capsys
+    bundle: Bundle,
+    undisturbed: list[list[int]],
+    method: str,
+    place: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys,
 ) -> None:
     """Behind the n-th call of what admits rows and takes them out."""
     plain, calls = getattr(PagedSlots, method), 0
@@ -286,19 +301,16 @@ def test_interrupts_spoil_nothing(
             raise KeyboardInterrupt
         return found
 
-    prompts = [[*text(40), *text(5 * (1 + seed), seed)] for seed in range(4)]
     with opened(bundle, slots=2, kv_cache_bytes=bytes_of(5, 5)) as batch:
         monkeypatch.setattr(PagedSlots, method, interrupted)
-        rows = [batch.add(prompt, 6, stop_token_ids=[]) for prompt in prompts]
+        rows = [batch.add(prompt, 6, stop_token_ids=[]) for prompt in INTERRUPTED]
         events, _ = ticked_through(batch)
         monkeypatch.undo()
         ends = {event.row: event.finished for event in events if event.finished}
         assert set(ends) == set(rows)
-        with Session.open(bundle.root, policy="backfill", k=2, threads=1) as session:
-            for prompt, row in zip(prompts, rows, strict=True):
-                wanted = session.generate([prompt], 6, stop_token_ids=())[0].tolist()
-                if ends[row] == "length":
-                    assert tokens_of(events, row) == wanted
+        for wanted, row in zip(undisturbed, rows, strict=True):
+            if ends[row] == "length":
+                assert tokens_of(events, row) == wanted
         check_nothing_leaks(batch)
 
 
@@ -317,10 +329,11 @@ def test_the_batch_says_that_it_keeps_them(bundle: Bundle, capsys) -> None:
 def test_what_is_kept_does_not_depend_on_adapters(tmp_path: Path, capsys) -> None:
     """Full steps run no surrogate, whatever LoRA steps have made between them: nothing is void with other adapters."""
     options = {"drop_ratio": 0.5, "rank": 4, "surrogate": "recurrent", "max_batch": 8}
-    adapted = make_adapted_bundle(MODEL, tmp_path, targets=TARGETS, **options).root
+    adapted = make_adapted_bundle(MODEL, tmp_path / "adapted", targets=("openvino",), **options)
+    plain = make_bundle(MODEL, tmp_path / "plain", targets=("openvino",), **options)
     found, prompt = [], text(60)
-    for root in (adapted, tmp_path / "plain"):
-        with Batch.open(root, slots=1, policy="backfill", k=2, threads=1, keep_prefixes=True) as batch:
+    for bundle in (adapted, plain):
+        with Batch.open(bundle.root, slots=1, policy="backfill", k=2, threads=1, keep_prefixes=True) as batch:
             tokens, _ = answered(batch, prompt, 1)
             answered(batch, [*prompt, *tokens], 9)
             (kept,) = batch._prefixes._kept  # type: ignore[union-attr]
