@@ -129,7 +129,6 @@ QUANTIZED = [
     ("llama", {"dtype": "int4", "quantization": "search", "block_size": 32}, False),
     ("qwen2", {"dtype": "int4", "quantization": "search", "block_size": 128}, False),
     ("qwen2", {"dtype": "int4", "quantization": "rtn", "block_size": 64}, True),
-    ("llama", {"dtype": "int4", "quantization": "rtn", "block_size": 128}, True),
     ("llama", {"dtype": "int8", "block_size": 32}, True),
     ("llama", {"dtype": "int4", "quantization": "search", "block_size": CHANNEL}, True),
     ("qwen2", {"dtype": "int8", "block_size": CHANNEL}, True),
