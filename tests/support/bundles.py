@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -19,6 +20,7 @@ import onnx_ir as ir
 from lora_drop_runtime.bundle.bundle import Bundle, record_file
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel
 
@@ -79,6 +81,25 @@ def heads_of(head_dim: int, kv_heads: int) -> Family:
     return traced_family(f"llama.{kv_heads}_heads_of_{head_dim}", model, "float32")
 
 
+@functools.cache
+def first_layers(name: str, count: int, dtype: str = "float32") -> Family:
+    """A family's first layers alone, with as much of its trace: what costs as many times a layer costs less."""
+    model = copy.deepcopy(family(name).model)
+    traced = traced_once(name, family(name).checkpoint, dtype)  # with a graph of its own
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    model.model.layers = model.model.layers[:count]
+    graph = traced.graph.graph
+    stream = {value.name: value for node in graph for value in node.outputs}
+    stream[f"hidden_states.{len(traced.windows)}"].replace_all_uses_with(stream[f"hidden_states.{count}"])
+    RemoveUnusedNodesPass()(traced.graph)
+    parameters = {key: shape for key, shape in traced.parameters.items() if key in graph.initializers}
+    cut = dataclasses.replace(traced, parameters=parameters, windows=traced.windows[:count])
+    model, directory, checkpoint = _saved(model)
+    return Family(model, directory, checkpoint, cut, dtype)
+
+
 def traced_model(model: PreTrainedModel) -> Family:
     """Save and trace any model."""
     model, directory, checkpoint = _saved(model)
@@ -126,9 +147,9 @@ def record_again(root: Path) -> None:
     path.write_text(json.dumps(data))
 
 
-def rewritten(name: str) -> Family:
+def rewritten(made_from: str | Family) -> Family:
     """A family whose checkpoint the exporter writes again, in the order that lets it fuse layers."""
-    source = family(name)
+    source = family(made_from) if isinstance(made_from, str) else made_from
     return dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
 
 
@@ -173,6 +194,12 @@ def plan_of(made_from: str | Family, **options: Any) -> DropPlan:
     """The plan of a bundle with these options, which is not made."""
     source = family(made_from) if isinstance(made_from, str) else made_from
     return make_plan(source.traced.windows, source.traced.hidden_size, ExportOptions(**options))
+
+
+def fitted_adapters(source: Family, directory: Path, rank: int = 4, **options: Any) -> Path:
+    """Random adapters for what the options drop, without a bundle that has no place for them yet."""
+    plan = plan_of(source, rank=rank, **options)
+    return save_adapters(directory, plan, source.traced.hidden_size, source.checkpoint.fingerprint(), rank)
 
 
 def make_adapted_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:

@@ -17,9 +17,9 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_export.targets.trt.build import EngineBuilder
 from tests.export.test_against_oracle import assert_same_run
-from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import PROMPTS, family, first_layers, make_bundle, oracle_plan, save_adapters
 from tests.support.models import FAMILIES
-from tests.support.trt_graphs import ADA
+from tests.support.trt_graphs import ADA, LAYERS
 
 OPTIONS: dict[str, Any] = {
     "targets": ("tensorrt-rtx",),
@@ -52,7 +52,8 @@ def operators(bundle: Bundle) -> dict[str, list[str]]:
 def of_llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineBuilder, "build", parse_alone)
-        return operators(make_bundle("llama", tmp_path_factory.mktemp("llama") / "b", **OPTIONS))
+        source = first_layers("llama", LAYERS)
+        return operators(make_bundle(source, tmp_path_factory.mktemp("llama") / "b", always_first=1, **OPTIONS))
 
 
 # Whose graphs have the same operators as a Llama's, and other numbers
@@ -73,7 +74,8 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
         monkeypatch.setattr(EngineBuilder, "build", parse_alone)
     elif name in NEARLY_AS_LLAMA:
         monkeypatch.setattr(EngineBuilder, "build", parse_refresh_alone)
-    bundle = make_bundle(name, tmp_path / "b", **OPTIONS, builder=ADA)
+    source = first_layers(name, LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", always_first=1, **OPTIONS, builder=ADA)
     if name in AS_LLAMA:
         assert operators(bundle) == of_llama
     entry = bundle.target("tensorrt-rtx")[1]
@@ -85,13 +87,13 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
     engine = OrtEngine(bundle, "tensorrt-rtx", threads=1)
     with Session(bundle, engine, PeriodicSchedule(2)) as session:
         session.load_adapters(adapters)
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 4
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
+        assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 3)
         session = Session(bundle, engine, PeriodicSchedule(2), "backfill")
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 2)
         engine.prefill_chunk = 3  # less than a cycle: a backfill in two runs
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 3)
+        assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 3)
 
 
 def test_a_change_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ The graphs run on ONNX Runtime in float16 against the reference over dequantized
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 
 import ml_dtypes
@@ -29,9 +28,9 @@ from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import PROMPTS, family, family_trace, make_bundle
+from tests.support.bundles import PROMPTS, family, first_layers, make_bundle
 from tests.support.fake_gpu import BINDINGS, FakeGpu
-from tests.support.trt_graphs import ADA, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
+from tests.support.trt_graphs import ADA, LAYERS, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
 
 FP8 = "float8_e4m3fn"
 
@@ -39,9 +38,8 @@ FP8 = "float8_e4m3fn"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
     """What `--target tensorrt-rtx --dtype fp8` makes of a bfloat16 checkpoint."""
-    source = dataclasses.replace(family("llama"), traced=family_trace("llama", "bfloat16"), dtype="bfloat16")
-    root = tmp_path_factory.mktemp("trt") / "b"
-    return make_bundle(source, root, targets=(RTX,), dtype=FP8, builder=ADA, max_prompt_len=40)
+    source, root = first_layers("llama", LAYERS, "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
+    return make_bundle(source, root, targets=(RTX,), dtype=FP8, builder=ADA, max_prompt_len=40, always_first=1)
 
 
 def test_engines_hold_fp8(bundle):
@@ -97,6 +95,7 @@ def test_the_library_has_no_fp8_for_older_gpus(bundle):
     assert any("fp8" in line for line in builder._logger.lines)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("checkpoint", "half"), [("fp8-channel", "BF16"), ("fp8-tensor", "HALF")])
 def test_checkpoints(checkpoint, half, tmp_path, capsys):
     """Their values and scales as they lie, and every step of the graph against PyTorch where the CPU can run it."""
@@ -167,7 +166,7 @@ def test_the_plugin_form_takes_them(bundle):
     proto = trt_from_neutral(neutral, {"kept": 9, "dropped": 9}, weight_sharing="constants", form="plugin").proto
     operators = [node.op_type for node in proto.graph.node]
     dropped = len(bundle.manifest.plan.dropped_layers)
-    assert operators.count("SkipWriteKVAttention") == 8 - dropped
+    assert operators.count("SkipWriteKVAttention") == LAYERS - dropped
     assert operators.count("DequantizeLinear") == MATRICES - 7 * dropped
 
 

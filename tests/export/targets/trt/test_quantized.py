@@ -5,7 +5,6 @@ The graphs run on ONNX Runtime in float32 against the reference over dequantized
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import ml_dtypes
@@ -17,22 +16,21 @@ from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
-from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
-from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import family, family_trace, make_bundle, traced_once
-from tests.support.trt_graphs import ADA, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
+from tests.support.bundles import first_layers, make_bundle
+from tests.support.trt_graphs import ADA, LAYERS, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
 
 
 @pytest.fixture(scope="module")
 def with_zero_points(tmp_path_factory) -> Bundle:
     """As an AWQ checkpoint has them; activations are float32."""
-    made = make_bundle("llama", tmp_path_factory.mktemp("trt") / "b", targets=("none",), dtype="int4")
+    source, root = first_layers("llama", LAYERS), tmp_path_factory.mktemp("trt") / "b"
+    made = make_bundle(source, root, targets=("none",), dtype="int4", always_first=1)
     assert not made.manifest.quantization["symmetric"]
     return add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA))
 
@@ -40,9 +38,8 @@ def with_zero_points(tmp_path_factory) -> Bundle:
 @pytest.fixture(scope="module")
 def symmetric(tmp_path_factory) -> Bundle:
     """What `--target tensorrt-rtx --dtype int4` makes of a bfloat16 checkpoint."""
-    source = dataclasses.replace(family("llama"), traced=family_trace("llama", "bfloat16"), dtype="bfloat16")
-    root = tmp_path_factory.mktemp("trt") / "b"
-    return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40)
+    source, root = first_layers("llama", LAYERS, "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
+    return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40, always_first=1)
 
 
 def test_symmetric_weights_stay_at_4_bits(symmetric):
@@ -113,27 +110,15 @@ def test_the_plugin_form_takes_them(symmetric):
     proto = trt_from_neutral(neutral, {"kept": 9, "dropped": 9}, weight_sharing="constants", form="plugin").proto
     operators = [node.op_type for node in proto.graph.node]
     dropped = len(symmetric.manifest.plan.dropped_layers)
-    assert operators.count("SkipWriteKVAttention") == 8 - dropped
+    assert operators.count("SkipWriteKVAttention") == LAYERS - dropped
     assert operators.count("DequantizeLinear") == MATRICES - 7 * dropped
 
 
-@pytest.fixture
-def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoints of one model: its trace knows no weights."""
-
-    def traced(checkpoint: Checkpoint, dtype: str) -> TracedModel:
-        config = checkpoint.config
-        sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
-        assert (config.model_type, sizes) == ("llama", (64, 96, 2, 40))
-        return traced_once("quantized", checkpoint, dtype)
-
-    monkeypatch.setattr("lora_drop_export.compiler.export.trace", traced)
-
-
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("checkpoint", "integers"), [("gptq-group-32", "INT4"), ("awq-group-32", "INT8"), ("gptq-8-bit-channel", "INT8")]
 )
-def test_quantized_checkpoints(checkpoint, integers, tmp_path, one_trace):
+def test_quantized_checkpoints(checkpoint, integers, tmp_path):
     """Built with what is beside their integers in half precision: those of two layers, or of the first alone."""
     options = [
         "--target",
@@ -153,6 +138,7 @@ def test_quantized_checkpoints(checkpoint, integers, tmp_path, one_trace):
         assert quantized_constants(bundle, kind) == [(integers, half)] * 7 * layers
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_signed_8_bits_are_the_checkpoint_s(tmp_path, monkeypatch):
     """(q − 128) · scale of what the parser reads is what the reference of the checkpoint says of its weights."""
     monkeypatch.setattr(EngineBuilder, "build", lambda *_: b"an engine")  # of the graph alone is something said

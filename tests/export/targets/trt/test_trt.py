@@ -32,7 +32,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_drop_export.cli import _print_exported, main
 from lora_drop_export.compiler.add_target import add_target
-from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.console import Console
 from lora_drop_export.targets.openvino.lower import openvino_from_neutral
@@ -44,12 +43,12 @@ from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profile
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.export.targets.trt.test_against_oracle import parse_refresh_alone
-from tests.support.bundles import family, family_trace, make_bundle, rewritten, traced_family
+from tests.support.bundles import family, family_trace, first_layers, make_bundle, rewritten, traced_family
 from tests.support.fake_cuda import FakeCuda, cudaError_t
 from tests.support.models import gemma3
+from tests.support.trt_graphs import ADA, LAYERS, RTX
 
-RTX = "tensorrt-rtx"
-ADA = BuilderOptions(compute_capabilities=("8.9",))  # of three generations each takes as long as the first
+PLAN = {"surrogate": "recurrent", "rank": 4, "always_first": 1}
 PROFILES = lora_profiles(8)
 DTYPES = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
@@ -70,7 +69,7 @@ def snapshot(root):
 def bundle(tmp_path_factory) -> Bundle:
     """Both kinds of target in one bundle, with state and adapters."""
     root = tmp_path_factory.mktemp("trt") / "b"
-    return make_bundle("llama", root, targets=("ort", RTX), surrogate="recurrent", rank=4, max_prompt_len=40)
+    return make_bundle(first_layers("llama", LAYERS), root, targets=("ort", RTX), max_prompt_len=40, **PLAN)
 
 
 @pytest.mark.parametrize("kind", StepKind)
@@ -147,14 +146,14 @@ def holds(engine: bytes, values: np.ndarray) -> bool:
 def constants(tmp_path_factory) -> Bundle:
     """The weights inside of the engines."""
     root = tmp_path_factory.mktemp("constants") / "b"
-    return make_bundle("llama", root, targets=(RTX,), weight_sharing="constants", surrogate="recurrent", rank=4)
+    return make_bundle(first_layers("llama", LAYERS), root, targets=(RTX,), weight_sharing="constants", **PLAN)
 
 
 def test_inputs_leave_no_weight_in_the_engines(bundle, constants):
     """With `inputs` no layer weight is in either engine; with `constants` all are, so that the search is one."""
     tensors = read_tensors(bundle.root / "weights" / "model.safetensors")
     matrices = {name: t.read() for name, t in tensors.items() if len(t.shape) == 2 and ".layers." in name}
-    assert len(matrices) == 7 * 8
+    assert len(matrices) == 7 * LAYERS
     for made, expected in ((bundle, False), (constants, True)):
         engines = {kind: (made.root / made.target(RTX)[1].engine(kind)).read_bytes() for kind in StepKind}
         dropped = made.manifest.plan.dropped_layers
@@ -294,11 +293,8 @@ def test_half_precision_engines(name, dtype, tmp_path, monkeypatch):
     """
     if name == "gemma2":
         monkeypatch.setattr(EngineBuilder, "build", parse_refresh_alone)
-    source = family(name)
-    traced = family_trace(name, dtype)
-    options = ExportOptions(max_seq_len=64, targets=(RTX,), rank=2, surrogate="anchor", builder=ADA)
-    (tmp_path / "b").mkdir()
-    made = write_bundle(tmp_path / "b", source.checkpoint, traced, dtype, options, Console())
+    source, options = first_layers(name, LAYERS, dtype), PLAN | {"surrogate": "anchor", "max_seq_len": 64}
+    made = make_bundle(source, tmp_path / "b", targets=(RTX,), builder=ADA, **options)
     assert set(made.target(RTX)[1].engine_bytes) == {"refresh", "lora"}
     for form in ("native", "plugin"):
         for kind in StepKind:
@@ -403,7 +399,8 @@ def test_static_slots_are_what_the_largest_request_needs(bundle):
 def test_the_smallest_capacities(tmp_path):
     """A window that is longer than the caches: the decode profile ends with them."""
     sizes = {"max_seq_len": 3, "max_prompt_len": 1, "max_batch": 1}
-    made = make_bundle("llama", tmp_path / "b", targets=(RTX,), **sizes, k=5, builder=ADA)
+    source = first_layers("llama", LAYERS)
+    made = make_bundle(source, tmp_path / "b", targets=(RTX,), **sizes, k=5, builder=ADA, always_first=1)
     entry = made.target(RTX)[1]
     assert entry.slots == {"kept": 2 + STANDING_SLOTS, "dropped": 1 + STANDING_SLOTS}
     assert entry.refresh_profiles == {"decode": (1, 1), "prefill": (1, 1)}
@@ -429,7 +426,8 @@ def test_one_copy_is_asserted(bundle):
 
 def test_add_target(tmp_path, monkeypatch):
     """The same engines' graphs as an export makes; the rest of the bundle stays as it was."""
-    made = make_bundle("llama", tmp_path / "b")
+    source = first_layers("llama", LAYERS)
+    made = make_bundle(source, tmp_path / "b", always_first=1)
     before = snapshot(made.root)
     added = add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA, verify=False))
     assert list(added.manifest.targets) == ["ort", RTX]
@@ -437,7 +435,7 @@ def test_add_target(tmp_path, monkeypatch):
     assert {n: d for n, d in before.items() if n != MANIFEST_NAME}.items() <= after.items()
     assert added.check_hashes() == []
     monkeypatch.setattr(EngineBuilder, "build", lambda *_: b"an engine")  # their graphs are compared
-    whole = make_bundle("llama", tmp_path / "whole", targets=("ort", RTX), builder=ADA)
+    whole = make_bundle(source, tmp_path / "whole", targets=("ort", RTX), builder=ADA, always_first=1)
     for kind in StepKind:
         assert graph_of(added, kind) == graph_of(whole, kind)
     sizes = {"engine_bytes": {}}  # engines are not built alike twice
@@ -445,7 +443,7 @@ def test_add_target(tmp_path, monkeypatch):
 
 
 def test_add_target_verifies_what_can_run_here(tmp_path, capsys):
-    made = make_bundle("llama", tmp_path / "b", targets=("none",))
+    made = make_bundle(first_layers("llama", LAYERS), tmp_path / "b", targets=("none",), always_first=1)
     added = add_target(made.root, ["ort", RTX], ExportOptions(targets=("ort", RTX), builder=ADA))
     assert added.manifest.verification["ort"]["status"] == "passed"
     result = added.manifest.verification[RTX]
@@ -633,7 +631,7 @@ def test_constants_are_not_duplicated(constants):
     assert len(COMPUTE_CAPABILITIES) == 3
     assert len(entry.refresh_profiles) == 2
     tensors = read_tensors(constants.root / "weights" / "model.safetensors")
-    tensor = tensors["model.layers.2.mlp.down_proj.weight"].read()
+    tensor = tensors["model.layers.1.mlp.down_proj.weight"].read()
     for kind in StepKind:
         engine = (constants.root / entry.engine(kind)).read_bytes()
         assert sum(engine.count(np.ascontiguousarray(v).tobytes()[:64]) for v in (tensor, tensor.T)) <= 1
