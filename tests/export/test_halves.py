@@ -18,17 +18,23 @@ from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters, traced_model
+from tests.support.bundles import Family, family, first_layers, make_bundle, oracle_plan, save_adapters, traced_model
 from tests.support.models import build
 
-MIXED = ("3.attn", "4.mlp", "5", "6.attn", "6.mlp")
+MIXED = ("1.attn", "2.mlp", "3", "4.attn", "4.mlp")
+OPTIONS = {"always_first": 1}
+
+
+def six_layers(name: str) -> Family:
+    """Of which MIXED leaves the first and the last."""
+    return first_layers(name, 6)
 
 
 def _run(bundle, adapters, name, prompts, k, policy=None):
     with Session.open(bundle.root, threads=1, policy=policy) as session:
         if adapters is not None:
             session.load_adapters(adapters)
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), prompts, k)
+        assert_same_run(session, six_layers(name).model, oracle_plan(bundle, adapters), prompts, k)
 
 
 def _fitted(bundle, directory):
@@ -38,47 +44,53 @@ def _fitted(bundle, directory):
 
 def test_what_follows_the_mlp(tmp_path):
     """In Gemma 4 the stream goes through an input of each layer, and is scaled, after both halves."""
-    windows = ["sliding_attention", "full_attention", "full_attention"]
-    heads = {"head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0, "num_hidden_layers": 3}
+    windows = ["sliding_attention", "full_attention"]
+    heads = {"head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0, "num_hidden_layers": 2}
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131, "sliding_window": 5}
     model = build(Gemma4ForCausalLM, Gemma4TextConfig, 50, **heads, **own, layer_types=windows)
     for layer in model.model.layers:
         layer.layer_scalar.fill_(0.7)
-    options = {"drop_layers": ("1.attn",), "always_first": 0, "policy": "fill"}
+    options = {"drop_layers": ("0.attn",), "always_first": 0, "policy": "fill"}
     assert compare(make_bundle(traced_model(model), tmp_path / "b", **options)).passed
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b", surrogate=surrogate, drop_layers=MIXED, rank=4, policy=policy)
+    options = OPTIONS | {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}
+    bundle = make_bundle(six_layers("llama"), tmp_path / "b", **options)
     _run(bundle, _fitted(bundle, tmp_path / "a"), "llama", PROMPTS, 3)
 
 
-@pytest.mark.parametrize("target", ["ort", "openvino"])
 @pytest.mark.parametrize(
-    ("sites", "rank", "policy", "weights"),
+    ("sites", "rank", "policy", "target", "weights"),
     [
-        ((3, 4, 5, 6), 4, "backfill", ["3.lora_A", "3.lora_B"]),
-        ((3, 4, 5, 6), 8, "backfill", ["3.lora_BA"]),
-        ((3, 4, 6), 16, "skip", ["3.lora_BA", "6.lora_A", "6.lora_B"]),
-        ((3, 4), 16, "fill", ["3.lora_A", "3.lora_B", "4.lora_A", "4.lora_B"]),
-        (MIXED, 8, "fill", ["3.attn.lora_A", "3.attn.lora_B", "4.mlp.lora_A", "4.mlp.lora_B"]),
+        ((1, 2, 3, 4), 4, "backfill", "ort", ["1.lora_A", "1.lora_B"]),
+        ((1, 2, 3, 4), 8, "backfill", "ort", ["1.lora_BA"]),
+        ((1, 2, 4), 16, "skip", "ort", ["1.lora_BA", "4.lora_A", "4.lora_B"]),
+        ((1, 2, 4), 16, "skip", "openvino", ["1.lora_BA", "4.lora_A", "4.lora_B"]),
+        ((1, 2), 16, "fill", "ort", ["1.lora_A", "1.lora_B", "2.lora_A", "2.lora_B"]),
+        (MIXED, 8, "fill", "ort", ["1.attn.lora_A", "1.attn.lora_B", "2.mlp.lora_A", "2.mlp.lora_B"]),
+        (MIXED, 8, "fill", "openvino", ["1.attn.lora_A", "1.attn.lora_B", "2.mlp.lora_A", "2.mlp.lora_B"]),
     ],
 )
-def test_neighbours_share_a_surrogate(sites, rank, policy, weights, target, tmp_path):
-    """Loaded into a session, and exported with; the oracle runs one adapter after the other."""
-    options = {"drop_layers": sites, "policy": policy, "targets": (target,)}
-    bundle = make_bundle("llama", tmp_path / "b", rank=rank, **options)
+def test_neighbours_share_a_surrogate(sites, rank, policy, target, weights, tmp_path):
+    """Loaded into a session, and exported with; the oracle runs one adapter after the other.
+
+    Which of them are one is no target's matter: each gets weights in both forms.
+    """
+    source = six_layers("llama")
+    options = OPTIONS | {"drop_layers": sites, "policy": policy, "targets": (target,)}
+    bundle = make_bundle(source, tmp_path / "b", rank=rank, **options)
     model = bundle.manifest.model
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint, rank=rank)
     stored = sorted(name.removeprefix("surrogate.") for name in read_tensors(bundle.root / "weights" / ADAPTERS_NAME))
     assert stored[: len(weights)] == weights
     assert len(stored) == len(weights) or sites is MIXED
-    with_them = make_bundle("llama", tmp_path / "c", adapters=adapters, **options)
+    with_them = make_bundle(source, tmp_path / "c", adapters=adapters, **options)
     _run(bundle, adapters, "llama", PROMPTS, 3)
     with Session.open(with_them.root, threads=1) as session:
-        assert_same_run(session, family("llama").model, oracle_plan(with_them, adapters), PROMPTS, 3)
+        assert_same_run(session, source.model, oracle_plan(with_them, adapters), PROMPTS, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +100,17 @@ def test_neighbours_share_a_surrogate(sites, rank, policy, weights, target, tmp_
 def test_families(name, policy, tmp_path):
     sites = MIXED
     if name == "gemma2" and policy == "skip":  # every other layer has a window
-        windows = family(name).traced.windows
+        windows = six_layers(name).traced.windows
         sites = tuple(site for site in MIXED if site.endswith(".mlp") or not windows[int(site[0])])
-    bundle = make_bundle(name, tmp_path / "b", surrogate="recurrent", drop_layers=sites, rank=4, policy=policy)
+    options = OPTIONS | {"surrogate": "recurrent", "drop_layers": sites, "rank": 4, "policy": policy}
+    bundle = make_bundle(six_layers(name), tmp_path / "b", **options)
     _run(bundle, _fitted(bundle, tmp_path / "a"), name, PROMPTS[:1] if name != "qwen3" else PROMPTS, 2)
 
 
 @pytest.mark.parametrize("sites", [("4",), ("4.attn",), ("4.mlp",)])
 def test_fill_alone(sites, tmp_path):
     """Long enough for several cycles, without adapters."""
-    bundle = make_bundle("llama_tied", tmp_path / "b", drop_layers=sites, policy="fill")
+    bundle = make_bundle(six_layers("llama_tied"), tmp_path / "b", drop_layers=sites, policy="fill")
     _run(bundle, None, "llama_tied", PROMPTS[:1], 3)
 
 
@@ -105,32 +118,31 @@ def test_graphs_of_tensorrt(tmp_path):
     """TensorRT-RTX builds engines of halves under `fill`, and the ONNX that its parser got decodes right."""
     options = {"targets": ("tensorrt-rtx",), "k": 2, "max_seq_len": 40, "max_prompt_len": 24, "policy": "fill"}
     options["builder"] = BuilderOptions(compute_capabilities=("8.9",))
-    bundle = make_bundle("llama", tmp_path / "b", **options, drop_layers=MIXED)
+    bundle = make_bundle(six_layers("llama"), tmp_path / "b", **options, **OPTIONS, drop_layers=MIXED)
     assert bundle.target("tensorrt-rtx")[1].slots == dict.fromkeys(("kept", "dropped"), 39 + STANDING_SLOTS)
     with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
-        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+        assert_same_run(session, six_layers("llama").model, oracle_plan(bundle), PROMPTS, 2)
 
 
 def test_k_0_is_the_full_schedule(tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=MIXED, policy="fill")
+    bundle = make_bundle(six_layers("llama"), tmp_path / "b", drop_layers=MIXED, policy="fill", **OPTIONS)
     _run(bundle, None, "llama", PROMPTS, 0)
 
 
 def test_static_flexidepth(tmp_path):
     """Attentions without an adapter, MLPs with one."""
-    sites = tuple(f"{i}.{half}" for i in (3, 5) for half in ("attn", "mlp"))
-    options = {"drop_layers": sites, "policy": "fill", "surrogate": "recurrent", "rank": 4}
-    room = make_bundle("llama", tmp_path / "room", **options)
+    sites = tuple(f"{i}.{half}" for i in (1, 3) for half in ("attn", "mlp"))
+    source, options = six_layers("llama"), {"drop_layers": sites, "policy": "fill", "surrogate": "recurrent"}
+    room = make_bundle(source, tmp_path / "room", rank=4, targets=("none",), **options, **OPTIONS)
     plan = room.manifest.plan
-    object.__setattr__(plan, "bare_sites", ("3.attn", "5.attn"))
+    object.__setattr__(plan, "bare_sites", ("1.attn", "3.attn"))
     adapters = _fitted(room, tmp_path / "a")
-    del options["rank"]
-    bundle = make_bundle("llama", tmp_path / "b", **options, adapters=adapters)
-    assert bundle.manifest.plan.adapted_sites == ("3.mlp", "5.mlp")
+    bundle = make_bundle(source, tmp_path / "b", **options, **OPTIONS, adapters=adapters)
+    assert bundle.manifest.plan.adapted_sites == ("1.mlp", "3.mlp")
     _run(bundle, adapters, "llama", PROMPTS, 3)
     with Session.open(bundle.root, threads=1) as session:
         session.load_adapters(adapters)
-    assert set(oracle_plan(bundle, adapters).adapters) == {"3.mlp", "5.mlp"}
+    assert set(oracle_plan(bundle, adapters).adapters) == {"1.mlp", "3.mlp"}
 
 
 def _reads(bundle):
@@ -140,7 +152,8 @@ def _reads(bundle):
 
 @pytest.mark.parametrize("policy", ["skip", "fill"])
 def test_what_is_left_of_a_half(policy, tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=("3.attn", "4.mlp", "5"), policy=policy)
+    options = {"drop_layers": ("3.attn", "4.mlp", "5"), "policy": policy}
+    bundle = make_bundle("llama", tmp_path / "b", targets=("none",), **options)
     read = _reads(bundle)
 
     def left(layer):

@@ -16,74 +16,79 @@ from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
-from tests.export.test_halves import MIXED
+from tests.export.test_halves import MIXED, six_layers
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, more_family, oracle_plan, rewritten, save_adapters
+from tests.support.bundles import first_layers, fitted_adapters, make_bundle, more_family, oracle_plan, rewritten
 from tests.support.models import FAMILIES, MORE_FAMILIES
 from tests.support.oracle import OraclePlan
 
-OPTIONS = {"targets": ("openvino",)}
+OPTIONS = {"targets": ("openvino",), "always_first": 1}
+LAYERS = 4  # of a family: what each of them compiles and runs takes as long
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path):
     """Of the windows every family has two under each policy, in turns: it meets all four of them."""
-    bundle = make_bundle(name, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
+    source = first_layers(name, LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
+    engine = OpenVinoEngine(bundle, threads=1)
     for turn, policy in enumerate(("skip", "backfill"), [*FAMILIES].index(name)):
-        with Session.open(bundle.root, policy=policy, threads=1) as session:
-            for k in (0, 1, 3, 19)[turn % 2 :: 2]:
-                assert_same_run(session, family(name).model, oracle_plan(bundle), PROMPTS, k)
-            assert_same_run(session, family(name).model, oracle_plan(bundle), LONG[:1], 2)
+        session = Session(bundle, engine, PeriodicSchedule(3), policy)
+        for k in (0, 1, 3, 19)[turn % 2 :: 2]:
+            assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, k)
+        assert_same_run(session, source.model, oracle_plan(bundle), LONG[:1], 2)
+    session.close()
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
 @pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
-    """Adapters are loaded into the session; prompts are longer than a block."""
-    options = {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}
-    bundle = make_bundle("llama", tmp_path / "b", **options, **OPTIONS)
-    model = bundle.manifest.model
-    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
+    """Adapters of each surrogate are exported and, which compiles anew, loaded; prompts are longer than a block."""
+    options = OPTIONS | {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}
+    source, loaded = six_layers("llama"), policy == "backfill"
+    adapters = fitted_adapters(source, tmp_path / "a", **options)
+    bundle = make_bundle(source, tmp_path / "b", **options, adapters=None if loaded else adapters)
     with Session.open(bundle.root, threads=1) as session:
-        session.load_adapters(adapters)
+        if loaded:
+            session.load_adapters(adapters)
         for k, prompts in ((3, PROMPTS), (2, LONG)):
-            assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), prompts, k)
+            assert_same_run(session, source.model, oracle_plan(bundle, adapters), prompts, k)
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
 def test_soft_caps_and_windows(policy, tmp_path):
     """Attention in plain operators, beside the operator that writes the caches; every other layer has a window."""
-    windows = family("gemma2").traced.windows
+    source = six_layers("gemma2")
+    windows = source.traced.windows
     sites = tuple(site for site in MIXED if policy != "skip" or site.endswith(".mlp") or not windows[int(site[0])])
-    options = {"surrogate": "recurrent", "drop_layers": sites, "rank": 4, "policy": policy}
-    bundle = make_bundle("gemma2", tmp_path / "b", **options, **OPTIONS)
-    model = bundle.manifest.model
-    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
+    options = OPTIONS | {"surrogate": "recurrent", "drop_layers": sites, "policy": policy}
+    adapters = fitted_adapters(source, tmp_path / "a", **options)
+    bundle = make_bundle(source, tmp_path / "b", **options, adapters=adapters)
     with Session.open(bundle.root, threads=1) as session:
-        session.load_adapters(adapters)
         for prompts in (PROMPTS, LONG):
-            assert_same_run(session, family("gemma2").model, oracle_plan(bundle, adapters), prompts, 3)
+            assert_same_run(session, source.model, oracle_plan(bundle, adapters), prompts, 3)
 
 
-@pytest.mark.parametrize("layers", [(0,), (7,), (0, 1, 2, 3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
 def test_first_last_and_all_layers(layers, tmp_path):
     """Logits are chosen before the last layer's MLP, which may be dropped; or no layer is kept."""
-    options = {"drop_layers": layers, "always_first": 0, "always_last": 0}
-    bundle = make_bundle("llama", tmp_path / "b", **options, **OPTIONS)
+    source = first_layers("llama", LAYERS)
+    options = OPTIONS | {"drop_layers": layers, "always_first": 0, "always_last": 0}
+    bundle = make_bundle(source, tmp_path / "b", **options)
     with Session.open(bundle.root, threads=1) as session:
-        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_mqa", "qwen2", "qwen3", "phi3"])
 def test_fused_weights(name, tmp_path, monkeypatch):
     """Weights in the exporter's own order: q, k, v and gate, up are one product each."""
-    bundle = make_bundle(rewritten(name), tmp_path / "b", surrogate="recurrent", rank=2, **OPTIONS)
-    adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
+    source = rewritten(first_layers(name, LAYERS))
+    adapters = fitted_adapters(source, tmp_path / "a", surrogate="recurrent", **OPTIONS)
+    bundle = make_bundle(source, tmp_path / "b", adapters=adapters, **OPTIONS)
     with Session.open(bundle.root, threads=1) as session:
-        session.load_adapters(adapters)
         monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 2)
-        assert_same_run(session, family(name).model, oracle_plan(bundle, adapters), PROMPTS, 1)
+        assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 1)
 
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
@@ -103,7 +108,8 @@ def test_more_families(name, tmp_path):
 @pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
 def test_calls_of_one_width(policy, tmp_path):
     """Tokens that nobody reads bring small calls to the width of others: no row sees them, also after long prompts."""
-    bundle = make_bundle("qwen3", tmp_path / "b", drop_ratio=0.5, **OPTIONS)
+    source = first_layers("qwen3", LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
     engine = OpenVinoEngine(bundle, threads=1)
     engine.pads_tokens = True
     with Session(bundle, engine, PeriodicSchedule(3), policy) as session:
@@ -114,26 +120,29 @@ def test_calls_of_one_width(policy, tmp_path):
                     assert sum(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)) >= 2  # but a near-tie
         else:
             for prompts, k in ((PROMPTS, 3), (LONG[:1], 2), (PROMPTS[:1], 3)):
-                assert_same_run(session, family("qwen3").model, oracle_plan(bundle), prompts, k)
+                assert_same_run(session, source.model, oracle_plan(bundle), prompts, k)
         assert policy == "skip" or session._running().slots._width > 1
 
 
 def test_calls_of_one_width_of_a_dropped_last_layer(tmp_path):
     """A LoRA step's surrogate there hands on all tokens, those that nobody reads among them."""
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(7,), always_last=0, **OPTIONS)
+    source = first_layers("llama", LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", drop_layers=(3,), always_last=0, **OPTIONS)
     engine = OpenVinoEngine(bundle, threads=1)
     engine.pads_tokens = True
     with Session(bundle, engine, PeriodicSchedule(3), "backfill") as session:
-        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 1)
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 1)
         assert session._running().slots._width > len(PROMPTS)
 
 
 def test_the_neutral_graphs_are_left_as_they_were(tmp_path):
     """Gemma 2 has constants in the graph itself, which another target lowers behind this one."""
-    bundle = make_bundle("gemma2", tmp_path / "b", drop_ratio=0.5, targets=("openvino", "ort"), policy="backfill")
+    source = first_layers("gemma2", LAYERS)
+    options = OPTIONS | {"targets": ("openvino", "ort"), "policy": "backfill"}
+    bundle = make_bundle(source, tmp_path / "b", drop_ratio=0.5, **options)
     for target in ("openvino", "ort"):
         with Session.open(bundle.root, target=target, threads=1) as session:
-            assert_same_run(session, family("gemma2").model, oracle_plan(bundle), PROMPTS, 2)
+            assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +151,13 @@ def test_the_neutral_graphs_are_left_as_they_were(tmp_path):
         ("model", {"vocab_size": 130}),
         ("model", {"head_dim": 8}),
         ("model", {"dtype": "bfloat16"}),
-        ("plan", {"sites": ["5"]}),
+        ("plan", {"sites": ["1"]}),
         ("plan", {"surrogate": "recurrent"}),
     ],
 )
 def test_another_manifest_is_refused(section, values, tmp_path):
     """When the bundle is opened, with a message of the graph and the manifest; not in a step."""
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(4,), **OPTIONS)
+    bundle = make_bundle(first_layers("llama", LAYERS), tmp_path / "b", drop_layers=(2,), **OPTIONS)
     path = bundle.root / "lora_drop.json"
     manifest = json.loads(path.read_text())
     manifest[section] |= values
@@ -158,7 +167,8 @@ def test_another_manifest_is_refused(section, values, tmp_path):
 
 
 def test_nothing_dropped(tmp_path):
-    bundle = make_bundle("llama", tmp_path / "b", drop_ratio=0.0, k=2, **OPTIONS)
+    source = first_layers("llama", LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", drop_ratio=0.0, k=2, **OPTIONS)
     with Session.open(bundle.root, threads=1) as session:
-        assert_same_run(session, family("llama").model, oracle_plan(bundle), PROMPTS, 2)
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
     assert new_tokens(2) == 7
