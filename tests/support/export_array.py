@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from lora_drop_export.quantize.rounding import ROUNDINGS
 from tests.support import oracle
-from tests.support.bundles import PROMPTS, Family, make_bundle, oracle_plan, save_adapters, traced_family
+from tests.support.bundles import PROMPTS, Family, fitted_adapters, make_bundle, oracle_plan, traced_family
 from tests.support.covering import Row, covering_array
 from tests.support.decoding import padded
 from tests.support.models import llama
@@ -45,7 +45,7 @@ from tests.support.models import llama
 LAYERS = 4  # a trace takes a second for each
 MODEL_FACTORS = {
     "hidden_size": (64, 112, 144),  # 112 and 144 have an odd number of blocks of 16
-    "head_dim": (16, 24, 40),
+    "head_dim": (16, 100, 40),  # caches have multiples of 8, and attention turns multiples of 16
     "kv_heads": (1, 2, 4),  # of 4 heads
     "bias": ("none", "attention", "mlp"),
     "intermediate_size": (96, 101),  # no block divides 101: such a matrix stays in float
@@ -69,6 +69,11 @@ def model(index: int) -> PreTrainedModel:
         intermediate_size=row["intermediate_size"],
         tie_word_embeddings=row["tied"],
     )
+
+
+def model_with(**values: Any) -> int:
+    """The first row of MODELS that has these values."""
+    return next(index for index, row in enumerate(MODELS) if values.items() <= row.items())
 
 
 @functools.cache
@@ -227,9 +232,7 @@ def exported(row: Row, root: Path) -> tuple[Bundle, Path | None]:
     adapters = None
     rank = {"none": 0, "room": 3}.get(row["adapters"], 4)
     if row["adapters"] in ("exported", "loaded"):
-        empty = make_bundle(family, root / "empty", **options, rank=rank, targets=("none",))
-        facts = empty.manifest.model
-        adapters = save_adapters(root / "a", empty.manifest.plan, facts.hidden_size, facts.fingerprint, rank)
+        adapters = fitted_adapters(family, root / "a", rank, **options)
     if row["adapters"] == "exported":
         return make_bundle(family, root / "b", **options, adapters=adapters), adapters
     return make_bundle(family, root / "b", **options, rank=rank), adapters

@@ -13,6 +13,8 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_export.check.verify import compare
 from tests.support import oracle
 from tests.support.bundles import Family, heads_of, make_bundle, oracle_plan
+from tests.support.export_array import model_with
+from tests.support.export_array import source as source_of_array
 
 FORMS = {
     "fp32": {},
@@ -24,11 +26,14 @@ FORMS = {
 PLAN = {"drop_layers": (1,), "always_first": 1, "k": 2, "rank": 2}
 
 
-@pytest.fixture(scope="module", params=[(4, 2), (8, 1), (100, 1), (120, 2), (32, 2)])
+@pytest.fixture(scope="module", params=[(4, 2), (40, 1), (100, 1), (40, 2), (32, 2)], ids=str)
 def model(request: pytest.FixtureRequest) -> Family:
     """With one K/V head to four query heads, which are folded, or with two."""
     head_dim, kv_heads = request.param
-    source = heads_of(head_dim, kv_heads)
+    if head_dim in (40, 100):
+        source = source_of_array(model_with(head_dim=head_dim, kv_heads=kv_heads), "float32", "float32")
+    else:
+        source = heads_of(head_dim, kv_heads)
     return dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
 
 

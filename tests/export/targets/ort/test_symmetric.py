@@ -13,8 +13,8 @@ from onnx import helper
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.quantize.formats import BlockFormat, dequantize, pack
-from tests.support.bundles import make_bundle, traced_family
-from tests.support.models import llama
+from tests.support.bundles import make_bundle
+from tests.support.export_array import model_with, source
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,10 @@ from tests.support.models import llama
 )
 def test_against_pytorch(hidden: int, quantization: str, tied: bool, tmp_path: Path) -> None:
     """An odd number of blocks a row (7, 9) leaves `search` no zero points either."""
-    small = llama(
-        hidden_size=hidden, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_hidden_layers=3,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
-    source = traced_family(f"symmetric.{hidden}.{tied}", small, "float32")
-    source = dataclasses.replace(source, checkpoint=dataclasses.replace(source.checkpoint, owned=True))
+    small = source(model_with(hidden_size=hidden, tied=tied), "float32", "float32")
+    small = dataclasses.replace(small, checkpoint=dataclasses.replace(small.checkpoint, owned=True))
     options = {"drop_layers": (1,), "always_first": 1, "dtype": "int4", "quantization": quantization}
-    bundle = make_bundle(source, tmp_path / "b", **options)
+    bundle = make_bundle(small, tmp_path / "b", **options)
     result = compare(bundle, threads=1)
     assert result.passed, result
     looked_up = [
