@@ -36,11 +36,13 @@ from lora_drop_export.quantize.formats import Blocked, BlockFormat, dequantize
 from lora_drop_export.quantize.gptq import DAMPING, gptq_rows, triangle
 from lora_drop_export.quantize.rounding import quantize_rows
 from lora_drop_export.weights.rounded import RoundedTensor
-from tests.support.bundles import family, make_bundle, more_family
+from tests.support.bundles import family, first_layers, make_bundle, more_family
 from tests.support.models import FAMILIES, MORE_FAMILIES, ROPES
 from tests.support.tokenizers import character_tokenizer
 
 OPTIONS = {"dtype": "int4", "quantization": "gptq"}
+PLAN = {"always_first": 0, "always_last": 0}
+LAYERS = 3  # of a family: one after the other is rounded, and what that costs is a layer's
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +69,8 @@ def linear_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", [name for name in (*FAMILIES, *MORE_FAMILIES) if name not in ROPES])
 def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is exported and verified, and no linear layer has the values that the search gives it."""
-    source = family(name) if name in FAMILIES else more_family(name)
-    bundle = make_bundle(source, tmp_path / "b", always_first=0, always_last=0, **OPTIONS)
+    source = first_layers(name, LAYERS) if name in FAMILIES else more_family(name)
+    bundle = make_bundle(source, tmp_path / "b", **PLAN, **OPTIONS)
     said = capsys.readouterr().err
     assert compare(bundle).passed
     assert bundle.manifest.quantization["method"] == "gptq"
@@ -93,8 +95,8 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
     Written apart: the whole model runs anew, its weights so far rounded, for each tensor that linear layers share; and
     what a layer is to give there is least squares' of what it gives in the model as it was.
     """
-    source = family("llama")
-    bundle = make_bundle(source, tmp_path / "b", **OPTIONS)
+    source = first_layers("llama", LAYERS)
+    bundle = make_bundle(source, tmp_path / "b", **PLAN, **OPTIONS)
     stored = weights(bundle.root)
     model, quantization = copy.deepcopy(source.model), Quantization.of("int4")
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 131, (4, 64)))
@@ -163,7 +165,9 @@ def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
 
 
 def test_the_same_bytes_twice(tmp_path: Path) -> None:
-    files = [make_bundle("qwen2", tmp_path / name, **OPTIONS).root / "weights" / "model.safetensors" for name in "ab"]
+    source = first_layers("qwen2", LAYERS)
+    bundles = [make_bundle(source, tmp_path / name, targets=("none",), **PLAN, **OPTIONS) for name in "ab"]
+    files = [bundle.root / "weights" / "model.safetensors" for bundle in bundles]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -215,13 +219,14 @@ def test_layers_that_all_have_their_integers_are_refused(tmp_path: Path) -> None
 def test_inputs_that_are_no_numbers_leave_a_layer_to_the_search(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = copy.deepcopy(family("llama").model)
+    source = first_layers("llama", LAYERS)
+    model = copy.deepcopy(source.model)
     with torch.no_grad():
-        model.model.layers[7].post_attention_layernorm.weight[3] = torch.inf
+        model.model.layers[-1].post_attention_layernorm.weight[3] = torch.inf
     model.save_pretrained(tmp_path / "model")
     checkpoint = open_checkpoint(str(tmp_path / "model"), tmp_path / "scratch")
-    made_from = dataclasses.replace(family("llama"), model=model, checkpoint=checkpoint)  # a trace has no weights
-    make_bundle(made_from, tmp_path / "b", **OPTIONS)
+    made_from = dataclasses.replace(source, model=model, checkpoint=checkpoint)  # a trace has no weights
+    make_bundle(made_from, tmp_path / "b", targets=("none",), **PLAN, **OPTIONS)
     said = capsys.readouterr().err
     for part in ("gate", "up", "down"):
         assert (

@@ -16,7 +16,7 @@ from lora_drop_export.check.sample import sample_ids
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from tests.support import oracle
-from tests.support.bundles import family, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import family, fitted_adapters, make_bundle, oracle_plan
 from tests.support.tokenizers import character_tokenizer
 
 
@@ -48,11 +48,8 @@ def by_oracle(bundle: Bundle, prompt: int, steps: int, k: int, adapters: Path | 
     ids=str,
 )
 def test_the_share_is_the_oracles(options: dict, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    bundle, adapters = make_bundle("llama", tmp_path / "b", **options), None
-    if options.get("rank"):
-        model = bundle.manifest.model
-        adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
-        bundle = make_bundle("llama", tmp_path / "c", adapters=adapters, **options)
+    adapters = fitted_adapters(family("llama"), tmp_path / "a", **options) if "rank" in options else None
+    bundle = make_bundle("llama", tmp_path / "b", adapters=adapters, **options)
     character_tokenizer(bundle.root)
     found = report_lora_steps(Bundle.open(bundle.root), Console())
     expected = by_oracle(bundle, PROMPT, steps, options["k"], adapters)

@@ -20,7 +20,7 @@ from lora_drop_export.check.figures import TOLERANCES, compare_logits, print_tab
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
-from tests.support.bundles import make_bundle, record_again, save_adapters
+from tests.support.bundles import family, fitted_adapters, make_bundle, record_again
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,7 @@ def good(tmp_path_factory):
     """A bundle with adapters that matter."""
     root = tmp_path_factory.mktemp("verify")
     options = {"surrogate": "recurrent", "injection": "attn_mlp", "k": 2}
-    empty = make_bundle("llama", root / "empty", rank=4, **options)
-    model = empty.manifest.model
-    adapters = save_adapters(root / "a", empty.manifest.plan, model.hidden_size, model.fingerprint)
+    adapters = fitted_adapters(family("llama"), root / "a", **options)
     return make_bundle("llama", root / "good", adapters=adapters, **options)
 
 

@@ -13,7 +13,9 @@ from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS,
 from lora_drop_runtime.plan.schedule import StepKind
 
 from tests.support import oracle
-from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import PROMPTS, family, fitted_adapters, make_bundle, oracle_plan
+
+NEUTRAL = {"targets": ("none",)}
 
 
 def load(bundle: Bundle, name: str) -> onnx.ModelProto:
@@ -32,7 +34,9 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
 
     A layer's halves are one surrogate where they start from their input; a Concat brings a change to it.
     """
-    bundle = make_bundle("llama_bias", tmp_path / "b", surrogate=surrogate, injection=injection, rank=rank, k=1)
+    bundle = make_bundle(
+        "llama_bias", tmp_path / "b", **NEUTRAL, surrogate=surrogate, injection=injection, rank=rank, k=1
+    )
     plan = bundle.manifest.plan
     refresh, lora = load(bundle, "refresh"), load(bundle, "lora")
     dropped = len(plan.dropped_layers)
@@ -70,9 +74,8 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
 
 def test_adapters_bring_the_plan_they_were_fitted_for(tmp_path):
     plan = {"drop_layers": (4, 6), "surrogate": "recurrent", "injection": "attn_mlp"}
-    fitted = make_bundle("llama", tmp_path / "fitted", rank=4, **plan).manifest
-    adapters = save_adapters(tmp_path / "a", fitted.plan, fitted.model.hidden_size, fitted.model.fingerprint)
-    found = make_bundle("llama", tmp_path / "b", adapters=adapters).manifest.plan
+    adapters = fitted_adapters(family("llama"), tmp_path / "a", **plan)
+    found = make_bundle("llama", tmp_path / "b", adapters=adapters, **NEUTRAL).manifest.plan
     assert (found.sites, found.surrogate) == (("4.attn", "4.mlp", "6.attn", "6.mlp"), "recurrent")
     assert found.rank == 4
 
@@ -107,7 +110,7 @@ def test_io_is_the_table(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen2"])
 def test_graphs_pass_the_checker_and_are_plain(name, tmp_path):
     """The neutral graphs use ONNX's own operators only, fused where the standard has a fused one."""
-    bundle = make_bundle(name, tmp_path / "b")
+    bundle = make_bundle(name, tmp_path / "b", **NEUTRAL)
     for kind in ("refresh", "lora"):
         model = load(bundle, kind)
         assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
@@ -178,13 +181,8 @@ def test_neutral_graphs_against_oracle(name, surrogate, rank, tmp_path):
 
     A row's cache has room for the longest prompt, and padding is never seen.
     """
-    options = {"surrogate": surrogate, "rank": rank}
-    bundle = make_bundle(name, tmp_path / "b", **options)
-    adapters = None
-    if rank:
-        model = bundle.manifest.model
-        adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, model.hidden_size, model.fingerprint)
-        bundle = make_bundle(name, tmp_path / "c", surrogate=surrogate, adapters=adapters)
+    adapters = fitted_adapters(family(name), tmp_path / "a", rank, surrogate=surrogate) if rank else None
+    bundle = make_bundle(name, tmp_path / "b", surrogate=surrogate, adapters=adapters, **NEUTRAL)
     k, steps = 2, 7
     forced = np.random.default_rng(0).integers(0, 131, (len(PROMPTS), steps))
     lengths = np.array([len(p) for p in PROMPTS])
@@ -207,7 +205,7 @@ def test_neutral_graphs_against_oracle(name, surrogate, rank, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
 def test_only_rows_with_logits_go_on_after_the_last_attention(name, tmp_path):
     """A product whose result no attention or cache needs runs on the rows asked for, all others on every token."""
-    bundle = make_bundle(name, tmp_path / "b")
+    bundle = make_bundle(name, tmp_path / "b", **NEUTRAL)
     model = load(bundle, "refresh")
     made_by = {output: node for node in model.graph.node for output in node.output}
     needed, queue = set(), [node for node in model.graph.node if node.op_type in ("Attention", "TensorScatter")]

@@ -52,18 +52,20 @@ def test_a_plan_knows_the_rows_of_the_table_only(monkeypatch: pytest.MonkeyPatch
         assert (plan.form, plan.has_state, plan.updated_states) == (form, True, ("3",) if updates else ())
 
 
-@pytest.mark.parametrize("injection", ["block", "attn_mlp"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_new_form_is_exported_and_run(form: SurrogateForm, injection: str, rank: int, tmp_path: Path) -> None:
-    options = {"surrogate": "homemade", "injection": injection}
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(3, 4, 6), rank=rank, **options)
+def test_a_new_form_is_exported_and_run(form: SurrogateForm, rank: int, tmp_path: Path) -> None:
+    """Injections take turns: a base or a rank meets both."""
+    injection = ("block", "attn_mlp")[([*Base].index(form.base) + bool(rank)) % 2]
+    options = {"surrogate": "homemade", "injection": injection, "drop_layers": (3, 4, 6)}
+    targets = ("none",) if rank else ("ort",)  # adapters are for a plan
+    bundle = make_bundle("llama", tmp_path / "b", rank=rank, targets=targets, **options)
     plan = bundle.manifest.plan
     assert json.loads((bundle.root / MANIFEST_NAME).read_text())["plan"]["surrogate"] == "homemade"
     matrices = {site: (a, b, 1.0) for site, (a, b) in random_matrices(plan.sites if rank else (), 64, 3).items()}
     if rank:
         directory = tmp_path / "a"
         save_adapters(directory, plan, 64, bundle.manifest.model.fingerprint, rank=3, matrices=matrices)
-        bundle = make_bundle("llama", tmp_path / "c", drop_layers=(3, 4, 6), adapters=directory, **options)
+        bundle = make_bundle("llama", tmp_path / "c", adapters=directory, **options)
 
     graph = onnx.load(bundle.root / "lora.onnx", load_external_data=False).graph
     states = {f"state.{site}" for site in plan.sites}
