@@ -19,6 +19,7 @@ pytest.importorskip("lm_eval", reason="lm-eval, of the extra `eval`, is not inst
 
 from lora_drop_tools.eval.result import task_figures
 from lora_drop_tools.eval.store import Store
+from lora_drop_tools.eval.tasks import run as run_module
 from lora_drop_tools.eval.tasks.catalogue import DEFINITIONS, Opened, open_tasks
 from lora_drop_tools.eval.tasks.metrics import Measured
 from lora_drop_tools.eval.tasks.program import why_not_apart
@@ -309,8 +310,9 @@ def test_a_figure_that_is_no_mean_is_lm_evals_own(opened: Opened) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")  # in some draws of the bootstrap
-def test_such_a_figure_has_lm_evals_error_where_it_gives_one(opened: Opened) -> None:
+def test_such_a_figure_has_lm_evals_error_where_it_gives_one(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matthews' correlation of four items: gold 1, 1, 0, 0, said 1, 1, 0, 1."""
+    monkeypatch.setattr(run_module, "BOOTSTRAPS", 50)
     model = ScriptedLM()
     said = {"This is 0.": 1, "This is 1.": 1, "This is 2.": 0, "This is 3.": 1}
 
