@@ -1,4 +1,4 @@
-"""`--policy lossless`, `--draft` and `--k auto` of `lora-drop generate`: the same text, what is counted and refused."""
+"""`lora-drop generate`: seeds, and `--policy lossless`, `--draft` and `--k auto`: the same text, what is counted."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def test_the_text_is_the_full_schedules_and_what_was_counted_is_printed(
         assert "tokens per refresh" in counted
         *_, lengths = counted.split("refreshes by accepted drafts: ")
         assert all(int(part.split(": ")[1]) for part in lengths.splitlines()[0].split(", "))  # those that there were
+
+
+def test_a_seed_makes_sampling_repeatable(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sampled(seed: int) -> str:
+        options = ["--max-new-tokens", "12", "--temperature", "0.9", "--top-p", "0.9", "--seed", str(seed)]
+        assert main(["generate", str(bundle), "--prompt", "abc", "--threads", "1", *options]) == 0
+        return capsys.readouterr().out
+
+    first, *others = map(sampled, (1, 1, 2))
+    assert others[0] == first != others[1]
 
 
 def test_the_steps_of_such_a_bundle_are_compared_one_by_one(bundle: Path) -> None:
