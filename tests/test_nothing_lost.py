@@ -52,6 +52,7 @@ def run(made: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command whose result goes to `out`."""
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
     monkeypatch.setattr(importlib.import_module("lora_drop_tools.bench.bench"), "measure_memory", lambda *_: [])
+    monkeypatch.setattr(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots", lambda *_: [])
     monkeypatch.setattr(machine, "BUFFER_BYTES", 2**22)
 
     def run(name: str, out: Path, *more: object) -> int:
@@ -163,36 +164,35 @@ def test_figures_of_the_user_s_at_plots(run: Run, tmp_path: Path, capsys) -> Non
 
 @pytest.mark.parametrize("option", ["--json", "--plots", "--out"])
 @pytest.mark.parametrize("name", ["new", "weights", "weights/new"])
-def test_results_inside_a_bundle(run: Run, option: str, name: str, tmp_path: Path, capsys) -> None:
+def test_results_inside_a_bundle(run: Run, option: str, name: str, made: Path, tmp_path: Path, capsys) -> None:
     """It could be opened no more, or not be replaced."""
-    root = make_bundle("llama", tmp_path / "bundle").root
-    before = held(tmp_path)
-    assert run("eval", tmp_path / "json", option, root / name) == 2
+    before = held(made)
+    assert run("eval", tmp_path / "json", option, made / "bundle" / name) == 2
     assert f"The results at {option} would lie inside a bundle." in capsys.readouterr().err
-    assert held(tmp_path) == before
+    assert (held(made), held(tmp_path)) == (before, {})
 
 
 @pytest.mark.parametrize("name", ["fit", "profile"])
-def test_directories_inside_a_bundle(run: Run, name: str, tmp_path: Path, capsys) -> None:
-    root = make_bundle("llama", tmp_path / "bundle").root
-    before = held(tmp_path)
-    assert run(name, root / "weights" / "new") == 2
+def test_directories_inside_a_bundle(run: Run, name: str, made: Path, capsys) -> None:
+    before = held(made)
+    assert run(name, made / "bundle" / "weights" / "new") == 2
     assert "The results at --out would lie inside a bundle." in capsys.readouterr().err
-    assert held(tmp_path) == before
+    assert held(made) == before
 
 
 @pytest.mark.parametrize(
     ("name", "option", "more"),
     [("fit", "--log-dir", ("--steps", 1)), ("bench", "--peer-cache", ("--peers", "transformers", "--model", "model"))],
 )
-def test_what_is_kept_beside_a_result_inside_a_bundle(run: Run, name, option, more, tmp_path: Path, capsys) -> None:
+def test_what_is_kept_beside_a_result_inside_a_bundle(
+    run: Run, name, option, more, made: Path, tmp_path: Path, capsys
+) -> None:
     if name == "fit":
         pytest.importorskip("tensorboard", reason="tensorboard, of the extra `fit`, is not installed")
-    root = make_bundle("llama", tmp_path / "bundle").root
-    before = held(tmp_path)
-    assert run(name, tmp_path / "result", *more, option, root / "new") == 2
+    before = held(made)
+    assert run(name, tmp_path / "result", *more, option, made / "bundle" / "new") == 2
     assert f"The results at {option} would lie inside a bundle." in capsys.readouterr().err
-    assert held(tmp_path) == before
+    assert (held(made), held(tmp_path)) == (before, {})
 
 
 def test_json_to_a_device_and_through_a_link(run: Run, tmp_path: Path) -> None:

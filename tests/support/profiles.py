@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
@@ -22,6 +25,11 @@ from tests.support.bundles import record_again
 WINDOW, PROMPT, K = 24, 6, 3
 ELIGIBLE = ("3", "4", "5", "6")
 TOLERANCE = 2e-4  # relative, of sums of float32 in another order
+
+
+def without_figures() -> Any:
+    """A context in which `profile` writes none: they take longer than the rest."""
+    return mock.patch.object(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots")
 
 
 def random_windows(count: int, seed: int = 3) -> torch.Tensor:

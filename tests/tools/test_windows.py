@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from lora_drop_runtime.errors import InputError
@@ -19,9 +21,18 @@ from lora_drop_tools.profile.settings import ProfileSettings
 
 from lora_drop_export.compiler.export import export
 from lora_drop_export.compiler.options import ExportOptions
+from tests.support.bundles import family
+from tests.support.profiles import without_figures
 from tests.support.tokenizers import with_tokenizer
 
 SHORT = 48
+SMALL = {"tokens": 256, "sensitivity_tokens": 256, "rankings": ("influence",)}  # of a profile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures() -> Iterator[None]:
+    with without_figures():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +48,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bundle")
     model = with_tokenizer("llama", root / "model")
     options = ExportOptions(drop_layers=(3, 5), rank=3, max_seq_len=SHORT, max_prompt_len=10, verify=False)
-    return export(str(model), root / "engines", options).root
+    with mock.patch("lora_drop_export.compiler.export.trace", return_value=family("llama").traced):
+        return export(str(model), root / "engines", options).root
 
 
 def test_eval(bundle: Path, text: Path) -> None:
-    settings = {"text": text, "windows": 6, "threads": 1, "k": (1,)}
+    settings = {"text": text, "windows": 2, "threads": 1, "k": (1,)}
     shrunk = eval(bundle, EvalSettings(**settings), out=io.StringIO())
     asked = eval(bundle, EvalSettings(**settings, window=SHORT, prompt=10), out=io.StringIO())
     for ours, theirs in zip(shrunk.rows, asked.rows, strict=True):
@@ -62,7 +74,7 @@ def test_generate(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_fit_and_profile(bundle: Path, text: Path, tmp_path: Path) -> None:
     fit(str(bundle), FitSettings(text=(text,), out=tmp_path / "a", rank=3, closed_form_tokens=512, steps=0, batch=2))
     assert json.loads((tmp_path / "a/fit.json").read_text())["settings"]["window"] == SHORT
-    found = profile(str(bundle), ProfileSettings(text=(text,), out=tmp_path / "p", tokens=256, sensitivity_tokens=256))
+    found = profile(str(bundle), ProfileSettings(out=tmp_path / "p", **SMALL, text=(text,)))
     assert found.settings["window"] == SHORT
 
 
@@ -81,7 +93,7 @@ def test_longrope_ends_where_its_frequencies_change(text: Path, tmp_path: Path) 
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    settings = ProfileSettings(text=(text,), out=tmp_path / "p", tokens=256, sensitivity_tokens=256)
+    settings = ProfileSettings(out=tmp_path / "p", **SMALL, text=(text,))
     assert profile(str(model), settings).settings["window"] == 40
     with pytest.raises(InputError, match="The window is longer than the model's context") as caught:
         profile(str(model), dataclasses.replace(settings, window=41, out=tmp_path / "q"))

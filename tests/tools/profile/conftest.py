@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from lora_drop_tools.profile.result import Profile
 from lora_drop_tools.profile.settings import ProfileSettings
 
 from tests.support.models import FAMILIES
-from tests.support.profiles import WINDOW, saved
+from tests.support.profiles import WINDOW, saved, without_figures
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +38,19 @@ def profile_of(text: Path, model: Path, out: Path, **options: Any) -> Profile:
 
 @pytest.fixture(scope="session")
 def short(text: Path) -> Callable[..., Profile]:
-    """`profile` of little text, without figures: they take longer than the rest."""
+    """`profile` of little text, without figures."""
 
     def run(model: Path, out: Path, **options: Any) -> Profile:
-        with mock.patch.object(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots"):
+        with without_figures():
             return profile_of(text, model, out, **options)
 
     return run
+
+
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    with without_figures():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def arguments(model: Path, text: Path, out: Path, *more: object) -> list[str]:
     return ["profile", *(str(a) for a in (model, "--text", text, "--out", out, *sizes, *more))]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_it_prints(llama_dir: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(llama_dir, text, tmp_path / "out", "--rankings", "influence,temporal")) == 0
     printed = capsys.readouterr()
@@ -270,6 +271,7 @@ def test_logits_that_overflow(llama_dir: Path, text: Path, tmp_path: Path, capsy
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_existing_directory(llama_dir: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -82,8 +82,8 @@ def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPat
 
 
 @functools.cache
-def greedy_by_oracle(name: str, policy: str) -> tuple[dict[str, float], list[tuple[str, float]]]:
-    windows, order = random_windows(2), []
+def greedy_by_oracle(name: str, policy: str, count: int) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    windows, order = random_windows(count), []
     alone: dict[str, float] = {}
     for _ in range(3):
         before = [layer for layer, _ in order]
@@ -98,20 +98,20 @@ def greedy_by_oracle(name: str, policy: str) -> tuple[dict[str, float], list[tup
     return alone, order
 
 
-ORDERED = [("uneven", "backfill"), ("uneven", "skip"), ("qwen2", "skip")]
+ORDERED = [("uneven", "backfill", 1), ("uneven", "skip", 1), ("qwen2", "skip", 2)]  # and windows
 
 
-@pytest.mark.parametrize(("name", "policy"), ORDERED)
-def test_greedy_order_is_the_oracles(name: str, policy: str) -> None:
-    expected_alone, expected = greedy_by_oracle(name, policy)
+@pytest.mark.parametrize(("name", "policy", "count"), ORDERED)
+def test_greedy_order_is_the_oracles(name: str, policy: str, count: int) -> None:
+    expected_alone, expected = greedy_by_oracle(name, policy, count)
     ticked, reported = [], []
-    greedy = Greedy(make_scoring(MODELS[name](), policy), random_windows(2), tick=lambda: ticked.append(1))
+    greedy = Greedy(make_scoring(MODELS[name](), policy), random_windows(count), tick=lambda: ticked.append(1))
     alone, order = greedy.order(ELIGIBLE, three, lambda *found: reported.append(found))
     assert alone == pytest.approx(expected_alone, rel=TOLERANCE)
     assert [layer for layer, _ in order] == [layer for layer, _ in expected]
     assert [kl for _, kl in order] == pytest.approx([kl for _, kl in expected], rel=TOLERANCE)
     assert reported == order
-    assert len(ticked) == ticks(4, 3, 2) == 2 * (4 + 3 + 2)  # never more than 4 candidates: none is given up
+    assert len(ticked) == ticks(4, 3, count) == count * (4 + 3 + 2)  # never more than 4 candidates: none is given up
 
 
 def test_the_greedy_order_is_measured_again() -> None:
