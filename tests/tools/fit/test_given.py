@@ -47,7 +47,7 @@ def test_it_begins_with_what_they_reached(plan: dict[str, Any], model_dir: Path,
     before = run_fit(model_dir, words, tmp_path / "a", rank=3, closed_form_tokens=512, steps=0, **plan)
     policies = {"policies": plan["policies"]} if len(plan.get("policies", ())) > 1 else {}
     apart = {"apart": True} if plan.get("apart") else {}
-    result = run_fit(model_dir, words, tmp_path / "b", adapters=tmp_path / "a", steps=20, **policies, **apart)
+    result = run_fit(model_dir, words, tmp_path / "b", adapters=tmp_path / "a", steps=5, **policies, **apart)
     assert list(result.stages) == ["base", "given adapters", "distillation"]
     assert result.stages["base"] == before.stages["base"]
     for name, figure in before.stages["closed form"].items():
@@ -61,8 +61,9 @@ def test_it_begins_with_what_they_reached(plan: dict[str, Any], model_dir: Path,
 
 def test_they_are_replaced_by_what_goes_on_from_them(model_dir: Path, words: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
-    first = run_fit(model_dir, words, out, drop_layers=(4, 5), rank=3, steps=10, policies=("backfill",))
-    second = run_fit(model_dir, words, out, adapters=out, steps=10, force=True, seed=1)
+    small = {"steps": 0, "closed_form_tokens": 512}
+    first = run_fit(model_dir, words, out, drop_layers=(4, 5), rank=3, policies=("backfill",), **small)
+    second = run_fit(model_dir, words, out, adapters=out, steps=3, force=True, seed=1)
     assert second.plan == first.plan
     assert json.loads((out / "fit.json").read_text())["stages"].keys() == second.stages.keys()
 

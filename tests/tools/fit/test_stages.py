@@ -46,7 +46,7 @@ def test_distillation_that_makes_them_worse_is_not_kept(
     assert "distillation made the adapters worse" in said
     assert said.count("warning: distillation learns too fast") == 1
     assert "--learning-rate 8 may help (it is 30)" in said
-    result = fit(str(model_dir), settings(words, tmp_path / "better", steps=40))
+    result = fit(str(model_dir), settings(words, tmp_path / "better", steps=12))
     assert result.kept == "distillation"
     assert "too fast" not in capsys.readouterr().err
     assert not same_adapters(tmp_path / "better", tmp_path / "closed")
