@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 from gpu_check import command, run_stage
 
 IMPORTED = ("torch.onnx", "transformers.models.llama.modeling_llama", "onnxscript", "onnx_graphsurgeon", "polygraphy")
+BASELINE = "gpu_check.decode"  # which runs one that imports the same
 NO_ONNX_RUNTIME = "gpu_check.device"  # as on a Jetson, whose command names this stage (docs/tensorrt.md)
 
 
@@ -39,6 +41,8 @@ class Forked:
         os.environ.update(env)
         if module == NO_ONNX_RUNTIME:
             sys.modules["onnxruntime"] = None
+        if module == BASELINE:
+            importlib.import_module(module).subprocess = ForkingModules
         code = 1
         with contextlib.suppress(BaseException):
             run_stage.main(module, settings)
@@ -65,6 +69,30 @@ class Forking:
     """As the module subprocess, for the command."""
 
     DEVNULL, TimeoutExpired, Popen = subprocess.DEVNULL, subprocess.TimeoutExpired, Forked
+
+
+class ForkingModules:
+    """As the module subprocess, for a stage that runs `python -m MODULE ARGUMENTS…` for what it prints."""
+
+    PIPE = subprocess.PIPE
+
+    @staticmethod
+    def run(arguments: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        reads, writes = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.dup2(writes, 1)
+            code = 1
+            with contextlib.suppress(BaseException):
+                sys.argv = list(arguments[2:])
+                runpy.run_module(arguments[2], run_name="__main__")
+                sys.stdout.flush()
+                code = 0
+            os._exit(code)
+        os.close(writes)
+        with open(reads) as printed:
+            text = printed.read()
+        return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text)
 
 
 if __name__ == "__main__":
