@@ -34,6 +34,13 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_bundle("llama", tmp_path_factory.mktemp("weights") / "bundle").root
+    add_tokenizer(root / "tokenizer")
+    return root
+
+
 def fail(*_: Any, **__: Any) -> None:
     pytest.fail("the work began before the refusal")
 
@@ -89,14 +96,12 @@ def test_of_a_model(
     ],
 )
 def test_of_a_bundle(
-    line: str, words: tuple[str, ...], text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+    line: str, words: tuple[str, ...], bundle: Path, text: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    root = make_bundle("llama", tmp_path / "bundle").root
-    add_tokenizer(root / "tokenizer")
     monkeypatch.setattr("lora_drop_runtime.decoding.opening.open_engine", fail)
     monkeypatch.setattr("lora_drop_export.check.verify.reference_of", fail)
     monkeypatch.setattr("lora_drop_tools.shared.machine.read_bandwidth", fail)
-    given = line.replace("BUNDLE", str(root)).replace("TEXT", str(text))
+    given = line.replace("BUNDLE", str(bundle)).replace("TEXT", str(text))
     assert main(given.split(" ")) == 2
     error = capsys.readouterr().err
     for word in (*words, "\nNote: ", "\nHint: "):

@@ -38,8 +38,9 @@ def tokenizer(bundle: Path, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("concurrent", [1, 3])
-@pytest.mark.parametrize(("k", "policy"), [(2, "skip"), (3, "backfill"), (0, None)])
+@pytest.mark.parametrize(
+    ("k", "policy", "concurrent"), [(2, "skip", 1), (2, "skip", 3), (3, "backfill", 3), (0, None, 1)]
+)
 def test_item_by_item(bundle: Path, tokenizer: str, k: int, policy: str | None, concurrent: int) -> None:
     from lora_drop_tools.eval.tasks.model import LoraDropLM
     from lora_drop_tools.eval.tasks.served import ServedLM
