@@ -15,7 +15,7 @@ from lora_drop_tools.eval.intervals import Figure
 from lora_drop_tools.eval.paper import KvShape, described
 from lora_drop_tools.eval.result import EvalResult, EvalRow, GroupFigures, TaskFigures
 from lora_drop_tools.eval.settings import EvalSettings
-from lora_drop_tools.shared import costs
+from lora_drop_tools.shared import costs, results
 
 from tests.support.eval_rows import eval_row
 
@@ -138,6 +138,13 @@ def test_fig_3(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )  # its own is replaced
 
 
+@pytest.fixture
+def not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw a figure takes longer than all else."""
+    monkeypatch.setattr(results, "figure_bytes", lambda _: b"")
+
+
+@pytest.mark.usefixtures("not_drawn")
 def test_figures_of_directories_of_one_name(bundle: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -149,6 +156,7 @@ def test_figures_of_directories_of_one_name(bundle: Path, tmp_path: Path) -> Non
     assert all(name.startswith("paper_fig3_") and name.endswith(("a-tiny.png", "b-tiny.png")) for name in names)
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_figures_of_names_that_differ_in_signs(bundle: Path, tmp_path: Path) -> None:
     """Which a file's name does not have: the second figure does not replace the first."""
     both = [str(shutil.copytree(bundle, tmp_path / name)) for name in ("rho=0.5", "rho 0.5")]

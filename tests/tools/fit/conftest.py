@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from lora_drop_tools.fit import stages
 
 from tests.support.tokenizers import with_tokenizer
+
+
+@pytest.fixture(scope="package", autouse=True)
+def little_held_out() -> Iterator[None]:
+    """Half of the batches that stages are judged by: that takes longer than to learn four."""
+    with mock.patch.object(stages, "_HELD_OUT_BATCHES", 2):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_an_interrupted_one_goes_on_with_the_same_adapters_alone(
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         done.append(None)
-        if len(done) > 10:  # eight judge what it begins with
+        if len(done) > 6:  # four judge what it begins with
             raise KeyboardInterrupt
         return genuine(*args, **kwargs)
 
