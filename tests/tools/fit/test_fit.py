@@ -528,30 +528,8 @@ def test_bfloat16_models(model_dir: Path, words: Path, tmp_path: Path) -> None:
     assert np.isfinite(result.stages["distillation"]["kl"])
 
 
-TORCHRUN = """
-import importlib, os, runpy, sys
-names = "torch.distributed", "transformers.models.llama.modeling_llama", "lora_drop_tools.fit.fit"
-for name in (*names, "lora_drop_export.decoder.loaded"):
-    importlib.import_module(name)
-_, port, module, *arguments = sys.argv
-os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-other = os.fork()
-os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if other else "1")
-sys.argv = [module, *arguments]
-code = 1
-try:
-    runpy.run_module(module, run_name="__main__")
-except SystemExit as ended:
-    code = ended.code
-if other and not code:
-    code = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
-sys.stdout.flush()
-os._exit(code or 0)
-"""  # what it gives two processes, which are forked when they have imported what takes seconds
-
-
 def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_path: Path) -> None:
-    """Two processes of one batch, as torchrun starts them, equal one process that accumulates two."""
+    """torchrun with two processes of one batch equals one process that accumulates two."""
     from safetensors.numpy import load_file
 
     single = run_fit(model_dir, words, tmp_path / "one", drop_layers=(3, 5), steps=3, accumulate=2, threads=1)
@@ -560,7 +538,9 @@ def test_two_processes_learn_what_one_does(model_dir: Path, words: Path, tmp_pat
         port = probe.getsockname()[1]
     arguments = [str(model_dir), "--text", str(words), "--out", str(tmp_path / "two"), "--drop-layers", "3,5"]
     sizes = "--steps 3 --window 32 --batch 2 --rank 3 --closed-form-tokens 512 --threads 1"
-    command = [sys.executable, "-c", TORCHRUN, str(port), "lora_drop_tools.cli", "fit", *arguments, *sizes.split()]
+    launcher = "torch.distributed.run --nproc-per-node 2 --master-addr 127.0.0.1 --local-addr 127.0.0.1 --master-port"
+    command = [sys.executable, "-m", *launcher.split(), str(port), "-m", "lora_drop_tools.cli", "fit"]
+    command += [*arguments, *sizes.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two/fit.json").read_text())["losses"] == pytest.approx(single.losses, rel=1e-4)
