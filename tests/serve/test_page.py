@@ -45,3 +45,16 @@ def test_a_chat_on_the_page(served: Served, bundle: Bundle, tmp_path: Path) -> N
         page.run("at('go').click()")
         page.await_that("document.querySelector('.error')")
         assert "100000" in page.run("document.querySelector('.error').textContent")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_chat_that_is_cleared_in_the_midst_of_a_reply_is_forgotten(served: Served, tmp_path: Path) -> None:
+    with open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("model")
+        page.run("at('tokens').value = 40, at('text').value = 't3', at('go').click()")
+        page.await_that("document.querySelector('article span')")
+        page.run("at('clear').click()")
+        page.await_that("!running")
+        assert page.run("JSON.stringify(messages)") == "[]"
+        assert page.run("at('log').textContent") == ""
