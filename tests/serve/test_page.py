@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.text import TextCodec
 
 from tests.serve.test_client import alone, words
 from tests.support.chromium import CHROMIUM, open_page
-from tests.support.serving import Served
+from tests.support.serving import Served, serving
 
 
 def test_the_page_needs_nothing_from_elsewhere(served: Served) -> None:
@@ -58,3 +60,15 @@ def test_a_chat_that_is_cleared_in_the_midst_of_a_reply_is_forgotten(served: Ser
         page.await_that("!running")
         assert page.run("JSON.stringify(messages)") == "[]"
         assert page.run("at('log').textContent") == ""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_page_without_the_key_asks_for_no_metrics(bundle: Bundle, tmp_path: Path) -> None:
+    batch, codec = Batch.open(bundle.root, slots=1, threads=1), TextCodec.open(bundle.root / "tokenizer")
+    with serving(batch, codec, api_key="secret") as served, open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("!at('asks').hidden")
+        page.run("showCaches()")
+        assert 'lora_drop_requests_total{path="/metrics",status="401"}' not in served.metrics()
+        page.run("at('key').value = 'secret', at('key').dispatchEvent(new Event('change'))")
+        page.await_that("/MiB/.test(at('kv').textContent)")
