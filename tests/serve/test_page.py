@@ -72,3 +72,17 @@ def test_a_page_without_the_key_asks_for_no_metrics(bundle: Bundle, tmp_path: Pa
         assert 'lora_drop_requests_total{path="/metrics",status="401"}' not in served.metrics()
         page.run("at('key').value = 'secret', at('key').dispatchEvent(new Event('change'))")
         page.await_that("/MiB/.test(at('kv').textContent)")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_what_is_sent_while_no_server_answers_stays_on_the_page(served: Served, tmp_path: Path) -> None:
+    with open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("model")
+        page.run("model = null")  # as before a key
+        page.run("fetch = () => Promise.reject(new TypeError('nobody there'))")
+        page.run("send('t3')")
+        said = page.run("[...document.querySelectorAll('article')].map(article => article.textContent)")
+        assert said == ["t3", "", "nobody there"]
+        assert page.run("at('go').textContent") == "Send"
+        assert page.errors == []
