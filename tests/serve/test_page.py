@@ -86,3 +86,13 @@ def test_what_is_sent_while_no_server_answers_stays_on_the_page(served: Served, 
         assert said == ["t3", "", "nobody there"]
         assert page.run("at('go').textContent") == "Send"
         assert page.errors == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_proxys_own_error_is_shown_as_it_is(served: Served, tmp_path: Path) -> None:
+    with open_page(tmp_path / "profile") as page:
+        page.open(served.address)
+        page.await_that("model")
+        page.run("fetch = async () => new Response('too many requests wait', { status: 503 })")  # Ray's are plain text
+        page.run("send('t3')")
+        assert page.run("document.querySelector('.error').textContent") == "503: too many requests wait"
