@@ -69,7 +69,9 @@ def test_labels_and_ports_meet(objects: dict[str, Any], pod: dict[str, Any], ser
     assert objects["Service"]["spec"]["selector"].items() <= labels.items()
     ports = {port["name"]: port["containerPort"] for port in server["ports"]}
     assert objects["Service"]["spec"]["ports"][0]["targetPort"] in ports
-    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(ports["http"])
+    annotations = pod["metadata"]["annotations"]
+    assert annotations["prometheus.io/scrape"] == "true"  # without it the others are left unread
+    assert annotations["prometheus.io/port"] == str(ports["http"])
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
     assert [(one["name"] in volumes, one["mountPath"]) for one in server["volumeMounts"]] == [(True, "/bundle")]
 
