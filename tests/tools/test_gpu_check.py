@@ -344,14 +344,18 @@ def running(pid: int) -> bool:
 INTERRUPTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
-from gpu_check.command import main
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one of nohup this
+from gpu_check.command import end_on_signals, main
 from gpu_check.job import Stage
+end_on_signals()
 names = ("good", "hangs", "lacks")
 sys.exit(main(["--out", sys.argv[1]], [Stage(name, f"stage_{name}", 900.0, "") for name in names]))
 """
 
 
-def test_ctrl_c_leaves_what_was_measured(stages, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_leaves_what_was_measured(stages, tmp_path: Path, number: signal.Signals) -> None:
+    """And so does a terminal that is closed; no stage goes on."""
     out = tmp_path / "out.json"
     path = os.pathsep.join([str(ROOT / "tools"), os.environ["PYTHONPATH"]])
     command_line = [sys.executable, "-c", INTERRUPTED, str(out)]
@@ -361,7 +365,7 @@ def test_ctrl_c_leaves_what_was_measured(stages, tmp_path: Path) -> None:
         for line in process.stdout:
             if re.match(r"hangs .*half way", line):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.stdout.read()
         assert process.wait() == 130
     found = entries(out)

@@ -50,6 +50,15 @@ STAGES = (
 )
 
 
+def end_on_signals() -> None:
+    """Let SIGTERM, and SIGHUP of a terminal that is closed, end a run as Ctrl-C does: no stage is left behind. What
+    `nohup` ignores stays ignored."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -219,7 +228,7 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, ar
 def run_all(
     stages: Sequence[Stage], work: Path, options: Any, keep: Callable[[list[dict[str, Any]]], None]
 ) -> list[Any]:
-    """Run stages in order; `keep` gets all entries after each."""
+    """Run stages in order; `keep` gets all entries after each that ran, and at the end."""
     slack = STAND_IN_SLACK if options.stand_in else 1
     end = time.monotonic() + slack * TOTAL_S
     results: list[dict[str, Any]] = []
@@ -231,9 +240,10 @@ def run_all(
             results.append(left_out(stage, f"not begun: the {TOTAL_S:.0f} s of a run are over"))
         else:
             results.append(run_stage(stage, work, results, seconds, options))
+            keep(results)  # before it is said: the terminal may be gone
             entry = results[-1]
             say(f"{stage.name:7}{entry['seconds']:5.0f} s  {entry['state']}  {entry['reason']}".rstrip())
-        keep(results)
+    keep(results)
     return results
 
 
