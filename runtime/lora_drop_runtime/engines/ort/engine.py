@@ -104,20 +104,20 @@ class OrtEngine:
         graphs: Mapping[str, bytes] | None = None,
     ) -> None:
         provider = provider or "cpu"
-        entry = bundle.target(target)[1]
+        entry, dtype = bundle.target(target)[1], bundle.manifest.model.dtype
         check_runs(bundle, target, provider)
         onnxruntime = import_onnxruntime()
         self._is_own = isinstance(entry, OrtEntry)  # else a TensorRT target's
         self._joined = isinstance(entry, OrtEntry) and entry.steps is not None
         if isinstance(entry, OrtEntry):
-            check_version(onnxruntime.__version__, bundle.manifest.model.dtype)
-            check_form(entry, bundle.manifest.model.dtype)
+            check_version(onnxruntime.__version__, dtype)
+            check_form(entry, dtype)
         self._ort = onnxruntime
         self._bundle = bundle
         self._provider = PROVIDERS[provider]
-        self._ep_device = rtx_device(onnxruntime) if provider == "rtx" else None
+        self._ep_device = rtx_device(onnxruntime, dtype) if provider == "rtx" else None
         if self._ep_device is None:
-            check_available(provider, onnxruntime, bundle.manifest.model.dtype)
+            check_available(provider, onnxruntime, dtype)
         if provider == "cuda":
             preload_cuda(onnxruntime)
         self._threads = threads

@@ -128,15 +128,19 @@ def not_started(provider: str, chosen: str, ort: Any) -> NoDeviceError:
     )
 
 
-def rtx_device(ort: Any) -> Any:
+def rtx_device(ort: Any, dtype: str) -> Any:
     """The device of NVIDIA's provider for RTX GPUs, a library of its own.
+
+    Args:
+        dtype: of activations.
 
     Raises:
         NoDeviceError: it is not installed, or finds no GPU.
     """
     import importlib
 
-    hint = f"pip install {RTX_PACKAGE.replace('_', '-')}, on a machine with an RTX GPU; or use --provider cpu."
+    hint = f"pip install {RTX_PACKAGE.replace('_', '-')}, on a machine with an RTX GPU"
+    hint += "; or use --provider cpu." if dtype in ON_CPU else "."
     try:
         library = importlib.import_module(RTX_PACKAGE)
         if PROVIDERS["rtx"] not in {device.ep_name for device in ort.get_ep_devices()}:

@@ -258,7 +258,7 @@ def test_prompts_run_in_whole_chunks_on_rtx(half_bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", running)
     monkeypatch.setattr(onnxruntime.SessionOptions, "add_provider_for_devices", choosing)
     monkeypatch.setitem(engine_ort.PROVIDERS, "rtx", "CPUExecutionProvider")
-    monkeypatch.setattr(engine_ort, "rtx_device", lambda _: object())
+    monkeypatch.setattr(engine_ort, "rtx_device", lambda *_: object())
     monkeypatch.setattr(engine_ort, "DeviceMemory", lambda *_: made)
     with Session.open(root, target="tensorrt-rtx", provider="rtx", k=2) as session:
         session.prefill(np.ones((1, 40), np.int64), max_new_tokens=4)

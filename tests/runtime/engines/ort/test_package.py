@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from lora_drop_runtime import InputError, NoDeviceError
 from lora_drop_runtime.engines.ort import package
-from lora_drop_runtime.engines.ort.providers import check_available
+from lora_drop_runtime.engines.ort.providers import check_available, rtx_device
 
 from lora_drop_export.check import verify
 from lora_drop_export.console import Console
@@ -143,6 +143,14 @@ def test_a_provider_that_the_package_has_not(monkeypatch, packages, hint, dtype)
     assert ("both installed" in caught.value.note) == (len(packages) == 2)
     assert hint in caught.value.hint
     assert ("--provider cpu" in caught.value.hint) == (dtype == "float16")
+
+
+@pytest.mark.parametrize(("dtype", "offered"), [("float16", True), ("bfloat16", False)])
+def test_the_cpu_is_offered_where_it_runs_the_graphs(monkeypatch, dtype, offered):
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    with pytest.raises(NoDeviceError) as caught:
+        rtx_device(SimpleNamespace(), dtype)
+    assert ("--provider cpu" in caught.value.hint) == offered
 
 
 def test_graphs_of_a_gpus_target_are_then_not_compared(monkeypatch, capsys):
