@@ -236,7 +236,9 @@ class EngineBuilder:
         if monitor.error is not None:
             raise monitor.error
         if plan is None:
-            raise self._error("cannot build an engine", proto, list(self._logger.lines))
+            limit = options.workspace_mib
+            more = "" if limit is None else f"Leave --workspace-mib {limit} out, or give more. "
+            raise self._error("cannot build an engine", proto, list(self._logger.lines), more)
         unused = [line for line in self._logger.warnings if re.search(r"unused input", line, re.IGNORECASE)]
         if unused:
             raise self._error("ignored an input of a step graph", proto, unused)
@@ -244,9 +246,10 @@ class EngineBuilder:
             self.timing_cache = bytes(cache.serialize())
         return bytes(plan)
 
-    def _error(self, what: str, proto: onnx.ModelProto, lines: list[str]) -> ModelError:
+    def _error(self, what: str, proto: onnx.ModelProto, lines: list[str], hint: str = "") -> ModelError:
+        other = "--dtype or --attention" if self._target == "tensorrt" else "--dtype"
         return ModelError(
             f"{self._target} {what}.",
             note=f"{proto.graph.name}, version {self.version}: {' | '.join(lines[-2:]) or 'it gave no reason'}",
-            hint="Try another --dtype or --attention; if it stays, report it with the model's config.",
+            hint=f"{hint}Try another {other}; if it stays, report it with the model's config.",
         )

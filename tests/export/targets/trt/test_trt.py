@@ -270,6 +270,17 @@ def test_a_graph_that_cannot_be_parsed_is_an_error(bundle):
         EngineBuilder(RTX, bundle.root, BuilderOptions(), Console()).parse(model)
 
 
+def test_a_hint_names_what_the_user_has_set(bundle, monkeypatch):
+    """A limit of scratch memory under which no kernel fits; and not --attention, of which there is one form."""
+    for limit in (None, 1):
+        builder = EngineBuilder(RTX, bundle.root, dataclasses.replace(ADA, workspace_mib=limit), Console())
+        monkeypatch.setattr(builder.trt.Builder, "build_serialized_network", lambda *_: None)
+        with pytest.raises(ModelError, match="cannot build an engine") as caught:
+            builder.build(graph_of(bundle, StepKind.LORA), lora_profiles(8))
+        assert ("--workspace-mib 1" in caught.value.hint) == (limit is not None)
+        assert "--attention" not in caught.value.hint
+
+
 @pytest.mark.parametrize("surrogate", ["recurrent", "anchor"])
 def test_one_copy_where_attention_is_dead(surrogate, tmp_path):
     """Rank 0: the attention before a dropped layer is dead on LoRA steps, but its keys and values are written."""
