@@ -53,6 +53,9 @@ class KernelCache:
                 return
             self._file.parent.mkdir(parents=True, exist_ok=True)
             part = self._file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(data)
-            part.replace(self._file)
+            try:
+                part.write_bytes(data)
+                part.replace(self._file)
+            finally:
+                part.unlink(missing_ok=True)
             self._kept = data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,19 @@ def test_a_folder_that_cannot_be_written_is_no_error(bundle, tmp_path, monkeypat
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     run(bundle)
+
+
+def test_a_full_disk_keeps_no_part(bundle, folder, monkeypatch):
+    """Each session would leave one, of a name of its own."""
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        write(self, data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    run(bundle)
+    assert list(folder.iterdir()) == []
 
 
 def test_tensorrt_compiles_nothing_when_it_runs(bundle, folder):
