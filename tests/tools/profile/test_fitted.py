@@ -26,7 +26,8 @@ NAMES = {"self_attn": ".attn", "mlp": ".mlp"}
 
 
 def adapters(directory: Path, sites: tuple[str, ...], surrogate: str = "residual", **told: Any) -> Path:
-    plan = DropPlan(8, sites, rank=4, surrogate=surrogate, policy=told.get("policy", "skip"))
+    bare = told.get("bare_sites", ())
+    plan = DropPlan(8, sites, rank=4, surrogate=surrogate, policy=told.get("policy", "skip"), bare_sites=bare)
     save_adapters(directory, plan, 64, family("llama").checkpoint.fingerprint())
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -145,6 +146,20 @@ def test_what_the_adapters_bring(short: Callable[..., Profile], llama_dir: Path,
     assert (len(facts.sites), facts.always_first, facts.always_last) == (2, 1, 0)
     found = short(llama_dir, tmp_path / "two", adapters=fitted, rankings=("influence",), policy="skip", always_first=2)
     assert (found.settings["policy"], found.settings["always_first"]) == ("skip", 2)
+
+
+def test_halves_without_adapters_take_no_bytes_of_one(
+    short: Callable[..., Profile], llama_dir: Path, tmp_path: Path
+) -> None:
+    attentions = tuple(site for site in HALVES if site.endswith(".attn"))  # as `fit --adapters-for mlp` leaves them
+    found = []
+    for bare in ((), attentions):
+        fitted = adapters(tmp_path / f"fitted-{len(bare)}", HALVES, bare_sites=bare)
+        result = short(llama_dir, tmp_path / f"out-{len(bare)}", adapters=fitted, rankings=("influence",))
+        found.append({one.site: one.saved_bytes for one in result.sites})
+    adapter = 2 * 4 * 64 * 4  # A and B of rank 4 in float32
+    more = {site: found[1][site] - found[0][site] for site in HALVES}
+    assert more == {site: adapter if site in attentions else 0 for site in HALVES}
 
 
 def test_a_bundles_policy(short: Callable[..., Profile], tmp_path: Path) -> None:

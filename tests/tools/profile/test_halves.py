@@ -80,6 +80,9 @@ def test_what_a_site_saves() -> None:
     assert fill.of("3.attn") == 4 * (ATTENTION - MAKES_KV + 100 * TOKEN_KV) - 512
     assert fill.of("3.mlp") == 4 * MLP - 512
     assert of_llama("skip", "kv").of("3.attn") == of_llama("skip", "kv").of("3") == 4 * 100 * TOKEN_KV
+    bare = dataclasses.replace(fill, bare=("3.attn",))  # it has no adapter that a LoRA step would read
+    assert bare.of("3.attn") == fill.of("3.attn") + 512
+    assert bare.of("3.mlp") == fill.of("3.mlp")
 
 
 def test_candidates() -> None:

@@ -269,7 +269,8 @@ def _measure(
     count, window = pieces.figures.shape
     plan = plan_to_profile(forcing.windows(), settings, fitted, loaded)
     surrogates = {} if fitted is None else fitted.matrices(plan, loaded, forcing.device)
-    choice = choose(savings(forcing, plan, settings), settings, fitted)
+    bare = () if fitted is None else fitted.config.bare_sites
+    choice = choose(savings(forcing, plan, settings, bare), settings, fitted)
     forcing.check_halves(dataclasses.replace(plan, sites=choice.candidates))
     with console.progress(f"figures of the {settings.sites}") as update:
         done = iter(range(1, count + 1))

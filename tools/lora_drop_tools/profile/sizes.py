@@ -7,7 +7,7 @@ counted as shared/costs.py counts those of a bundle. Measures no loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class Savings:
         objective: `speed` or `kv`, see settings.
         context: tokens in the caches when a LoRA step reads them.
         adapter: bytes of a site's adapter, which a LoRA step reads.
+        bare: sites that have none although others have one.
     """
 
     plan: DropPlan
@@ -89,6 +90,7 @@ class Savings:
     objective: str
     context: int
     adapter: float = 0.0
+    bare: Collection[str] = ()
 
     def weights(self, site: str) -> float:
         """Bytes of weights that a LoRA step does not read when the site is dropped, its adapter aside."""
@@ -107,7 +109,9 @@ class Savings:
 
     def of(self, site: str) -> float:
         """What the objective counts."""
-        return self.kv(site) + (self.weights(site) - self.adapter if self.objective == "speed" else 0)
+        if self.objective == "kv":
+            return self.kv(site)
+        return self.kv(site) + self.weights(site) - (0 if site in self.bare else self.adapter)
 
     def candidates(self, halves: bool) -> tuple[str, ...]:
         """Sites that may be dropped and save something, in order."""
@@ -142,11 +146,11 @@ class Savings:
         return tuple(order[:length])
 
 
-def savings(forcing: TeacherForcing, plan: DropPlan, settings: ProfileSettings) -> Savings:
-    """As the settings count them."""
+def savings(forcing: TeacherForcing, plan: DropPlan, settings: ProfileSettings, bare: Collection[str] = ()) -> Savings:
+    """As the settings count them, and without adapters for the sites that are `bare`."""
     loaded = str(next(forcing.layers[0].parameters()).dtype).removeprefix("torch.")
     dtype = loaded if settings.bundle_dtype is None else BY_SHORT[settings.bundle_dtype].name
     layers = layer_bytes(forcing, dtype, settings.halves)
     width = forcing.model.get_input_embeddings().weight.shape[1]
     stored = BY_NAME[_beside(dtype)].size_bytes
-    return Savings(plan, layers, settings.objective, settings.context, 2 * settings.rank * width * stored)
+    return Savings(plan, layers, settings.objective, settings.context, 2 * settings.rank * width * stored, bare)
