@@ -219,6 +219,7 @@ def test_attentions_for_kv(llama_dir: Path, short: Callable[..., Profile], tmp_p
         ("--objective kv --policy backfill", ("No K/V is saved", "backfill", "--policy skip")),
         ("--objective kv --policy fill", ("No K/V is saved", "fill")),
         ("--objective kv --rank 4", ("--rank would change nothing", "counts no weights")),
+        ("--objective kv --context 5", ("--context would change nothing", "It is 5", "what each token stores")),
         ("--sites thirds", ("--sites", "thirds")),
         ("--sites layers --bundle-dtype int4 --rank 64 --context 1", ("No layer saves", "rank 64", "Lower --rank")),
     ],

@@ -179,8 +179,10 @@ class ProfileSettings:
         if self.objective == "speed":
             check_known("dtype", self.bundle_dtype or WEIGHT_SHORTS[0], WEIGHT_SHORTS, "--bundle-dtype")
             return
+        hint = "use --objective speed"
         unused = ("bundle_dtype",) if RUN in self.rankings else ("bundle_dtype", "rank")
-        refuse_unused(self, unused, f"--objective {self.objective} counts no weights", "use --objective speed")
+        refuse_unused(self, unused, f"--objective {self.objective} counts no weights", hint)
+        refuse_unused(self, ("context",), f"--objective {self.objective} counts what each token stores", hint)
 
     def _check_run(self) -> None:
         """Refuse what `run` does not rank."""
