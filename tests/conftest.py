@@ -37,24 +37,26 @@ def pytest_handlecrashitem(crashitem: str) -> None:
     pytest.exit(f"a process died in {crashitem}", returncode=pytest.ExitCode.INTERNAL_ERROR)
 
 
-# Half a minute and more of one core each, the longest first: no worker is left with one of them at the end
+# A quarter of a minute and more of one core each, the longest first: no worker is left with one of them at the end
 LONG = (
     "tests/test_real_model.py",
     "tests/export/test_against_oracle.py",
-    "tests/tools/test_gpu_check.py",
-    "tests/tools/fit/test_fit.py",
-    "tests/plugins/test_kernel_device.py",
-    "tests/export/targets/trt/test_trt.py",
     "tests/export/targets/openvino/test_against_oracle.py",
-    "tests/export/targets/trt/test_against_oracle.py",
-    "tests/plugins/test_kernel_host.py",
+    "tests/tools/fit/test_fit.py",
+    "tests/tools/test_gpu_check.py",
+    "tests/export/targets/trt/test_trt.py",
+    "tests/plugins/test_kernel_device.py",
     "tests/serve/test_ray.py",
-    "tests/export/compiler/test_large.py",
-    "tests/plugins/test_plugin_graph.py",
+    "tests/export/test_halves.py",
+    "tests/export/decoder/test_repeats.py",
+    "tests/export/targets/trt/test_against_oracle.py",
+    "tests/export/staging/test_kills.py",
+    "tests/plugins/test_plugin_engines.py",
+    "tests/plugins/test_kernel_host.py",
+    "tests/runtime/engines/openvino/test_engine.py",
+    "tests/runtime/engines/openvino/test_formats.py",
     "tests/export/array/test_array_0.py",
-    "tests/export/array/test_array_1.py",
     "tests/export/array/test_array_2.py",
-    "tests/export/check/test_gptq.py",
 )
 
 
