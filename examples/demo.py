@@ -40,7 +40,7 @@ ADAPTERS = {
 FORMS = {"float32": "ort", "int4": "ort", "bfloat16": "openvino"}  # dtype → target
 SHOWN = ("float32", 0.25)
 PROMPT = "The capital of Italy is"
-K, NEW_TOKENS, ROUNDS = 3, 64, 3
+K, NEW_TOKENS, WARM_UP, ROUNDS = 3, 64, 16, 3
 WINDOWS, GIVEN, SCORED = 8, 32, 48  # of a text: how many, tokens that are given in each, and that are scored
 CALIBRATION_BYTES = 10_000  # of text that int4 is rounded on: some 2500 tokens; the default is up to 16 384
 
@@ -50,12 +50,12 @@ class Arm:
     """A line of the table.
 
     Attributes:
-        generate: writes NEW_TOKENS tokens after a prompt and returns the bytes of K/V that they left.
+        generate: writes so many tokens after a prompt and returns the bytes of K/V that they left.
         perplexity: of windows int64 [N, GIVEN + SCORED + 1], over the last SCORED tokens of each.
     """
 
     name: str
-    generate: Callable[[npt.NDArray[np.int64]], int]
+    generate: Callable[[npt.NDArray[np.int64], int], int]
     perplexity: Callable[[npt.NDArray[np.int64]], float]
 
 
@@ -75,10 +75,10 @@ def pytorch_arm(source: Path) -> Arm:
     transformers.logging.set_verbosity_error()  # its `generate` names an argument as it should no longer be named
     model = load_model(str(source)).model
 
-    def generate(ids: npt.NDArray[np.int64]) -> int:
+    def generate(ids: npt.NDArray[np.int64], count: int) -> int:
         made: Any = model.generate(
             torch.tensor(ids)[None],
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=count,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
@@ -98,8 +98,8 @@ def pytorch_arm(source: Path) -> Arm:
 def session_arm(name: str, session: Session, k: int) -> Arm:
     """A bundle under a schedule; k = 0 runs all layers on every step."""
 
-    def generate(ids: npt.NDArray[np.int64]) -> int:
-        session.generate([ids], NEW_TOKENS, k=k, stop_token_ids=())
+    def generate(ids: npt.NDArray[np.int64], count: int) -> int:
+        session.generate([ids], count, k=k, stop_token_ids=())
         held = session.kv_bytes()
         return held["kept"] + held["dropped"]
 
@@ -180,7 +180,7 @@ def compare() -> None:
         for number in range(ROUNDS + 1):  # the first warms up
             for place, arm in enumerate(arms):  # interleaved: all see the same machine
                 begin = time.perf_counter()
-                held[place] = arm.generate(ids)
+                held[place] = arm.generate(ids, NEW_TOKENS if number else WARM_UP)
                 seconds[number, place] = time.perf_counter() - begin
         rows = []
         for place, arm in enumerate(arms):
