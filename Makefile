@@ -1,8 +1,9 @@
 # make setup   .venv with everything that demo and tests need; what is imported is compiled then
-# make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved; sets up what it needs
+# make demo    export a real small model with LoRA-Drop, verify it, generate text, show what it saved
 # make test    the whole test suite
 # make check   lint, types
 # make test-cuda   what runs on ONNX Runtime's CUDA provider, without a GPU: needs g++, makes .venv-cuda
+
 # Set in many containers: without what is written, each command would compile torch anew, six seconds of it
 unexport PYTHONDONTWRITEBYTECODE
 

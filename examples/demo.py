@@ -67,8 +67,8 @@ def run(*command: str) -> None:
 
 
 def pytorch_arm(source: Path) -> Arm:
-    """transformers as it comes: float32, eager, a growing cache. It takes 15 seconds for a GGUF file that this reads in
-    five, and a bundle has its weights and config too."""
+    """transformers as it comes: float32, eager, a growing cache. It has the weights of a bundle: from a GGUF file it
+    takes fifteen seconds to read them."""
     import torch
     import transformers
 

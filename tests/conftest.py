@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,7 +27,7 @@ TRACES = "LORA_DROP_TEST_TRACES"
 def pytest_configure(config: pytest.Config) -> None:
     """The workers of a parallel run share traces (tests/support/bundles.py) in a directory that the controller owns.
 
-    Each has cores of its own. Libraries make no more threads than those, which takes a tenth less in all.
+    Each has cores of its own. Libraries make no more threads than those, which takes some hundredths less CPU time.
     """
     worker = getattr(config, "workerinput", None)
     if worker is None:
@@ -37,6 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
         own = sorted(os.sched_getaffinity(0))[int(worker["workerid"][2:]) :: worker["workercount"]]
         if own:  # there may be more workers than cores
             os.sched_setaffinity(0, own)
+
+
+@pytest.fixture
+def no_figures() -> Iterator[None]:
+    """`profile` writes none: they take longer than the rest."""
+    from tests.support.profiles import without_figures
+
+    with without_figures():
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -5,7 +5,6 @@ A tiny model stands in for the named one; the commands that would take minutes o
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
 import shlex
@@ -53,12 +52,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_readme_and_tools(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     traced = traced_once("llama", open_checkpoint(str(model), tmp_path / "scratch"), "float32")
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_: traced)
-    monkeypatch.setattr(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots", lambda *_: [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("t1 t2\n"))  # for `chat`
     for name in ("train.txt", "held-out.txt"):

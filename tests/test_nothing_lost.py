@@ -48,11 +48,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(made: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(made: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command whose result goes to `out`."""
     monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: family("llama").traced)
     monkeypatch.setattr(importlib.import_module("lora_drop_tools.bench.bench"), "measure_memory", lambda *_: [])
-    monkeypatch.setattr(importlib.import_module("lora_drop_tools.profile.profile"), "write_plots", lambda *_: [])
     monkeypatch.setattr(machine, "BUFFER_BYTES", 2**22)
 
     def run(name: str, out: Path, *more: object) -> int:

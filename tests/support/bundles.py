@@ -207,8 +207,7 @@ def make_adapted_bundle(made_from: str | Family, root: Path, **options: Any) -> 
     source = family(made_from) if isinstance(made_from, str) else made_from
     plan = plan_of(source, **options)
     if plan.rank:
-        hidden_size, fingerprint = source.traced.hidden_size, source.checkpoint.fingerprint()
-        options["adapters"] = save_adapters(root / "adapters", plan, hidden_size, fingerprint, plan.rank)
+        options["adapters"] = fitted_adapters(source, root / "adapters", **options | {"rank": plan.rank})
     return make_bundle(source, root / "bundle", **options)
 
 

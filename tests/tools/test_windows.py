@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -22,17 +21,13 @@ from lora_drop_tools.profile.settings import ProfileSettings
 from lora_drop_export.compiler.export import export
 from lora_drop_export.compiler.options import ExportOptions
 from tests.support.bundles import family
-from tests.support.profiles import without_figures
 from tests.support.tokenizers import with_tokenizer
 
 SHORT = 48
 SMALL = {"tokens": 256, "sensitivity_tokens": 256, "rankings": ("influence",)}  # of a profile
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_figures() -> Iterator[None]:
-    with without_figures():
-        yield
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ def short(text: Path) -> Callable[..., Profile]:
             return profile_of(text, model, out, **options)
 
     return run
-
-
-@pytest.fixture
-def no_figures() -> Iterator[None]:
-    with without_figures():
-        yield
 
 
 @pytest.fixture(scope="session")
