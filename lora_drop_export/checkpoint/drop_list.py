@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_drop_runtime.errors import BundleError, InputError, PlanError
 from lora_drop_runtime.files import read_bounded
+from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.sites import half_of, layer_of, listed, sorted_sites
 
 _MOST_BYTES = 64 << 20
@@ -39,6 +40,7 @@ class DropList:
         sites: to be dropped.
         fingerprint: of the model that they were chosen for, None where the file does not say.
         always_first, always_last: layers that could not be chosen, None where the file does not say.
+        policy: under which they were chosen, None where the file does not say.
         base_errors: surrogate → layer → mean distance of its base from the layer's output, over that of the outputs'
             mean; what was measured.
     """
@@ -48,6 +50,7 @@ class DropList:
     base_errors: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     always_first: int | None = None
     always_last: int | None = None
+    policy: str | None = None
 
 
 def read_drop_list(path: Path) -> DropList:
@@ -65,7 +68,8 @@ def read_drop_list(path: Path) -> DropList:
         if not isinstance(sites, list) or not all(type(site) in (int, str) for site in sites):
             raise TypeError
         always = facts.get("always_first"), facts.get("always_last")
-        if not isinstance(fingerprint, str | None):
+        policy = facts.get("policy")
+        if not isinstance(fingerprint, str | None) or policy not in (None, *POLICIES):
             raise TypeError
         if not all(count is None or type(count) is int for count in always):
             raise TypeError
@@ -73,7 +77,7 @@ def read_drop_list(path: Path) -> DropList:
             base: {int(layer): float(error) for layer, error in of_layers.items()}
             for base, of_layers in facts.get("base_errors", {}).items()
         }
-        found = DropList(sorted_sites(sites), fingerprint, errors, *always)
+        found = DropList(sorted_sites(sites), fingerprint, errors, *always, policy)
     except BundleError as error:
         raise InputError("The drop list cannot be read.", note=error.note, hint="Check the path.") from None
     except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):

@@ -321,10 +321,13 @@ def open_checkpoint(
     with refused("The model directory cannot be read.", directory, "Check its permissions."):
         _check_files(directory)
         if not is_file(directory / "config.json"):
+            files = sorted(directory.glob("*.gguf"))
             raise InputError(
                 "The model directory has no config.json.",
                 note=f"{directory} was searched.",
-                hint="Give the directory that save_pretrained wrote.",
+                hint=f"Give the GGUF file itself, {files[0]}."
+                if files
+                else "Give the directory that save_pretrained wrote.",
             )
         files = _weight_files(directory)
         pickled = list(directory.glob("*.bin"))

@@ -190,7 +190,7 @@ class PlanOptions:
         group=_PLAN,
         choices=tuple(POLICIES),
         help="what a refresh does about the tokens of the LoRA steps before it, unless a session says otherwise "
-        "(default: what the adapters were fitted for, else skip)",
+        "(default: what the adapters were fitted for, else what the drop list was chosen for, else skip)",
     )
     adapters: Path | None = option(None, group=_PLAN, metavar="DIR", help="fitted adapters in PEFT's format")
     rank: int | None = option(
@@ -480,6 +480,7 @@ def with_files_read(options: ExportOptions, say: Callable[[str], None] = print) 
         drop_list_fingerprint=found.fingerprint,
         always_first=found.always_first if options.always_first is None else options.always_first,
         always_last=found.always_last if options.always_last is None else options.always_last,
+        policy=options.policy or (None if adapters is None else adapters.policy) or found.policy,
     )
     warn_of_base(found, options.surrogate or fitted_for or DEFAULT_SURROGATE)
     return options

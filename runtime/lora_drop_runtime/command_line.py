@@ -333,7 +333,7 @@ def _checked(flag: str, value: Any, kind: Any, said: _Option) -> Any:
     if kind is str:
         check_text(flag, value)
         if not value:
-            raise InputError(f"{flag} is empty.", note="It is ''; needed is a text.", hint="Leave it out.")
+            raise InputError(f"{flag} is empty.", note="It is ''; needed is a text.", hint="Give one, or leave it out.")
     return value
 
 

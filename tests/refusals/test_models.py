@@ -161,6 +161,14 @@ def test_model_directory_is_damaged(export_refused, model, file, content, words)
 
 
 @pytest.mark.usefixtures("untraced")
+def test_directory_of_a_gguf_file(export_refused, tmp_path):
+    """As a download from the hub leaves it: the file is named."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.Q4_1.gguf").write_bytes(b"GGUF")
+    export_refused(model=tmp_path / "model", words=("no config.json", str(tmp_path / "model" / "tiny.Q4_1.gguf")))
+
+
+@pytest.mark.usefixtures("untraced")
 def test_shard_is_missing(export_refused, tmp_path):
     family("llama").model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[1]

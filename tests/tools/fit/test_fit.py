@@ -410,9 +410,9 @@ def test_distillation_alone(
 def test_halves_from_text_to_a_bundle(
     surrogate: str, policy: str, model_dir: Path, words: Path, tmp_path: Path
 ) -> None:
-    """A mixed list from a file: what is written has the sites, exports, and decodes as the oracle does."""
-    (tmp_path / "list.json").write_text(json.dumps({"sites": ["3", "4.mlp", "5.attn"]}))
-    options = {"drop_list": tmp_path / "list.json", "steps": 2, "policies": (policy,), "surrogate": surrogate}
+    """A mixed list and a policy from a file: what is written has them, exports, and decodes as the oracle does."""
+    (tmp_path / "list.json").write_text(json.dumps({"sites": ["3", "4.mlp", "5.attn"], "policy": policy}))
+    options = {"drop_list": tmp_path / "list.json", "steps": 2, "surrogate": surrogate}
     run_fit(model_dir, words, tmp_path / "a", **options)
     said = json.loads((tmp_path / "a/adapter_config.json").read_text())["lora_drop"]
     assert (said["sites"], said["bare_sites"], said["policy"]) == (["3", "4.mlp", "5.attn"], [], policy)

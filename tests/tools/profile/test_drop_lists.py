@@ -45,6 +45,14 @@ def test_export_warns_of_a_bad_base(
             assert "layers 4, 6 (relative errors 1.25 to 1.50)" in lines[0]
 
 
+def test_export_takes_the_policy(export: Callable[..., int], tmp_path: Path) -> None:
+    """That the list was chosen for, unless another one is asked for."""
+    (tmp_path / "list.json").write_text(json.dumps({"sites": [4], "policy": "backfill"}))
+    for more, policy in (((), "backfill"), (("--policy", "fill"), "fill")):
+        assert export("--drop-list", tmp_path / "list.json", "--force", *more) == 0
+        assert json.loads((tmp_path / "bundle" / "lora_drop.json").read_text())["plan"]["policy"] == policy
+
+
 def test_profile_json_is_no_drop_list(
     made: tuple[Profile, Path], export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,7 +74,9 @@ def test_export_refuses_a_list_of_another_model(
     assert not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("facts", [{"fingerprint": 7}, {"base_errors": [1]}, {"base_errors": {"anchor": {"x": 1}}}])
+@pytest.mark.parametrize(
+    "facts", [{"fingerprint": 7}, {"policy": "drop"}, {"base_errors": [1]}, {"base_errors": {"anchor": {"x": 1}}}]
+)
 def test_export_refuses_a_damaged_list(
     facts: dict[str, Any], export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,6 +188,8 @@ def fit(model: str, settings: FitSettings) -> Fit:
     """
     settings, given = read_given(settings)
     listed = given.listed if given else listed_layers(settings)
+    if listed is not None and listed.policy is not None and not settings.policies:
+        settings = dataclasses.replace(settings, policies=(listed.policy,))
     require_export_packages("fitting runs the model in PyTorch")
     if settings.log_dir is not None:
         require_package("tensorboard", "--log-dir")

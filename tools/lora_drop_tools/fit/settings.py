@@ -151,7 +151,8 @@ class FitSettings:
         flag="--policy",
         group=_PLAN,
         metavar="NAME,…",
-        help=f"what refreshes do at deployment: {', '.join(POLICIES)}; mixed if several (default {DEFAULT_POLICY})",
+        help=f"what refreshes do at deployment: {', '.join(POLICIES)}; mixed if several "
+        f"(default: what the drop list was chosen for, else {DEFAULT_POLICY})",
     )
     rank: int = option(16, group=_HOW, metavar="R", bounds=bounds.RANK, help="fit matrices of this rank (default 16)")
     alpha: float | None = option(
