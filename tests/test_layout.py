@@ -6,6 +6,7 @@ Read from the imports and names themselves, nothing is imported here.
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -78,14 +79,19 @@ def module_files() -> dict[str, Path]:
 
 
 MODULES = module_files()
-TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
 
 
-def imported_modules(name: str) -> set[str]:
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+@functools.cache
+def imported_modules(name: str) -> frozenset[str]:
     """Modules that a module imports, also inside functions; those of the product by their full name."""
-    found = set()
+    found: set[str] = set()
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -96,7 +102,7 @@ def imported_modules(name: str) -> set[str]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 found.add(full if full in MODULES else base)
-    return found
+    return frozenset(found)
 
 
 def room(module: str) -> str:
@@ -111,16 +117,16 @@ def floor(module: str) -> int:
     return number
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
-def test_a_room_imports_only_what_stands_below_it(name: str) -> None:
-    package = name.partition(".")[0]
-    for other in imported_modules(name) & set(MODULES):
-        other_package = other.partition(".")[0]
-        assert other_package in (package, *BELOW[package]), f"{name} imports {other}"
-        if other_package != package or room(other) == room(name):
-            continue
-        assert room(other), f"{name} imports the package {other} that it belongs to"
-        assert floor(name) < floor(other), f"{name} imports {other}"
+def test_a_room_imports_only_what_stands_below_it() -> None:
+    for name in filter(room, MODULES):
+        package = name.partition(".")[0]
+        for other in imported_modules(name) & set(MODULES):
+            other_package = other.partition(".")[0]
+            assert other_package in (package, *BELOW[package]), f"{name} imports {other}"
+            if other_package != package or room(other) == room(name):
+                continue
+            assert room(other), f"{name} imports the package {other} that it belongs to"
+            assert floor(name) < floor(other), f"{name} imports {other}"
 
 
 @pytest.mark.parametrize(("rooms", "parts"), NEVER_MEET.items())
@@ -138,8 +144,9 @@ def test_the_runtime_imports_no_library_of_the_exporter() -> None:
 
 
 def test_nothing_imports_from_the_tests() -> None:
-    files = [*MODULES.values(), *(ROOT / "plugins").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
-    for file in files:
+    for name in MODULES:
+        assert not {other for other in imported_modules(name) if other.partition(".")[0] == "tests"}, name
+    for file in [*(ROOT / "plugins").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom):
                 assert (node.module or "").partition(".")[0] != "tests", file
@@ -161,10 +168,14 @@ def test_no_file_is_in_a_circle() -> None:
     assert not stuck, f"in a circle, or above one: {stuck}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_callees_stand_above_callers(name: str) -> None:
+def test_callees_stand_above_callers() -> None:
     """A function uses only functions and classes above it; two that call each other are alone excepted."""
-    definitions = [n for n in TREES[name].body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
+    for name in MODULES:
+        check_order(name)
+
+
+def check_order(module: str) -> None:
+    definitions = [n for n in tree(module).body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)]
     number = {node.name: i for i, node in enumerate(definitions)}
     uses = [
         {number[n.id] for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in number} for node in definitions
@@ -181,4 +192,4 @@ def test_callees_stand_above_callers(name: str) -> None:
     for caller, callees in enumerate(uses):
         for callee in callees:
             later = callee > caller and not reaches(callee, caller)
-            assert not later, f"{definitions[caller].name} stands above {definitions[callee].name}"
+            assert not later, f"{module}: {definitions[caller].name} stands above {definitions[callee].name}"
