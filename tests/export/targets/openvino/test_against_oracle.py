@@ -27,22 +27,39 @@ LAYERS = 4  # of a family: what each of them compiles and runs takes as long
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
 
 
+# Whose graphs have the operators of a Llama's, but for a factor or the tied weight: one policy each
+AS_LLAMA = ("llama_tied", "llama3_rope", "llama_linear_rope", "llama_yarn", "mistral")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, tmp_path):
-    """Of the windows every family has two under each policy, in turns: it meets all four of them."""
+    """Of the windows every family has two under each policy, in turns: it meets all four, the longest with one row."""
     source = first_layers(name, LAYERS)
     bundle = make_bundle(source, tmp_path / "b", drop_ratio=0.5, **OPTIONS)
     engine = OpenVinoEngine(bundle, threads=1)
-    for turn, policy in enumerate(("skip", "backfill"), [*FAMILIES].index(name)):
+    policies = ("skip", "backfill")
+    if name in AS_LLAMA:
+        policies = policies[AS_LLAMA.index(name) % 2 :][:1]
+    for turn, policy in enumerate(policies, [*FAMILIES].index(name)):
         session = Session(bundle, engine, PeriodicSchedule(3), policy)
         for k in (0, 1, 3, 19)[turn % 2 :: 2]:
-            assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, k)
+            assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS[: 1 if k == 19 else None], k)
         assert_same_run(session, source.model, oracle_plan(bundle), LONG[:1], 2)
     session.close()
 
 
-@pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])
-@pytest.mark.parametrize("surrogate", ["residual", "recurrent", "anchor", "residual-delta"])
+# The other pairs are compared with target ort in tests/runtime/engines/openvino/test_engine.py
+@pytest.mark.parametrize(
+    ("surrogate", "policy"),
+    [
+        ("residual", "backfill"),
+        ("residual", "fill"),
+        ("recurrent", "skip"),
+        ("anchor", "backfill"),
+        ("anchor", "fill"),
+        ("residual-delta", "skip"),
+    ],
+)
 def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
     """Adapters of each surrogate are exported and, which compiles anew, loaded; prompts are longer than a block."""
     options = OPTIONS | {"surrogate": surrogate, "drop_layers": MIXED, "rank": 4, "policy": policy}
