@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,16 +46,23 @@ def everywhere(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from everywhere(attribute.g)
 
 
-def written(tmp_path: Path, name: str, **options: object) -> Bundle:
-    """A bundle whose weights the exporter wrote in its own order."""
-    return make_bundle(rewritten(name), tmp_path / "b", **{"max_seq_len": 64, **options})
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """A bundle of a family, whose weights the exporter may have written in its own order; each is made once."""
+
+    @functools.cache
+    def make(name: str, *, own_order: bool = False, **options: Any) -> Bundle:
+        options = {"max_seq_len": 64, "drop_layers": (4,)} | options
+        return make_bundle(rewritten(name) if own_order else name, tmp_path_factory.mktemp("lower") / "b", **options)
+
+    return make
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_a_layer_is_ten_nodes(tmp_path, name, dtype):
+def test_a_layer_is_ten_nodes(made, name, dtype):
     """Two norms with their additions, four products, attention with its rotation, a split, and the gate's two."""
-    bundle = written(tmp_path, name, drop_layers=(4,), dtype=dtype)
+    bundle = made(name, own_order=True, dtype=dtype)
     product = "Gemm" if dtype == "float32" else "MatMulNBits"
     expected = {
         "SkipSimplifiedLayerNormalization": 2,
@@ -73,9 +81,9 @@ def test_a_layer_is_ten_nodes(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
-def test_a_layer_between_surrogates_is_ten_nodes(tmp_path, dtype):
+def test_a_layer_between_surrogates_is_ten_nodes(made, dtype):
     """Rows [B, d] that a surrogate reads do not make rows of all that leads there, and its sum is fused like any."""
-    bundle = written(tmp_path, "llama", drop_layers=(1, 2, 5), rank=4, always_first=1, dtype=dtype)
+    bundle = made("llama", own_order=True, drop_layers=(1, 2, 5), rank=4, always_first=1, dtype=dtype)
     step = branches(steps_graph(bundle))["lora"]
     kinds = Counter(node.op_type for node in step.node)
     assert kinds["SkipSimplifiedLayerNormalization"] == 5 * 2 + 1 - 3  # not the first norm, and those behind surrogates
@@ -83,9 +91,9 @@ def test_a_layer_between_surrogates_is_ten_nodes(tmp_path, dtype):
         assert kinds["Reshape"] == 2 * 2  # before and behind each run of surrogates
 
 
-def test_checkpoint_as_it_lies_is_fused_where_it_can_be(tmp_path):
+def test_checkpoint_as_it_lies_is_fused_where_it_can_be(made):
     """In the alphabetical order of safetensors gate and up are neighbours, q, k and v are not."""
-    bundle = make_bundle("llama", tmp_path / "b", drop_layers=(4,))
+    bundle = made("llama")
     graph = steps_graph(bundle)
     nodes = layer_nodes(branches(graph)["refresh"], 2)
     assert nodes["Gemm"] == 6
@@ -113,9 +121,9 @@ def test_attention_is_folded_where_groups_are_large(tmp_path, monkeypatch, least
 @pytest.mark.parametrize(
     ("name", "options"), [("llama", {}), ("llama_mqa", {}), ("llama", {"dtype": "int4"}), ("llama", {"policy": "fill"})]
 )
-def test_no_weight_is_read_in_an_if_within_an_if(tmp_path, name, options):
+def test_no_weight_is_read_in_an_if_within_an_if(made, name, options):
     """ONNX Runtime packs weights for its kernels in the branches of one If, and in none of deeper ones."""
-    graph = steps_graph(make_bundle(name, tmp_path / "b", drop_layers=(4,), **options))
+    graph = steps_graph(made(name, **options))
     weights = {tensor.name for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
     deeper = [
         node
@@ -129,12 +137,12 @@ def test_no_weight_is_read_in_an_if_within_an_if(tmp_path, name, options):
     assert not weights & {name for node in deeper for name in node.input}
 
 
-def test_rotary_tables_are_the_models(tmp_path):
+def test_rotary_tables_are_the_models(made):
     """The tables that attention gets are cos and sin of transformers, for every position that a row can have."""
     import torch
 
     source = family("llama")
-    graph = steps_graph(written(tmp_path, "llama", drop_layers=(4,)))
+    graph = steps_graph(made("llama", own_order=True, dtype="float32"))
     tables = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.startswith("rotary.")]
     positions = torch.arange(64)[None]
     cos, sin = source.model.model.rotary_emb(torch.zeros(1, 1, dtype=torch.float32), positions)
@@ -143,9 +151,9 @@ def test_rotary_tables_are_the_models(tmp_path):
         np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[1]].numpy(), atol=1e-6)
 
 
-def test_no_weight_twice(tmp_path):
+def test_no_weight_twice(made):
     """Both steps name the same initializers of the outer graph, and none holds data of its own."""
-    graph = steps_graph(make_bundle("llama", tmp_path / "b", drop_layers=(4,)))
+    graph = steps_graph(made("llama"))
     names = [tensor.name for tensor in graph.initializer]
     assert len(set(names)) == len(names)
     weights = [tensor for tensor in graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]

@@ -20,6 +20,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.plan.schedule import StepKind
 
+from tests.support import export_array as array
 from tests.support import oracle
 from tests.support.bundles import family, heads_of, make_adapted_bundle, oracle_plan, rewritten
 
@@ -153,6 +154,7 @@ def run_and_compare(rows: Rows, kind: StepKind, fed: Sequence[Sequence[int]]) ->
     return found
 
 
+FLOATS = ("float32", "float32")  # a checkpoint's and its trace's
 SOURCES: dict[str, Any] = {
     "llama": functools.partial(family, "llama"),
     "one product": functools.partial(rewritten, "llama"),  # for q, k and v, which the attention rotates itself
@@ -160,7 +162,7 @@ SOURCES: dict[str, Any] = {
     "biases": functools.partial(family, "qwen2"),
     "windows": functools.partial(family, "gemma2"),  # and soft caps
     "padded heads": functools.partial(heads_of, 4, 2),  # of 4 values, which the caches hold as 8
-    "padded and folded heads": functools.partial(heads_of, 100, 1),
+    "padded and folded heads": functools.partial(array.source, array.model_with(head_dim=100, kv_heads=1), *FLOATS),
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

@@ -15,11 +15,9 @@ from lora_drop_runtime.bundle.graph_io import NEW_TOKENS, PACKED_STEP
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 
 from lora_drop_export.compiler.add_target import add_target
-from lora_drop_export.compiler.export import write_bundle
 from lora_drop_export.compiler.options import ExportOptions
-from lora_drop_export.console import Console
 from lora_drop_export.targets.ort.lower import ort_from_neutral
-from tests.support.bundles import PROMPTS, family, family_trace, make_bundle, record_again
+from tests.support.bundles import PROMPTS, first_layers, make_bundle, record_again
 
 QUERY_LENGTHS = 16  # its place among GroupQueryAttention's inputs, since 1.32
 RAGGED = {NEW_TOKENS, PACKED_STEP}
@@ -32,11 +30,8 @@ def attentions(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def half_bundle(root: Path, targets: tuple[str, ...] = ("ort",)) -> Bundle:
-    root.mkdir()
-    options = ExportOptions(max_seq_len=64, targets=targets)
-    return write_bundle(
-        root, family("llama").checkpoint, family_trace("llama", "float16"), "float16", options, Console()
-    )
+    source = first_layers("llama", 4, "float16")
+    return make_bundle(source, root, max_seq_len=64, always_first=1, targets=targets)
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "int8"}, {"kv_dtype": "int8"}])
