@@ -1,4 +1,4 @@
-"""Exports of the tiny Llama and where their weights lie."""
+"""Exports of the tiny Llama's first three layers and where their weights lie."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from lora_drop_runtime.decoding.session import Session
 from safetensors.torch import load_file, save_file
 
 from lora_drop_export.cli import main
+from tests.support.bundles import Family, first_layers
 
 GRAPHS = ("refresh.onnx", "lora.onnx", "ort/steps.onnx")
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Place = tuple[str, int, int]
+PLAN = {"always_first": 0, "always_last": 0}
+
+
+def short(name: str = "llama", dtype: str = "float32") -> Family:
+    return first_layers(name, 3, dtype)
 
 
 def export(model: object, out: Path, *arguments: object) -> Bundle:
-    assert main([str(a) for a in ("--model", model, "--out", out, "--max-seq-len", 64, *arguments)]) == 0
+    options = ("--always-first", 0, "--always-last", 0, "--max-seq-len", 64, *arguments)
+    assert main([str(a) for a in ("--model", model, "--out", out, *options)]) == 0
     return Bundle.open(out)
 
 

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from lora_drop_export.cli import main
 from lora_drop_export.weights.store import copy_file
 from lora_drop_export.weights.write import CHUNK_BYTES
-from tests.support.bundles import family
-from tests.support.stored_weights import export, tokens
+from tests.support.stored_weights import export, short, tokens
 
 pytestmark = pytest.mark.usefixtures("traced")
 
@@ -52,7 +51,7 @@ def test_copied_or_linked(tmp_path, model, expected, target, mode):
 @pytest.mark.parametrize("mode", ["copy", "link"])
 def test_sharded(tmp_path, expected, mode):
     model = tmp_path / "model"
-    family("llama").model.save_pretrained(model, max_shard_size="200KB")
+    short().model.save_pretrained(model, max_shard_size="80KB")
     shards = sorted(model.glob("*.safetensors"))
     assert len(shards) > 3
     bundle = export(model, tmp_path / "out", "--weights", mode)
@@ -81,15 +80,15 @@ def test_files_of_our_own_names(tmp_path, model, expected, mode):
 def test_a_whole_file_is_read_without_an_index(tmp_path, expected):
     """transformers leaves the index of shards where it then writes one file."""
     model = tmp_path / "model"
-    family("llama").model.save_pretrained(model, max_shard_size="200KB")
-    family("llama").model.save_pretrained(model)
+    short().model.save_pretrained(model, max_shard_size="80KB")
+    short().model.save_pretrained(model)
     assert (model / "model.safetensors.index.json").exists()
     assert tokens(export(model, tmp_path / "out")) == expected
 
 
 def test_a_hub_repository_without_safetensors_gives_what_it_has(tmp_path, monkeypatch, expected):
     """The pickled files are asked for where there are no others, and only then."""
-    snapshot = shutil.copytree(family("llama").directory, tmp_path / "snapshot")
+    snapshot = shutil.copytree(short().directory, tmp_path / "snapshot")
     asked: list[list[str]] = []
 
     def download(_: str, *, allow_patterns: list[str]) -> str:
@@ -109,11 +108,11 @@ def test_a_hub_repository_without_safetensors_gives_what_it_has(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("by_name", "shard_size", "mode"),
-    [(True, "5GB", "copy"), (True, "200KB", "link"), (False, "5GB", "link"), (False, "200KB", "copy")],
+    [(True, "5GB", "copy"), (True, "80KB", "link"), (False, "5GB", "link"), (False, "80KB", "copy")],
 )
 def test_hub_cache(tmp_path, monkeypatch, expected, mode, shard_size, by_name):
     """snapshots/<revision>/model.safetensors is a symbolic link to ../../blobs/<hash>."""
-    family("llama").model.save_pretrained(tmp_path / "files", max_shard_size=shard_size)
+    short().model.save_pretrained(tmp_path / "files", max_shard_size=shard_size)
     repository = tmp_path / "hub" / "models--tiny--llama"
     snapshot, blobs = repository / "snapshots" / ("c0ffee" * 6), repository / "blobs"
     snapshot.mkdir(parents=True)

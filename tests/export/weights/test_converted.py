@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_drop_export.cli import main
 from lora_drop_export.weights.write import CHUNK_BYTES, stored_blocks
-from tests.support.bundles import family, family_trace
-from tests.support.stored_weights import TORCH, cast, export, save, stored_bytes, tokens
+from tests.support.stored_weights import TORCH, cast, export, save, short, stored_bytes, tokens
 
 pytestmark = pytest.mark.usefixtures("traced")
 
@@ -53,7 +52,7 @@ def test_converted_for_ort(tmp_path, model, dtype, sharded):
     held = sum(t.numel() * 4 for t in tensors.values())
     assert held < stored_bytes(bundle) < held + 16384
     # And it is this model that runs
-    source = family("llama").model
+    source = short().model
     float32 = type(source)(source.config).eval()
     float32.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     with torch.no_grad(), Session.open(bundle.root) as session:
@@ -125,7 +124,7 @@ TALL, WIDE, ODD = (1 << 19, 128), (128, 1 << 19), (15, (1 << 22) + 1)
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [("F32", TALL), ("F32", WIDE), ("F32", ODD), ("BF16", ODD), ("F16", WIDE), ("array", TALL), ("array", ODD)],
+    [("F32", TALL), ("F32", ODD), ("BF16", ODD), ("F16", WIDE), ("array", TALL)],
 )
 def test_conversion_streams(tmp_path, shape, kind):
     """A 256 MiB tensor goes through in small pieces: one piece in memory, not the tensor."""
@@ -151,8 +150,8 @@ def test_bin_checkpoint(tmp_path, expected):
     """A checkpoint from before safetensors is converted, and what was made for it does not stay."""
     model = tmp_path / "model"
     model.mkdir()
-    torch.save(family("llama").model.state_dict(), model / "pytorch_model.bin")
-    shutil.copy(family("llama").directory / "config.json", model)
+    torch.save(short().model.state_dict(), model / "pytorch_model.bin")
+    shutil.copy(short().directory / "config.json", model)
     bundle = export(model, tmp_path / "copy")
     assert tokens(bundle) == expected
     assert not (bundle.root / "scratch").exists()
@@ -166,7 +165,7 @@ def test_bin_checkpoint(tmp_path, expected):
 
 @pytest.fixture(scope="module")
 def bfloat16_trace():
-    return family_trace("llama", "bfloat16")
+    return short(dtype="bfloat16").traced
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lora_drop_export.decoder.loaded import load_model
 from tests.support.bundles import family, make_bundle
 from tests.support.models import SIZES
-from tests.support.stored_weights import GRAPHS, export, external, inline_bytes, save, stored_bytes, tokens
+from tests.support.stored_weights import GRAPHS, PLAN, export, external, inline_bytes, save, short, stored_bytes, tokens
 
 pytestmark = pytest.mark.usefixtures("traced")
 
@@ -69,7 +69,7 @@ def test_graphs_share_one_copy(tmp_path, name, rank):
 
 def test_tied_weights_whatever_the_checkpoint_stores(tmp_path, traced):
     """The table under its own name, under the head's, or under both."""
-    source = family("llama_tied")
+    source = short("llama_tied")
     traced(source)
     whole = load_file(source.directory / "model.safetensors")
     table, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -88,7 +88,7 @@ def test_tied_weights_whatever_the_checkpoint_stores(tmp_path, traced):
 
 def test_biases_that_the_config_does_not_tell_of_are_said(tmp_path, traced, capsys):
     """transformers leaves them out, and so do we; the model is another one than that which was trained."""
-    model = shutil.copytree(family("llama").directory, tmp_path / "model")
+    model = shutil.copytree(short().directory, tmp_path / "model")
     whole = load_file(model / "model.safetensors")
     export(model, tmp_path / "plain")
     assert "by its config" not in capsys.readouterr().err
@@ -102,8 +102,8 @@ def test_biases_that_the_config_does_not_tell_of_are_said(tmp_path, traced, caps
 
 def test_tied_by_the_config_with_two_tables(tmp_path, traced):
     """transformers takes both, and so do we: a head of its own was read as the embedding, or the other way round."""
-    source = family("llama_tied")
-    traced(family("llama"))  # of two tables
+    source = short("llama_tied")
+    traced(short())  # of two tables
     whole = load_file(source.directory / "model.safetensors")
     head = whole["model.embed_tokens.weight"].flip(0).contiguous()
     model = shutil.copytree(source.directory, tmp_path / "model")
@@ -122,13 +122,13 @@ def test_tied_by_the_config_with_two_tables(tmp_path, traced):
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_checkpoint_without_the_prefix(tmp_path, traced, name):
     """As `AutoModel.save_pretrained` writes it: layers.0… in place of model.layers.0…."""
-    traced(family(name))
-    whole = load_file(family(name).directory / "model.safetensors")
-    model = shutil.copytree(family(name).directory, tmp_path / "model")
+    traced(short(name))
+    whole = load_file(short(name).directory / "model.safetensors")
+    model = shutil.copytree(short(name).directory, tmp_path / "model")
     save({key.removeprefix("model."): tensor for key, tensor in whole.items()}, model)
     assert "layers.0.mlp.up_proj.weight" in read_tensors(model / "model.safetensors")
     bundle = export(model, tmp_path / "out")
-    assert tokens(bundle) == tokens(make_bundle(name, tmp_path / "other"))
+    assert tokens(bundle) == tokens(make_bundle(short(name), tmp_path / "other", **PLAN))
     assert filecmp.cmp(model / "model.safetensors", bundle.root / "weights/model.safetensors", shallow=False)
 
 
@@ -157,7 +157,7 @@ def test_bundle_can_be_moved(tmp_path, model, monkeypatch, arguments):
     shutil.rmtree(model)
     assert not Bundle.open(moved).check_hashes()
     if bundle.manifest.targets:
-        before = tokens(make_bundle("llama", tmp_path / "b", rank=bundle.manifest.plan.rank))
+        before = tokens(make_bundle(short(), tmp_path / "b", rank=bundle.manifest.plan.rank, **PLAN))
         assert tokens(moved) == before
         monkeypatch.chdir(tmp_path)
         assert tokens(Path("elsewhere")) == before
