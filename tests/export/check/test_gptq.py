@@ -42,7 +42,7 @@ from tests.support.tokenizers import character_tokenizer
 
 OPTIONS = {"dtype": "int4", "quantization": "gptq"}
 PLAN = {"always_first": 0, "always_last": 0}
-LAYERS = 3  # of a family: one after the other is rounded, and what that costs is a layer's
+LAYERS = 2  # of a family: one after the other is rounded, and what that costs is a layer's
 
 
 @pytest.fixture(autouse=True)
