@@ -133,8 +133,10 @@ def products(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_graphs_have_the_librarys_integers(name: str, tmp_path: Path) -> None:
-    """What the exported graph multiplies with, and the logits of both targets against eager PyTorch."""
-    bundle = bundle_of(name, tmp_path / "b", targets=("ort", "openvino"))
+    """What the exported graph multiplies with; of each form of blocks the logits of both targets against PyTorch."""
+    is_first = name in {form: name for name, form in reversed(FORMS.items())}.values()
+    targets = ("ort", "openvino") if is_first else ("ort",)
+    bundle = bundle_of(name, tmp_path / "b", targets=targets)
     digests, digest = reference(name)
     found: dict[str, str] = {}
     for joined, values in products(bundle):
@@ -147,7 +149,7 @@ def test_graphs_have_the_librarys_integers(name: str, tmp_path: Path) -> None:
             begin += rows
         assert begin == len(values)
     assert found == digests
-    for target in ("ort", "openvino"):
+    for target in targets if is_first else ():
         result = compare(bundle, target=target, threads=1)
         assert result.passed, result
     manifest = Bundle.open(bundle.root).manifest
