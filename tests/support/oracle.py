@@ -252,27 +252,45 @@ def attention(
 AttentionInterface.register(ATTENTION_NAME, attention)
 
 
-def run_prompt(model: PreTrainedModel, plan: OraclePlan, prompt: Sequence[int]) -> tuple[Row, Tensor]:
-    row = Row(model, plan)
+def run_in_full(row: Row, tokens: Sequence[int]) -> tuple[Row, Tensor]:
     with row.installed():
-        return row, [row.step(token, full=True) for token in prompt][-1]
+        return row, [row.step(token, full=True) for token in tokens][-1]
 
 
-@functools.lru_cache(maxsize=8)
-def run_prompt_once(model: PreTrainedModel, _changes: int, prompt: tuple[int, ...]) -> tuple[Row, Tensor]:
-    """What is dropped plays no part in full steps; the weights changed so many times before."""
-    return run_prompt(model, OraclePlan(()), prompt)
-
-
-def prefill(model: PreTrainedModel, plan: OraclePlan, prompt: list[int]) -> tuple[Row, Tensor]:
-    """A row after its prompt, and the logits `[V]` of the last prompt token."""
-    if plan.kv_scales is not None:
-        return run_prompt(model, plan, prompt)
-    kept, logits = run_prompt_once(model, sum(one._version for one in model.parameters()), tuple(prompt))
+def copy_of(kept: Row, plan: OraclePlan) -> Row:
     row = copy.copy(kept)
     row.plan, row.h, row.y, row.x = plan, {**kept.h}, {**kept.y}, {**kept.x}
     row.slots = [[*slots] for slots in kept.slots]
-    return row, logits
+    return row
+
+
+@functools.lru_cache(maxsize=32)
+def run_once(model: PreTrainedModel, changes: int, *parts: tuple[int, ...]) -> tuple[Row, Tensor]:
+    """What is dropped plays no part in full steps; the weights changed so many times before."""
+    nothing, before = OraclePlan(()), parts[:-1]
+    row = copy_of(run_once(model, changes, *before)[0], nothing) if before else Row(model, nothing)
+    return run_in_full(row, parts[-1])
+
+
+def prefill(model: PreTrainedModel, plan: OraclePlan, *parts: list[int]) -> tuple[Row, Tensor]:
+    """A row after its prompt, and the logits `[V]` of the last prompt token. Each of the prompt's parts is kept."""
+    if plan.kv_scales is not None:
+        return run_in_full(Row(model, plan), [token for part in parts for token in part])
+    kept, logits = run_once(model, sum(one._version for one in model.parameters()), *map(tuple, parts))
+    return copy_of(kept, plan), logits
+
+
+def decode_backfilled(
+    model: PreTrainedModel, plan: OraclePlan, prompt: list[int], forced: list[int], k: int
+) -> list[Tensor]:
+    """`decode_row` under policy `backfill`: a refresh leaves what a prompt of all tokens so far leaves."""
+    all_logits, parts = [], [prompt]
+    for begin in range(0, len(forced) + 1, k + 1):
+        row, logits = prefill(model, plan, *parts)
+        parts.append(forced[begin : begin + k + 1])
+        with row.installed():
+            all_logits += [logits, *(row.step(token, full=False) for token in parts[-1][:k])]
+    return all_logits
 
 
 def decode_row(
@@ -282,6 +300,8 @@ def decode_row(
 
     Decode step j = 1, 2, … consumes forced[j - 1]; it is a refresh iff j mod (k + 1) == 0.
     """
+    if policy == "backfill" and plan.kv_scales is None:
+        return decode_backfilled(model, plan, prompt, forced, k)
     row, logits = prefill(model, plan, prompt)
     all_logits = [logits]
     with row.installed():

@@ -222,6 +222,19 @@ def test_surrogates_and_injections_differ():
             assert (last[i] - last[j]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_backfill_forgets_what_lora_steps_wrote(surrogate):
+    """`decode_row` goes on from a prompt of all tokens so far; a row takes the last of them again."""
+    model, plan, k = family("llama"), random_plan(DROPPED, surrogate), 2
+    prompt, forced = random_tokens(4, 1), random_tokens(7, 2)
+    row, logits = oracle.prefill(model, plan, prompt)
+    expected = [logits]
+    for j, token in enumerate(forced, start=1):
+        expected.append(row.backfill(token) if oracle.is_refresh(j, k) else row.step(token, full=False))
+    found = oracle.decode_row(model, plan, prompt, forced, k, "backfill")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_slots_per_layer():
     """docs/algorithm.md, KV cache: T + m entries in a kept layer, T + floor(m / (k + 1)) in a dropped one."""
     row, _ = oracle.prefill(family("llama"), OraclePlan(oracle.sites_of(DROPPED)), random_tokens(5, 1))
