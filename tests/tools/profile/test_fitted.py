@@ -59,7 +59,7 @@ def command(*arguments: object) -> int:
 @pytest.mark.usefixtures("no_figures")
 def test_neighbours_that_were_fitted_as_one(llama_dir: Path, text: Path, tmp_path: Path, capsys) -> None:
     """Their adapters are refused; layers that are apart are not, nor those fitted so."""
-    fitted = ["--text", str(text), "--steps", "0", "--window", "24", "--closed-form-tokens", "192", "--rank", "4"]
+    fitted = ["--text", str(text), "--steps", "0", "--window", "16", "--closed-form-tokens", "64", "--rank", "4"]
     for name, layers, more, code in (
         ("one", "3,4,6", [], 2),
         ("apart", "3,4,6", ["--apart"], 0),
