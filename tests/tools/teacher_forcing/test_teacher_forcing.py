@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -83,8 +84,15 @@ HALVES = {
 PLANS = covering_array({"surrogate": FORMS, "halves": HALVES, "policy": POLICY_NAMES}, seed=0)
 
 
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *((name, "fill") for name in FAMILIES),  # the keys and values of what is dropped are a family's own
+        *zip(FAMILIES, itertools.cycle(("skip", "backfill")), strict=False),
+        ("gemma2", "skip"),
+        ("gemma2", "backfill"),
+    ],
+)
 def test_family(name: str, policy: str) -> None:
     windowed = (0, 2, 4, 6) if name == "gemma2" else ()
     sites = ("3", "4.mlp", "5.attn") if policy == "skip" else ("3", "4", "5.attn", "6.mlp")
