@@ -41,7 +41,6 @@ def by_oracle(bundle: Bundle, prompt: int, steps: int, k: int, adapters: Path | 
         ({"k": 3}, 8),
         ({"k": 3, "policy": "backfill", "surrogate": "recurrent", "rank": 4}, 8),
         ({"k": 3, "policy": "lossless"}, 8),
-        ({"k": 1, "drop_ratio": 0.25}, 4),
         ({"k": 40, "drop_ratio": 0.25}, 16),
         ({"k": 1, "drop_layers": ("6.attn",)}, 4),  # the one that is not warned of
     ],
