@@ -155,9 +155,8 @@ def put_back(work: Path, before: dict[str, Any]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def end_of(work: Path, name: str, line: list[str]) -> int | None:
+def end_of(work: Path, before: dict[str, Any], name: str, line: list[str]) -> int | None:
     """A command's exit code, None where its work would have begun; fails where it ends in another way."""
-    before = snapshot(work)
     printed, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO("t1 t2"))
@@ -167,6 +166,7 @@ def end_of(work: Path, name: str, line: list[str]) -> int | None:
             code = COMMANDS[name][0](line if name == "export" else [name, *line])
         except Passed:
             put_back(work, before)
+            before.update(snapshot(work))  # directories and files that it has touched
             return None
         except SystemExit as ended:  # --help and --version
             code = int(ended.code or 0)
@@ -177,7 +177,7 @@ def end_of(work: Path, name: str, line: list[str]) -> int | None:
 
 
 def test_any_command_line(work: Path) -> None:
-    ends: Counter[str] = Counter()
+    ends, before = Counter[str](), snapshot(work)
 
     @settings(max_examples=CASES, derandomize=True, deadline=None, database=None, suppress_health_check=HEALTH)
     @given(command_lines())
@@ -192,7 +192,7 @@ def test_any_command_line(work: Path) -> None:
     @example(("eval", [*NEEDED["eval"], "--out", "results", "--text", "list.json"]))
     @example(("fit", [*NEEDED["fit"], "--device", "meta"]))
     def run(case: tuple[str, list[str]]) -> None:
-        ends[f"{case[0]} {end_of(work, *case)}"] += 1
+        ends[f"{case[0]} {end_of(work, before, *case)}"] += 1
 
     run()
     assert ends.total() >= 500
