@@ -240,17 +240,6 @@ def asked_twice(address: str) -> list[int]:
     return [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in answers]
 
 
-def test_another_host_without_a_key_is_warned_of(bundle: Bundle) -> None:
-    """And prefixes are kept, where nothing else is said."""
-    with started(bundle, "--host", "0.0.0.0") as (process, address):
-        assert asked_twice(on_this_host(address)) == [0, 38]
-        process.send_signal(signal.SIGINT)
-        code, errors = end_of(process)
-    assert code == 0
-    assert "there is no --api-key" in errors
-    assert "Traceback" not in errors
-
-
 def test_ipv6(bundle: Bundle) -> None:
     """And no prefixes are kept, where it is said."""
     arguments = ("--no-prefixes", "--slots", "1", "--max-waiting", "0", "--grace", "0")
@@ -305,11 +294,18 @@ def answers(http: httpx.Client) -> bool:
 
 
 def test_a_bundle_that_disappears_is_served_on(bundle: Bundle, tmp_path: Path) -> None:
-    """With another one in its place, whose tokenizer nobody can read."""
+    """With another one in its place, whose tokenizer nobody can read.
+
+    On any host without a key, which is warned of; and prefixes are kept, where nothing else is said.
+    """
     root = tmp_path / "b"
     shutil.copytree(bundle.root, root)
     schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
-    with started(Bundle.open(root)) as (process, address), httpx.Client(base_url=address, timeout=None) as http:
+    with (
+        started(Bundle.open(root), "--host", "0.0.0.0") as (process, address),
+        httpx.Client(base_url=on_this_host(address), timeout=None) as http,
+    ):
+        assert asked_twice(on_this_host(address)) == [0, 38]
         body = {"prompt": "t1 t2", "max_tokens": 40, "temperature": 0}
         before = http.post("/v1/completions", json=body).json()["choices"]
         shutil.rmtree(root)
@@ -322,9 +318,10 @@ def test_a_bundle_that_disappears_is_served_on(bundle: Bundle, tmp_path: Path) -
         assert "no end token" in refused.json()["error"]["message"]  # of the one that is served
         for path in ("/health", "/ready", "/metrics", "/v1/models", "/"):
             assert http.get(path).status_code == 200
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         code, errors = end_of(process)
     assert code == 0
+    assert "there is no --api-key" in errors
     assert "Traceback" not in errors
 
 

@@ -324,13 +324,14 @@ def test_the_place_of_what_is_wrong_in_a_schema_is_a_path_in_the_body(served: Se
         assert place in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("body", "param"), WRONG, ids=[f"{i}-{case[1]}" for i, case in enumerate(WRONG)])
-def test_a_wrong_one_is_named(served: Served, body: dict[str, Any], param: str) -> None:
-    for streams in (False, True):
-        content = json.dumps({"messages": HI, "max_tokens": 4, "stream": streams, **body}).encode()
-        answer = served.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
-        error = check_error(answer, 400, param)
-        assert len(error["message"]) < 1500
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[f"{i}-{case[1]}" for i, case in enumerate(WRONG)])
+def test_a_wrong_one_is_named(served: Served, number: int) -> None:
+    """Every other one where a stream is asked for: none has begun."""
+    body, param = WRONG[number]
+    content = json.dumps({"messages": HI, "max_tokens": 4, "stream": number % 2 == 1, **body}).encode()
+    answer = served.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
+    error = check_error(answer, 400, param)
+    assert len(error["message"]) < 1500
     served.await_rows(0)
 
 
