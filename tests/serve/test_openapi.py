@@ -43,8 +43,8 @@ def test_it_describes_all_routes(described: Any) -> None:
 
 
 # What hypothesis makes depends on which modules are loaded
-EXAMPLES = {("positive", "POST"): 60, ("negative", "POST"): 40}
-NAMED, PLAIN = 30, 10  # of a path with a name in it, and of those that take nothing
+EXAMPLES = {("positive", "POST"): 45, ("negative", "POST"): 30}
+NAMED, PLAIN = 20, 10  # of a path with a name in it, and of those that take nothing
 
 
 @pytest.mark.parametrize(
