@@ -29,7 +29,7 @@ from tests.refusals.conftest import PARTS, snapshot
 from tests.support.bundles import save_adapters
 from tests.support.models import SIZES
 
-CASES = 500
+CASES = 350
 HEALTH = list(HealthCheck)  # nothing is drawn slowly here, whatever the machine
 
 
@@ -185,6 +185,7 @@ def test_any_command_line(work: Path) -> None:
     @example(("export", [*NEEDED["export"], "--out", "a" * 300]))
     @example(("export", [*NEEDED["export"], "--drop-list", "model\n"]))
     @example(("export", ["--model=--", "--out", "out"]))
+    @example(("inspect", ["a" * 300]))
     @example(("export", ["--out", "bundle", "--add-target", "tensorrt-rtx"]))
     @example(("generate", ["bundle", "--prompt", "\udcff"]))
     @example(("bench", [*NEEDED["bench"], "--model", "model"]))
@@ -195,7 +196,7 @@ def test_any_command_line(work: Path) -> None:
         ends[f"{case[0]} {end_of(work, before, *case)}"] += 1
 
     run()
-    assert ends.total() >= 500
+    assert ends.total() >= CASES
     for name in COMMANDS:  # each was refused some of them, and passed with others
         assert ends[f"{name} 2"], ends
         assert ends[f"{name} None"] or name == "inspect", ends
