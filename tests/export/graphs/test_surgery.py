@@ -13,7 +13,7 @@ from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS,
 from lora_drop_runtime.plan.schedule import StepKind
 
 from tests.support import oracle
-from tests.support.bundles import PROMPTS, family, fitted_adapters, make_bundle, oracle_plan
+from tests.support.bundles import PROMPTS, family, first_layers, fitted_adapters, make_bundle, oracle_plan
 
 NEUTRAL = {"targets": ("none",)}
 
@@ -34,9 +34,8 @@ def test_nothing_of_a_dropped_layer_remains(surrogate, injection, rank, tmp_path
 
     A layer's halves are one surrogate where they start from their input; a Concat brings a change to it.
     """
-    bundle = make_bundle(
-        "llama_bias", tmp_path / "b", **NEUTRAL, surrogate=surrogate, injection=injection, rank=rank, k=1
-    )
+    options = {"surrogate": surrogate, "injection": injection, "rank": rank, "k": 1, "always_first": 1}
+    bundle = make_bundle(first_layers("llama_bias", 5), tmp_path / "b", **NEUTRAL, **options)
     plan = bundle.manifest.plan
     refresh, lora = load(bundle, "refresh"), load(bundle, "lora")
     dropped = len(plan.dropped_layers)
