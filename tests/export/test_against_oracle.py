@@ -34,7 +34,7 @@ from tests.support.models import FAMILIES
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
 WINDOWS = (0, 1, 2, 3, 5, 19)
 SURROGATES, INJECTIONS = ("residual", "recurrent", "anchor", "residual-delta"), ("block", "attn_mlp")
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RATIOS = (0.0, 0.5, 0.75, 1.0)  # of four layers: none, two apart, a pair beside one, all
 LAYERS = 5  # of a family, so that two are dropped, and all but the first and the last may be
 OPTIONS = {"always_first": 1}
 
@@ -42,11 +42,12 @@ OPTIONS = {"always_first": 1}
 def half_of_windows(name: str, policy: str) -> tuple[int, ...]:
     """Every second window; a family's other half is its other policy's, and its neighbour's of the same policy.
 
-    Gemma 2 has all of them: slots of its windowed layers are what a window's length could disturb.
+    Gemma 2 has all of them, and alone the longest: slots of its windowed layers are what a window's length could
+    disturb.
     """
     if name == "gemma2":
         return WINDOWS
-    return WINDOWS[([*FAMILIES].index(name) + (policy == "backfill")) % 2 :: 2]
+    return WINDOWS[([*FAMILIES].index(name) + (policy == "backfill")) % 2 : -1 : 2]
 
 
 def new_tokens(k: int) -> int:
@@ -110,16 +111,16 @@ def test_backfill(name, half_dropped):
         assert_same_run(session, first_layers(name, LAYERS).model, oracle_plan(bundle), PROMPTS[:1], 3)
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS[::-1] * 2, strict=True)))
 def test_backfill_plan(surrogate, injection, tmp_path):
-    """States are those of the refresh's last token."""
+    """States are those of the refresh's last token; adapters that are not loaded are zero."""
     options = OPTIONS | {"surrogate": surrogate, "injection": injection, "drop_ratio": 0.75, "rank": 4}
     source = first_layers("llama", LAYERS + 1)
     bundle = make_bundle(source, tmp_path / "b", **options, policy="backfill")
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint)
     with Session.open(bundle.root, threads=1) as session:
         assert session.policy == "backfill"  # the bundle's own
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
         session.load_adapters(adapters)
         for k in (1, 3):
             assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, k)
@@ -160,7 +161,7 @@ def test_caches_after_backfill_are_the_full_models(name, half_dropped):
                 assert np.abs(a - b).max() < TOLERANCE * max(1, np.abs(b).max()), cache
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_yarn", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama_yarn", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_fused_weights(name, tmp_path, monkeypatch):
     """Weights in the exporter's own order: q, k, v and gate, up are one product each, and attention rotates itself."""
     source = rewritten(first_layers(name, LAYERS))
@@ -174,9 +175,9 @@ def test_fused_weights(name, tmp_path, monkeypatch):
         assert_same_run(session, source.model, oracle_plan(bundle, adapters), PROMPTS, 1)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_nothing_dropped_is_generate(name, tmp_path):
-    """ρ = 0 gives exactly the tokens of transformers' own generate."""
+    """ρ = 0 gives exactly the tokens of transformers' own generate; so does the oracle, for all families."""
     source = first_layers(name, LAYERS)
     bundle, model = make_bundle(source, tmp_path / "b", drop_ratio=0.0, k=2), source.model
     with Session.open(bundle.root, threads=1) as session:
@@ -211,16 +212,11 @@ def test_plan(surrogate, drop_ratio, tmp_path):
         assert_same_run(session, source.model, plan, PROMPTS[2:], 3)
 
 
-@pytest.mark.parametrize("injection", INJECTIONS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("surrogate", "injection"), list(zip(SURROGATES, INJECTIONS * 2, strict=True)))
 def test_no_adapters(surrogate, injection, tmp_path):
-    """Rank 0 leaves only the base: skipping for residual, reuse for the others; zero adapters do the same.
-
-    Ranks take turns: a surrogate or an injection meets both.
-    """
-    rank = (0, 3)[(SURROGATES.index(surrogate) + INJECTIONS.index(injection)) % 2]
-    source = first_layers("qwen3", LAYERS + 1)
-    options = OPTIONS | {"surrogate": surrogate, "injection": injection, "rank": rank, "drop_ratio": 0.75}
+    """Rank 0 leaves only the base: skipping for residual, reuse for the others."""
+    source = first_layers("qwen3", LAYERS)
+    options = OPTIONS | {"surrogate": surrogate, "injection": injection, "rank": 0, "drop_ratio": 0.75}
     bundle = make_bundle(source, tmp_path / "b", **options)
     with Session.open(bundle.root, threads=1) as session:
         assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
@@ -281,6 +277,5 @@ def test_folded_attention(name, tmp_path, monkeypatch):
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint, rank=2)
     with Session.open(bundle.root, threads=1) as session:
         session.load_adapters(adapters)
-        for prompts in (PROMPTS[:1], PROMPTS):  # one row uses it, a batch does not
-            for k in (0, 1, 3):
-                assert_same_run(session, source.model, oracle_plan(bundle, adapters), prompts, k)
+        for prompts, k in ((PROMPTS[:1], 0), (PROMPTS[:1], 1), (PROMPTS[:1], 3), (PROMPTS, 1)):  # a batch does not
+            assert_same_run(session, source.model, oracle_plan(bundle, adapters), prompts, k)
