@@ -71,7 +71,6 @@ def test_a_plan_of_all_kinds_of_sites(surrogate, policy, tmp_path):
         ((1, 2, 4), 16, "skip", "openvino", ["1.lora_BA", "4.lora_A", "4.lora_B"]),
         ((1, 2), 16, "fill", "ort", ["1.lora_A", "1.lora_B", "2.lora_A", "2.lora_B"]),
         (MIXED, 8, "fill", "ort", ["1.attn.lora_A", "1.attn.lora_B", "2.mlp.lora_A", "2.mlp.lora_B"]),
-        (MIXED, 8, "fill", "openvino", ["1.attn.lora_A", "1.attn.lora_B", "2.mlp.lora_A", "2.mlp.lora_B"]),
     ],
 )
 def test_neighbours_share_a_surrogate(sites, rank, policy, target, weights, tmp_path):
