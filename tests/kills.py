@@ -99,7 +99,7 @@ def commands(scratch: Path, out: Path) -> list[Command]:
     new, alone = ("--model", model, "--max-seq-len", 64), ("--threads", 1)
     add = exported("--add-target", "ort", *alone)
     return [
-        Command("export", exported(*new, *alone, "--force"), exported(*new, *alone, "--drop-layers", "5")),
+        Command("export", exported(*new, *alone, "--force"), exported(*new, "--target", "none")),
         Command("add-target", add, exported(*new, "--target", "none"), fresh=False),
         Command(
             "fit",
