@@ -74,9 +74,9 @@ def sparse_checkpoint(directory: Path, layers: int = 32, **sizes: Any) -> int:
     return end
 
 
-def graphs_only(model: Path, out: Path) -> list[str]:
+def graphs_only(model: Path, out: Path, *more: str) -> list[str]:
     """Arguments of an export that links the weights and writes the neutral graphs."""
-    return ["--model", str(model), "--out", str(out), "--weights", "link", "--target", "none"]
+    return ["--model", str(model), "--out", str(out), "--weights", "link", "--target", "none", *more]
 
 
 def engines_without_weights(out: Path) -> list[str]:
