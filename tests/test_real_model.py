@@ -151,21 +151,22 @@ def test_chat_prompt_is_transformers(exported, theirs):
 
 
 def test_generate_command(exported, capsys, monkeypatch):
-    """Streams text; a stop string ends it; chat uses the template. The installed command is in test_runtime_alone."""
-    base = (str(exported), "--max-new-tokens", "6", "--k", "0")
+    """A stop string ends the text; chat uses the template. The installed command, without a stop, is in
+    test_runtime_alone.
+    """
+    base = (str(exported), "--max-new-tokens", "4", "--k", "0")
     prompt = ("--prompt", PROMPTS[0])
 
     def printed(command: str, *options: str) -> tuple[str, str]:
         assert main([command, *base, *options]) == 0
         return capsys.readouterr()
 
-    plain, counted = printed("generate", *prompt)
-    assert plain.startswith(" Rome")
+    stopped, counted = printed("generate", *prompt, "--stop", "ome")
+    assert stopped == " R\n"
     assert "tokens/s" in counted
-    assert printed("generate", *prompt, "--stop", "ome")[0] == " R\n"
     chat, _ = printed("generate", *prompt, "--chat")
     assert chat.strip()
-    assert chat != plain
+    assert not chat.startswith(" R")
     monkeypatch.setattr("sys.stdin", io.StringIO("Say hello.\nThanks.\n"))
     assert len(printed("chat")[0].splitlines()) >= 2
 
@@ -175,8 +176,8 @@ def test_rows_of_a_batch_are_independent(exported):
     codec = TextCodec.open(exported / "tokenizer")
     rows = [codec.encode(prompt) for prompt in PROMPTS]
     with Session.open(exported) as session:
-        together = session.generate(rows, 8, stop_token_ids=[30])
-        alone = [session.generate([row], 8, stop_token_ids=[30])[0] for row in rows]
+        together = session.generate(rows, 6, stop_token_ids=[30])
+        alone = [session.generate([row], 6, stop_token_ids=[30])[0] for row in rows]
         assert len(together[2]) < len(together[0])
         assert [r.tolist() for r in together] == [r.tolist() for r in alone]
         options = SamplingOptions(temperature=0.8, top_k=40, seed=3)
