@@ -51,7 +51,7 @@ def cases(number: int) -> Callable[[Any], Any]:
 def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of few layers with a chat template, to be damaged file by file and mended again."""
     root = tmp_path_factory.mktemp("fuzz") / "bundle"
-    make_bundle(heads_of(32, 2), root, rank=4, drop_layers=(1,), always_first=1, **LIMITS)
+    make_bundle(heads_of(16, 2), root, rank=4, drop_layers=(1,), always_first=1, **LIMITS)
     shutil.copytree(place / "bundle" / "tokenizer", root / "tokenizer", dirs_exist_ok=True)
     (root / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     record_again(root)
