@@ -13,12 +13,18 @@ from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_export.console import Console
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.options import BuilderOptions
+from tests.support.bundles import Family, first_layers
 
 RTX = "tensorrt-rtx"
 QUANTIZED = Path(__file__).parents[1] / "export" / "checkpoint" / "quantized"
 ADA = BuilderOptions(compute_capabilities=("8.9",))
-LAYERS = 4  # the first ones of a family: the builds of its engines take most of the time
+LAYERS = 3  # the first ones of a family, of which one is dropped: builds of engines take most of the time
 MATRICES = 7 * LAYERS + 2  # of llama: those of its layers, the embedding and the head
+
+
+def of_family(name: str, dtype: str = "float32") -> Family:
+    """Its first layers; one more of Gemma, so that layers with and without a window are kept."""
+    return first_layers(name, 4 if name == "gemma2" else LAYERS, dtype)
 
 
 def quantized_constants(bundle: Bundle, kind: StepKind) -> list[tuple[str, str]]:

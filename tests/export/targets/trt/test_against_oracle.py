@@ -17,9 +17,9 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from lora_drop_export.targets.trt.build import EngineBuilder
 from tests.export.test_against_oracle import assert_same_run
-from tests.support.bundles import PROMPTS, family, first_layers, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import PROMPTS, family, make_bundle, oracle_plan, save_adapters
 from tests.support.models import FAMILIES
-from tests.support.trt_graphs import ADA, LAYERS
+from tests.support.trt_graphs import ADA, of_family
 
 OPTIONS: dict[str, Any] = {
     "targets": ("tensorrt-rtx",),
@@ -52,14 +52,14 @@ def operators(bundle: Bundle) -> dict[str, list[str]]:
 def of_llama(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineBuilder, "build", parse_alone)
-        source = first_layers("llama", LAYERS)
-        return operators(make_bundle(source, tmp_path_factory.mktemp("llama") / "b", always_first=1, **OPTIONS))
+        root = tmp_path_factory.mktemp("llama") / "b"
+        return operators(make_bundle(of_family("llama"), root, always_first=1, **OPTIONS))
 
 
 # Whose graphs have the same operators as a Llama's, and other numbers
 AS_LLAMA = ("llama3_rope", "llama_linear_rope", "mistral")
-# One factor more, one weight less
-NEARLY_AS_LLAMA = ("llama_yarn", "llama_tied")
+# One factor more, one weight less, some of llama_bias's biases
+NEARLY_AS_LLAMA = ("llama_yarn", "llama_tied", "qwen2")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -74,7 +74,7 @@ def test_graphs_of_tensorrt(name, of_llama, tmp_path, monkeypatch):
         monkeypatch.setattr(EngineBuilder, "build", parse_alone)
     elif name in NEARLY_AS_LLAMA:
         monkeypatch.setattr(EngineBuilder, "build", parse_refresh_alone)
-    source = first_layers(name, LAYERS)
+    source = of_family(name)
     bundle = make_bundle(source, tmp_path / "b", always_first=1, **OPTIONS, builder=ADA)
     if name in AS_LLAMA:
         assert operators(bundle) == of_llama

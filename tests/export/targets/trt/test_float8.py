@@ -28,9 +28,18 @@ from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.options import BuilderOptions
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import PROMPTS, family, first_layers, make_bundle
+from tests.support.bundles import PROMPTS, family, make_bundle
 from tests.support.fake_gpu import BINDINGS, FakeGpu
-from tests.support.trt_graphs import ADA, LAYERS, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
+from tests.support.trt_graphs import (
+    ADA,
+    LAYERS,
+    MATRICES,
+    QUANTIZED,
+    RTX,
+    dequantization,
+    of_family,
+    quantized_constants,
+)
 
 FP8 = "float8_e4m3fn"
 
@@ -38,7 +47,7 @@ FP8 = "float8_e4m3fn"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
     """What `--target tensorrt-rtx --dtype fp8` makes of a bfloat16 checkpoint."""
-    source, root = first_layers("llama", LAYERS, "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
+    source, root = of_family("llama", "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
     return make_bundle(source, root, targets=(RTX,), dtype=FP8, builder=ADA, max_prompt_len=40, always_first=1)
 
 

@@ -22,14 +22,23 @@ from lora_drop_export.compiler.options import ExportOptions
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.quantized import sign_weights
-from tests.support.bundles import first_layers, make_bundle
-from tests.support.trt_graphs import ADA, LAYERS, MATRICES, QUANTIZED, RTX, dequantization, quantized_constants
+from tests.support.bundles import make_bundle
+from tests.support.trt_graphs import (
+    ADA,
+    LAYERS,
+    MATRICES,
+    QUANTIZED,
+    RTX,
+    dequantization,
+    of_family,
+    quantized_constants,
+)
 
 
 @pytest.fixture(scope="module")
 def with_zero_points(tmp_path_factory) -> Bundle:
     """As an AWQ checkpoint has them; activations are float32."""
-    source, root = first_layers("llama", LAYERS), tmp_path_factory.mktemp("trt") / "b"
+    source, root = of_family("llama"), tmp_path_factory.mktemp("trt") / "b"
     made = make_bundle(source, root, targets=("none",), dtype="int4", always_first=1)
     assert not made.manifest.quantization["symmetric"]
     return add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA))
@@ -38,7 +47,7 @@ def with_zero_points(tmp_path_factory) -> Bundle:
 @pytest.fixture(scope="module")
 def symmetric(tmp_path_factory) -> Bundle:
     """What `--target tensorrt-rtx --dtype int4` makes of a bfloat16 checkpoint."""
-    source, root = first_layers("llama", LAYERS, "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
+    source, root = of_family("llama", "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
     return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40, always_first=1)
 
 

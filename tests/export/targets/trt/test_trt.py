@@ -43,10 +43,10 @@ from lora_drop_export.targets.trt.profiles import lora_profiles, refresh_profile
 from lora_drop_export.targets.trt.target import _report_engine, static_slots
 from lora_drop_export.targets.trt.weight_inputs import check_one_copy
 from tests.export.targets.trt.test_against_oracle import parse_refresh_alone
-from tests.support.bundles import family, family_trace, first_layers, make_bundle, rewritten, traced_family
+from tests.support.bundles import family, family_trace, make_bundle, rewritten, traced_family
 from tests.support.fake_cuda import FakeCuda, cudaError_t
 from tests.support.models import gemma3
-from tests.support.trt_graphs import ADA, LAYERS, RTX
+from tests.support.trt_graphs import ADA, LAYERS, RTX, of_family
 
 PLAN = {"surrogate": "recurrent", "rank": 4, "always_first": 1}
 PROFILES = lora_profiles(8)
@@ -69,7 +69,7 @@ def snapshot(root):
 def bundle(tmp_path_factory) -> Bundle:
     """Both kinds of target in one bundle, with state and adapters."""
     root = tmp_path_factory.mktemp("trt") / "b"
-    return make_bundle(first_layers("llama", LAYERS), root, targets=("ort", RTX), max_prompt_len=40, **PLAN)
+    return make_bundle(of_family("llama"), root, targets=("ort", RTX), max_prompt_len=40, **PLAN)
 
 
 @pytest.mark.parametrize("kind", StepKind)
@@ -146,7 +146,7 @@ def holds(engine: bytes, values: np.ndarray) -> bool:
 def constants(tmp_path_factory) -> Bundle:
     """The weights inside of the engines."""
     root = tmp_path_factory.mktemp("constants") / "b"
-    return make_bundle(first_layers("llama", LAYERS), root, targets=(RTX,), weight_sharing="constants", **PLAN)
+    return make_bundle(of_family("llama"), root, targets=(RTX,), weight_sharing="constants", **PLAN)
 
 
 def test_inputs_leave_no_weight_in_the_engines(bundle, constants):
@@ -304,7 +304,7 @@ def test_half_precision_engines(name, dtype, tmp_path, monkeypatch):
     """
     if name == "gemma2":
         monkeypatch.setattr(EngineBuilder, "build", parse_refresh_alone)
-    source, options = first_layers(name, LAYERS, dtype), PLAN | {"surrogate": "anchor", "max_seq_len": 64}
+    source, options = of_family(name, dtype), PLAN | {"surrogate": "anchor", "max_seq_len": 64}
     made = make_bundle(source, tmp_path / "b", targets=(RTX,), builder=ADA, **options)
     assert set(made.target(RTX)[1].engine_bytes) == {"refresh", "lora"}
     for form in ("native", "plugin"):
@@ -410,7 +410,7 @@ def test_static_slots_are_what_the_largest_request_needs(bundle):
 def test_the_smallest_capacities(tmp_path):
     """A window that is longer than the caches: the decode profile ends with them."""
     sizes = {"max_seq_len": 3, "max_prompt_len": 1, "max_batch": 1}
-    source = first_layers("llama", LAYERS)
+    source = of_family("llama")
     made = make_bundle(source, tmp_path / "b", targets=(RTX,), **sizes, k=5, builder=ADA, always_first=1)
     entry = made.target(RTX)[1]
     assert entry.slots == {"kept": 2 + STANDING_SLOTS, "dropped": 1 + STANDING_SLOTS}
@@ -437,7 +437,7 @@ def test_one_copy_is_asserted(bundle):
 
 def test_add_target(tmp_path, monkeypatch):
     """The same engines' graphs as an export makes; the rest of the bundle stays as it was."""
-    source = first_layers("llama", LAYERS)
+    source = of_family("llama")
     made = make_bundle(source, tmp_path / "b", always_first=1)
     before = snapshot(made.root)
     added = add_target(made.root, [RTX], ExportOptions(targets=(RTX,), builder=ADA, verify=False))
@@ -454,7 +454,7 @@ def test_add_target(tmp_path, monkeypatch):
 
 
 def test_add_target_verifies_what_can_run_here(tmp_path, capsys):
-    made = make_bundle(first_layers("llama", LAYERS), tmp_path / "b", targets=("none",), always_first=1)
+    made = make_bundle(of_family("llama"), tmp_path / "b", targets=("none",), always_first=1)
     added = add_target(made.root, ["ort", RTX], ExportOptions(targets=("ort", RTX), builder=ADA))
     assert added.manifest.verification["ort"]["status"] == "passed"
     result = added.manifest.verification[RTX]
