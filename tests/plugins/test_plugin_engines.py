@@ -19,7 +19,6 @@ import numpy as np
 import onnx
 import onnx.utils
 import pytest
-import torch
 from lora_drop_runtime import Session, StepKind
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import TrtEntry
@@ -28,7 +27,6 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_tools.inspect import describe
 from lora_drop_tools.shared import costs
 from onnx.reference import ReferenceEvaluator
-from transformers import LlamaForCausalLM
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -41,11 +39,11 @@ from lora_drop_export.targets.trt.build import EngineBuilder as RealBuilder
 from lora_drop_export.targets.trt.options import BuilderOptions
 from plugins.kernels.binding import load_library
 from tests.support import fake_library
-from tests.support.bundles import Family, make_bundle, traced_family
+from tests.support.bundles import Family, first_layers, make_bundle, traced_once, with_weights_of
 from tests.support.fake_gpu import BINDINGS, FakeGpu
 from tests.support.fake_trt import PLUGIN_LIBRARY
 from tests.support.kernel_build import host_kernels
-from tests.support.models import llama
+from tests.support.models import llama, quartered
 from tests.support.torch_trt import TorchTrt
 
 TARGET = "tensorrt"
@@ -74,12 +72,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchTrt]:
 @functools.cache
 def source(dtype: str) -> Family:
     """A Llama whose weights are a quarter of the other tests': theirs are chaotic in half precision."""
-    model = llama(num_hidden_layers=LAYERS)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(0.25)
-    return traced_family("llama.2_heads_of_16", model, dtype)
+    return with_weights_of(first_layers("llama", LAYERS, dtype), quartered(llama(num_hidden_layers=LAYERS)))
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +163,7 @@ def test_steps_are_those_of_pytorch(case: str, made: Callable[..., Bundle]) -> N
 def test_quantized_checkpoints(name: str, zero_points: bool, library: TorchTrt, tmp_path: Path) -> None:
     """Their integers, and their zero points, are inputs as they lie in the bundle; the rest is in half precision."""
     checkpoint = open_checkpoint(str(QUANTIZED / name), tmp_path / "scratch", log=lambda _: None)
-    traced = traced_family("packed.half", LlamaForCausalLM(checkpoint.config), "float16").traced
+    traced = traced_once("packed", checkpoint, "float16")
     fake_library.engines_of(tmp_path / "b")
     options = {"targets": (TARGET,), "drop_layers": (1,), "always_first": 0, "always_last": 0, "max_seq_len": 48}
     bundle = make_bundle(Family(None, QUANTIZED / name, checkpoint, traced, "float16"), tmp_path / "b", **options)

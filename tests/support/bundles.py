@@ -100,6 +100,12 @@ def first_layers(name: str, count: int, dtype: str = "float32") -> Family:
     return Family(model, directory, checkpoint, cut, dtype)
 
 
+def with_weights_of(source: Family, model: PreTrainedModel) -> Family:
+    """Another model of a family's sizes, whose trace it takes: that knows no weights."""
+    model, directory, checkpoint = _saved(model)
+    return dataclasses.replace(source, model=model, directory=directory, checkpoint=checkpoint)
+
+
 def traced_model(model: PreTrainedModel) -> Family:
     """Save and trace any model."""
     model, directory, checkpoint = _saved(model)
@@ -116,17 +122,30 @@ def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
 
 def traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
-    file = Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
+    file = _trace_file(name, dtype)
     with open(f"{file}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the one that comes second waits for the first one's
         if file.exists():
             traced = pickle.loads(file.read_bytes())
             return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))
         traced = trace(checkpoint, dtype)
-        part = Path(f"{file}.part")
-        part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
-        part.rename(file)
+        _keep(traced, file)
     return traced
+
+
+def keep_trace(source: Family, name: str) -> None:
+    """Let `traced_once` find a family's trace by this name, too."""
+    _keep(source.traced, _trace_file(name, source.dtype))
+
+
+def _trace_file(name: str, dtype: str) -> Path:
+    return Path(os.environ["LORA_DROP_TEST_TRACES"]) / f"{name}.{dtype}"  # tests/conftest.py
+
+
+def _keep(traced: TracedModel, file: Path) -> None:
+    part = Path(f"{file}.part")
+    part.write_bytes(pickle.dumps(dataclasses.replace(traced, graph=ir.serde.serialize_model(traced.graph))))
+    part.rename(file)
 
 
 def make_bundle(made_from: str | Family, root: Path, **options: Any) -> Bundle:

@@ -24,6 +24,7 @@ from gpu_check.job import Failed, Job, Skip, Stage, runtime_path
 
 from lora_drop_export.compiler import export as exporter
 from lora_drop_export.targets.trt.options import BuilderOptions, compute_capability
+from tests.support.bundles import first_layers, keep_trace
 from tests.support.fake_gpu import FakeGpu
 from tests.support.large import sparse_checkpoint
 from tests.support.torch_trt import TorchTrt
@@ -66,7 +67,11 @@ def passed_over_stand_ins(entry: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def stages_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """All of them, which share a build, a checkpoint and its traces; with a sanitizer that runs what it is given."""
+    """All of them, which share a build, a checkpoint and its traces; with a sanitizer that runs what it is given.
+
+    The trace in float32 is that of other tests, the one in bfloat16 their own.
+    """
+    keep_trace(first_layers("llama", 3), "gpu_check.small")
     folder = tmp_path_factory.mktemp("gpu_check")
     sanitizer = folder / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\n[ $2 = memcheck ] || exit 86\nshift 4\n"$@"\n')
