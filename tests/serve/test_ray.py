@@ -251,6 +251,37 @@ def test_where_no_head_of_a_cluster_listens_is_refused(
         other.stop(None).wait()
 
 
+def test_a_cluster_that_wants_a_token_is_refused_without_one(bundle: Bundle, tmp_path: Path) -> None:
+    """By Ray, in a process of its own: it reads its variables once."""
+    import grpc
+
+    class Head(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, _: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(
+                lambda _, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            )
+
+    (tmp_path / "text").write_text(words([7 * n % 131 for n in range(400)]))
+    head = grpc.server(ThreadPoolExecutor(1), handlers=[Head()])
+    address = f"127.0.0.1:{head.add_insecure_port('127.0.0.1:0')}"
+    head.start()
+    command = [sys.executable, "-m", "lora_drop_tools", "eval", str(bundle.root), "--text", str(tmp_path / "text")]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "nowhere")}
+    try:
+        done = subprocess.run(
+            [*command, "--window", "32", "--prompt", "8", "--ray", address],
+            env={**os.environ, **ENVIRONMENT, **token},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        head.stop(None).wait()
+    assert done.returncode == 2
+    assert "error: The Ray cluster cannot be reached.\n" in done.stderr
+    assert "RAY_AUTH_TOKEN_PATH is set but file cannot be opened" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ── with two nodes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -86,12 +86,12 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         _check_head(address)
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
             "The Ray cluster cannot be reached.",
             note=f"--ray is {address}: {first_line(error):.200}",
             hint="Give HOST:PORT of its head, as `ray start --head` prints it, or auto on one of its nodes; "
-            "RAY_AUTH_MODE has to be the same here and there.",
+            "RAY_AUTH_MODE and its token have to be the same here and there.",
         ) from None
     try:
         yield
