@@ -16,11 +16,18 @@ def usable_key(given: str | None, name: str) -> str | None:
         InputError: it is empty, a secret that was not loaded, or nobody could send it.
     """
     key = os.environ.get(KEY_VARIABLE) if given is None else given
-    if key is not None and (not key or key != key.strip()):
-        raise InputError(
-            "The API key cannot be used.",
-            note=f"{KEY_VARIABLE if given is None else name} "
-            f"{'begins or ends with white space' if key.strip() else 'is empty'}.",
-            hint="Give a key, or none at all to let everybody in.",
-        )
-    return key
+    if key is None:
+        return None
+    if not key.strip():
+        said = "is empty"
+    elif key != key.strip():
+        said = "begins or ends with white space"
+    elif "\n" in key or "\r" in key:
+        said = "has a line break"
+    else:
+        return key
+    raise InputError(
+        "The API key cannot be used.",
+        note=f"{KEY_VARIABLE if given is None else name} {said}.",
+        hint="Give a key, or none at all to let everybody in.",
+    )

@@ -221,7 +221,10 @@ def test_a_second_signal_ends_the_delay(bundle: Bundle) -> None:
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("key", "said"), [("", "is empty"), ("sesame ", "begins or ends with white space")])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("", "is empty"), ("sesame ", "begins or ends with white space"), ("open\nsesame", "has a line break")],
+)
 def test_a_key_that_nobody_can_send_is_refused(key: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty variable is a secret that was not loaded, not a wish to let everybody in."""
     with pytest.raises(InputError, match=rf"--api-key {said}"):
