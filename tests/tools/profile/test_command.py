@@ -57,7 +57,7 @@ def test_rankings_and_lists(made: tuple[Profile, Path]) -> None:
         errors = {
             base: {int(site): figures[site].base_errors[base] for site in one.sites} for base in ("recurrent", "anchor")
         }
-        assert read_drop_list(out / one.file) == DropList(one.sites, result.fingerprint, errors, 3, 1)
+        assert read_drop_list(out / one.file) == DropList(one.sites, result.fingerprint, errors, 3, 1, "skip")
     for rho in (0.25, 0.5, 0.75):
         assert result.best(rho).kl == min(one.kl for one in result.drop_lists if one.rho == rho)
 
