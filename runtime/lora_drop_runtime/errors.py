@@ -14,6 +14,7 @@ Commands print the message without a traceback and exit with 2 (VerificationErro
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -43,6 +44,10 @@ class LoraDropError(Exception):
         if hint:
             lines.append(f"Hint: {hint}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From another process it comes as it is: by default its lines would be the fact, on one line."""
+        return functools.partial(type(self), note=self.note, hint=self.hint), (self.fact,), self.__dict__
 
 
 class InputError(LoraDropError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
-from lora_drop_runtime.errors import first_line
+from lora_drop_runtime.errors import InputError, NoDeviceError, first_line
 
 
 @pytest.mark.parametrize(
@@ -18,3 +20,13 @@ from lora_drop_runtime.errors import first_line
 def test_first_line(error: Exception, said: str) -> None:
     """A message puts its own full stop behind it."""
     assert first_line(error) == said
+
+
+@pytest.mark.parametrize("kind", [InputError, NoDeviceError])
+def test_errors_cross_processes(kind: type[InputError] | type[NoDeviceError]) -> None:
+    """A pool of processes pickles what its workers raise: fact, note and hint stay lines of their own."""
+    error = kind("No room.", note="It has 1\n2.", hint="Make some.")
+    came = pickle.loads(pickle.dumps(error))
+    assert type(came) is kind
+    assert str(came) == str(error) == "No room.\nNote: It has 1\\n2.\nHint: Make some."
+    assert (came.fact, came.note, came.hint) == (error.fact, error.note, error.hint)
