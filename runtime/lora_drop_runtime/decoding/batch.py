@@ -28,7 +28,7 @@ from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind, periodic_like
 
 from . import checks
-from .constraint import Constraint
+from .constraint import Constraint, forked
 from .flight import FirstState, Flight, why_single_steps
 from .kept_prefixes import PagedPrefixes, common, prefixes_for
 from .opening import checked_policy, open_bundle
@@ -341,7 +341,7 @@ class Batch:
         (stream,) = np.random.SeedSequence(sampling.seed).spawn(1)
         number = self._added
         self._added += 1
-        own = None if constraint is None else constraint.fork()
+        own = forked(constraint)
         sampler = RowSampler(sampling, prompt, stream, number, own)
         limits_of_runs = self._chunk, self._engine.verified_tokens
         why = why_single_steps(self._engine, chosen, verifier, sampling, own, likeliest)

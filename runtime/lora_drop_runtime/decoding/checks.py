@@ -16,7 +16,7 @@ from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.errors import InputError, whole_number, wrong_type
 
-from .constraint import Constraint
+from .constraint import Constraint, check_parts
 from .prompts import token_mask
 from .sampling import Ids, SamplingOptions
 
@@ -53,12 +53,9 @@ def checked_sampling(sampling: SamplingOptions | None, vocab_size: int) -> Sampl
 
 
 def check_constraint(constraint: Constraint | None) -> None:
-    parts = ("is_over", "allowed", "accept", "fork")
     if constraint is None:
         return
-    if not all(hasattr(constraint, part) for part in parts):
-        hint = "Use for example Grammars.of(bundle).json_schema(schema), of lora_drop_runtime.grammars."
-        raise wrong_type("The constraint", constraint, f"an object with {', '.join(parts)}", hint)
+    check_parts("The constraint", constraint)
     if constraint.is_over:
         raise InputError(
             "The constraint allows no text.",

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lora_drop_runtime.errors import wrong_type
+
 
 class Constraint(Protocol):
     """Follows a row token by token. One's own may be any object with these four.
@@ -37,3 +39,21 @@ class Constraint(Protocol):
     def fork(self) -> Constraint:
         """Another one in the same state, which goes its own way."""
         ...
+
+
+def check_parts(what: str, constraint: object) -> None:
+    """Raises InputError: it is no constraint."""
+    parts = ("is_over", "allowed", "accept", "fork")
+    if not all(hasattr(constraint, part) for part in parts):
+        hint = "Use for example Grammars.of(bundle).json_schema(schema), of lora_drop_runtime.grammars."
+        raise wrong_type(what, constraint, f"an object with {', '.join(parts)}", hint)
+
+
+def forked(constraint: Constraint | None) -> Constraint | None:
+    """A fork of its own for a row or its drafts, where there is a constraint. Raises InputError: `fork` returns none,
+    under which any token would be allowed."""
+    if constraint is None:
+        return None
+    fork = constraint.fork()
+    check_parts("What a constraint's fork returns", fork)
+    return fork

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from lora_drop_runtime.plan.drafting import DraftSource
 
 from .acceptance import Draft, drafted, verified
+from .constraint import forked
 from .drafts import Text
 from .pace import RowOutcome
 from .sampling import RowSampler
@@ -78,7 +79,7 @@ class Drafter:
         """LoRA steps begin; `end_steps` ends them, also after an error: drafts are no part of the text yet."""
         constraint = self._sampler.constraint
         self._kept = self._sampler.seen, constraint
-        self._sampler.constraint = None if constraint is None else constraint.fork()
+        self._sampler.constraint = forked(constraint)
 
     def end_steps(self) -> None:
         self._sampler.seen, self._sampler.constraint = self._kept

@@ -30,7 +30,7 @@ from lora_drop_runtime.bounds import (
 )
 from lora_drop_runtime.errors import BundleError, InputError, wrong_type
 
-from .constraint import Constraint
+from .constraint import Constraint, forked
 
 Ids = NDArray[np.int64]
 
@@ -336,7 +336,7 @@ class Sampler:
     ) -> None:
         streams = np.random.SeedSequence(options.seed).spawn(len(prompts))
         self.rows = [
-            RowSampler(options, prompt, stream, row, None if constraint is None else constraint.fork())
+            RowSampler(options, prompt, stream, row, forked(constraint))
             for row, (prompt, stream) in enumerate(zip(prompts, streams, strict=True))
         ]
 

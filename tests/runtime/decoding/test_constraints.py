@@ -246,6 +246,9 @@ def test_constraints_that_cannot_be_used_are_refused(bundle: Bundle) -> None:
             assert_refused(lambda bad=bad: session.generate([[1]], 2, constraint=bad), fact)
             assert_refused(lambda bad=bad: next(session.stream([1], 2, constraint=bad)), fact)
             assert_refused(lambda bad=bad: batch.add([1], 2, constraint=bad), fact)
+        used.tokens, used.fork = (), lambda: None  # a forgotten return would leave the row free
+        assert_refused(lambda: session.generate([[1]], 2, constraint=used), "What a constraint's fork returns", "None")
+        assert_refused(lambda: batch.add([1], 2, constraint=used), "What a constraint's fork returns", "None")
         assert batch.rows == 0
 
 
