@@ -66,7 +66,7 @@ class Batch:
         kv_cache_bytes: int | None = None,
         keep_prefixes: bool = False,
     ) -> None:
-        self.bundle, self._engine = bundle, engine
+        self.bundle, self._engine, self._is_open = bundle, engine, True
         self._in_cycles = engine.runs_cycles  # asked in this thread, which may compile a kernel: `add` comes from any
         self._policy = checked_policy(bundle, policy)
         self._schedule = scheduled(schedule, self._policy)
@@ -98,7 +98,6 @@ class Batch:
         self._flight: Flight | None = None  # of all rows, which hold the slots until it is over
         self._added = 0
         self._usage = Usage("batch")
-        self._is_open = True
 
     @classmethod
     def open(
@@ -215,6 +214,7 @@ class Batch:
     @property
     def row_bytes(self) -> int:
         """The most bytes of K/V that a row can need where caches are paged, whatever its policy."""
+        self._check_open()
         # Which has no more entries in dropped layers than in kept ones
         return self._slots.bytes_of(dict.fromkeys(self._capacity, self._capacity["slots_kept"]))
 

@@ -607,7 +607,8 @@ def test_what_cannot_be_is_refused_and_leaves_the_batch_as_it_was() -> None:
     assert_refused(lambda: batch.add([1], 3, stop_token_ids=np.array(2)), "The list of stop tokens")
     batch.close()
     batch.close()
-    for call in (batch.tick, lambda: batch.add([1], 1), batch.kv_bytes, batch.describe, batch.__enter__):
+    sizes = batch.kv_bytes, batch.describe, lambda: batch.row_bytes
+    for call in (batch.tick, lambda: batch.add([1], 1), *sizes, batch.__enter__):
         assert_refused(call, "The batch is closed.")
 
 
