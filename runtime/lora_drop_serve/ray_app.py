@@ -31,7 +31,6 @@ from .driver import Driver
 from .key import usable_key
 from .names import usable_name
 
-SLOTS = 8
 HEALTH_SECONDS = 2.0  # between two checks of a replica; Ray replaces it after the third that fails
 _REPLICAS = Bounds(0, 10_000)
 _OF_OPENING = {"k", "schedule", "policy", "draft", "target", "provider", "threads"}  # a bundle
@@ -179,7 +178,7 @@ def _deployment(given: dict[str, Any]) -> serve.Application:
     limits = bundle.manifest.limits
     row_limits(arguments.max_seq_len, arguments.max_prompt_len, limits)
     checked_cache_bytes(arguments.kv_cache_bytes, target.is_paged)
-    slots = checked_slots(min(SLOTS, limits.max_batch) if arguments.slots is None else arguments.slots, limits)
+    slots = checked_slots(arguments.slots, limits)
     arguments = arguments.model_copy(update={"bundle": bundle.root})
     deployment = serve.deployment(
         name="LoraDrop",

@@ -16,6 +16,7 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import check_known, check_options, option, tell
 from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.checks import SLOTS
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import SCHEDULES
 from lora_drop_runtime.text import TextCodec
@@ -34,7 +35,6 @@ from lora_drop_tools.shared.options import (
 )
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`, by import name
-SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,6 @@ class ServeSettings:
         Raises:
             InputError, BundleError: what cannot be opened so.
         """
-        most = bundle.manifest.limits.max_batch
         target, entry = bundle.target(self.target)
         if self.kv_cache_bytes is not None and not entry.is_paged:
             raise InputError(
@@ -135,7 +134,7 @@ class ServeSettings:
             )
         batch = Batch.open(
             bundle.root,
-            slots=min(SLOTS, most) if self.slots is None else self.slots,
+            slots=self.slots,
             max_seq_len=self.max_seq_len,
             max_prompt_len=self.max_prompt_len,
             keep_prefixes=self.keep_prefixes,

@@ -59,7 +59,7 @@ class Batch:
         policy: str | None = None,
         draft: str | None = None,
         *,
-        slots: int = 8,
+        slots: int | None = None,
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
         join_early: bool = False,
@@ -104,7 +104,7 @@ class Batch:
         cls,
         path: str | Path,
         *,
-        slots: int = 8,
+        slots: int | None = None,
         max_seq_len: int | None = None,
         max_prompt_len: int | None = None,
         join_early: bool = False,
@@ -122,7 +122,7 @@ class Batch:
         """Open a bundle, allocate the slots, and say on standard error what they take.
 
         Args:
-            slots: rows that run at once; more wait for a free one.
+            slots: rows that run at once, more wait for a free one; 8 when None, or what the bundle allows.
             max_seq_len, max_prompt_len: tokens of a row (prompt and new), and of its prompt; the bundle's when None.
                 Where the policy leaves holes, dropped layers get room for `max_prompt_len` tokens and a refresh in
                 every k + 1 after them.

@@ -20,6 +20,8 @@ from .constraint import Constraint, check_parts
 from .prompts import token_mask
 from .sampling import Ids, SamplingOptions
 
+SLOTS = 8  # of a batch, where nothing is said
+
 
 def check_threads(threads: int | None) -> None:
     if threads is not None:
@@ -142,7 +144,10 @@ def one_prompt(rows: list[Ids]) -> Ids:
     return rows[0] if rows else np.zeros(0, np.int64)
 
 
-def checked_slots(slots: int, limits: Limits) -> int:
+def checked_slots(slots: int | None, limits: Limits) -> int:
+    """Rows of a batch that run at once; 8 when None, or what the bundle allows."""
+    if slots is None:
+        return min(SLOTS, limits.max_batch)
     if not 1 <= whole_number("The number of slots", slots, "Use for example slots=8.") <= limits.max_batch:
         raise InputError(
             "The bundle does not allow so many slots.",

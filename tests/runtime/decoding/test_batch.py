@@ -628,6 +628,12 @@ def test_slots_that_cannot_be_are_refused(options: dict[str, int], fact: str) ->
     assert_refused(lambda: fake_batch(**options), fact)
 
 
+@pytest.mark.parametrize("most", [3, 8, 64])
+def test_without_a_number_there_are_as_many_slots_as_the_bundle_allows_up_to_8(most: int) -> None:
+    bundle = Bundle(Path("/nowhere"), make_manifest(PLAN, limits=Limits(100, 50, most)))
+    assert Batch(bundle, FakeEngine(PLAN), PeriodicSchedule(3)).slots == min(most, 8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_those_of_each_row(kind: str) -> None:
     """A LoRA step reads what its own row's step before it wrote, whatever ran in between."""
