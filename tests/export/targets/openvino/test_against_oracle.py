@@ -18,14 +18,21 @@ from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
 from tests.export.test_halves import MIXED, six_layers
 from tests.support import oracle
-from tests.support.bundles import first_layers, fitted_adapters, make_bundle, more_family, oracle_plan, rewritten
-from tests.support.models import FAMILIES, MORE_FAMILIES
+from tests.support.bundles import (
+    first_layers,
+    fitted_adapters,
+    make_bundle,
+    more_family,
+    oracle_plan,
+    rewritten,
+    traced_family,
+)
+from tests.support.models import FAMILIES, MORE_FAMILIES, gemma3
 from tests.support.oracle import OraclePlan
 
 OPTIONS = {"targets": ("openvino",), "always_first": 1}
 LAYERS = 4  # of a family: what each of them compiles and runs takes as long
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
-
 
 # Whose graphs have the operators of a Llama's, but for a factor or the tied weight: one policy each
 AS_LLAMA = ("llama_tied", "llama3_rope", "llama_linear_rope", "llama_yarn", "mistral")
@@ -85,6 +92,17 @@ def test_soft_caps_and_windows(policy, tmp_path):
     with Session.open(bundle.root, threads=1) as session:
         for prompts in (PROMPTS, LONG):
             assert_same_run(session, source.model, oracle_plan(bundle, adapters), prompts, 3)
+
+
+@pytest.mark.parametrize("policy", ["skip", "backfill"])
+def test_windows(policy, tmp_path):
+    """Those of the operator itself, for attention without a soft cap; `skip` keeps the layer that has one."""
+    source = traced_family("gemma3", gemma3(), "float32")
+    options = OPTIONS | {"always_first": 0, "always_last": 0, "policy": policy}
+    bundle = make_bundle(source, tmp_path / "b", drop_layers=(1,) if policy == "skip" else (0,), **options)
+    with Session.open(bundle.root, threads=1) as session:
+        for prompts in (PROMPTS, LONG):
+            assert_same_run(session, source.model, oracle_plan(bundle), prompts, 3)
 
 
 @pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
