@@ -105,11 +105,11 @@ def test_windows(policy, tmp_path):
             assert_same_run(session, source.model, oracle_plan(bundle), prompts, 3)
 
 
-@pytest.mark.parametrize("layers", [(0,), (3,), (0, 1, 2, 3)])
-def test_first_last_and_all_layers(layers, tmp_path):
-    """Logits are chosen before the last layer's MLP, which may be dropped; or no layer is kept."""
+@pytest.mark.parametrize(("layers", "policy"), [((0,), "fill"), ((3,), "skip"), ((0, 1, 2, 3), "skip")])
+def test_first_last_and_all_layers(layers, policy, tmp_path):
+    """Logits are chosen before the last layer's MLP, which may be dropped; or no layer is kept. Without adapters."""
     source = first_layers("llama", LAYERS)
-    options = OPTIONS | {"drop_layers": layers, "always_first": 0, "always_last": 0}
+    options = OPTIONS | {"drop_layers": layers, "always_first": 0, "always_last": 0, "policy": policy}
     bundle = make_bundle(source, tmp_path / "b", **options)
     with Session.open(bundle.root, threads=1) as session:
         assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
