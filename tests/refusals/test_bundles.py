@@ -46,6 +46,7 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Non
 
 def test_not_a_bundle(bundle_refused, bundle, place):
     bundle_refused(place / "none", "no bundle here", "not a directory")
+    bundle_refused(place / ("x" * 300), "no bundle here", "not a directory")
     bundle_refused(place / "model", "no bundle here", MANIFEST_NAME)
     bundle_refused(bundle / MANIFEST_NAME, "no bundle here", "not a directory")
 
