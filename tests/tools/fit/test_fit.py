@@ -823,6 +823,20 @@ def test_weights_of_the_offsets(policy: str) -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_distillation_weighs_refreshes_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    forcing, texts, plan, learner, policy = setting("skip")
+    given: list[list[float]] = []
+
+    def noted(*arguments: Any) -> Any:
+        given.append(arguments[-1].tolist())
+        return run_batch(*arguments)
+
+    monkeypatch.setattr(importlib.import_module("lora_drop_tools.fit.distill"), "run_batch", noted)
+    options = DistillOptions(1, 2e-2, offset_weights=(4.0, 0.5, 0.0))
+    distill(forcing, texts, plan, [policy], learner, options, Workers())
+    assert given == [[1.0, 4.0, 0.5, 0.0]]
+
+
 def test_a_short_cycle_may_have_only_offsets_of_weight_0() -> None:
     """As of --k 1,3 --offset-weights 0,0,1: nothing is learned from a batch of k = 1."""
     forcing, texts, plan, learner, policy = setting()

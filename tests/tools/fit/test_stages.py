@@ -6,6 +6,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lora_drop_tools.fit import distill, stages
 from lora_drop_tools.fit.distill import DistillOptions, Divergence
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.fit.texts import Source
 from lora_drop_tools.teacher_forcing import closed_form
 from safetensors.numpy import load_file
 
@@ -145,3 +148,14 @@ def test_better_is_judged_by_the_held_out_figure() -> None:
         own |= {"closed form": {"kl": closed}} if closed else {}
         assert stages.better(dataclasses.replace(work, stages=own), begun, learned)[1] is kept
     assert len(said) == 2
+
+
+def test_a_plain_text_is_judged_by_what_is_not_learned_from(tmp_path: Path) -> None:
+    """Of a text without a word twice."""
+    (tmp_path / "text").write_text(" ".join(map(str, range(4000))))
+    loaded: Any = SimpleNamespace(encode=lambda text: torch.tensor([int(word) for word in text.split()]))
+    settings = FitSettings(text=(tmp_path / "text",), out=tmp_path / "out", window=32, batch=2)
+    seen, unseen = Source(settings).texts(loaded, settings, "cpu")
+    learned, judged = ({*torch.cat([texts(n)[0] for n in range(200)]).flatten().tolist()} for texts in (seen, unseen))
+    assert min(len(learned), len(judged)) > 64
+    assert not learned & judged
