@@ -24,28 +24,20 @@ gc.set_threshold(100_000, 50, 50)
 TRACES = "LORA_DROP_TEST_TRACES"
 
 
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: where a test waits, for a cluster or a signal, the core is another worker's."""
-    return 1 + (len(CORES) or os.cpu_count() or 1)
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """The workers of a parallel run share traces (tests/support/bundles.py) in a directory that the controller owns.
 
-    Each has cores of its own, as long as there are some. Libraries make no more threads than those, which takes some
-    hundredths less CPU time.
+    Each has cores of its own. Libraries make no more threads than those, which takes some hundredths less CPU time.
     """
     worker = getattr(config, "workerinput", None)
     if worker is None:
         directory = tempfile.mkdtemp(prefix="lora-drop-traces-")
         os.environ[TRACES] = directory
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
-    elif own := CORES[int(worker["workerid"][2:]) :: worker["workercount"]]:  # there may be more workers than cores
-        os.sched_setaffinity(0, own)
+    elif hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))[int(worker["workerid"][2:]) :: worker["workercount"]]
+        if own:  # there may be more workers than cores
+            os.sched_setaffinity(0, own)
 
 
 @pytest.fixture
