@@ -55,8 +55,8 @@ def pytest_handlecrashitem(crashitem: str) -> None:
     pytest.exit(f"a process died in {crashitem}", returncode=pytest.ExitCode.INTERNAL_ERROR)
 
 
-# A quarter of a minute and more of one core each, the longest first: no worker is left with one of them at the end.
-# Those that take the same traces are apart: who comes second waits for each
+# What takes a core longest, the longest first: no worker is left with one of them at the end. Those that take the same
+# traces are apart: who comes second waits for each
 LONG = (
     "tests/test_real_model.py",
     "tests/export/test_against_oracle.py",

@@ -321,13 +321,10 @@ def open_checkpoint(
     with refused("The model directory cannot be read.", directory, "Check its permissions."):
         _check_files(directory)
         if not is_file(directory / "config.json"):
-            files = sorted(directory.glob("*.gguf"))
+            gguf = sorted(directory.glob("*.gguf"))
+            what = f"GGUF file itself, {gguf[0]}" if gguf else "directory that save_pretrained wrote"
             raise InputError(
-                "The model directory has no config.json.",
-                note=f"{directory} was searched.",
-                hint=f"Give the GGUF file itself, {files[0]}."
-                if files
-                else "Give the directory that save_pretrained wrote.",
+                "The model directory has no config.json.", note=f"{directory} was searched.", hint=f"Give the {what}."
             )
         files = _weight_files(directory)
         pickled = list(directory.glob("*.bin"))
