@@ -10,7 +10,6 @@ tokens of the cycle before. Rows come and leave between two cycles, and there pr
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -243,14 +242,13 @@ class Batch:
         """Rows that do not begin with the next tick, for want of a slot or of room in the caches, or because another
         row is just running the beginning of their prompts."""
         begin: list[Row] = []
-        waiting, room = list(self._waiting), self._free_bytes()  # at once: `add` comes from any thread
+        waiting = list(self._waiting)  # at once: `add` comes from any thread
         for row in waiting:
             if len(self._rows) + len(begin) == self._count:
                 break
             if self._is_being_run(row, begin):
                 continue
-            room -= self._slots.bytes_of(row.options.slots)
-            if room < 0:
+            if not self._have_room([*begin, row]):
                 break
             begin.append(row)
         return len(waiting) - len(begin)
@@ -552,7 +550,7 @@ class Batch:
             return None
         waiting = list(self._waiting)  # at once: `add` comes from any thread
         row = next((row for row in waiting if not self._is_being_run(row)), None)
-        return row if row is not None and self._has_room(row) else None
+        return row if row is not None and self._have_room([row]) else None
 
     def _is_being_run(self, row: Row, begin: Sequence[Row] = ()) -> bool:
         """Whether a row's prompt will soon have more entries to begin with than now, by the rows that run and by others
@@ -582,21 +580,13 @@ class Batch:
         most = self._count * self.row_bytes
         return most if self._most_bytes is None else min(most, self._most_bytes)
 
-    def _has_room(self, row: Row) -> bool:
-        """Whether its blocks fit beside those of the rows that run."""
+    def _have_room(self, new: Sequence[Row]) -> bool:
+        """Whether the blocks of rows that wait fit beside those of the rows that run."""
         if self._most_bytes is None:
             return True
-        if isinstance(self._prefixes, PagedPrefixes):
-            return self._prefixes.has_room(row.options.slots, row.reusable, self._exact())
-        return self._slots.bytes_of(row.options.slots) <= self._free_bytes()
-
-    def _free_bytes(self) -> float:
-        """Beside what the rows that run may take."""
-        if self._most_bytes is None:
-            return math.inf
-        if isinstance(self._prefixes, PagedPrefixes):  # blocks that they share count once
-            return self._most_bytes - self._prefixes.bytes_of_rows(len(self._rows))
-        return self._most_bytes - sum(self._slots.bytes_of(row.options.slots) for row in self._rows)
+        if isinstance(self._prefixes, PagedPrefixes):  # blocks that rows share count once
+            return self._prefixes.have_room([(row.options.slots, row.reusable) for row in new], self._exact())
+        return sum(self._slots.bytes_of(row.options.slots) for row in [*self._rows, *new]) <= self._most_bytes
 
     def _next_kind(self) -> StepKind:
         """What the next tick runs."""

@@ -115,15 +115,13 @@ class PagedPrefixes(Prefixes[RowBlocks]):
             return [], []
         return self._slots.blocks(source) if isinstance(source, int) else source.place.blocks
 
-    def has_room(self, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> bool:
-        """Whether a row with so many slots may begin, whatever has to go of rows that are over."""
-        count, source = self.longest(tokens, running)
-        shared = [own[: count // self._slots.block_slots] for own in self._blocks(source)]
-        return self._slots.bytes_beside(len(running), slots, shared) <= self._most
-
-    def bytes_of_rows(self, rows: int) -> int:
-        """What the first rows may take."""
-        return self._slots.bytes_beside(rows, {"slots_kept": 0, "slots_dropped": 0}, ([], []))
+    def have_room(self, new: Sequence[tuple[Mapping[str, int], Ids]], running: Sequence[Ids]) -> bool:
+        """Whether rows with so many slots and such tokens may begin, whatever has to go of rows that are over."""
+        beside = []
+        for slots, tokens in new:
+            count, source = self.longest(tokens, running)
+            beside.append((slots, [own[: count // self._slots.block_slots] for own in self._blocks(source)]))
+        return self._slots.bytes_with(len(running), beside) <= self._most
 
     def begin(self, slot: int, slots: Mapping[str, int], tokens: Ids, running: Sequence[Ids]) -> int:
         self._slots.release_behind(slot)  # of an admission that was interrupted

@@ -174,12 +174,13 @@ class PagedSlots:
         first = [own[: -(-entries // self._size)] for own in blocks]
         return RowBlocks(self._engine, [len(own) for own in first], first)
 
-    def bytes_beside(self, rows: int, slots: Mapping[str, int], shared: Sequence[Sequence[int]]) -> int:
-        """What so many rows take with one more, which needs slots and begins with shared blocks."""
+    def bytes_with(self, rows: int, new: Sequence[tuple[Mapping[str, int], Sequence[Sequence[int]]]]) -> int:
+        """What so many rows take with some more, each of which needs slots and begins with shared blocks."""
         total = 0
-        for number, ((pool, count), first) in enumerate(zip(self._counts(slots), shared, strict=True)):
+        for number, pool in enumerate(self._engine.pools):
             there = {block for row in self._rows[:rows] if row is not None for block in row.blocks[number]}
-            total += (len(there.union(first)) + count - len(first)) * pool.block_bytes
+            own = sum(self._counts(slots)[number][1] - len(shared[number]) for slots, shared in new)
+            total += (len(there.union(*(shared[number] for _, shared in new))) + own) * pool.block_bytes
         return total
 
     def copy_block(self, source: Sequence[Sequence[int]], slot: int, place: int) -> None:

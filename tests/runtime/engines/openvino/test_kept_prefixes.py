@@ -240,6 +240,7 @@ def test_shared_blocks_count_once(bundle: Bundle, capsys) -> None:
         seen = watched(batch)
         for token in range(4):
             batch.add([*prompt, token, 1], 8, stop_token_ids=[])
+        assert batch.waiting == 0
         batch.tick()
         assert len(batch._rows) == 4
         ticked_through(batch)
