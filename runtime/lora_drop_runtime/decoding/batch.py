@@ -401,7 +401,10 @@ class Batch:
         return next((one.statistics() for one in self._rows if one.number == row), None)
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of valid K/V entries in kept and in dropped layers, and of all slots; there prefixes are kept, too."""
+        """Bytes of valid K/V entries in kept and in dropped layers, and of all slots; there prefixes are kept, too.
+
+        Entries that rows share count for each of them, the blocks that hold them once: `allocated` may be less.
+        """
         self._check_open()
         found = self._slots.kv_bytes(sum(row.kept for row in self._rows), sum(row.dropped for row in self._rows))
         if self._prefixes is not None and isinstance(self._slots, PagedSlots):
