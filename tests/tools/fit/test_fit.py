@@ -660,11 +660,12 @@ def test_another_text_is_not_resumed(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Report, "__call__", interrupted)
     where = {"text": (text,)} if given == "text" else {"dataset": str(text)}
     settings = FitSettings(out=tmp_path / "a", **where, **(SMALL | STREAMED | {"closed_form_tokens": 64}))
-    with pytest.raises(KeyboardInterrupt):
-        fit(str(model_dir), settings)
+    with monkeypatch.context() as patch:  # below it would end pytest
+        patch.setattr(stages.Report, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(str(model_dir), settings)
     file = text / "a.jsonl"
     if change == "another file":
         shutil.copy(file, text / "b.jsonl")
