@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.support.bundles import make_bundle, record_again
 
+ROOT = Path(__file__).parents[2]
+# What these tests stand beside, also in a second clone, whose packages are not the installed ones
+TREE = os.pathsep.join(str(ROOT / part) for part in (".", "runtime", "tools"))
 EXPORT_ONLY = (
     "torch",
     "transformers",
@@ -63,7 +67,7 @@ def python(code: str, *arguments: object, blocked: tuple[str, ...] = EXPORT_ONLY
         capture_output=True,
         text=True,
         encoding="utf-8",
-        env={"PYTHONIOENCODING": "utf-8", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
+        env={"PYTHONPATH": TREE, "PYTHONIOENCODING": "utf-8", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"},
         cwd="/",
         timeout=600,
     )
