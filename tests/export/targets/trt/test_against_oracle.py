@@ -106,3 +106,12 @@ def test_a_change_as_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
         session.load_adapters(adapters)
         assert_same_run(session, family("llama").model, oracle_plan(bundle, adapters), PROMPTS, 2)
+
+
+def test_keys_and_values_without_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a dropped attention fills, under weights and biases that are fused with those of its queries."""
+    monkeypatch.setattr(EngineBuilder, "build", parse_alone)
+    source = of_family("qwen2")
+    bundle = make_bundle(source, tmp_path / "b", always_first=1, **OPTIONS | {"rank": 0, "policy": "fill"})
+    with Session(bundle, OrtEngine(bundle, "tensorrt-rtx", threads=1), PeriodicSchedule(2)) as session:
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
