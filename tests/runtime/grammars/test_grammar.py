@@ -199,6 +199,15 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
 }
 
 
+def test_what_the_first_compilation_refuses_is_not_compiled_here(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the schemas below, which end or keep busy a process that compiles them all the same."""
+    monkeypatch.setattr("lora_drop_runtime.grammars.grammar.compile_apart", lambda _: "nothing can be said")
+    monkeypatch.setattr("llguidance.LLMatcher", lambda *_, **__: pytest.fail("it is compiled here"))
+    assert_refused(lambda: grammars.json_schema({"const": "refused"}), "cannot be followed", "nothing can be said")
+
+
 @pytest.mark.parametrize(("schema", "fact", "note"), REFUSED.values(), ids=REFUSED.keys())
 def test_schemas_that_cannot_be_followed_are_refused(grammars: Grammars, schema: Any, fact: str, note: str) -> None:
     assert_refused(lambda: grammars.json_schema(schema), fact, note)
