@@ -6,6 +6,7 @@ Enters: options, checkpoint and trace. Leaves: frozen parts of the manifest. Wri
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,9 +59,12 @@ def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
 def head_formats(
     shapes: Mapping[str, tuple[int, ...]], vocab_size: int, options: BuildOptions
 ) -> dict[str, BlockFormat]:
-    """The block formats of the matrices that have a row per token, where they have one of their own."""
+    """The block formats of the head and the embedding, where they have one of their own: of the matrices outside of
+    layers that have a row per token.
+    """
     form = options.head_format
-    found = {name: form.format_of(shape) for name, shape in shapes.items() if form and shape[0] == vocab_size}
+    rows = [name for name, shape in shapes.items() if shape[0] == vocab_size and not re.search(r"\.\d+\.", name)]
+    found = {name: form.format_of(shapes[name]) for name in rows if form}
     return {name: one for name, one in found.items() if one is not None}
 
 

@@ -116,6 +116,16 @@ def test_bundle(exported):
     assert model.layer_bytes[2] == wanted
 
 
+def test_head_of_eight_bits_is_told_from_layers(tmp_path):
+    """A model of bytes may have as many tokens as a layer has outputs."""
+    llama = transformers.LlamaForCausalLM
+    model = build(llama, transformers.LlamaConfig, seed=1, vocab_size=64, num_hidden_layers=2, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "model")
+    options = ExportOptions(dtype="int4", head_dtype="int8", drop_ratio=0, targets=("none",), max_seq_len=64)
+    found = exporter.export(str(tmp_path / "model"), tmp_path / "b", options).manifest.quantization["departures"]
+    assert [one["weights"] for one in found if "bits" in one] == ["lm_head.weight"]
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "llama"])
 def test_head_of_eight_bits(name, tmp_path):
     """And the embedding; the rest has four, and the manifest names what has not."""
