@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30
 def _too_short(file: Path | None, found: str) -> InputError:
     return InputError(
         "The calibration text is too short.",
-        note=f"{file or 'The bundled one'} has {found}; needed are {LEAST_TOKENS} of the model's.",
+        note=f"{file or 'The bundled one'} has {found}; needed are {LEAST_TOKENS} tokens.",
         hint=f"Give a longer one; up to {WINDOWS * WINDOW} tokens are used.",
     )
 
