@@ -161,7 +161,7 @@ def test_caches_after_backfill_are_the_full_models(name, half_dropped):
                 assert np.abs(a - b).max() < TOLERANCE * max(1, np.abs(b).max()), cache
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_yarn", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama_mha", "llama_mqa", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_fused_weights(name, tmp_path, monkeypatch):
     """Weights in the exporter's own order: q, k, v and gate, up are one product each, and attention rotates itself."""
     source = rewritten(first_layers(name, LAYERS))

@@ -69,46 +69,23 @@ def llama_tied() -> transformers.PreTrainedModel:
     return llama(seed=2, tie_word_embeddings=True)
 
 
-def llama3_rope() -> transformers.PreTrainedModel:
-    return llama(
-        seed=33,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    )
-
-
-def llama_linear_rope() -> transformers.PreTrainedModel:
-    return llama(seed=4, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
-
-
-def llama_yarn() -> transformers.PreTrainedModel:
-    return llama(
-        seed=5,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    )
-
-
 def llama_mqa() -> transformers.PreTrainedModel:
-    return llama(seed=26, num_key_value_heads=1)
+    """One head of keys and values; positions at half the distance."""
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    return llama(seed=26, num_key_value_heads=1, rope_parameters=rope)
 
 
 def llama_mha() -> transformers.PreTrainedModel:
-    return llama(seed=7, num_key_value_heads=4)
+    """As many heads of keys and values as of queries; RoPE has a factor of its own."""
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    return llama(seed=7, num_key_value_heads=4, rope_parameters=rope)
 
 
 def llama_bias() -> transformers.PreTrainedModel:
-    return llama(seed=8, attention_bias=True, mlp_bias=True)
+    """Biases of all products; frequencies by wavelength."""
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return llama(seed=8, attention_bias=True, mlp_bias=True, rope_parameters=rope)
 
 
 def qwen2() -> transformers.PreTrainedModel:
@@ -160,9 +137,6 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     for builder in (
         llama,
         llama_tied,
-        llama3_rope,
-        llama_linear_rope,
-        llama_yarn,
         llama_mqa,
         llama_mha,
         llama_bias,
@@ -174,8 +148,6 @@ FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     )
 }
 
-
-ROPES = ("llama3_rope", "llama_linear_rope", "llama_yarn", "phi3_longrope", "llama_dynamic_rope")  # differ in it alone
 
 FEW = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 
@@ -199,14 +171,10 @@ def phi3_longrope() -> transformers.PreTrainedModel:
     return build(transformers.Phi3ForCausalLM, transformers.Phi3Config, seed=50, **options)
 
 
-def llama_dynamic_rope() -> transformers.PreTrainedModel:
-    """Frequencies that change behind the context."""
-    return llama(seed=51, **FEW, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0})
-
-
 def exaone() -> transformers.PreTrainedModel:
-    """A Llama whose checkpoint has names of its own, which transformers changes on loading."""
-    return build(transformers.LlamaForCausalLM, transformers.ExaoneConfig, seed=43, **FEW)
+    """A Llama whose checkpoint has other names, which transformers changes; frequencies change behind the context."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    return build(transformers.LlamaForCausalLM, transformers.ExaoneConfig, seed=43, **FEW, rope_parameters=rope)
 
 
 def gptj() -> transformers.PreTrainedModel:
@@ -246,7 +214,6 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         apertus,
         stablelm_parallel,
         phi3_longrope,
-        llama_dynamic_rope,
         exaone,
         gptj,
         codegen,

@@ -34,8 +34,8 @@ OPTIONS = {"targets": ("openvino",), "always_first": 1}
 LAYERS = 4  # of a family: what each of them compiles and runs takes as long
 LONG = [list(range(3, 3 + 40)), [5], list(range(60, 60 + 33))]  # more than a block, less, and one more than it
 
-# Whose graphs have the operators of a Llama's, but for a factor or the tied weight: one policy each
-AS_LLAMA = ("llama_tied", "llama3_rope", "llama_linear_rope", "llama_yarn", "mistral")
+# Whose graphs have the operators of a Llama's, but for the tied weight: one policy each
+AS_LLAMA = ("llama_tied", "mistral")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
