@@ -69,9 +69,10 @@ def passed_over_stand_ins(entry: dict[str, Any]) -> bool:
 def stages_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """All of them, which share a build, a checkpoint and its traces; with a sanitizer that runs what it is given.
 
-    The trace in float32 is that of other tests, the one in bfloat16 their own.
+    The traces are those of other tests.
     """
-    keep_trace(first_layers("llama", 3), "gpu_check.small")
+    for dtype in ("float32", "bfloat16"):
+        keep_trace(first_layers("llama", 3, dtype), "gpu_check.small")
     folder = tmp_path_factory.mktemp("gpu_check")
     sanitizer = folder / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\n[ $2 = memcheck ] || exit 86\nshift 4\n"$@"\n')
@@ -326,10 +327,10 @@ def test_one_stage_never_takes_the_others_down(stages, tmp_path: Path, capsys) -
 def test_a_stage_that_hangs_is_killed_with_its_children(stages, tmp_path: Path) -> None:
     """Its child does not end when asked to."""
     out = tmp_path / "out.json"
-    assert command.main(["--out", str(out)], [*stages("hangs", limit_s=5.0), *stages("good")]) == 1
+    assert command.main(["--out", str(out)], [*stages("hangs", limit_s=3.0), *stages("good")]) == 1
     found = entries(out)
     assert found["hangs"]["state"] == "fail"
-    assert found["hangs"]["reason"] == "killed after 5 s, the most that it may take"
+    assert found["hangs"]["reason"] == "killed after 3 s, the most that it may take"
     assert found["good"]["state"] == "pass"
     if (tmp_path / "pids").exists():  # not on a machine so busy that it was killed before
         assert found["hangs"]["numbers"] == {"n": 1}
