@@ -15,7 +15,7 @@ from lora_drop_runtime.engines.openvino import compiled
 
 from tests.support.bundles import make_adapted_bundle
 
-from .test_engine import MIXED, MODEL
+from .test_engine import FOUR, MIXED, with_layers
 
 _COMPILED: dict[Any, Any] = {}
 
@@ -35,12 +35,13 @@ def quick_to_collect() -> None:
     gc.freeze()
 
 
-CHANGE = {"surrogate": "residual-delta", "drop_layers": MIXED, "rank": 4}
-BUNDLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "residual": (MODEL, {}, ("skip", "backfill", "lossless")),
-    "change": (MODEL, CHANGE, ("skip", "backfill", "lossless")),
-    "recurrent, halves": (MODEL, {"surrogate": "recurrent", "drop_layers": MIXED}, ("skip", "backfill", "lossless")),
-    "fill": (MODEL, {"policy": "fill", "surrogate": "anchor"}, ("fill",)),
+HALVES = {"drop_layers": MIXED, "always_first": 1}
+# Layers, options, policies
+BUNDLES: dict[str, tuple[int, dict[str, Any], tuple[str, ...]]] = {
+    "residual": (4, FOUR, ("skip", "backfill", "lossless")),
+    "change": (6, HALVES | {"surrogate": "residual-delta", "rank": 4}, ("skip", "backfill", "lossless")),
+    "recurrent, halves": (6, HALVES | {"surrogate": "recurrent"}, ("skip", "backfill", "lossless")),
+    "fill": (4, FOUR | {"policy": "fill", "surrogate": "anchor"}, ("fill",)),
 }
 
 
@@ -53,9 +54,9 @@ def opened_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
         @functools.cache
         def make(key: str) -> Served:
-            name, options, policies = BUNDLES[key]
+            layers, options, policies = BUNDLES[key]
             root = tmp_path_factory.mktemp("served")
-            bundle = make_adapted_bundle(name, root, targets=("openvino",), max_batch=8, **options)
+            bundle = make_adapted_bundle(with_layers(layers), root, targets=("openvino",), max_batch=8, **options)
             sessions = {policy: Session.open(bundle.root, policy=policy, threads=1) for policy in policies}
             for session in sessions.values():
                 stack.enter_context(session)

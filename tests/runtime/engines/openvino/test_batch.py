@@ -22,7 +22,7 @@ from tests.support.bundles import make_bundle, traced_family
 from tests.support.decoding import assert_refused, padded, ticked_through
 from tests.support.models import FAMILIES
 
-from .test_engine import MODEL, NEAR, TARGETS, VOCAB, assert_near
+from .test_engine import FOUR, NEAR, TARGETS, VOCAB, assert_near, with_layers
 
 pytestmark = pytest.mark.usefixtures("models_stay_compiled")
 
@@ -119,12 +119,12 @@ def test_a_row_of_no_numbers_spoils_no_other(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """8 layers of which 2 are dropped; K and V of 2 heads of 32 float32."""
-    return make_bundle(MODEL, tmp_path_factory.mktemp("bytes") / "b", targets=TARGETS, max_batch=8, drop_ratio=0.5)
+    """4 layers of which one is dropped; K and V of 2 heads of 32 float32."""
+    return make_bundle(with_layers(4), tmp_path_factory.mktemp("bytes") / "b", targets=TARGETS, max_batch=8, **FOUR)
 
 
 BLOCK_BYTES = 32 * 2 * 2 * 32 * 4  # of one layer
-KEPT, DROPPED = 6, 2
+KEPT, DROPPED = 3, 1
 
 
 def bytes_of(kept: int, dropped: int) -> int:

@@ -21,10 +21,10 @@ from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine, Steps
 from lora_drop_runtime.engines.openvino.pool import BlockPool
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
-from tests.support.bundles import make_bundle
+from tests.support.bundles import first_layers, make_bundle
 from tests.support.decoding import padded
 
-from .test_engine import MINUTES, MODEL, TARGETS, VOCAB, assert_near, both, follow
+from .test_engine import FOUR, MINUTES, MODEL, TARGETS, VOCAB, assert_near, both, follow, with_layers
 
 pytestmark = pytest.mark.usefixtures("models_stay_compiled", "quick_to_collect")
 
@@ -229,8 +229,8 @@ def test_threads_take_and_give_back() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    options = {"surrogate": "recurrent", "rank": 2, "drop_ratio": 0.5, "max_batch": 8}
-    return make_bundle(MODEL, tmp_path_factory.mktemp("blocks") / "b", targets=TARGETS, **options)
+    options = FOUR | {"surrogate": "recurrent", "rank": 2, "max_batch": 8}
+    return make_bundle(with_layers(4), tmp_path_factory.mktemp("blocks") / "b", targets=TARGETS, **options)
 
 
 @pytest.fixture
@@ -473,7 +473,7 @@ def test_a_lora_step_that_fills_sees_the_block_that_it_writes_alone(
 ) -> None:
     """Nobody reads what dropped attentions make there. Refreshes read all that was filled, over three blocks, as on
     target ort."""
-    bundle = make_bundle(name, tmp_path / "b", targets=TARGETS, policy="fill", drop_ratio=0.5, max_batch=8)
+    bundle = make_bundle(first_layers(name, 4), tmp_path / "b", targets=TARGETS, policy="fill", max_batch=8, **FOUR)
     tables: list[tuple[StepKind, int, int]] = []  # step, blocks of kept and of dropped layers
     plain = Steps.feed
 

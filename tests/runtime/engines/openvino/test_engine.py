@@ -28,7 +28,7 @@ from lora_drop_runtime.engines.openvino.engine import _FEEDS, Feed, OpenVinoEngi
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, StepKind
 
-from tests.support.bundles import make_adapted_bundle, make_bundle, save_adapters
+from tests.support.bundles import Family, first_layers, make_adapted_bundle, make_bundle, save_adapters
 from tests.support.decoding import padded
 
 pytestmark = pytest.mark.usefixtures("quick_to_collect")
@@ -36,10 +36,16 @@ pytestmark = pytest.mark.usefixtures("quick_to_collect")
 TARGETS = ("openvino", "ort")
 TOLERANCE = 3e-5  # of the largest |logit|; both compute in float32, and sum in other orders
 NEAR = 1e-3  # of the largest |logit|: two best logits that are nearer may change places
-MIXED = ("3.attn", "4.mlp", "5", "6.attn", "6.mlp")
+MIXED = ("1.attn", "2.mlp", "3", "4.attn", "4.mlp")  # of six layers
 VOCAB, HIDDEN = 131, 64
 MODEL = "qwen3"  # the one on which memory that grew once lost what an If had made (sites.py)
+FOUR = {"always_first": 1, "drop_ratio": 0.5}  # of four layers, of which the second is dropped
 MINUTES = 600
+
+
+def with_layers(count: int) -> Family:
+    """The model's first layers."""
+    return first_layers(MODEL, count)
 
 
 def both(bundle: Bundle, **options: Any) -> list[Any]:
@@ -106,8 +112,9 @@ def check_feed(engine: OpenVinoEngine) -> None:
 def test_logits_are_those_of_target_ort(surrogate: str, policy: str, tmp_path: Path) -> None:
     """Any requests, one after the other in one session: ragged, longer and shorter than those before. Adapters matter,
     and all kinds of sites are dropped. Lengths grow or shrink, in turns: each policy meets both."""
-    options = {"surrogate": surrogate, "policy": policy, "rank": 4, "drop_layers": MIXED, "max_batch": 8}
-    bundle = make_adapted_bundle(MODEL, tmp_path, targets=TARGETS, **options)
+    options = {"surrogate": surrogate, "policy": policy, "rank": 4, "drop_layers": MIXED, "always_first": 1}
+    options["max_batch"] = 8
+    bundle = make_adapted_bundle(with_layers(6), tmp_path, targets=TARGETS, **options)
     kept = OpenVinoEngine(bundle, threads=1)  # so that the model stays compiled
     check_feed(kept)
     theirs = Session.open(bundle.root, target="ort", policy=policy, threads=1)
@@ -164,7 +171,7 @@ with Session.open(sys.argv[1], threads=1, k=0) as session:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not tell its heap's size")
 def test_kernels_of_numbers_of_tokens_take_bounded_memory(tmp_path: Path) -> None:
     """Without the cache that all models of a process share, which has a bound of its own."""
-    bundle = make_bundle(MODEL, tmp_path / "b", targets=("openvino",), dtype="int4", drop_ratio=0.5, max_seq_len=256)
+    bundle = make_bundle(with_layers(4), tmp_path / "b", targets=("openvino",), dtype="int4", max_seq_len=256, **FOUR)
     done = subprocess.run(
         [sys.executable, "-c", KERNELS, str(bundle.root)],
         env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"},
@@ -182,8 +189,8 @@ def test_kernels_of_numbers_of_tokens_take_bounded_memory(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    options = {"rank": 4, "drop_ratio": 0.5, "surrogate": "recurrent", "max_batch": 8}
-    bundle = make_bundle(MODEL, tmp_path_factory.mktemp("shared") / "b", targets=TARGETS, **options)
+    options = FOUR | {"rank": 4, "surrogate": "recurrent", "max_batch": 8}
+    bundle = make_bundle(with_layers(4), tmp_path_factory.mktemp("shared") / "b", targets=TARGETS, **options)
     with contextlib.closing(OpenVinoEngine(bundle, threads=1)):  # so that the model stays compiled
         yield bundle
 
@@ -423,8 +430,8 @@ def test_threads(bundle: Bundle, alone: dict[str, list[int]], one_engine: bool) 
 
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    options = {"surrogate": "recurrent", "drop_layers": (6,), "policy": "lossless", "max_batch": 8}
-    bundle = make_bundle(MODEL, tmp_path_factory.mktemp("verified") / "b", targets=TARGETS, **options)
+    options = FOUR | {"surrogate": "recurrent", "policy": "lossless", "max_batch": 8}
+    bundle = make_bundle(with_layers(4), tmp_path_factory.mktemp("verified") / "b", targets=TARGETS, **options)
     with contextlib.closing(OpenVinoEngine(bundle, threads=1)):  # so that the model stays compiled
         yield bundle
 
@@ -464,8 +471,8 @@ def test_kv_bytes(policy: str, bundle: Bundle) -> None:
     """Of valid entries K and V of 2 heads of 32 float32; and whole blocks of 32 slots are allocated."""
     entry = 2 * 2 * 32 * 4
     dropped_layers = len(bundle.manifest.plan.dropped_layers)
-    kept_layers, lengths, new_tokens, k = 8 - dropped_layers, [30, 3], 40, 2
-    assert dropped_layers == 2
+    kept_layers, lengths, new_tokens, k = 4 - dropped_layers, [30, 3], 40, 2
+    assert dropped_layers == 1
     prompts = [[7] * length for length in lengths]
     with Session.open(bundle.root, policy=policy, k=k, threads=1) as session:
         assert session.kv_bytes() == {"kept": 0, "dropped": 0, "allocated": 0}

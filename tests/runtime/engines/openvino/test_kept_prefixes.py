@@ -21,7 +21,7 @@ from tests.support.bundles import make_adapted_bundle, make_bundle
 from tests.support.decoding import prompts_run, ticked_through
 
 from .test_batch import bytes_of, greedy, watched
-from .test_engine import MODEL, TARGETS, VOCAB
+from .test_engine import FOUR, TARGETS, VOCAB, with_layers
 
 pytestmark = pytest.mark.usefixtures("models_stay_compiled")
 
@@ -77,7 +77,8 @@ def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) ->
     @given(sharing(policies), st.integers(1, 4), st.none() | st.integers(10, 30))
     def check(script: list[Request], count: int, blocks: int | None) -> None:
         nonlocal compared, reused
-        most = None if blocks is None else blocks * 6 * 32 * 2 * 2 * 32 * 4  # of so many layers
+        layers = bundle.manifest.plan.num_layers * 3 // 4
+        most = None if blocks is None else blocks * layers * 32 * 2 * 2 * 32 * 4
         options = {"slots": count, "kv_cache_bytes": most, "policy": policies[0], "threads": 1}
         with Batch.open(bundle.root, keep_prefixes=True, **options) as batch:
             seen, ran = watched(batch), prompts_run(batch)
@@ -110,9 +111,9 @@ def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) ->
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """8 layers of which 2 are dropped; K and V of 2 heads of 32 float32."""
+    """4 layers of which one is dropped; K and V of 2 heads of 32 float32."""
     sizes = {"max_batch": 8, "max_seq_len": 256, "max_prompt_len": 240}
-    return make_bundle(MODEL, tmp_path_factory.mktemp("kept") / "b", targets=TARGETS, drop_ratio=0.5, **sizes)
+    return make_bundle(with_layers(4), tmp_path_factory.mktemp("kept") / "b", targets=TARGETS, **FOUR, **sizes)
 
 
 def opened(bundle: Bundle, policy: str = "backfill", k: int = 2, slots: int = 4, **options: Any) -> Batch:
@@ -329,9 +330,9 @@ def test_the_batch_says_that_it_keeps_them(bundle: Bundle, capsys) -> None:
 
 def test_what_is_kept_does_not_depend_on_adapters(tmp_path: Path, capsys) -> None:
     """Full steps run no surrogate, whatever LoRA steps have made between them: nothing is void with other adapters."""
-    options = {"drop_ratio": 0.5, "rank": 4, "surrogate": "recurrent", "max_batch": 8}
-    adapted = make_adapted_bundle(MODEL, tmp_path / "adapted", targets=("openvino",), **options)
-    plain = make_bundle(MODEL, tmp_path / "plain", targets=("openvino",), **options)
+    options = FOUR | {"rank": 4, "surrogate": "recurrent", "max_batch": 8}
+    adapted = make_adapted_bundle(with_layers(4), tmp_path / "adapted", targets=("openvino",), **options)
+    plain = make_bundle(with_layers(4), tmp_path / "plain", targets=("openvino",), **options)
     found, prompt = [], text(60)
     for bundle in (adapted, plain):
         with Batch.open(bundle.root, slots=1, policy="backfill", k=2, threads=1, keep_prefixes=True) as batch:

@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_drop_export.cli
 from lora_drop_export.checkpoint.open import open_checkpoint
-from tests.support.bundles import family, make_bundle, record_again
+from tests.support.bundles import Family, make_bundle, record_again
 from tests.support.decoding import assert_refused
 from tests.support.models import SIZES
 
-from .test_engine import MODEL, TARGETS
+from .test_engine import FOUR, TARGETS, with_layers
 from .test_formats import PLAN, source
 
 STEPS, WEIGHTS = "openvino/steps.onnx", "weights/model.safetensors"
@@ -36,9 +36,8 @@ PARTS = re.compile(r"^error: .+\nNote: .+\nHint: .+\n\Z", re.MULTILINE)
 GENERATE = ("--prompt", "t1", "--max-new-tokens", "1")
 
 
-def with_tokenizer(name: str, place: Path) -> Any:
+def with_tokenizer(made_from: Family, place: Path) -> Family:
     """A family whose checkpoint has a tokenizer, for the command line."""
-    made_from = family(name)
     model = place / "model"
     made_from.model.save_pretrained(model)
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(SIZES["vocab_size"])}, unk_token="t0"))
@@ -48,13 +47,13 @@ def with_tokenizer(name: str, place: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def made_from(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return with_tokenizer(MODEL, tmp_path_factory.mktemp("model"))
+def made_from(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return with_tokenizer(with_layers(4), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def whole(made_from: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(made_from, tmp_path_factory.mktemp("whole") / "b", targets=TARGETS, rank=2).root
+    return make_bundle(made_from, tmp_path_factory.mktemp("whole") / "b", targets=TARGETS, rank=2, **FOUR).root
 
 
 @pytest.fixture
