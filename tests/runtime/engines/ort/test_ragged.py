@@ -22,7 +22,7 @@ from lora_drop_runtime.plan.schedule import StepKind
 
 from tests.support import export_array as array
 from tests.support import oracle
-from tests.support.bundles import family, heads_of, make_adapted_bundle, oracle_plan, rewritten
+from tests.support.bundles import Family, first_layers, heads_of, make_adapted_bundle, oracle_plan, rewritten
 
 TOLERANCE = 1e-5  # of the largest number, at least of 1
 PASTS, COUNTS = (7, 12, 20, 0), (0, 1, 4, 3)
@@ -155,12 +155,21 @@ def run_and_compare(rows: Rows, kind: StepKind, fed: Sequence[Sequence[int]]) ->
 
 
 FLOATS = ("float32", "float32")  # a checkpoint's and its trace's
+LAYERS = 5  # and what is dropped, unless a form says otherwise
+PLAN = {"drop_layers": (1, 3), "always_first": 1}
+
+
+def one_product() -> Family:
+    return rewritten(first_layers("llama", LAYERS))
+
+
 SOURCES: dict[str, Any] = {
-    "llama": functools.partial(family, "llama"),
-    "one product": functools.partial(rewritten, "llama"),  # for q, k and v, which the attention rotates itself
-    "folded": functools.partial(family, "llama_mqa"),
-    "biases": functools.partial(family, "qwen2"),
-    "windows": functools.partial(family, "gemma2"),  # and soft caps
+    "llama": functools.partial(first_layers, "llama", LAYERS),
+    "one more": functools.partial(first_layers, "llama", LAYERS + 1),
+    "one product": one_product,  # for q, k and v, which the attention rotates itself
+    "folded": functools.partial(first_layers, "llama_mqa", LAYERS),
+    "biases": functools.partial(first_layers, "qwen2", LAYERS),
+    "windows": functools.partial(first_layers, "gemma2", LAYERS),  # and soft caps
     "padded heads": functools.partial(heads_of, 4, 2),  # of 4 values, which the caches hold as 8
     "padded and folded heads": functools.partial(array.source, array.model_with(head_dim=100, kv_heads=1), *FLOATS),
 }
@@ -169,23 +178,23 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "one product": ("one product", {}),
     "folded": ("folded", {}),
     "biases": ("biases", {}),
-    "windows": ("windows", {}),
-    "padded heads": ("padded heads", {"drop_layers": (1,), "always_first": 1}),
-    "padded and folded heads": ("padded and folded heads", {"drop_layers": (1,), "always_first": 1}),
-    "padded heads, fill": ("padded heads", {"drop_layers": (1,), "always_first": 1, "policy": "fill"}),
+    "windows": ("windows", {"drop_layers": (1,)}),
+    "padded heads": ("padded heads", {"drop_layers": (1,)}),
+    "padded and folded heads": ("padded and folded heads", {"drop_layers": (1,)}),
+    "padded heads, fill": ("padded heads", {"drop_layers": (1,), "policy": "fill"}),
     "int8 caches": ("llama", {"kv_dtype": "int8"}),
     "int8 caches, one product": ("one product", {"kv_dtype": "int8"}),
     "int4": ("one product", {"dtype": "int4", "quantization": "rtn"}),
     "fill": ("llama", {"policy": "fill"}),
     "fill, int8 caches": ("llama", {"policy": "fill", "kv_dtype": "int8"}),
-    "fill, windows": ("windows", {"policy": "fill"}),
+    "fill, windows": ("windows", {"drop_layers": (1, 2), "policy": "fill"}),
     "recurrent": ("llama", {"surrogate": "recurrent", "rank": 4}),
     "recurrent, folded, halves": ("folded", {"surrogate": "recurrent", "rank": 4, "injection": "attn_mlp"}),
-    "change": ("llama", {"surrogate": "residual-delta", "drop_layers": (3, 4, 6), "rank": 4}),
+    "change": ("one more", {"surrogate": "residual-delta", "drop_layers": (1, 2, 4), "rank": 4}),
     "recurrent, fill": ("llama", {"surrogate": "recurrent", "rank": 4, "policy": "fill"}),
     "recurrent, rank 0": ("llama", {"surrogate": "recurrent"}),
     "anchor": ("llama", {"surrogate": "anchor", "rank": 4}),
-    "halves": ("llama", {"drop_layers": ("4.attn", "5.mlp"), "surrogate": "recurrent", "rank": 4}),
+    "halves": ("llama", {"drop_layers": ("2.attn", "3.mlp"), "surrogate": "recurrent", "rank": 4}),
 }
 Opened = tuple[Bundle, OrtEngine]
 
@@ -197,7 +206,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @functools.cache
     def make(form: str) -> Opened:
         name, options = FORMS[form]
-        bundle = make_adapted_bundle(SOURCES[name](), tmp_path_factory.mktemp("ragged"), max_seq_len=SLOTS, **options)
+        options = PLAN | {"max_seq_len": SLOTS} | options
+        bundle = make_adapted_bundle(SOURCES[name](), tmp_path_factory.mktemp("ragged"), **options)
         return bundle, OrtEngine(bundle, threads=1)
 
     return make
