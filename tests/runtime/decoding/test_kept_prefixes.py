@@ -22,7 +22,7 @@ from lora_drop_runtime.decoding import batch as module
 from lora_drop_runtime.decoding.batch import CHUNK
 from lora_drop_runtime.decoding.slots import Slots
 
-from tests.support.bundles import make_adapted_bundle, make_bundle, traced_family
+from tests.support.bundles import first_layers, make_adapted_bundle, make_bundle, traced_family
 from tests.support.decoding import PLAN, RECURRENT, assert_refused, prompts_run, slots, ticked_through
 from tests.support.fake_engine import KINDS, VOCAB, FakeEngine
 from tests.support.models import FAMILIES
@@ -59,7 +59,7 @@ def check_kept(batch: Batch) -> None:
 SHARED = st.lists(st.integers(0, 2), max_size=9)  # of few tokens, so that prompts begin alike
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.tuples(requests(VOCAB, 3, ("skip", "backfill", "lossless")), SHARED), min_size=2, max_size=9),
     st.integers(1, 5),
@@ -326,8 +326,8 @@ TEXTS = [np.random.default_rng(seed).integers(0, 131, 60).tolist() for seed in (
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Bundle, dict[str, Session]]]:
-    options = BUNDLES[request.param]
-    bundle = make_adapted_bundle("qwen3", tmp_path_factory.mktemp("served"), max_batch=8, drop_ratio=0.5, **options)
+    source, options = first_layers("qwen3", 6), {"always_first": 1, "max_batch": 8} | BUNDLES[request.param]
+    bundle = make_adapted_bundle(source, tmp_path_factory.mktemp("served"), **options)
     policies = ("fill",) if "policy" in options else ("skip", "backfill", "lossless")
     with contextlib.ExitStack() as stack:
         root = bundle.root
@@ -359,8 +359,8 @@ def check_row(session: Session, request: Request, events: list[Event]) -> int:
 def test_a_prompt_has_the_same_bits_the_second_time(target: str, tmp_path: Path, capsys) -> None:
     """In int4, where a token that runs alone rounds otherwise; the prompt has a token more than a chunk."""
     count = CHUNK + 1
-    sizes = {"max_batch": 8, "max_seq_len": 256, "max_prompt_len": 200}
-    root = make_bundle("qwen3", tmp_path / "b", targets=(target,), dtype="int4", drop_ratio=0.5, **sizes).root
+    sizes = {"max_batch": 8, "max_seq_len": 256, "max_prompt_len": 200, "always_first": 1}
+    root = make_bundle(first_layers("qwen3", 4), tmp_path / "b", targets=(target,), dtype="int4", **sizes).root
     prompt = np.random.default_rng(count).integers(0, 131, count).tolist()
     found = []
     with Batch.open(root, slots=1, k=0, threads=1, keep_prefixes=True) as batch:
