@@ -19,7 +19,7 @@ from lora_drop_serve.app import create_app
 from lora_drop_serve.driver import Driver
 from lora_drop_serve.server import address, listening, make_server
 
-from tests.support.bundles import make_bundle, record_again
+from tests.support.bundles import first_layers, make_bundle, record_again
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 WORDS = 131  # the vocabulary of the tiny models
@@ -39,8 +39,9 @@ def word_tokenizer(root: Path, template: str | None = TEMPLATE) -> None:
 
 
 def word_bundle(root: Path, template: str | None = TEMPLATE, **options: Any) -> Bundle:
-    """A tiny bundle in float32 whose text says its tokens."""
-    word_tokenizer(make_bundle("llama", root, **{"max_batch": 8, **options}).root, template)
+    """A tiny bundle in float32, of four layers, whose text says its tokens."""
+    made = make_bundle(first_layers("llama", 4), root, **{"max_batch": 8, "always_first": 1, **options})
+    word_tokenizer(made.root, template)
     return Bundle.open(root)
 
 
