@@ -145,7 +145,7 @@ def fake_tokens(request: Request) -> list[int]:
     return text[len(request.prompt) :]
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(requests(VOCAB, 5, ("skip", "backfill", "lossless")), min_size=1, max_size=9),
     st.integers(1, 4),

@@ -59,7 +59,7 @@ def check_kept(batch: Batch) -> None:
 SHARED = st.lists(st.integers(0, 2), max_size=9)  # of few tokens, so that prompts begin alike
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.tuples(requests(VOCAB, 3, ("skip", "backfill", "lossless")), SHARED), min_size=2, max_size=9),
     st.integers(1, 5),
