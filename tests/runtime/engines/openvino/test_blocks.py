@@ -161,6 +161,18 @@ def test_a_pool_that_does_not_come_to_grow_goes_on(
     rows.check()
 
 
+def test_what_was_copied_stays_while_the_pool_grows() -> None:
+    """Before a step has written beside it: a row that begins with another's entries, and one more that comes."""
+    rows = Rows()
+    rows.begin(1)
+    (new,) = rows.pool.take(1)
+    rows.pool.copy(rows.blocks[0][0], new)
+    before = len(rows.pool.caches["key_cache.3"])
+    rows.begin(before)
+    assert len(rows.pool.caches["key_cache.3"]) > before
+    assert all((cache[new] == rows.values[0][0]).all() for cache in rows.pool.caches.values())
+
+
 def test_bytes_of_a_block() -> None:
     """Of both caches of all layers."""
     for dtype, size in ((np.float32, 4), (np.uint16, 2), (np.uint8, 1)):
