@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lora_drop_runtime.decoding.pace import AutoPace, CycleTimes
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import DraftsDoNotPay
 from lora_drop_runtime.plan.drafting import VerifiedSchedule
@@ -128,6 +129,15 @@ def test_a_draft_dearer_than_anyone_thought_is_paid_once() -> None:
     session = auto(engine)
     spent = run(session, engine, 1500) * 1499
     assert 1499 < spent <= ALLOWED * 1499 + 9
+
+
+def test_a_row_s_draft_is_paid_at_the_width_that_all_rows_get() -> None:
+    """What another row has looked up is verified in any case; all rows then run as many tokens."""
+    pace = AutoPace()
+    for width, seconds in ((1, 1.0), (2, 1.04), (9, 9.0)):  # as long as the full schedule takes for as many tokens
+        pace.saw(CycleTimes(0, 0.0, width, seconds, seconds), [])
+    assert pace.spent == pace.full
+    assert [pace.drafts("ngram", 1, runs=1, width=width) for width in (1, 2, 9)] == [1, 1, 0]
 
 
 def test_it_finds_what_pays() -> None:
