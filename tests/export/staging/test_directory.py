@@ -400,6 +400,27 @@ def test_a_disk_with_no_room_for_the_number_of_the_process(place: Path, monkeypa
     assert held(place)["a"] == "old"
 
 
+def test_what_comes_between_the_two_renames_takes_nothing_away(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another's directory is where the new result was to be: the old one stays where it was put."""
+    genuine = rename.rename_new
+
+    def too_late(source: Path, target: Path) -> None:
+        if target == place:
+            place.mkdir(exist_ok=True)
+        genuine(source, target)
+
+    monkeypatch.setattr(rename, "_renameat2", lambda *_: False)
+    monkeypatch.setattr(directory, "rename_new", too_late)
+    with pytest.raises(InputError, match="exists already"):
+        stage(place)
+    assert os.listdir(place) == []
+    (left,) = (path for path in place.parent.iterdir() if path != place)
+    assert held(left / "old")["a"] == "old"
+    assert f"warning: {left} has what was at {place}" in capsys.readouterr().err
+
+
 def test_a_disk_with_no_room_for_the_journal(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
