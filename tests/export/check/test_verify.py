@@ -198,8 +198,10 @@ def test_mutant_adapter_fails_nowhere_but_is_another_model(good, tmp_path):
 
 def test_compare_command(good, tmp_path, capsys):
     """`lora-drop compare` prints the table, writes JSON, and exits with 1 on a disagreement."""
-    assert main(["compare", str(good.root), "--k", "1", "--json", str(tmp_path / "r.json"), "--threads", "1"]) == 0
-    assert json.loads((tmp_path / "r.json").read_text())["k"] == 1
+    given = ["--k", "1", "--policy", "backfill", "--json", str(tmp_path / "r.json"), "--threads", "1"]
+    assert main(["compare", str(good.root), *given]) == 0
+    said = json.loads((tmp_path / "r.json").read_text())
+    assert (said["k"], said["policy"], good.manifest.plan.policy) == (1, "backfill", "skip")
     root = shutil.copytree(good.root, tmp_path / "b")
     rewire(root, "lora", swap_caches)
     assert main(["compare", str(root), "--threads", "1"]) == 1
