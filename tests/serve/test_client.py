@@ -111,6 +111,8 @@ def test_the_ends_of_what_the_api_allows(client: openai.OpenAI, bundle: Bundle) 
     texts = [client.completions.create(**hot, seed=seed).choices[0].text for seed in (-1, -1, -(2**63), 2**63 - 1)]
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
+    last = client.completions.create(**hot | {"temperature": 1}, seed=2**63 - 1, n=2)  # behind the last comes the first
+    assert [one.text for one in last.choices] == [words(alone(bundle, PROMPT, 9, seed)) for seed in (2**63 - 1, 0)]
 
 
 def test_penalties_biases_and_min_p(client: openai.OpenAI, bundle: Bundle) -> None:
