@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS, PACKED_STEP, TOTALS
 from lora_drop_runtime.plan.schedule import StepKind
@@ -199,6 +200,22 @@ def test_neutral_graphs_against_oracle(name, surrogate, rank, tmp_path):
         for step, b in enumerate(theirs):
             error = np.abs(ours[step][row] - b.numpy()).max() / np.abs(b.numpy()).max()
             assert error < 3e-5, f"row {row}, step {step}"
+
+
+def test_states_are_those_of_the_last_token_that_has_logits(tmp_path):
+    """Of several that have, as where drafts are verified; what stands behind it is padding."""
+    source = first_layers("llama_bias", 5)
+    bundle = make_bundle(source, tmp_path / "b", surrogate="recurrent", k=1, always_first=1, **NEUTRAL)
+    graphs, states = NeutralGraphs(bundle, 1, 9), bundle.manifest.plan.states
+    ids, none = np.array([[7, 3, 11, 19, 2, 0]]), np.zeros(1, np.int64)
+    given = {"input_ids": ids, "len_kept": none, "len_dropped": none, "logits_index": np.array([[2, 4]])}
+    feeds = {spec.name: (graphs.values | given)[spec.name] for spec in bundle.manifest.io(StepKind.REFRESH).inputs}
+    found = graphs.sessions[StepKind.REFRESH].run([f"present_state.{site}" for site in states], feeds)
+    with torch.no_grad():
+        stream = source.model(torch.from_numpy(ids), output_hidden_states=True).hidden_states
+    assert len(found) == 2
+    for state, after in zip(found, states.values(), strict=True):
+        np.testing.assert_allclose(state[0], stream[int(after) + 1][0, 4].numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
