@@ -75,9 +75,12 @@ def test_kl_is_the_oracles(name: str, policy: str, monkeypatch: pytest.MonkeyPat
     found = scoring.of_lists(windows, lists, lambda: None)
     assert found == pytest.approx([*expected[:2], 0.0, expected[2]], rel=TOLERANCE, abs=1e-6)
     greedy = Greedy(scoring, windows)
-    assert greedy.costs(["3", "5"])["5"] == pytest.approx(expected[0], rel=TOLERANCE)
+    alone = greedy.costs(["3", "5"])
+    assert alone["5"] == pytest.approx(expected[0], rel=TOLERANCE)
     greedy.drop("3")
     assert greedy.costs(["5"])["5"] == pytest.approx(expected[1], rel=TOLERANCE)
+    added = expected[1] - alone["3"]  # what the site is the price of, not the whole list
+    assert greedy.prices["5"] / len(scoring.layout.lora) == pytest.approx(added, rel=0.01)
     assert greedy.kept_bytes > 2 * 8 * WINDOW * SIZES["hidden_size"] * 4
 
 
