@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from lora_drop_runtime import Batch, BundleError, PeriodicSchedule
+from lora_drop_runtime import Batch, BundleError, InputError, PeriodicSchedule
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Limits
 from lora_drop_runtime.text import TextCodec
@@ -253,6 +253,26 @@ def test_a_head_that_does_not_end_is_cut_off(served: Served, monkeypatch: pytest
     monkeypatch.setattr("lora_drop_serve.server.HEAD_SECONDS", 0.05)
     check_raw(sent(served, data), 408, "too_slow")
     assert sent(served, b"") == b""  # of a connection that lies idle there is nothing to say
+    check_alive(served)
+
+
+def test_of_prompts_one_of_which_the_batch_refuses_none_runs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others would run on for nobody."""
+    batch, added, given_up = served.driver._batch, list[int](), list[int]()
+    add, cancel = batch.add, batch.cancel
+
+    def refuse_nine(prompt: Any, *arguments: Any, **options: Any) -> int:
+        if prompt.tolist() == [9]:
+            raise InputError("The prompt cannot run.", note="It is 9.", hint="Give another.")
+        added.append(add(prompt, *arguments, **options))
+        return added[-1]
+
+    monkeypatch.setattr(batch, "add", refuse_nine)
+    monkeypatch.setattr(batch, "cancel", lambda number: given_up.append(number) or cancel(number))
+    answer = served.http.post(COMPLETIONS, json=body(900) | {"prompt": [[7], [9]]})
+    assert (answer.status_code, len(added), given_up) == (400, 1, added)
+    assert "cannot run" in error_of(answer)["message"]
+    monkeypatch.undo()
     check_alive(served)
 
 
