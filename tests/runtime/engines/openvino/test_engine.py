@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import os
 import shutil
@@ -323,10 +324,13 @@ def test_a_step_that_fails_has_openvinos_reason(bundle: Bundle) -> None:
     assert caught.value.note == f"{bundle.root}: [CPU] Reorder node failed"
 
 
-def test_other_settings_are_another_compiled_model(bundle: Bundle) -> None:
+def test_other_settings_and_adapters_are_another_compiled_model(bundle: Bundle) -> None:
     engines = [OpenVinoEngine(bundle, threads=1), OpenVinoEngine(bundle, threads=2)]
     engines.append(OpenVinoEngine(bundle, threads=1, exact=True))
-    assert len({id(engine.compiled) for engine in engines}) == 3
+    files, name = bundle.manifest.files, "weights/adapters.safetensors"
+    again = files | {name: dataclasses.replace(files[name], sha256="0" * 64)}  # exported with others to the same place
+    engines.append(OpenVinoEngine(Bundle(bundle.root, dataclasses.replace(bundle.manifest, files=again)), threads=1))
+    assert len({id(engine.compiled) for engine in engines}) == 4
     for engine in engines:
         engine.close()
 
