@@ -402,7 +402,7 @@ def test_rows_are_as_alone(served: tuple[Bundle, dict[str, Session]], capsys) ->
     compared = reused = 0
     begun = st.tuples(st.sampled_from(TEXTS), st.integers(0, 60)).map(lambda one: one[0][: one[1]])
 
-    @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(st.tuples(requests(131, 8, policies), begun), min_size=2, max_size=7), st.integers(1, 4), st.booleans()
     )
