@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 ENGINES = set(EXTRAS)
 
 
-def built(kind: str, out: Path) -> Path:
+def built(kind: str, out: Path, root: Path = ROOT) -> Path:
     command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     (file,) = out.iterdir()
     return file
@@ -99,8 +99,14 @@ def test_the_wheel_types_all_its_packages(wheel):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
-def test_the_source_distribution_holds_the_repository(tmp_path):
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    with tarfile.open(built("sdist", tmp_path)) as sdist:
+def test_the_source_distribution_holds_the_repository_and_nothing_else(tmp_path):
+    """Neither bundles nor environments that lie in a checkout."""
+    command = ["git", "ls-files"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = {name for name in listed if (ROOT / name).exists()}
+    for name in (*names, "engines/weights/model.safetensors", "env/pyvenv.cfg"):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes((ROOT / name).read_bytes() if name in names else b"")
+    with tarfile.open(built("sdist", tmp_path / "dist", tmp_path / "tree")) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {name for name in listed.splitlines() if (ROOT / name).exists()} <= held
+    assert held == names | {"PKG-INFO"}
