@@ -72,7 +72,7 @@ def resolved(path: Path) -> Path:
     try:
         place = path.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            place.lstat()  # which a name that is too long ends
+            place.stat()  # which a name that is too long ends, and a circle of links, since Python 3.13 here alone
         up = next((one for one in (path, *path.parents) if one.name == ".."), None)
         if up is not None:  # from a folder that is not there nobody would find the result by that path
             up.lstat()
