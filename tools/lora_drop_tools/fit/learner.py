@@ -33,7 +33,7 @@ def _one_behind_the_other(u: Any, v: Any, rank: int) -> tuple[list[tuple[Any, An
         try:
             a = np.linalg.solve(before.T, v[block].T).T
         except np.linalg.LinAlgError:  # the blocks before map something to 0
-            a = np.linalg.lstsq(before.T, v[block].T)[0].T
+            a = np.linalg.lstsq(before.T, v[block].T, rcond=None)[0].T
         pairs.append((a, u[:width, block]))
         before = before + u[:, block] @ v[block]
         low_a, low_b = (matrix.astype(np.float32).astype(np.float64) for matrix in (a, u[:, block]))
