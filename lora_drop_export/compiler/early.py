@@ -34,6 +34,7 @@ from lora_drop_export.weights.store import check_linkable, weights_bytes
 
 from .facts import (
     head_formats,
+    is_of_a_layer,
     kept_formats,
     kept_quantization,
     kept_weights,
@@ -79,7 +80,7 @@ def _check_calibration(
     refs: Mapping[str, TensorSource], formats: Mapping[str, BlockFormat], options: ExportOptions
 ) -> None:
     """Refuse to round what has its integers already."""
-    layers = [name for name in formats if re.search(r"\.\d+\.", name)]
+    layers = [name for name in formats if is_of_a_layer(name)]
     if (
         options.calibrated
         and options.block_size != AUTO

@@ -56,6 +56,11 @@ def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
     return {name: ref.native for name, ref in kept_weights(refs).items()}
 
 
+def is_of_a_layer(name: str) -> bool:
+    """Whether a weight is one layer's, by the number in its name."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
 def head_formats(
     shapes: Mapping[str, tuple[int, ...]], vocab_size: int, options: BuildOptions
 ) -> dict[str, BlockFormat]:
@@ -63,7 +68,7 @@ def head_formats(
     layers that have a row per token.
     """
     form = options.head_format
-    rows = [name for name, shape in shapes.items() if shape[0] == vocab_size and not re.search(r"\.\d+\.", name)]
+    rows = [name for name, shape in shapes.items() if shape[0] == vocab_size and not is_of_a_layer(name)]
     found = {name: form.format_of(shapes[name]) for name in rows if form}
     return {name: one for name, one in found.items() if one is not None}
 

@@ -176,11 +176,15 @@ class PagedSlots:
 
     def bytes_with(self, rows: int, new: Sequence[tuple[Mapping[str, int], Sequence[Sequence[int]]]]) -> int:
         """What so many rows take with some more, each of which needs slots and begins with shared blocks."""
+        own = [
+            [count - len(first) for (_, count), first in zip(self._counts(slots), shared, strict=True)]
+            for slots, shared in new
+        ]
         total = 0
         for number, pool in enumerate(self._engine.pools):
             there = {block for row in self._rows[:rows] if row is not None for block in row.blocks[number]}
-            own = sum(self._counts(slots)[number][1] - len(shared[number]) for slots, shared in new)
-            total += (len(there.union(*(shared[number] for _, shared in new))) + own) * pool.block_bytes
+            there = there.union(*(shared[number] for _, shared in new))
+            total += (len(there) + sum(counts[number] for counts in own)) * pool.block_bytes
         return total
 
     def copy_block(self, source: Sequence[Sequence[int]], slot: int, place: int) -> None:

@@ -15,7 +15,7 @@ from lora_drop_runtime.decoding.sampling import RowSampler, masked
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.schedule import LastLogits
 
-from tests.support.bundles import PROMPTS, Family, first_layers, make_bundle, oracle_plan
+from tests.support.bundles import PROMPTS, first_layers, make_bundle, oracle_plan
 from tests.support.constraints import Rule, Ruled
 from tests.support.covering import covering_array
 from tests.support.decoding import assert_refused, kept_session
@@ -47,19 +47,15 @@ RULES: dict[str, Rule] = {"drifting": drifting, "ending": ending, "one way": one
 OPTIONS: dict[str, Any] = {"drop_layers": (1, 2, 4), "always_first": 1, "k": 3, "max_batch": 8}
 
 
-def six_layers() -> Family:
-    return first_layers("llama", 6)
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(six_layers(), tmp_path_factory.mktemp("constraints") / "b", **OPTIONS)
+    return make_bundle(first_layers("llama", 6), tmp_path_factory.mktemp("constraints") / "b", **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def filling(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("constraints") / "fill"
-    return make_bundle(six_layers(), root, policy="fill", **OPTIONS)
+    return make_bundle(first_layers("llama", 6), root, policy="fill", **OPTIONS)
 
 
 @functools.cache
@@ -67,7 +63,7 @@ def by_pytorch(root: Path, rule: Rule, k: int, policy: str) -> list[list[int]]:
     """Greedy, token by token: the largest logit among those that the rule allows; of each prompt."""
     rows, plan = [], oracle_plan(Bundle.open(root))
     for prompt in PROMPTS:
-        row, logits = prefill(six_layers().model, plan, prompt)
+        row, logits = prefill(first_layers("llama", 6).model, plan, prompt)
         tokens: list[int] = []
         rows.append(tokens)
         with row.installed():
@@ -144,7 +140,7 @@ def test_drafts_leave_the_distribution_of_the_constraint(bundle: Bundle) -> None
             sampling = SamplingOptions(4.0, seed=seed)
             for row in session.generate([[7, 3]] * 8, NEW, sampling=sampling, constraint=Ruled(rule, VOCAB)):
                 counts[tuple(row.tolist())] += 1
-    plan, model = oracle_plan(bundle), six_layers().model
+    plan, model = oracle_plan(bundle), first_layers("llama", 6).model
     statistic = 0.0
     _, logits = prefill(model, plan, [7, 3])
     first = (logits[[3, 60, 90]] / 4).softmax(0)

@@ -26,7 +26,7 @@ from lora_drop_tools.shared import costs
 from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.target import static_slots
 from tests.support import oracle
-from tests.support.bundles import PROMPTS, Family, first_layers, make_bundle, oracle_plan, save_adapters
+from tests.support.bundles import PROMPTS, first_layers, make_bundle, oracle_plan, save_adapters
 from tests.support.fake_engine import FakeEngine, open_session
 
 WINDOWS = (0, 1, 2, 3, 5, 19)
@@ -191,13 +191,9 @@ def test_an_interrupted_refresh_can_be_taken_again(half: Policy) -> None:
     assert (caches["past_key.3"][0, 0, :5, 0] - 1).tolist() == [1, 2, 6, 7, 8]
 
 
-def six_layers() -> Family:
-    return first_layers("llama", 6)
-
-
 def decoded_by_the_oracle(plan: oracle.OraclePlan, prompt: list[int], forced: list[int], k: int) -> list[torch.Tensor]:
     """The logits after the prompt and after each forced token; a refresh repeats the last k // 2 tokens in full."""
-    row, logits = oracle.prefill(six_layers().model, plan, prompt)
+    row, logits = oracle.prefill(first_layers("llama", 6).model, plan, prompt)
     found = [logits]
     with row.installed():
         for j, token in enumerate(forced, start=1):
@@ -213,7 +209,7 @@ def decoded_by_the_oracle(plan: oracle.OraclePlan, prompt: list[int], forced: li
 def test_a_bundle_decodes_as_the_oracle_does(options: dict[str, str], tmp_path: Path, half: Policy) -> None:
     """Exported as the default policy of a bundle, decoded by ONNX Runtime, verified against the reference."""
     given = options | {"drop_ratio": 0.75, "always_first": 1, "policy": "half"}
-    bundle = make_bundle(six_layers(), tmp_path / "b", rank=4, **given)
+    bundle = make_bundle(first_layers("llama", 6), tmp_path / "b", rank=4, **given)
     assert json.loads((bundle.root / MANIFEST_NAME).read_text())["plan"]["policy"] == "half"
     adapters = save_adapters(tmp_path / "a", bundle.manifest.plan, 64, bundle.manifest.model.fingerprint)
     lengths = np.array([len(prompt) for prompt in PROMPTS])
@@ -234,7 +230,7 @@ def test_a_bundle_decodes_as_the_oracle_does(options: dict[str, str], tmp_path: 
                 theirs = decoded_by_the_oracle(oracle_plan(bundle, adapters), prompt, forced[:, row].tolist(), k)
                 for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
                     assert np.abs(a[row] - b.numpy()).max() < TOLERANCE * b.abs().max(), (k, row, step)
-    fitted = make_bundle(six_layers(), tmp_path / "c", adapters=adapters, **given)
+    fitted = make_bundle(first_layers("llama", 6), tmp_path / "c", adapters=adapters, **given)
     results = {policy: compare(fitted, threads=1, policy=policy) for policy in (None, "half", "skip")}
     assert all(result.passed for result in results.values())
     assert results[None].policy == "half"
