@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.bundle.manifest import Limits
-from lora_drop_runtime.errors import InputError, whole_number, wrong_type
+from lora_drop_runtime.errors import InputError, counted, whole_number, wrong_type
 
 from .constraint import Constraint, check_parts
 from .prompts import token_mask
@@ -445,10 +445,10 @@ def read_by_a_stream() -> InputError:
     )
 
 
-def caches_full(steps: int) -> InputError:
+def caches_full(tokens: int) -> InputError:
     return InputError(
         "The request's caches are full.",
-        note=f"They were sized for {steps} decode steps.",
+        note=f"The longest row has {counted(tokens, 'token')}, and there is no room for another one.",
         hint="Call prefill with a larger max_new_tokens.",
     )
 

@@ -483,7 +483,7 @@ class Session:
         if active is None:
             request.meet()
         if request.steps_done == request.max_steps:
-            raise checks.caches_full(request.max_steps)
+            raise checks.caches_full(max(request.kept))
         return request
 
     def _step(self, token_ids: Ids, active: npt.NDArray[np.bool_] | None) -> None:

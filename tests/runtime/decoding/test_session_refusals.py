@@ -93,10 +93,10 @@ def test_step_refuses() -> None:
     assert len(engine.runs) == 1
     session.step([1, 2])
     session.step(np.array([3, 4], np.int32))
-    assert_refused(lambda: session.step([1, 2]), "caches are full", "2 decode steps")
+    assert_refused(lambda: session.step([1, 2]), "caches are full", "longest row has 4 tokens")
     assert len(engine.runs) == 3
     session.prefill(np.array([[4, 2]]), max_new_tokens=1)
-    assert_refused(lambda: session.step([1]), "caches are full", "0 decode steps")
+    assert_refused(lambda: session.step([1]), "caches are full", "longest row has 2 tokens")
 
 
 def test_a_closed_session_refuses() -> None:
