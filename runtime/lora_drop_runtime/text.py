@@ -327,11 +327,18 @@ class TextCodec:
         Arguments as for `render_chat` and `encode`.
 
         Raises:
-            InputError: as `render_chat`.
+            InputError: as `render_chat`, or the template writes nothing.
             TextTooLong: as `encode`.
         """
         text = self.render_chat(messages, tools=tools, variables=variables)
-        return self._encoded(text, most_tokens, special_tokens=False)  # the template's own are in it
+        ids = self._encoded(text, most_tokens, special_tokens=False)  # the template's own are in it
+        if not ids.size:
+            raise InputError(
+                "The model's chat template writes nothing for these messages.",
+                note=f"Its text is {text!r}, which has no tokens.",
+                hint="Mend the checkpoint's chat_template.jinja and export again, or pass a plain prompt.",
+            )
+        return ids
 
     def render_chat(
         self,

@@ -312,6 +312,15 @@ def test_a_template_of_its_own_for_tools_is_transformers(
     reference.chat_template = None
 
 
+@pytest.mark.parametrize("template", ["", "{% for tool in tools or [] %}{{ tool }}{% endfor %}"])
+def test_a_template_that_writes_nothing_is_refused(template: str) -> None:
+    codec = TextCodec(byte_level_tokenizer(), {}, template)
+    assert codec.render_chat(CHAT) == ""  # as transformers does
+    with pytest.raises(InputError, match="chat template writes nothing") as caught:
+        codec.encode_chat(CHAT)
+    assert caught.value.note == "Its text is '', which has no tokens."
+
+
 def test_bytes_of_tokens_join_to_the_text(codec: TextCodec) -> None:
     """Spaces in front of tokens too, which a token alone may lose; but for one that the whole text loses as well."""
     for text in TEXTS:
