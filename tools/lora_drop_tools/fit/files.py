@@ -157,6 +157,18 @@ def _writable(text: Any) -> Any:
     return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
 
 
+def _object(line: bytes) -> dict[str, Any]:
+    """Raises ValueError, which shows the line: where it errs, as JSON says it, is always in «line 1»."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        said = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise ValueError(f"a line is no JSON: {line[:40]!r}: {said}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a line is no object: {line[:40]!r}")
+    return row
+
+
 def _json_lines(unpacked: Callable[[BinaryIO, int], Any]) -> Callable[[Path, str, int], Rows]:
     """A reader of lines with an object each; a place is in unpacked bytes. A row without the column has no text."""
 
@@ -168,9 +180,7 @@ def _json_lines(unpacked: Callable[[BinaryIO, int], Any]) -> Callable[[Path, str
                 place += len(line)
                 if not line.strip():
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"a line is no object: {line[:40]!r}")
+                row = _object(line)
                 if not known and column not in row:
                     raise no_such_column(column, str(file), list(row))
                 known = True
