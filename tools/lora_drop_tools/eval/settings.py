@@ -251,7 +251,7 @@ class EvalSettings:
                 "A window has no room for a prompt and a whole cycle.",
                 note=f"--window is {window}, --prompt is {prompt}; k = {longest} takes a prompt of "
                 f"{longest + 1} tokens and {longest + 2} more.",
-                hint=f"Use for example --window {room} --prompt {long_enough}, or a smaller --k.",
+                hint=f"Use a smaller --k, or --window {room} --prompt {long_enough} if the bundle allows these.",
             )
 
     def aim_of(self, place: int) -> float | None:

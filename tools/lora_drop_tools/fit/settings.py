@@ -291,7 +291,7 @@ class FitSettings:
             raise InputError(
                 "The window is too short.",
                 note=f"--window is {self.window_tokens}; a prompt of {PROMPT} and two cycles take {shortest} tokens.",
-                hint=f"Use --window {max(256, shortest)}, or a smaller --k.",
+                hint=f"Use a smaller --k, or --window {max(256, shortest)} if the model allows it.",
             )
         if self.tokens is not None and self.steps is not None:
             raise InputError(
