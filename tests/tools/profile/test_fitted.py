@@ -178,7 +178,10 @@ def test_what_it_prints(llama_dir: Path, text: Path, tmp_path: Path, capsys: pyt
     assert command(llama_dir, "--text", text, "--out", tmp_path / "out", "--adapters", fitted) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"on {WINDOW} other tokens, k = 3, policy backfill, residual with the adapters of fitted" in lines
-    assert lines[-1] == "use one: lora-drop fit MODEL --text … --drop-list FILE --policy backfill --k 3 --out DIR"
+    assert lines[-1] == (
+        "use one: lora-drop fit MODEL --text … --surrogate residual --rank 4 --drop-list FILE --policy backfill --k 3 "
+        "--out DIR"
+    )
     (row,) = [line.split() for line in lines if line.startswith("5 ")]
     assert row[-3:] == ["–", "–", "–"]  # nothing stands in for it
 

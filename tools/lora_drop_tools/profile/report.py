@@ -72,9 +72,12 @@ def _fitted(settings: Mapping[str, Any]) -> str:
 def _use(result: Profile) -> str:
     """The command that takes a list; adapters of a longer one, or of a run, are fitted anew for it."""
     settings = result.settings
-    command = "lora-drop fit MODEL --text …" if settings["adapters"] else "lora-drop-export --model MODEL"
+    command, ranked_with = "lora-drop-export --model MODEL", (settings["surrogate"], settings["rank"])
     if RUN in result.rankings:
-        command = f"lora-drop fit MODEL --text … --surrogate {RUN_SURROGATE} --rank {settings['run_rank']}"
+        ranked_with = RUN_SURROGATE, settings["run_rank"]
+    if settings["adapters"] or RUN in result.rankings:
+        surrogate, rank = ranked_with
+        command = f"lora-drop fit MODEL --text … --surrogate {surrogate}" + (f" --rank {rank}" if rank else "")
     return f"{command} --drop-list FILE --policy {settings['policy']} --k {settings['k']} --out DIR"
 
 
