@@ -72,11 +72,12 @@ def _fitted(settings: Mapping[str, Any]) -> str:
 def _use(result: Profile) -> str:
     """The command that takes a list; adapters of a longer one, or of a run, are fitted anew for it."""
     settings = result.settings
-    command, ranked_with = "lora-drop-export --model MODEL", (settings["surrogate"], settings["rank"])
     if RUN in result.rankings:
-        ranked_with = RUN_SURROGATE, settings["run_rank"]
+        surrogate, rank = RUN_SURROGATE, settings["run_rank"]
+    else:
+        surrogate, rank = settings["surrogate"], settings["rank"]
+    command = "lora-drop-export --model MODEL"
     if settings["adapters"] or RUN in result.rankings:
-        surrogate, rank = ranked_with
         command = f"lora-drop fit MODEL --text … --surrogate {surrogate}" + (f" --rank {rank}" if rank else "")
     return f"{command} --drop-list FILE --policy {settings['policy']} --k {settings['k']} --out DIR"
 
