@@ -168,7 +168,7 @@ import lora_drop_runtime, lora_drop_tools
 from lora_drop_tools.cli import main
 out = io.StringIO()
 settings = lora_drop_tools.GenerateSettings(max_new_tokens=8, threads=1)
-one = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], settings, out=out)
+one = lora_drop_tools.generate(sys.argv[1], sys.argv[2], settings, out=out)
 batch = lora_drop_tools.generate(sys.argv[1], sys.argv[2:], settings, out=io.StringIO())
 chat = lora_drop_tools.generate(sys.argv[1], [sys.argv[2]], settings, chat=True, out=io.StringIO())
 lora_drop_tools.inspect(sys.argv[1], check=True, out=io.StringIO())

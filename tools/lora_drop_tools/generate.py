@@ -409,7 +409,7 @@ def _encoded(
 
 def generate(
     bundle: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     settings: GenerateSettings,
     *,
     chat: bool = False,
@@ -418,13 +418,14 @@ def generate(
     """Continue prompts; a single one is streamed to `out` (standard output) as it is made, several run as a batch.
 
     Args:
-        prompts: texts; with `chat`, user messages put into the model's chat template.
+        prompts: texts, or one; with `chat`, user messages put into the model's chat template.
 
     Raises:
         InputError, BundleError: what cannot be served.
         KeyboardInterrupt: Ctrl-C was pressed; what was written until then stands in `out`.
     """
     out = out or sys.stdout
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     opened = Bundle.open(bundle)
     codec, encoded, settings = _encoded(opened, prompts, settings, chat)
     constraint = settings.constraint(opened)

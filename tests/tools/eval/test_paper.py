@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -197,3 +198,10 @@ def test_eval_in_python_measures(bundle: Path) -> None:
 
     with pytest.raises(InputError, match="reproduce"):
         eval(bundle, EvalSettings(paper="fig3"))
+
+
+def test_reproduce_in_python_takes_one_bundle(bundle: Path) -> None:
+    from lora_drop_tools.eval.eval import reproduce
+
+    reproduce(str(bundle), EvalSettings(paper="fig3"), out=(out := io.StringIO()))
+    assert "8 layers, 4 always on" in out.getvalue()

@@ -373,13 +373,13 @@ def eval(
     return result
 
 
-def reproduce(bundles: Sequence[str | Path], settings: EvalSettings, *, out: TextIO | None = None) -> None:
+def reproduce(bundles: Sequence[str | Path] | str | Path, settings: EvalSettings, *, out: TextIO | None = None) -> None:
     """Print Table IV, or Fig. 3 as a table; with `plots` draw the figure of each bundle.
 
     Raises:
         InputError, BundleError: a bundle or a file cannot be read, or a figure cannot be written.
     """
-    opened = open_bundles([str(path) for path in bundles])
+    opened = open_bundles([str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)])
     if settings.paper == "table4":
         assert settings.bench_file is not None
         print("\n".join(latencies(settings.bench_file, list(opened))), file=out or sys.stdout)
