@@ -1,16 +1,19 @@
-"""The commands that README and docs/tools.md show work as they stand there, one after the other.
+"""The commands that README and docs/tools.md show work as they stand there, one after the other, and what the pages say
+of the Python interface and of options is so.
 
 A tiny model stands in for the named one; the commands that would take minutes of a real one get smaller sizes.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime import Batch, Session
 from lora_drop_tools.cli import main as lora_drop
 
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -73,3 +76,14 @@ def test_readme_and_tools(
     for words in commands:
         code = run(words, model)
         assert code == 0, (words, capsys.readouterr().err)
+
+
+def test_sessions_and_batches_are_opened_as_the_pages_say() -> None:
+    found = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for name, method, given in re.findall(r"\b(Session|Batch)(\.open)?\(([^()]*=[^()]*)\)", page.read_text()):
+            known = inspect.signature({"Session": Session, "Batch": Batch}[name].open).parameters
+            assert method, f"{page.name}: {name}({given}) lacks what open finds"
+            assert set(re.findall(r"(\w+)=", given)) <= set(known), f"{page.name}: {name}.open({given})"
+            found += 1
+    assert found > 5
