@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,14 @@ def imported_modules(name: str) -> frozenset[str]:
                 full = f"{base}.{alias.name}"
                 found.add(full if full in MODULES else base)
     return frozenset(found)
+
+
+def test_the_page_draws_these_floors() -> None:
+    page = (ROOT / "docs/development.md").read_text().split("## Who may import what\n", 1)[1]
+    drawn = page.split("```\n", 2)[1].replace(" →\n", " →").splitlines()
+    for path, floors in zip(drawn[::2], drawn[1::2], strict=True):
+        said = [sorted(re.findall(r"\w+", part)) for part in floors.split("→")]
+        assert said == [sorted(rooms) for rooms in FLOORS[Path(path).name]], path
 
 
 def room(module: str) -> str:
