@@ -6,10 +6,12 @@ A tiny model stands in for the named one; the commands that would take minutes o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,23 @@ def test_sessions_and_batches_are_opened_as_the_pages_say() -> None:
             assert set(re.findall(r"(\w+)=", given)) <= set(known), f"{page.name}: {name}.open({given})"
             found += 1
     assert found > 5
+
+
+@pytest.mark.parametrize(
+    ("page", "main", "words"),
+    [
+        ("export.md", lora_drop_export, ()),
+        ("run.md", lora_drop, ("generate",)),
+        ("run.md", lora_drop, ("chat",)),
+        ("serving.md", lora_drop, ("serve",)),
+    ],
+)
+def test_every_option_has_a_row(
+    page: str, main: Callable[[list[str]], int], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    options = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--version"}
+    rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert options
+    assert options <= {name for row in rows for name in re.findall(r"--[\w-]+", row)}
