@@ -76,7 +76,7 @@ class ServeSettings:
         None,
         metavar="N",
         bounds=Bounds(1, 2**50),
-        help="let the K/V of all rows take N bytes; rows wait for room (target openvino; default: no limit)",
+        help="let the K/V of all rows take N bytes; rows wait for room (target openvino; default: as all slots)",
     )
     drain_delay: float = option(
         0.0,
