@@ -139,7 +139,7 @@ def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
 def _snapshot(model: str) -> Path:
     """The files of a hub repository, from the cache or downloaded."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -148,12 +148,18 @@ def _snapshot(model: str) -> Path:
         if not any(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(model, allow_patterns=[*_HUB_PATTERNS, _PICKLED]))
         return directory
+    except GatedRepoError as error:
+        raise InputError(
+            "The hub gives this model only to accounts that may have it.",
+            note=f"{model!r:.120}: {said(error)}",
+            hint="Ask for access on the model's page, then use: hf auth login (or set HF_TOKEN)",
+        ) from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = said(error)
         raise InputError(
             "There is no such model.",
             note=f"{model!r:.120} is no directory here, and not a repository that the hub gave: {reason}",
-            hint="Check the spelling; offline, give a local directory or a .gguf file.",
+            hint="Check the spelling; a private model needs HF_TOKEN; offline, give a directory or a .gguf file.",
         ) from None
 
 

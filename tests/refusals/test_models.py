@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from lora_drop_runtime.plan.surrogate import SURROGATES
 from safetensors.numpy import load_file, save_file
 
@@ -49,6 +51,17 @@ def test_what_is_no_model_is_not_looked_up_on_the_hub(export_refused, tmp_path, 
     export_refused(model="pipe", words=("a device, a pipe or a socket",))
     export_refused(model="link", words=("link is a link to nothing",))
     export_refused(model="missing.GGUF", words=("missing.GGUF is not there",))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_gated_model_is_not_said_to_be_missing(export_refused, monkeypatch):
+    def gated(*_, **__):
+        answer = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError("Access to model a/b is restricted.", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    said = export_refused(model="a/b", words=("'a/b': Access to model a/b is restricted.", "hf auth login"))
+    assert "no such model" not in said
 
 
 @pytest.mark.usefixtures("untraced")
