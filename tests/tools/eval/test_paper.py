@@ -205,3 +205,11 @@ def test_reproduce_in_python_takes_one_bundle(bundle: Path) -> None:
 
     reproduce(str(bundle), EvalSettings(paper="fig3"), out=(out := io.StringIO()))
     assert "8 layers, 4 always on" in out.getvalue()
+
+
+def test_reproduce_in_python_prints_no_other_table(bundle: Path) -> None:
+    from lora_drop_tools.eval.eval import reproduce
+
+    for settings in (EvalSettings(paper="table1"), EvalSettings(text=Path("x"))):
+        with pytest.raises(InputError, match="reproduce measures nothing"):
+            reproduce(bundle, settings)

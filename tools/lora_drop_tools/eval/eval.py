@@ -377,8 +377,15 @@ def reproduce(bundles: Sequence[str | Path] | str | Path, settings: EvalSettings
     """Print Table IV, or Fig. 3 as a table; with `plots` draw the figure of each bundle.
 
     Raises:
-        InputError, BundleError: a bundle or a file cannot be read, or a figure cannot be written.
+        InputError, BundleError: another table is asked for, a bundle or a file cannot be read, or a figure cannot be
+            written.
     """
+    if settings.paper is None or PAPER[settings.paper].tasks:
+        raise InputError(
+            "reproduce measures nothing.",
+            note=f"The settings say paper={settings.paper!r}; it prints table4 and fig3.",
+            hint="Call lora_drop_tools.eval(bundles, settings).",
+        )
     opened = open_bundles([str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)])
     if settings.paper == "table4":
         assert settings.bench_file is not None
