@@ -34,6 +34,11 @@ def test_store(tmp_path: Path) -> None:
     path.write_bytes(whole.replace(b'"task", 5]', b'"task", 5'))
     with pytest.raises(InputError, match="damaged"):
         Store(tmp_path / "a/b", {"bundle": "x"})
+    # JSON, but not what was measured; and too deep to be read
+    for there, other_text in ((b"1.5, true", b"1.6, true"), (b"[1.5, true]", b"null"), (b'{"key"', b"[" * 100_000)):
+        path.write_bytes(whole.replace(there, other_text))
+        with pytest.raises(InputError, match=r"Line 2 of .* does not hold one as it was written"):
+            Store(tmp_path / "a/b", {"bundle": "x"})
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be kept"):
         Store(tmp_path / "file", {})

@@ -1,7 +1,8 @@
 """Results that are kept item by item, so that an evaluation can be cut off and go on.
 
 Enters: an identity (bundle, engine, seed, version), keys and values. Leaves: one JSONL file for each identity in a
-directory; its first line says what the results are of, every other holds one. Knows nothing of what is measured.
+directory; its first line says what the results are of, every other holds one and its hash. Knows nothing of what is
+measured.
 
 Results of another bundle, version or seed lie in another file and are never read. The last line of a run that was
 killed may be half written: it is cut off and its item done again.
@@ -20,7 +21,7 @@ from lora_drop_runtime.errors import InputError
 
 from lora_drop_tools.shared.results import refuse_in_bundle
 
-FORMAT_VERSION = 1  # of a line, and of what the values mean
+FORMAT_VERSION = 2  # of a line, and of what the values mean
 Key = tuple[str | int, ...]
 
 
@@ -69,7 +70,8 @@ class Store:
     def __setitem__(self, key: Key, value: Any) -> None:
         self._values[key] = value
         if self._path is not None:
-            self._append({"key": key, "value": value})
+            entry = {"key": key, "value": value}
+            self._append({**entry, "digest": digest(entry)})
 
     def _read(self) -> None:
         assert self._path is not None
@@ -81,11 +83,13 @@ class Store:
         for number, line in enumerate(data[:whole].splitlines()[1:], 2):
             try:
                 entry = json.loads(line)
+                if entry.pop("digest") != digest(entry):
+                    raise ValueError
                 self._values[tuple(entry["key"])] = entry["value"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise InputError(
                     "The results of an earlier run are damaged.",
-                    note=f"Line {number} of {self._path} does not hold one.",
+                    note=f"Line {number} of {self._path} does not hold one as it was written.",
                     hint="Remove the line or the file; what is missing is measured again.",
                 ) from None
 
