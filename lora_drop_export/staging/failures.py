@@ -17,15 +17,16 @@ _REFUSED = {  # what it means, and what to do about it
     errno.EFBIG: ("A file would be larger than is allowed here.", "Raise the limit (ulimit -f), or write less."),
     errno.EROFS: ("The file system has become read-only.", "Choose another {option}."),
 }
-# How libraries in Rust say what the system said: «No space left on device (os error 28)», «Os { code: 28, kind: …»
-_FROM_RUST = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)\b")
+# How libraries in Rust say what the system said: «No space left on device (os error 28)», «Os { code: 28, kind: …»; and
+# shutil.copytree: a list with «[Errno 28] No space left on device»
+_SAID = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)\b|\[Errno (\d+)\]")
 
 
 def refused_write(error: BaseException) -> int | None:
     """The system's number of an error that says that nothing more can be written; None of any other."""
     number = error.errno if isinstance(error, OSError) else None
-    if said := None if number else _FROM_RUST.search(str(error)):
-        number = int(said[1] or said[2])
+    if said := None if number else _SAID.search(str(error)):
+        number = int(said[1] or said[2] or said[3])
     return number if number in _REFUSED else None
 
 

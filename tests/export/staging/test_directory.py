@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -345,10 +346,11 @@ def test_without_locks_nothing_of_others_is_removed(place: Path, monkeypatch: py
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),
         (Exception("No space left on device (os error 28)"), "The disk is full."),
         (RuntimeError('I/O error: Os { code: 27, kind: FileTooLarge, message: "File too large" }'), "larger than"),
+        (shutil.Error([("a", "b", str(OSError(errno.ENOSPC, "No space left on device", "b")))]), "The disk is full."),
     ],
 )
 def test_a_disk_that_takes_no_more(place: Path, error: Exception, fact: str) -> None:
-    """Whoever writes: Python, or a library in Rust."""
+    """Whoever writes: Python, a library in Rust, or shutil.copytree."""
 
     def fail() -> None:
         raise error
