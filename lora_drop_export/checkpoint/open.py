@@ -270,8 +270,11 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
     bundle = Bundle.open(path)
     manifest, weights, directory = bundle.manifest, bundle.root / "weights", scratch / "bundle"
     directory.mkdir(parents=True)
-    if is_directory(bundle.root / "tokenizer"):
-        shutil.copytree(bundle.root / "tokenizer", directory, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    for name in manifest.files:
+        folder, _, inner = name.partition("/")
+        if folder == "tokenizer":
+            (directory / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.file(name), directory / inner)
     for file in (*weights.glob("*.py"), weights / "config.json"):
         shutil.copyfile(file, directory / file.name)
     own = (weights / ADAPTERS_NAME, weights / KV_SCALES_NAME)

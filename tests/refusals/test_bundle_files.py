@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -83,6 +84,15 @@ def test_what_is_no_ordinary_file(opening_refused, bundle, name, what) -> None:
     elif what != "nothing":
         (bundle / name).symlink_to("/dev/zero" if what == "device" else (bundle / name).name)
     opening_refused(str(name))
+
+
+def test_a_tokenizer_that_may_not_be_read(refused, bundle, monkeypatch) -> None:
+    def copyfile(source: Path, target: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    words = ("bundle/tokenizer/", ": Permission denied.", "Check the permissions")
+    refused(lora_drop_export.cli.main, "--model", bundle, "--out", bundle.parent / "out", words=words)
 
 
 def test_links_inside_and_hard_links_are_fine(bundle) -> None:
