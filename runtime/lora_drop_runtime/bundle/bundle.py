@@ -95,13 +95,14 @@ def _check_file(root: Path, real_root: str, name: str, record: FileRecord) -> No
     """Whether a recorded file lies inside the bundle, is an ordinary one and has its size."""
     _check_name(name)
     file = root / name
-    try:
-        real, status = os.path.realpath(file), file.stat()
-    except OSError as error:
-        raise _damaged_file(
-            "A file of the bundle is missing.",
-            f"{file} is recorded in the manifest with {record.size_bytes} bytes: {error.strerror}.",
-        ) from None
+    with _reading(file):
+        try:
+            real, status = os.path.realpath(file), file.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _damaged_file(
+                "A file of the bundle is missing.",
+                f"{file} is recorded in the manifest with {record.size_bytes} bytes: {error.strerror}.",
+            ) from None
     if os.path.commonpath((real_root, real)) != real_root:
         raise _damaged_file("A file of the bundle leads out of it.", f"{file} is a link to {real}.")
     if not stat.S_ISREG(status.st_mode):
