@@ -94,7 +94,8 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         where = "try, on a machine with its device" if absent else "try"
         is_poor = manifest.lora_steps.get("agreement", 1) < LEAST_AGREEMENT
         full = " --k 0" if is_poor and not plan.refresh_policy.verifies else ""
-        print(f'{where}: lora-drop generate {shlex.quote(str(out))}{provider}{full} --prompt "The capital of Italy is"')
+        named = f"./{out}" if str(out).startswith("-") else str(out)  # which would be an option
+        print(f'{where}: lora-drop generate {shlex.quote(named)}{provider}{full} --prompt "The capital of Italy is"')
 
 
 def _export(command_line: Sequence[str]) -> None:

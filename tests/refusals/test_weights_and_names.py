@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import lora_drop_tools.cli
 import pytest
 import torch
+from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.text import TextCodec
@@ -120,3 +122,12 @@ def test_an_empty_name_is_not_the_current_directory(
 ) -> None:
     monkeypatch.chdir(place / "model")
     export_refused(model="", words=("name of the model is empty",))
+
+
+def test_the_printed_command_of_a_name_like_an_option(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """With `--out=-engines` it would be refused."""
+    shutil.copytree(place / "bundle", tmp_path / "-engines")
+    monkeypatch.chdir(tmp_path)
+    lora_drop_export.cli._print_exported(Bundle.open("-engines"), Path("-engines"))
+    command = shlex.split(capsys.readouterr().out.rpartition("try: lora-drop ")[2])
+    assert lora_drop_tools.cli.main([*command[:2], "--prompt", "t1", "--max-new-tokens", "1"]) == 0
