@@ -120,6 +120,15 @@ def test_a_file_beside_those_that_are_recorded(opening_refused, bundle, name) ->
     opening_refused("does not record", name)
 
 
+def test_a_manifest_that_records_itself(opening_refused, bundle) -> None:
+    """--add-target would link it, and then write the new one through the link."""
+    data = json.loads((bundle / MANIFEST_NAME).read_text())
+    data["files"][MANIFEST_NAME] = {"size_bytes": 99_999, "sha256": "0" * 64}
+    text = json.dumps(data)
+    (bundle / MANIFEST_NAME).write_text(text + " " * (99_999 - len(text)))
+    opening_refused("manifest records itself")
+
+
 @pytest.mark.parametrize(
     ("entries", "words"),
     [

@@ -115,7 +115,12 @@ def _check_file(root: Path, real_root: str, name: str, record: FileRecord) -> No
 
 
 def _check_recorded(root: Path, manifest: Manifest) -> None:
-    """Whether all is recorded that would be read: what targets name, and what lies in folders that are read whole."""
+    """Whether all is recorded that would be read: what targets name, and what lies in folders that are read whole.
+
+    The manifest is not: who changes it would write through a hard link to it.
+    """
+    if MANIFEST_NAME in manifest.files:
+        raise _damaged_file("The bundle's manifest records itself.", f"It is {root / MANIFEST_NAME}.")
     for target, entry in manifest.targets.items():
         for name in entry.files:
             if name not in manifest.files:
