@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.bench import arms
 from lora_drop_tools.bench.arms import Arm as BenchArm
 from lora_drop_tools.bench.arms import TimedSession, measure
+from lora_drop_tools.bench.judge import judge
 from lora_drop_tools.bench.peers.peer import PeerError
 from lora_drop_tools.bench.requests import TEXT, prompts_of
-from lora_drop_tools.bench.result import Request, Run, make_row, median_ratio, quantile, rotated, tails_of
+from lora_drop_tools.bench.result import BenchResult, Request, Run, make_row, median_ratio, quantile, rotated, tails_of
 from lora_drop_tools.shared import costs
 from lora_drop_tools.shared.table import table
 
@@ -139,6 +141,30 @@ def test_figures_of_a_row() -> None:
     assert [tail.predicted for tail in row.tails] == ["lora", "refresh", "refresh"]
 
 
+def test_figures_of_a_batch_are_of_all_its_rows() -> None:
+    """2 rows of 4 steps and prompts of 5: 8 tokens a request, and twice the K/V of one row."""
+    kv_prompt, kv = {"kept": 40, "dropped": 40}, {"kept": 72, "dropped": 56}
+    run = Run(0.5, [1.0, 3.0, 1.0, 3.0], kv_prompt=kv_prompt, kv=kv)
+    row = make_row("b", tiny_manifest(), 1, Request(5, 2, 5), [run] * 2, [run] * 2, None)
+    assert (row.tokens_per_second, row.prefill_tokens_per_second) == (8 / 8, 10 / 0.5)
+    assert row.kv_saved == 1 - 48 / 64
+
+
+def test_a_batch_that_operations_forbid_is_told() -> None:
+    run = Run(0.5, [1.0] * 4, [1.0] * 4)
+    row = make_row("b", tiny_manifest(), 1, Request(5, 2, 5), [run] * 2, [run] * 2, None)
+    told = {}
+    for ceiling in (0.98, 1.02, None):
+        one = dataclasses.replace(row, operations_ceiling=ceiling)
+        result = SimpleNamespace(
+            foreign_cores=None, memory=[], peer_rows=[], machine={"memory_bytes": None}, rows=[one]
+        )
+        result.warnings, result.problems = [], []
+        judge(cast("BenchResult", result))
+        told[ceiling] = [text.partition("operations allow ")[2] for text in result.warnings]
+    assert told == {0.98: ["0.98×: this policy cannot pay at that batch on this machine."], 1.02: [], None: []}
+
+
 def test_the_ceiling_under_lossless_is_that_of_the_cycles_that_were_counted() -> None:
     """4 steps in two cycles: 2 LoRA steps and a refresh that made 3 tokens, then a refresh that made 1."""
     request = Request(context=5, rows=1, new_tokens=5)
@@ -160,6 +186,32 @@ def test_the_ceiling_under_lossless_is_that_of_the_cycles_that_were_counted() ->
     whole = make_row("b", tiny_manifest(), 0, request, [Run(0.5, [1.5] * 4, cycles=())] * 2, [run] * 2, None, LOSSLESS)
     assert whole.tokens_per_refresh is None
     assert list(whole.steps) == ["refresh"]
+
+
+def test_repeats_under_lossless_that_differ() -> None:
+    """3 tokens and 1, then 1 token a cycle: the figures are the last one's, the ceiling is the highest."""
+    request, single = Request(context=5, rows=1, new_tokens=5), Cycle(0, (0,), (0,), (1,))
+    runs = [
+        Run(0.5, [2.0, 0.0, 0.0, 1.0], cycles=(Cycle(2, (2,), (2,), (3,)), single)),
+        Run(0.5, [0.5, 0.5, 1.0, 1.0], cycles=(single,) * 4),
+    ]
+    row = make_row("b", tiny_manifest(), 3, request, runs, [Run(0.5, [1.5] * 4)] * 2, None, LOSSLESS)
+    full = [298, 306, 314, 322]
+    assert row.ceiling == pytest.approx(sum(full) / (298 + 174 + 178 + 322))
+    assert row.tokens_per_refresh == 1.5
+    assert list(row.steps) == ["refresh after 0"]
+    figures = row.steps["refresh after 0"]
+    assert (figures.steps, figures.median_ms, figures.mean_bytes) == (4, 750, sum(full) / 4)
+
+
+def test_repeats_of_an_adaptive_schedule_that_differ() -> None:
+    """Each step's time counts for the kind that it was in its own run."""
+    runs = [
+        Run(0.5, [1.0, 3.0, 1.0, 1.0], kinds=["lora", "refresh", "lora", "lora"]),
+        Run(0.5, [1.0, 1.0, 5.0, 1.0], kinds=["lora", "lora", "refresh", "lora"]),
+    ]
+    row = make_row("b", tiny_manifest(), 3, Request(5, 1, 5), runs, runs, None, schedule="margin")
+    assert {kind: step.median_ms for kind, step in row.steps.items()} == {"lora": 1000, "refresh": 4000}
 
 
 def test_a_ratio_within_the_noise_is_not_above_the_ceiling() -> None:
@@ -225,12 +277,12 @@ def test_every_arm_runs_once_in_each_repeat_and_the_order_rotates() -> None:
         return BenchArm("", 0, name, run)
 
     said: list[str] = []
-    request = Request(4, 1, 3)
-    runs, failed = measure([arm(name) for name in "abc"], request, np.zeros((1, 4), np.int64), 3, said.append, settle=0)
+    request = Request(4, 2, 3)
+    runs, failed = measure([arm(name) for name in "abc"], request, np.zeros((2, 4), np.int64), 3, said.append, settle=0)
     assert "".join(order) == "abc" + "bca" + "ab"  # c failed in the second repeat
     assert {index: len(own) for index, own in runs.items()} == {0: 3, 1: 3}
     assert failed == {2: "it broke"}
-    assert said[0] == "context 4, batch 1, repeat 1 of 3, tokens/s: a 2.0, b 2.0, c 2.0"
+    assert said[0] == "context 4, batch 2, repeat 1 of 3, tokens/s: a 4.0, b 4.0, c 4.0"
 
 
 # ── one request of a session ───────────────────────────────────────────────────────────────────────────────────
@@ -264,6 +316,22 @@ def test_a_timed_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (again.step_seconds, again.engine_seconds) == ([3] * 2, [1] * 2)
     timed_session.session.close()
     assert engine.times_closed == 1
+
+
+def test_a_chunk_takes_the_median_of_its_runs_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefill takes 200 s, the first run, which prepares, 100. It is timed once."""
+    now, seconds = [0.0], iter([200, 100, 3, 1, 2, 4, 90, 5, 80])
+    monkeypatch.setattr(arms, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Engine(IdleEngine):
+        def prepare(self, *_: Any) -> Callable[[], None]:
+            return lambda: now.__setitem__(0, now[0] + next(seconds))
+
+    plan = DropPlan(num_layers=8, sites=("4", "6"))
+    session, engine = open_session(plan, engine=Engine(plan))
+    timed_session = TimedSession(session.bundle, engine)
+    assert [timed_session.chunk_seconds(5, 2) for _ in range(2)] == [4, 4]
+    assert not list(seconds)
 
 
 def test_prompts(bundles: list[Path], tmp_path: Path) -> None:
