@@ -566,6 +566,22 @@ def test_a_timing_cache_of_another_gpu_gives_way_to_what_is_measured_here(tmp_pa
     assert "so it is not used" in console.said[0]
 
 
+def test_an_input_that_the_build_ignores_is_an_error(tmp_path, monkeypatch):
+    """The library says so in a warning, of a network whose parse was right."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("lora_drop_export.targets.trt.build.check_buildable", lambda *_: trt)
+    builder = EngineBuilder("tensorrt", tmp_path, BuilderOptions(), Console())
+
+    class Warns(TimedBuilder):
+        def build_serialized_network(self, network, config):
+            builder._logger.log(trt.ILogger.Severity.WARNING, "Unused Input: len_kept")
+            return super().build_serialized_network(network, config)
+
+    monkeypatch.setattr(EngineBuilder, "parse", lambda self, proto: (Warns(), None))
+    with pytest.raises(ModelError, match=r"ignored an input of a step graph[\s\S]*Unused Input: len_kept"):
+        builder.build(onnx.ModelProto(), {})
+
+
 class RecordingConsole(Console):
     """Keeps what a build says, and may interrupt it as Ctrl-C does."""
 
