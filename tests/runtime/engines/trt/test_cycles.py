@@ -299,6 +299,13 @@ def test_graphs_of_cycles_that_are_past_are_given_back(pair, monkeypatch: pytest
     assert len(engine._device._graphs) == of_cycles + of_steps
 
 
+def test_a_longer_cycle_takes_the_place_of_a_shorter_one(pair) -> None:
+    """Its tokens want more page-locked memory, and the other one's is no longer page-locked."""
+    stepwise, cycles, _, _ = pair("recurrent", "skip")
+    for k in (1, 6, 1):
+        same(stepwise, cycles, [[7, 3, 11]], 3 * (k + 1) + 1, k=k, stop_token_ids=())
+
+
 def test_a_capture_that_failed_once_is_no_reason_for_others(bundles) -> None:
     """Such as for a card that was full: another k has its graph, and so have engines beside."""
     kernel = chooser_on_host()
