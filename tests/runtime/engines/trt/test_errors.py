@@ -144,7 +144,9 @@ def test_out_of_device_memory(bundle: Bundle) -> None:
     assert not cuda.live
 
 
-@pytest.mark.parametrize(("size", "buffer"), [(1_250_000, "buffer past_"), (1_689_500, "buffer logits")])
+@pytest.mark.parametrize(
+    ("size", "buffer"), [(1_250_000, "buffer past_"), (1_684_500, "buffer state."), (1_689_500, "buffer logits")]
+)
 def test_a_smaller_request_gets_the_memory_of_one_that_did_not_fit(bundle: Bundle, size: int, buffer: str) -> None:
     cuda = FakeCuda(memory_bytes=size)
     session, _, _ = open_device_session(bundle, cuda=cuda)
@@ -187,8 +189,9 @@ def test_engines_for_newer_gpus_and_versions(copy: Bundle) -> None:
     newer = FakeCuda(capability=(10, 3))
     refused(lambda: open_device_session(copy, cuda=newer), "other GPUs", "10.3", "8.6", error=NoDeviceError)
     made = change_manifest(copy, dataclasses.replace(entry, hardware_compatible=True))
-    session, _, _ = open_device_session(made, cuda=FakeCuda(capability=(10, 3)))
-    session.close()
+    for capability in ((8, 0), (10, 3)):
+        session, _, _ = open_device_session(made, cuda=FakeCuda(capability=capability))
+        session.close()
     refused(
         lambda: open_device_session(made, cuda=FakeCuda(capability=(7, 5))), "other GPUs", "7.5", error=NoDeviceError
     )
