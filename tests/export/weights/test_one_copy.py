@@ -119,6 +119,21 @@ def test_tied_by_the_config_with_two_tables(tmp_path, traced):
     np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
 
 
+def test_two_tables_that_differ_in_their_last_row(tmp_path, monkeypatch):
+    """They are compared by parts."""
+    monkeypatch.setattr("lora_drop_export.decoder.build._ROWS", 7)
+    source = short("llama_tied")
+    whole = load_file(source.directory / "model.safetensors")
+    head = whole["model.embed_tokens.weight"].clone()
+    model = shutil.copytree(source.directory, tmp_path / "model")
+    for changed in (False, True):
+        head[-1] += changed
+        save(whole | {"lm_head.weight": head}, model)
+        loaded = load_model(str(model), log=lambda _: None).model
+        assert torch.equal(loaded.lm_head.weight, head)
+        assert torch.equal(loaded.model.embed_tokens.weight, whole["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
 def test_checkpoint_without_the_prefix(tmp_path, traced, name):
     """As `AutoModel.save_pretrained` writes it: layers.0… in place of model.layers.0…."""
