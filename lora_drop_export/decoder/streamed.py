@@ -73,7 +73,7 @@ class StreamedModel:
                 self._load(module, name, recurse=False)
         ref = self._tensor(f"{name_of(model, embedding)}.weight", embedding.weight)
         table = np.zeros(ref.shape, np.float32)  # pages that are not written to take no memory
-        for token in np.unique(np.append(ids, 0)):
+        for token in np.unique(ids):
             table[token] = ref.rows(token, token + 1)[0]
         put_tensor(embedding, "weight", torch.from_numpy(table))
 
