@@ -16,7 +16,7 @@ import torch
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_tools.cli import main
 from lora_drop_tools.profile import runs
-from lora_drop_tools.profile.result import Profile
+from lora_drop_tools.profile.result import Profile, RankedList
 from lora_drop_tools.profile.settings import ProfileSettings
 from lora_drop_tools.teacher_forcing.closed_form import RIDGES
 
@@ -117,6 +117,15 @@ def test_all_lists_are_compared_with_adapters(
         best = result.best(rho)
         assert best.kl_fitted == min(one.kl_fitted for one in lists if one.kl_fitted is not None)
         assert f"{best.file}: {', '.join(best.sites)}" in said
+
+
+def test_the_best_list_is_that_with_the_least_kl_with_adapters() -> None:
+    for fitted, best in (((0.05, 0.02), "run"), ((None, None), "influence")):
+        lists = [
+            RankedList(name, 0.5, (), kl, 0.5, 0.5, with_adapters)
+            for name, kl, with_adapters in zip(("influence", "run"), (0.1, 0.4), fitted, strict=True)
+        ]
+        assert Profile("m", "f", {}, {}, (), {}, (), tuple(lists)).best(0.5).ranking == best
 
 
 def test_the_printed_command_fits_what_was_measured(
