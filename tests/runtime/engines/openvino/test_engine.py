@@ -271,6 +271,14 @@ def test_steps_of_several_tokens_get_a_model_of_their_own(copy: Bundle, monkeypa
     assert narrow() is second() is None
 
 
+def test_a_bundle_that_has_moved_gets_no_model_for_several_tokens(copy: Bundle) -> None:
+    """Who serves for long goes on with the one that is compiled."""
+    with contextlib.closing(OpenVinoEngine(copy, threads=1)) as engine:
+        copy.root.rename(copy.root.with_name("moved"))
+        engine.prepare_for_several()
+        assert engine.wide is None
+
+
 @pytest.mark.parametrize("k", [0, 2])
 def test_who_runs_long_has_that_model_from_the_beginning(bundle: Bundle, k: int) -> None:
     with Session.open(bundle.root, policy="backfill", k=k, threads=1) as session:
