@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,24 @@ def test_quantized_weights(name: str, options: dict[str, Any], symmetric: bool, 
     exact.close()
     assert verified.passed, verified
     assert verified.rounded_cosine is not None
+
+
+@pytest.mark.parametrize(
+    ("blocks", "group"), [((32,), 32), ((64, 128), 64), ((128, 64), 64), ((256,), 128), ((192,), 64), ((136,), 16)]
+)
+def test_activations_share_a_scale_within_every_block(blocks: tuple[int, ...], group: int) -> None:
+    """At most 128 of them, and at least 16."""
+    from lora_drop_runtime.engines.openvino.conversion import Conversions
+    from openvino import opset13 as op
+
+    made = Conversions(lambda *_: np.zeros(0), [], 2)
+    for block in blocks:
+        weight, scales = op.constant(np.ones((4, 1, block), np.uint8)), op.constant(np.ones((4, 1, 1), np.float32))
+        inputs = [one.output(0) for one in (op.parameter([-1, block], np.float32), weight, scales)]
+        attributes = {"quantized": 1, "gated": 0}
+        get = attributes.__getitem__
+        made._linear(SimpleNamespace(get_input=inputs.__getitem__, get_input_size=lambda: 3, get_attribute=get))
+    assert made.group == group
 
 
 def test_without_kernels_of_8_bits_products_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
