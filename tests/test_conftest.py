@@ -33,7 +33,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").touch()
     (tmp_path / "test_dies.py").write_text(DIES)
     (tmp_path / "test_lives.py").write_text("def test_one():\n    pass\n")
-    options = ["-p", "xdist", "-p", "tests.conftest", "-n", "2", "--dist", "loadfile"]
+    options = ["-p", "xdist", "-p", "tests.conftest", "-n", "1", "--dist", "loadfile"]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to import them takes each process a second
     root = Path(__file__).parents[1]
