@@ -220,6 +220,10 @@ def test_int8_caches(name: str, dtype: str, tmp_path: Path) -> None:
         assert_near(ours, theirs, f"step {step}", 0.1)
     entry = 2 * 2 * (64 + 8)  # K and V of 2 heads of 64 bytes, and a scale and a zero point in float32
     assert [pool.block_bytes for pool in engine.pools] == [32 * 2 * entry, 32 * 1 * entry]
+    rounding.prefill(np.ones((1, 32), np.int64), max_new_tokens=1)
+    held = rounding.kv_bytes()
+    assert (held["kept"], held["dropped"]) == (32 * 2 * 2 * 2 * 64, 32 * 1 * 2 * 2 * 64)  # the values alone
+    assert held["allocated"] == sum(pool.block_bytes for pool in engine.pools)
     rounding.close()
     with Session.open(bundle.root, target="ort", threads=1) as theirs:
         # Its products of int8 weights round activations as well
