@@ -70,6 +70,8 @@ def test_a_group_of_another_metric_than_its_tasks() -> None:
         assert found is not None
         assert (found.metric, found.is_share) == (metric, is_share)
         assert (averages(tasks, {"g": found})[0] is not None) == is_share
+        part = dataclasses.replace(found, is_part=True, is_share=True, figure=Figure(0.9, 0.8, 1.0, 9))
+        assert averages(tasks, {"g": found, "part": part}) == averages(tasks, {"g": found})  # the whole has counted it
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 9), (9, 3), (6, 6), (12, 25), (0, 20), (700, 800)])
@@ -94,7 +96,8 @@ def test_mcnemar_by_hand() -> None:
 def test_the_test_of_several_tasks_is_over_all_their_items() -> None:
     def task(hits: str, of_full: str) -> Any:
         each = [{place: {"acc": float(hit)} for place, hit in enumerate(one)} for one in (hits, of_full)]
-        return task_figures(Measured(each[0], "acc"), Measured(each[1], "acc"), 0)
+        full = dict(reversed(each[1].items()))  # pairs are of one item, whatever came first
+        return task_figures(Measured(each[0], "acc"), Measured(full, "acc"), 0)
 
     one, two = task("0001", "1110"), task("00011", "11011")
     assert one.test == mcnemar(1, 3)
@@ -182,6 +185,7 @@ def test_an_interval_wider_than_the_aim_is_said() -> None:
     missed = dataclasses.replace(row(3, None, -0.2, half=0.02), aim=0.01)  # for certain
     assert str(too_wide(missed)).endswith("±2.0 points, is wider than the aim of 1")
     assert too_wide(dataclasses.replace(wide, aim=0.03)) is None
+    assert too_wide(dataclasses.replace(row(3, None, 0.0, half=0.25), aim=0.25)) is None  # as wide as the aim
     assert too_wide(dataclasses.replace(wide, aim=None)) is None
     assert too_wide(dataclasses.replace(wide, average_difference=None)) is None
 
@@ -193,6 +197,9 @@ def test_safe_zone_by_hand() -> None:
     assert (one.threshold, one.row, one.certain) == (0.01, rows[3], True)
     wide = [row(0, 1.0, None), row(1, 1.1, 0.003, half=0.02)]
     assert [(zone.row, zone.certain) for zone in safe_zones(wide)] == [(wide[1], False)] * 2
-    assert [zone.row for zone in safe_zones([row(0, 1.0, None), row(3, 1.3, -0.5), row(1, 0.9, 0.0)])] == [None, None]
+    none = [row(0, 1.0, None), row(3, 1.3, -0.5), row(1, 0.9, 0.0), row(2, 1.0, 0.0)]  # as fast is no speed-up
+    assert [zone.row for zone in safe_zones(none)] == [None, None]
+    edge = [row(0, 1.0, None), row(1, 1.1, -0.005, half=0.0)]  # one of 200 items: at the threshold is within it
+    assert [(zone.row, zone.certain) for zone in safe_zones(edge)] == [(edge[1], True)] * 2
     assert safe_zones([row(0, None, None), row(3, None, 0.0)]) == []  # nothing was timed
     assert safe_zones([row(0, 1.0, None), row(3, 1.3, None)]) == []  # no task
