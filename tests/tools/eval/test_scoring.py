@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,16 @@ def test_scores_of_a_batch() -> None:
     rows = [
         Row(np.array([1, 2, 3, 4, 5, *likeliest]), 5, 4),  # position 4 by the prefill, then two refreshes
         Row(np.array([1, 2, 3, 4, 5, 6]), 3, 4),
+        Row(np.array([2, 2, 3, 4, 5, (likeliest[0] + 1) % VOCAB, *likeliest[1:]]), 5, 4),
     ]
-    first, second = score(session, rows, 0)
+    first, second, third = score(session, rows, 0)
     full = log_probs(engine.full)
     assert first.greedy
     assert first.log_prob == pytest.approx(sum(full[4 + i, token] for i, token in enumerate(likeliest)), abs=1e-5)
     assert not second.greedy
+    assert not third.greedy  # its first token is not the likeliest, all later ones are
     assert second.log_prob == pytest.approx(full[4, 6], abs=1e-5)
-    (under_lora,) = score(session, rows[1:], 3)
+    (under_lora,) = score(session, rows[1:2], 3)
     assert under_lora.log_prob == pytest.approx(log_probs(engine.lora)[4, 6], abs=1e-5)
 
 
@@ -130,6 +133,8 @@ def test_batches_hold_what_the_bundle_allows() -> None:
     found = list(batches(session, options))
     assert [len(batch) for batch in found] == [15, 5]  # rows of three prompts, then of one
     assert sorted(index for batch in found for index in batch) == list(range(20))
+    uneven = [Row(np.full(length, length > 13), prompt, prompt - 1) for length, prompt in ((6, 5), (13, 5), (14, 13))]
+    assert list(batches(session, uneven)) == [[2], [1, 0]]  # the longer option's 7 steps, a prompt of 13: 21 tokens
     whole = [Row(np.array([1, 2, 3, index]), 1, 0) for index in range(5)]
     assert [len(batch) for batch in batches(session, whole)] == [3, 2]  # side by side, though all begin alike
 
@@ -186,6 +191,10 @@ def test_sums_of_windows(k: int) -> None:
     assert figures.lora_kl.value == pytest.approx(lora_sums[4] / lora_sums[0])
     assert [one.offset for one in figures.offsets] == list(range(k + 1))
     assert figures.offsets[0].ratio == pytest.approx(1)
+    tokens, nll, nll_full, same, kl = np.sum([sums[1] for sums in found[k]], axis=0)
+    of_place = tokens, math.exp(nll / tokens), math.exp((nll - nll_full) / tokens), same / tokens, kl / tokens
+    assert dataclasses.astuple(figures.offsets[1])[1:] == pytest.approx(of_place)
+    assert figures.refresh_share.value == pytest.approx(sum(sums[0, 0] for sums in found[k]) / 69)
 
 
 def test_windows_at_once_are_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
