@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from lora_drop_runtime.errors import ModelError
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_drop_export.decoder import trace as tracing
+from lora_drop_export.decoder.parameters import buffer_tensor
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.support.bundles import family_trace, traced_model
 from tests.support.models import gemma3, llama
@@ -155,6 +158,24 @@ def test_arithmetic_with_a_layers_own_index(monkeypatch):
 
     monkeypatch.setattr(LlamaMLP, "forward", scaled)
     assert kinds_of(monkeypatch, model) == []
+
+
+def test_a_buffer_that_nothing_gives_is_refused(monkeypatch):
+    """Neither the checkpoint nor transformers: the bundle would compute with whatever lay there."""
+    init = LlamaMLP.__init__
+
+    def with_buffer(self, config):
+        init(self, config)
+        self.register_buffer("factor", torch.ones(64), persistent=False)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_buffer)
+    buffers, unknown = tracing.buffer_values(llama(num_hidden_layers=1)), "model.layers.0.mlp.factor"
+    assert buffers.keys() > {unknown}
+    for name in buffers.keys() - {unknown}:
+        assert np.array_equal(buffer_tensor(buffers, name, ir.DataType.FLOAT).numpy(), buffers[name].numpy())
+    with pytest.raises(ModelError, match="buffer whose values are unknown") as caught:
+        buffer_tensor(buffers, unknown, ir.DataType.FLOAT)
+    assert caught.value.note.startswith(f"{unknown} is in no checkpoint")
 
 
 def test_what_a_layer_computes_is_in_the_graph(monkeypatch):
