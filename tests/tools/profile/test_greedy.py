@@ -146,6 +146,11 @@ def test_the_costlier_half_is_given_up_after_each_window(monkeypatch: pytest.Mon
     assert len(ticked) == ticks(4, 3, 3) == 3 * 4 + (3 + 1 + 1) + (2 + 1 + 1)
 
 
+def test_of_equal_sites_the_earlier_one_is_cheaper() -> None:
+    costs = {"11": 0.5, "10": 0.5, "9.mlp": 0.5, "9.attn": 0.5, "3": 0.7}
+    assert greedy_module._cheapest(costs, 4) == ["9.attn", "9.mlp", "10", "11"]
+
+
 def test_a_layer_that_does_nothing_comes_first(short: Callable[..., Profile], tmp_path: Path) -> None:
     model = FAMILIES["llama"]()
     with torch.no_grad():

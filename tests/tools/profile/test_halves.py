@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
@@ -114,6 +115,8 @@ def test_a_list_stands_under_rho_when_it_saves_as_much_as_whole_layers() -> None
     assert of_llama("skip", "kv").list_under(("6.attn", "3.attn", "5.attn", "4.attn"), 0.5) == ("6.attn", "3.attn")
     assert one.list_under(("5", "3", "4", "6"), 0.5) == ("5", "3")
     assert of_llama("fill").list_under(("5", "3", "4", "6"), 0.25) == ("5",)
+    of_five = dataclasses.replace(one, plan=plan("skip", always_first=2))
+    assert of_five.list_under(("5", "3", "4", "6", "2"), 0.5) == ("5", "3", "4")  # 2.5 is 3, as for --drop-ratio
 
 
 # ── the greedy order ───────────────────────────────────────────────────────────────────────────────────────────
@@ -161,6 +164,17 @@ def test_only_the_cheapest_are_measured_again() -> None:
     assert [len(sites) for sites in measured] == [8, 2, 2]
     assert next(iter(alone)) == order[0][0]
     assert set(measured[1]) == set(list(alone)[1:3])  # the cheapest for their bytes but the one that was dropped
+
+
+def test_the_price_of_a_half_that_is_given_up_is_that_of_its_windows() -> None:
+    """What it adds on the first of two windows to the list's KL there, for each byte: it is screened by that."""
+    saved_bytes, windows = of_llama("backfill"), torch.cat([random_windows(1), random_windows(2)[1:]])
+    greedy = Greedy(make_scoring(uneven(), "backfill"), windows, saved_bytes.of)
+    greedy.drop("4.mlp")
+    (given_up,) = {"5.mlp", "6.mlp"} - greedy.costs(("5.mlp", "6.mlp"), 1).keys()
+    added = kl(("4.mlp", given_up), "backfill") - kl(("4.mlp",), "backfill")
+    expected = added * greedy.scoring.layout.lora.numel() / saved_bytes.of(given_up)
+    assert greedy.prices[given_up] == pytest.approx(expected, rel=TOLERANCE)
 
 
 # ── the command ────────────────────────────────────────────────────────────────────────────────────────────────
