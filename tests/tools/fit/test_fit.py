@@ -25,7 +25,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
 from lora_drop_tools.cli import main
-from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, distill, run_batch
+from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, _rate, distill, run_batch
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.learner import Learner, apart, together, unfolded
 from lora_drop_tools.fit.settings import FitSettings
@@ -253,6 +253,32 @@ def test_distillation_lowers_the_loss_and_leaves_the_model_alone(policy: str) ->
     assert all(parameter.grad.any() for parameter in learner.all())
 
 
+def test_a_step_has_the_mean_gradient_of_its_batches_and_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    forcing, texts, plan, learner, policy = setting()
+    for number in (3, 4):  # behind the three of the closed form
+        run_batch(forcing, *texts(number), plan, learner.surrogates(), policy, True)
+    expected = [parameter.grad / 2 for parameter in learner.all()]
+    clipped: list[tuple[list[torch.Tensor], float]] = []
+
+    def noted(parameters: Sequence[torch.nn.Parameter], most: float) -> None:
+        clipped.append(([parameter.grad.clone() for parameter in parameters], most))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    distill(forcing, texts, plan, [policy], learner, DistillOptions(1, 1e-2, accumulate=2, first=3), Workers())
+    ((ours, most),) = clipped
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+    assert most == 1.0
+
+
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_a_tenth() -> None:
+    rates = [_rate(step, DistillOptions(40, 1e-3)) for step in range(40)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4 + 18] == pytest.approx(0.55)  # halfway down
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+    assert 0.1 < rates[-1] < 0.102
+    assert _rate(0, DistillOptions(1, 1e-3)) == 1
+
+
 @pytest.mark.parametrize(("count", "rank"), [(1, 4), (1, 16), (3, 4), (3, 9), (5, 2)])
 @pytest.mark.parametrize("kept", [2, 12, 16])
 @pytest.mark.parametrize("features", [16, 32])
@@ -321,11 +347,12 @@ def test_resuming_gives_what_one_run_gives(tmp_path: Path) -> None:
     forcing, texts, plan, learner, policy = setting()
 
     def stop(done: int, total: int, loss: float, rate: float) -> None:
-        if done == 5:
+        if done == 4:
             raise Stop
 
     with pytest.raises(Stop):
         distill(forcing, texts, plan, [policy], learner, options, Workers(), tmp_path / "state.pt", stop)
+    assert torch.load(tmp_path / "state.pt")["step"] == 2  # written every other second, not every one from then on
     forcing, texts, plan, again, policy = setting()
     assert distill(forcing, texts, plan, [policy], again, options, Workers(), tmp_path / "state.pt") == losses
     for a, b in zip(whole.all(), again.all(), strict=True):
