@@ -114,7 +114,10 @@ def test_the_threshold_reaches_what_was_wanted(own: Path, text: Path, most: tupl
     assert (found.most.agreement, found.most.refresh_share) == pytest.approx(most)
     assert found.periodic[0].refresh_share < stored.refresh_share <= most[1]
     assert f"margin: the threshold {stored.threshold:.4g} is stored in the bundle" in out.getvalue()
-    assert "beside it: periodic, k = " in out.getvalue()
+    assert found.alike is not None
+    steps = 1 / stored.held_out_refresh_share  # a cycle has, on average
+    assert found.alike[0] == min(range(1, 9), key=lambda k: abs(k + 1 - steps))
+    assert f"beside it: periodic, k = {found.alike[0]} " in out.getvalue()
 
 
 def test_what_is_stored_is_run_and_evaluated(

@@ -105,6 +105,7 @@ def test_a_state_leads_to_the_same_blocks(number: int, tmp_path: Path) -> None:
     after.load(torch.load(tmp_path / "state", weights_only=True))
     for n in range(number, number + 4):
         assert torch.equal(after.block(n), expected[n])
+        assert torch.equal(after.block(n), expected[n])  # as for its next batch: it is in memory
     assert len(read) * 12 <= 4 * 40 + HELD + 2 * 12  # the blocks, and once what is held out
 
 
