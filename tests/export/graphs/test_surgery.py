@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.graph_io import LAST_SLOTS, LORA_STEP, NEW_TOKENS, PACKED_STEP, TOTALS
 from lora_drop_runtime.plan.schedule import StepKind
 
+from lora_drop_export.graphs.match import is_row_wise
 from tests.support import oracle
 from tests.support.bundles import PROMPTS, family, first_layers, fitted_adapters, make_bundle, oracle_plan
 
@@ -216,6 +218,25 @@ def test_states_are_those_of_the_last_token_that_has_logits(tmp_path):
     assert len(found) == 2
     for state, after in zip(found, states.values(), strict=True):
         np.testing.assert_allclose(state[0], stream[int(after) + 1][0, 4].numpy(), atol=1e-4)
+
+
+def test_what_treats_rows_alike():
+    """By hand: an operand of every row, of none or as long as the rows; nothing that reads across tokens."""
+    rows = ("batch", "sequence", 8)
+
+    def alike(op, *shapes, **attributes):
+        float32 = ir.TensorType(ir.DataType.FLOAT)
+        node = ir.node(op, [ir.Value(shape=ir.Shape(shape), type=float32) for shape in shapes], attributes)
+        node.outputs[0].shape = ir.Shape(rows)
+        return is_row_wise(node)
+
+    assert alike("Add", rows, rows)
+    assert alike("Mul", rows, (8,))
+    assert alike("LayerNormalization", rows, (8,), axis=-1)
+    assert not alike("LayerNormalization", rows, (8,), axis=1)
+    assert not alike("Add", rows, ("batch", 1, 8))
+    assert not alike("Add", rows, ("sequence", 8))
+    assert not alike("Softmax", rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "qwen3"])
