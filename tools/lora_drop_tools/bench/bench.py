@@ -30,7 +30,7 @@ from lora_drop_runtime.plan.schedule import AdaptiveSchedule
 from lora_drop_tools.bench.peers.options import PeerOptions, check_named, peer_options, reason_against
 from lora_drop_tools.bench.peers.peer import Peer, open_peers, scratch_directory
 from lora_drop_tools.shared import machine
-from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, open_bundles, paths_of, weight_dtype
 from lora_drop_tools.shared.results import check_results, said_command, then_shown, write_json
 
 from .arms import Arm, SessionOptions, TimedSession, measure, peer_arm, session_arms
@@ -272,7 +272,7 @@ def bench(
         BundleError: a bundle is damaged or cannot run here.
         MeasurementError: a speed-up above its ceiling by more than the noise; everything is written before.
     """
-    opened = open_bundles([bundles] if isinstance(bundles, (str, Path)) else list(bundles))
+    opened = open_bundles(paths_of(bundles))
     _check_alike(opened, settings)
     windows = _windows(opened, settings)
     requests = requests_of(opened, settings)

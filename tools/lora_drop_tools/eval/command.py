@@ -10,13 +10,12 @@ from lora_drop_runtime.errors import InputError
 
 from .calibrate import calibrate
 from .eval import eval, reproduce
-from .paper import PAPER
 from .settings import EvalSettings
 
 
 def run_eval(args: argparse.Namespace) -> None:
     settings = settings_of(EvalSettings, args)
-    if settings.paper is not None and not PAPER[settings.paper].tasks:
+    if not settings.measures:
         reproduce(args.bundle, settings)
         return
     if settings.calibrate is None:

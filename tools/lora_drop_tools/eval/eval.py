@@ -36,7 +36,7 @@ from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.eval.tasks.catalogue import Opened, OpenedGroup, open_tasks
 from lora_drop_tools.eval.tasks.metrics import Measured
 from lora_drop_tools.shared import costs, machine
-from lora_drop_tools.shared.bundles import check_session, open_bundles, weight_dtype
+from lora_drop_tools.shared.bundles import check_session, open_bundles, paths_of, weight_dtype
 from lora_drop_tools.shared.progress import Progress
 from lora_drop_tools.shared.results import check_results, said_command, then_shown, write_json
 
@@ -323,14 +323,14 @@ def eval(
         InputError: an unknown task, data that cannot be had, bundles of different models, more than they allow.
         BundleError: a bundle is damaged or cannot run here.
     """
-    given = [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
+    given = paths_of(bundles)
     if settings.calibrate is not None:
         raise InputError(
             "eval finds no thresholds.",
             note=f"The settings say calibrate={settings.calibrate}.",
             hint="Call lora_drop_tools.calibrate(bundle, settings).",
         )
-    if settings.paper is not None and not PAPER[settings.paper].tasks:
+    if not settings.measures:
         raise InputError(
             "eval measures, and this part of the paper needs no measuring.",
             note=f"The settings say paper={settings.paper!r}.",
@@ -380,13 +380,13 @@ def reproduce(bundles: Sequence[str | Path] | str | Path, settings: EvalSettings
         InputError, BundleError: another table is asked for, a bundle or a file cannot be read, or a figure cannot be
             written.
     """
-    if settings.paper is None or PAPER[settings.paper].tasks:
+    if settings.measures:
         raise InputError(
             "reproduce measures nothing.",
             note=f"The settings say paper={settings.paper!r}; it prints table4 and fig3.",
             hint="Call lora_drop_tools.eval(bundles, settings).",
         )
-    opened = open_bundles([str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)])
+    opened = open_bundles(paths_of(bundles))
     if settings.paper == "table4":
         assert settings.bench_file is not None
         print("\n".join(latencies(settings.bench_file, list(opened))), file=out or sys.stdout)

@@ -184,6 +184,11 @@ class EvalSettings:
         if not self.tasks:
             refuse_unused(self, _OF_TASKS, "--tasks was not given", "add --tasks NAME")
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything is: some parts of the paper are made of what there is."""
+        return self.paper is None or bool(PAPER[self.paper].tasks)
+
     def _takes_nothing_new(self) -> bool:
         """Whether what is made of the paper measures nothing; else its tasks and windows k stand where none are given.
 

@@ -43,6 +43,11 @@ def check_session(
         )
 
 
+def paths_of(bundles: Sequence[str | Path] | str | Path) -> list[str]:
+    """Of one bundle or several; one is not taken letter by letter."""
+    return [str(path) for path in ([bundles] if isinstance(bundles, (str, Path)) else bundles)]
+
+
 def open_bundles(paths: Sequence[str | Path]) -> dict[str, Bundle]:
     """Bundles by a short name each, on one line; they must be of one model with weights of one kind."""
     if not paths:
