@@ -131,7 +131,7 @@ def bundle_of(given: Path, dtype: str, ratio: float) -> Path:
         weights = {}  # they are int4
     elif dtype == "int4":
         text = HERE / "calibration.txt"
-        text.write_text("\n\n".join(docstrings("a-r")[::16])[:CALIBRATION_BYTES])
+        text.write_text("\n\n".join(docstrings("a-r")[::16])[:CALIBRATION_BYTES], encoding="utf-8")
         weights |= {"quantization": "gptq", "calibration": text}
     options = ExportOptions(adapters=ADAPTERS[ratio], k=K, targets=(FORMS[dtype],), verify=False, force=True, **weights)
     with contextlib.redirect_stderr(io.StringIO()):

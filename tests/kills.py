@@ -28,7 +28,7 @@ from pathlib import Path
 import lora_drop_tools.cli
 import onnxruntime  # noqa: F401  # and others below: imported before processes are forked
 import polygraphy.cuda  # noqa: F401
-import rich.progress
+import rich.progress  # noqa: F401
 import rich.table  # noqa: F401
 import torch
 
@@ -136,7 +136,7 @@ def start(body: Callable[[], int], log: str = os.devnull) -> int:
 def finished(body: Callable[[], int]) -> float:
     """Seconds that a run takes which nobody ends; it must succeed."""
     begin = time.perf_counter()
-    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as log:
         status = os.waitpid(start(body, log.name), 0)[1]
         if status:
             raise SystemExit(f"A run that nobody ended failed with status {status}:\n{log.read()}")

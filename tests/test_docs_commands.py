@@ -66,7 +66,7 @@ def test_readme_and_tools(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("t1 t2\n"))  # for `chat`
     for name in ("train.txt", "held-out.txt"):
-        Path(name).write_text(" ".join(f"t{i * i % 127}" for i in range(6000)))
+        Path(name).write_text(" ".join(f"t{i * i % 127}" for i in range(6000)), encoding="utf-8")
     commands = commands_of("README.md", "Use it") + commands_of("docs/tools.md", "Better text in four commands")
     assert [words[1] for words in commands if words[0] == "lora-drop"] == [
         "generate",

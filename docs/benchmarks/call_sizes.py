@@ -18,8 +18,8 @@ from lora_drop_runtime import Session
 
 
 def tell(when: str) -> None:
-    found = re.search(r"Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = re.search(r"Anonymous:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(encoding="utf-8"))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     assert found is not None
     assert peak is not None
     print(f"{when}: {int(found[1]) / 1024:.0f} MiB, resident at most {int(peak[1]) / 1024:.0f}", flush=True)

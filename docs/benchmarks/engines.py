@@ -99,7 +99,9 @@ def main() -> None:
             ratio = statistics.median(own / base for own, base in zip(seconds, first[name], strict=True))
             print(f"  {name:14} {1000 * statistics.median(seconds):8.2f} ms  {ratio:.2f}×")
     if options.json is not None:
-        options.json.write_text(json.dumps({"context": options.context, "seconds": found}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"context": options.context, "seconds": found}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

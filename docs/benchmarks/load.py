@@ -67,7 +67,7 @@ def asked(arm: Arm, users: int, options: argparse.Namespace) -> Measured:
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
         if done.returncode or not report.exists():
             sys.exit(f"{arm.name}: guidellm failed\n{(done.stderr or done.stdout).strip()[-2000:]}")
-        (benchmark,) = json.loads(report.read_text())["benchmarks"]
+        (benchmark,) = json.loads(report.read_text(encoding="utf-8"))["benchmarks"]
     metrics = benchmark["metrics"]
     if metrics["request_totals"]["errored"]:
         sys.exit(f"{arm.name}: {metrics['request_totals']['errored']} requests failed")
@@ -133,7 +133,9 @@ def main() -> None:
             print(f"{users} users: {json.dumps(run)}", file=sys.stderr, flush=True)
         told([*(arm.name for arm in options.arms), *commands], users, runs[users])
         if options.json:
-            options.json.write_text(json.dumps({"prompt_tokens": options.prompt_tokens, "runs": runs}, indent=1) + "\n")
+            options.json.write_text(
+                json.dumps({"prompt_tokens": options.prompt_tokens, "runs": runs}, indent=1) + "\n", encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def ask(port: int, kind: str, rng: random.Random) -> int:
 
 def resident(pid: int) -> float:
     """MiB."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) / 1024
 
@@ -122,7 +122,7 @@ def main() -> int:
     }
     print(json.dumps({name: value for name, value in report.items() if name != "memory"}, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     flat = max(warm) / min(warm) <= 1.04  # ± 2 %
     return 0 if flat and not lost and after.count(200) == 20 and set(statuses) == wanted else 1
 

@@ -39,7 +39,7 @@ class Cell:
 
 def _read(name: str) -> dict[str, Any] | None:
     path = HERE / name
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _key(bundle: str) -> tuple[str, str]:

@@ -77,7 +77,7 @@ def main() -> None:
                     row = {"bundle": bundle.name, "text": name, "k": k, **measured(session, windows, k)}
                     rows.append(row)
                     print(row, flush=True)
-    options.json.write_text(json.dumps({"rows": rows}) + "\n")
+    options.json.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def of_genai(path: Path, threads: int) -> Logits:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path / "model.onnx", options)
-    decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
+    decoder = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
     nothing = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
 
     def logits(ids: Any) -> Any:

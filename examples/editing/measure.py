@@ -29,7 +29,7 @@ from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.text import TextCodec
 
 ROOM = 1.3  # new tokens that an edit may take, over those of the passage
-ENTRIES = json.loads(Path(__file__).with_name("edits.json").read_text())
+ENTRIES = json.loads(Path(__file__).with_name("edits.json").read_text(encoding="utf-8"))
 CONTINUED = 128  # new tokens of a passage that is continued
 DRAWS = SamplingOptions(temperature=0.8, seed=1)
 
@@ -128,7 +128,9 @@ def measure(arguments: Sequence[str]) -> None:
         f"{min(speedups):.2f}×" + (f"; {same} outputs are the full schedule's" if edits else "")
     )
     if options.json is not None:
-        options.json.write_text(json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"bundle": options.bundle, "draft": options.draft, "rows": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def sample_ids(root: Path, vocab_size: int) -> npt.NDArray[np.int64] | None:
     """The sample text in the model's tokens; None without a tokenizer."""
     if not (root / "tokenizer" / "tokenizer.json").is_file():
         return None
-    text = resources.files(__package__).joinpath(SAMPLE_TEXT).read_text()
+    text = resources.files(__package__).joinpath(SAMPLE_TEXT).read_text(encoding="utf-8")
     ids = TextCodec.open(root / "tokenizer").encode(text)
     return ids[ids < vocab_size]
 

@@ -127,11 +127,11 @@ def verification_details(root: Path, targets: Iterable[str]) -> list[dict[str, A
 def write_verification(root: Path, details: list[dict[str, Any]]) -> FileRecord:
     """Write verify.json: the steps of each target's comparison."""
     path = root / VERIFY_NAME
-    path.write_text(json.dumps(details, indent=1) + "\n")
+    path.write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
     return record_file(path)
 
 
 def write_manifest(root: Path, manifest: Manifest) -> Bundle:
     """Write what a bundle says of itself, over what it said before; all that do so go through here."""
-    (root / MANIFEST_NAME).write_text(manifest.to_json())
+    (root / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle(root, manifest)

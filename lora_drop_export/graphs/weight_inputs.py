@@ -56,4 +56,6 @@ def stored_weights_as_inputs(graph: ir.Graph, but: tuple[str, ...] = ()) -> dict
 
 def write_table(path: Path, table: Mapping[str, WeightInput]) -> None:
     """As `Bundle.weight_inputs` reads it."""
-    path.write_text(json.dumps({name: dataclasses.asdict(weight) for name, weight in table.items()}) + "\n")
+    path.write_text(
+        json.dumps({name: dataclasses.asdict(weight) for name, weight in table.items()}) + "\n", encoding="utf-8"
+    )

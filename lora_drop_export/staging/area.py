@@ -60,7 +60,7 @@ class Area:
     def write_journal(self, place: Path, files: Collection[str]) -> None:
         """Say, before the exchange, what is at `place` now: the files that a command of ours wrote."""
         inodes = {"old": place.lstat().st_ino, "new": self.new.lstat().st_ino}
-        (self.root / "journal").write_text(json.dumps(inodes | {"files": sorted(files)}))
+        (self.root / "journal").write_text(json.dumps(inodes | {"files": sorted(files)}), encoding="utf-8")
 
 
 def resolved(path: Path) -> Path:
@@ -188,7 +188,7 @@ def refuse_others(place: Path, but: Path | None = None) -> None:
     for root in settle_dead(place):
         if root != but:
             with contextlib.suppress(OSError):  # it is done by now
-                process = (root / "lock").read_text() or "unknown"
+                process = (root / "lock").read_text(encoding="utf-8") or "unknown"
                 raise InputError(
                     "Another command is writing there.",
                     note=f"{place}: process {process}.",

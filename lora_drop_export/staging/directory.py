@@ -29,7 +29,7 @@ def _flush(root: Path) -> None:
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # of a file system that cannot
+                if error.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; Windows
                     raise
             finally:
                 os.close(descriptor)

@@ -57,7 +57,7 @@ def foreign_entries(root: Path, files: Collection[str]) -> list[str]:
                 if not entry.is_dir(follow_symlinks=False):
                     if name not in files or not entry.is_file(follow_symlinks=False):
                         found.append(name)
-                elif name not in folders or entry.stat(follow_symlinks=False).st_dev != device:
+                elif name not in folders or os.lstat(entry.path).st_dev != device:  # the entry says 0 on Windows
                     found.append(f"{name}/")
                 else:
                     look(directory / entry.name, f"{name}/")

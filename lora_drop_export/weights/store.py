@@ -8,9 +8,9 @@ engine wants as one matrix back to back. Knows no graph.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +27,11 @@ from lora_drop_export.quantize.formats import BlockFormat
 
 from .layout import Order, file_entries
 from .write import CHUNK_BYTES, write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 
@@ -127,14 +132,13 @@ def _link(source: Path, target: Path) -> None:
 def copy_file(source: Path, target: Path, progress: Progress) -> None:
     """Copy, sharing blocks where the file system can."""
     with source.open("rb") as reader, target.open("wb") as writer:
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
             return
-        except OSError:
-            pass
         size, done = source.stat().st_size, 0
-        while copied := os.sendfile(writer.fileno(), reader.fileno(), None, CHUNK_BYTES):
-            done += copied
+        while chunk := reader.read(CHUNK_BYTES):
+            writer.write(chunk)
+            done += len(chunk)
             progress(f"copying {source.name}", done, size)
 
 

@@ -593,6 +593,7 @@ def _ended_by_signals() -> Iterator[None]:
     """
     again: list[threading.Timer] = []
     report, thread = sys.unraisablehook, threading.get_ident()
+    send = getattr(signal, "pthread_kill", lambda _, number: signal.raise_signal(number))  # Windows has only the latter
 
     def end(number: int, _: object) -> None:
         _came.append((KeyboardInterrupt() if number == signal.SIGINT else _Ended(128 + number), number))
@@ -603,7 +604,7 @@ def _ended_by_signals() -> Iterator[None]:
         if number is None:
             report(unraisable)
             return
-        again.append(threading.Timer(0.01, signal.pthread_kill, (thread, number)))
+        again.append(threading.Timer(0.01, send, (thread, number)))
         again[-1].start()
 
     defaults = (signal.SIG_DFL, signal.default_int_handler)

@@ -96,7 +96,7 @@ def test_a_bundle_whose_name_is_no_utf8(place: Path, tmp_path: Path) -> None:
 def test_a_line_without_an_end(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Path("/dev/zero").open() as zeros:
+    with Path("/dev/zero").open(encoding="utf-8") as zeros:
         monkeypatch.setattr(sys, "stdin", zeros)
         assert lora_drop_tools.cli.main(["chat", str(place / "bundle"), "--threads", "1"]) == 2
     assert "A message is too long." in capsys.readouterr().err

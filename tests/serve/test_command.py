@@ -268,7 +268,10 @@ def test_a_full_disk_behind_the_log_stops_nothing(bundle: Bundle) -> None:
         port = free.getsockname()[1]
     command = [*COMMAND, str(bundle.root), "--port", str(port), "--threads", "1", "--slots", "1", "--grace", "0"]
     address = f"http://127.0.0.1:{port}"
-    with open("/dev/full", "w") as full, subprocess.Popen(command, stdout=full, stderr=full) as process:
+    with (
+        open("/dev/full", "w", encoding="utf-8") as full,
+        subprocess.Popen(command, stdout=full, stderr=full) as process,
+    ):
         try:
             with httpx.Client(base_url=address, timeout=None) as http:
                 await_that(lambda: answers(http))

@@ -125,7 +125,7 @@ def _saved(model: PreTrainedModel) -> tuple[PreTrainedModel, Path, Checkpoint]:
 def traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
     file = _trace_file(name, dtype)
-    with open(f"{file}.lock", "w") as lock:
+    with open(f"{file}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the one that comes second waits for the first one's
         if file.exists():
             traced = pickle.loads(file.read_bytes())

@@ -90,7 +90,7 @@ class ForkingModules:
                 code = 0
             os._exit(code)
         os.close(writes)
-        with open(reads) as printed:
+        with open(reads, encoding="utf-8") as printed:
             text = printed.read()
         return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text)
 

@@ -50,7 +50,7 @@ def _built_once(hosts: list[Path], folders: list[Path], library: Path, *options:
     for file in sorted(file for folder in folders for file in folder.iterdir() if file.is_file()):
         digest.update(file.read_bytes())
     kept = Path(shared, f"{digest.hexdigest()}.so")
-    with open(kept.with_suffix(".lock"), "w") as lock:
+    with open(kept.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             part = kept.with_suffix(".part")

@@ -66,7 +66,7 @@ def held(path: Path) -> dict[str, str] | str | None:
     if not path.exists():
         return None
     if path.is_file():
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     return {str(file.relative_to(path)): file.read_text() for file in sorted(path.rglob("*")) if file.is_file()}
 
 

@@ -78,7 +78,7 @@ def _say(what: Any) -> None:
 
 def _children(parent: int) -> list[int]:
     """Process ids of children and of theirs."""
-    found = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    found = [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8").split()]
     return [*found, *(below for pid in found for below in _children(pid))]
 
 

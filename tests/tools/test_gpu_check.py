@@ -47,7 +47,7 @@ def checked(
         env=os.environ | environment,
         timeout=1200,
     )
-    report = json.loads(out.read_text())
+    report = json.loads(out.read_text(encoding="utf-8"))
     assert report["stand_in"] is True
     return done.returncode, {entry["stage"]: entry for entry in report["stages"]}, done.stdout + done.stderr
 
@@ -293,7 +293,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def entries(file: Path) -> dict[str, dict[str, Any]]:
-    return {entry["stage"]: entry for entry in json.loads(file.read_text())["stages"]}
+    return {entry["stage"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))["stages"]}
 
 
 def test_one_stage_never_takes_the_others_down(stages, tmp_path: Path, capsys) -> None:
@@ -344,7 +344,7 @@ def running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+    return not state.exists() or state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
 
 
 INTERRUPTED = """

@@ -90,7 +90,7 @@ def how_it_ended(code: int) -> str:
 
 def read_report(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     return found if isinstance(found, dict) else {"numbers": {}, "progress": []}
@@ -145,7 +145,11 @@ def run_stage(
     if "state" not in found or interrupted:  # a result that was written counts, whatever came after it
         state, why = "fail", reason or how_it_ended(process.returncode)
     if state == "fail" and not interrupted:
-        say("".join(f"    | {line}\n" for line in log.read_text(errors="replace").splitlines()[-12:]).rstrip("\n"))
+        say(
+            "".join(
+                f"    | {line}\n" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
+            ).rstrip("\n")
+        )
     entry = {
         "stage": stage.name,
         "state": "skip" if interrupted else state,

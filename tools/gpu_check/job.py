@@ -56,7 +56,7 @@ class Stage:
 def write_json(path: Path, data: Any) -> None:
     """In one step: whoever reads meanwhile finds the text before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 

@@ -81,7 +81,7 @@ def sanitized(job: Job, tool: str) -> str:
     if program is None:
         raise Skip("compute-sanitizer is not installed")
     settings = job.work / "sanitized.settings"
-    settings.write_text(json.dumps({"work": str(job.work), "stand_in": job.stand_in}))
+    settings.write_text(json.dumps({"work": str(job.work), "stand_in": job.stand_in}), encoding="utf-8")
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, "-m", "gpu_check.kernel"]
     seconds = max(1.0, min(SANITIZER_S, job.seconds_left - 5))
     try:
@@ -126,7 +126,7 @@ def run(job: Job) -> None:
 def main(settings: str, *names: str) -> None:
     from tests.support.kernel_cases import named
 
-    given = json.loads(Path(settings).read_text())
+    given = json.loads(Path(settings).read_text(encoding="utf-8"))
     job = Job(Path(given["work"]), Path(os.devnull), given["stand_in"], {}, 0.0)
     gpu = Gpu(job)
     library = kernels(job, gpu)

@@ -21,7 +21,7 @@ def prepare_stand_in(work: Path) -> None:
 
 
 def main(module: str, settings: str) -> None:
-    given = json.loads(Path(settings).read_text())
+    given = json.loads(Path(settings).read_text(encoding="utf-8"))
     deadline = time.monotonic() + given["seconds"]
     job = Job(Path(given["work"]), Path(given["report"]), given["stand_in"], given["states"], deadline)
     prepare_stand_in(job.work)

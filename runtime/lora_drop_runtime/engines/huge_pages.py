@@ -29,9 +29,9 @@ _PIECE = 32 << 20  # moved in one call, which a process that ends waits for
 def _page_bytes() -> int:
     """Size of a huge page; 0 where there are none to be had."""
     try:
-        if "[never]" in (_SETTINGS / "enabled").read_text():
+        if "[never]" in (_SETTINGS / "enabled").read_text(encoding="utf-8"):
             return 0
-        return int((_SETTINGS / "hpage_pmd_size").read_text())
+        return int((_SETTINGS / "hpage_pmd_size").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0
 
@@ -39,7 +39,7 @@ def _page_bytes() -> int:
 def _mappings() -> list[tuple[int, int]]:
     """Begin and end of the process's own writable memory that is no file's, in order."""
     found = []
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         span, access, _, _, node, *name = line.split(maxsplit=5)
         if access == "rw-p" and node == "0" and name != ["[stack]"]:
             begin, end = span.split("-")

@@ -49,8 +49,8 @@ FOREIGN = {"model_type": "deberta-v2", "rms_norm_eps": 1e-6, "attention_bias": F
 
 
 def _say(file: Path, **values: object) -> None:
-    said = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(said | values))
+    said = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(said | values), encoding="utf-8")
 
 
 def _own_config(directory: Path, mark: str) -> None:

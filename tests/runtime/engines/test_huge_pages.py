@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 def said(name: str, begin: int = 0, end: int = 1 << 64) -> int:
     """Bytes that the system gives for the mappings that meet a span."""
     total, inside = 0, False
-    with open("/proc/self/smaps") as lines:
+    with open("/proc/self/smaps", encoding="utf-8") as lines:
         for line in lines:
             first = line.split(maxsplit=1)[0]
             if "-" in first and not first.endswith(":"):

@@ -83,7 +83,7 @@ def test_the_engine_of_each_target(monkeypatch, tmp_path: Path, target: str, pro
 def test_the_session_knows_no_engine() -> None:
     """And `open` imports none before it is opened."""
     for module, inside in ((session_module, True), (open_module, False)):
-        tree = ast.parse(Path(module.__file__).read_text())
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         nodes = ast.walk(tree) if inside else tree.body
         imported = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
         assert not [name for name in imported if "ort.engine" in name or "trt.engine" in name], module.__name__

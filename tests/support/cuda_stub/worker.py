@@ -80,7 +80,7 @@ class Watch:
 def placed(profile: Path) -> dict[str, dict[str, int]]:
     """Provider → op type → how often it ran, in the branches too."""
     found: dict[str, Counter[str]] = {}
-    for event in json.loads(profile.read_text()):
+    for event in json.loads(profile.read_text(encoding="utf-8")):
         arguments = event.get("args", {})
         if event["name"].endswith("_kernel_time") and "provider" in arguments:
             found.setdefault(arguments["provider"], Counter())[arguments["op_name"]] += 1
@@ -131,7 +131,7 @@ def main(bundle: str, out: str) -> None:
     engine.session_options = profiled
     library, watch = ctypes.CDLL("libcudart.so.13"), Watch()
     runs = [decode(bundle, policy, batch, library, watch) for policy in ("skip", "backfill") for batch in LENGTHS]
-    Path(out).write_text(json.dumps(runs))
+    Path(out).write_text(json.dumps(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
     (hf_directory / "more").write_text("changed")
     with Peer("transformers", command, *arguments) as peer:
         assert peer.built == "as given"
-    worker.write_text(FAKE_WORKER.replace('say({"ready"', 'print("hello", {"ready"'))
+    worker.write_text(FAKE_WORKER.replace('say({"ready"', 'print("hello", {"ready"'), encoding="utf-8")
     with pytest.raises(PeerError, match="its answer is not understood: hello"):
         Peer("transformers", command, *arguments)
     with pytest.raises(PeerError, match="RuntimeError: cannot"):
@@ -269,7 +269,7 @@ worker.main("prepare", "slow", "{{}}")
             pid = marker.read_text() if marker.exists() else None
         bench_command.kill()
     with contextlib.suppress(OSError):  # it is gone
-        while " Z " not in Path("/proc", pid, "stat").read_text():
+        while " Z " not in Path("/proc", pid, "stat").read_text(encoding="utf-8"):
             time.sleep(0.02)
     assert not ended.exists()
 

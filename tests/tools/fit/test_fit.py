@@ -630,7 +630,7 @@ def test_an_interrupted_fit_can_be_resumed(
 @pytest.fixture(scope="module")
 def lines(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half of the text as JSON lines in a directory, fifty words a document."""
-    tokens = words.read_text().split()[:2000]
+    tokens = words.read_text(encoding="utf-8").split()[:2000]
     root = tmp_path_factory.mktemp("lines") / "texts"
     root.mkdir()
     documents = [" ".join(tokens[begin : begin + 50]) for begin in range(0, len(tokens), 50)]

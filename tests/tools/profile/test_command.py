@@ -66,7 +66,9 @@ def test_lists_are_compared_on_text_that_no_ranking_saw(
     llama_dir: Path, text: Path, made: tuple[Profile, Path]
 ) -> None:
     """The windows are drawn once: first those for the comparison, then those for the rankings."""
-    ids = torch.tensor([int(word[1:]) for word in text.read_text().split()])[: 20 * WINDOW].view(-1, WINDOW)
+    ids = torch.tensor([int(word[1:]) for word in text.read_text(encoding="utf-8").split()])[: 20 * WINDOW].view(
+        -1, WINDOW
+    )
     drawn = ids[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
     scoring = make_scoring(FAMILIES["llama"](), "skip")  # the default
     result = made[0]

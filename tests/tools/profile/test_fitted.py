@@ -47,7 +47,9 @@ def matrices(directory: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, flo
 
 def drawn(text: Path) -> torch.Tensor:
     """The windows as the command draws them: one to compare on, one to rank on."""
-    ids = torch.tensor([int(word[1:]) for word in text.read_text().split()])[: 20 * WINDOW].view(-1, WINDOW)
+    ids = torch.tensor([int(word[1:]) for word in text.read_text(encoding="utf-8").split()])[: 20 * WINDOW].view(
+        -1, WINDOW
+    )
     return ids[torch.randperm(20, generator=torch.Generator().manual_seed(0))[:2]]
 
 

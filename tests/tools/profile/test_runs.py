@@ -35,7 +35,9 @@ def uneven_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drawn(text: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The windows as the command draws them: to compare on, to rank on, and to fit."""
-    ids = torch.tensor([int(word[1:]) for word in text.read_text().split()])[: 20 * WINDOW].view(-1, WINDOW)
+    ids = torch.tensor([int(word[1:]) for word in text.read_text(encoding="utf-8").split()])[: 20 * WINDOW].view(
+        -1, WINDOW
+    )
     ids = ids[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
     return ids[:1], ids[1:2], ids[2:9]
 

@@ -187,7 +187,7 @@ def latencies(path: Path, names: Sequence[str]) -> list[str]:
         InputError: the file cannot be read, or has nothing of them.
     """
     with bench_file(path, "latencies"):
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         periodic = [row for row in data["rows"] if row.get("schedule", PERIODIC) == PERIODIC]
         check_bench_bundles(path, "latencies", {row["bundle"] for row in periodic}, names)
         rows, batch, context = of_one_request([row for row in periodic if row["bundle"] in names])

@@ -136,7 +136,7 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
         return {}, "not measured (--bench)"
     path = Path(path)
     with bench_file(path, "speed-ups"):
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         policy = data.get("policy", DEFAULT_POLICY)
         rows, batch, context = of_one_request(data["rows"])
         found: dict[Key, float] = {

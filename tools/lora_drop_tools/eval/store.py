@@ -97,7 +97,7 @@ class Store:
         """Raises InputError where it cannot be written; what was kept before stays."""
         assert self._path is not None
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise _cannot_be_kept(error, self._path) from None

@@ -173,7 +173,7 @@ def _fit_loaded(
     )
     if workers.rank == 0:
         save_adapters(root, pairs, plan, loaded, settings, name_of(loaded.model, forcing.layers))
-        (root / RESULT_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        (root / RESULT_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
     return result, partial
 
 

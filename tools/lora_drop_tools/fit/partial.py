@@ -178,7 +178,9 @@ class Partial:
         data = io.BytesIO()  # an error of the disk is then Python's, which says what it is
         torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, data)
         (staged / _BEGIN).write_bytes(data.getvalue())
-        (staged / _SETTINGS).write_text(json.dumps({"settings": self._settings, "force": self._force}, indent=1))
+        (staged / _SETTINGS).write_text(
+            json.dumps({"settings": self._settings, "force": self._force}, indent=1), encoding="utf-8"
+        )
         self.remove()
         rename_new(staged, self.root)
 

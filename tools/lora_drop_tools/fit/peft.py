@@ -69,4 +69,4 @@ def save_adapters(
             "always_last": plan.always_last,
         },
     }
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n")
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -303,7 +303,7 @@ def _measure(
 
 def _write(result: Profile, root: Path) -> None:
     """profile.json and the drop lists."""
-    (root / PROFILE_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    (root / PROFILE_NAME).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
     measured = {one.site: one for one in result.sites}
     for ranked in result.drop_lists:
         facts = {
@@ -317,7 +317,7 @@ def _write(result: Profile, root: Path) -> None:
                 if form.base_is_state
             },
         }
-        (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n")
+        (root / ranked.file).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _files(root: Path) -> frozenset[str] | None:

@@ -60,7 +60,7 @@ class Bandwidth:
 def available_bytes() -> int | None:
     """Memory that could be had without swapping."""
     try:
-        lines = (PROC / "meminfo").read_text().splitlines()
+        lines = (PROC / "meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
@@ -101,7 +101,7 @@ def pss_bytes(pid: int | str = "self") -> dict[str, int] | None:
     """A process's proportional set size: `total`, `anonymous`, `file` (mapped weights); None without /proc."""
     names = {"Pss": "total", "Pss_Anon": "anonymous", "Pss_File": "file"}
     try:
-        text = (PROC / str(pid) / "smaps_rollup").read_text()
+        text = (PROC / str(pid) / "smaps_rollup").read_text(encoding="utf-8")
     except OSError:
         return None
     fields = (line.partition(":") for line in text.splitlines())
@@ -123,11 +123,11 @@ def cpu_time(children: Iterable[int] = ()) -> CpuTime | None:
     try:
         ticks = os.sysconf("SC_CLK_TCK")
         user, nice, system, _, _, irq, softirq, steal = map(
-            int, (PROC / "stat").read_text().splitlines()[0].split()[1:9]
+            int, (PROC / "stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]
         )
         own = sum(os.times()[:4])
         for pid in children:
-            fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            fields = (PROC / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             own += (int(fields[11]) + int(fields[12])) / ticks
     except (OSError, ValueError, IndexError, AttributeError):
         return None
@@ -146,7 +146,7 @@ def physical_cores() -> int:
     cores: set[tuple[str, str]] = set()
     try:
         socket = ""
-        for line in (PROC / "cpuinfo").read_text().splitlines():
+        for line in (PROC / "cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = map(str.strip, line.partition(":"))
             if key == "physical id":
                 socket = value
@@ -163,10 +163,12 @@ def machine_facts() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     memory = None
     try:
-        lines = (PROC / "cpuinfo").read_text().splitlines()
+        lines = (PROC / "cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
         memory = next(
-            int(line.split()[1]) * 1024 for line in (PROC / "meminfo").read_text().splitlines() if "MemTotal" in line
+            int(line.split()[1]) * 1024
+            for line in (PROC / "meminfo").read_text(encoding="utf-8").splitlines()
+            if "MemTotal" in line
         )
     except (OSError, StopIteration):
         pass

@@ -6,14 +6,11 @@ the last of them. Knows no row and no token.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import io
-import mmap
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +21,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry
 from lora_drop_runtime.bundle.paged_io import BLOCK
 from lora_drop_runtime.engines.huge_pages import HugePages
+from lora_drop_runtime.engines.libc import forget_pages, trim_heap
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 
 from .io_check import check_io
@@ -32,7 +30,6 @@ from .package import import_openvino
 Array = npt.NDArray[Any]
 _CACHE_TYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "u8"}
 _KERNELS = 500  # kept for numbers of tokens that come again: five each in int4, which take a megabyte
-_DONTNEED = 4  # madvise: of a mapped file, pages that are read again when they are touched
 _TYPES_OF_MEMORY = {"f32": np.float32, "bf16": np.uint16, "u8": np.uint8}
 
 
@@ -49,18 +46,6 @@ class Settings:
     threads: int
     exact: bool = False
     wide: bool = False
-
-
-def _forget_pages(mapped: Iterable[Array]) -> None:
-    """The kernels have copies of their own: the files' pages need not stay in this process. Nor need what packing
-    weights left free in the heap."""
-    with contextlib.suppress(OSError, AttributeError):
-        system = ctypes.CDLL(None)
-        for array in mapped:
-            begin = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-            length = array.ctypes.data + array.nbytes - begin
-            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(_DONTNEED))
-        system.malloc_trim(0)
 
 
 @dataclass
@@ -91,8 +76,9 @@ class Compiled:
     def has_run(self) -> None:
         """Called after a step: the first one has packed the weights."""
         if self.mapped:
-            _forget_pages(self.mapped)
+            forget_pages(self.mapped)  # the kernels have copies of their own
             self.mapped = []
+            trim_heap()
         self.pages.has_run()
 
 

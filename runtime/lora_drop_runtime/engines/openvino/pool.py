@@ -19,12 +19,14 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _GROWTH = 1.5
+# Windows has no flags, and gives such pages
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros in pages that the system has not given yet. Those of numpy may be 2 MiB each, and come with a write."""
     size = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
     return np.frombuffer(memory, dtype, size).reshape(shape)
 
 

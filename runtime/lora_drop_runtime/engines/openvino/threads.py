@@ -15,10 +15,12 @@ _GROUPS = Path("/sys/fs/cgroup")
 def _quota(available: int) -> int:
     """Cores that the control group grants, at most those available."""
     with contextlib.suppress(OSError, ValueError):
-        limit, period = map(int, (_GROUPS / "cpu.max").read_text().split())  # "max" sets no limit
+        limit, period = map(int, (_GROUPS / "cpu.max").read_text(encoding="utf-8").split())  # "max" sets no limit
         return min(available, math.ceil(limit / period))
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        limit, period = (int((_GROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        limit, period = (
+            int((_GROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+        )
         return min(available, math.ceil(limit / period)) if limit > 0 else available
     return available
 
@@ -30,6 +32,6 @@ def default_threads() -> int:
     for cpu in allowed:
         siblings = str(cpu)
         with contextlib.suppress(OSError):
-            siblings = (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text().strip()
+            siblings = (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text(encoding="utf-8").strip()
         cores.add(siblings)
     return max(1, _quota(len(cores)))

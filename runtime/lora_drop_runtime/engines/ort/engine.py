@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -44,6 +43,7 @@ from lora_drop_runtime.engines.engine import (
     fitting_slots,
 )
 from lora_drop_runtime.engines.huge_pages import HugePages
+from lora_drop_runtime.engines.libc import trim_heap
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
@@ -66,12 +66,6 @@ from .providers import (
 from .session_options import packs_weights, session_options
 
 SLOT_STEP = 256  # of which caches on a GPU have a multiple
-
-
-def _trim_heap() -> None:
-    """Give back to the system what packing weights left free in the heap; megabytes, with glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class OrtEngine:
@@ -172,7 +166,7 @@ class OrtEngine:
                 lengths = [spec.name for spec in io.inputs if spec.name in TOTALS]
                 check_beside(session, beside_inputs(lengths, self._joined), self._files[kind])
             check_io(session, io, self._files[kind])
-        _trim_heap()
+        trim_heap()  # packing weights left megabytes
 
     def _reopen(self, adapters: Mapping[str, Any]) -> None:
         """Open the graphs with other adapters, or where that fails again with those from before.

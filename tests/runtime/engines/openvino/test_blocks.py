@@ -191,7 +191,7 @@ def test_what_nobody_has_written_takes_no_memory() -> None:
     """Rows reserve 64 blocks of a MiB each and write one; the pool grows with each row, and copies that one alone."""
 
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     pool = BlockPool({"key_cache.0": (1 << 18,)}, np.float32, threading.RLock())
     before = resident()

@@ -81,7 +81,7 @@ def decoded(stub: Path, bundle: Bundle, out: Path) -> list[dict[str, Any]]:
     done = run_there(stub, "-m", "tests.support.cuda_stub.worker", bundle.root, out)
     assert done.returncode == 0, done.stderr  # -11 where the host touched the device's memory
     assert done.stderr == ""
-    runs: list[dict[str, Any]] = json.loads(out.read_text())
+    runs: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
     assert {run["batch"] for run in runs} == {1, 3}
     assert len({run["policy"] for run in runs}) >= 2
     return runs

@@ -25,7 +25,7 @@ def test_cuda_functions_have_the_real_signatures() -> None:
     """Each function that cuda_device.py names exists, takes as many arguments, and is faked with the same names."""
     real = pytest.importorskip("cuda.bindings.runtime")
     modules = {part: pytest.importorskip(f"cuda.bindings.{part}") for part in ("driver", "nvrtc")}
-    trees = [ast.parse(Path(module.__file__).read_text()) for module in (cuda_device_module, kernels)]
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (cuda_device_module, kernels)]
     used = {}
     for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")

@@ -45,7 +45,7 @@ class ScriptedLM(LM):  # type: ignore[misc] # lm-eval is left untyped
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -432,7 +432,7 @@ def test_the_examples_ask_what_lm_eval_asks(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     for name, rows in LOCAL.items():
         write_rows(Path(name), rows)
-    Path("hellaswag_val_2000.txt").write_text(HELLASWAG)
+    Path("hellaswag_val_2000.txt").write_text(HELLASWAG, encoding="utf-8")
     names = sorted({path.stem for path in EXAMPLES.glob("*.yaml")} - {"local_mmlu"})
     opened = open_tasks(names, [EXAMPLES], unsafe=True)
     asked: dict[str, Any] = {}
@@ -474,11 +474,11 @@ def test_mmlu_of_the_examples_is_a_copy_of_the_hubs(tmp_path: Path, monkeypatch:
         write_rows(Path("mmlu", "anatomy", f"{split}.jsonl"), [row] * count)
     files = [{"split": split, "path": f"anatomy/{split}.jsonl"} for split in ("dev", "test")]
     card = json.dumps({"configs": [{"config_name": "anatomy", "data_files": files}]})
-    Path("mmlu", "README.md").write_text(f"---\n{card}\n---\n")
+    Path("mmlu", "README.md").write_text(f"---\n{card}\n---\n", encoding="utf-8")
     figure = [{"metric": "acc", "weight_by_size": True}]
     one_subject = {"group": "mmlu", "task": ["mmlu_anatomy"], "aggregate_metric_list": figure}
     Path("definitions").mkdir()
-    Path("definitions", "mmlu.yaml").write_text(json.dumps(one_subject))
+    Path("definitions", "mmlu.yaml").write_text(json.dumps(one_subject), encoding="utf-8")
     opened = open_tasks(["local_mmlu"], [EXAMPLES, Path("definitions")], num_fewshot=5)
     assert {name: len(one.places) for name, one in opened.tasks.items()} == {"mmlu_anatomy": 2}
     assert [(name, one.is_part) for name, one in opened.groups.items()] == [("mmlu", False)]
@@ -490,7 +490,7 @@ def test_mmlu_of_the_examples_is_a_copy_of_the_hubs(tmp_path: Path, monkeypatch:
 
 def test_a_damaged_file_of_the_examples_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("hellaswag_val_2000.txt").write_text("A: b\n3\na\nb\nc\n")
+    Path("hellaswag_val_2000.txt").write_text("A: b\n3\na\nb\nc\n", encoding="utf-8")
     with pytest.raises(InputError, match="A task cannot be opened") as refused:
         open_tasks(["local_hellaswag"], [EXAMPLES])
     assert "the item at line 1 has 3 endings" in refused.value.note

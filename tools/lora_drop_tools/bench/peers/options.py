@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ def peer_options(
     Raises:
         InputError: an unknown peer, no model, a model that is neither a directory nor a .gguf file, or two of a kind.
     """
+    if not hasattr(os, "killpg"):  # nor can the pipes of processes be waited for
+        raise InputError(
+            "Peers are not measured on this system.",
+            note=f"{sys.platform} has no groups of processes to end them with.",
+            hint="Leave --peers out, or measure on Linux.",
+        )
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise InputError(

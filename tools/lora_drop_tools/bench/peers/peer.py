@@ -58,7 +58,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 def _prepared(record: Path) -> dict[str, Any]:
     """What an earlier run has left; nothing where it is damaged."""
     try:
-        found = json.loads(record.read_text())
+        found = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.keys() >= PREPARED else {}
@@ -105,7 +105,10 @@ class Peer:
         if prepared.get("identity") != identity or not Path(str(prepared["model"])).exists():
             begin = time.perf_counter()
             arguments = {"source": str(source), "precision": precision, "out": str(directory), "threads": threads}
-            with self._log.open("w") as log, _start([*command, "prepare", name, json.dumps(arguments)], log) as process:
+            with (
+                self._log.open("wb") as log,
+                _start([*command, "prepare", name, json.dumps(arguments)], log) as process,
+            ):
                 self._process, self._unread = process, b""
                 try:
                     prepared = self._read(PREPARED, PREPARE_SECONDS)
@@ -113,12 +116,12 @@ class Peer:
                     _kill(process)
             prepared |= {"identity": identity, "seconds": time.perf_counter() - begin}
             part = record.with_suffix(".part")
-            part.write_text(json.dumps(prepared))
+            part.write_text(json.dumps(prepared), encoding="utf-8")
             part.replace(record)
         self.built = str(prepared["built"])
         self.model_bytes = _size(Path(str(prepared["model"])))
         arguments = {"model": prepared["model"], "threads": threads, "capacity": capacity}
-        with self._log.open("a") as log:
+        with self._log.open("ab") as log:
             self._process, self._unread = _start([*command, "serve", name, json.dumps(arguments)], log), b""
         try:
             self.version: str | None = self._read({"ready"}, OPEN_SECONDS).get("version")
@@ -209,7 +212,11 @@ class Peer:
             return "it says nothing more"
 
     def _last_words(self) -> str:
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
         return f": {lines[-1][-200:]}" if lines else ""
 
 

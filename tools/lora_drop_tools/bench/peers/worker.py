@@ -244,7 +244,7 @@ def open_optimum(model: str, threads: int, capacity: int) -> Generate:
 
 def _group_size(source: str) -> int:
     """The largest of 128, 64 and 32 that divides what a layer's matrices read; 128 is the exporter's default."""
-    config = json.loads(Path(source, "config.json").read_text())
+    config = json.loads(Path(source, "config.json").read_text(encoding="utf-8"))
     hidden, heads, inner = (config.get(name) for name in ("hidden_size", "num_attention_heads", "intermediate_size"))
     if None in (hidden, heads, inner):
         return 128

@@ -79,9 +79,9 @@ def _own_namespaces() -> None:
     spaces = _NEW_USER | _NEW_NS | _NEW_NET | _NEW_PID | _NEW_IPC | _NEW_UTS
     _check(_libc().unshare(spaces), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {user} 1"), ("gid_map", f"1000 {group} 1")):
-        with open(f"/proc/self/{name}", "w") as file:
+        with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
             file.write(text)
-    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w", encoding="utf-8") as file:
         file.write("0")  # of this one: the program makes none within it
 
 
@@ -97,7 +97,7 @@ def _show(root: str, path: str) -> None:
     if os.path.isdir(path):
         os.mkdir(place)
     else:
-        with open(place, "w"):
+        with open(place, "wb"):
             pass
     _mount(path, place, None, _BIND | _REC)
     held = os.statvfs(place).f_flag & (_NO_SUID | _NO_DEV | _NO_EXEC)  # may not be taken from a mount

@@ -114,6 +114,12 @@ def check_apart(what: str, unsafe: bool) -> None:
     Raises:
         InputError: they cannot; `what` says who wants to.
     """
+    if not hasattr(os, "killpg"):
+        raise InputError(
+            "Programs that a model writes cannot be run here.",
+            note=f"{what} runs them; {sys.platform} has no limits for what a process starts.",
+            hint="Leave it out, or run it on Linux.",
+        )
     if not unsafe and (reason := why_not_apart()):
         raise InputError(
             "Programs that a model writes cannot be cut off from this machine.",
