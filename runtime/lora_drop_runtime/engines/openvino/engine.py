@@ -27,13 +27,13 @@ from lora_drop_runtime.bundle.paged_io import (
 )
 from lora_drop_runtime.dtypes import in_dtype
 from lora_drop_runtime.engines.engine import Array
+from lora_drop_runtime.engines.threads import default_threads
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .compiled import Compiled, Settings, compiled_model, said
 from .package import import_openvino
 from .pool import BlockPool
-from .threads import default_threads
 
 _FEEDS = 64  # calls of different sizes whose memory stays
 MOST_TWICE = 512 << 20  # bytes of weights that are held twice, where steps of one token and of several take turns

@@ -75,7 +75,7 @@ class OrtEngine:
         bundle: an opened bundle.
         target: whose graphs; `ort`, or a TensorRT target.
         provider: `cpu`, `cuda` or `rtx`; `cpu` when None.
-        threads: intra-op threads; None leaves the number of physical cores.
+        threads: of a step; one for each physical core that the process may use when None.
         graphs: others in the place of the target's, by the names of their files.
 
     Raises:

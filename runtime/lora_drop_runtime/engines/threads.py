@@ -1,4 +1,4 @@
-"""How many threads a step takes where the user does not say: OpenVINO sees neither a container's quota nor, always, the
+"""How many threads a step takes where the user does not say: engines see neither a container's quota nor, always, the
 cores that a process may use."""
 
 from __future__ import annotations
