@@ -35,25 +35,23 @@ def _resized_heads(ops: Ops, rows: ir.Value, heads: int, before: int, after: int
 
 
 def _channel_scales(graph: ir.Graph, ops: Ops, scale: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """Of int8 caches, float32 [H·D], from [H, 1, D], or from [H, 1, 1] where a head has one."""
+    """Of int8 caches, float32 [1, H, 1, D], from [H, 1, D], or from [H, 1, 1] where a head has one."""
     if int(scale.shape[2]) == head_dim:  # type: ignore[index, arg-type]
-        return seen_as(graph, scale, ".channels", scale.dtype, [heads * head_dim])
-    return ops("Reshape", ops("Expand", scale, ops.ints([heads, 1, head_dim])), ops.ints([heads * head_dim]))
+        return seen_as(graph, scale, ".channels", scale.dtype, [1, heads, 1, head_dim])
+    return ops("Expand", scale, ops.ints([1, heads, 1, head_dim]))
 
 
-def _padded_scales(ops: Ops, scales: ir.Value, heads: int, before: int, after: int) -> ir.Value:
-    # Case 8; of the channels of int8 caches, float32 [H·before] as [H·after]
+def _padded_scales(ops: Ops, scales: ir.Value, before: int, after: int) -> ir.Value:
+    # Case 8; of the channels of int8 caches, float32 [1, H, 1, before] as [1, H, 1, after]
     if before == after:
         return scales
-    split = ops("Reshape", scales, ops.ints([heads, before]))
-    padded = ops("Pad", split, ops.ints([0, 0, 0, after - before]), ops.constant(np.array(1, np.float32)))
-    return ops("Reshape", padded, ops.ints([heads * after]))
+    return ops("Pad", scales, ops.ints([0] * 7 + [after - before]), ops.constant(np.array(1, np.float32)))
 
 
 def _head_factors(
     ops: Ops, scales: ir.Value | None, kv_heads: int, group: int, head_dim: int, like: ir.Value
 ) -> ir.Value:
-    # Case 12; the scales of int8 caches, float32 [Hkv·D], for Hkv·group heads of activations, [H·D]
+    # Case 12; the scales of int8 caches, float32 [1, Hkv, 1, D], for Hkv·group heads of activations, [H·D]
     split = ops("Reshape", scales, ops.ints([kv_heads, 1, head_dim]))
     each = ops("Expand", split, ops.ints([kv_heads, group, head_dim]))
     return ops("Cast", ops("Reshape", each, ops.ints([kv_heads * group * head_dim])), to=int(like.dtype))  # type: ignore[arg-type]
@@ -119,7 +117,7 @@ def lower_attention(
     scales: list[ir.Value | None] = [None, None]
     if key_scale is not None and value_scale is not None:
         channels = (_channel_scales(graph, ops, scale, kv_heads, head_dim) for scale in (key_scale, value_scale))
-        scales = [_padded_scales(ops, scale, kv_heads, head_dim, padded) for scale in channels]
+        scales = [_padded_scales(ops, scale, head_dim, padded) for scale in channels]
         kind = "PER_CHANNEL" if query.dtype == ir.DataType.FLOAT else "PER_TENSOR"
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
     folds = heads // kv_heads >= MIN_FOLD and query.dtype == ir.DataType.FLOAT and key_scale is None and not window

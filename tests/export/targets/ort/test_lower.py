@@ -151,6 +151,16 @@ def test_rotary_tables_are_the_models(made):
         np.testing.assert_allclose(ours, theirs[0, :, : ours.shape[1]].numpy(), atol=1e-6)
 
 
+def test_scales_of_int8_caches_broadcast_to_them(made):
+    """As the operator's schema wants it: a cache is [B, Hkv, slots, D]."""
+    graph = steps_graph(made("llama", kv_dtype="int8"))
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    scales = {name for node in everywhere(graph) if node.op_type == "GroupQueryAttention" for name in node.input[12:14]}
+    config = family("llama").checkpoint.config
+    assert len(scales) == 2 * config.num_hidden_layers
+    assert {tuple(shapes[name]) for name in scales} == {(1, config.num_key_value_heads, 1, 16)}
+
+
 def test_no_weight_twice(made):
     """Both steps name the same initializers of the outer graph, and none holds data of its own."""
     graph = steps_graph(made("llama"))
