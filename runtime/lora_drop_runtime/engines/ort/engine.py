@@ -379,7 +379,7 @@ class OrtEngine:
             "len_dropped" if int(name.rpartition(".")[2]) in dropped else "len_kept": inputs[name].shape[2]
             for name in keys
         }
-        return dict.fromkeys(TOTALS, 2**31) | found
+        return dict.fromkeys(TOTALS, 2**31 - 1) | found  # of no cache: what an int32 holds
 
     def _cannot_run(self, kind: StepKind, error: Exception) -> BundleError:
         return BundleError(

@@ -200,6 +200,17 @@ def copies_when_bound(monkeypatch, whole: set[str]) -> None:
     monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", bind_input)
 
 
+def host_for_cuda(monkeypatch) -> None:
+    """Provider `cuda` runs on the CPU, with OrtValues in host memory."""
+    monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
+    monkeypatch.setattr(engine_ort.DeviceMemory, "device_type", "cpu")
+    upload = DeviceMemory._upload  # a copy, as on a GPU: an OrtValue on the CPU is the mapped file itself
+    monkeypatch.setattr(DeviceMemory, "_upload", lambda memory, name, content: upload(memory, name, content.copy()))
+    monkeypatch.setattr(engine_ort, "check_runs", lambda *_: None)
+    monkeypatch.setattr(engine_ort, "check_placement", lambda *_: None)
+    copies_when_bound(monkeypatch, set(TOTALS.values()))
+
+
 @pytest.mark.parametrize("target", ["ort", "tensorrt-rtx"])
 def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     """What runs on a GPU, with OrtValues in host memory: bit for bit what numpy arrays give, and all of it freed.
@@ -210,13 +221,7 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     adapters = save_adapters(tmp_path / "adapters", plan, 64, half_bundle.manifest.model.fingerprint, rank=2)
     monkeypatch.setattr("lora_drop_runtime.decoding.request.PREFILL_CHUNK", 16)
     expected = half_run(OrtEngine(half_bundle, target), half_bundle, adapters)
-    monkeypatch.setitem(engine_ort.PROVIDERS, "cuda", "CPUExecutionProvider")
-    monkeypatch.setattr(engine_ort.DeviceMemory, "device_type", "cpu")
-    upload = DeviceMemory._upload  # a copy, as on a GPU: an OrtValue on the CPU is the mapped file itself
-    monkeypatch.setattr(DeviceMemory, "_upload", lambda memory, name, content: upload(memory, name, content.copy()))
-    monkeypatch.setattr(engine_ort, "check_runs", lambda *_: None)
-    monkeypatch.setattr(engine_ort, "check_placement", lambda *_: None)
-    copies_when_bound(monkeypatch, set(TOTALS.values()))
+    host_for_cuda(monkeypatch)
     engine = OrtEngine(half_bundle, target, provider="cuda")
     memory = engine._memory
     assert memory is not None
@@ -226,6 +231,19 @@ def test_buffers_bound_by_address(target, half_bundle, tmp_path, monkeypatch):
     assert "logits" in memory._values
     assert engine._memory is None  # closed
     assert not engine._weights
+
+
+def test_a_plan_that_keeps_no_attention_runs_on_a_gpu(tmp_path, monkeypatch):
+    """No cache says how many slots the kept layers have; the total, which is the capacity there, is an int32."""
+    plan = {"drop_ratio": 1.0, "always_first": 0, "always_last": 0}
+    bundle = make_bundle(first_layers("llama", 4, "float16"), tmp_path / "b", max_seq_len=64, **plan)
+    assert not bundle.manifest.plan.kept_attentions
+    with Session.open(bundle.root, threads=1, k=2) as session:
+        expected = session.generate(PROMPTS, 6, stop_token_ids=())
+    host_for_cuda(monkeypatch)
+    with Session.open(bundle.root, provider="cuda", threads=1, k=2) as session:
+        for ours, theirs in zip(session.generate(PROMPTS, 6, stop_token_ids=()), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_prompts_run_in_whole_chunks_on_rtx(half_bundle, tmp_path, monkeypatch):
