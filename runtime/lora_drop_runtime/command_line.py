@@ -305,7 +305,7 @@ def check_known(what: str, chosen: Any, known: Sequence[Any], flag: str = "") ->
         listed = f"known are {', '.join(others)} and {last}" if others else f"known is {last}"
         raise InputError(
             f"Unknown {what}.",
-            note=f"{chosen!r} was given, {listed}.",
+            note=f"{chosen!r:.80} was given, {listed}.",
             hint=f"Use {flag} {known[0]}." if flag else f"Use {known[0]}.",
         )
 

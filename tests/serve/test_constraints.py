@@ -331,8 +331,7 @@ def test_a_wrong_one_is_named(served: Served, body: dict[str, Any], param: str) 
     for streams in (False, True) if body is not SLOW else (True,):
         content = json.dumps({"messages": HI, "max_tokens": 4, "stream": streams, **body}).encode()
         answer = served.http.post(CHAT, content=content, headers={"Content-Type": "application/json"})
-        error = check_error(answer, 400, param)
-        assert len(error["message"]) < 1500
+        check_error(answer, 400, param)
     served.await_rows(0)
 
 
