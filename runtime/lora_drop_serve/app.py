@@ -245,7 +245,8 @@ class _Delivery(StreamingResponse):
 
 
 def _sse(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """In ASCII: many clients, such as httpx's `iter_lines`, end a line at U+2028, U+2029 and U+0085, too."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def _events(answer: Answer, job: Job, record: Record) -> AsyncIterator[bytes]:

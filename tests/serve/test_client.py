@@ -371,6 +371,17 @@ def test_a_stream_has_a_chunk_for_each_token_and_says_its_step(client: openai.Op
     assert last.usage.model_extra["lora_drop"] == {"refresh_steps": 2, "lora_steps": 6}
 
 
+def test_an_event_is_one_line_for_every_reader(served: Served) -> None:
+    """Many readers of lines, such as httpx's, end one at each of these."""
+    text = "t1 \u2028\u2029\x85\x0b\x0c\x1c é😀"
+    asked = {"prompt": text, "echo": True, "max_tokens": 2, "stream": True}
+    with served.http.stream("POST", "/v1/completions", json=asked) as answer:
+        *events, done = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert done == "[DONE]"
+    assert json.loads(events[0])["choices"][0]["text"] == text
+    assert len(events) == 3
+
+
 def test_each_chunk_has_the_usage_so_far_where_it_is_asked_for(client: openai.OpenAI, bundle: Bundle) -> None:
     """As generators of load ask: they count tokens by it."""
     *chunks, last = streamed(client, bundle, 5, continuous_usage_stats=True)
