@@ -223,6 +223,11 @@ def _handle_errors(app: FastAPI, records: Records) -> None:
         message = said.get(error.status_code, "The body cannot be read as JSON.")
         return _error(ApiError(error.status_code, message, code=code, headers=error.headers), _record(request))
 
+    @app.exception_handler(RecursionError)
+    async def of_depth(request: Request, _: RecursionError) -> Response:
+        """JSON that could just be read, but not be written into a message a few calls further in."""
+        return _error(ApiError(400, "The body is nested too deep.", code="json"), _record(request))
+
     @app.exception_handler(Exception)
     async def of_ours(request: Request, _: Exception) -> Response:
         answer = _error(_of_ours(), _record(request))

@@ -207,6 +207,16 @@ def test_a_body_that_is_none(served: Served, path: str, body: bytes) -> None:
     check_error(answer, 400, answer.json()["error"]["param"])
 
 
+def test_a_choice_of_a_tool_that_is_nested_as_deep_as_json_can_be_read(served: Served) -> None:
+    """What is read at a depth of calls need not be written at a larger one."""
+    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
+    for depth in range(900, 1000):
+        choice = '{"a": ' * depth + "1" + "}" * depth
+        body = f'{{"messages": {json.dumps(HI)}, "tools": {tools}, "tool_choice": {choice}}}'
+        answer = served.http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+        check_error(answer, 400, answer.json()["error"]["param"])
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize(
     "field", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "logit_bias", "seed", "k", "n"]
