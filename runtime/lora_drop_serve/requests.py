@@ -76,6 +76,7 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
     "audio": (None,),
+    "moderation": (None,),
     "prediction": (None,),
     "reasoning_effort": (None, "none"),
     "verbosity": (None, "medium"),
@@ -86,6 +87,7 @@ CHANGES_NOTHING: dict[str, Sequence[Any]] = {
     "user": _ANY,
     "safety_identifier": _ANY,
     "prompt_cache_key": _ANY,
+    "prompt_cache_options": _ANY,
     "prompt_cache_retention": _ANY,
 }
 
@@ -140,6 +142,7 @@ class StreamOptions(_Model):
     """`continuous_usage_stats`, as vLLM has it: every chunk with a choice has the usage so far."""
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # there is none
     continuous_usage_stats: bool | None = None
 
 

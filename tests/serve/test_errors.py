@@ -416,6 +416,15 @@ def test_values_that_change_nothing_are_taken(served: Served) -> None:
                 assert served.http.post(path, json=body).status_code == 200, body
 
 
+def test_what_newer_clients_of_the_api_send_is_taken(served: Served) -> None:
+    body = {"messages": HI, "max_tokens": 1, "moderation": None, "prompt_cache_options": {"mode": "implicit"}}
+    assert served.http.post(CHAT, json=body).status_code == 200
+    plain = {**body, "stream": True, "stream_options": {"include_obfuscation": False}}
+    assert served.http.post(CHAT, json=plain).status_code == 200
+    plain["stream_options"] = {"include_obfuscation": True}
+    check_error(served.http.post(CHAT, json=plain), 400, "stream_options")
+
+
 def test_a_key(bundle: Bundle) -> None:
     batch = Batch.open(bundle.root, slots=1, threads=1)
     with serving(batch, TextCodec.open(bundle.root / "tokenizer"), api_key="sesame") as served:
