@@ -117,6 +117,9 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
+        if headers.keys() >= {b"content-length", b"transfer-encoding"}:  # a proxy may go by the other (RFC 9112, 6.1)
+            said = "The request has both Content-Length and Transfer-Encoding: where it ends is not certain."
+            raise ApiError(400, said, code="malformed", headers={"Connection": "close"})
         if self._key is not None and _path(scope).startswith(("/v1", "/metrics")):
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):

@@ -239,6 +239,16 @@ def test_what_is_no_http_gets_the_error_object(served: Served, data: bytes) -> N
     check_alive(served)
 
 
+def test_a_request_whose_end_is_not_certain_is_the_last_of_its_connection(served: Served) -> None:
+    """By its length the second one is a part of its body, which a proxy may take it for."""
+    second = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    body = b"0\r\n\r\n" + second
+    ends = b"Content-Length: %d\r\n" % len(body), b"Transfer-Encoding: chunked\r\n"
+    for head in (ends, ends[::-1]):
+        check_raw(sent(served, HEAD + b"".join(head) + b"\r\n" + body), 400, "malformed")
+    check_alive(served)
+
+
 def test_a_whole_address_is_taken(served: Served) -> None:
     answer = sent(served, b"GET http://elsewhere/health HTTP/1.1\r\nHost: elsewhere\r\nConnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200"), answer
