@@ -197,6 +197,8 @@ class Gate:
         except Exception:
             if record.status is None:
                 self._records.refuse(record, _of_ours())
+            else:
+                record.fails(_of_ours().body)
             raise
         finally:
             self._records.end(record)

@@ -12,6 +12,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from lora_drop_runtime import Batch
 from lora_drop_runtime.bundle.bundle import Bundle
@@ -215,6 +216,21 @@ def test_errors_of_our_own(served: Served, log: Log, monkeypatch: pytest.MonkeyP
     assert served.metrics()[name] - before.get(name, 0) == 1
     (line,) = log.lines(1)
     assert (line["id"], line["status"], line["error"]) == ("a-2", 500, "internal_error")
+
+
+def test_a_stream_that_an_error_of_our_own_breaks_off(
+    served: Served, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client has not left: it sees the connection end."""
+
+    def broken(*_: object) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Answer, "chunks", broken)
+    with pytest.raises(httpx.RemoteProtocolError):
+        served.http.post(COMPLETIONS, json={"prompt": [3], "stream": True})
+    (line,) = log.lines(1)
+    assert (line["status"], line["error"]) == (200, "internal_error")
 
 
 def test_what_is_no_http_has_an_id_and_a_line(served: Served, log: Log) -> None:
