@@ -1,15 +1,16 @@
 """What a client is told: events of rows as the objects of OpenAI's API, whole or in chunks.
 
-Enters: events. Leaves: dictionaries for JSON. Beside the API's fields a chunk has `lora_drop.step`, the kind of the
-step that made its token, and `usage` has `lora_drop`: how many steps the rows took after their prompts.
-`usage.prompt_tokens_details.cached_tokens` are those of the prompts that no row had to run.
+Enters: events. Leaves: dictionaries for JSON, and whole answers as JSON. Beside the API's fields a chunk has
+`lora_drop.step`, the kind of the step that made its token, and `usage` has `lora_drop`: how many steps the rows took
+after their prompts. `usage.prompt_tokens_details.cached_tokens` are those of the prompts that no row had to run.
 """
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
@@ -132,6 +133,10 @@ class Places:
         return self._place - len(own) if new.endswith(own) else begun  # text before it was no character
 
 
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def _as_call(call: ToolCall) -> dict[str, Any]:
     """As a message has it."""
     function = {"name": call.name, "arguments": call.arguments}
@@ -243,18 +248,21 @@ class Answer:
 
     # ── at once ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def whole(self) -> dict[str, Any]:
-        """The answer, once it is over."""
-        choices = [
-            {
-                "index": index,
-                **self._has("".join(self._texts[index]), self._calls[index]),
-                "logprobs": self._said(index, self._tokens[index]) if self._logprobs else None,
-                "finish_reason": choice.finish,
-            }
-            for index, choice in enumerate(self.choices)
-        ]
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
+    def whole(self) -> Iterator[str]:
+        """The answer as JSON in parts, once it is over. With logprobs a choice may have megabytes, and six times as
+        many as objects, so there are those of one choice at a time."""
+        yield _json({**self._head, "object": self.whole_object})[:-1] + ',"choices":['
+        for index in range(len(self.choices)):
+            yield ("," if index else "") + _json(self._choice(index))
+        yield '],"usage":' + _json(self.usage()) + "}"
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        return {
+            "index": index,
+            **self._has("".join(self._texts[index]), self._calls[index]),
+            "logprobs": self._said(index, self._tokens[index]) if self._logprobs else None,
+            "finish_reason": self.choices[index].finish,
+        }
 
     def usage(self) -> dict[str, Any]:
         """Tokens, and the steps after the prompts; drafts, where refreshes verify them."""

@@ -284,8 +284,9 @@ def _stream(answer: Answer, job: Job, record: Record) -> Response:
     return _Delivery(_events(answer, job, record), job, "text/event-stream", {"Cache-Control": "no-store"})
 
 
-async def _at_once(whole: bytes) -> AsyncIterator[bytes]:
-    yield whole
+async def _in_turn(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
 
 
 async def _whole(answer: Answer, job: Job) -> Response:
@@ -293,8 +294,8 @@ async def _whole(answer: Answer, job: Job) -> Response:
         for told in await job.told():
             if answer.take(told).finish and not answer.choices[told.row].is_over:
                 job.cancel(told.row)
-    body = await asyncio.to_thread(lambda: bytes(JSONResponse(answer.whole()).body))  # with logprobs maybe megabytes
-    return _Delivery(_at_once(body), job, "application/json", {"Content-Length": str(len(body))})
+    parts = await asyncio.to_thread(lambda: [part.encode() for part in answer.whole()])
+    return _Delivery(_in_turn(parts), job, "application/json", {"Content-Length": str(sum(map(len, parts)))})
 
 
 async def _gone(request: Request) -> None:

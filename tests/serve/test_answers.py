@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -34,13 +36,18 @@ def byte_fallback() -> TextCodec:
     return TextCodec(tokenizer, {}, None)
 
 
+def read(answer: Answer) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads("".join(answer.whole()))
+    return found
+
+
 def answered(answer: Answer, ids: list[int], **event: Any) -> dict[str, Any]:
     """The logprobs of one choice after these tokens."""
     for place, token in enumerate(ids):
         finished = LENGTH if place == len(ids) - 1 else None
         tops = tuple((other, -1.0 - place) for other in ids[:3])
         answer.take(Told(0, Event(0, token, StepKind.REFRESH, -0.5, tops, finished=finished, **event)))
-    choice = answer.whole()["choices"][0]
+    choice = read(answer)["choices"][0]
     assert (choice.get("text") or choice["message"]["content"]) == TEXT
     logprobs: dict[str, Any] = choice["logprobs"]
     return logprobs
@@ -64,13 +71,34 @@ def test_parts_of_characters(codec: TextCodec) -> None:
     assert [one["bytes"] for one in content[0]["top_logprobs"]] == [[97], [0xC3], [0x9F]]
 
 
+def test_a_whole_answer_takes_little_more_than_its_bytes() -> None:
+    """64 choices with 20 logprobs for each token may be 200 MB, and six times as many as objects."""
+    codec = byte_level()
+    tops = tuple((other, -1.5 - other) for other in range(20))
+    options: Any = {"logprobs": True, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
+    answer = ChatAnswer(codec, "m", 1, 64, (), **options)
+    for row in range(64):
+        for place in range(20):
+            finished = LENGTH if place == 19 else None
+            answer.take(Told(row, Event(row, 97, StepKind.REFRESH, -0.5, tops, finished=finished)))
+    codec.token_bytes(97)  # which keeps what it has found out about the tokenizer
+    tracemalloc.start()
+    parts = [part.encode() for part in answer.whole()]
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = json.loads(b"".join(parts))
+    assert [len(choice["logprobs"]["content"]) for choice in found["choices"]] == [20] * 64
+    assert list(found) == ["id", "created", "model", "object", "choices", "usage"]
+    assert most < 2 * sum(map(len, parts))
+
+
 def test_of_tokens_with_one_text_the_likeliest_is_told() -> None:
     tokenizer = Tokenizer(models.WordLevel({"x": 0, "y": 1, "Y": 2}, unk_token="x"))
     tokenizer.decoder = decoders.Replace("Y", "y")
     options: Any = {"logprobs": True, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
     answer = CompletionAnswer(TextCodec(tokenizer, {}, None), "m", 1, 1, (), **options)
     answer.take(Told(0, Event(0, 1, StepKind.REFRESH, -0.5, ((1, -0.5), (0, -1.5), (2, -4.0)), finished=LENGTH)))
-    assert answer.whole()["choices"][0]["logprobs"]["top_logprobs"] == [{"y": -0.5, "x": -1.5}]
+    assert read(answer)["choices"][0]["logprobs"]["top_logprobs"] == [{"y": -0.5, "x": -1.5}]
 
 
 def test_a_row_that_fails_behind_a_stop_string_has_its_answer() -> None:
@@ -83,7 +111,7 @@ def test_a_row_that_fails_behind_a_stop_string_has_its_answer() -> None:
     for event in events:
         whole.take(Told(0, event))
     assert whole.is_over
-    (choice,) = whole.whole()["choices"]
+    (choice,) = read(whole)["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
     stream = CompletionAnswer(codec, "m", 1, 1, ("b",), **options)
     chunks = [chunk["choices"][0] for event in events for chunk in stream.chunks(Told(0, event))]
@@ -117,7 +145,7 @@ def test_a_call_is_found_between_marks_that_are_special_tokens(special: bool) ->
         else:
             for event in events:
                 answer.take(Told(0, event))
-            choice = answer.whole()["choices"][0]
+            choice = read(answer)["choices"][0]
             assert choice["message"]["content"] == "Oh"
             (call,) = choice["message"]["tool_calls"]
             assert call["function"] == {"name": "now", "arguments": "{}"}
