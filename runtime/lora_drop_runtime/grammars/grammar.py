@@ -71,6 +71,8 @@ def checked_schema(schema: str | Mapping[str, Any] | bool) -> str:
             value = {} if value else {"not": {}}
         if not isinstance(value, Mapping):
             raise wrong_type("The JSON schema", value, "an object", 'Use for example {"type": "object"}.')
+        # Before each of maybe a million parts is looked at
+        _checked_text("The JSON schema", json.dumps(value, allow_nan=False, default=dict))
         return json.dumps({**followed(value), "x-guidance": _JSON_OPTIONS}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(

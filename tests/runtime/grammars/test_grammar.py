@@ -14,8 +14,9 @@ import pytest
 from lora_drop_runtime import Batch, SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.grammars import trial
-from lora_drop_runtime.grammars.grammar import MOST_CHARACTERS, Grammars
+from lora_drop_runtime.grammars.grammar import MOST_CHARACTERS, Grammars, checked_schema
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
 
@@ -197,6 +198,17 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "overflows the stack": (nested(3000), "cannot be followed", "nested too deep"),
     "takes much memory": ({"type": "integer", "multipleOf": 62615533}, "cannot be followed", "memory"),
 }
+
+
+def test_a_schema_that_is_too_large_is_not_looked_at_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MiB of small parts take seconds of Python, beside which the rows of a server stand still again and again."""
+
+    def never(_: Any) -> None:
+        raise AssertionError("it was looked at")
+
+    monkeypatch.setattr("lora_drop_runtime.grammars.grammar.followed", never)
+    with pytest.raises(InputError, match=f"{MOST_CHARACTERS} are the most"):
+        checked_schema({"anyOf": [{}] * MOST_CHARACTERS})
 
 
 def test_what_the_first_compilation_refuses_is_not_compiled_here(
