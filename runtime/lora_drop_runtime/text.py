@@ -214,7 +214,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Takes the next id and returns the text that is ready, maybe none."""
-        if self.stopped:
+        if self.stopped or self._codec.skips(int(token_id), self._kept):  # which may be thousands in a row
             return ""
         self._ids.append(int(token_id))
         text = self._codec.decode(self._ids, kept=self._kept)
@@ -426,6 +426,10 @@ class TextCodec:
             given = [one for one in given if one not in self._special or self._special[one] in kept]
             skip_special_tokens = False
         return self._tokenizer.decode(given, skip_special_tokens)
+
+    def skips(self, token_id: int, kept: Collection[str] = ()) -> bool:
+        """Whether `decode` leaves it out: it is a special token, and not one of those that are kept."""
+        return token_id in self._special and self._special[token_id] not in kept
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 of one token within a text, which may be a part of a character."""

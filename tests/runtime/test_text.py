@@ -449,6 +449,17 @@ def test_special_tokens_are_skipped_and_spaces_around_them_kept(
     assert "".join(streamed(codec, [end, *ids, end, end, *more, end])) == "Hello world"
 
 
+def test_special_tokens_in_a_row_are_not_decoded_again_and_again(
+    codec: TextCodec, reference: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model writes them behind an end token that it is to ignore."""
+    plain, read = codec.decode, list[int]()
+    monkeypatch.setattr(codec, "decode", lambda ids, **how: read.append(len(ids)) or plain(ids, **how))
+    ids = codec.encode("Hello").tolist()
+    assert "".join(streamed(codec, [*ids, *[reference.eos_token_id] * 500, *ids])).startswith("Hello")
+    assert sum(read) < 100
+
+
 def stop_at(text: str, stop: list[str]) -> tuple[str, bool]:
     """The definition: read character by character until one stop string is complete."""
     for n in range(len(text) + 1):
@@ -485,6 +496,9 @@ class PartsCodec:
 
     def __init__(self, parts: list[str]) -> None:
         self.parts = parts
+
+    def skips(self, token_id: int, kept: tuple[str, ...]) -> bool:
+        return False
 
     def decode(self, ids: list[int], kept: tuple[str, ...]) -> str:
         assert not kept
