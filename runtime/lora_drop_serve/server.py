@@ -29,6 +29,7 @@ from .log import Log
 from .records import Records
 
 HEAD_SECONDS = 60  # that a client may take for a request's line and headers
+MOST_EARLY_BYTES = 1 << 16  # that are read of a next request while the one before is answered
 MOST_STALL_SECONDS = 60  # that a reader may leave what is sent to it lie
 _FLUSH_SECONDS = 5  # for responses on their way, once nothing runs any more
 
@@ -157,6 +158,9 @@ class Protocol(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         self._watch()
+        # uvicorn reads no more behind a request until it is answered, and would not see that its client leaves
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < MOST_EARLY_BYTES:
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

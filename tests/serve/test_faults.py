@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import numpy as np
 import pytest
@@ -124,6 +125,22 @@ def test_a_client_that_goes_away_before_its_answer_frees_its_row(served: Served,
         engine.held = 20
         client.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\n{headers}\r\n".encode() + data)
         await_that(lambda: len(engine.runs) == 20)
+    check_given_up(served, engine)
+
+
+@pytest.mark.parametrize("early", [b"\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["line", "request"])
+def test_a_client_that_goes_away_behind_its_next_request_frees_its_row(
+    served: Served, engine: GatedEngine, early: bytes
+) -> None:
+    engine.gate.clear()
+    engine.held = 20
+    asked = json.dumps(body(1000)).encode()
+    with socket.create_connection((served.http.base_url.host, served.http.base_url.port)) as client:
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(asked) + asked)
+        await_that(lambda: len(engine.runs) == 20)
+        client.sendall(early)
+        (connection,) = [one for one in served.server.server_state.connections if one.conn.their_state is h11.DONE]
+        await_that(lambda: connection.conn.trailing_data[0] == early)
     check_given_up(served, engine)
 
 
