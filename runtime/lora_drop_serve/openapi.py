@@ -123,11 +123,11 @@ class ChatMessage(_Said):
 
 
 class TopToken(_Said):
-    """`bytes` is null where the token is a part of a character."""
+    """`bytes` tells a part of a character, which in `token` is written like `\\xf0`."""
 
     token: str
     logprob: float | None
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ChatToken(TopToken):
