@@ -13,6 +13,8 @@ in the native form, so that ONNX Runtime can run it too; and the table of the we
     5. softcap            Attention with softcap, which TensorRT's attention layer lacks → matrix products and softmax
     6. plugin form        TensorScatter ×2, Attention and what feeds them (RoPE, the norms of q and k, transposes)
                           → one SkipWriteKVAttention (plugins/tensorrt); by onnx-graphsurgeon
+    7. last position      the last of a row's places is the largest: TensorRT's Gather has no index −1 on an axis whose
+                          length is not fixed
 
 The native form keeps the explicit mask that graphs/refresh.py made, which ONNX Runtime needs: TensorRT's parser ignores
 nonpad_kv_seqlen, and its causal flag counts from the upper left corner, so that one new token would see only slot 0.
@@ -71,6 +73,15 @@ def _add_outputs(graph: ir.Graph) -> None:
     token.name, token.shape, token.type = "next_token", ir.Shape(plain.shape[:2]), ir.TensorType(ir.DataType.INT64)
     graph.extend(ops.nodes)
     graph.outputs.insert(1, token)
+
+
+def _take_largest(graph: ir.Graph) -> None:
+    # Case 7
+    uses = [use for value in graph.inputs if value.name == "logits_index" for use in value.uses()]
+    for node in [use.node for use in uses if use.node.op_type == "Gather"]:
+        ops = Ops()
+        replace_node(graph, node, ops, ops("ReduceMax", node.inputs[0], ops.ints([1])))  # [B, 1]
+        graph.remove(node, safe=True)
 
 
 def _let_plugin_round(graph: ir.Graph) -> None:
@@ -146,6 +157,7 @@ def trt_from_neutral(
     graph = model.graph
     _set_capacity(graph, {f"slots_{group}": size for group, size in slots.items()})
     _add_outputs(graph)
+    _take_largest(graph)
     if form == "plugin":
         _let_plugin_round(graph)
     weights: dict[str, WeightInput] = {}

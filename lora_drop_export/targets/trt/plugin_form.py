@@ -15,11 +15,11 @@ PLUGIN_OP, PLUGIN_VERSION, PLUGIN_NAMESPACE = "SkipWriteKVAttention", "1", "lora
 
 
 def _count(graph: gs.Graph, logits_index: gs.Tensor) -> gs.Tensor:
-    """Tokens of each row that are no padding: one more than the last position whose logits are wanted."""
+    """Tokens of each row that are no padding: one more than the last, which is the largest, place with logits."""
     last = gs.Variable("count.last", np.int64, ["batch"])
     count = gs.Variable("count", np.int64, ["batch"])
-    end, one = (gs.Constant(f"count.{name}", np.array(value, np.int64)) for name, value in (("end", -1), ("one", 1)))
-    graph.nodes.append(gs.Node("Gather", attrs={"axis": 1}, inputs=[logits_index, end], outputs=[last]))
+    axes, one = (gs.Constant(f"count.{name}", np.array(value, np.int64)) for name, value in (("axes", [1]), ("one", 1)))
+    graph.nodes.append(gs.Node("ReduceMax", attrs={"keepdims": 0}, inputs=[logits_index, axes], outputs=[last]))
     graph.nodes.append(gs.Node("Add", inputs=[last, one], outputs=[count]))
     return count
 

@@ -337,6 +337,16 @@ def test_plugin_form(bundle):
             assert len(node.input) == 8 + attributes["has_count"]
 
 
+@pytest.mark.parametrize("form", ["native", "plugin"])
+def test_no_index_counts_from_the_end(form, bundle):
+    """Of an axis whose length is not fixed TensorRT leaves undefined what a negative index means (NvInfer.h)."""
+    graph = trt_from_neutral(neutral(bundle, StepKind.REFRESH), {"kept": 127, "dropped": 60}, form=form).proto.graph
+    numbers = {tensor.name: tensor for tensor in graph.initializer}
+    numbers |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    fixed = [numbers[node.input[1]] for node in graph.node if node.op_type == "Gather" and node.input[1] in numbers]
+    assert not [tensor.name for tensor in fixed if (onnx.numpy_helper.to_array(tensor) < 0).any()]
+
+
 def plugin_attributes(proto: onnx.ModelProto) -> list[dict[str, object]]:
     nodes = [node for node in proto.graph.node if node.op_type == "SkipWriteKVAttention"]
     return [{a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} for node in nodes]
