@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check import command, decode, device, speed
+from gpu_check import command, decode, device, engines, speed
 from gpu_check.anonymous import anonymous
 from gpu_check.bundles import exported, small_checkpoint
 from gpu_check.job import Failed, Job, Skip, Stage, runtime_path
@@ -189,6 +189,15 @@ def test_decode_and_speed_are_skips_where_nothing_was_measured(tmp_path: Path, m
     monkeypatch.setattr(speed, "kernels", lambda *_: None)
     with pytest.raises(Skip, match="too little device memory"):
         speed.run(Job(tmp_path, tmp_path / "report.json", stand_in=True, states={}, deadline=0))
+
+
+def test_engines_that_no_time_is_left_for_are_skips(tmp_path: Path) -> None:
+    """Else the stage would be killed amid them, which is a fail of what was right."""
+    late = Job(tmp_path, tmp_path / "report.json", stand_in=False, states={}, deadline=0)
+    engines.check_bundle(late, "native bfloat16", "tensorrt", tmp_path)
+    assert list(late.numbers) == ["native bfloat16 build"]
+    with pytest.raises(Skip, match=r"s are left"):
+        late.settle()
 
 
 @pytest.mark.parametrize(

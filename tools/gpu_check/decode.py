@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from gpu_check.bundles import TINY_LENGTHS, need_exporter, small_checkpoint, timed
 from gpu_check.cuda import Gpu
 from gpu_check.engines import options_here
-from gpu_check.job import Job, Skip, brief
+from gpu_check.job import Job, Skip
 from gpu_check.ort import BUILT, built, need_provider
 
 RATIOS = (0.5, 0.25)
@@ -35,7 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 WEIGHT_BYTES = {"8B": 16.1e9, "3B": 7.2e9, "1B": 3.0e9}  # bf16, the embedding and the head apart
 ROOM = 1.25  # of the weights, for what runs them
-PART_S = 45.0  # that a part needs at least
 
 
 def chosen_shape(free_bytes: int, disk_bytes: int) -> str:
@@ -121,15 +119,6 @@ def measured(job: Job, bundle: Path, target: str, provider: str | None, k: int, 
     return found | {"aim": AIM}
 
 
-def part(job: Job, name: str, check: Callable[[], Any]) -> Any:
-    """As `Job.attempt`, where there is time left for it."""
-    if job.seconds_left < PART_S:
-        job.numbers[name] = f"skip: {job.seconds_left:.0f} s are left"
-        job.say(f"{name}: {brief(job.numbers[name])}")
-        return None
-    return job.attempt(name, check)
-
-
 def decode(job: Job, model: Path, runner: Runner, weights: str, lengths: dict[str, int]) -> None:
     """Full schedule and LoRA-Drop at each ratio, of one kind of weights on one engine."""
     target, provider, own = runner
@@ -138,9 +127,9 @@ def decode(job: Job, model: Path, runner: Runner, weights: str, lengths: dict[st
     for ratio in RATIOS:
         name = f"{target} {weights} ρ={ratio}"
         export = partial(built, job, model, name, provider, options | {"drop_ratio": ratio})
-        if part(job, f"{name} export", export) == BUILT:
+        if job.part(f"{name} export", export) == BUILT:
             for k in (0, WINDOW) if ratio == RATIOS[0] else (WINDOW,):
-                part(job, f"{name} k={k}", partial(measured, job, job.work / name, target, provider, k, lengths))
+                job.part(f"{name} k={k}", partial(measured, job, job.work / name, target, provider, k, lengths))
         shutil.rmtree(job.work / name, ignore_errors=True)
 
 
@@ -160,7 +149,7 @@ def run(job: Job) -> None:
     gpu.device.close()
     dtype = "float32" if job.stand_in else "bfloat16"
     decode(job, model, first, dtype, lengths)
-    part(job, "transformers", partial(baseline, job, model, lengths))
+    job.part("transformers", partial(baseline, job, model, lengths))
     for runner in others:
         decode(job, model, runner, dtype, lengths)
     if not job.stand_in:

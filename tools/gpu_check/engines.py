@@ -73,9 +73,7 @@ def check_bundle(job: Job, name: str, target: str, model: Path, **options: Any) 
 
         fake_library.engines_of(job.work / f"{target}.{name}")
     bundle = f"{target}.{name}"
-    built = job.attempt(
-        f"{name} build", partial(build, job, model, bundle, {"targets": (target,), "rank": 2} | options)
-    )
+    built = job.part(f"{name} build", partial(build, job, model, bundle, {"targets": (target,), "rank": 2} | options))
     if not isinstance(built, dict):
         return
     root = job.work / bundle
@@ -101,7 +99,7 @@ def run_target(job: Job, target: str) -> None:
     options = options_here(job, target)
     model = small_checkpoint(job)
     halves = ("float32",) if job.stand_in else ("bfloat16", "float16")
-    for form, missing in forms(job, target).items():
+    for form, missing in reversed(forms(job, target).items()):  # what users get first: time may run out
         for dtype in (*halves, *QUANTIZED):
             name = f"{form} {dtype}"
             if missing:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 # State of a stage that passed over stand-ins; it never becomes `pass`
 STAND_IN = "stand-in"
+PART_S = 45.0  # that a part which builds engines, or times a large model, needs at least
 
 
 class Skip(Exception):
@@ -113,6 +114,14 @@ class Job:
         self.numbers[name] = found
         self.say(f"{name}: {brief(found)}")
         return found
+
+    def part(self, name: str, check: Callable[[], Any]) -> Any:
+        """As `attempt`, where there is time left for it; else a skip."""
+        if self.seconds_left >= PART_S:
+            return self.attempt(name, check)
+        self.numbers[name] = f"skip: {self.seconds_left:.0f} s are left"
+        self.say(f"{name}: {self.numbers[name]}")
+        return None
 
     def settle(self) -> None:
         """Raises Failed with all problems of the parts, or Skip where not one of them could run."""
