@@ -67,7 +67,7 @@ def _unmask(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def _set_attention(trt: Any, network: Any, lengths: Mapping[str, str]) -> None:
-    """Let attentions read their valid slots alone, and be built from smaller layers where there is no kernel for them.
+    """Tell attentions their valid slots, and let them be built from smaller layers where there is no kernel for them.
 
     Token s of S new ones of a row with `length` slots before sees slot c iff c <= length + s. That is what LOWER_RIGHT
     means for `length + S` keys: padding counts, since tokens before it would see too little else. A mask with a sliding
