@@ -158,6 +158,9 @@ class FakeEngine:
     def copy(self, source: Array, target: Array, slots: int | None) -> None:
         copy_arrays(source, target, slots)
 
+    def zero(self, buffer: Array) -> None:
+        buffer[...] = 0
+
     def prepare(self, kind: StepKind, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
         binding = Binding(kind, dict(inputs), dict(outputs))
         for name, array in (binding.inputs | binding.outputs).items():

@@ -604,6 +604,8 @@ class Batch:
     def _free(self, slot: int) -> None:
         """Take a row out; the last one moves to its slot."""
         rows, last = self._rows[:-1], self._rows[-1]
+        if self._rows[slot].has_failed:
+            self._slots.wipe(slot)
         if self._prefixes is not None:
             over = self._rows[slot]
             self._prefixes.keep(slot, over.exact, len(self._rows))

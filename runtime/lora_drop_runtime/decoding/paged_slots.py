@@ -117,6 +117,9 @@ class PagedSlots:
         for slot in range(rows, self._count):
             self.release(slot)
 
+    def wipe(self, slot: int) -> None:
+        """Nothing reads entries of a row that is over."""
+
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
         """A row takes another slot, whose row is over; nothing where it has done so already, before an interrupt."""
         if self._rows[source] is not None:

@@ -70,6 +70,7 @@ class Request:
         tokens: that each row has in its caches, prompt and decoded.
         kept, dropped: valid entries of each row.
         max_steps: decode steps that there is room for.
+        has_failed: whether what it has written may be no numbers.
         is_torn: whether an interrupt came as a step was counted, so that entries and lengths may disagree.
     """
 
@@ -92,7 +93,7 @@ class Request:
         self.kept, self.dropped = [0] * self.batch, [0] * self.batch
         self._written = [Written() for _ in self._all]
         self._since_refresh: list[list[int]] = [[] for _ in self._all]  # tokens of each row's LoRA steps
-        self.is_torn = False
+        self.is_torn = self.has_failed = False
         self._next_is_full = False  # after a truncation
         self._have_stood = False  # rows, while others ran
         self._has_state = bundle.manifest.plan.has_state
@@ -152,6 +153,11 @@ class Request:
     def may_be_taken_over(self) -> bool:
         """Whether another request can begin with its caches; where logits are no numbers, later slots are none."""
         return not self.is_torn and bool(np.isfinite(self.logits().max(axis=1)).all())
+
+    def wipe(self) -> None:
+        """Forget all entries, and the memory of them: the request is over."""
+        for row in self._all:
+            self.slots.wipe(row)
 
     def chosen(self, active: npt.NDArray[np.bool_]) -> Ids:
         """The tokens [B] that the engine chose in the last step, 0 in rows that are not active."""

@@ -155,6 +155,7 @@ class Row:
                 self._pace = FixedPace(schedule.drafts)
         self.patience = window + 1
         self.phase = 0
+        self.has_failed = False
         self.is_new = True
         self._runs = self._steps()
         self.run: Run | None = next(self._runs)
@@ -203,7 +204,7 @@ class Row:
 
     def fail(self, error: BaseException, kind: StepKind) -> None:
         """End the row. Nobody takes over what it has written: not all of it may be numbers."""
-        self.run = None
+        self.run, self.has_failed = None, True
         self.forget_exact()
         self._end(kind, FAILED, error)
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import folded, read_adapters
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.errors import DraftsDoNotPay, InputError, whole_number
+from lora_drop_runtime.errors import BundleError, DraftsDoNotPay, InputError, whole_number
 from lora_drop_runtime.plan.drafting import DraftSource, VerifiedSchedule, draft_source, scheduled
 from lora_drop_runtime.plan.schedule import Schedule, StepKind, periodic_like
 
@@ -258,38 +258,43 @@ class Session:
         max_new_tokens = whole_number("The number of new tokens", max_new_tokens, "Use for example max_new_tokens=64.")
         source = self._source if draft is None else self._draft_source(draft)
         schedule = self.schedule if k is None else scheduled(k, self._policy)
-        if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
-            self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
-            sampler = Sampler(options, rows, constraint)
-            yield from self._verified_tokens(rows, sampler, stops, max_new_tokens, source)
-            return
-        engine_chooses = self._opened().chooses_tokens and options.takes_the_largest and constraint is None
-        chooser = None if engine_chooses else Sampler(options, rows, constraint)
-        self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
-        ended = self._requests_ended
-        active = np.ones(len(rows), np.bool_)
-        if not why_single_steps(self._opened(), schedule, self._policy, options, constraint):
-            request, samplers = self._running(), None if chooser is None else chooser.rows
-            first = request.chosen(active) if chooser is None else chooser.sample(self._logits(), active)
-            yield from Cycles(request, options, samplers, stops).tokens(first, lambda: self._check_runs(ended))
-            return
-        for left in reversed(range(max_new_tokens)):
-            tokens = self._running().chosen(active) if chooser is None else chooser.sample(self._logits(), active)
-            # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
-            for row, token in enumerate(tokens.tolist() if stops else ()):
-                if token in stops and active[row]:
-                    active = active.copy()
-                    active[row] = False
-            if True not in active.tolist():
+        try:
+            if isinstance(schedule, VerifiedSchedule) and schedule.drafts != 0:
+                self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
+                sampler = Sampler(options, rows, constraint)
+                yield from self._verified_tokens(rows, sampler, stops, max_new_tokens, source)
                 return
-            yield tokens, active
-            if chooser is not None and constraint is not None:
-                active = active & ~chooser.over
-                if not active.any():
+            engine_chooses = self._opened().chooses_tokens and options.takes_the_largest and constraint is None
+            chooser = None if engine_chooses else Sampler(options, rows, constraint)
+            self._begin(ids, lengths, max_new_tokens, k, reuse_prefix)
+            ended = self._requests_ended
+            active = np.ones(len(rows), np.bool_)
+            if not why_single_steps(self._opened(), schedule, self._policy, options, constraint):
+                request, samplers = self._running(), None if chooser is None else chooser.rows
+                first = request.chosen(active) if chooser is None else chooser.sample(self._logits(), active)
+                yield from Cycles(request, options, samplers, stops).tokens(first, lambda: self._check_runs(ended))
+                return
+            for left in reversed(range(max_new_tokens)):
+                tokens = self._running().chosen(active) if chooser is None else chooser.sample(self._logits(), active)
+                # Plain Python: after a step that streamed all weights, numpy's own code is no longer in the caches
+                for row, token in enumerate(tokens.tolist() if stops else ()):
+                    if token in stops and active[row]:
+                        active = active.copy()
+                        active[row] = False
+                if True not in active.tolist():
                     return
-            if left:
-                self._check_runs(ended)
-                self._step(tokens, active)
+                yield tokens, active
+                if chooser is not None and constraint is not None:
+                    active = active & ~chooser.over
+                    if not active.any():
+                        return
+                if left:
+                    self._check_runs(ended)
+                    self._step(tokens, active)
+        except BundleError:  # of logits that are no numbers, among others: so may be what they were made of
+            if self._request is not None:
+                self._request.has_failed = True
+            raise
 
     def _verified_tokens(
         self, rows: list[Ids], sampler: Sampler, stops: set[int], new_tokens: int, source: DraftSource
@@ -385,6 +390,8 @@ class Session:
         new_tokens = checks.check_request(ids, lens, asked, manifest.limits, manifest.model.vocab_size)
         ids = harmless_padding(ids, lens)
         self._check_no_foreign_stream()
+        if self._request is not None and self._request.has_failed:
+            self._request.wipe()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
         request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)
         if before is not None:

@@ -183,6 +183,13 @@ class Slots:
         logits = self._parts[:, 0]  # a later call has chosen in rows that had run before it
         return np.where(np.isfinite(logits.max(axis=1)), logits.argmax(axis=1), -1)
 
+    def wipe(self, slot: int) -> None:
+        """Forget what a row has left that had logits which are no numbers. Attention of some engines multiplies slots
+        behind a row's length by 0, and 0 · NaN is NaN: whoever came after it would have none either."""
+        for held in (self.buffers.caches, *self.buffers.states):
+            for buffer in held.values():
+                self._engine.zero(buffer[slot : slot + 1])
+
     def move(self, source: int, target: int, kept: int, dropped: int) -> None:
         """Copy a row's valid entries and its state to another slot."""
         self.copy(self, source, target, kept, dropped)

@@ -141,6 +141,10 @@ class BindingEngine(Engine, Protocol):
         buffer when None; between two steps."""
         ...
 
+    def zero(self, buffer: Any) -> None:
+        """Fill a resident buffer with zeros; between two steps."""
+        ...
+
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         """Bind buffers by name; the returned callable runs the step on them, again and again, and waits for it."""
         ...

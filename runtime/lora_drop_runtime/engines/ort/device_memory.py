@@ -110,3 +110,9 @@ class DeviceMemory:
         for to, origin, count in head_spans(source, target, slots):
             there[to - begins[0] :][:count] = content[origin - begins[1] :][:count]
         self.fill(self._values[target.name], there)
+
+    def zero(self, buffer: DeviceBuffer) -> None:
+        """As `Engine.zero`, likewise."""
+        there = self._content(buffer.name).copy()
+        there[buffer.address - self._values[buffer.name].data_ptr() :][: buffer.nbytes] = 0
+        self.fill(self._values[buffer.name], there)

@@ -270,6 +270,13 @@ class OrtEngine:
         assert isinstance(target, DeviceBuffer)
         self._memory.copy(source, target, slots)
 
+    def zero(self, buffer: Array | DeviceBuffer) -> None:
+        if isinstance(buffer, np.ndarray):
+            buffer[...] = 0
+            return
+        assert self._memory is not None
+        self._memory.zero(buffer)
+
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         if kind not in self._sessions:
             raise BundleError(

@@ -17,7 +17,8 @@ Enters: a bundle and one of its device targets. Leaves: steps that run on the GP
                 captured. A step over arrays that are not page-locked, as a prompt's ids, is never captured.
 
 Caches need not be emptied for a new request, since lengths hide what an old one left. But what they hide is multiplied
-by a probability of 0, and 0 · NaN is NaN: new memory is zeroed once, and steps write finite values only.
+by a probability of 0, and 0 · NaN is NaN: new memory is zeroed once, and that of a row whose logits were no numbers
+when it is over (`Slots.wipe`).
 """
 
 from __future__ import annotations
@@ -147,6 +148,9 @@ class TrtEngine:
     def copy(self, source: DeviceBuffer, target: DeviceBuffer, slots: int | None) -> None:
         for to, origin, size_bytes in head_spans(source, target, slots):
             self._device.copy_within(to, origin, size_bytes)
+
+    def zero(self, buffer: DeviceBuffer) -> None:
+        self._device.zero(buffer.address, buffer.nbytes)
 
     def prepare(self, kind: StepKind, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Step:
         bindings = self._bindings(kind, inputs, outputs)

@@ -319,6 +319,9 @@ def test_logits_that_are_no_numbers_fail_their_row(opened) -> None:
         assert [event.finished for event in events] == [None, "failed"]
         assert isinstance(events[-1].error, BundleError)
         assert "not numbers" in str(events[-1].error)
+    engine.replace_adapters({name: np.full(array.shape, 0.01) for name, array in nan.items()})
+    for events in decoded(batch, script)[0]:  # in the same slots
+        assert [event.finished for event in events][-1] == "length"
 
 
 # ── interrupts ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -267,6 +267,25 @@ def test_logits_that_are_no_numbers(pair) -> None:
             cycles.generate(RAGGED, 9, k=3, sampling=sampling)
 
 
+def test_logits_that_are_no_numbers_leave_none_behind(pair) -> None:
+    """Attention multiplies what lies behind a row's length by 0: caches with NaN would end all later requests."""
+    stepwise, cycles, *_ = pair("recurrent", "skip")
+    plan = cycles.bundle.manifest.plan
+    for session in (stepwise, cycles):
+        engine: Any = session._opened()
+        good, nan = (
+            {name: np.full(shape, x) for name, shape in weight_shapes(plan, 64).items()} for x in (0.01, np.nan)
+        )
+        engine.replace_adapters(good)
+        expected = [row.tolist() for row in session.generate(RAGGED, 9, k=3, stop_token_ids=())]
+        engine.replace_adapters(nan)
+        with pytest.raises(BundleError, match="not numbers"):
+            session.generate(RAGGED, 9, k=3, stop_token_ids=())
+        engine.replace_adapters(good)
+        session.generate(RAGGED[:1], 9, k=3, stop_token_ids=())
+        assert [row.tolist() for row in session.generate(RAGGED, 9, k=3, stop_token_ids=())] == expected
+
+
 def test_cycles_that_cannot_be_captured_run_all_the_same(bundles) -> None:
     made = bundles("recurrent")
     stepwise, _, _ = open_device_session(made)
