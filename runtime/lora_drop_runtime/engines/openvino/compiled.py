@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,22 @@ def _no_halves() -> BundleError:
     )
 
 
+def _not_loaded(path: Path, error: Exception) -> BundleError:
+    """What OpenVINO's plugin lacks on this processor is no fault of the bundle."""
+    reason = said(error)
+    if "AttentionExecutor creation fails" in reason:
+        return BundleError(
+            "OpenVINO has no paged attention for this processor.",
+            note=f"It has one on x86-64 and on ARM with SVE; here it says: {reason}",
+            hint="Use --target ort; to a bundle without it, add it with: lora-drop-export --add-target ort.",
+        )
+    return BundleError(
+        "OpenVINO cannot load a graph of the bundle.",
+        note=f"{path}: {reason}",
+        hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+    )
+
+
 def _leave_cache_types_open(ov: Any, model: Any) -> None:
     """The plugin chooses the layout of its caches by what they are to hold."""
     for parameter in model.get_parameters():
@@ -251,11 +268,7 @@ def _compile(bundle: Bundle, target: str, settings: Settings, replaced: Mapping[
     except Exception as error:  # OpenVINO's are RuntimeErrors, and what a conversion raises becomes one
         if weights.error is not None:
             raise weights.error from None
-        raise BundleError(
-            "OpenVINO cannot load a graph of the bundle.",
-            note=f"{path}: {said(error)}",
-            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
-        ) from error
+        raise _not_loaded(path, error) from error
     found = _described(ov, compiled, notes)
     found.held, found.mapped, found.pages = weights.held, list(weights.mapped.values()), pages
     return found

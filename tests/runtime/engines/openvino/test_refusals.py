@@ -294,6 +294,19 @@ def test_a_processor_without_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert_refused(call, "This processor cannot compute in bfloat16.", "OpenVINO", error=BundleError)
 
 
+def test_a_processor_without_paged_attention(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """ARM without SVE; the bundle is whole, and exporting it again would not help."""
+    reason = "[CPU] PagedAttentionExtension node with name 'node' AttentionExecutor creation fails with precision f32"
+
+    class Core:
+        def compile_model(self, *_: Any) -> Any:
+            raise RuntimeError(f"Exception from src/inference/src/cpp/core.cpp:125:\n{reason}\n")
+
+    monkeypatch.setattr(compiled, "_processor", lambda _: Core())
+    call = lambda: Session.open(root, threads=1)  # noqa: E731
+    assert_refused(call, "OpenVINO has no paged attention for this processor.", reason, error=BundleError)
+
+
 def test_a_processor_that_openvino_does_not_offer_bfloat16_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is compiled for it then."""
     ov = import_openvino()
