@@ -37,6 +37,20 @@ def test_memory_and_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert machine.machine_facts()["versions"]["numpy"] == np.__version__
 
 
+def test_the_processor_of_an_arm_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Linux names it by numbers there; a machine may have two kinds of cores."""
+    cores = "".join(
+        f"processor\t: {core}\nBogoMIPS\t: 48.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n"
+        f"CPU architecture: 8\nCPU part\t: {part}\n\n"
+        for core, part in enumerate(["0xd05", "0xd05", "0xd0b"])
+    )
+    (tmp_path / "cpuinfo").write_text(cores)
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.machine_facts()["cpu"] == "implementer 0x41 part 0xd05, implementer 0x41 part 0xd0b"
+    (tmp_path / "cpuinfo").write_text(f"model name\t: AMD EPYC\n{cores}")
+    assert machine.machine_facts()["cpu"] == "AMD EPYC"
+
+
 @pytest.mark.parametrize(
     ("raised", "told"),
     [

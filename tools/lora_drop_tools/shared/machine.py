@@ -158,13 +158,22 @@ def physical_cores() -> int:
     return min(len(cores), usable) if cores else usable
 
 
+def _processor(lines: Iterable[str]) -> str:
+    """Its name; on ARM, where Linux has none, whose cores it has and which."""
+    fields = [tuple(map(str.strip, line.partition(":")[::2])) for line in lines]
+    said = {key: [value for name, value in fields if name == key] for key, _ in fields}
+    cores = dict.fromkeys(zip(said.get("CPU implementer", []), said.get("CPU part", []), strict=False))
+    if "model name" in said or not cores:
+        return said.get("model name", [platform.processor() or platform.machine()])[0]
+    return ", ".join(f"implementer {maker} part {part}" for maker, part in cores)
+
+
 def machine_facts() -> dict[str, Any]:
     """What a reader needs to know to judge the numbers: processor, cores, memory, versions; not whose machine it is."""
     model = platform.processor() or platform.machine()
     memory = None
     try:
-        lines = (PROC / "cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+        model = _processor((PROC / "cpuinfo").read_text(encoding="utf-8").splitlines())
         memory = next(
             int(line.split()[1]) * 1024
             for line in (PROC / "meminfo").read_text(encoding="utf-8").splitlines()
