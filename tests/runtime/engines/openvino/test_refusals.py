@@ -344,6 +344,12 @@ def test_probes_see_kernels_that_compute_wrongly(
     assert probe(ov) is False
 
 
+def test_a_product_that_is_not_rounded_has_no_kernel_that_rounds() -> None:
+    """On ARM OpenVINO computes in float32, whatever it is told."""
+    told = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    assert compiled._rounds_rightly(import_openvino(), 32, told) is False
+
+
 def test_a_processor_without_kernels_of_8_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Slower, and said; with exact products nobody asks."""
     bundle = make_bundle(source("qwen2"), tmp_path / "b", targets=("openvino",), dtype="int8", **PLAN)
