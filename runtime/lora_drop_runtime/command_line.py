@@ -6,7 +6,7 @@ settings class stands for the options of that one. `check_options` checks values
 Python.
 
 A user's error is printed without a traceback and ends with 2 (a failed verification with 1), Ctrl-C with 130, SIGTERM
-with 143, SIGHUP with 129.
+with 143, SIGHUP with 129; on Windows Ctrl-Break, or a window that is closed, with 149.
 """
 
 from __future__ import annotations
@@ -562,14 +562,15 @@ def signal_handlers() -> dict[signal.Signals, Any]:
     """Of the signals that end a command; none in a thread where Python lets nobody handle signals."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    numbers = (signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last is Windows'
+    numbers = (getattr(signal, name) for name in names if hasattr(signal, name))
     return {number: signal.getsignal(number) for number in numbers}
 
 
 @contextlib.contextmanager
 def held_signals() -> Iterator[Sequence[int]]:
-    """Let SIGINT, SIGTERM and SIGHUP wait until the context ends, where they are handled in Python; yields those that
-    came. For what must not be torn, and for C code that calls back: it loses what a handler raises there."""
+    """Let the signals that end a command wait until the context ends, where they are handled in Python; yields those
+    that came. For what must not be torn, and for C code that calls back: it loses what a handler raises there."""
     caught: list[int] = []
     before = {number: handler for number, handler in signal_handlers().items() if callable(handler)}
     for number in before:
@@ -585,7 +586,7 @@ def held_signals() -> Iterator[Sequence[int]]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that what is half done is removed; the exit codes are the shell's.
+    """Let SIGTERM and its like unwind as Ctrl-C does, so that what is half done is removed; exit codes are the shell's.
 
     Those that something else handles, or that are ignored as by `nohup`, are left alone. An error after a signal is the
     signal's. Where a destructor or a weak reference's callback runs just then, Python loses what a handler raises, and

@@ -1,7 +1,7 @@
 """The server's process: its socket, its signals, and its end.
 
-SIGTERM, SIGINT and SIGHUP turn /ready to 503. After the drain delay what runs may end, and what comes is answered with
-503 meanwhile; after the grace, or at a second signal, what still runs is cut.
+SIGTERM, SIGINT, SIGHUP and Windows' SIGBREAK turn /ready to 503. After the drain delay what runs may end, and what
+comes is answered with 503 meanwhile; after the grace, or at a second signal, what still runs is cut.
 """
 
 from __future__ import annotations

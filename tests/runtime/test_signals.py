@@ -119,6 +119,13 @@ def test_what_is_ignored_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+def test_what_ends_a_command_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Break, and a window that is closed, are SIGBREAK there, which nothing else has."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    assert exit_code(signal.SIGUSR1) == (128 + signal.SIGUSR1, ["cleaned"])
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 def test_an_error_of_the_command_s_own_passes() -> None:
     def fail(_: Sequence[str]) -> None:
         raise ImportError("a bug")
