@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ def _print_exported(bundle: Bundle, out: Path) -> None:
         is_poor = manifest.lora_steps.get("agreement", 1) < LEAST_AGREEMENT
         full = " --k 0" if is_poor and not plan.refresh_policy.verifies else ""
         named = f"./{out}" if str(out).startswith("-") else str(out)  # which would be an option
-        print(f'{where}: lora-drop generate {shlex.quote(named)}{provider}{full} --prompt "The capital of Italy is"')
+        quoted = subprocess.list2cmdline([named]) if sys.platform == "win32" else shlex.quote(named)
+        print(f'{where}: lora-drop generate {quoted}{provider}{full} --prompt "The capital of Italy is"')
 
 
 def _export(command_line: Sequence[str]) -> None:

@@ -131,3 +131,14 @@ def test_the_printed_command_of_a_name_like_an_option(place: Path, tmp_path: Pat
     lora_drop_export.cli._print_exported(Bundle.open("-engines"), Path("-engines"))
     command = shlex.split(capsys.readouterr().out.rpartition("try: lora-drop ")[2])
     assert lora_drop_tools.cli.main([*command[:2], "--prompt", "t1", "--max-new-tokens", "1"]) == 0
+
+
+def test_the_printed_command_on_windows(place: Path, capsys, monkeypatch) -> None:
+    """Its shell knows no single quotes."""
+    bundle = Bundle.open(place / "bundle")
+    monkeypatch.setattr(sys, "platform", "win32")
+    lora_drop_export.cli._print_exported(bundle, Path(r"C:\engines"))
+    lora_drop_export.cli._print_exported(bundle, Path(r"C:\my engines"))
+    first, second = capsys.readouterr().out.split("try: lora-drop generate ")[1:]
+    assert first.startswith(r"C:\engines --")
+    assert second.startswith(r'"C:\my engines" --')
