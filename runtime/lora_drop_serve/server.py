@@ -12,6 +12,7 @@ import ipaddress
 import json
 import signal
 import socket
+import sys
 from collections.abc import Generator
 from types import FrameType
 from typing import Any, cast
@@ -49,7 +50,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(_bare(host), port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform != "win32":  # where two may then listen there
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(place)
         made.listen(2048)
     except (OSError, UnicodeError) as error:

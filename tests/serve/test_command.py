@@ -256,6 +256,14 @@ def test_ipv6(bundle: Bundle) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(("system", "reuses"), [("linux", True), ("darwin", True), ("win32", False)])
+def test_two_servers_never_listen_at_one_place(monkeypatch: pytest.MonkeyPatch, system: str, reuses: bool) -> None:
+    """The option lets one listen where another did a moment before; on Windows where another does."""
+    monkeypatch.setattr(sys, "platform", system)
+    with listening("127.0.0.1", 0) as made:
+        assert bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) == reuses
+
+
 def test_ipv6_without_brackets() -> None:
     with listening("::1", 0) as made:
         assert server_address(made).startswith("http://[::1]:")
