@@ -432,15 +432,29 @@ def _likeness(error: UnicodeError) -> tuple[str, int]:
 def _ready_streams() -> None:
     """Let standard output take any text, and nobody find a standard stream missing.
 
-    A closed one becomes the null device, so that no file that is opened later gets its number.
+    A closed one becomes the null device, so that no file that is opened later gets its number. Of a pipe or a file
+    Windows says a code page, which lacks most letters; it is UTF-8, as all files are.
     """
     codecs.register_error("likeness", _likeness)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 open as long as the process
-        elif mode == "w" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="likeness")
+        elif hasattr(stream, "reconfigure"):
+            if sys.platform == "win32" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+                stream.reconfigure(encoding="utf-8")
+            if mode == "w":
+                stream.reconfigure(errors="likeness")
+
+
+def _reader_went(error: BaseException) -> bool:
+    """Whether nobody reads our output any more, which Windows has no words of its own for."""
+    if sys.platform == "win32" and isinstance(error, OSError) and error.errno == errno.EINVAL:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            return True
+    return isinstance(error, BrokenPipeError)
 
 
 def _silence(stream: TextIO) -> None:
@@ -644,10 +658,10 @@ def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[st
     except KeyboardInterrupt:
         _print_end("interrupted\n")
         return 130
-    except BrokenPipeError:  # the reader of our output went away
-        _silence(sys.stdout)
-        return 141
     except Exception as error:
+        if _reader_went(error):
+            _silence(sys.stdout)
+            return 141
         ours = _as_ours(error)
         if ours is None:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -121,6 +123,32 @@ def test_what_the_system_refuses(capsys, error) -> None:
     printed = capsys.readouterr().err
     assert printed.startswith("error: The system refuses to read or write.\nNote: ")
     assert f"{error.strerror}.\nHint: " in printed
+
+
+def test_pipes_of_windows_are_utf8(monkeypatch) -> None:
+    """Their code page has no Chinese, and other letters at places of its own."""
+    told = "Grüße, 中文\n"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(told.encode()), "cp1252"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    for _ in range(2):  # the second finds them read from and written to
+        assert run_command(lambda _: print(sys.stdin.read(), end=""), []) == 0
+    assert sys.stdout.buffer.getvalue().decode() == told
+
+
+def test_a_reader_that_went_away_on_windows(monkeypatch) -> None:
+    """Which says «Invalid argument» of that, and of much else."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(OSError, match="Invalid argument"):
+        run_command(fail, [])
+    monkeypatch.setattr(sys.stdout, "flush", fail)
+    assert run_command(lambda _: print("gone"), []) == 141
 
 
 def test_too_little_memory(capsys) -> None:
