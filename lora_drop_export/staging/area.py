@@ -1,7 +1,7 @@
 """A hidden directory beside a place, in which its next result is made.
 
     .NAME.xxxxxxxx.lora-drop/
-        lock       held by the process as long as it lives (flock), so that others can tell the dead; has its number
+        lock       held by the process as long as it lives, so that others can tell the dead; has its number
         new        the result that is being made
         scratch    what is needed on the way
         partial    an unfinished fit that is being saved
@@ -33,14 +33,15 @@ from lora_drop_runtime.errors import InputError
 from .owned import remove_files
 from .rename import rename_new
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
-except ImportError:  # Windows: the dead cannot be told from the living, so what they leave stays
-    fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".lora-drop"
 _LONGEST_NAME = 200  # bytes of a place's name that an area's own can hold; file systems allow 255
 _CONTENT = {"lock", "new", "scratch", "partial", "journal", "old"}
+_LOCKED_BYTE = 1 << 30  # of a lock on Windows, where nobody else can read what is locked
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,24 @@ def _areas(place: Path) -> list[Path]:
     return found
 
 
+def _lock(descriptor: int) -> None:
+    """Lock a file until its descriptor is closed.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file system has none.
+    """
+    if sys.platform == "win32":
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError:
+            raise BlockingIOError from None
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _locked(path: Path) -> tuple[int | None, bool]:
     """(a descriptor that holds the lock, or None; whether another process holds it)."""
     try:
@@ -111,12 +130,12 @@ def _locked(path: Path) -> tuple[int | None, bool]:
         return None, False
     held = False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         if os.stat(path).st_ino == os.fstat(descriptor).st_ino:  # else the area was settled a moment before
             return descriptor, False
     except BlockingIOError:
         held = True
-    except (OSError, AttributeError):  # a file system, or a system, without such locks
+    except OSError:  # a file system without such locks
         pass
     os.close(descriptor)
     return None, held
@@ -147,18 +166,27 @@ def _settle_exchange(root: Path, place: Path) -> bool:
     return at_place == inodes[1] and remove_files(replaced, files)
 
 
-def _settle(root: Path, place: Path) -> None:
-    """Bring an area to its end. What is neither the new result's nor the old one's by its journal is kept."""
-    if not _settle_exchange(root, place):
+def _settle(root: Path, place: Path, lock: int | None) -> None:
+    """Bring an area to its end. What is neither the new result's nor the old one's by its journal is kept.
+
+    Args:
+        lock: a descriptor that holds the area's lock, and is closed.
+    """
+    try:
+        is_settled = _settle_exchange(root, place)
+        for name in sorted(_CONTENT - {"lock"}) if is_settled else ():
+            path = root / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    finally:
+        if lock is not None:
+            os.close(lock)  # first: Windows removes no file that is open
+    if not is_settled:
         print(f"warning: {root} has what was at {place} and was not written by a command; it stays", file=sys.stderr)
         return
-    for name in sorted(_CONTENT - {"lock"}):
-        path = root / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
     with contextlib.suppress(OSError):
         (root / "lock").unlink()
         root.rmdir()
@@ -172,10 +200,7 @@ def settle_dead(place: Path) -> list[Path]:
         if held:
             living.append(root)
         elif descriptor is not None:
-            try:
-                _settle(root, place)
-            finally:
-                os.close(descriptor)
+            _settle(root, place, descriptor)
     return living
 
 
@@ -232,9 +257,7 @@ def area_of(place: Path, parents: bool = True) -> Iterator[Area]:
     finally:
         with held_signals():  # a second Ctrl-C waits until what the first one began is done
             if root is not None:
-                _settle(root, place)
-            if descriptor is not None:
-                os.close(descriptor)
+                _settle(root, place, descriptor)
             if parents and not os.path.lexists(place):
                 with contextlib.suppress(OSError):
                     for parent in missing:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,16 +21,18 @@ from .failures import refused_writes
 from .owned import Kind, foreign_entries, owned_files, refuse_foreign, refuse_inside
 from .rename import exchange, rename_new
 
+_FLUSHABLE = os.O_RDWR if sys.platform == "win32" else os.O_RDONLY  # files of others are linked, which may be read-only
+
 
 def _flush(root: Path) -> None:
     """Have everything on disk before what it replaces is removed: some file systems say only then that it is full."""
     for directory, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            descriptor = os.open(os.path.join(directory, name), _FLUSHABLE)
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EBADF):  # a file system that cannot; Windows
+                if error.errno != errno.EINVAL:  # of a file system that cannot
                     raise
             finally:
                 os.close(descriptor)

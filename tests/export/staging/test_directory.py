@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -331,6 +333,33 @@ def test_without_locks_nothing_of_others_is_removed(place: Path, monkeypatch: py
     assert (left / "new").is_dir()
     monkeypatch.undo()
     stage(place)
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_locks_of_windows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It locks bytes, which nobody else can read then, and removes no file that is open."""
+
+    def locking(descriptor: int, *_: int) -> None:
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) > os.fstat(descriptor).st_size
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    def unlink(path: Path) -> None:
+        if str(path) in map(os.path.realpath, Path("/proc/self/fd").iterdir()):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        os.unlink(path)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(area, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    (place.parent / ".place.abcdefgh.lora-drop" / "new").mkdir(parents=True)  # of a dead one
+    with staged_directory(place, True, KIND) as root:
+        write_directory(root, "new")
+        with pytest.raises(InputError, match=rf"{place}: process {os.getpid()}\."):
+            stage(place)
+    assert held(place)["a"] == "new"
     assert os.listdir(place.parent) == ["place"]
 
 
