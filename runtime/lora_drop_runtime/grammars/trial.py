@@ -2,8 +2,8 @@
 
 Some schemas keep it busy for minutes (`multipleOf` with a large number), and long chains of rules overflow its stack,
 which ends the process. Who serves strangers' schemas can have neither. So the first compilation has little stack, and
-limits of processor time and memory; what passes is compiled again here. Signals that end a server are not for that
-process, though Ctrl-C and systemd send them to it, too: the server lets what it has taken end.
+limits of processor time and memory, where the system has them; what passes is compiled again here. Signals that end a
+server are not for that process, though Ctrl-C and systemd send them to it, too: the server lets what it has taken end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MEMORY = 192 << 20  # bytes; 2500 properties or 15000 values of an enum need hal
 STACK = 3 << 19  # bytes, less than a thread has anywhere
 _WALL = 120  # seconds, where a system has no limit of processor time
 _PROGRAM = f"""
-import signal, sys
+import contextlib, signal, sys
 for name in ("SIGINT", "SIGTERM", "SIGHUP"):
     if hasattr(signal, name):  # not on Windows
         signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -26,10 +26,14 @@ try:
 except ImportError:  # Windows
     pass
 else:
-    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-    resource.setrlimit(resource.RLIMIT_STACK, ({STACK}, resource.getrlimit(resource.RLIMIT_STACK)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, most in (
+        (resource.RLIMIT_CPU, ({SECONDS}, {SECONDS})),
+        (resource.RLIMIT_AS, ({MEMORY}, {MEMORY})),
+        (resource.RLIMIT_STACK, ({STACK}, resource.getrlimit(resource.RLIMIT_STACK)[1])),
+        (resource.RLIMIT_CORE, (0, 0)),
+    ):
+        with contextlib.suppress(ValueError):  # macOS takes none of memory, and none of the stack
+            resource.setrlimit(limit, most)
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 

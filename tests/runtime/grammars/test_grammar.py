@@ -242,6 +242,16 @@ def test_signals_that_end_a_server_end_no_compilation(grammars: Grammars, monkey
     grammars.json_schema({"const": "signals"})
 
 
+def test_limits_that_the_system_does_not_take_refuse_nothing(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS takes none of memory; Windows has no such module."""
+    come = "import resource\n    resource.setrlimit = lambda *_: int('is more than the maximum')"
+    for name, other in (("macOS", come), ("Windows", "raise ImportError")):
+        monkeypatch.setattr(trial, "_PROGRAM", trial._PROGRAM.replace("import resource", other))
+        grammars.json_schema({"const": name})
+
+
 def test_patterns_and_grammars_that_cannot_be_followed_are_refused(grammars: Grammars) -> None:
     for pattern in ("(a", "", "a{0}", "[^\\s\\S]", "é", "(" * 100_000 + "a" + ")" * 100_000):
         assert_refused(lambda pattern=pattern: grammars.regex(pattern), "cannot be followed")

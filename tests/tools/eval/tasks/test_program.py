@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from lora_drop_runtime.errors import InputError
+from lora_drop_tools.eval.tasks import guard
 from lora_drop_tools.eval.tasks import program as programs
 from lora_drop_tools.eval.tasks.code_eval import CodeEval, pass_at_k
 from lora_drop_tools.eval.tasks.program import check_apart, runs_to_its_end, why_not_apart
@@ -24,6 +26,21 @@ needs_namespaces = pytest.mark.skipif(
 )
 # What an audit hook does not see: calls of the C library
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+def test_a_limit_that_the_system_does_not_take_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As macOS takes none of memory: programs then run without it."""
+    taken = []
+
+    def setrlimit(number: int, limits: tuple[int, int]) -> None:
+        if number == resource.RLIMIT_AS:
+            raise ValueError("current limit exceeds maximum limit")
+        taken.append((number, limits))
+
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    guard._limit(1, 2, 3, 4)
+    assert (resource.RLIMIT_CPU, (1, 1)) in taken
+    assert (resource.RLIMIT_FSIZE, (3, 3)) in taken
 
 
 @pytest.mark.parametrize("unsafe", [False, True])

@@ -166,7 +166,8 @@ def _limit(seconds: int, memory: int, file_bytes: int, processes: int) -> None:
         number = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(number)[1]
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(number, (limit, limit))
+        with contextlib.suppress(ValueError):  # macOS takes none of memory
+            resource.setrlimit(number, (limit, limit))
 
 
 def _watch() -> None:
