@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +19,18 @@ _REFUSED = {  # what it means, and what to do about it
     errno.EROFS: ("The file system has become read-only.", "Choose another {option}."),
 }
 # How libraries in Rust say what the system said: «No space left on device (os error 28)», «Os { code: 28, kind: …»; and
-# shutil.copytree: a list with «[Errno 28] No space left on device»
-_SAID = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)\b|\[Errno (\d+)\]")
+# shutil.copytree: a list with «[Errno 28] No space left on device», or «[WinError 112] …»
+_SAID = re.compile(r"(?:\(os error |\bOs \{ code: |\[Errno |\[WinError )(\d+)\b")
+_OF_WINDOWS = {112: errno.ENOSPC}  # a number of its own
 
 
 def refused_write(error: BaseException) -> int | None:
     """The system's number of an error that says that nothing more can be written; None of any other."""
     number = error.errno if isinstance(error, OSError) else None
     if said := None if number else _SAID.search(str(error)):
-        number = int(said[1] or said[2] or said[3])
+        number = int(said[1])
+        if sys.platform == "win32":
+            number = _OF_WINDOWS.get(number, number)
     return number if number in _REFUSED else None
 
 

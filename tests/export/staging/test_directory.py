@@ -390,6 +390,14 @@ def test_a_disk_that_takes_no_more(place: Path, error: Exception, fact: str) -> 
     assert os.listdir(place.parent) == ["place"]
 
 
+def test_the_number_that_windows_has_for_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors and shutil.copytree say it there; on Linux it is that of a host that is down."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    for said in ("I/O error: Not enough space. (os error 112)", "[('a', 'b', '[WinError 112] …')]"):
+        with pytest.raises(InputError, match=r"The disk is full\."), refused_writes(place, "--out"):
+            raise RuntimeError(said)
+
+
 def test_of_a_copy_what_was_written_is_named(tmp_path: Path) -> None:
     """And not the user's file that was read, of which «writing failed» would frighten."""
     error = OSError(errno.ENOSPC, "No space left on device", "/x/read", None, "/x/written")  # as of shutil.copyfile
