@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace, read_tensors
 from lora_drop_runtime.dtypes import safetensors_name
@@ -27,6 +28,7 @@ def store_arrays(arrays: Mapping[str, npt.NDArray[Any]], file: str, dtype: str, 
 
 
 def read_arrays(root: Path, file: str) -> dict[str, npt.NDArray[Any]]:
-    """What `store_arrays` wrote to `weights/file`; nothing where there is no such file."""
+    """What `store_arrays` wrote to `weights/file`; nothing where there is no such file. Copies, and no mapped file:
+    Windows renames no directory that has one."""
     path = root / "weights" / file
-    return {name: ref.read() for name, ref in read_tensors(path).items()} if path.is_file() else {}
+    return {name: np.array(ref.read()) for name, ref in read_tensors(path).items()} if path.is_file() else {}

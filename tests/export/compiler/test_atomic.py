@@ -26,6 +26,7 @@ import lora_drop_export.check.verify
 from lora_drop_export.check.figures import Tolerance
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
+from lora_drop_export.staging import directory
 from tests.support.bundles import family, make_bundle
 from tests.support.models import SIZES
 
@@ -378,6 +379,25 @@ def test_graphs_only(place, capsys):
     text = inspected(out, capsys)
     assert "graphs only, nothing to run" in text
     assert "passed" not in text
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is open")
+@pytest.mark.parametrize("more", [("--rank", 3), ("--dtype", "int8", "--target", "openvino", "--kv-dtype", "int8")])
+def test_no_file_of_a_bundle_is_open_when_it_takes_its_place(place, monkeypatch, more):
+    """Windows renames no directory that has one, be it mapped alone."""
+    renamed = []
+
+    def rename_new(source: Path, target: Path) -> None:
+        found = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()]
+        found += [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+        assert [name for name in found if name.startswith(f"{source}/")] == []
+        renamed.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr(directory, "rename_new", rename_new)
+    out = place / "engines"
+    assert main(arguments(out, *more)) == 0
+    assert renamed == [out]
 
 
 @pytest.mark.parametrize("more", [(), ("--target", "none"), ("--rank", 3, "--surrogate", "recurrent")])
