@@ -16,6 +16,7 @@ without a word (nonpad_kv_seqlen): the attention would be computed over somethin
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -172,8 +173,11 @@ class EngineBuilder:
         parsed.CopyFrom(proto)
         if self.reads_valid_slots:
             lengths = _unmask(parsed)
-        with tempfile.NamedTemporaryFile(dir=self._root, prefix="signed-") as file:
-            sign_weights(parsed, self._root, file)
+        file = tempfile.NamedTemporaryFile(dir=self._root, prefix="signed-", delete=False)  # noqa: SIM115 closed below
+        with contextlib.ExitStack() as stack:
+            stack.callback(Path(file.name).unlink)
+            with file:  # closed before it is read: Windows opens no file again that goes when it is closed
+                sign_weights(parsed, self._root, file)
             # Any name inside the root will do: only its directory counts, for the external weights
             file_name = str(self._root.resolve() / f"{proto.graph.name}.onnx")
             with held_signals():  # the logger is called, in which what a handler raises would be lost

@@ -13,12 +13,15 @@ import onnx
 import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
+from lora_drop_runtime.command_line import held_signals
 from lora_drop_runtime.errors import InputError, ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.cli import main
 from lora_drop_export.compiler.add_target import add_target
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.console import Console
+from lora_drop_export.targets.trt import build
 from lora_drop_export.targets.trt.build import EngineBuilder
 from lora_drop_export.targets.trt.lower import trt_from_neutral
 from lora_drop_export.targets.trt.quantized import sign_weights
@@ -49,6 +52,26 @@ def symmetric(tmp_path_factory) -> Bundle:
     """What `--target tensorrt-rtx --dtype int4` makes of a bfloat16 checkpoint."""
     source, root = of_family("llama", "bfloat16"), tmp_path_factory.mktemp("trt") / "b"
     return make_bundle(source, root, targets=(RTX,), dtype="int4", builder=ADA, max_prompt_len=40, always_first=1)
+
+
+def test_what_the_parser_reads_is_closed_and_goes(symmetric, monkeypatch):
+    """Windows opens no file again that goes when it is closed."""
+    files = []
+
+    def signed(model, root, file):
+        files.append(file)
+        sign_weights(model, root, file)
+
+    def parsing():
+        assert files[0].closed
+        assert Path(files[0].name).stat().st_size
+        return held_signals()
+
+    monkeypatch.setattr(build, "sign_weights", signed)
+    monkeypatch.setattr(build, "held_signals", parsing)
+    builder = EngineBuilder(RTX, symmetric.root, ADA, Console())
+    builder.parse(onnx.load(symmetric.root / symmetric.target(RTX)[1].graphs["lora"], load_external_data=False))
+    assert not Path(files[0].name).exists()
 
 
 def test_symmetric_weights_stay_at_4_bits(symmetric):
