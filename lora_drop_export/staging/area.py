@@ -185,7 +185,8 @@ def _settle(root: Path, place: Path, lock: int | None) -> None:
         if lock is not None:
             os.close(lock)  # first: Windows removes no file that is open
     if not is_settled:
-        print(f"warning: {root} has what was at {place} and was not written by a command; it stays", file=sys.stderr)
+        why = "which was not written by a command, or is open in one"
+        print(f"warning: {root} has what was at {place}, {why}; it stays", file=sys.stderr)
         return
     with contextlib.suppress(OSError):
         (root / "lock").unlink()
