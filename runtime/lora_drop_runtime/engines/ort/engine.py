@@ -205,8 +205,11 @@ class OrtEngine:
 
     def _open(self, file: str, replaced: Mapping[str, Any], capture: bool = True) -> Any:
         options = session_options(self._ort, self._bundle.root, self._threads)
-        if not packs_weights(self._bundle.manifest.model):
+        model = self._bundle.manifest.model
+        if not packs_weights(model):
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if model.weight_dtype == "int4":  # on ARM that gives all activations of a row one scale (docs/int4-quality.md)
+            options.add_session_config_entry("mlas.disable_kleidiai", "1")
         if self._memory is not None:
             options.log_severity_level = 3  # its warnings name shape nodes, which belong on the CPU
             options.add_session_config_entry(RECORD, "1")

@@ -153,6 +153,18 @@ def test_sessions_do_not_spin_between_steps(plain):
             assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
+def test_int4_takes_no_kernels_that_round_a_row_as_a_whole(plain, tmp_path):
+    """Those of KleidiAI, which is there on ARM alone, do so without zero points (docs/int4-quality.md)."""
+    for bundle, said in ((make_bundle("llama", tmp_path / "b", dtype="int4", quantization="rtn"), "1"), (plain, None)):
+        with Session.open(bundle.root) as session:
+            options = session._engine._sessions[StepKind.REFRESH].get_session_options()
+            if said is None:
+                with pytest.raises(RuntimeError, match="does not have configuration"):
+                    options.get_session_config_entry("mlas.disable_kleidiai")
+            else:
+                assert options.get_session_config_entry("mlas.disable_kleidiai") == said
+
+
 def test_no_room_for_adapters(plain, tmp_path):
     with Session.open(plain.root) as session, pytest.raises(InputError, match="no room"):
         session.load_adapters(tmp_path)
