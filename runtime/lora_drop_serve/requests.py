@@ -34,6 +34,7 @@ from .errors import ApiError, refused
 MOST_BODY_BYTES = 4 << 20
 MOST_FIELDS = 128  # of an object that is not a schema
 MOST_PROMPTS = MOST_MESSAGES = MOST_PARTS = 4096  # each is looked at by itself, while nobody else is answered
+MOST_TOOLS = 1024  # likewise; the API takes 128
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 256  # each is looked for at each token
 MOST_TOP = 20  # logprobs of a token
 MOST_CHOICES = 128
@@ -429,7 +430,7 @@ class ChatRequest(_Request):
     max_completion_tokens: Annotated[int, _within(bounds.TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
-    tools: Annotated[Items[dict[str, Any]], AfterValidator(_utf8_json)] | None = None
+    tools: Annotated[Items[dict[str, Any]], Field(max_length=MOST_TOOLS), AfterValidator(_utf8_json)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few_fields), AfterValidator(_utf8_json)] | None = (
