@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from fetch_model import fetch_model
 from lora_drop_runtime import Session
+from lora_drop_runtime.command_line import run_command
 from lora_drop_runtime.errors import LoraDropError
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.eval.scoring import Window, score
@@ -62,7 +63,7 @@ class Arm:
 def run(*command: str) -> None:
     """Run an installed command as a user would, shown first."""
     print("\n$ " + " ".join(f'"{part}"' if " " in part else part for part in command), flush=True)
-    program = Path(sys.executable).with_name(command[0])
+    program = Path(sysconfig.get_path("scripts"), command[0])
     subprocess.run([program, *command[1:]], check=True)
 
 
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(lambda _: main(), None))

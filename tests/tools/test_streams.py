@@ -137,6 +137,17 @@ def test_pipes_of_windows_are_utf8(monkeypatch) -> None:
     assert sys.stdout.buffer.getvalue().decode() == told
 
 
+def test_the_demo_prints_into_any_pipe(tmp_path) -> None:
+    """Its table has ρ, which Windows' code pages lack; it comes after minutes."""
+    (tmp_path / "fetch_model.py").write_text("import sys\ndef fetch_model(to): print('ρ'); sys.exit(7)\n", "utf-8")
+    code = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1], run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": PATHS, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-c", code, str(ROOT / "examples" / "demo.py")]
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=tmp_path, timeout=600)
+    assert done.returncode == 7, done.stderr
+    assert done.stdout
+
+
 def test_a_reader_that_went_away_on_windows(monkeypatch) -> None:
     """Which says «Invalid argument» of that, and of much else."""
 
