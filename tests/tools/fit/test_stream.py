@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ntpath
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from datasets import IterableDataset
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit import stream
-from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, _parquet_rows, identity, open_documents
+from lora_drop_tools.fit.stream import HELD_OUT_WINDOWS, TokenStream, _parquet_rows, _parts, identity, open_documents
 
 from tests.tools.fit.test_files import write
 
@@ -227,3 +228,19 @@ def test_a_name_that_is_no_utf8_is_a_name(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_text("the tide")
     assert len({identity([tmp_path / name]) for name in names}) == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "parts"),
+    [
+        ("owner/name", ("owner/name", "")),
+        ("owner/name:config", ("owner/name", "config")),
+        (r"C:\texts", (r"C:\texts", "")),
+        (r"C:\texts:config", (r"C:\texts", "config")),
+        (r"\\server\share\texts:config", (r"\\server\share\texts", "config")),
+        (":config", ("", "config")),
+    ],
+)
+def test_a_dataset_in_a_directory_of_windows(dataset, parts, monkeypatch) -> None:
+    monkeypatch.setattr(os.path, "splitdrive", ntpath.splitdrive)
+    assert _parts(dataset) == parts

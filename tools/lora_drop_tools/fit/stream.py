@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ def _parquet_rows(files: Sequence[str], column: str) -> Iterator[dict[str, Any]]
                 yield {column: text}
 
 
+def _parts(dataset: str) -> tuple[str, str]:
+    """Name or directory, and configuration, of `NAME:CONFIG`. On Windows a directory may begin with `C:`."""
+    drive, rest = os.path.splitdrive(dataset)
+    name, _, config = rest.partition(":")
+    return drive + name, config
+
+
 def _open_dataset(dataset: str, column: str) -> Documents:
     """Rows of a dataset's split `train`, under the name `text`.
 
@@ -65,7 +73,7 @@ def _open_dataset(dataset: str, column: str) -> Documents:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs of an error, the error says
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it asks the network each time, also where the files are local
-    path, _, config = dataset.partition(":")
+    path, config = _parts(dataset)
     if not path:
         raise InputError("The dataset has no name.", note=f"--dataset is {dataset!r}.", hint="Use NAME or NAME:CONFIG.")
     with readable(dataset):
@@ -138,7 +146,7 @@ def open_documents(files: Sequence[Path], dataset: str | None, column: str) -> D
 
 def _dataset_files(dataset: str | None) -> list[Path]:
     """All files of a dataset that is a local directory."""
-    place = Path(dataset.partition(":")[0]) if dataset else None
+    place = Path(_parts(dataset)[0]) if dataset else None
     return sorted(file for file in place.rglob("*") if file.is_file()) if place is not None and place.is_dir() else []
 
 
