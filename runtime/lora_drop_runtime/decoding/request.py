@@ -152,7 +152,8 @@ class Request:
 
     def may_be_taken_over(self) -> bool:
         """Whether another request can begin with its caches; where logits are no numbers, later slots are none."""
-        return not self.is_torn and bool(np.isfinite(self.logits().max(axis=1)).all())
+        is_whole = not self.is_torn and not self.has_failed
+        return is_whole and bool(np.isfinite(self.logits().max(axis=1)).all())
 
     def wipe(self) -> None:
         """Forget all entries, and the memory of them: the request is over."""

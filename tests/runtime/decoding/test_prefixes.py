@@ -63,6 +63,21 @@ def check_caches(session: Session, rows: list[Holes]) -> None:
         assert request.dropped[row] == len(holes.seen)
 
 
+def test_nothing_is_reused_of_a_request_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caches are emptied before the next one begins, since some of what it wrote may be no numbers."""
+    session, _ = opened("skip")
+    session.prefill([[1, 2, 3, 1]])
+
+    def lost(*_: Any) -> None:
+        raise BundleError("The device is lost.")
+
+    monkeypatch.setattr(session, "_step", lost)
+    with pytest.raises(BundleError, match="lost"):
+        session.generate([[1, 2, 3, 1]], 4, stop_token_ids=())
+    session.prefill([[1, 2, 3, 1, 2]], reuse_prefix=True)
+    check_caches(session, [Holes([1, 2, 3, 1, 2])])
+
+
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=7)  # of few tokens, so that prefixes are shared
 ACTS = st.tuples(st.lists(TEXTS, min_size=1, max_size=3), st.integers(0, 9), st.one_of(st.none(), st.integers(1, 12)))
 
