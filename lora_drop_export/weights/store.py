@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -28,10 +29,8 @@ from lora_drop_export.quantize.formats import BlockFormat
 from .layout import Order, file_entries
 from .write import CHUNK_BYTES, write
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 _FICLONE = 0x40049409  # ioctl of btrfs and xfs: share the blocks of another file
 
@@ -132,9 +131,10 @@ def _link(source: Path, target: Path) -> None:
 def copy_file(source: Path, target: Path, progress: Progress) -> None:
     """Copy, sharing blocks where the file system can."""
     with source.open("rb") as reader, target.open("wb") as writer:
-        with contextlib.suppress(OSError, AttributeError):
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-            return
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+                return
         size, done = source.stat().st_size, 0
         while chunk := reader.read(CHUNK_BYTES):
             writer.write(chunk)

@@ -201,11 +201,12 @@ def test_a_client_that_goes_away_within_its_body(served: Served, log: Log) -> No
     assert served.metrics()[name] == before
 
 
+def broken(*_: object) -> Any:
+    """A part of the server with an error of its own."""
+    raise ZeroDivisionError
+
+
 def test_errors_of_our_own(served: Served, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    def broken(*_: object) -> Any:
-        raise ZeroDivisionError
-
     before = served.metrics()
     with monkeypatch.context() as patch:
         patch.setattr(Answer, "whole", broken)
@@ -222,10 +223,6 @@ def test_a_stream_that_an_error_of_our_own_breaks_off(
     served: Served, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client has not left: it sees the connection end."""
-
-    def broken(*_: object) -> Any:
-        raise ZeroDivisionError
-
     monkeypatch.setattr(Answer, "chunks", broken)
     with pytest.raises(httpx.RemoteProtocolError):
         served.http.post(COMPLETIONS, json={"prompt": [3], "stream": True})

@@ -22,6 +22,7 @@ from typing import TextIO
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.engines import huge_pages
+from lora_drop_runtime.engines.threads import default_threads
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.plan.drafting import draft_source, scheduled
 from lora_drop_runtime.plan.policy import POLICIES, policy_named
@@ -172,7 +173,7 @@ def _new_result(bundles: Mapping[str, Bundle], settings: BenchSettings, target: 
         command=said_command(sys.argv),
         begun=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine.machine_facts(),
-        threads=settings.threads or machine.physical_cores(),
+        threads=settings.threads or default_threads(),
         engine=target + (f" on {settings.provider}" if settings.provider else ""),
         model=manifest.model.name,
         weight_dtype=weight_dtype(manifest.model),

@@ -142,7 +142,7 @@ def foreign_cores(begin: CpuTime | None, end: CpuTime | None) -> float | None:
 
 
 def physical_cores() -> int:
-    """What ONNX Runtime takes as its number of threads; the logical ones where the system does not say."""
+    """Cores that this process may use, a quota apart; the logical ones where the system does not say."""
     cores: set[tuple[str, str]] = set()
     try:
         socket = ""
