@@ -70,7 +70,7 @@ class Request:
         tokens: that each row has in its caches, prompt and decoded.
         kept, dropped: valid entries of each row.
         max_steps: decode steps that there is room for.
-        has_failed: whether what it has written may be no numbers.
+        has_failed: whether logits that were asked for were no numbers.
         is_torn: whether an interrupt came as a step was counted, so that entries and lengths may disagree.
     """
 
@@ -150,10 +150,15 @@ class Request:
         """float32 [B, V] of the latest step; valid until the next."""
         return self.slots.logits()[:, 0]
 
+    def may_hold_nan(self) -> bool:
+        """Whether what it has written may be no numbers, as where its latest logits are none."""
+        if self.engine.chooses_tokens:
+            return self.has_failed or bool((self.slots.chosen() < 0).any())
+        return self.has_failed or not np.isfinite(self.logits().max(axis=1)).all()
+
     def may_be_taken_over(self) -> bool:
-        """Whether another request can begin with its caches; where logits are no numbers, later slots are none."""
-        is_whole = not self.is_torn and not self.has_failed
-        return is_whole and bool(np.isfinite(self.logits().max(axis=1)).all())
+        """Whether another request can begin with its caches."""
+        return not self.is_torn and not self.may_hold_nan()
 
     def wipe(self) -> None:
         """Forget all entries, and the memory of them: the request is over."""

@@ -390,7 +390,7 @@ class Session:
         new_tokens = checks.check_request(ids, lens, asked, manifest.limits, manifest.model.vocab_size)
         ids = harmless_padding(ids, lens)
         self._check_no_foreign_stream()
-        if self._request is not None and self._request.has_failed:
+        if self._request is not None and self._request.may_hold_nan():
             self._request.wipe()
         self._end_request(checks.ended_by_a_request)  # an interrupted prefill leaves no half request
         request = Request(self.bundle, engine, lens, new_tokens, schedule, self._policy)

@@ -284,6 +284,11 @@ def test_logits_that_are_no_numbers_leave_none_behind(pair) -> None:
         engine.replace_adapters(good)
         session.generate(RAGGED[:1], 9, k=3, stop_token_ids=())
         assert [row.tolist() for row in session.generate(RAGGED, 9, k=3, stop_token_ids=())] == expected
+        engine.replace_adapters(nan)
+        session.prefill([list(range(20))] * len(RAGGED), max_new_tokens=9, k=3)
+        assert np.isnan(session.step([7] * len(RAGGED))).any()  # whoever steps by hand sees it
+        engine.replace_adapters(good)
+        assert [row.tolist() for row in session.generate(RAGGED, 9, k=3, stop_token_ids=())] == expected
 
 
 def test_cycles_that_cannot_be_captured_run_all_the_same(bundles) -> None:
