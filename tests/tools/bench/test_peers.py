@@ -239,10 +239,14 @@ def test_openvinos_groups_fill_every_row(
     assert peer_worker._group_size(str(hf_directory)) == size
 
 
-def test_a_builder_that_fails_has_the_last_word(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_builder_that_fails_has_the_last_word(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     program = "import sys; print('begun'); print('No module named optimum', file=sys.stderr); sys.exit(3)"
-    with pytest.raises(RuntimeError, match="ended with code 3: No module named optimum"):
-        peer_worker._build([sys.executable, "-c", program])
+    (tmp_path / "builder.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^builder ended with code 3: No module named optimum$"):
+        peer_worker._build([*peer_worker.PYTHON, "-m", "builder", "--of", "a model"])
     assert capfd.readouterr().err.splitlines() == ["begun", "No module named optimum"]
 
 

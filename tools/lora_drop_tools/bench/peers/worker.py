@@ -48,7 +48,7 @@ def _end_with_parent() -> None:
 
 
 def _build(command: list[str]) -> None:
-    """Run a peer's own builder, whose output goes to the log.
+    """Run a peer's own builder, a module of this Python, whose output goes to the log.
 
     Raises:
         RuntimeError: it fails; with the last line that it wrote.
@@ -60,7 +60,7 @@ def _build(command: list[str]) -> None:
             print(line, end="", file=sys.stderr, flush=True)
             last = line.strip() or last
     if process.returncode:
-        raise RuntimeError(f"{command[2]} ended with code {process.returncode}: {last[-200:]}")
+        raise RuntimeError(f"{command[len(PYTHON) + 1]} ended with code {process.returncode}: {last[-200:]}")
 
 
 @contextlib.contextmanager
