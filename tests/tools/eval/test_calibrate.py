@@ -13,15 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import MANIFEST_NAME
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.text import TextCodec
 from lora_drop_tools.cli import main
-from lora_drop_tools.eval.calibrate import calibrate, store_calibration
+from lora_drop_tools.eval.calibrate import MOST_TRIED, QUANTILES, Reached, _search, calibrate, store_calibration
 from lora_drop_tools.eval.eval import eval
 from lora_drop_tools.eval.requests import text_request, text_windows
 from lora_drop_tools.eval.scoring import Window
@@ -124,7 +128,9 @@ def test_what_is_stored_is_run_and_evaluated(
     own: Path, text: Path, most: tuple[float, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     searched, held_out = halves(own, settings(text, 0.5))
-    (found,) = calibrate(own, settings(text, most[0] - 1e-9), out=io.StringIO())
+    periodic, _ = recomputed(own, searched, lambda _: True)
+    wanted = (periodic + most[0]) / 2  # so rows refresh at different steps: beside each other they would do so together
+    (found,) = calibrate(own, settings(text, wanted), out=io.StringIO())
     stored = found.stored
     assert stored is not None
     with Session.open(own, schedule="margin", threads=1) as session:
@@ -196,6 +202,62 @@ def calibration(**changes: Any) -> Any:
     from lora_drop_runtime.bundle.manifest import Calibration
 
     return dataclasses.replace(Calibration(1.0, K, POLICY, 0.9, 0.91, 0.4, 93, 0.89, 0.41, 93), **changes)
+
+
+class Measured:
+    """Says what schedules reach by their thresholds, and counts how often it was asked."""
+
+    def __init__(self, reached: Callable[[float], tuple[float, float]]) -> None:
+        self.say, self.asked = reached, 0
+
+    def reached(self, schedule: Any) -> Reached:
+        self.asked += 1
+        return Reached(*self.say(schedule.threshold), 100)
+
+
+@pytest.mark.parametrize("name", ["margin", "entropy"])
+@given(
+    values=st.lists(st.integers(1, 400), min_size=1, max_size=200),
+    steps=st.lists(st.integers(0, 420), max_size=6),
+    wanted=st.integers(0, 6),
+)
+@settings_of_hypothesis(deadline=None, max_examples=60)
+def test_the_search_finds_the_fewest_refreshes(name: str, values: list[int], steps: list[int], wanted: int) -> None:
+    """Where agreement grows with refreshes, as it mostly does, a few tries find what all of them would find. It grows
+    in steps, and what is wanted is reached exactly by one of them."""
+    unsure = (lambda value, limit: value < limit) if name == "margin" else (lambda value, limit: value > limit)
+
+    def say(limit: float) -> tuple[float, float]:
+        refreshes = sum(unsure(value, limit) for value in values) / len(values)
+        return sum(unsure(step, limit) for step in steps) / 6, refreshes
+
+    text = Measured(say)
+    most, found = _search(text, name, 3, wanted / 6, [float(value) for value in values])  # type: ignore[arg-type]
+    assert text.asked <= MOST_TRIED
+    extreme = -1.0 if name == "entropy" else 2 * max(values) + 1.0
+    assert (most.agreement, most.refresh_share) == say(extreme)
+    limits = [*np.unique(np.quantile(values, np.linspace(0, 1, QUANTILES + 1))).tolist(), extreme]
+    good = [say(limit) for limit in limits if say(limit)[0] >= wanted / 6]
+    if not good:
+        assert found is None
+        return
+    assert found is not None
+    threshold, reached = found
+    assert threshold in limits
+    assert (reached.agreement, reached.refresh_share) == say(threshold)
+    assert reached.agreement >= wanted / 6
+    assert reached.refresh_share == min(share for _, share in good)
+
+
+def test_of_as_many_refreshes_those_that_agree_more() -> None:
+    by_limit = {1.0: (0.8, 0.3), 2.0: (0.9, 0.3), 3.0: (0.9, 0.4), 9.0: (1.0, 0.5)}
+
+    def say(limit: float) -> tuple[float, float]:
+        return by_limit[max(at for at in by_limit if at <= limit)]
+
+    _, found = _search(Measured(say), "margin", 3, 0.75, [1.0, 2.0, 3.0, 4.0])  # type: ignore[arg-type]
+    assert found is not None
+    assert (found[1].agreement, found[1].refresh_share) == (0.9, 0.3)
 
 
 def test_not_needed_and_out_of_reach(own: Path, text: Path) -> None:

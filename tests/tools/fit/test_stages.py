@@ -159,3 +159,20 @@ def test_a_plain_text_is_judged_by_what_is_not_learned_from(tmp_path: Path) -> N
     learned, judged = ({*torch.cat([texts(n)[0] for n in range(200)]).flatten().tolist()} for texts in (seen, unseen))
     assert min(len(learned), len(judged)) > 64
     assert not learned & judged
+
+
+def test_a_rate_that_is_too_high_is_said_once() -> None:
+    """By the mean of what was learned since the line before, against the figure of what distillation began with."""
+    said: list[str] = []
+    console: Any = SimpleNamespace(say=said.append)
+    report = stages.Report(console, lambda *_: None, 1024, None, begun_kl=0.4, highest=2e-3)
+    said_so_far = []
+    for step, loss in enumerate([0.7, 0.5, 0.3, 0.9, 0.5, 0.71, 5.0, 5.0], 1):  # a line for two of the 40 steps
+        report(step, 40, loss, 1e-3)
+        said_so_far.append(len([line for line in said if line.startswith("warning")]))
+    assert said_so_far == [0, 0, 0, 0, 0, 1, 1, 1]  # 0.6 is 1.5 times 0.4, and 0.605 is more
+    assert [line.split(", ")[1] for line in said if line.startswith("distillation")] == [
+        f"KL {mean:.4f}" for mean in (0.6, 0.6, 0.605, 5.0)
+    ]
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert "KL 0.6050, 0.4000 before it; --learning-rate 0.0005 may help (it is 0.002)" in warning
