@@ -162,6 +162,20 @@ def test_weights_that_a_graph_names(refused, bundle, entries, words, inside) -> 
     refused(lora_drop_tools.cli.main, "generate", bundle, *GENERATE, words=words)
 
 
+def test_weights_in_a_field_that_is_spelled_in_more_bits(refused, bundle) -> None:
+    """ONNX Runtime reads a tag of 35 bits as its lower 32, so that the graph is one to it."""
+    model = onnx.load(bundle / STEPS, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = ".unrecorded"
+    shutil.copy(bundle / WEIGHTS, bundle / ".unrecorded")
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = bytes((len(graph) >> shift & 127) | (128 if shift < 28 else 0) for shift in range(0, 35, 7))
+    (bundle / STEPS).write_bytes(model.SerializeToString() + b"\xba\x80\x80\x80\x70" + size + graph)
+    record_again(bundle)
+    refused(lora_drop_tools.cli.main, "generate", bundle, *GENERATE, words=(STEPS, "more than 32 bits"))
+
+
 def test_an_engine_that_a_graph_names(refused, bundle) -> None:
     """For ONNX Runtime's providers: beside the graph, and recorded like it."""
     node = onnx.helper.make_node("EPContext", [], [], domain="com.microsoft", ep_cache_context="../../evil.engine")

@@ -52,6 +52,8 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Number, begin and end of every length-delimited field of a message."""
     while at < end:
         key, at = _varint(data, at, end)
+        if key >> 32:  # protobuf's own reader drops those bits, and finds another field than is looked for here
+            raise ValueError("a field's number has more than 32 bits")
         number, wire = key >> 3, key & 7
         if wire == 2:
             size, at = _varint(data, at, end)
