@@ -113,9 +113,18 @@ def test_a_file_that_is_not_recorded_is_not_read(refused, bundle, name) -> None:
     refused(lora_drop_tools.cli.main, "generate", bundle, *GENERATE, words=(name, "record"))
 
 
-@pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "weights/modeling.py", "weights/other.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/chat_template.jinja",
+        "tokenizer/additional_chat_templates/tool_use.jinja",
+        "weights/modeling.py",
+        "weights/other.safetensors",
+    ],
+)
 def test_a_file_beside_those_that_are_recorded(opening_refused, bundle, name) -> None:
     """Folders that are read as a whole: whoever can put a file there would have it run."""
+    (bundle / name).parent.mkdir(exist_ok=True)
     (bundle / name).write_text("{{ 'let in' }}")
     opening_refused("does not record", name)
 

@@ -42,7 +42,8 @@ from .manifest_reader import read_manifest
 from .typed_json import parse_json, typed
 
 MOST_MANIFEST_BYTES = 64 << 20
-READ_AS_A_WHOLE = ("tokenizer", "weights")  # by their names in them, also by transformers
+# By their names in them, also by transformers
+READ_AS_A_WHOLE = ("tokenizer", "tokenizer/additional_chat_templates", "weights")
 
 
 @dataclass(frozen=True)
