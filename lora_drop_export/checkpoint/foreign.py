@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_drop_runtime.command_line import no_temporary_directory
-from lora_drop_runtime.errors import InputError, LoraDropError, ModelError
+from lora_drop_runtime.errors import InputError, LoraDropError, ModelError, is_failure
 from lora_drop_runtime.files import read_bounded
 
 from lora_drop_export.staging.failures import refused_write
@@ -36,7 +36,7 @@ def _is_ours(error: BaseException) -> bool:
     if isinstance(error, Exception):
         is_full = refused_write(error) is not None or no_temporary_directory(error)
         return isinstance(error, LoraDropError | MemoryError) or is_full
-    return type(error).__name__ != "PanicException"  # of libraries written in Rust, no Exception
+    return not is_failure(error)
 
 
 @contextlib.contextmanager

@@ -120,3 +120,8 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return (lines[0].rstrip(".") if lines else "") or type(error).__name__
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library has failed, and nobody ends the program: an Exception, or the panic of one written in Rust."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

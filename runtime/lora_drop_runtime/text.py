@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BundleError, InputError, first_line, wrong_type
+from .errors import BundleError, InputError, first_line, is_failure, wrong_type
 from .files import is_file, is_utf8, read_bounded
 
 if TYPE_CHECKING:
@@ -295,7 +295,9 @@ class TextCodec:
             tokenizer = Tokenizer.from_buffer(read_bounded(path, MOST_TOKENIZER_BYTES))
         except (BundleError, MemoryError):
             raise
-        except Exception as error:  # tokenizers raises nothing narrower
+        except BaseException as error:  # tokenizers raises nothing narrower than Exception, and panics
+            if not is_failure(error):
+                raise
             raise _unreadable("The tokenizer cannot be read.", f"{path}: {first_line(error):.200}") from error
         tokenizer.no_truncation()  # a file may carry its training set-up
         tokenizer.no_padding()
@@ -413,6 +415,7 @@ class TextCodec:
 
         Raises:
             InputError: they are no ids of one text, such as all rows of `generate`.
+            BundleError: the tokenizer fails.
         """
         try:
             array = np.asarray(ids)
@@ -425,7 +428,12 @@ class TextCodec:
         if skip_special_tokens and kept:
             given = [one for one in given if one not in self._special or self._special[one] in kept]
             skip_special_tokens = False
-        return self._tokenizer.decode(given, skip_special_tokens)
+        try:
+            return self._tokenizer.decode(given, skip_special_tokens)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise _unreadable("The tokenizer cannot write tokens as text.", f"{first_line(error):.200}") from error
 
     def skips(self, token_id: int, kept: Collection[str] = ()) -> bool:
         """Whether `decode` leaves it out: it is a special token, and not one of those that are kept."""
@@ -470,7 +478,9 @@ class TextCodec:
         try:
             # `encode` would hold the GIL meanwhile, for seconds where the text is long
             ids = self._tokenizer.encode_batch([text], add_special_tokens=special_tokens)[0].ids
-        except Exception as error:  # tokenizers raises nothing narrower: an unknown token in a vocabulary without one
+        except BaseException as error:  # an unknown token in a vocabulary without one, or an expression gives up
+            if not is_failure(error):
+                raise
             raise InputError(
                 "The tokenizer cannot take the text.",
                 note=f"{first_line(error):.200}.",
@@ -498,9 +508,9 @@ class TextCodec:
     @cached_property
     def _anchor(self) -> tuple[int, str]:
         """An ordinary token to decode others behind, and its text; empty where there is none such."""
-        ids = self._tokenizer.encode_batch(["a"], add_special_tokens=False)[0].ids
-        text = self.decode(ids[-1:], skip_special_tokens=False) if ids else ""
-        return (ids[-1], text) if text == "a" else (0, "")
+        ids = self._encoded("a", None, special_tokens=False)
+        text = self.decode(ids[-1:], skip_special_tokens=False)
+        return (int(ids[-1]), text) if text == "a" else (0, "")
 
     def _takes_parts(self, template: ChatTemplate) -> bool:
         """Whether it leaves out a text that is no list of parts, as those of many models that see do."""

@@ -392,6 +392,24 @@ def test_bundles_without_a_readable_tokenizer(tmp_path: Path) -> None:
         TextCodec.open(tmp_path)
 
 
+def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    """The library's error is then no Exception, which would end a command with a traceback."""
+    endless = {"pattern": {"Regex": "(a+)+$"}}  # the library gives up on texts that end otherwise
+    text = 50 * "a" + "!"
+    layout = json.loads(Tokenizer(models.WordLevel({text: 0}, unk_token=text)).to_str())
+
+    def opened(**changes: object) -> TextCodec:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(layout | changes), encoding="utf-8")
+        return TextCodec.open(tmp_path)
+
+    with pytest.raises(BundleError, match="The tokenizer cannot be read"):
+        opened(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(InputError, match="The tokenizer cannot take the text"):
+        opened(pre_tokenizer={"type": "Split", **endless, "behavior": "Isolated", "invert": False}).encode(text)
+    with pytest.raises(BundleError, match="The tokenizer cannot write tokens as text"):
+        opened(decoder={"type": "Replace", **endless, "content": ""}).decode([0])
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_pieces_join_to_the_decoded_text(codec: TextCodec, text: str) -> None:
     ids = codec.encode(text).tolist()
