@@ -166,7 +166,7 @@ def parsed_once() -> Iterator[None]:
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
         """Of a plain array over the mapped file: a vocabulary is 200 000 views, and one of a memmap takes 3 times as
-        long."""
+        long. Behind the file's end nothing is read: a list there may be said to have any number of elements."""
 
         @property
         def data(self) -> npt.NDArray[np.uint8]:
@@ -175,6 +175,12 @@ def parsed_once() -> Iterator[None]:
         @data.setter
         def data(self, mapped: npt.NDArray[np.uint8]) -> None:
             self._data = np.asarray(mapped)
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:
+                raise IndexError
+            return found
 
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     read = functools.cache(Reader)

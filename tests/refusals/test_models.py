@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,16 @@ def test_a_gguf_file_that_ends_early(export_refused, tmp_path, length):
     writer.close()
     file = tmp_path / "SHORT.GGUF"
     file.write_bytes((tmp_path / "whole").read_bytes()[:length])
+    export_refused(model=file, words=("GGUF file cannot be read", "ends before what its header promises"))
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_gguf_file_whose_list_goes_on_behind_its_end(export_refused, tmp_path):
+    """Of 2^40 elements, say, whose places would fill the memory; this is one of a million."""
+    file = tmp_path / "long.gguf"
+    key = struct.pack("<Q4sI", 4, b"long", gguf.GGUFValueType.ARRAY)
+    length = struct.pack("<IQ", gguf.GGUFValueType.UINT8, 10**6)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + length + bytes(100))
     export_refused(model=file, words=("GGUF file cannot be read", "ends before what its header promises"))
 
 
