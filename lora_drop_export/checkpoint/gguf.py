@@ -23,9 +23,13 @@ from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, unpack
 
+from .foreign import refused
+
 # Formats that are ours too: a float16 scale and signed integers. name → (bits, bytes of a block, values of a block)
 _NATIVE = {"Q4_0": (4, 18, 32), "Q8_0": (8, 34, 32)}
 _PROBE_COLUMNS = 8
+_UNFITTING = "A tensor of the GGUF file does not fit the model that its config describes."
+_CONVERT_AGAIN = "Convert the model again, or take its safetensors checkpoint."
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,13 @@ class GgufTensor:
 def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
     """The values of a tensor that only can be converted as a whole."""
     data = np.memmap(tensor.file, tensor.stored_dtype, "r", tensor.offset_bytes, tensor.stored_shape)
-    values = tensor.conversion(tensor._dequantized(data), tensor.stored_name)[tensor.name]
+    with refused(_UNFITTING, tensor.stored_name, _CONVERT_AGAIN):
+        values = tensor.conversion(tensor._dequantized(data), tensor.stored_name)[tensor.name]
     if values.shape != tensor.shape:
         raise ModelError(
-            "A tensor of the GGUF file does not fit the model that its config describes.",
+            _UNFITTING,
             note=f"{tensor.stored_name} is {values.shape}, the model's {tensor.name} is {tensor.shape}.",
-            hint="Convert the model again, or take its safetensors checkpoint.",
+            hint=_CONVERT_AGAIN,
         )
     return values.astype(np.float32, copy=False)
 

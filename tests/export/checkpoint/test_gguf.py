@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -21,6 +21,7 @@ from lora_drop_export.weights.store import store_weights
 from tests.support.quantized import data
 
 HEADS, KV_HEADS, WIDTH, INNER, VOCABULARY = 4, 2, 128, 160, 37
+FLOAT32 = gguf.GGMLQuantizationType.F32
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +169,13 @@ def test_tensor_that_is_not_only_rows_in_another_order(opened):
         changed = dataclasses.replace(ref, conversion=conversion, shape=shape)
         assert np.array_equal(changed.read(), change(plain))
         assert np.array_equal(changed.rows(5, 90), change(plain)[5:90])
+
+
+def test_a_tensor_that_cannot_be_converted_is_refused(opened):
+    """Of another size than its head count allows; the fingerprint reads it before shapes are compared."""
+    ref: Any = opened.tensors["model.layers.0.self_attn.q_proj.weight"]
+    odd = dataclasses.replace(ref, shape=(2, 2), stored_shape=(2, 2), stored_dtype=np.dtype(np.float32), kind=FLOAT32)
+    for read in (odd.read, lambda: odd.rows(0, 1)):
+        with pytest.raises(ModelError, match="does not fit the model that its config describes") as error:
+            read()
+        assert "blk.0.attn_q.weight: ValueError: cannot reshape" in error.value.note
