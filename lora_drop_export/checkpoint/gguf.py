@@ -109,7 +109,7 @@ class GgufTensor:
 
         Found by converting two small matrices, of row numbers and of column numbers.
         """
-        if len(self.stored_shape) < 2:
+        if len(self.stored_shape) < 2 or 0 in self.stored_shape:  # rows of no values may be any number
             return None
         row_numbers, column_numbers = np.indices((self.stored_shape[0], _PROBE_COLUMNS), np.float32)
         try:
@@ -148,8 +148,8 @@ class GgufTensor:
 @functools.lru_cache(maxsize=1)
 def _whole(tensor: GgufTensor) -> npt.NDArray[np.float32]:
     """The values of a tensor that only can be converted as a whole."""
-    data = np.memmap(tensor.file, tensor.stored_dtype, "r", tensor.offset_bytes, tensor.stored_shape)
     with refused(_UNFITTING, tensor.stored_name, _CONVERT_AGAIN):
+        data = np.memmap(tensor.file, tensor.stored_dtype, "r", tensor.offset_bytes, tensor.stored_shape)
         values = tensor.conversion(tensor._dequantized(data), tensor.stored_name)[tensor.name]
     if values.shape != tensor.shape:
         raise ModelError(

@@ -179,3 +179,10 @@ def test_a_tensor_that_cannot_be_converted_is_refused(opened):
         with pytest.raises(ModelError, match="does not fit the model that its config describes") as error:
             read()
         assert "blk.0.attn_q.weight: ValueError: cannot reshape" in error.value.note
+
+
+def test_rows_of_no_values_take_no_memory(opened):
+    """A file of a few bytes may have any number of them."""
+    ref: Any = opened.tensors["model.layers.0.self_attn.q_proj.weight"]
+    with pytest.raises(ModelError, match="does not fit the model that its config describes"):
+        dataclasses.replace(ref, shape=(2**40, 0), stored_shape=(2**40, 0)).rows(0, 1)
