@@ -47,6 +47,8 @@ from lora_drop_tools.shared.options import (
 
 MOST_QUESTION = 1 << 20  # characters of a line
 MOST_SCHEMA = 1 << 20  # bytes of a file
+# Control characters → how they are shown; of lines and tabs a terminal makes nothing else
+_ESCAPED = {code: ascii(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 NEW_TOKENS, REPLY_TOKENS = 64, 256  # of `generate` and of `chat`, where the bundle has room for as many
 
 
@@ -281,6 +283,11 @@ def _questions() -> Iterator[str]:
             yield line
 
 
+def _shown(text: str, out: TextIO) -> str:
+    """Text as it is written: a terminal would obey control characters, so they are escaped for it."""
+    return text.translate(_ESCAPED) if out.isatty() else text
+
+
 def _stream(
     session: Session,
     codec: TextCodec,
@@ -299,7 +306,7 @@ def _stream(
 
     def emit(piece: str) -> None:
         text.append(piece)
-        out.write(piece)
+        out.write(_shown(piece, out))
         out.flush()
 
     count = settings.max_new_tokens or NEW_TOKENS
@@ -445,5 +452,5 @@ def generate(
             text = "".join(pieces.push(int(token)) for token in row) + pieces.finish()
             kv, notes, drafts = session.kv_bytes(), session.engine_notes(), session.statistics()
             completions.append(Completion(text, len(row), seconds, kv, notes, drafts=drafts))
-            print(f"── {prompt}\n{text}", file=out, flush=True)
+            print(_shown(f"── {prompt}\n{text}", out), file=out, flush=True)
         return completions

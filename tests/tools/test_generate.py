@@ -1,0 +1,35 @@
+"""What `lora-drop generate` and `lora-drop chat` write."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from lora_drop_tools.generate import GenerateSettings, generate
+
+from tests.support.bundles import record_again
+from tests.support.serving import word_bundle
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("prompts", [["t1"], ["t1", "t2"]], ids=["streamed", "batch"])
+def test_a_terminal_does_not_obey_a_model(prompts: list[str], tmp_path: Path) -> None:
+    """A title, a colour, the clipboard: a pipe gets them as they are."""
+    root = word_bundle(tmp_path / "bundle").root
+    file = root / "tokenizer" / "tokenizer.json"
+    decoder = {"type": "Replace", "pattern": {"String": "t"}, "content": "\x1b]0;title\x07\x9b31m\t\n"}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"decoder": decoder}), encoding="utf-8")
+    record_again(root)
+    written = []
+    for out in (io.StringIO(), Terminal()):
+        generate(root, prompts, GenerateSettings(max_new_tokens=2, threads=1), out=out)
+        written.append(out.getvalue())
+    assert "\x1b]0;title\x07\x9b31m\t\n" in written[0]
+    assert "\\x1b]0;title\\x07\\x9b31m\t\n" in written[1]
+    assert not set("\x1b\x07\x9b") & set(written[1])
