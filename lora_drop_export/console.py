@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from lora_drop_runtime.errors import one_line
+
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 LINE_SECONDS = 30.0  # without a word, after which a line says how far something is where there is no terminal
 
@@ -26,8 +28,9 @@ class Console:
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; read when tqdm is first imported
 
     def say(self, text: str) -> None:
+        """Print lines; what a name of a checkpoint's may hold beside text is escaped."""
         if self._says:
-            self._print(text)
+            self._print("\n".join(map(one_line, text.split("\n"))))
 
     def _print(self, text: str) -> None:
         self._said = time.monotonic()

@@ -18,7 +18,7 @@ from lora_drop_runtime.bundle.adapters import AdapterConfig, folded, read_adapte
 from lora_drop_runtime.bundle.manifest import Limits, ModelFacts, SpecialTokens
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 from lora_drop_runtime.dtypes import BY_NAME, MODEL_DTYPES
-from lora_drop_runtime.errors import InputError, PlanError
+from lora_drop_runtime.errors import InputError, PlanError, one_line
 from lora_drop_runtime.files import is_file
 from lora_drop_runtime.plan.drop_plan import DropPlan, eligible_layers, spread_layers
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY
@@ -275,7 +275,7 @@ def model_facts(
     tables = [t.bytes_read // t.shape[0] for t in rows if t.shape[0] >= traced.vocab_size]
     embedding_row_bytes = tables[0] if tables else traced.hidden_size * BY_NAME[dtype].size_bytes
     return ModelFacts(
-        name=checkpoint.name,
+        name=one_line(checkpoint.name),  # which a directory's need not be
         model_type=checkpoint.config.model_type,
         fingerprint=fingerprint,
         num_layers=len(traced.windows),

@@ -33,3 +33,8 @@ def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: p
             console.say(f"step {done}")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [*(f"step {done}" for done in range(5)), "distillation: 100.0 s"]
+
+
+def test_a_terminal_does_not_obey_names(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().say("no place for blk.0.\x1b]0;title\x07\u202e\nnext")
+    assert capsys.readouterr().err == "no place for blk.0.\\x1b]0;title\\x07\\u202e\nnext\n"

@@ -40,6 +40,7 @@ def bundle(place, tmp_path) -> Path:
         ("model.kv_dtype", "int2", ("model.kv_dtype",)),
         ("model.weight_dtype", "int4", ("quantization.bits is null",)),
         ("model.name", "a\x1b[2Jb", ("model.name", "control characters")),
+        ("model.name", "a\u202eb", ("model.name is 'a\\u202eb'", "control characters")),
         ("plan.num_layers", 2**40, ("plan.num_layers is 1099511627776",)),
         ("plan.sites", [["4"]], ("plan.sites[0] is a list",)),
         ("plan.sites", ["4.norm"], ("4.norm", "no half of one")),

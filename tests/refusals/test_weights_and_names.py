@@ -93,6 +93,13 @@ def test_a_bundle_whose_name_is_no_utf8(place: Path, tmp_path: Path) -> None:
     assert lora_drop_export.cli.main(["--add-target", "ort", "--force", "--out", str(copy)]) == 0
 
 
+def test_a_model_whose_name_a_terminal_would_obey(place: Path, copied: Path) -> None:
+    """The bundle was made, and then its manifest said to be damaged."""
+    model = copied.rename(copied.parent / "a\x1b[2Jb")
+    assert lora_drop_export.cli.main(["--model", str(model), "--out", str(copied.parent / "out")]) == 0
+    assert Bundle.open(copied.parent / "out").manifest.model.name == "a\\x1b[2Jb"
+
+
 def test_a_line_without_an_end(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

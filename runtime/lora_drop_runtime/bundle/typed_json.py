@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 MOST_INTEGER = 2**63 - 1
 MOST_NESTING = 50
 _SHOWN_CHARACTERS = 40
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a terminal obeys them
+# A terminal obeys them; it begins a line at some of the last, and turns the order of what it shows at others
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _KINDS = {
     dict: "an object",
     list: "a list",
