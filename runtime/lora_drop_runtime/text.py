@@ -36,6 +36,7 @@ _PROBE = "CONTENT_OF_A_MESSAGE"
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its space tells whether a template trims
 
 INCOMPLETE = "\ufffd"  # what a tokenizer decodes the bytes of an incomplete character to
+_BYTES = 64  # tokens without a whole character, so many that they are hardly text
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")  # of tokenizers that fall back to bytes
 
 
@@ -210,6 +211,7 @@ class TextStream:
         self._ids: list[int] = []  # context and new ids
         self._context = 0  # how many of them are context
         self._taken = 0  # how many characters of their text have been taken
+        self._due = 0  # how many ids are decoded for sure
         self._held = ""  # text that may begin a stop string
 
     def push(self, token_id: int) -> str:
@@ -217,21 +219,32 @@ class TextStream:
         if self.stopped or self._codec.skips(int(token_id), self._kept):  # which may be thousands in a row
             return ""
         self._ids.append(int(token_id))
-        text = self._codec.decode(self._ids, kept=self._kept)
+        # Bytes that are no character may go on for thousands of ids, which are then not decoded again at each of them
+        if _BYTES < len(self._ids) < self._due and not self._text([self._ids[-1]]).rstrip(INCOMPLETE):
+            return ""
+        return self._new()
+
+    def _text(self, ids: list[int]) -> str:
+        return self._codec.decode(ids, kept=self._kept)
+
+    def _new(self) -> str:
+        """What is ready of the text of all ids, and has not been taken."""
+        text, self._due = self._text(self._ids), len(self._ids) * 9 // 8
         ready = text.rstrip(INCOMPLETE)
         new = ready[self._taken :]
         if new and ready == text:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
-            self._taken = len(self._codec.decode(self._ids, kept=self._kept))
+            self._taken = len(self._text(self._ids))
         else:
             # Not less than before: with byte fallback, an incomplete character spoils the bytes before it.
             self._taken = max(self._taken, len(ready))
         return self._before_stop(new)
 
     def finish(self) -> str:
-        """Returns the text held back as the possible beginning of a stop string."""
-        text, self._held = self._held, ""
+        """Returns the text held back: the possible beginning of a stop string, and what long rows of bytes ended in."""
+        new = self._new() if self._ids and not self.stopped else ""
+        text, self._held = new + self._held, ""
         return text
 
     def _before_stop(self, new: str) -> str:

@@ -442,6 +442,30 @@ def test_a_stray_byte_beside_a_whole_character() -> None:
     assert streamed(codec, ids) == ["", "", "你", "", "\ufffd\ufffd\ufffdo", "k", ""]
 
 
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_stray_bytes_are_not_decoded_again_and_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of a server may force thousands of them, and each of its tokens would wait for all before."""
+    level = kind == "byte level"
+    tokenizer = byte_level_tokenizer() if level else metaspace_tokenizer()
+    codec = TextCodec(tokenizer, {}, None)
+    names = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    euro = [*names("€")[0][0]] if level else [f"<0x{byte:02X}>" for byte in "€".encode()]
+    stray = tokenizer.token_to_id(euro[1])
+    decoded: list[int] = []
+    decode = codec.decode
+    monkeypatch.setattr(codec, "decode", lambda ids, **kept: decoded.append(len(ids)) or decode(ids, **kept))
+    stream, count = codec.stream(), 4000
+    assert {stream.push(stray) for _ in range(count)} == {""}
+    assert sum(decoded) < 20 * count
+    assert stream.push(tokenizer.token_to_id("o")) == count * "\ufffd" + "o"  # text is not late
+    whole = [tokenizer.token_to_id(token) for token in euro]
+    pieces = [stream.push(token) for token in [*[stray] * 100, *whole]]
+    expected = decode([stray] * 100 + whole)
+    assert "".join([*pieces, stream.finish()]) == expected.rstrip("\ufffd")
+    assert expected.endswith("€") == level
+    assert stream.finish() == ""
+
+
 def test_an_emoji_over_several_tokens_comes_in_one_piece() -> None:
     codec = byte_level_codec()
     ids = codec.encode("🦄").tolist()
