@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import QUANTIZED_DTYPES, OpenVinoEntry
 from lora_drop_runtime.bundle.paged_io import BLOCK
+from lora_drop_runtime.engines.forked import hold_in_forks
 from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.engines.libc import forget_pages, trim_heap
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
@@ -133,7 +134,9 @@ def _processor(ov: Any) -> Any:
     """The core that compiles, kept until the process ends: a core that has loaded the plugin for processors gives the
     thread that did so a stack for signals, and takes it back when it goes. Not rightly where two cores go in the order
     in which they came, or one in another thread: Ctrl-C then ended the process with a fault."""
-    return ov.Core()
+    core = ov.Core()
+    hold_in_forks(core)
+    return core
 
 
 def _error(ov: Any, model: Any, vector: Array, wanted: Array, told: Mapping[str, Any]) -> float:

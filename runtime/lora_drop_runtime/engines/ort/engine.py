@@ -42,6 +42,7 @@ from lora_drop_runtime.engines.engine import (
     copy_arrays,
     fitting_slots,
 )
+from lora_drop_runtime.engines.forked import hold_in_forks
 from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.engines.libc import trim_heap
 from lora_drop_runtime.errors import BundleError, LoraDropError, first_line
@@ -236,6 +237,7 @@ class OrtEngine:
                 note=f"{path}: {first_line(error)}",
                 hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
             ) from error
+        hold_in_forks(session)
         if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
             raise not_started(self._provider, session.get_providers()[0], self._ort)
         if self._graphs is not None:
