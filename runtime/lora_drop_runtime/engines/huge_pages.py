@@ -122,16 +122,20 @@ class HugePages:
         """Move what has been allocated since, in a thread of its own.
 
         Moved is what the process uses already, so that it takes hardly more memory. Nothing is done a second time, nor
-        where no thread is to be had.
+        where no thread or file is to be had.
         """
         if not self._before:
             return
         size, spans = self._bytes, []
         piece = max(size, _PIECE)
-        for begin, end in _without(_mappings(), self._before):
+        before, self._before = self._before, []
+        try:
+            now = _mappings()
+        except OSError:  # no file can be opened any more
+            return
+        for begin, end in _without(now, before):
             last = end // size * size
             spans += [(place, min(place + piece, last)) for place in range(-(-begin // size) * size, last, piece)]
-        self._before = []
         if not spans:
             return
         thread = threading.Thread(target=_move, args=(spans, size), name="huge pages", daemon=True)

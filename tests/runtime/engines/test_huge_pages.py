@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import mmap
 import subprocess
@@ -109,6 +110,18 @@ def test_it_is_taken_after_so_many_steps() -> None:
     pages.has_run()
     pages.settle()
     assert said("AnonHugePages", begin, end) >= 8 * MIB
+
+
+def test_a_process_that_can_open_no_file_goes_on(monkeypatch) -> None:
+    def full() -> list[tuple[int, int]]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(huge_pages, "_page_bytes", lambda: 2 * MIB)
+    pages = HugePages(64 * MIB)
+    monkeypatch.setattr(huge_pages, "_mappings", full)
+    for _ in range(2 * huge_pages._STEPS):
+        pages.has_run()
+    assert pages._thread is None
 
 
 def test_little_is_not_worth_it() -> None:
