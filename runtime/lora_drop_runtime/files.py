@@ -72,7 +72,8 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     try:
         if is_file(path):
             with path.open("rb") as file:
-                data = file.read(most_bytes + 1)
+                size = os.fstat(file.fileno()).st_size
+                data = file.read(min(size, most_bytes) + 1)  # Python asks the system for as many at once
             if len(data) <= most_bytes:
                 return data
             reason = f"has more than {most_bytes} bytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import BundleError
+from lora_drop_runtime.files import read_bounded
 
 from lora_drop_export.checkpoint.open import open_checkpoint
 
@@ -52,3 +54,18 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path: Path, mon
         read_tensors(file)
     assert refused.value.note == f"{file}: Permission denied."
     assert "permissions" in refused.value.hint
+
+
+def test_a_file_is_read_in_memory_of_its_own_size(tmp_path: Path) -> None:
+    """Not of the largest that it may have: for a tokenizer that is a gigabyte, which a limit may not allow."""
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        assert read_bounded(file, 1 << 30) == bytes(1 << 20)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(BundleError, match=r"A file cannot be read\.") as refused:
+        read_bounded(file, (1 << 20) - 1)
+    assert "has more than 1048575 bytes" in refused.value.note
