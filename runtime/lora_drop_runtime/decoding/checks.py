@@ -14,7 +14,7 @@ import numpy as np
 
 from lora_drop_runtime.bounds import THREADS
 from lora_drop_runtime.bundle.manifest import Limits
-from lora_drop_runtime.errors import InputError, counted, whole_number, wrong_type
+from lora_drop_runtime.errors import BundleError, InputError, counted, whole_number, wrong_type
 
 from .constraint import Constraint, check_parts
 from .prompts import token_mask
@@ -124,6 +124,14 @@ def interrupted_cycle() -> InputError:
         "A cycle on the device was interrupted as it was begun.",
         note="How many of its steps have run is not known.",
         hint="Add the row again.",
+    )
+
+
+def too_few_logits(found: int, wanted: int) -> BundleError:
+    return BundleError(
+        "A step of the bundle has left no logits.",
+        note=f"Of {wanted} rows of them that were asked for there are {found}.",
+        hint="Free memory, and begin the request again.",
     )
 
 

@@ -16,6 +16,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import BindingEngine, Engine, Feed, PagedEngine, Pool
 from lora_drop_runtime.plan.schedule import StepKind
 
+from . import checks
 from .sampling import Ids
 from .slots import Logits, Run, Slots, valid_kv_bytes
 
@@ -330,12 +331,18 @@ class PagedSlots:
             longest[...] = most
 
     def logits(self) -> Logits:
-        """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want."""
+        """float32 [b, R, V] of the latest run, valid until the next: of rows that ran the first of R that they want.
+
+        Raises:
+            BundleError: the run has left fewer, as OpenVINO's does now and then that finds no memory.
+        """
         if self._copied is not None:
             return self._copied
         assert self._latest is not None
         due, wanted, there = self._latest
         found, most = self._steps.logits(), max(wanted)
+        if len(found) < sum(wanted):
+            raise checks.too_few_logits(len(found), sum(wanted))
         if len(due) == there and min(wanted) == most:
             # Where the last layer is dropped a LoRA step gives logits of padding, too
             return found[: there * most].reshape(there, most, self._vocabulary)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.engines.engine import Buffer, Engine, Step
+from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import Schedule, StepKind
 
@@ -151,10 +152,15 @@ class Request:
         return self.slots.logits()[:, 0]
 
     def may_hold_nan(self) -> bool:
-        """Whether what it has written may be no numbers, as where its latest logits are none."""
-        if self.engine.chooses_tokens:
-            return self.has_failed or bool((self.slots.chosen() < 0).any())
-        return self.has_failed or not np.isfinite(self.logits().max(axis=1)).all()
+        """Whether what it has written may be no numbers, as where its latest logits are none, or cannot be had."""
+        if self.has_failed:
+            return True
+        try:
+            if self.engine.chooses_tokens:
+                return bool((self.slots.chosen() < 0).any())
+            return not np.isfinite(self.logits().max(axis=1)).all()
+        except BundleError:
+            return True
 
     def may_be_taken_over(self) -> bool:
         """Whether another request can begin with its caches."""

@@ -331,6 +331,32 @@ def test_a_step_that_fails_has_openvinos_reason(bundle: Bundle) -> None:
     assert caught.value.note == f"{bundle.root}: [CPU] Reorder node failed"
 
 
+@pytest.mark.parametrize("fails_in", ["generate", "prefill", "step"])
+def test_a_step_that_left_no_logits_does_not_end_the_session(fails_in: str, bundle: Bundle, monkeypatch) -> None:
+    """As where memory is scarce, and enough later on: OpenVINO says nothing, or the step has raised before."""
+    with Session.open(bundle.root, threads=1) as other:
+        wanted = other.generate([1, 2, 3], 4)[0].tolist()
+    with Session.open(bundle.root, threads=1) as session:
+        if fails_in == "step":
+            session.prefill([[1, 2, 3]], max_new_tokens=4)
+        calls = {
+            "generate": lambda: session.generate([1, 2, 3], 4),
+            "prefill": lambda: session.prefill([[1, 2, 3]], max_new_tokens=4),
+            "step": lambda: session.step([1]),
+        }
+        logits, failed = module._Request.logits, []
+
+        def none(request: Any) -> np.ndarray:
+            failed[:] = failed or [request]
+            return logits(request)[: 0 if request is failed[0] else None]
+
+        monkeypatch.setattr(module._Request, "logits", none)
+        with pytest.raises(BundleError, match="has left no logits") as caught:
+            calls[fails_in]()
+        assert caught.value.note == "Of 1 rows of them that were asked for there are 0."
+        assert session.generate([1, 2, 3], 4)[0].tolist() == wanted
+
+
 def test_other_settings_and_adapters_are_another_compiled_model(bundle: Bundle) -> None:
     engines = [OpenVinoEngine(bundle, threads=1), OpenVinoEngine(bundle, threads=2)]
     engines.append(OpenVinoEngine(bundle, threads=1, exact=True))
