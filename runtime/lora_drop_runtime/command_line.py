@@ -32,6 +32,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 from .bounds import Bounds
 from .errors import InputError, LoraDropError, first_line
+from .files import LACKING
 
 # Of the extra `export`, by import name, less what only GGUF files need
 EXPORT_PACKAGES = (
@@ -476,9 +477,7 @@ _REFUSALS = {
     errno.ENOTDIR: "Check the path: a part of it is no directory.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ELOOP: "Check the path: its links lead in a circle.",
-    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
-    errno.ENFILE: "Close other programs.",
-    errno.ENOMEM: "Free some memory.",
+    **LACKING,
     errno.EIO: "Check the disk or the terminal.",
     errno.EBADF: "Check what standard input and output are connected to.",
     errno.ESTALE: "Check the network file system.",

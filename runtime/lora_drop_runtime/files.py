@@ -6,11 +6,19 @@ reading it may never end.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 from .errors import BundleError
+
+# What the process or the system lacks to open or read a file, and what to do about it
+LACKING = {
+    errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+    errno.ENFILE: "Close other programs.",
+    errno.ENOMEM: "Free some memory.",
+}
 
 
 def is_utf8(text: str) -> bool:
@@ -62,12 +70,18 @@ def refuse_locked(path: Path) -> None:
         pass
 
 
+def reading_hint(error: OSError, otherwise: str) -> str:
+    """What to do about a file that cannot be read, where the process or the system lacks something; else the other."""
+    return LACKING.get(error.errno or 0, otherwise)
+
+
 def read_bounded(path: Path, most_bytes: int) -> bytes:
     """The content of an ordinary file.
 
     Raises:
         BundleError: it cannot be read, or is larger than such a file ever is.
     """
+    hint = "Copy it again, and check its permissions."
     reason = "is no ordinary file" if _mode(path) else "was not found"
     try:
         if is_file(path):
@@ -78,7 +92,5 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
                 return data
             reason = f"has more than {most_bytes} bytes"
     except OSError as error:
-        reason = f"{error.strerror}"
-    raise BundleError(
-        "A file cannot be read.", note=f"{path}: {reason}.", hint="Copy it again, and check its permissions."
-    ) from None
+        reason, hint = f"{error.strerror}", reading_hint(error, hint)
+    raise BundleError("A file cannot be read.", note=f"{path}: {reason}.", hint=hint) from None

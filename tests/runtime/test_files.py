@@ -56,6 +56,20 @@ def test_weights_that_may_not_be_read_are_not_called_damaged(tmp_path: Path, mon
     assert "permissions" in refused.value.hint
 
 
+def test_a_process_with_too_many_files_is_not_sent_to_the_permissions(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "lora_drop.json").write_bytes(b"{}")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", full)
+    for read in (read_tensors, lambda file: read_bounded(file, 64), lambda file: Bundle.open(file.parent)):
+        with pytest.raises(BundleError, match="cannot be read") as refused:
+            read(tmp_path / "lora_drop.json")
+        assert refused.value.note == f"{tmp_path / 'lora_drop.json'}: Too many open files."
+        assert refused.value.hint == "Raise the limit on open files (ulimit -n)."
+
+
 def test_a_file_is_read_in_memory_of_its_own_size(tmp_path: Path) -> None:
     """Not of the largest that it may have: for a tokenizer that is a gigabyte, which a limit may not allow."""
     file = tmp_path / "tokenizer.json"

@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.errors import BundleError, LoraDropError, wrong_type
-from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded, refuse_locked
+from lora_drop_runtime.files import is_directory, is_file, is_utf8, read_bounded, reading_hint, refuse_locked
 
 from .graph_files import graph_files
 from .manifest import ENTRIES, MANIFEST_NAME, FileRecord, Manifest, TargetEntry
@@ -78,7 +78,7 @@ def _reading(file: Path) -> Iterator[None]:
         raise BundleError(
             "A file of the bundle cannot be read.",
             note=f"{file}: {error.strerror}.",
-            hint="Check its permissions; or copy the whole bundle again.",
+            hint=reading_hint(error, "Check its permissions; or copy the whole bundle again."),
         ) from None
 
 

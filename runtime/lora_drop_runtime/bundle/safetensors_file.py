@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from lora_drop_runtime.dtypes import BY_NAME, BY_SAFETENSORS, float32_from_bfloat16, float32_from_float8
 from lora_drop_runtime.errors import BundleError
-from lora_drop_runtime.files import is_file
+from lora_drop_runtime.files import is_file, reading_hint
 
 from .typed_json import parse_json, typed
 
@@ -129,9 +129,8 @@ def _read_header(path: Path) -> tuple[bytes, int]:
             length = int.from_bytes(prefix, "little")
             header = file.read(length) if length <= _MAX_HEADER_BYTES else b""
     except OSError as error:
-        raise BundleError(
-            "A file cannot be read.", note=f"{path}: {error.strerror}.", hint="Check its permissions, or copy it again."
-        ) from None
+        hint = reading_hint(error, "Check its permissions, or copy it again.")
+        raise BundleError("A file cannot be read.", note=f"{path}: {error.strerror}.", hint=hint) from None
     if len(prefix) != 8 or len(header) != length or not header.startswith(b"{"):
         raise _not_whole(path, f"announces a header of {length} bytes")
     return header, 8 + length
