@@ -125,3 +125,10 @@ def first_line(error: BaseException) -> str:
 def is_failure(error: BaseException) -> bool:
     """Whether a library has failed, and nobody ends the program: an Exception, or the panic of one written in Rust."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def loading_hint(error: BaseException) -> str:
+    """What to do about a graph that an engine cannot load."""
+    if any(word in str(error) for word in ("bad_alloc", "can't alloc", "Failed to allocate")):
+        return "Free memory, or raise the limit on it (ulimit -v)."
+    return "Check the bundle with: lora-drop inspect --check; or export the model again."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from lora_drop_runtime.errors import InputError, NoDeviceError, first_line
+from lora_drop_runtime.errors import InputError, NoDeviceError, first_line, loading_hint
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,17 @@ def test_errors_cross_processes(kind: type[InputError] | type[NoDeviceError]) ->
     assert type(came) is kind
     assert str(came) == str(error) == "No room.\nNote: It has 1\\n2.\nHint: Make some."
     assert (came.fact, came.note, came.hint) == (error.fact, error.note, error.hint)
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc", "Free memory"),
+        ("Failed to allocate 113246208 bytes of memory", "Free memory"),
+        ("can't alloc", "Free memory"),
+        ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Protobuf parsing failed.", "Check the bundle"),
+    ],
+    ids=["bad_alloc", "bytes", "alloc", "protobuf"],
+)
+def test_a_graph_that_found_no_memory_is_not_called_damaged(said: str, hint: str) -> None:
+    assert loading_hint(RuntimeError(said)).startswith(hint)
