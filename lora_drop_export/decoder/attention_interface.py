@@ -37,6 +37,13 @@ class AttentionCall:
     softcap: float
 
 
+def _masked_window(module: Any) -> int | None:
+    """The window of the mask that transformers makes for this layer, whatever its attention is told."""
+    types = getattr(module.config, "layer_types", None)
+    is_windowed = types and types[module.layer_idx] == "sliding_attention"
+    return getattr(module.config, "sliding_window", None) if is_windowed else None
+
+
 def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> None:
     """Let models with `attn_implementation=name` call `attend`, which returns [B, S, H, D].
 
@@ -65,7 +72,7 @@ def register_attention(name: str, attend: Callable[[AttentionCall], Any]) -> Non
             if present:
                 raise unsupported(feature, getattr(module, "config", None))
         scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
-        window = window_within(module.config, sliding_window)
+        window = window_within(module.config, sliding_window or _masked_window(module))
         call = AttentionCall(module, query, key, value, scale, window, float(softcap or 0.0))
         return attend(call), None
 
