@@ -194,6 +194,13 @@ def deepseek_v3_dense() -> transformers.PreTrainedModel:
     return build(transformers.DeepseekV3ForCausalLM, transformers.DeepseekV3Config, seed=47, **options)
 
 
+def minicpm3() -> transformers.PreTrainedModel:
+    """Latent attention, too: RoPE is on one head of the keys that all share, and on a part of the queries'."""
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    options = FEW | latent | {"num_key_value_heads": 4}
+    return build(transformers.MiniCPM3ForCausalLM, transformers.MiniCPM3Config, seed=51, **options)
+
+
 def modernbert_decoder() -> transformers.PreTrainedModel:
     """Its weights are drawn by code that fake tensors cannot run; a first layer without a norm, and with a window."""
     options = {"num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "local_attention": 5}
@@ -218,6 +225,7 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         gptj,
         codegen,
         deepseek_v3_dense,
+        minicpm3,
         modernbert_decoder,
     )
 }

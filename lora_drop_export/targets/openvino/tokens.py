@@ -17,16 +17,15 @@ def _sizes(reshape: ir.Node) -> list[int]:
 
 
 def _with_constant_shape(graph: ir.Graph, node: ir.Node) -> None:
-    """A Reshape to [batch, sequence, …] needs no shape that is computed: the second size is what is left."""
-    shape = node.outputs[0].shape
-    if shape is None or len(shape) < 3 or not all(isinstance(size, int) for size in list(shape)[2:]):
-        return
-    if isinstance(shape[0], int) or isinstance(shape[1], int):
+    """A Reshape to [batch, sequence, …], or [batch, 1, sequence, …], needs no shape that is computed: the sequence is
+    what is left."""
+    sizes = [size if isinstance(size, int) else None for size in node.outputs[0].shape or ()]
+    if len(sizes) < 3 or sizes[0] is not None or sizes[1:].count(None) != 1:
         return
     ops = Ops()
-    sizes = ops.ints([1, -1, *(int(size) for size in list(shape)[2:])])  # type: ignore[arg-type]
+    shape = ops.ints([1, *(-1 if size is None else size for size in sizes[1:])])
     graph.insert_before(node, ops.nodes)
-    node.replace_input_with(1, sizes)
+    node.replace_input_with(1, shape)
     node.attributes.pop("allowzero", None)
 
 
