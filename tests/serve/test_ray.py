@@ -359,7 +359,7 @@ def test_who_hangs_up_frees_its_row(http: httpx.Client) -> None:
 def test_a_killed_replica_cuts_its_own_streams_alone(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
     finished = check_told(told_under_load(cluster, "kill a replica"), bundle)
     check_twenty(http, bundle)
-    assert 0 < finished == begun(http) < STREAMS
+    assert finished == begun(http) < STREAMS  # 0 where all went to the one that was killed
 
 
 def test_it_is_replaced_and_a_killed_node_cuts_its_own_streams_alone(
