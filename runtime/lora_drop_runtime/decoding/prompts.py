@@ -14,7 +14,7 @@ from lora_drop_runtime.errors import wrong_type
 from .sampling import Ids
 
 _MOST_ID = 2**63 - 1
-Prompts = Sequence[int] | Sequence[Sequence[int]] | Sequence[Array] | Array
+Prompts = Sequence[int] | Sequence[Sequence[int] | Array] | Array
 
 
 def integers(what: str, value: Any, hint: str) -> Ids:
