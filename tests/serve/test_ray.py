@@ -357,9 +357,13 @@ def test_who_hangs_up_frees_its_row(http: httpx.Client) -> None:
 
 
 def test_a_killed_replica_cuts_its_own_streams_alone(cluster: RayCluster, http: httpx.Client, bundle: Bundle) -> None:
-    finished = check_told(told_under_load(cluster, "kill a replica"), bundle)
-    check_twenty(http, bundle)
-    assert finished == begun(http) < STREAMS  # 0 where all went to the one that was killed
+    for _ in range(3):  # the proxy may have sent all of a load to the one that is killed
+        await_that(lambda: [len(found) for found in cluster.do("replicas")] == [1, 1])
+        finished = check_told(told_under_load(cluster, "kill a replica"), bundle)
+        check_twenty(http, bundle)
+        if finished:
+            break
+    assert 0 < finished == begun(http) < STREAMS
 
 
 def test_it_is_replaced_and_a_killed_node_cuts_its_own_streams_alone(

@@ -151,20 +151,23 @@ class Request:
         """float32 [B, V] of the latest step; valid until the next."""
         return self.slots.logits()[:, 0]
 
-    def may_hold_nan(self) -> bool:
-        """Whether what it has written may be no numbers, as where its latest logits are none, or cannot be had."""
-        if self.has_failed:
-            return True
+    def _are_numbers(self) -> bool:
+        """Whether its latest logits are; not where they cannot be had."""
         try:
-            if self.engine.chooses_tokens:
-                return bool((self.slots.chosen() < 0).any())
-            return not np.isfinite(self.logits().max(axis=1)).all()
+            return bool(np.isfinite(self.logits().max(axis=1)).all())
         except BundleError:
-            return True
+            return False
+
+    def may_hold_nan(self) -> bool:
+        """Whether what it has written may be no numbers. Where the engine chooses tokens its logits are not read."""
+        if self.engine.chooses_tokens:
+            return self.has_failed or bool((self.slots.chosen() < 0).any())
+        return self.has_failed or not self._are_numbers()
 
     def may_be_taken_over(self) -> bool:
-        """Whether another request can begin with its caches."""
-        return not self.is_torn and not self.may_hold_nan()
+        """Whether another request can begin with its caches; where logits are no numbers, later slots are none, also
+        those of a cycle that ran ahead and whose tokens nobody was told."""
+        return not self.is_torn and not self.has_failed and self._are_numbers()
 
     def wipe(self) -> None:
         """Forget all entries, and the memory of them: the request is over."""
