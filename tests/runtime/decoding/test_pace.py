@@ -5,6 +5,7 @@ No test here reads a real clock: every run of a graph moves the fake one by its 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_drop_runtime.decoding.pace import AutoPace, CycleTimes
+from lora_drop_runtime.decoding.pace import AutoPace, CycleTimes, RowOutcome
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import DraftsDoNotPay
 from lora_drop_runtime.plan.drafting import VerifiedSchedule
@@ -138,6 +139,80 @@ def test_a_row_s_draft_is_paid_at_the_width_that_all_rows_get() -> None:
         pace.saw(CycleTimes(0, 0.0, width, seconds, seconds), [])
     assert pace.spent == pace.full
     assert [pace.drafts("ngram", 1, runs=1, width=width) for width in (1, 2, 9)] == [1, 1, 0]
+
+
+def timed(lora: float, further: float, outcome: RowOutcome | None = None, cycles: int = 60) -> AutoPace:
+    """A pace that has seen refreshes of 1 s and cycles of one outcome, with tokens enough that the budget bears all."""
+    pace = AutoPace()
+    pace.saw(CycleTimes(0, 0.0, 1, 1.0, 1.0), [])
+    for width in range(2, 10):
+        pace.saw(CycleTimes(1, lora, width, 1.0 + further * (width - 1), 100.0), [])
+    for _ in range(cycles if outcome else 0):
+        pace.saw(CycleTimes(1, lora, 1, 1.0, 100.0), [outcome] if outcome else [])
+    return pace
+
+
+def test_acceptance_is_counted_at_each_place_of_a_draft() -> None:
+    """One draft makes 2 tokens in 0.2 + 1.05 s; a second, which is always rejected, adds 0.25 s and no token."""
+    rejected = RowOutcome("lora", drafted=4, judged=2, accepted=1, stopped=False)
+    assert timed(0.2, 0.05, rejected).drafts("lora", 8, runs=1, width=1) == 1
+    all_accepted = RowOutcome("lora", drafted=8, judged=8, accepted=8, stopped=False)
+    assert timed(0.2, 0.05, all_accepted).drafts("lora", 8, runs=1, width=1) == 8
+    never_made = RowOutcome("lora", drafted=0, judged=0, accepted=0, stopped=True)
+    pace = timed(0.2, 0.05, never_made)  # a step of 0.2 s for nothing
+    assert [pace.drafts("lora", 8, runs=1, width=1) for _ in range(4)] == [1, 0, 1, 0]
+
+
+def test_a_verification_that_nobody_timed_goes_on_from_the_widest_below_it() -> None:
+    pace = AutoPace()
+    for width, seconds in ((1, 1.0), (3, 1.2)):
+        pace.saw(CycleTimes(0, 0.0, width, seconds, 1.0), [])
+    assert pace._wide_seconds(2, 1.0, 1, worst=False) == 1.5  # half a refresh for each further token, as of none yet
+    assert pace._wide_seconds(3, 1.0, 1, worst=True) == 1.2
+    assert pace._wide_seconds(6, 1.0, 1, worst=False) == pytest.approx(1.5)  # a further token took 0.1 s
+    assert pace._wide_seconds(6, 1.0, 1, worst=True) == pytest.approx(2.7)
+    assert pace._wide_seconds(2, 1.0, 3, worst=True) == 4.5  # three runs of the graph, row by row
+    pace.saw(CycleTimes(0, 0.0, 2, 1.05, 1.0), [])
+    assert pace._wide_seconds(2, 1.0, 1, worst=False) == 1.05
+    pace = AutoPace()
+    pace.saw(CycleTimes(0, 0.0, 2, 1.05, 1.0), [])
+    assert pace._wide_seconds(4, 1.0, 1, worst=False) == pytest.approx(1.15)
+
+
+def test_the_refresh_of_one_token_is_timed_again_after_32_cycles() -> None:
+    pace = timed(0.2, 0.05)  # eight cycles since the first
+    made = []
+    for _ in range(26):
+        made.append(pace.drafts("lora", 2, runs=1, width=1))
+        pace.saw(CycleTimes(2, 0.4, 3, 1.1, 3.0), [RowOutcome("lora", 2, 2, 2, stopped=False)])
+    assert made == [2] * 24 + [0] * 2
+    pace.saw(CycleTimes(0, 0.0, 1, 1.0, 1.0), [])
+    assert pace.drafts("lora", 2, runs=1, width=1) == 2
+
+
+def test_what_does_not_pay_is_tried_ever_more_seldom() -> None:
+    rejected = RowOutcome("lora", drafted=1, judged=1, accepted=0, stopped=False)
+    pace = timed(0.5, 0.1)
+    tried, noted = [], []
+    for cycle in range(250):
+        if pace.drafts("lora", 1, runs=1, width=1):
+            tried.append(cycle)
+            pace.saw(CycleTimes(1, 0.5, 2, 1.1, 100.0), [rejected])
+        else:
+            pace.saw(CycleTimes(0, 0.0, 1, 1.0, 1.0), [])
+        noted.append(bool(pace.note))
+    waits = [after - before for before, after in itertools.pairwise(tried)]
+    first = waits.index(2)  # what was hoped for is believed for a while
+    assert waits == [1] * first + [2, 4, 8, 16, 32, 64, 64]
+    assert noted.index(True) > tried[7], "drafts are called useless after eight trials"
+
+
+def test_the_note_counts_first_drafts_that_were_made_and_accepted() -> None:
+    """A second one is never made, the first always. With 28 cycles remembered and 2 hoped for that is 29.6 of 30."""
+    pace = timed(0.9, 1.0, RowOutcome("lora", drafted=1, judged=1, accepted=1, stopped=True))
+    pace.drafts("lora", 2, runs=1, width=1)
+    assert "a LoRA step takes 0.90 of a refresh and a refresh that verifies one draft takes 2.00" in pace.note
+    assert f"{(29.6 / 30) ** 2:.0%} of the first drafts are accepted" in pace.note
 
 
 def test_it_finds_what_pays() -> None:
