@@ -102,6 +102,26 @@ def test_ctrl_c_while_packages_are_imported(bundle, package, module) -> None:
     assert (done.returncode, done.stderr) == (130, b"interrupted\n")
 
 
+@pytest.mark.parametrize("ignored", [False, True], ids=["told", "ignored"])
+def test_sigterm_while_packages_are_imported(ignored) -> None:
+    """The first process of a container gets the signal only where it has a handler: 143 is an exit code here, and not
+    what a shell says of a process that the system ended."""
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        f"signal.signal(signal.SIGTERM, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
+        "class Ended(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        '        if name == "numpy": os.kill(os.getpid(), signal.SIGTERM)\n'
+        "sys.meta_path.insert(0, Ended())\n"
+        "from lora_drop_tools.__main__ import main\n"
+        'sys.argv[1:] = ["--version"]\n'
+        "sys.exit(main())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd="/", timeout=600)
+    assert (done.returncode, done.stderr) == (0 if ignored else 143, b"")
+
+
 def test_functions_have_the_names_of_their_modules() -> None:
     """Also once the modules are imported."""
     import lora_drop_tools
