@@ -21,7 +21,7 @@ import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.engines.engine import Array, Engine
-from lora_drop_runtime.errors import InputError, whole_number
+from lora_drop_runtime.errors import InputError, counted, whole_number
 from lora_drop_runtime.plan.drafting import VerifiedSchedule, draft_source, scheduled
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import PeriodicSchedule, Schedule, StepKind, periodic_like
@@ -198,7 +198,7 @@ class Batch:
     def describe(self) -> str:
         """How many slots there are, and what they take."""
         self._check_open()
-        slots = f"{self._count} slots of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
+        slots = f"{counted(self._count, 'slot')} of {self.max_seq_len} tokens, prompts of {self.max_prompt_len}: "
         if not self._paged:
             cycles = "; whole cycles without the host" if self._in_cycles else ""
             return slots + f"{self._slots.nbytes / 2**20:,.1f} MiB of K/V and states{cycles}{self._why_none_kept}"
