@@ -13,6 +13,7 @@ import gc
 import hmac
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -613,6 +614,9 @@ def create_app(
         tells_ids: answers have `X-Request-ID`, the request's own or a new one; False where what is before this does so.
     """
 
+    # tokenizers would make a thread for each core at the first text, which no text here gains by, and where a container
+    # may not have so many it takes no text ever after
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log = Log()
 
     @contextlib.asynccontextmanager

@@ -270,6 +270,15 @@ def test_ipv6_without_brackets() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_texts_need_no_thread_for_each_core(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may not have as many: tokenizers took no text for ever after, and the server was ready."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    with started(bundle, RAYON_NUM_THREADS="50") as (process, address):
+        done = httpx.post(f"{address}/v1/completions", json={"prompt": "t1 t2", "max_tokens": 2}, timeout=None)
+        assert done.status_code == 200
+        assert len(os.listdir(f"/proc/{process.pid}/task")) < 50
+
+
 def test_a_full_disk_behind_the_log_stops_nothing(bundle: Bundle) -> None:
     """Not the start, not an answer, not what is said of connections and cut requests, and not the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
