@@ -131,4 +131,6 @@ def loading_hint(error: BaseException) -> str:
     """What to do about a graph that an engine cannot load."""
     if any(word in str(error) for word in ("bad_alloc", "can't alloc", "Failed to allocate")):
         return "Free memory, or raise the limit on it (ulimit -v)."
+    if "pthread_create failed" in str(error):
+        return "Ask for fewer threads, or raise the limit on them (ulimit -u, a container's limit on pids)."
     return "Check the bundle with: lora-drop inspect --check; or export the model again."
