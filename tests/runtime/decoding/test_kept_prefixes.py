@@ -303,6 +303,7 @@ def test_an_engine_on_a_gpu_keeps_none() -> None:
     ours = Batch(bundle, engine, batch.schedule, "backfill", keep_prefixes=True)
     assert ours._prefixes is None
     assert ours.describe().endswith("no prefixes are kept by this engine")
+    assert Batch(bundle, engine, batch.schedule, "backfill", slots=1).describe().startswith("1 slot of ")
     for _ in range(2):
         assert answered(ours, [1, 2, 3])[1] == 0
 
