@@ -269,7 +269,7 @@ def test_ipv6_without_brackets() -> None:
         assert server_address(made).startswith("http://[::1]:")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="threads are counted in /proc")
 def test_texts_need_no_thread_for_each_core(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container may not have as many: tokenizers took no text for ever after, and the server was ready."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
@@ -279,6 +279,7 @@ def test_texts_need_no_thread_for_each_core(bundle: Bundle, monkeypatch: pytest.
         assert len(os.listdir(f"/proc/{process.pid}/task")) < 50
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_a_full_disk_behind_the_log_stops_nothing(bundle: Bundle) -> None:
     """Not the start, not an answer, not what is said of connections and cut requests, and not the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
