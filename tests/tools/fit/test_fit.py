@@ -763,6 +763,22 @@ def test_a_damaged_state_is_said_and_kept(
         file.write_bytes(whole)
 
 
+@pytest.mark.parametrize("other", [{"drop_layers": (4,)}, {"rank": 2}, {"seed": 7}], ids=["layers", "rank", "seed"])
+def test_what_another_fit_began_with_is_refused(
+    other: dict[str, Any], model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise InputError("The text cannot be read.", note="It is gone.", hint="Wait.")
+
+    monkeypatch.setattr(importlib.import_module("lora_drop_tools.fit.fit"), "distilled", gone)
+    for name, options in (("a", {}), ("b", other)):
+        with pytest.raises(InputError, match="gone"):
+            run_fit(model_dir, words, tmp_path / name, **{"drop_layers": (3,), **options})
+    shutil.copy(tmp_path / "b.partial" / "begin.pt", tmp_path / "a.partial")
+    with pytest.raises(InputError, match=r"begin.pt: it is of another fit: \w+ [^\n]+\.\nHint: Begin anew by --force"):
+        run_fit(model_dir, words, tmp_path / "a", drop_layers=(3,), resume=True)
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("text", ["", None, "absent"])
 def test_empty_documents_are_passed_over(text: str | None, model_dir: Path, lines: Path, tmp_path: Path) -> None:

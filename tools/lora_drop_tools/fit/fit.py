@@ -32,7 +32,7 @@ from lora_drop_tools.shared.results import refuse_in_bundle
 
 from .files import require_package
 from .given import Given, read_given
-from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same, load_begin
+from .partial import Partial, begun_with_force, check_log_dir, check_place, check_same
 from .peft import ADAPTERS, RESULT_NAME, save_adapters
 from .plan import listed_layers, plan_to_fit
 from .settings import FitSettings
@@ -140,7 +140,7 @@ def _fit_loaded(
     partial = Partial(resolved(settings.out), described, settings.resume, settings.force, workers)
     kept, losses = CLOSED_FORM, list[float]()
     if settings.resume:
-        pairs, scales, stages = load_begin(partial.begin)
+        pairs, scales, stages = partial.load_begin()
         work.stages.update(stages)
     else:
         pairs, scales = begin(work, None if given is None else given.pairs(plan, loaded, forcing.device))

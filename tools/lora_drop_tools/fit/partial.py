@@ -176,7 +176,8 @@ class Partial:
             return
         staged.mkdir()
         data = io.BytesIO()  # an error of the disk is then Python's, which says what it is
-        torch.save({"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages)}, data)
+        begun = {"pairs": dict(pairs), "scales": dict(scales), "stages": dict(stages), "settings": self._settings}
+        torch.save(begun, data)
         (staged / _BEGIN).write_bytes(data.getvalue())
         (staged / _SETTINGS).write_text(
             json.dumps({"settings": self._settings, "force": self._force}, indent=1), encoding="utf-8"
@@ -189,8 +190,10 @@ class Partial:
         if self._writes:
             remove_files(self.root, _FILES)
 
-
-def load_begin(path: Path) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
-    """What distillation began with: adapters, scales of the features, figures of the stages before."""
-    with saved(path, "Begin anew by --force.") as data:
-        return data["pairs"], data["scales"], data["stages"]
+    def load_begin(self) -> tuple[Surrogates, dict[str, Any], dict[str, dict[str, float]]]:
+        """What distillation began with: adapters, scales of the features, figures of the stages before."""
+        with saved(self.begin, "Begin anew by --force.") as data:
+            begun = data["pairs"], data["scales"], data["stages"]
+            if difference := _difference(data.get("settings", {}), self._settings):  # earlier versions wrote none
+                raise ValueError(f"it is of another fit: {difference}")
+            return begun
