@@ -8,20 +8,21 @@ from typing import Any
 
 from lora_drop_runtime.plan.schedule import PERIODIC
 
-from lora_drop_tools.shared.results import save_figure
+from lora_drop_tools.shared.results import add_legend, colours, save_figure
 
 from .result import BenchResult, Row
 
 
-def _by_window(rows: Sequence[Row], skip_full: bool) -> dict[int | str, list[Row]]:
-    """Rows of each k, by ρ."""
+def _by_window(rows: Sequence[Row], skip_full: bool) -> list[tuple[int | str, list[Row], Any]]:
+    """Rows of each k, by ρ, and a colour."""
     windows = list(dict.fromkeys(row.k for row in rows if row.k or not skip_full))
-    return {k: sorted((row for row in rows if row.k == k), key=lambda row: row.rho) for k in windows}
+    own = (sorted((row for row in rows if row.k == k), key=lambda row: row.rho) for k in windows)
+    return list(zip(windows, own, colours(len(windows)), strict=True))
 
 
 def _draw_speedup(axes: Any, rows: Sequence[Row]) -> None:
-    for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
-        rho, colour = [row.rho for row in own], f"C{index}"
+    for k, own, colour in _by_window(rows, skip_full=True):
+        rho = [row.rho for row in own]
         low = [row.speedup - min(row.speedups) for row in own]
         high = [max(row.speedups) - row.speedup for row in own]
         axes.errorbar(rho, [r.speedup for r in own], [low, high], fmt="o-", color=colour, capsize=3, label=f"k = {k}")
@@ -32,8 +33,8 @@ def _draw_speedup(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_latency(axes: Any, rows: Sequence[Row]) -> None:
-    for index, (k, own) in enumerate(_by_window(rows, skip_full=False).items()):
-        rho, colour = [row.rho for row in own], f"C{index}"
+    for k, own, colour in _by_window(rows, skip_full=False):
+        rho = [row.rho for row in own]
         axes.plot(rho, [row.latency_ms["p50"] for row in own], "o-", color=colour, label=f"k = {k}, p50")
         axes.plot(rho, [row.latency_ms["p95"] for row in own], "^--", color=colour, label=f"k = {k}, p95")
     axes.set_xlabel("ρ, dropped share of the eligible layers")
@@ -42,8 +43,7 @@ def _draw_latency(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_kv_saving(axes: Any, rows: Sequence[Row]) -> None:
-    for index, (k, own) in enumerate(_by_window(rows, skip_full=True).items()):
-        colour = f"C{index}"
+    for k, own, colour in _by_window(rows, skip_full=True):
         most = max(own, key=lambda row: row.attention_share)
         line, equation = [0.0, most.attention_share], [0.0, 100 * most.kv_saving]
         axes.plot(line, equation, "--", color=colour, alpha=0.6, label=f"k = {k}, Eq. 16")
@@ -72,6 +72,6 @@ def write_plots(result: BenchResult, directory: Path) -> list[Path]:
             draw(axes, own)
             axes.set_title(title, fontsize="small")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+            add_legend(axes)
             written.append(save_figure(figure, directory / f"{name}_context{context}_batch{rows}.png"))
     return written

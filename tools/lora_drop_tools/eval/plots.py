@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_drop_runtime.plan.schedule import PERIODIC
 
-from lora_drop_tools.shared.results import save_figure
+from lora_drop_tools.shared.results import add_legend, colours, save_figure
 from lora_drop_tools.shared.table import MIB
 
 from .intervals import Figure
@@ -29,7 +29,7 @@ def _arm(row: EvalRow) -> str:
 def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], quality: str, cost: str) -> None:
     """A line for each bundle, policy and schedule over its windows; the full schedule is where they begin."""
     arms = dict.fromkeys((row.bundle, row.policy, row.schedule) for row, _, _ in points if row.k)
-    for bundle, policy, schedule in arms:
+    for (bundle, policy, schedule), colour in zip(arms, colours(len(arms)), strict=True):
         own = [
             one
             for one in points
@@ -39,7 +39,7 @@ def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], qua
         x, y = [one[2] for one in own], [one[1].value for one in own]
         low = [max(0.0, one[1].value - one[1].low) for one in own]
         high = [max(0.0, one[1].high - one[1].value) for one in own]
-        axes.errorbar(x, y, [low, high], fmt="o-", capsize=3, label=_arm(own[-1][0]))
+        axes.errorbar(x, y, [low, high], fmt="o-", color=colour, capsize=3, label=_arm(own[-1][0]))
         for row, figure, at in own:
             axes.annotate(
                 f"k={row.k}", (at, figure.value), textcoords="offset points", xytext=(5, 4), fontsize="x-small"
@@ -50,10 +50,10 @@ def _draw_pareto(axes: Any, points: Sequence[tuple[EvalRow, Figure, float]], qua
 
 
 def _draw_offsets(axes: Any, rows: Sequence[EvalRow], name: str, label: str) -> None:
-    for row in rows:
-        if row.k and row.text:
-            offsets = [one.offset for one in row.text.offsets]
-            axes.plot(offsets, [getattr(one, name) for one in row.text.offsets], "o-", label=schedule_name(row))
+    drawn = [(row, row.text.offsets) for row in rows if row.k and row.text]
+    for (row, found), colour in zip(drawn, colours(len(drawn)), strict=True):
+        offsets, y = [one.offset for one in found], [getattr(one, name) for one in found]
+        axes.plot(offsets, y, "o-", color=colour, label=schedule_name(row))
     axes.set_xlabel("offset within the cycle (0: refresh)")
     axes.set_xticks(range(max(row.k for row in rows) + 1))
     axes.set_ylabel(label)
@@ -74,7 +74,7 @@ def write_plots(result: EvalResult, directory: Path) -> list[Path]:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(axes)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
+            add_legend(axes)
         figure.suptitle(f"{result.model}, {result.weight_dtype}", fontsize="small")
         written.append(save_figure(figure, directory / f"{name}.png"))
 

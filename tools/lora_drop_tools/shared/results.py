@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ from lora_drop_export.staging import file as staging
 from lora_drop_export.staging.area import resolved
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SOFTWARE = "lora-drop"  # as the metadata of our figures names what wrote them
 _SIGN = b"tEXtSoftware\0" + _SOFTWARE.encode()  # how PNG has it, before the image's data
+_LEGEND_WIDTH = 80  # letters that are as wide as axes
 
 
 def said_command(arguments: Sequence[str]) -> str:
@@ -163,14 +166,36 @@ def write_json(path: Path, text: str, keys: Collection[str]) -> None:
     staging.write_file(path, text.encode(), "--json")
 
 
+def colours(count: int) -> list[Any]:
+    """One for each of so many curves; matplotlib's own are ten, of more two curves would have the same."""
+    import matplotlib
+
+    return [f"C{n}" if count <= 10 else matplotlib.colormaps["viridis"](n / count) for n in range(count)]
+
+
+def add_legend(axes: Axes) -> None:
+    """A legend in the axes, or below them where it would cover the curves; the saved figure is as much larger."""
+    handles, names = axes.get_legend_handles_labels()
+    names = [textwrap.fill(name, _LEGEND_WIDTH) for name in names]
+    longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+    if len(names) <= 8 and longest <= _LEGEND_WIDTH // 2:
+        axes.legend(handles, names, fontsize="small")
+        return
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, -0.15), "borderaxespad": 0}
+    legend = axes.legend(handles, names, fontsize="small", ncols=max(1, _LEGEND_WIDTH // (longest + 8)), **place)
+    legend.set_in_layout(False)  # else the axes shrink for it
+
+
 def figure_bytes(figure: Figure) -> bytes:
     """A figure as PNG that says who drew it. Names in it are drawn as they are: two $ make no formula."""
     legends = [legend for axes in figure.axes if (legend := axes.get_legend()) is not None]
     named = [axes.title for axes in figure.axes] + [text for legend in legends for text in legend.get_texts()]
     for text in [*figure.texts, *named]:
         text.set_parse_math(False)
+    below = [legend for legend in legends if not legend.get_in_layout()]
+    whole: dict[str, Any] = {"bbox_inches": "tight", "bbox_extra_artists": [*figure.texts, *below]} if below else {}
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150, metadata={"Software": _SOFTWARE})
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": _SOFTWARE}, **whole)
     return data.getvalue()
 
 
