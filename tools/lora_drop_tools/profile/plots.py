@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_drop_runtime.plan.sites import MLP, half_of, layer_of
 
-from lora_drop_tools.shared.results import figure_bytes
+from lora_drop_tools.shared.results import colours, figure_bytes
 
 from .measures import DELTAS
 from .report import BASES
@@ -94,18 +94,21 @@ def _draw_sensitivity(axes: Any, result: Profile) -> None:
         axes[1].plot(
             range(1, len(result.greedy_kl) + 1), result.greedy_kl, "-", color="grey", label="greedy, as ranked"
         )
-    for name in result.rankings:
+    for name, colour in zip(result.rankings, colours(len(result.rankings)), strict=True):
         lists = [ranked for ranked in result.drop_lists if ranked.ranking == name]
-        axes[1].plot([len(r.sites) for r in lists], [r.kl for r in lists], "o--", label=f"{name}, other text")
+        axes[1].plot(
+            [len(r.sites) for r in lists], [r.kl for r in lists], "o--", color=colour, label=f"{name}, other text"
+        )
         fitted = [(len(r.sites), r.kl_fitted) for r in lists if r.kl_fitted is not None]
         if fitted:
-            axes[1].plot(*zip(*fitted, strict=True), "s-", label=f"{name}, with adapters")
+            axes[1].plot(*zip(*fitted, strict=True), "s-", color=colour, label=f"{name}, with adapters")
     _label(axes[1], result, "KL of LoRA steps (nats)", "drop lists")
     axes[1].set_xlabel(f"dropped {result.settings['sites']}")
     axes[1].legend(fontsize="small")
     for panel in axes:
         if panel.get_ylim()[1] > 0.1:  # below it such a scale has no ticks to read
             panel.set_yscale("symlog", linthresh=0.01)
+            panel.set_ylim(top=1.5 * panel.get_ylim()[1])  # else the highest stand on the frame
         panel.set_ylim(bottom=0)
         panel.xaxis.get_major_locator().set_params(integer=True)
 
