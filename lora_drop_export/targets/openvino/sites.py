@@ -132,7 +132,7 @@ class _Sites:
         self.states: ir.Value | None = None
         self.last: ir.Value | None = None
         self.present: list[ir.Value] = []
-        self.latest: list[ir.Value] = []
+        self.made: list[ir.Value] = []  # by all Ifs that end a site
         self.begun: dict[str, ir.Value] = {}  # what the sites with a state were given
         self.owners = plan.states_behind
         if plan.has_state:
@@ -185,7 +185,7 @@ class _Sites:
         y.name, new.name = f"{end}.full", end
         self.values[end] = new
         self.graph.append(chosen)
-        self.latest = list(chosen.outputs)
+        self.made += chosen.outputs
         if site in self.owners:
             chosen.outputs[1].type = y.type
             self.present.append(chosen.outputs[1])
@@ -246,13 +246,13 @@ class _Sites:
         return total
 
     def finish(self) -> None:
-        """Outputs of the graph: the states; and all that the last If makes.
+        """Outputs of the graph: the states; and all that the Ifs make.
 
         OpenVINO's CPU plugin gives tensors of shapes that it does not know in advance memory in common, and makes that
-        larger for what comes behind an If before it runs it: what the last If has made is lost then (2026.4). An output
+        larger for what comes behind an If before it runs it: what the If has made may be lost then (2026.4). An output
         of the model has memory of its own. tests/runtime/engines/openvino runs prompts that grow.
         """
-        self.graph.outputs.extend(self.latest)
+        self.graph.outputs.extend(self.made)
         if self.states is None:
             return
         ops = Ops()

@@ -115,6 +115,16 @@ def test_first_last_and_all_layers(layers, policy, tmp_path):
         assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
 
 
+@pytest.mark.parametrize("sites", [("0", "1.mlp"), ("0.mlp", "1.mlp")], ids=",".join)
+def test_what_an_if_makes_is_read_by_a_kept_attention(sites, tmp_path):
+    """Qwen3's queries are wider than the residual stream, and the first call is the one that memory grows for."""
+    source = first_layers("qwen3", 2)
+    options = OPTIONS | {"always_first": 0, "always_last": 0, "policy": "backfill"}
+    bundle = make_bundle(source, tmp_path / "b", drop_layers=sites, **options)
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, source.model, oracle_plan(bundle), LONG, 3)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_mqa", "qwen2", "qwen3", "phi3"])
 def test_fused_weights(name, tmp_path, monkeypatch):
     """Weights in the exporter's own order: q, k, v and gate, up are one product each."""
