@@ -249,8 +249,9 @@ class _Sites:
         """Outputs of the graph: the states; and all that the Ifs make.
 
         OpenVINO's CPU plugin gives tensors of shapes that it does not know in advance memory in common, and makes that
-        larger for what comes behind an If before it runs it: what the If has made may be lost then (2026.4). An output
-        of the model has memory of its own. tests/runtime/engines/openvino runs prompts that grow.
+        larger for all that comes behind an If up to the next one, before it runs that: what the If has made may be lost
+        then (2026.4). An output of the model has memory of its own. tests/runtime/engines/openvino runs prompts that
+        grow.
         """
         self.graph.outputs.extend(self.made)
         if self.states is None:
