@@ -127,8 +127,8 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def loading_hint(error: BaseException) -> str:
-    """What to do about a graph that an engine cannot load."""
+def engine_hint(error: BaseException) -> str:
+    """What to do where an engine cannot load a graph, or cannot run a step."""
     if any(word in str(error) for word in ("bad_alloc", "can't alloc", "Failed to allocate")):
         return "Free memory, or raise the limit on it (ulimit -v)."
     if "pthread_create failed" in str(error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from lora_drop_runtime.errors import InputError, NoDeviceError, first_line, loading_hint
+from lora_drop_runtime.errors import InputError, NoDeviceError, engine_hint, first_line
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_errors_cross_processes(kind: type[InputError] | type[NoDeviceError]) ->
     ids=["bad_alloc", "bytes", "alloc", "threads", "protobuf"],
 )
 def test_a_graph_that_found_no_memory_or_thread_is_not_called_damaged(said: str, hint: str) -> None:
-    assert loading_hint(RuntimeError(said)).startswith(hint)
+    assert engine_hint(RuntimeError(said)).startswith(hint)

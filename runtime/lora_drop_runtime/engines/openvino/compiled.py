@@ -24,7 +24,7 @@ from lora_drop_runtime.bundle.paged_io import BLOCK
 from lora_drop_runtime.engines.forked import hold_in_forks
 from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.engines.libc import forget_pages, trim_heap
-from lora_drop_runtime.errors import BundleError, LoraDropError, first_line, loading_hint
+from lora_drop_runtime.errors import BundleError, LoraDropError, engine_hint, first_line
 
 from .io_check import check_io
 from .package import import_openvino
@@ -210,7 +210,7 @@ def _not_loaded(path: Path, error: Exception) -> BundleError:
     return BundleError(
         "OpenVINO cannot load a graph of the bundle.",
         note=f"{path}: {reason}",
-        hint=loading_hint(error),
+        hint=engine_hint(error),
     )
 
 

@@ -45,7 +45,7 @@ from lora_drop_runtime.engines.engine import (
 from lora_drop_runtime.engines.forked import hold_in_forks
 from lora_drop_runtime.engines.huge_pages import HugePages
 from lora_drop_runtime.engines.libc import trim_heap
-from lora_drop_runtime.errors import BundleError, LoraDropError, first_line, loading_hint
+from lora_drop_runtime.errors import BundleError, LoraDropError, engine_hint, first_line
 from lora_drop_runtime.plan.schedule import StepKind
 
 from .beside import BesideLengths
@@ -235,7 +235,7 @@ class OrtEngine:
             raise BundleError(
                 "ONNX Runtime cannot load a graph of the bundle.",
                 note=f"{path}: {first_line(error)}",
-                hint=loading_hint(error),
+                hint=engine_hint(error),
             ) from error
         hold_in_forks(session)
         if session.get_providers()[0] != self._provider:  # a provider that cannot start is left out
@@ -397,7 +397,7 @@ class OrtEngine:
         return BundleError(
             "ONNX Runtime cannot run a step of the bundle.",
             note=f"{self._bundle.root / self._files[kind]}: {first_line(error)}",
-            hint="Check the bundle with: lora-drop inspect --check; or export the model again.",
+            hint=engine_hint(error),
         )
 
     def replace_adapters(self, weights: Mapping[str, Array]) -> None:

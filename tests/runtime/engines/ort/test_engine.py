@@ -165,6 +165,17 @@ def test_int4_takes_no_kernels_that_round_a_row_as_a_whole(plain, tmp_path):
                 assert options.get_session_config_entry("mlas.disable_kleidiai") == said
 
 
+def test_a_step_that_finds_no_memory_is_not_said_to_have_a_damaged_bundle(plain, monkeypatch):
+    def run(self, binding, options=None):
+        raise RuntimeError("bfc_arena.cc:360 AllocateRawInternal Failed to allocate memory for requested buffer of 9")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run)
+    with Session.open(plain.root) as session, pytest.raises(BundleError, match="cannot run a step") as refused:
+        session.generate(PROMPTS, max_new_tokens=2)
+    assert "AllocateRawInternal" in refused.value.note
+    assert refused.value.hint == "Free memory, or raise the limit on it (ulimit -v)."
+
+
 def test_no_room_for_adapters(plain, tmp_path):
     with Session.open(plain.root) as session, pytest.raises(InputError, match="no room"):
         session.load_adapters(tmp_path)
