@@ -49,6 +49,7 @@ def test_what_only_looks_like_a_pattern_is_left_alone(grammars: Grammars) -> Non
         {"minimum": -3.5, "exclusiveMaximum": -3.0},
         {"exclusiveMinimum": 1000, "minimum": 1000.25, "maximum": 1000.5},
         {"exclusiveMinimum": 3, "maximum": 4},
+        {"exclusiveMinimum": 2**20, "maximum": 2**20 + 0.5},  # a float has no number within 2⁻⁴⁰ of it
     ],
 )
 def test_a_number_that_a_bound_excludes_is_not_allowed(grammars: Grammars, bounds: dict[str, float]) -> None:
