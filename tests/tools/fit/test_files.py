@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -284,6 +285,26 @@ def test_a_directory_in_a_directory_that_may_not_be_read(tmp_path: Path, monkeyp
     for given in (tmp_path, tmp_path / "locked"):
         with pytest.raises(InputError, match=r"(?s)cannot be read.*locked: Permission denied"):
             FileDocuments([given], "text")
+
+
+def test_what_the_machine_lacks_is_no_fault_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are open beside each other, more of them than a low limit allows."""
+    documents = FileDocuments([write(tmp_path / f"{n}.txt", TEXTS) for n in range(3)], "text")
+    genuine = Path.open
+    found: list[Exception] = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), MemoryError()]
+
+    def opened(path: Path, mode: str = "r") -> Any:
+        if path.name == "1.txt":
+            raise found[0]
+        return genuine(path, mode)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(InputError, match="cannot be read") as refused:
+        list(documents)
+    assert refused.value.hint == "Raise the limit on open files (ulimit -n)."
+    del found[0]
+    with pytest.raises(MemoryError):
+        list(FileDocuments([tmp_path / "1.txt"], "text"))
 
 
 def test_a_name_that_is_no_utf8(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from lora_drop_runtime.errors import InputError, LoraDropError, first_line
+from lora_drop_runtime.files import reading_hint
 
 _ROWS_AT_ONCE = 1000  # of a Parquet file
 _ROW_BYTES = 1 << 13  # of plain text, read as one document
@@ -29,18 +30,18 @@ Rows = Iterator[tuple[Any, int, float]]  # a document, where the file stands beh
 
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
-    """Turn whatever readers throw into an error of ours."""
+    """Turn whatever readers throw into an error of ours; too little memory is no fault of the text."""
     try:
         yield
-    except LoraDropError:
+    except (LoraDropError, MemoryError):
         raise
     except Exception as error:
         cause = error.__cause__ or error
         early = isinstance(cause, StopIteration | EOFError)
         said = "it is empty, or ends too early" if early else f"{type(cause).__name__}: {first_line(cause)}"
-        raise InputError(
-            "The text cannot be read.", note=f"{what}: {said}", hint="Give another --text or --dataset."
-        ) from None
+        hint = "Give another --text or --dataset."
+        hint = reading_hint(cause, hint) if isinstance(cause, OSError) else hint
+        raise InputError("The text cannot be read.", note=f"{what}: {said}", hint=hint) from None
 
 
 def require_package(package: str, why: str) -> None:
