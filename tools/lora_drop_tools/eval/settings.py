@@ -42,10 +42,11 @@ class EvalSettings:
             `calibrate` the adaptive ones.
         calibrate: find the thresholds of adaptive schedules at which this share of the likeliest tokens is the full
             schedule's, and store them in the bundle; nothing is evaluated.
-        policies: `skip`, `backfill`, or both; each bundle's own when empty.
+        policies: of `POLICIES`, one or several; each bundle's own when empty.
         text: a UTF-8 file for perplexity, agreement and KL.
         window, prompt: tokens of a window of the text, and of those how many are given; 512 and 32 when None, or as
-            many of them as all bundles allow. A cycle of more than 31 LoRA steps makes the prompt k + 1 then.
+            many of them as all bundles allow. A cycle of more than 31 LoRA steps makes the prompt k + 1 then, a window
+            of fewer than 64 tokens makes it half of that window.
         windows: how many windows at most.
         tasks: tasks, groups and tags that lm-eval knows by these names.
         include_path: directories with definitions of tasks of one's own, YAML files as lm-eval reads them; they stand
