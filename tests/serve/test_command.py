@@ -378,6 +378,9 @@ def test_what_cannot_be_served_is_refused(
             errors = capsys.readouterr().err
             assert said in errors
             assert "Hint: " in errors
-    monkeypatch.setattr(sys.modules["lora_drop_tools.serve"], "PACKAGES", ("no_such_package",))
-    assert main(["serve", str(bundle.root)]) == 2
-    assert "pip install 'lora-drop-export[serve]'" in capsys.readouterr().err
+    for missing, said in (["no_such"], "no_such is missing."), (["no_such", "nor_this"], "no_such, nor_this are miss"):
+        monkeypatch.setattr(sys.modules["lora_drop_tools.serve"], "PACKAGES", (*missing, "json"))
+        assert main(["serve", str(bundle.root)]) == 2
+        errors = capsys.readouterr().err
+        assert f"Note: {said}" in errors
+        assert "pip install 'lora-drop-export[serve]'" in errors

@@ -163,7 +163,7 @@ def _check_packages() -> None:
     if missing:
         raise InputError(
             "The server's packages are not installed.",
-            note=f"{', '.join(missing)} is missing.",
+            note=f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
             hint="pip install 'lora-drop-export[serve]'",
         )
 
