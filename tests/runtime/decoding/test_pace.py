@@ -190,6 +190,26 @@ def test_the_refresh_of_one_token_is_timed_again_after_32_cycles() -> None:
     assert pace.drafts("lora", 2, runs=1, width=1) == 2
 
 
+def test_a_request_begins_with_a_debt_or_with_a_refresh_of_what_was_gained() -> None:
+    pace = AutoPace()
+    pace.begin()
+    pace.saw(CycleTimes(0, 0.0, 1, 1.0, 1.0), [])  # the full schedule makes a token a second
+    for tokens, spent in ((6.0, -1.0), (0.5, 1.5 - 1.0)):  # in 2 seconds 4 gained of which 1 stays, then 1.5 lost
+        pace.saw(CycleTimes(0, 0.0, 4, 2.0, tokens), [])
+        pace.begin()
+        assert (pace.spent, pace.full) == (spent, 0.0)
+
+
+def test_the_first_run_of_a_step_is_not_what_it_takes() -> None:
+    """A median of two would be halfway to it."""
+    pace = AutoPace()
+    for seconds, refresh in ((9.0, 9.0), (1.0, 1.0), (2.0, 2.0)):
+        pace.begin()
+        pace.saw(CycleTimes(0, 0.0, 1, seconds, 1.0), [])
+        pace.saw(CycleTimes(0, 0.0, 4, 0.0, 1.0), [])  # a token for nothing: a refresh gained
+        assert pace.full == seconds + refresh
+
+
 def test_what_does_not_pay_is_tried_ever_more_seldom() -> None:
     rejected = RowOutcome("lora", drafted=1, judged=1, accepted=0, stopped=False)
     pace = timed(0.5, 0.1)
