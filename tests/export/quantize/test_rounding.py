@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.quantize import formats as quantize
-from lora_drop_export.quantize.choice import Quantization
+from lora_drop_export.quantize.choice import Quantization, block_formats
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 from lora_drop_export.quantize.formats import pack, unpack
 from lora_drop_export.quantize.rounding import ROUNDINGS, Rounding, quantize_rows
@@ -69,6 +69,46 @@ def test_search_is_better_than_rounding(form):
         errors[method] = (weights * error.reshape(-1, form.block_size) ** 2).sum(1)
     assert (errors["search"] <= errors["rtn"] * 1.0001 + 1e-9).all()
     assert errors["search"].sum() < 0.97 * errors["rtn"].sum() or form.bits == 8
+
+
+def _least_errors(x, form):
+    """Of each block, over ranges from a level less to a level more than its own: each with the scale that fits best."""
+    middle, most = 2 ** (form.bits - 1), 2**form.bits - 1
+    weights = np.abs(x) + np.sqrt((x**2).mean(1, keepdims=True))
+    found = []
+    for change in np.arange(-10, 11) / 10:
+        if form.symmetric:
+            largest = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)
+            steps = -middle / largest * (1 + change / middle)
+            zero = np.full_like(steps, middle)
+        else:
+            low = np.minimum(x.min(1, keepdims=True), 0)
+            steps = most / (np.maximum(x.max(1, keepdims=True), 0) - low) * (1 + change / most)
+            zero = np.clip(np.rint(-low * steps), 0, most)
+        q = np.clip(np.rint(x * steps), -zero, most - zero)
+        scale = (weights * x * q).sum(1, keepdims=True) / (weights * q * q).sum(1, keepdims=True)
+        found.append((weights * (x - scale * q) ** 2).sum(1))
+    return weights, np.min(found, 0)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_search_takes_the_least_of_its_errors(form):
+    x = np.random.default_rng(3).standard_normal((64, 256)).astype(np.float32)
+    back = quantize.dequantize(*quantize_rows(x, form, "search"))
+    blocks = x.reshape(-1, form.block_size).astype(np.float64)
+    weights, least = _least_errors(blocks, form)
+    errors = (weights * (back.reshape(-1, form.block_size) - blocks) ** 2).sum(1)
+    np.testing.assert_allclose(errors, least, rtol=0.01 if form.bits == 4 else 0.1)
+
+
+def test_weights_that_become_one_matrix_have_one_format():
+    """One of them may have integers of its own in the checkpoint; those are taken where all have them."""
+    names, asked = ("q", "k", "v"), Quantization(4, 32)
+    own = quantize.BlockFormat(4, 32, symmetric=True)
+    shapes = dict.fromkeys((*names, "o"), (64, 256))
+    some = block_formats(shapes, {"q": own, "v": own, "o": own}, [names], asked)
+    assert some == dict.fromkeys(names, quantize.BlockFormat(4, 32, symmetric=False)) | {"o": own}
+    assert block_formats(shapes, dict.fromkeys(shapes, own), [names], asked) == dict.fromkeys(shapes, own)
 
 
 @pytest.mark.parametrize("method", ["rtn", "search"])
