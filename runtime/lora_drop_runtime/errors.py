@@ -131,6 +131,6 @@ def engine_hint(error: BaseException) -> str:
     """What to do where an engine cannot load a graph, or cannot run a step."""
     if any(word in str(error) for word in ("bad_alloc", "can't alloc", "Failed to allocate")):
         return "Free memory, or raise the limit on it (ulimit -v)."
-    if "pthread_create failed" in str(error):
+    if any(words in str(error) for words in ("pthread_create failed", "Resource temporarily unavailable")):
         return "Ask for fewer threads, or raise the limit on them (ulimit -u, a container's limit on pids)."
     return "Check the bundle with: lora-drop inspect --check; or export the model again."
