@@ -65,11 +65,9 @@ def listening(host: str, port: int) -> socket.socket:
     return made
 
 
-def is_local(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(_bare(host)).is_loopback
-    return host == "localhost"
+def is_local(made: socket.socket) -> bool:
+    """Whether only this machine reaches it, whatever its address was called."""
+    return ipaddress.ip_address(made.getsockname()[0]).is_loopback
 
 
 def address(made: socket.socket) -> str:

@@ -24,7 +24,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.errors import InputError
 from lora_drop_serve.driver import Driver
 from lora_drop_serve.server import address as server_address
-from lora_drop_serve.server import listening, make_server
+from lora_drop_serve.server import is_local, listening, make_server
 from lora_drop_tools.cli import main
 from lora_drop_tools.serve import ServeSettings
 
@@ -262,6 +262,13 @@ def test_two_servers_never_listen_at_one_place(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "platform", system)
     with listening("127.0.0.1", 0) as made:
         assert bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)) == reuses
+
+
+@pytest.mark.parametrize(("host", "local"), [("127.1", True), ("LOCALHOST", True), ("[::1]", True), ("0", False)])
+def test_who_reaches_a_server_is_said_by_its_address(host: str, local: bool) -> None:
+    """A name or a short form of this machine's own was warned of."""
+    with listening(host, 0) as made:
+        assert is_local(made) == local
 
 
 def test_ipv6_without_brackets() -> None:

@@ -183,7 +183,7 @@ def serve(bundle: str | Path, settings: ServeSettings) -> None:
     check_session(opened, settings.target, settings.provider, settings.threads, [settings.policy])
     codec = TextCodec.open(opened.root / "tokenizer")
     with listening(settings.host, settings.port) as made:
-        if settings.key is None and not is_local(settings.host):
+        if settings.key is None and not is_local(made):
             tell(f"warning: {settings.host} may be reached by other machines, and there is no --api-key")
         driver = Driver(settings.open(opened), settings.max_waiting)
         where = address(made)
