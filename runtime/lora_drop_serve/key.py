@@ -22,7 +22,7 @@ def usable_key(given: str | None, name: str) -> str | None:
         said = "is empty"
     elif key != key.strip():
         said = "begins or ends with white space"
-    elif "\n" in key or "\r" in key:
+    elif set(key) & set("\n\v\f\r"):  # which no header of HTTP may have
         said = "has a line break"
     else:
         return key

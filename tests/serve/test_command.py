@@ -223,7 +223,12 @@ def test_a_second_signal_ends_the_delay(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("", "is empty"), ("sesame ", "begins or ends with white space"), ("open\nsesame", "has a line break")],
+    [
+        ("", "is empty"),
+        ("sesame ", "begins or ends with white space"),
+        ("open\nsesame", "has a line break"),
+        ("open\vsesame", "has a line break"),
+    ],
 )
 def test_a_key_that_nobody_can_send_is_refused(key: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty variable is a secret that was not loaded, not a wish to let everybody in."""
