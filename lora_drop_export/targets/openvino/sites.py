@@ -9,6 +9,7 @@ nobody reads what they attend to.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -119,6 +120,12 @@ def _between(ends: Iterable[ir.Value], begins: set[ir.Value]) -> list[ir.Node]:
     return _needed(list(order), set(ends), depends, from_inputs)
 
 
+def _reads(chosen: ir.Node, value: ir.Value) -> bool:
+    """Whether a side of an If reads a value of the graph around it."""
+    sides = (attribute.as_graph() for attribute in chosen.attributes.values())
+    return any(value in node.inputs for side in sides for node in side)
+
+
 class _Sites:
     """Args:
     lora: the neutral LoRA step, which has the adapters.
@@ -132,7 +139,8 @@ class _Sites:
         self.states: ir.Value | None = None
         self.last: ir.Value | None = None
         self.present: list[ir.Value] = []
-        self.made: list[ir.Value] = []  # by all Ifs that end a site
+        self.ifs: list[ir.Node] = []  # in the order in which they run
+        self.ends: list[ir.Node] = []  # of them, those that end a site
         self.begun: dict[str, ir.Value] = {}  # what the sites with a state were given
         self.owners = plan.states_behind
         if plan.has_state:
@@ -185,7 +193,8 @@ class _Sites:
         y.name, new.name = f"{end}.full", end
         self.values[end] = new
         self.graph.append(chosen)
-        self.made += chosen.outputs
+        self.ifs.append(chosen)
+        self.ends.append(chosen)
         if site in self.owners:
             chosen.outputs[1].type = y.type
             self.present.append(chosen.outputs[1])
@@ -212,6 +221,7 @@ class _Sites:
         sides = {"then_branch": nothing.graph(instead), "else_branch": full.graph(results)}
         chosen = ir.node("If", [self.step], sides, num_outputs=count, name=f"site.{site}.before")
         self.graph.append(chosen)
+        self.ifs.append(chosen)
         for row, value, new in zip(rows, ends, chosen.outputs, strict=True):
             new.type, new.shape = value.type, value.shape
             ops = Ops()
@@ -245,15 +255,20 @@ class _Sites:
         total.type = x.type
         return total
 
-    def finish(self) -> None:
-        """Outputs of the graph: the states; and all that the Ifs make.
+    def _may_be_lost(self) -> list[ir.Value]:
+        """What sites end with that no If behind them reads; and all that the last If makes.
 
         OpenVINO's CPU plugin gives tensors of shapes that it does not know in advance memory in common, and makes that
-        larger for all that comes behind an If up to the next one, before it runs that: what the If has made may be lost
-        then (2026.4). An output of the model has memory of its own. tests/runtime/engines/openvino runs prompts that
-        grow.
+        larger for all that comes behind an If up to the next one, before it runs that: what the If has made, and nodes
+        before the next If read for the last time, may be lost then (2026.4).
         """
-        self.graph.outputs.extend(self.made)
+        following = dict(itertools.pairwise(self.ifs))
+        unread = [node for node in self.ends if node in following and not _reads(following[node], node.outputs[0])]
+        return [node.outputs[0] for node in unread] + [value for node in self.ifs[-1:] for value in node.outputs]
+
+    def finish(self) -> None:
+        """Outputs of the graph: the states; and what may be lost, since an output has memory of its own."""
+        self.graph.outputs.extend(self._may_be_lost())
         if self.states is None:
             return
         ops = Ops()
