@@ -21,6 +21,7 @@ import zstandard
 from lora_drop_runtime.errors import InputError
 from lora_drop_tools.fit import files as reading
 from lora_drop_tools.fit.files import FileDocuments, has_columns, is_streamed
+from lora_drop_tools.shared.corpus import read_texts
 
 TEXTS = ["one\n", "two\n\n", "  three ü\n", "four"]
 SUFFIXES = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]
@@ -80,6 +81,13 @@ def test_a_long_line_is_many_rows(word: str, tmp_path: Path) -> None:
     assert "".join(rows) == text.replace("\r\n", "\n")
     assert max(map(len, rows)) <= 2 * 2**13
     assert len(rows) < 200_000 * len(word.encode()) // len(word) // 2**12
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Nor is anything else taken for one."""
+    file = tmp_path / "a.txt"
+    file.write_text("\ufeffthe tide\n\ufeffturns", encoding="utf-8")
+    assert "".join(read(file)) == read_texts([file])[0] == "the tide\n\ufeffturns"
 
 
 def test_lines_of_json(tmp_path: Path) -> None:

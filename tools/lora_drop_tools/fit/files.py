@@ -5,6 +5,7 @@ Enters: files and directories. Leaves: their documents, one by one, and a state 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib.util
 import io
@@ -86,7 +87,9 @@ def _plain(file: Path, column: str, place: int) -> Rows:
         size = os.fstat(data.fileno()).st_size
         data.seek(place)
         while part := _some_lines(data):
-            place += len(part)
+            if place == 0:
+                part = part.removeprefix(codecs.BOM_UTF8)  # which is no text
+            place = data.tell()
             yield part.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"), place, place / size
 
 

@@ -38,7 +38,7 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
         try:
             if is_device(file):
                 raise OSError(errno.EINVAL, "is a device")
-            texts.append(file.read_text(encoding="utf-8"))
+            texts.append(file.read_text(encoding="utf-8-sig"))  # Windows' editors begin files with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 "The text cannot be read.",
