@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 from pathlib import Path
 
 import pytest
+from lora_drop_tools.cli import _prompts
 from lora_drop_tools.generate import GenerateSettings, generate
 
 from tests.support.bundles import record_again
@@ -33,3 +35,9 @@ def test_a_terminal_does_not_obey_a_model(prompts: list[str], tmp_path: Path) ->
     assert "\x1b]0;title\x07\x9b31m\t\n" in written[0]
     assert "\\x1b]0;title\\x07\\x9b31m\t\n" in written[1]
     assert not set("\x1b\x07\x9b") & set(written[1])
+
+
+def test_a_byte_order_mark_is_no_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("\ufefft1 t2", encoding="utf-8")
+    assert _prompts(argparse.Namespace(prompt=None, prompt_file=[file])) == ["t1 t2"]

@@ -42,7 +42,7 @@ def _read_prompt(path: Path) -> str:
             data = file.read(MOST_PROMPT_BYTES + 1)
     if len(data) > MOST_PROMPT_BYTES:
         raise ValueError(f"it has more than {MOST_PROMPT_BYTES} bytes")
-    return data if isinstance(data, str) else data.decode("utf-8")
+    return data if isinstance(data, str) else data.decode("utf-8-sig")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
