@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from lora_drop_runtime.command_line import run_command
+
+from tests.support.bundles import record_again
+from tests.support.tokenizers import character_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(str(ROOT / folder) for folder in ("", "runtime", "tools"))
@@ -199,3 +204,31 @@ def test_a_bug_of_ours_is_seen(error) -> None:
 
     with pytest.raises(type(error)):
         run_command(fail, [])
+
+
+@pytest.mark.parametrize("pasted", [False, True])
+def test_a_long_question_is_typed_whole(bundle, tmp_path, pasted) -> None:
+    """A terminal's own lines end after 4095 bytes; a text of several lines that is pasted is one question."""
+    pty, readline = pytest.importorskip("pty"), pytest.importorskip("readline")
+    if pasted and "GNU" not in readline.__doc__:
+        pytest.skip("libedit takes the lines of a pasted text one by one")
+    root = shutil.copytree(bundle, tmp_path / "b")
+    character_tokenizer(root)
+    (root / "tokenizer/chat_template.jinja").write_text("{{ messages[-1]['content'] }}", encoding="utf-8")
+    record_again(root)
+    ours, theirs = pty.openpty()
+    question = b"\x1b[200~" + b"a b\n" * 1500 + b"\x1b[201~" if pasted else b"a b " * 1500
+    command = [sys.executable, "-m", "lora_drop_tools", "chat", str(root), "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": PATHS, "TERM": "xterm", "INPUTRC": os.devnull}
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as running:
+        os.close(theirs)
+        printed = b""
+        while not printed.endswith(b"> "):
+            printed += os.read(ours, 1)
+        threading.Thread(target=os.write, args=(ours, question + b"\r"), daemon=True).start()
+        printed = b""
+        while b"Hint: " not in printed and b"\n> " not in printed:
+            printed += os.read(ours, 4096)
+        running.terminate()
+    os.close(ours)
+    assert b"Note: It has 6000 tokens" in printed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import sys
 import time
@@ -268,6 +269,9 @@ def _piped_question() -> str:
 
 
 def _questions() -> Iterator[str]:
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows edits lines itself
+            importlib.import_module("readline")  # a terminal's own lines end after 4095 bytes, without a word
     while True:
         try:
             line = input("> ") if sys.stdin.isatty() else _piped_question()
