@@ -138,7 +138,7 @@ def add_target(out: str | Path, targets: Sequence[str], options: ExportOptions |
     # A whole bundle is staged, whose files are hard links of this one's where the file system has them
     with staged_directory(root, force=True, kind=BUNDLE) as staged:
         kept = _stage_the_rest(bundle, targets, staged)
-        entries = {name: entry for name, entry in manifest.targets.items() if name not in targets}
+        entries = dict(manifest.targets)  # one that is built again stays where it was: the first is what runs
         for target in targets:
             entries[target] = build_target(target, staged, manifest, graphs, options, console, bundle)
         fresh = {
