@@ -85,7 +85,7 @@ def test_command_on_a_text(
         for k in (0, 1, 3)
     ]
     timed.append({**timed[-1], "rows": 1, "schedule": "margin"})
-    (tmp_path / "bench.json").write_text(json.dumps({"rows": timed}))
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": timed, "engine": "ort"}))
     options = [*OPTIONS, "--k", "1,3", "--policy", "skip,backfill", "--text", str(text), "--label", "ours"]
     options += ["--bench", str(tmp_path / "bench.json"), "--json", str(written), "--plots", str(plots)]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lora-drop", "eval", str(bundle), *options])
@@ -121,7 +121,7 @@ def test_command_on_a_text(
     assert data["machine"]["versions"]["numpy"]
     printed = capsys.readouterr()
     assert "tiny" not in printed.out
-    measured = "by lora-drop bench for k=1 skip, k=3 skip, k=3 skip margin over k = 0, context 100, batch 1"
+    measured = "by lora-drop bench for k=1 skip, k=3 skip, k=3 skip margin over k = 0, context 100, batch 1, engine ort"
     for part in ("ours k=3 backfill", "LoRA 3", "over full", measured, "1.40×"):
         assert part in printed.out
     assert "text, k = 0, 1, 3: 15 in" in printed.err

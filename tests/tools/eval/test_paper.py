@@ -121,6 +121,9 @@ def test_table_4(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         *(["tiny", "0.50", "3", "4.00", "9.00", "1.5", "not", "at", "hand"],),
     ]
     assert printed[5] == "context 4096, batch 1"
+    (tmp_path / "bench.json").write_text(json.dumps({"rows": rows, "policy": "skip", "engine": "openvino"}))
+    assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[5] == "context 4096, batch 1, policy skip, engine openvino"
     (tmp_path / "bench.json").write_text(json.dumps({"rows": others}))
     assert main(["eval", str(bundle), "--paper", "table4", "--bench", str(tmp_path / "bench.json")]) == 2
     assert "has other; asked for are tiny" in capsys.readouterr().err
@@ -179,7 +182,9 @@ def test_tasks_and_windows_of_a_table() -> None:
     [
         (("--paper", "table4"), "--bench was not given"),
         (("--paper", "table4", "--tasks", "piqa"), "--paper table4 measures nothing"),
+        (("--paper", "table4", "--target", "ort"), "--paper table4 measures nothing"),
         (("--paper", "fig3", "--k", "3"), "--paper fig3 measures nothing"),
+        (("--paper", "fig3", "--threads", "1"), "--paper fig3 measures nothing"),
         (("--paper", "fig3", "--bench", "x.json"), "--paper fig3 measures nothing"),
         (("--paper", "table4", "--bench", "absent.json"), "absent.json"),
         (("--paper", "table9"), "table9"),

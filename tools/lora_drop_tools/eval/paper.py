@@ -203,7 +203,8 @@ def latencies(path: Path, names: Sequence[str]) -> list[str]:
             for row in rows
         ]
     headings = ("bundle", "ρ", "k", "p50 ms", "p95 ms", "K/V MiB", "paper's")
-    where = f"context {context}, batch {batch}" + (f", policy {data['policy']}" if data.get("policy") else "")
+    named = "".join(f", {name} {data[name]}" for name in ("policy", "engine") if data.get(name))
+    where = f"context {context}, batch {batch}{named}"
     lines = [PAPER["table4"].title, "", *table(headings, cells), where]
     if context != CONTEXT:
         lines[-1] += f"; the paper's is {CONTEXT}: lora-drop bench --contexts {CONTEXT}"

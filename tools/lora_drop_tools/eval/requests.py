@@ -151,4 +151,5 @@ def read_speedups(path: str | Path | None, names: Sequence[str]) -> tuple[dict[K
         arms = (f"k={k} {arm}" + ("" if schedule == PERIODIC else f" {schedule}") for _, arm, k, schedule in found if k)
         measured = ", ".join(dict.fromkeys(arms)) or "k=0"
     check_bench_bundles(path, "speed-ups", {str(bundle) for bundle, *_ in found}, names)
-    return found, f"measured by lora-drop bench for {measured} over k = 0, context {context}, batch {batch}"
+    engine = f", engine {data['engine']}" if data.get("engine") else ""
+    return found, f"measured by lora-drop bench for {measured} over k = 0, context {context}, batch {batch}{engine}"

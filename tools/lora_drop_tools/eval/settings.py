@@ -205,7 +205,8 @@ class EvalSettings:
             if self.k is None:
                 object.__setattr__(self, "k", made.ks)
             return False
-        unused = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "out_dir", "json_file", "ray")
+        asked = ("labels", "k", "schedules", "policies", "text", "tasks", *_OF_TASKS, "seed")
+        unused = (*asked, "out_dir", "json_file", "ray", "target", "provider", "threads")
         because = f"--paper {self.paper} measures nothing"
         if self.paper == "table4":
             refuse_unused(self, (*unused, "plots"), because, "leave --paper out")
