@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
+from lora_drop_runtime.errors import InputError
 from lora_drop_tools.cli import _prompts
-from lora_drop_tools.generate import GenerateSettings, generate
+from lora_drop_tools.generate import ChatSettings, GenerateSettings, chat, generate
 
 from tests.support.bundles import record_again
 from tests.support.serving import word_bundle
@@ -41,3 +42,13 @@ def test_a_byte_order_mark_is_no_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("\ufefft1 t2", encoding="utf-8")
     assert _prompts(argparse.Namespace(prompt=None, prompt_file=[file])) == ["t1 t2"]
+
+
+def test_a_chat_without_a_template_asks_for_no_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = word_bundle(tmp_path / "bundle")
+    (bundle.root / "tokenizer" / "chat_template.jinja").unlink(missing_ok=True)
+    record_again(bundle.root)
+    monkeypatch.setattr("sys.stdin", Terminal("t1\n"))
+    with pytest.raises(InputError, match="no chat template") as refused:
+        chat(bundle.root, ChatSettings(threads=1))
+    assert "lora-drop generate" in str(refused.value)

@@ -359,6 +359,12 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
     """
     opened = Bundle.open(bundle)
     codec, constraint, variables = _codec(opened, settings), settings.constraint(opened), settings.variables
+    if codec.chat_template is None:
+        raise InputError(
+            "The model has no chat template.",
+            note="Without one it is not known how it is asked a question.",
+            hint='Let it go on with a text: lora-drop generate BUNDLE --prompt "…"',
+        )
     with settings.open(bundle) as session, _said_by_us():
         said = False
         messages = [{"role": "system", "content": system}] if system else []
