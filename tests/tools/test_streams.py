@@ -217,7 +217,7 @@ def test_a_long_question_is_typed_whole(bundle, tmp_path, pasted) -> None:
     (root / "tokenizer/chat_template.jinja").write_text("{{ messages[-1]['content'] }}", encoding="utf-8")
     record_again(root)
     ours, theirs = pty.openpty()
-    question = b"\x1b[200~" + b"a b\n" * 1500 + b"\x1b[201~" if pasted else b"a b " * 1500
+    question = b"\x1b[200~" + b"a b\n" * 1100 + b"\x1b[201~" if pasted else b"a b " * 1100
     command = [sys.executable, "-m", "lora_drop_tools", "chat", str(root), "--threads", "1"]
     environment = os.environ | {"PYTHONPATH": PATHS, "TERM": "xterm", "INPUTRC": os.devnull}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as running:
@@ -229,6 +229,6 @@ def test_a_long_question_is_typed_whole(bundle, tmp_path, pasted) -> None:
         printed = b""
         while b"Hint: " not in printed and b"\n> " not in printed:
             printed += os.read(ours, 4096)
-        running.terminate()
+        running.kill()  # a signal that comes just before readline waits is kept until a key
     os.close(ours)
-    assert b"Note: It has 6000 tokens" in printed
+    assert b"Note: It has 4400 tokens" in printed

@@ -359,7 +359,7 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
     """
     opened = Bundle.open(bundle)
     codec, constraint, variables = _codec(opened, settings), settings.constraint(opened), settings.variables
-    if codec.chat_template is None:
+    if sys.stdin.isatty() and codec.chat_template is None:  # who types would be refused after each question
         raise InputError(
             "The model has no chat template.",
             note="Without one it is not known how it is asked a question.",
