@@ -256,7 +256,7 @@ class _Sites:
         return total
 
     def _may_be_lost(self) -> list[ir.Value]:
-        """What sites end with that no If behind them reads; and all that the last If makes.
+        """What sites end with that the next If does not read; and all that the last If makes.
 
         OpenVINO's CPU plugin gives tensors of shapes that it does not know in advance memory in common, and makes that
         larger for all that comes behind an If up to the next one, before it runs that: what the If has made, and nodes
