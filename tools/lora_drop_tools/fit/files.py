@@ -5,7 +5,6 @@ Enters: files and directories. Leaves: their documents, one by one, and a state 
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import importlib.util
 import io
@@ -87,10 +86,9 @@ def _plain(file: Path, column: str, place: int) -> Rows:
         size = os.fstat(data.fileno()).st_size
         data.seek(place)
         while part := _some_lines(data):
-            if place == 0:
-                part = part.removeprefix(codecs.BOM_UTF8)  # which is no text
-            place = data.tell()
-            yield part.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n"), place, place / size
+            text = part.decode("utf-8" if place else "utf-8-sig")  # a file may begin with a mark, which is no text
+            place += len(part)
+            yield text.replace("\r\n", "\n").replace("\r", "\n"), place, place / size
 
 
 def _as_it_lies(data: BinaryIO, place: int) -> BinaryIO:
