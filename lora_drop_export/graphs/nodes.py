@@ -71,3 +71,12 @@ def replace_node(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> 
         graph.outputs[:] = [result if output is old else output for output in graph.outputs]
     old.replace_all_uses_with(result)
     graph.insert_after(node, ops.nodes)
+
+
+def replace_named(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
+    """`replace_node`, and `result` gets the name of the output, too: the residual stream's are looked up."""
+    old = node.outputs[0]
+    name, is_output = old.name, old.is_graph_output()
+    replace_node(graph, node, ops, result)
+    if not is_output:
+        result.name, old.name = name, f"{name}.neutral"

@@ -7,7 +7,7 @@ from lora_drop_runtime.bundle.paged_io import DOMAIN
 
 from lora_drop_export.graphs.initializers import joined_linear, seen_as
 from lora_drop_export.graphs.match import Linear, QuantizedBlocks, linear_groups, match_linear, match_weight
-from lora_drop_export.graphs.nodes import Ops, replace_node
+from lora_drop_export.graphs.nodes import Ops, replace_named
 
 _BLOCKS = ".blocks"
 
@@ -54,15 +54,6 @@ def _fuse(graph: ir.Graph, group: list[Linear]) -> bool:
     return True
 
 
-def _put(graph: ir.Graph, node: ir.Node, ops: Ops, result: ir.Value) -> None:
-    """Put a product in the place of a node, under the name that its output has: the residual stream's are looked up."""
-    old = node.outputs[0]
-    name, is_output = old.name, old.is_graph_output()
-    replace_node(graph, node, ops, result)
-    if not is_output:
-        result.name, old.name = name, f"{name}.neutral"
-
-
 def lower_linears(graph: ir.Graph) -> None:
     # Two (gate, up) stay apart: OpenVINO then makes activation and product part of them, a split is a copy
     groups = {group[0].weight: group for group in linear_groups(graph) if len(group) > 2}
@@ -72,7 +63,7 @@ def lower_linears(graph: ir.Graph) -> None:
             continue
         if linear.last.outputs[0].uses() or linear.last.outputs[0].is_graph_output():  # else it was fused
             ops = Ops()
-            _put(graph, linear.last, ops, _product(graph, ops, linear))
+            replace_named(graph, linear.last, ops, _product(graph, ops, linear))
 
 
 def lower_lookups(graph: ir.Graph) -> None:
@@ -84,4 +75,4 @@ def lower_lookups(graph: ir.Graph) -> None:
             continue
         inputs, quantized = _weight_inputs(graph, table, blocks)
         ops = Ops()
-        _put(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))
+        replace_named(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from lora_drop_runtime.bundle.paged_io import DOMAIN
 
-from lora_drop_export.graphs.nodes import Ops, rank, replace_node
+from lora_drop_export.graphs.nodes import Ops, rank, replace_named
 
 
 def lower_norms(graph: ir.Graph) -> None:
@@ -18,4 +18,4 @@ def lower_norms(graph: ir.Graph) -> None:
             continue
         ops = Ops()
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-        replace_node(graph, node, ops, ops("RMSNorm", *node.inputs, domain=DOMAIN, epsilon=epsilon))
+        replace_named(graph, node, ops, ops("RMSNorm", *node.inputs, domain=DOMAIN, epsilon=epsilon))

@@ -14,6 +14,7 @@ from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
 from lora_drop_runtime.errors import BundleError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.export.test_against_oracle import PROMPTS, assert_same_run, new_tokens
 from tests.export.test_halves import MIXED, six_layers
@@ -26,8 +27,9 @@ from tests.support.bundles import (
     oracle_plan,
     rewritten,
     traced_family,
+    traced_model,
 )
-from tests.support.models import FAMILIES, MORE_FAMILIES, gemma3
+from tests.support.models import FAMILIES, MORE_FAMILIES, gemma3, llama
 from tests.support.oracle import OraclePlan
 
 OPTIONS = {"targets": ("openvino",), "always_first": 1}
@@ -148,6 +150,19 @@ def test_more_families(name, tmp_path):
     theirs = oracle.decode_row(source.model, OraclePlan(("1",)), PROMPTS[0], tokens, 2, "skip")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert np.abs(a - b.numpy()).max() < 3e-5 * np.abs(b.numpy()).max(), f"step {step}"
+
+
+def test_layers_that_end_with_a_norm(tmp_path, monkeypatch):
+    """The residual stream is what that gives, not a sum: its names outlive the norm, too."""
+    inside = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda self, *args, **more: self.input_layernorm(inside(self, *args, **more))
+    )
+    source = traced_model(llama(num_hidden_layers=3))
+    options = {"drop_layers": (1,), "always_first": 0, "policy": "backfill"}
+    bundle = make_bundle(source, tmp_path / "b", targets=("openvino",), **options)
+    with Session.open(bundle.root, threads=1) as session:
+        assert_same_run(session, source.model, oracle_plan(bundle), PROMPTS, 2)
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "lossless"])
