@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lora_drop_runtime.bundle.adapters import weight_names
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import ADAPTERS_NAME, KV_SCALES_NAME
-from lora_drop_runtime.errors import VerificationError
+from lora_drop_runtime.errors import ModelError, VerificationError
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import DEFAULT_POLICY, POLICIES, Policy
 from lora_drop_runtime.plan.schedule import StepKind
@@ -162,6 +162,9 @@ class Reference:
 
         Returns:
             N + 1 arrays float32 [B, V]: after the prompts, then after each step.
+
+        Raises:
+            ModelError: the plan drops halves of a layer, and they are not found in it.
         """
         import torch
 
@@ -304,9 +307,30 @@ class Reference:
                 cache.keys = [keys[:-stale] for keys in cache.keys]
                 cache.values = [values[:-stale] for values in cache.values]
             middle, y = _run(layer, x, call[index])
+            if step == 0 and StepKind.LORA in kinds and self._needs_middle(index):
+                self._check_middle(index, layer, x, call[index], middle, y)
             self._keep_states(index, step, (rows, torch.tensor(count) - 1), x, middle, y)
             outputs.append(y)
         return outputs
+
+    def _needs_middle(self, index: int) -> bool:
+        """Whether LoRA steps begin or end anything between a layer's halves, or look back to it."""
+        alone = (index in self.plan.dropped_attentions) != (index in self.plan.dropped_mlps)
+        form, halves = self.plan.form, any(half_of(site) for site in self.plan.sites_of(index))
+        return alone or (halves and (form.base_is_state or form.with_change))
+
+    def _check_middle(self, index: int, layer: Any, x: Any, call: tuple[Any, Any], middle: Any, y: Any) -> None:
+        """Refuse a layer whose second half, begun at `middle`, does not end where the layer did: it lies elsewhere."""
+        self._cache.writes = False
+        again = _run(layer, x, call, middle)[1]
+        self._cache.writes = True
+        if float((again - y).abs().max()) > 1e-5 * float(y.abs().max()):  # not so where any of them is no number
+            raise ModelError(
+                "The reference does not find the halves of the model's layers.",
+                note=f"What lies between the attention and the MLP of layer {index}, a {type(layer).__name__}, has a "
+                "name that is not known.",
+                hint="Use --injection block, and drop whole layers.",
+            )
 
     def _keep_states(self, index: int, step: int, last: tuple[Any, Any], x: Any, middle: Any, y: Any) -> None:
         """After a refresh: the streams before a layer, between its halves and behind it, of the tokens at `last`.
