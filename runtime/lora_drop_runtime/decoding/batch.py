@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 
@@ -178,6 +179,9 @@ class Batch:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise checks.not_pickled("batch", "")
 
     def close(self) -> None:
         """Free slots and engine; the batch cannot be used afterwards.

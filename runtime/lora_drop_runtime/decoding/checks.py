@@ -28,6 +28,15 @@ def check_threads(threads: int | None) -> None:
         THREADS.whole("The number of threads", threads)
 
 
+def not_pickled(what: str, instead: str) -> InputError:
+    """Processes and `copy` pickle what they are given."""
+    return InputError(
+        f"A {what} can be neither copied nor sent to another process.",
+        note="It holds an engine, and the caches of what is running.",
+        hint=f"Open one there with {what.capitalize()}.open{instead}.",
+    )
+
+
 def check_name(what: str, name: str | None, hint: str) -> None:
     """Whether what is chosen by its name is said by one; None is the bundle's, or a default."""
     if name is not None and not isinstance(name, str):

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +152,9 @@ class Session:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise checks.not_pickled("session", ", or use fork in this process")
 
     def close(self) -> None:
         """Free buffers, and the engine unless a fork uses it; the session cannot be used afterwards.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from lora_drop_runtime.bundle.manifest import Limits
+from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.sampling import SamplingOptions
 from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
 
 from tests.support.decoding import PLAN, assert_refused, continued
-from tests.support.fake_engine import next_token, open_session
+from tests.support.fake_engine import FakeEngine, next_token, open_session
 
 LIMITS = Limits(max_seq_len=12, max_prompt_len=8, max_batch=2)
 REFUSED_PROMPTS = {
@@ -97,6 +103,16 @@ def test_step_refuses() -> None:
     assert len(engine.runs) == 3
     session.prefill(np.array([[4, 2]]), max_new_tokens=1)
     assert_refused(lambda: session.step([1]), "caches are full", "longest row has 2 tokens")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_what_decodes_is_not_pickled(copied: Callable[[object], object]) -> None:
+    """Nor is a method of it, as a pool of processes would be given."""
+    session, _ = open_session(PLAN)
+    batch = Batch(session.bundle, FakeEngine(PLAN), PeriodicSchedule(3), slots=1)
+    for one, word in ((session, "session"), (batch, "batch"), (session.generate, "session")):
+        assert_refused(lambda one=one: copied(one), f"A {word} can be neither copied nor sent to another process")
+    assert session.generate([1], 3)[0].tolist() == continued([1], 3)
 
 
 def test_a_closed_session_refuses() -> None:
