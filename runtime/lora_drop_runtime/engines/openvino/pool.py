@@ -26,7 +26,10 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 def _untouched(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Zeros in pages that the system has not given yet. Those of numpy may be 2 MiB each, and come with a write."""
     size = math.prod(shape)
-    memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
+    try:
+        memory = mmap.mmap(-1, max(1, size) * dtype.itemsize, **_PRIVATE)
+    except OSError as error:  # which names no file, and would be taken for one of the standard streams
+        raise MemoryError(f"{size * dtype.itemsize} bytes of K/V: {error.strerror}") from None
     return np.frombuffer(memory, dtype, size).reshape(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -185,6 +186,21 @@ def test_a_pool_of_no_layers_gives_blocks_all_the_same() -> None:
     pool = BlockPool({}, np.float32, threading.RLock())
     assert len(set(pool.take(3) + pool.take(2))) == 5
     assert (pool.in_use, pool.block_bytes) == (5, 0)
+
+
+def test_too_little_memory_is_said_to_be_that_and_the_pool_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BlockPool(SHAPES, np.float32, threading.RLock())
+    taken = pool.take(2)
+    with monkeypatch.context() as patch:
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        patch.setattr("mmap.mmap", refused)
+        with pytest.raises(MemoryError, match="bytes of K/V: Cannot allocate memory"):
+            pool.take(3)
+    assert pool.in_use == 2
+    assert not {*taken} & {*pool.take(3)}
 
 
 def test_what_nobody_has_written_takes_no_memory() -> None:
