@@ -29,7 +29,7 @@ from fastapi.security import HTTPBearer
 from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.decoding.schedules import row_schedule
-from lora_drop_runtime.errors import InputError, counted
+from lora_drop_runtime.errors import InputError, LoraDropError, counted, one_line
 from lora_drop_runtime.grammars.grammar import Grammars
 from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
@@ -341,6 +341,12 @@ class _LoopErrors:
             self._log.say("warning: too many connections are open, no more can be accepted (ulimit -n)")
 
 
+def _failure(error: BaseException) -> str:
+    """What the log says of an engine that has failed: the error in full, which clients are not told."""
+    said = str(error) if isinstance(error, LoraDropError) else f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"error: the engine has failed, and nothing runs any more: {one_line(said.replace(chr(10), ' '))}"
+
+
 def _k_of(schedule: Schedule) -> int | str:
     """As a request would say it."""
     if isinstance(schedule, VerifiedSchedule):
@@ -639,6 +645,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    driver.on_failure = lambda error: log.say(_failure(error))
     records = Records(driver.metrics, log if log_requests else None, tells_ids=tells_ids)
     app.state.driver, app.state.records, app.state.log = driver, records, log
     served = driver.bundle.manifest.model

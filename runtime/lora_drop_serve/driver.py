@@ -184,6 +184,7 @@ class Driver:
         is_leaving: others should send no more, though jobs are still taken.
         is_closing: new jobs are refused.
         error: why the engine runs no more.
+        on_failure: is told it, on the event loop.
     """
 
     def __init__(self, batch: Batch, max_waiting: int) -> None:
@@ -195,6 +196,7 @@ class Driver:
         self.metrics = Metrics()
         self.is_leaving = self.is_closing = self._is_cut = False
         self.error: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] = lambda _: None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: set[Job] = set()  # of the event loop
         self._rows: dict[int, tuple[Job, int]] = {}  # of the thread: by the batch's numbers
@@ -299,6 +301,7 @@ class Driver:
         self.error = error
         nothing = 0, 0, dict.fromkeys(self.metrics.kv, 0)
         self._give([(job, engine_failed(error)) for job in self._open], nothing, time.perf_counter())
+        self.on_failure(error)
 
     # ── in the thread ──────────────────────────────────────────────────────────────────────────────────────
 

@@ -417,7 +417,9 @@ def test_a_row_that_fails_fails_alone(served: Served, engine: GatedEngine, strea
 
 
 @pytest.mark.parametrize("error", [BundleError("The device is lost."), RuntimeError("secret"), MemoryError()], ids=repr)
-def test_an_engine_that_fails_ends_what_runs_and_says_so(served: Served, engine: GatedEngine, error: Exception) -> None:
+def test_an_engine_that_fails_ends_what_runs_and_says_so(
+    served: Served, engine: GatedEngine, error: Exception, capfd: pytest.CaptureFixture[str]
+) -> None:
     engine.gate.clear()
 
     def broken(_: Run) -> None:
@@ -441,6 +443,9 @@ def test_an_engine_that_fails_ends_what_runs_and_says_so(served: Served, engine:
     assert len(gauges) == 5
     assert {metrics[name] for name in gauges} == {0}  # of what is no more
     assert engine.times_closed == 1
+    said = {BundleError: "The device is lost.", RuntimeError: "RuntimeError: secret", MemoryError: "MemoryError"}
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert lines == [f"error: the engine has failed, and nothing runs any more: {said[type(error)]}"]
 
 
 def test_a_step_that_does_not_end_is_no_health(
