@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from .texts import Wish, Writer
 
 CONNECT_SECONDS = 10
 START_SECONDS = 300  # without any worker: opening a large bundle takes its time
+FREED_SECONDS = 10  # within which a cluster says that the room of killed workers is free
 
 
 class _Worker:
@@ -129,6 +131,7 @@ class Spread:
         given = bundle.root.absolute(), policy, settings.target, settings.provider, settings.threads
         # No more than its nodes have places; one that others have taken meanwhile is never ready, and gets no batch
         places = sum(int(has // each) for has in nodes)
+        self._resource, self._room = name, free
         self._workers = [worker.remote() for _ in range(min(int(free // each), places))]
         self._starting = {one.open.remote(*given): one for one in self._workers}
         self._free: list[Any] = []
@@ -136,11 +139,15 @@ class Spread:
     def __enter__(self) -> Spread:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Leave the cluster as it was, where others follow: their workers take the room of these."""
         import ray
 
         for worker in self._workers:
             ray.kill(worker)
+        end = time.monotonic() + (FREED_SECONDS if error is None else 0)
+        while ray.available_resources().get(self._resource, 0) < self._room and time.monotonic() < end:
+            time.sleep(0.05)
 
     def _run(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Results by the calls' places, as they come."""
