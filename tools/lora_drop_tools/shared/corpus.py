@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES = {short: row.name for short, row in BY_SHORT.items() if row.name in MODEL_DTYPES}
 WINDOW = 256  # tokens of a piece of text, where the model and the bundle allow as many
+ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")  # of files that `lora-drop fit` streams
 HELD_OUT_SHARE = 20  # one token in so many, at the end of each text
 
 
@@ -27,7 +28,7 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
     """The files' contents.
 
     Raises:
-        InputError: there is none, or one cannot be read as UTF-8.
+        InputError: there is none, or one cannot be read as UTF-8, or has rows: their names and marks are no text.
     """
     if not files:
         raise InputError(
@@ -35,6 +36,12 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
         )
     texts = []
     for file in map(Path, files):
+        if file.name.endswith(ROWS):
+            raise InputError(
+                "A file of rows is no plain text.",
+                note=f"{file} ends in one of {', '.join(ROWS)}, which lora-drop fit alone reads row by row.",
+                hint="Write the rows' texts into a UTF-8 text file, and give that.",
+            )
         try:
             if is_device(file):
                 raise OSError(errno.EINVAL, "is a device")
