@@ -74,6 +74,21 @@ def test_a_group_of_another_metric_than_its_tasks() -> None:
         assert averages(tasks, {"g": found, "part": part}) == averages(tasks, {"g": found})  # the whole has counted it
 
 
+def test_an_average_has_a_difference_where_all_of_it_have_one() -> None:
+    """That of the rest stood beside an average of more, and was judged by the aim."""
+
+    def task(hits: str) -> TaskFigures:
+        items, full = ({n: {"acc": float(hit)} for n, hit in enumerate(one)} for one in (hits, "1111"))
+        return task_figures(Measured(items, "acc"), Measured(full, "acc"), 0)
+
+    kept, lost = task("1110"), task("0000")
+    assert averages({"kept": kept, "lost": lost})[1] == average([kept.difference, lost.difference])  # type: ignore[list-item]
+    for without in (dataclasses.replace(lost, difference=None, test=None), dataclasses.replace(lost, is_share=False)):
+        mean, difference, _ = averages({"kept": kept, "lost": without})
+        assert mean == average([one.figure for one in (kept, without) if one.is_share])
+        assert difference == (None if without.is_share else average([kept.difference]))  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (3, 9), (9, 3), (6, 6), (12, 25), (0, 20), (700, 800)])
 def test_mcnemar_is_scipys_binomial_test(won: int, lost: int) -> None:
     stats = pytest.importorskip("scipy.stats")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lora_drop_tools.eval.report import _columns, _offset_table, _text_table, value
+from lora_drop_tools.eval.intervals import Figure
+from lora_drop_tools.eval.report import _aims, _columns, _offset_table, _text_table, value
 from lora_drop_tools.eval.result import task_figures, text_figures
 from lora_drop_tools.eval.tasks.metrics import Aggregate, Measured
 
@@ -50,3 +52,15 @@ def test_a_figure_without_an_error_has_no_interval(stderr: float | None, written
     aggregates = {"bits_per_byte": Aggregate(1.4, stderr, 9)}
     measured = Measured({0: {}}, "bits_per_byte", rises=False, aggregates=aggregates)
     assert value(task_figures(measured, None, seed=0)) == written
+
+
+def test_an_aim_that_nothing_tells_of_is_not_passed_over() -> None:
+    average = Figure(0.5, 0.4, 0.6, 2)
+    row = eval_row(3, None, aim=0.02, average=average, average_difference=Figure(-0.01, -0.03, 0.01, 2))
+    begin = "aim        b k=3 skip within 2 pp of the full model: "
+    unknown = dataclasses.replace(row, average_difference=None)
+    assert _aims([row, unknown, dataclasses.replace(unknown, average=None), dataclasses.replace(row, aim=None)]) == [
+        f"{begin}reached, -1.0 [-3.0, +1.0] pp",
+        f"{begin}not known, some of the average has no difference to full",
+        f"{begin}not known, there is no average",
+    ]

@@ -227,13 +227,17 @@ def _aims(rows: Sequence[EvalRow]) -> list[str]:
     """Of each schedule with an aim, whether its average is within it."""
     lines = []
     for row in rows:
-        if row.aim is None or row.average_difference is None:
+        if row.aim is None:
             continue
-        verdict = "reached" if row.average_difference.value >= -row.aim else "missed"
-        lines.append(
-            f"aim        {schedule_name(row)} within {100 * row.aim:g} pp of the full model: {verdict}, "
-            f"{_points(row.average_difference)} pp"
+        verdict = (
+            "not known, some of the average has no difference to full"
+            if row.average
+            else "not known, there is no average"
         )
+        if row.average_difference is not None:
+            verdict = "reached" if row.average_difference.value >= -row.aim else "missed"
+            verdict += f", {_points(row.average_difference)} pp"
+        lines.append(f"aim        {schedule_name(row)} within {100 * row.aim:g} pp of the full model: {verdict}")
     return lines
 
 

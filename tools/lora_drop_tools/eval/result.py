@@ -310,7 +310,8 @@ def averages(
 ) -> tuple[Figure | None, Figure | None, McNemar | None]:
     """The average over the shares that were asked for, of their differences to k = 0, and the test of these.
 
-    A group counts once. Figures that are no shares, such as a perplexity, are left out of it.
+    A group counts once. Figures that are no shares, such as a perplexity, are left out of it. Where one of the others
+    has no difference, the average has none: it would be that of the rest.
     """
     outer = [group for group in (groups or {}).values() if not group.is_part]
     inside = {name for group in outer for name in group.tasks}
@@ -321,7 +322,7 @@ def averages(
         return None, None, None
     differences = [one.difference for one in counted if one.difference is not None]
     mean = average([one.figure for one in counted])
-    return mean, average(differences) if differences else None, pooled_test(counted)
+    return mean, average(differences) if len(differences) == len(counted) else None, pooled_test(counted)
 
 
 def too_wide(row: EvalRow) -> str | None:
