@@ -37,8 +37,9 @@ def shown(names: Iterable[str]) -> str:
 
 
 def _folders(files: Collection[str]) -> set[str]:
-    """The folders that files lie in, "." among them."""
-    return {"."} | {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    """The folders that files lie in, "." among them; none for names that lead outside."""
+    inside = (name for name in map(PurePosixPath, files) if ".." not in name.parts and not name.is_absolute())
+    return {"."} | {str(parent) for name in inside for parent in name.parents}
 
 
 def foreign_entries(root: Path, files: Collection[str]) -> list[str]:

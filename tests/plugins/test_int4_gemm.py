@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from pathlib import Path
 
 import pytest
 
 from plugins.kernels.binding import LoraDropInt4Gemm, bind_int4_gemm, load_library
 from tests.support.int4_gemm_cases import GEMM_CASES, GemmCase, run_gemm
-from tests.support.kernel_build import KERNELS, build_for_host, build_with_defects, layout_in_c, layout_of
+from tests.support.kernel_build import KERNELS, build_for_host, build_with_defects, check_layout
 from tests.support.kernel_calls import HostMemory
 
 
@@ -96,5 +95,5 @@ def test_problem(library: ctypes.CDLL, changes: dict[str, object], problem: str)
     assert problem in library.lora_drop_int4_gemm_problem(call).decode()
 
 
-def test_structure_has_the_layout_of_the_header(tmp_path: Path) -> None:
-    assert layout_in_c("int4_gemm.h", LoraDropInt4Gemm, tmp_path) == layout_of(LoraDropInt4Gemm)
+def test_structure_has_the_layout_of_the_header() -> None:
+    check_layout("int4_gemm.h", LoraDropInt4Gemm)

@@ -147,21 +147,21 @@ def build_for_device(library: Path, *options: str, source: Path = KERNELS) -> st
     return done.stdout + done.stderr
 
 
-def layout_of(structure: type[ctypes.Structure]) -> list[int]:
-    """Where each member lies, and the size, in bytes."""
-    return [*(getattr(structure, name).offset for name, *_ in structure._fields_), ctypes.sizeof(structure)]
+def check_layout(header: str, structure: type[ctypes.Structure]) -> None:
+    """Members and size lie where the struct of a header that has its name has them: a C compiler says so, or fails.
 
-
-def layout_in_c(header: str, structure: type[ctypes.Structure], folder: Path) -> list[int]:
-    """The same of the struct that a header has by that name."""
+    Without the headers of a C library, which a machine with gcc may lack.
+    """
     compiler = shutil.which("gcc")
     if compiler is None:
         raise NoCompilerError("no C compiler: gcc")
-    name, source, program = structure.__name__, folder / "layout.c", folder / "layout"
-    source.write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#include "{KERNELS / header}"\nint main(void) {{\n'
-        + "".join(f'printf("%zu ", offsetof({name}, {member}));\n' for member, *_ in structure._fields_)
-        + f'printf("%zu", sizeof({name})); }}\n'
+    name = structure.__name__
+    places = {f"offsetof({name}, {member})": getattr(structure, member).offset for member, *_ in structure._fields_}
+    places[f"sizeof({name})"] = ctypes.sizeof(structure)
+    lines = [f'#include "{KERNELS / header}"', *(f'_Static_assert({at} == {n}, "");' for at, n in places.items())]
+    subprocess.run(
+        [compiler, "-std=c11", "-ffreestanding", "-Wall", "-Werror", "-fsyntax-only", "-xc", "-"],
+        input="\n".join(lines) + "\n",
+        text=True,
+        check=True,
     )
-    subprocess.run([compiler, "-std=c11", "-Wall", "-Werror", "-o", program, source], check=True)
-    return [int(number) for number in subprocess.check_output([program]).split()]

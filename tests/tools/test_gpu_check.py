@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import inspect
 import json
 import os
@@ -26,11 +25,13 @@ from lora_drop_export.compiler import export as exporter
 from lora_drop_export.targets.trt.options import BuilderOptions, compute_capability
 from tests.support.bundles import first_layers, keep_trace
 from tests.support.fake_gpu import FakeGpu
+from tests.support.kernel_build import chooser_on_host
 from tests.support.large import sparse_checkpoint
 from tests.support.torch_trt import TorchTrt
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ROOT / "tools" / "gpu_check.py"
+USER = "who-runs-this"  # a name of one letter is left where it stands
 LACKING = re.compile(r"is not installed|no C\+\+ compiler|the stage build ended with skip")
 
 
@@ -83,7 +84,7 @@ def stages_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
     code, stages, said = checked(program, folder / "out.json", "--only", ",".join(names[::-1]), **environment)
     assert list(stages) == names  # as they build on each other
     assert "nothing of this says anything about a GPU" in said
-    assert code == 1  # the sanitizer's
+    assert code == int(stages["kernel"]["state"] != "skip")  # the sanitizer's
     return stages
 
 
@@ -122,6 +123,7 @@ def test_kernel(stages_run) -> None:
 
 def test_device(stages_run) -> None:
     """Without ONNX Runtime, as on a Jetson, whose packages do not name it (tests/support/forked_stages.py)."""
+    chooser_on_host()  # a skip without a C++ compiler, which the plugins' kernels need
     entry = stages_run["device"]
     assert "onnxruntime" not in entry["reason"]  # which would be a skip
     assert passed_over_stand_ins(entry)
@@ -149,6 +151,7 @@ def test_ort(stages_run) -> None:
 
 @pytest.mark.parametrize("stage", ["trt", "rtx"])
 def test_engines(stages_run, stage: str) -> None:
+    chooser_on_host()  # a skip without a C++ compiler: no cycles then
     numbers = stages_run[stage]["numbers"]
     assert passed_over_stand_ins(stages_run[stage])
     assert numbers["native float32 logits"]["status"] == "passed"
@@ -298,6 +301,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / f"stage_{name}.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    monkeypatch.setenv("LOGNAME", USER)
     return lambda *names, limit_s=900.0: [Stage(name, f"stage_{name}", limit_s, "nothing") for name in names]
 
 
@@ -329,7 +333,7 @@ def test_one_stage_never_takes_the_others_down(stages, tmp_path: Path, capsys) -
     assert "Traceback" not in text
     assert "somebody" not in text
     assert str(tmp_path) not in text
-    assert f"{getpass.getuser()}@" not in text
+    assert f"{USER}@" not in text
     assert f"@{socket.gethostname()}" not in text
 
 
@@ -453,14 +457,15 @@ def test_wheels_are_what_the_stages_import(tmp_path: Path, capsys) -> None:
     assert "pip cannot install them" in capsys.readouterr().err
 
 
-def test_reports_say_nothing_of_who_and_where() -> None:
-    host, user = socket.gethostname(), getpass.getuser()
+def test_reports_say_nothing_of_who_and_where(monkeypatch) -> None:
+    monkeypatch.setenv("LOGNAME", USER)
+    host = socket.gethostname()
     said = {
         "/usr/lib/x86/libfoo.so.1: cannot open": "…/libfoo.so.1: cannot open",
         "in '/home/jo/a b' and C:\\Users\\jo\\x.py": "in '…/a b' and …/x.py",
         "~/models/one.bin, ~jo/models/two.bin": "…/one.bin, …/two.bin",
         "1/2 of 3 / 4, refresh.onnx, tokens/s": "1/2 of 3 / 4, refresh.onnx, tokens/s",
-        f"{user} at {host}": "… at …",
+        f"{USER} at {host}": "… at …",
     }
     for text, expected in said.items():
         assert anonymous({"a": [text, 1.5, None]}) == {"a": [expected, 1.5, None]}

@@ -6,14 +6,12 @@ import contextlib
 import getpass
 import re
 import socket
-from functools import cache
 from typing import Any
 
 # From the root, a home or a drive to a file; the file's own name stays
 _PATH = re.compile(r"""(?:(?<![\w./…])/|~[\w.-]*/|\b[A-Za-z]:\\|\\\\)[^\s'"`:,;()<>|]*[/\\]([^\s'"`:,;()<>|/\\]*)""")
 
 
-@cache
 def _names() -> tuple[str, ...]:
     names = {socket.gethostname(), socket.gethostname().partition(".")[0]}
     with contextlib.suppress(OSError, KeyError):  # no such user in the system's table

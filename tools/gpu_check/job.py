@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import unittest
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,9 @@ OURS = ("gpu_check", "plugins", "tests", "lora_drop_export", "lora_drop_runtime"
 
 
 def what_lacks(error: Exception) -> str | None:
-    """What is not here, where that is what an error says: a skip, or a package of others that is not installed."""
-    if isinstance(error, Skip):
+    """What is not here, where that is what an error says: a skip, a compiler's too, or a package of others that is not
+    installed."""
+    if isinstance(error, Skip | unittest.SkipTest):
         return str(error)
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     return f"{package} is not installed" if package and package not in OURS else None

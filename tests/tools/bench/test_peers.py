@@ -135,7 +135,8 @@ def test_protocol(worker: Path, hf_directory: Path, tmp_path: Path) -> None:
     (hf_directory / "more").write_text("changed")
     with Peer("transformers", command, *arguments) as peer:
         assert peer.built == "as given"
-    worker.write_text(FAKE_WORKER.replace('say({"ready"', 'print("hello", {"ready"'), encoding="utf-8")
+    program = FAKE_WORKER.replace('say({"ready"', 'print("hello", {"ready"').replace('"1.2"})', '"1.2"}, flush=True)')
+    worker.write_text(program, encoding="utf-8")
     with pytest.raises(PeerError, match="its answer is not understood: hello"):
         Peer("transformers", command, *arguments)
     with pytest.raises(PeerError, match="RuntimeError: cannot"):
@@ -242,7 +243,7 @@ def test_openvinos_groups_fill_every_row(
 def test_a_builder_that_fails_has_the_last_word(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    program = "import sys; print('begun'); print('No module named optimum', file=sys.stderr); sys.exit(3)"
+    program = "import sys; print('begun', flush=True); print('No module named optimum', file=sys.stderr); sys.exit(3)"
     (tmp_path / "builder.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"^builder ended with code 3: No module named optimum$"):
