@@ -431,8 +431,9 @@ def _likeness(error: UnicodeError) -> tuple[str, int]:
 
 
 def _ready_streams() -> None:
-    """Let standard output take any text, and nobody find a standard stream missing.
+    """Let standard output take any text, a line at a time, and nobody find a standard stream missing.
 
+    So lines come when they are printed, in a pipe too, and stand in the order of both streams.
     A closed one becomes the null device, so that no file that is opened later gets its number. Of a pipe or a file
     Windows says a code page, which lacks most letters; it is UTF-8, as all files are.
     """
@@ -445,7 +446,7 @@ def _ready_streams() -> None:
             if sys.platform == "win32" and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
                 stream.reconfigure(encoding="utf-8")
             if mode == "w":
-                stream.reconfigure(errors="likeness")
+                stream.reconfigure(errors="likeness", line_buffering=True)
 
 
 def _reader_went(error: BaseException) -> bool:

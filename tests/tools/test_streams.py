@@ -127,6 +127,20 @@ def test_sigterm_while_packages_are_imported(ignored) -> None:
     assert (done.returncode, done.stderr) == (0 if ignored else 143, b"")
 
 
+def test_lines_of_both_streams_stand_in_their_order() -> None:
+    """In one pipe, as a log's; a reply's end stood behind what was said of it."""
+    say = "lambda _: [print(n, file=(sys.stdout, sys.stderr)[n % 2]) for n in range(4)]"
+    code = f"import sys; from lora_drop_runtime.command_line import run_command; run_command({say}, [])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={"PYTHONPATH": PATHS},
+        timeout=600,
+    )
+    assert done.stdout.split() == [b"0", b"1", b"2", b"3"]
+
+
 def test_functions_have_the_names_of_their_modules() -> None:
     """Also once the modules are imported."""
     import lora_drop_tools
