@@ -102,3 +102,31 @@ def test_a_question_that_cannot_be_asked(
     said = capsys.readouterr()
     assert error in said.err
     assert said.out.count("\n") >= (2 if typed else 1)
+
+
+def test_bytes_that_are_no_text_lose_who_types_that_question_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In most locales Python reads strictly."""
+    lines = iter([b"ab", b"Gr\xfc\xdfe", b"cd"])
+
+    def asked(prompt: str) -> str:
+        try:
+            return next(lines).decode()
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", asked)
+    assert main(["chat", str(bundle), "--threads", "1", "--max-new-tokens", "3"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("What was typed is not UTF-8.\nNote: It holds the byte 0xfc.\n") == 1
+    assert said.out.count("\n") >= 2
+
+
+def test_bytes_that_are_no_text_end_a_pipe(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Gr\xfc\xdfe\ncd\n"), encoding="utf-8"))
+    assert main(["chat", str(bundle), "--threads", "1", "--max-new-tokens", "3"]) == 2
+    assert "What was typed is not UTF-8." in capsys.readouterr().err

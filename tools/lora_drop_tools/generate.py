@@ -268,6 +268,11 @@ def _piped_question() -> str:
     return line.rstrip("\n")
 
 
+def _drop_question(error: InputError) -> None:
+    """Who types can go on with another one."""
+    print(error, file=sys.stderr, flush=True)
+
+
 def _questions() -> Iterator[str]:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # Windows edits lines itself
@@ -278,11 +283,15 @@ def _questions() -> Iterator[str]:
         except EOFError:
             return
         except UnicodeDecodeError as error:
-            raise InputError(
+            unreadable = InputError(
                 "What was typed is not UTF-8.",
                 note=f"It holds the byte {error.object[error.start]:#04x}.",
                 hint="Set the terminal to UTF-8, or give UTF-8 text.",
-            ) from None
+            )
+            if not sys.stdin.isatty():
+                raise unreadable from None
+            _drop_question(unreadable)
+            continue
         if line.strip():
             yield line
 
@@ -378,8 +387,8 @@ def chat(bundle: str | Path, settings: ChatSettings, *, system: str | None = Non
             except InputError as error:
                 if not sys.stdin.isatty():
                     raise
-                messages.pop()  # who types can go on with another one
-                print(error, file=sys.stderr, flush=True)
+                messages.pop()
+                _drop_question(error)
                 continue
             room = limits.max_seq_len - len(ids)
             fitting = dataclasses.replace(settings, max_new_tokens=min(settings.max_new_tokens or REPLY_TOKENS, room))
