@@ -1,5 +1,6 @@
 """The layout as docs/development.md draws it: what a folder may import, no circles, callees above callers.
 
+Assertions do nothing else, which has no better place.
 Read from the imports and names themselves, nothing is imported here.
 """
 
@@ -66,6 +67,7 @@ BELOW = {
 }
 APART = ("ort", "openvino", "trt")
 NEVER_MEET = {"lora_drop_export.targets": APART, "lora_drop_runtime.engines": APART}
+CHANGES = {"setdefault", "pop", "popitem", "add", "append", "update", "extend", "insert", "remove", "discard", "next"}
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "onnx_graphsurgeon", "safetensors"}
 
 
@@ -150,6 +152,15 @@ def test_the_runtime_imports_no_library_of_the_exporter() -> None:
     for name in MODULES:
         if name.startswith(("lora_drop_runtime", "lora_drop_serve")):
             assert not {other.partition(".")[0] for other in imported_modules(name)} & HEAVY, name
+
+
+def test_no_assertion_does_something() -> None:
+    """`python -O` leaves assertions out, with what is done in them: graphs lacked their weights."""
+    for name in MODULES:
+        for node in ast.walk(tree(name)):
+            if isinstance(node, ast.Assert):
+                calls = [ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)]
+                assert not [call for call in calls if call.rpartition(".")[2] in CHANGES], f"{name}, line {node.lineno}"
 
 
 def test_nothing_imports_from_the_tests() -> None:

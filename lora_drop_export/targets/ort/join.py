@@ -47,7 +47,8 @@ def joined(lora: onnx.ModelProto, refresh: onnx.ModelProto) -> onnx.ModelProto:
     weights: dict[str, onnx.TensorProto] = {}
     for form in (refresh, lora):
         for tensor in form.graph.initializer:
-            assert weights.setdefault(tensor.name, tensor) == tensor, tensor.name
+            first = weights.setdefault(tensor.name, tensor)
+            assert first == tensor, tensor.name
     choice = helper.make_node(
         "If",
         [LORA_STEP],

@@ -144,6 +144,7 @@ def halves_from_neutral(
         model = ir.serde.deserialize_model(lower_step(proto, max_positions))
         # Scales of caches stay: what is computed of them is computed once, when a session is opened
         for name, weight in stored_weights_as_inputs(model.graph, but=("kv_scales.",)).items():
-            assert table.setdefault(name, weight) == weight, name
+            first = table.setdefault(name, weight)
+            assert first == weight, name
         graphs[kind] = ir.serde.serialize_model(model)
     return graphs, table

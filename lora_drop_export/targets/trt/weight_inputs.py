@@ -130,7 +130,8 @@ def check_one_copy(tables: Iterable[dict[str, WeightInput]]) -> dict[str, Weight
     union: dict[str, WeightInput] = {}
     for table in tables:
         for name, weight in table.items():
-            assert union.setdefault(name, weight) == weight, name
+            first = union.setdefault(name, weight)
+            assert first == weight, name
     places = [(location, offset) for weight in union.values() for location, offset, _ in weight.parts]
     assert len(set(places)) == len(places)
     return union
