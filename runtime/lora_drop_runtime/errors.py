@@ -133,4 +133,6 @@ def engine_hint(error: BaseException) -> str:
         return "Free memory, or raise the limit on it (ulimit -v)."
     if any(words in str(error) for words in ("pthread_create failed", "Resource temporarily unavailable")):
         return "Ask for fewer threads, or raise the limit on them (ulimit -u, a container's limit on pids)."
+    if "procfs" in str(error):  # ONNX Runtime asks /proc/self/fd for the path of a file of weights
+        return "Mount /proc, without which ONNX Runtime opens no weights."
     return "Check the bundle with: lora-drop inspect --check; or export the model again."

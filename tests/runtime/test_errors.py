@@ -40,9 +40,10 @@ def test_errors_cross_processes(kind: type[InputError] | type[NoDeviceError]) ->
         ("can't alloc", "Free memory"),
         ("pthread_create failed, error code: 11 error msg: Resource temporarily unavailable", "Ask for fewer"),
         ("/bundle/openvino/steps.onnx: Resource temporarily unavailable", "Ask for fewer"),
+        ("Secure opened-file canonicalization requires procfs at /proc/self/fd/4. Ensure /proc is", "Mount /proc"),
         ("[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Protobuf parsing failed.", "Check the bundle"),
     ],
-    ids=["bad_alloc", "bytes", "alloc", "threads", "threads of openvino", "protobuf"],
+    ids=["bad_alloc", "bytes", "alloc", "threads", "threads of openvino", "procfs", "protobuf"],
 )
-def test_a_graph_that_found_no_memory_or_thread_is_not_called_damaged(said: str, hint: str) -> None:
+def test_a_graph_that_found_no_memory_thread_or_proc_is_not_called_damaged(said: str, hint: str) -> None:
     assert engine_hint(RuntimeError(said)).startswith(hint)
