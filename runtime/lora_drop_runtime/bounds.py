@@ -79,7 +79,7 @@ class Bounds:
             InputError: another type, or out of bounds.
         """
         try:
-            if isinstance(value, bool):
+            if type(value).__name__ in ("bool", "bool_"):  # numpy's, too, as whole_number has it
                 raise TypeError
             number = operator.index(value)
         except TypeError:

@@ -101,7 +101,8 @@ def whole_number(what: str, value: Any, hint: str) -> int:
     """
     if type(value) is int:
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    # numpy's truth values, too, which older versions of it take for numbers
+    if type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__index__"):
         raise wrong_type(what, value, "a whole number", hint)
     try:
         return operator.index(value)

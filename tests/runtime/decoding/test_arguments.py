@@ -18,6 +18,7 @@ from tests.support.fake_engine import open_session
 
 NO_NUMBERS: tuple[Any, ...] = (3.0, "3", b"3", True, None, [3], {3}, 3 + 0j, Fraction(3), object(), np.float32(3))
 NO_NUMBERS += (np.bool_(True), np.array([3, 4]), np.array(3.0), math.nan)
+NO_NUMBERS += (type("bool_", (), {"__index__": lambda _: 1})(),)  # that of older numpy
 NUMBERS: tuple[Any, ...] = (3, np.int8(3), np.uint64(3), np.int64(3), np.array(3))
 
 
