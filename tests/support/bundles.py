@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import copy
 import dataclasses
-import fcntl
 import functools
 import json
 import os
 import pickle
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,9 @@ from lora_drop_export.console import Console
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.support.models import FAMILIES, MORE_FAMILIES, llama
 from tests.support.oracle import OraclePlan
+
+if sys.platform != "win32":
+    import fcntl
 
 PROMPTS = [[7, 3, 11, 19, 2], [5], [23, 29, 31]]  # ragged
 
@@ -126,7 +129,8 @@ def traced_once(name: str, checkpoint: Checkpoint, dtype: str) -> TracedModel:
     """A trace that the workers of one test run share: it takes seconds, and they would make each several times."""
     file = _trace_file(name, dtype)
     with open(f"{file}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the one that comes second waits for the first one's
+        if sys.platform != "win32":  # there the tests run in one process
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the one that comes second waits for the first one's
         if file.exists():
             traced = pickle.loads(file.read_bytes())
             return dataclasses.replace(traced, graph=ir.serde.deserialize_model(traced.graph))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ class InALine:
         self.left = left
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(self.FILES):
+        if not Path(frame.f_code.co_filename).as_posix().endswith(self.FILES):
             return None
         self.left -= event == "line"
         if event == "line" and not self.left:
