@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,17 @@ from .options import AUTO, NO_TARGET, ExportOptions, quantized_shorts
 def check_names(model: str, out: Path) -> None:
     """Refuse places whose names the tokenizer's library cannot take. Raises InputError."""
     for option, place in (("--model", model), ("--out", out)):
-        if not is_utf8(os.path.abspath(place)):
+        path = os.path.abspath(place)
+        if (locale := sys.getfilesystemencoding()) != "utf-8" and os.fsdecode(path.encode(errors="replace")) != path:
+            raise InputError(
+                f"The path at {option} is not read as UTF-8.",
+                note=f"It is {path!a:.300} in the locale's {locale}; tokenizers take their paths as UTF-8.",
+                hint="Set PYTHONUTF8=1 or a locale of UTF-8, or choose another.",
+            )
+        if not is_utf8(path):
             raise InputError(
                 f"The path at {option} is not UTF-8.",
-                note=f"It is {os.path.abspath(place)!a:.300}, in which tokenizers cannot be read or written.",
+                note=f"It is {path!a:.300}, in which tokenizers cannot be read or written.",
                 hint="Rename what it names, or choose another.",
             )
 

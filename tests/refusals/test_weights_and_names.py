@@ -23,6 +23,7 @@ import lora_drop_export.cli
 from lora_drop_export.check.figures import failure
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.compiler.early import check_names
 from lora_drop_export.compiler.export import export
 from lora_drop_export.compiler.options import ExportOptions
 from tests.support.bundles import Family, family, heads_of, make_bundle
@@ -84,6 +85,22 @@ def test_a_place_whose_name_is_no_utf8(refused, place: Path, copied: Path, optio
     places = {"--model": place / "model", "--out": place / "out"}
     odd = places | {option: copied.rename(copied.parent / os.fsdecode(b"m\xff")) / os.fsdecode(b"\xfe")}
     refused(lora_drop_export.cli.main, *itertools.chain(*odd.items()), words=(f"The path at {option} is not UTF-8.",))
+
+
+@pytest.mark.parametrize("option", ["--model", "--out"])
+@pytest.mark.parametrize(("locale", "name"), [("iso8859-1", "mÃ©"), ("ascii", "m\udcc3\udca9")], ids=["latin-1", "c"])
+def test_a_place_whose_name_the_locale_reads_as_another(
+    monkeypatch: pytest.MonkeyPatch, locale: str, name: str, option: str
+) -> None:
+    """The checkpoint was called damaged, or the name, which is UTF-8, was said to be none."""
+    places = {"--model": "model", "--out": "out"} | {option: name}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "getfilesystemencoding", lambda: locale)
+        patch.setattr(os, "fsdecode", lambda name: name.decode(locale, "surrogateescape"))
+        with pytest.raises(InputError) as caught:
+            check_names(places["--model"], Path(places["--out"]))
+    assert f"The path at {option} is not read as UTF-8." in str(caught.value)
+    assert "PYTHONUTF8=1" in str(caught.value)
 
 
 def test_a_bundle_whose_name_is_no_utf8(place: Path, tmp_path: Path) -> None:
