@@ -8,19 +8,22 @@ are made once: they lie beside its traces (tests/conftest.py), by the hash of th
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest
 from collections.abc import Iterable
 from pathlib import Path
 
 from lora_drop_runtime.engines.trt.kernels import SOURCE, Choice
+
+if sys.platform != "win32":
+    import fcntl
 
 KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 
@@ -55,7 +58,8 @@ def _built_once(hosts: list[Path], folders: list[Path], library: Path, *options:
         digest.update(file.read_bytes())
     kept = Path(shared, f"{digest.hexdigest()}.so")
     with open(kept.with_suffix(".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if sys.platform != "win32":  # there the tests run in one process
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
             part = kept.with_suffix(".part")
             _build(hosts, part, *options)
