@@ -354,7 +354,7 @@ class Interrupt:
         self.left = count
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if not Path(frame.f_code.co_filename).as_posix().endswith(self.FILES):
+        if not frame.f_code.co_filename.replace("\\", "/").endswith(self.FILES):
             return None
         lines = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
         if event == "line" and "return events" not in lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,7 +128,7 @@ class InALine:
         self.left = left
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if not Path(frame.f_code.co_filename).as_posix().endswith(self.FILES):
+        if not frame.f_code.co_filename.replace("\\", "/").endswith(self.FILES):
             return None
         self.left -= event == "line"
         if event == "line" and not self.left:
