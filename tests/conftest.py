@@ -17,6 +17,9 @@ import pytest
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # also of those that import ONNX Runtime themselves
 os.environ["LORA_DROP_CACHE"] = ""  # nothing is kept in the user's folder
+# Some machines set these, which hides what commands do elsewhere: output that waited in a pipe hung a test there
+for name in ("PYTHONUNBUFFERED", "PYTHONIOENCODING"):
+    os.environ.pop(name, None)
 
 # A trace makes millions of objects, and few of them are garbage: looking for it as often as by default takes a tenth
 gc.set_threshold(100_000, 50, 50)
