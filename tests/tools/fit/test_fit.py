@@ -918,6 +918,32 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
     assert [event.step for event in found.Scalars("kl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("minutes", [0.0, 10.0], ids=["from the state", "from the beginning"])
+def test_curves_of_a_resumed_fit_have_each_step_once(
+    minutes: float, model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of steps behind the last state are drawn anew."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stages = importlib.import_module("lora_drop_tools.fit.stages")
+    report = stages.Report.__call__
+    options = {"drop_layers": (3,), "log_dir": tmp_path / "log", "checkpoint_minutes": minutes}
+
+    def interrupted(self: Any, done: int, *others: Any) -> None:
+        report(self, done, *others)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Report, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(model_dir, words, tmp_path / "a", **options)
+    monkeypatch.setattr(stages.Report, "__call__", report)
+    losses = run_fit(model_dir, words, tmp_path / "a", **options, resume=True).losses
+    found = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert [event.step for event in found.Scalars("kl")] == [1, 2, 3, 4]
+    assert [event.value for event in found.Scalars("kl")] == pytest.approx(losses)
+
+
 @pytest.mark.parametrize(
     ("options", "words_of_error"),
     [

@@ -163,6 +163,7 @@ class Report:
         log_dir: for TensorBoard.
         begun_kl: of what distillation begins with, on held-out text.
         highest: learning rate.
+        resumed: an interrupted fit goes on: what it had drawn of steps that are done again is drawn no more.
     """
 
     def __init__(
@@ -173,18 +174,24 @@ class Report:
         log_dir: Path | None,
         begun_kl: float,
         highest: float,
+        resumed: bool = False,
     ) -> None:
         self._begun_kl, self._highest = begun_kl, highest
         self._console, self._update, self._tokens = console, update, tokens
+        self._log_dir, self._resumed = log_dir, resumed
         self._writer: Any = None
         self._losses: list[float] = []
         self._begun = time.monotonic()
-        if log_dir is not None:
+
+    def _open_writer(self, first: int) -> None:
+        """For curves from this step on."""
+        if self._log_dir is not None and self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(log_dir))
+            self._writer = SummaryWriter(str(self._log_dir), purge_step=first if self._resumed else None)
 
     def __call__(self, done: int, total: int, loss: float, rate: float) -> None:
+        self._open_writer(done)
         self._update("distillation", done, total)
         self._losses.append(loss)
         if done % max(1, total // _REPORTS) and done != total:
@@ -236,7 +243,7 @@ def distilled(
     log_dir, begun = settings.log_dir if workers.rank == 0 else None, work.stages[work.before]["kl"]
     with (
         work.console.progress("distillation") as update,
-        contextlib.closing(Report(work.console, update, tokens, log_dir, begun, rate)) as report,
+        contextlib.closing(Report(work.console, update, tokens, log_dir, begun, rate, settings.resume)) as report,
     ):
         losses = distill(
             work.forcing, work.seen, work.plan, work.policies, learner, options, workers, state_file, report
