@@ -79,7 +79,8 @@ class Store:
             file.seek(0)
             data = file.read()
             whole = data.rfind(b"\n") + 1
-            file.truncate(whole)
+            if whole < len(data):  # else a line that another run appends just now would be lost
+                file.truncate(whole)
         for number, line in enumerate(data[:whole].splitlines()[1:], 2):
             try:
                 entry = json.loads(line)
