@@ -11,6 +11,7 @@ from lora_drop_runtime.errors import InputError
 
 from .area import area_of, resolved
 from .failures import refused_writes
+from .rename import is_held
 
 
 def is_replaced(path: Path) -> bool:
@@ -70,6 +71,8 @@ def check_writable(path: Path, option: str, parents: bool = False) -> None:
     try:
         if is_replaced(place) or parents:
             with area_of(place, parents):
+                if is_held(place):
+                    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
                 return
         if place.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -10,6 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from lora_drop_runtime.errors import InputError
 
+from .rename import is_held
+
 _NAMED = 3  # files that a message names
 
 
@@ -107,6 +109,11 @@ def refuse_inside(place: Path, kind: Kind) -> None:
 
 def _refuse_locked(place: Path, kind: Kind, files: Collection[str]) -> None:
     """Raise InputError where a folder may not be changed: the system would not rename it, or its files would stay."""
+    if is_held(place):
+        raise _refusal(
+            f"The {kind.name} at --out is another user's, so it cannot be replaced.",
+            f"In {place.parent}, which is sticky, only its owner may.",
+        )
     for folder in sorted(place / name for name in _folders(files)):
         if folder.is_dir() and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             raise _refusal(

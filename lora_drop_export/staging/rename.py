@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
+import sys
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -49,3 +51,14 @@ def rename_new(source: Path, target: Path) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(source), None, str(target))
         os.rename(source, target)
+
+
+def is_held(place: Path) -> bool:
+    """Whether we may neither rename nor replace what is at a place: it is another user's, as is its sticky folder.
+
+    Such a folder, like /tmp, lets everybody make files, and nobody take another's away.
+    """
+    if sys.platform == "win32" or os.geteuid() == 0 or not os.path.lexists(place):
+        return False
+    folder = place.parent.stat()
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in (folder.st_uid, place.lstat().st_uid)

@@ -21,6 +21,7 @@ from lora_drop_runtime.errors import InputError
 from lora_drop_export.staging import area, directory, rename
 from lora_drop_export.staging.directory import staged_directory
 from lora_drop_export.staging.failures import refused_writes
+from lora_drop_export.staging.file import check_writable
 from tests.support.kill_points import KIND, held, write_directory
 
 NAMES = ["marker.json", "a", "deep/er/old"]
@@ -197,6 +198,29 @@ def test_folders_that_may_not_be_changed(place: Path, folder: str, monkeypatch: 
         pytest.fail("the work began")
     assert f"{locked} is not readable and writable to you." in str(raised.value)
     assert all_below(place.parent) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no sticky folders")
+def test_of_another_user_in_a_sticky_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in /tmp: before any work, where the system refused after it."""
+    file = place.parent / "results.json"
+    file.write_text("old", encoding="utf-8")
+    place.parent.chmod(0o1777)
+    check_writable(file, "--json")  # one's own may be replaced
+    monkeypatch.setattr(os, "geteuid", lambda: place.stat().st_uid + 1)
+    before = all_below(place.parent)
+    with (
+        pytest.raises(InputError, match="another user's") as raised,
+        staged_directory(place, True, KIND),
+    ):
+        pytest.fail("the work began")
+    assert f"In {place.parent}, which is sticky, only its owner may." in str(raised.value)
+    with pytest.raises(InputError, match="cannot be written"):
+        check_writable(file, "--json")
+    assert all_below(place.parent) == before
+    check_writable(place.parent / "new.json", "--json")
+    place.parent.chmod(0o777)
+    check_writable(file, "--json")
 
 
 @pytest.mark.parametrize("deeper", [".", "deep", "deep/er"])
