@@ -71,28 +71,41 @@ def _dtypes(refs: Iterable[TensorSource]) -> str:
     return ", ".join(sorted({ref.dtype for ref in refs}))
 
 
-def _not_linked(source: Path, target: Path, reason: str) -> InputError:
+def _not_linked(source: Path, number: int | None) -> InputError:
+    """The error of a link that the system refuses with this number."""
+    is_far = number == errno.EXDEV
+    reason = "it lies on another file system than --out" if is_far else os.strerror(number or errno.EIO)
+    if number == errno.EPERM and not os.access(source, os.W_OK):  # Linux's fs.protected_hardlinks
+        reason += "; the system may want files that are linked to be yours or writable to you"
     return InputError(
         "The checkpoint's weights cannot be linked.",
-        note=f"{source} to {target}: {reason}.",
-        hint="Use --weights copy, or an --out on the checkpoint's file system.",
+        note=f"{source}: {reason}.",
+        hint="Use --weights copy, or an --out on the checkpoint's file system." if is_far else "Use --weights copy.",
     )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise _not_linked(source, error.errno) from None
 
 
 def check_linkable(
     refs: Iterable[TensorSource], root: Path, dtype: str, mode: str, *, owned: bool = False, quantized: bool = False
 ) -> None:
-    """Refuse hard links that cannot be made, as far as that is known without making one.
+    """Refuse hard links that cannot be made. One is made of each file, and removed.
 
     Args:
         refs: of the checkpoint.
+        root: of the bundle that is being written.
         dtype: that the bundle stores.
         mode: `copy` is never refused.
         owned: the checkpoint has no files of the user's to take as they lie.
         quantized: the bundle's weights are.
 
     Raises:
-        InputError: the weights have to be converted, or lie on another file system.
+        InputError: the weights have to be converted, or the system refuses.
     """
     if mode != "link":
         return
@@ -115,17 +128,10 @@ def check_linkable(
             note="They do not lie in safetensors files: they have to be converted.",
             hint="Use --weights copy.",
         )
-    far = next((ref.file for ref in refs if ref.file.stat().st_dev != root.stat().st_dev), None)
-    if far is not None:
-        raise _not_linked(far, root, "they lie on another file system")
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        reason = "they lie on another file system" if error.errno == errno.EXDEV else str(error.strerror)
-        raise _not_linked(source, target.parent, reason) from None
+    trial = root / "linked"
+    for file in sorted({ref.file for ref in refs if isinstance(ref, TensorPlace)}):
+        _link(file, trial)
+        trial.unlink()
 
 
 def copy_file(source: Path, target: Path, progress: Progress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -162,17 +163,19 @@ def test_enough_disk_passes(passes, monkeypatch):
 
 
 @pytest.mark.usefixtures("untraced")
-def test_weights_that_cannot_be_linked_across_file_systems(export_refused, tmp_path, place, monkeypatch):
-    real = Path.stat
+@pytest.mark.parametrize(
+    ("code", "words"), [(errno.EXDEV, "another file system"), (errno.EPERM, "yours or writable to you")]
+)
+def test_weights_that_the_system_does_not_link(export_refused, tmp_path, place, monkeypatch, code, words):
+    """Those of another user's read-only model, too, as models that many share are."""
 
-    def far(path: Path, **options: Any) -> os.stat_result:
-        found = real(path, **options)
-        if path.name != "model.safetensors":
-            return found
-        return os.stat_result([*found[:2], found.st_dev + 1, *found[3:10]])
+    def fail(source: object, target: object) -> None:
+        raise OSError(code, os.strerror(code), source, None, target)
 
-    monkeypatch.setattr(Path, "stat", far)
-    export_refused("--weights", "link", "--target", "none", words=("cannot be linked", "another file system"))
+    access = os.access
+    monkeypatch.setattr("os.link", fail)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).suffix != ".safetensors" and access(path, mode))
+    export_refused("--weights", "link", "--target", "none", words=("cannot be linked", words, "--weights copy"))
 
 
 @pytest.mark.usefixtures("untraced")
