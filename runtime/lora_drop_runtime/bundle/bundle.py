@@ -20,6 +20,7 @@ from the folders that are read as a whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -93,12 +94,14 @@ def _check_name(name: str) -> None:
 
 
 def _check_file(root: Path, real_root: str, name: str, record: FileRecord) -> None:
-    """Whether a recorded file lies inside the bundle, is an ordinary one and has its size."""
+    """Whether a recorded file lies inside the bundle, may be read, is an ordinary one and has its size."""
     _check_name(name)
     file = root / name
     with _reading(file):
         try:
             real, status = os.path.realpath(file), file.stat()
+            if not os.access(file, os.R_OK):  # an engine says a number alone, of the graph that it reads
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise _damaged_file(
                 "A file of the bundle is missing.",
@@ -150,8 +153,8 @@ class Bundle:
         """Read the manifest and check that every file is there with its size.
 
         Raises:
-            BundleError: no bundle there, another format version, a missing or truncated file, one that is a link out
-                of the bundle, or one that the manifest does not record.
+            BundleError: no bundle there, another format version, a missing or truncated file, one that may not be read
+                or is a link out of the bundle, or one that the manifest does not record.
             PlanError: the manifest's plan is impossible.
         """
         if not isinstance(path, str | os.PathLike):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,3 +125,13 @@ def test_a_file_that_cannot_be_read(name: str, read: Callable[[Bundle], object],
     with pytest.raises(BundleError, match="cannot be read") as refused:
         read(bundle)
     assert refused.value.note == f"{root / name}: No such file or directory."
+
+
+def test_a_file_that_may_not_be_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As linked weights that are their owner's alone; ONNX Runtime says «SystemError : 13» of the graph."""
+    file, access = made / "bundle" / WEIGHTS, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file and access(path, mode))  # root has all
+    with pytest.raises(BundleError, match="cannot be read") as refused:
+        Session.open(made / "bundle")
+    assert refused.value.note == f"{file}: Permission denied."
+    assert "permissions" in refused.value.hint
