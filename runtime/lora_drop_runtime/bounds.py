@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, is_truth_value
 
 
 def _said(number: float) -> str:
@@ -79,7 +79,7 @@ class Bounds:
             InputError: another type, or out of bounds.
         """
         try:
-            if type(value).__name__ in ("bool", "bool_"):  # numpy's, too, as whole_number has it
+            if is_truth_value(value):
                 raise TypeError
             number = operator.index(value)
         except TypeError:

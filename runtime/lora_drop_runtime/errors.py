@@ -93,6 +93,11 @@ def wrong_type(what: str, value: object, needed: str, hint: str) -> InputError:
     return InputError(f"{what} has the wrong type.", note=note, hint=hint)
 
 
+def is_truth_value(value: Any) -> bool:
+    """Python's or numpy's, which older versions of numpy take for a number."""
+    return type(value).__name__ in ("bool", "bool_")
+
+
 def whole_number(what: str, value: Any, hint: str) -> int:
     """An argument that has to be an int or a number of numpy's integers; a truth value is none.
 
@@ -101,8 +106,7 @@ def whole_number(what: str, value: Any, hint: str) -> int:
     """
     if type(value) is int:
         return value
-    # numpy's truth values, too, which older versions of it take for numbers
-    if type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__index__"):
+    if is_truth_value(value) or not hasattr(value, "__index__"):
         raise wrong_type(what, value, "a whole number", hint)
     try:
         return operator.index(value)

@@ -27,8 +27,8 @@ if sys.platform != "win32":
 
 KERNELS = Path(__file__).parents[2] / "plugins" / "kernels"
 
-# -ffp-contract=off: the same float32 arithmetic on every CPU. -Og: the build takes longer than all cases. Without
-# optimizing clang unrolls no loop, and warns of it
+# -ffp-contract=off: the same float32 arithmetic on every CPU. -Og: the build takes longer than all cases; clang then
+# unrolls no loop, and warns of it
 OPTIONS = (
     *("-std=c++17", "-Og", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-pass-failed"),

@@ -61,6 +61,15 @@ def all_below(root: Path) -> dict[str, str | None]:
     }
 
 
+def refused(place: Path) -> str:
+    """What is said of a directory that may not be replaced; no work begins, and nothing changes."""
+    before = all_below(place.parent)
+    with pytest.raises(InputError) as raised, staged_directory(place, True, KIND):
+        pytest.fail("the work began")
+    assert all_below(place.parent) == before
+    return str(raised.value)
+
+
 # ── foreign files ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -190,14 +199,9 @@ def test_folders_that_may_not_be_changed(place: Path, folder: str, monkeypatch: 
     """Before any work, where the system refused after it, or left the old files beside the new ones for good."""
     access, locked = os.access, place / folder
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and access(path, mode))  # root has all
-    before = all_below(place.parent)
-    with (
-        pytest.raises(InputError, match="may not be changed") as raised,
-        staged_directory(place, True, KIND),
-    ):
-        pytest.fail("the work began")
-    assert f"{locked} is not readable and writable to you." in str(raised.value)
-    assert all_below(place.parent) == before
+    said = refused(place)
+    assert "may not be changed" in said
+    assert f"{locked} is not readable and writable to you." in said
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no sticky folders")
@@ -209,12 +213,9 @@ def test_of_another_user_in_a_sticky_folder(place: Path, monkeypatch: pytest.Mon
     check_writable(file, "--json")  # one's own may be replaced
     monkeypatch.setattr(os, "geteuid", lambda: place.stat().st_uid + 1)
     before = all_below(place.parent)
-    with (
-        pytest.raises(InputError, match="another user's") as raised,
-        staged_directory(place, True, KIND),
-    ):
-        pytest.fail("the work began")
-    assert f"In {place.parent}, which is sticky, only its owner may." in str(raised.value)
+    said = refused(place)
+    assert "another user's" in said
+    assert f"In {place.parent}, which is sticky, only its owner may." in said
     with pytest.raises(InputError, match="cannot be written"):
         check_writable(file, "--json")
     assert all_below(place.parent) == before

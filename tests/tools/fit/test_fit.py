@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -12,7 +13,7 @@ import math
 import shutil
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lora_drop_tools.fit.distill import DistillOptions, Divergence, Workers, _ra
 from lora_drop_tools.fit.fit import fit
 from lora_drop_tools.fit.learner import Learner, apart, together, unfolded
 from lora_drop_tools.fit.settings import FitSettings
+from lora_drop_tools.fit.stages import Report
 from lora_drop_tools.teacher_forcing.closed_form import Moments, Site, balanced, batches_of, solve, walk
 from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 from lora_drop_tools.teacher_forcing.layout import Layout
@@ -367,6 +369,22 @@ def run_fit(model: Path, words: Path, out: Path, **options):
     return fit(str(model), FitSettings(text=(words,), out=out, **(SMALL | options)))
 
 
+@contextlib.contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Ctrl-C ends a fit once a step of distillation was reported."""
+    report = Report.__call__
+
+    def interrupted(self: Report, done: int, *others: Any) -> None:
+        report(self, done, *others)
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 def test_from_text_to_a_bundle(model_dir: Path, words: Path, tmp_path: Path) -> None:
     """The adapters are PEFT's format, export and load, and decode as fitted: each stage is better on held-out text."""
     result = run_fit(model_dir, words, tmp_path / "a", drop_layers=(3, 5), steps=12, alpha=6.0, policies=("backfill",))
@@ -648,28 +666,16 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_streamed_fit_is_resumed_in_the_middle(
-    model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_streamed_fit_is_resumed_in_the_middle(model_dir: Path, lines: Path, tmp_path: Path) -> None:
     """The batches, their order and so the adapters are those of a fit that nothing interrupted."""
     from safetensors.numpy import load_file
 
-    stages = importlib.import_module("lora_drop_tools.fit.stages")
     budget = 14 * 2 * 32  # behind the eight batches of the closed form; fifteen are in the text
     whole = run_fit(model_dir, lines, tmp_path / "whole", **STREAMED, steps=None, tokens=budget)
     assert len(whole.losses) == 14
-    report = stages.Report.__call__
-
-    def interrupted(self: Any, done: int, *others: Any) -> None:
-        report(self, done, *others)
-        if done == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages.Report, "__call__", interrupted)
     options = {**STREAMED, "steps": None, "tokens": budget, "checkpoint_minutes": 0.0}
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(6):
         run_fit(model_dir, lines, tmp_path / "a", **options)
-    monkeypatch.setattr(stages.Report, "__call__", report)
     result = run_fit(model_dir, lines, tmp_path / "a", **options, resume=True)
     assert result.losses == whole.losses
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "a"))
@@ -681,22 +687,13 @@ def test_a_streamed_fit_is_resumed_in_the_middle(
     ("given", "change"),
     [("text", "another file"), ("text", "other words"), ("dataset", "shorter"), ("dataset", "other words")],
 )
-def test_another_text_is_not_resumed(
-    given: str, change: str, model_dir: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_text_is_not_resumed(given: str, change: str, model_dir: Path, lines: Path, tmp_path: Path) -> None:
     text = tmp_path / "texts"
     shutil.copytree(lines, text)
-    stages = importlib.import_module("lora_drop_tools.fit.stages")
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     where = {"text": (text,)} if given == "text" else {"dataset": str(text)}
     settings = FitSettings(out=tmp_path / "a", **where, **(SMALL | STREAMED | {"closed_form_tokens": 64}))
-    with monkeypatch.context() as patch:  # below it would end pytest
-        patch.setattr(stages.Report, "__call__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fit(str(model_dir), settings)
+    with interrupted_at(1):
+        fit(str(model_dir), settings)
     file = text / "a.jsonl"
     if change == "another file":
         shutil.copy(file, text / "b.jsonl")
@@ -734,20 +731,10 @@ def test_text_that_breaks_off_on_the_way_leaves_what_was_reached(
     assert calls == list(range(13))
 
 
-def test_a_damaged_state_is_said_and_kept(
-    model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stages = importlib.import_module("lora_drop_tools.fit.stages")
-    report, options = stages.Report.__call__, {"drop_layers": (3,), "checkpoint_minutes": 0.0}
-
-    def interrupted(self: Any, done: int, *others: Any) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages.Report, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_damaged_state_is_said_and_kept(model_dir: Path, words: Path, tmp_path: Path) -> None:
+    options = {"drop_layers": (3,), "checkpoint_minutes": 0.0}
+    with interrupted_at(3):
         run_fit(model_dir, words, tmp_path / "a", **options)
-    monkeypatch.setattr(stages.Report, "__call__", report)
     other = io.BytesIO()
     torch.save([], other)
     for name in ("state.pt", "begin.pt"):
@@ -920,24 +907,14 @@ def test_curves_for_tensorboard(model_dir: Path, words: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("minutes", [0.0, 10.0], ids=["from the state", "from the beginning"])
 def test_curves_of_a_resumed_fit_have_each_step_once(
-    minutes: float, model_dir: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minutes: float, model_dir: Path, words: Path, tmp_path: Path
 ) -> None:
     """Those of steps behind the last state are drawn anew."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    stages = importlib.import_module("lora_drop_tools.fit.stages")
-    report = stages.Report.__call__
     options = {"drop_layers": (3,), "log_dir": tmp_path / "log", "checkpoint_minutes": minutes}
-
-    def interrupted(self: Any, done: int, *others: Any) -> None:
-        report(self, done, *others)
-        if done == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(stages.Report, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(3):
         run_fit(model_dir, words, tmp_path / "a", **options)
-    monkeypatch.setattr(stages.Report, "__call__", report)
     losses = run_fit(model_dir, words, tmp_path / "a", **options, resume=True).losses
     found = EventAccumulator(str(tmp_path / "log")).Reload()
     assert [event.step for event in found.Scalars("kl")] == [1, 2, 3, 4]

@@ -229,14 +229,13 @@ def _aims(rows: Sequence[EvalRow]) -> list[str]:
     for row in rows:
         if row.aim is None:
             continue
-        verdict = (
-            "not known, some of the average has no difference to full"
-            if row.average
-            else "not known, there is no average"
-        )
         if row.average_difference is not None:
-            verdict = "reached" if row.average_difference.value >= -row.aim else "missed"
-            verdict += f", {_points(row.average_difference)} pp"
+            reached = "reached" if row.average_difference.value >= -row.aim else "missed"
+            verdict = f"{reached}, {_points(row.average_difference)} pp"
+        elif row.average is not None:
+            verdict = "not known, some of the average has no difference to full"
+        else:
+            verdict = "not known, there is no average"
         lines.append(f"aim        {schedule_name(row)} within {100 * row.aim:g} pp of the full model: {verdict}")
     return lines
 
