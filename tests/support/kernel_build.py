@@ -166,7 +166,7 @@ def check_layout(header: str, structure: type[ctypes.Structure]) -> None:
     name = structure.__name__
     places = {f"offsetof({name}, {member})": getattr(structure, member).offset for member, *_ in structure._fields_}
     places[f"sizeof({name})"] = ctypes.sizeof(structure)
-    lines = [f'#include "{KERNELS / header}"', *(f'_Static_assert({at} == {n}, "");' for at, n in places.items())]
+    lines = [f'#include "{KERNELS / header}"', *(f'_Static_assert({at} == {n}, "{at}");' for at, n in places.items())]
     subprocess.run(
         [compiler, "-std=c11", "-ffreestanding", "-Wall", "-Werror", "-fsyntax-only", "-xc", "-"],
         input="\n".join(lines) + "\n",
