@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lora_drop_runtime.decoding.row import CANCELLED, FAILED, LENGTH, STOP, Event
-from lora_drop_runtime.grammars.tools import MARKS, ToolCall, Tools
+from lora_drop_runtime.grammars.calls import Calls, ToolCall
 from lora_drop_runtime.plan.schedule import StepKind
 from lora_drop_runtime.text import TextCodec
 
@@ -52,10 +52,10 @@ class Choice:
         is_over: its row has ended, too.
     """
 
-    def __init__(self, codec: TextCodec, stops: Sequence[str], tools: Tools | None, is_silent: bool) -> None:
+    def __init__(self, codec: TextCodec, stops: Sequence[str], calls: Calls | None, is_silent: bool) -> None:
         self._is_silent = is_silent
-        self._pieces = codec.stream(stops, () if tools is None else MARKS)
-        self._parts = None if tools is None else tools.stream()
+        self._pieces = codec.stream(stops, () if calls is None else calls.marks)
+        self._parts = None if calls is None else calls.stream()
         self._has_called = False
         self.tokens, self.drafted, self.accepted = 0, 0, 0
         self.steps = dict.fromkeys(StepKind, 0)
@@ -138,9 +138,9 @@ def _json(value: dict[str, Any]) -> str:
 
 
 def _as_call(call: ToolCall) -> dict[str, Any]:
-    """As a message has it."""
+    """As a message has it. Mistral's templates take ids of nine letters and digits alone."""
     function = {"name": call.name, "arguments": call.arguments}
-    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+    return {"id": uuid.uuid4().hex[:9], "type": "function", "function": function}
 
 
 def _call_deltas(index: int, call: dict[str, Any]) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ class Answer:
         includes_usage: a stream ends with the usage.
         includes_usage_so_far: each chunk of a choice has the usage so far.
         echoes: text that a choice begins with.
-        tools: that the model may call.
+        calls: that the model may write.
         is_silent: no new token is told, though a row makes one.
     """
 
@@ -182,14 +182,14 @@ class Answer:
         includes_usage_so_far: bool,
         verifies: bool,
         echoes: Sequence[str] | None = None,
-        tools: Tools | None = None,
+        calls: Calls | None = None,
         is_silent: bool = False,
     ) -> None:
         self._codec, self._prompt_tokens = codec, prompt_tokens
         self._logprobs, self._includes_usage, self._verifies = logprobs, includes_usage, verifies
         self._includes_usage_so_far, self._each = includes_usage_so_far, choices
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.choices = [Choice(codec, stops, tools, is_silent) for _ in range(rows)]
+        self.choices = [Choice(codec, stops, calls, is_silent) for _ in range(rows)]
         self._echoes = echoes or [""] * rows
         self._texts = [[echo] for echo in self._echoes]
         self._tokens: list[list[Event]] = [[] for _ in range(rows)]

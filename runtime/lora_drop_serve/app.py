@@ -30,8 +30,8 @@ from lora_drop_runtime.decoding.constraint import Constraint
 from lora_drop_runtime.decoding.opening import checked_policy
 from lora_drop_runtime.decoding.schedules import row_schedule
 from lora_drop_runtime.errors import InputError, LoraDropError, counted, one_line
+from lora_drop_runtime.grammars.calls import Calls
 from lora_drop_runtime.grammars.grammar import Grammars
-from lora_drop_runtime.grammars.tools import Tools
 from lora_drop_runtime.plan.drafting import AUTO, VerifiedSchedule
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import AdaptiveSchedule, PeriodicSchedule, Schedule
@@ -445,7 +445,9 @@ class Service:
                 with _readable("messages"):  # which may be at fault by themselves
                     await asyncio.to_thread(encode)
             raise
-        return await self._answer(ChatAnswer, body, [ids], "messages", request, tools=tools)
+        with _readable("tools"):
+            calls = None if tools is None else tools.calls(self._codec.tool_template or self._codec.chat_template)
+        return await self._answer(ChatAnswer, body, [ids], "messages", request, calls=calls)
 
     async def _encoded(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[Ids]:
         def ids(prompt: str | list[int]) -> Ids:
@@ -515,7 +517,7 @@ class Service:
         param: str,
         request: Request,
         echoes: Sequence[str] | None = None,
-        tools: Tools | None = None,
+        calls: Calls | None = None,
     ) -> Response:
         policy = self._policy(body)
         self._check_vocabulary(body.biases, "logit_bias")
@@ -542,14 +544,14 @@ class Service:
             includes_usage_so_far=body.includes_usage_so_far,
             verifies=policy.verifies,
             echoes=echoes,
-            tools=tools,
+            calls=calls,
             is_silent=body.new_tokens == 0,
         )
         job = self.driver.submit(rows)
         _record(request).runs(answer, job)
 
         async def begin() -> None:
-            await job.begin(await self._constraint(body, tools, job))
+            await job.begin(await self._constraint(body, calls, job))
 
         try:
             return await self._told(answer, job, begin, bool(body.stream), request)
@@ -563,23 +565,23 @@ class Service:
         return Grammars(self._codec.tokenizer_json(), manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(
-        self, body: CompletionRequest | ChatRequest, tools: Tools | None, job: Job
+        self, body: CompletionRequest | ChatRequest, calls: Calls | None, job: Job
     ) -> Constraint | None:
         """What the rows may write. To find it out may take seconds, so that few are at it at once."""
         schema = body.json_schema
-        if schema is None and tools is None:
+        if schema is None and calls is None:
             return None
 
         def compiled() -> Constraint | None:
-            if tools is not None:
-                return tools.constraint(self._grammars, self._codec.tool_template or self._codec.chat_template)
+            if calls is not None:
+                return calls.constraint(self._grammars)
             assert schema is not None
             return self._grammars.json_schema(schema)
 
         try:
             return await job.unless_ended(asyncio.get_running_loop().run_in_executor(self._compilers, compiled))
         except InputError as error:
-            raise refused(error, "response_format" if tools is None else "tools") from None
+            raise refused(error, "response_format" if calls is None else "tools") from None
 
     async def _told(
         self, answer: Answer, job: Job, begin: Callable[[], Awaitable[None]], streams: bool, request: Request

@@ -17,7 +17,8 @@ from lora_drop_runtime.bounds import Bounds
 from lora_drop_runtime.decoding.sampling import MOST_BIASES, SamplingOptions
 from lora_drop_runtime.errors import InputError
 from lora_drop_runtime.files import is_utf8
-from lora_drop_runtime.grammars.tools import AUTO, NONE, Tools
+from lora_drop_runtime.grammars.calls import AUTO, NONE
+from lora_drop_runtime.grammars.tools import Tools
 from pydantic import (
     AfterValidator,
     BaseModel,

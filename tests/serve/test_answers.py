@@ -132,15 +132,15 @@ def test_a_call_is_found_between_marks_that_are_special_tokens(special: bool) ->
     ids = codec.encode('Oh<|end|>\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|end|>').tolist()
     options: Any = {"logprobs": False, "includes_usage": False, "includes_usage_so_far": False, "verifies": False}
     for stream in (False, True):
-        tools = Tools([{"type": "function", "function": {"name": "now"}}])
-        answer = ChatAnswer(codec, "m", 1, 1, (), tools=tools, **options)
+        calls = Tools([{"type": "function", "function": {"name": "now"}}]).calls("<tool_call>")
+        answer = ChatAnswer(codec, "m", 1, 1, (), calls=calls, **options)
         events = [Event(0, token, StepKind.REFRESH) for token in ids]
         events.append(Event(0, None, StepKind.REFRESH, finished=STOP))
         if stream:
             chunks = [chunk["choices"][0] for event in events for chunk in answer.chunks(Told(0, event))]
             assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "Oh"
-            calls = [call["function"] for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
-            assert calls == [{"name": "now", "arguments": ""}, {"arguments": "{}"}]
+            told = [call["function"] for chunk in chunks for call in chunk["delta"].get("tool_calls", ())]
+            assert told == [{"name": "now", "arguments": ""}, {"arguments": "{}"}]
             assert chunks[-1]["finish_reason"] == "tool_calls"
         else:
             for event in events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def joined(stream: Any) -> dict[str, Any]:
         for part in choice.delta.tool_calls or ():
             if part.index == len(calls):
                 assert part.type == "function"
-                assert part.id.startswith("call_")
+                assert re.fullmatch("[0-9a-f]{9}", part.id)  # Mistral's templates take no others
                 calls.append({"name": part.function.name, "arguments": ""})
             calls[part.index]["arguments"] += part.function.arguments
     return {"content": content or None, "calls": calls, "finish": finish}

@@ -52,7 +52,8 @@ MERGES = [
     "nam",
     "name",
 ]  # tokens of several characters
-END, CALL, CALL_END = "<end>", "<tool_call>", "</tool_call>"
+END = "<end>"
+MARKS = {"<tool_call>": False, "</tool_call>": False, "[TOOL_CALLS]": True, "[ARGS]": True}  # of calls: is it special
 
 
 def byte_tokenizer(root: Path, *, merged: bool = False, calls: bool = False) -> int:
@@ -61,7 +62,7 @@ def byte_tokenizer(root: Path, *, merged: bool = False, calls: bool = False) -> 
 
     Args:
         merged: tokens of several characters, too.
-        calls: special tokens that a tool call stands between.
+        calls: tokens for the marks of tool calls.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -78,7 +79,7 @@ def byte_tokenizer(root: Path, *, merged: bool = False, calls: bool = False) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END, special=True)])
-    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in (CALL, CALL_END) if calls])
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark, special in MARKS.items() if calls])
     (root / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(str(root / "tokenizer/tokenizer.json"))
     end = int(tokenizer.token_to_id(END))

@@ -11,19 +11,29 @@ import pytest
 from lora_drop_runtime import SamplingOptions, Session
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.constraint import Constraint
+from lora_drop_runtime.grammars.calls import ToolCall
 from lora_drop_runtime.grammars.grammar import Grammars
-from lora_drop_runtime.grammars.tools import MOST_TOOLS, ToolCall, Tools
+from lora_drop_runtime.grammars.tools import MOST_TOOLS, Tools
 from lora_drop_runtime.text import TextCodec
 
 from tests.support.bundles import make_bundle
 from tests.support.decoding import assert_refused
 from tests.support.tokenizers import byte_tokenizer
 
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
-    "{% if tools %}<tool_call>name, arguments</tool_call>{% endif %}"
-    "{% for message in messages %}{{ message.content }}{% endfor %}"
-)
+TEMPLATES = {
+    "hermes": "{{ tools }} Return a json object within <tool_call></tool_call> XML tags.",
+    "llama": '{{ tools }} Respond in the format {"name": function name, "parameters": dictionary of argument name and '
+    "its value}. Do not use variables.",
+    "mistral": "[AVAILABLE_TOOLS] [{{ tools }}] and {{ '[TOOL_CALLS] [' }}",
+    "nemo": "[AVAILABLE_TOOLS][{{ tools }}] and {{ '[TOOL_CALLS][' }}",
+    "ministral": "[AVAILABLE_TOOLS]{{ tools }} and {{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}",
+}
+BEGUN = {
+    "hermes": "Well <tool_call>",
+    "llama": '{"name": "weather", "parameters": ',
+    "nemo": "[TOOL_CALLS]",
+    "ministral": "Well [TOOL_CALLS]",
+}
 WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "</tool_call>"]}, "days": {"$ref": "#/$defs/few"}},
@@ -36,7 +46,33 @@ TOOLS = [
     {"type": "function", "function": {"name": "now"}},
 ]
 NOW = {"type": "function", "function": {"name": "now"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
+ROME = '{"city": "Rome", "days": 3}'
+
+
+def written(style: str, *calls: tuple[str, str]) -> str:
+    """Calls as a model of a style writes them: what the templates of such models make of messages with calls."""
+    if style == "hermes":
+        return "\n".join(
+            f'<tool_call>\n{{"name": "{name}", "arguments": {given}}}\n</tool_call>' for name, given in calls
+        )
+    if style == "llama":
+        ((name, given),) = calls
+        return f'{{"name": "{name}", "parameters": {given}}}'
+    if style == "ministral":
+        return "".join(f"[TOOL_CALLS]{name}[ARGS]{given}" for name, given in calls)
+    items = ", ".join(f'{{"name": "{name}", "arguments": {given}}}' for name, given in calls)
+    return f"[TOOL_CALLS] [{items}]" if style == "mistral" else f"[TOOL_CALLS][{items}]"
+
+
+def wrong(style: str) -> list[str]:
+    call = written(style, ("weather", ROME))
+    return [
+        call.replace("Rome", "Oslo"),
+        call.replace("3", "10"),
+        call.replace("weather", "nothing"),
+        call.replace('"city": "Rome", ', ""),
+        call.replace("3}", "3"),
+    ]
 
 
 @pytest.fixture(scope="module", params=["text", "tokens"])
@@ -56,111 +92,174 @@ def accepts(grammars: Grammars, constraint: Constraint, text: str) -> bool:
     return True
 
 
-def constraint_of(grammars: Grammars, choice: object, parallel: bool = True) -> Constraint:
-    constraint = Tools(TOOLS, choice, parallel=parallel).constraint(grammars, TEMPLATE)
-    assert constraint is not None
-    return constraint
+def constraint_of(grammars: Grammars, style: str, choice: object, parallel: bool = True) -> Constraint:
+    calls = Tools(TOOLS, choice, parallel=parallel).calls(TEMPLATES[style])
+    assert calls is not None
+    return calls.constraint(grammars)
 
 
 def may_end(grammars: Grammars, constraint: Constraint) -> bool:
     return constraint.is_over or bool(constraint.allowed()[grammars.tokenizer.eos_token])
 
 
-WRONG = [
-    CALL.replace("Rome", "Oslo"),
-    CALL.replace("3", "10"),
-    CALL.replace("weather", "nothing"),
-    CALL.replace('"city": "Rome", ', ""),
-    CALL.replace("}}", "}"),
-]
-
-
-def test_auto_is_free_until_a_call_begins(grammars: Grammars) -> None:
-    for text in ("Hello {", "a <tool", "<tool_cal <tool_call", "x" * 50):
-        constraint = constraint_of(grammars, "auto")
+@pytest.mark.parametrize("style", ["hermes", "ministral"])
+def test_auto_is_free_until_a_call_begins(grammars: Grammars, style: str) -> None:
+    call = written(style, ("weather", ROME))
+    mark = call[:11]
+    for text in ("Hello {", f"a {mark[:5]}", f"{mark[:-1]} {mark[:-1]}", "x" * 50):
+        constraint = constraint_of(grammars, style, "auto")
         assert accepts(grammars, constraint, text)
         assert constraint.allowed().all()
         before = constraint.fork()
-        assert accepts(grammars, constraint, f" {CALL}")
+        assert accepts(grammars, constraint, f" {call}")
         assert constraint.allowed().all()
-        assert accepts(grammars, constraint, f" and {CALL}.")
-        for wrong in WRONG:
-            assert not accepts(grammars, before.fork(), wrong), wrong
-        assert accepts(grammars, before, CALL)
+        assert accepts(grammars, constraint, f" and {call}.")
+        for other in wrong(style)[: None if style == "hermes" else 4]:
+            assert not accepts(grammars, before.fork(), other), other
+        assert accepts(grammars, before, call)
+
+
+@pytest.mark.parametrize("style", ["mistral", "nemo"])
+def test_a_list_of_calls_ends_the_text(grammars: Grammars, style: str) -> None:
+    both = written(style, ("weather", ROME), ("now", "{}"))
+    constraint = constraint_of(grammars, style, "auto")
+    assert accepts(grammars, constraint, "I call [TOOL_CALL")
+    before = constraint.fork()
+    assert accepts(grammars, constraint, both[:-1])
+    assert not may_end(grammars, constraint)
+    assert accepts(grammars, constraint, "]")
+    assert constraint.is_over
+    for other in wrong(style):
+        assert not accepts(grammars, before.fork(), other + "]"), other
+    single = constraint_of(grammars, style, "auto", parallel=False)
+    assert not accepts(grammars, single, both)
+
+
+def test_a_whole_text_is_a_call_or_none(grammars: Grammars) -> None:
+    """Llama's calls have no mark: JSON that names a tool is one, if nothing stands before it."""
+    call = written("llama", ("weather", ROME))
+    for text in ("", "{", '{"na', '{"name": "weather", "parameters": ', '{"name": "weather", "parameters": {"ci'):
+        constraint = constraint_of(grammars, "llama", "auto")
+        assert accepts(grammars, constraint, text)
+        assert constraint.allowed().all() == (len(text) < len('{"name": "weather", "parameters": '))
+        before = constraint.fork()
+        assert accepts(grammars, constraint, call[len(text) :])
+        assert constraint.is_over
+        for other in wrong("llama"):
+            if other.startswith(text) and "weather" in other:
+                assert not (accepts(grammars, rest := before.fork(), other[len(text) :]) and rest.is_over), other
+    for text in (" ", "Here: ", '{"name": "nothing", "parameters": ', '{"name": "weather", "arguments": ', "[" + call):
+        constraint = constraint_of(grammars, "llama", "auto")
+        assert accepts(grammars, constraint, text)
+        assert accepts(grammars, constraint, call)
+        assert constraint.allowed().all()
 
 
 def test_a_token_that_goes_beyond_the_mark_begins_a_call_or_is_text(grammars: Grammars) -> None:
     """`{"` is one token of the tokenizer, and no call goes on with it; a line's end is one of a call."""
     if grammars.token("<tool_call>") is not None:
         return
-    constraint = constraint_of(grammars, "auto")
+    constraint = constraint_of(grammars, "hermes", "auto")
     assert accepts(grammars, constraint, "<tool_call>")
     assert np.flatnonzero(constraint.allowed()).tolist() == grammars.tokenizer.tokenize_str("\n")
 
 
+@pytest.mark.parametrize("style", TEMPLATES)
 @pytest.mark.parametrize(("choice", "parallel"), [("required", True), ("required", False), (NOW, True)])
-def test_other_choices_write_calls_alone(grammars: Grammars, choice: object, parallel: bool) -> None:
-    call = CALL if choice == "required" else '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
-    several = choice == "required" and parallel
-    constraint = constraint_of(grammars, choice, parallel)
+def test_other_choices_write_calls_alone(grammars: Grammars, style: str, choice: object, parallel: bool) -> None:
+    call = ("weather", ROME) if choice == "required" else ("now", "{}")
+    several = choice == "required" and parallel and style != "llama"
+    constraint = constraint_of(grammars, style, choice, parallel)
     assert not may_end(grammars, constraint)
-    assert accepts(grammars, constraint, call)
+    assert accepts(grammars, constraint, written(style, call))
     assert may_end(grammars, constraint)
-    assert constraint.is_over != several
-    assert not several or accepts(grammars, constraint, f"\n{call}")
-    for wrong in ("Hello", f" {call}", *WRONG, *([CALL] if choice is NOW else [])):
-        assert not accepts(grammars, constraint_of(grammars, choice, parallel), wrong), wrong
+    assert constraint.is_over != (several and style in ("hermes", "ministral"))
+    constraint = constraint_of(grammars, style, choice, parallel)
+    assert style == "llama" or accepts(grammars, constraint, written(style, call, call)) == several
+    for other in (
+        "Hello",
+        f" {written(style, call)}",
+        *wrong(style)[: 4 if style in ("llama", "ministral") else None],  # whose last one is no more than cut
+        *([written(style, ("weather", ROME))] if choice is NOW else []),
+    ):
+        assert not accepts(grammars, constraint_of(grammars, style, choice, parallel), other), other
 
 
-def test_a_single_call_ends_the_text(grammars: Grammars) -> None:
-    constraint = constraint_of(grammars, "auto", parallel=False)
-    assert accepts(grammars, constraint, f"I call {CALL}")
+@pytest.mark.parametrize("style", ["hermes", "ministral"])
+def test_a_single_call_ends_the_text(grammars: Grammars, style: str) -> None:
+    constraint = constraint_of(grammars, style, "auto", parallel=False)
+    assert accepts(grammars, constraint, f"I call {written(style, ('weather', ROME))}")
     assert constraint.is_over
 
 
 @pytest.mark.parametrize(
-    ("bundle", "choice", "policy"),
+    ("bundle", "style", "choice", "policy"),
     [
-        ("characters", "auto", "skip"),
-        ("characters", "required", "lossless"),
-        ("characters", NOW, "skip"),
-        ("merges", "auto", "lossless"),
-        ("merges", "required", "skip"),
-        ("merges", NOW, "lossless"),
+        ("characters", "hermes", "auto", "skip"),
+        ("characters", "hermes", "required", "lossless"),
+        ("characters", "hermes", NOW, "skip"),
+        ("characters", "ministral", "auto", "lossless"),
+        ("characters", "mistral", NOW, "skip"),
+        ("characters", "llama", "required", "lossless"),
+        ("merges", "hermes", "auto", "lossless"),
+        ("merges", "hermes", "required", "skip"),
+        ("merges", "hermes", NOW, "lossless"),
+        ("merges", "llama", "auto", "skip"),
+        ("merges", "nemo", "auto", "lossless"),
+        ("merges", "ministral", "required", "skip"),
     ],
     indirect=["bundle"],
 )
-def test_a_model_writes_calls_that_are_valid(bundle: Bundle, policy: str, choice: object) -> None:
-    """Under `auto` this model calls nothing by itself, so its prompt has the mark as its last token but one."""
-    tools, grammars, codec = Tools(TOOLS, choice), Grammars.of(bundle), TextCodec.open(bundle.root / "tokenizer")
-    called = 0
+def test_a_model_writes_calls_that_are_valid(bundle: Bundle, style: str, policy: str, choice: object) -> None:
+    """Under `auto` this model calls nothing by itself, so its prompt has begun a call."""
+    grammars, codec = Grammars.of(bundle), TextCodec.open(bundle.root / "tokenizer")
+    calls, called = Tools(TOOLS, choice).calls(TEMPLATES[style]), 0
+    assert calls is not None
     with Session.open(bundle.root, k=2, policy=policy, threads=1) as session:
         for seed in range(4):
-            constraint, begin = tools.constraint(grammars, TEMPLATE), ""
-            assert constraint is not None
+            constraint, begin = calls.constraint(grammars), ""
             if choice == "auto":
-                begin = "Well <tool_call>"
+                begin = BEGUN[style]
                 assert accepts(grammars, constraint, begin)
             options = {"sampling": SamplingOptions(1.0, seed=seed), "constraint": constraint}
             for row in session.generate([codec.encode("A")] * 2, 150, **options):
-                text, calls = tools.calls(begin + codec.decode(row))
-                for call in calls:
+                text, found = calls.find(begin + codec.decode(row, kept=calls.marks))
+                for call in found:
                     schema = WEATHER if call.name == "weather" else {"const": {}}
                     jsonschema.validate(json.loads(call.arguments), schema)
-                called += len(calls)
-                assert choice == "auto" or calls
-                assert choice == "auto" or "<tool_call>" in text or not text
+                called += len(found)
+                assert choice == "auto" or found
+                assert choice == "auto" or "_call>" in text or "[TOOL_CALLS]" in text or not text
     assert called >= 8
 
 
-def test_calls_are_found_in_a_text() -> None:
-    tools = Tools(TOOLS)
+@pytest.mark.parametrize("style", TEMPLATES)
+def test_calls_are_found_in_a_text(style: str) -> None:
+    calls = Tools(TOOLS).calls(TEMPLATES[style])
+    assert calls is not None
+    given = '{"city": "</tool_call>]} [TOOL_CALLS]"}'
+    call, other = ToolCall("weather", given), ToolCall("now", '{"n": 1e999}')
+    one = written(style, ("weather", given))
+    assert calls.find("No call, a <tool_call>, [TOOL_CALLS] and {.")[1] == []
+    assert calls.find(one) == ("", [call])
+    for text in (one.replace("weather", "nothing"), one[:-1], one[: one.index("</")], one[:40] + "[" * 100_000):
+        assert calls.find(text) == (text, [])
+    if style == "llama":
+        for text in (f"I ask. {one}", f"{one} Done.", f"{one}\n{one}", f"[{one}]"):
+            assert calls.find(text) == (text, [])
+        return
+    two = written(style, ("weather", given), ("now", '{"n": 1e999}'))
+    between = "\n" if style == "hermes" else ""
+    assert calls.find(f"I ask.\n{two} Done.") == (f"I ask.\n{between} Done.", [call, other])
+    for text in (one.replace("weather", "nothing"), one[:-1], one[: one.index("</")], one[:40] + "[" * 100_000):
+        assert calls.find(f"{one}{text}") == (text, [call])
+
+
+def test_what_is_no_call_is_text() -> None:
+    calls = Tools(TOOLS).calls(TEMPLATES["hermes"])
+    assert calls is not None
+    one = written("hermes", ("weather", '{"city": "</tool_call>"}'))
     call = ToolCall("weather", '{"city": "</tool_call>"}')
-    one = '<tool_call>\n{"name": "weather", "arguments": {"city": "</tool_call>"}}\n</tool_call>'
-    other = '<tool_call>\n{"name": "now", "arguments": {"n": 1e999}}\n</tool_call>'
-    assert tools.calls("No call, a <tool_call> and {.") == ("No call, a <tool_call> and {.", [])
-    assert tools.calls(one) == ("", [call])
-    assert tools.calls(f"I ask.\n{one}\n{other} Done.") == ("I ask.\n\n Done.", [call, ToolCall("now", '{"n": 1e999}')])
     for broken in (
         one[:-1],  # not at its end
         one.replace("weather", "nothing"),
@@ -168,16 +267,15 @@ def test_calls_are_found_in_a_text() -> None:
         one.replace('"}}', '"'),
         one.replace("</tool_call>", "x" * 50),
         '<tool_call>\n["now"]\n</tool_call>',
-        '<tool_call>\n{"name": "now", "arguments": ' + "[" * 100_000,
     ):
-        assert tools.calls(broken) == (broken, [])
-        assert tools.calls(f"{one}{broken}") == (broken, [call])
-    assert Tools(TOOLS, "none").calls(one) == (one, [])
+        assert calls.find(broken) == (broken, [])
+        assert calls.find(f"{one}{broken}") == (broken, [call])
 
 
-def test_no_call_is_no_constraint(grammars: Grammars) -> None:
+def test_no_call_is_no_constraint() -> None:
     tools = Tools(TOOLS, "none")
-    assert tools.constraint(grammars, None) is None
+    assert tools.calls(TEMPLATES["hermes"]) is None
+    assert tools.calls(None) is None
     assert tools.for_template is None
     assert Tools(TOOLS).for_template == TOOLS
 
@@ -196,35 +294,54 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
         assert_refused(lambda tools=tools: Tools(tools), fact)
     for choice in ("some", {"type": "function", "function": {"name": "other"}}, None, {}, ["auto"]):
         assert_refused(lambda choice=choice: Tools(TOOLS, choice), "choice of a tool", "weather, now")
-    unsupported = Tools([{"type": "function", "function": function}])
-    assert_refused(lambda: unsupported.constraint(grammars, TEMPLATE), "cannot be followed", "not")
+    unsupported = Tools([{"type": "function", "function": function}]).calls(TEMPLATES["llama"])
+    assert unsupported is not None
+    assert_refused(lambda: unsupported.constraint(grammars), "cannot be followed", "not")
     others = ("<tool_call><function=now>", "<tool_call>now<arg_key>", '<tool_calls>[{"name": "now"}]</tool_calls>')
-    for template in (None, "{{ messages }}", *(TEMPLATE + other for other in others)):
-        assert_refused(lambda template=template: Tools(TOOLS).constraint(grammars, template), "of a known style")
+    others = (*(TEMPLATES["hermes"] + other for other in others), TEMPLATES["ministral"] + "[CALL_ID]", "[TOOL_CALLS]")
+    for template in (None, "{{ messages }}", *others):
+        assert_refused(lambda template=template: Tools(TOOLS).calls(template), "of a known style", "Qwen3", "Llama 3.1")
+
+
+CALL = written("hermes", ("weather", ROME))
+LLAMA, MINISTRAL = written("llama", ("weather", ROME)), written("ministral", ("weather", ROME), ("now", "{}"))
+MISTRAL = written("mistral", ("weather", ROME), ("now", "{}"))
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("style", "text", "content"),
     [
-        "",
-        " \n",
-        "Hello <tool",
-        CALL,
-        f"\n Let me look. \n{CALL}",
-        f"Look: {CALL}\n and{CALL}. \n",
-        f"{CALL[:-3]}",
-        f"So <tool_call>no</tool_call> {CALL}",
-        f"<tool_call{CALL}",
+        *((style, text, text) for style in TEMPLATES for text in ("", "Hello.", "{}")),
+        *((style, "Hello [TOOL", "Hello [TOOL" if style in ("hermes", "llama") else "Hello") for style in TEMPLATES),
+        ("hermes", " \n", ""),
+        ("hermes", "Hello <tool", "Hello"),
+        ("hermes", CALL, ""),
+        ("hermes", f"\n Let me look. \n{CALL}", "\n Let me look."),
+        ("hermes", f"Look: {CALL}\n and{CALL}. \n", "Look:"),
+        ("hermes", f"{CALL[:-3]}", ""),
+        ("hermes", f"So <tool_call>no</tool_call> {CALL}", "So"),
+        ("hermes", f"<tool_call{CALL}", "<tool_call"),
+        ("llama", LLAMA, ""),
+        ("llama", LLAMA[:-1], ""),
+        ("llama", LLAMA[:20], ""),
+        ("llama", f" {LLAMA}", f" {LLAMA}"),
+        ("llama", LLAMA.replace("weather", "nothing"), LLAMA.replace("weather", "nothing")),
+        ("mistral", f"Let me look. {MISTRAL}", "Let me look."),
+        ("mistral", MISTRAL[:-1], ""),
+        ("ministral", f"Look: {MINISTRAL} and {MINISTRAL}.", "Look:"),
     ],
 )
-def test_a_stream_tells_what_the_whole_text_says(text: str) -> None:
-    tools = Tools(TOOLS)
+def test_a_stream_tells_what_the_whole_text_says(style: str, text: str, content: str) -> None:
+    """`content` is told before the text has ended."""
+    calls = Tools(TOOLS).calls(TEMPLATES[style])
+    assert calls is not None
     for width in (1, 2, 7, 30, 1000):
-        stream = tools.stream()
+        stream = calls.stream()
         told = [stream.push(text[i : i + width]) for i in range(0, len(text), width)]
+        assert "".join(content for content, _ in told) == content.rstrip()
+        if style == "hermes":
+            assert [call for _, found in told for call in found] == calls.find(text)[1]  # each is told as it ends
         told.append(stream.finish())
-        content = "".join(content for content, _ in told)
-        assert (content, [call for _, calls in told for call in calls]) == tools.calls(text)
-        assert told[-1][1] == []  # each is told as it ends
-        before = "".join(content for content, _ in told[:-1])
-        assert before == text.partition("<tool_call>")[0].removesuffix("<tool").rstrip()
+        assert ("".join(content for content, _ in told), [call for _, found in told for call in found]) == calls.find(
+            text
+        )
