@@ -175,13 +175,17 @@ class _Rounder:
     found: dict[str, RoundedTensor] = dataclasses.field(default_factory=dict)
 
     def layer(
-        self, layer: Any, prefix: str, streams: tuple[list[Any], list[Any]], calls: Sequence[tuple[Any, Any]]
+        self,
+        layer: Any,
+        prefix: str,
+        streams: tuple[list[Any], list[Any]],
+        calls: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]],
     ) -> tuple[list[Any], list[Any]]:
         """Round a decoder layer's weights.
 
         Args:
             streams: its inputs and what the checkpoint's own layer is given, [B, S, d] of each chunk.
-            calls: the other arguments of each chunk.
+            calls: the other arguments of each chunk, of both: layers may leave K and V for others in them.
 
         Returns:
             The outputs of both.
@@ -200,23 +204,23 @@ class _Rounder:
         while True:
             stage, outputs = _Stage(), []
             hooks = [module.register_forward_pre_hook(stage.look, with_kwargs=True) for module in pending]
-            for place, (x, own, (args, kwargs)) in enumerate(zip(*streams, calls, strict=True)):
+            for place, (x, own, (args, kwargs), theirs) in enumerate(zip(*streams, *calls, strict=True)):
                 stage.begin_chunk()
                 with contextlib.suppress(_Reached):
                     outputs.append(first_output(layer(x, *args, **kwargs)))
                 if stage.members:
                     first, last = same[stage.members[0]], len(stage.members) == len(pending)
-                    given, whole = _input_of(first, lambda: exact(own, *args, **kwargs), last)  # noqa: B023 - runs at once
-                    stage.moments.add(stage.x, given, 2 * place // len(calls))
+                    given, whole = _input_of(first, lambda: exact(own, *theirs[0], **theirs[1]), last)  # noqa: B023 - runs at once
+                    stage.moments.add(stage.x, given, 2 * place // len(calls[0]))
                     if last:
                         exact_outputs.append(first_output(whole))
             for hook in hooks:
                 hook.remove()
             if not stage.members:
-                if len(exact_outputs) < len(calls):  # nothing of this layer is rounded
+                if len(exact_outputs) < len(calls[1]):  # nothing of this layer is rounded
                     exact_outputs = [
                         first_output(exact(own, *args, **kwargs))
-                        for own, (args, kwargs) in zip(streams[1], calls, strict=True)
+                        for own, (args, kwargs) in zip(streams[1], calls[1], strict=True)
                     ]
                 return outputs, exact_outputs
             members = {pending.pop(module): module for module in stage.members}
@@ -307,15 +311,15 @@ def round_model(
         def embed() -> list[tuple[Any, Any]]:
             return [model.embed(ids, torch.arange(ids.shape[1]).expand(len(ids), -1)) for ids in chunks]
 
-        exact, calls = map(list, zip(*embed(), strict=True))
-        hidden = exact
+        exact, exact_calls = map(list, zip(*embed(), strict=True))
         if table in wanted:
             _round_lookups(model, windows, wanted[table], refs[table].name)
-            hidden = [x for x, _ in embed()]
+        hidden, hidden_calls = map(list, zip(*embed(), strict=True))
         streams = hidden, exact
         prefix, total = name_of(inner, model.layers), len(model.layers) + 1
         for index, layer in enumerate(model.loaded_layers()):
-            streams = rounder.layer(layer, f"{prefix}.{index}", streams, [call[index] for call in calls])
+            calls = [call[index] for call in hidden_calls], [call[index] for call in exact_calls]
+            streams = rounder.layer(layer, f"{prefix}.{index}", streams, calls)
             progress(index + 1, total)
         if head in wanted:
             inputs = (map(model.head_input, stream) for stream in streams)

@@ -56,7 +56,8 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
     model, by_channel = manifest.model, manifest.quantization.get("block_size") == CHANNEL
     check_formats(targets, model.weight_dtype, model.kv_dtype, model.dtype, root, by_channel=by_channel)
     if manifest.model.kv_dtype is not None:
-        caches = Caches(manifest.model.kv_dtype, manifest.model.head_dim, manifest.plan.refresh_policy.fills)
+        head_dims = frozenset(one.head_dim for one in manifest.model.heads)
+        caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills)
         for target in targets:
             TARGETS[target].check_caches(caches, options)
 

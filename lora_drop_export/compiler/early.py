@@ -25,6 +25,7 @@ from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
+from lora_drop_export.decoder.anatomy import kv_sources
 from lora_drop_export.decoder.context import window_within
 from lora_drop_export.decoder.refusals import refuse_by_config
 from lora_drop_export.quantize.choice import Quantization, block_formats
@@ -261,11 +262,11 @@ def check_before_trace(
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)
     windows, width = windows_of_config(config), getattr(config, "hidden_size", None)
     if windows is not None and type(width) is int:
-        plan = make_plan(windows, width, options)
+        plan = make_plan(windows, width, options, kv_sources(config))
         if options.kv_dtype is not None:
             heads = getattr(config, "num_attention_heads", None) or 1
             head_dim = getattr(config, "head_dim", None) or width // heads
-            caches = Caches(options.kv_dtype, head_dim, plan.refresh_policy.fills)
+            caches = Caches(options.kv_dtype, frozenset([head_dim]), plan.refresh_policy.fills)
             for target in set(options.targets) & set(TARGETS):
                 TARGETS[target].check_caches(caches, options)
         if options.adapters is not None:

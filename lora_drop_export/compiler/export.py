@@ -87,7 +87,7 @@ def write_bundle(
         stand_in: weights are rounded to the nearest, whatever was asked for: for what is timed and not kept.
     """
     limits = make_limits(checkpoint.config, options)
-    plan = make_plan(traced.windows, traced.hidden_size, options)
+    plan = make_plan(traced.windows, traced.hidden_size, options, traced.kv_sources)
     check_halves(traced, plan)  # before weights are read, rounded and written
     fingerprint = checkpoint.fingerprint()
     check_drop_list(options.drop_list_fingerprint, checkpoint.name, fingerprint)

@@ -164,7 +164,9 @@ def _chosen_sites(options: PlanOptions, config: AdapterConfig | None, eligible: 
     return injected(sites, options.injection or (INJECTIONS[1] if in_halves else None))
 
 
-def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) -> DropPlan:
+def make_plan(
+    windows: Sequence[int], hidden_size: int, options: PlanOptions, kv_sources: tuple[int, ...] = ()
+) -> DropPlan:
     """The drop plan that the options ask for, on this model.
 
     Requires: a drop list's file is read (`with_files_read`).
@@ -172,6 +174,7 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     Args:
         windows: sliding window of each layer in positions, 0 for none.
         hidden_size: of the model.
+        kv_sources: layers whose K and V others take.
 
     Raises:
         PlanError, BundleError: it does not fit the model, or the adapters.
@@ -182,7 +185,7 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
     windowed = tuple(i for i, window in enumerate(windows) if window)
     policy = options.policy or (None if config is None else config.policy) or DEFAULT_POLICY
     rank, surrogate = options.rank or 0, options.surrogate
-    sites = _chosen_sites(options, config, eligible_layers(len(windows), first, last, windowed, policy))
+    sites = _chosen_sites(options, config, eligible_layers(len(windows), first, last, windowed, policy, kv_sources))
     if config is not None:
         surrogate = surrogate or config.surrogate
         if options.rank not in (None, config.rank):
@@ -203,6 +206,7 @@ def make_plan(windows: Sequence[int], hidden_size: int, options: PlanOptions) ->
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
+        kv_sources=kv_sources,
     )
     _check_plan(options, plan, hidden_size)
     return plan
@@ -281,9 +285,9 @@ def model_facts(
         num_layers=len(traced.windows),
         hidden_size=traced.hidden_size,
         vocab_size=traced.vocab_size,
-        num_heads=traced.num_heads,
-        kv_heads=traced.kv_heads,
-        head_dim=traced.head_dim,
+        num_heads=traced.heads[0].num_heads,
+        kv_heads=traced.heads[0].kv_heads,
+        head_dim=traced.heads[0].head_dim,
         context_length=context_length(checkpoint.config),
         dtype=dtype,
         windows=traced.windows,
@@ -293,6 +297,7 @@ def model_facts(
         head_bytes=head_bytes,
         embedding_row_bytes=embedding_row_bytes,
         weight_dtype=dtype,
+        layer_heads=traced.heads if len(set(traced.heads)) > 1 else (),
     )
 
 

@@ -104,6 +104,16 @@ def decoder_layers(model: Any) -> Any:
     return found[0]
 
 
+def kv_sources(config: Any) -> tuple[int, ...]:
+    """Layers whose K and V others take: of the last `num_kv_shared_layers` each takes those of the last layer of its
+    type before them, as in Gemma 4."""
+    shared, types = getattr(config, "num_kv_shared_layers", None), getattr(config, "layer_types", None)
+    if type(shared) is not int or shared < 1 or not isinstance(types, list | tuple):
+        return ()
+    own, others = types[:-shared], types[-shared:]
+    return tuple(sorted(len(own) - 1 - own[::-1].index(kind) for kind in {*others} & {*own}))
+
+
 def buffer_values(model: Any) -> dict[str, Any]:
     """Buffers that no checkpoint holds (RoPE frequencies, embedding scales), filled by transformers' own init."""
     import torch

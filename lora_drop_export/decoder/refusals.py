@@ -35,7 +35,6 @@ def _features_of_config(config: Any) -> list[tuple[Any, str]]:
         (text is not config, "a vision or audio tower (multimodal config)"),
         (alibi or text.model_type in _ALIBI, "ALiBi (position biases on the scores) instead of RoPE"),
         (text.model_type in _OWN_ATTENTION, "attention in code of its own, past transformers' attention interface"),
-        (getattr(text, "num_kv_shared_layers", 0), "layers that take the K and V of others"),
         (other, f"layers of type {other[0] if other else ''}"),
     ]
 

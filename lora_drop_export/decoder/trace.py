@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
+from lora_drop_runtime.bundle.graph_io import Heads
 from lora_drop_runtime.errors import ModelError, first_line
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.weights.resolve import resolve_tensors
 
-from .anatomy import buffer_values, decoder_layers, first_output, name_of, tied_names
+from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
 from .parameters import bind_initializers, leave_places, looked_up
@@ -44,7 +45,8 @@ class TracedModel:
         graph: see the module docstring.
         parameters: name → shape of the weights that a checkpoint has to give.
         windows: sliding window of each layer in positions, 0 for none.
-        num_heads, kv_heads, head_dim: of every layer's attention.
+        heads: of each layer's attention.
+        kv_sources: layers whose K and V others take.
         layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
         embedding_only: parameters that are only looked up row by row.
         tied: parameter names that are another parameter under a second name.
@@ -55,9 +57,8 @@ class TracedModel:
     hidden_size: int
     vocab_size: int
     windows: tuple[int, ...]
-    num_heads: int
-    kv_heads: int
-    head_dim: int
+    heads: tuple[Heads, ...]
+    kv_sources: tuple[int, ...]
     layers_prefix: str
     embedding_only: frozenset[str]
     tied: dict[str, str]
@@ -71,6 +72,14 @@ class _Calls:
     windows: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     scales: list[tuple[float, float]] = field(default_factory=list)  # and softcaps
+    keys: list[Any] = field(default_factory=list)
+
+    @property
+    def kv_sources(self) -> tuple[int, ...]:
+        """Layers whose K another layer was called with."""
+        first: dict[int, int] = {}
+        owners = [first.setdefault(id(key), layer) for layer, key in enumerate(self.keys)]
+        return tuple(sorted({owner for layer, owner in enumerate(owners) if owner != layer}))
 
 
 @contextlib.contextmanager
@@ -112,6 +121,7 @@ def _emit_attention(call: AttentionCall, calls: _Calls) -> Any:
     calls.windows.append(call.window)
     calls.shapes.append((heads, call.key.shape[1], head_dim, value_dim))
     calls.scales.append((call.scale, call.softcap))
+    calls.keys.append(call.key)
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::CacheAttention",
         (call.query, call.key, call.value),
@@ -229,6 +239,8 @@ def _dry_run(wrapper: Any, layers: Any) -> tuple[_Calls, LayerCalls]:
         raise unsupported(
             "decoder layers without exactly one attention through transformers' attention interface", config
         )
+    if calls.kv_sources != kv_sources(config):
+        raise unsupported("layers that take the K and V of others", config)
     return calls, seen
 
 
@@ -319,28 +331,21 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     with _quiet():
         graph = _graph(wrapper, layers, calls, seen, tied, fake)
     parameters = leave_places(graph)
-    heads, kv_heads, head_dim, value_dim = calls.shapes[0]
-    if value_dim != head_dim:
-        raise ModelError(
-            "The model's keys and values differ in width.",
-            note=f"A key has {head_dim} channels, a value {value_dim}, as in multi-head latent attention.",
-            hint="Choose a model whose K and V caches have one shape.",
-        )
-    if any(shape != calls.shapes[0] for shape in calls.shapes):
-        raise ModelError(
-            "The model's attention layers differ in shape.",
-            note=f"(heads, KV heads, head dim, value dim) are {sorted(set(calls.shapes))}.",
-            hint="One K/V layout for all layers is needed.",
-        )
+    for _, _, head_dim, value_dim in calls.shapes:
+        if value_dim != head_dim:
+            raise ModelError(
+                "The model's keys and values differ in width.",
+                note=f"A key has {head_dim} channels, a value {value_dim}, as in multi-head latent attention.",
+                hint="Choose a model whose K and V caches have one shape.",
+            )
     return TracedModel(
         graph=graph,
         parameters=parameters,
         hidden_size=int(config.hidden_size),
         vocab_size=model.get_output_embeddings().weight.shape[0],
         windows=tuple(calls.windows),
-        num_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        heads=tuple(Heads(*shape[:3]) for shape in calls.shapes),
+        kv_sources=calls.kv_sources,
         layers_prefix=name_of(model, layers),
         embedding_only=looked_up(graph, parameters),
         tied=tied,

@@ -187,7 +187,8 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
         n.attributes["layer"].as_int(): n for n in graph if n.domain == DOMAIN and n.op_type == "CacheAttention"
     }
 
-    def parameters(ends: Sequence[ir.Value | None], begin: str) -> frozenset[str]:
+    def parameters(ends: Sequence[ir.Value | None], layer: int) -> frozenset[str]:
+        begin, own = f"hidden_states.{layer}", f"{traced.layers_prefix}.{layer}."  # K and V may be another layer's
         found, seen, todo = set(), set(), list(ends)
         while todo:
             value = todo.pop()
@@ -198,14 +199,13 @@ def half_parameters(traced: TracedModel) -> list[tuple[frozenset[str], frozenset
                 found.add(str(value.name))
             elif (node := value.producer()) is not None:
                 todo.extend(node.inputs)
-        return frozenset(found & set(traced.parameters))
+        return frozenset(name for name in found & set(traced.parameters) if name.startswith(own))
 
     halves = []
     for layer in range(len(traced.windows)):
-        begin = f"hidden_states.{layer}"
-        made = parameters(attentions[layer].inputs[1:3], begin) if layer in attentions else frozenset()
+        made = parameters(attentions[layer].inputs[1:3], layer) if layer in attentions else frozenset()
         try:
-            halves.append((parameters([attention_residual(values, layer)], begin), made))
+            halves.append((parameters([attention_residual(values, layer)], layer), made))
         except ModelError:
             halves.append((frozenset(), frozenset()))
     return halves
@@ -273,7 +273,7 @@ def refresh_from_trace(
     model.opset_imports.clear()
     model.opset_imports[""] = OPSET
     model.ir_version = IR_VERSION
-    cache = CacheShape(traced.kv_heads, traced.head_dim, dtype, kv_dtype)
+    cache = CacheShape(traced.heads, dtype, kv_dtype)
     io = graph_io(StepKind.REFRESH, plan, cache, traced.hidden_size, traced.vocab_size)
     inputs = {str(value.name): value for value in graph.inputs}
     for spec in io.inputs:

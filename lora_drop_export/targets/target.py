@@ -29,12 +29,12 @@ class Caches:
 
     Attributes:
         dtype: of their entries.
-        head_dim: values of a head.
+        head_dims: values of a head, of the layers.
         fills: LoRA steps write the caches of dropped attentions (`--policy fill`).
     """
 
     dtype: str
-    head_dim: int
+    head_dims: frozenset[int]
     fills: bool
 
 

@@ -187,7 +187,7 @@ def test_fill_keeps_as_much_as_the_full_schedule(tmp_path):
         session.prefill(np.array([[1, 2, 3]]), max_new_tokens=6)
         for step in range(5):
             session.step(np.array([step]))
-        kv, entry = session.kv_bytes(), bundle.manifest.model.token_kv_bytes
+        kv, entry = session.kv_bytes(), bundle.manifest.model.token_kv_bytes([0])
     assert (kv["kept"], kv["dropped"]) == (8 * 6 * entry, 8 * 2 * entry)
 
 

@@ -39,11 +39,11 @@ from lora_drop_export.targets.trt.build import EngineBuilder as RealBuilder
 from lora_drop_export.targets.trt.options import BuilderOptions
 from plugins.kernels.binding import load_library
 from tests.support import fake_library
-from tests.support.bundles import Family, first_layers, make_bundle, traced_once, with_weights_of
+from tests.support.bundles import Family, first_layers, make_bundle, traced_family, traced_once, with_weights_of
 from tests.support.fake_gpu import BINDINGS, FakeGpu
 from tests.support.fake_trt import PLUGIN_LIBRARY
 from tests.support.kernel_build import host_kernels
-from tests.support.models import llama, quartered
+from tests.support.models import gemma4_four_layers, llama, quartered
 from tests.support.torch_trt import TorchTrt
 
 TARGET = "tensorrt"
@@ -231,7 +231,7 @@ def test_caches_of_8_bits_are_half_as_large(made: Callable[..., Bundle]) -> None
     for name in ("int8 caches", "fp8 caches"):
         bundle = made("float16", **CASES[name][1])
         model = bundle.manifest.model
-        assert model.token_kv_bytes == 2 * model.kv_heads * model.head_dim
+        assert model.token_kv_bytes([0]) == 2 * model.kv_heads * model.head_dim
         found = {spec.dtype for spec in bundle.manifest.io(StepKind.REFRESH, TARGET).inputs if "past_key" in spec.name}
         assert found == {model.kv_dtype}
         nodes = [node for node in graph_of(bundle, StepKind.REFRESH).node if node.op_type == "SkipWriteKVAttention"]
@@ -303,3 +303,17 @@ def test_ort_takes_scales_of_heads(library: TorchTrt, tmp_path: Path) -> None:
     for target in ("ort", TARGET):
         result = compare(bundle, target=target)
         assert result.passed, result.summary()
+
+
+@pytest.mark.parametrize("attention", ["plugin", "native"])
+def test_layers_of_different_heads(library: TorchTrt, attention: str, tmp_path: Path) -> None:
+    """And those that take the K and V of others: each node of the plugin is told its own layer's."""
+    root = tmp_path / "b"
+    fake_library.engines_of(root)
+    own = traced_family("gemma4_four_layers", gemma4_four_layers(), "float32")
+    options = {"policy": "backfill", "drop_layers": (2, 3), "always_first": 0, "always_last": 0, "attention": attention}
+    bundle = make_bundle(own, root, targets=(TARGET,), max_seq_len=64, max_prompt_len=40, **options)
+    assert compare(bundle, target=TARGET).passed
+    if attention == "plugin":
+        nodes = [attributes(node) for node in graph_of(bundle, StepKind.REFRESH).node if "kv_heads" in str(node)]
+        assert [(node["kv_heads"], node["head_dim"]) for node in nodes] == [(2, 16), (1, 32)] * 2

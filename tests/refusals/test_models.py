@@ -280,7 +280,6 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
                                    attention_types=[[["global", "local"], 2]]), "attention in code of its own"),
         "gemma3n": (t.Gemma3nTextConfig(**TINY | {"intermediate_size": [96] * 4}, num_kv_shared_layers=0,
                                         activation_sparsity_pattern=[0.0] * 4), "several residual streams"),
-        "gemma4": (t.Gemma4TextConfig(**TINY, num_kv_shared_layers=1), "layers that take the K and V of others"),
         "doge": (t.DogeConfig(**TINY), "an attention mask of its own"),
         "doge_moe": (t.DogeConfig(**TINY, is_moe=True, num_experts=4, num_experts_per_tok=2), "an MoE router"),
     }  # fmt: skip

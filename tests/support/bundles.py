@@ -100,7 +100,7 @@ def first_layers(name: str, count: int, dtype: str = "float32") -> Family:
     stream[f"hidden_states.{len(traced.windows)}"].replace_all_uses_with(stream[f"hidden_states.{count}"])
     RemoveUnusedNodesPass()(traced.graph)
     parameters = {key: shape for key, shape in traced.parameters.items() if key in graph.initializers}
-    cut = dataclasses.replace(traced, parameters=parameters, windows=traced.windows[:count])
+    cut = dataclasses.replace(traced, parameters=parameters, windows=traced.windows[:count], heads=traced.heads[:count])
     model, directory, checkpoint = _saved(model)
     return Family(model, directory, checkpoint, cut, dtype)
 
@@ -218,7 +218,9 @@ def save_adapters(
 def plan_of(made_from: str | Family, **options: Any) -> DropPlan:
     """The plan of a bundle with these options, which is not made."""
     source = family(made_from) if isinstance(made_from, str) else made_from
-    return make_plan(source.traced.windows, source.traced.hidden_size, ExportOptions(**options))
+    return make_plan(
+        source.traced.windows, source.traced.hidden_size, ExportOptions(**options), source.traced.kv_sources
+    )
 
 
 def fitted_adapters(source: Family, directory: Path, rank: int = 4, **options: Any) -> Path:

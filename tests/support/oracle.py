@@ -124,11 +124,11 @@ class Row:
         self.slots = [[slot for slot in layer if slot[0] < self.position] for layer in self.slots]
         return [self.step(one, full=True) for one in again][-1]
 
-    def run_layer(self, i: int, own_forward, x: Tensor, **kwargs) -> Tensor:
+    def run_layer(self, i: int, own_forward, x: Tensor, *args, **kwargs) -> Tensor:
         """What runs in place of layer `i`: the layer itself, or its surrogate. x, y: `[1, 1, d]`."""
         layer, attn, mlp = (f"{i}{half}" in self.plan.sites for half in ("", ".attn", ".mlp"))
         if self.full or not (layer or attn or mlp):
-            y = own_forward(x, **kwargs)  # fills self.slots[i] and self.h[i]
+            y = own_forward(x, *args, **kwargs)  # fills self.slots[i] and self.h[i]
             self.y[i] = y
             if self.full:
                 self.x[i] = x
@@ -141,7 +141,7 @@ class Row:
             y = self.base(h, self.y[i]) + self.adapter(f"{i}.mlp", h) if mlp else None
         self.attends = self.plan.fill or not (layer or attn)
         if self.attends or not (layer or mlp):
-            own = self.own_halves(i, own_forward, x, kwargs, h if attn and not mlp else None)
+            own = self.own_halves(i, partial(own_forward, x, *args, **kwargs), h if attn and not mlp else None)
         self.attends = True
         self.h[i], self.y[i] = states
         if attn and not mlp:
@@ -155,10 +155,10 @@ class Row:
             self.y[i] = y
         return y
 
-    def own_halves(self, i: int, own_forward, x: Tensor, kwargs, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    def own_halves(self, i: int, own_forward, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """h and y of the layer itself; with an h given, that one and the y whose MLP starts from it."""
         self.second_half_of = h
-        y = own_forward(x, **kwargs)
+        y = own_forward()
         self.second_half_of = None
         return (self.h.get(i), y) if h is None else (h, y - self.h[i] + h)
 

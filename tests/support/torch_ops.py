@@ -131,6 +131,7 @@ def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
 
 OPS: dict[str, Callable[..., Any]] = {
     "Add": torch.add,
+    "And": torch.logical_and,
     "ArgMax": _arg_max,
     "Attention": _attention,
     "Cast": lambda x, to: x.to(DTYPES[to]),
@@ -151,6 +152,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Mul": torch.mul,
     "Neg": torch.neg,
     "Or": torch.logical_or,
+    "Pow": torch.pow,
     "RMSNormalization": _rms_norm,
     "Range": lambda begin, end, step: torch.arange(int(begin), int(end), int(step)),
     "ReduceMax": _reduce_max,

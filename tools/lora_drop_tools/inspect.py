@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
-from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest
+from lora_drop_runtime.bundle.manifest import CHANNEL, Manifest, ModelFacts
 from lora_drop_runtime.dtypes import short_name
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.drop_plan import DropPlan
@@ -77,6 +77,14 @@ def _targets(manifest: Manifest) -> list[str]:
         resident, what = entry.resident(stored)
         lines.append(f"  {target:<13}{disk / MIB:7.1f} MiB {resident / MIB:9.1f} MiB   {what}")
     return lines
+
+
+def _heads(model: ModelFacts) -> str:
+    """Query and K/V heads; where layers differ, with the values of a head as well."""
+    if not model.layer_heads:
+        return f"{model.num_heads}/{model.kv_heads}"
+    kinds = dict.fromkeys(model.heads)
+    return " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
 
 
 def _kv_savings(manifest: Manifest) -> str:
@@ -170,7 +178,7 @@ def describe(bundle: Bundle) -> list[str]:
         adapters += f", none for {listed(plan.bare_sites)}"
     lines = [
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
-        f"{model.num_heads}/{model.kv_heads} heads, {model.dtype}"
+        f"{_heads(model)} heads, {model.dtype}"
         f"{f', K/V {short_name(model.kv_dtype)}' if model.kv_dtype else ''})",
         *_quantization(manifest),
         f"layers       {strip}   {legend}",

@@ -207,7 +207,12 @@ class _Sites:
         ends = [viewed(value) for value in rows]
         full, nothing = _Branch(f"site.{site}/projected"), _Branch(f"site.{site}/nothing")
         made = full.copy(_between(ends, {x}))
-        results = [made[value] for value in ends]
+        results = []
+        for value in ends:
+            if value not in made:  # K or V of another layer, which are there on all steps
+                made[value] = full.ops("Identity", value)
+                made[value].type, made[value].shape = value.type, value.shape
+            results.append(made[value])
         instead = []
         for value in ends:  # [1, T, …]
             ops = nothing.ops

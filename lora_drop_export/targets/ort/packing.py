@@ -186,7 +186,7 @@ def keep_idle_states(graph: ir.Graph, new_tokens: ir.Value) -> None:
 def keep_idle_caches(graph: ir.Graph, new_tokens: ir.Value) -> None:
     """A LoRA step's TensorScatters without an attention write rows that have a token, and no others."""
     moving: ir.Value | None = None  # [m], the rows
-    places: dict[ir.Value, ir.Value] = {}  # of each length: where the rows' entries go, [m, H, 1, 3]
+    places: dict[tuple[ir.Value, int], ir.Value] = {}  # by length and heads: where the rows' entries go, [m, H, 1, 3]
     for write in [node for node in graph if node.op_type == "TensorScatter"]:
         past, entries, length = write.inputs
         assert past is not None
@@ -196,12 +196,13 @@ def keep_idle_caches(graph: ir.Graph, new_tokens: ir.Value) -> None:
         if moving is None:
             has_token = ops("Greater", new_tokens, ops.constant(np.array(0, np.int32)))
             moving = ops("Squeeze", ops("NonZero", has_token), ops.ints([0]))
-        if length not in places:
-            heads = int(past.shape[1])  # type: ignore[arg-type]
+        heads = int(past.shape[1])  # type: ignore[arg-type]
+        if (length, heads) not in places:
             shape = ops("Concat", ops("Shape", moving), ops.ints([heads, 1, 1]), axis=0)
             each_head = ops.constant(np.arange(heads, dtype=np.int64).reshape(1, heads, 1, 1))
             row, slot = (ops("Reshape", v, ops.ints([-1, 1, 1, 1])) for v in (moving, ops("Gather", length, moving)))
-            places[length] = ops("Concat", *(ops("Expand", v, shape) for v in (row, each_head, slot)), axis=3)
-        written = ops("ScatterND", past, places[length], ops("Gather", entries, moving, axis=0))
+            each = (ops("Expand", v, shape) for v in (row, each_head, slot))
+            places[length, heads] = ops("Concat", *each, axis=3)
+        written = ops("ScatterND", past, places[length, heads], ops("Gather", entries, moving, axis=0))
         replace_node(graph, write, ops, written)
         graph.remove(write, safe=True)

@@ -23,8 +23,8 @@ def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
     if model.kv_dtype is None or model.dtype == "float32":
         return
     softcap = any(one.name == "softcap" and one.f for node in refresh.graph.node for one in node.attribute)
-    shape = model.head_dim in (64, 128, 256) and model.num_heads / model.kv_heads in (4, 8, 16, 32)
-    if softcap or any(model.windows) or not shape:
+    fast = all(one.head_dim in (64, 128, 256) and one.num_heads / one.kv_heads in (4, 8, 16, 32) for one in model.heads)
+    if softcap or any(model.windows) or not fast:
         console.say(
             "ort: int8 caches save memory on a GPU, and each step turns them back into halves here: the fast kernel is "
             "for heads of 64, 128 or 256 with 4, 8, 16 or 32 query heads to a K/V head, without window and softcap"

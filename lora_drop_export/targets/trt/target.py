@@ -223,10 +223,11 @@ class TrtTarget:
                 note="What a LoRA step fills, TensorRT's cache layer writes, which takes no entries of 8 bits.",
                 hint="Use another --policy, or leave --kv-dtype out.",
             )
-        if caches.head_dim % _QUANTIZED_HEAD:
+        odd = [head_dim for head_dim in sorted(caches.head_dims) if head_dim % _QUANTIZED_HEAD]
+        if odd:
             raise InputError(
                 f"The attention plugin cannot take {short} caches of this model.",
-                note=f"A head has {caches.head_dim} values; it takes multiples of {_QUANTIZED_HEAD}.",
+                note=f"A head has {odd[0]} values; it takes multiples of {_QUANTIZED_HEAD}.",
                 hint="Leave --kv-dtype out.",
             )
 

@@ -71,14 +71,22 @@ def steps_name(outputs: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Of one layer's attention: `head_dim` is how many values a head has, of queries and of K and V."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class CacheShape:
-    """What a K/V cache entry is: `kv_heads` heads of `head_dim` values.
+    """What the entries of the K/V caches are: those of a layer have its `kv_heads` heads of `head_dim` values.
 
     `dtype` (a numpy/ONNX name) is that of activations and states, and of the entries where `kv_dtype` is None.
     """
 
-    kv_heads: int
-    head_dim: int
+    heads: tuple[Heads, ...]
     dtype: str
     kv_dtype: str | None = None
 
@@ -147,11 +155,12 @@ def graph_io(
         inputs.append(TensorSpec("len_dropped", "int64", ("batch",)))
     if refresh:
         inputs.append(TensorSpec("logits_index", "int64", ("batch", "rows")))
-    head_dim = cache.head_dim if lowered is None else lowered.padded(cache.head_dim)
     dropped, entry = set(plan.dropped_attentions), cache.kv_dtype or cache.dtype
     for layer in range(plan.num_layers) if refresh or fills else plan.kept_attentions:
         slots = "slots_dropped" if layer in dropped else "slots_kept"
-        shape = ("batch", cache.kv_heads, slots, head_dim)
+        heads = cache.heads[layer]
+        head_dim = heads.head_dim if lowered is None else lowered.padded(heads.head_dim)
+        shape = ("batch", heads.kv_heads, slots, head_dim)
         for part in ("key", "value"):
             inputs.append(TensorSpec(f"past_{part}.{layer}", entry, shape))
             outputs.append(TensorSpec(f"present_{part}.{layer}", entry, shape, f"past_{part}.{layer}"))

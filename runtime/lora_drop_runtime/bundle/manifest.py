@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -12,7 +12,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.schedule import StepKind
 
-from .graph_io import CacheShape, GraphIO, LoweredIO, graph_io
+from .graph_io import CacheShape, GraphIO, Heads, LoweredIO, graph_io
 
 FORMAT_VERSION = 5
 MANIFEST_NAME = "lora_drop.json"
@@ -33,7 +33,8 @@ class ModelFacts:
     sliding window in positions, 0 for none; `dtype` is of activations and, unless there is a `kv_dtype`, of caches;
     `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the byte counts are as stored in the
     bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K
-    and V of the layer's input; 0 where a layer has no halves.
+    and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an entry for each layer where they
+    differ in their heads; the three figures of all layers are the first one's then.
     """
 
     name: str
@@ -55,20 +56,26 @@ class ModelFacts:
     embedding_row_bytes: int
     weight_dtype: str = "float32"
     kv_dtype: str | None = None
+    layer_heads: tuple[Heads, ...] = ()
+
+    @property
+    def heads(self) -> tuple[Heads, ...]:
+        """Of each layer."""
+        return self.layer_heads or (Heads(self.num_heads, self.kv_heads, self.head_dim),) * self.num_layers
 
     @property
     def cache(self) -> CacheShape:
-        return CacheShape(self.kv_heads, self.head_dim, self.dtype, self.kv_dtype)
+        return CacheShape(self.heads, self.dtype, self.kv_dtype)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the layers' weights and the head's."""
         return sum(self.layer_bytes) + self.head_bytes
 
-    @property
-    def token_kv_bytes(self) -> int:
-        """Bytes of one token's K and V in one layer."""
-        return 2 * self.kv_heads * self.head_dim * BY_NAME[self.kv_dtype or self.dtype].size_bytes
+    def token_kv_bytes(self, layers: Iterable[int]) -> int:
+        """Bytes of one token's K and V in these layers."""
+        values = sum(self.heads[layer].kv_heads * self.heads[layer].head_dim for layer in layers)
+        return 2 * values * BY_NAME[self.kv_dtype or self.dtype].size_bytes
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,17 @@ def _check_model(model: ModelFacts) -> None:
     _check_positive("model", model, *_COUNTS)
     if model.num_layers > LAYERS.most:  # each is looked at beside each other
         raise ValueError(f"model.num_layers is {model.num_layers}, more than {LAYERS.most}")
-    for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes"):
+    for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes", "layer_heads"):
         found = len(getattr(model, what))
-        if found != model.num_layers:
+        if found != model.num_layers and (what != "layer_heads" or found):
             raise ValueError(f"model.{what} has {found} elements, model.num_layers is {model.num_layers}")
     halves = zip(model.layer_bytes, model.attention_bytes, model.kv_bytes, strict=True)
     if any(not 0 <= kv <= attention <= layer for layer, attention, kv in halves):
         raise ValueError("model.kv_bytes are more than model.attention_bytes, or those more than model.layer_bytes")
     if not sum(model.layer_bytes):
         raise ValueError("model.layer_bytes are all 0")
+    for n, heads in enumerate(model.layer_heads):
+        _check_positive(f"model.layer_heads[{n}]", heads, "num_heads", "kv_heads", "head_dim")
     _check_one_of("model.dtype", model.dtype, MODEL_DTYPES)
     _check_one_of("model.weight_dtype", model.weight_dtype, MODEL_DTYPES + QUANTIZED_DTYPES)
     _check_one_of("model.kv_dtype", model.kv_dtype, (None, *CACHE_DTYPES))
@@ -193,8 +195,9 @@ def _plan(data: object, layers: int) -> DropPlan:
     if typed(int, said, "plan.num_layers") != layers:
         raise ValueError(f"plan.num_layers is {said}, model.num_layers is {layers}")
     plan: DropPlan = typed(DropPlan, data, "plan")
-    if any(layer >= layers for layer in plan.windowed_layers):
-        raise ValueError(f"plan.windowed_layers names layer {max(plan.windowed_layers)}, there are {layers}")
+    for name in ("windowed_layers", "kv_sources"):
+        if any(layer >= layers for layer in getattr(plan, name)):
+            raise ValueError(f"plan.{name} names layer {max(getattr(plan, name))}, there are {layers}")
     return plan
 
 

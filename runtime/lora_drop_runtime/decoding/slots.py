@@ -76,10 +76,10 @@ class _Prepared:
 
 def valid_kv_bytes(manifest: Manifest, kept: int, dropped: int) -> dict[str, int]:
     """Bytes of so many entries in `kept` and in `dropped` layers."""
-    plan, entry = manifest.plan, manifest.model.token_kv_bytes
+    plan, model = manifest.plan, manifest.model
     return {
-        "kept": kept * len(plan.kept_attentions) * entry,
-        "dropped": dropped * len(plan.dropped_attentions) * entry,
+        "kept": kept * model.token_kv_bytes(plan.kept_attentions),
+        "dropped": dropped * model.token_kv_bytes(plan.dropped_attentions),
     }
 
 

@@ -26,8 +26,10 @@ def eligible_layers(
     always_last: int = 1,
     windowed: Iterable[int] = (),
     policy: str = DEFAULT_POLICY,
+    kv_sources: Iterable[int] = (),
 ) -> tuple[int, ...]:
-    """Layers that may be dropped whole: all but the first, the last, and those with a sliding window.
+    """Layers that may be dropped whole: all but the first, the last, those with a sliding window, and those whose K and
+    V other layers take.
 
     A window counts positions while a compact cache counts slots, so a windowed layer cannot have holes. Where the
     policy leaves none, it may be dropped.
@@ -38,7 +40,7 @@ def eligible_layers(
             note=f"--always-first is {always_first}, --always-last is {always_last}.",
             hint="Use 0 or more.",
         )
-    blocked = set(windowed) if POLICIES[policy].leaves_holes else set()
+    blocked = set(kv_sources) | (set(windowed) if POLICIES[policy].leaves_holes else set())
     return tuple(i for i in range(always_first, num_layers - always_last) if i not in blocked)
 
 
@@ -67,6 +69,7 @@ class DropPlan:
         rank: `r` of the adapters, 0 for none.
         bare_sites: those that have no adapter although others have one.
         policy: name of the refreshes' default policy, one of POLICIES; `refresh_policy` is the object.
+        kv_sources: layers whose K and V other layers take, and so those of each token.
     """
 
     num_layers: int
@@ -79,6 +82,7 @@ class DropPlan:
     always_last: int = 1
     windowed_layers: tuple[int, ...] = ()
     policy: str = DEFAULT_POLICY
+    kv_sources: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         PeriodicSchedule(self.k)
@@ -135,6 +139,13 @@ class DropPlan:
                 hint="Layers are counted from 0.",
             )
         always_kept = [site for site in self.sites if not self.may_drop(site)]
+        sources = [site for site in always_kept if layer_of(site) in self.kv_sources]
+        if sources and half_of(sources[0]) != MLP:
+            raise PlanError(
+                "The drop list contains a layer that is always kept.",
+                note=f"Layer {layer_of(sources[0])} is named, but other layers take its K and V.",
+                hint=f"Leave it out, or name {layer_of(sources[0])}.{MLP}.",
+            )
         if always_kept:
             windows = set(self.windowed_layers)
             windowed = [site for site in always_kept if layer_of(site) in windows]
@@ -160,7 +171,7 @@ class DropPlan:
     def eligible_layers(self) -> tuple[int, ...]:
         """Layers that may be dropped whole, and so may their attentions."""
         first, last = self.always_first, self.always_last
-        return eligible_layers(self.num_layers, first, last, self.windowed_layers, self.policy)
+        return eligible_layers(self.num_layers, first, last, self.windowed_layers, self.policy, self.kv_sources)
 
     @property
     def counted_layers(self) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ def test_the_steps_and_logits_of_the_oracle(policy: str, name: str, fitted: tupl
     for one, wanted in zip(found, expected, strict=True):
         scale = float(wanted.abs().max())
         np.testing.assert_allclose(one[0], wanted.numpy(), atol=TOLERANCE * scale, rtol=0)
-    plan, token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes
+    plan, token_bytes = bundle.manifest.plan, bundle.manifest.model.token_kv_bytes([0])
     exact = kinds.count("R") if policy == "skip" else kinds.rfind("R") + 1
     assert kv["kept"] == len(plan.kept_attentions) * 25 * token_bytes
     assert kv["dropped"] == (8 - len(plan.kept_attentions)) * (5 + exact) * token_bytes

@@ -116,7 +116,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
             logits = session.step(logits.argmax(axis=1))
     assert kinds == expected
     assert row["refresh_share"] == kinds.count("refresh") / 19
-    sites, token_bytes = len(bundle.manifest.plan.sites), bundle.manifest.model.token_kv_bytes
+    sites, token_bytes = len(bundle.manifest.plan.sites), bundle.manifest.model.token_kv_bytes([0])
     assert row["kv_bytes"]["dropped"] == sites * (8 + kinds.count("refresh")) * token_bytes
     assert f"k=3 margin ({row['refresh_share']:.0%} refreshes)" in capsys.readouterr().out
 

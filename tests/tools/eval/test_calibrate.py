@@ -195,7 +195,7 @@ def test_kv_of_an_adaptive_schedule_under_skip(own: Path, text: Path) -> None:
     refreshes = round(steps * row.text.refresh_share.value)
     dropped = len(manifest.plan.sites)
     entries = (manifest.model.num_layers - dropped) * (prompt + steps) + dropped * (prompt + refreshes)
-    assert row.kv_bytes == entries * manifest.model.token_kv_bytes < full.kv_bytes
+    assert row.kv_bytes == entries * manifest.model.token_kv_bytes([0]) < full.kv_bytes
 
 
 def calibration(**changes: Any) -> Any:

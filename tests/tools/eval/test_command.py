@@ -51,7 +51,7 @@ def test_kv_of_a_request_that_ends_within_a_cycle(policy: str, dropped: int, bun
     assert result.kv_request == (32, 96)
     manifest = Bundle.open(bundle).manifest
     lacking = (128 - dropped) * len(manifest.plan.sites)
-    assert result.rows[-1].kv_bytes == costs.kv_base_bytes(manifest, 128) - lacking * manifest.model.token_kv_bytes
+    assert result.rows[-1].kv_bytes == costs.kv_base_bytes(manifest, 128) - lacking * manifest.model.token_kv_bytes([0])
 
 
 @pytest.fixture

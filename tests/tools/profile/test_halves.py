@@ -69,7 +69,7 @@ def test_bytes_are_those_of_a_bundle(tmp_path: Path) -> None:
         saved_bytes = savings(forcing, dataclasses.replace(manifest.plan, sites=(), rank=0), told)
         assert sum(map(saved_bytes.weights, sites)) == dropped_weight_bytes(manifest)
         full, lora = step_bytes(manifest, 40, 40)
-        token = manifest.model.token_kv_bytes * 2 * (policy == "backfill")  # of the step itself
+        token = manifest.model.token_kv_bytes([0]) * 2 * (policy == "backfill")  # of the step itself
         assert sum(map(saved_bytes.of, sites)) == full - lora - token
 
 

@@ -216,16 +216,17 @@ def latencies(path: Path, names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class KvShape:
-    """What Eq. 12 to 16 take of a model: `n` layers, `a` of them always on, bytes of a token's K/V in one layer."""
+    """What Eq. 12 to 16 take of a model: `n` layers, `a` of them always on, and the mean of a token's bytes of K/V in
+    one layer."""
 
     layers: int
     always_on: int
-    token_bytes: int
+    token_bytes: float
 
     @classmethod
     def of(cls, manifest: Manifest) -> KvShape:
-        counted = len(manifest.plan.counted_layers)
-        return cls(manifest.plan.num_layers, manifest.plan.num_layers - counted, manifest.model.token_kv_bytes)
+        layers, counted = manifest.plan.num_layers, len(manifest.plan.counted_layers)
+        return cls(layers, layers - counted, manifest.model.token_kv_bytes(range(layers)) / layers)
 
     def saving(self, rho: float, k: int) -> float:
         """Eq. 16: `(1 − a/n) · p · (1 − 1/w)`, p = ρ, w = k + 1."""

@@ -7,7 +7,7 @@ Costs are multiply-adds per token in Eqs. 5–10 and bytes in the ceiling, becau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lora_drop_runtime.bundle.adapters import weight_shapes
@@ -36,6 +36,12 @@ def _bits_per_weight(manifest: Manifest) -> float:
     return value + of_block / int(how["block_size"])
 
 
+def _attention_macs(manifest: Manifest, layers: Iterable[int], context: int) -> int:
+    """QKᵀ and AV of one token over so many positions."""
+    heads = manifest.model.heads
+    return 2 * context * sum(heads[layer].num_heads * heads[layer].head_dim for layer in layers)
+
+
 def full_layer_macs(manifest: Manifest, context: int) -> float:
     """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions.
 
@@ -43,7 +49,7 @@ def full_layer_macs(manifest: Manifest, context: int) -> float:
     """
     model = manifest.model
     weights = sum(model.layer_bytes) / model.num_layers * 8 / _bits_per_weight(manifest)
-    return weights + 2 * model.num_heads * model.head_dim * context
+    return weights + _attention_macs(manifest, range(model.num_layers), context) / model.num_layers
 
 
 def surrogate_macs(manifest: Manifest) -> int:
@@ -68,7 +74,7 @@ def dropped_macs_share(manifest: Manifest, context: int) -> float:
     if not plan.halves_alone and not plan.refresh_policy.fills:
         return plan.rho_eff
     full = model.num_layers * full_layer_macs(manifest, context)
-    attention = 2 * model.num_heads * model.head_dim * context * len(plan.dropped_attentions)
+    attention = _attention_macs(manifest, plan.dropped_attentions, context)
     return (dropped_weight_bytes(manifest) * 8 / _bits_per_weight(manifest) + attention) / full
 
 
@@ -147,8 +153,11 @@ def kv_entries(prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple
 def kv_bytes(manifest: Manifest, prompt: int, steps: int, k: int, policy: Policy = _SKIP) -> tuple[int, int]:
     """Eq. 13 with the prompt's entries: bytes of valid K/V of kept and of dropped attentions, one row."""
     kept, dropped = kv_entries(prompt, steps, k, policy)
-    plan, token_bytes = manifest.plan, manifest.model.token_kv_bytes
-    return kept * len(plan.kept_attentions) * token_bytes, dropped * len(plan.dropped_attentions) * token_bytes
+    plan, model = manifest.plan, manifest.model
+    return (
+        kept * model.token_kv_bytes(plan.kept_attentions),
+        dropped * model.token_kv_bytes(plan.dropped_attentions),
+    )
 
 
 def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Sequence[float], policy: Policy) -> int:
@@ -159,19 +168,25 @@ def kv_bytes_of_cycles(manifest: Manifest, prompt: int, steps: int, steps_at: Se
     """
     longer = [*steps_at[1:], 0]
     made = sum((n - more) * policy.refresh_tokens(c) for c, (n, more) in enumerate(zip(steps_at, longer, strict=True)))
-    plan, dropped = manifest.plan, prompt + (steps if policy.fills else round(steps * made / sum(steps_at)))
-    entries = (prompt + steps) * len(plan.kept_attentions) + dropped * len(plan.dropped_attentions)
-    return entries * manifest.model.token_kv_bytes
+    plan, model = manifest.plan, manifest.model
+    dropped = prompt + (steps if policy.fills else round(steps * made / sum(steps_at)))
+    kept_bytes = (prompt + steps) * model.token_kv_bytes(plan.kept_attentions)
+    return kept_bytes + dropped * model.token_kv_bytes(plan.dropped_attentions)
 
 
 def kv_base_bytes(manifest: Manifest, tokens: int) -> int:
     """Eq. 12: bytes of K/V of the full model, one row."""
-    return tokens * manifest.model.num_layers * manifest.model.token_kv_bytes
+    return tokens * manifest.model.token_kv_bytes(range(manifest.model.num_layers))
 
 
 def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
-    """Eq. 16: `(1 − a/n) · p · (1 − e/w)`, w = k + 1, per generated token; the paper's refresh makes e = 1 entry."""
-    return manifest.plan.attention_share * (1 - policy.refresh_tokens(k) / (k + 1)) * policy.leaves_holes
+    """Eq. 16: `(1 − a/n) · p · (1 − e/w)`, w = k + 1, per generated token; the paper's refresh makes e = 1 entry.
+
+    `(1 − a/n) · p` is the share of dropped attentions, here by their bytes, which layers may differ in.
+    """
+    plan, model = manifest.plan, manifest.model
+    dropped = model.token_kv_bytes(plan.dropped_attentions) / model.token_kv_bytes(range(plan.num_layers))
+    return dropped * (1 - policy.refresh_tokens(k) / (k + 1)) * policy.leaves_holes
 
 
 def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
@@ -182,9 +197,9 @@ def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int
     model, plan = manifest.model, manifest.plan
     outside = model.head_bytes + rows * model.embedding_row_bytes
     weights = sum(model.layer_bytes)
-    kept_kv = rows * len(plan.kept_attentions) * (context + 1) * model.token_kv_bytes
-    dropped_kv = rows * len(plan.dropped_attentions) * (dropped_context + 1) * model.token_kv_bytes
-    written = rows * len(plan.dropped_attentions) * model.token_kv_bytes * plan.refresh_policy.fills
+    kept_kv = rows * (context + 1) * model.token_kv_bytes(plan.kept_attentions)
+    dropped_kv = rows * (dropped_context + 1) * model.token_kv_bytes(plan.dropped_attentions)
+    written = rows * model.token_kv_bytes(plan.dropped_attentions) * plan.refresh_policy.fills
     adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
     lora = outside + weights - dropped_weight_bytes(manifest) + kept_kv + written + adapters
     return outside + weights + kept_kv + dropped_kv, lora

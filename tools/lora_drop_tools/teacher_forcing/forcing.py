@@ -30,7 +30,14 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.sites import layer_of
 
-from lora_drop_export.decoder.anatomy import Recorder, between_halves, decoder_layers, first_output, head_replaced
+from lora_drop_export.decoder.anatomy import (
+    Recorder,
+    between_halves,
+    decoder_layers,
+    first_output,
+    head_replaced,
+    kv_sources,
+)
 
 from . import attention
 from .attention import Attention
@@ -68,6 +75,9 @@ class TeacherForcing:
     Args:
         model: transformers' causal language model in eval mode; its attention is exchanged for good.
         recompute: `decode` keeps layers' inputs alone for the gradients, and runs the layers again for them.
+
+    Raises:
+        ModelError: a layer needs more than the residual stream and positions.
     """
 
     def __init__(self, model: Any, recompute: bool = False) -> None:
@@ -78,6 +88,7 @@ class TeacherForcing:
         self.device = model.get_input_embeddings().weight.device
         self._arguments: dict[Any, list[tuple[Any, Any]]] = {}
         self._masks: dict[Any, Any] = {}
+        self._check_arguments()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -261,6 +272,31 @@ class TeacherForcing:
             return self.model(input_ids=ids, use_cache=False).logits
         finally:
             recorded.restore()
+
+    def _check_arguments(self) -> None:
+        """Refuse layers that are given K and V of others, or anything of the tokens: each is run here by itself."""
+        import torch
+
+        def of_tokens(value: Any) -> bool:
+            if isinstance(value, tuple | list):
+                return any(map(of_tokens, value))
+            rows = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == 2
+            return bool(rows and not torch.equal(value[0], value[1]))
+
+        arguments = self._record(torch.tensor([[0], [1]], device=self.device), torch.arange(1, device=self.device))[1]
+        for needed, what in (
+            (kv_sources(self.model.config), "the K and V of other layers"),
+            (
+                of_tokens([[args, list(kwargs.values())] for args, kwargs in arguments]),
+                "an input of their own per token",
+            ),
+        ):
+            if needed:
+                raise ModelError(
+                    "The model's layers cannot be run one by one over a text.",
+                    note=f"Some of them take {what}, as in the smaller models of Gemma 4.",
+                    hint="Export it without adapters; --policy lossless with --draft ngram needs none.",
+                )
 
     def _record(self, ids: Any, positions: Any) -> tuple[Any, list[tuple[Any, Any]]]:
         """The first layer's input of ids [B, S] at positions [S], and each layer's other arguments there."""

@@ -54,8 +54,10 @@ def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, 
             inputs[longest] = []
             for name in (past_lens, begins, blocks, block_begins):
                 inputs[name] = [None]
-            cache: list[int | None] = [None, model.kv_heads, BLOCK, model.head_dim]
-            inputs |= dict.fromkeys(cache_names(layers[group]), cache)
+            for layer in layers[group]:
+                heads = model.heads[layer]
+                cache: list[int | None] = [None, heads.kv_heads, BLOCK, heads.head_dim]
+                inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     if plan.has_state:
         inputs |= {PAST_STATES: [len(plan.states), None, model.hidden_size], LAST_TOKENS: [None]}

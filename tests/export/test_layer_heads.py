@@ -1,0 +1,105 @@
+"""Layers whose heads differ, and layers that take the K and V of others, on every target: as Gemma 4 has both."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lora_drop_runtime.bundle.graph_io import Heads
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.ort.engine import OrtEngine
+from lora_drop_runtime.errors import PlanError
+from lora_drop_runtime.plan.schedule import PeriodicSchedule
+from lora_drop_tools.inspect import describe
+from lora_drop_tools.shared import costs
+
+from lora_drop_export.decoder.anatomy import kv_sources
+from lora_drop_export.targets.trt.build import EngineBuilder
+from tests.export.targets.trt.test_against_oracle import parse_alone
+from tests.export.test_against_oracle import assert_same_run
+from tests.support.bundles import PROMPTS, Family, make_bundle, oracle_plan, plan_of, save_adapters, traced_family
+from tests.support.models import gemma4, gemma4_four_layers
+
+ENTRY = 4  # bytes
+
+
+@functools.cache
+def source() -> Family:
+    return traced_family("gemma4_four_layers", gemma4_four_layers(), "float32")
+
+
+def bundle_of(directory: Path, **options: Any) -> Any:
+    options = {"always_first": 0, "always_last": 0, "rank": 2, "max_seq_len": 64, "max_prompt_len": 40, **options}
+    return make_bundle(source(), directory / "b", **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "policy", "sites"),
+    [
+        ("ort", "skip", ("1.mlp", "3")),
+        ("ort", "backfill", ("0.mlp", "2", "3")),
+        ("openvino", "skip", ("1.mlp", "3")),
+        ("openvino", "backfill", ("2", "3")),
+        ("openvino", "fill", ("2", "3")),
+        ("ort", "fill", ("2", "3")),
+        ("tensorrt-rtx", "backfill", ("1.mlp", "2", "3")),
+    ],
+)
+@pytest.mark.parametrize("surrogate", ["residual", "residual-delta"])
+def test_against_the_oracle(target, policy, sites, surrogate, tmp_path, monkeypatch):
+    monkeypatch.setattr(EngineBuilder, "build", parse_alone)
+    bundle = bundle_of(tmp_path, targets=(target,), policy=policy, drop_layers=sites, surrogate=surrogate)
+    model, plan = bundle.manifest.model, bundle.manifest.plan
+    adapters = save_adapters(tmp_path / "a", plan, model.hidden_size, model.fingerprint, rank=2)
+    if target == "tensorrt-rtx":  # ONNX Runtime runs what its parser got
+        opened = Session(bundle, OrtEngine(bundle, target, threads=1), PeriodicSchedule(2), policy)
+    else:
+        opened = Session.open(bundle.root, k=2, threads=1)
+    with opened as session:
+        session.load_adapters(adapters)
+        assert_same_run(session, source().model, oracle_plan(bundle, adapters), PROMPTS, 2)
+
+
+def test_bytes_are_those_of_each_layer(tmp_path):
+    bundle = bundle_of(tmp_path, policy="skip", drop_layers=("3",))
+    model = bundle.manifest.model
+    wide, narrow = Heads(4, 1, 32), Heads(4, 2, 16)
+    assert model.heads == model.layer_heads == (narrow, wide, narrow, wide)
+    assert model.kv_bytes[2:] == (0, 0)  # they make none of their own
+    assert 0 < model.kv_bytes[1] < model.attention_bytes[1] < model.layer_bytes[1]
+    with Session.open(bundle.root, k=3, threads=1) as session:
+        session.generate([[1, 2, 3, 4, 5]], max_new_tokens=8)
+        steps, refreshes = 7, 1
+        of_one = 2 * ENTRY * 32
+        kept, dropped = (5 + steps) * 3 * of_one, (5 + refreshes) * of_one
+        kv = session.kv_bytes()
+        assert (kv["kept"], kv["dropped"]) == (kept, dropped)
+    assert costs.kv_base_bytes(bundle.manifest, 10) == 10 * 4 * of_one
+    assert costs.kv_saving(bundle.manifest, 3) == pytest.approx(1 / 4 * 3 / 4)
+    told = "\n".join(describe(bundle))
+    assert "4/2 of 16 and 4/1 of 32 heads" in told
+
+
+def test_sources_of_k_and_v_are_kept():
+    own = source()
+    assert own.traced.kv_sources == kv_sources(own.model.config) == (0, 1)
+    options = {"always_first": 0, "always_last": 0, "policy": "backfill"}
+    assert plan_of(own, **options, drop_ratio=1.0).sites == ("2", "3")
+    assert plan_of(own, **options, drop_layers=("0.mlp", "1.mlp", "3")).sites == ("0.mlp", "1.mlp", "3")
+    for site in ("1", "1.attn"):
+        with pytest.raises(PlanError, match="always kept") as refused:
+            plan_of(own, **options, drop_layers=(site,))
+        assert "Layer 1 is named, but other layers take its K and V" in refused.value.note
+        assert "1.mlp" in refused.value.hint
+
+
+def test_where_k_and_v_come_from():
+    config = gemma4(62, num_hidden_layers=6, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 4).config
+    assert kv_sources(config) == ()
+    config.num_kv_shared_layers = 2  # all of them full
+    assert kv_sources(config) == (3,)
+    with torch.device("meta"):
+        assert kv_sources(type(config)(num_hidden_layers=12, num_kv_shared_layers=6)) == (4, 5)
