@@ -29,6 +29,7 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
+from .norms import spell_reciprocal_roots
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, expand, stand_ins
@@ -295,6 +296,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     with fake, _frequencies_kept(model), stand_ins(layers, kinds, seen) as wrapper.unmarked:
         program = _export(wrapper)
     bind_initializers(program.model, buffers, stored)
+    spell_reciprocal_roots(program.model)
     program.optimize()
     _name_residual_stream(program.model)
     fuse_rotary_embedding(program.model)

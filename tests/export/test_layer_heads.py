@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_sources_of_k_and_v_are_kept():
             plan_of(own, **options, drop_layers=(site,))
         assert "Layer 1 is named, but other layers take its K and V" in refused.value.note
         assert "1.mlp" in refused.value.hint
+
+
+def test_norms_and_rope_are_single_nodes():
+    """Gemma 4 writes both otherwise than Llama. Norms of values, which have no weights, stay what they are, and so does
+    that of layer 1's keys, which are its values."""
+    kinds = Counter(node.op_type for node in source().traced.graph.graph)
+    assert kinds["RotaryEmbedding"] == 4 + 2  # of queries, and of keys that a layer makes
+    assert kinds["RMSNormalization"] == 4 * 6 + 1 + 2  # of layers, of layer 0's keys, before all layers and behind them
+    assert kinds["Pow"] == kinds["ReduceMean"] == 2
+    assert "Neg" not in kinds
 
 
 def test_where_k_and_v_come_from():

@@ -112,6 +112,10 @@ def _reduce_max(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, **h
     return x.amax(_axes([x, axes], 1, how) or list(range(x.dim())), keepdim=bool(keepdims))
 
 
+def _reduce_mean(x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, **how: Any) -> Tensor:
+    return x.mean(_axes([x, axes], 1, how) or list(range(x.dim())), keepdim=bool(keepdims))
+
+
 def _arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, **_: Any) -> Tensor:
     return x.argmax(axis, keepdim=bool(keepdims))
 
@@ -141,6 +145,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Expand": lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, tuple(shape.tolist()))),
     "Gather": _gather,
     "GatherND": _gather_nd,
+    "Gelu": lambda x, approximate=b"none": functional.gelu(x, approximate=approximate.decode()),
     "Gemm": _gemm,
     "Greater": torch.gt,
     "Identity": lambda x: x,
@@ -155,7 +160,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "Pow": torch.pow,
     "RMSNormalization": _rms_norm,
     "Range": lambda begin, end, step: torch.arange(int(begin), int(end), int(step)),
+    "Reciprocal": torch.reciprocal,
     "ReduceMax": _reduce_max,
+    "ReduceMean": _reduce_mean,
     "Reshape": _reshape,
     "RotaryEmbedding": _rotary,
     "Shape": _shape,
@@ -163,6 +170,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Sin": torch.sin,
     "Slice": _slice,
     "Split": _split,
+    "Sqrt": torch.sqrt,
     "Squeeze": _squeeze,
     "Sub": torch.sub,
     "TensorScatter": _tensor_scatter,
@@ -171,7 +179,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Where": _where,
 }
 # Their tensors beside the first say sizes and axes, which torch takes as numbers
-SIZES = {"Expand", "Range", "ReduceMax", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Unsqueeze"}
+SIZES = {"Expand", "Range", "ReduceMax", "ReduceMean", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Unsqueeze"}
 
 
 class Program:

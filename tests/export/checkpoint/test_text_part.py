@@ -82,7 +82,8 @@ def test_the_text_decoder_of_a_model_that_sees(
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise if "norm" in name else noise)
     model.save_pretrained(tmp_path / "model")
-    options = ["--drop-layers", "3" if build is gemma4 else "1", "--always-first", "0", "--always-last", "0", "--policy", "backfill"]
+    options = ["--drop-layers", "3" if build is gemma4 else "1", "--always-first", "0", "--always-last", "0"]
+    options += ["--policy", "backfill"]
     options += ["--max-seq-len", "32", "--no-verify"]
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
     assert f"its text decoder alone is taken ({model.config.model_type})" in capsys.readouterr().err
