@@ -12,14 +12,20 @@ from lora_drop_runtime.engines.engine import STANDING_SLOTS
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.targets.trt.options import BuilderOptions
 from tests.export.test_against_oracle import PROMPTS, assert_same_run
 from tests.support import oracle
-from tests.support.bundles import Family, family, first_layers, make_bundle, oracle_plan, save_adapters, traced_model
-from tests.support.models import build
+from tests.support.bundles import (
+    Family,
+    family,
+    first_layers,
+    make_bundle,
+    more_family,
+    oracle_plan,
+    save_adapters,
+)
 
 MIXED = ("1.attn", "2.mlp", "3", "4.attn", "4.mlp")
 OPTIONS = {"always_first": 1}
@@ -44,14 +50,8 @@ def _fitted(bundle, directory):
 
 def test_what_follows_the_mlp(tmp_path):
     """In Gemma 4 the stream goes through an input of each layer, and is scaled, after both halves."""
-    windows = ["sliding_attention", "full_attention"]
-    heads = {"head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 0, "num_hidden_layers": 2}
-    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131, "sliding_window": 5}
-    model = build(Gemma4ForCausalLM, Gemma4TextConfig, 50, **heads, **own, layer_types=windows)
-    for layer in model.model.layers:
-        layer.layer_scalar.fill_(0.7)
-    options = {"drop_layers": ("0.attn",), "always_first": 0, "policy": "fill"}
-    assert compare(make_bundle(traced_model(model), tmp_path / "b", **options)).passed
+    options = {"drop_layers": ("1.attn",), "always_first": 0, "policy": "fill"}
+    assert compare(make_bundle(more_family("gemma4"), tmp_path / "b", **options)).passed
 
 
 @pytest.mark.parametrize("policy", ["skip", "backfill", "fill"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,32 +20,27 @@ from lora_drop_export.decoder.anatomy import kv_sources
 from lora_drop_export.targets.trt.build import EngineBuilder
 from tests.export.targets.trt.test_against_oracle import parse_alone
 from tests.export.test_against_oracle import assert_same_run
-from tests.support.bundles import PROMPTS, Family, make_bundle, oracle_plan, plan_of, save_adapters, traced_family
-from tests.support.models import gemma4, gemma4_four_layers
+from tests.support.bundles import PROMPTS, make_bundle, more_family, oracle_plan, plan_of, save_adapters
+from tests.support.models import gemma4
 
 ENTRY = 4  # bytes
 
 
-@functools.cache
-def source() -> Family:
-    return traced_family("gemma4_four_layers", gemma4_four_layers(), "float32")
-
-
 def bundle_of(directory: Path, **options: Any) -> Any:
     options = {"always_first": 0, "always_last": 0, "rank": 2, "max_seq_len": 64, "max_prompt_len": 40, **options}
-    return make_bundle(source(), directory / "b", **options)
+    return make_bundle(more_family("gemma4"), directory / "b", **options)
 
 
 @pytest.mark.parametrize(
     ("target", "policy", "sites"),
     [
-        ("ort", "skip", ("1.mlp", "3")),
-        ("ort", "backfill", ("0.mlp", "2", "3")),
-        ("openvino", "skip", ("1.mlp", "3")),
-        ("openvino", "backfill", ("2", "3")),
-        ("openvino", "fill", ("2", "3")),
-        ("ort", "fill", ("2", "3")),
-        ("tensorrt-rtx", "backfill", ("1.mlp", "2", "3")),
+        ("ort", "skip", ("1", "2.mlp", "4")),
+        ("ort", "backfill", ("0.mlp", "3", "4")),
+        ("openvino", "skip", ("1", "2.mlp", "4")),
+        ("openvino", "backfill", ("1", "3", "4")),
+        ("openvino", "fill", ("1", "3", "4")),
+        ("ort", "fill", ("1", "3", "4")),
+        ("tensorrt-rtx", "backfill", ("2.mlp", "3", "4")),
     ],
 )
 @pytest.mark.parametrize("surrogate", ["residual", "residual-delta"])
@@ -61,54 +55,55 @@ def test_against_the_oracle(target, policy, sites, surrogate, tmp_path, monkeypa
         opened = Session.open(bundle.root, k=2, threads=1)
     with opened as session:
         session.load_adapters(adapters)
-        assert_same_run(session, source().model, oracle_plan(bundle, adapters), PROMPTS, 2)
+        assert_same_run(session, more_family("gemma4").model, oracle_plan(bundle, adapters), PROMPTS, 2)
 
 
 def test_bytes_are_those_of_each_layer(tmp_path):
-    bundle = bundle_of(tmp_path, policy="skip", drop_layers=("3",))
+    bundle = bundle_of(tmp_path, policy="skip", drop_layers=("4",))
     model = bundle.manifest.model
     wide, narrow = Heads(4, 1, 32), Heads(4, 2, 16)
-    assert model.heads == model.layer_heads == (narrow, wide, narrow, wide)
-    assert model.kv_bytes[2:] == (0, 0)  # they make none of their own
+    assert model.heads == model.layer_heads == (narrow, wide, wide, narrow, wide)
+    assert model.kv_bytes[3:] == (0, 0)  # they make none of their own
     assert 0 < model.kv_bytes[1] < model.attention_bytes[1] < model.layer_bytes[1]
     with Session.open(bundle.root, k=3, threads=1) as session:
         session.generate([[1, 2, 3, 4, 5]], max_new_tokens=8)
         steps, refreshes = 7, 1
         of_one = 2 * ENTRY * 32
-        kept, dropped = (5 + steps) * 3 * of_one, (5 + refreshes) * of_one
+        kept, dropped = (5 + steps) * 4 * of_one, (5 + refreshes) * of_one
         kv = session.kv_bytes()
         assert (kv["kept"], kv["dropped"]) == (kept, dropped)
-    assert costs.kv_base_bytes(bundle.manifest, 10) == 10 * 4 * of_one
-    assert costs.kv_saving(bundle.manifest, 3) == pytest.approx(1 / 4 * 3 / 4)
+    assert costs.kv_base_bytes(bundle.manifest, 10) == 10 * 5 * of_one
+    assert costs.kv_saving(bundle.manifest, 3) == pytest.approx(1 / 5 * 3 / 4)
     told = "\n".join(describe(bundle))
     assert "4/2 of 16 and 4/1 of 32 heads" in told
 
 
 def test_sources_of_k_and_v_are_kept():
-    own = source()
-    assert own.traced.kv_sources == kv_sources(own.model.config) == (0, 1)
+    own = more_family("gemma4")
+    assert own.traced.kv_sources == kv_sources(own.model.config) == (0, 2)
     options = {"always_first": 0, "always_last": 0, "policy": "backfill"}
-    assert plan_of(own, **options, drop_ratio=1.0).sites == ("2", "3")
-    assert plan_of(own, **options, drop_layers=("0.mlp", "1.mlp", "3")).sites == ("0.mlp", "1.mlp", "3")
-    for site in ("1", "1.attn"):
+    assert plan_of(own, **options, drop_ratio=1.0).sites == ("1", "3", "4")
+    assert plan_of(own, **options, drop_layers=("0.mlp", "2.mlp", "3")).sites == ("0.mlp", "2.mlp", "3")
+    for site in ("2", "2.attn"):
         with pytest.raises(PlanError, match="always kept") as refused:
             plan_of(own, **options, drop_layers=(site,))
-        assert "Layer 1 is named, but other layers take its K and V" in refused.value.note
-        assert "1.mlp" in refused.value.hint
+        assert "Layer 2 is named, but other layers take its K and V" in refused.value.note
+        assert "2.mlp" in refused.value.hint
 
 
 def test_norms_and_rope_are_single_nodes():
     """Gemma 4 writes both otherwise than Llama. Norms of values, which have no weights, stay what they are, and so does
-    that of layer 1's keys, which are its values."""
-    kinds = Counter(node.op_type for node in source().traced.graph.graph)
-    assert kinds["RotaryEmbedding"] == 4 + 2  # of queries, and of keys that a layer makes
-    assert kinds["RMSNormalization"] == 4 * 6 + 1 + 2  # of layers, of layer 0's keys, before all layers and behind them
-    assert kinds["Pow"] == kinds["ReduceMean"] == 2
+    those of keys that are a layer's values."""
+    kinds = Counter(node.op_type for node in more_family("gemma4").traced.graph.graph)
+    assert kinds["RotaryEmbedding"] == 5 + 3  # of queries, and of keys that a layer makes
+    assert kinds["RMSNormalization"] == 5 * 6 + 1 + 2  # of layers, of layer 0's keys, before all layers and behind them
+    assert kinds["Pow"] == kinds["ReduceMean"] == 3
     assert "Neg" not in kinds
 
 
 def test_where_k_and_v_come_from():
-    config = gemma4(62, num_hidden_layers=6, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 4).config
+    types = ["sliding_attention"] * 2 + ["full_attention"] * 4
+    config = gemma4(num_hidden_layers=6, layer_types=types, num_kv_shared_layers=0).config
     assert kv_sources(config) == ()
     config.num_kv_shared_layers = 2  # all of them full
     assert kv_sources(config) == (3,)

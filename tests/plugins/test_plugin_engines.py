@@ -39,11 +39,11 @@ from lora_drop_export.targets.trt.build import EngineBuilder as RealBuilder
 from lora_drop_export.targets.trt.options import BuilderOptions
 from plugins.kernels.binding import load_library
 from tests.support import fake_library
-from tests.support.bundles import Family, first_layers, make_bundle, traced_family, traced_once, with_weights_of
+from tests.support.bundles import Family, first_layers, make_bundle, more_family, traced_once, with_weights_of
 from tests.support.fake_gpu import BINDINGS, FakeGpu
 from tests.support.fake_trt import PLUGIN_LIBRARY
 from tests.support.kernel_build import host_kernels
-from tests.support.models import gemma4_four_layers, llama, quartered
+from tests.support.models import llama, quartered
 from tests.support.torch_trt import TorchTrt
 
 TARGET = "tensorrt"
@@ -310,10 +310,15 @@ def test_layers_of_different_heads(library: TorchTrt, attention: str, tmp_path: 
     """And those that take the K and V of others: each node of the plugin is told its own layer's."""
     root = tmp_path / "b"
     fake_library.engines_of(root)
-    own = traced_family("gemma4_four_layers", gemma4_four_layers(), "float32")
-    options = {"policy": "backfill", "drop_layers": (2, 3), "always_first": 0, "always_last": 0, "attention": attention}
-    bundle = make_bundle(own, root, targets=(TARGET,), max_seq_len=64, max_prompt_len=40, **options)
+    options = {
+        "policy": "backfill",
+        "drop_layers": (1, 3, 4),
+        "always_first": 0,
+        "always_last": 0,
+        "attention": attention,
+    }
+    bundle = make_bundle(more_family("gemma4"), root, targets=(TARGET,), max_seq_len=64, max_prompt_len=40, **options)
     assert compare(bundle, target=TARGET).passed
     if attention == "plugin":
         nodes = [attributes(node) for node in graph_of(bundle, StepKind.REFRESH).node if "kv_heads" in str(node)]
-        assert [(node["kv_heads"], node["head_dim"]) for node in nodes] == [(2, 16), (1, 32)] * 2
+        assert [(node["kv_heads"], node["head_dim"]) for node in nodes] == [(2, 16), (1, 32), (1, 32), (2, 16), (1, 32)]

@@ -214,29 +214,20 @@ def gemma3(**options: Any) -> transformers.PreTrainedModel:
     return build(transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, seed=48, **own | options)
 
 
-def gemma4(seed: int = 60, **options: Any) -> transformers.PreTrainedModel:
-    """Wider heads in the layers without a window, whose values are their keys; an input of each layer's own."""
+def gemma4(**options: Any) -> transformers.PreTrainedModel:
+    """2 heads of 16 in windowed layers and 1 of 32 in the others, whose values are their keys; the last two layers take
+    the K and V of the first and the third. An input of each layer's own."""
     own = FEW | {"head_dim": 16, "global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
-    own |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-    own |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131}
-    model = build(transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig, seed, **own | options)
+    windowed, full = "sliding_attention", "full_attention"
+    own |= {"num_hidden_layers": 5, "layer_types": [windowed, full, full, windowed, full], "sliding_window": 5}
+    own |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131, "num_kv_shared_layers": 2}
+    own |= {"tie_word_embeddings": True}
+    model = build(transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig, 60, **own | options)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.layer_scalar.fill_(0.7)
             layer.self_attn.q_norm.weight.mul_(0.3)  # its scores have no factor, and softmax would hide all but one
     return model
-
-
-def gemma4_four_layers() -> transformers.PreTrainedModel:
-    """The last two take the K and V of the first two: of 2 heads of 16, and of 1 of 32."""
-    types = ["sliding_attention", "full_attention"] * 2
-    return gemma4(62, num_hidden_layers=4, layer_types=types, num_kv_shared_layers=2)
-
-
-def gemma4_shared() -> transformers.PreTrainedModel:
-    """The second layer takes the K and V of the first."""
-    types = ["full_attention", "full_attention"]
-    return gemma4(61, layer_types=types, attention_k_eq_v=False, num_kv_shared_layers=1)
 
 
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
@@ -253,6 +244,5 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         minicpm3,
         modernbert_decoder,
         gemma4,
-        gemma4_shared,
     )
 }

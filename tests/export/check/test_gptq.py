@@ -76,7 +76,7 @@ def test_every_family(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert bundle.manifest.quantization["method"] == "gptq"
     assert "gptq: calibrated on 256 tokens of random tokens" in said
     # A linear layer behind the last decoder layer; one before the first, and a table that each layer has a part of
-    has_another = name in ("modernbert_decoder", "gemma4", "gemma4_shared")
+    has_another = name in ("modernbert_decoder", "gemma4")
     assert ("rounded by search" in said) == has_another
     stored, quantization = weights(bundle.root), Quantization.of("int4")
     checked = 0
