@@ -4,7 +4,8 @@ Enters: a model whose layers ran once on fake tensors, with their arguments and 
 Of every kind of layer the first one is traced. The others are modules without parameters, and as many of them as follow
 each other are a single `lora_drop::Repeat` node, which `expand` replaces by copies of the first one's nodes over their
 own parameters. Alike are layers of equal modules, attributes, buffers and arguments which made the same calls. So code
-that reckons with a layer's own index is seen in each of them.
+that reckons with a layer's own index is seen in each of them. An argument may be a tensor of each layer's own, such as
+Gemma 4's embeddings for each layer: a node then stands for one layer, and takes it.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def _key(value: Any, places: Mapping[int, Hashable]) -> Hashable:
     return (type(value), value) if plain else places.get(id(value), id(value))
 
 
-def _recorder(layer: Any, hidden: Any, alive: list[Any]) -> Any:
+def _recorder(layer: Any, arguments: tuple[Any, ...], alive: list[Any]) -> Any:
     """A mode that notes the calls of torch that a layer makes; its tensors are named by where they come from.
 
     Args:
-        hidden: the layer's input.
+        arguments: of the layer, its input first.
         alive: takes what the record names by its identity, which is nobody else's as long as it lives.
     """
     import torch
@@ -59,7 +60,8 @@ def _recorder(layer: Any, hidden: Any, alive: list[Any]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             tensors = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
-            self.places: dict[int, Hashable] = {id(tensor): name for name, tensor in tensors} | {id(hidden): ()}
+            self.places: dict[int, Hashable] = {id(tensor): name for name, tensor in tensors}
+            self.places |= {id(one): ((), n) for n, one in enumerate(arguments) if isinstance(one, torch.Tensor)}
             self.calls: list[Hashable] = []
 
         def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,9 +97,9 @@ class LayerCalls:
             self.outputs.append(output)
 
         def recorded(layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def record(hidden: Any, *args: Any, **kwargs: Any) -> Any:
-                with _recorder(layer, hidden, self._alive) as seen:
-                    output = forward(hidden, *args, **kwargs)
+            def record(*args: Any, **kwargs: Any) -> Any:
+                with _recorder(layer, args, self._alive) as seen:
+                    output = forward(*args, **kwargs)
                 self.computed.append((tuple(seen.calls), _key(first_output(output), seen.places)))
                 return output
 
@@ -112,6 +114,14 @@ class LayerCalls:
             for layer, hook in zip(layers, hooks, strict=True):
                 del layer.forward
                 hook.remove()
+
+    def own(self, layer: int) -> tuple[int, ...]:
+        """The places of the tensors behind its input that a layer alone was given."""
+        import torch
+
+        others = {id(one) for n, (args, _) in enumerate(self.arguments) if n != layer for one in args}
+        args = self.arguments[layer][0]
+        return tuple(n for n, one in enumerate(args) if n and isinstance(one, torch.Tensor) and id(one) not in others)
 
 
 def _module_key(module: Any) -> Hashable:
@@ -141,7 +151,8 @@ def alike(
     kinds: dict[Hashable, list[int]] = {}
     for index, (layer, (args, kwargs), output) in enumerate(zip(layers, seen.arguments, seen.outputs, strict=True)):
         rest = output[1:] if isinstance(output, tuple) else None
-        given = _key((args[1:], kwargs, rest), {})
+        places = {id(args[n]): (n, tuple(args[n].shape), args[n].dtype) for n in seen.own(index)}
+        given = _key((args[1:], kwargs, rest), places)
         own = (buffers.get(f"{prefix}.{index}.{name}") for name, _ in layer.named_buffers())
         values = tuple(None if buffer is None else buffer.float().numpy().tobytes() for buffer in own)
         key = _module_key(layer), given, attentions[index], seen.computed[index], values
@@ -167,17 +178,19 @@ def stand_ins(layers: Any, kinds: list[list[int]], seen: LayerCalls) -> Iterator
         def __getattr__(self, name: str) -> Any:  # what a model asks its layers, such as which mask they want
             return getattr(self.layer, name)
 
-        def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
+        def forward(self, *args: Any, **_: Any) -> Any:
+            hidden = args[0]
             if self.count:
                 attributes = {"first": self.index, "count": self.count}
+                given = hidden, *(args[n] for n in seen.own(self.index))
                 hidden = torch.onnx.ops.symbolic(
-                    f"{DOMAIN}::Repeat", (hidden,), attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
+                    f"{DOMAIN}::Repeat", given, attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
                 )
             output = seen.outputs[self.index]
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     repeats = sorted(index for kind in kinds for index in kind[1:])
-    passing = frozenset(repeats) & {index + 1 for index in repeats}
+    passing = frozenset(index for index in repeats if index - 1 in repeats and not seen.own(index))
     made = {}
     for index in repeats:
         after = next(later for later in range(index + 1, len(layers) + 1) if later not in passing)
@@ -196,19 +209,33 @@ def _is(node: ir.Node, op_type: str) -> bool:
     return node.domain == DOMAIN and node.op_type == op_type
 
 
-class _Body:
-    """The nodes between the residual stream before a layer and after it."""
+def argument_name(layer: int, place: int) -> str:
+    """Of a tensor that a layer alone is given, in the graph."""
+    return f"argument.{layer}.{place}"
 
-    def __init__(self, stream: dict[str, ir.Value], prefix: str, layer: int) -> None:
-        self.start, self.end = stream[f"hidden_states.{layer}"], stream[f"hidden_states.{layer + 1}"]
+
+class _Body:
+    """The nodes between the residual stream before a layer and after it.
+
+    Args:
+        named: values of the graph, by name.
+        places: of the tensors that the layer alone is given.
+    """
+
+    def __init__(self, named: dict[str, ir.Value], prefix: str, layer: int, places: tuple[int, ...]) -> None:
+        self.start, self.end = named[f"hidden_states.{layer}"], named[f"hidden_states.{layer + 1}"]
+        self.given = [named[argument_name(layer, place)] for place in places]
         self.prefix = f"{prefix}.{layer}."  # of the names of its parameters
-        self._own: dict[ir.Value, bool] = {self.start: True}
+        begins = dict.fromkeys([self.start, *self.given], True)
+        streams = {value: False for name, value in named.items() if name.startswith("hidden_states.")}
+        del streams[self.end]
+        self._own: dict[ir.Value, bool] = streams | begins
         self.own(self.end)
-        made = [value for value, own in self._own.items() if own and value is not self.start]
+        made = [value for value, own in self._own.items() if own and value not in begins]
         self.nodes = list(dict.fromkeys(node for value in made if (node := value.producer()) is not None))
 
     def own(self, value: ir.Value) -> bool:
-        """Whether a value depends on the layer's input or on its parameters; others serve all layers."""
+        """Whether a value depends on what the layer is given or on its parameters; others serve all layers."""
         if value not in self._own:
             producer = value.producer()
             if producer is None:
@@ -229,16 +256,21 @@ def _counterpart(graph: ir.Graph, value: ir.Value, name: str, stored: Collection
 
 
 def _copy(
-    body: _Body, place: ir.Node, layer: int, hidden: ir.Value | None, counterpart: Callable[[ir.Value], ir.Value]
+    body: _Body,
+    place: ir.Node,
+    layer: int,
+    given: Sequence[ir.Value | None],
+    counterpart: Callable[[ir.Value], ir.Value],
 ) -> ir.Value:
     """Put a copy of a layer's nodes before a Repeat node; returns its output.
 
     Args:
         layer: which one the copy is.
-        hidden: its input.
+        given: its input, and the tensors of its own.
         counterpart: another layer's initializer → this layer's.
     """
-    twin: dict[ir.Value | None, ir.Value | None] = {None: None, body.start: hidden}
+    twin: dict[ir.Value | None, ir.Value | None] = {None: None}
+    twin |= zip([body.start, *body.given], given, strict=True)
     copies = []
     for node in body.nodes:
         for value in node.inputs:
@@ -268,27 +300,28 @@ def _copy(
     return end
 
 
-def expand(model: ir.Model, kinds: list[list[int]], prefix: str, stored: Collection[str]) -> None:
+def expand(model: ir.Model, kinds: list[list[int]], seen: LayerCalls, prefix: str, stored: Collection[str]) -> None:
     """Replace Repeat nodes by copies of the layers that they repeat, in place.
 
     Args:
         kinds: from `alike`; the graph has the nodes of the first layer of each.
+        seen: the calls of all layers.
         prefix: name of the list of layers, e.g. `model.layers`.
         stored: names of what a checkpoint gives, in the model's order.
     """
     graph = model.graph
     stream = {str(value.name): value for node in graph for value in node.outputs}
-    bodies = [_Body(stream, prefix, kind[0]) for kind in kinds]
+    bodies = [_Body(stream, prefix, kind[0], seen.own(kind[0])) for kind in kinds]
     body_of = {layer: body for kind, body in zip(kinds, bodies, strict=True) for layer in kind}
     for place in [node for node in graph if _is(node, "Repeat")]:
-        hidden, first = place.inputs[0], place.attributes["first"].as_int()
+        (hidden, *own), first = place.inputs, place.attributes["first"].as_int()
         for layer in range(first, first + place.attributes["count"].as_int()):
 
             def counterpart(value: ir.Value, body: _Body = body_of[layer], layer: int = layer) -> ir.Value:
                 name = f"{prefix}.{layer}.{str(value.name).removeprefix(body.prefix)}"
                 return _counterpart(graph, value, name, stored)
 
-            hidden = _copy(body_of[layer], place, layer, hidden, counterpart)
+            hidden = _copy(body_of[layer], place, layer, [hidden, *own], counterpart)
         assert hidden is not None
         for body in bodies:
             if body.start is place.outputs[0]:  # the first layer of its kind comes behind this node

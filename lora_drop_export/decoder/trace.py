@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from .build import build_model
 from .norms import spell_reciprocal_roots
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
-from .repeats import LayerCalls, alike, expand, stand_ins
+from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
 from .rotary import fuse_rotary_embedding
 
 ATTENTION_NAME = "lora_drop_trace"
@@ -160,9 +160,10 @@ def _step_module(model: Any, layers: Any) -> Any:
             f"{DOMAIN}::Mark", (tensor,), {"name": name}, dtype=tensor.dtype, shape=tensor.shape, version=1
         )
 
-    def mark_input(index: int) -> Any:
+    def mark_input(index: int, own: Collection[int]) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> Any:
-            return (mark(args[0], f"hidden_states.{index}"), *args[1:]), kwargs
+            rest = [mark(one, argument_name(index, n)) if n in own else one for n, one in enumerate(args[1:], 1)]
+            return (mark(args[0], f"hidden_states.{index}"), *rest), kwargs
 
         return hook
 
@@ -175,6 +176,7 @@ def _step_module(model: Any, layers: Any) -> Any:
             super().__init__()
             self.model = model
             self.unmarked: frozenset[int] = frozenset()  # layers whose input has no name
+            self.own: Mapping[int, Collection[int]] = {}  # of layers, the places of arguments that get one
 
         def forward(self, input_ids: Any, len_kept: Any, logits_index: Any) -> Any:
             def gather_rows(_: Any, args: Any) -> Any:
@@ -190,7 +192,10 @@ def _step_module(model: Any, layers: Any) -> Any:
                 return (rows,)
 
             marked = [(i, layer) for i, layer in enumerate(layers) if i not in self.unmarked]
-            hooks = [layer.register_forward_pre_hook(mark_input(i), with_kwargs=True) for i, layer in marked]
+            hooks = [
+                layer.register_forward_pre_hook(mark_input(i, self.own.get(i, ())), with_kwargs=True)
+                for i, layer in marked
+            ]
             hooks.append(layers[-1].register_forward_hook(mark_output))
             hooks.append(model.get_output_embeddings().register_forward_pre_hook(gather_rows))
             try:
@@ -293,6 +298,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     shared = any(name.startswith(f"{prefix}.") for names in tied.items() for name in names)
     attentions = list(zip(calls.windows, calls.shapes, calls.scales, strict=True))
     kinds = [] if shared else alike(layers, seen, attentions, prefix, buffers)
+    wrapper.own = {kind[0]: seen.own(kind[0]) for kind in kinds}
     with fake, _frequencies_kept(model), stand_ins(layers, kinds, seen) as wrapper.unmarked:
         program = _export(wrapper)
     bind_initializers(program.model, buffers, stored)
@@ -300,7 +306,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     program.optimize()
     _name_residual_stream(program.model)
     fuse_rotary_embedding(program.model)
-    expand(program.model, kinds, prefix, stored)
+    expand(program.model, kinds, seen, prefix, stored)
     graph: ir.Model = program.model
     return graph
 

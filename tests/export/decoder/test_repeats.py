@@ -15,7 +15,7 @@ from lora_drop_export.decoder import trace as tracing
 from lora_drop_export.decoder.parameters import buffer_tensor
 from lora_drop_export.decoder.trace import TracedModel, trace
 from tests.support.bundles import family_trace, traced_model
-from tests.support.models import gemma3, llama
+from tests.support.models import gemma3, gemma4, llama
 
 
 def seen(traced: TracedModel) -> tuple:
@@ -85,6 +85,26 @@ def test_equals_a_trace_of_every_layer(monkeypatch):
     for layer in range(4):
         assert weights_of(source.traced, layer) == weights_of(every, layer)
         assert all(f".{layer}." in weight for weight in weights_of(every, layer))
+
+
+def test_layers_with_arguments_of_their_own(monkeypatch):
+    """Each node in the place of such a layer takes them; K and V of another layer serve all."""
+    own = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 2}
+    export, repeats = tracing._export, []
+
+    def noted(wrapper):
+        program = export(wrapper)
+        repeats.append([len(node.inputs) for node in program.model.graph if node.op_type == "Repeat"])
+        return program
+
+    monkeypatch.setattr(tracing, "_export", noted)
+    source = traced_model(gemma4(**own))
+    monkeypatch.setattr(tracing, "alike", lambda *_: [])
+    every = trace(source.checkpoint, "float32")
+    assert seen(source.traced) == seen(every)
+    for layer in range(3):
+        assert weights_of(source.traced, layer) == weights_of(every, layer)
+    assert repeats == [[2], []]
 
 
 def test_half_precision():
