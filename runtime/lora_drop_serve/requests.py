@@ -414,7 +414,8 @@ class Message(_Model):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        content = self.content if not isinstance(self.content, list) else "".join(part.text for part in self.content)
+        # None stands beside calls alone, where templates of Qwen3 and others want an empty text
+        content = "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
         role = "system" if self.role == "developer" else self.role  # its name in newer versions of the API
         calls = [{**dict(call), "function": dict(call.function)} for call in self.tool_calls or ()] or None
         return {**(self.model_extra or {}), "role": role, "content": content, "tool_calls": calls}

@@ -33,7 +33,7 @@ from .test_errors import CHAT, COMPLETIONS, check_error
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
     "{% if tools %}<tool_call>name, arguments</tool_call>{% endif %}"
-    "{% for message in messages %}{{ message.role }}:{{ message.content }}"
+    "{% for message in messages %}{{ message.role }}:{{ message.content.split('</think>')[-1] }}"
     "{% for call in message.tool_calls %} {{ call.function.name }}({{ call.function.arguments.city }}){% endfor %}|"
     "{% endfor %}"
 )
