@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +41,24 @@ class FreeUntilCall:
         body: of a section of calls. Behind its mark; where the style has none, from its first letter.
         grammars: that made it.
         begins: what a section begins with, one of these; a whole text where the style has no mark.
+        kept: special tokens that are text; others may stand anywhere, as before Llama's calls.
         is_whole: a call is the whole text.
         goes_on: whether text and further calls may follow a section.
     """
 
     def __init__(
-        self, body: GrammarConstraint, grammars: Grammars, begins: Sequence[str], *, is_whole: bool, goes_on: bool
+        self,
+        body: GrammarConstraint,
+        grammars: Grammars,
+        begins: Sequence[str],
+        kept: Collection[str],
+        *,
+        is_whole: bool,
+        goes_on: bool,
     ) -> None:
         self._body, self._grammars, self._goes_on = body, grammars, goes_on
         self._begins, self._is_whole = [begin.encode() for begin in begins], is_whole
+        self._left_out = {token for token, text in grammars.special.items() if text not in kept}
         self._call: GrammarConstraint | None = None
         self._text: bytes | None = b""  # the free text, or its end, which may begin a call; None where nothing can
         self._everything = np.ones(grammars.tokenizer.vocab_size, np.bool_)
@@ -68,7 +77,7 @@ class FreeUntilCall:
             self._call.accept(token)
             if self._call.is_over and self._goes_on:
                 self._call = None
-        elif self._text is not None:
+        elif self._text is not None and token not in self._left_out:
             text = self._text + self._grammars.tokenizer.decode_bytes([token])
             self._text = self._begun_as_whole(text) if self._is_whole else self._begun_at_mark(text)
 
@@ -209,7 +218,7 @@ class Calls:
         if not is_free:
             return body
         begins, goes_on = [style.begin] if style.begin else self._heads, several and style.after is not None
-        return FreeUntilCall(body, grammars, begins, is_whole=not style.begin, goes_on=goes_on)
+        return FreeUntilCall(body, grammars, begins, style.marks, is_whole=not style.begin, goes_on=goes_on)
 
     def find(self, text: str) -> tuple[str, list[ToolCall]]:
         """What a finished text, which keeps the marks, says beside its calls, and the calls. One that is not at its end

@@ -141,6 +141,9 @@ class Grammars:
         vocab_size: of the model.
         eos: ids that end a text, at least one.
 
+    Attributes:
+        special: tokens that `TextCodec.decode` leaves out of a text, by their ids.
+
     Raises:
         InputError: llguidance is missing, or cannot take the tokenizer.
     """
@@ -164,6 +167,8 @@ class Grammars:
                 note=f"llguidance says: {first_line(error):.300}",
                 hint="Needed is a tokenizer of bytes, as nearly all models have.",
             ) from error
+        added = json.loads(tokenizer).get("added_tokens") or ()
+        self.special: dict[int, str] = {token["id"]: token["content"] for token in added if token.get("special")}
         self._compiled = functools.lru_cache(_COMPILED)(self._compile)
 
     @classmethod

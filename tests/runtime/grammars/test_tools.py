@@ -18,7 +18,7 @@ from lora_drop_runtime.text import TextCodec
 
 from tests.support.bundles import make_bundle
 from tests.support.decoding import assert_refused
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tokenizers import END, byte_tokenizer
 
 TEMPLATES = {
     "hermes": "{{ tools }} Return a json object within <tool_call></tool_call> XML tags.",
@@ -153,6 +153,17 @@ def test_a_whole_text_is_a_call_or_none(grammars: Grammars) -> None:
         assert accepts(grammars, constraint, text)
         assert accepts(grammars, constraint, call)
         assert constraint.allowed().all()
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama"])
+def test_special_tokens_that_no_text_has_hide_no_call(grammars: Grammars, style: str) -> None:
+    """Llama 3.1 writes `<|python_tag|>` before a call at times. Here the end token is such."""
+    call = written(style, ("weather", ROME))
+    begin = f"{END}{call[0]}{END}" if style == "llama" or grammars.token("<tool_call>") is None else f"{END}{call[:11]}"
+    rest = call[len(begin.replace(END, "")) :]
+    assert accepts(grammars, constraint_of(grammars, style, "auto"), begin + rest)
+    for wrong_rest in (rest.replace("Rome", "Oslo"), rest.replace('"city": "Rome", ', "")):
+        assert not accepts(grammars, constraint_of(grammars, style, "auto"), begin + wrong_rest)
 
 
 def test_a_token_that_goes_beyond_the_mark_begins_a_call_or_is_text(grammars: Grammars) -> None:
