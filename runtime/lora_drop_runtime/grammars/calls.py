@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import re
+import string
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class FreeUntilCall:
         grammars: that made it.
         begins: what a section begins with, one of these; a whole text where the style has no mark.
         kept: special tokens that are text; others may stand anywhere, as before Llama's calls.
-        is_whole: a call is the whole text.
+        is_whole: a call is the whole text, beside white space. Of such, some tokenizers leave out a first space.
         goes_on: whether text and further calls may follow a section.
     """
 
@@ -79,7 +80,7 @@ class FreeUntilCall:
                 self._call = None
         elif self._text is not None and token not in self._left_out:
             text = self._text + self._grammars.tokenizer.decode_bytes([token])
-            self._text = self._begun_as_whole(text) if self._is_whole else self._begun_at_mark(text)
+            self._text = self._begun_as_whole(text.lstrip()) if self._is_whole else self._begun_at_mark(text)
 
     def _begun_at_mark(self, text: bytes) -> bytes:
         (mark,) = self._begins
@@ -224,9 +225,7 @@ class Calls:
         """What a finished text, which keeps the marks, says beside its calls, and the calls. One that is not at its end
         is text."""
         rest, calls, place = list[str](), list[ToolCall](), 0
-        begins = re.finditer(re.escape(self._style.begin), text) if self._style.begin else [re.match("", text)]
-        for begin in begins:
-            assert begin is not None
+        for begin in re.finditer(re.escape(self._style.begin) or r"\A\s*", text, re.ASCII):
             section = self._section(text, begin.end()) if begin.start() >= place else None
             if section is not None:
                 calls += section[0]
@@ -238,7 +237,8 @@ class Calls:
         """What is content for certain of a text that may go on, if it ends without white space."""
         begin = self._style.begin
         if not begin:
-            return "" if any(head.startswith(text) or text.startswith(head) for head in self._heads) else text
+            whole = text.lstrip(string.whitespace)
+            return "" if any(head.startswith(whole) or whole.startswith(head) for head in self._heads) else text
         free, found, _ = text.partition(begin)
         begun = 0 if found else next((n for n in range(len(begin) - 1, 0, -1) if free.endswith(begin[:n])), 0)
         return free[: len(free) - begun]

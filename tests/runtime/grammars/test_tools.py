@@ -136,19 +136,20 @@ def test_a_list_of_calls_ends_the_text(grammars: Grammars, style: str) -> None:
 
 
 def test_a_whole_text_is_a_call_or_none(grammars: Grammars) -> None:
-    """Llama's calls have no mark: JSON that names a tool is one, if nothing stands before it."""
+    """Llama's calls have no mark: JSON that names a tool is one, if nothing but white space is before it."""
     call = written("llama", ("weather", ROME))
-    for text in ("", "{", '{"na', '{"name": "weather", "parameters": ', '{"name": "weather", "parameters": {"ci'):
+    for text in ("", "\n ", "{", '{"na', call[: call.index("{", 1)], call[: call.index("ty")]):
         constraint = constraint_of(grammars, "llama", "auto")
         assert accepts(grammars, constraint, text)
         assert constraint.allowed().all() == (len(text) < len('{"name": "weather", "parameters": '))
         before = constraint.fork()
-        assert accepts(grammars, constraint, call[len(text) :])
+        begun = len(text.lstrip())
+        assert accepts(grammars, constraint, call[begun:])
         assert constraint.is_over
         for other in wrong("llama"):
-            if other.startswith(text) and "weather" in other:
-                assert not (accepts(grammars, rest := before.fork(), other[len(text) :]) and rest.is_over), other
-    for text in (" ", "Here: ", '{"name": "nothing", "parameters": ', '{"name": "weather", "arguments": ', "[" + call):
+            if other.startswith(text.lstrip()) and "weather" in other:
+                assert not (accepts(grammars, rest := before.fork(), other[begun:]) and rest.is_over), other
+    for text in ("Here: ", '{"name": "nothing", "parameters": ', '{"name": "weather", "arguments": ', "[" + call):
         constraint = constraint_of(grammars, "llama", "auto")
         assert accepts(grammars, constraint, text)
         assert accepts(grammars, constraint, call)
@@ -335,7 +336,8 @@ MISTRAL = written("mistral", ("weather", ROME), ("now", "{}"))
         ("llama", LLAMA, ""),
         ("llama", LLAMA[:-1], ""),
         ("llama", LLAMA[:20], ""),
-        ("llama", f" {LLAMA}", f" {LLAMA}"),
+        ("llama", f"\n {LLAMA} ", ""),
+        ("llama", f"\n . {LLAMA}", f"\n . {LLAMA}"),
         ("llama", LLAMA.replace("weather", "nothing"), LLAMA.replace("weather", "nothing")),
         ("mistral", f"Let me look. {MISTRAL}", "Let me look."),
         ("mistral", MISTRAL[:-1], ""),
