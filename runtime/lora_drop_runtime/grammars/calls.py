@@ -88,7 +88,7 @@ class FreeUntilCall:
         if not found:
             return before[1 - len(mark) :]
         self._call = self._body.behind(behind)  # None where a token goes beyond the mark with what no call has
-        return b""
+        return b"" if self._call is not None else self._begun_at_mark(behind)
 
     def _begun_as_whole(self, text: bytes) -> bytes | None:
         if not any(text.startswith(begin) for begin in self._begins):
@@ -255,8 +255,6 @@ class Calls:
         """The calls of a section whose mark ends here, and where it ends; None where it is none."""
         style, calls = self._style, list[ToolCall]()
         piece, closing = style.opening, style.closing + style.end
-        if not text.startswith(piece, place):
-            piece = piece.lstrip()  # which a tokenizer may leave out behind a special token
         while text.startswith(piece, place):
             head = self._head.match(text, place + len(piece))
             end = None if head is None or head[1] not in self._functions else _end_of_json(text, head.end())

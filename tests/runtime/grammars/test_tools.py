@@ -176,6 +176,35 @@ def test_a_token_that_goes_beyond_the_mark_begins_a_call_or_is_text(grammars: Gr
     assert np.flatnonzero(constraint.allowed()).tolist() == grammars.tokenizer.tokenize_str("\n")
 
 
+@pytest.mark.parametrize(
+    ("style", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"days": 0}}\n</tool_call>'),
+        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"days": 0}}]'),
+        ("hermes", '<tool_call><tool_call>\n{"name": "weather", "arguments": {"days": 0}}\n</tool_call>'),
+    ],
+)
+def test_calls_that_are_found_were_bound(style: str, text: str) -> None:
+    """Tokens such as `>{` end a mark and go on: either the call is bound to its schema behind them, or it is text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pairs = [(">", "{"), ("]", "["), (">", "<")]
+    tokens = ["Ġ", *map(chr, range(33, 127)), "Ċ", *map("".join, pairs)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    grammars = Grammars(tokenizer.to_str(), len(tokens) + 1, [len(tokens)])
+    calls = Tools(TOOLS).calls(TEMPLATES[style])
+    assert calls is not None
+    constraint, is_bound = calls.constraint(grammars), False
+    for token in tokenizer.encode(text).ids:
+        is_bound |= not constraint.allowed()[token]
+        if not is_bound:
+            constraint.accept(token)
+    assert is_bound or calls.find(text) == (text, [])
+
+
 @pytest.mark.parametrize("style", TEMPLATES)
 @pytest.mark.parametrize(("choice", "parallel"), [("required", True), ("required", False), (NOW, True)])
 def test_other_choices_write_calls_alone(grammars: Grammars, style: str, choice: object, parallel: bool) -> None:
