@@ -63,7 +63,7 @@ STYLES = (
     CallStyle(
         models="Hermes, Qwen2.5 and Qwen3",
         signs=("<tool_call>",),
-        others=("<function=", "<arg_key>", "<tool_calls>"),  # in XML (Qwen3-Coder, GLM), in a list (Apriel)
+        others=("<function=", "<arg_key>", "<invoke", "<tool_calls>"),  # in XML (Qwen3-Coder, GLM, MiniMax), in a list
         marks=("<tool_call>", "</tool_call>"),
         begin="<tool_call>",
         opening="\n",

@@ -338,7 +338,8 @@ def test_tools_that_cannot_be_served_are_refused(grammars: Grammars) -> None:
     unsupported = Tools([{"type": "function", "function": function}]).calls(TEMPLATES["llama"])
     assert unsupported is not None
     assert_refused(lambda: unsupported.constraint(grammars), "cannot be followed", "not")
-    others = ("<tool_call><function=now>", "<tool_call>now<arg_key>", '<tool_calls>[{"name": "now"}]</tool_calls>')
+    others = ("<tool_call><function=now>", "<tool_call>now<arg_key>", '<tool_call><invoke name="now">')
+    others = (*others, '<tool_calls>[{"name": "now"}]</tool_calls>')
     others = (*(TEMPLATES["hermes"] + other for other in others), TEMPLATES["ministral"] + "[CALL_ID]", "[TOOL_CALLS]")
     for template in (None, "{{ messages }}", *others):
         assert_refused(lambda template=template: Tools(TOOLS).calls(template), "of a known style", "Qwen3", "Llama 3.1")
