@@ -386,11 +386,11 @@ class TextCodec:
             text = self._rendered(tagged, add_generation_prompt, tools, given)
             return _continued(text, content)
         text = self._rendered(messages, add_generation_prompt, tools, given)
-        if (
-            tools
-            and self.tool_template is None
-            and text == self._rendered(messages, add_generation_prompt, None, given)
-        ):
+        plain = None
+        if tools and self.tool_template is None:
+            with contextlib.suppress(InputError):  # of a template that is for chats with tools alone
+                plain = self._rendered(messages, add_generation_prompt, None, given)
+        if tools and text == plain:
             raise InputError(
                 "The model's chat template says nothing of tools.",
                 note=f"{len(tools)} were given, and its text is the same without them.",
