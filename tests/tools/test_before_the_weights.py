@@ -14,7 +14,8 @@ from lora_drop_tools.eval.settings import EvalSettings
 
 from tests.support.bundles import family, make_bundle
 from tests.support.fake_trt import make_device_bundle
-from tests.support.profiles import add_tokenizer
+from tests.support.models import gemma4_shared
+from tests.support.profiles import add_tokenizer, saved
 
 
 @pytest.fixture
@@ -77,6 +78,20 @@ def test_of_a_model(
     for word in (*words, "\nNote: ", "\nHint: "):
         assert word in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["fit", "profile"])
+def test_layers_that_take_the_k_and_v_of_others(
+    command: str, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Whatever else is wrong: of two layers none could be dropped."""
+    monkeypatch.setattr("lora_drop_export.decoder.loaded.resolve_tensors", fail)
+    model = saved(gemma4_shared(), tmp_path / "model")
+    assert main([command, str(model), "--text", str(text), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    for word in ("cannot be run one by one", "\nNote: Some of them take the K and V of other layers", "\nHint: "):
+        assert word in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

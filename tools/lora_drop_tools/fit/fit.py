@@ -100,7 +100,9 @@ def _check_early(
     """Refuse what will not fit the model, before its weights are read."""
     from lora_drop_export.checkpoint.drop_list import check_drop_list
     from lora_drop_export.compiler.early import windows_of_config
+    from lora_drop_tools.teacher_forcing.forcing import check_config
 
+    check_config(loaded.model.config)
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     check_drop_list(listed.fingerprint if listed else None, loaded.name, loaded.fingerprint)
     windows = windows_of_config(loaded.model.config)

@@ -45,11 +45,7 @@ def _bare_sites(sites: Sequence[str], adapters_for: str) -> tuple[str, ...]:
 
 
 def _chosen_plan(
-    windows: Sequence[int],
-    kv_sources: tuple[int, ...],
-    settings: FitSettings,
-    listed: DropList | None,
-    given: Given | None,
+    windows: Sequence[int], settings: FitSettings, listed: DropList | None, given: Given | None
 ) -> DropPlan:
     """The plan that was asked for, of a model that brings none."""
     windowed = tuple(i for i, size in enumerate(windows) if size)
@@ -57,7 +53,7 @@ def _chosen_plan(
     last = settings.always_last if listed is None or settings.always_last is not None else listed.always_last
     first, last = 3 if first is None else first, 1 if last is None else last
     policy = settings.policies[0] if settings.policies else DEFAULT_POLICY
-    eligible = eligible_layers(len(windows), first, last, windowed, policy, kv_sources)
+    eligible = eligible_layers(len(windows), first, last, windowed, policy)
     ratio = 0.5 if settings.drop_ratio is None else settings.drop_ratio
     sites = injected(spread_layers(eligible, ratio) if listed is None else listed.sites, settings.injection)
     return DropPlan(
@@ -70,7 +66,6 @@ def _chosen_plan(
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
-        kv_sources=kv_sources,
     )
 
 
@@ -126,12 +121,10 @@ def plan_to_fit(
         PlanError: the plan drops nothing or leaves all bare, the rank is larger than the hidden size, or a bundle
             cannot be decoded under the policy.
     """
-    from lora_drop_export.decoder.anatomy import kv_sources
-
     width = loaded.model.get_input_embeddings().weight.shape[1]
     Bounds(1, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
     if loaded.plan is None:
-        plan = _chosen_plan(windows, kv_sources(loaded.model.config), settings, listed, given)
+        plan = _chosen_plan(windows, settings, listed, given)
     else:
         _check_nothing_chosen(loaded, settings, None if given else listed)
         plan = loaded.plan

@@ -37,7 +37,6 @@ def plan_to_profile(
         InputError: nothing is saved under the policy that the adapters or the bundle bring.
     """
     from lora_drop_export.compiler.options import always_kept
-    from lora_drop_export.decoder.anatomy import kv_sources
 
     width = loaded.model.get_input_embeddings().weight.shape[1]
     Bounds(0, width).whole("--rank", settings.rank, why="the model's hidden size", error=PlanError)
@@ -47,10 +46,9 @@ def plan_to_profile(
     policy = settings.policy or brought
     settings.check_under(policy)
     windowed = tuple(i for i, size in enumerate(windows) if size)
-    sources = kv_sources(loaded.model.config)
     layers = eligible_layers(len(windows), first, last)
     no_mlps = not settings.halves or settings.objective == "kv"
-    if not (eligible_layers(len(windows), first, last, windowed, policy, sources) if no_mlps else layers):
+    if not (eligible_layers(len(windows), first, last, windowed, policy) if no_mlps else layers):
         raise PlanError(
             "No layer of the model may be dropped.",
             note=f"Of {len(windows)} the first {first} and the last {last} are always kept"
@@ -68,7 +66,6 @@ def plan_to_profile(
         always_first=first,
         always_last=last,
         windowed_layers=windowed,
-        kv_sources=sources,
     )
 
 

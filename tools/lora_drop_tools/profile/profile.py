@@ -242,7 +242,9 @@ def _compare(
 def _check_early(loaded: LoadedModel, texts: Sequence[str], settings: ProfileSettings, fitted: Fitted | None) -> None:
     """Refuse what will not fit the model, before its weights are read."""
     from lora_drop_export.compiler.early import windows_of_config
+    from lora_drop_tools.teacher_forcing.forcing import check_config
 
+    check_config(loaded.model.config)
     settings = dataclasses.replace(settings, window=window_that_fits(loaded, settings.window))
     windows = windows_of_config(loaded.model.config)
     if windows is not None:

@@ -69,6 +69,24 @@ def _near(a: Any, b: Any) -> bool:
     return bool(torch.allclose(a, b, rtol=eps, atol=eps * float(b.abs().mean())))
 
 
+def _needs_more(what: str) -> ModelError:
+    return ModelError(
+        "The model's layers cannot be run one by one over a text.",
+        note=f"Some of them take {what}, as in the smaller models of Gemma 4.",
+        hint="Export it without adapters; --policy lossless with --draft ngram needs none.",
+    )
+
+
+def check_config(config: Any) -> None:
+    """Refuse a model whose config says that layers take the K and V of others, before its weights are read.
+
+    Raises:
+        ModelError: it says so.
+    """
+    if kv_sources(config):
+        raise _needs_more("the K and V of other layers")
+
+
 class TeacherForcing:
     """Runs the layers of one model over given texts.
 
@@ -283,20 +301,10 @@ class TeacherForcing:
             rows = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == 2
             return bool(rows and not torch.equal(value[0], value[1]))
 
+        check_config(self.model.config)
         arguments = self._record(torch.tensor([[0], [1]], device=self.device), torch.arange(1, device=self.device))[1]
-        for needed, what in (
-            (kv_sources(self.model.config), "the K and V of other layers"),
-            (
-                of_tokens([[args, list(kwargs.values())] for args, kwargs in arguments]),
-                "an input of their own per token",
-            ),
-        ):
-            if needed:
-                raise ModelError(
-                    "The model's layers cannot be run one by one over a text.",
-                    note=f"Some of them take {what}, as in the smaller models of Gemma 4.",
-                    hint="Export it without adapters; --policy lossless with --draft ngram needs none.",
-                )
+        if of_tokens([[args, list(kwargs.values())] for args, kwargs in arguments]):
+            raise _needs_more("an input of their own per token")
 
     def _record(self, ids: Any, positions: Any) -> tuple[Any, list[tuple[Any, Any]]]:
         """The first layer's input of ids [B, S] at positions [S], and each layer's other arguments there."""
