@@ -51,8 +51,7 @@ def report_lora_steps(bundle: Bundle, console: Console, *, trust_remote_code: bo
     if same.mean() < LEAST_AGREEMENT:
         verifies = plan.refresh_policy.verifies
         why = "hardly a draft would be accepted" if verifies else "its own text would be another than the model's"
-        console.say(
-            f"so few that {why}: choose layers (lora-drop profile) and fit adapters for them (lora-drop fit), drop "
-            "fewer, or decode with --k 0"
-        )
+        fit = "choose layers (lora-drop profile) and fit adapters for them (lora-drop fit), "
+        tools = "" if plan.kv_sources else fit  # which refuse layers with the K and V of others
+        console.say(f"so few that {why}: {tools}drop fewer, or decode with --k 0")
     return found

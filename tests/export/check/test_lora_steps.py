@@ -16,7 +16,7 @@ from lora_drop_export.check.sample import sample_ids
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
 from tests.support import oracle
-from tests.support.bundles import family, fitted_adapters, make_bundle, oracle_plan
+from tests.support.bundles import family, fitted_adapters, make_bundle, more_family, oracle_plan
 from tests.support.tokenizers import character_tokenizer
 
 
@@ -57,6 +57,15 @@ def test_the_share_is_the_oracles(options: dict, steps: int, tmp_path: Path, cap
     assert f"that of all layers in {np.mean(expected):.0%} of {len(expected)} places" in " ".join(said.split())
     assert ("lora-drop fit" in said) == (np.mean(expected) < 0.5) == ("drop_layers" not in options)
     assert ("draft" in said) == (options.get("policy") == "lossless")
+
+
+def test_no_fit_is_told_of_where_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = {"drop_layers": ("1",), "always_first": 0, "always_last": 0}
+    bundle = make_bundle(more_family("gemma4_shared"), tmp_path / "b", **options)
+    character_tokenizer(bundle.root)
+    report_lora_steps(Bundle.open(bundle.root), Console())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "so few that its own text would be another than the model's: drop fewer, or decode with --k 0" in said
 
 
 def test_short_requests(tmp_path: Path) -> None:
