@@ -139,27 +139,27 @@ class DropPlan:
                 hint="Layers are counted from 0.",
             )
         always_kept = [site for site in self.sites if not self.may_drop(site)]
-        sources = [site for site in always_kept if layer_of(site) in self.kv_sources]
-        if sources and half_of(sources[0]) != MLP:
+        inner = [layer for layer in map(layer_of, always_kept) if self.may_drop(f"{layer}.{MLP}")]  # not first or last
+        sources = [layer for layer in inner if layer in self.kv_sources]
+        if sources:
             raise PlanError(
                 "The drop list contains a layer that is always kept.",
-                note=f"Layer {layer_of(sources[0])} is named, but other layers take its K and V.",
-                hint=f"Leave it out, or name {layer_of(sources[0])}.{MLP}.",
+                note=f"Layer {sources[0]} is named, but other layers take its K and V.",
+                hint=f"Leave it out, or name {sources[0]}.{MLP}.",
+            )
+        if inner:
+            raise PlanError(
+                "The drop list contains a layer that is always kept.",
+                note=f"Layer {inner[0]} is named, but it attends to a sliding window, and policy {self.policy} leaves "
+                "holes in its cache.",
+                hint=f"Leave it out, name {inner[0]}.{MLP}, or use --policy {_without_holes()}.",
             )
         if always_kept:
-            windows = set(self.windowed_layers)
-            windowed = [site for site in always_kept if layer_of(site) in windows]
-            reason = (
-                f"it attends to a sliding window, and policy {self.policy} leaves holes in its cache"
-                if windowed
-                else f"the first {self.always_first} and the last {self.always_last} layers are always kept"
-            )
             raise PlanError(
                 "The drop list contains a layer that is always kept.",
-                note=f"Layer {(windowed or always_kept)[0]} is named, but {reason}.",
-                hint=f"Leave it out, name {layer_of(windowed[0])}.{MLP}, or use --policy {_without_holes()}."
-                if windowed
-                else "Leave it out, or lower --always-first or --always-last.",
+                note=f"Layer {always_kept[0]} is named, but the first {self.always_first} and the last "
+                f"{self.always_last} layers are always kept.",
+                hint="Leave it out, or lower --always-first or --always-last.",
             )
 
     def may_drop(self, site: str) -> bool:

@@ -224,11 +224,24 @@ def test_fewer_layers_may_be_kept_always() -> None:
         ({"sites": (4, 7)}, "always kept", ["Layer 7", "first 3", "last 1"]),
         ({"sites": (6,), "always_last": 2}, "always kept", ["Layer 6", "last 2"]),
         ({"sites": (3, 4), "windowed_layers": (0, 2, 4)}, "always kept", ["Layer 4", "sliding window"]),
+        ({"sites": (2, 4), "windowed_layers": (0, 2, 4)}, "always kept", ["Layer 4", "sliding window"]),
+        ({"sites": (2,), "windowed_layers": (0, 2, 4)}, "always kept", ["Layer 2", "first 3", "last 1"]),
+        ({"sites": ("2.mlp", "4.attn"), "kv_sources": (2, 4)}, "always kept", ["Layer 4", "take its K and V"]),
+        ({"sites": (2,), "kv_sources": (2, 4)}, "always kept", ["Layer 2", "first 3", "last 1"]),
     ],
     ids=str,
 )
 def test_plan_refuses(changes: dict, fact: str, note: list[str]) -> None:
     assert_refused(lambda: dataclasses.replace(PLAN, **changes), fact, *note)
+
+
+@pytest.mark.parametrize("why", ["windowed_layers", "kv_sources"])
+def test_the_half_that_the_hint_names_can_be_dropped(why: str) -> None:
+    for first, named in ((0, True), (3, False)):
+        with pytest.raises(PlanError, match="always kept") as refused:
+            DropPlan(num_layers=8, sites=(2,), always_first=first, **{why: (2,)})
+        assert ("2.mlp" in refused.value.hint) == named
+    DropPlan(num_layers=8, sites=("2.mlp",), always_first=0, **{why: (2,)})
 
 
 def test_the_hint_names_every_policy_that_takes_a_layer_with_a_window() -> None:
