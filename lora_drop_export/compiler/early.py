@@ -126,9 +126,10 @@ def _warn_of_plan(plan: DropPlan, console: Console) -> None:
     if plan.sites:
         return
     windowed = f", {len(plan.windowed_layers)} attend to a sliding window" if plan.windowed_layers else ""
+    sources = f", other layers take the K and V of {len(plan.kv_sources)}" if plan.kv_sources else ""
     console.say(
         f"warning: no layer is dropped: of {plan.num_layers} the first {plan.always_first} and the last "
-        f"{plan.always_last} are always kept{windowed}. Every step will run the whole model"
+        f"{plan.always_last} are always kept{windowed}{sources}. Every step will run the whole model"
     )
 
 

@@ -249,6 +249,15 @@ def test_a_model_of_windows_alone_says_why_nothing_is_dropped(passes, place, tmp
 
 
 @pytest.mark.usefixtures("stops_at_the_trace")
+def test_layers_that_others_need_are_among_why_nothing_is_dropped(passes, place, tmp_path, capsys):
+    types = ["sliding_attention", "full_attention"] * 4
+    model = changed_model(place, tmp_path / "model", layer_types=types, num_kv_shared_layers=2, sliding_window=9)
+    passes("--always-last", "2", "--drop-ratio", "0.1", model=model)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "always kept, 4 attend to a sliding window, other layers take the K and V of 2. Every step" in said
+
+
+@pytest.mark.usefixtures("stops_at_the_trace")
 def test_layers_that_are_always_kept_come_with_the_files(passes, place, tmp_path, capsys, monkeypatch):
     """Of adapters and of drop lists: taken where nothing is asked for, else the difference is named."""
     from lora_drop_runtime.bundle.bundle import Bundle
