@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.graph_io import Heads
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.decoding.slots import valid_kv_bytes
 from lora_drop_runtime.engines.ort.engine import OrtEngine
 from lora_drop_runtime.errors import PlanError
 from lora_drop_runtime.plan.schedule import PeriodicSchedule
@@ -74,6 +76,13 @@ def test_bytes_are_those_of_each_layer(tmp_path):
         assert (kv["kept"], kv["dropped"]) == (kept, dropped)
     assert costs.kv_base_bytes(bundle.manifest, 10) == 10 * 5 * of_one
     assert costs.kv_saving(bundle.manifest, 3) == pytest.approx(1 / 5 * 3 / 4)
+    heavy = Heads(4, 1, 64)  # those above have the same bytes
+    manifest = dataclasses.replace(
+        bundle.manifest, model=dataclasses.replace(model, layer_heads=(narrow, heavy, heavy, narrow, heavy))
+    )
+    assert costs.kv_base_bytes(manifest, 10) == 10 * 8 * of_one
+    assert costs.kv_saving(manifest, 3) == pytest.approx(2 / 8 * 3 / 4)
+    assert valid_kv_bytes(manifest, 5, 3) == {"kept": 5 * 6 * of_one, "dropped": 3 * 2 * of_one}
     told = "\n".join(describe(bundle))
     assert "4/2 of 16 and 4/1 of 32 heads" in told
 

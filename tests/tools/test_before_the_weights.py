@@ -14,7 +14,7 @@ from lora_drop_tools.eval.settings import EvalSettings
 
 from tests.support.bundles import family, make_bundle
 from tests.support.fake_trt import make_device_bundle
-from tests.support.models import gemma4_shared
+from tests.support.models import gemma4
 from tests.support.profiles import add_tokenizer, saved
 
 
@@ -84,9 +84,9 @@ def test_of_a_model(
 def test_layers_that_take_the_k_and_v_of_others(
     command: str, text: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    """Whatever else is wrong: of two layers none could be dropped."""
+    """Whatever else is wrong: without --policy backfill none of their layers could be dropped."""
     monkeypatch.setattr("lora_drop_export.decoder.loaded.resolve_tensors", fail)
-    model = saved(gemma4_shared(), tmp_path / "model")
+    model = saved(gemma4(), tmp_path / "model")
     assert main([command, str(model), "--text", str(text), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     for word in ("cannot be run one by one", "\nNote: Some of them take the K and V of other layers", "\nHint: "):

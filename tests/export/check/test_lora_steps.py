@@ -61,7 +61,7 @@ def test_the_share_is_the_oracles(options: dict, steps: int, tmp_path: Path, cap
 
 def test_no_fit_is_told_of_where_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = {"drop_layers": ("1",), "always_first": 0, "always_last": 0}
-    bundle = make_bundle(more_family("gemma4_shared"), tmp_path / "b", **options)
+    bundle = make_bundle(more_family("gemma4"), tmp_path / "b", **options)
     character_tokenizer(bundle.root)
     report_lora_steps(Bundle.open(bundle.root), Console())
     said = " ".join(capsys.readouterr().err.split())
