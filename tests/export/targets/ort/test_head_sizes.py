@@ -44,7 +44,7 @@ def operators(path: Path) -> list[onnx.NodeProto]:
 @pytest.mark.parametrize("form", FORMS)
 def test_against_pytorch(model: Family, form: str, tmp_path: Path) -> None:
     """Caches of 8 bits under `fill` where two query heads share K and V, under `skip` where four do."""
-    policy = "fill" if form == "int8 caches" and model.traced.kv_heads == 2 else "skip"
+    policy = "fill" if form == "int8 caches" and model.traced.heads[0].kv_heads == 2 else "skip"
     bundle = make_bundle(model, tmp_path / "b", policy=policy, **PLAN, **FORMS[form])
     result = compare(bundle, threads=1)
     assert result.passed, result
