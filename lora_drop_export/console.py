@@ -7,11 +7,34 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import IO, Any, TextIO, cast
 
 from lora_drop_runtime.errors import one_line
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 LINE_SECONDS = 30.0  # without a word, after which a line says how far something is where there is no terminal
+
+
+class _Unfailing:
+    """A stream whose lines a full disk behind it, or a reader who went away, loses; neither ends hours of work.
+
+    Of a pipe that nobody reads rich itself would end the program with 1, the code of a wrong result.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class Console:
@@ -22,7 +45,7 @@ class Console:
 
         self._says = True
         self._said = time.monotonic()
-        self.rich = rich.console.Console(file=sys.stderr, highlight=False)
+        self.rich = rich.console.Console(file=cast("IO[str]", _Unfailing(sys.stderr)), highlight=False)
         if not self.rich.is_terminal:
             self.rich.width = 100  # room for a table's headings
             os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers; read when tqdm is first imported

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from lora_drop_runtime.command_line import held_signals
+from lora_drop_runtime.command_line import held_signals, tell
 from lora_drop_runtime.errors import InputError
 
 from .owned import remove_files
@@ -186,7 +186,7 @@ def _settle(root: Path, place: Path, lock: int | None) -> None:
             os.close(lock)  # first: Windows removes no file that is open
     if not is_settled:
         why = "which was not written by a command, or is open in one"
-        print(f"warning: {root} has what was at {place}, {why}; it stays", file=sys.stderr)
+        tell(f"warning: {root} has what was at {place}, {why}; it stays")
         return
     with contextlib.suppress(OSError):
         (root / "lock").unlink()

@@ -537,6 +537,14 @@ def _as_ours(error: BaseException) -> LoraDropError | None:
     return error if isinstance(error, LoraDropError) else None
 
 
+def _let_go_of_lines() -> None:
+    """Lines for people that standard error cannot take are lost; Python would end with 120 for them."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+
+
 def _print_end(text: str) -> None:
     """The last words of a command, and what it has printed before; nobody may be there to take either."""
     for stream, last in ((sys.stdout, ""), (sys.stderr, text)):
@@ -655,12 +663,14 @@ def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[st
                 command(sys.argv[1:] if arguments is None else arguments)
         finally:  # also after --help, which ends with SystemExit
             sys.stdout.flush()
+            _let_go_of_lines()
     except KeyboardInterrupt:
         _print_end("interrupted\n")
         return 130
     except Exception as error:
         if _reader_went(error):
             _silence(sys.stdout)
+            _let_go_of_lines()
             return 141
         ours = _as_ours(error)
         if ours is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +36,24 @@ def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: p
             console.say(f"step {done}")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [*(f"step {done}" for done in range(5)), "distillation: 100.0 s"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_lines_that_nobody_can_take_end_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of work ended for the disk of their log, or with rich's exit code 1 for a reader that went away."""
+
+    class Refusing(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(number, os.strerror(number))
+
+    stream = Refusing()
+    monkeypatch.setattr("sys.stderr", stream)
+    console = Console()
+    console.say("one")
+    console.rich.print("two")
+    with console.progress("three") as progress:
+        progress("three", 1, 1)
+    assert [line.split(":")[0] for line in stream.getvalue().splitlines()] == ["one", "two", "three"]
 
 
 def test_a_terminal_does_not_obey_names(capsys: pytest.CaptureFixture[str]) -> None:

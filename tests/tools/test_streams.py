@@ -50,6 +50,8 @@ def shell(line: str, bundle: Path, **environment: str) -> subprocess.CompletedPr
         ("$RUN generate $B --prompt-file - <&-", 2, b"no tokenizer"),
         ("$RUN inspect $'/tmp/\\xff'", 2, b"no bundle here"),
         ("$RUN inspect $B | exec 0<&-; exit ${PIPESTATUS[0]}", 141, b""),
+        ("$RUN compare $B --threads 1 2>/dev/full", 0, b""),
+        ("$RUN compare $B --threads 1 2>&1 >/dev/null | exec 0<&-; exit ${PIPESTATUS[0]}", 0, b""),
     ],
 )
 def test_streams_and_names(bundle, line, code, words) -> None:

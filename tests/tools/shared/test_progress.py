@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 from lora_drop_tools.shared.progress import Progress
@@ -21,3 +22,14 @@ def test_progress_in_lines_and_as_a_bar() -> None:
     with Progress("text", 4, terminal) as progress:
         progress.advance()
     assert "█" * 6 + "░" * 18 + " 1 of 4" in terminal.getvalue()
+
+
+def test_a_full_disk_behind_the_lines_ends_nothing() -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines = Full()
+    with Progress("text", 1, lines) as progress:
+        progress.advance()
+    assert lines.getvalue().startswith("text: 1 in ")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.engines import huge_pages
 from lora_drop_runtime.engines.threads import default_threads
@@ -42,10 +43,6 @@ from .report import describe
 from .requests import prompts_of, requests_of
 from .result import KEYS, BenchResult, PeerRow, Request, Run, make_row, median_ratio, quantile
 from .settings import BenchSettings
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _peer_row(peer: Peer, request: Request, runs: Sequence[Run]) -> PeerRow:
@@ -73,7 +70,7 @@ def _measure_request(
 ) -> None:
     """Run one request on all arms and fill in their rows and raw figures."""
     prompts = prompts_of(next(iter(bundles.values())), request.context, request.rows)
-    runs, failed = measure(arms, request, prompts, result.repeats, _say)
+    runs, failed = measure(arms, request, prompts, result.repeats, tell)
     result.peers_left_out |= {arms[index].peer: reason for index, reason in failed.items()}
     by_peer = {arms[index].peer: own for index, own in runs.items() if arms[index].peer}
     full = {arms[index].bundle: own for index, own in runs.items() if not arms[index].peer and not arms[index].k}
@@ -117,7 +114,7 @@ def _measure_all(
             ours += session_arms(name, sessions[name], windows[name])
         theirs = [peer_arm(peer) for peer in peers]
         largest = max(requests, key=lambda request: request.context * request.rows)
-        _say("warming up")
+        tell("warming up")
         for arm in ours:
             longest = max(one.k for one in ours if isinstance(one.k, int))
             # A cycle that runs on the device is captured when it comes for the second time
@@ -158,9 +155,9 @@ def _running_peers(
         return
     with scratch_directory() as scratch, contextlib.ExitStack() as stack:
         if wanted.cache is None:
-            _say(f"what the peers build goes to {scratch} and is removed at the end; --peer-cache keeps it")
+            tell(f"what the peers build goes to {scratch} and is removed at the end; --peer-cache keeps it")
         ready, result.peers_left_out = open_peers(
-            wanted, result.weight_dtype, result.threads, longest_prompt, result.new_tokens, Path(scratch), stack, _say
+            wanted, result.weight_dtype, result.threads, longest_prompt, result.new_tokens, Path(scratch), stack, tell
         )
         yield ready
 
@@ -287,10 +284,10 @@ def bench(
     options = SessionOptions(result.policy, settings.draft, settings.target, settings.provider, settings.threads)
     if on_cpu:
         result.bandwidth = machine.read_bandwidth(result.threads)
-        _say(f"read bandwidth: {result.bandwidth.describe()}")
+        tell(f"read bandwidth: {result.bandwidth.describe()}")
     largest = max(requests, key=lambda request: (request.context * request.rows, request.rows))
     for name, bundle in opened.items():
-        _say(f"memory of {name}: a process of its own")
+        tell(f"memory of {name}: a process of its own")
         prompts = prompts_of(bundle, largest.context, largest.rows)
         result.memory += measure_memory(
             name, bundle, [*dict.fromkeys((settings.windows[-1], 0))], largest, prompts, options

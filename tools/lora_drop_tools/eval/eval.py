@@ -26,6 +26,7 @@ from typing import Any, TextIO
 import numpy as np
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.manifest import Manifest
+from lora_drop_runtime.command_line import tell
 from lora_drop_runtime.decoding.schedules import named_schedule
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.errors import InputError
@@ -358,7 +359,7 @@ def eval(
             periodic = settings.ks if PERIODIC in (settings.schedules or SCHEDULES) else [0]
             aim = settings.aim_of(list(opened).index(name))
             for policy in policies:
-                print(f"{label}, policy {policy}", file=sys.stderr, flush=True)
+                tell(f"{label}, policy {policy}")
                 rows = _measure(work, policy, periodic, adaptive[name].get(policy, ()), settings, speedups)
                 rows = [dataclasses.replace(row, aim=aim if row.k else None) for row in rows]
                 result.rows += [row for row in rows if row.k or policy == policies[0]]

@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import TextIO
 
+from lora_drop_runtime.command_line import tell
+
 BAR_WIDTH = 24
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -55,4 +57,4 @@ class Progress:
             self._line(left)
 
     def _line(self, text: str) -> None:
-        print(f"{self._what}: {text}", file=self._stream, flush=True)
+        tell(f"{self._what}: {text}", self._stream)
