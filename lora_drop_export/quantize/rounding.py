@@ -207,5 +207,6 @@ def quantized_blocks(
             q, scales, zero_points = source.native_rows(begin, begin + chunk_rows)
             yield q, finite(scales, source.name), zero_points
             continue
-        rows = finite(np.asarray(source.rows(begin, begin + chunk_rows), np.float32), source.name)
+        # A copy: of a mapped file that is cut while these are rounded, the system ends the process (SIGBUS)
+        rows = finite(np.array(source.rows(begin, begin + chunk_rows), np.float32), source.name)
         yield round_to_float8(rows, scale_dtype) if form.floating else quantize_rows(rows, form, method)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from lora_drop_runtime.bundle.manifest import CHANNEL
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import save_file
 
 from lora_drop_export.check.verify import compare
 from lora_drop_export.quantize import formats as quantize
 from lora_drop_export.quantize.choice import Quantization, block_formats
 from lora_drop_export.quantize.dequantized import dequantized_tensors
 from lora_drop_export.quantize.formats import pack, unpack
-from lora_drop_export.quantize.rounding import ROUNDINGS, Rounding, quantize_rows
+from lora_drop_export.quantize.rounding import ROUNDINGS, Rounding, quantize_rows, quantized_blocks
 from tests.support.bundles import family, make_bundle
 from tests.support.quantized import FORMATS, matrix
 
@@ -27,6 +30,22 @@ def test_bytes_are_onnx(bits):
     theirs = onnx.helper.make_tensor("q", kind, q.shape, q.reshape(-1))
     assert pack(q, bits) == bytes(theirs.int32_data)
     assert np.array_equal(unpack(np.frombuffer(pack(q, bits), np.uint8), bits), q.reshape(-1))
+
+
+def test_what_is_rounded_is_no_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that was cut meanwhile ended the export by SIGBUS, without a word and with its folder left."""
+    file = tmp_path / "model.safetensors"
+    save_file({"w": matrix(8, 32)}, file)
+
+    def changed_meanwhile(rows: np.ndarray, form: object, method: str) -> np.ndarray:
+        with file.open("r+b") as opened:
+            opened.seek(-rows.nbytes, 2)
+            opened.write(bytes(rows.nbytes))
+        return rows
+
+    monkeypatch.setattr("lora_drop_export.quantize.rounding.quantize_rows", changed_meanwhile)
+    (rows,) = quantized_blocks(read_tensors(file)["w"], FORMATS[0], "search", 8)
+    assert np.array_equal(rows, matrix(8, 32))
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
