@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import BundleError, LoraDropError, VerificationError, first_line
+from lora_drop_runtime.errors import BundleError, InputError, LoraDropError, VerificationError, first_line, lack_hint
 from lora_drop_runtime.plan.policy import Policy
 from lora_drop_runtime.plan.schedule import StepKind
 from polygraphy.backend.base import BaseRunner
@@ -26,16 +26,19 @@ from .reference import Reference
 
 @contextlib.contextmanager
 def execution(target: str) -> Iterator[None]:
-    """What an engine raises while it executes a bundle, as a VerificationError; but not that there is no device."""
+    """What an engine raises while it executes a bundle, as a VerificationError; but not that there is no device, or too
+    little memory: no bundle is wrong for it."""
     try:
         yield
     except Exception as error:  # engines have exceptions of their own, too
-        if isinstance(error, LoraDropError) and type(error) is not BundleError:
+        if isinstance(error, MemoryError) or (isinstance(error, LoraDropError) and type(error) is not BundleError):
             raise
+        fact = f"The bundle on {target} cannot be executed."
+        note = error.note if isinstance(error, BundleError) else first_line(error)
+        if hint := lack_hint(error):
+            raise InputError(fact, note=note, hint=hint) from None
         raise VerificationError(
-            f"The bundle on {target} cannot be executed.",
-            note=error.note if isinstance(error, BundleError) else first_line(error),
-            hint="This is a bug, or an engine older than the bundle needs.",
+            fact, note=note, hint="This is a bug, or an engine older than the bundle needs."
         ) from error
 
 

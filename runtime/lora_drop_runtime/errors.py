@@ -132,12 +132,17 @@ def is_failure(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def engine_hint(error: BaseException) -> str:
-    """What to do where an engine cannot load a graph, or cannot run a step."""
+def lack_hint(error: BaseException) -> str | None:
+    """What to do where an engine fails for what the system lacks; None where it fails for something else."""
     if any(word in str(error) for word in ("bad_alloc", "can't alloc", "Failed to allocate")):
         return "Free memory, or raise the limit on it (ulimit -v)."
     if any(words in str(error) for words in ("pthread_create failed", "Resource temporarily unavailable")):
         return "Ask for fewer threads, or raise the limit on them (ulimit -u, a container's limit on pids)."
     if "procfs" in str(error):  # ONNX Runtime asks /proc/self/fd for the path of a file of weights
         return "Mount /proc, without which ONNX Runtime opens no weights."
-    return "Check the bundle with: lora-drop inspect --check; or export the model again."
+    return None
+
+
+def engine_hint(error: BaseException) -> str:
+    """What to do where an engine cannot load a graph, or cannot run a step."""
+    return lack_hint(error) or "Check the bundle with: lora-drop inspect --check; or export the model again."

@@ -13,10 +13,12 @@ from lora_drop_runtime import VerificationError
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.errors import BundleError, InputError
 from lora_drop_runtime.plan.policy import POLICIES
 from lora_drop_tools.cli import main
 
 from lora_drop_export.check.figures import TOLERANCES, compare_logits, print_table
+from lora_drop_export.check.runners import execution
 from lora_drop_export.check.verify import compare
 from lora_drop_export.compiler.verify import verify
 from lora_drop_export.console import Console
@@ -232,3 +234,22 @@ def test_near_ties_are_named():
     wrong = compare_logits(0, "lora", theirs[:, ::-1], theirs, tolerance)
     assert (wrong.passed, wrong.near_ties) == (False, 0)
     assert not compare_logits(0, "lora", np.full_like(theirs, np.nan), theirs, tolerance).passed
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (BundleError("Fact.", note="Exception: std::bad_alloc", hint="Hint."), InputError),
+        (RuntimeError("std::bad_alloc"), InputError),
+        (MemoryError("Unable to allocate"), MemoryError),
+        (RuntimeError("no such operator"), VerificationError),
+    ],
+    ids=["bundle", "engine", "numpy", "bug"],
+)
+def test_too_little_memory_is_no_wrong_bundle(raised: Exception, expected: type[Exception]) -> None:
+    """It was said to be a bug, with exit code 1."""
+    with pytest.raises(expected) as refused, execution("ort"):
+        raise raised
+    if isinstance(refused.value, InputError):
+        assert refused.value.exit_code == 2
+        assert refused.value.hint == "Free memory, or raise the limit on it (ulimit -v)."
