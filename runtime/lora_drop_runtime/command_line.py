@@ -537,22 +537,19 @@ def _as_ours(error: BaseException) -> LoraDropError | None:
     return error if isinstance(error, LoraDropError) else None
 
 
-def _let_go_of_lines() -> None:
-    """Lines for people that standard error cannot take are lost; Python would end with 120 for them."""
+def _print_last(stream: TextIO, text: str = "") -> None:
+    """The last of a stream, and what it holds from before; lost where nobody takes it: Python would end with 120."""
     try:
-        sys.stderr.flush()
+        stream.write(text)
+        stream.flush()
     except OSError:
-        _silence(sys.stderr)
+        _silence(stream)
 
 
 def _print_end(text: str) -> None:
-    """The last words of a command, and what it has printed before; nobody may be there to take either."""
-    for stream, last in ((sys.stdout, ""), (sys.stderr, text)):
-        try:
-            stream.write(last)
-            stream.flush()
-        except OSError:
-            _silence(stream)
+    """The last words of a command, and what it has printed before."""
+    _print_last(sys.stdout)
+    _print_last(sys.stderr, text)
 
 
 def tell(text: str, stream: TextIO | None = None) -> None:
@@ -663,14 +660,14 @@ def run_command(command: Callable[[Sequence[str]], None], arguments: Sequence[st
                 command(sys.argv[1:] if arguments is None else arguments)
         finally:  # also after --help, which ends with SystemExit
             sys.stdout.flush()
-            _let_go_of_lines()
+            _print_last(sys.stderr)
     except KeyboardInterrupt:
         _print_end("interrupted\n")
         return 130
     except Exception as error:
         if _reader_went(error):
             _silence(sys.stdout)
-            _let_go_of_lines()
+            _print_last(sys.stderr)
             return 141
         ours = _as_ours(error)
         if ours is None:

@@ -562,7 +562,7 @@ class Service:
     def _grammars(self) -> Grammars:
         # Of the tokenizer that is open: the directory may have gone, or hold another bundle by now
         manifest = self.driver.bundle.manifest
-        return Grammars(self._codec.tokenizer_json(), manifest.model.vocab_size, manifest.special_tokens.eos)
+        return Grammars(self._codec, manifest.model.vocab_size, manifest.special_tokens.eos)
 
     async def _constraint(
         self, body: CompletionRequest | ChatRequest, calls: Calls | None, job: Job

@@ -74,7 +74,8 @@ class ModelFacts:
 
     def token_kv_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of one token's K and V in these layers."""
-        values = sum(self.heads[layer].kv_heads * self.heads[layer].head_dim for layer in layers)
+        heads = self.heads
+        values = sum(heads[layer].kv_heads * heads[layer].head_dim for layer in layers)
         return 2 * values * BY_NAME[self.kv_dtype or self.dtype].size_bytes
 
 

@@ -58,8 +58,7 @@ class FreeUntilCall:
         goes_on: bool,
     ) -> None:
         self._body, self._grammars, self._goes_on = body, grammars, goes_on
-        self._begins, self._is_whole = [begin.encode() for begin in begins], is_whole
-        self._left_out = {token for token, text in grammars.special.items() if text not in kept}
+        self._begins, self._is_whole, self._kept = [begin.encode() for begin in begins], is_whole, kept
         self._call: GrammarConstraint | None = None
         self._text: bytes | None = b""  # the free text, or its end, which may begin a call; None where nothing can
         self._everything = np.ones(grammars.tokenizer.vocab_size, np.bool_)
@@ -78,7 +77,7 @@ class FreeUntilCall:
             self._call.accept(token)
             if self._call.is_over and self._goes_on:
                 self._call = None
-        elif self._text is not None and token not in self._left_out:
+        elif self._text is not None and not self._grammars.codec.skips(token, self._kept):
             text = self._text + self._grammars.tokenizer.decode_bytes([token])
             self._text = self._begun_as_whole(text.lstrip()) if self._is_whole else self._begun_at_mark(text)
 

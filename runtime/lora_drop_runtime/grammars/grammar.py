@@ -137,18 +137,15 @@ class Grammars:
     A grammar takes a process and a moment to compile; the latest ones are kept.
 
     Args:
-        tokenizer: tokenizer.json as text.
+        codec: of the tokenizer.
         vocab_size: of the model.
         eos: ids that end a text, at least one.
-
-    Attributes:
-        special: tokens that `TextCodec.decode` leaves out of a text, by their ids.
 
     Raises:
         InputError: llguidance is missing, or cannot take the tokenizer.
     """
 
-    def __init__(self, tokenizer: str, vocab_size: int, eos: Sequence[int]) -> None:
+    def __init__(self, codec: TextCodec, vocab_size: int, eos: Sequence[int]) -> None:
         try:
             from llguidance import LLTokenizer
         except ImportError as error:
@@ -160,15 +157,14 @@ class Grammars:
                 hint="Add eos_token_id to the checkpoint's generation_config.json, and export again.",
             )
         try:
-            self.tokenizer: LLTokenizer = LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(eos))
+            self.tokenizer: LLTokenizer = LLTokenizer(codec.tokenizer_json(), n_vocab=vocab_size, eos_token=list(eos))
         except ValueError as error:
             raise InputError(
                 "The tokenizer cannot be used with a schema or grammar.",
                 note=f"llguidance says: {first_line(error):.300}",
                 hint="Needed is a tokenizer of bytes, as nearly all models have.",
             ) from error
-        added = json.loads(tokenizer).get("added_tokens") or ()
-        self.special: dict[int, str] = {token["id"]: token["content"] for token in added if token.get("special")}
+        self.codec = codec
         self._compiled = functools.lru_cache(_COMPILED)(self._compile)
 
     @classmethod
@@ -180,8 +176,7 @@ class Grammars:
             InputError: as the constructor.
         """
         manifest = bundle.manifest
-        text = TextCodec.open(bundle.root / "tokenizer").tokenizer_json()
-        return cls(text, manifest.model.vocab_size, manifest.special_tokens.eos)
+        return cls(TextCodec.open(bundle.root / "tokenizer"), manifest.model.vocab_size, manifest.special_tokens.eos)
 
     def json_schema(self, schema: str | Mapping[str, Any] | bool) -> GrammarConstraint:
         """JSON that is valid under a schema, as text or as what JSON makes of it.

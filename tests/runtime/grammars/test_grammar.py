@@ -279,13 +279,13 @@ def test_bundles_that_cannot_have_constraints_are_refused(tmp_path: Path, monkey
     assert_refused(lambda: Grammars.of(Bundle.open(bundle.root)), "no end token")
     byte_tokenizer(bundle.root)
     opened = Bundle.open(bundle.root)
-    text = TextCodec.open(opened.root / "tokenizer").tokenizer_json()
-    assert_refused(lambda: Grammars(text, 50, [3]), "tokenizer cannot be used")
+    codec = TextCodec.open(opened.root / "tokenizer")
+    assert_refused(lambda: Grammars(codec, 50, [3]), "tokenizer cannot be used")
     character_tokenizer(bundle.root)
-    fused = TextCodec.open(opened.root / "tokenizer").tokenizer_json()
+    fused = TextCodec.open(opened.root / "tokenizer")
     assert_refused(lambda: Grammars(fused, 131, [3]), "tokenizer cannot be used", "decoder")
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    assert_refused(lambda: Grammars(text, 131, [3]), "llguidance cannot be imported", "llguidance")
+    assert_refused(lambda: Grammars(codec, 131, [3]), "llguidance cannot be imported", "llguidance")
 
 
 # ── the command ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -194,7 +194,7 @@ def test_calls_that_are_found_were_bound(style: str, text: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END])
-    grammars = Grammars(tokenizer.to_str(), len(tokens) + 1, [len(tokens)])
+    grammars = Grammars(TextCodec(tokenizer, {}, None), len(tokens) + 1, [len(tokens)])
     calls = Tools(TOOLS).calls(TEMPLATES[style])
     assert calls is not None
     constraint, is_bound = calls.constraint(grammars), False

@@ -43,7 +43,7 @@ def _shapes(ports: Any) -> dict[str, list[int | None]]:
 
 def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, list[int | None]]]:
     """Names and fixed sizes of inputs and outputs; None for any size."""
-    model, plan = manifest.model, manifest.plan
+    model, plan, heads = manifest.model, manifest.plan, manifest.model.heads
     layers = {"kept": plan.kept_attentions, "dropped": plan.dropped_attentions}
     inputs: dict[str, list[int | None]] = {"input_ids": [1, None], POSITIONS: [1, None], "logits_index": [None]}
     if plan.sites:
@@ -55,8 +55,7 @@ def _wanted(manifest: Manifest) -> tuple[dict[str, list[int | None]], dict[str, 
             for name in (past_lens, begins, blocks, block_begins):
                 inputs[name] = [None]
             for layer in layers[group]:
-                heads = model.heads[layer]
-                cache: list[int | None] = [None, heads.kv_heads, BLOCK, heads.head_dim]
+                cache: list[int | None] = [None, heads[layer].kv_heads, BLOCK, heads[layer].head_dim]
                 inputs |= dict.fromkeys(cache_names([layer]), cache)
     outputs: dict[str, list[int | None]] = {"logits": [1, None, model.vocab_size]}
     if plan.has_state:
