@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -46,6 +47,8 @@ from .figures import (
 from .reference import reference_of
 from .runners import ReferenceRunner, SessionRunner
 from .sample import sample_feeds, steps_that_fit
+
+_EXPERT_KERNELS = "ORT_QMOE_CPU_QNBIT_GEMM"  # moe_quantization_cpu.cc: 0, fp32 or int8
 
 
 @contextlib.contextmanager
@@ -84,6 +87,20 @@ def _unrounded(bundle: Bundle, target: str) -> dict[str, bytes]:
     return changed
 
 
+@contextlib.contextmanager
+def _experts_unrounded() -> Iterator[None]:
+    """Sessions of ONNX Runtime that are opened meanwhile compute experts of 8 bits in float32: of QMoE's kernels for
+    them all round activations, and a variable of the environment alone chooses none of these."""
+    before = os.environ.get(_EXPERT_KERNELS)
+    os.environ[_EXPERT_KERNELS] = "fp32"
+    try:
+        yield
+    finally:
+        del os.environ[_EXPERT_KERNELS]
+        if before is not None:
+            os.environ[_EXPERT_KERNELS] = before
+
+
 def _open_exact(
     bundle: Bundle, schedule: PeriodicSchedule, policy: Policy, *, target: str, threads: int | None, **options: Any
 ) -> Session:
@@ -94,7 +111,8 @@ def _open_exact(
         check_engine(bundle, target, options["provider"])
         engine = OpenVinoEngine(bundle, target, threads=threads, exact=True)
     else:
-        engine = OrtEngine(bundle, target, graphs=_unrounded(bundle, target), threads=threads, **options)
+        with _experts_unrounded():
+            engine = OrtEngine(bundle, target, graphs=_unrounded(bundle, target), threads=threads, **options)
     return Session(bundle, engine, schedule, policy.name)
 
 

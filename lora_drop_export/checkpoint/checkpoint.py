@@ -48,6 +48,8 @@ class Checkpoint:
         config: the transformers config.
         tensors: tensor name → where its values come from; files are real paths, symbolic links resolved.
         renamed: what the model calls a tensor → its name in `tensors`, where transformers renames on loading.
+        joined: what the model calls the matrices of a layer's experts → their names in `tensors`, those of each expert
+            together, where the checkpoint has them apart (experts.py).
         trust_remote_code: the user lets the code that the checkpoint brings run.
         owned: True when the user has no safetensors files that could be taken as they lie: the tensors come from a GGUF
             file, or from files that were made for this export.
@@ -59,6 +61,7 @@ class Checkpoint:
     config: Any
     tensors: Mapping[str, TensorSource]
     renamed: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     trust_remote_code: bool = False
     owned: bool = False
     bundle: Bundle | None = None

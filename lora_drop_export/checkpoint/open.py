@@ -33,7 +33,7 @@ from .gguf import gguf_reader, parsed_once, read_gguf
 from .gguf_config import complete_config
 from .packed import packed_tensors
 from .packed_config import in_float8, rounded_activations
-from .renamed import renamed_tensors
+from .renamed import joined_experts, renamed_tensors
 from .text_part import SEEING, own_names, text_config, text_tensors
 
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "*.txt", "*.py"]
@@ -286,7 +286,9 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
             if isinstance(tensor, DequantizedTensor):
                 tensors[name] = replace(tensor, quantization=how)
     renamed = own_names(tensors) | renamed_tensors(tensors, config)
-    return Checkpoint(manifest.model.name, directory, config, tensors, renamed, trust_remote_code, bundle=bundle)
+    return Checkpoint(
+        manifest.model.name, directory, config, tensors, renamed, trust_remote_code=trust_remote_code, bundle=bundle
+    )
 
 
 def open_checkpoint(
@@ -376,4 +378,4 @@ def open_checkpoint(
         if rounded_activations(quantization):
             log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
     renamed = own_names(tensors) | renamed_tensors(tensors, config)
-    return Checkpoint(name, directory, config, tensors, renamed, trust_remote_code)
+    return Checkpoint(name, directory, config, tensors, renamed, joined_experts(tensors, config), trust_remote_code)

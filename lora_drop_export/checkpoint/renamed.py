@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
+
+
+def _conversions(config: Any) -> list[Any]:
+    """What transformers does to the tensors of this kind of model when it loads them, in its order."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    kinds = (*([model_class] if isinstance(model_class, str) else []), config.model_type, "legacy")
+    return [step for kind in kinds for step in get_checkpoint_conversion_mapping(kind) or ()]
 
 
 def renamed_tensors(names: Iterable[str], config: Any) -> dict[str, str]:
@@ -11,14 +23,44 @@ def renamed_tensors(names: Iterable[str], config: Any) -> dict[str, str]:
 
     Only renaming is looked at: a tensor that transformers would also cut or join does not fit the model's shapes.
     """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    kinds = (*([model_class] if isinstance(model_class, str) else []), config.model_type, "legacy")
-    found = [step for kind in kinds for step in get_checkpoint_conversion_mapping(kind) or ()]
-    renamings = [step for step in found if isinstance(step, WeightRenaming)]
+    renamings = [step for step in _conversions(config) if isinstance(step, WeightRenaming)]
     stored = set(names)
     renamed = {rename_source_key(name, renamings, [])[0]: name for name in sorted(stored)}
     return {new: old for new, old in renamed.items() if new not in stored}
+
+
+def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The model's name → the checkpoint's names of each expert's matrices, where transformers makes one tensor of those
+    of all experts: one below the other, and of each expert gate above up.
+    """
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    steps = _conversions(config)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    joins = [
+        step
+        for step in steps
+        if isinstance(step, WeightConverter)
+        and [type(one) for one in step.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
+        and [one.dim for one in step.operations] in ([0], [0, 1])
+    ]
+    found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name in sorted(names):
+        for step in joins:
+            new, pattern = rename_source_key(name, renamings, [step])
+            number = re.search(r"\.experts\.(\d+)\.", name)
+            if pattern is not None and number is not None:
+                found[new][int(number[1])][step.source_patterns.index(pattern)] = name
+    return {
+        name: tuple(tuple(expert[part] for part in sorted(expert)) for _, expert in sorted(experts.items()))
+        for name, experts in found.items()
+        if sorted(experts) == [*range(len(experts))] and len({tuple(sorted(one)) for one in experts.values()}) == 1
+    }

@@ -23,6 +23,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
 from lora_drop_export.checkpoint.drop_list import check_drop_list
+from lora_drop_export.checkpoint.experts import ExpertRows
 from lora_drop_export.checkpoint.packed import Kept
 from lora_drop_export.console import Console
 from lora_drop_export.decoder.anatomy import kv_sources
@@ -140,6 +141,7 @@ def warn_of_tensors(checkpoint: Checkpoint, taken: Mapping[str, TensorSource], l
     """Say so when the model's layers have no place for weights or biases of the checkpoint: its config is of another
     model, such as one without biases. transformers leaves them out as well, and so does the verification."""
     used = set(map(id, taken.values()))
+    used |= {id(tensor) for ref in taken.values() if isinstance(ref, ExpertRows) for tensor in ref.tensors}
     left = [
         name
         for name, tensor in checkpoint.tensors.items()

@@ -26,6 +26,7 @@ from lora_drop_runtime.plan.sites import INJECTIONS, half_of, injected
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.packed import Kept
@@ -34,7 +35,7 @@ from lora_drop_export.decoder.context import context_in_words, context_length
 from lora_drop_export.decoder.trace import TracedModel
 from lora_drop_export.graphs.match import quantizable
 from lora_drop_export.graphs.refresh import half_parameters
-from lora_drop_export.quantize.choice import Quantization, block_formats, departures
+from lora_drop_export.quantize.choice import Quantization, block_formats, common_format, departures
 from lora_drop_export.quantize.formats import FLOAT8, BlockFormat
 from lora_drop_export.targets.target import TARGETS
 
@@ -84,6 +85,19 @@ def quantization_of(refs: Mapping[str, TensorSource], options: BuildOptions) -> 
     return kept_quantization(refs) or options.weights_format
 
 
+def _alike(formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockFormat]:
+    """The formats of experts, where a kernel that reads both of their matrices wants one: a layer's get it, or none."""
+    found = dict(formats)
+    for down in [name for name in shapes if name.endswith(f"{DOWN}{ROWS}")]:
+        pair = f"{down.removesuffix(f'{DOWN}{ROWS}')}{GATE_UP}{ROWS}", down
+        forms = [formats[name] for name in pair if name in formats]
+        if len(forms) == 1:
+            found.pop(next(name for name in pair if name in formats))
+        elif len(set(forms)) > 1:
+            found |= dict.fromkeys(pair, common_format(forms, [shapes[name][1] for name in pair]))
+    return found
+
+
 def chosen_formats(
     refs: Mapping[str, TensorSource],
     traced: TracedModel,
@@ -96,7 +110,7 @@ def chosen_formats(
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
     shapes = {name: ref.shape for name, ref in chosen.items()}
     given = head_formats(shapes, traced.vocab_size, options) | kept_formats(chosen)
-    return block_formats(shapes, native_formats(chosen), groups, options.weights_format, given)
+    return _alike(block_formats(shapes, native_formats(chosen), groups, options.weights_format, given), shapes)
 
 
 def quantization_facts(
@@ -264,11 +278,13 @@ def model_facts(
     stored: Mapping[str, TensorPlace],
 ) -> ModelFacts:
     prefix = f"{traced.layers_prefix}."
-    layer_bytes = [0] * len(traced.windows)
+    layer_bytes, expert_bytes = [0] * len(traced.windows), [0] * len(traced.windows)
     head_bytes = 0
     for name, tensor in stored.items():
         if name.startswith(prefix):
-            layer_bytes[int(name.removeprefix(prefix).partition(".")[0])] += tensor.bytes_read
+            layer = int(name.removeprefix(prefix).partition(".")[0])
+            layer_bytes[layer] += tensor.bytes_read
+            expert_bytes[layer] += tensor.bytes_read if name in traced.expert_shares else 0
         elif name not in traced.embedding_only:
             head_bytes += tensor.bytes_read
     attention_bytes, kv_bytes = (
@@ -298,6 +314,8 @@ def model_facts(
         embedding_row_bytes=embedding_row_bytes,
         weight_dtype=dtype,
         layer_heads=traced.heads if len(set(traced.heads)) > 1 else (),
+        expert_bytes=tuple(expert_bytes) if traced.expert_shares else (),
+        expert_share=float(max(traced.expert_shares.values(), default=1.0)),
     )
 
 

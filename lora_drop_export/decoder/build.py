@@ -32,7 +32,7 @@ def _has_two_tables(model: Any, checkpoint: Checkpoint) -> bool:
     return embedding is not None and head is not None and embedding is not head and _differ(embedding, head)
 
 
-def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None) -> Any:
+def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None, experts: str = "eager") -> Any:
     """The causal language model in eval mode, on the device or in the mode that the caller has chosen.
 
     Where the config ties head and embedding and the checkpoint has two different ones, both are taken, as transformers
@@ -41,6 +41,7 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
     Args:
         dtype: of the parameters: `float32`, `float16` or `bfloat16`.
         attention: name of a registered attention function; transformers' own choice when None.
+        experts: name of a registered experts function.
 
     Raises:
         ModelError: the model's class cannot be made of this config, or is code that is not trusted.
@@ -49,7 +50,7 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
     from transformers import AutoModelForCausalLM
 
     config = checkpoint.config
-    chosen = {} if attention is None else {"attn_implementation": attention}
+    chosen = {"experts_implementation": "eager"} | ({} if attention is None else {"attn_implementation": attention})
     with refused(
         "transformers cannot build this model as a causal language model.",
         f"Model type {config.model_type!r:.80}",
@@ -66,4 +67,5 @@ def build_model(checkpoint: Checkpoint, dtype: str, attention: str | None = None
         if text.tie_word_embeddings and _has_two_tables(model, checkpoint):
             text.tie_word_embeddings = False
             model = build()
+        model.config._experts_implementation = experts  # older versions take their own names alone as an option
         return model

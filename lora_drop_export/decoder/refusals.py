@@ -19,7 +19,7 @@ def unsupported(feature: str, config: Any) -> ModelError:
     return ModelError(
         f"The model has {feature}, which a step graph cannot hold.",
         note=f"Model type {model_type!r}; supported are decoders whose layers are attention and MLP with residuals.",
-        hint="Choose a dense decoder-only model.",
+        hint="Choose another decoder-only model.",
     )
 
 
@@ -59,13 +59,44 @@ def refuse_by_config(config: Any) -> None:
                 raise unsupported(feature, config)
 
 
+def _is_of_experts(module: Any) -> bool:
+    """Whether a module holds experts that are called through transformers' interface (experts_interface.py)."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
+
+
+def _refuse_experts(experts: Any, config: Any) -> None:
+    """Experts of another formula than `down (silu(gate x) · up x)`."""
+    import torch
+    from transformers.activations import SiLUActivation
+    from transformers.integrations import moe
+
+    for other, feature in (
+        (not experts.has_gate, "experts without a gate"),
+        (experts.has_bias, "experts with biases"),
+        (experts.is_transposed, "experts whose matrices are transposed"),
+        (not getattr(experts, "is_concatenated", True), "experts whose gate and up are one matrix in turns"),
+        (getattr(experts, "has_post_expert_norm", False), "experts whose outputs are normed"),
+        (type(experts)._apply_gate is not moe._default_apply_gate, "experts with a gate of their own"),
+        (
+            not isinstance(getattr(experts, "act_fn", None), torch.nn.SiLU | SiLUActivation),
+            "experts with another activation than SiLU",
+        ),
+    ):
+        if other:
+            raise unsupported(feature, config)
+
+
 def refuse_by_modules(model: Any, layers: Any) -> None:
     """Features that the modules show; a family of MoE models may have dense ones, too."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     for layer in layers:
+        mixtures = [module for module in layer.modules() if _is_of_experts(module)]
+        for experts in mixtures:
+            _refuse_experts(experts, model.config)
         for name, module in layer.named_modules():
             if name in ("encoder_attn", "crossattention"):  # Bart and kin, which count positions too
                 raise unsupported("cross attention", model.config)
             kind = type(module).__name__.removeprefix(family).lower()  # each class of Qwen2Moe has it in its name
-            if any(word in kind for word in ("moe", "router", "experts")) or name.endswith((".experts", ".router")):
-                raise unsupported("an MoE router", model.config)
+            is_mixture = any(word in kind for word in ("moe", "router", "experts"))
+            if not mixtures and (is_mixture or name.endswith((".experts", ".router"))):
+                raise unsupported("an MoE router past transformers' experts interface", model.config)

@@ -3,6 +3,7 @@
 Enters: a checkpoint, of which only the config is used. Leaves: a `TracedModel`: an onnx-ir graph of the decoder where
   - each attention is one `lora_drop::CacheAttention(query, key, value)` node, heads split and RoPE applied,
     query [B, H, S, D], key and value [B, Hkv, S, D] → [B, S, H, D], attributes layer, scale, sliding_window, softcap;
+  - each mixture of experts is one `lora_drop::Experts(x, index, weights, gate and up, down)` node (experts.py);
   - the residual stream carries the names `hidden_states.0` … `hidden_states.n` (layer i reads i and makes i+1);
   - parameters are initializers with their Hugging Face names, external and without data;
   - inputs are `input_ids` [B, S], `len_kept` [B], `logits_index` [B, R], the output is `logits` [B, R, V].
@@ -16,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
@@ -29,13 +31,15 @@ from lora_drop_export.weights.resolve import resolve_tensors
 from .anatomy import buffer_values, decoder_layers, first_output, kv_sources, name_of, tied_names
 from .attention_interface import DOMAIN, AttentionCall, register_attention
 from .build import build_model
+from .experts import emit_experts, name_experts
+from .experts_interface import register_experts
 from .norms import spell_reciprocal_roots
 from .parameters import bind_initializers, leave_places, looked_up
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
 from .rotary import fuse_rotary_embedding
 
-ATTENTION_NAME = "lora_drop_trace"
+ATTENTION_NAME = EXPERTS_NAME = "lora_drop_trace"
 
 
 @dataclass
@@ -50,6 +54,7 @@ class TracedModel:
         kv_sources: layers whose K and V others take.
         layers_prefix: name of the list of decoder layers, e.g. `model.layers`.
         embedding_only: parameters that are only looked up row by row.
+        expert_shares: of parameters that are experts', the share that one token reads.
         tied: parameter names that are another parameter under a second name.
     """
 
@@ -62,6 +67,7 @@ class TracedModel:
     kv_sources: tuple[int, ...]
     layers_prefix: str
     embedding_only: frozenset[str]
+    expert_shares: dict[str, Fraction]
     tied: dict[str, str]
 
 
@@ -289,8 +295,10 @@ def _name_residual_stream(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any) -> ir.Model:
-    """The graph of a dry run: layers that are alike are traced once."""
+def _graph(
+    wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dict[str, str], fake: Any
+) -> tuple[ir.Model, dict[str, Fraction]]:
+    """The graph of a dry run, and `TracedModel.expert_shares`: layers that are alike are traced once."""
     model = wrapper.model
     prefix, stored = name_of(model, layers), model.state_dict().keys()
     with refused("The model's config cannot be used.", "config.json"):
@@ -308,7 +316,7 @@ def _graph(wrapper: Any, layers: Any, calls: _Calls, seen: LayerCalls, tied: dic
     fuse_rotary_embedding(program.model)
     expand(program.model, kinds, seen, prefix, stored)
     graph: ir.Model = program.model
-    return graph
+    return graph, name_experts(graph.graph)
 
 
 def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
@@ -326,9 +334,10 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
     config = checkpoint.config
     refuse_by_config(config)
     register_attention(ATTENTION_NAME, lambda call: _emit_attention(call, _Calls()))  # transformers looks for the name
+    register_experts(EXPERTS_NAME, emit_experts)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _quiet():
         with _not_initialised():
-            model = build_model(checkpoint, dtype, ATTENTION_NAME)
+            model = build_model(checkpoint, dtype, ATTENTION_NAME, EXPERTS_NAME)
         layers = decoder_layers(model)
         refuse_by_modules(model, layers)
         wrapper = _step_module(model, layers)
@@ -337,7 +346,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         tied = tied_names(model)
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
     with _quiet():
-        graph = _graph(wrapper, layers, calls, seen, tied, fake)
+        graph, expert_shares = _graph(wrapper, layers, calls, seen, tied, fake)
     parameters = leave_places(graph)
     for _, _, head_dim, value_dim in calls.shapes:
         if value_dim != head_dim:
@@ -356,5 +365,6 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         kv_sources=calls.kv_sources,
         layers_prefix=name_of(model, layers),
         embedding_only=looked_up(graph, parameters),
+        expert_shares=expert_shares,
         tied=tied,
     )

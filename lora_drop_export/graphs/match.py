@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lora_drop_export.decoder.attention_interface import DOMAIN
+from lora_drop_export.decoder.experts import router_parameters
+
 from .nodes import rank
 
 # Operators that treat every row [.., width] alike, given inputs of equal shape or of rank 1
@@ -175,8 +178,13 @@ def _is_lookup(node: ir.Node, position: int) -> bool:
     return node.inputs[1] is not None and node.inputs[1].name == "input_ids"
 
 
+def _is_mixture(node: ir.Node) -> bool:
+    return node.op_type == "Experts" and node.domain == DOMAIN
+
+
 def quantizable(graph: ir.Graph) -> frozenset[str]:
-    """Names of the parameters that are weights of linear layers, or the table that token ids are looked up in.
+    """Names of the parameters that are weights of linear layers or of experts, or the table that token ids are looked
+    up in. Not those of a router: they are small, and what they decide is not a matter of rounding.
 
     Args:
         graph: as traced (decoder/trace.py): a linear layer is MatMul with a transposed initializer.
@@ -184,6 +192,9 @@ def quantizable(graph: ir.Graph) -> frozenset[str]:
 
     def is_weight(value: ir.Value) -> bool:
         uses = list(value.uses())
-        return bool(uses) and all(_is_linear(use.node) or _is_lookup(use.node, use.idx) for use in uses)
+        return bool(uses) and all(
+            _is_linear(use.node) or _is_lookup(use.node, use.idx) or _is_mixture(use.node) for use in uses
+        )
 
-    return frozenset(name for name, value in graph.initializers.items() if is_weight(value))
+    found = frozenset(name for name, value in graph.initializers.items() if is_weight(value))
+    return found - router_parameters(graph)

@@ -4,7 +4,7 @@ Enters: the traced graph, a drop plan, where each weight lies, adapters. Leaves:
 protos in plain ONNX (opset 24), with the inputs and outputs of lora_drop_runtime.graph_io. Knows no target.
 
     refresh_from_trace          CacheAttention → TensorScatter (K), TensorScatter (V), Attention with an explicit mask;
-                                state outputs for dropped layers
+                                state outputs for dropped layers; Experts → all of them (experts.py)
     lora_step_from_refresh      each dropped layer is cut out and its surrogate put in; S = 1
     with_rows_chosen_early      the refresh graph's choice of rows, from before the head up to the last attention
 """
@@ -29,6 +29,7 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from lora_drop_export.decoder.attention_interface import DOMAIN
 from lora_drop_export.decoder.trace import TracedModel
 
+from .experts import expand_experts
 from .match import SYMMETRIC, ZERO_POINTS
 from .nodes import Ops
 from .values import IR_VERSION, OPSET, external, initializer, middle_name, named, stream_names, typed_value
@@ -289,6 +290,8 @@ def refresh_from_trace(
         values[middle.name] = middle
     if plan.has_state:
         presents |= _state_outputs(graph, plan, inputs["logits_index"], values)
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "Experts"]:
+        expand_experts(graph, node)
     if masks.nodes:
         graph.insert_before(graph[0], masks.nodes)  # they read graph inputs only
     graph.inputs[:] = [inputs[spec.name] for spec in io.inputs]

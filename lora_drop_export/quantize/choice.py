@@ -6,7 +6,7 @@ Enters: a quantization, shapes. Leaves: block formats. Knows no graph: which wei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -87,6 +87,15 @@ class Quantization:
         forms = [BlockFormat(self.bits, size, self.symmetric) for size in sizes]
         forms += [BlockFormat(self.bits, size, True) for size in sizes]
         return next((form for form in forms if _rows_are_whole(form, shape[1])), None)
+
+
+def common_format(forms: Sequence[BlockFormat], widths: Sequence[int]) -> BlockFormat:
+    """The largest blocks in which matrices with rows of these widths can be stored alike, none larger than theirs."""
+    smallest = min(form.block_size for form in forms)
+    symmetric = any(form.symmetric for form in forms)
+    sizes = [size for size in _BLOCK_SIZES if size <= smallest and not any(width % size for width in widths)]
+    found = [BlockFormat(forms[0].bits, size, kind) for kind in sorted({symmetric, True}) for size in sizes]
+    return next(form for form in found if all(_rows_are_whole(form, width) for width in widths))
 
 
 def kept_format(bits: int, k: int, groups: int, symmetric: bool) -> BlockFormat | None:

@@ -8,13 +8,22 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.checkpoint.experts import find_experts
 
 
-def find_tensor(checkpoint: Checkpoint, name: str, others: Iterable[str] = ()) -> TensorSource | None:
-    """The checkpoint's tensor of a parameter or buffer, under its name or another one; None where there is none."""
+def find_tensor(
+    checkpoint: Checkpoint, name: str, others: Iterable[str] = (), experts: int | None = None
+) -> TensorSource | None:
+    """The checkpoint's tensor of a parameter or buffer, under its name or another one; None where there is none.
+
+    Args:
+        experts: how many matrices the parameter has, where they may be of experts.
+    """
     for candidate in (name, *others):
         for spelling in (candidate, candidate.partition(".")[2], f"model.{candidate}"):
             found = checkpoint.tensors.get(checkpoint.renamed.get(spelling, spelling))
+            if found is None:
+                found = find_experts(checkpoint, spelling, experts)
             if found is not None:
                 return found
     return None
@@ -34,7 +43,7 @@ def resolve_tensors(
         partners.setdefault(first, []).append(name)
     refs = {}
     for name, shape in shapes.items():
-        ref = find_tensor(checkpoint, name, partners.get(name, []))
+        ref = find_tensor(checkpoint, name, partners.get(name, []), shape[0] if len(shape) == 3 else None)
         if ref is None or ref.shape != shape:
             raise ModelError(
                 "The checkpoint does not hold the model that its config describes.",

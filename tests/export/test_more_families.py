@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import ModelError
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
-from lora_drop_export.decoder.refusals import refuse_by_config, refuse_by_modules
 from tests.support import oracle
 from tests.support.bundles import more_family
-from tests.support.models import MORE_FAMILIES, SIZES
+from tests.support.models import MORE_FAMILIES
 from tests.support.oracle import OraclePlan
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
@@ -60,17 +55,6 @@ def test_more_families(name, tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         want, got = model(ids).logits, load_model(str(tmp_path / "out")).model(ids).logits
     assert (want - got).abs().max() < TOLERANCE * want.abs().max()
-
-
-@pytest.mark.parametrize("dense", [(0, 1, 2), (0, 2)])
-def test_dense_models_of_moe_families(dense):
-    """What is refused is a router, not the name of a family."""
-    config = Qwen2MoeConfig(**SIZES | {"num_hidden_layers": 3}, num_experts=4, mlp_only_layers=list(dense))
-    refuse_by_config(config)
-    with torch.device("meta"):
-        model = Qwen2MoeForCausalLM(config)
-    with contextlib.nullcontext() if len(dense) == 3 else pytest.raises(ModelError, match="an MoE router"):
-        refuse_by_modules(model, model.model.layers)
 
 
 def test_names_of_exaone_are_the_checkpoints(tmp_path):

@@ -257,9 +257,9 @@ def _unsupported() -> dict[str, tuple[Any, str]]:
     t = transformers
     no_kv_heads = {k: v for k, v in TINY.items() if k != "num_key_value_heads"}
     return {
-        "mixtral": (t.MixtralConfig(**TINY, num_local_experts=4), "an MoE router"),
-        "qwen2_moe": (t.Qwen2MoeConfig(**TINY, num_experts=4, moe_intermediate_size=16), "an MoE router"),
-        "deepseek_v3": (t.DeepseekV3Config(**TINY, n_routed_experts=8), "an MoE router"),
+        "gpt_oss": (t.GptOssConfig(**TINY, num_local_experts=4), "experts with biases"),
+        "gemma4": (t.Gemma4TextConfig(**TINY, head_dim=16, enable_moe_block=True, num_experts=4, top_k_experts=2,
+                                      moe_intermediate_size=16), "experts with another activation than SiLU"),
         "t5": (t.T5Config(vocab_size=131, d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16), "an encoder"),
         "bart": (t.BartConfig(vocab_size=131, d_model=64, encoder_layers=2, decoder_layers=2), "an encoder"),
         "bart_decoder": (t.BartConfig(vocab_size=131, d_model=64, decoder_layers=2, num_hidden_layers=2,

@@ -230,6 +230,19 @@ def gemma4(**options: Any) -> transformers.PreTrainedModel:
     return model
 
 
+def qwen2_moe() -> transformers.PreTrainedModel:
+    """A dense layer, and one of experts that lie apart in the checkpoint, beside a shared one with a gate."""
+    options = FEW | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    options |= {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
+    return build(transformers.Qwen2MoeForCausalLM, transformers.Qwen2MoeConfig, seed=61, **options)
+
+
+def granitemoe() -> transformers.PreTrainedModel:
+    """Experts that are one tensor in the checkpoint, whose weights in the sum are a softmax over the chosen ones."""
+    options = FEW | {"num_local_experts": 4, "num_experts_per_tok": 3, "logits_scaling": 2.0}
+    return build(transformers.GraniteMoeForCausalLM, transformers.GraniteMoeConfig, seed=62, **options)
+
+
 # Of fewer layers and tested in fewer ways: what each of them adds to those above
 MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     builder.__name__: builder
@@ -244,5 +257,7 @@ MORE_FAMILIES: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         minicpm3,
         modernbert_decoder,
         gemma4,
+        qwen2_moe,
+        granitemoe,
     )
 }

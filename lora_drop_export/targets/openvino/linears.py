@@ -12,7 +12,7 @@ from lora_drop_export.graphs.nodes import Ops, replace_named
 _BLOCKS = ".blocks"
 
 
-def _weight_inputs(graph: ir.Graph, weight: ir.Value, blocks: QuantizedBlocks | None) -> tuple[list[ir.Value], int]:
+def weight_inputs(graph: ir.Graph, weight: ir.Value, blocks: QuantizedBlocks | None) -> tuple[list[ir.Value], int]:
     """What stands for a weight [N, K], and how it is quantized: [N, K / block, block], scales [N, K / block, 1] and
     zero points likewise."""
     if blocks is None:
@@ -28,7 +28,7 @@ def _weight_inputs(graph: ir.Graph, weight: ir.Value, blocks: QuantizedBlocks | 
 
 
 def _product(graph: ir.Graph, ops: Ops, linear: Linear) -> ir.Value:
-    weight, quantized = _weight_inputs(graph, linear.weight, linear.blocks)
+    weight, quantized = weight_inputs(graph, linear.weight, linear.blocks)
     bias = [] if linear.bias is None else [linear.bias]
     maker = linear.x.producer()
     attributes = {"quantized": quantized, "bias": len(bias), "gated": int(maker is not None and maker.op_type == "Mul")}
@@ -73,6 +73,6 @@ def lower_lookups(graph: ir.Graph) -> None:
         table, blocks = match_weight(node.inputs[0])
         if table is None or not isinstance(table.const_value, ir.ExternalTensor):
             continue
-        inputs, quantized = _weight_inputs(graph, table, blocks)
+        inputs, quantized = weight_inputs(graph, table, blocks)
         ops = Ops()
         replace_named(graph, node, ops, ops("Lookup", node.inputs[1], *inputs, domain=DOMAIN, quantized=quantized))

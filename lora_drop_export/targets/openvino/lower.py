@@ -9,6 +9,7 @@ the runtime out of what its OpenVINO has (engines/openvino/conversion.py); all o
     2. TensorScatter ×2 +       → PagedAttention over blocks of slots, which each row has a table of; the node stands at
        Attention                  top level, for an If would copy the caches (attention.py)
     3. x Wᵀ [+ b]               → Linear; those that read one tensor are one where their weights lie back to back
+       mixtures of experts      → Experts
     4. looked-up tables         → Lookup, on the bytes of the matrix product's weight
     5. RMSNormalization,        → RMSNorm and Rotary, in the form that OpenVINO makes one kernel of
        RotaryEmbedding
@@ -29,6 +30,7 @@ from lora_drop_runtime.plan.drop_plan import DropPlan
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
 from .attention import lower_attention, rotate_tokens_first
+from .experts import lower_experts
 from .linears import lower_linears, lower_lookups
 from .norms import lower_norms
 from .sites import put_behind_ifs
@@ -50,6 +52,7 @@ def openvino_from_neutral(refresh: onnx.ModelProto, lora: onnx.ModelProto, plan:
     lower_attention(graph, plan)
     RemoveUnusedNodesPass()(model)
     pack_tokens(graph)
+    lower_experts(graph)
     lower_linears(graph)
     lower_lookups(graph)
     lower_norms(graph)

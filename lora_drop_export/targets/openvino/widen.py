@@ -10,7 +10,7 @@ from lora_drop_export.graphs.nodes import Ops
 
 from .weights import graphs_in
 
-_OWN = ("Linear", "Lookup")  # take weights of any dtype
+_OWN = {"Linear": (1,), "Lookup": (1,), "Experts": (3, 4)}  # the places of weights, which may have any dtype
 
 
 def _widen_node(graph: ir.Graph, node: ir.Node) -> None:
@@ -25,7 +25,7 @@ def _widen_node(graph: ir.Graph, node: ir.Node) -> None:
     for place, value in enumerate(node.inputs):
         if value is None or value.const_value is None or value.dtype != ir.DataType.BFLOAT16:
             continue
-        if value.producer() is not None or (node.domain == DOMAIN and node.op_type in _OWN and place == 1):
+        if value.producer() is not None or (node.domain == DOMAIN and place in _OWN.get(node.op_type, ())):
             continue
         ops = Ops()
         wide = ops("Cast", value, to=int(ir.DataType.FLOAT))

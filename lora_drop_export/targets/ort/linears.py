@@ -14,12 +14,16 @@ MICROSOFT = "com.microsoft"
 
 
 def linear_product(graph: ir.Graph, ops: Ops, linear: Linear, rows: Rows) -> ir.Value:
-    # Case 1; [B, S, out]
+    # Case 1; [B, S, out], or [T, out]
     x, blocks = linear.x, linear.blocks
     out_features, in_features = linear.shape
     assert x.shape is not None
     if blocks is None:
         bias = () if linear.bias is None else (linear.bias,)
+        if len(x.shape) == 2:  # [T, in], beside experts
+            result = ops("Gemm", x, linear.weight, *bias, transB=1)
+            result.type, result.shape = x.type, ir.Shape([x.shape[0], out_features])
+            return result
         product = ops("Gemm", rows.get(x), linear.weight, *bias, transB=1)  # [B·S, out]
         result = ops("Reshape", product, rows.tokens_shape(ops, x, out_features))
     else:
@@ -57,7 +61,7 @@ def fuse_linears(graph: ir.Graph, group: list[Linear], rows: Rows) -> bool:
     ops.nodes.append(split)
     graph.insert_before(next(use.node for use in whole.x.uses() if use.node.op_type == "MatMul"), ops.nodes)
     for linear, part in zip(group, split.outputs, strict=True):
-        part.type, part.shape = product.type, ir.Shape([*product.shape[:2], linear.shape[0]])  # type: ignore[index]
+        part.type, part.shape = product.type, ir.Shape([*product.shape[:-1], linear.shape[0]])  # type: ignore[index]
         linear.last.outputs[0].replace_all_uses_with(part)
     return True
 

@@ -30,6 +30,8 @@ packs a second one, and no If keeps the provider from capturing a step as a CUDA
                                   outputs likewise, and GroupQueryAttention with one scale of 1: its fast kernel on CUDA
                                   knows one for a whole cache
 
+    13. a mixture of experts    → MoE, or QMoE where it is quantized (experts.py)
+
 Requires: the form that graphs/ makes. Ensures: no Attention or mask remains, and a TensorScatter without an
 attention only where a LoRA step writes a dropped attention's cache (`fill`), or where that is dead: before a dropped
 layer that repeats its state (`recurrent`, `anchor`, rank 0); with case 11 it is a ScatterND.
@@ -53,6 +55,7 @@ from lora_drop_export.graphs.weight_inputs import stored_weights_as_inputs
 
 from .attention import lower_attention, pad_cache_write
 from .elementwise import fuse_elementwise
+from .experts import lower_experts
 from .join import joined
 from .lengths import Lengths
 from .linears import MICROSOFT, fuse_linears, linear_product, lower_lookup
@@ -78,6 +81,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
     for node in list(graph):
         if node.op_type == "Gather":
             lower_lookup(graph, node)
+    lower_experts(graph)
     rows = Rows(graph, packing)
     groups = {group[0].weight: group for group in linear_groups(graph)}
     for node in list(graph):  # in order, so that a layer finds the twins of the one before
@@ -85,7 +89,7 @@ def lower_step(proto: onnx.ModelProto, max_positions: int, ragged: bool = False)
             rows.take_in(node)
             continue
         linear = match_linear(node) if node.op_type == "MatMul" else None
-        if linear is not None and linear.blocks is None and rank(linear.x) != 3:
+        if linear is not None and linear.blocks is None and rank(linear.x) not in (2, 3):
             continue  # over heads, as in multi-head latent attention: there are no rows of tokens
         if linear is None or (linear.weight in groups and fuse_linears(graph, groups[linear.weight], rows)):
             continue

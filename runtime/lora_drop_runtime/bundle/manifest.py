@@ -34,7 +34,8 @@ class ModelFacts:
     `weight_dtype` is one of `QUANTIZED_DTYPES` where linear layers are quantized; the byte counts are as stored in the
     bundle. Of `layer_bytes`, `attention_bytes` are those of the attention's half, and of these `kv_bytes` what makes K
     and V of the layer's input; 0 where a layer has no halves. `layer_heads` has an entry for each layer where they
-    differ in their heads; the three figures of all layers are the first one's then.
+    differ in their heads; the three figures of all layers are the first one's then. Of a mixture, `expert_bytes` of
+    each layer are those of its experts, of which a token reads the share `expert_share`.
     """
 
     name: str
@@ -57,6 +58,8 @@ class ModelFacts:
     weight_dtype: str = "float32"
     kv_dtype: str | None = None
     layer_heads: tuple[Heads, ...] = ()
+    expert_bytes: tuple[int, ...] = ()
+    expert_share: float = 1.0
 
     @property
     def heads(self) -> tuple[Heads, ...]:
@@ -71,6 +74,14 @@ class ModelFacts:
     def weight_bytes(self) -> int:
         """Bytes of the layers' weights and the head's."""
         return sum(self.layer_bytes) + self.head_bytes
+
+    def read_bytes(self, layer: int, tokens: int = 1) -> int:
+        """Bytes of a layer's weights that a step over so many tokens reads: of experts, those of all that any token is
+        sent to, were each sent to any of them with the same chance."""
+        if not self.expert_bytes:
+            return self.layer_bytes[layer]
+        unread = (1 - self.expert_share) ** tokens
+        return self.layer_bytes[layer] - round(self.expert_bytes[layer] * unread)
 
     def token_kv_bytes(self, layers: Iterable[int]) -> int:
         """Bytes of one token's K and V in these layers."""

@@ -64,13 +64,19 @@ def _check_model(model: ModelFacts) -> None:
     _check_positive("model", model, *_COUNTS)
     if model.num_layers > LAYERS.most:  # each is looked at beside each other
         raise ValueError(f"model.num_layers is {model.num_layers}, more than {LAYERS.most}")
-    for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes", "layer_heads"):
+    may_lack = ("layer_heads", "expert_bytes")
+    for what in ("windows", "layer_bytes", "attention_bytes", "kv_bytes", *may_lack):
         found = len(getattr(model, what))
-        if found != model.num_layers and (what != "layer_heads" or found):
+        if found != model.num_layers and (what not in may_lack or found):
             raise ValueError(f"model.{what} has {found} elements, model.num_layers is {model.num_layers}")
     halves = zip(model.layer_bytes, model.attention_bytes, model.kv_bytes, strict=True)
     if any(not 0 <= kv <= attention <= layer for layer, attention, kv in halves):
         raise ValueError("model.kv_bytes are more than model.attention_bytes, or those more than model.layer_bytes")
+    experts = zip(model.layer_bytes, model.attention_bytes, model.expert_bytes, strict=False)
+    if any(not 0 <= of_experts <= layer - attention for layer, attention, of_experts in experts):
+        raise ValueError("model.expert_bytes are more than model.layer_bytes less model.attention_bytes")
+    if not 0 < model.expert_share <= 1:
+        raise ValueError(f"model.expert_share is {model.expert_share}, needed is a number above 0, 1 at most")
     if not sum(model.layer_bytes):
         raise ValueError("model.layer_bytes are all 0")
     for n, heads in enumerate(model.layer_heads):

@@ -45,10 +45,10 @@ def _attention_macs(manifest: Manifest, layers: Iterable[int], context: int) -> 
 def full_layer_macs(manifest: Manifest, context: int) -> float:
     """Eq. 5: `C_full(L) = A d² + B d L`, here a layer's weights plus QKᵀ and AV over L positions.
 
-    Each weight is one multiply-add, in however few bytes it is stored.
+    Each weight that a token reads is one multiply-add, in however few bytes it is stored.
     """
     model = manifest.model
-    weights = sum(model.layer_bytes) / model.num_layers * 8 / _bits_per_weight(manifest)
+    weights = sum(map(model.read_bytes, range(model.num_layers))) / model.num_layers * 8 / _bits_per_weight(manifest)
     return weights + _attention_macs(manifest, range(model.num_layers), context) / model.num_layers
 
 
@@ -57,12 +57,12 @@ def surrogate_macs(manifest: Manifest) -> int:
     return sum(math.prod(shape) for shape in weight_shapes(manifest.plan, manifest.model.hidden_size).values())
 
 
-def dropped_weight_bytes(manifest: Manifest) -> int:
+def dropped_weight_bytes(manifest: Manifest, rows: int = 1) -> int:
     """Bytes of weights that a LoRA step does not read, surrogates aside; under `fill` it reads what makes K and V."""
     model, plan = manifest.model, manifest.plan
-    whole, saved = set(plan.dropped_layers), sum(model.layer_bytes[i] for i in plan.dropped_layers)
+    whole, saved = set(plan.dropped_layers), sum(model.read_bytes(i, rows) for i in plan.dropped_layers)
     saved += sum(model.attention_bytes[i] for i in plan.dropped_attentions if i not in whole)
-    saved += sum(model.layer_bytes[i] - model.attention_bytes[i] for i in plan.dropped_mlps if i not in whole)
+    saved += sum(model.read_bytes(i, rows) - model.attention_bytes[i] for i in plan.dropped_mlps if i not in whole)
     if plan.refresh_policy.fills:
         saved -= sum(model.kv_bytes[i] for i in plan.dropped_attentions)
     return saved
@@ -114,7 +114,7 @@ class Shares:
 def shares(manifest: Manifest) -> Shares:
     """Shares of the eligible layers; of a plan of whole layers all three are ρ, where layers are equal."""
     plan, model = manifest.plan, manifest.model
-    sizes = sorted((model.layer_bytes[i] for i in plan.counted_layers), reverse=True)
+    sizes = sorted(map(model.read_bytes, plan.counted_layers), reverse=True)
     saved = dropped_weight_bytes(manifest)
     whole = 0
     while whole < len(sizes) and sum(sizes[: whole + 1]) <= saved:
@@ -192,16 +192,18 @@ def kv_saving(manifest: Manifest, k: int, policy: Policy = _SKIP) -> float:
 def step_bytes(manifest: Manifest, context: int, dropped_context: int, rows: int = 1) -> tuple[int, int]:
     """Bytes that a refresh and a LoRA step move for a batch: weights read once, valid K/V read, K/V written.
 
+    A refresh is taken for one of a token in each row; of experts, one of several (backfill) may read more.
+
     The contexts are the entries of a kept and of a dropped attention before the step, the same in all rows.
     """
     model, plan = manifest.model, manifest.plan
     outside = model.head_bytes + rows * model.embedding_row_bytes
-    weights = sum(model.layer_bytes)
+    weights = sum(model.read_bytes(i, rows) for i in range(model.num_layers))
     kept_kv = rows * (context + 1) * model.token_kv_bytes(plan.kept_attentions)
     dropped_kv = rows * (dropped_context + 1) * model.token_kv_bytes(plan.dropped_attentions)
     written = rows * model.token_kv_bytes(plan.dropped_attentions) * plan.refresh_policy.fills
     adapters = surrogate_macs(manifest) * BY_NAME[model.dtype].size_bytes
-    lora = outside + weights - dropped_weight_bytes(manifest) + kept_kv + written + adapters
+    lora = outside + weights - dropped_weight_bytes(manifest, rows) + kept_kv + written + adapters
     return outside + weights + kept_kv + dropped_kv, lora
 
 

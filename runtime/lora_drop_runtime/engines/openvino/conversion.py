@@ -21,7 +21,7 @@ from lora_drop_runtime.dtypes import BY_NAME
 
 from .capped import capped_attention, ints
 
-_NEARLY_NOTHING = 1e-37
+_NEARLY_NOTHING, _NEARLY_ALL = 1e-37, 3e38
 _LARGEST_GROUP, _LEAST_GROUP = 128, 16  # of activations with one scale
 _LONGEST = 12  # the place of the longest row's length among paged attention's inputs
 Node = Any  # what OpenVINO hands a conversion
@@ -49,12 +49,12 @@ def _widened(weight: Output) -> Output:
 
 
 def _dequantized(inputs: list[Output], quantized: int) -> tuple[Output, list[Output]]:
-    """A weight [N, K] as float32, and the inputs that are left. Blocks: (q − zero point) · scale."""
+    """A weight [.., N, K] as float32, and the inputs that are left. Blocks: (q − zero point) · scale."""
     weight, *rest = inputs
     if not quantized:
         return _widened(weight), rest
     scales, *rest = rest
-    rows, count, block = weight.get_partial_shape().to_shape()
+    *rows, count, block = weight.get_partial_shape().to_shape()
     if quantized == 1:
         middle = np.array(8 if weight.get_element_type() == ov.Type.u4 else 128, np.uint8)
         zero = op.constant(middle, dtype=weight.get_element_type())
@@ -62,7 +62,7 @@ def _dequantized(inputs: list[Output], quantized: int) -> tuple[Output, list[Out
         zero, *rest = rest
     values = op.subtract(op.convert(weight, "f32"), op.convert(zero, "f32"))
     scaled = op.multiply(values, scales)
-    return op.reshape(scaled, ints([rows, count * block]), False), rest
+    return op.reshape(scaled, ints([*rows, count * block]), False), rest
 
 
 def _wide_zero_points(zero: Output) -> Output:
@@ -204,6 +204,50 @@ def _paged_attention(node: Node) -> list[Output]:
     return [made.output(0)]
 
 
+def _of_each(inputs: list[Output], quantized: int, experts: int) -> tuple[Output, list[Output]]:
+    """The matrices [E, N, K] of experts that lie one below the other in [E·N, K], and the inputs that are left."""
+    parts = []
+    for one in inputs[: 1 + quantized]:
+        rows, *sizes = one.get_partial_shape().to_shape()
+        data: npt.NDArray[Any] = (
+            np.asarray(one.get_node().data).reshape(-1).view(np.uint8)
+        )  # of _weight, which holds it
+        shape = ov.Shape([experts, rows // experts, *sizes])
+        parts.append(ov.op.Constant(ov.Tensor(data, shape, one.get_element_type())).output(0))
+    return _as_output(_dequantized(parts, quantized)[0]), inputs[1 + quantized :]
+
+
+def _nearly_nothing(*shape: int) -> Any:
+    return op.constant(np.full(shape, _NEARLY_NOTHING, np.float32))
+
+
+def _experts(node: Node) -> list[Output]:
+    """All experts over all tokens, in the form of which OpenVINO makes GatherMatmul, which reads the matrices of the
+    chosen ones alone (2026.4, convert_tiled_moe_block_to_gather_matmuls.cpp).
+
+    The form is that of a model whose experts have biases and limits: ours are next to nothing and next to infinite,
+    since what is nothing would be left out and the form not be found. `x` has to be a Reshape's.
+    """
+    x, index, weights, *matrices = (node.get_input(n) for n in range(node.get_input_size()))
+    count, width = node.get_attribute("experts"), x.get_partial_shape()[1].get_length()
+    gate_up, rest = _of_each(matrices, node.get_attribute("quantized"), count)
+    down, _ = _of_each(rest, node.get_attribute("quantized_down"), count)
+    height = gate_up.get_partial_shape()[1].get_length()
+    each = op.reshape(op.tile(x, ints([count, 1])), ints([count, -1, width]), False)
+    both = op.add(op.matmul(each, gate_up, False, True), _nearly_nothing(count, 1, height))
+    gate, up = (op.slice(both, ints([turn]), ints([height]), ints([2]), ints([2])) for turn in (0, 1))
+    gated = op.swish(op.minimum(gate, op.constant(np.float32(_NEARLY_ALL))), op.constant(np.float32(1)))
+    inner = op.multiply(op.add(op.clamp(up, -_NEARLY_ALL, _NEARLY_ALL), _nearly_nothing()), gated)
+    made = op.add(op.matmul(inner, down, False, True), _nearly_nothing(count, 1, width))
+    products = op.reshape(made, ints([count, 1, -1, width]), False)
+    tokens = op.gather(op.shape_of(x), ints([0]), op.constant(np.int64(0)))
+    nothing = op.broadcast(op.constant(np.float32(0)), op.concat([tokens, ints([count])], 0))
+    dense = op.scatter_elements_update(nothing, index, weights, op.constant(np.int64(1)))
+    shares = op.unsqueeze(op.reshape(op.transpose(dense, ints([1, 0])), ints([count, 1, -1]), False), ints(-1))
+    total = op.reduce_sum(op.multiply(products, shares), ints([0]), False)
+    return [op.reshape(total, ints([-1, width]), False).output(0)]
+
+
 class Conversions:
     """What OpenVINO's frontend is given for the nodes of a graph.
 
@@ -231,6 +275,7 @@ class Conversions:
         functions: dict[str, Callable[[Node], list[Output]]] = {
             "Weight": self._weight,
             "Linear": self._linear,
+            "Experts": _experts,
             "Lookup": _lookup,
             "RMSNorm": _rms_norm,
             "Rotary": _rotary,

@@ -1,0 +1,187 @@
+"""The matrices of a layer's experts: as a checkpoint holds them, as transformers has them, and as a bundle does.
+
+    checkpoint      a matrix [N, K] for each expert, gate and up apart; or what transformers has
+    transformers    `experts.gate_up_proj` [E, 2·I, d], gate above up, and `experts.down_proj` [E, d, I]
+    bundle          `experts.gate_up_proj.rows` [E·2I, d], a row of gate and one of up in turns, and
+                    `experts.down_proj.rows` [E·d, I]
+
+Enters: the tensors of a checkpoint. Leaves: sources of the other two forms, read a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lora_drop_runtime.bundle.safetensors_file import TensorPlace
+
+from .checkpoint import Checkpoint, TensorSource
+
+ROWS = ".rows"  # ends a name of the bundle's form
+GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the parameters of a module of experts
+
+
+def _turns(name: str) -> int:
+    """Matrices of an expert whose rows take turns."""
+    return 2 if name.removesuffix(ROWS).endswith(GATE_UP) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Rows `begin` to `begin + N` of one expert in a tensor [E, ·, K]."""
+
+    whole: TensorSource
+    expert: int
+    begin: int
+    shape: tuple[int, int]  # (N, K)
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def file(self) -> Path:
+        return self.whole.file
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return self.whole.size_bytes * self.shape[0] // math.prod(self.whole.shape[:2])
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        first, last = self.begin + begin, self.begin + min(end, self.shape[0])
+        if isinstance(self.whole, TensorPlace):  # which widens what it reads
+            experts, height, columns = self.whole.shape
+            flat = dataclasses.replace(self.whole, shape=(experts * height, columns))
+            return flat.rows(self.expert * height + first, self.expert * height + last)
+        return self.whole.rows(self.expert, self.expert + 1)[0, first:last]
+
+    def read(self) -> npt.NDArray[Any]:
+        return self.rows(0, self.shape[0])
+
+
+def _cut(whole: TensorSource, turns: int) -> tuple[tuple[_Part, ...], ...]:
+    """The matrices of each expert in what transformers has."""
+    experts, height, columns = whole.shape
+    size = height // turns, columns
+    return tuple(tuple(_Part(whole, e, n * size[0], size) for n in range(turns)) for e in range(experts))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertRows:
+    """The bundle's form of matrices that a checkpoint holds apart, or of what transformers has.
+
+    Attributes:
+        parts: of each expert the matrices [N, K], gate before up.
+    """
+
+    name: str
+    parts: tuple[tuple[TensorSource, ...], ...]
+
+    @property
+    def _first(self) -> TensorSource:
+        return self.parts[0][0]
+
+    @property
+    def file(self) -> Path:
+        return self._first.file
+
+    @property
+    def dtype(self) -> str:
+        return self._first.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self._first.shape
+        return len(self.parts) * len(self.parts[0]) * rows, columns
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for expert in self.parts for part in expert)
+
+    @property
+    def tensors(self) -> list[TensorSource]:
+        """The checkpoint's, that it is made of."""
+        return [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Rows `begin` to `end`."""
+        turns, (rows, columns) = len(self.parts[0]), self._first.shape
+        height = turns * rows
+        end = min(end, len(self.parts) * height)
+        found = []
+        for expert in range(begin // height, -(-end // height)):
+            first, last = max(0, begin - expert * height), min(height, end - expert * height)
+            matrices = [part.rows(first // turns, -(-last // turns)) for part in self.parts[expert]]
+            mixed = np.stack(matrices, axis=1).reshape(-1, columns) if turns > 1 else np.asarray(matrices[0])
+            skipped = first % turns
+            found.append(mixed[skipped : skipped + last - first])
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros((0, columns), np.float32)
+
+    def read(self) -> npt.NDArray[Any]:
+        return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStack:
+    """What transformers has, made of the bundle's form: [E, turns·N, K]."""
+
+    name: str
+    stored: TensorSource
+    experts: int
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.stored.shape
+        return self.experts, rows // self.experts, columns
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stored.size_bytes
+
+    def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """Experts `begin` to `end`."""
+        _, height, columns = self.shape
+        turns = _turns(self.name)
+        mixed = self.stored.rows(begin * height, min(end, self.experts) * height)
+        return mixed.reshape(-1, height // turns, turns, columns).swapaxes(1, 2).reshape(-1, height, columns)
+
+    def read(self) -> npt.NDArray[Any]:
+        return self.rows(0, self.experts)
+
+
+def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> TensorSource | None:
+    """The tensor of experts that a parameter's name asks for, in the form that it asks for; None where it is none.
+
+    Args:
+        name: of a parameter, as a bundle or as transformers calls it.
+        experts: E, where transformers' form is asked for.
+    """
+    tensors, plain = checkpoint.tensors, name.removesuffix(ROWS)
+    stored = tensors.get(f"{plain}{ROWS}")
+    if name == plain and stored is not None and experts and stored.shape[0] % experts == 0:
+        return ExpertStack(name, stored, experts)
+    if plain in checkpoint.joined:
+        parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
+        rows = ExpertRows(f"{plain}{ROWS}", parts)
+        return rows if name != plain else ExpertStack(name, rows, len(parts))
+    whole = tensors.get(checkpoint.renamed.get(plain, plain))
+    if name == plain or whole is None or len(whole.shape) != 3:
+        return None
+    return ExpertRows(name, _cut(whole, _turns(name)))

@@ -1,0 +1,109 @@
+"""A mixture of experts in plain ONNX, and the way back: what a lowering makes a kernel of.
+
+Every expert computes every token there, and what the router did not choose counts nothing: ONNX has no operator that
+reads the chosen matrices alone. So a graph is right wherever ONNX runs, and a target that has such a kernel puts it in
+the place of what `match_experts` finds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .match import QuantizedBlocks, match_weight
+from .nodes import Ops, replace_node
+
+_PREFIX = "experts."  # begins the name of the node that gives the sum over the experts
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: `down (silu(gate x) · up x)` of the chosen ones, times their weights, summed.
+
+    Attributes:
+        x: [T, d].
+        index: int64 [T, K], the chosen experts; `weights` [T, K] theirs, `dense` [T, E] the same beside zeros.
+        gate_up: [E·2I, d], a row of gate and one of up in turns; `down` [E·d, I]; `blocks` of each where quantized.
+        count: E.
+    """
+
+    x: ir.Value
+    index: ir.Value
+    weights: ir.Value
+    dense: ir.Value
+    gate_up: ir.Value
+    down: ir.Value
+    blocks: tuple[QuantizedBlocks | None, QuantizedBlocks | None]
+    count: int
+
+    @property
+    def per_token(self) -> int:
+        """K."""
+        return int(self.index.shape[1])  # type: ignore[index, arg-type]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """d and I."""
+        return tuple(int(weight.shape[1]) for weight in (self.gate_up, self.down))  # type: ignore[index, arg-type, return-value]
+
+
+def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
+    """One Experts node of a trace becomes plain ONNX."""
+    x, index, weights, gate_up, down = node.inputs
+    assert x is not None
+    assert x.dtype is not None
+    count, ops = node.attributes["experts"].as_int(), Ops()
+
+    def product(value: ir.Value, rows: ir.Value | None) -> ir.Value:
+        """Of [·, T, K] and each expert's matrix, [E, T, N]."""
+        assert rows is not None
+        assert rows.shape is not None
+        height, columns = int(rows.shape[0]) // count, int(rows.shape[1])  # type: ignore[arg-type]
+        matrices = ops("Reshape", rows, ops.ints([count, height, columns]))
+        return ops("MatMul", value, ops("Transpose", matrices, perm=[0, 2, 1]))
+
+    both = product(ops("Unsqueeze", x, ops.ints([0])), gate_up)  # [E, T, 2I]
+    end = ops.ints([2**31 - 1])
+    gate, up = (ops("Slice", both, ops.ints([turn]), end, ops.ints([2]), ops.ints([2])) for turn in (0, 1))
+    each = product(ops("Mul", ops("Mul", gate, ops("Sigmoid", gate)), up), down)  # [E, T, d]
+    shape = ops("Concat", ops("Shape", x, start=0, end=1), ops.ints([count]), axis=0)
+    zero = ops.constant(np.zeros(1, x.dtype.numpy()))
+    dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
+    dense.shape, dense.type = ir.Shape([x.shape[0], count]), x.type  # type: ignore[index]
+    shares = ops("Unsqueeze", ops("Transpose", dense, perm=[1, 0]), ops.ints([2]))  # [E, T, 1]
+    result = ops("ReduceSum", ops("Mul", each, shares), ops.ints([0]), keepdims=0)
+    ops.nodes[-1].name = f"{_PREFIX}{down.name}"  # type: ignore[union-attr]
+    replace_node(graph, node, ops, result)
+    graph.remove(node, safe=True)
+
+
+def _made_by(value: ir.Value | None, *way: int) -> ir.Node:
+    """The node that makes a value, or what it reads at these places, one after the other."""
+    assert value is not None
+    node = value.producer()
+    for place in way:
+        node = node.inputs[place].producer()  # type: ignore[union-attr]
+    assert node is not None
+    return node
+
+
+def match_experts(node: ir.Node) -> Experts | None:
+    """The mixture of experts whose sum a node gives, as `expand_experts` wrote it; None of any other node."""
+    if node.op_type != "ReduceSum" or not str(node.name).startswith(_PREFIX):
+        return None
+    each, shares = _made_by(node.inputs[0]).inputs
+    scatter, down = _made_by(shares, 0, 0), _made_by(each)
+    both = _made_by(down.inputs[0], 1, 0)
+    matrices = [_made_by(product.inputs[1], 0) for product in (both, down)]
+    (gate_up, first), (rows, second) = (match_weight(reshape.inputs[0]) for reshape in matrices)
+    x, (_, index, weights) = _made_by(both.inputs[0]).inputs[0], scatter.inputs
+    count = ir.convenience.get_const_tensor(matrices[0].inputs[1])  # type: ignore[arg-type]
+    assert x is not None
+    assert index is not None
+    assert weights is not None
+    assert gate_up is not None
+    assert rows is not None
+    assert count is not None
+    return Experts(x, index, weights, scatter.outputs[0], gate_up, rows, (first, second), int(count.numpy()[0]))

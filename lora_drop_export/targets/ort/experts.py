@@ -1,0 +1,99 @@
+"""Mixtures of experts → MoE, or QMoE where the matrices are quantized: a call reads those that its tokens chose."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from lora_drop_runtime.errors import ModelError
+
+from lora_drop_export.graphs.experts import Experts, match_experts
+from lora_drop_export.graphs.initializers import seen_as
+from lora_drop_export.graphs.match import QuantizedBlocks
+from lora_drop_export.graphs.nodes import Ops, replace_node
+
+from .linears import MICROSOFT
+
+_BLOCKS = ".experts"  # ends the second names of matrices, a dimension for each expert
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def _refuse(what: str) -> ModelError:
+    return ModelError(
+        "Target ort cannot run the model's experts in this form.",
+        note=f"{what}.",
+        hint="Use --dtype fp32, or --dtype int4 or int8 with a --block-size that divides both widths.",
+    )
+
+
+def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
+    """MoE makes weights of its own of what the router gives, a softmax over the chosen ones: of the logarithms of ours
+    it makes ours, divided by their sum."""
+    if experts.x.dtype != ir.DataType.FLOAT:
+        raise _refuse("Their matrices are in half precision, in which its operator does not run on a CPU")
+    (d, inner), count = experts.sizes, experts.count
+    up = seen_as(graph, experts.gate_up, _BLOCKS, ir.DataType.FLOAT, [count, 2 * inner, d])
+    down = seen_as(graph, experts.down, _BLOCKS, ir.DataType.FLOAT, [count, d, inner])
+    positive = ops("Max", experts.dense, ops.constant(np.array(_SMALLEST, np.float32)))
+    made = ops(
+        "MoE",
+        *(experts.x, ops("Log", positive), up, None, down),
+        domain=MICROSOFT,
+        k=experts.per_token,
+        normalize_routing_weights=1,
+        **_SILU,
+    )
+    return ops("Mul", made, ops("ReduceSum", experts.weights, ops.ints([-1]), keepdims=1))
+
+
+# silu(g) · u as its SwiGLU has it: rows of g and u in turns, no limit, and nothing added
+_SILU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+
+
+def _quantized(
+    graph: ir.Graph, ops: Ops, experts: Experts, blocks: tuple[QuantizedBlocks, QuantizedBlocks]
+) -> ir.Value:
+    up, down = blocks
+    if (up.bits, up.block_size) != (down.bits, down.block_size):
+        sizes = " and ".join(f"{one.bits} bits in blocks of {one.block_size}" for one in blocks)
+        raise _refuse(f"Their matrices are quantized in two ways: {sizes}")
+    (d, inner), count = experts.sizes, experts.count
+    inputs: dict[int, ir.Value] = {}
+    symmetric = up.symmetric and down.symmetric
+    for place, weight, block, rows, columns in (
+        (2, experts.gate_up, up, 2 * inner, d),
+        (5, experts.down, down, d, inner),
+    ):
+        groups = columns // block.block_size
+        inputs[place] = seen_as(graph, weight, _BLOCKS, ir.DataType.UINT8, [count, rows, columns * block.bits // 8])
+        inputs[place + 1] = seen_as(graph, block.scales, _BLOCKS, ir.DataType.FLOAT, [count, rows, groups])
+        if not symmetric:
+            points = [count, rows, groups * block.bits // 8]
+            inputs[11 + (place == 5)] = seen_as(graph, block.zero_points, _BLOCKS, ir.DataType.UINT8, points)
+    return ops(
+        "QMoE",
+        *(experts.x, experts.dense, *(inputs.get(place) for place in range(2, 14)), experts.dense),
+        domain=MICROSOFT,
+        k=experts.per_token,
+        expert_weight_bits=up.bits,
+        block_size=up.block_size,
+        accuracy_level=4,  # activations as int8, as in MatMulNBits
+        normalize_routing_weights=0,
+        weights_prepacked=0,
+        **_SILU,
+    )
+
+
+def lower_experts(graph: ir.Graph) -> None:
+    for node in list(graph):
+        experts = match_experts(node)
+        if experts is None:
+            continue
+        ops, (up, down) = Ops(), experts.blocks
+        if up is None and down is None:
+            result = _in_floats(graph, ops, experts)
+        elif up is not None and down is not None:
+            result = _quantized(graph, ops, experts, (up, down))
+        else:
+            raise _refuse("A width that no block divides leaves one of their matrices in float")
+        replace_node(graph, node, ops, result)
+        graph.remove(node, safe=True)

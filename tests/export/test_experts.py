@@ -1,0 +1,161 @@
+"""Mixtures of experts: their matrices in a checkpoint and in a bundle, their plain ONNX, the kernels of engines.
+
+Whole families are exported and decoded in test_more_families.py and in targets/openvino/test_against_oracle.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from lora_drop_runtime.bundle.bundle import Bundle
+from lora_drop_runtime.decoding.batch import Batch
+from lora_drop_runtime.decoding.session import Session
+from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
+
+from lora_drop_export.checkpoint.experts import ExpertRows
+from lora_drop_export.checkpoint.open import open_checkpoint
+from lora_drop_export.cli import main
+from lora_drop_export.decoder.loaded import load_model
+from lora_drop_export.weights.resolve import find_tensor
+from tests.support.models import FEW, build, granitemoe, qwen2_moe
+
+WHOLE = ["--always-first", "0", "--always-last", "0", "--max-seq-len", "32", "--threads", "1"]
+
+
+def mixtral() -> transformers.PreTrainedModel:
+    """Of which transformers renames the matrices of experts, and joins them."""
+    options = FEW | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return build(transformers.MixtralForCausalLM, transformers.MixtralConfig, seed=63, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(model, its bundle on both engines) by name and dtype; made when first asked for."""
+    made = {}
+
+    def get(builder, dtype):
+        if (builder, dtype) not in made:
+            place = tmp_path_factory.mktemp("experts")
+            model = builder()
+            model.save_pretrained(place / "model")
+            targets = ["--target", "ort", "--target", "openvino", "--dtype", dtype, "--drop-layers", "1", "--k", "2"]
+            assert main(["--model", str(place / "model"), "--out", str(place / "out"), *targets, *WHOLE]) == 0
+            made[builder, dtype] = model, place / "out"
+        return made[builder, dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("builder", [mixtral, qwen2_moe, granitemoe])
+def test_checkpoints_are_read_as_transformers_reads_them(builder, tmp_path):
+    """Apart, apart under other names, or as one tensor; each in whatever pieces it is asked for."""
+    builder().save_pretrained(tmp_path)
+    theirs = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    ours = dict(load_model(str(tmp_path)).model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    checkpoint = open_checkpoint(str(tmp_path), tmp_path / "scratch")
+    for name, parameter in theirs.items():
+        if parameter.dim() != 3:
+            continue
+        rows = find_tensor(checkpoint, f"{name}.rows")
+        assert isinstance(rows, ExpertRows)
+        count, height, width = parameter.shape
+        turns = 2 if "gate_up" in name else 1
+        want = parameter.detach().reshape(count, turns, height // turns, width).transpose(1, 2).reshape(-1, width)
+        assert rows.shape == tuple(want.shape)
+        assert rows.size_bytes == want.nbytes
+        for begin, end in ((0, len(want)), (0, 1), (1, 2), (height - 1, height + 2), (3, 2 * height + 1), (5, 5)):
+            assert np.array_equal(rows.rows(begin, end), want[begin:end].numpy()), (name, begin, end)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("builder", [mixtral, granitemoe])
+def test_bundles_are_read_back(builder, dtype, exported):
+    """What transformers is given of a bundle are the checkpoint's experts, up to their rounding."""
+    model, bundle = exported(builder, dtype)
+    ours = dict(load_model(str(bundle)).model.named_parameters())
+    for name, want in model.named_parameters():
+        error = (ours[name] - want).abs().max() / want.abs().max()
+        assert error <= (0 if dtype == "fp32" else 1 / 127), name
+
+
+def test_the_neutral_graph_is_plain_onnx(exported):
+    """Any runtime of ONNX computes what transformers does; here ONNX Runtime without its own operators for experts."""
+    model, root = exported(granitemoe, "fp32")
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
+    session = onnxruntime.InferenceSession((root / "refresh.onnx").read_bytes(), options)
+    bundle = Bundle.open(root)
+    ids = np.random.default_rng(3).integers(0, 131, (2, 7))
+    feeds = {"input_ids": ids, "logits_index": np.tile(np.arange(7), (2, 1))}
+    for one in session.get_inputs():
+        if one.name.startswith("past_"):
+            heads = bundle.manifest.model.heads[int(one.name.rpartition(".")[2])]
+            feeds[one.name] = np.zeros((2, heads.kv_heads, 8, heads.head_dim), np.float32)
+        elif one.name.startswith("len_"):
+            feeds[one.name] = np.zeros(2, np.int64)
+    (logits,) = session.run(["logits"], feeds)
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits - want).max() < 3e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("target", ["ort", "openvino"])
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_rows_do_not_depend_on_their_neighbours(target, dtype, exported):
+    """Tokens of several rows go to the same experts in one call."""
+    _, bundle = exported(granitemoe, dtype)
+    prompts = [np.array(ids) for ids in ([5, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8], [100], [9, 8, 7, 6])]
+    with Session.open(bundle, target=target, threads=1) as session:
+        alone = [session.generate([prompt], max_new_tokens=9)[0].tolist() for prompt in prompts]
+    found = {}
+    with Batch.open(bundle, slots=3, target=target, threads=1) as batch:
+        rows = {batch.add(prompt, max_new_tokens=9): n for n, prompt in enumerate(prompts[:3])}
+        waiting = prompts[3:]
+        while len(found) < len(prompts) or batch.rows:
+            for event in batch.tick():
+                if event.token is not None:
+                    found.setdefault(rows[event.row], []).append(event.token)
+                if event.finished is not None and waiting:
+                    rows[batch.add(waiting.pop(), max_new_tokens=9)] = len(rows)
+    assert [found[n] for n in range(len(prompts))] == alone
+
+
+def test_openvino_reads_the_chosen_experts_alone(exported):
+    """Its plugin finds the form that a mixture is written in; else all experts would run, right and many times slower.
+
+    The dropped layer's stands in an If, whose inside it does not show.
+    """
+    for dtype in ("fp32", "int4"):
+        _, root = exported(granitemoe, dtype)
+        engine = OpenVinoEngine(Bundle.open(root), threads=1)
+        nodes = engine.compiled.model.get_runtime_model().get_ops()
+        kinds = [node.get_rt_info()["layerType"].astype(str) for node in nodes]
+        assert kinds.count("GatherMatmul") == 2, dtype
+        assert "Tile" not in kinds
+
+
+def test_a_token_reads_a_share_of_the_experts(exported):
+    """2 of 6 experts of layer 1; layer 0 is dense."""
+    model, root = exported(qwen2_moe, "fp32")
+    facts = Bundle.open(root).manifest.model
+    sizes = [sum(p.numel() for p in layer.parameters()) * 4 for layer in model.model.layers]
+    experts = sum(p.numel() for p in model.model.layers[1].mlp.experts.parameters()) * 4
+    assert facts.layer_bytes == tuple(sizes)
+    assert facts.expert_bytes == (0, experts)
+    assert [facts.read_bytes(layer) for layer in (0, 1)] == [sizes[0], sizes[1] - experts * 2 // 3]
+    assert facts.read_bytes(1, tokens=2) == sizes[1] - round(experts * (2 / 3) ** 2)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_halves_on_ort(dtype, tmp_path, capsys):
+    """Its operator runs in float32, or over integers."""
+    granitemoe().save_pretrained(tmp_path / "model")
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dtype", dtype, *WHOLE]) == 2
+    assert "cannot run the model's experts in this form" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
