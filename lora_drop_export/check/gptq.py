@@ -3,7 +3,9 @@
 Enters: a checkpoint, the block formats of its weights, token ids. Leaves: the weights with integers, scales and zero
 points, on disk. One decoder layer at a time has weights. Within it the linear layers are rounded in the order in which
 they run, each on inputs that the rounded ones before it make: a layer is run over the text until the next one is
-reached, then again from its beginning. Linear layers that read one tensor (q, k, v; gate, up) share its moments.
+reached, then again from its beginning. Linear layers that read one tensor (q, k, v; gate, up) share its moments. So do
+the experts of a mixture: gate and up of each are rounded by the inputs of all tokens, since few are sent to any one;
+down by those that an expert itself makes of the tokens that are.
 
 The checkpoint's own layer runs beside, on what its own predecessors make: each linear layer is to give on the inputs
 that it will have what the checkpoint's gives on its own (`corrected`), so errors do not add up over the layers.
@@ -14,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
+from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, mixed, unmixed
 from lora_drop_export.decoder.anatomy import first_output, name_of, put_tensor
 from lora_drop_export.decoder.attention_interface import AttentionCall
+from lora_drop_export.decoder.refusals import is_of_experts
 from lora_drop_export.decoder.streamed import StreamedModel
 from lora_drop_export.quantize.formats import Blocked, BlockFormat, Floats, dequantize
 from lora_drop_export.quantize.gptq import (
@@ -42,6 +46,7 @@ _CHUNK_TOKENS = 2048  # that run through a layer at once
 _SIGNS = np.array([-1, 1], np.float32)
 _PROBES = 256  # rows by which the share of a correction is found that holds
 _HEAD_ROWS = 8192  # of the vocabulary, in memory at once
+_MOMENTS_BYTES = 1 << 31  # of experts, in memory at once
 
 
 def _attend(call: AttentionCall) -> Any:
@@ -113,8 +118,8 @@ class _Reached(Exception):
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A linear layer's input."""
-    return args[0] if args else kwargs["input"]
+    """The input of a linear layer, or of experts."""
+    return args[0] if args else kwargs["input" if "input" in kwargs else "hidden_states"]
 
 
 @dataclasses.dataclass
@@ -159,6 +164,35 @@ def _input_of(module: Any, run: Callable[[], Any], to_end: bool) -> tuple[Any, A
     return seen[0], returned
 
 
+def _rows_name(name: str, formats: Collection[str]) -> str:
+    """The parameter that a linear layer's weight is, or that gate and up of experts are."""
+    return name if name in formats else f"{name}.{GATE_UP}{ROWS}"
+
+
+def _sent(experts: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
+    """The tokens [T, d] that experts are given when `run` reaches them, and where the router sends each, [T, K]."""
+    seen: list[Any] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        seen.extend(given[:2])
+        raise _Reached
+
+    hook = experts.register_forward_pre_hook(look, with_kwargs=True)
+    with contextlib.suppress(_Reached):
+        run()
+    hook.remove()
+    return seen[0], seen[1]
+
+
+def _inner(experts: Any, expert: int, x: Any) -> Any:
+    """What an expert makes of tokens [T, d] before its last product, [T, I]."""
+    import torch
+
+    gate, up = torch.nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
 @dataclasses.dataclass
 class _Rounder:
     """Rounds weights and keeps what they became.
@@ -200,6 +234,9 @@ class _Rounder:
             if isinstance(module, torch.nn.Linear)
         }
         pending = {module: name for module, name in names.items() if name in self.formats}
+        for name, module in layer.named_modules():
+            if is_of_experts(module) and f"{prefix}.{name}.{GATE_UP}{ROWS}" in self.formats:
+                pending[module] = f"{prefix}.{name}"
         exact_outputs: list[Any] = []
         while True:
             stage, outputs = _Stage(), []
@@ -227,18 +264,68 @@ class _Rounder:
             factor = stage.moments.triangle()
             if factor is not None:
                 self._stage(members, stage.moments, factor)
+                for name in members:
+                    if name not in self.formats:
+                        self._down(name, layer, exact, streams, calls)
 
     def _stage(self, members: Mapping[str, Any], moments: _Moments, factor: tuple[Any, Any]) -> None:
-        """Round linear layers, parameter name → module, that read one tensor."""
+        """Round linear layers, parameter name → module, that read one tensor; and gate and up of experts that do."""
         import torch
 
-        parts = [finite(module.weight.numpy(), self.refs[name].name) for name, module in members.items()]
+        parts = []
+        for name, module in members.items():
+            weight = module.weight.numpy() if name in self.formats else mixed(module.gate_up_proj.numpy(), 2)
+            parts.append(finite(weight, self.refs[_rows_name(name, self.formats)].name))
         rows = moments.corrected(factor, np.concatenate(parts))
         for (name, module), part in zip(members.items(), parts, strict=True):
-            form, own, rows = self.formats[name], rows[: len(part)], rows[len(part) :]
+            full = _rows_name(name, self.formats)
+            form, own, rows = self.formats[full], rows[: len(part)], rows[len(part) :]
             blocks = gptq_rows(own, *factor, form)
-            put_tensor(module, "weight", torch.from_numpy(dequantize(*blocks)))
-            self.found[name] = store_rounded(self.refs[name], form, [blocks], self.directory)
+            values = dequantize(*blocks)
+            if full == name:
+                put_tensor(module, "weight", torch.from_numpy(values))
+            else:
+                put_tensor(module, GATE_UP, torch.from_numpy(unmixed(values, len(module.gate_up_proj), 2)))
+            self.found[full] = store_rounded(self.refs[full], form, [blocks], self.directory)
+
+    def _down(
+        self,
+        name: str,
+        layer: Any,
+        exact: Any,
+        streams: tuple[list[Any], list[Any]],
+        calls: tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]],
+    ) -> None:
+        """Round what experts of this name end with, each by what it makes of the tokens that it is sent."""
+        import torch
+
+        experts, theirs = (next(filter(is_of_experts, one.modules())) for one in (layer, exact))
+        full = f"{name}.{DOWN}{ROWS}"
+        count, _, columns = experts.down_proj.shape
+        blocks: list[Blocked] = []
+        at_once = max(1, _MOMENTS_BYTES // (16 * columns * columns))
+        for first in range(0, count, at_once):
+            some = range(first, min(count, first + at_once))
+            moments = {expert: _Moments() for expert in some}
+            for place, (x, own, call, their_call) in enumerate(zip(*streams, *calls, strict=True)):
+                given, index = _sent(experts, lambda: layer(x, *call[0], **call[1]))  # noqa: B023 - runs at once
+                full_given, _ = _sent(theirs, lambda: exact(own, *their_call[0], **their_call[1]))  # noqa: B023
+                for expert in some:
+                    tokens = (index == expert).any(-1).nonzero().squeeze(-1)
+                    inner, full_inner = (
+                        _inner(experts, expert, given[tokens]),
+                        _inner(theirs, expert, full_given[tokens]),
+                    )
+                    moments[expert].add(inner, full_inner, 2 * place // len(calls[0]))
+            for expert in some:
+                weight = finite(experts.down_proj[expert].numpy(), self.refs[full].name)
+                factor = moments[expert].triangle()
+                if factor is None:
+                    return
+                blocks.append(gptq_rows(moments[expert].corrected(factor, weight), *factor, self.formats[full]))
+        values = np.concatenate([dequantize(*one) for one in blocks])
+        put_tensor(experts, DOWN, torch.from_numpy(unmixed(values, count, 1)))
+        self.found[full] = store_rounded(self.refs[full], self.formats[full], blocks, self.directory)
 
     def head(self, name: str, streams: Sequence[tuple[Any, Any]], tied: bool) -> None:
         """Round the head by what reaches it, [B, S, d] of each chunk, and what reaches the checkpoint's own.

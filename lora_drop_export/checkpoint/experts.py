@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,31 @@ import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
 
+from lora_drop_export.quantize.choice import Quantization
+from lora_drop_export.quantize.formats import Blocked, BlockFormat
+
 from .checkpoint import Checkpoint, TensorSource
 
 ROWS = ".rows"  # ends a name of the bundle's form
+_Arrays = tuple[npt.NDArray[Any], ...]
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # the parameters of a module of experts
 
 
 def _turns(name: str) -> int:
     """Matrices of an expert whose rows take turns."""
     return 2 if name.removesuffix(ROWS).endswith(GATE_UP) else 1
+
+
+def mixed(stack: npt.NDArray[Any], turns: int) -> npt.NDArray[Any]:
+    """The bundle's form [E·turns·N, K] of what transformers has, [E, turns·N, K]."""
+    experts, height, columns = stack.shape
+    return stack.reshape(experts, turns, height // turns, columns).swapaxes(1, 2).reshape(-1, columns)
+
+
+def unmixed(rows: npt.NDArray[Any], experts: int, turns: int) -> npt.NDArray[Any]:
+    """What transformers has, [E, turns·N, K], of the bundle's form."""
+    height, columns = len(rows) // experts, rows.shape[1]
+    return rows.reshape(experts, height // turns, turns, columns).swapaxes(1, 2).reshape(experts, height, columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,22 +129,51 @@ class ExpertRows:
         """The checkpoint's, that it is made of."""
         return [part.whole if isinstance(part, _Part) else part for expert in self.parts for part in expert]
 
+    def _gathered(self, begin: int, end: int, read: Callable[[Any, int, int], _Arrays]) -> _Arrays:
+        """Rows `begin` to `end` of what `read` gives for rows of a part."""
+        turns, height = len(self.parts[0]), len(self.parts[0]) * self._first.shape[0]
+        end = min(end, len(self.parts) * height)
+        pieces = []
+        for expert in range(begin // height, max(-(-end // height), begin // height + 1)):
+            first, last = max(0, begin - expert * height), max(0, min(height, end - expert * height))
+            skipped = first % turns
+            read_of = [
+                read(part, first // turns, -(-last // turns)) for part in self.parts[min(expert, len(self.parts) - 1)]
+            ]
+            both = [
+                np.stack(of_each, axis=1).reshape(-1, of_each[0].shape[1]) for of_each in zip(*read_of, strict=True)
+            ]
+            pieces.append([array[skipped : skipped + last - first] for array in both])
+        return tuple(np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*pieces, strict=True))
+
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Rows `begin` to `end`."""
-        turns, (rows, columns) = len(self.parts[0]), self._first.shape
-        height = turns * rows
-        end = min(end, len(self.parts) * height)
-        found = []
-        for expert in range(begin // height, -(-end // height)):
-            first, last = max(0, begin - expert * height), min(height, end - expert * height)
-            matrices = [part.rows(first // turns, -(-last // turns)) for part in self.parts[expert]]
-            mixed = np.stack(matrices, axis=1).reshape(-1, columns) if turns > 1 else np.asarray(matrices[0])
-            skipped = first % turns
-            found.append(mixed[skipped : skipped + last - first])
-        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros((0, columns), np.float32)
+        return self._gathered(begin, end, lambda part, first, last: (part.rows(first, last),))[0]
 
     def read(self) -> npt.NDArray[Any]:
         return self.rows(0, self.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class KeptExpertRows(ExpertRows):
+    """The same of matrices that have integers, in blocks of one size.
+
+    Attributes:
+        native: their format, as `native_rows` gives them.
+    """
+
+    native: BlockFormat
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """As the manifest has it, where these are not rounded again whatever is asked for."""
+        found: Quantization | None = getattr(self._first, "quantization", None)
+        return found
+
+    def native_rows(self, begin: int, end: int) -> Blocked:
+        """Rows `begin` to `end`: integers, scales and zero points."""
+        q, scales, zero_points = self._gathered(begin, end, lambda part, first, last: part.native_rows(first, last))
+        return q, scales, zero_points
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,13 +203,22 @@ class ExpertStack:
 
     def rows(self, begin: int, end: int) -> npt.NDArray[Any]:
         """Experts `begin` to `end`."""
-        _, height, columns = self.shape
-        turns = _turns(self.name)
-        mixed = self.stored.rows(begin * height, min(end, self.experts) * height)
-        return mixed.reshape(-1, height // turns, turns, columns).swapaxes(1, 2).reshape(-1, height, columns)
+        _, height, _ = self.shape
+        end = min(end, self.experts)
+        return unmixed(self.stored.rows(begin * height, end * height), end - begin, _turns(self.name))
 
     def read(self) -> npt.NDArray[Any]:
         return self.rows(0, self.experts)
+
+
+def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRows:
+    """The bundle's form of matrices that lie apart, with their integers where all have some in blocks of one size."""
+    forms = {getattr(part, "native", None) for expert in parts for part in expert}
+    if None in forms or len({(form.bits, form.block_size, form.floating) for form in forms}) > 1:  # type: ignore[union-attr]
+        return ExpertRows(name, parts)
+    form = next(iter(forms))
+    assert form is not None
+    return KeptExpertRows(name, parts, dataclasses.replace(form, symmetric=all(one.symmetric for one in forms)))  # type: ignore[union-attr]
 
 
 def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> TensorSource | None:
@@ -179,7 +234,7 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
         return ExpertStack(name, stored, experts)
     if plain in checkpoint.joined:
         parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
-        rows = ExpertRows(f"{plain}{ROWS}", parts)
+        rows = _rows_of(f"{plain}{ROWS}", parts)
         return rows if name != plain else ExpertStack(name, rows, len(parts))
     whole = tensors.get(checkpoint.renamed.get(plain, plain))
     if name == plain or whole is None or len(whole.shape) != 3:

@@ -28,6 +28,7 @@ from .foreign import refused
 # Formats that are ours too: a float16 scale and signed integers. name → (bits, bytes of a block, values of a block)
 _NATIVE = {"Q4_0": (4, 18, 32), "Q8_0": (8, 34, 32)}
 _PROBE_COLUMNS = 8
+_EXPERTS = re.compile(r"\.ffn_(gate|up|down)_exps\.weight$")
 _UNFITTING = "A tensor of the GGUF file does not fit the model that its config describes."
 _CONVERT_AGAIN = "Convert the model again, or take its safetensors checkpoint."
 
@@ -49,6 +50,11 @@ class _Conversion:
         return made | ({self.names[result.name]: result.weights} if result.name in self.names else {})
 
 
+def _as_it_is(name: str) -> Callable[[npt.NDArray[Any], str], dict[str, npt.NDArray[Any]]]:
+    """The conversion of a tensor that is a parameter of this name."""
+    return lambda weights, _: {name: weights}
+
+
 @dataclass(frozen=True, eq=False)
 class GgufTensor:
     """One parameter; `shape` is the model's, `stored_shape` and `stored_dtype` are the data's in the file.
@@ -64,7 +70,7 @@ class GgufTensor:
     stored_shape: tuple[int, ...]
     stored_dtype: np.dtype[Any]
     stored_name: str
-    conversion: _Conversion
+    conversion: Callable[[npt.NDArray[Any], str], dict[str, npt.NDArray[Any]]]
     dtype: str = "float32"
 
     @property
@@ -228,6 +234,29 @@ def gguf_reader(path: Path) -> Any:
     return reader
 
 
+def _of_experts(stored: Any, pattern: str, path: Path) -> dict[str, GgufTensor]:
+    """The matrices [N, K] of a stored tensor [E, N, K], by the names that a checkpoint gives them apart.
+
+    Args:
+        pattern: of the names, with a place for the expert's number.
+    """
+    found = {}
+    for expert, data in enumerate(stored.data):
+        name = pattern.format(expert)
+        found[name] = GgufTensor(
+            name=name,
+            file=path,
+            shape=(int(stored.shape[1]), int(stored.shape[0])),
+            kind=stored.tensor_type,
+            offset_bytes=int(stored.data_offset) + expert * data.nbytes,
+            stored_shape=tuple(data.shape),
+            stored_dtype=data.dtype,
+            stored_name=stored.name,
+            conversion=_as_it_is(name),
+        )
+    return found
+
+
 def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -> dict[str, GgufTensor]:
     """The file's tensors under the names of the model's parameters.
 
@@ -264,6 +293,10 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
                 hint="Take a GGUF file in another format, or the model's float checkpoint.",
             )
         name = conversion.names.get(stored.name)
+        if (experts := _EXPERTS.search(stored.name)) and len(stored.data.shape) == 3:
+            whole = name or conversion.names.get(stored.name.removesuffix(".weight"), "")
+            tensors |= _of_experts(stored, f"{whole.rpartition('.')[0]}.{{}}.{experts[1]}_proj.weight", path)
+            continue
         if name is None or name not in shapes:
             left += [stored.name] if stored.name.startswith("blk.") else []
             continue

@@ -155,8 +155,14 @@ def _complete_window(config: Any, fields: _Fields) -> None:
     config.sliding_window = int(window)
 
 
+_EXPERT_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
 def complete_config(config: Any, reader: Any) -> None:
-    """Put into a file's config what it says of RoPE, windows and soft caps.
+    """Put into a file's config what it says of RoPE, windows, soft caps and the sizes of experts.
 
     Args:
         config: transformers', changed in place.
@@ -173,6 +179,10 @@ def complete_config(config: Any, reader: Any) -> None:
     if isinstance(getattr(config, "rope_parameters", None), dict):
         _complete_rope(config, fields, {tensor.name: tensor for tensor in reader.tensors})
     _complete_window(config, fields)
+    for key, name in _EXPERT_SIZES.items():
+        size = fields.number(key, 0)
+        if size is not None and hasattr(config, name):
+            setattr(config, name, int(size))
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         cap = fields.number(name, 0) if fields.get(name) else None  # 0 is none, too
         if fields.get(name) is not None and cap != getattr(config, name, None):

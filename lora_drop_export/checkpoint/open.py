@@ -133,7 +133,8 @@ def _gguf(path: Path, scratch: Path, log: Callable[[str], None]) -> Checkpoint:
             log(f"the bundle will take token ids only: {error.note}")
             tokenizer = None
         target = _model_directory(model, scratch, tokenizer)
-    return Checkpoint(path.name, target, _config(target, False), tensors, owned=True)
+    config = _config(target, False)
+    return Checkpoint(path.name, target, config, tensors, joined=joined_experts(tensors, config), owned=True)
 
 
 def _snapshot(model: str) -> Path:

@@ -44,6 +44,7 @@ from lora_drop_export.quantize.formats import (
 )
 
 from .checkpoint import TensorSource
+from .experts import KeptExpertRows
 from .foreign import CHECKPOINT_HINT, refused
 from .packed_config import BITS, check_config, gptq_format, in_float8, refusal
 
@@ -328,7 +329,8 @@ class Float8Tensor(PackedTensor):
         return None
 
 
-Kept = PackedTensor | DequantizedTensor  # of a quantized checkpoint or of a bundle: they are stored as they are
+# Of a quantized checkpoint or of a bundle: they are stored as they are
+Kept = PackedTensor | DequantizedTensor | KeptExpertRows
 
 _METHODS: dict[str, type[PackedTensor]] = {kind.method: kind for kind in (GptqTensor, AwqTensor, CompressedTensor)}
 _PARTS = {

@@ -60,6 +60,9 @@ def _check_addable(bundle: Bundle, targets: Sequence[str], options: ExportOption
         caches = Caches(manifest.model.kv_dtype, head_dims, manifest.plan.refresh_policy.fills)
         for target in targets:
             TARGETS[target].check_caches(caches, options)
+    if manifest.model.expert_bytes:
+        for target in targets:
+            TARGETS[target].check_experts(manifest.model.dtype, ())
 
 
 def _stage_the_rest(bundle: Bundle, targets: Sequence[str], staged: Path) -> dict[str, FileRecord]:

@@ -52,6 +52,7 @@ from .early import check_before_trace, check_bundle, check_kept, check_names, wa
 from .facts import (
     activations_dtype,
     chosen_formats,
+    expert_formats,
     kept_quantization,
     make_limits,
     make_plan,
@@ -97,6 +98,9 @@ def write_bundle(
     warn_of_tensors(checkpoint, refs, len(traced.windows), console)
     groups = fusable_groups(traced.graph)
     formats = chosen_formats(refs, traced, groups, options)
+    if mixtures := expert_formats(refs, formats):
+        for target in set(options.targets) & set(TARGETS):
+            TARGETS[target].check_experts(dtype, mixtures)
     quantization = quantization_of(refs, options)
     needed = weights_bytes(refs, dtype, options.weights, owned=checkpoint.owned, formats=formats)
     rounds = options.calibrated and not stand_in

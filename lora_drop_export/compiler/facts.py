@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from lora_drop_runtime.plan.sites import INJECTIONS, half_of, injected
 from lora_drop_runtime.plan.surrogate import DEFAULT_SURROGATE
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS
+from lora_drop_export.checkpoint.experts import DOWN, GATE_UP, ROWS, KeptExpertRows
 from lora_drop_export.checkpoint.foreign import refused
 from lora_drop_export.checkpoint.gguf import GgufTensor
 from lora_drop_export.checkpoint.packed import Kept
@@ -42,14 +42,18 @@ from lora_drop_export.targets.target import TARGETS
 from .options import BuildOptions, PlanOptions, always_kept
 
 
-def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
-    """The block formats that weights of a GGUF file have there."""
-    return {name: ref.native for name, ref in refs.items() if isinstance(ref, GgufTensor) and ref.native}
-
-
 def kept_weights(refs: Mapping[str, TensorSource]) -> dict[str, Kept]:
     """The weights that a quantized checkpoint or a bundle holds: they are stored as they are."""
     return {name: ref for name, ref in refs.items() if isinstance(ref, Kept) and ref.quantization is not None}
+
+
+def native_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
+    """The block formats that weights of a GGUF file have there."""
+    kinds = GgufTensor | KeptExpertRows
+    kept = kept_weights(refs)
+    return {
+        name: ref.native for name, ref in refs.items() if isinstance(ref, kinds) and ref.native and name not in kept
+    }
 
 
 def kept_formats(refs: Mapping[str, TensorSource]) -> dict[str, BlockFormat]:
@@ -85,12 +89,27 @@ def quantization_of(refs: Mapping[str, TensorSource], options: BuildOptions) -> 
     return kept_quantization(refs) or options.weights_format
 
 
-def _alike(formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockFormat]:
-    """The formats of experts, where a kernel that reads both of their matrices wants one: a layer's get it, or none."""
+def _pairs(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Gate and up, and down, of the experts of each layer."""
+    end = f"{DOWN}{ROWS}"
+    return [(f"{name.removesuffix(end)}{GATE_UP}{ROWS}", name) for name in names if name.endswith(end)]
+
+
+def expert_formats(
+    refs: Mapping[str, TensorSource], formats: Mapping[str, BlockFormat]
+) -> set[tuple[BlockFormat | None, BlockFormat | None]]:
+    """How the experts of layers are stored: gate and up, and down."""
+    return {(formats.get(up), formats.get(down)) for up, down in _pairs(refs)}
+
+
+def _alike(
+    formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[int, ...]], given: Collection[str]
+) -> dict[str, BlockFormat]:
+    """The formats of experts, where a kernel that reads both of their matrices wants one: a layer's get it, or none;
+    but for those that are given."""
     found = dict(formats)
-    for down in [name for name in shapes if name.endswith(f"{DOWN}{ROWS}")]:
-        pair = f"{down.removesuffix(f'{DOWN}{ROWS}')}{GATE_UP}{ROWS}", down
-        forms = [formats[name] for name in pair if name in formats]
+    for pair in _pairs(shapes):
+        forms = [formats[name] for name in pair if name in formats and name not in given]
         if len(forms) == 1:
             found.pop(next(name for name in pair if name in formats))
         elif len(set(forms)) > 1:
@@ -110,7 +129,7 @@ def chosen_formats(
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
     shapes = {name: ref.shape for name, ref in chosen.items()}
     given = head_formats(shapes, traced.vocab_size, options) | kept_formats(chosen)
-    return _alike(block_formats(shapes, native_formats(chosen), groups, options.weights_format, given), shapes)
+    return _alike(block_formats(shapes, native_formats(chosen), groups, options.weights_format, given), shapes, given)
 
 
 def quantization_facts(

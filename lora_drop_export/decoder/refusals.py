@@ -59,7 +59,7 @@ def refuse_by_config(config: Any) -> None:
                 raise unsupported(feature, config)
 
 
-def _is_of_experts(module: Any) -> bool:
+def is_of_experts(module: Any) -> bool:
     """Whether a module holds experts that are called through transformers' interface (experts_interface.py)."""
     return hasattr(type(module), "_apply_gate") and hasattr(module, "has_gate")
 
@@ -90,7 +90,7 @@ def refuse_by_modules(model: Any, layers: Any) -> None:
     """Features that the modules show; a family of MoE models may have dense ones, too."""
     family = type(model).__name__.removesuffix("ForCausalLM")
     for layer in layers:
-        mixtures = [module for module in layer.modules() if _is_of_experts(module)]
+        mixtures = [module for module in layer.modules() if is_of_experts(module)]
         for experts in mixtures:
             _refuse_experts(experts, model.config)
         for name, module in layer.named_modules():

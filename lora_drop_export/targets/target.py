@@ -6,7 +6,7 @@ asks which target it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,14 @@ class Target(Protocol):
 
     def check_caches(self, caches: Caches, options: TargetOptions) -> None:
         """Refuse, before the trace where that is known, 8-bit caches that do not go with the options or the model."""
+
+    def check_experts(self, dtype: str, formats: Collection[tuple[BlockFormat | None, BlockFormat | None]]) -> None:
+        """Refuse, before weights are read, mixtures of experts that it cannot run.
+
+        Args:
+            dtype: of activations.
+            formats: of gate and up and of down of some layers; None where they are in float.
+        """
 
     def dtype(self, of_checkpoint: str) -> str:
         """Of activations, where the user names none; `of_checkpoint` is that of most of the weights."""

@@ -125,7 +125,7 @@ def check_linkable(
     if owned or not all(isinstance(ref, TensorPlace) for ref in refs):
         raise InputError(
             "The checkpoint's weights cannot be linked.",
-            note="They do not lie in safetensors files: they have to be converted.",
+            note="They do not lie in safetensors files, or not in the bundle's form: they have to be converted.",
             hint="Use --weights copy.",
         )
     trial = root / "linked"

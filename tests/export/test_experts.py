@@ -5,6 +5,8 @@ Whole families are exported and decoded in test_more_families.py and in targets/
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -14,6 +16,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
+from safetensors.numpy import load_file, save_file
 
 from lora_drop_export.checkpoint.experts import ExpertRows
 from lora_drop_export.checkpoint.open import open_checkpoint
@@ -157,5 +160,45 @@ def test_halves_on_ort(dtype, tmp_path, capsys):
     """Its operator runs in float32, or over integers."""
     granitemoe().save_pretrained(tmp_path / "model")
     assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--dtype", dtype, *WHOLE]) == 2
-    assert "cannot run the model's experts in this form" in capsys.readouterr().err
+    assert "does not run experts in half precision" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def _packed(tensors, name, values, size=16):
+    """Put a weight into a checkpoint as compressed-tensors packs it, and return what it is then."""
+    blocks = values.reshape(len(values), -1, size)
+    scales = (np.abs(blocks).max(-1, keepdims=True) / 7).astype(np.float32)
+    integers = np.clip(np.round(blocks / scales), -8, 7)
+    nibbles = (integers + 8).astype(np.uint32).reshape(len(values), -1, 8)
+    words = (nibbles << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32).view(np.int32)
+    stem = name.removesuffix(".weight")
+    tensors |= {f"{stem}.weight_packed": words, f"{stem}.weight_scale": scales[..., 0]}
+    tensors[f"{stem}.weight_shape"] = np.array(values.shape, np.int64)
+    return (integers * scales).reshape(values.shape)
+
+
+def test_quantized_experts_keep_their_integers(tmp_path, capsys):
+    """Matrices that lie apart, each quantized, become one of the same integers; nothing is rounded again."""
+    qwen2_moe().save_pretrained(tmp_path / "model")
+    file, config = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    tensors, want = load_file(file), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        want[name] = _packed(tensors, name, tensors.pop(name))
+    save_file(tensors, file)
+    weights = {"num_bits": 4, "group_size": 16, "strategy": "group", "symmetric": True, "type": "int"}
+    group = {"format": "pack-quantized", "input_activations": None, "output_activations": None, "targets": ["Linear"]}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    quantization |= {"config_groups": {"group_0": group | {"weights": weights}}}
+    config.write_text(
+        json.dumps(json.loads(config.read_text("utf-8")) | {"quantization_config": quantization}), "utf-8"
+    )
+    targets = ["--target", "ort", "--target", "openvino", "--drop-layers", "1"]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *targets, *WHOLE]) == 0
+    for source in (tmp_path / "model", tmp_path / "out"):
+        experts = load_model(str(source)).model.model.layers[1].mlp.experts
+        prefix = "model.layers.1.mlp.experts"
+        for e in range(6):
+            gate, up, down = (want[f"{prefix}.{e}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            assert np.array_equal(experts.gate_up_proj[e].numpy(), np.concatenate([gate, up]))
+            assert np.array_equal(experts.down_proj[e].numpy(), down)
+    assert "left out" not in capsys.readouterr().err

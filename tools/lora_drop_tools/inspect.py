@@ -87,6 +87,17 @@ def _heads(model: ModelFacts) -> str:
     return " and ".join(f"{kind.num_heads}/{kind.kv_heads} of {kind.head_dim}" for kind in kinds)
 
 
+def _experts(model: ModelFacts) -> list[str]:
+    """Of a mixture, what a token reads of it."""
+    if not model.expert_bytes:
+        return []
+    read, stored = sum(map(model.read_bytes, range(model.num_layers))), sum(model.layer_bytes)
+    return [
+        f"experts      a token reads {model.expert_share:.1%} of their weights: {read / MIB:.1f} of the layers' "
+        f"{stored / MIB:.1f} MiB"
+    ]
+
+
 def _kv_savings(manifest: Manifest) -> str:
     """Eq. 16 under each policy that the bundle runs, equal ones together."""
     plan, names = manifest.plan, dict[str, list[str]]()
@@ -180,6 +191,7 @@ def describe(bundle: Bundle) -> list[str]:
         f"model        {model.name} ({model.model_type}, {model.num_layers} layers, d {model.hidden_size}, "
         f"{_heads(model)} heads, {model.dtype}"
         f"{f', K/V {short_name(model.kv_dtype)}' if model.kv_dtype else ''})",
+        *_experts(model),
         *_quantization(manifest),
         f"layers       {strip}   {legend}",
         *_drop_list(manifest),

@@ -50,6 +50,9 @@ class OpenVinoTarget:
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""
 
+    def check_experts(self, dtype: str, formats: object) -> None:
+        """It takes all."""
+
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"
 

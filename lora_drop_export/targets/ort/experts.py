@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.graphs.experts import Experts, match_experts
 from lora_drop_export.graphs.initializers import seen_as
 from lora_drop_export.graphs.match import QuantizedBlocks
 from lora_drop_export.graphs.nodes import Ops, replace_node
 
+from .expert_formats import check_alike
 from .linears import MICROSOFT
 
 _BLOCKS = ".experts"  # ends the second names of matrices, a dimension for each expert
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
-def _refuse(what: str) -> ModelError:
-    return ModelError(
-        "Target ort cannot run the model's experts in this form.",
-        note=f"{what}.",
-        hint="Use --dtype fp32, or --dtype int4 or int8 with a --block-size that divides both widths.",
-    )
-
-
 def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
     """MoE makes weights of its own of what the router gives, a softmax over the chosen ones: of the logarithms of ours
     it makes ours, divided by their sum."""
-    if experts.x.dtype != ir.DataType.FLOAT:
-        raise _refuse("Their matrices are in half precision, in which its operator does not run on a CPU")
     (d, inner), count = experts.sizes, experts.count
     up = seen_as(graph, experts.gate_up, _BLOCKS, ir.DataType.FLOAT, [count, 2 * inner, d])
     down = seen_as(graph, experts.down, _BLOCKS, ir.DataType.FLOAT, [count, d, inner])
@@ -53,9 +43,6 @@ def _quantized(
     graph: ir.Graph, ops: Ops, experts: Experts, blocks: tuple[QuantizedBlocks, QuantizedBlocks]
 ) -> ir.Value:
     up, down = blocks
-    if (up.bits, up.block_size) != (down.bits, down.block_size):
-        sizes = " and ".join(f"{one.bits} bits in blocks of {one.block_size}" for one in blocks)
-        raise _refuse(f"Their matrices are quantized in two ways: {sizes}")
     (d, inner), count = experts.sizes, experts.count
     inputs: dict[int, ir.Value] = {}
     symmetric = up.symmetric and down.symmetric
@@ -84,16 +71,16 @@ def _quantized(
 
 
 def lower_experts(graph: ir.Graph) -> None:
+    """Raises ModelError where one of a layer's two matrices is stored otherwise than the other."""
     for node in list(graph):
         experts = match_experts(node)
         if experts is None:
             continue
         ops, (up, down) = Ops(), experts.blocks
-        if up is None and down is None:
+        check_alike(up, down)
+        if up is None or down is None:
             result = _in_floats(graph, ops, experts)
-        elif up is not None and down is not None:
-            result = _quantized(graph, ops, experts, (up, down))
         else:
-            raise _refuse("A width that no block divides leaves one of their matrices in float")
+            result = _quantized(graph, ops, experts, (up, down))
         replace_node(graph, node, ops, result)
         graph.remove(node, safe=True)

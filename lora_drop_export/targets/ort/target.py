@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,10 +12,13 @@ from lora_drop_runtime.bundle.manifest import Manifest, ModelFacts, OrtEntry, Ta
 from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.engines.ort.package import import_onnxruntime
 from lora_drop_runtime.engines.ort.providers import check_version, takes_ragged_rows
+from lora_drop_runtime.errors import ModelError
 from lora_drop_runtime.plan.schedule import StepKind
 
 from lora_drop_export.console import Console
 from lora_drop_export.quantize.formats import BlockFormat
+
+from .expert_formats import check_alike
 
 
 def _say_of_caches(model: ModelFacts, refresh: Any, console: Console) -> None:
@@ -56,6 +59,17 @@ class OrtTarget:
 
     def check_caches(self, caches: object, options: object) -> None:
         """It takes them with any model and policy."""
+
+    def check_experts(self, dtype: str, formats: Collection[tuple[BlockFormat | None, BlockFormat | None]]) -> None:
+        """Its operators take them in float32, or all in blocks of one kind."""
+        if dtype != "float32":
+            raise ModelError(
+                "Target ort does not run experts in half precision.",
+                note=f"Activations would be {dtype}; the model is a mixture of experts.",
+                hint="Use --dtype fp32, int8 or int4; or --target openvino, which takes bf16, too.",
+            )
+        for up, down in formats:
+            check_alike(up, down)
 
     def dtype(self, of_checkpoint: str) -> str:
         return "float32"  # the one dtype that the CPU computes in

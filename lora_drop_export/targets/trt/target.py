@@ -234,6 +234,9 @@ class TrtTarget:
     def takes_kept(self, form: BlockFormat) -> bool:
         return form.bits == 4 or form.symmetric
 
+    def check_experts(self, dtype: str, formats: object) -> None:
+        """Plain ONNX of them runs on any."""
+
     def dtype(self, of_checkpoint: str) -> str:
         return "bfloat16" if of_checkpoint == "float32" else of_checkpoint
 
@@ -262,6 +265,8 @@ class TrtTarget:
         from .profiles import LEAST_VERIFIED, lora_profiles, refresh_profiles
 
         _check_scales(graphs[StepKind.REFRESH], self.name)
+        if manifest.model.expert_bytes:
+            console.say(f"{self.name}: each step computes all experts of a layer, and not the chosen ones alone")
         plan, limits = manifest.plan, manifest.limits
         model, form = manifest.model, self.form(options)
         sharing = self.sharing(options, model.weight_dtype, model.dtype, graphs[StepKind.REFRESH], console)

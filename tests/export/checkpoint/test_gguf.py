@@ -10,13 +10,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from lora_drop_runtime.bundle.safetensors_file import read_tensors
 from lora_drop_runtime.errors import InputError, ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.quantize.dequantized import dequantized_tensors
-from lora_drop_export.quantize.formats import BlockFormat, unpack
+from lora_drop_export.quantize.formats import BlockFormat, dequantize, unpack
+from lora_drop_export.weights.resolve import find_tensor, resolve_tensors
 from lora_drop_export.weights.store import store_weights
 from tests.support.quantized import data
 
@@ -186,3 +188,80 @@ def test_rows_of_no_values_take_no_memory(opened):
     ref: Any = opened.tensors["model.layers.0.self_attn.q_proj.weight"]
     with pytest.raises(ModelError, match="does not fit the model that its config describes"):
         dataclasses.replace(ref, shape=(2**40, 0), stored_shape=(2**40, 0)).rows(0, 1)
+
+
+@pytest.mark.parametrize("arch", ["qwen2moe", "qwen3moe"])
+def test_experts_are_read_as_transformers_reads_them(arch, tmp_path):
+    """Whose gate and up are two tensors of all experts; their integers are taken, those of other files rounded."""
+    from transformers import AutoModelForCausalLM
+
+    kinds, path, experts, inner, shared = gguf.GGMLQuantizationType, tmp_path / "tiny.gguf", 3, 64, 96
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in (
+        ("context_length", 64),
+        ("embedding_length", WIDTH),
+        ("block_count", 1),
+        ("feed_forward_length", INNER),
+        ("attention.head_count", HEADS),
+        ("attention.head_count_kv", KV_HEADS),
+        ("attention.key_length", WIDTH // HEADS),
+        ("vocab_size", VOCABULARY),
+        ("expert_count", experts),
+        ("expert_used_count", 2),
+        ("expert_feed_forward_length", inner),
+        ("expert_shared_feed_forward_length", shared),
+    ):
+        writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
+    generator, written = np.random.default_rng(7), {}
+    tensors = [
+        ("token_embd", (VOCABULARY, WIDTH), kinds.F32),
+        ("output", (VOCABULARY, WIDTH), kinds.F32),
+        ("output_norm", (WIDTH,), kinds.F32),
+        ("blk.0.attn_q", (WIDTH, WIDTH), kinds.F32),
+        ("blk.0.attn_k", (WIDTH // 2, WIDTH), kinds.F32),
+        ("blk.0.attn_v", (WIDTH // 2, WIDTH), kinds.F32),
+        ("blk.0.attn_output", (WIDTH, WIDTH), kinds.F32),
+        ("blk.0.attn_norm", (WIDTH,), kinds.F32),
+        ("blk.0.ffn_norm", (WIDTH,), kinds.F32),
+        ("blk.0.ffn_gate_inp", (experts, WIDTH), kinds.F32),
+        ("blk.0.ffn_gate_exps", (experts, inner, WIDTH), kinds.Q4_0),
+        ("blk.0.ffn_up_exps", (experts, inner, WIDTH), kinds.Q4_0),
+        ("blk.0.ffn_down_exps", (experts, WIDTH, inner), kinds.Q4_1),
+    ]
+    if arch == "qwen3moe":
+        tensors += [(f"blk.0.attn_{part}_norm", (WIDTH // HEADS,), kinds.F32) for part in ("q", "k")]
+    else:
+        tensors += [(f"blk.0.ffn_{part}_shexp", (shared, WIDTH), kinds.F32) for part in ("gate", "up")]
+        tensors += [
+            ("blk.0.ffn_down_shexp", (WIDTH, shared), kinds.F32),
+            ("blk.0.ffn_gate_inp_shexp", (WIDTH,), kinds.F32),
+        ]
+    for name, shape, kind in tensors:
+        packed = gguf.quants.quantize(generator.standard_normal(shape).astype(np.float32), kind)
+        written[name] = gguf.quants.dequantize(packed, kind)
+        writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    if arch == "qwen2moe":
+        for part, width in (("q", WIDTH), ("k", WIDTH // 2), ("v", WIDTH // 2)):
+            writer.add_tensor(f"blk.0.attn_{part}.bias", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    checkpoint = open_checkpoint(str(path), tmp_path / "scratch", log=lambda _: None)
+    assert (checkpoint.config.num_experts, checkpoint.config.moe_intermediate_size) == (experts, inner)
+    prefix = "model.layers.0.mlp.experts"
+    gate, up, down = (written[f"blk.0.ffn_{part}_exps"] for part in ("gate", "up", "down"))
+    whole: Any = find_tensor(checkpoint, f"{prefix}.gate_up_proj", experts=experts)
+    assert np.array_equal(whole.read(), np.concatenate([gate, up], axis=1))
+    rows: Any = find_tensor(checkpoint, f"{prefix}.gate_up_proj.rows")
+    assert rows.native == BlockFormat(4, 32, True)
+    assert np.array_equal(dequantize(*rows.native_rows(5, 150)), np.stack([gate, up], axis=2).reshape(-1, WIDTH)[5:150])
+    others: Any = find_tensor(checkpoint, f"{prefix}.down_proj.rows")
+    assert not hasattr(others, "native")
+    assert np.array_equal(others.read(), down.reshape(-1, inner))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checkpoint.config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert resolve_tensors(checkpoint, shapes, {}).keys() == shapes.keys()

@@ -26,7 +26,7 @@ _BLOCK = 32  # weights of a quantized matrix that share a scale in float32
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Of one layer; K/V per token that its cache holds."""
+    """Of one layer, as far as a token reads it; K/V per token that its cache holds."""
 
     weights: float
     attention: float  # of these, the attention half's
@@ -53,7 +53,7 @@ def _stored(parameters: Iterable[Any], dtype: str) -> float:
 
 
 def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> list[LayerBytes]:
-    """Sizes of every layer's parts, as a bundle of this dtype stores them.
+    """Sizes of every layer's parts that a token reads, as a bundle of this dtype stores them.
 
     Args:
         halves: False where they run beside each other; the attention's half then has no bytes.
@@ -62,9 +62,10 @@ def layer_bytes(forcing: TeacherForcing, dtype: str, halves: bool = True) -> lis
     found = []
     for index in range(len(forcing)):
         first, makes_kv, values = forcing.parameters_of(index)
+        experts, share = forcing.experts_of(index)
         found.append(
             LayerBytes(
-                weights=_stored(forcing.layers[index].parameters(), dtype),
+                weights=_stored(forcing.layers[index].parameters(), dtype) - (1 - share) * _stored(experts, dtype),
                 attention=_stored(first, dtype) if halves else 0.0,
                 makes_kv=_stored(makes_kv, dtype),
                 token_kv=values * BY_NAME[cache].size_bytes,

@@ -38,6 +38,7 @@ from lora_drop_export.decoder.anatomy import (
     head_replaced,
     kv_sources,
 )
+from lora_drop_export.decoder.refusals import is_of_experts
 
 from . import attention
 from .attention import Attention
@@ -371,3 +372,23 @@ class TeacherForcing:
                 parameter.requires_grad_(before)
         used = [[p for p, grad in zip(parameters, grads, strict=True) if grad is not None] for grads in found]
         return used[0], used[1], sum(part.shape[1] * part.shape[3] for part in seen)
+
+    def experts_of(self, index: int) -> tuple[list[Any], float]:
+        """Parameters of a layer's experts, and the share of them that one token reads; none where it has none."""
+        import torch
+
+        experts = [module for module in self.layers[index].modules() if is_of_experts(module)]
+        shares: list[float] = []
+
+        def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _, chosen, _ = [*args, *kwargs.values()]
+            shares.append(chosen.shape[1] / len(module.down_proj))
+
+        hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in experts]
+        if experts:
+            with torch.no_grad():
+                hidden = self.embed(torch.tensor([[0, 1]], device=self.device))
+                self._run(index, hidden, Attention(torch.arange(2, device=self.device)))
+        for hook in hooks:
+            hook.remove()
+        return [p for module in experts for p in module.parameters()], max(shares, default=1.0)

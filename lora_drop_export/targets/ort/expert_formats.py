@@ -1,0 +1,28 @@
+"""Which formats of experts its operator reads: asked before weights are rounded, and again of a graph."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lora_drop_runtime.errors import ModelError
+
+
+class Blocked(Protocol):
+    """Integers in blocks, as a format or a match has them."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+
+
+def check_alike(up: Blocked | None, down: Blocked | None) -> None:
+    """Refuse matrices of experts that its operator, which has one format for both, cannot read. Raises ModelError."""
+    kinds = [None if one is None else (one.bits, one.block_size) for one in (up, down)]
+    if kinds[0] != kinds[1]:
+        said = ["float" if one is None else f"{one[0]} bits in blocks of {one[1]}" for one in kinds]
+        raise ModelError(
+            "Target ort does not run experts whose matrices differ in their format.",
+            note=f"Gate and up are in {said[0]}, down is in {said[1]}.",
+            hint="Use --target openvino, or another checkpoint of the model.",
+        )
