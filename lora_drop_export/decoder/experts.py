@@ -59,16 +59,23 @@ def name_experts(graph: ir.Graph) -> dict[str, Fraction]:
     return shares
 
 
+def _unviewed(value: ir.Value | None) -> ir.Value | None:
+    """What Reshapes made a value of."""
+    while value is not None and (node := value.producer()) is not None and node.op_type == "Reshape":
+        value = node.inputs[0]
+    return value
+
+
 def router_parameters(graph: ir.Graph) -> frozenset[str]:
     """Names of the matrices [E, ·] that decide which experts a token goes to."""
     found = set()
     for node in graph:
         if node.domain != DOMAIN or node.op_type != "Experts":
             continue
-        count = node.attributes["experts"].as_int()
-        seen, todo = {node.inputs[0]}, list(node.inputs[1:3])
+        count, tokens = node.attributes["experts"].as_int(), _unviewed(node.inputs[0])
+        seen, todo = {tokens}, list(node.inputs[1:3])
         while todo:
-            value = todo.pop()
+            value = _unviewed(todo.pop())
             if value is None or value in seen:
                 continue
             seen.add(value)

@@ -35,6 +35,7 @@ from .experts import emit_experts, name_experts
 from .experts_interface import register_experts
 from .norms import spell_reciprocal_roots
 from .parameters import bind_initializers, leave_places, looked_up
+from .products import spell_products
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
 from .rotary import fuse_rotary_embedding
@@ -312,6 +313,7 @@ def _graph(
     bind_initializers(program.model, buffers, stored)
     spell_reciprocal_roots(program.model)
     program.optimize()
+    spell_products(program.model)
     _name_residual_stream(program.model)
     fuse_rotary_embedding(program.model)
     expand(program.model, kinds, seen, prefix, stored)

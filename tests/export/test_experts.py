@@ -110,6 +110,17 @@ def test_the_neutral_graph_is_plain_onnx(exported):
     assert np.abs(logits - want).max() < 3e-5 * np.abs(want).max()
 
 
+@pytest.mark.parametrize(
+    ("builder", "router"),
+    [(qwen2_moe, "model.layers.*.mlp.gate.weight"), (granitemoe, "model.layers.*.block_sparse_moe.router.weight")],
+)
+def test_routers_alone_stay_in_float(builder, router, exported):
+    """Linear layers of shared experts are quantized, which torch writes as another operator."""
+    _, root = exported(builder, "int4")
+    departures = Bundle.open(root).manifest.quantization["departures"]
+    assert [one["weights"] for one in departures if one["block_size"] is None] == [router]
+
+
 @pytest.mark.parametrize("target", ["ort", "openvino"])
 @pytest.mark.parametrize("dtype", ["fp32", "int4"])
 def test_rows_do_not_depend_on_their_neighbours(target, dtype, exported):
