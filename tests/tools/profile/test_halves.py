@@ -24,7 +24,7 @@ from lora_drop_tools.teacher_forcing.forcing import TeacherForcing
 
 from lora_drop_export.checkpoint.drop_list import read_drop_list
 from tests.support.bundles import make_bundle
-from tests.support.models import FAMILIES, gptj
+from tests.support.models import FAMILIES, gptj, qwen2_moe
 from tests.support.profiles import TOLERANCE, WINDOW, make_scoring, random_windows, saved
 from tests.tools.profile.test_greedy import kl_by_oracle, uneven
 
@@ -57,6 +57,15 @@ def test_bytes_of_a_layers_parts() -> None:
     assert quantized.token_kv == 2 * TOKEN_KV
     fused = layer_bytes(TeacherForcing(FAMILIES["phi3"]()), "float32")[3]  # q, k and v are one product
     assert (fused.attention, fused.makes_kv) == (4 * ATTENTION, 4 * (64 * 64 + 2 * 32 * 64 + 64))
+
+
+def test_bytes_of_experts() -> None:
+    """A token is sent to 2 of 6."""
+    model = qwen2_moe()
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    experts = 6 * 3 * 64 * 32
+    found = [one.weights for one in layer_bytes(TeacherForcing(model), "float32")]
+    assert found == [4 * sizes[0], pytest.approx(4 * (sizes[1] - experts * 4 / 6))]
 
 
 def test_bytes_are_those_of_a_bundle(tmp_path: Path) -> None:

@@ -129,6 +129,21 @@ def test_layers_of_different_sizes() -> None:
     assert lora == refresh - 1000 * dropped - 14 * entry_bytes
 
 
+@pytest.mark.parametrize(("rows", "share"), [(1, 0.25), (2, 1 - 0.75**2)])
+def test_experts_that_no_token_is_sent_to_are_not_read(rows: int, share: float) -> None:
+    """Half of each layer's bytes are those of experts, a quarter of which a token reads."""
+    manifest = llama3_8b()
+    facts = vars(manifest.model)
+    of_experts = tuple(size // 2 for size in facts["layer_bytes"])
+    model = ModelFacts(**{**facts, "expert_bytes": of_experts, "expert_share": 0.25})
+    mixture = Manifest(model, manifest.plan, manifest.limits, manifest.special_tokens)
+    before, after = (costs.step_bytes(one, 100, 100, rows) for one in (manifest, mixture))
+    unread = of_experts[0] * (1 - share)
+    assert before[0] - after[0] == pytest.approx(32 * unread)
+    assert before[1] - after[1] == pytest.approx(18 * unread)
+    assert costs.full_layer_macs(mixture, 0) == pytest.approx(costs.full_layer_macs(manifest, 0) * (0.5 + 0.5 * 0.25))
+
+
 @pytest.mark.parametrize("k", WINDOWS)
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize(("prompt", "steps"), [(1, 0), (128, 128), (4000, 4000)])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from tests.support import oracle
 from tests.support.covering import covering_array
-from tests.support.models import FAMILIES, GEMMA2_WINDOW, build, gemma4, gptj, stablelm_parallel
+from tests.support.models import FAMILIES, GEMMA2_WINDOW, build, gemma4, gptj, qwen2_moe, stablelm_parallel
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: float32 sums in another order
 PROMPT, TOKENS = 5, 17
@@ -43,7 +43,8 @@ def random_adapters(plan: DropPlan, width: int, rank: int = 3) -> dict[str, tupl
 @functools.cache
 def made(name: str) -> tuple[PreTrainedModel, TeacherForcing]:
     """The oracle's model, which it does not change, and what is tested, on a copy."""
-    model = gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0) if name == "gemma4" else FAMILIES[name]()
+    others = {"gemma4": lambda: gemma4(hidden_size_per_layer_input=0, num_kv_shared_layers=0), "qwen2_moe": qwen2_moe}
+    model = (others | FAMILIES)[name]()
     return model, TeacherForcing(copy.deepcopy(model))
 
 
@@ -103,6 +104,12 @@ def test_family(name: str, policy: str) -> None:
 def test_layers_of_different_heads(policy: str, sites: tuple[str, ...]) -> None:
     plan = DropPlan(5, sites, windowed_layers=(0, 3), rank=3, policy=policy, always_last=0, always_first=0)
     assert_as_the_oracle("gemma4", plan, policy, 3)
+
+
+@pytest.mark.parametrize(("policy", "sites"), [("skip", ("1",)), ("backfill", ("1.mlp",)), ("fill", ("1.attn",))])
+def test_experts(policy: str, sites: tuple[str, ...]) -> None:
+    plan = DropPlan(2, sites, rank=3, policy=policy, always_last=0, always_first=0)
+    assert_as_the_oracle("qwen2_moe", plan, policy, 3)
 
 
 def test_layers_that_need_more_than_the_stream_are_refused() -> None:
