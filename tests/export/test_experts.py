@@ -16,6 +16,7 @@ from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.batch import Batch
 from lora_drop_runtime.decoding.session import Session
 from lora_drop_runtime.engines.openvino.engine import OpenVinoEngine
+from lora_drop_runtime.engines.openvino.package import import_openvino
 from safetensors.numpy import load_file, save_file
 
 from lora_drop_export.checkpoint.experts import ExpertRows
@@ -166,6 +167,22 @@ def test_a_token_reads_a_share_of_the_experts(exported):
     assert facts.expert_bytes == (0, experts)
     assert [facts.read_bytes(layer) for layer in (0, 1)] == [sizes[0], sizes[1] - experts * 2 // 3]
     assert facts.read_bytes(1, tokens=2) == sizes[1] - round(experts * (2 / 3) ** 2)
+
+
+@pytest.mark.skipif(
+    "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this processor does not compute in bfloat16 (OpenVINO says so)",
+)
+@pytest.mark.parametrize("builder", [granitemoe])
+def test_bfloat16_is_compared_in_float32(builder, tmp_path, capsys):
+    """Where it does not tell two experts apart a router's choice falls the other way, and so does the token."""
+    builder().save_pretrained(tmp_path / "model")
+    bundle, options = tmp_path / "out", ["--target", "openvino", "--dtype", "bf16", "--drop-layers", "1", "--k", "2"]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(bundle), *options, *WHOLE]) == 0
+    assert "those that round activations to bfloat16, which run, the median cosine is" in capsys.readouterr().err
+    verification = Bundle.open(bundle).manifest.verification["openvino"]
+    assert verification["min_cosine"] > 0.999999
+    assert 0.95 < verification["rounded_cosine"] < 0.99999
 
 
 def test_halves_on_ort(tmp_path, capsys):

@@ -41,7 +41,8 @@ class Settings:
 
     Attributes:
         threads: of a step.
-        exact: products of quantized weights in float32, without rounding activations to 8 bits; nor caches.
+        exact: products of quantized weights in float32, without rounding activations to 8 bits; nor caches. Of a
+            mixture of experts all is computed in float32.
         wide: a model of its own, with its own copy of the weights, for calls of several tokens of a row.
     """
 
@@ -92,10 +93,10 @@ def properties(bundle: Bundle, settings: Settings, group: int) -> dict[str, Any]
     """What OpenVINO is told; `group` is how many activations share a scale in products of quantized weights, 0 where
     they are not rounded."""
     model = bundle.manifest.model
-    precision = "bf16" if model.dtype == "bfloat16" else "f32"
+    dtype = "float32" if settings.exact and model.expert_bytes else model.dtype  # in halves routers choose otherwise
     return {
-        "INFERENCE_PRECISION_HINT": precision,
-        "KV_CACHE_PRECISION": _CACHE_TYPES[model.dtype if settings.exact else model.kv_dtype or model.dtype],
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
+        "KV_CACHE_PRECISION": _CACHE_TYPES[dtype if settings.exact else model.kv_dtype or model.dtype],
         "KEY_CACHE_QUANT_MODE": "BY_TOKEN",  # a scale for each channel would be spoiled by a roll-back
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
         "INFERENCE_NUM_THREADS": settings.threads,

@@ -176,7 +176,8 @@ class OpenVinoEngine:
         bundle: an opened bundle.
         target: whose graph.
         threads: of a step; one per physical core when None.
-        exact: products of quantized weights in float32, slow, and caches that are not rounded.
+        exact: products of quantized weights in float32, slow, and caches that are not rounded; of a mixture of experts
+            all in float32.
 
     Raises:
         InputError: no OpenVINO is installed, or another version.
