@@ -37,6 +37,12 @@ def mixtral() -> transformers.PreTrainedModel:
     return build(transformers.MixtralForCausalLM, transformers.MixtralConfig, seed=63, **options)
 
 
+def phimoe() -> transformers.PreTrainedModel:
+    """Whose router masks scores with a constant of a shape that is known at run time."""
+    options = FEW | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return build(transformers.PhimoeForCausalLM, transformers.PhimoeConfig, seed=64, **options)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(model, its bundle on both engines) by name and dtype; made when first asked for."""
@@ -173,7 +179,7 @@ def test_a_token_reads_a_share_of_the_experts(exported):
     "BF16" not in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     reason="this processor does not compute in bfloat16 (OpenVINO says so)",
 )
-@pytest.mark.parametrize("builder", [granitemoe])
+@pytest.mark.parametrize("builder", [granitemoe, phimoe])
 def test_bfloat16_is_compared_in_float32(builder, tmp_path, capsys):
     """Where it does not tell two experts apart a router's choice falls the other way, and so does the token."""
     builder().save_pretrained(tmp_path / "model")

@@ -19,7 +19,8 @@ def _widen_node(graph: ir.Graph, node: ir.Node) -> None:
             made.dtype = ir.DataType.FLOAT
     if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
         node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
-    tensor = node.attributes["value"].as_tensor() if node.op_type == "Constant" and "value" in node.attributes else None
+    has_value = node.op_type in ("Constant", "ConstantOfShape") and "value" in node.attributes
+    tensor = node.attributes["value"].as_tensor() if has_value else None
     if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
     for place, value in enumerate(node.inputs):
