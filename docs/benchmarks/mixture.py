@@ -1,6 +1,6 @@
 """Writes a mixture of experts with random weights, built as OLMoE: 0.9 billion, of which a token reads a quarter.
 
-    python docs/benchmarks/mixture.py TOKENIZER_DIR OUT
+python docs/benchmarks/mixture.py TOKENIZER_DIR OUT
 """
 
 from __future__ import annotations

@@ -133,16 +133,13 @@ class ExpertRows:
         """Rows `begin` to `end` of what `read` gives for rows of a part."""
         turns, height = len(self.parts[0]), len(self.parts[0]) * self._first.shape[0]
         end = min(end, len(self.parts) * height)
+        at = min(begin // height, len(self.parts) - 1)
         pieces = []
-        for expert in range(begin // height, max(-(-end // height), begin // height + 1)):
+        for expert in range(at, max(at + 1, -(-end // height))):
             first, last = max(0, begin - expert * height), max(0, min(height, end - expert * height))
+            found = [read(part, first // turns, -(-last // turns)) for part in self.parts[expert]]
+            both = [np.stack(each, axis=1).reshape(-1, each[0].shape[1]) for each in zip(*found, strict=True)]
             skipped = first % turns
-            read_of = [
-                read(part, first // turns, -(-last // turns)) for part in self.parts[min(expert, len(self.parts) - 1)]
-            ]
-            both = [
-                np.stack(of_each, axis=1).reshape(-1, of_each[0].shape[1]) for of_each in zip(*read_of, strict=True)
-            ]
             pieces.append([array[skipped : skipped + last - first] for array in both])
         return tuple(np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*pieces, strict=True))
 
