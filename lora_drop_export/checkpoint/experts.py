@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lora_drop_runtime.bundle.safetensors_file import TensorPlace
+from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.quantize.choice import Quantization
 from lora_drop_export.quantize.formats import Blocked, BlockFormat
 
 from .checkpoint import Checkpoint, TensorSource
+from .foreign import CHECKPOINT_HINT
 
 ROWS = ".rows"  # ends a name of the bundle's form
 _Arrays = tuple[npt.NDArray[Any], ...]
@@ -218,12 +220,28 @@ def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRo
     return KeptExpertRows(name, parts, dataclasses.replace(form, symmetric=all(one.symmetric for one in forms)))  # type: ignore[union-attr]
 
 
+def _check_shapes(parts: tuple[tuple[TensorSource, ...], ...]) -> None:
+    """Refuse what cannot be rows of one matrix, each expert as many: where they differ some would be left out."""
+    first = parts[0][0]
+    odd = next((one for expert in parts for one in expert if len(one.shape) != 2 or one.shape != first.shape), None)
+    if odd is not None:
+        other = "" if odd is first else f", and {first.name} is {first.shape}"
+        raise ModelError(
+            "The checkpoint's experts are not matrices of one shape.",
+            note=f"{odd.name} is {odd.shape}{other}.",
+            hint=CHECKPOINT_HINT,
+        )
+
+
 def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> TensorSource | None:
     """The tensor of experts that a parameter's name asks for, in the form that it asks for; None where it is none.
 
     Args:
         name: of a parameter, as a bundle or as transformers calls it.
         experts: E, where transformers' form is asked for.
+
+    Raises:
+        ModelError: the experts are not matrices of one shape.
     """
     tensors, plain = checkpoint.tensors, name.removesuffix(ROWS)
     stored = tensors.get(f"{plain}{ROWS}")
@@ -231,6 +249,7 @@ def find_experts(checkpoint: Checkpoint, name: str, experts: int | None) -> Tens
         return ExpertStack(name, stored, experts)
     if plain in checkpoint.joined:
         parts = tuple(tuple(tensors[n] for n in expert) for expert in checkpoint.joined[plain])
+        _check_shapes(parts)
         rows = _rows_of(f"{plain}{ROWS}", parts)
         return rows if name != plain else ExpertStack(name, rows, len(parts))
     whole = tensors.get(checkpoint.renamed.get(plain, plain))

@@ -7,6 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+from lora_drop_runtime.errors import ModelError
+
+from .foreign import CHECKPOINT_HINT
+
 
 def _conversions(config: Any) -> list[Any]:
     """What transformers does to the tensors of this kind of model when it loads them, in its order."""
@@ -34,6 +38,9 @@ def renamed_tensors(names: Iterable[str], config: Any) -> dict[str, str]:
 def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[str, ...], ...]]:
     """The model's name → the checkpoint's names of each expert's matrices, where transformers makes one tensor of those
     of all experts: one below the other, and of each expert gate above up.
+
+    Raises:
+        ModelError: a matrix is there twice, so that nothing says which one counts.
     """
     from transformers.core_model_loading import (
         Concatenate,
@@ -53,14 +60,23 @@ def joined_experts(names: Iterable[str], config: Any) -> dict[str, tuple[tuple[s
         and [one.dim for one in step.operations] in ([0], [0, 1])
     ]
     found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    for name in sorted(names):
+    stored = set(names)
+    for name in sorted(stored):
         for step in joins:
             new, pattern = rename_source_key(name, renamings, [step])
             number = re.search(r"\.experts\.(\d+)\.", name)
             if pattern is not None and number is not None:
-                found[new][int(number[1])][step.source_patterns.index(pattern)] = name
+                expert, part = found[new][int(number[1])], step.source_patterns.index(pattern)
+                other = new if new in stored else expert.get(part)
+                if other not in (None, name):  # a step may be there twice
+                    raise ModelError(
+                        "The checkpoint holds a matrix of an expert twice.",
+                        note=f"{other} and {name} are the same one.",
+                        hint=CHECKPOINT_HINT,
+                    )
+                expert[part] = name
     return {
-        name: tuple(tuple(expert[part] for part in sorted(expert)) for _, expert in sorted(experts.items()))
+        name: tuple(tuple(one[part] for part in sorted(one)) for _, one in sorted(experts.items()))
         for name, experts in found.items()
         if sorted(experts) == [*range(len(experts))] and len({tuple(sorted(one)) for one in experts.values()}) == 1
     }

@@ -191,6 +191,51 @@ def test_bfloat16_is_compared_in_float32(builder, tmp_path, capsys):
     assert 0.95 < verification["rounded_cosine"] < 0.99999
 
 
+def _other_rows(tensors, prefix):
+    for part in ("gate", "up"):  # the first rows of which would do
+        tensors[f"{prefix}.3.{part}_proj.weight"] = np.zeros((48, 64), np.float32)
+
+
+def _other_columns(tensors, prefix):
+    tensors[f"{prefix}.3.up_proj.weight"] = np.zeros((32, 48), np.float32)
+
+
+def _no_matrix(tensors, prefix):
+    tensors[f"{prefix}.0.gate_proj.weight"] = np.zeros(32 * 64, np.float32)
+
+
+def _together_too(tensors, prefix):
+    tensors[f"{prefix}.down_proj"] = np.zeros((6, 64, 32), np.float32)
+
+
+def _another_number(tensors, prefix):
+    tensors[f"{prefix}.03.up_proj.weight"] = np.zeros((32, 64), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "note"),
+    [
+        (_other_rows, "not matrices of one shape", "3.gate_proj.weight is (48, 64), and"),
+        (_other_columns, "not matrices of one shape", "3.up_proj.weight is (32, 48), and"),
+        (_no_matrix, "not matrices of one shape", "0.gate_proj.weight is (2048,).\n"),
+        (_together_too, "holds a matrix of an expert twice", "experts.down_proj and"),
+        (_another_number, "holds a matrix of an expert twice", "03.up_proj.weight and"),
+    ],
+)
+def test_experts_that_transformers_cannot_join(damage, error, note, tmp_path, capsys):
+    """Nothing of a matrix is left out, and no one of two is taken."""
+    qwen2_moe().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, "model.layers.1.mlp.experts")
+    save_file(tensors, file)
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
+    said = capsys.readouterr().err
+    assert error in said
+    assert note in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_halves_on_ort(tmp_path, capsys):
     """Its operator runs in float32, or over integers; refused before weights are read."""
     granitemoe().save_pretrained(tmp_path / "model")
