@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -266,6 +266,18 @@ def _converted(scratch: Path, directory: Path, trust_remote_code: bool) -> Check
     )
 
 
+def _names(tensors: Iterable[str], config: Any) -> tuple[dict[str, str], dict[str, tuple[tuple[str, ...], ...]]]:
+    """`Checkpoint.renamed` and `Checkpoint.joined`: transformers renames and joins what the decoder itself calls so."""
+    own = own_names(tensors)
+    names = {*own, *tensors} - set(own.values())
+    renamed = {new: own.get(old, old) for new, old in renamed_tensors(names, config).items()}
+    joined = {
+        new: tuple(tuple(own.get(part, part) for part in expert) for expert in experts)
+        for new, experts in joined_experts(names, config).items()
+    }
+    return own | renamed, joined
+
+
 def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
     """The weights of a bundle, quantized ones as they lie; config and tokenizer are put together under `scratch`."""
     bundle = Bundle.open(path)
@@ -286,7 +298,7 @@ def _bundle(path: Path, scratch: Path, trust_remote_code: bool) -> Checkpoint:
         for name, tensor in tensors.items():
             if isinstance(tensor, DequantizedTensor):
                 tensors[name] = replace(tensor, quantization=how)
-    renamed = own_names(tensors) | renamed_tensors(tensors, config)
+    renamed, _ = _names(tensors, config)  # its experts are together
     return Checkpoint(
         manifest.model.name, directory, config, tensors, renamed, trust_remote_code=trust_remote_code, bundle=bundle
     )
@@ -378,5 +390,5 @@ def open_checkpoint(
         log(f"the checkpoint's {held} are taken as they are ({quantization['quant_method']})")
         if rounded_activations(quantization):
             log("note: the checkpoint is made for activations in 8 bits, too; here they are not rounded")
-    renamed = own_names(tensors) | renamed_tensors(tensors, config)
-    return Checkpoint(name, directory, config, tensors, renamed, joined_experts(tensors, config), trust_remote_code)
+    renamed, joined = _names(tensors, config)
+    return Checkpoint(name, directory, config, tensors, renamed, joined, trust_remote_code)

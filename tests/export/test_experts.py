@@ -236,6 +236,31 @@ def test_experts_that_transformers_cannot_join(damage, error, note, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_experts_of_a_model_that_sees(tmp_path):
+    """Its decoder's tensors have a prefix; transformers renames and joins what stands behind it, and so do we."""
+    seen = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    seen |= {"image_size": 28, "patch_size": 14}
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=mixtral().config, vision_config=transformers.CLIPVisionConfig(**seen), image_token_id=130
+        )
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert "language_model.model.layers.1.block_sparse_moe.experts.3.w2.weight" in load_file(
+        tmp_path / "model" / "model.safetensors"
+    )
+    bundles = tmp_path / "out", tmp_path / "again"
+    for source, out in zip((tmp_path / "model", bundles[0]), bundles, strict=True):
+        assert main(["--model", str(source), "--out", str(out), "--drop-layers", "1", *WHOLE]) == 0
+    prompt = [7, 3, 11, 19, 2]
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor([prompt])).logits[0, -1].numpy()
+    for bundle in bundles:
+        with Session.open(bundle, threads=1) as session:
+            logits = session.prefill([prompt], max_new_tokens=1)[0]
+        assert np.abs(logits - want).max() < 3e-5 * np.abs(want).max()
+
+
 def test_halves_on_ort(tmp_path, capsys):
     """Its operator runs in float32, or over integers; refused before weights are read."""
     granitemoe().save_pretrained(tmp_path / "model")
