@@ -12,7 +12,7 @@ from lora_drop_export.cli import main
 from lora_drop_export.decoder.loaded import load_model
 from tests.support import oracle
 from tests.support.bundles import more_family
-from tests.support.models import MORE_FAMILIES
+from tests.support.models import MORE_FAMILIES, quartered
 from tests.support.oracle import OraclePlan
 
 TOLERANCE = 3e-5  # of the row's largest |logit|: both sides are float32 and differ in the order of their sums
@@ -55,6 +55,14 @@ def test_more_families(name, tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         want, got = model(ids).logits, load_model(str(tmp_path / "out")).model(ids).logits
     assert (want - got).abs().max() < TOLERANCE * want.abs().max()
+
+
+def test_latent_attention_in_bfloat16(tmp_path, capsys):
+    """Its keys are put into a tensor that is made for them: of bfloat16 in the neutral graph, and not in OpenVINO's."""
+    quartered(MORE_FAMILIES["deepseek_v3_dense"]()).save_pretrained(tmp_path / "model")
+    options = ["--dtype", "bf16", "--target", "openvino", "--max-seq-len", "32", "--threads", "1"]
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *options]) == 0
+    assert "openvino against eager PyTorch" in capsys.readouterr().err
 
 
 def test_names_of_exaone_are_the_checkpoints(tmp_path):
