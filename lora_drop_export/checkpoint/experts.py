@@ -220,6 +220,12 @@ def _rows_of(name: str, parts: tuple[tuple[TensorSource, ...], ...]) -> ExpertRo
     return KeptExpertRows(name, parts, dataclasses.replace(form, symmetric=all(one.symmetric for one in forms)))  # type: ignore[union-attr]
 
 
+def made_of(source: TensorSource) -> list[TensorSource]:
+    """The checkpoint's tensors that one of its tensors is made of: itself, or the matrices of experts."""
+    rows = source.stored if isinstance(source, ExpertStack) else source
+    return rows.tensors if isinstance(rows, ExpertRows) else [source]
+
+
 def _check_shapes(parts: tuple[tuple[TensorSource, ...], ...]) -> None:
     """Refuse what cannot be rows of one matrix, each expert as many: where they differ some would be left out."""
     first = parts[0][0]

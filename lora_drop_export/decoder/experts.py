@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 import onnx_ir as ir
+from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.experts import ROWS
 
@@ -26,6 +27,12 @@ def emit_experts(call: ExpertsCall) -> Any:
     import torch
 
     module = call.module
+    if call.index.shape[1] == 0:
+        raise ModelError(
+            "The model's config cannot be used.",
+            note="Its routers send a token to 0 experts; needed is 1 at least.",
+            hint="Check config.json.",
+        )
     (output,) = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::Experts",
         (call.hidden, call.index, call.weights, module.gate_up_proj, module.down_proj),

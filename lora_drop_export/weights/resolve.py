@@ -8,7 +8,7 @@ from lora_drop_runtime.dtypes import MODEL_DTYPES
 from lora_drop_runtime.errors import ModelError
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint, TensorSource
-from lora_drop_export.checkpoint.experts import find_experts
+from lora_drop_export.checkpoint.experts import find_experts, made_of
 
 
 def find_tensor(
@@ -50,10 +50,11 @@ def resolve_tensors(
                 note=f"Parameter {name} {shape} is " + ("missing." if ref is None else f"{ref.shape} there."),
                 hint="Fused checkpoints must be converted to plain tensors first.",
             )
-        if ref.dtype not in MODEL_DTYPES:
+        other = next((one for one in made_of(ref) if one.dtype not in MODEL_DTYPES), None)
+        if other is not None:
             raise ModelError(
                 "The checkpoint holds a weight in a dtype that is not taken.",
-                note=f"{name} is {ref.dtype}; taken are {', '.join(MODEL_DTYPES)}.",
+                note=f"{name if other is ref else other.name} is {other.dtype}; taken are {', '.join(MODEL_DTYPES)}.",
                 hint="Convert it to one of these; if it is quantized, use the unquantized checkpoint.",
             )
         refs[name] = ref

@@ -208,6 +208,10 @@ def _together_too(tensors, prefix):
     tensors[f"{prefix}.down_proj"] = np.zeros((6, 64, 32), np.float32)
 
 
+def _integers(tensors, prefix):
+    tensors[f"{prefix}.3.up_proj.weight"] = np.zeros((32, 64), np.uint8)
+
+
 def _another_number(tensors, prefix):
     tensors[f"{prefix}.03.up_proj.weight"] = np.zeros((32, 64), np.float32)
 
@@ -218,6 +222,7 @@ def _another_number(tensors, prefix):
         (_other_rows, "not matrices of one shape", "3.gate_proj.weight is (48, 64), and"),
         (_other_columns, "not matrices of one shape", "3.up_proj.weight is (32, 48), and"),
         (_no_matrix, "not matrices of one shape", "0.gate_proj.weight is (2048,).\n"),
+        (_integers, "in a dtype that is not taken", "3.up_proj.weight is uint8; "),
         (_together_too, "holds a matrix of an expert twice", "experts.down_proj and"),
         (_another_number, "holds a matrix of an expert twice", "03.up_proj.weight and"),
     ],
@@ -233,7 +238,16 @@ def test_experts_that_transformers_cannot_join(damage, error, note, tmp_path, ca
     said = capsys.readouterr().err
     assert error in said
     assert note in said
+    assert "tracing the model" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_routers_that_choose_nothing(tmp_path, capsys):
+    qwen2_moe().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"num_experts_per_tok": 0}), "utf-8")
+    assert main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *WHOLE]) == 2
+    assert "Its routers send a token to 0 experts" in capsys.readouterr().err
 
 
 def test_experts_of_a_model_that_sees(tmp_path):
