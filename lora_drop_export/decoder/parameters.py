@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError
 
+from lora_drop_export.graphs.nodes import Ops
+
 
 def _constant(tensor: Any, name: str) -> Any:
     """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
@@ -53,6 +55,25 @@ def bind_initializers(model: ir.Model, buffers: dict[str, Any], stored: Collecti
         del model.graph.initializers[value.name]
         value.name = name
         model.graph.initializers[name] = value
+
+
+def narrow_parameters(graph: ir.Graph, dtype: str) -> None:
+    """Routers keep matrices and biases in float32 whatever the model's dtype is, and a bundle holds all in that one:
+    they are widened where they are read.
+    """
+    if dtype == "float32":
+        return
+    half = ir.DataType[dtype.upper()]
+    for value in graph.initializers.values():
+        if value.const_value is not None or value.dtype != ir.DataType.FLOAT:
+            continue
+        ops, uses = Ops(), value.uses()
+        wide = ops("Cast", value, to=int(ir.DataType.FLOAT))
+        wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+        for node, place in uses:
+            node.replace_input_with(place, wide)
+        graph.insert_before(graph[0], ops.nodes)
+        value.type = ir.TensorType(half)  # layers that are alike share the one they had
 
 
 def _static(value: ir.Value) -> tuple[int, ...]:

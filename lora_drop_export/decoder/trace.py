@@ -34,7 +34,7 @@ from .build import build_model
 from .experts import emit_experts, name_experts
 from .experts_interface import register_experts
 from .norms import spell_reciprocal_roots
-from .parameters import bind_initializers, leave_places, looked_up
+from .parameters import bind_initializers, leave_places, looked_up, narrow_parameters
 from .products import spell_products
 from .refusals import refuse_by_config, refuse_by_modules, unsupported
 from .repeats import LayerCalls, alike, argument_name, expand, stand_ins
@@ -349,6 +349,7 @@ def trace(checkpoint: Checkpoint, dtype: str) -> TracedModel:
         resolve_tensors(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()}, tied)
     with _quiet():
         graph, expert_shares = _graph(wrapper, layers, calls, seen, tied, fake)
+    narrow_parameters(graph.graph, dtype)
     parameters = leave_places(graph)
     for _, _, head_dim, value_dim in calls.shapes:
         if value_dim != head_dim:

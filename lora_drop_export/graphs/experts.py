@@ -55,6 +55,9 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     assert x is not None
     assert x.dtype is not None
     count, ops = node.attributes["experts"].as_int(), Ops()
+    if weights is not None and weights.dtype != x.dtype:  # of a router that computes in float32
+        sizes, weights = weights.shape, ops("Cast", weights, to=int(x.dtype))
+        weights.shape, weights.type = sizes, x.type
 
     def product(value: ir.Value, rows: ir.Value | None) -> ir.Value:
         """Of [·, T, K] and each expert's matrix, [E, T, N]."""

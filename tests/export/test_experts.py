@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -273,6 +274,17 @@ def test_experts_of_a_model_that_sees(tmp_path):
         with Session.open(bundle, threads=1) as session:
             logits = session.prefill([prompt], max_new_tokens=1)[0]
         assert np.abs(logits - want).max() < 3e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_routers_in_float32(dtype, tmp_path):
+    """They keep matrices in float32 whatever the model's dtype is; the types of the neutral graph fit all the same."""
+    options = FEW | {"num_experts": 4, "moe_topk": 2, "head_dim": 16}
+    model = build(transformers.HunYuanMoEV1ForCausalLM, transformers.HunYuanMoEV1Config, seed=64, **options)
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--max-seq-len", "32"]
+    assert main([*arguments, "--target", "none", "--dtype", dtype]) == 0
+    onnx.checker.check_model(str(tmp_path / "out" / "refresh.onnx"), full_check=True)
 
 
 def test_halves_on_ort(tmp_path, capsys):
