@@ -9,8 +9,6 @@ import numpy as np
 import onnx_ir as ir
 from lora_drop_runtime.errors import ModelError
 
-from lora_drop_export.graphs.nodes import Ops
-
 
 def _constant(tensor: Any, name: str) -> Any:
     """The value of a tensor that the model's code makes while it runs; on fake tensors it hangs on the fake."""
@@ -67,12 +65,13 @@ def narrow_parameters(graph: ir.Graph, dtype: str) -> None:
     for value in graph.initializers.values():
         if value.const_value is not None or value.dtype != ir.DataType.FLOAT:
             continue
-        ops, uses = Ops(), value.uses()
-        wide = ops("Cast", value, to=int(ir.DataType.FLOAT))
+        cast, uses = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}), list(value.uses())
+        wide = cast.outputs[0]
         wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
         for node, place in uses:
-            node.replace_input_with(place, wide)
-        graph.insert_before(graph[0], ops.nodes)
+            if node is not cast:
+                node.replace_input_with(place, wide)
+        graph.insert_before(graph[0], [cast])
         value.type = ir.TensorType(half)  # layers that are alike share the one they had
 
 
