@@ -76,6 +76,8 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
     dense.shape, dense.type = ir.Shape([x.shape[0], count]), x.type  # type: ignore[index]
     shares = ops("Unsqueeze", ops("Transpose", dense, perm=[1, 0]), ops.ints([2]))  # [E, T, 1]
+    counts = ops("Greater", shares, ops.constant(np.zeros(1, x.dtype.numpy())))  # what overflows and does not is no NaN
+    each = ops("Where", counts, each, ops.constant(np.zeros(1, x.dtype.numpy())))
     result = ops("ReduceSum", ops("Mul", each, shares), ops.ints([0]), keepdims=0)
     ops.nodes[-1].name = f"{_PREFIX}{down.name}"  # type: ignore[union-attr]
     replace_node(graph, node, ops, result)
@@ -97,7 +99,7 @@ def match_experts(node: ir.Node) -> Experts | None:
     if node.op_type != "ReduceSum" or not str(node.name).startswith(_PREFIX):
         return None
     each, shares = _made_by(node.inputs[0]).inputs
-    scatter, down = _made_by(shares, 0, 0), _made_by(each)
+    scatter, down = _made_by(shares, 0, 0), _made_by(each, 1)
     both = _made_by(down.inputs[0], 1, 0)
     matrices = [_made_by(product.inputs[1], 0) for product in (both, down)]
     (gate_up, first), (rows, second) = (match_weight(reshape.inputs[0]) for reshape in matrices)

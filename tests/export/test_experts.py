@@ -5,6 +5,7 @@ Whole families are exported and decoded in test_more_families.py and in targets/
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -97,25 +98,51 @@ def test_bundles_are_read_back(builder, dtype, exported):
         assert error <= (0 if dtype == "fp32" else 1 / 127), name
 
 
-def test_the_neutral_graph_is_plain_onnx(exported):
-    """Any runtime of ONNX computes what transformers does; here ONNX Runtime without its own operators for experts."""
-    model, root = exported(granitemoe, "fp32")
+def neutral_logits(root, ids):
+    """Of each token of a prompt, by ONNX Runtime without its own operators for experts."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(root))
     session = onnxruntime.InferenceSession((root / "refresh.onnx").read_bytes(), options)
-    bundle = Bundle.open(root)
-    ids = np.random.default_rng(3).integers(0, 131, (2, 7))
-    feeds = {"input_ids": ids, "logits_index": np.tile(np.arange(7), (2, 1))}
+    rows, length = ids.shape
+    feeds = {"input_ids": ids, "logits_index": np.tile(np.arange(length), (rows, 1))}
     for one in session.get_inputs():
         if one.name.startswith("past_"):
-            heads = bundle.manifest.model.heads[int(one.name.rpartition(".")[2])]
-            feeds[one.name] = np.zeros((2, heads.kv_heads, 8, heads.head_dim), np.float32)
+            heads = Bundle.open(root).manifest.model.heads[int(one.name.rpartition(".")[2])]
+            feeds[one.name] = np.zeros((rows, heads.kv_heads, length, heads.head_dim), np.float32)
         elif one.name.startswith("len_"):
-            feeds[one.name] = np.zeros(2, np.int64)
-    (logits,) = session.run(["logits"], feeds)
+            feeds[one.name] = np.zeros(rows, np.int64)
+    return session.run(["logits"], feeds)[0]
+
+
+def test_the_neutral_graph_is_plain_onnx(exported):
+    """Any runtime of ONNX computes what transformers does."""
+    model, root = exported(granitemoe, "fp32")
+    ids = np.random.default_rng(3).integers(0, 131, (2, 7))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()
-    assert np.abs(logits - want).max() < 3e-5 * np.abs(want).max()
+    assert np.abs(neutral_logits(root, ids) - want).max() < 3e-5 * np.abs(want).max()
+
+
+def test_what_overflows_and_was_not_chosen_counts_nothing(tmp_path, monkeypatch):
+    """In the neutral graph every expert computes every token; in fp16 one need not have numbers for all."""
+    source = more_family("qwen2_moe")
+    model = copy.deepcopy(source.model)
+    mixture = model.model.layers[1].mlp
+    with torch.no_grad():
+        mixture.experts.down_proj[0] *= 3e38
+    monkeypatch.setattr("lora_drop_export.compiler.export.trace", lambda *_, **__: source.traced)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--target", "none", *WHOLE]
+    assert main([option for option in options if option not in ("--threads", "1")]) == 0
+    ids, chosen = np.random.default_rng(3).integers(0, 131, (2, 20)), []
+    hook = mixture.experts.register_forward_pre_hook(lambda _, args: chosen.append((args[1] == 0).any(-1)))
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    hook.remove()
+    others = ~chosen[0].numpy().reshape(ids.shape)
+    assert 10 < others.sum() < 38
+    found = neutral_logits(tmp_path / "out", ids)[others]
+    assert np.abs(found - want[others]).max() < 3e-5 * np.abs(want[others]).max()
 
 
 @pytest.mark.parametrize(
