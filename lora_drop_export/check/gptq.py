@@ -265,7 +265,7 @@ class _Rounder:
             if factor is not None:
                 self._stage(members, stage.moments, factor)
                 for name in members:
-                    if name not in self.formats:
+                    if f"{name}.{DOWN}{ROWS}" in self.formats:  # not that of experts that have integers already
                         self._down(name, layer, exact, streams, calls)
 
     def _stage(self, members: Mapping[str, Any], moments: _Moments, factor: tuple[Any, Any]) -> None:

@@ -26,6 +26,7 @@ from lora_drop_export.check.calibration_text import (
 )
 from lora_drop_export.check.gptq import round_model
 from lora_drop_export.check.verify import compare
+from lora_drop_export.checkpoint.checkpoint import TensorSource
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.compiler.early import check_before_trace
 from lora_drop_export.compiler.options import ExportOptions
@@ -102,6 +103,27 @@ def test_experts_are_calibrated(name: str, tmp_path: Path) -> None:
             logits = load_model(str(bundle.root)).model(ids).logits
             errors.append(float((logits - source.model(ids).logits).square().mean()))
     assert errors[0] < 0.7 * errors[1]  # 0.5 and 0.63
+
+
+def test_experts_of_which_some_matrices_have_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GGUF file may hold them in two formats: what has integers is left alone, and the rest is calibrated."""
+    source, ends = more_family("granitemoe"), (".gate_up_proj.rows", ".down_proj.rows")
+    stored = []
+    for native in (None, *ends):
+
+        def has_native(ref: TensorSource, _: BlockFormat, native: str | None = native) -> bool:
+            return native is not None and ref.name.endswith(native)
+
+        monkeypatch.setattr("lora_drop_export.check.gptq.has_native", has_native)
+        bundle = make_bundle(source, tmp_path / f"b{len(stored)}", **PLAN, **OPTIONS)
+        stored.append({name: rows for name, rows in weights(bundle.root).items() if name.endswith(ends)})
+    calibrated, without_up, without_down = stored
+    for name, rows in calibrated.items():
+        is_up = name.endswith(ends[0])
+        assert np.array_equal(without_down[name], rows) == (is_up and ".0." in name), (
+            name
+        )  # what follows sees other inputs
+        assert not np.array_equal(without_up[name], rows), name
 
 
 def test_the_way_is_that_of_the_layers(tmp_path: Path) -> None:
