@@ -293,8 +293,8 @@ def read_gguf(path: Path, reader: Any, model: Any, log: Callable[[str], None]) -
                 hint="Take a GGUF file in another format, or the model's float checkpoint.",
             )
         name = conversion.names.get(stored.name)
-        if (experts := _EXPERTS.search(stored.name)) and len(stored.data.shape) == 3:
-            whole = name or conversion.names.get(stored.name.removesuffix(".weight"), "")
+        experts, whole = _EXPERTS.search(stored.name), name or conversion.names.get(stored.name.removesuffix(".weight"))
+        if experts and whole and len(stored.data.shape) == 3:
             tensors |= _of_experts(stored, f"{whole.rpartition('.')[0]}.{{}}.{experts[1]}_proj.weight", path)
             continue
         if name is None or name not in shapes:

@@ -102,18 +102,20 @@ def expert_formats(
     return {(formats.get(up), formats.get(down)) for up, down in _pairs(refs)}
 
 
-def _alike(
+def with_experts_alike(
     formats: Mapping[str, BlockFormat], shapes: Mapping[str, tuple[int, ...]], given: Collection[str]
 ) -> dict[str, BlockFormat]:
     """The formats of experts, where a kernel that reads both of their matrices wants one: a layer's get it, or none;
     but for those that are given."""
     found = dict(formats)
     for pair in _pairs(shapes):
-        forms = [formats[name] for name in pair if name in formats and name not in given]
+        forms = {name: formats[name] for name in pair if name in formats}
+        if forms.keys() & set(given):
+            continue
         if len(forms) == 1:
-            found.pop(next(name for name in pair if name in formats))
-        elif len(set(forms)) > 1:
-            found |= dict.fromkeys(pair, common_format(forms, [shapes[name][1] for name in pair]))
+            found.pop(*forms)
+        elif len(set(forms.values())) > 1:
+            found |= dict.fromkeys(pair, common_format([*forms.values()], [shapes[name][1] for name in pair]))
     return found
 
 
@@ -129,7 +131,9 @@ def chosen_formats(
     chosen = {name: ref for name, ref in refs.items() if ref.name not in others}
     shapes = {name: ref.shape for name, ref in chosen.items()}
     given = head_formats(shapes, traced.vocab_size, options) | kept_formats(chosen)
-    return _alike(block_formats(shapes, native_formats(chosen), groups, options.weights_format, given), shapes, given)
+    return with_experts_alike(
+        block_formats(shapes, native_formats(chosen), groups, options.weights_format, given), shapes, given
+    )
 
 
 def quantization_facts(

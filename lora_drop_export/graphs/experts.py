@@ -76,8 +76,7 @@ def expand_experts(graph: ir.Graph, node: ir.Node) -> None:
     dense = ops("ScatterElements", ops("Expand", zero, shape), index, weights, axis=1)  # [T, E]
     dense.shape, dense.type = ir.Shape([x.shape[0], count]), x.type  # type: ignore[index]
     shares = ops("Unsqueeze", ops("Transpose", dense, perm=[1, 0]), ops.ints([2]))  # [E, T, 1]
-    counts = ops("Greater", shares, ops.constant(np.zeros(1, x.dtype.numpy())))  # what overflows and does not is no NaN
-    each = ops("Where", counts, each, ops.constant(np.zeros(1, x.dtype.numpy())))
+    each = ops("Where", ops("Greater", shares, zero), each, zero)  # what was not chosen may be infinite
     result = ops("ReduceSum", ops("Mul", each, shares), ops.ints([0]), keepdims=0)
     ops.nodes[-1].name = f"{_PREFIX}{down.name}"  # type: ignore[union-attr]
     replace_node(graph, node, ops, result)

@@ -1,4 +1,4 @@
-"""Which formats of experts its operator reads: asked before weights are rounded, and again of a graph."""
+"""Which formats of experts ONNX Runtime's operators read: asked before weights are rounded, and again of a graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Blocked(Protocol):
 
 
 def check_alike(up: Blocked | None, down: Blocked | None) -> None:
-    """Refuse matrices of experts that its operator, which has one format for both, cannot read. Raises ModelError."""
+    """Refuse matrices of experts in two formats: an operator has one for both. Raises ModelError."""
     kinds = [None if one is None else (one.bits, one.block_size) for one in (up, down)]
     if kinds[0] != kinds[1]:
         said = ["float" if one is None else f"{one[0]} bits in blocks of {one[1]}" for one in kinds]

@@ -15,6 +15,8 @@ from .linears import MICROSOFT
 
 _BLOCKS = ".experts"  # ends the second names of matrices, a dimension for each expert
 _SMALLEST = float(np.finfo(np.float32).tiny)
+# silu(g) · u as their SwiGLU has it: rows of g and u in turns, no limit, and nothing added
+_SILU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
 def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
@@ -33,10 +35,6 @@ def _in_floats(graph: ir.Graph, ops: Ops, experts: Experts) -> ir.Value:
         **_SILU,
     )
     return ops("Mul", made, ops("ReduceSum", experts.weights, ops.ints([-1]), keepdims=1))
-
-
-# silu(g) · u as its SwiGLU has it: rows of g and u in turns, no limit, and nothing added
-_SILU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
 def _quantized(

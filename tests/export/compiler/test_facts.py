@@ -11,8 +11,9 @@ import pytest
 from lora_drop_runtime.bundle.manifest import SpecialTokens
 
 from lora_drop_export.checkpoint.checkpoint import Checkpoint
-from lora_drop_export.compiler.facts import activations_dtype, special_tokens
+from lora_drop_export.compiler.facts import activations_dtype, special_tokens, with_experts_alike
 from lora_drop_export.compiler.options import ExportOptions
+from lora_drop_export.quantize.formats import BlockFormat
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,27 @@ def test_the_dtype_is_that_of_most_bytes() -> None:
     tensors["matrix"] = SimpleNamespace(dtype="bfloat16", size_bytes=1 << 20)
     checkpoint = Checkpoint("m", Path(), SimpleNamespace(), tensors)
     assert activations_dtype(checkpoint, ExportOptions(targets=("none",)), quantized=False) == "bfloat16"
+
+
+UP, DOWN = "layers.0.experts.gate_up_proj.rows", "layers.0.experts.down_proj.rows"
+SHAPES = {UP: (192, 64), DOWN: (192, 96), "layers.0.q_proj.weight": (64, 96)}
+WIDE, NARROW = BlockFormat(4, 32, False), BlockFormat(4, 16, False)
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "wanted"),
+    [
+        ({UP: WIDE, DOWN: WIDE}, (), {UP: WIDE, DOWN: WIDE}),
+        ({UP: BlockFormat(4, 64, True), DOWN: WIDE}, (), dict.fromkeys((UP, DOWN), BlockFormat(4, 32, True))),
+        ({UP: WIDE, DOWN: NARROW}, (), {UP: NARROW, DOWN: NARROW}),
+        ({UP: WIDE}, (), {}),  # no block divides the other's rows
+        ({DOWN: WIDE}, (), {}),
+        ({UP: WIDE, DOWN: NARROW}, (UP,), {UP: WIDE, DOWN: NARROW}),  # a checkpoint's integers are not rounded again
+        ({UP: WIDE}, (UP,), {UP: WIDE}),
+        ({DOWN: WIDE}, (DOWN,), {DOWN: WIDE}),
+    ],
+)
+def test_experts_of_a_layer_have_one_format(found: Any, given: tuple[str, ...], wanted: Any) -> None:
+    """A kernel reads both of their matrices; no other weight is touched."""
+    others = {"layers.0.q_proj.weight": WIDE}
+    assert with_experts_alike(found | others, SHAPES, given) == wanted | others
