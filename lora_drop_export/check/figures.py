@@ -83,6 +83,7 @@ class Verification:
     rounded_cosine: float | None = None  # median, of kernels that round activations
     policy: str = DEFAULT_POLICY
     rounded_to: str = "8 bits"
+    half_router: str | None = None  # the dtype in which a mixture's routers choose, where it is no float32
 
     @property
     def passed(self) -> bool:
@@ -195,9 +196,15 @@ def failure(result: Verification) -> LoraDropError:
             f"{'int4' if result.rounded_to == '8 bits' else result.rounded_to} computes wrongly here.",
         )
     worst = max((s for s in result.steps if not s.passed), key=lambda s: s.max_rel_error)
+    hint = "This is a bug, or an engine that computes differently here; please report it with verify output."
+    if result.half_router:
+        hint = (
+            f"In {result.half_router} a router may choose another expert where two are nearly as good, and logits "
+            "follow. Export with --dtype fp32; if that passes, this is why, and --no-verify leaves the comparison out."
+        )
     return VerificationError(
         f"The bundle on {result.target} disagrees with PyTorch.",
         note=f"Step {worst.step} ({worst.kind}): relative error {worst.max_rel_error:.1e}, cosine {worst.cosine:.7f}; "
         f"accepted are {result.tolerance.max_error:.0e} and {result.tolerance.min_cosine}.",
-        hint="This is a bug, or an engine that computes differently here; please report it with verify output.",
+        hint=hint,
     )

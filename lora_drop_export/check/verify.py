@@ -172,9 +172,9 @@ def compare(
     rounds_caches = manifest.model.kv_dtype is not None and not scaled
     # TensorRT dequantizes weights and rounds no activation
     rounds = manifest.model.weight_dtype in QUANTIZED_DTYPES and isinstance(entry, OrtEntry | OpenVinoEntry)
-    # A router's choice falls the other way where bfloat16 does not tell two experts apart
-    in_halves = manifest.model.dtype == "bfloat16" and isinstance(entry, OpenVinoEntry)
-    flips = in_halves and bool(manifest.model.expert_bytes)
+    # A router's choice falls the other way where half precision does not tell two experts apart
+    in_halves = bool(manifest.model.expert_bytes) and manifest.model.dtype != "float32"
+    flips = in_halves and isinstance(entry, OpenVinoEntry)
     if rounds or rounds_caches or flips:
         with open_session(**engine) as session, _quiet():  # it ends first: each session holds the weights
             rounded = _all_logits(SessionRunner(session, name, steps, k), feeds)
@@ -187,7 +187,17 @@ def compare(
         tolerance = tolerance.or_looser(CACHES[str(manifest.model.kv_dtype)])
     judged, median = _judged(results, kinds, rounded, tolerance)
     lengths = tuple(int(length) for length in feeds[0]["lengths"])
-    return Verification(name, k, lengths, tolerance, judged, median, refreshes.name, "bfloat16" if flips else "8 bits")
+    return Verification(
+        name,
+        k,
+        lengths,
+        tolerance,
+        judged,
+        median,
+        refreshes.name,
+        rounded_to="bfloat16" if flips else "8 bits",
+        half_router=manifest.model.dtype if in_halves and not flips else None,
+    )
 
 
 def verify_target(

@@ -15,12 +15,12 @@ import pytest
 import torch
 from lora_drop_runtime.bundle.bundle import Bundle
 from lora_drop_runtime.decoding.session import Session
-from lora_drop_runtime.errors import InputError
+from lora_drop_runtime.errors import InputError, VerificationError
 from lora_drop_runtime.text import TextCodec
 from safetensors.torch import load_file, save_file
 
 import lora_drop_export.cli
-from lora_drop_export.check.figures import failure
+from lora_drop_export.check.figures import TOLERANCES, StepResult, Verification, failure
 from lora_drop_export.check.verify import compare
 from lora_drop_export.checkpoint.open import open_checkpoint
 from lora_drop_export.compiler.early import check_names
@@ -52,6 +52,15 @@ def test_infinity_among_the_weights_is_the_checkpoints(copied: Path, tmp_path: P
     assert isinstance(error, InputError)
     assert "logits that are not numbers" in str(error)
     assert "bug" not in str(error)
+
+
+@pytest.mark.parametrize(("router", "words"), [(None, "This is a bug"), ("float16", "In float16 a router may choose")])
+def test_a_router_in_half_precision_is_no_bug(router: str | None, words: str) -> None:
+    """What a mixture's comparison says that fails, where the engine has no float32 to compare with."""
+    step = StepResult(1, "lora", 0.5, 0.1, 0.98, 1.0, 0, False)
+    error = failure(Verification("tensorrt-rtx", 3, (5,), TOLERANCES["float16"], (step,), half_router=router))
+    assert isinstance(error, VerificationError)
+    assert words in str(error)
 
 
 @pytest.mark.usefixtures("untraced")
